@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
-from inferctl import passwords
+from inferctl.addresses import DatabaseAddress
 from inferctl.errors import NotReadyError, UsageError
 
 _MIGRATION_LOCK = 0x696E6665
@@ -33,34 +33,23 @@ class Schema:
     migrations: Path
     version_table: str
 
-    def url(self, address: str) -> URL:
-        """Parse the address of a database. Raises `UsageError`."""
-        hint = "as in sqlite:///file.sqlite or postgresql://user@host/database"
-        try:
-            url = make_url(address)
-        except sa.exc.ArgumentError:  # its message contains the address, which may have a password
-            raise UsageError(f"the address of {self.what} is not a URL", hint) from None
-        if url.get_backend_name() not in ("sqlite", "postgresql"):
-            raise UsageError(f"{self.what} cannot be in {url.get_backend_name()}", hint)
-        return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
-
-    def open(self, address: str) -> sa.Engine:
+    def open(self, address: DatabaseAddress) -> sa.Engine:
         """Connect for writing, and create or migrate the tables.
 
-        Raises `UsageError` for an invalid URL or tables of a newer version, and `DatabaseUnavailableError`.
+        Raises `UsageError` for tables of a newer version, and `DatabaseUnavailableError`.
         """
-        url = self.url(address)
-        if url.get_backend_name() == "sqlite" and url.database:
-            with self.reported(url):
-                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = self.engine(url)
-        with self.reported(url), engine.begin() as connection:
+        if file := file_of(address):
+            with self.reported(address):
+                file.parent.mkdir(parents=True, exist_ok=True)
+        engine = self.engine(address)
+        with self.reported(address), engine.begin() as connection:
             self._migrate(connection)
         return engine
 
-    def engine(self, url: URL) -> sa.Engine:
-        """Return what connects to `url`. Raises `NotReadyError` without the driver of PostgreSQL."""
-        if url.get_backend_name() == "postgresql":
+    def engine(self, address: DatabaseAddress) -> sa.Engine:
+        """Return what connects to `address`. Raises `NotReadyError` without the driver of PostgreSQL."""
+        url = _url(address)
+        if not address.is_file:
             # A host that is gone without a word is noticed within 15 s, not after the hours of the defaults.
             options: dict[str, Any] = {"connect_timeout": 5, "options": "-c statement_timeout=30000"}
             options |= {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
@@ -89,14 +78,12 @@ class Schema:
         return engine
 
     @contextlib.contextmanager
-    def reported(self, url: URL) -> Iterator[None]:
+    def reported(self, address: DatabaseAddress) -> Iterator[None]:
         """Raise `DatabaseUnavailableError` for errors of the database, without its password."""
         try:
             yield
         except (sa.exc.SQLAlchemyError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            # SQLAlchemy hides passwords before the host, but not those in the query.
-            address = passwords.hide(url.render_as_string(hide_password=False))
             message = f"{self.what} {address} is not available: {reason}"
             raise DatabaseUnavailableError(message, "check the address and that the database runs") from None
 
@@ -129,3 +116,14 @@ class Schema:
                 command.upgrade(config, "head")
         except CommandError:  # the tables have a version that this inferctl does not know
             raise UsageError(f"{self.what} was made by a newer version of inferctl", "update inferctl") from None
+
+
+def file_of(address: DatabaseAddress) -> Path | None:
+    """Return the file of a database in SQLite; None for PostgreSQL and a database in memory."""
+    database = _url(address).database if address.is_file else None
+    return Path(database) if database else None
+
+
+def _url(address: DatabaseAddress) -> URL:
+    url = make_url(address.secret())
+    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import urllib.parse
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from inferctl.addresses import StoreAddress
 from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section, Size
 
 # A name of an object in Kubernetes, and of a label or a Service (DNS label).
@@ -16,24 +18,32 @@ DnsLabel = Annotated[str, Field(pattern=DNS_LABEL, max_length=63)]
 ObjectName = Annotated[str, Field(pattern=DNS_NAME, max_length=253)]
 
 
-def _public(url: str) -> str:
-    """Return `url`. Raises `ValueError` if it is not a URL, or has a user or a password, which manifests would show."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        known = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        known = False
-    if not known:
-        raise ValueError("the URL has no valid host and port")
-    if "@" in parts.netloc:
-        raise ValueError(
+class _ClusterAddress(StoreAddress):
+    """A server that manifests name."""
+
+    what = "a server in the clusters"
+    example = "http://host:9090 or nats://host:4222"
+    schemes = ("http", "https", "nats", "tls", "ws", "wss")
+
+    @classmethod
+    def _valid(cls, found: re.Match[str]) -> bool:
+        return super()._valid(found) and bool(found["host"]) and "," not in found["host"] and found["port"] != ":0"
+
+
+def _public(text: str) -> str:
+    """Return an address. Raises an error of pydantic if it has a user or a password, which manifests would show."""
+    address = _ClusterAddress.of(text)
+    if address.hidden:
+        raise PydanticCustomError(
+            "address",
             "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret "
-            "(deploy.broker_secret; for others, in an overlay of your own)"
+            "(deploy.broker_secret; for others, in an overlay of your own)",
+            {"hint": None},
         )
-    return url
+    return str(address)
 
 
-Url = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^\s]+$", max_length=2000), AfterValidator(_public)]
+Url = Annotated[str, Field(max_length=2000), AfterValidator(_public)]
 Image = Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")]
 Sharing = Literal["whole", "mig", "time-slicing", "mps", "dra"]
 Replicas = Annotated[int, Field(ge=0, le=10_000)]

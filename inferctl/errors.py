@@ -16,6 +16,7 @@ Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -97,9 +98,14 @@ def _at(file: str | None, problem: Problem) -> str:
     return f"{file}:{problem.line}: " if file and problem.line else f"{file}: " if file else ""
 
 
+def without_addresses(text: str) -> str:
+    """Return a text that quotes what someone typed, up to the first address that may have a password."""
+    return re.sub(r"[^\s'\"(]*://.*[@?].*", "***", text, flags=re.DOTALL)
+
+
 def shown(value: object) -> str:
-    """Return the `repr` of a value, truncated to 80 characters, for an error message."""
-    text = repr(value)
+    """Return the `repr` of a value, without addresses and truncated to 80 characters, for an error message."""
+    text = without_addresses(repr(value))
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 

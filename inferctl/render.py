@@ -57,7 +57,7 @@ _SERVER_MODULES = (
     "hub",
     "model",
     "outputs",
-    "passwords",
+    "addresses",
     "precision",
     "settings",
     "sizes",
@@ -214,6 +214,11 @@ def server_files() -> dict[str, Path]:
 def _container_config(spec: Spec, port: int) -> bytes:
     """Return the spec for the container, without paths of the build machine and without build settings."""
     exclude = {"image", "deploy", "bench", "hardware", "metering"}
+    if spec.cache.shared and spec.cache.shared.hidden:
+        raise UsageError(
+            "cache.shared has a password, which everyone who pulls the image would see",
+            "remove it from the spec, and set INFERCTL_CACHE_SHARED to the whole address where the image runs",
+        )
     data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
     # The addresses may have passwords, and only the worker needs them, which runs outside of the container.
     metering = spec.metering.model_dump(mode="json", include={"mode", "data", "outbox_size"}, exclude_defaults=True)
@@ -223,7 +228,9 @@ def _container_config(spec: Spec, port: int) -> bytes:
     if spec.model.weights != "download":
         data["model"]["source"] = "/model"
     if spec.access.keys:
-        data["access"]["keys"] = f"{KEYS_PATH}/{'keys.json' if spec.access.key_store else Path(spec.access.keys).name}"
+        data["access"]["keys"] = (
+            f"{KEYS_PATH}/{'keys.json' if spec.access.key_store else Path(str(spec.access.keys)).name}"
+        )
     del data["access"]["data"]  # of the build machine
     if spec.access.broker:  # only the worker, which runs outside of the container, connects to it
         data["access"]["broker"] = "nats://worker"

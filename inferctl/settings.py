@@ -18,8 +18,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from inferctl import document as documents
+from inferctl.addresses import is_address
 from inferctl.document import Document, dotted
-from inferctl.errors import Problem, SpecError, UsageError, did_you_mean
+from inferctl.errors import Problem, SpecError, UsageError, did_you_mean, shown
 from inferctl.spec import DEFAULT_FILE, HUB_ID, Spec, slug
 
 ENVIRONMENT_PREFIX = "INFERCTL_"
@@ -142,7 +143,9 @@ def listening_port(environment: Mapping[str, str], default: int = 8080) -> int:
     if not text or is_service_link(variable, text):
         return default
     if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise UsageError(f"{variable}: {text!r} is not a port", "build the image with a `serve.port` from 1 to 65535")
+        raise UsageError(
+            f"{variable}: {shown(text)} is not a port", "build the image with a `serve.port` from 1 to 65535"
+        )
     return int(text)
 
 
@@ -166,7 +169,7 @@ def _make_relative(document: Document, data: dict[str, Any]) -> dict[str, str]:
 
 
 def _relative_to(folder: Path, path: str, value: str) -> str:
-    if value.startswith(("/", "~")) or (path == "access.keys" and "://" in value):
+    if value.startswith(("/", "~")) or (path == "access.keys" and is_address(value)):
         return value
     if path == "model.source":
         local = not re.fullmatch(HUB_ID, value) or (folder / value).is_dir()
@@ -307,16 +310,17 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return Problem(
-            path, f"{label}: {value!r} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed)
+            path, f"{label}: {shown(value)} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed)
         )
     if kind == "string_pattern_mismatch":
         what = path.rsplit(".", 1)[-1].replace("_", " ")
         fix = f"use lower case, digits, '-' and '.', as in {slug(str(value))}" if path == "name" else _HINTS.get(path)
-        return Problem(path, f"{label}: {value!r} is not a valid {what}", line, fix)
+        return Problem(path, f"{label}: {shown(value)} is not a valid {what}", line, fix)
     if kind == "model_type":
+        found = value if isinstance(value, int | float) else "text" if isinstance(value, str) else "a list"
         return Problem(
             path,
-            f"{label}: expected `key: value` lines, got {value!r}",
+            f"{label}: expected `key: value` lines, got {found}",
             line,
             f"known in {path}: {', '.join(_section_fields(location))}",
         )
@@ -324,10 +328,12 @@ def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[
         return Problem(
             path, f"{label}: expected text, got the number {value!r}", line, f'write it in quotes: "{value}"'
         )
+    if kind == "address":
+        return Problem(path, f"{label}: {error['msg']}", line, error["ctx"]["hint"])
     if kind == "value_error":
         return Problem(path, error["msg"].removeprefix("Value error, "), line, _HINTS.get(path))
     message = re.sub("^(Input|String|List) should", "must", error["msg"])
-    return Problem(path, f"{label}: {message}, got {value!r}", line, None)
+    return Problem(path, f"{label}: {message}, got {shown(value)}", line, None)
 
 
 def _without_duplicates(problems: list[Problem]) -> list[Problem]:
@@ -352,5 +358,5 @@ def _unknown_names(
             if document and isinstance(value, list) and line is not None:
                 line = document.line((*path.split("."), index))
             hint = did_you_mean(item, names) or f"known: {', '.join(names)}"
-            problems.append(Problem(path, f"{label}: {item!r} not found", line, hint))
+            problems.append(Problem(path, f"{label}: {shown(item)} not found", line, hint))
     return problems

@@ -6,11 +6,22 @@ import hashlib
 import ipaddress
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from inferctl import passwords
+from inferctl import addresses
+from inferctl.addresses import DatabaseAddress, NatsAddress, ValkeyAddress, WebAddress
 from inferctl.deploy_spec import Deploy
 from inferctl.spec_types import IMAGE_NAME as IMAGE_NAME
 from inferctl.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
@@ -207,14 +218,41 @@ class Bench(Section):
     plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
 
 
+def _key_place(value: object) -> str | DatabaseAddress:
+    if isinstance(value, str) and re.fullmatch(r"[^\r\n\x00]+", value) and not addresses.is_address(value):
+        return value
+    return cast(DatabaseAddress, DatabaseAddress.of(value))
+
+
+def _without_credentials(value: str) -> str:
+    """Reject credentials in what everyone may read: the edge of a server of generation has it in a file."""
+    if (":" in value and "@" in value) or ("://" in value and set(re.findall(r"[?&#]([^=&]*)", value)) - _PUBLIC):
+        raise PydanticCustomError(
+            "address",
+            "expected a public address; the given one is not shown, because it may have a user, a password or a token",
+            {"hint": "for public keys that are not public, set access.oidc.jwks to a file"},
+        )
+    return value
+
+
+# Parameters in addresses of public keys.
+_PUBLIC = {"p", "appid", "client_id", "version", "api-version"}
+_KeyPlace = Annotated[
+    DatabaseAddress | str,
+    PlainValidator(_key_place),
+    PlainSerializer(addresses.serialized),
+    WithJsonSchema({"type": "string", "pattern": r"^[^\r\n\x00]+$"}),
+]
+
+
 class Oidc(Section):
     """Tokens of an OIDC provider, such as those of service accounts. They require the extra `oidc`."""
 
-    issuer: OneLine | None = Field(
+    issuer: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
         None, description="Accept tokens (JWT) of this issuer as keys. The claim `sub` is the key id."
     )
     audience: OneLine = Field("inferctl", description="Audience that the tokens must have.")
-    jwks: OneLine | None = Field(
+    jwks: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
         None, description="URL or file of the public keys. Default: from the issuer's discovery document."
     )
 
@@ -222,12 +260,12 @@ class Oidc(Section):
 class Access(Section):
     """Who may use the server, and how much. Without keys, every client may use it without limits."""
 
-    keys: OneLine | None = Field(
+    keys: _KeyPlace | None = Field(
         None,
         description="Key file that `inferctl keys` writes, or the URL of a database with keys (SQLite, PostgreSQL). "
         "Without it, the server asks for no keys.",
     )
-    broker: OneLine | None = Field(
+    broker: NatsAddress | None = Field(
         None,
         description="URL of a NATS server, through which servers with the same name share the limits of keys, and hear "
         "of revoked keys.",
@@ -276,14 +314,14 @@ class Access(Section):
         return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
 
     @property
-    def key_store(self) -> str | None:
+    def key_store(self) -> DatabaseAddress | None:
         """URL of the database with the keys; None if they are in a file."""
-        return self.keys if self.keys and "://" in self.keys else None
+        return self.keys if isinstance(self.keys, DatabaseAddress) else None
 
     @property
     def public_key_store(self) -> str | None:
         """URL of the database with the keys, without its password. Servers and workers with it use the same file."""
-        return passwords.remove(self.key_store) if self.key_store else None
+        return self.key_store.public if self.key_store else None
 
     @property
     def key_file(self) -> str | None:
@@ -292,7 +330,7 @@ class Access(Section):
         So a server in the same folder does not accept the keys of another database.
         """
         if not self.public_key_store:
-            return self.keys
+            return str(self.keys) if self.keys else None
         return f"{self.data}/keys-{hashlib.sha256(self.public_key_store.encode()).hexdigest()[:16]}.json"
 
     @property
@@ -315,15 +353,15 @@ class Metering(Section):
         "1GiB",
         description="Maximum size of events on disk, per server process. An event needs about 200 bytes.",
     )
-    ledger: OneLine | None = Field(
+    ledger: DatabaseAddress | None = Field(
         None,
         description="URL of the ledger (SQLite, PostgreSQL). Default: `ledger.sqlite` in `metering.data`.",
     )
-    broker: OneLine | None = Field(
+    broker: NatsAddress | None = Field(
         None,
         description="URL of a NATS server. Publish events there, for `inferctl worker --consume`.",
     )
-    sink: OneLine | None = Field(
+    sink: WebAddress | None = Field(
         None,
         description="URL that also receives all events, as batches of CloudEvents.",
     )
@@ -336,9 +374,9 @@ class Metering(Section):
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @property
-    def ledger_url(self) -> str:
+    def ledger_url(self) -> DatabaseAddress:
         """URL of the ledger."""
-        return self.ledger or f"sqlite:///{self.data}/ledger.sqlite"
+        return self.ledger or DatabaseAddress(f"sqlite:///{self.data}/ledger.sqlite")
 
 
 class Cache(Section):
@@ -350,7 +388,7 @@ class Cache(Section):
         description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
         "a caller which inputs others sent.",
     )
-    shared: OneLine | None = Field(
+    shared: ValkeyAddress | None = Field(
         None,
         description="URL of a Valkey server (`valkey://host:6379`, `unix:///path`) through which servers share "
         "their entries. Requires `cache.size`.",

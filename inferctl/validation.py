@@ -41,6 +41,8 @@ def _problem(error: Mapping[str, Any], document: Document, keys_at: KeysAt, hint
         return Problem(path, f"unknown key {str(location[-1])!r}", line, close)
     if error["type"] == "missing":
         return Problem(path, f"{path} is missing", line, hint)
+    if error["type"] == "address":
+        return Problem(path, f"{path}: {error['msg']}", line, error["ctx"]["hint"] or hint)
     if error["type"] == "value_error":
         return Problem(path, message(error["msg"]), line, hint)
     return Problem(path, f"{path}: {message(error['msg'])}, got {shown(error.get('input'))}", line, hint)

@@ -321,3 +321,12 @@ def test_apt_uses_the_certificate_authority_and_is_skipped_if_the_base_has_pytho
     assert text.count("mode=0444") == text.count("Acquire::https::CAInfo=/run/secrets/ca") == 2
     assert "if [ -x /usr/bin/python3.12 ]; then exit 0; fi" in text
     assert "venv" not in text
+
+
+def test_an_image_gets_no_password_of_its_cache() -> None:
+    shared = {"cache__size": "1MiB", "cache__shared": "valkey://:geheim@cache:6379"}
+    with pytest.raises(UsageError, match=r"cache\.shared has a password") as failed:
+        rendered(**shared)
+    assert "geheim" not in f"{failed.value.message}{failed.value.hint}"
+    shared["cache__shared"] = "valkey://cache:6379"
+    assert b"shared: valkey://cache:6379" in b"".join(map(bytes, rendered(**shared).files.values()))

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import jwt
 import peers
@@ -34,6 +35,26 @@ _PAGES = ("config_dump?include_eds", "clusters", "listeners", "stats", "server_i
 _MIN_EVENTS, _EVENTS_S = 25, 60
 
 
+# What must be escaped in an address. The stores have passwords with it; addresses that lack the escapes are rejected.
+_HOSTILE = "/@:#?% +&"
+# Each command gets one of each column: a password or a token where readers of addresses disagree.
+_REJECTED = {
+    "INFERCTL_METERING_LEDGER": (
+        "postgresql://u:x/{}@h/d",
+        "postgresql://u:x@{}@h/d",
+        "postgresql://h:1/d?password=x@{}",
+        "postgresql:/u:{}@h/d",
+    ),
+    "INFERCTL_METERING_BROKER": ("{}@a:4222,{}@b:4222", "nats://{}/x@h", "nats://u:x@{}@h", "nats://u:{}@h:x"),
+    "INFERCTL_METERING_SINK": ("https://{}@h/x", "https://u:{}@h/x", "https://u:x/{}@h", "ftp://u:{}@h"),
+    "INFERCTL_ACCESS_KEYS": ("u:{}@h/d", "mysql://u:{}@h/d", "postgresql://u:x#{}@h/d", "postgresql://u:x@h:{}"),
+    "INFERCTL_ACCESS_BROKER": ("u:x/{}@h", "nats://u:{}@", "nats://u:{}@h\n", "http://{}@h"),
+    "INFERCTL_ACCESS_OIDC_JWKS": ("https://u:{}@h", "https://h?auth={}", "u:{}@h", "https://h#{}"),
+    "INFERCTL_ACCESS_OIDC_ISSUER": ("https://u:{}@h", "https://h?auth={}", "u:{}@h", "https://h#{}"),
+    "INFERCTL_CACHE_SHARED": ("valkey://:x/{}@h", "valkey://h?auth={}", "unix://:{}@h", "valkey://:ü{}@h"),
+}
+
+
 class Collector(http.server.ThreadingHTTPServer):
     """Keeps the bodies of all requests: of traces, and of the sink of usage events."""
 
@@ -49,7 +70,7 @@ class _Collected(http.server.BaseHTTPRequestHandler):
     server: Collector
 
     def do_POST(self) -> None:
-        name = f"{self.path.strip('/').replace('/', '-')}-{next(self.server.numbers)}"
+        name = f"{urlsplit(self.path).path.strip('/').replace('/', '-')}-{next(self.server.numbers)}"
         body = self.rfile.read(int(self.headers["content-length"]))
         (self.server.folder / name).write_bytes(body)
         self.send_response(200)
@@ -64,22 +85,37 @@ class Stores:
     """PostgreSQL, NATS and Valkey, whose addresses have passwords."""
 
     def __init__(self, folder: Path, marks: Marks) -> None:
-        passwords = {name: f"pw{secrets.token_hex(10)}" for name in ("postgresql", "nats", "valkey")}
-        marks.keys |= {f"password of {name}": password for name, password in passwords.items()}
+        marked = {name: f"pw{secrets.token_hex(10)}" for name in ("postgresql", "nats", "valkey")}
+        marks.keys |= {f"password of {name}": password for name, password in marked.items()}
+        passwords = {name: f"{_HOSTILE}{password}{_HOSTILE}" for name, password in marked.items()}
+        escaped = {name: quote(password, safe="") for name, password in passwords.items()}
         self.postgres = Postgres(folder / "postgres")
         self.postgres.command += ["-c", "log_statement=all", "-c", "logging_collector=on", "-c", "log_directory=log"]
         self.nats = Nats(folder / "nats")
-        self.nats_url = self.nats.url.replace("//", f"//scan:{passwords['nats']}@")
+        user = f"user: scan, password: {json.dumps(passwords['nats'])}"
+        with (folder / "nats" / "n.conf").open("a") as config:
+            config.write(f"authorization {{ {user} }}\n")
+        self.nats_url = self.nats.url.replace("//", f"//scan:{escaped['nats']}@")
         socket = folder / "valkey.sock"
         (folder / "valkey").mkdir()
         command = ["valkey-server", "--port", "0", "--unixsocket", str(socket), "--dir", str(folder / "valkey")]
         self.valkey = Part([*command, "--appendonly", "yes", "--requirepass", passwords["valkey"]])
-        self.valkey_url = f"unix://{socket}?password={passwords['valkey']}"
+        self.valkey_url = f"unix://{socket}?password={escaped['valkey']}"
         for part in (self.postgres, self.nats, self.valkey):
             part.start()
-        self.keys = self.postgres.url().replace("postgres@", f"postgres:{passwords['postgresql']}@")
-        self.ledger = f"{self.postgres.url()}&password={passwords['postgresql']}"
+        (folder / "nats" / "n.conf").unlink()  # it has the password, and was read
+        self.keys = self.postgres.url().replace("postgres@", f"postgres:{escaped['postgresql']}@")
+        self.ledger = f"{self.postgres.url()}&password={escaped['postgresql']}"
+        self._ask_for_password(folder / "postgres" / "data", passwords["postgresql"])
         peers.wait_until(socket.exists)
+
+    def _ask_for_password(self, data: Path, password: str) -> None:
+        """Let PostgreSQL ask for a password. Its log gets only the hash."""
+        with psycopg.connect(self.ledger, autocommit=True) as connection:
+            verifier = connection.pgconn.encrypt_password(password.encode(), b"postgres", b"scram-sha-256")
+            connection.execute(f"alter role postgres password '{verifier.decode()}'")
+            (data / "pg_hba.conf").write_text("local all all scram-sha-256\n")
+            connection.execute("select pg_reload_conf()")
 
     def events(self) -> int:
         """Return how many events the ledger has; 0 before the worker made it."""
@@ -109,12 +145,13 @@ class Fleet:
         self.pages: dict[str, str] = {}
         self.stores = Stores(folder, marks)
         self.collector = Collector(folder / "collected")
+        marks.keys |= {name: f"pw{secrets.token_hex(10)}" for name in ("token of the sink", "rejected address")}
         self._addresses = {
             "INFERCTL_METERING_MODE": "on",
             "INFERCTL_METERING_BROKER": self.stores.nats_url,
             "INFERCTL_METERING_LEDGER": self.stores.ledger,
-            "INFERCTL_METERING_SINK": f"{self.collector.url}/sink",
-            "INFERCTL_ACCESS_BROKER": self.stores.nats_url,
+            "INFERCTL_METERING_SINK": f"{self.collector.url}/sink?token={marks.keys['token of the sink']}",
+            "INFERCTL_ACCESS_BROKER": self.stores.nats_url.removeprefix("nats://"),
             "INFERCTL_ACCESS_REPLICAS": "2",
             "INFERCTL_ACCESS_KEYS": self.stores.keys,
             "INFERCTL_CACHE_SIZE": "16MiB",
@@ -126,6 +163,7 @@ class Fleet:
     def start(self, engine: str | None, vllm: Path | None) -> None:
         """Create keys and tokens, and start all processes."""
         self.create_keys()
+        self.reject_addresses()
         self.create_tokens()
         self.consumer = launch(self.folder, "consumer.log", "worker", "--consume", **self._addresses)
         self.running.append(self.consumer)
@@ -148,9 +186,18 @@ class Fleet:
         self.key_ids = {"PostgreSQL": key.split("_")[2], "SQLite": generation.split("_")[2]}
         assert new.startswith("ik_")
 
-    def cli(self, *arguments: str, given: str = "") -> str:
+    def reject_addresses(self) -> None:
+        """Run commands with addresses that are rejected. Their messages stay in the folder."""
+        mark = self.marks.keys["rejected address"]
+        commands = ("usage", "keys list", "worker", f"serve --model {peers.MODEL}")
+        for column, command in enumerate(commands):
+            values = {name: texts[column].replace("{}", mark) for name, texts in _REJECTED.items()}
+            self.cli(*command.split(), **values)
+            self.cli("config", "--json", "--model", str(peers.MODEL), **values)
+
+    def cli(self, *arguments: str, given: str = "", **variables: str) -> str:
         """Run a command, keep its messages in the folder, and return its output."""
-        environment = {**os.environ, **self._addresses, "PYTHONPATH": str(peers.ROOT)}
+        environment = {**os.environ, **self._addresses, **variables, "PYTHONPATH": str(peers.ROOT)}
         command = [sys.executable, "-m", "inferctl", *arguments]
         done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
         with (self.folder / "cli.log").open("a") as log:
@@ -211,7 +258,10 @@ class Fleet:
         return url_of(process, announce)
 
     def read_pages(self) -> None:
-        """Write what metrics, `/info` and Envoy's admin interface say to files."""
+        """Write what metrics, `/info`, Envoy's admin interface and the list of processes say to files."""
+        pids = [pid for process in self.running for pid in (process.pid, *_descendants(process.pid))]
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids]
+        (self.folder / "commands.txt").write_bytes(b"\n".join(commands))
         for name, url in self.pages.items():
             key = self.marks.keys["key of generation" if name.endswith("generate") else "key"]
             request = urllib.request.Request(url, headers={"authorization": f"Bearer {key}"})
@@ -379,6 +429,8 @@ def unseen(fleet: Fleet) -> list[str]:
         "generate.log": other,
         "consumer.log": b"storing the usage events",
         "cli.log": key,
+        "cli*.log": b"expected an address of one NATS server",
+        "commands.txt": b"inferctl.worker",
         "metrics-embed.txt": b"inferctl_requests",
         "metrics-generate.txt": b"vllm:",
         "metrics-gateway-*.txt": b"envoy_cluster_upstream_rq",

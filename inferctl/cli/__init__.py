@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 import inferctl
 from inferctl.cli import console, streams
 from inferctl.cli.lazy import Command, LazyGroup
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError
+from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError, without_addresses
 
 
 class Root(LazyGroup):
@@ -136,7 +136,7 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "inferctl"
-        message = error.format_message().rstrip(".").replace("Input should", "must")
+        message = without_addresses(error.format_message()).rstrip(".").replace("Input should", "must")
         hint = f"see `{command} --help`"
         raise UsageError(message[:1].lower() + message[1:], hint) from None
     except OSError as error:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inferctl import passwords
 from inferctl.cli import console
 from inferctl.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from inferctl.access.key_file import ApiKey
+    from inferctl.addresses import DatabaseAddress
     from inferctl.fleet.key_store import KeyStore
     from inferctl.spec import Access
 
@@ -25,23 +25,22 @@ class Place:
 
     def __init__(self, settings: Access) -> None:
         self._settings = settings
-        self.name = passwords.hide(settings.keys or "")
+        self.name = str(settings.keys or "")
 
     @property
     def file(self) -> Path | None:
         """The file with the keys; None if they are in a database server."""
-        address = self._settings.keys or ""
-        file = address.removeprefix("sqlite:///")
-        return None if self._settings.key_store and file == address else Path(file)
+        address = self._settings.key_store
+        return _file_of(address) if address else Path(self.name)
 
     def read(self) -> list[ApiKey]:
         """Return all keys. Raises `UsageError` and `NotReadyError`."""
-        if self._settings.key_store:
-            with self._store(create=False) as store:
+        if address := self._settings.key_store:
+            with _store(address, create=False) as store:
                 return store.read()[0].keys
         from inferctl.access import key_file
 
-        return key_file.read(Path(self._settings.keys or "")).keys
+        return key_file.read(Path(self.name)).keys
 
     @contextlib.contextmanager
     def edit(self, *, create: bool = False, deliver: Callable[[], None] = lambda: None) -> Iterator[dict[str, ApiKey]]:
@@ -49,13 +48,13 @@ class Place:
 
         `deliver` is called just before the keys become valid. If it raises, nothing changes.
         """
-        if self._settings.key_store:
-            with self._store(create=create) as store, store.edit(deliver) as found:
+        if address := self._settings.key_store:
+            with _store(address, create=create) as store, store.edit(deliver) as found:
                 yield found
             return
         from inferctl.access import key_file
 
-        with key_file.edit(Path(self._settings.keys or ""), create=create, deliver=deliver) as found:
+        with key_file.edit(Path(self.name), create=create, deliver=deliver) as found:
             yield found
 
     def publish(self, revoked: list[str]) -> None:
@@ -71,18 +70,32 @@ class Place:
         except NotReadyError as error:
             console.warn(f"servers do not hear of the change at once: {error.message}")
 
-    @contextlib.contextmanager
-    def _store(self, *, create: bool) -> Iterator[KeyStore]:
-        if not create and self.file and not self.file.exists():
-            raise UsageError(f"there is no key store at {self.file}", "make one with `inferctl keys create NAME`")
-        try:
-            from inferctl.fleet.key_store import KeyStore
-        except ModuleNotFoundError as error:
-            raise NotReadyError(
-                f"keys in a database require the package {error.name}, not installed", install_hint("ledger")
-            ) from None
-        store = KeyStore.open(self._settings.keys or "")
-        try:
-            yield store
-        finally:
-            store.close()
+
+def _file_of(address: DatabaseAddress) -> Path | None:
+    with _installed():
+        from inferctl.database import file_of
+    return file_of(address)
+
+
+@contextlib.contextmanager
+def _store(address: DatabaseAddress, *, create: bool) -> Iterator[KeyStore]:
+    with _installed():
+        from inferctl.fleet.key_store import KeyStore
+    if not create and (file := _file_of(address)) and not file.exists():
+        raise UsageError(f"there is no key store at {file}", "make one with `inferctl keys create NAME`")
+    store = KeyStore.open(address)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    """Say how to install the packages of databases if they are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"keys in a database require the package {error.name}, not installed", install_hint("ledger")
+        ) from None

@@ -36,18 +36,18 @@ def config(
 
     Example: inferctl config --changed
     """
-    from inferctl import passwords, settings
+    from inferctl import settings
 
     resolved = load(spec_file, {"model.source": model})
     values = {}
-    # Plain data, because the items of a list can be sections.
+    # Plain data, because the items of a list can be sections. Addresses have no passwords there.
     data = resolved.spec.model_dump(mode="json")
     for path in settings.paths():
         value: Any = data
         for key in path.split("."):
             value = value[key]
         if not changed or resolved.origins[path] != "default":
-            values[path] = passwords.hide(value) if isinstance(value, str) else value
+            values[path] = value
     if as_json:
         console.document({path: {"value": value, "origin": resolved.origins[path]} for path, value in values.items()})
         return

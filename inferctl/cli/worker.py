@@ -42,7 +42,6 @@ def worker(
         import sys
         from pathlib import Path
 
-        from inferctl import passwords
         from inferctl.cli import console
         from inferctl.errors import NotReadyError, UsageError, install_hint
 
@@ -75,7 +74,7 @@ def worker(
             loop.add_signal_handler(number, running.end)
         if metering:
             source = settings.broker if consume else settings.data
-            console.note(f"storing the usage events of {passwords.hide(source or '')}")
+            console.note(f"storing the usage events of {source}")
             if not consume and not outbox.folders(folder):
                 console.note(f"no server records usage in {folder.absolute()} now; this worker waits for one")
         if access.has_worker:

@@ -154,8 +154,8 @@ def _namespace(name: str) -> list[Object]:
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
-    if spec.cache.size and spec.cache.shared and not spec.cache.shared.startswith("unix:"):
-        egress.append(policy.endpoint(spec.cache.shared, namespace))
+    if spec.cache.size and spec.cache.shared and spec.cache.shared.scheme != "unix":
+        egress.append(policy.endpoint(spec.cache.shared.public, namespace))
     oidc = spec.access.oidc
     egress += [policy.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":

@@ -14,7 +14,7 @@ from typing import Any
 import nats
 import nats.errors
 
-from inferctl import passwords
+from inferctl.addresses import NatsAddress
 from inferctl.errors import NotReadyError
 
 # Of the counters of servers with one name; and of changed keys.
@@ -37,7 +37,7 @@ class Broker:
     @classmethod
     async def connect(
         cls,
-        url: str,
+        address: NatsAddress | str,
         timeout_s: float = _TIMEOUT_S,
         *,
         lost: Callable[[], Awaitable[None]] | None = None,
@@ -45,12 +45,12 @@ class Broker:
         closed: Callable[[], None] | None = None,
         rejected: Callable[[str], None] | None = None,
     ) -> Broker:
-        """Connect to `url`. `lost`, `reconnected`: called when the connection breaks, and when it is made again.
+        """Connect to NATS. `lost`, `reconnected`: called when the connection breaks, and when it is made again.
 
         `closed`: called when it ended for ever, as after some errors of the broker. `rejected`: gets the reason if the
         broker does not let this client publish or subscribe. Raises `BrokerUnavailableError`.
         """
-
+        url = NatsAddress(address)
         reasons: list[Exception] = []
 
         async def failed(error: Exception) -> None:
@@ -64,7 +64,8 @@ class Broker:
                 closed()
 
         connecting = nats.connect(
-            url,
+            url.public,
+            **url.credentials(),
             connect_timeout=timeout_s,
             reconnect_time_wait=0.25,
             max_reconnect_attempts=-1,
@@ -82,7 +83,7 @@ class Broker:
             # The time that it may take says less than what failed meanwhile.
             cause = reasons[-1] if reasons and isinstance(error, TimeoutError) else error
             reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-            message = f"the broker of limits and keys {passwords.hide(url)} is not available: {reason}"
+            message = f"the broker of limits and keys {url} is not available: {reason}"
             raise BrokerUnavailableError(message, "check access.broker") from None
 
     async def close(self) -> None:
@@ -115,7 +116,7 @@ class Broker:
             raise BrokerUnavailableError(f"the broker does not respond: {error}", "check access.broker") from None
 
 
-async def publish_change(url: str, revoked: list[str], timeout_s: float) -> None:
+async def publish_change(url: NatsAddress | str, revoked: list[str], timeout_s: float) -> None:
     """Tell all workers that keys changed, and the ids of those that were revoked. Raises `BrokerUnavailableError`."""
     broker = await Broker.connect(url, timeout_s)
     try:

@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 
 from inferctl.access.key_file import ApiKey, KeyFile
-from inferctl.database import Schema
+from inferctl.addresses import DatabaseAddress
+from inferctl.database import Schema, file_of
 from inferctl.errors import UsageError
 
 _SCHEMA = Schema("the key store", Path(__file__).with_name("migrations"), "api_key_version")
@@ -34,20 +35,20 @@ _CHANGES = sa.Table("api_key_changes", _metadata, sa.Column("number", sa.BigInte
 class KeyStore:
     """An open store. All methods raise `DatabaseUnavailableError`."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: sa.Engine, address: DatabaseAddress) -> None:
+        self._engine, self._address = engine, address
 
     @classmethod
-    def open(cls, address: str) -> KeyStore:
+    def open(cls, address: DatabaseAddress | str) -> KeyStore:
         """Open the store, and create or migrate its tables.
 
         Raises `UsageError` for an invalid URL, tables of a newer version, and a file that others can write.
         """
-        url = _SCHEMA.url(address)
-        if url.get_backend_name() == "sqlite" and url.database:
-            with _SCHEMA.reported(url):
-                _protect(Path(url.database))
-        return cls(_SCHEMA.open(address))
+        address = DatabaseAddress(address)
+        if file := file_of(address):
+            with _SCHEMA.reported(address):
+                _protect(file)
+        return cls(_SCHEMA.open(address), address)
 
     def close(self) -> None:
         """Close all connections."""
@@ -97,7 +98,7 @@ class KeyStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        with _SCHEMA.reported(self._engine.url), self._engine.begin() as connection:
+        with _SCHEMA.reported(self._address), self._engine.begin() as connection:
             yield connection
 
 

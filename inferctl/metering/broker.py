@@ -18,7 +18,7 @@ import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StreamConfig
 
-from inferctl import passwords
+from inferctl.addresses import NatsAddress
 from inferctl.errors import NotReadyError
 from inferctl.metering import cloud_event
 from inferctl.metering.ledger import Ledger
@@ -49,8 +49,9 @@ class BrokerUnavailableError(NotReadyError):
     """The broker, or the worker with the ledger behind it, does not respond. The same call may succeed later."""
 
 
-async def connect(url: str) -> Broker:
-    """Connect to `url`. Raises `BrokerUnavailableError`."""
+async def connect(address: NatsAddress | str) -> Broker:
+    """Connect to NATS. Raises `BrokerUnavailableError`, and `UsageError` for an invalid address."""
+    url = NatsAddress(address)
     reasons: list[Exception] = []
 
     async def note(error: Exception) -> None:
@@ -63,7 +64,8 @@ async def connect(url: str) -> Broker:
             # The client does not connect again by itself: after some errors it never would, and it keeps what it could
             # not send. The caller does, when `Broker.broken` says so.
             connection = await nats.connect(
-                url,
+                url.public,
+                **url.credentials(),
                 connect_timeout=_TIMEOUT_S,
                 reconnect_time_wait=0.25,
                 allow_reconnect=False,
@@ -79,7 +81,7 @@ async def connect(url: str) -> Broker:
 class Broker:
     """A connection to NATS. All methods raise `BrokerUnavailableError`."""
 
-    def __init__(self, url: str, connection: Any) -> None:
+    def __init__(self, url: NatsAddress, connection: Any) -> None:
         self._url, self._nats, self._failed = url, connection, False
         self._stream = connection.jetstream(timeout=_TIMEOUT_S)
         self._subscription: Any = None
@@ -131,7 +133,7 @@ class Broker:
         except (nats.errors.NoRespondersError, TimeoutError) as error:  # the client's TimeoutError is one
             silent = isinstance(error, TimeoutError)
             reason = f"does not respond within {_TIMEOUT_S:g} s" if silent else "is not connected"
-            message = f"the worker with the ledger {reason}, through the broker {passwords.hide(self._url)}"
+            message = f"the worker with the ledger {reason}, through the broker {self._url}"
             raise BrokerUnavailableError(message, "start `inferctl worker --consume`") from None
         except (ValueError, *_ERRORS) as error:
             raise self._failure(error) from None
@@ -274,9 +276,9 @@ def _batch(message: Any) -> Batch:
     )
 
 
-def _unavailable(url: str, error: Exception) -> BrokerUnavailableError:
+def _unavailable(url: NatsAddress, error: Exception) -> BrokerUnavailableError:
     reason = str(error).strip().partition("\n")[0]
     if isinstance(error, TimeoutError):  # also that of the client, whose text is only `nats: timeout`
         reason = f"no response within {_TIMEOUT_S:g} s"
-    message = f"the broker {passwords.hide(url)} is not available: {reason or type(error).__name__}"
+    message = f"the broker {url} is not available: {reason or type(error).__name__}"
     return BrokerUnavailableError(message, "check metering.broker")

@@ -20,8 +20,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from inferctl import passwords
-from inferctl.database import Schema
+from inferctl.addresses import DatabaseAddress
+from inferctl.database import Schema, file_of
 from inferctl.errors import UsageError
 from inferctl.metering import cloud_event
 from inferctl.metering.cloud_event import Event
@@ -86,38 +86,39 @@ class Gap:
 class Ledger:
     """An open ledger. All methods raise `DatabaseUnavailableError`."""
 
-    def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: sa.Engine, address: DatabaseAddress) -> None:
+        self._engine, self._address = engine, address
         self._insert: Any = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
         self._insert_event = self._insert(EVENTS).on_conflict_do_nothing().compile(dialect=engine.dialect)
 
     @classmethod
-    def open(cls, address: str) -> Ledger:
+    def open(cls, address: DatabaseAddress | str) -> Ledger:
         """Open the ledger for writing, and create or migrate its tables. Raises `UsageError` for an invalid URL."""
-        return cls(_SCHEMA.open(address))
+        address = DatabaseAddress(address)
+        return cls(_SCHEMA.open(address), address)
 
     @classmethod
-    def read(cls, address: str) -> Ledger:
+    def read(cls, address: DatabaseAddress | str) -> Ledger:
         """Open an existing ledger for reports. Raises `UsageError` for an invalid URL or another version."""
-        url = _SCHEMA.url(address)
-        if url.get_backend_name() == "sqlite":
-            if not Path(url.database or "").is_file():
+        address = DatabaseAddress(address)
+        if address.is_file:
+            file = file_of(address) or Path()
+            if not file.is_file():
                 hint = "name it with `--ledger URL`; the worker of a server with `metering.mode: on` makes it"
-                raise UsageError(f"there is no ledger at {url.database}", hint)
-            uri = f"{Path(url.database or '').absolute().as_uri()}?mode=ro&uri=true"
+                raise UsageError(f"there is no ledger at {file}", hint)
+            uri = f"{file.absolute().as_uri()}?mode=ro&uri=true"
             engine = sa.create_engine(f"sqlite:///{uri}")
         else:
-            engine = _SCHEMA.engine(url)
-        with _SCHEMA.reported(url), engine.connect() as connection:
+            engine = _SCHEMA.engine(address)
+        with _SCHEMA.reported(address), engine.connect() as connection:
             found, newest = _SCHEMA.versions(connection)
         if found is None:
-            shown = passwords.hide(url.render_as_string(hide_password=False))
             hint = "a server with `metering.mode: on` and this ledger makes them when it starts"
-            raise UsageError(f"the ledger {shown} has no tables yet", hint)
+            raise UsageError(f"the ledger {address} has no tables yet", hint)
         if found != newest:
             hint = "run `inferctl worker` of this version once, which migrates it"
             raise UsageError(f"the ledger has the version {found}, but this inferctl reads {newest}", hint)
-        return cls(engine)
+        return cls(engine, address)
 
     def close(self) -> None:
         """Close all connections."""
@@ -243,7 +244,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
-        with _SCHEMA.reported(self._engine.url), self._engine.begin() as connection:
+        with _SCHEMA.reported(self._address), self._engine.begin() as connection:
             yield connection
 
 

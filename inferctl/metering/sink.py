@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import inferctl
+from inferctl.addresses import WebAddress
 from inferctl.errors import NotReadyError
 from inferctl.metering import cloud_event
 from inferctl.metering.ledger import Ledger
@@ -20,7 +21,7 @@ class SinkUnavailableError(NotReadyError):
     """The sink did not accept events. The same call may succeed later."""
 
 
-def send(ledger: Ledger, url: str, prefix: str, token: str | None = None) -> int:
+def send(ledger: Ledger, url: WebAddress, prefix: str, token: str | None = None) -> int:
     """Send one batch to `url`, and return how many events it had.
 
     `prefix`: of the sources to send. `token`: sent as `Authorization: Bearer`. If the process is killed after the sink
@@ -34,7 +35,7 @@ def send(ledger: Ledger, url: str, prefix: str, token: str | None = None) -> int
     headers = {"Content-Type": cloud_event.BATCH_MEDIA_TYPE, "User-Agent": f"inferctl/{inferctl.__version__}"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(url, json.dumps(events).encode(), headers, method="POST")
+    request = urllib.request.Request(url.secret(), json.dumps(events).encode(), headers, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
             pass

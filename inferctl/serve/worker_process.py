@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from inferctl.addresses import WITH_SECRETS
 from inferctl.errors import install_hint
 from inferctl.spec import Spec
 
@@ -56,7 +57,7 @@ class WorkerProcess:
     """One worker, started again with growing pauses."""
 
     def __init__(self, spec: Spec) -> None:
-        self._line = json.dumps({"spec": spec.model_dump(mode="json")}).encode() + b"\n"
+        self._line = json.dumps({"spec": spec.model_dump(mode="json", context=WITH_SECRETS)}).encode() + b"\n"
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._failures = 0

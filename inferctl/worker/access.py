@@ -12,6 +12,7 @@ from typing import Any
 
 from inferctl import outputs
 from inferctl.access import key_file
+from inferctl.addresses import DatabaseAddress
 from inferctl.errors import NotReadyError, UsageError
 from inferctl.fleet.key_store import KeyStore
 from inferctl.metering import outbox
@@ -68,7 +69,7 @@ class AccessWorker:
                 log.warning("another worker has %s; this one waits for its end", self._folder / lock)
             await asyncio.sleep(_ONLY_WORKER_S)
 
-    async def _copy_keys(self, address: str, file: Path) -> None:
+    async def _copy_keys(self, address: DatabaseAddress, file: Path) -> None:
         """Write the keys to the file that the servers read, whenever they change."""
         copy = _Copy(address, file)
         failed = False
@@ -92,7 +93,7 @@ class AccessWorker:
 class _Copy:
     """A key file with the content of a key store."""
 
-    def __init__(self, address: str, file: Path) -> None:
+    def __init__(self, address: DatabaseAddress, file: Path) -> None:
         self._address, self._file = address, file
         self._store: KeyStore | None = None
         self._changes: int | None = None

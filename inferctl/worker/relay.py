@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from inferctl.access import channel
+from inferctl.addresses import NatsAddress
 from inferctl.fleet import broker
 from inferctl.fleet.broker import Broker, BrokerUnavailableError
 
@@ -28,7 +29,7 @@ _LOG_S = 60.0
 class Relay:
     """One relay. `keys_changed` is called when `inferctl keys` changed keys."""
 
-    def __init__(self, folder: Path, url: str, keys_changed: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, url: NatsAddress | str, keys_changed: Callable[[], None]) -> None:
         self._folder, self._url, self._keys_changed = folder, url, keys_changed
         self._servers: dict[asyncio.StreamWriter, str] = {}
         self._subscribed: set[str] = set()

@@ -203,7 +203,8 @@ class Worker:
             await self._broker.close()
             self._broker = None
         if self._broker is None:
-            self._broker = await broker.connect(self._settings.broker or "")
+            assert self._settings.broker
+            self._broker = await broker.connect(self._settings.broker)
         return self._broker
 
     async def _wait(self, seconds: float) -> None:

@@ -106,13 +106,12 @@ def test_a_key_file_and_a_broker_need_a_worker_too(build: Build) -> None:
     ("access", "deploy", "message"),
     [
         ({"keys": "sqlite:///keys.sqlite"}, {}, "SQLite, a file of one machine"),
-        ({"keys": "mysql://keys@db/keys"}, {}, "keys cannot be in mysql"),
         ({"keys": "postgresql://keys@/keys?host=/run/postgresql"}, {}, "names a Unix socket"),
         ({"keys": "postgresql:///keys"}, {}, "names a Unix socket"),
         ({"broker": "nats://user:pw@nats:4222"}, {"broker": None}, r"access\.broker has credentials"),
         ({}, {"broker": None, "broker_secret": "nats"}, "nothing uses a broker"),
     ],
-    ids=["sqlite", "mysql", "socket", "no-host", "credentials", "unused-secret"],
+    ids=["sqlite", "socket", "no-host", "credentials", "unused-secret"],
 )
 def test_what_pods_cannot_use_is_refused(access: dict[str, Any], deploy: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

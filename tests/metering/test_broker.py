@@ -15,6 +15,8 @@ import nats as client
 import nats.js.errors
 import pytest
 
+from inferctl.errors import NotReadyError
+from inferctl.fleet.broker import Broker
 from inferctl.metering import broker as brokers
 from inferctl.metering.ledger import Ledger
 from inferctl.metering.outbox import Outbox
@@ -270,3 +272,29 @@ def test_without_the_worker_of_the_ledger_the_connection_is_kept(nats: Nats) -> 
         assert broker.broken
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("authorization", "credentials"),
+    [
+        ('user: "u@x", password: "p/@:#?% +&"', "u%40x:p%2F%40%3A%23%3F%25%20%2B%26"),
+        ('token: "t/@:#?% +&"', "t%2F%40%3A%23%3F%25%20%2B%26"),
+    ],
+)
+def test_credentials_with_special_characters_connect(nats: Nats, authorization: str, credentials: str) -> None:
+    nats.kill()
+    with Path(nats.command[-1]).open("a") as config:
+        config.write(f"authorization {{ {authorization} }}\n")
+    nats.start()
+    host = nats.url.removeprefix("nats://")
+
+    async def connect(address: str) -> None:
+        for connected in (await brokers.connect(address), await Broker.connect(address)):
+            await connected.close()
+
+    asyncio.run(connect(f"nats://{credentials}@{host}"))
+    asyncio.run(connect(f"{credentials}@{host}"))
+    for kind in (brokers.connect, Broker.connect):
+        with pytest.raises(NotReadyError) as failed:
+            asyncio.run(kind(f"wrong{credentials}@{host}"))
+        assert "%2F" not in failed.value.message and "***@" in failed.value.message

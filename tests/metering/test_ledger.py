@@ -155,10 +155,10 @@ def test_a_report_reads_an_existing_ledger_only(ledger_url: str, ledger: Ledger)
 
 
 def test_errors_name_the_ledger_but_no_password(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not a URL"):
-        Ledger.open("no url: secret")
-    with pytest.raises(UsageError, match="cannot be in mysql"):
-        Ledger.open("mysql://u:secret@h/d")
+    for address in ("no url: secret", "mysql://u:secret@h/d"):
+        with pytest.raises(UsageError, match="an address of a database") as rejected:
+            Ledger.open(address)
+        assert "secret" not in rejected.value.message
     with pytest.raises(UsageError, match="no ledger at"):
         Ledger.read(f"sqlite:///{tmp_path}/none.sqlite")
     with pytest.raises(DatabaseUnavailableError) as failed:

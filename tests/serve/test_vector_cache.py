@@ -137,7 +137,7 @@ def test_the_ledger_has_what_the_engines_computed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(file.read_text())
     assert figures["charged_tokens"] == figures["computed_tokens"] > 0
-    assert figures["events"] == 500
+    assert figures["requests_in_ledger"] == 500
     assert min(figures["charged_tokens_of_leavers"], figures["cached_tokens"]) > 0
 
 

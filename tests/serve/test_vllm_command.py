@@ -42,6 +42,15 @@ def test_settings_become_options_of_vllm() -> None:
     assert (chosen["--tensor-parallel-size"], chosen["--max-num-seqs"]) == ("2", "64")
 
 
+def test_vllm_gets_no_address_of_a_store(tmp_path: Path) -> None:
+    spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}})
+    names = ("METERING_LEDGER", "METERING_BROKER", "METERING_SINK", "ACCESS_KEYS", "ACCESS_BROKER", "CACHE_SHARED")
+    base = {"PGPASSWORD": "geheim", "PATH": "/bin", **{f"INFERCTL_{name}": "postgresql://u:geheim@h" for name in names}}
+    model = VllmModel(Path("/model"), 8192, BF16, "bf16")
+    found = command.environment(spec, model, A100, tmp_path, "text", base)
+    assert "geheim" not in str(found) and found["PATH"] == "/bin"
+
+
 @pytest.mark.parametrize(
     ("device", "visible", "expected"),
     [

@@ -31,16 +31,13 @@ _STARTED_S = 600
 def check(spec: Spec) -> None:
     """Raise `UsageError` if the pods could not reach the database with the keys, or if they have no worker."""
     broker.check(spec)
-    if url := spec.access.public_key_store:
-        kind = urllib.parse.urlsplit(url).scheme.partition("+")[0]
-        if kind == "sqlite":
+    if store := spec.access.key_store:
+        if store.is_file:
             raise UsageError(
                 f"{spec.name}: access.keys is SQLite, a file of one machine, which pods on several nodes cannot share",
                 "use PostgreSQL, or a key file (access.keys: keys.json) with deploy.keys_secret",
             )
-        if kind not in ("postgresql", "postgres"):
-            raise UsageError(f"{spec.name}: keys cannot be in {kind}", "use PostgreSQL, or a key file")
-        if _is_socket(url):
+        if _is_socket(store.public):
             raise UsageError(
                 f"{spec.name}: access.keys names a Unix socket, which pods do not have", "name a host in the URL"
             )

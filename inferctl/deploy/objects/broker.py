@@ -26,7 +26,7 @@ def of_limits(spec: Spec) -> str | None:
     """Return the URL of the broker of limits and revoked keys, without credentials; None if there is none."""
     if not (spec.access.required and spec.access.broker):
         return None
-    return _address(spec) or spec.access.broker
+    return _address(spec) or spec.access.broker.public
 
 
 def _address(spec: Spec) -> str | None:
@@ -35,7 +35,7 @@ def _address(spec: Spec) -> str | None:
 
 def check(spec: Spec) -> None:
     """Raise `UsageError` for a URL with credentials, and for settings of a broker that nothing uses."""
-    if "@" in (of_limits(spec) or ""):
+    if of_limits(spec) and not _address(spec) and spec.access.broker and spec.access.broker.hidden:
         raise UsageError(
             f"{spec.name}: access.broker has credentials, which everyone who reads the manifests would see",
             "set deploy.broker to the address without them, and deploy.broker_secret to a Secret with the whole URL",

@@ -17,6 +17,8 @@ from inferctl.spec import Spec
 MIDDLEWARE = "inferctl.serve.generate.middleware.VllmMiddleware"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _GIB = 1024**3
+# Variables with passwords of stores, which only the supervisor and the worker connect to.
+_STORES = ("INFERCTL_ACCESS_", "INFERCTL_CACHE_", "INFERCTL_METERING_", "PGPASSWORD")
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,14 @@ def environment(
     base: Mapping[str, str],
     cpp_compiler: bool = True,
 ) -> dict[str, str]:
-    """Return the environment of vLLM. `settings`: a folder with the settings of the edge. `style`: text or json."""
+    """Return the environment of vLLM, without addresses of stores. `style`: text or json.
+
+    `settings`: a folder with the settings of the edge, which connects to no store.
+    """
     variables = {
         # OpenAI's limit of `n`. One request with vLLM's default, 16384, blocked its API process for more than 20 s.
         "VLLM_MAX_N_SEQUENCES": "128",
-        **base,
+        **{name: value for name, value in base.items() if not name.startswith(_STORES)},
         "INFERCTL_EDGE": str(settings),
         # The model is a local folder, so nothing is downloaded, and nothing is reported to vLLM's project.
         "HF_HUB_OFFLINE": "1",

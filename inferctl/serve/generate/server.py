@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import decoder, outputs, passwords, precision
+from inferctl import decoder, outputs, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder, longest_start_s
@@ -163,10 +163,8 @@ class GenerationServer:
         So it has no passwords.
         """
         access, metering = self._spec.access, self._spec.metering
-        keys = access.keys
-        if keys:
-            keys = passwords.remove(keys) if access.key_store else str(Path(keys).absolute())
-        broker = passwords.remove(access.broker) if access.broker else None
+        keys = access.public_key_store or (str(Path(str(access.keys)).absolute()) if access.keys else None)
+        broker = access.broker.public if access.broker else None
         addresses = dict.fromkeys(("ledger", "broker", "sink"))
         return control.EdgeSettings(
             self._spec.name,

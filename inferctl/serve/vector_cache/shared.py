@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from inferctl.errors import NotReadyError, UsageError, install_hint
+from inferctl.addresses import ValkeyAddress
+from inferctl.errors import NotReadyError, install_hint
 
 if TYPE_CHECKING:
     from valkey.asyncio import Valkey
@@ -38,7 +39,7 @@ _PREFIX = b"inferctl:vector:1:"
 class SharedLevel:
     """Vectors by key in a Valkey server. `up`: whether requests ask it. `on_failure` is called for each failed call."""
 
-    def __init__(self, url: str, on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, address: ValkeyAddress | str, on_failure: Callable[[], None] = lambda: None) -> None:
         """Raises `UsageError` for a bad URL, `NotReadyError` if the client library is not installed."""
         try:
             from valkey.asyncio import Valkey
@@ -56,17 +57,14 @@ class SharedLevel:
         self._waiting_bytes = 0
         self._wake: asyncio.Event | None = None
 
+        url = ValkeyAddress(address).secret()
+
         def client(connections: int) -> Valkey:
             names: dict[str, Any] = {"lib_name": None, "lib_version": None}  # two round trips fewer to connect
             made: Valkey = Valkey.from_url(url, max_connections=connections, socket_connect_timeout=1.0, **names)
             return made
 
-        try:
-            self._reader, self._writer = client(_MAX_CONNECTIONS), client(1)
-        except ValueError:
-            raise UsageError(
-                "cache.shared is not a URL of a Valkey server", "use valkey://host:6379 or unix:///path/of/socket"
-            ) from None
+        self._reader, self._writer = client(_MAX_CONNECTIONS), client(1)
 
     async def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """Return the stored vectors of `keys`, nothing after the timeout. Of many keys, only the first are asked."""
