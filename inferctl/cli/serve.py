@@ -31,6 +31,13 @@ def serve(
     spec_file: options.SpecFile = None,
     model: options.ModelSource = None,
     precision: options.PrecisionOption = None,
+    allow_inaccurate: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-inaccurate/--no-allow-inaccurate",
+            help="Start also if a reduced precision is too far from fp32. [default: the spec's, else no]",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Set the model name of the API. [default: from the spec or the model]"),

@@ -114,6 +114,7 @@ class EncoderServer:
             max_batch_tokens=spec.serve.max_batch_tokens,
             engines=options.engines or 1,
             log=options.log,
+            allow_inaccurate=spec.serve.allow_inaccurate,
         )
         self._pool = EnginePool(
             engine_config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready

@@ -27,7 +27,7 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. With the task `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special
+    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. With the task `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special
     tokens, batches have `second_starts`, and their vectors are logits ([pairs, 1]), without the activation.
     """
 
@@ -40,6 +40,7 @@ class EngineConfig:
     max_batch_tokens: int = 16384
     engines: int = 1
     log: str = "text"
+    allow_inaccurate: bool = False
     previous_info: dict[str, Any] | None = None
 
 

@@ -81,6 +81,7 @@ class EncoderEngine:
             # Before the model is loaded: memory may be insufficient for both.
             check = Checks(folder, settings, self._memory_hint)
             forward = load_model(config.max_batch_tokens)
+            check.check_vocabulary(forward)
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
@@ -106,7 +107,7 @@ class EncoderEngine:
             reason, results = f"sorted by length; {no_kernel}", check.run(forward)
         else:
             reason, results = check.choose_attention(forward, precision)
-        fidelity, inaccurate = check.compare(results, precision)
+        fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
             threads = choose_threads(forward, cores)
