@@ -114,6 +114,8 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
     if not is_folder(path):
         snapshot = _cached_snapshot(source, revision, environment)
         if snapshot is None:
+            if path.is_file():
+                raise UsageError(f"{source} is a file, not a model folder", "pass the folder that has config.json")
             looks_local = re.fullmatch(HUB_ID, source) is None
             raise UsageError(
                 f"model folder {source} not found"

@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--hang-seconds", metavar="S", type=_at_least(float, 0.1))
     options.add_argument("--log", metavar="STYLE")
     options.add_argument("--image-reference", help=argparse.SUPPRESS)
+    options.add_argument("--published", help=argparse.SUPPRESS)
     options.add_argument("--engine", help=argparse.SUPPRESS)
     options.add_argument("--engines", type=_at_least(int, 1), help=argparse.SUPPRESS)
     return options

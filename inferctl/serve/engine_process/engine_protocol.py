@@ -6,6 +6,7 @@ process border is one of the dataclasses here. Token ids and vectors are sent as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -181,8 +182,8 @@ class Listener(Protocol):
 class Engine(Protocol):
     """Turns batches of token ids into vectors."""
 
-    def load(self) -> EngineInfo:
-        """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""
+    def load(self, on_phase: Callable[[str], None] = ...) -> EngineInfo:
+        """Load the weights, warm up, compare with fp32; say what it does. Raises `InferctlError` for what the user can fix."""
 
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
