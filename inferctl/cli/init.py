@@ -94,7 +94,7 @@ def init(
     installed = _requirement(package, ci)
     contents: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
-        if not is_hub_id(model):
+        if not is_hub_id(model) or Path(model).is_file():
             find(model)  # a path that is no model folder is an error
         base = base or ("vllm-cuda13.0" if _generates(model) else "cuda13.0")
         entry = catalog.bases().get(base)  # the check of the spec reports an unknown base

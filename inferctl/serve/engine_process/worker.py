@@ -53,7 +53,7 @@ def serve(stream: BufferedIOBase) -> int:
         _send(stream, frames.pack_json(Kind.PHASE, text))
 
     try:
-        on_phase("starting an engine")
+        on_phase("an engine process imports its libraries")
         engine = make_engine(config)
         info = engine.load(on_phase)
     except InferctlError as error:
