@@ -74,7 +74,12 @@ class ModelFolder:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, from the headers of the safetensors files."""
-        return sum(math.prod(shape) for file in self.weight_files for shape in _tensor_shapes(file))
+        return sum(math.prod(tensor["shape"]) for file in self.weight_files for _, tensor in _tensors(file))
+
+    @property
+    def number_formats(self) -> dict[str, str]:
+        """Number formats of all tensors by name, as the headers of the safetensors files have them: `F32`, `F8_E4M3`."""
+        return {name: str(tensor["dtype"]) for file in self.weight_files for name, tensor in _tensors(file)}
 
     @cached_property
     def digest(self) -> str:
@@ -109,6 +114,8 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
     if not is_folder(path):
         snapshot = _cached_snapshot(source, revision, environment)
         if snapshot is None:
+            if path.is_file():
+                raise UsageError(f"{source} is a file, not a model folder", "pass the folder that has config.json")
             looks_local = re.fullmatch(HUB_ID, source) is None
             raise UsageError(
                 f"model folder {source} not found"
@@ -136,7 +143,7 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             "save the model with `model.save_pretrained(folder)`, or download a revision with safetensors",
         )
     for file in folder.weight_files:
-        list(_tensor_shapes(file))
+        list(_tensors(file))
     if missing := sorted(folder.shards - {file.name for file in folder.weight_files}):
         raise UsageError(
             f"{path} is incomplete: {missing[0]} not found ({len(missing)} of {len(folder.shards)} weight files)",
@@ -248,8 +255,8 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _tensor_shapes(file: Path) -> Iterator[list[int]]:
-    """Yield the tensor shapes in the header of a safetensors file: an 8-byte little-endian length, then JSON.
+def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the tensors in the header of a safetensors file (an 8-byte little-endian length, then JSON) by name.
 
     Raises `UsageError` if the header or the file size is wrong, as in an incomplete download or a Git LFS pointer.
     """
@@ -263,10 +270,12 @@ def _tensor_shapes(file: Path) -> Iterator[list[int]]:
             if length > 100_000_000:
                 raise problem
             header = json.loads(stream.read(length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-        if file.stat().st_size != 8 + length + end:
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        if file.stat().st_size != 8 + length + end or not all(
+            {"shape", "dtype"} <= each.keys() for each in tensors.values()
+        ):
             raise problem
-        yield from (entry["shape"] for entry in tensors)
+        yield from tensors.items()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, struct.error):
         raise problem from None

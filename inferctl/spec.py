@@ -86,6 +86,10 @@ class Serve(Section):
         description="Number format of the forward pass. `auto` selects the best one that is native. `fp8`: generation "
         "only; weights and, where the GPU can, activations in 8 bits.",
     )
+    allow_inaccurate: bool = Field(
+        False,
+        description="Embeddings and reranking: start also if a reduced precision is farther from fp32 than its limit.",
+    )
     host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
     max_batch_tokens: int = Field(

@@ -375,15 +375,15 @@ def test_a_spec_from_init_has_the_given_values(text: str) -> None:
 
 
 def test_init_in_another_directory_writes_a_relative_model_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from inferctl.cli import run
 
-    (tmp_path / "my #1").mkdir()
+    (tmp_path / "my #1").symlink_to(minilm)
     monkeypatch.chdir(tmp_path)
     assert run(["init", "services/a", "--model", "./my #1", "--name", "m"]) == 0
     assert settings.read(Path("services/a/inferctl.yaml")).data["model"]["source"] == "../../my #1"
     source = settings.resolve(settings.read(Path("services/a/inferctl.yaml")), {}, {}).spec.model.source
-    assert Path(source).resolve() == tmp_path / "my #1"
+    assert Path(source).resolve() == minilm.resolve()
     assert run(["init", "--model", "./my #1", "--name", "m"]) == 0
     assert settings.read(Path("inferctl.yaml")).data["model"]["source"] == "./my #1"

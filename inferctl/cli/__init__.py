@@ -125,9 +125,9 @@ def run(arguments: list[str]) -> int:
     return console.interrupt() if code == EXIT_INTERRUPTED else code
 
 
-def _terminate(*_: object) -> None:
+def _terminate(number: int, _: object) -> None:
     """Handle SIGTERM like Ctrl-C, so that child processes end and temporary files are removed. CI systems send it."""
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def _run(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -123,11 +123,14 @@ def report(renderable: RenderableType) -> None:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[None]:
-    """Show a spinner and the elapsed time while the body runs. Without a terminal, print one line."""
+def progress(description: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner and the elapsed time while the body runs. Without a terminal, print one line.
+
+    Yields a function that changes the description on the terminal.
+    """
     if not sys.stderr.isatty():
         note(description)
-        yield
+        yield lambda _: None
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -138,8 +141,8 @@ def progress(description: str) -> Iterator[None]:
         console=rich(stderr=True),
         transient=True,
     ) as bar:
-        bar.add_task(description, total=None)
-        yield
+        task = bar.add_task(description, total=None)
+        yield lambda text: bar.update(task, description=text)
 
 
 def _paint(text: str, code: str) -> str:

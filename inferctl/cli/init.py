@@ -86,7 +86,7 @@ def init(
     With --ci, it also writes a CI workflow, and keeps an existing inferctl.yaml.
     """
     from inferctl import catalog, outputs, settings, spec
-    from inferctl.model import is_hub_id
+    from inferctl.model import find, is_hub_id
 
     target = directory / spec.DEFAULT_FILE
     if ci is not None and ci not in _CI:
@@ -94,6 +94,8 @@ def init(
     installed = _requirement(package, ci)
     contents: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
+        if not is_hub_id(model) or Path(model).is_file():
+            find(model)  # a path that is no model folder is an error
         base = base or ("vllm-cuda13.0" if _generates(model) else "cuda13.0")
         entry = catalog.bases().get(base)  # the check of the spec reports an unknown base
         values = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,13 @@ def serve(
     spec_file: options.SpecFile = None,
     model: options.ModelSource = None,
     precision: options.PrecisionOption = None,
+    allow_inaccurate: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-inaccurate/--no-allow-inaccurate",
+            help="Start also if a reduced precision is too far from fp32. [default: the spec's, else no]",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Set the model name of the API. [default: from the spec or the model]"),
@@ -118,6 +126,9 @@ def serve(
     image_reference: Annotated[
         str | None, typer.Option(hidden=True, help="Set the image reference that /info returns.")
     ] = None,
+    published: Annotated[
+        str | None, typer.Option(hidden=True, help="Set the HOST:PORT that forwards to this container.")
+    ] = None,
     engine: Annotated[
         str, typer.Option(hidden=True, help="Set the engine: encoder, or echo (no model, to measure the rest).")
     ] = "encoder",
@@ -153,13 +164,15 @@ def serve(
         truncate=truncate,
         announce=announce,
         image=main.reference(image_reference),
+        published=published,
         engines=engines,
         hang_seconds=hang_seconds,
         capacity=capacity,
         log=log,
         traces=tracing.enabled(os.environ),
     )
-    raise typer.Exit(server.run(spec, server_options, console.note, download.fetch))
+    spinner = console.progress if sys.stderr.isatty() else None
+    raise typer.Exit(server.run(spec, server_options, console.note, download.fetch, spinner))
 
 
 def _command_line_options(context: typer.Context) -> dict[str, Any]:
@@ -178,14 +191,10 @@ def _serve_image(
 
     # Rejects a reference that is no image name or id before the engine is called.
     full_reference(image)
-    if "image_reference" in command_line:
-        raise UsageError(
-            "`--image-reference` is not allowed with `--image`", "remove `--image-reference`: `--image` sets it"
-        )
-    if "capacity" in command_line:
-        raise UsageError(
-            "`--capacity` is not allowed with `--image`", "remove `--capacity`, or serve without `--image`"
-        )
+    for name in {"image_reference", "published", "capacity"} & command_line.keys():
+        option = f"--{name.replace('_', '-')}"
+        instead = ", or serve without `--image`" if name == "capacity" else ": `--image` sets it"
+        raise UsageError(f"`{option}` is not allowed with `--image`", f"remove `{option}`{instead}")
     has_model = options.names_model(spec_file, flags)
     # A spec requires a model, but an image needs none. The image name serves as a placeholder, which is not read.
     spec = options.load(spec_file, flags if has_model else {**flags, "model.source": image}).spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import signal
 import stat
 import threading
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inferctl import hub, model, outputs, settings
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
@@ -28,7 +29,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Address:
-    """The address of the container. Port 0 selects a free port. `network`: None for the engine's bridge, or `host`."""
+    """The address of the container. Port 0 selects a free port of this machine. `network`: None for the engine's bridge, or `host`."""
 
     host: str
     port: int
@@ -79,19 +80,21 @@ def run_server(
     folder = weights(image, serve_options, fetch)
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     address = serve_options.address
+    if not address.port:  # the server names it
+        address = replace(address, port=free_port())
     try:
         container = engine.start(
             image.id, options(image, folder, address, gpu, serve_options.arguments, serve_options.keys)
         )
     except failures.NoBridgeError as error:
         log(f"{error.message}; using the host's network")
-        address = replace(address, network="host", port=address.port or free_port())
+        address = replace(address, network="host")
         container = engine.start(
             image.id, options(image, folder, address, gpu, serve_options.arguments, serve_options.keys)
         )
     with container:
         timeout = int(serve_options.drain_seconds) + _STOP_GRACE_SECONDS
-        return _run_to_end(container, image, address, log, announce, timeout)
+        return _run_to_end(container, address, log, announce, timeout)
 
 
 def get_or_pull(engine: DockerEngine, reference: str, log: Callable[[str], None]) -> ImageInfo:
@@ -156,7 +159,10 @@ def options(
     container_port = listening_port(image)
     on_host = address.network == "host"
     port = address.port if on_host else container_port
-    listen = ("--host", address.host, "--port", str(port)) if on_host else ()
+    # On the bridge, the server listens at all addresses of the container and cannot know where clients reach it.
+    listen = (
+        ("--host", address.host, "--port", str(port)) if on_host else ("--published", f"{address.host}:{address.port}")
+    )
     reference = ("--image-reference", image.digests[0] if image.digests else image.id)
     environment = {"INFERCTL_SERVE_PORT": str(port)}
     mounts = mounts_of(folder) if folder else {}
@@ -184,7 +190,6 @@ def listening_port(image: ImageInfo) -> int:
 
 def _run_to_end(
     container: Container,
-    image: ImageInfo,
     address: Address,
     log: Callable[[str], None],
     announce: Path | None,
@@ -194,20 +199,21 @@ def _run_to_end(
     reader = threading.Thread(target=_relay_log, args=(container, log), daemon=True)
     reader.start()
     try:
-        port = address.port if address.network == "host" else container.host_port(listening_port(image))
-        url = f"http://{address.host}:{port}"
-        log(f"the container {container.id[:12]} listens at {url}")
-        local_host = "127.0.0.1" if address.host == "0.0.0.0" else address.host
-        if announce is not None and _wait_ready(container, (local_host, port)):
-            outputs.announce(announce, url)
+        log(f"container  {container.id[:12]}")  # the server in it prints the address
+        local_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+        if announce is not None and _wait_ready(container, (local_host, address.port)):
+            host = f"[{local_host}]" if ":" in local_host else local_host
+            outputs.announce(announce, f"http://{host}:{address.port}")
         while (code := container.wait(3600.0)) is None:
             pass
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         log("stopping the container")
         container.stop(stop_timeout)
-        code = container.wait(float(stop_timeout)) or 0
+        # As a server without a container does.
+        after_stop = 0 if stop.args == (signal.SIGTERM,) else EXIT_INTERRUPTED
+        code = container.wait(float(stop_timeout)) or after_stop
     reader.join(timeout=2.0)
-    if code and (error := exit_error(container, "see the log above")):
+    if code not in (0, EXIT_INTERRUPTED) and (error := exit_error(container, "see the log above")):
         raise error
     return code
 

@@ -30,6 +30,7 @@ from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
+from inferctl.serve.progress import StartProgress
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
 from inferctl.serve.scheduling.dispatcher import Dispatcher
@@ -48,9 +49,16 @@ class EncoderServer:
     """One running server of embeddings or scores."""
 
     def __init__(
-        self, spec: Spec, task: Task, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder
+        self,
+        spec: Spec,
+        task: Task,
+        options: ServerOptions,
+        notify: Callable[[str], None],
+        folder: ModelFolder,
+        progress: StartProgress,
     ) -> None:
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
+        self._progress = progress
         self._config = config = task_config.read(task, folder.path, spec.serve.max_input_tokens)
         self._capacity = capacity = Capacity.read(options.capacity) if options.capacity else None
         capacity_slo_ms = capacity.slo_p99_ms if capacity else None
@@ -115,9 +123,10 @@ class EncoderServer:
             max_batch_tokens=spec.serve.max_batch_tokens,
             engines=options.engines or 1,
             log=options.log,
+            allow_inaccurate=spec.serve.allow_inaccurate,
         )
         self._pool = EnginePool(
-            engine_config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready
+            engine_config, options.engines, self._dispatcher, self._batch_timeout, self._engine_ready, progress.phase
         )
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         metrics.watch_capacity(self._rates)
@@ -133,10 +142,8 @@ class EncoderServer:
         listener.raise_file_limit()
         self._tokenizer.warm()
         socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
-        self._url = listener.url_of(socket, self._spec.serve.host)
-        for warning in chain(
-            access.warnings(self._spec.access, self._spec.serve.host), metering.warnings(self._spec.metering)
-        ):
+        self._url, host = listener.reached_at(socket, self._spec.serve.host, self._options.published)
+        for warning in chain(access.warnings(self._spec.access, host), metering.warnings(self._spec.metering)):
             self._notify(f"warning    {warning}")
         self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
         self._metering.open()
@@ -147,12 +154,13 @@ class EncoderServer:
         exchange = asyncio.create_task(self._access.exchange()) if self._access else None
         serving = asyncio.create_task(self._http.serve(sockets=[socket]))
         signals.connect(self._handle_signal)
+        showing = asyncio.create_task(self._progress.run())
         await asyncio.wait((serving, engines), return_when=asyncio.FIRST_COMPLETED)
         if engines.done():
             self._dispatcher.fail_all("the server ends because of an error")
         self._http.close()
         await serving
-        for task in filter(None, (sharing, exchange)):
+        for task in filter(None, (sharing, exchange, showing)):
             task.cancel()
             await asyncio.wait((task,))
         self._pool.stop()
@@ -168,7 +176,8 @@ class EncoderServer:
             limit = self._spec.serve.drain_seconds
             self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
             return 1
-        self._notify("stopped")
+        if self._lifecycle.started or not self._interrupted:
+            self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
 
     async def _close_metering(self, worker: asyncio.Task[None] | None) -> None:
@@ -186,12 +195,14 @@ class EncoderServer:
 
     def _handle_signal(self, number: int) -> None:
         self._signals += 1
+        self._progress.stop()
         self._interrupted |= number == signal.SIGINT
         if self._signals > 1:
             self._pool.kill()
             os._exit(EXIT_INTERRUPTED if self._interrupted else EXIT_TERMINATED)
-        requests = self._edge.in_flight
-        self._notify(f"shutting down; requests in flight: {requests}; a second signal stops at once")
+        if self._lifecycle.started:
+            requests = self._edge.in_flight
+            self._notify(f"shutting down; requests in flight: {requests}; a second signal stops at once")
         self._lifecycle.draining = True
         # Load balancers notice `/readyz` with a delay, so requests are accepted for the grace period. After Ctrl-C, and
         # before the server was ready, no load balancer has to be waited for.
@@ -226,6 +237,7 @@ class EncoderServer:
             self._notify(f"an engine is ready; {counts}")
             return
         lifecycle.started = True
+        self._progress.stop()
         self._ready_seconds = time.monotonic() - self._started
         gc.collect()
         gc.freeze()

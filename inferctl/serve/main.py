@@ -19,6 +19,7 @@ SETTINGS = {
     "model": "model.source",
     "name": "name",
     "precision": "serve.precision",
+    "allow_inaccurate": "serve.allow_inaccurate",
     "host": "serve.host",
     "port": "serve.port",
     "max_batch_tokens": "serve.max_batch_tokens",
@@ -32,6 +33,7 @@ SETTINGS = {
 # Options that `inferctl serve --image` passes on. Host, port and model belong to the container.
 FORWARDED = (
     "precision",
+    "allow_inaccurate",
     "name",
     "max_batch_tokens",
     "max_input_tokens",
@@ -65,16 +67,18 @@ def parser() -> argparse.ArgumentParser:
     options = _Parser(prog="python -m inferctl.serve", argument_default=argparse.SUPPRESS, allow_abbrev=False)
     options.description = "Serve embeddings over HTTP, OpenAI-compatible. `inferctl serve --help` explains the options."
     options.add_argument("--spec", metavar="FILE", type=Path)
-    for name in SETTINGS:
+    for name in SETTINGS.keys() - {"allow_inaccurate"}:
         number = name == "port" or name.startswith("max_")
         options.add_argument(_option(name), metavar="N" if number else "TEXT", type=int if number else str)
     options.add_argument("--device", metavar="NAME")
-    options.add_argument("--truncate", action=argparse.BooleanOptionalAction)
+    for flag in ("--allow-inaccurate", "--truncate"):
+        options.add_argument(flag, action=argparse.BooleanOptionalAction)
     options.add_argument("--announce", metavar="FILE", type=Path)
     options.add_argument("--capacity", metavar="FILE", type=Path)
     options.add_argument("--hang-seconds", metavar="S", type=_at_least(float, 0.1))
     options.add_argument("--log", metavar="STYLE")
     options.add_argument("--image-reference", help=argparse.SUPPRESS)
+    options.add_argument("--published", help=argparse.SUPPRESS)
     options.add_argument("--engine", help=argparse.SUPPRESS)
     options.add_argument("--engines", type=_at_least(int, 1), help=argparse.SUPPRESS)
     return options

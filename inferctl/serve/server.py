@@ -13,6 +13,7 @@ from inferctl.errors import UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve import logs
 from inferctl.serve.options import ServerOptions
+from inferctl.serve.progress import Spinner, StartProgress
 from inferctl.serve.signals import StopSignals
 from inferctl.spec import Spec, Task
 
@@ -24,10 +25,17 @@ class Server(Protocol):
         """Serve, and return the exit code."""
 
 
-def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch: hub.Fetch | None = None) -> int:
+def run(
+    spec: Spec,
+    options: ServerOptions,
+    notify: Callable[[str], None],
+    fetch: hub.Fetch | None = None,
+    spinner: Spinner | None = None,
+) -> int:
     """Serve until a signal arrives, and return the exit code. `notify` gets status lines.
 
     `fetch` downloads the model. Without it, and with JSON logs, the download reports its progress as status lines.
+    `spinner` shows the start on a terminal; else the start has status lines, too.
     Raises `UsageError` for a model that is not found or not usable, `NotReadyError` for such a port or device.
     """
     if options.log not in ("text", "json"):
@@ -51,17 +59,32 @@ def run(spec: Spec, options: ServerOptions, notify: Callable[[str], None], fetch
             import uvloop
 
             loop_factory = uvloop.new_event_loop
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(_server(spec, task, options, notify, folder).run(signals))
+        progress = StartProgress(notify, None if options.log == "json" else spinner)
+        progress.phase(f"loading {spec.name} for the task {task}")
+        try:
+            server = _server(spec, task, options, notify, folder, progress, signals)
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                return runner.run(server.run(signals))
+        finally:
+            progress.stop()
 
 
 def _server(
-    spec: Spec, task: Task, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder
+    spec: Spec,
+    task: Task,
+    options: ServerOptions,
+    notify: Callable[[str], None],
+    folder: ModelFolder,
+    progress: StartProgress,
+    signals: StopSignals,
 ) -> Server:
+    """Return the server. Raises `KeyboardInterrupt` for a signal during the imports, which take seconds."""
     if task == "generate":
         from inferctl.serve.generate.server import GenerationServer
 
-        return GenerationServer(spec, options, notify, folder)
+        signals.check()
+        return GenerationServer(spec, options, notify, folder, progress, signals)
     from inferctl.serve.encoder_server import EncoderServer
 
-    return EncoderServer(spec, task, options, notify, folder)
+    signals.check()
+    return EncoderServer(spec, task, options, notify, folder, progress)

@@ -36,3 +36,8 @@ class StopSignals:
         self._deliver = lambda number: loop.call_soon_threadsafe(stop, number)
         for number in self._pending:
             stop(number)
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if a signal arrived. For a start that holds nothing yet that has to be ended."""
+        if self._pending:
+            raise KeyboardInterrupt

@@ -94,7 +94,13 @@ class TokenizerPool:
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
         self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
-        self.vocabulary_size = self._tokenizer().get_vocab_size(with_added_tokens=True)
+        tokenizer = self._tokenizer()
+        # All ids are below it. Those of added tokens can have gaps before them.
+        self.vocabulary_size = max(
+            tokenizer.get_vocab_size(with_added_tokens=True),
+            *(1 + id for id in tokenizer.get_added_tokens_decoder()),
+            0,
+        )
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""

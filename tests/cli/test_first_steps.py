@@ -56,6 +56,18 @@ def test_a_generative_model_gets_a_base_with_vllm(here: Path, minilm: Path, caps
     assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0, vllm-openai" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "source", ["./nope", "nope", "~/nope", "org/sub/nope", "empty", "./gguf/", "gguf/m.gguf", "./gguf/m.gguf", "", "."]
+)
+def test_init_writes_no_spec_for_a_path_that_is_no_model(here: Path, capsys: Captured, source: str) -> None:
+    for folder in ("empty", "gguf"):
+        (here / folder).mkdir()
+    (here / "gguf" / "m.gguf").touch()
+    assert cli.run(["init", "--model", source]) == 2
+    assert "hint: " in capsys.readouterr().err
+    assert not (here / "inferctl.yaml").exists()
+
+
 def test_init_keeps_an_existing_spec_unless_forced(here: Path, capsys: Captured) -> None:
     ci = ["--ci", "github", "--package", "inferctl @ file:///wheel.whl"]
     assert cli.run(["init", "--model", "org/first"]) == 0

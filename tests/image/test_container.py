@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from inferctl import cli
 from inferctl.errors import UsageError
 from inferctl.image import container
 from inferctl.image.container import Address, ServeOptions
 from inferctl.image.records import ImageInfo
+from inferctl.serve.edge import access, listener
+from inferctl.spec import Access
 from tests.image import tiny
 
 HERE = Address("127.0.0.1", 0)
@@ -30,7 +35,8 @@ def image(weights: str | None) -> ImageInfo:
 
 def test_options_override_those_of_the_image() -> None:
     made = container.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
-    assert made.command == ("serve", "--x", "--image-reference", "sha256:0", "--precision", "bf16")
+    told = ("--published", "127.0.0.1:0", "--image-reference", "sha256:0")
+    assert made.command == ("serve", "--x", *told, "--precision", "bf16")
 
 
 def test_an_image_that_mounts_its_weights_requires_a_model() -> None:
@@ -77,6 +83,56 @@ def test_internal_options_of_the_container_are_rejected(tmp_path: Path) -> None:
     done = inferctl(tmp_path, "serve", "--image", "a:b", "--image-reference", "c:d")
     assert done.returncode == 2
     assert "`--image-reference` is not allowed with `--image`" in done.stderr
+
+
+class Stoppable:
+    """A container whose server ends with 0 when it is stopped. A signal arrives while the command waits for it."""
+
+    id = "0" * 64
+
+    def __init__(self, sent: int) -> None:
+        self.sent, self.stopped = sent, False
+
+    def follow(self) -> Iterator[str]:
+        yield "ready"
+
+    def wait(self, _: float) -> int | None:
+        if not self.stopped:
+            cli._terminate(self.sent, None)
+        return 0
+
+    def stop(self, _: int) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_stop_has_the_exit_code_of_a_server_and_the_command_prints_no_address(sent: int, code: int) -> None:
+    lines: list[str] = []
+    made: Any = Stoppable(sent)
+    assert container._run_to_end(made, replace(HERE, port=8080), lines.append, None, 30) == code
+    assert made.stopped
+    assert not any("http" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("listens", "published", "url", "reached"),
+    [
+        ("0.0.0.0", "127.0.0.1:8099", "http://127.0.0.1:8099", "127.0.0.1"),
+        ("0.0.0.0", "0.0.0.0:8099", "http://127.0.0.1:8099", "0.0.0.0"),
+        ("0.0.0.0", "10.1.2.3:1", "http://10.1.2.3:1", "10.1.2.3"),
+        ("0.0.0.0", "::1:8099", "http://[::1]:8099", "::1"),
+        ("127.0.0.1", None, "http://127.0.0.1:{}", "127.0.0.1"),
+        ("0.0.0.0", None, "http://127.0.0.1:{}", "0.0.0.0"),
+    ],
+)
+def test_a_server_names_the_address_at_which_clients_reach_it(
+    listens: str, published: str | None, url: str, reached: str
+) -> None:
+    with listener.listen(listens, 0) as socket:
+        found = listener.reached_at(socket, listens, published)
+        assert found == (url.format(socket.getsockname()[1]), reached)
+    warned = [line for line in access.warnings(Access(), found[1]) if "everyone who reaches it" in line]
+    assert bool(warned) == (reached not in ("127.0.0.1", "::1"))
 
 
 @pytest.fixture

@@ -115,12 +115,9 @@ def test_the_comparison_with_fp32_is_of_the_attention_that_serves(tiny: Any, mon
 
     monkeypatch.setattr(Forward, "pack", rejecting)
     monkeypatch.setattr(Forward, "__call__", damaged)
-    info = EncoderEngine(
-        EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu", max_batch_tokens=256)
-    ).load()
-    assert info.attention == "padded"
-    assert info.cosine_min is not None
-    assert info.cosine_min < 0.99
+    config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu", allow_inaccurate=True)
+    with pytest.raises(UsageError, match=r"fp32 is inaccurate: cosine to fp32 -?0\.[0-8]"):
+        EncoderEngine(config).load()
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("bf16", 0.999), ("fp16", 0.9999), ("int8", 0.98)])
@@ -470,14 +467,14 @@ def test_a_model_that_overflows_in_a_precision_does_not_start(tiny: Any, archite
 
     folder = altered(tiny(architecture, "mean_tokens"), enlarge)
     config = EngineConfig(model=str(folder), precision="fp16", device="cpu")
-    with pytest.raises(NotReadyError, match="NaN or infinity for 8 of 8 check texts in fp16") as caught:
+    with pytest.raises(UsageError, match="NaN or infinity for 8 of 8 check texts in fp16") as caught:
         EncoderEngine(config).load()
     assert "`--precision bf16`" in (caught.value.hint or "")
     assert EncoderEngine(replace(config, precision="fp32")).load().within_limit
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [("bert", "packed"), ("mpnet", "padded")])
-def test_an_inaccurate_precision_is_a_warning_and_not_attributed_to_packing(
+def test_an_inaccurate_precision_does_not_start_or_is_a_warning_and_is_not_attributed_to_packing(
     tiny: Any, architecture: str, attention: str
 ) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
@@ -488,7 +485,11 @@ def test_an_inaccurate_precision_is_a_warning_and_not_attributed_to_packing(
         weights[name] += 100
 
     folder = altered(tiny(architecture, "mean_tokens"), shift)
-    info, lines = started(EncoderEngine(EngineConfig(model=str(folder), precision="bf16", device="cpu")))
+    config = EngineConfig(model=str(folder), precision="bf16", device="cpu")
+    with pytest.raises(UsageError, match=r"bf16 is inaccurate: cosine to fp32 0\.") as caught:
+        EncoderEngine(config).load()
+    assert "`--allow-inaccurate`" in (caught.value.hint or "")
+    info, lines = started(EncoderEngine(replace(config, allow_inaccurate=True)))
     assert info.attention == attention
     # MPNet adds a position bias to its attention, which packing does not support.
     assert ("differs" in info.attention_reason) == (attention == "padded")

@@ -90,6 +90,7 @@ def test_its_options_equal_those_of_inferctl_serve() -> None:
 def test_forwarded_options_arrive_unchanged_in_the_container() -> None:
     given = {
         "precision": "bf16",
+        "allow_inaccurate": True,
         "name": "m",
         "max_batch_tokens": 64,
         "max_input_tokens": 32,

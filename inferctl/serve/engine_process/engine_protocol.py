@@ -6,6 +6,7 @@ process border is one of the dataclasses here. Token ids and vectors are sent as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -27,7 +28,7 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. With the task `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special
+    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. With the task `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special
     tokens, batches have `second_starts`, and their vectors are logits ([pairs, 1]), without the activation.
     """
 
@@ -40,6 +41,7 @@ class EngineConfig:
     max_batch_tokens: int = 16384
     engines: int = 1
     log: str = "text"
+    allow_inaccurate: bool = False
     previous_info: dict[str, Any] | None = None
 
 
@@ -180,8 +182,8 @@ class Listener(Protocol):
 class Engine(Protocol):
     """Turns batches of token ids into vectors."""
 
-    def load(self) -> EngineInfo:
-        """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""
+    def load(self, on_phase: Callable[[str], None] = ...) -> EngineInfo:
+        """Load the weights, warm up, compare with fp32; say what it does. Raises `InferctlError` for what the user can fix."""
 
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.

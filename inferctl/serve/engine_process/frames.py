@@ -33,6 +33,7 @@ class Kind(IntEnum):
     FATAL = 3  # from the engine, which cannot start: {"message", "hint", "exit_code"}
     BATCH = 4  # to the engine
     RESULT = 5  # from the engine
+    PHASE = 7  # from the engine, which starts: what it does now, as a JSON string
     FAILED = 6  # from the engine, for a batch that raised: {"id", "message", "out_of_memory"}
 
 

@@ -14,7 +14,8 @@ class EnginePool:
     """Starts the engines of a server, assigns their devices and keeps them running.
 
     `count`: how many engines; None for one per GPU that `config.device` can use, else one. The first engine checks the
-    model; the others start when it is ready, and use its results. `on_ready` is called after each start of an engine.
+    model; the others start when it is ready, and use its results. `on_ready` is called after each start of an engine,
+    `on_phase` with each phase of a start.
     """
 
     def __init__(
@@ -24,9 +25,10 @@ class EnginePool:
         listener: Listener,
         batch_timeout: Callable[[], float],
         on_ready: Callable[[EngineInfo], None] = lambda _: None,
+        on_phase: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._config, self._count, self._listener = config, count, listener
-        self._batch_timeout, self._on_ready = batch_timeout, on_ready
+        self._batch_timeout, self._on_ready, self._on_phase = batch_timeout, on_ready, on_phase
         self._supervisors: list[Supervisor] = []
         self._tasks = asyncio.TaskGroup()
 
@@ -67,7 +69,7 @@ class EnginePool:
             supervisor.kill()
 
     def _add(self, config: EngineConfig) -> None:
-        supervisor = Supervisor(config, self._listener, self._batch_timeout, self._engine_ready)
+        supervisor = Supervisor(config, self._listener, self._batch_timeout, self._engine_ready, self._on_phase)
         self._supervisors.append(supervisor)
         self._tasks.create_task(supervisor.run())
 

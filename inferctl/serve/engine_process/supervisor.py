@@ -60,10 +60,12 @@ class Supervisor:
         listener: Listener,
         batch_timeout: Callable[[], float],
         on_ready: Callable[[EngineInfo], None],
+        on_phase: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.ready = False
         self.restarts = self.hangs = 0
-        self._config, self._listener, self._batch_timeout, self._on_ready = config, listener, batch_timeout, on_ready
+        self._config, self._listener, self._batch_timeout = config, listener, batch_timeout
+        self._on_ready, self._on_phase = on_ready, on_phase
         self._failures = 0  # failed starts in a row
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -153,6 +155,7 @@ class Supervisor:
             env=_ENVIRONMENT | os.environ,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=2,  # output of libraries must not appear on the server's stdout
+            start_new_session=True,  # Ctrl-C in a terminal is for the server only, also while the engine imports
         )
 
     async def _listen(self, reader: asyncio.StreamReader) -> EngineStartError | None:
@@ -168,6 +171,8 @@ class Supervisor:
                 failed = json.loads(body)
                 del self._batches[failed["id"]]
                 self._listener.batch_failed(self, failed["id"], failed["message"], failed["out_of_memory"])
+            elif kind is Kind.PHASE:
+                self._on_phase(json.loads(body))
             elif kind is Kind.READY:
                 self._engine_ready(EngineInfo.from_json(json.loads(body)))
             elif kind is Kind.FATAL:

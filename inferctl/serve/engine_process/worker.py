@@ -48,9 +48,14 @@ def serve(stream: BufferedIOBase) -> int:
         return 1
     config = EngineConfig(**json.loads(first[1]))
     logs.configure(config.log)
+
+    def on_phase(text: str) -> None:
+        _send(stream, frames.pack_json(Kind.PHASE, text))
+
     try:
+        on_phase("an engine process imports its libraries")
         engine = make_engine(config)
-        info = engine.load()
+        info = engine.load(on_phase)
     except InferctlError as error:
         return _fatal(stream, error.message, error.hint, error.exit_code)
     except Exception as error:  # the API process reports it to the user
@@ -108,7 +113,7 @@ def _send(stream: BufferedIOBase, frame: bytes) -> None:
 def main() -> None:
     """Run the engine process."""
     hide_scikit_learn()
-    # These signals reach the whole process group. The API process decides when the engine ends.
+    # Someone may send these to the engine. The API process decides when it ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from inferctl.divergence import REFERENCE_TOKENS
 from inferctl.errors import UsageError
-from inferctl.serve.engines import plain
+from inferctl.serve.engines import plain, weights
 from inferctl.serve.engines.cpu import usable_cores
 
 # Bounds the logits of one text in memory: 256 MB for a vocabulary of 256,000 tokens.
@@ -42,12 +42,12 @@ class CausalModel:
                 f"transformers cannot read {folder}: {error}", "use a model that transformers knows"
             ) from None
         loader: Any = AutoModelForCausalLM
-        weights: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True, **options}
+        source: dict[str, Any] = {"config": config}
         if getattr(config, "quantization_config", None):
             del config.quantization_config
             loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            weights = {"pretrained_model_name_or_path": None, "state_dict": _dequantized(folder)}
-        self._model = loader.from_pretrained(config=config, dtype=torch.float32, **weights).eval()
+            source |= {"pretrained_model_name_or_path": None, "state_dict": _dequantized(folder)}
+        self._model = weights.load(loader, folder, "generate", torch.float32, **source)
 
     def encode(self, text: str | list[dict[str, str]]) -> list[int] | None:
         """Return the first token ids of a text or of chat messages.

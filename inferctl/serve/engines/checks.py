@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferctl.errors import NotReadyError
+from inferctl.errors import NotReadyError, UsageError
 from inferctl.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import memory
@@ -52,6 +52,7 @@ class Checks:
         self.expected: Vectors | None = None
         small = folder.parameters <= _MAX_CHECKED_PARAMETERS
         pool = TokenizerPool(folder.path, config, threads=1)
+        self._vocabulary_size = pool.vocabulary_size
         if isinstance(config, EmbeddingConfig):
             self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))
             if small:
@@ -66,6 +67,15 @@ class Checks:
         self.description = f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
         if small:
             self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
+
+    def check_vocabulary(self, forward: Forward) -> None:
+        """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
+        if self._vocabulary_size > forward.vocabulary_size:
+            raise UsageError(
+                f"tokenizer.json has token ids up to {self._vocabulary_size - 1}, but the model has embeddings for "
+                f"{forward.vocabulary_size}, up to {forward.vocabulary_size - 1}",
+                "use the tokenizer.json that belongs to these weights",
+            )
 
     def run(self, forward: Forward) -> Vectors:
         """Return the vectors or logits of the check texts. Raises `NotReadyError` if memory is insufficient for one."""
@@ -97,16 +107,17 @@ class Checks:
         forward.pack(False)
         return f"sorted by length; {reason}", self.run(forward)  # what serves is what is compared with fp32
 
-    def compare(self, results: Vectors, precision: PrecisionInfo) -> tuple[dict[str, Any], str | None]:
+    def compare(self, results: Vectors, precision: PrecisionInfo, allowed: bool) -> tuple[dict[str, Any], str | None]:
         """Return the fields of `EngineInfo` about fidelity to fp32, and a warning if it is below the limit.
 
-        `results`: what `run` returned. Raises `NotReadyError` for NaN or infinity.
+        `results`: what `run` returned. `allowed`: whether a reduced precision may be below its limit. Raises
+        `UsageError` if it may not, and for NaN or infinity.
         """
         effective = precision.effective
         if bad := int((~finite_rows(results)).sum()):
             message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}
-            raise NotReadyError(message, hints.get(effective, "use `--precision bf16` or `--precision fp32`"))
+            raise UsageError(message, hints.get(effective, "use `--precision bf16` or `--precision fp32`"))
         fields: dict[str, Any] = {"dimensions": results.shape[1], "check": self.description}
         if self.expected is None:
             return fields, None
@@ -115,19 +126,24 @@ class Checks:
         if self._rerank:
             limit = _MAX_LOGIT_ERROR[effective]
             fields |= {"logit_error": worst, "logit_error_limit": limit}
-            warning = f"relative error of logits {worst:.5f}, expected at most {limit}"
+            problem = f"relative error of logits {worst:.5f}, expected at most {limit}"
         else:
             limit = _MAX_COSINE_DISTANCE[effective]
             fields |= {"cosine_min": 1 - worst, "cosine_mean": 1 - float(errors.mean()), "cosine_limit": 1 - limit}
-            warning = f"cosine to fp32 {1 - worst:.5f}, expected at least {1 - limit}"
+            problem = f"cosine to fp32 {1 - worst:.5f}, expected at least {1 - limit}"
         if worst <= limit:
             return fields, None
-        warning = f"{effective} is inaccurate: {warning}"
-        if effective != "fp32":
-            warning += ". `--precision fp32` avoids this"
-        elif precision.tf32:
-            warning += ". `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0` turns TF32 off"
-        return fields, warning
+        problem = f"{effective} is inaccurate: {problem}"
+        if effective == "fp32" and not precision.tf32:
+            raise UsageError(problem, "use another model: the server does not compute this one correctly")
+        fix = (
+            "`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0` turns TF32 off"
+            if precision.tf32
+            else "`--precision fp32` avoids this"
+        )
+        if not allowed:
+            raise UsageError(problem, f"{fix}; `--allow-inaccurate` accepts it")
+        return fields, f"{problem}. {fix}"
 
     def _run_in_parts(self, forward: Forward, sequences: Sequences) -> Vectors:
         """Return what `forward` returns, computed in halves if memory is insufficient for the whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class EchoEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
 
-    def load(self) -> EngineInfo:
+    def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Return the info of an engine without a model."""
         return EngineInfo(
             dimensions=_DIMENSIONS,

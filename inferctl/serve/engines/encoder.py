@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -43,14 +44,14 @@ class EncoderEngine:
         self._compute: Forward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
-    def load(self) -> EngineInfo:
+    def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory.
 
         If the configuration has the info of an earlier engine on an equal device, the comparison is skipped, because
         clients wait for a restart.
         """
         try:
-            return self._load()
+            return self._load(on_phase)
         except InferctlError:
             raise
         except Exception as error:
@@ -60,7 +61,7 @@ class EncoderEngine:
                 f"insufficient memory to load the model: {memory.summary(error)}", self._memory_hint
             ) from error
 
-    def _load(self) -> EngineInfo:
+    def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:
         """Do what `load` does, with the errors that torch raises."""
         config = self._config
         folder = model.find(config.model)
@@ -78,11 +79,16 @@ class EncoderEngine:
             forward = load_model(info.batch_tokens)
             forward.pack(info.attention == "packed")
         else:
+            on_phase("computing the check texts in fp32")
             # Before the model is loaded: memory may be insufficient for both.
             check = Checks(folder, settings, self._memory_hint)
+            on_phase(f"loading the weights in {precision.effective}")
             forward = load_model(config.max_batch_tokens)
+            check.check_vocabulary(forward)
+            on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
+        on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
         forward.batch_tokens = limit
         if lowered:
@@ -106,7 +112,7 @@ class EncoderEngine:
             reason, results = f"sorted by length; {no_kernel}", check.run(forward)
         else:
             reason, results = check.choose_attention(forward, precision)
-        fidelity, inaccurate = check.compare(results, precision)
+        fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
             threads = choose_threads(forward, cores)

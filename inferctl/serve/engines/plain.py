@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferctl.errors import UsageError
 from inferctl.serve.embedding_config import EmbeddingConfig, Pooling
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.engines import weights
 from inferctl.serve.tokenizer_pool import Pair
 from inferctl.spec import Task
 
@@ -19,20 +19,15 @@ from inferctl.spec import Task
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
     """Return the encoder of a model folder, or for `rerank` the whole cross-encoder, in evaluation mode.
 
-    It loads only local safetensors files and runs no code of the folder. Raises `UsageError` if the files have no
-    weights for the head of a cross-encoder.
+    Raises `UsageError` as `weights.load` does.
     """
     silence_libraries()
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    auto: Any = AutoModelForSequenceClassification if task == "rerank" else AutoModel
-    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    model, found = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    model = weights.load(AutoModelForSequenceClassification if task == "rerank" else AutoModel, folder, task, dtype)
     if task == "embed" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # sentence embeddings do not use it
-    if task == "rerank" and (missing := sorted(found["missing_keys"])):
-        raise UsageError(f"the weights of {folder} lack {missing[0]}", "use a model with the head of a cross-encoder")
-    return model.eval()
+    return model
 
 
 def silence_libraries() -> None:

@@ -58,11 +58,24 @@ _HINTS = (
 )
 
 
-class VllmProcess:
-    """`vllm serve` in its own process group. `on_line` gets the lines of its output that a user should see."""
+# What vLLM logs when a phase of its start begins -> the phase.
+_PHASES = (
+    (re.compile(r"non-default args: "), "vLLM reads the configuration of the model"),
+    (re.compile(r"Initializing a V1 LLM engine"), "vLLM starts its engine"),
+    (re.compile(r"Starting to load model "), "vLLM loads the weights"),
+    (re.compile(r"Loading weights took "), "vLLM prepares the model"),
+    (re.compile(r"torch\.compile |[Ww]arming up |Capturing "), "vLLM compiles and warms up"),
+)
 
-    def __init__(self, on_line: Callable[[str], None]) -> None:
-        self._on_line = on_line
+
+class VllmProcess:
+    """`vllm serve` in its own process group. `on_line` gets the lines of its output that a user should see.
+
+    `on_phase` gets the phases of its start.
+    """
+
+    def __init__(self, on_line: Callable[[str], None], on_phase: Callable[[str], None] = lambda _: None) -> None:
+        self._on_line, self._on_phase = on_line, on_phase
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
@@ -150,6 +163,8 @@ class VllmProcess:
                 continue
             quoting = None
             self._tail.append(text)
+            if phase := next((name for pattern, name in _PHASES if pattern.search(text)), None):
+                self._on_phase(phase)
             if _RECORD.match(text):
                 of_edge = _EDGE.match(text) is not None
             if everything or of_edge or _SHOWN.match(text):

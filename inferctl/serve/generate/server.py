@@ -33,12 +33,14 @@ from inferctl.serve.generate.supervisor import Supervisor
 from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import RequestMetrics, objectives
 from inferctl.serve.options import ServerOptions
+from inferctl.serve.progress import StartProgress
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
 from inferctl.spec import Spec
 
 # The versions whose options and behavior this module was tested with.
 TESTED = ("0.32.",)
 _HANDOVER_S = 2.0
+_POLL_S = 0.1  # how soon a signal ends the search for the device
 _FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
 _VLLM_SOCKET = "vllm.sock"
 # The path of a socket has at most 107 bytes. vLLM's own are 19 bytes longer than this folder.
@@ -48,10 +50,19 @@ _MAX_FOLDER_BYTES = 88
 class GenerationServer:
     """One running server of chat and completions."""
 
-    def __init__(self, spec: Spec, options: ServerOptions, notify: Callable[[str], None], folder: ModelFolder) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        options: ServerOptions,
+        notify: Callable[[str], None],
+        folder: ModelFolder,
+        progress: StartProgress,
+        signals: StopSignals,
+    ) -> None:
         self._started = time.monotonic()
         self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
-        self._probe = _probe(options.device)
+        self._progress = progress
+        self._probe = _probe(options.device, progress, signals)
         _check_version(self._probe, notify)
         _check_key(spec, os.environ)
         self._model = _model(spec, folder, self._probe)
@@ -110,24 +121,29 @@ class GenerationServer:
     async def _run(self, signals: StopSignals) -> int:
         listener.raise_file_limit()
         self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
-        self._url = listener.url_of(self._socket, self._spec.serve.host)
+        self._url, host = listener.reached_at(self._socket, self._spec.serve.host, self._options.published)
         if not os.environ.get("VLLM_API_KEY"):
-            for warning in access.warnings(self._spec.access, self._spec.serve.host):
+            for warning in access.warnings(self._spec.access, host):
                 self._notify(f"warning    {warning}")
         for warning in metering.warnings(self._spec.metering):
             self._notify(f"warning    {warning}")
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
-        self._notify("starting vLLM, which takes a minute or more ...")
+        self._progress.phase("starting vLLM, which takes a minute or more")
+        showing = asyncio.create_task(self._progress.run())
         self._open_front()
         signals.connect(self._handle_signal)
-        await self._supervisor.run()
+        try:
+            await self._supervisor.run()
+        finally:
+            showing.cancel()
         await self._close_front()
         if unfinished := self._supervisor.unfinished:
             limit = self._spec.serve.drain_seconds
             self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
             return 1
-        self._notify("stopped")
+        if self._lifecycle.started or not self._interrupted:
+            self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
 
     async def _close_metering(self, worker: asyncio.Task[None] | None) -> None:
@@ -149,7 +165,7 @@ class GenerationServer:
         variables["PYTHONPATH"] = os.pathsep.join(
             filter(None, (*_python_path(self._directory, self._probe), variables.get("PYTHONPATH")))
         )
-        process = VllmProcess(self._output)
+        process = VllmProcess(self._output, self._progress.phase)
         await process.start(command.arguments(self._spec, self._model, self._derived), variables)
         return process
 
@@ -230,6 +246,7 @@ class GenerationServer:
             self._notify(f"vLLM is ready again; restarts: {self._supervisor.restarts}")
             return
         self._lifecycle.started = True
+        self._progress.stop()
         chosen, device, spec = self._model.precision, self._probe.device, self._spec
         self._notify(f"precision  {chosen.effective}, {chosen.level}, {chosen.method}: {chosen.reason}")
         self._notify(f"device     {device.name}")
@@ -244,12 +261,14 @@ class GenerationServer:
 
     def _handle_signal(self, number: int) -> None:
         self._signals += 1
+        self._progress.stop()
         self._interrupted |= number == signal.SIGINT
         if self._signals > 1:
             self._supervisor.kill()
             shutil.rmtree(self._directory, ignore_errors=True)
             os._exit(EXIT_INTERRUPTED if self._interrupted else EXIT_TERMINATED)
-        self._notify("shutting down; a second signal stops at once")
+        if self._lifecycle.started:
+            self._notify("shutting down; a second signal stops at once")
         self._lifecycle.draining = True
         self._supervisor.drain()
         grace = 0 if self._interrupted or not self._lifecycle.started else self._spec.serve.grace_seconds
@@ -267,14 +286,34 @@ async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
     raise ApiError(503, "vLLM is not ready", code="not_ready", headers={"retry-after": "5"})
 
 
-def _probe(device: str) -> probe.Probe:
-    """Return the device that vLLM will use. Raises `NotReadyError` if it is not found."""
-    command_line = [sys.executable, "-m", "inferctl.serve.generate.probe", device]
-    ran = subprocess.run(command_line, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        reason = (ran.stderr.strip().splitlines() or ["no output"])[-1]
+def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.Probe:
+    """Return the device that vLLM will use.
+
+    Raises `NotReadyError` if it is not found, `KeyboardInterrupt` for a signal: to import torch takes seconds.
+    """
+    progress.phase("looking for the device")
+    with subprocess.Popen(
+        [sys.executable, "-m", "inferctl.serve.generate.probe", device],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C in a terminal is for the server only
+    ) as process:
+        output, errors = "", ""
+        while process.returncode is None:
+            try:
+                output, errors = process.communicate(timeout=_POLL_S)
+            except subprocess.TimeoutExpired:
+                progress.tick()
+                try:
+                    signals.check()
+                except KeyboardInterrupt:
+                    process.kill()
+                    raise
+    if process.returncode:
+        reason = (errors.strip().splitlines() or ["no output"])[-1]
         raise NotReadyError(f"the device cannot be determined: {reason}", install_hint("serve"))
-    return probe.Probe.from_json(ran.stdout)
+    return probe.Probe.from_json(output)
 
 
 def _temporary_folder() -> Path:

@@ -1,0 +1,144 @@
+"""Loads the weights of a model folder, and refuses those that are not the weights of its model.
+
+transformers gives random values to weights that the files lack, ignores those that the model does not have, and
+mentions both only in its log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inferctl.errors import UsageError
+from inferctl.model import ModelFolder
+from inferctl.serve.engine_process import memory
+from inferctl.spec import Task
+
+_BUFFERS = (
+    r"(.*\.)?(position_ids|token_type_ids)",  # constants that older versions of transformers stored
+    r"(.*\.)?rotary_emb\.inv_freq",  # computed from config.json
+    r"(.*\.)?num_batches_tracked",  # counts the batches of the training
+)
+# Heads that an encoder was pretrained with, which neither its vectors nor its scores use. With the architecture that
+# stores each one.
+_PRETRAINING = (
+    r"cls\..*",  # BERT, DeBERTa: masked tokens, next sentence
+    r"lm_head\..*",  # RoBERTa, XLM-R, MPNet, decoders
+    r"vocab_(transform|layer_norm|projector)\..*",  # DistilBERT
+    r"(discriminator|generator)_predictions\..*",  # ELECTRA
+    r"generator_lm_head\..*",  # ELECTRA
+    r"(predictions|sop_classifier)\..*",  # ALBERT
+    r"(lm|mask)_predictions\..*",  # DeBERTa
+)
+# An architecture that uses a pooler has one, so then its weights are not unexpected.
+_POOLER = r"(.*\.)?pooler\..*"
+# Heads of classification and question answering, which vectors do not use. `head` and `decoder`: ModernBERT.
+_HEADS = r"(classifier|pre_classifier|score|qa_outputs|head|decoder)\..*"
+# Encoders of images and sound, and the prediction of several tokens, which the next token of a text does not use.
+_OTHER_INPUTS = r"(model\.)?(vision_tower|visual|audio_tower|multi_modal_projector|mtp)\..*"
+_MAY_BE_UNEXPECTED: dict[Task, tuple[str, ...]] = {
+    "embed": (*_BUFFERS, *_PRETRAINING, _POOLER, _HEADS),
+    "rerank": (*_BUFFERS, *_PRETRAINING, _POOLER),
+    "generate": (*_BUFFERS, _OTHER_INPUTS),
+}
+# Embeddings are pooled from the last layer, without the model's own pooler.
+_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,), "rerank": (), "generate": ()}
+# Of a message about wrong weights, which can be all of a model.
+_NAMED = 3
+_SHOWN = 300  # characters of an error of transformers
+# Numbers of safetensors files that weights can have without scales of their own, and those of stored constants.
+_READABLE = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"})
+_HINT = "the files may be incomplete or of another model: compare config.json with them, or download the model again"
+
+
+def load(auto: Any, folder: Path, task: Task, dtype: torch.dtype, **options: Any) -> Any:
+    """Return the model that a class of transformers loads for `task`, with all weights from the folder's files.
+
+    It runs no code of the folder. `options` go to transformers. Raises `UsageError` if the files lack weights of the
+    model, have others, or have NaN, infinity or 8-bit numbers, and if transformers cannot read the folder.
+    """
+    if "state_dict" not in options:
+        _check_numbers(folder)
+        options["pretrained_model_name_or_path"] = folder
+    try:
+        model, found = auto.from_pretrained(
+            dtype=dtype,
+            output_loading_info=True,
+            # Else the exception for them names none.
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except Exception as error:
+        if memory.is_insufficient(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"transformers cannot load {folder}: {reason[:_SHOWN]}",
+            "use a model that transformers knows, with all of its files",
+        ) from error
+    _check_names(folder, task, found)
+    _check_values(folder, model)
+    return model.eval()
+
+
+def _check_numbers(folder: Path) -> None:
+    """Raise `UsageError` for quantized weights, which transformers would read without their scales, or need a library.
+
+    That of generation reads those that it can.
+    """
+    model = ModelFolder(folder)
+    method = model.config.get("quantization_config")
+    unreadable = {name: each for name, each in model.number_formats.items() if each not in _READABLE}
+    if method is None and not unreadable:
+        return
+    what = _listed([f"{name} ({number})" for name, number in unreadable.items()]) if unreadable else "all of them"
+    raise UsageError(
+        f"the weights of {folder} are quantized: {what}", "use the model with weights in fp32, bf16 or fp16"
+    )
+
+
+def _check_names(folder: Path, task: Task, found: dict[str, Any]) -> None:
+    missing = _others(found["missing_keys"], _MAY_BE_MISSING[task])
+    unexpected = _others(found["unexpected_keys"], _MAY_BE_UNEXPECTED[task])
+    shapes = [f"{name} ({_shape(stored)}, not {_shape(own)})" for name, stored, own in sorted(found["mismatched_keys"])]
+    parts = [f"lack {_listed(missing)}"] if missing else []
+    parts += [f"have another shape than the model: {_listed(shapes)}"] if shapes else []
+    parts += [f"include others than those of the model: {_listed(unexpected)}"] if unexpected else []
+    if parts:
+        raise UsageError(f"the weights of {folder} {'; they '.join(parts)}", _HINT)
+
+
+def _check_values(folder: Path, model: Any) -> None:
+    """Raise `UsageError` for NaN, and for infinity, which fp16 alone may have for larger numbers in the files."""
+    bad = []
+    for name, values in model.named_parameters():
+        if not values.numel():
+            continue
+        # One pass without a copy: the least and the greatest value are NaN if any is.
+        least, most = torch.aminmax(values.detach())
+        finite = torch.isfinite(least) & torch.isfinite(most)
+        if not finite and (torch.isnan(least) or values.dtype != torch.float16):
+            bad.append(name)
+    if bad:
+        raise UsageError(f"weights of {folder} have NaN or infinity: {_listed(bad)}", _HINT)
+
+
+def _others(names: Collection[str], harmless: tuple[str, ...]) -> list[str]:
+    pattern = re.compile("|".join(harmless) or r"(?!)")
+    return sorted(name for name in names if not pattern.fullmatch(name))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _shape(sizes: Collection[int]) -> str:
+    return "x".join(map(str, sizes))

@@ -1,0 +1,130 @@
+"""What a start shows, and how it ends after a signal at any time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.errors import EXIT_INTERRUPTED
+from inferctl.serve import progress
+from inferctl.serve.progress import StartProgress
+
+# A module whose import ends in the middle of a start: a signal for the whole process group, as a terminal sends it.
+_SIGNALS = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r} and {process!r} in " ".join(sys.orig_argv):
+            os.killpg(os.getpgid({group}), signal.{number})
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "process", "name"),
+    [
+        # Before the engine can ignore signals.
+        ("inferctl serve", "SIGINT", "engine_process.worker", "inferctl.serve.engine_process"),
+        ("inferctl.serve", "SIGINT", "engine_process.worker", "numpy"),
+        ("inferctl.serve", "SIGTERM", "engine_process.worker", "numpy"),
+        ("inferctl.serve", "SIGINT", "engine_process.worker", "inferctl.serve.engines.echo"),
+        ("inferctl serve", "SIGINT", "-m inferctl", "inferctl.serve.encoder_server"),
+        ("inferctl.serve", "SIGTERM", "-m inferctl", "inferctl.serve.encoder_server"),
+        ("inferctl serve", "SIGTERM", "-m inferctl", "starlette"),
+    ],
+)
+def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
+    minilm: Path, tmp_path: Path, command: str, number: str, process: str, name: str
+) -> None:
+    group = "os.getppid()" if "worker" in process else "0"
+    (tmp_path / "sitecustomize.py").write_text(_SIGNALS.format(name=name, process=process, number=number, group=group))
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--model", str(minilm), "--engine", "echo", "--port", "0"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        start_new_session=True,
+        check=False,
+    )
+    # A server that listens drains after SIGTERM.
+    assert done.returncode == EXIT_INTERRUPTED or (number == "SIGTERM" and done.returncode == 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error: " not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("starting ")]
+    assert len(lines) <= 1, lines
+
+
+def test_a_signal_ends_the_search_for_a_device(tmp_path: Path) -> None:
+    from inferctl.serve.generate.server import _probe
+    from inferctl.serve.signals import StopSignals
+
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            _probe("auto", StartProgress(lambda _: None), signals)
+
+
+def test_a_pipe_gets_one_line_and_then_one_for_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    lines: list[str] = []
+    shown = StartProgress(lines.append)
+    for phase in ("starting an engine", "loading the weights", "warming up"):
+        shown.phase(phase)
+        for _ in range(10):
+            now += 1
+            shown.tick()
+    assert len(lines) == 3
+    assert all(
+        word in line for word, line in zip(("an engine", "weights; 15 s", "warming up; 30 s"), lines, strict=True)
+    )
+    shown.stop()
+    now += 100
+    shown.tick()
+    shown.phase("a later start")
+    assert len(lines) == 3
+
+
+def test_a_terminal_gets_the_phases_and_no_lines() -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def spinner(text: str) -> Iterator[Callable[[str], None]]:
+        events.append(text)
+        yield events.append
+        events.append("end")
+
+    shown = StartProgress(pytest.fail, spinner)
+    for phase in ("a", "b"):
+        shown.phase(phase)
+    shown._printed -= 2 * progress._INTERVAL_S
+    shown.tick()
+    shown.stop()
+    shown.stop()
+    assert events == ["a", "b", "end"]
+
+
+def test_the_phases_of_vllm_are_found_in_its_log() -> None:
+    from inferctl.serve.generate.process import _PHASES
+
+    logged = [
+        "INFO 11-29 09:24:42 [api_utils.py:286] non-default args: {'model_tag': 'm'}",
+        "INFO 11-29 09:26:20 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='m'",
+        "INFO 11-29 09:26:40 [cpu_model_runner.py:60] Starting to load model /m...",
+        "INFO 11-29 09:26:44 [default_loader.py:300] Loading weights took 0.91 seconds",
+        "INFO 11-29 09:26:50 [cpu_model_runner.py:70] Warming up model for the compilation...",
+    ]
+    found: list[Any] = [next((name for pattern, name in _PHASES if pattern.search(line)), None) for line in logged]
+    assert len(set(found)) == len(logged)
+    assert None not in found
