@@ -101,7 +101,7 @@ class Ledger:
         url = _SCHEMA.url(address)
         if url.get_backend_name() == "sqlite":
             if not Path(url.database or "").is_file():
-                hint = "name it with `--ledger URL`; the worker of a server with `metering.mode: on` makes it"
+                hint = "check its address (`--ledger URL`); the worker of a server with `metering.mode: on` makes it"
                 raise UsageError(f"there is no ledger at {url.database}", hint)
             uri = f"{Path(url.database or '').absolute().as_uri()}?mode=ro&uri=true"
             engine = sa.create_engine(f"sqlite:///{uri}")
