@@ -20,7 +20,7 @@ def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Pa
     `parents`: whether `write` creates missing folders. `inputs`: files that the command reads, and folders from which
     it may read any file.
     """
-    place = "a file" if parents else "a file in a folder that exists and is writable"
+    place = "another file" if parents else "another file, in a folder that exists and is writable,"
     hint = f"name {place} with `{option}`"
     try:
         if file.is_dir():

@@ -27,7 +27,7 @@ ENVIRONMENT_PREFIX = "INFERCTL_"
 # Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
 # Settings of a spec file that `null` in a variable removes. Other texts stay texts.
-_REMOVABLE = ("access.keys", "access.broker", "access.oidc.issuer", "cache.size", "cache.shared")
+_REMOVABLE = ("access.keys", "access.broker", "access.oidc.issuer", "cache.size", "cache.shared", "slo.p99_ms")
 # The environment of a server that only its parent process uses: it asks for no keys and computes every input, whatever
 # the spec says.
 OPEN_ACCESS = {
@@ -37,6 +37,12 @@ OPEN_ACCESS = {
     "INFERCTL_ACCESS_TRUSTED_PROXIES": "",
     "INFERCTL_CACHE_SIZE": "null",
     "INFERCTL_CACHE_SHARED": "null",
+}
+# The environment of a server whose capacity is measured: it accepts every request.
+WITHOUT_ADMISSION = {
+    "INFERCTL_SLO_P99_MS": "null",
+    "INFERCTL_SERVE_MAX_WAIT_SECONDS": "86400",
+    "INFERCTL_SERVE_MAX_QUEUE_TOKENS": "1000000000",
 }
 _EXAMPLE = "write a commented example with `inferctl init --force`"
 
@@ -59,7 +65,8 @@ def read(path: Path) -> Document:
     if path.is_dir():
         raise UsageError(f"{path} is a folder, not a spec file", f"did you mean {path / DEFAULT_FILE}?")
     if not path.exists():
-        raise UsageError(f"spec file {path} not found", "write one with `inferctl init`, or pass `--spec FILE`")
+        instead = "pass `--spec FILE`" if path == Path(DEFAULT_FILE) else "correct its path"
+        raise UsageError(f"spec file {path} not found", f"write one with `inferctl init`, or {instead}")
     return documents.read(path, _EXAMPLE)
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from inferctl import cli
+from inferctl import cli, settings
 from inferctl.errors import UsageError
 
 GITHUB = (".github/actions/inferctl/action.yml", ".github/workflows/inferctl.yml")
@@ -309,6 +309,62 @@ def test_existing_ci_files_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "include" in capsys.readouterr().err
     assert cli.run(gitlab) == UsageError.exit_code
     assert cli.run([*gitlab, "--force"]) == 0
+
+
+@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
+@pytest.mark.parametrize(
+    ("base", "free", "code"),
+    [
+        ("cuda13.0", 14, 1),  # a standard runner of GitHub
+        ("cuda13.0", 24, 1),
+        ("cuda13.0", 25, 0),
+        ("vllm-cuda13.0", 14, 1),
+        ("./my-base.yaml", 14, 1),
+        ("cpu", 14, 0),
+        ("vllm-cpu", 14, 0),
+        ("cpu", 3, 1),
+    ],
+)
+@pytest.mark.parametrize("engine", ["local", "remote", "absent"])
+def test_a_runner_with_too_little_disk_fails_before_the_build(
+    written: Path, tmp_path: Path, path: str, base: str, free: int, code: int, engine: str
+) -> None:
+    """Before, the build of a CUDA image filled the disk of the runner after half an hour."""
+    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
+    (script,) = (one for one in parts if "DockerRootDir" in one)
+    root = tmp_path if engine == "local" else Path("/nowhere")
+    programs = {
+        "inferctl": f"""echo '{{"image.base": {{"value": "{base}"}}}}'""",
+        "docker": "exit 1" if engine == "absent" else f"echo {root}",
+        "df": f'echo "$@" > {tmp_path}/arguments; printf "Avail\n  {free}\n"',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", "SPEC": "inferctl.yaml"}
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert (f"error: {free} GB are free" in done.stderr and base in done.stderr) is bool(code)
+    assert (tmp_path / "arguments").read_text().split()[-1] == (str(root) if engine == "local" else "/")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "base"),
+    [
+        ([], "cpu"),
+        (["--base", "cuda13.0"], "cuda13.0"),
+        (["--hardware", "t4"], "cuda13.0"),
+        (["--ci", "gitlab"], "cuda13.0"),  # on a runner of one's own
+    ],
+)
+def test_the_workflow_of_github_builds_an_image_that_fits_its_runner(
+    tmp_path: Path, arguments: list[str], base: str
+) -> None:
+    assert cli.run(["init", str(tmp_path), "--ci", "github", "--package", PACKAGE, *arguments]) == 0
+    written = settings.resolve(settings.read(tmp_path / "inferctl.yaml"), {}, {}).spec
+    assert written.image.base == base
+    assert (written.hardware == ["cpu"]) is (base == "cpu")
 
 
 def packages(folder: Path) -> list[str]:

@@ -24,6 +24,8 @@ def data(text: str) -> None:
 
 
 _json_pending = False
+# The width of tables without a terminal: no cell is wrapped.
+_PIPE_COLUMNS = 10_000
 
 
 def expect_document(expected: bool) -> None:
@@ -118,8 +120,19 @@ def rich(stderr: bool = False) -> Console:
 
 
 def report(renderable: RenderableType) -> None:
-    """Print the result of a command, such as a table, to stdout."""
-    rich().print(renderable)
+    """Print the result of a command, such as a table, to stdout.
+
+    Without a terminal, as in a pipe, each row is one line without spaces at its end. COLUMNS sets another width.
+    """
+    console = rich()
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    if not os.environ.get("COLUMNS", "").isdigit():
+        console.width = _PIPE_COLUMNS
+    with console.capture() as captured:
+        console.print(renderable)
+    data("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextmanager

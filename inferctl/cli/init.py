@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _EXAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # an embedding model
 _EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
 # Scripts that GitHub and GitLab share.
-_PARTS = ("names", "build", "measure", "compare", "publish")
+_PARTS = ("disk", "names", "build", "measure", "compare", "publish")
 EPILOG = f"""\b
 Examples:
   # Write a spec for a local model on a T4
@@ -51,7 +51,8 @@ def init(
         typer.Option(
             metavar="KEY",
             autocompletion=completion.BASES,
-            help="Set the base image of `inferctl catalog bases`. [default: cuda13.0; vllm-cuda13.0 for generation]",
+            help="Set the base image of `inferctl catalog bases`. [default: cuda13.0; vllm-cuda13.0 for generation; "
+            "their CPU variants with --ci github]",
         ),
     ] = None,
     hardware: Annotated[
@@ -96,7 +97,12 @@ def init(
     if not target.exists() or (force and ci is None):
         if not is_hub_id(model) or Path(model).is_file():
             find(model)  # a path that is no model folder is an error
-        base = base or ("vllm-cuda13.0" if _generates(model) else "cuda13.0")
+        if base is None:
+            # GitHub's standard runners have 14 GB of disk. A CUDA image needs 25 GB.
+            kind = "cpu" if ci == "github" and not hardware else "cuda13.0"
+            base = f"vllm-{kind}" if _generates(model) else kind
+            if ci == "github" and not hardware:
+                console.note(f"the base is {base}, since a CUDA image does not fit a standard runner of GitHub")
         entry = catalog.bases().get(base)  # the check of the spec reports an unknown base
         values = {
             "name": name or spec.slug(model),

@@ -133,12 +133,12 @@ def build_error(text: str, step: str | None = None, log: list[str] | None = None
     summary = f"the build failed in {_short(step)}" if step else f"the build failed: {last_line(text)}"
     detail = f"{summary}\n{output}" if output else summary if not step else f"{summary}: {last_line(text)}"
     if _PACKAGE_TRUST.search(message):
-        return NotReadyError(detail, "for a private certificate authority, pass its bundle with `--ca FILE`")
+        return NotReadyError(detail, "for a private certificate authority, `--ca FILE` must have its bundle")
     if _PACKAGE_NETWORK.search(message):
         return NotReadyError(
             detail,
-            "the build cannot reach the package index: pass `--network host`, or `--pip-conf FILE` for your own index,"
-            " or set image.wheels",
+            "the build cannot reach the package index: it uses the network of the host with `--network host`, "
+            "your own index with `--pip-conf FILE`, and no index with image.wheels",
         )
     if _PACKAGE_HASH.search(message):
         return InferctlError(

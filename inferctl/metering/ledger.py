@@ -104,7 +104,7 @@ class Ledger:
         if address.is_file:
             file = file_of(address) or Path()
             if not file.is_file():
-                hint = "name it with `--ledger URL`; the worker of a server with `metering.mode: on` makes it"
+                hint = "check its address (`--ledger URL`); the worker of a server with `metering.mode: on` makes it"
                 raise UsageError(f"there is no ledger at {file}", hint)
             uri = f"{file.absolute().as_uri()}?mode=ro&uri=true"
             engine = sa.create_engine(f"sqlite:///{uri}")

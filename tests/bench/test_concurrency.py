@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from bench_samples import ANSWERING
 
+from inferctl import settings
 from inferctl.bench.judge import summary
 from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
-from inferctl.bench.measure.concurrency import Step
+from inferctl.bench.measure.bench import started
+from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import findings, result
 from inferctl.bench.report.receipts import write_all
@@ -97,6 +99,85 @@ def test_a_busy_load_generator_is_no_saturated_server() -> None:
     assert (found.users, found.limited_by, found.steps[-1].users) == (32, "load generator", 64)
     said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=found.as_dict())]))
     assert "a may not be saturated" in said and "--workers" in said and "can show no difference" in said
+
+
+def test_a_server_that_rejects_requests_ends_the_steps() -> None:
+    """With its SLO, fp16 once rejected 97% of the requests of 1,024 users, and set this number for all."""
+    found = concurrency.find(lambda users, _: Step(users, 10.0 * users, None, 0.4 if users < 64 else 30.0))
+    assert (found.users, found.limited_by, found.steps[-1].users) == (32, "rejections", 64)
+    assert not found.saturated
+    said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=found.as_dict())]))
+    assert "it rejected 30% of the requests of 64 users" in said
+    assert concurrency.find(lambda users, _: Step(users, 5.0, None, 2.0)).users == concurrency.FIRST_USERS
+
+
+@pytest.mark.parametrize(("rate", "most"), [(2, 32), (25, 32), (100, 128), (400, 1024)])
+def test_a_slow_server_does_not_get_1024_users_on_a_busy_machine(rate: float, most: int) -> None:
+    """With noise of 40% per step, int8 at 25 requests/s once grew up to 1,024 users, which wait for 40 s."""
+    for seed in range(100):
+        draw = random.Random(seed)
+        found = concurrency.find(lambda users, _, draw=draw: Step(users, rate * max(0.1, draw.gauss(1, 0.4)), None))
+        assert max(step.users for step in found.steps) <= 2 * most
+        assert found.limited_by in ("server", "latency", "users")
+
+
+@pytest.mark.parametrize(
+    ("found", "users"),
+    [
+        ([(32, "server", 100), (64, "server", 90)], 64),
+        ([(32, "server", 100), (1024, "server", 16)], 32),  # emulated
+        ([(32, "server", 100), (1024, "users", 49)], 32),
+        ([(32, "server", 100), (1024, "users", 51)], 1024),
+        ([(8, "server", 16), (1024, "users", 100)], 1024),
+        ([(32, "server", 100), (512, "rejections", 900)], 32),
+        ([(64, "rejections", 100), (16, "rejections", 100)], 16),
+        ([(64, "load generator", 100)], 64),
+        ([(128, "server", 3)], 128),
+    ],
+)
+def test_the_users_of_all_are_those_of_a_fast_server_that_accepts_them(
+    found: list[tuple[int, str, float]], users: int
+) -> None:
+    each = [Concurrency(needed, needed, limit, (Step(needed, rate, 95.0),)) for needed, limit, rate in found]
+    shared = concurrency.shared(each)
+    assert {one.users for one in shared} == {users}
+    assert [one.needed_users for one in shared] == [needed for needed, _, _ in found]
+    for one in shared:
+        assert one.saturated == (one.limited_by == "server" and one.needed_users <= users)
+        said = " ".join(findings.saturation([MeasuredRow("a", "measured", concurrency=one.as_dict())]))
+        assert ("a may not be saturated" in said) is not one.saturated
+
+
+@pytest.mark.parametrize(
+    ("load", "search", "accepts_all"),
+    [
+        ({"mode": "closed", "users": 4}, None, True),
+        ({"mode": "closed", "users": "auto"}, None, True),
+        ({"mode": "closed", "stages": [{"duration_s": 1, "users": 2}]}, None, True),
+        ({"mode": "open", "rate": "50%"}, None, True),
+        ({"mode": "open", "rate": 20}, None, False),
+        ({"mode": "open", "rate": 20, "spike": {"at_s": 1, "duration_s": 1, "times": 5}}, None, False),
+        ({"mode": "closed", "users": 4}, {"slo_p99_ms": 50}, False),
+    ],
+)
+def test_a_server_whose_capacity_is_measured_rejects_no_request(
+    tmp_path: Path, load: dict[str, Any], search: dict[str, Any] | None, accepts_all: bool
+) -> None:
+    """The limits of the spec apply to every other load."""
+    spec = tmp_path / "inferctl.yaml"
+    spec.write_text("name: m\nmodel: {source: org/m}\nslo: {p99_ms: 1}\nserve: {max_wait_seconds: 2}\n")
+    show = "import json, os; json.dump(dict(os.environ), open('variables.json', 'w'))"
+    made = bench(tmp_path, "fp32")
+    wanted = made.plan.model_copy(update={"load": shape.Load.model_validate(load)})
+    if search:
+        wanted = wanted.with_overrides(search=search)
+    work = dataclasses.replace(made, plan=wanted, command=lambda *_: [sys.executable, "-c", show])
+    with pytest.raises(InferctlError), started(work, work.targets[0], tmp_path, lambda *_: None):
+        pass
+    variables = json.loads((tmp_path / "variables.json").read_text())
+    served = settings.resolve(settings.read(spec), variables, {}).spec
+    assert (served.slo.p99_ms, served.serve.max_wait_seconds) == ((None, 86_400) if accepts_all else (1, 2))
+    assert (served.serve.max_queue_tokens == 262_144) is not accepts_all
 
 
 def test_a_server_that_answers_nothing_is_an_error() -> None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from inferctl.bench import receipt
+from inferctl.bench.judge import rejections
 from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.errors import UsageError
 
@@ -109,9 +110,9 @@ def invalid_because(pair: ReceiptPair, allow: Sequence[str]) -> list[str]:
         return [f"{pair.old.name} was not measured again: NEW has no receipt with this name"]
     sides = (("old", pair.old), ("new", pair.new))
     reasons = [
-        f"the {side} receipt is invalid: {'; '.join(sealed.data['validity']['reasons'])}"
+        f"the {side} receipt is invalid: {'; '.join(found)}"
         for side, sealed in sides
-        if not sealed.valid
+        if (found := rejections.invalid_because(sealed))
     ]
     if "hardware" not in allow:
         reasons += hardware_differences(pair.old, pair.new)

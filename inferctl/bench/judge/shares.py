@@ -10,6 +10,8 @@ import math
 from decimal import Decimal
 
 _ALPHA = 0.025
+# With more than this share of requests without a good response, the p99 of all requests has no upper bound.
+P99_SHARE = 0.01
 
 
 def exceeds(count: int, total: int, limit: float) -> bool:

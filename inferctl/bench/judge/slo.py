@@ -10,8 +10,6 @@ from inferctl.bench import stats
 from inferctl.bench.judge import shares
 from inferctl.bench.receipt import JsonObject
 
-# With more than this share of requests without a good response, the p99 of all requests has no upper bound.
-_P99_SHARE = 0.01
 # The variance inflation factor of a sample that is too small to estimate it.
 _UNKNOWN_DEPENDENCE = 5.0
 
@@ -50,7 +48,7 @@ def judge_bounds(summary: JsonObject, budget: float) -> SloResult:
     figures, bad = found["bounds_percent"], round(total * (1 - found["percent"] / 100))
     if total < figures["p99"]["needed"]:
         inflation = found.get("dependence") or _UNKNOWN_DEPENDENCE
-        if shares.exceeds(math.floor(bad / inflation), math.ceil(total / inflation), _P99_SHARE):
+        if shares.exceeds(math.floor(bad / inflation), math.ceil(total / inflation), shares.P99_SHARE):
             reason = f"{bad} of {total} requests ({shares.percent(bad, total)}) were not within the bounds"
             return SloResult(False, reason)
     return judge(figures, 100.0, total - figures["n"], budget, OF_BOUNDS)
@@ -65,7 +63,7 @@ def judge(latency: JsonObject, limit_ms: float, lost: int, budget: float, unit: 
     """
     total = latency["n"] + lost
     loss = f"{lost} of {total} requests ({shares.percent(lost, total)}) got no good response"
-    if shares.exceeds(lost, total, _P99_SHARE):
+    if shares.exceeds(lost, total, shares.P99_SHARE):
         return SloResult(False, loss)
     # Receipts of older versions have the p99 of good responses only.
     p99, n = (latency["p99_of_all"], total) if lost and "p99_of_all" in latency else (latency["p99"], latency["n"])

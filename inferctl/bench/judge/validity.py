@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.bench import stats
-from inferctl.bench.judge import shares
+from inferctl.bench.judge import rejections, shares
 from inferctl.bench.judge.summary import failures
 from inferctl.bench.receipt import JsonObject
 
@@ -120,13 +120,15 @@ def judge(
 def judge_requests(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
     """Return the validity of a configuration by its requests without a good response.
 
-    Rejected requests are a caution. The true share of failed ones must be within the error budget. The configuration is
-    invalid if they show that the share is over it. If they do not, but more failed than the budget allows, this is a
-    caution.
+    Rejected requests are a caution, or a reason by the rule of `rejections`. The true share of failed ones must be
+    within the error budget. The configuration is invalid if they show that the share is over it. If they do not, but
+    more failed than the budget allows, this is a caution.
     """
     found = _judge_failures(summary, budget_percent, searched)
     if not summary.get("rejected"):
         return found
+    if reason := rejections.reason(summary):
+        return Validity((reason, *found.reasons), found.cautions)
     share = shares.percent(summary["rejected"], summary["requests"])
     caution = (
         f"the server rejected {summary['rejected']} of {summary['requests']} requests (429, {share}), "
@@ -230,7 +232,8 @@ def merge(*validities: Validity) -> Validity:
 def combine(runs: Sequence[Validity], pooled: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
     """Return the validity of the runs of one configuration, whose pooled summary is given.
 
-    It is invalid if one run is, if all runs together have too few samples, or if failures exceed the error budget.
+    It is invalid if one run is, if all runs together have too few samples, if failures exceed the error budget, or if
+    a closed loop has too many rejections.
     """
     each = [
         Validity(run.labeled(f"run {number}").reasons if len(runs) > 1 else run.reasons, run.cautions)

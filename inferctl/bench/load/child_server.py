@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from inferctl import settings
@@ -66,11 +66,15 @@ def serve_command(model: str, name: str, spec_file: Path | None) -> ServeCommand
 
 @contextlib.contextmanager
 def serve(
-    arguments: Sequence[str], announce: Path, folder: Path, on_wait: Callable[[float], None]
+    arguments: Sequence[str],
+    announce: Path,
+    folder: Path,
+    on_wait: Callable[[float], None],
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[ChildServer]:
     """Start a server, wait until it announces its URL, and yield it. The server has ended when the context ends.
 
-    `on_wait` receives the seconds since the start. Raises `ServerError` with the server's own reason if the server
+    `on_wait` receives the seconds since the start. `variables` are added to the environment. Raises `ServerError` with the server's own reason if the server
     ends, or after 15 minutes.
     """
     log = folder / "server.log"
@@ -83,7 +87,7 @@ def serve(
             stdout=stream,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=os.environ | settings.OPEN_ACCESS,
+            env=os.environ | settings.OPEN_ACCESS | dict(variables or {}),
             start_new_session=True,
         )
     try:

@@ -59,7 +59,7 @@ def get_json(url: str, timeout_s: float, access: Access) -> Info:
         error.close()
         if error.code in ABSENT:
             return {}
-        raise NotReadyError(f"{url} returned {error.code} {error.reason}", hint(error.code)) from None
+        raise NotReadyError(f"{url} returned {error.code} {error.reason}", hint(error.code, access)) from None
     except (ValueError, RecursionError):
         return {}
     except (OSError, http.client.HTTPException) as error:
@@ -78,9 +78,13 @@ def _request(url: str, access: Access, body: bytes | None = None) -> urllib.requ
     return request
 
 
-def hint(status: int) -> str:
-    """Return what to do about an HTTP error status of a server."""
+def hint(status: int, access: Access) -> str:
+    """Return what to do about an HTTP error status of a server, which got the headers of `access`."""
     if status in (401, 403):
+        if access.headers:
+            return (
+                "the server rejects the headers of this command: check that their key is complete, valid and has rights"
+            )
         return (
             "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "
             "or pass `--header 'Name: value'`; for inferctl, a key of `inferctl keys create NAME --admin`"

@@ -255,7 +255,7 @@ def _probe(server: Target, path: str | None) -> Target:
             # A model without a chat template has no chat; vLLM says so with a 400.
             no_chat = server.task == "generate" and "chat template" in error.message
             if error.status not in ABSENT and not no_chat:
-                raise NotReadyError(error.message, hint(error.status)) from None
+                raise NotReadyError(error.message, hint(error.status, server.access)) from None
             absent.append(error)
         except InferctlError as error:
             raise NotReadyError(error.message, f"check that it serves {_SERVES[server.task]}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from inferctl.bench.measure import concurrency, resume, throughput
@@ -41,11 +40,9 @@ def find(bench: Bench, outcomes: Mapping[str, Outcome], notify: NotifyProgress) 
         except InferctlError as error:
             outcomes[target.name].failure = error.message
     load_of = {target.name: (bench.load_of(target).model_dump_json(), bench.corpus_of(target)) for target in wanted}
-    most = {
-        load: max(needed.needed_users for name, needed in found.items() if load_of[name] == load)
-        for load in {load_of[name] for name in found}
-    }
-    found = {name: replace(needed, users=most[load_of[name]]) for name, needed in found.items()}
+    for load in {load_of[name] for name in found}:
+        names = [name for name in found if load_of[name] == load]
+        found |= zip(names, concurrency.shared(found[name] for name in names), strict=True)
     if found:
         failed = {target.name: outcomes[target.name].failure for target in wanted if target.name not in found}
         resume.write(file, {"found": {name: needed.as_dict() for name, needed in found.items()}, "failed": failed})
@@ -71,8 +68,12 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
             work = workload.draw(_step_load(load, users, seconds), corpus, bench.plan.seed)
             measurement = server.measure(work, Run(target.name, 0), place)
             shutil.rmtree(place, ignore_errors=True)
-            rate = throughput.weighted_rate(measurement.records)
-            return concurrency.Step(users, round(rate, 3), measurement.resources.get("client_cpu_percent"))
+            return concurrency.Step(
+                users,
+                round(throughput.weighted_rate(measurement.records), 3),
+                measurement.resources.get("client_cpu_percent"),
+                measurement.summary["rejected_percent"],
+            )
 
         found = concurrency.find(measure)
         gain = "no further gain seen" if found.saturated else f"limited by the {found.limited_by}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inferctl import settings
 from inferctl.bench.load import child_server, generator
 from inferctl.bench.load.http_json import Access
 from inferctl.bench.load.server_tokenizer import of_server
@@ -129,7 +130,11 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
 def started(
     bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase, number: int = 0
 ) -> Iterator[child_server.ChildServer]:
-    """Start a server of a target in `folder`. Server 0 is measured, the others are its neighbors."""
+    """Start a server of a target in `folder`. Server 0 is measured, the others are its neighbors.
+
+    If its load has a closed loop, which looks for its capacity, the server rejects no request. Other loads show how it
+    behaves with its own limits.
+    """
     if bench.command is None or target.precision is None:
         raise InferctlError(f"{target.name} has neither a URL nor a precision")
     announce = folder / "announce.json"
@@ -138,5 +143,8 @@ def started(
         arguments += ["--max-batch-tokens", str(target.max_batch_tokens)]
     arguments = neighbors.command_on_device(arguments, bench.mig_devices, number)
     phase = f"starting neighbor {number}" if number else "starting"
-    with child_server.serve(arguments, announce, folder, lambda passed: notify(phase, passed)) as child:
+    load = bench.load_of(target)
+    has_closed_loop = not bench.plan.search and (load.mode == "closed" or load.capacity_percent is not None)
+    variables = settings.WITHOUT_ADMISSION if has_closed_loop else {}
+    with child_server.serve(arguments, announce, folder, lambda passed: notify(phase, passed), variables) as child:
         yield child

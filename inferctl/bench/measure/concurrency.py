@@ -1,17 +1,20 @@
 """The number of users that saturates a server: `users: auto` in a plan.
 
     for each configuration:  start its server ─► 8, 16, 32, ... users ─► requests/s stop growing ─► stop it
-    for all configurations:  the largest number of users that one of them needs
+    for all configurations:  the largest number of users that one of the fast ones needs
 
 A load that saturates no server shows no difference between configurations: each responds as fast as its clients send.
+A server that is far slower than another one does not decide, because it loses with any number of users, and its noisy
+steps would set the load of all. A server that rejects requests does not decide either: its users wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from inferctl.bench.judge.shares import P99_SHARE
 from inferctl.bench.judge.validity import CLIENT_CPU_LIMIT
 from inferctl.errors import InferctlError
 
@@ -24,8 +27,13 @@ GROWTH = 0.05
 REPEATS = 2
 # Duration of a step and of its warm-up, in seconds. A step is longer if a request takes longer.
 STEP_S, MAX_STEP_S, WINDOW_S = 2.0, 8.0, 0.3
+# After three numbers of users, the users are not doubled if a request would then take longer than this. The longest
+# step has fewer than four requests per user there, and on a busy machine its noise looks like growth: up to 1024 users.
+MAX_LATENCY_S = 2.0
 # What ended the steps.
-SERVER, GENERATOR, USERS = "server", "load generator", "users"
+SERVER, GENERATOR, USERS, REJECTIONS, LATENCY = "server", "load generator", "users", "rejections", "latency"
+# A server with less than this share of the requests/s of the fastest one does not decide the users of all.
+FAR_SLOWER = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,15 @@ class Step:
     users: int
     requests_per_s: float
     client_cpu_percent: float | None
+    rejected_percent: float = 0.0
 
 
 @dataclass(frozen=True)
 class Concurrency:
     """The users that a server needs (`needed_users`), and the users of the load that all configurations receive.
 
-    `limited_by` says what ended the steps: the server (it is saturated), the load generator, or the limit of users.
+    `limited_by` says what ended the steps: the server (it is saturated), the load generator, the limit of users, the
+    latency, or rejections: then `needed_users` is the last number without them.
     """
 
     users: int
@@ -51,7 +61,12 @@ class Concurrency:
 
     @property
     def saturated(self) -> bool:
-        return self.limited_by == SERVER
+        return self.limited_by == SERVER and self.users >= self.needed_users
+
+    @property
+    def highest_rate(self) -> float:
+        """The highest requests/s of a step."""
+        return max(step.requests_per_s for step in _means(self.steps))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the `concurrency` key of a receipt."""
@@ -82,6 +97,8 @@ def find(measure: Callable[[int, float], Step]) -> Concurrency:
         steps.append(step if step.requests_per_s else measure(users, MAX_STEP_S))
         if not any(step.requests_per_s for step in steps):
             raise InferctlError(f"the server completed no request of {users} users", "see the server's own log")
+        if steps[-1].rejected_percent > 100 * P99_SHARE:
+            return _result(steps[max(0, len(steps) - 2)].users, REJECTIONS, steps)
         if (steps[-1].client_cpu_percent or 0) > CLIENT_CPU_LIMIT:
             return _result(steps[max(0, len(steps) - 2)].users, GENERATOR, steps)
         if _stopped_growing(_means(steps)):
@@ -92,7 +109,23 @@ def find(measure: Callable[[int, float], Step]) -> Concurrency:
             if _stopped_growing(means):
                 return _result(_needed(means), SERVER, steps)
         users *= 2
+        means = _means(steps)
+        if len(means) >= 3 and users > MAX_LATENCY_S * max(step.requests_per_s for step in means):
+            return _result(_needed(means), LATENCY, steps)
     return _result(steps[-1].users, USERS, steps)
+
+
+def shared(found: Iterable[Concurrency]) -> list[Concurrency]:
+    """Return the results of configurations with equal loads, with the number of users that all receive.
+
+    If all servers reject requests, it is the largest number that none rejects.
+    """
+    found = list(found)
+    accepting = [each for each in found if each.limited_by != REJECTIONS]
+    least = FAR_SLOWER * max((each.highest_rate for each in accepting), default=0)
+    deciding = [each.needed_users for each in accepting if each.highest_rate >= least]
+    users = max(deciding) if deciding else min(each.needed_users for each in found)
+    return [replace(each, users=users) for each in found]
 
 
 def _result(users: int, limited_by: str, steps: Sequence[Step]) -> Concurrency:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.bench.judge import summary
+from inferctl.bench.judge import rejections, summary
 from inferctl.bench.load import records
 from inferctl.bench.measure import digests
 from inferctl.bench.measure.measured_server import MeasuredServer
@@ -25,9 +25,6 @@ from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
 from inferctl.errors import InferctlError
-
-# With a larger share of rejected requests, a closed loop does not show the capacity of a server.
-REJECTED_LIMIT = 0.5
 
 
 def measure(
@@ -41,18 +38,13 @@ def measure(
 ) -> Measurement:
     """Run the closed loop. Its records are in a folder of their own.
 
-    Raises `InferctlError` if the server completed no request, or rejected over half of them.
+    Raises `InferctlError` if the server completed no request, or rejected too many of them.
     """
     loop = load.as_single_stage(duration_s=load.capacity_s)
     work = workload.draw(loop, corpus, seed, tokenizer)
     measurement = server.labeled("closed loop, {phase}").measure(work, run, folder / "closed-loop")
-    rejected = measurement.summary["rejected_percent"]
-    if rejected > 100 * REJECTED_LIMIT:
-        raise InferctlError(
-            f"the server rejected {rejected:.0f}% of a closed loop with {loop.users} users (429), so its capacity is "
-            "unknown: this load is above what it accepts",
-            "lower `users` in the plan, or raise `serve.max_wait_seconds` and `slo.p99_ms` in the server's spec",
-        )
+    if reason := rejections.reason(measurement.summary):
+        raise InferctlError(f"closed loop with {loop.users} users: {reason}")
     if not measurement.summary["requests_per_s"]:
         raise InferctlError(
             f"the server completed no request of a closed loop with {loop.users} users",

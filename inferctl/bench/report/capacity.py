@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferctl.bench.judge import rejections
 from inferctl.bench.receipt import Receipt
 from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 
@@ -64,11 +65,8 @@ def served_rate(sealed: Receipt) -> ServedRate:
 
 
 def _check_valid(sealed: Receipt) -> None:
-    if not sealed.valid:
-        raise InvalidRunError(
-            f"{sealed.path} is from an invalid run ({sealed.data['validity']['reasons'][0]})",
-            "measure again",
-        )
+    if reasons := rejections.invalid_because(sealed):
+        raise InvalidRunError(f"{sealed.path} is from an invalid run ({reasons[0]})", "measure again")
 
 
 def _max_goodput(search: Mapping[str, Any]) -> float | None:

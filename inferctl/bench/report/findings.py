@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from inferctl.bench.judge import shares, slo, summary, verdict
-from inferctl.bench.measure import concurrency, throughput
+from inferctl.bench.measure import concurrency
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
@@ -17,8 +17,7 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
     with_receipt = [row for row in rows if isinstance(row, MeasuredRow)]
     measured = [row for row in with_receipt if row.outcome == MEASURED and row.valid]
     groups = comparable(measured)
-    sentences = [text for row in measured if (text := _overload(row, _mode(row, mode)))]
-    sentences += _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
+    sentences = _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
     error_rate = ranking.ERROR_RATE / max(1, sum(math.comb(len(group), 2) for group in groups.values()))
     sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode), error_rate)]
     sentences += [
@@ -30,7 +29,7 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
         f"{row.configuration} rejected {shares.percent(row.rejected, row.requests)} of the requests (429): "
         "its latencies are those of accepted requests."
         for row in measured
-        if row.rejected and not _overload(row, _mode(row, mode))
+        if row.rejected
     ]
     sentences += _closed_loops(measured)
     sentences += saturation(measured)
@@ -44,23 +43,13 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
     return sentences + _memory(measured)
 
 
-def _overload(row: MeasuredRow, mode: str) -> str | None:
-    """Return that a closed loop is too much for a server; None if it accepts half of the requests or more."""
-    share = row.rejected_percent or 0
-    if mode != "closed" or row.search or share <= 100 * throughput.REJECTED_LIMIT:
-        return None
-    return (
-        f"{row.configuration} rejected {share:.0f}% of the requests (429), and its latencies are those of accepted "
-        "requests: this load is above what it accepts. Lower the load, or raise `serve.max_wait_seconds` and "
-        "`slo.p99_ms` in its spec."
-    )
-
-
 def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
     eligible = {name: ranking.eligible(group, error_budget_percent) for name, group in groups.items()}
     pairs = sum(math.comb(len(group), 2) for group in eligible.values())
     winners = {
         name: ranking.winner(eligible[name], _mode(group[0], mode), len(groups), pairs)
+        if eligible[name]
+        else ranking.none_eligible(group)
         for name, group in groups.items()
     }
     return [f"{name}: {text}" if len(groups) > 1 else text for name, text in winners.items()]
@@ -188,6 +177,21 @@ def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
             sentences.append(
                 f"{name} may not be saturated: with {last['users']} users the load generator used "
                 f"{last['client_cpu_percent']:.0f}% of its core. Increase its processes with `--workers`."
+            )
+        elif section["limited_by"] == concurrency.REJECTIONS:
+            sentences.append(
+                f"{name} may not be saturated: it rejected {last['rejected_percent']:.0f}% of the requests of "
+                f"{last['users']} users (429)."
+            )
+        elif section["limited_by"] == concurrency.LATENCY:
+            sentences.append(
+                f"{name} may not be saturated: with {2 * last['users']} users a request would take over "
+                f"{concurrency.MAX_LATENCY_S:g} s."
+            )
+        elif section["needed_users"] > section["users"]:
+            sentences.append(
+                f"{name} may not be saturated: its requests/s grew up to {section['needed_users']} users. It does not "
+                f"set the load, because another configuration has over {1 / concurrency.FAR_SLOWER:g}x its requests/s."
             )
         elif section["limited_by"] == concurrency.USERS:
             sentences.append(f"{name} may not be saturated: requests/s still grew with {last['users']} users.")

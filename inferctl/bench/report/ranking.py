@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from inferctl.bench import stats
-from inferctl.bench.judge import verdict
+from inferctl.bench.judge import shares, verdict
 from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report.rows import MeasuredRow, RunFigures
 
@@ -124,20 +124,29 @@ class Comparison:
 def eligible(rows: Sequence[MeasuredRow], error_budget_percent: float) -> list[MeasuredRow]:
     """Return the configurations that can win: those that pass the quality check and do not reject requests.
 
-    If all of them reject more than the error budget, rejections do not count.
+    If all of them reject more than the error budget, those with a p99 of all requests can win. Latencies of the others
+    are of the requests that their servers selected, and cannot be compared.
     """
     passing = [row for row in rows if row.quality.get("passes") is not False]
     accepting = [row for row in passing if (row.rejected_percent or 0) <= error_budget_percent]
-    return accepting or passing
+    return accepting or [row for row in passing if (row.rejected_percent or 0) <= 100 * shares.P99_SHARE]
+
+
+def none_eligible(rows: Sequence[MeasuredRow]) -> str:
+    """Return why none of the configurations can win."""
+    if all(row.quality.get("passes") is False for row in rows):
+        return "No configuration passes the quality check, so none is recommended."
+    limit = f"{shares.P99_SHARE:.0%}"
+    return (
+        f"Each configuration that passes the quality check rejects over {limit} of the requests: none is recommended."
+    )
 
 
 def winner(rows: Sequence[MeasuredRow], mode: str, groups: int, pairs: int) -> str:
-    """Return the finding on the eligible configurations `rows`.
+    """Return the finding on the eligible configurations `rows`, one or more.
 
     `mode` is that of the load. All `groups` of the result, with `pairs` of configurations, share one error rate.
     """
-    if not rows:
-        return "No configuration passes the quality check, so none is recommended."
     by = criterion(rows, mode)
     best, *others = sorted(rows, key=by.cost)
     if not others:
