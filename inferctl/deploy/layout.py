@@ -50,10 +50,11 @@ _OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
 
 @dataclass
 class Folder:
-    """One kustomization: files with objects, and files with patches of objects of others."""
+    """One kustomization: files with objects, files with patches of objects of others, and objects to delete."""
 
     resources: dict[str, list[Object]] = field(default_factory=dict)
     patches: dict[str, list[Object]] = field(default_factory=dict)
+    deleted: list[Object] = field(default_factory=list)
     bases: list[str] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
 
@@ -71,8 +72,10 @@ class Folder:
             kustomization["resources"] = listed
         if self.components:
             kustomization["components"] = self.components
-        if patches:
-            kustomization["patches"] = [{"path": name} for name in patches]
+        # Not several in one file: the kustomize of kubectl 1.32 and 1.33 panics then.
+        inline = [{"patch": manifest.patch(_deletion(each))} for each in self.deleted]
+        if inline or patches:
+            kustomization["patches"] = [*inline, *({"path": name} for name in patches)]
         found = {name: manifest.dump(objects) for name, objects in {**resources, **patches}.items()}
         return {f"{path}/{name}": text for name, text in {_FILE: manifest.dump([kustomization]), **found}.items()}
 
@@ -268,17 +271,13 @@ def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str
     absent = [model for model in plan.models if all(not each.at(cluster).max_replicas.value for each in model.flavors)]
     present = [model for model in plan.models if model not in absent]
     flavors = [(model, flavor) for model in present for flavor in model.flavors]
-    patches = [
-        _delete(each)
-        for model in absent
-        for folder in (base, *components.values())
-        for each in folder.objects_of(model)
-    ]
+    deleted = [each for model in absent for folder in (base, *components.values()) for each in folder.objects_of(model)]
+    patches = []
     for model, flavor in flavors:
         placed = flavor.at(cluster)
         deployment = workload.deployment(model, flavor, namespace)
         if placed.max_replicas.value == 0:
-            patches.append(_delete(deployment))
+            deleted.append(deployment)
         elif found := workload.in_cluster(model, flavor, placed, namespace):
             patches.append(found)
     same = versions.works("prefer-same-zone", cluster.kubernetes)
@@ -296,6 +295,7 @@ def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str
             "nodepools.yaml": pools,
         },
         patches={"flavors.yaml": patches, "zones.yaml": zones},
+        deleted=deleted,
         bases=["../../base"],
         components=[f"../../components/{name}" for name in components],
     )
@@ -307,7 +307,7 @@ def _overflow(model: ModelPlan, flavor: FlavorPlan, cluster: Cluster, namespace:
     return scaling.overflow(model, flavor, cluster, deployment)
 
 
-def _delete(item: Object) -> Object:
+def _deletion(item: Object) -> Object:
     """Return the patch that removes an object whose hardware the cluster cannot have."""
     names = {key: item["metadata"][key] for key in ("name", "namespace") if key in item["metadata"]}
     return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": names, "$patch": "delete"}
