@@ -158,7 +158,7 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.cache.size and spec.cache.shared and not spec.cache.shared.startswith("unix:"):
-        egress.append(policy.endpoint(spec.cache.shared, namespace))
+        egress += policy.endpoints(spec.cache.shared, namespace)
     oidc = spec.access.oidc
     egress += [policy.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":
