@@ -35,7 +35,7 @@ from inferctl.deploy.objects import (
     sharing,
     workload,
 )
-from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, labels_of
+from inferctl.deploy.objects.metadata import BENCH, COMPONENT, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
 from inferctl.errors import UsageError
@@ -46,6 +46,17 @@ _FILE = "kustomization.yaml"
 FOLDERS = ("base", "components", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
+
+# `inferctl bench` accepts no longer name of a server. It is in the name of the receipt.
+LONGEST_BENCH = 40
+_LONGEST_LABEL = 63
+# Kind and component (None: of any) of an object -> most characters of its name, and why.
+_LONGEST: Mapping[tuple[str, str | None], tuple[int, str]] = {
+    ("Deployment", SERVER): (46, "names of its pods have a hash of the template and one of the pod, in 63 characters"),
+    ("Job", BENCH): (LONGEST_BENCH, "`inferctl bench` accepts no longer name (deploy.bench)"),
+    ("NodePool", None): (_LONGEST_LABEL, "its nodes have the name as a label"),
+    ("Service", None): (_LONGEST_LABEL, "it is a DNS label"),
+}
 
 
 @dataclass
@@ -90,8 +101,12 @@ def files(plan: Plan) -> dict[str, str]:
         check(model, plan.clusters)
     base, components = _base(plan), _components(plan)
     overlays = {cluster.name: _overlay(plan, cluster, base, components) for cluster in plan.clusters}
+    benches = [model for model in plan.models if model.spec.deploy.bench]
+    jobs = {cluster.name: _bench(plan, benches, cluster) for cluster in plan.clusters if benches}
     for overlay in overlays.values():
         _check_names([base, *components.values(), overlay])
+    for folder in (base, *components.values(), *overlays.values(), *jobs.values()):
+        _check_lengths(folder)
     found = base.files("base")
     for name, component in components.items():
         found |= component.files(f"components/{name}", "Component")
@@ -99,8 +114,8 @@ def files(plan: Plan) -> dict[str, str]:
         found |= _karmada(plan, [base, *components.values()], list(components)).files("karmada")
     for cluster in plan.clusters:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
-        if benches := [model for model in plan.models if model.spec.deploy.bench]:
-            found |= _bench(plan, benches, cluster).files(f"bench/{cluster.name}")
+        if benches:
+            found |= jobs[cluster.name].files(f"bench/{cluster.name}")
         found |= _gpu_operator(plan, cluster)
     return dict(sorted((found | observe.plain_files(plan)).items()))
 
@@ -140,6 +155,22 @@ def _check_names(folders: Sequence[Folder]) -> None:
                 f"two objects would be the {found[0]} {found[1]}", "set another `name` of the flavor or of the spec"
             )
         known.add(found)
+
+
+def _check_lengths(folder: Folder) -> None:
+    """Raise `UsageError` if a name is longer than what is made of it may be."""
+    for each in (one for objects in folder.resources.values() for one in objects):
+        kind, name, labels = each["kind"], each["metadata"]["name"], each["metadata"].get("labels", {})
+        # Names of pods of others may be cut: nobody looks for a placeholder or a gateway by its name.
+        limit = _LONGEST.get((kind, labels.get(COMPONENT))) or _LONGEST.get((kind, None))
+        prefix = f"{BENCH}-" if kind == "Job" else ""
+        name = name.removeprefix(prefix)
+        if limit and len(name) > limit[0]:
+            raise UsageError(
+                f"the {kind} {prefix}{name}: {name} has {len(name)} characters, and may have {limit[0]}, "
+                f"because {limit[1]}",
+                "set a shorter `name` of the spec or of the flavor",
+            )
 
 
 def _base(plan: Plan) -> Folder:
