@@ -2,6 +2,7 @@
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
     components/NAME/       a capability that an overlay includes: monitoring, gateway, metering, ...
+    first/CLUSTER.yaml     Deployments that start from zero, with 0 replicas, for `kubectl create` before the first apply
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
     bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
@@ -43,7 +44,7 @@ from inferctl.errors import UsageError
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
 # All files are in these.
-FOLDERS = ("base", "components", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
+FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
 
@@ -117,6 +118,8 @@ def files(plan: Plan) -> dict[str, str]:
         if benches:
             found |= jobs[cluster.name].files(f"bench/{cluster.name}")
         found |= _gpu_operator(plan, cluster)
+        if first := _first(plan, cluster):
+            found[f"first/{cluster.name}.yaml"] = manifest.dump(first)
     return dict(sorted((found | observe.plain_files(plan)).items()))
 
 
@@ -243,6 +246,32 @@ def _karmada(plan: Plan, folders: Sequence[Folder], components: Sequence[str]) -
         bases=["../base"],
         components=[f"../components/{name}" for name in components],
     )
+
+
+def _first(plan: Plan, cluster: Cluster) -> list[Object]:
+    """Return the Deployments whose autoscaler starts from zero, with 0 replicas and no more than `kubectl create` needs.
+
+    The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
+    create` stores no last-applied configuration, so the apply after it keeps the 0, and the ones after that what the
+    autoscaler has set. In the overlay, `replicas: 0` would stop the pods at each apply.
+    """
+    found = []
+    for model in plan.models:
+        for flavor in model.flavors:
+            placed = flavor.at(cluster)
+            if placed.replicas is None and placed.min_replicas.value == 0:
+                full = workload.deployment(model, flavor, plan.namespace)
+                template = full["spec"]["template"]
+                containers = [{key: each[key] for key in ("name", "image")} for each in template["spec"]["containers"]]
+                labels = {"labels": template["metadata"]["labels"]}
+                spec = {
+                    "replicas": 0,
+                    "selector": full["spec"]["selector"],
+                    "template": {"metadata": labels, "spec": {"containers": containers}},
+                }
+                name = {key: full["metadata"][key] for key in ("name", "namespace")}
+                found.append({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "spec": spec})
+    return found
 
 
 def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
