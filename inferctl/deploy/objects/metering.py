@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
 from inferctl.deploy.objects.metadata import Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.policy import SCHEME_PORTS, Endpoint, egress_policy, endpoints
 from inferctl.deploy.plan import ModelPlan
@@ -128,7 +128,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
             "revisionHistoryLimit": 3,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": pod},
+            "template": {"metadata": {"labels": labels}, "spec": reserve_disk(pod)},
         },
     }
 

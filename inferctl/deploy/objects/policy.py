@@ -25,7 +25,8 @@ SERVING_PRIORITY = "inferctl-serving"
 OVERFLOW_PRIORITY = "inferctl-overflow"
 # Cluster Autoscaler ignores pods below -10 by default (--expendable-pods-priority-cutoff).
 _OVERFLOW_VALUE = -5
-_SERVING_VALUE = 100_000
+# The priority of pods without a class: servers preempt placeholders, which are below it, and no pods of other teams.
+_SERVING_VALUE = 0
 # CoreDNS is pods, but EKS Auto Mode resolves names on the node, and GKE with Cloud DNS and NodeLocal DNSCache at
 # link-local addresses (169.254.169.254, 169.254.20.10): no selector is right everywhere.
 _DNS_NOTE = "to all addresses: name servers are pods, the node, or 169.254.x.x, as the cloud has them"
@@ -58,7 +59,7 @@ def priority_classes() -> list[Object]:
         "metadata": metadata(SERVING_PRIORITY, None, {}),
         "value": _SERVING_VALUE,
         "globalDefault": False,
-        "description": "Model servers: they preempt placeholders and jobs without a priority.",
+        "description": "Model servers: they preempt placeholders, and no pods without a priority.",
     }
     overflow = {
         "apiVersion": "scheduling.k8s.io/v1",
