@@ -195,6 +195,15 @@ class Hardware:
         """The argument of `precision.support`. A CPU profile has no instruction flags: they differ by machine."""
         return DeviceTraits(self.kind, capability_of(self.compute_capability) if self.compute_capability else None)
 
+    @property
+    def parts(self) -> int:
+        """How many such devices one GPU makes, among which its price is divided: 1 for a whole GPU.
+
+        All slices of a GPU are alike, as the GPU Operator makes them (`all-3g.20gb`), so what does not fit another one
+        is paid too: a 4g of an A100 costs the whole GPU, although it has 4 of 7 parts.
+        """
+        return self.mig.at_most if self.mig else 1
+
 
 # Files in base-images/ that do not describe a base image.
 _TABLES = ("drivers", "stacks")

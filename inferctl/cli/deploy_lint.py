@@ -92,8 +92,8 @@ def _read(paths: Sequence[Path], left_out: list[str]) -> list[list[Located]]:
             common += manifests_file.parse(_standard_input(), "stdin", left_out)
         elif folders := _overlays(path / "overlays"):
             overlays += [_built(folder) for folder in folders]
-        elif manifests_file.kustomization(path):
-            common += _built(path)
+        elif folder := manifests_file.built_from(path):
+            common += _built(folder)
         else:
             common += _objects(path, left_out)
     groups = [[*common, *overlay] for overlay in overlays] or [common]

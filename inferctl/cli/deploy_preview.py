@@ -122,7 +122,7 @@ def _table(deployment: Mapping[str, Any]) -> RenderableType:
     table.add_column(overflow="fold", ratio=1)
     shown: list[tuple[object, set[str]]] = []
     for group in deployment["pods"]:
-        when = "at rest" if group["phase"] == "rest" else "spike"
+        when = {"rest": "at rest", "first": "first apply"}.get(group["phase"], "spike")
         # Pods of one Deployment differ only in what earlier ones took, so that most reasons repeat.
         new = [each for each in _decisive(group["infeasible"]) if not _known(each, shown)]
         shown += [(each["reasons"], set(each["nodes"])) for each in new]

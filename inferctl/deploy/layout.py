@@ -2,6 +2,7 @@
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
     components/NAME/       a capability that an overlay includes: monitoring, gateway, metering, ...
+    first/CLUSTER.yaml     Deployments that start from zero, with 0 replicas, for `kubectl create` before the first apply
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
     bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
@@ -35,7 +36,7 @@ from inferctl.deploy.objects import (
     sharing,
     workload,
 )
-from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, labels_of
+from inferctl.deploy.objects.metadata import BENCH, COMPONENT, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
 from inferctl.errors import UsageError
@@ -43,17 +44,29 @@ from inferctl.errors import UsageError
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
 # All files are in these.
-FOLDERS = ("base", "components", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
+FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
+
+# `inferctl bench` accepts no longer name of a server. It is in the name of the receipt.
+LONGEST_BENCH = 40
+_LONGEST_LABEL = 63
+# Kind and component (None: of any) of an object -> most characters of its name, and why.
+_LONGEST: Mapping[tuple[str, str | None], tuple[int, str]] = {
+    ("Deployment", SERVER): (46, "names of its pods have a hash of the template and one of the pod, in 63 characters"),
+    ("Job", BENCH): (LONGEST_BENCH, "`inferctl bench` accepts no longer name (deploy.bench)"),
+    ("NodePool", None): (_LONGEST_LABEL, "its nodes have the name as a label"),
+    ("Service", None): (_LONGEST_LABEL, "it is a DNS label"),
+}
 
 
 @dataclass
 class Folder:
-    """One kustomization: files with objects, and files with patches of objects of others."""
+    """One kustomization: files with objects, files with patches of objects of others, and objects to delete."""
 
     resources: dict[str, list[Object]] = field(default_factory=dict)
     patches: dict[str, list[Object]] = field(default_factory=dict)
+    deleted: list[Object] = field(default_factory=list)
     bases: list[str] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
 
@@ -71,8 +84,10 @@ class Folder:
             kustomization["resources"] = listed
         if self.components:
             kustomization["components"] = self.components
-        if patches:
-            kustomization["patches"] = [{"path": name} for name in patches]
+        # Not several in one file: the kustomize of kubectl 1.32 and 1.33 panics then.
+        inline = [{"patch": manifest.patch(_deletion(each))} for each in self.deleted]
+        if inline or patches:
+            kustomization["patches"] = [*inline, *({"path": name} for name in patches)]
         found = {name: manifest.dump(objects) for name, objects in {**resources, **patches}.items()}
         return {f"{path}/{name}": text for name, text in {_FILE: manifest.dump([kustomization]), **found}.items()}
 
@@ -87,8 +102,12 @@ def files(plan: Plan) -> dict[str, str]:
         check(model, plan.clusters)
     base, components = _base(plan), _components(plan)
     overlays = {cluster.name: _overlay(plan, cluster, base, components) for cluster in plan.clusters}
+    benches = [model for model in plan.models if model.spec.deploy.bench]
+    jobs = {cluster.name: _bench(plan, benches, cluster) for cluster in plan.clusters if benches}
     for overlay in overlays.values():
         _check_names([base, *components.values(), overlay])
+    for folder in (base, *components.values(), *overlays.values(), *jobs.values()):
+        _check_lengths(folder)
     found = base.files("base")
     for name, component in components.items():
         found |= component.files(f"components/{name}", "Component")
@@ -96,9 +115,11 @@ def files(plan: Plan) -> dict[str, str]:
         found |= _karmada(plan, [base, *components.values()], list(components)).files("karmada")
     for cluster in plan.clusters:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
-        if benches := [model for model in plan.models if model.spec.deploy.bench]:
-            found |= _bench(plan, benches, cluster).files(f"bench/{cluster.name}")
+        if benches:
+            found |= jobs[cluster.name].files(f"bench/{cluster.name}")
         found |= _gpu_operator(plan, cluster)
+        if first := _first(plan, cluster):
+            found[f"first/{cluster.name}.yaml"] = manifest.dump(first)
     return dict(sorted((found | observe.plain_files(plan)).items()))
 
 
@@ -139,6 +160,22 @@ def _check_names(folders: Sequence[Folder]) -> None:
         known.add(found)
 
 
+def _check_lengths(folder: Folder) -> None:
+    """Raise `UsageError` if a name is longer than what is made of it may be."""
+    for each in (one for objects in folder.resources.values() for one in objects):
+        kind, name, labels = each["kind"], each["metadata"]["name"], each["metadata"].get("labels", {})
+        # Names of pods of others may be cut: nobody looks for a placeholder or a gateway by its name.
+        limit = _LONGEST.get((kind, labels.get(COMPONENT))) or _LONGEST.get((kind, None))
+        prefix = f"{BENCH}-" if kind == "Job" else ""
+        name = name.removeprefix(prefix)
+        if limit and len(name) > limit[0]:
+            raise UsageError(
+                f"the {kind} {prefix}{name}: {name} has {len(name)} characters, and may have {limit[0]}, "
+                f"because {limit[1]}",
+                "set a shorter `name` of the spec or of the flavor",
+            )
+
+
 def _base(plan: Plan) -> Folder:
     namespace = plan.namespace
     found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
@@ -155,7 +192,7 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.cache.size and spec.cache.shared and spec.cache.shared.scheme != "unix":
-        egress.append(policy.endpoint(spec.cache.shared.public, namespace))
+        egress += policy.endpoints(spec.cache.shared.public, namespace)
     oidc = spec.access.oidc
     egress += [policy.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":
@@ -209,6 +246,32 @@ def _karmada(plan: Plan, folders: Sequence[Folder], components: Sequence[str]) -
         bases=["../base"],
         components=[f"../components/{name}" for name in components],
     )
+
+
+def _first(plan: Plan, cluster: Cluster) -> list[Object]:
+    """Return the Deployments whose autoscaler starts from zero, with 0 replicas and no more than `kubectl create` needs.
+
+    The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
+    create` stores no last-applied configuration, so the apply after it keeps the 0, and the ones after that what the
+    autoscaler has set. In the overlay, `replicas: 0` would stop the pods at each apply.
+    """
+    found = []
+    for model in plan.models:
+        for flavor in model.flavors:
+            placed = flavor.at(cluster)
+            if placed.replicas is None and placed.min_replicas.value == 0:
+                full = workload.deployment(model, flavor, plan.namespace)
+                template = full["spec"]["template"]
+                containers = [{key: each[key] for key in ("name", "image")} for each in template["spec"]["containers"]]
+                labels = {"labels": template["metadata"]["labels"]}
+                spec = {
+                    "replicas": 0,
+                    "selector": full["spec"]["selector"],
+                    "template": {"metadata": labels, "spec": {"containers": containers}},
+                }
+                name = {key: full["metadata"][key] for key in ("name", "namespace")}
+                found.append({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "spec": spec})
+    return found
 
 
 def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
@@ -268,17 +331,13 @@ def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str
     absent = [model for model in plan.models if all(not each.at(cluster).max_replicas.value for each in model.flavors)]
     present = [model for model in plan.models if model not in absent]
     flavors = [(model, flavor) for model in present for flavor in model.flavors]
-    patches = [
-        _delete(each)
-        for model in absent
-        for folder in (base, *components.values())
-        for each in folder.objects_of(model)
-    ]
+    deleted = [each for model in absent for folder in (base, *components.values()) for each in folder.objects_of(model)]
+    patches = []
     for model, flavor in flavors:
         placed = flavor.at(cluster)
         deployment = workload.deployment(model, flavor, namespace)
         if placed.max_replicas.value == 0:
-            patches.append(_delete(deployment))
+            deleted.append(deployment)
         elif found := workload.in_cluster(model, flavor, placed, namespace):
             patches.append(found)
     same = versions.works("prefer-same-zone", cluster.kubernetes)
@@ -296,6 +355,7 @@ def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str
             "nodepools.yaml": pools,
         },
         patches={"flavors.yaml": patches, "zones.yaml": zones},
+        deleted=deleted,
         bases=["../../base"],
         components=[f"../../components/{name}" for name in components],
     )
@@ -307,7 +367,7 @@ def _overflow(model: ModelPlan, flavor: FlavorPlan, cluster: Cluster, namespace:
     return scaling.overflow(model, flavor, cluster, deployment)
 
 
-def _delete(item: Object) -> Object:
+def _deletion(item: Object) -> Object:
     """Return the patch that removes an object whose hardware the cluster cannot have."""
     names = {key: item["metadata"][key] for key in ("name", "namespace") if key in item["metadata"]}
     return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": names, "$patch": "delete"}

@@ -30,6 +30,11 @@ def dump(objects: Sequence[Mapping[str, Any]]) -> str:
     return HEADER + "---\n".join(_document(each) for each in objects)
 
 
+def patch(value: Mapping[str, Any]) -> str:
+    """Return a patch as text for the `patches` of a kustomization."""
+    return _document(value)
+
+
 def plain(value: Any) -> Any:
     """Return `value` as dicts, lists and scalars, without notes."""
     if isinstance(value, Noted):

@@ -98,6 +98,13 @@ def kustomization(folder: Path) -> Path | None:
     return next((folder / name for name in KUSTOMIZATIONS if (folder / name).is_file()), None)
 
 
+def built_from(path: Path) -> Path | None:
+    """Return the folder that kustomize builds if `path` is one with a kustomization, or is a kustomization; or None."""
+    if path.name in KUSTOMIZATIONS and path.is_file():
+        return path.parent
+    return path if kustomization(path) else None
+
+
 def _folder(folder: Path, left_out: list[str]) -> list[Located]:
     found_files = (f for f in folder.rglob("*") if f.suffix in _SUFFIXES or f.name in KUSTOMIZATIONS)
     files = sorted(file for file in found_files if file.is_file())

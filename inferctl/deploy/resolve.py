@@ -24,8 +24,6 @@ from inferctl.spec import Spec, Task
 T = TypeVar("T")
 R = TypeVar("R")
 
-# A Deployment's name is followed by a hash of its template and of the pod, in at most 63 characters.
-_LONGEST_NAME = 46
 # Findings about the stack of the spec's image, which a flavor with another image does not use.
 _OF_THE_IMAGE = ("kernels", "driver")
 # From this factor between the tokens of a request, a rate of tokens per second carries over less well.
@@ -210,11 +208,6 @@ def _flavor(
     if not label:
         raise UsageError(f"{where}: {hardware.key} has no letter or digit for a name", f"set `name` in {where}")
     name = f"{model_name}-{label}"
-    if len(name) > _LONGEST_NAME:
-        raise UsageError(
-            f"the name {name} is longer than {_LONGEST_NAME} characters, so names of pods would be cut",
-            f"set a shorter `name` in {where}",
-        )
     sharing: Sharing = flavor.sharing or ("mig" if hardware.mig else "whole")
     gpus = source.spec.serve.gpus if source.task == "generate" else 1
     if gpus > 1 and sharing in ("time-slicing", "mps"):

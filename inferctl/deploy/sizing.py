@@ -291,12 +291,10 @@ def cores(rate: Rate | None, other_cores: float = 0.0, gpus: int = 1) -> Figure:
     return Figure("cores", round(gpus * _ASSUMED_POD_CORES - other_cores, 3), "cores", formula, source)
 
 
-def price_of(hardware: Hardware, cloud: str) -> tuple[Price | None, int]:
-    """Return the list price of the GPU in a cloud, and how many such devices one GPU makes. None if unknown."""
-    whole, parts = hardware, 1
-    if hardware.mig:
-        whole, parts = hardware_profiles()[hardware.mig.parent], hardware.mig.at_most
-    return next((price for price in whole.prices if price.provider == cloud), None), parts
+def price_of(hardware: Hardware, cloud: str) -> Price | None:
+    """Return the list price in a cloud of the GPU, also for a part of it; None if it is unknown."""
+    whole = hardware_profiles()[hardware.mig.parent] if hardware.mig else hardware
+    return next((price for price in whole.prices if price.provider == cloud), None)
 
 
 def cost(name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, shared_by: int) -> Figure | None:
@@ -304,10 +302,10 @@ def cost(name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, sh
 
     A MIG slice or a shared GPU costs its share of the GPU, which assumes that the other shares are used too.
     """
-    price, parts = price_of(hardware, cloud)
+    price = price_of(hardware, cloud)
     if price is None:
         return None
-    divided = parts * shared_by
+    divided = hardware.parts * shared_by
     each = price.usd_per_hour * gpus / divided
     factors = [str(count), *([str(gpus)] if gpus > 1 else []), f"{price.usd_per_hour:g} USD/h"]
     formula = " x ".join(factors) + (f" / {divided}" if divided > 1 else "") + f" x {HOURS_PER_MONTH} h"

@@ -218,7 +218,7 @@ def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
             "throughput": ratio,
             # At this multiple of the price of `against`, a text costs the same on both parts.
             "break_even": ratio,
-            "whole_gpu_break_even": _per_share(ratio, slice_of(row["hardware"])),
+            "whole_gpu_break_even": _per_share(ratio, 1 / catalog.hardware(row["hardware"]).parts),
             "behind_front_end": _front_limited(row) or _front_limited(baseline),
             "prices": _verdicts(row, baseline, ratio),
         }
@@ -274,13 +274,6 @@ def _verdicts(row: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, An
 
 def _front_limited(row: Mapping[str, Any]) -> bool:
     return row.get("limited_by") == "front end"
-
-
-def slice_of(key: str) -> float:
-    """Return the share of the price of its GPU that the part `key` costs; 1 for a whole GPU."""
-    from inferctl.estimate.forecast import slice_share
-
-    return slice_share(catalog.hardware(key))
 
 
 def _exact(value: float | None) -> dict[str, Any]:

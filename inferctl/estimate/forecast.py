@@ -328,29 +328,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def prices(part: Hardware) -> list[dict[str, Any]]:
-    """Return the on-demand prices with their source and date.
-
-    A slice costs its share of the GPU: the larger one of its compute share and its memory share.
-    """
-    whole, share = (catalog.hardware(part.mig.parent), slice_share(part)) if part.mig else (part, 1.0)
+    """Return the on-demand prices with their source and date. A slice costs an equal part of its GPU."""
+    whole = catalog.hardware(part.mig.parent) if part.mig else part
     return [
         {
             "provider": price.provider,
-            "instance": price.instance + (f", {share:.3g} of it" if part.mig else ""),
-            "usd_per_hour": price.usd_per_hour * share,
+            "instance": price.instance + (f", {1 / part.parts:.3g} of it" if part.mig else ""),
+            "usd_per_hour": price.usd_per_hour / part.parts,
             "source": price.source,
             "date": price.date.isoformat(),
         }
         for price in whole.prices
     ]
-
-
-def slice_share(part: Hardware) -> float:
-    """Return the share of a GPU's price for a slice: the larger one of compute slots (of seven) and memory."""
-    if not part.mig:
-        return 1.0
-    slots = int(part.mig.profile.partition("g")[0]) / 7
-    return max(slots, part.mig.memory_fraction)
 
 
 def per_million(usd_per_hour: float, texts_per_s: Range) -> Range:

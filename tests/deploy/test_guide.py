@@ -7,16 +7,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.main import get_command
 
 from inferctl import cli
+from inferctl.deploy import layout, manifest
+from inferctl.deploy.objects import options
 from inferctl.deploy.objects.options import NODE_CLASS
 from inferctl.deploy.objects.scaling import DEFAULT_PROMETHEUS
 from tests.conftest import ROOT
-from tests.deploy.validation import problems
+from tests.deploy import plans
+from tests.deploy.conftest import objects
+from tests.deploy.validation import VERSIONS, problems
 
 GUIDE = ROOT / "docs/guides/kubernetes.md"
 EXAMPLE = ROOT / "docs/examples/kubernetes"
@@ -148,3 +153,33 @@ def test_the_example_is_quoted_as_it_is() -> None:
         assert {key: mine[key] for key in mine if key != "image"} == {
             key: theirs[key] for key in mine if key != "image"
         }
+
+
+def test_the_smallest_deployment_comes_first_and_is_as_small_as_it_says(tmp_path: Path) -> None:
+    assert cli.run(["deploy", "-f", str(EXAMPLE / "one.yaml"), "--output", str(tmp_path)]) == 0
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert TEXT.index("one.yaml") < TEXT.index("embed.yaml")
+    for text in (TEXT, (ROOT / "docs/deploy.md").read_text()):
+        assert {int(count) for count in re.findall(r"(\d+) files", text.partition("embed.yaml")[0])} == {len(files)}
+    built = objects(tmp_path / "overlays" / "default")
+    assert [problem for version in VERSIONS for each in built for problem in problems(each, version)] == []
+    assert cli.run(["deploy", "--lint", str(tmp_path)]) == 0
+    (route,) = yaml.safe_load_all((EXAMPLE / "cluster/route.yaml").read_text())
+    assert problems(route, "1.35") == []
+    (backend,) = route["spec"]["rules"][0]["backendRefs"]
+    (service,) = (each for each in built if each["kind"] == "Service")
+    assert (service["metadata"]["name"], service["metadata"]["namespace"]) == (backend["name"], "inference")
+    assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
+    # The header that proxies set is removed, as in the routes that `router` writes.
+    written = manifest.plain(options.http_route(plans.plan().models[0], "inference", pool=False))["spec"]["rules"][0]
+    assert route["spec"]["rules"][0]["filters"] == written["filters"]
+
+
+def test_the_page_lists_the_images_of_others() -> None:
+    page = (ROOT / "docs/deploy.md").read_text().partition("\n## Images of others\n")[2].partition("\n## ")[0]
+    nats: dict[str, Any] = {"nats": {"storage": "10GiB"}, "broker": None, "broker_secret": "nats"}
+    specs = [plans.embed(**nats), plans.embed(router="epp", gateway="none", **nats)]
+    files = [text for spec in specs for text in layout.files(plans.plan(spec)).values()]
+    images = {image for text in files for image in re.findall(r"^ *(?:- )?image: (\S+)", text, re.MULTILINE)}
+    by_tag = {image.rpartition(":")[0] for image in images if "@sha256:" not in image}
+    assert set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)) == by_tag

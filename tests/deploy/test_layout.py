@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from inferctl.deploy import layout
+from inferctl.deploy.kubernetes.fields import quantity
+from inferctl.deploy.preview.resources import of_pod
 from inferctl.errors import UsageError
 from tests.deploy import plans
 from tests.deploy.conftest import KUBECTL, Objects
@@ -110,11 +112,18 @@ def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }, name
-            assert each["resources"]["requests"] == each["resources"]["limits"], name
+            requests, limits = each["resources"]["requests"], each["resources"]["limits"]
+            assert {key: requests[key] for key in requests if key != "ephemeral-storage"} == limits, name
             assert re.search(r"@sha256:[0-9a-f]{64}$|:v?\d+\.\d+", each["image"]), each["image"]
         for volume in pod.get("volumes", ()):
             assert "hostPath" not in volume
             assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"], (name, volume)
+        # The disk that its volumes may take is reserved.
+        empty = [each["emptyDir"] for each in pod.get("volumes", ()) if "emptyDir" in each]
+        disk = sum(quantity(each["sizeLimit"]) for each in empty if each.get("medium") != "Memory")
+        reserved = of_pod(pod, "requests").get("ephemeral-storage", 0)
+        if not name.endswith("-overflow"):  # holds the place of a server
+            assert (disk == 0 and not reserved) or disk <= reserved < disk + 2**20, (name, reserved)
 
 
 def test_no_object_contains_a_secret(build: Build) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferctl.deploy.annotation_keys import LINT_IGNORE
-from inferctl.deploy.kubernetes.fields import mapping
 from inferctl.deploy.lint import access, gpu, life, observability, overflow, placement, scaling, values, version
 from inferctl.deploy.lint.finding import LESSONS, RULES, Context, Finding, Level, ModelFacts, Rule
 from inferctl.deploy.lint.manifests import Manifests
@@ -20,16 +18,8 @@ MODULES = (gpu, placement, values, overflow, scaling, life, access, observabilit
 
 def lint(objects: Sequence[Located], context: Context | None = None) -> list[Finding]:
     """Return the findings about `objects`, by file and line. Rules that an object's annotation ignores find nothing."""
-    manifests = Manifests(objects)
-    ignored: dict[tuple[str, str], set[str]] = {}
-    for each in objects:
-        words = mapping(each.data, "metadata", "annotations").get(LINT_IGNORE)
-        if isinstance(words, str):
-            ignored.setdefault((each.file, f"{each.kind}/{each.name}"), set()).update(words.replace(",", " ").split())
-    found = [
-        finding
-        for rule in RULES.values()
-        for finding in rule.findings(manifests, context or Context())
-        if rule.id not in ignored.get((finding.file, finding.object), ())
-    ]
-    return sorted(set(found), key=lambda each: (each.file, each.line or 0, each.object, each.rule, each.field))
+    manifests, context = Manifests(objects), context or Context()
+    found = {finding for rule in RULES.values() for finding in rule.findings(manifests, context)}
+    return sorted(
+        found, key=lambda each: (each.file, each.line or 0, each.object, each.namespace, each.rule, each.field)
+    )

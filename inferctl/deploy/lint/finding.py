@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from inferctl.deploy.annotation_keys import LINT_IGNORE
+from inferctl.deploy.kubernetes.fields import mapping
 from inferctl.deploy.lint.manifests import Manifests
 from inferctl.deploy.manifests_file import FieldPath, Located
 from inferctl.deploy.versions import OLDEST_SUPPORTED
@@ -64,13 +66,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding. `line` is None without a file; `object` is `Kind/name`, `field` a path such as `spec.replicas`."""
+    """One finding. `line` is None without a file; `object` is `Kind/name`, `field` a path such as `spec.replicas`.
+
+    `namespace`: of the object; "" if it names none.
+    """
 
     rule: str
     level: Level
     file: str
     line: int | None
     object: str
+    namespace: str
     field: str
     lesson: str
     what: str
@@ -94,14 +100,18 @@ class Rule:
     check: Check = field(repr=False)
 
     def findings(self, manifests: Manifests, context: Context) -> Iterator[Finding]:
-        """Yield what the rule finds."""
+        """Yield what the rule finds in objects that are not exempt from it."""
         for hit in self.check(manifests, context):
+            exempt = mapping(hit.object.data, "metadata", "annotations").get(LINT_IGNORE)
+            if isinstance(exempt, str) and self.id in exempt.replace(",", " ").split():
+                continue
             yield Finding(
                 rule=self.id,
                 level=hit.level or self.level,
                 file=hit.object.file,
                 line=hit.object.line(hit.path),
                 object=f"{hit.object.kind}/{hit.object.name}",
+                namespace=hit.object.namespace,
                 field=".".join(map(str, hit.path)),
                 lesson=LESSONS[self.lesson],
                 what=hit.what,

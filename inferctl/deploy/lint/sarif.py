@@ -57,7 +57,7 @@ def _result(finding: Finding, number: int) -> dict[str, Any]:
             place["region"] = {"startLine": finding.line}
         location["physicalLocation"] = place
     # Stable while lines move: a code host recognizes the finding in the next run.
-    identity = "\0".join((finding.rule, finding.file, finding.object, finding.field))
+    identity = "\0".join((finding.rule, finding.file, finding.namespace, finding.object, finding.field))
     return {
         "ruleId": finding.rule,
         "ruleIndex": number,
@@ -67,5 +67,5 @@ def _result(finding: Finding, number: int) -> dict[str, Any]:
             f"What goes wrong: {finding.consequence}. Fix: {finding.fix}."
         },
         "locations": [location],
-        "partialFingerprints": {"inferctlFinding/v1": hashlib.sha256(identity.encode()).hexdigest()},
+        "partialFingerprints": {"inferctlFinding/v2": hashlib.sha256(identity.encode()).hexdigest()},
     }

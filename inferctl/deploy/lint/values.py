@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inferctl.deploy.kubernetes import selectors
 from inferctl.deploy.kubernetes.fields import as_float, integer, is_extended, mapping, sequence, text
 from inferctl.deploy.lint.finding import Context, Hit, rule
 from inferctl.deploy.lint.manifests import Manifests, Workload
@@ -30,8 +31,8 @@ _CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "scheduling.k8s.io/v1")
     "error",
     "placement",
     finds="a quantity, a maxSkew, a successThreshold or a word of a fixed list that is not allowed, a request above "
-    "its limit, a part of an extended resource such as a GPU, a minimum of replicas above the maximum, or a mount of a "
-    "volume that the pod does not have",
+    "its limit, a part of an extended resource such as a GPU, a minimum of replicas above the maximum, a mount of a "
+    "volume that the pod does not have, or a node label that no node can have",
     consequence="the API server refuses the object",
     fix="correct the value",
 )
@@ -44,6 +45,8 @@ def _values(manifests: Manifests, _: Context) -> Iterator[Hit]:
         if workload.object.api_version in _CORE:  # controllers of others add volumes
             for path, what in _mounts(workload):
                 yield Hit(workload.object, path, what)
+            for path, what in selectors.refused_by_api_server(workload.spec):
+                yield Hit(workload.object, (*workload.spec_path, *path), what)
     for each in manifests.autoscalers:
         keda = each.kind == "ScaledObject"
         low, high = ("minReplicaCount", "maxReplicaCount") if keda else ("minReplicas", "maxReplicas")

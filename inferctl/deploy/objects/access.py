@@ -11,7 +11,7 @@ import urllib.parse
 from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import empty
 from inferctl.deploy.objects.metadata import Object, from_secret
-from inferctl.deploy.objects.policy import Endpoint, endpoint
+from inferctl.deploy.objects.policy import Endpoint, endpoints
 from inferctl.errors import UsageError
 from inferctl.render import KEYS_PATH
 from inferctl.spec import Spec
@@ -116,7 +116,7 @@ def worker_probe(spec: Spec) -> Object:
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
     """Return what the worker connects to for keys. `broker.egress` has the broker."""
-    return [endpoint(spec.access.public_key_store, namespace)] if spec.access.public_key_store else []
+    return endpoints(spec.access.public_key_store, namespace) if spec.access.public_key_store else []
 
 
 def _is_socket(url: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.objects import access, metering, sharing, workload
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import Endpoint, bench_policy, service_account
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
@@ -78,21 +78,23 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
             "ttlSecondsAfterFinished": _KEPT_S,
             "template": {
                 "metadata": {"labels": labels},
-                "spec": {
-                    "restartPolicy": "Never",
-                    "serviceAccountName": f"{model.name}-{BENCH}",
-                    "automountServiceAccountToken": False,
-                    "enableServiceLinks": False,
-                    # Otherwise, the bench cannot see the memory and the cores that the server uses.
-                    "shareProcessNamespace": True,
-                    "securityContext": pod_security(),
-                    **({"affinity": affinity} if affinity else {}),
-                    **({"tolerations": pod["tolerations"]} if "tolerations" in pod else {}),
-                    **claims,
-                    "initContainers": [server],
-                    "containers": [container],
-                    "volumes": [*volumes, tmp, results],
-                },
+                "spec": reserve_disk(
+                    {
+                        "restartPolicy": "Never",
+                        "serviceAccountName": f"{model.name}-{BENCH}",
+                        "automountServiceAccountToken": False,
+                        "enableServiceLinks": False,
+                        # Otherwise, the bench cannot see the memory and the cores that the server uses.
+                        "shareProcessNamespace": True,
+                        "securityContext": pod_security(),
+                        **({"affinity": affinity} if affinity else {}),
+                        **({"tolerations": pod["tolerations"]} if "tolerations" in pod else {}),
+                        **claims,
+                        "initContainers": [server],
+                        "containers": [container],
+                        "volumes": [*volumes, tmp, results],
+                    }
+                ),
             },
         },
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from inferctl.deploy.objects.metadata import Object, from_secret
-from inferctl.deploy.objects.policy import Endpoint, endpoint
+from inferctl.deploy.objects.policy import Endpoint, endpoints
 from inferctl.errors import UsageError
 from inferctl.spec import Spec
 
@@ -68,4 +68,4 @@ def variables(spec: Spec, urls: Mapping[str, str | None]) -> list[Object]:
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
     """Return what the worker of a server connects to."""
-    return [endpoint(url, namespace) for url in (of_events(spec), of_limits(spec)) if url]
+    return [each for url in (of_events(spec), of_limits(spec)) if url for each in endpoints(url, namespace)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from inferctl.deploy.kubernetes.fields import quantity
 from inferctl.deploy.objects.metadata import Object
 
 # User and group of the images that inferctl builds.
@@ -33,6 +36,18 @@ def resources(cpu: object, memory: object) -> Object:
     """Return equal requests and limits, so that a container is not throttled by neighbors and is evicted last."""
     found = {"cpu": cpu, "memory": memory}
     return {"requests": found, "limits": dict(found)}
+
+
+def reserve_disk(pod: Object) -> Object:
+    """Return `pod` with a request for its empty volumes on the disk of the node, by its first container.
+
+    Without it, the scheduler puts pods on nodes whose disk is full, where they are evicted. There is no limit, because
+    it would count logs too.
+    """
+    volumes = [each["emptyDir"] for each in pod["volumes"] if "emptyDir" in each]
+    if total := sum(quantity(each["sizeLimit"]) for each in volumes if "medium" not in each):
+        pod["containers"][0]["resources"]["requests"]["ephemeral-storage"] = f"{math.ceil(total / 1024**2)}Mi"
+    return pod
 
 
 def empty(name: str, path: str, limit: str, medium: str | None = None) -> tuple[Object, Object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inferctl.deploy import manifest
 from inferctl.deploy.figure import Noted
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
 from inferctl.deploy.objects.metadata import HTTP_PORT, HTTPS_PORT, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import (
     SERVING_PRIORITY,
@@ -185,7 +185,7 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
             "revisionHistoryLimit": 3,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels, "annotations": digest}, "spec": pod},
+            "template": {"metadata": {"labels": labels, "annotations": digest}, "spec": reserve_disk(pod)},
         },
     }
 

@@ -33,7 +33,7 @@ def policies(plan: Plan, objects: Sequence[Mapping[str, Any]]) -> list[Object]:
     """Return what propagates `objects` to the clusters, and what differs in each cluster."""
     names = [cluster.name for cluster in plan.clusters]
     everywhere: Object = {"clusterAffinity": {"clusterNames": names}}
-    flavors = {flavor.name: flavor for model in plan.models for flavor in model.flavors}
+    flavors = {flavor.name: (model, flavor) for model in plan.models for flavor in model.flavors}
     copied = [each for each in objects if each["metadata"]["name"] not in flavors or each["kind"] != "Deployment"]
     found = []
     for kind, scope in (("ClusterPropagationPolicy", None), ("PropagationPolicy", plan.namespace)):
@@ -45,9 +45,9 @@ def policies(plan: Plan, objects: Sequence[Mapping[str, Any]]) -> list[Object]:
         if wanted:
             placement = {**everywhere, "replicaScheduling": {"replicaSchedulingType": "Duplicated"}}
             found.append(_policy(kind, "inferctl", scope, {"resourceSelectors": wanted, "placement": placement}))
-    for flavor in flavors.values():
+    for model, flavor in flavors.values():
         found.append(_divided(flavor, plan))
-        if rules := [rule for cluster in plan.clusters if (rule := _override(flavor, cluster))]:
+        if rules := [rule for cluster in plan.clusters if (rule := _override(model, flavor, cluster))]:
             selector = [{"apiVersion": "apps/v1", "kind": "Deployment", "name": flavor.name}]
             spec = {"resourceSelectors": selector, "overrideRules": rules}
             found.append(_policy("OverridePolicy", flavor.name, plan.namespace, spec))
@@ -82,7 +82,7 @@ def _divided(flavor: FlavorPlan, plan: Plan) -> Object:
     return _policy("PropagationPolicy", flavor.name, plan.namespace, spec)
 
 
-def _override(flavor: FlavorPlan, cluster: Cluster) -> Object | None:
+def _override(model: ModelPlan, flavor: FlavorPlan, cluster: Cluster) -> Object | None:
     """Return the GPU resource and the node labels of a flavor in `cluster`, if they differ from those of the base."""
     placed = flavor.at(cluster)
     resource, labels = placed.resource, placed.resource.labels if placed.resource else placed.node_labels
@@ -92,9 +92,9 @@ def _override(flavor: FlavorPlan, cluster: Cluster) -> Object | None:
     # `add` also replaces a value that exists.
     changes = [{"path": "/spec/template/spec/affinity/nodeAffinity", "operator": "add", "value": affinity}]
     if resource and flavor.sharing != "dra":
-        amounts = manifest.plain({**workload.cpu_and_memory(flavor), **sharing.limits(resource)})
-        path, value = "/spec/template/spec/containers/0/resources", {"requests": amounts, "limits": amounts}
-        changes.append({"path": path, "operator": "replace", "value": value})
+        (server,) = workload.pod(model, flavor.only_at(cluster))["containers"]
+        path = "/spec/template/spec/containers/0/resources"
+        changes.append({"path": path, "operator": "replace", "value": manifest.plain(server["resources"])})
     return {"targetCluster": {"clusterNames": [cluster.name]}, "overriders": {"plaintext": changes}}
 
 

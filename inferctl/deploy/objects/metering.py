@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
 from inferctl.deploy.objects.metadata import Object, from_secret, labels_of, metadata
-from inferctl.deploy.objects.policy import Endpoint, egress_policy, endpoint
+from inferctl.deploy.objects.policy import SCHEME_PORTS, Endpoint, egress_policy, endpoints
 from inferctl.deploy.plan import ModelPlan
 from inferctl.errors import UsageError
 from inferctl.sizes import parse_size
@@ -19,7 +19,6 @@ DATA = "/metering"
 LEDGER_KEY = "url"
 _VOLUME = "metering"
 _MIB = 1024 * 1024
-_POSTGRES_PORT = 5432
 # The outbox is below its maximum size, and SQLite writes a log next to it.
 _SPARE_MIB = 256
 
@@ -70,7 +69,15 @@ def egress(spec: Spec) -> list[Endpoint]:
     """Return what the worker of a server connects to for usage events. `broker.egress` has the broker."""
     if spec.metering.mode == "off" or broker.of_events(spec):
         return []
-    return [Endpoint(_POSTGRES_PORT, None)]
+    return _ledger_endpoints(spec)
+
+
+def _ledger_endpoints(spec: Spec) -> list[Endpoint]:
+    """Return where the ledger is. Only the Secret has its whole URL; without `metering.ledger`, it is anywhere."""
+    address = spec.metering.ledger
+    if address and not address.is_file:
+        return endpoints(address.public, spec.deploy.namespace)
+    return [Endpoint(SCHEME_PORTS["postgresql"], None)]
 
 
 def consumers(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
@@ -84,7 +91,7 @@ def consumers(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
     for number, ((url, *_), spec) in enumerate(found.items(), 1):
         name = CONSUMER if number == 1 else f"{CONSUMER}-{number}"
         selector = labels_of(name, CONSUMER)
-        to = [endpoint(url, namespace), Endpoint(_POSTGRES_PORT, None)]
+        to = [*endpoints(url, namespace), *_ledger_endpoints(spec)]
         objects.append(_consumer(name, namespace, spec, url))
         objects.append(egress_policy(name, namespace, selector, to))
     return objects
@@ -121,7 +128,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
             "revisionHistoryLimit": 3,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": pod},
+            "template": {"metadata": {"labels": labels}, "spec": reserve_disk(pod)},
         },
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
 from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.metering import CONSUMER
 from inferctl.deploy.objects.policy import (
@@ -203,7 +203,7 @@ def _stateful_set(settings: Nats, secret: str, namespace: str, text: str) -> Obj
                     "labels": labels,
                     "annotations": {"inferctl.io/config-sha256": hashlib.sha256(text.encode()).hexdigest()},
                 },
-                "spec": pod,
+                "spec": reserve_disk(pod),
             },
             "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": claim}],
         },

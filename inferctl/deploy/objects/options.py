@@ -102,7 +102,7 @@ def _node_pool(
 
 def _gpus_of_a_node(part: Hardware, cluster: Cluster) -> tuple[int, str]:
     """Return the GPUs of the instance with the list price of the catalog (`p4d.24xlarge, 1 of 8`), and its name."""
-    price, _ = sizing.price_of(part, cluster.cloud)
+    price = sizing.price_of(part, cluster.cloud)
     found = re.fullmatch(r"(\S+), 1 of (\d+)", price.instance) if price else None
     return (int(found[2]), found[1]) if found else (1, "")
 

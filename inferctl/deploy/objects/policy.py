@@ -24,11 +24,12 @@ SERVING_PRIORITY = "inferctl-serving"
 OVERFLOW_PRIORITY = "inferctl-overflow"
 # Cluster Autoscaler ignores pods below -10 by default (--expendable-pods-priority-cutoff).
 _OVERFLOW_VALUE = -5
-_SERVING_VALUE = 100_000
+# The priority of pods without a class: servers preempt placeholders, which are below it, and no pods of other teams.
+_SERVING_VALUE = 0
 # CoreDNS is pods, but EKS Auto Mode resolves names on the node, and GKE with Cloud DNS and NodeLocal DNSCache at
 # link-local addresses (169.254.169.254, 169.254.20.10): no selector is right everywhere.
 _DNS_NOTE = "to all addresses: name servers are pods, the node, or 169.254.x.x, as the cloud has them"
-_SCHEME_PORTS = {
+SCHEME_PORTS = {
     "http": 80,
     "https": 443,
     "nats": 4222,
@@ -36,6 +37,8 @@ _SCHEME_PORTS = {
     "valkey": 6379,
     "valkeys": 6379,
     "redis": 6379,
+    "rediss": 6379,
+    "ws": 80,
     "postgresql": 5432,
     "postgres": 5432,
 }
@@ -55,7 +58,7 @@ def priority_classes() -> list[Object]:
         "metadata": metadata(SERVING_PRIORITY, None, {}),
         "value": _SERVING_VALUE,
         "globalDefault": False,
-        "description": "Model servers: they preempt placeholders and jobs without a priority.",
+        "description": "Model servers: they preempt placeholders, and no pods without a priority.",
     }
     overflow = {
         "apiVersion": "scheduling.k8s.io/v1",
@@ -113,24 +116,43 @@ class Endpoint:
 
 
 def endpoint(url: str, default_namespace: str) -> Endpoint:
-    """Return the endpoint of a URL. `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster.
+    """Return the endpoint of a URL with one host. `endpoints` has the details."""
+    return endpoints(url, default_namespace)[0]
 
+
+def endpoints(url: str, default_namespace: str) -> list[Endpoint]:
+    """Return the endpoints of an address: of each host, with its port or that of the scheme, without duplicates.
+
+    `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster. PostgreSQL accepts several hosts, also in the query.
     Raises `UsageError` if it is not a URL.
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port or _SCHEME_PORTS.get(parts.scheme.partition("+")[0], 443)
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        query = urllib.parse.parse_qs(parts.query)
+        if not any(hosts):
+            hosts = ",".join(query.get("host", [])).split(",")
+        given = ",".join(query.get("port", [])).split(",")
+        default = SCHEME_PORTS.get(parts.scheme.partition("+")[0], 443)
+        found = []
+        for index, host in enumerate(hosts):
+            address = urllib.parse.urlsplit(f"//{host}")
+            port = address.port or int(given[min(index, len(given) - 1)] or default)
+            found.append(Endpoint(port, _namespace(address.hostname or "", default_namespace)))
     except ValueError:
         # Not the URL itself, which may have a password.
         raise UsageError("a URL of the spec has no valid host and port", "write it as scheme://host:port") from None
-    words = (parts.hostname or "").split(".")
+    return list(dict.fromkeys(found))
+
+
+def _namespace(host: str, default: str) -> str | None:
+    """Return the namespace of a Service of the cluster; None for another host."""
+    words = host.split(".")
     if ":" in words[0]:  # an address of IPv6
-        return Endpoint(port, None)
+        return None
     if len(words) == 1:
-        return Endpoint(port, default_namespace)
-    if len(words) == 2 or (len(words) > 2 and words[2] == "svc"):
-        return Endpoint(port, words[1])
-    return Endpoint(port, None)
+        return default
+    return words[1] if len(words) == 2 or words[2] == "svc" else None
 
 
 def public_endpoint(url: str, default_namespace: str) -> Endpoint:

@@ -8,7 +8,7 @@ from typing import Any
 from inferctl.deploy import annotation_keys
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import access, metering, sharing, worker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security
+from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk
 from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, TASK, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
@@ -70,7 +70,7 @@ def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the pod spec of a server, for the Pod Security level `restricted`."""
     claims, _ = sharing.claims(model, flavor)
     sidecars = worker.sidecars(model.spec)
-    return {
+    found = {
         "serviceAccountName": model.name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -84,6 +84,7 @@ def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
         "containers": [container(model, flavor)],
         "volumes": [volume for volume, _ in _volumes(model)],
     }
+    return reserve_disk(found)
 
 
 def container(model: ModelPlan, flavor: FlavorPlan) -> Object:

@@ -93,7 +93,9 @@ def refusal(cluster: Cluster, pod: Pod) -> str | None:
 
 
 def _invalid(pod: Pod) -> str | None:
-    """Return why the API server refuses the resources of a container; None if it accepts them."""
+    """Return why the API server refuses the node labels or the resources of a pod; None if it accepts them."""
+    for _, what in selectors.refused_by_api_server(pod.spec):
+        return what
     for each in [*fields.items(pod.spec, "initContainers"), *fields.items(pod.spec, "containers")]:
         limits = fields.mapping(each, "resources", "limits")
         requests = {**limits, **fields.mapping(each, "resources", "requests")}

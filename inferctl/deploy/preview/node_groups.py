@@ -27,6 +27,8 @@ from inferctl.errors import SpecError
 EXAMPLE = "save `kubectl get nodes,pods -A -o yaml` as the nodes file, or write it as in docs/deploy-preview.md"
 # The kubelet's default.
 _PODS = 110
+# Of disks, those who write nodes by hand seldom know what is free.
+_DISK = "1Ei"
 _TAINT = re.compile(r"([^=:\s]+)(?:=([^=:\s]*))?:(NoSchedule|PreferNoSchedule|NoExecute)")
 
 
@@ -97,7 +99,7 @@ def _nodes(group: NodeGroup) -> Iterator[dict[str, Any]]:
             "kind": "Node",
             "metadata": {"name": name, "labels": labels | fields.text_map(group.labels)},
             "spec": {"taints": taints, "unschedulable": group.unschedulable},
-            "status": {"allocatable": {"pods": _PODS, **group.allocatable}},
+            "status": {"allocatable": {"pods": _PODS, "ephemeral-storage": _DISK, **group.allocatable}},
         }
 
 

@@ -44,9 +44,10 @@ def _cluster(outcome: Outcome) -> dict[str, Any]:
 
 def _workload(outcome: Outcome, workload: Workload) -> dict[str, Any]:
     rest = [each for each in outcome.rest if each.workload is workload]
+    first = [each for each in outcome.first if each.workload is workload]
     spike = [each for each in outcome.spike if each.workload is workload]
     bound = [pod for _, pod in outcome.cluster.bound() if pod.owner == workload.key]
-    requests = next((each.pod.requests for each in [*rest, *spike]), {})
+    requests = next((each.pod.requests for each in [*rest, *first, *spike]), {})
     return {
         "name": workload.name,
         "namespace": workload.namespace,
@@ -58,9 +59,9 @@ def _workload(outcome: Outcome, workload: Workload) -> dict[str, Any]:
         "running": outcome.existing[workload.key],
         "at_peak": len(bound),
         "tokens_per_second": workload.rate,
-        "priority": next((each.pod.priority for each in [*rest, *spike]), None),
+        "priority": next((each.pod.priority for each in [*rest, *first, *spike]), None),
         "requests": {name: fields.show(name, amount) for name, amount in requests.items()},
-        "pods": [*_groups(rest, "rest"), *_groups(spike, "spike")],
+        "pods": [*_groups(rest, "rest"), *_groups(first, "first"), *_groups(spike, "spike")],
     }
 
 
@@ -134,7 +135,16 @@ def _evicted(outcome: Outcome) -> list[dict[str, Any]]:
 
 def _notes(outcome: Outcome) -> Iterable[str]:
     cluster = outcome.cluster
-    pods = [attempt.pod for attempt in (*outcome.rest, *outcome.spike)]
+    if outcome.first:
+        names = sorted({attempt.workload.name for attempt in outcome.first})
+        bought = sum(attempt.node is None for attempt in outcome.first)
+        nodes = f", {bought} of them on a new node of an autoscaler" if bought else ""
+        yield (
+            f"the first apply starts {len(outcome.first)} more pods{nodes}, until the autoscaler removes them: "
+            f"{', '.join(names)}. To avoid them, create these Deployments with 0 replicas before "
+            "(`kubectl create -f first/CLUSTER.yaml`)"
+        )
+    pods = [attempt.pod for attempt in (*outcome.rest, *outcome.first, *outcome.spike)]
     claims = {name for pod in pods for name in volumes.unknown(cluster, pod)}
     if claims:
         yield f"claims not in the files, so their zone is not checked: {', '.join(sorted(claims))}"

@@ -53,6 +53,7 @@ class Attempt:
 class Outcome:
     """A cluster at the peak. `rest` and `spike` are the new pods up to the least replicas, and then up to the peak.
 
+    `first` are pods that the first apply starts in addition, and that an autoscaler removes before the spike.
     `queue` has the workloads in the order in which their pods were placed. `again` are the pods that were evicted and
     could be placed elsewhere, `waiting` those that could not.
     """
@@ -62,6 +63,7 @@ class Outcome:
     queue: Sequence[Workload]
     existing: Mapping[str, int]
     rest: list[Attempt]
+    first: list[Attempt]
     spike: list[Attempt]
     again: list[Pod]
     waiting: list[Pod]
@@ -77,11 +79,19 @@ def run(cluster: Cluster, workloads: Sequence[Workload]) -> Outcome:
     # The queue of the scheduler: higher priority first.
     ordered = sorted(workloads, key=lambda each: (-new_pod(cluster, each, 0).priority, each.preference))
     rest = [attempt for each in ordered for attempt in scale(cluster, each, each.least)]
+    first = _first(cluster, [each for each in ordered if not existing[each.key]])
     spike = fill(cluster, ordered)
     evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
     again = settle(cluster, evicted)
     waiting = [pod for pod in cluster.waiting() if pod in evicted]
-    return Outcome(cluster, workloads, ordered, existing, rest, spike, again, waiting)
+    return Outcome(cluster, workloads, ordered, existing, rest, first, spike, again, waiting)
+
+
+def _first(cluster: Cluster, workloads: Sequence[Workload]) -> list[Attempt]:
+    """Return the pods above the least replicas that the first apply of `workloads` starts. Leaves `cluster` alone."""
+    more = [each for each in workloads if each.initial > each.least]
+    trial = cluster.copy() if more else cluster
+    return [attempt for each in more for attempt in scale(trial, each, each.initial)]
 
 
 def fill(cluster: Cluster, workloads: Sequence[Workload]) -> list[Attempt]:

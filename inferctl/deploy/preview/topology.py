@@ -97,10 +97,11 @@ def _count_spread(found: View, cluster: Cluster) -> None:
             if not _included(constraint, pod, node):
                 continue
             value = node.labels[constraint.key]
-            # A terminating pod does not count.
+            # A terminating pod does not count, and for an empty selector none does.
+            others = () if constraint.selector.empty else cluster.on(node.name)
             hits = sum(
                 not other.terminating and other.namespace == pod.namespace and constraint.selector.matches(other.labels)
-                for other in cluster.on(node.name)
+                for other in others
             )
             counts[value] = counts.get(value, 0) + hits
 

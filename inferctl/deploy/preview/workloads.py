@@ -26,7 +26,8 @@ class Scaler:
 class Workload:
     """A Deployment.
 
-    `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `rate` is in tokens per second
+    `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `initial` is `spec.replicas`,
+    which the first apply starts before an autoscaler acts. `rate` is in tokens per second
     and replica, of which `utilization` is planned for; `peak` is what all Deployments of the model must serve in this
     cluster; `preference` says which of them does so first. `load_s` is from start until ready, `cold_start_s` with a
     new node. None if it is not stated.
@@ -40,6 +41,7 @@ class Workload:
     selector: Mapping[str, Any]
     least: int
     most: int
+    initial: int
     rate: float | None = None
     utilization: float = 1.0
     preference: int = 0
@@ -91,6 +93,7 @@ def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[st
         fields.mapping(item, "spec", "selector"),
         scaler.least,
         scaler.most,
+        replicas,
         rate=_number(annotations.get(RATE)),
         utilization=_number(annotations.get(UTILIZATION)) or 1.0,
         preference=int(_number(annotations.get(PREFERENCE)) or 0),

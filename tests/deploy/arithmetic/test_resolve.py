@@ -225,7 +225,6 @@ def test_the_memory_share_of_vllm_is_one_of_the_whole_gpu() -> None:
         ({}, {}, "has no hardware to run on"),
         (one(image=None), {}, "has no image"),
         (one(hardware="l5"), {}, r"deploy.flavors\[0\]: hardware 'l5' not found"),
-        (one(name="x" * 45), {}, "longer than 46"),
         (one(), {"model": {"source": "a/b"}}, r"deploy\.weights names no volume"),
         (one(), {"access": {"keys": "keys.json"}}, "no Secret has the key file"),
         ({**one(), "keys_secret": "s"}, {}, "the server asks for no keys"),

@@ -173,8 +173,9 @@ def test_placeholders_are_as_large_as_a_pod_with_its_worker() -> None:
     (placeholder,) = spare(found)
     # Server: 3 - 0.1 cores assumed, and 200 MB + 4 GiB = 4,287 MiB. Worker: 0.1 cores and 256 MiB.
     resources = placeholder["spec"]["template"]["spec"]["containers"][0]["resources"]
-    assert resources["requests"] == {"cpu": "3000m", "memory": "4543Mi", "nvidia.com/gpu": 1}
-    assert resources["limits"] == resources["requests"]
+    assert resources["limits"] == {"cpu": "3000m", "memory": "4543Mi", "nvidia.com/gpu": 1}
+    # /tmp: 1,024 MiB; the outbox: 1,024 MiB and 256 MiB.
+    assert resources["requests"] == {**resources["limits"], "ephemeral-storage": "2304Mi"}
 
 
 @pytest.mark.parametrize("overflow", ["none", 0])

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl import catalog, model
+from inferctl.catalog import hardware_profiles
 from inferctl.deploy import sizing
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.plan import Rate, TrafficPlan
 from inferctl.deploy.sizing import Demand
 from inferctl.deploy_spec import Traffic
+from inferctl.estimate import forecast
 from tests.deploy import plans
 
 FAST = Rate(90_000.0, measured=True, source="", seal="01234567")
@@ -259,3 +261,20 @@ def test_more_traffic_never_needs_fewer_replicas(speed: float, base: float, peak
     low, high = min(base, peak), max(base, peak)
     chain = [Demand("x", Rate(speed, True, ""))]
     assert replicas(chain, traffic(low, high))[0][1] <= replicas(chain, traffic(low, high + more))[0][1]
+
+
+SLICES = [key for key, part in hardware_profiles().items() if part.mig]
+
+
+@pytest.mark.parametrize("key", SLICES)
+def test_a_slice_has_one_price_in_deploy_and_estimate(key: str) -> None:
+    part = hardware_profiles()[key]
+    assert part.mig
+    whole = hardware_profiles()[part.mig.parent]
+    assert forecast.prices(part) or not whole.prices
+    for price in forecast.prices(part):
+        found = sizing.cost("a month", 1, part, price["provider"], gpus=1, shared_by=1)
+        assert found and found.value == pytest.approx(price["usd_per_hour"] * sizing.HOURS_PER_MONTH, abs=0.01)
+        # All slices that fit cost no more than the GPU, and what does not fit another one is paid.
+        (full,) = (each.usd_per_hour for each in whole.prices if each.provider == price["provider"])
+        assert price["usd_per_hour"] * part.mig.at_most == pytest.approx(full)

@@ -94,7 +94,7 @@ def test_sarif_is_valid_and_points_to_the_lines(capsys: pytest.CaptureFixture[st
     assert place["artifactLocation"]["uri"].endswith("bad%20pod.yaml")
     assert place["region"] == {"startLine": 7}
     assert len(run_["results"]) > 20
-    prints = [each["partialFingerprints"]["inferctlFinding/v1"] for each in run_["results"]]
+    prints = [each["partialFingerprints"]["inferctlFinding/v2"] for each in run_["results"]]
     assert len(set(prints)) > 1
 
 

@@ -9,11 +9,12 @@ import time
 from typing import Any
 
 import pytest
+import yaml
 
 from inferctl import catalog
 from inferctl.deploy import lint, manifests_file
 from inferctl.deploy.kubernetes.fields import as_float
-from inferctl.deploy.lint import gpu, models
+from inferctl.deploy.lint import gpu, models, sarif
 from inferctl.deploy.lint.manifests import Manifests, Workload
 from inferctl.deploy.manifests_file import Located
 from tests.deploy.lint import seeded
@@ -380,3 +381,152 @@ def _spoil(value: Any, chosen: random.Random) -> None:
             value[key] = copy.deepcopy(chosen.choice(JUNK))
             return
         value = value[key]
+
+
+@pytest.mark.parametrize(
+    ("expression", "found"),
+    [
+        ({"operator": "Gt", "values": ["-1"]}, True),
+        ({"operator": "Lt", "values": ["1", "2"]}, True),
+        ({"operator": "Lt", "values": []}, True),
+        ({"operator": "Gt", "values": ["40"]}, False),
+        ({"operator": "Gt", "values": [40]}, False),  # a number in YAML: another finding of a schema
+        ({"operator": "In", "values": ["a b"]}, True),
+        ({"operator": "In", "values": []}, True),
+        ({"operator": "NotIn", "values": ["x" * 64]}, True),
+        ({"operator": "In", "values": [""]}, False),
+        ({"operator": "Exists", "values": ["x"]}, True),
+        ({"operator": "DoesNotExist"}, False),
+        ({"operator": "Is", "values": ["x"]}, True),
+    ],
+)
+def test_node_labels_that_the_api_server_refuses(expression: dict[str, Any], found: bool) -> None:
+    terms = [{"matchExpressions": [{"key": "example.com/memory", **expression}]}]
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+    path = (*POD, "affinity", "nodeAffinity")
+    assert ("bad-value" in rules(changed("Deployment/embed", path, required))) is found
+
+
+@pytest.mark.parametrize(("value", "found"), [("-1", True), ("a/b", True), ("", False), ("a.b_c-1", False)])
+def test_node_selectors_that_the_api_server_refuses(value: str, found: bool) -> None:
+    assert ("bad-value" in rules(changed("Deployment/chat", (*POD, "nodeSelector", "team"), value))) is found
+
+
+def _device(name: str) -> dict[str, Any]:
+    return {"devices": {"requests": [{"name": "device", "exactly": {"deviceClassName": name}}]}}
+
+
+def _template(spec: dict[str, Any], name: str = "device", namespace: str = "inference") -> dict[str, Any]:
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaimTemplate", "metadata": metadata, "spec": spec}
+
+
+def _class(name: str, driver: str) -> dict[str, Any]:
+    selectors = [{"cel": {"expression": f'device.driver == "{driver}"'}}]
+    spec = {"selectors": selectors}
+    return {"apiVersion": "resource.k8s.io/v1", "kind": "DeviceClass", "metadata": {"name": name}, "spec": spec}
+
+
+BY_TEMPLATE = {"name": "device", "resourceClaimTemplateName": "device"}
+V1BETA1 = {"spec": {"devices": {"requests": [{"name": "device", "deviceClassName": "gpu.nvidia.com"}]}}}
+FIRST = {"spec": {"devices": {"requests": [{"name": "d", "firstAvailable": [{"deviceClassName": "mig.nvidia.com"}]}]}}}
+CLAIM = {**_template(_device("gpu.nvidia.com")), "kind": "ResourceClaim"}
+
+
+@pytest.mark.parametrize(
+    ("resource", "claim", "others", "found"),
+    [
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("gpu.nvidia.com")})], True),
+        ("nvidia.com/mig-1g.5gb", BY_TEMPLATE, [_template({"spec": _device("mig.nvidia.com")})], True),
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template(V1BETA1)], True),
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template(FIRST)], True),
+        ("nvidia.com/gpu", {"name": "device", "resourceClaimName": "device"}, [CLAIM], True),
+        ("amd.com/gpu", BY_TEMPLATE, [_template({"spec": _device("gpu.amd.com")})], True),
+        ("gpu.intel.com/xe", BY_TEMPLATE, [_template({"spec": _device("gpu.intel.com")})], True),
+        ("google.com/tpu", BY_TEMPLATE, [_template({"spec": _device("tpu.google.com")})], True),
+        # A class of the platform team, for GPUs and for network cards.
+        (
+            "nvidia.com/gpu",
+            BY_TEMPLATE,
+            [_template({"spec": _device("large")}), _class("large", "gpu.nvidia.com")],
+            True,
+        ),
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("fast")}), _class("fast", "dra.net")], False),
+        # The network of a TPU or a GPU, and the channel between the nodes of an NVL72.
+        ("google.com/tpu", BY_TEMPLATE, [_template({"spec": _device("netdev.google.com")})], False),
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("mrdma.google.com")})], False),
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("rdma.dra.net")})], False),
+        ("amd.com/gpu", BY_TEMPLATE, [_template({"spec": _device("sriovnetwork.openshift.io")})], False),
+        (
+            "nvidia.com/gpu",
+            BY_TEMPLATE,
+            [_template({"spec": _device("compute-domain-default-channel.nvidia.com")})],
+            False,
+        ),
+        # Not among the manifests, or another one of this name: unknown, unless its name says what it is.
+        ("nvidia.com/gpu", BY_TEMPLATE, [], False),
+        ("nvidia.com/gpu", {"name": "gpu", "resourceClaimTemplateName": "half"}, [], True),
+        ("nvidia.com/gpu", {"name": "device", "resourceClaimTemplateName": "mig-3g"}, [], True),
+        ("google.com/tpu", {"name": "network", "resourceClaimTemplateName": "gpu-network"}, [], False),
+        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("gpu.nvidia.com")}, namespace="other")], False),
+        ("nvidia.com/gpu", {"name": "device", "resourceClaimName": "device"}, [_template({"spec": V1BETA1})], False),
+        ("example.com/fpga", BY_TEMPLATE, [_template({"spec": _device("gpu.nvidia.com")})], False),
+    ],
+)
+def test_only_claims_for_accelerators_are_a_second_gpu(
+    resource: str, claim: dict[str, Any], others: list[dict[str, Any]], found: bool
+) -> None:
+    objects = changed("Deployment/chat", (*SERVER, "resources"), {"limits": {"memory": "24Gi", resource: 1}})
+    (chat,) = (each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
+    chat["spec"]["template"]["spec"]["resourceClaims"] = [claim]
+    assert ("gpu-and-claim" in rules([*objects, *others])) is found
+
+
+def _pool(name: str, *, ignore: str | None, namespace: str | None = None, **changes: Any) -> dict[str, Any]:
+    """Return a Deployment with a moving tag, which an annotation may exempt."""
+    metadata: dict[str, Any] = {"name": name} | ({"namespace": namespace} if namespace else {})
+    if ignore:
+        metadata["annotations"] = {"inferctl.io/lint-ignore": ignore}
+    labels = {"app": name}
+    container = {"name": "server", "image": "vllm/vllm-openai:latest"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
+    spec = {"selector": {"matchLabels": labels}, "template": template}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec, **changes}
+
+
+RULE = "floating-image"
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        (_pool("a", ignore=None, namespace="two"), 1),
+        (_pool("a", ignore=None), 1),  # in the namespace of kubectl
+        (_pool("a", ignore=None, namespace="one", kind="StatefulSet"), 1),
+        (_pool("a", ignore=None, namespace="one", apiVersion="argoproj.io/v1alpha1", kind="Rollout"), 1),
+        (_pool("a", ignore="one-zone", namespace="two"), 1),
+        (_pool("a", ignore=f"one-zone, {RULE}", namespace="two"), 0),
+        (_pool("b", ignore=None, namespace="one"), 1),
+        ({**_pool("x", ignore=None), "metadata": {"generateName": "a"}}, 1),
+        ({**_pool("a", ignore=None, namespace="one"), "metadata": {"name": "a", "namespace": "one"}}, 1),  # twice
+    ],
+)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_exception_is_of_one_object(other: dict[str, Any], found: int, as_list: bool) -> None:
+    ignored = _pool("a", ignore=RULE, namespace="one")
+    for objects in ([ignored, other], [other, ignored]):
+        documents = [{"apiVersion": "v1", "kind": "List", "items": objects}] if as_list else objects
+        text = yaml.safe_dump_all(documents)
+        findings = [each for each in lint.lint(manifests_file.parse(text, "all.yaml")) if each.rule == RULE]
+        assert len(findings) == found
+        # What kustomize builds has no lines.
+        built = [Located(each, "kustomization.yaml") for each in objects]
+        assert len([each for each in lint.lint(built) if each.rule == RULE]) == found
+
+
+def test_findings_of_namesakes_are_told_apart() -> None:
+    built = [Located(_pool("a", ignore=None, namespace=name), "kustomization.yaml") for name in ("one", "two")]
+    found = [each for each in lint.lint(built) if each.rule == RULE]
+    assert [each.namespace for each in found] == ["one", "two"]
+    results = sarif.log(found, list(lint.RULES.values()))["runs"][0]["results"]
+    assert len({each["partialFingerprints"]["inferctlFinding/v2"] for each in results}) == 2

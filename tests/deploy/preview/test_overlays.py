@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from inferctl import cli
+from inferctl.deploy import manifests_file
 from inferctl.deploy.preview import overlays
-from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.errors import NotReadyError, UsageError
 
 DEPLOYMENT = """
 apiVersion: apps/v1
@@ -64,8 +67,76 @@ def test_one_kustomization_is_built(tmp_path: Path) -> None:
 
 def test_a_kustomization_that_fails_is_an_error_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text("resources: [absent.yaml]\n")
-    with pytest.raises(InferctlError, match=r"absent\.yaml"):
+    with pytest.raises(UsageError, match=r"absent\.yaml"):
         overlays.read([tmp_path], ["one"])
+
+
+@pytest.mark.parametrize("name", manifests_file.KUSTOMIZATIONS)
+def test_the_file_of_a_kustomization_is_built(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tree(tmp_path, "one") / "overlays" / "one"
+    file = (folder / "kustomization.yaml").rename(folder / name)
+    (objects,) = overlays.read([file], ["cluster"]).values()
+    assert [each.data["spec"]["replicas"] for each in objects] == [5]
+    assert cli.run(["deploy", "--lint", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objects"] == 1
+
+
+PANIC = """# Warning: 'commonLabels' is deprecated.
+panic: runtime error: invalid memory address or nil pointer dereference
+[signal SIGSEGV: segmentation violation code=0x1 addr=0x40 pc=0x15c3d25]
+
+goroutine 1 [running]:
+main.main()
+\tk8s.io/kubernetes/cmd/kubectl/kubectl.go:30 +0x18
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        (f"cat >&2 <<'X'\n{PANIC}X\nexit 2", 3, "panic: runtime error"),
+        ("echo 'fatal error: runtime: out of memory' >&2; exit 2", 3, "out of memory"),
+        ("kill -SEGV $$", 3, "signal 11"),
+        ("exit 7", 3, "exit code 7"),
+        ("printf '# Warning: old\\nerror: no such file: x.yaml\\n' >&2; exit 1", 2, "no such file: x.yaml"),
+        ("printf '\\n\\nError: unknown command \"kustomize\"\\nRun --help\\n' >&2; exit 1", 2, "unknown command"),
+        ("printf '\\377' >&2; exit 1", 2, "\N{REPLACEMENT CHARACTER}"),
+        ("printf 'kind: \\377'", 2, "apiVersion"),
+        ("echo 'not: an object'", 2, "no apiVersion"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["lint", "preview"])
+def test_a_failure_of_kubectl_is_never_a_finding(
+    script: str,
+    code: int,
+    said: str,
+    mode: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    folder = str(tree(tmp_path / "tree", "cluster"))
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("nodes: [{name: a, allocatable: {cpu: 1}}]\n")
+    arguments = ["--lint", folder] if mode == "lint" else ["--preview", str(nodes), folder]
+    assert cli.run(["deploy", *arguments]) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert "goroutine" not in error and "kubectl.go" not in error and "Warning" not in error
+
+
+def test_a_kubectl_that_this_machine_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "kubectl"
+    program.write_bytes(b"\x7fELF of another machine")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NotReadyError, match="kubectl"):
+        overlays.read([tree(tmp_path / "tree", "one")], ["one"])
 
 
 def test_without_kubectl_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

