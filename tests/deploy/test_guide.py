@@ -104,7 +104,11 @@ def test_each_file_is_made_before_it_is_used() -> None:
 
     order = ["cp -r docs/examples/kubernetes", "cd my-models", "-f embed.yaml", "--output manifests", "manifests/"]
     assert [first(part) for part in order] == sorted(first(part) for part in order)
-    for made, used in (("> team-a.key", "team-a.key)"), ("KEY=", "$KEY"), ("> ledger-url.txt", "=ledger-url.txt")):
+    for made, used in (
+        ("--output team-a.key", "team-a.key)"),
+        ("KEY=", "$KEY"),
+        ("> ledger-url.txt", "=ledger-url.txt"),
+    ):
         assert first(made) < first(used)
     # The key is created once. A second one in another cluster would be another key.
     assert sum("keys create" in line for line in lines) == 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from inferctl.addresses import DatabaseAddress
 from inferctl.deploy import layout
 from inferctl.deploy.objects import policy
 from inferctl.deploy.objects.policy import Endpoint
@@ -70,13 +71,13 @@ def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
         ("postgresql://db.example.com/usage", {(None, 5432)}),
         ("postgresql://usage:secret@db.example.com:6432/usage", {(None, 6432)}),
         ("postgresql://pooler.databases:6432/usage", {("databases", 6432)}),
-        ("postgresql://a.example.com:5433,b.example.com:5434/usage", {(None, 5433), (None, 5434)}),
+        ("postgresql://usage@/usage?host=a.example.com&port=5433", {(None, 5433)}),
     ],
 )
 def test_the_ledger_has_the_port_of_its_address(ledger: str | None, expected: set[Any]) -> None:
     for deploy, name in (({"broker": None}, "embed-server"), ({}, "usage-worker")):
         spec = plans.embed(**deploy)
-        metering = spec.metering.model_copy(update={"ledger": ledger})
+        metering = spec.metering.model_copy(update={"ledger": DatabaseAddress(ledger) if ledger else None})
         files = layout.files(plans.plan(spec.model_copy(update={"metering": metering})))
         assert egress(files, name) - {("messaging", 4222)} == expected
         assert "secret@" not in "".join(files.values())

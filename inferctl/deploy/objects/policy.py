@@ -123,8 +123,8 @@ def endpoint(url: str, default_namespace: str) -> Endpoint:
 def endpoints(url: str, default_namespace: str) -> list[Endpoint]:
     """Return the endpoints of an address: of each host, with its port or that of the scheme, without duplicates.
 
-    `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster. PostgreSQL accepts several hosts, also in the query.
-    Raises `UsageError` if it is not a URL.
+    `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster. PostgreSQL accepts several hosts, also in the
+    query. Raises `UsageError` if it is not a URL.
     """
     try:
         parts = urllib.parse.urlsplit(url)
