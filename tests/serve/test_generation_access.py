@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 from pathlib import Path
 
 import httpx
 import openai
-import pytest
 
-from inferctl.serve.generate.meter import expected_tokens
 from tests.access.test_keys import add
 from tests.serve.conftest import until
 from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
@@ -82,30 +79,6 @@ def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> No
         done = [each.result().status_code for each in running]
     assert done.count(200) == 4
     assert chat(server, first, "3").status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("body", "expected"),
-    [
-        ({"messages": [], "max_tokens": 10}, 10),
-        ({"messages": [], "max_completion_tokens": 20, "max_tokens": 10}, 20),
-        ({"messages": [], "max_tokens": 10, "n": 3}, 30),
-        ({"messages": []}, 1024),
-        ({"prompt": "a", "max_tokens": 1_000_000}, 4096),
-        ({"prompt": ["a", "b"], "max_tokens": 10, "n": 2}, 40),
-        ({"prompt": [1, 2], "max_tokens": 10}, 10),
-        ({"prompt": [[1], [2]], "max_tokens": 10}, 20),
-        ({"max_tokens": "many", "n": -1}, 1024),
-        ([], 0),
-    ],
-)
-def test_the_most_that_a_request_can_generate(body: object, expected: int) -> None:
-    text = json.dumps(body).encode()
-    assert expected_tokens(text, 4096) == (-(-len(text) // 4), expected)
-
-
-def test_a_body_that_is_no_json_is_left_to_vllm() -> None:
-    assert expected_tokens(b"{", 4096) == (1, 0)
 
 
 def test_what_vllm_quotes_of_requests_is_not_logged(start: Start) -> None:  # noqa: F811
