@@ -28,7 +28,7 @@ from inferctl.precision import DeviceTraits
 from inferctl.serve.edge.usage import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server
-from inferctl.serve.generate.meter import StreamMeter
+from inferctl.serve.generate.meter import StreamMeter, count_body
 from inferctl.serve.generate.probe import Probe
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.reading import Asked
@@ -246,6 +246,7 @@ def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_err
         results = short.result(), long.result(), long_plain.result()
     assert results == ("complete", "APIError", "503 stopped")
     assert server.process.wait(20) == 1
+    assert "output_handler failed" not in server.log.read_text()
     assert "requests without a response: 2" in server.log.read_text()
     counted = Counter((event["status"], event["code"]) for event in server.events())
     assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1}
@@ -354,6 +355,23 @@ def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
         meter.pass_on(b'data: {"choices":[{"index":%d,"text":"a"}],"usage":%s}\n\n' % (index, usage))
     meter.count()
     assert (context.input_tokens, context.output_tokens) == (9, 16)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [('{"cached_tokens":5}', 5), ('{"cached_tokens":5,"multimodal_tokens":{"image":3}}', 5), ("null", 0), ("{}", 0)],
+)
+def test_cached_tokens_are_those_that_vllm_reports(stream: bool, details: str, cached: int) -> None:
+    context = RequestContext("chat")
+    usage = f'{{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":{details}}}'
+    if stream:
+        meter = StreamMeter(context, Asked(b"", 0))
+        meter.pass_on(f'data: {{"choices":[],"usage":{usage}}}\n\n'.encode())
+        meter.count()
+    else:
+        count_body(context, f'{{"id":"c","choices":[{{}}],"usage":{usage}}}'.encode())
+    assert (context.input_tokens, context.output_tokens, context.cached_tokens) == (9, 4, cached)
 
 
 def test_a_cpu_is_found_without_the_import_of_torch() -> None:

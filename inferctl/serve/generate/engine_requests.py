@@ -67,6 +67,15 @@ class EngineRequests:
         except AttributeError:
             pass
 
+    def close(self) -> None:
+        """End the task that waits for outputs of the engine, when there are no requests any more.
+
+        vLLM ends it a moment after its connection to the engine. If the task runs in between, as on a busy machine, it
+        logs an EngineDeadError with a traceback.
+        """
+        if (task := getattr(self._client, "output_handler", None)) is not None:
+            task.cancel()
+
     def _states(self, endpoint: str, request_id: str) -> list[Any]:
         name = f"{_PREFIXES[endpoint]}-{request_id}"
         states = self._client.output_processor.request_states.values()

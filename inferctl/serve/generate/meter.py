@@ -16,7 +16,9 @@ from inferctl.serve.edge.usage import RequestContext
 from inferctl.serve.generate.reading import Asked
 
 # `usage` of an event. Quotes inside JSON strings are escaped, so no text of the model can match.
-_USAGE = re.compile(rb',"usage":(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+# Details of the tokens of media are two levels deeper.
+_DETAILS = rb"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
+_USAGE = re.compile(rb',"usage":(null|\{[^{}]*(?:%s[^{}]*)*\})' % _DETAILS)
 _INDEX = re.compile(rb'"index":(\d+)')
 _PREFIX = b"data: "
 _ERROR = b'data: {"error"'

@@ -123,6 +123,7 @@ class _EdgeServer:
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])
         await asyncio.sleep(0.05)  # cancelled requests send their last event
+        self._generation.engine.close()
         await self._metering.close(_FLUSH_S)
         self._channel.send("closed", unfinished=self._edge.unfinished_responses)
 

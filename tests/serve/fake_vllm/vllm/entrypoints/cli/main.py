@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -213,6 +215,9 @@ def main() -> None:
         REGISTRY.unregister(WAITING)
     print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)
     print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")
+    warning = {"time": "2026-11-26T19:00:00.000+00:00", "level": "warning", "logger": "vllm.renderers.hf"}
+    for logger in ("vllm.renderers.hf", "transformers"):
+        print("(APIServer pid=1)", json.dumps(warning | {"logger": logger, "message": "geheim"}, separators=(",", ":")))
     routes = [
         Route("/health", health),
         Route("/v1/models", models),
@@ -222,11 +227,20 @@ def main() -> None:
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
-    app = Starlette(routes=routes)
+    client = SimpleNamespace()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        client.output_handler = asyncio.create_task(asyncio.sleep(math.inf))
+        yield
+        if not client.output_handler.cancelled():
+            log_error("async_llm.py:906", "AsyncLLM output_handler failed.", "Traceback", "EngineDeadError")
+
+    app = Starlette(routes=routes, lifespan=lifespan)
     processor = SimpleNamespace(request_states=Engine.states)
     scheduler = SimpleNamespace(max_num_seqs=int(sequences) if (sequences := chosen.max_num_seqs) else 256)
-    config = SimpleNamespace(scheduler_config=scheduler)
-    app.state.engine_client = SimpleNamespace(output_processor=processor, vllm_config=config)
+    client.output_processor, client.vllm_config = processor, SimpleNamespace(scheduler_config=scheduler)
+    app.state.engine_client = client
     if chosen.middleware:
         module, _, name = chosen.middleware.rpartition(".")
         app.add_middleware(getattr(importlib.import_module(module), name))
