@@ -33,9 +33,9 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignor
 LONGEST_S = 120.0
 
 
-def sequences() -> tuple[str, list[bytes]]:
-    """Six requests of 128 sequences each."""
-    body = CHAT | {"max_tokens": 200, "n": 128}
+def sequences(number: int) -> tuple[str, list[bytes]]:
+    """Six requests of `number` sequences each."""
+    body = CHAT | {"max_tokens": 200, "n": number}
     return "/v1/chat/completions", [json.dumps(body).encode()] * 6
 
 
@@ -50,14 +50,10 @@ def messages() -> tuple[str, list[bytes]]:
     return "/v1/chat/completions", [json.dumps({"messages": many}, separators=(",", ":")).encode()] * 10
 
 
-def small() -> tuple[str, list[bytes]]:
-    """Six requests of one sequence each."""
-    return "/v1/chat/completions", [json.dumps(CHAT | {"max_tokens": 200}).encode()] * 6
-
-
 ATTACKS: dict[str, Callable[[], tuple[str, list[bytes]]]] = {
-    "six requests with n: 1": small,
-    "six requests with n: 128": sequences,
+    "six requests with n: 1": lambda: sequences(1),
+    "six requests with n: 64": lambda: sequences(64),
+    "six requests with n: 128": lambda: sequences(128),
     "200 bodies of 78 KB to /tokenize": tokenize,
     "ten chats of 100,000 messages": messages,
 }

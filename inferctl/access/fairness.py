@@ -29,13 +29,14 @@ class Shares:
         """The most that a tenant can hold while there is no other."""
         return math.ceil(self._capacity * SHARE / (1 + SHARE))
 
-    def take(self, tenant: str, amount: int = 1, *, first_fits: bool = True) -> bool:
+    def take(self, tenant: str, amount: int = 1, *, strict: bool = False) -> bool:
         """Count `amount`; return False, and count nothing, if it exceeds the share of the tenant.
 
-        `first_fits`: a tenant that holds nothing is never over its share.
+        `strict`: also if the tenant holds nothing, and what is free is what remains before the last unit of `amount`.
         """
         held, free = self._held.get(tenant, 0), self._capacity - self._total
-        if (held or not first_fits) and exceeds_share(max(held, 1), amount - (not held), free - amount + 1):
+        over = held + amount > SHARE * (free - amount + 1) if strict else exceeds_share(held, amount, free)
+        if over:
             return False
         self._held[tenant] = held + amount
         self._total += amount

@@ -84,7 +84,7 @@ class GenerationApp:
         context = context_of(scope)
         asked = await _read(context, receive, lambda raw: reading.tokenization(raw, self.context))
         _reserve(context, asked.prompt_tokens)
-        size, tenant, used = len(asked.body), context.tenant or "", asked.prompt_tokens
+        size, tenant, used, in_vain = len(asked.body), context.tenant or "", asked.prompt_tokens, 0
         if not self._tokenizer.take(tenant, size):
             if context.tenant is not None:
                 raise key_share("bytes that wait to be tokenized")
@@ -93,12 +93,15 @@ class GenerationApp:
         messages = [_message(asked)]
 
         async def read() -> Message:
-            return messages.pop() if messages else await receive()
+            if messages:
+                return messages.pop()
+            # vLLM's tokenizer goes on if the client leaves, so the bytes count in the share until its end.
+            return await asyncio.get_running_loop().create_future()
 
         async def pass_on(message: Message) -> None:
-            nonlocal used
-            if message["type"] == "http.response.start":
-                used = used if message["status"] < 400 else 0
+            nonlocal used, in_vain
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                used, in_vain = 0, asked.prompt_tokens
             elif found := _COUNT.match(message.get("body", b"")):
                 used = int(found[1])
             await send(message)
@@ -108,7 +111,7 @@ class GenerationApp:
         finally:
             self.tokenizing -= 1
             self._tokenizer.release(tenant, size)
-            _settle(context, used, asked.prompt_tokens - used)
+            _settle(context, used, in_vain)
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send vLLM's OpenAPI document, or a page of it, without the endpoints that the edge does not pass on."""
@@ -150,7 +153,7 @@ class GenerationApp:
         if tenant is None:
             await self._run(call, scope)
             return
-        if not self._sequences.take(tenant, asked.sequences, first_fits=asked.sequences == 1):
+        if not self._sequences.take(tenant, asked.sequences, strict=asked.sequences > 1):
             raise key_share("sequences in flight")
         try:
             await self._run(call, scope)

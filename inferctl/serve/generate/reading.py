@@ -67,8 +67,9 @@ def generation(
     `context`: the largest one, in tokens. `limited`: the answers must have a limit. `most_sequences`: of one request.
     """
     request = _object(raw, context)
+    extra = request.get("vllm_xargs")
     for name in _OF_SERVERS:
-        if request.get(name) is not None:
+        if request.get(name) is not None or (isinstance(extra, dict) and name in extra):
             raise _invalid(name, "is not supported")
     if request.get("use_beam_search") not in (None, False):
         raise _invalid("use_beam_search", "is not supported: each token of each beam is a request to the engine")
