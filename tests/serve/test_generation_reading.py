@@ -155,10 +155,10 @@ def test_bodies_that_the_tokenizer_does_not_get(body: Any, status: int) -> None:
     assert raised.value.status == status
 
 
-COUNTS = st.sampled_from(
+COUNTS: st.SearchStrategy[Any] = st.sampled_from(
     [None, 0, 1, 2, 5, 16, 128, 200, 4000, -1, 2.0, 1e30, True, False, "4000", "1e3", " 5 ", [], {}]
 )
-PROMPTS = st.one_of(
+PROMPTS: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from(["", "a", "a b", [], [1], [1, 2], ["a"], ["a", "b"], [[1], [2, 3]], ["1", "2"], [[]], [""]]),
     st.sampled_from([None, 5, {"prompt": "a"}, ["1", 2], [1.0], [True], [[1], "a"], [["a"]], [["1"], [2]]]),
 )
@@ -225,6 +225,7 @@ def generated(endpoint: str, body: bytes) -> tuple[int, int, int] | None:
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.timeout(900)  # the import of vLLM takes a minute of CPU time
 @settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @example(("completions", completion("a", max_completion_tokens=1, max_tokens=250)))
 @example(("completions", completion("a", max_tokens=0, echo=True)))
@@ -250,6 +251,7 @@ def test_vllm_generates_at_most_what_the_edge_charges(body: tuple[str, bytes]) -
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.timeout(900)
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.sampled_from([None, 0, 1, 200]),

@@ -96,7 +96,8 @@ class GenerationApp:
             if messages:
                 return messages.pop()
             # vLLM's tokenizer goes on if the client leaves, so the bytes count in the share until its end.
-            return await asyncio.get_running_loop().create_future()
+            await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
 
         async def pass_on(message: Message) -> None:
             nonlocal used, in_vain
