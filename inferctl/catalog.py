@@ -228,6 +228,13 @@ def stacks() -> dict[str, Stack]:
     return {key: _typed(Stack, {"key": key, **table["defaults"], **row}, file) for key, row in table["stacks"].items()}
 
 
+def vllm_versions() -> set[str]:
+    """Return the versions of vLLM in the locks; none in an image, which has no catalog, and its own lock's version."""
+    if not (assets.root() / "base-images").is_dir():
+        return set()
+    return {stack.vllm.partition("==")[2] for stack in stacks().values() if stack.vllm}
+
+
 def cuda_image(base: BaseImage, stack: Stack) -> drivers.CudaImage | None:
     """Return the facts of a base and its stack that `drivers.judge` requires; None for images without CUDA."""
     if stack.cuda is None or stack.driver_floor is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 # What one key holds must stay below this many times what is free ("dynamic threshold"). So one key alone gets 4/5, two
 # get 4/9 each, and a key that holds nothing finds room.
 SHARE = 4.0
@@ -22,10 +24,19 @@ class Shares:
         self._capacity, self._total = capacity, 0
         self._held: dict[str, int] = {}
 
-    def take(self, tenant: str, amount: int = 1) -> bool:
-        """Count `amount`; return False, and count nothing, if it exceeds the share of the tenant."""
-        held = self._held.get(tenant, 0)
-        if held and exceeds_share(held, amount, self._capacity - self._total):
+    @property
+    def most(self) -> int:
+        """The most that a tenant can hold while there is no other."""
+        return math.ceil(self._capacity * SHARE / (1 + SHARE))
+
+    def take(self, tenant: str, amount: int = 1, *, strict: bool = False) -> bool:
+        """Count `amount`; return False, and count nothing, if it exceeds the share of the tenant.
+
+        `strict`: also if the tenant holds nothing, and what is free is what remains before the last unit of `amount`.
+        """
+        held, free = self._held.get(tenant, 0), self._capacity - self._total
+        over = held + amount > SHARE * (free - amount + 1) if strict else exceeds_share(held, amount, free)
+        if over:
             return False
         self._held[tenant] = held + amount
         self._total += amount

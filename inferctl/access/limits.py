@@ -179,6 +179,11 @@ class Charge:
         self._request_slot = usage.windows[0].charge(1, now)
         usage.note_change()
 
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether the key has a limit of tokens."""
+        return self._usage.limits[1] is not None
+
     def check_size(self, size: int, now: float) -> None:
         """Raise `LimitError` for a request of `size` bytes that must not be tokenized."""
         self._usage.check_size(size, now)

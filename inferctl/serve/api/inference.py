@@ -157,7 +157,11 @@ async def parsed_body(context: RequestContext, receive: Receive, parse: Callable
     raw = b"".join(parts)
     if context.charge is not None and not context.content_length:
         context.charge.check_size(len(raw), time.time())
-    return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+    try:
+        return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+    except ApiError:
+        _in_vain(context, len(raw) // BYTES_PER_TOKEN)
+        raise
 
 
 def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:

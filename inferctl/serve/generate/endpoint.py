@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.access.fairness import Shares
+from inferctl.access.limits import BYTES_PER_TOKEN
 from inferctl.serve import docs_page
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError
 from inferctl.serve.edge.usage import RequestContext, context_of
-from inferctl.serve.generate import meter
+from inferctl.serve.generate import meter, reading
 from inferctl.serve.generate.control import ENGINE_LOST
+from inferctl.serve.generate.engine_requests import EngineRequests
 from inferctl.serve.generate.meter import StreamMeter
+from inferctl.serve.generate.reading import Asked
 
 # Path -> name in events. What they generate is counted.
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -26,20 +30,20 @@ _TOKENIZER = frozenset({"/tokenize", "/detokenize"})
 _PASSED = _TOKENIZER | {"/v1/models", "/version"}
 # vLLM's pages load scripts from other hosts.
 _DOCUMENTS = frozenset({"/openapi.json", "/docs", "/redoc"})
-# Of a body for the tokenizer: for each token of the context, and in addition. English has about 4 bytes per token.
-_BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
+# Bytes that vLLM tokenizes for these endpoints at a time, in one thread for which all chats wait: about 0.1 s.
+_TOKENIZER_BYTES = 256 * 1024
+_COUNT = re.compile(rb'\{"count":(\d+)')  # how the response of /tokenize starts
+# What a client must not tell vLLM, and what the edge tells it.
+_NOT_PASSED = frozenset({b"content-length", b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"})
 # Tokens of an answer, assumed until requests complete: for the metrics of demand.
 ASSUMED_ANSWER_TOKENS = 256
-# The most sequences that vLLM runs at a time, if the spec does not say.
-_SEQUENCES = 1024
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
 
-    `sequences`: the most that vLLM runs at a time, None if unknown. `offer(size)` is called for each request that asks
-    for tokens, with the bytes of its body, also if vLLM rejects it.
+    `offer(size)` is called for each request that asks for tokens, with the bytes of its body, also if vLLM rejects it.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
     requests vLLM has. `tokenizing`: the same of the tokenizer. `events`: how many parts of streams arrived, which shows
     progress.
@@ -51,14 +55,14 @@ class GenerationApp:
         healthy: Callable[[], Awaitable[bool]],
         stopped: Callable[[], ApiError],
         context: int,
-        sequences: int | None = None,
+        engine: EngineRequests,
         offer: Callable[[int], None] = lambda _: None,
     ) -> None:
-        # Running, and as many that wait: then one key keeps vLLM busy, and others do not wait long.
-        self.sequences = Shares(2 * (sequences or _SEQUENCES))
+        self.context, self.engine = context, engine
+        # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
+        self._sequences = Shares(engine.capacity)
+        self._tokenizer = Shares(_TOKENIZER_BYTES)
         self._app, self._healthy, self._stopped, self._offer = app, healthy, stopped, offer
-        self.context = context
-        self._tokenize_bytes = _FEW_BYTES + _BYTES_PER_TOKEN * context
         self.running = self.tokenizing = self.events = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +70,7 @@ class GenerationApp:
         path = scope["path"]
         if path in ENDPOINTS and scope["method"] == "POST":
             await self._generate(scope, receive, send)
-        elif path in _TOKENIZER:
+        elif path in _TOKENIZER and scope["method"] == "POST":
             await self._tokenize(scope, receive, send)
         elif path in _DOCUMENTS and scope["method"] == "GET":
             await self._document(scope, receive, send)
@@ -77,27 +81,38 @@ class GenerationApp:
             raise ApiError(404, f"no such endpoint; POST to {' or '.join(ENDPOINTS)}", code="not_found")
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Bound the body by the context: vLLM tokenizes it in one thread, and all chats wait for it."""
-        context, started = context_of(scope), False
-
-        def check(size: int) -> None:
-            if size > self._tokenize_bytes:
-                raise ApiError(413, f"the body is larger than {self._tokenize_bytes} bytes", code="body_too_large")
+        context = context_of(scope)
+        asked = await _read(context, receive, lambda raw: reading.tokenization(raw, self.context))
+        _reserve(context, asked.prompt_tokens)
+        size, tenant, used, in_vain = len(asked.body), context.tenant or "", asked.prompt_tokens, 0
+        if not self._tokenizer.take(tenant, size):
+            if context.tenant is not None:
+                raise key_share("bytes that wait to be tokenized")
+            raise at_capacity("many texts wait to be tokenized", "tokenizer_full", 1)
+        self.tokenizing += 1
+        messages = [_message(asked)]
 
         async def read() -> Message:
-            nonlocal started
-            message = await receive()
-            check(context.body_bytes)
-            if message["type"] == "http.request" and not (started or message.get("more_body", False)):
-                started = True
-                self.tokenizing += 1
-            return message
+            if messages:
+                return messages.pop()
+            # vLLM's tokenizer goes on if the client leaves, so the bytes count in the share until its end.
+            await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
 
-        check(context.content_length)
+        async def pass_on(message: Message) -> None:
+            nonlocal used, in_vain
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                used, in_vain = 0, asked.prompt_tokens
+            elif found := _COUNT.match(message.get("body", b"")):
+                used = int(found[1])
+            await send(message)
+
         try:
-            await self._app(scope, read, send)
+            await self._app(_scope(scope, context.id, asked), read, pass_on)
         finally:
-            self.tokenizing -= started
+            self.tokenizing -= 1
+            self._tokenizer.release(tenant, size)
+            _settle(context, used, in_vain)
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send vLLM's OpenAPI document, or a page of it, without the endpoints that the edge does not pass on."""
@@ -124,17 +139,32 @@ class GenerationApp:
         await send({"type": "http.response.body", "body": body})
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = _Call(self, context_of(scope), receive, send)
-        await call.read()
-        tenant = call.context.tenant
-        if tenant is not None and not self.sequences.take(tenant):
-            self._offer(call.context.body_bytes)
-            raise key_share("requests in flight")
+        context = context_of(scope)
+        limited = context.charge is not None and context.charge.limits_tokens
+        most = None if context.tenant is None else self._sequences.most
+        asked = await _read(
+            context,
+            receive,
+            lambda raw: reading.generation(context.endpoint, raw, self.context, limited=limited, most_sequences=most),
+        )
+        context.inputs = asked.prompts
+        _reserve(context, asked.tokens)
+        self._offer(context.body_bytes)
+        call, tenant = _Call(self, context, asked, receive, send), context.tenant
+        if tenant is None:
+            await self._run(call, scope)
+            return
+        if not self._sequences.take(tenant, asked.sequences, strict=asked.sequences > 1):
+            raise key_share("sequences in flight")
+        try:
+            await self._run(call, scope)
+        finally:
+            self._sequences.release(tenant, asked.sequences)
+
+    async def _run(self, call: _Call, scope: Scope) -> None:
         self.running += 1
         try:
-            call.reserve()
-            self._offer(call.context.body_bytes)
-            await self._app(scope, call.receive, call.send)
+            await self._app(_scope(scope, call.id, call.asked), call.receive, call.send)
         except asyncio.CancelledError:
             if call.begun and not call.complete:
                 await call.break_off(self._stopped())
@@ -145,9 +175,9 @@ class GenerationApp:
             raise
         finally:
             self.running -= 1
-            if tenant is not None:
-                self.sequences.release(tenant)
             call.count()
+            if call.disconnected:
+                await self.engine.abort(call.context.endpoint, call.id.decode())
         if call.error is not None:
             raise await self._as_error(call.error)
         if call.disconnected and not call.complete:
@@ -175,55 +205,49 @@ class _Call:
     The head of a response waits for its first part, so that an error before the first token has its own status.
     """
 
-    def __init__(self, app: GenerationApp, context: RequestContext, receive: Receive, send: Send) -> None:
-        self._app, self.context, self._receive, self._send = app, context, receive, send
-        self._body: bytes | None = None
-        self._prompt_tokens = 0  # estimated
-        self._options: dict[str, Any] = {}
+    def __init__(self, app: GenerationApp, context: RequestContext, asked: Asked, receive: Receive, send: Send) -> None:
+        self._app, self.context, self.asked, self._receive, self._send = app, context, asked, receive, send
+        self.id = b"%s-%016x" % (context.id, random.getrandbits(64))  # of a client, it may not be unique
+        self._body: Message | None = _message(asked)
         self._head: Message | None = None
         self._stream: StreamMeter | None = None
         self._parts: list[bytes] = []  # of a response that is not a stream
+        self._bound = 0  # what was computed at most for a client that left
         self.begun = self.complete = self.disconnected = self.failed = False
         self.error: ApiError | None = None
-
-    async def read(self) -> None:
-        """Read the body, and note what the client asks for. Raises `ClientDisconnectedError`."""
-        parts, more = [], True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnectedError
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        self._body = b"".join(parts)
-        self._options = meter.request_options(self._body)
-        self.context.inputs = 1
-
-    def reserve(self) -> None:
-        """Reserve the tokens of this request. Raises `LimitError`."""
-        if self.context.charge is not None and self._body is not None:
-            self._prompt_tokens, answers = meter.expected_tokens(self._body, self._app.context)
-            self.context.charge.reserve(self._prompt_tokens + answers, time.time())
 
     async def receive(self) -> Message:
         """Return the next message for vLLM."""
         if self._body is not None:
             body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
+            return body
         message = await self._receive()
-        if message["type"] == "http.disconnect":
+        if message["type"] == "http.disconnect" and not self.disconnected:
             self.disconnected = True
+            if not self.complete:
+                self._count_computed()
         return message
+
+    def _count_computed(self) -> None:
+        """Count what vLLM computed until the client left. It forgets that when it ends the request."""
+        asked, context = self.asked, self.context
+        found = self._app.engine.computed(context.endpoint, self.id.decode(), asked.answer_tokens, asked.sequences)
+        self._bound = asked.tokens if found is None and self._stream is None else asked.prompt_tokens
+        if found is not None:
+            context.input_tokens, context.output_tokens = found.input_tokens, found.output_tokens
+            context.cached_tokens = found.cached_tokens
 
     async def send(self, message: Message) -> None:
         """Pass on a message of vLLM."""
         if message["type"] == "http.response.start":
             self._head = message
             if message["status"] < 400 and (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]:
-                self._stream = StreamMeter(self.context, self._options)
+                self._stream = StreamMeter(self.context, self.asked)
                 message["headers"] = [*message["headers"], *_STREAM_HEADERS]
-        elif message["type"] != "http.response.body" or self._head is None or self.error or self.disconnected:
+        elif message["type"] != "http.response.body" or self._head is None or self.error:
             return
+        elif self.disconnected:  # it may have the usage
+            self._parts.append(message.get("body", b""))
         elif self._head["status"] >= 500:
             await self._collect_error(message)
         elif self._stream is not None:
@@ -273,14 +297,63 @@ class _Call:
 
     def count(self) -> None:
         """Write the tokens to the context, and charge them to the key."""
+        context, status = self.context, self._head["status"] if self._head else 0
         if self._stream is not None:
             self._stream.count()
         elif self._parts and self.error is None:
-            meter.count_body(self.context, b"".join(self._parts))
-        if self.context.charge is not None:
-            used = self.context.input_tokens + self.context.output_tokens
-            # vLLM does not say what it computed for a client that left before the response.
-            self.context.charge.settle(used or self._prompt_tokens * self.disconnected, time.time())
+            meter.count_body(context, b"".join(self._parts))
+        used = context.input_tokens + context.output_tokens
+        rejected = 400 <= status < 500 and not self.disconnected
+        _settle(context, max(used, self._bound), self.asked.prompt_tokens if rejected else 0)
+
+
+async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], Asked]) -> Asked:
+    """Return what the body asks for. Raises `ClientDisconnectedError`, `ApiError`, and `LimitError`.
+
+    The last one is raised for a key that has no tokens left, or whose bodies were read in vain too often.
+    """
+    if context.charge is not None:
+        context.charge.check_size(context.content_length, time.time())
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    raw = b"".join(parts)
+    if context.charge is not None and not context.content_length:
+        context.charge.check_size(len(raw), time.time())
+    try:
+        return parse(raw)
+    except ApiError:
+        _settle(context, 0, -(-len(raw) // BYTES_PER_TOKEN))
+        raise
+
+
+def _message(asked: Asked) -> Message:
+    return {"type": "http.request", "body": asked.body, "more_body": False}
+
+
+def _scope(scope: Scope, request_id: bytes, asked: Asked) -> Scope:
+    """Return the scope of a request for vLLM."""
+    headers = [(name, value) for name, value in scope["headers"] if name not in _NOT_PASSED]
+    headers += [(b"content-length", b"%d" % len(asked.body)), (b"x-request-id", request_id)]
+    return {**scope, "headers": headers}
+
+
+def _reserve(context: RequestContext, tokens: int) -> None:
+    """Reserve tokens. Raises `LimitError`."""
+    if context.charge is not None:
+        context.charge.reserve(tokens, time.time())
+
+
+def _settle(context: RequestContext, tokens: int, in_vain: int) -> None:
+    """Charge `tokens`. `in_vain`: those of a body that was read and not answered."""
+    if context.charge is not None:
+        context.charge.settle(tokens, time.time())
+        if in_vain > 0:
+            context.charge.in_vain(in_vain, time.time())
 
 
 def _error_of(body: bytes, status: int) -> ApiError:

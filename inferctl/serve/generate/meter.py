@@ -13,31 +13,30 @@ from typing import Any
 import orjson
 
 from inferctl.serve.edge.usage import RequestContext
+from inferctl.serve.generate.reading import Asked
 
 # `usage` of an event. Quotes inside JSON strings are escaped, so no text of the model can match.
-_USAGE = re.compile(rb',"usage":(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+# Details of the tokens of media are two levels deeper.
+_DETAILS = rb"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
+_USAGE = re.compile(rb',"usage":(null|\{[^{}]*(?:%s[^{}]*)*\})' % _DETAILS)
 _INDEX = re.compile(rb'"index":(\d+)')
 _PREFIX = b"data: "
-_PROMPT_BYTES_PER_TOKEN, _ANSWER_TOKENS = 4, 1024
 _ERROR = b'data: {"error"'
 DONE = b"data: [DONE]\n\n"
 
 
 class StreamMeter:
-    """One stream of server-sent events. `request`: `stream_options` and `n` of the request, if it has them.
+    """One stream of server-sent events.
 
     `done`: the stream ended properly. `error`: it has an error event.
     """
 
     __slots__ = ("_choices", "_context", "_continuous", "_final", "_usages", "_wanted", "done", "error", "events")
 
-    def __init__(self, context: RequestContext, request: dict[str, Any]) -> None:
-        options, choices = request.get("stream_options"), request.get("n")
-        asked = options if isinstance(options, dict) else {}
-        self._choices = choices if isinstance(choices, int) and choices > 0 else 1  # of each prompt
+    def __init__(self, context: RequestContext, asked: Asked) -> None:
+        self._choices = asked.choices  # of each prompt
         self._context = context
-        self._wanted = bool(asked.get("include_usage"))
-        self._continuous = self._wanted and bool(asked.get("continuous_usage_stats"))
+        self._wanted, self._continuous = asked.usage, asked.continuous_usage
         self._usages: dict[bytes, bytes] = {}  # index of the choice -> its last usage
         self._final = b""  # usage of all choices
         self.events = 0
@@ -74,11 +73,15 @@ class StreamMeter:
 
     def count(self) -> None:
         """Write the tokens of the prompt and of all choices to the context."""
-        found = {b"0": self._final} if self._final else self._usages
-        usages = {int(index or 0): orjson.loads(usage) or {} for index, usage in found.items()}
+        if self._final:
+            _count(self._context, orjson.loads(self._final) or {})
+            return
+        usages = {int(index or 0): orjson.loads(usage) or {} for index, usage in self._usages.items()}
         prompts = {index // self._choices: usage.get("prompt_tokens", 0) for index, usage in usages.items()}
-        self._context.input_tokens = sum(prompts.values())
-        self._context.output_tokens = sum(usage.get("completion_tokens", 0) for usage in usages.values())
+        # What vLLM said of a client that left is newer than the last event.
+        context, tokens = self._context, sum(usage.get("completion_tokens", 0) for usage in usages.values())
+        context.input_tokens = max(context.input_tokens, sum(prompts.values()))
+        context.output_tokens = max(context.output_tokens, tokens)
 
 
 def count_body(context: RequestContext, body: bytes) -> None:
@@ -86,38 +89,11 @@ def count_body(context: RequestContext, body: bytes) -> None:
     found = _USAGE.findall(body)
     usage = orjson.loads(found[-1]) if found else None
     if usage:
-        context.input_tokens = usage.get("prompt_tokens", 0)
-        context.output_tokens = usage.get("completion_tokens", 0) or 0
+        _count(context, usage)
 
 
-def expected_tokens(body: bytes, context: int) -> tuple[int, int]:
-    """Return the estimated tokens of the prompts of a request, and the largest number that its answers can have.
-
-    A prompt has about 4 bytes per token. Without a limit, an answer counts with `_ANSWER_TOKENS`. `context`: the
-    largest one, in tokens.
-    """
-    prompt_tokens = -(-len(body) // _PROMPT_BYTES_PER_TOKEN)
-    try:
-        request = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return prompt_tokens, 0  # vLLM rejects it
-    if not isinstance(request, dict):
-        return prompt_tokens, 0
-    limit, choices, prompts = request.get("max_completion_tokens"), request.get("n"), request.get("prompt")
-    limit = request.get("max_tokens") if limit is None else limit
-    answer = limit if isinstance(limit, int) and limit >= 0 else _ANSWER_TOKENS
-    answers = choices if isinstance(choices, int) and choices > 0 else 1
-    if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
-        answers *= len(prompts)
-    return prompt_tokens, answers * min(answer, context)
-
-
-def request_options(body: bytes) -> dict[str, Any]:
-    """Return `stream_options` and `n` of the JSON body of a request; empty if it has neither."""
-    if b'"stream_options"' not in body and b'"n"' not in body:
-        return {}
-    try:
-        request = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return {}
-    return {key: request.get(key) for key in ("stream_options", "n")} if isinstance(request, dict) else {}
+def _count(context: RequestContext, usage: dict[str, Any]) -> None:
+    context.input_tokens = usage.get("prompt_tokens", 0)
+    context.output_tokens = usage.get("completion_tokens", 0) or 0
+    details = usage.get("prompt_tokens_details") or {}
+    context.cached_tokens = details.get("cached_tokens") or 0

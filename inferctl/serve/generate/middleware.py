@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from prometheus_client import REGISTRY
+from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl import spec
@@ -25,11 +26,11 @@ from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.generate import control, endpoint
+from inferctl.serve.generate.engine_requests import EngineRequests
 from inferctl.serve.metering import Metering
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
-_SEQUENCES = 1024  # if `serve.max_sequences` is not set
 _FLUSH_S = 2.0  # to write the last usage events
 _ORPHAN_S = 5.0  # to end without the supervisor
 _WAITING = "vllm:num_requests_waiting"
@@ -62,7 +63,7 @@ class VllmMiddleware:
 class _EdgeServer:
     """The edge of one vLLM process. `app`: vLLM's application with all its middleware."""
 
-    def __init__(self, app: ASGIApp, settings: control.EdgeSettings, folder: Path) -> None:
+    def __init__(self, app: Starlette, settings: control.EdgeSettings, folder: Path) -> None:
         logs.configure(settings.log)
         logs.notifier(settings.log, lambda _: None)
         self._app, self._folder = app, folder
@@ -88,17 +89,17 @@ class _EdgeServer:
         )
         self._lifecycle.started = True
         limits = settings.info["limits"]
+        engine = EngineRequests(getattr(app.state, "engine_client", None), limits["max_sequences"])
         self._generation = endpoint.GenerationApp(
             app,
             self._check,
             lambda: self._edge.stopped,
             limits["max_context_tokens"],
-            limits["max_sequences"],
+            engine,
             metrics.offer_body,
         )
         # The engine's time is not known, but many requests in flight are slow ones.
-        sequences = limits["max_sequences"] or _SEQUENCES
-        load = LoadReport(waiting=lambda: self._edge.in_flight / sequences) if settings.load_reports else None
+        load = LoadReport(waiting=lambda: self._edge.in_flight / engine.capacity) if settings.load_reports else None
         sinks = [self._metering.record, *([load.record] if load else [])]
         self._edge = Edge(
             self._generation,
@@ -122,6 +123,7 @@ class _EdgeServer:
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])
         await asyncio.sleep(0.05)  # cancelled requests send their last event
+        self._generation.engine.close()
         await self._metering.close(_FLUSH_S)
         self._channel.send("closed", unfinished=self._edge.unfinished_responses)
 

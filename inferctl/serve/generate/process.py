@@ -16,9 +16,10 @@ from inferctl.errors import NotReadyError
 _TERMINATE_S = 10.0
 _KEPT_LINES = 400
 _SEE_LOG = "set VLLM_LOGGING_LEVEL=DEBUG to see all of its log"
-# `(EngineCore pid=1) ERROR 11-26 19:00:00 [core.py:1] text`, or JSON.
+# `(EngineCore pid=1) ERROR 11-26 19:00:00 [core.py:1] text`, or the JSON of `logs.JsonFormatter`.
 _PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
-_SHOWN = re.compile(r"ERROR |CRITICAL |\{")
+# Warnings of vLLM and of other libraries can quote requests.
+_SHOWN = re.compile(r'ERROR |CRITICAL |\{"time":"[^"]*","level":"(?:(?:error|critical)"|\w+","logger":"inferctl\b)')
 # The log of the edge has a traceback in further lines.
 _RECORD = re.compile(r"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) |\{|\d{4}-\d\d-\d\d ")
 _EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")

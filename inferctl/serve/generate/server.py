@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import decoder, outputs, precision
+from inferctl import catalog, decoder, outputs, precision
 from inferctl.decoder import Decoder
 from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
 from inferctl.model import ModelFolder, longest_start_s
@@ -37,8 +37,6 @@ from inferctl.serve.progress import StartProgress
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
 from inferctl.spec import Spec
 
-# The versions whose options and behavior this module was tested with.
-TESTED = ("0.32.",)
 _HANDOVER_S = 2.0
 _POLL_S = 0.1  # how soon a signal ends the search for the device
 _FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
@@ -342,8 +340,14 @@ def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
             f"vLLM {version} is built for {built}, but the device is {found.device.name}",
             _install_vllm(found.device.kind),
         )
-    if not version.startswith(TESTED):
-        notify(f"warning    vLLM {version} was not tested with inferctl {inferctl.__version__}")
+    locked = catalog.vllm_versions()
+    if locked and _minor(version) not in map(_minor, locked):
+        names = ", ".join(sorted(locked))
+        notify(f"warning    vLLM {version} was not tested with inferctl {inferctl.__version__}, which locks {names}")
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def _check_key(spec: Spec, environment: Mapping[str, str]) -> None:

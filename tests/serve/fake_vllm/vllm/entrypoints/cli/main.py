@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import uvicorn
 from prometheus_client import REGISTRY, Counter, Gauge
@@ -32,6 +35,7 @@ GAP_S = 0.05
 TOKENS = Counter("vllm:generation_tokens", "Generated tokens.")
 KV_CACHE = Gauge("vllm:kv_cache_usage_perc", "Used part of the KV cache.")
 WAITING = Gauge("vllm:num_requests_waiting", "Waiting requests.", ["engine"])
+CACHED = {"cached_tokens": 4}
 BUSY = "The engine is currently busy"
 ENGINE_LOST = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
 
@@ -40,6 +44,7 @@ class Engine:
     alive = True
     hangs = False
     streams = 0
+    states: ClassVar[dict[str, SimpleNamespace]] = {}
     rate = float(os.environ.get("FAKE_VLLM_TOKENS_PER_S", "0"))
 
     @classmethod
@@ -49,8 +54,10 @@ class Engine:
         return max(0.02, cls.streams / cls.rate) if number else 0.02
 
 
-async def words(count: int) -> AsyncIterator[str]:
+async def words(count: int, state: SimpleNamespace | None = None) -> AsyncIterator[str]:
     for number in range(count):
+        if state is not None:
+            state.generated = number
         await asyncio.sleep(Engine.gap_s(number))
         while Engine.hangs:
             await asyncio.sleep(0.1)
@@ -63,6 +70,8 @@ async def words(count: int) -> AsyncIterator[str]:
 async def events(script: str, count: int) -> AsyncIterator[str]:
     def event(choices: list[dict[str, Any]], tokens: int) -> str:
         usage = {"prompt_tokens": 7, "total_tokens": 7 + tokens, "completion_tokens": tokens}
+        if not choices:
+            usage["prompt_tokens_details"] = CACHED
         chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices}
         return f"data: {json.dumps({**chunk, 'usage': usage}, separators=(',', ':'))}\n\n"
 
@@ -90,6 +99,16 @@ def log_error(place: str, *lines: str) -> None:
     """Print an error as vLLM does: each line has the whole prefix."""
     for line in lines:
         print(f"(EngineCore pid=1) ERROR 11-26 19:00:00 [{place}] {line}", flush=True)
+
+
+async def collect(parts: AsyncIterator[str]) -> str:
+    return "".join([part async for part in parts])
+
+
+async def disconnect(request: Request) -> None:
+    """Return when the client left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def chat(request: Request) -> Response:
@@ -124,10 +143,30 @@ async def chat(request: Request) -> Response:
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
     if body.get("stream"):
         return StreamingResponse(events(script, count), media_type="text/event-stream")
-    text = "".join([word async for word in words(count)])
+    state = SimpleNamespace(
+        external_req_id=f"chatcmpl-{request.headers['x-request-id']}",
+        generated=0,
+        prompt_len=7,
+        num_cached_tokens=4,
+        is_prefilling=False,
+        parent_req=None,
+    )
+    state.detokenizer = SimpleNamespace(num_output_tokens=lambda: state.generated)
+    Engine.states[state.external_req_id] = state
+    generating = asyncio.ensure_future(collect(words(count, state)))
+    left = asyncio.ensure_future(disconnect(request))
+    try:
+        await asyncio.wait((generating, left), return_when=asyncio.FIRST_COMPLETED)
+        if not generating.done():
+            generating.cancel()
+            return JSONResponse(None)
+    finally:
+        left.cancel()
+        Engine.states.pop(state.external_req_id)
+    text = generating.result()
     if not Engine.alive:
         return JSONResponse(ENGINE_LOST, 500)
-    usage = {"prompt_tokens": 7, "total_tokens": 7 + count, "completion_tokens": count}
+    usage = {"prompt_tokens": 7, "total_tokens": 7 + count, "completion_tokens": count, "prompt_tokens_details": CACHED}
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
     head = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
     return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
@@ -164,6 +203,7 @@ def main() -> None:
     options.add_argument("--uds")
     options.add_argument("--port", type=int)
     options.add_argument("--middleware")
+    options.add_argument("--max-num-seqs")
     chosen, others = options.parse_known_args()
     time.sleep(float(os.environ.get("FAKE_VLLM_SECONDS", "0")))
     start = Path(os.environ.get("FAKE_VLLM_START", "/nonexistent"))
@@ -175,6 +215,9 @@ def main() -> None:
         REGISTRY.unregister(WAITING)
     print("(APIServer pid=1) INFO 11-26 19:00:00 [x.py:1] started with", *others)
     print("(APIServer pid=1) ERROR 11-26 19:00:00 [x.py:1] an error line")
+    warning = {"time": "2026-11-26T19:00:00.000+00:00", "level": "warning", "logger": "vllm.renderers.hf"}
+    for logger in ("vllm.renderers.hf", "transformers"):
+        print("(APIServer pid=1)", json.dumps(warning | {"logger": logger, "message": "geheim"}, separators=(",", ":")))
     routes = [
         Route("/health", health),
         Route("/v1/models", models),
@@ -184,7 +227,20 @@ def main() -> None:
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
-    app = Starlette(routes=routes)
+    client = SimpleNamespace()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        client.output_handler = asyncio.create_task(asyncio.sleep(math.inf))
+        yield
+        if not client.output_handler.cancelled():
+            log_error("async_llm.py:906", "AsyncLLM output_handler failed.", "Traceback", "EngineDeadError")
+
+    app = Starlette(routes=routes, lifespan=lifespan)
+    processor = SimpleNamespace(request_states=Engine.states)
+    scheduler = SimpleNamespace(max_num_seqs=int(sequences) if (sequences := chosen.max_num_seqs) else 256)
+    client.output_processor, client.vllm_config = processor, SimpleNamespace(scheduler_config=scheduler)
+    app.state.engine_client = client
     if chosen.middleware:
         module, _, name = chosen.middleware.rpartition(".")
         app.add_middleware(getattr(importlib.import_module(module), name))

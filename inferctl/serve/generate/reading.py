@@ -1,0 +1,210 @@
+"""Reads what a request for vLLM asks for, strictly, and writes the body that vLLM gets from what was read.
+
+So vLLM cannot read a body in another way: with another encoding, another one of two equal names, or numbers in strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from inferctl.access.limits import BYTES_PER_TOKEN
+from inferctl.serve.edge.errors import ApiError
+
+# An answer without a limit counts with so many tokens, and may have no more if its key has a limit of tokens.
+ANSWER_TOKENS = 1024
+# vLLM's default for completions.
+_COMPLETION_TOKENS = 16
+# vLLM's largest number of prompts. Each sequence takes some time of its API process.
+_MOST_SEQUENCES = 1024
+# Each message has at least two tokens. vLLM checks 4,096 messages in about 0.1 s, in which nobody else is answered.
+_TOKENS_PER_MESSAGE, _MOST_MESSAGES = 2, 4096
+# Lists and objects of a body, in addition to some for each message. vLLM needs 10 us or more for each.
+_VALUES, _VALUES_PER_MESSAGE = 4096, 4
+# Of a body, for each token of the context, and in addition. English has about 4 bytes per token.
+_MOST_BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
+# The bytes of images, sounds and tensors say nothing about tokens.
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b"_embeds")
+_MOST_TOKEN_ID = 2**31 - 1
+# What other servers of vLLM tell each other in requests: where to read and write their memory.
+_OF_SERVERS = ("kv_transfer_params", "ec_transfer_params")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one request asks for. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
+
+    `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
+    a stream must have its usage at its end, and in each event.
+    """
+
+    body: bytes
+    prompt_tokens: int
+    answer_tokens: int = 0
+    prompts: int = 1
+    choices: int = 1
+    usage: bool = False
+    continuous_usage: bool = False
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts * self.choices
+
+    @property
+    def tokens(self) -> int:
+        """The tokens to reserve."""
+        return self.prompt_tokens + self.sequences * self.answer_tokens
+
+
+def generation(
+    endpoint: str, raw: bytes, context: int, *, limited: bool = False, most_sequences: int | None = None
+) -> Asked:
+    """Return what a body for `endpoint` (chat or completions) asks for. Raises `ApiError` 400.
+
+    `context`: the largest one, in tokens. `limited`: the answers must have a limit. `most_sequences`: of one request.
+    """
+    request = _object(raw, context)
+    extra = request.get("vllm_xargs")
+    for name in _OF_SERVERS:
+        if request.get(name) is not None or (isinstance(extra, dict) and name in extra):
+            raise _invalid(name, "is not supported")
+    if request.get("use_beam_search") not in (None, False):
+        raise _invalid("use_beam_search", "is not supported: each token of each beam is a request to the engine")
+    _integer(request, "priority")
+    limits = {name: _integer(request, name) for name in ("max_tokens", "max_completion_tokens")}
+    choices = _integer(request, "n", least=1)
+    if endpoint == "chat":
+        limit, prompts, ids = limits["max_completion_tokens"], 1, None
+        limit = limits["max_tokens"] if limit is None else limit
+        if limit is None and limited:
+            limit = request["max_completion_tokens"] = min(ANSWER_TOKENS, context)
+    else:
+        limit = _COMPLETION_TOKENS if limits["max_tokens"] is None else limits["max_tokens"]
+        prompts, ids = _prompts(request, context)
+    sequences, most = prompts * (choices or 1), min(_MOST_SEQUENCES, most_sequences or _MOST_SEQUENCES)
+    if sequences > most:
+        message = f"times the number of prompts is {sequences}; the limit is {most}: send several requests"
+        raise _invalid("n", message, "too_many_sequences")
+    _check_size(raw, context * prompts)
+    options = request.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise _invalid("stream_options", "must be an object")
+    usage, continuous = (_flag(options or {}, name) for name in ("include_usage", "continuous_usage_stats"))
+    return Asked(
+        _json(request),
+        -(-len(raw) // BYTES_PER_TOKEN) if ids is None else ids,
+        # With `echo`, vLLM generates one token if none is asked for.
+        max(1, min(ANSWER_TOKENS if limit is None else limit, context)),
+        prompts,
+        choices or 1,
+        usage,
+        usage and continuous,
+    )
+
+
+def tokenization(raw: bytes, context: int) -> Asked:
+    """Return what a body for the tokenizer asks for. Raises `ApiError` 400 or 413."""
+    most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * context
+    if len(raw) > most:
+        raise ApiError(413, f"the body has {len(raw)} bytes; the limit is {most}", code="body_too_large")
+    request = _object(raw, context)
+    ids = request.get("tokens")
+    if ids is not None:
+        _check_ids("tokens", ids)
+    return Asked(_json(request), -(-len(raw) // BYTES_PER_TOKEN) if ids is None else len(ids))
+
+
+def _object(raw: bytes, context: int) -> dict[str, Any]:
+    """Return the JSON object of a body whose size vLLM can handle."""
+    try:
+        request = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not valid JSON in UTF-8: {error}", code="invalid_json") from None
+    if not isinstance(request, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_type")
+    most = min(context // _TOKENS_PER_MESSAGE, _MOST_MESSAGES)
+    messages = request.get("messages")
+    if isinstance(messages, list) and len(messages) > most:
+        raise _invalid("messages", f"has {len(messages)} items; the limit is {most}", "context_length_exceeded")
+    limit = _VALUES + _VALUES_PER_MESSAGE * most
+    if any(count >= limit for count, _ in enumerate(_containers(request))):
+        raise ApiError(400, f"the body has more than {limit} lists and objects", code="too_many_values")
+    return request
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """Yield the lists and objects in a JSON value."""
+    found = [value]
+    while found:
+        each = found.pop()
+        yield each
+        values = each.values() if isinstance(each, dict) else each
+        found += [inner for inner in values if isinstance(inner, dict | list)]
+
+
+def _json(request: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(request)
+    except orjson.JSONEncodeError:
+        raise ApiError(400, "the body has too many levels", code="invalid_json") from None
+
+
+def _prompts(request: Mapping[str, Any], context: int) -> tuple[int, int | None]:
+    """Return the number of prompts of a completion, and the tokens of all of them if they are token ids or tensors."""
+    prompt, tensors = request.get("prompt"), request.get("prompt_embeds")
+    count, ids = 1, None
+    if isinstance(prompt, list) and prompt and all(isinstance(each, list) for each in prompt):
+        for each in prompt:
+            _check_ids("prompt", each, context)
+        count, ids = len(prompt), sum(map(len, prompt))
+    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        if not all(isinstance(each, str) for each in prompt):
+            raise _invalid("prompt", "must be texts or token ids, not both")
+        count = len(prompt)
+    elif isinstance(prompt, list):
+        _check_ids("prompt", prompt, context)
+        ids = len(prompt)
+    elif not isinstance(prompt, str | None):
+        raise _invalid("prompt", "must be a text, token ids, or a list of these")
+    if tensors is None:
+        return count, ids
+    if not isinstance(tensors, str | list):
+        raise _invalid("prompt_embeds", "must be a tensor, or a list of tensors")
+    more = len(tensors) if isinstance(tensors, list) else 1
+    count = more if prompt in (None, "") else count + more
+    return count, count * context
+
+
+def _check_ids(name: str, ids: Any, context: int | None = None) -> None:
+    if not isinstance(ids, list) or any(type(each) is not int or not 0 <= each <= _MOST_TOKEN_ID for each in ids):
+        raise _invalid(name, "has a value that is no token id")
+    if context is not None and len(ids) > context:
+        message = f"has {len(ids)} tokens; this model's maximum context length is {context} tokens"
+        raise _invalid(name, message, "context_length_exceeded")
+
+
+def _check_size(raw: bytes, tokens: int) -> None:
+    most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * tokens
+    if len(raw) > most and not any(name in raw for name in _MEDIA):
+        message = f"the body has {len(raw)} bytes; the limit for {tokens} tokens is {most}"
+        raise ApiError(400, message, code="context_length_exceeded")
+
+
+def _integer(request: Mapping[str, Any], name: str, least: int = 0) -> int | None:
+    value = request.get(name)
+    if value is not None and (type(value) is not int or value < least):
+        raise _invalid(name, f"must be an integer of at least {least}")
+    return value
+
+
+def _flag(options: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(value := options.get(name), bool | None):
+        raise _invalid(f"stream_options.{name}", "must be true or false")
+    return bool(value)
+
+
+def _invalid(name: str, reason: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, f"{name} {reason}", code=code, param=name)
