@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import statistics
@@ -219,7 +220,8 @@ def metrics(server: Server) -> dict[str, float]:
 
 def create_key(keys: str | Path, *options: str) -> str:
     """Return a new API key in a key file or a database."""
-    command = [sys.executable, "-m", "inferctl", "keys", "create", "team", "--keys", str(keys), *options]
+    name = f"team-{secrets.token_hex(4)}"  # names are unique
+    command = [sys.executable, "-m", "inferctl", "keys", "create", name, "--keys", str(keys), *options]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )

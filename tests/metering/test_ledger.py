@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from inferctl.addresses import DatabaseAddress
 from inferctl.database import DatabaseUnavailableError, Schema
 from inferctl.errors import UsageError
 from inferctl.fleet.key_store import KeyStore
@@ -96,7 +97,7 @@ def test_an_event_counts_the_requests_that_it_stands_for(ledger: Ledger, cloud_e
 
 def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
     """Its rows are one request each, and a worker of the older version that still runs can store more."""
-    engine = sa.create_engine(Schema("it", MIGRATIONS, "usage_version").url(ledger_url))
+    engine = Schema("it", MIGRATIONS, "usage_version").engine(DatabaseAddress(ledger_url))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
