@@ -142,7 +142,9 @@ def _api_processes(step: Step, folder: Path, model: Path) -> None:
                 started = time.monotonic()
                 statuses = server.embed_many(bodies, 64)
                 rates.append(statuses.count(200) / (time.monotonic() - started))
-            step.check(f"requests, API processes: {count}", set(statuses) == {200}, f"statuses {sorted(set(statuses))}")
+            step.check(
+                f"requests, API processes: {count}", set(statuses) == {200}, f"{statuses.count(200)} of {len(statuses)}"
+            )
             step.figure(
                 f"requests/s, API processes: {count}", f"{max(rates):.0f}, from 64 threads of one client", rates=rates
             )

@@ -70,6 +70,9 @@ def write(file: Path, data: object) -> None:
 
 def run(work: Callable[[Step, Any], None]) -> None:
     """Run a step: its module calls this with its function. The arguments of the process are a JSON object."""
+    from inferctl.serve.engines.startup import hide_scikit_learn
+
+    hide_scikit_learn()
     settings = json.loads(sys.argv[1])
     step = Step(Path(settings["file"]), settings["end"])
     write(step.file, step.checks)

@@ -37,8 +37,10 @@ class Server:
         return json.loads(self.get("/info"))
 
     def metric(self, name: str) -> float:
-        """Return the sum over all labels."""
+        """Return the sum over all labels. Raises `KeyError` if there is no such metric."""
         lines = re.findall(rf"^inferctl_{name}(?:\{{.*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        if not lines:
+            raise KeyError(name)
         return sum(map(float, lines))
 
     def ready(self) -> bool:

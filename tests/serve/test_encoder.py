@@ -212,7 +212,7 @@ def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architectu
     folder = tiny(architecture, "mean_tokens")
     engine = EncoderEngine(EngineConfig(model=str(folder), precision="auto", device="cuda"))
     info = engine.load()
-    assert info.device.kind == "cuda"
+    assert (info.device.kind, info.attention) == ("cuda", "packed"), info.attention_reason
     rows = sequences()
     assert (engine.run(batch(rows)).vectors * plain(folder, rows)).sum(axis=1).min() > 0.98
 

@@ -68,5 +68,6 @@ CHANGES: dict[str, tuple[str, Any]] = {
     "dead": ("inferctl.serve.engines.encoder", _dead),
     "hanging": ("inferctl.serve.engines.device", _hanging),
 }
-if fault := os.environ.get("GPU_CHECK_TEST_FAULT"):
+fault = os.environ.get("GPU_CHECK_TEST_FAULT")
+if fault and hasattr(sitecustomize, "after_import"):  # not in the process that only starts the steps
     sitecustomize.after_import(*CHANGES[fault])
