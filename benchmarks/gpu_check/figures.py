@@ -45,6 +45,7 @@ def _library(step: Step, model: Path) -> None:
     if importlib.util.find_spec("sentence_transformers") is None:
         step.skip("sentence-transformers", "it is not installed")
         return
+    sys.modules.pop("sklearn", None)  # hidden from transformers, but sentence-transformers needs it
     import numpy as np
     import torch
     from sentence_transformers import SentenceTransformer
