@@ -28,7 +28,7 @@ ROOT = HERE.parents[1]
 # Step -> its module and its share of the time. A step that ends early leaves its time to the next ones.
 STEPS = {
     1: ("machine", 1),
-    2: ("correctness", 4),
+    2: ("correctness", 5),
     3: ("shapes", 4),
     4: ("faults", 4),
     5: ("figures", 8),

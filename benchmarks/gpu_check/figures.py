@@ -34,8 +34,8 @@ def work(step: Step, settings: dict[str, Any]) -> None:
         model = models.make(folder / "shape-minilm", "bert", **{"initializer_range": 0.02, **shape})
     cross = models.make(folder / "cross-minilm", "bert", task="rerank", **{"initializer_range": 0.02, **shape})
     step.part("sentence-transformers", 40, _library, model)
-    step.part("precisions of embeddings", 100, _bench, folder, model, "embeddings")
-    step.part("precisions of reranking", 100, _bench, folder, cross, "reranking")
+    step.part("precisions of embeddings", 100, _bench, Path(settings["output"]), model, "embeddings")
+    step.part("precisions of reranking", 100, _bench, Path(settings["output"]), cross, "reranking")
     step.part("API processes", 30, _api_processes, folder, model)
     step.part("generation", 150, _generation, folder, given / "SmolLM2-135M-Instruct")
 
@@ -107,7 +107,7 @@ def _bench(step: Step, folder: Path, model: Path, name: str) -> None:
     options = ["--plan", "precision", "--repeats", "1", "--duration", "2" if STAND_IN else "6"]
     options += ["--users", "4" if STAND_IN else "128", "--corpus", "short" if STAND_IN else "mixed", "--json"]
     options += [word for each in precisions for word in ("-p", each)]
-    output = folder / f"bench-{name}"
+    output = folder / f"gpu-check-{name}{'-stand-in' if STAND_IN else ''}"  # with receipts and report
     command = [sys.executable, "-m", "inferctl", "bench", "--model", str(model), "--output", str(output), *options]
     limit = max(60.0, step.left() - 10)
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, cwd=folder)
@@ -117,13 +117,21 @@ def _bench(step: Step, folder: Path, model: Path, name: str) -> None:
     rows = json.loads(ran.stdout)["rows"]
     step.check(f"precisions of {name}", len(rows) == len(precisions), f"exit code {ran.returncode}", output=str(output))
     for row in rows:
-        step.figure(f"{name}, {row.get('name')}", _figures(row), row=row)
+        step.figure(f"{name}, {row['configuration']}", _figures(row), row=row)
 
 
 def _figures(row: dict[str, Any]) -> str:
     """Return the figures of a row of a benchmark, as text."""
-    flat = {key: value for key, value in row.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return ", ".join(f"{key} {value:.4g}" for key, value in list(flat.items())[:8])
+    names = (
+        "requests_per_s",
+        "p50_ms",
+        "p99_ms",
+        "cosine_mean",
+        "score_difference",
+        "watts",
+        "joules_per_1000_requests",
+    )
+    return ", ".join(f"{name} {row[name]:.5g}" for name in names if row.get(name) is not None) or row["outcome"]
 
 
 def _api_processes(step: Step, folder: Path, model: Path) -> None:

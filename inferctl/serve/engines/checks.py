@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,6 @@ from inferctl.serve.engines.forward import Forward, Sequences
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
-
-log = logging.getLogger("inferctl.engine")
 
 # Larger models are not loaded a second time for the comparison with fp32.
 _MAX_CHECKED_PARAMETERS = 1_500_000_000
