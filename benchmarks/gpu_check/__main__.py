@@ -112,6 +112,7 @@ def _step(
         "end": started + limit,
         "work": str(folder),
         "models": str(options.models.absolute()),
+        "output": str(options.output.absolute()),
     }
     paths = [str(HERE / "hooks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {

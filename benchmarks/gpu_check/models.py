@@ -51,7 +51,8 @@ def make(folder: Path, architecture: str, *, task: str = "embed", **settings: An
     tokenizer.save_pretrained(folder)
     if task == "embed":
         modules = [
-            {"path": f"{i}_{m}" if i else "", "type": f"x.{m}"} for i, m in enumerate(("Transformer", "Pooling"))
+            {"idx": i, "name": str(i), "path": f"{i}_{m}" if i else "", "type": f"x.{m}"}
+            for i, m in enumerate(("Transformer", "Pooling"))
         ]
         (folder / "modules.json").write_text(json.dumps(modules).replace("x.", "sentence_transformers.models."))
         (folder / "1_Pooling").mkdir(exist_ok=True)
