@@ -19,7 +19,7 @@ INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-ve
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generate test test-all nightly check golden docs
-.PHONY: locks model generator wheel bench-peers four-x image-check gpu-check clean
+.PHONY: locks model generator wheel bench-peers four-x image-check gpu-check gpu-wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,12 +76,16 @@ four-x: $(VENV)/.dev model  ## from a common first server to inferctl, step by s
 image-check: $(VENV)/.dev model  ## build the CUDA 13.0 image and verify it on the CPU (as root; downloads 3 GB)
 	.ci/image-check $(BIN)/python
 
-gpu-check: $(VENV)/.dev model  ## run the GPU tests and a benchmark; write to benchmarks/results/
-	INFERCTL_REQUIRE=gpu $(PYTEST) -n 0 -m gpu
-	$(BIN)/inferctl bench --model $(MODEL) --plan precision --output benchmarks/results
+# It uses no environment of this file, but makes its own: with the locked stack of the images, then with the newest
+# torch. On a machine without a network: make gpu-check GPU_CHECK='--wheels FOLDER --steps 1,2,3 --minutes 9'
+gpu-check:  ## check a machine with a GPU in 20 minutes; add the results to benchmarks/results/gpu-check.json
+	$(PYTHON) benchmarks/gpu_check $(GPU_CHECK)
+
+gpu-wheels:  ## download what gpu-check needs beside torch, for a machine without a network, to gpu-wheels/
+	$(PYTHON) benchmarks/gpu_check/stacks.py gpu-wheels $(GPU_WHEELS)
 
 clean:  ## remove the environment and all generated files except the models
-	rm -rf $(VENV) demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo dist gpu-wheels .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

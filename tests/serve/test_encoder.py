@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architectu
     folder = tiny(architecture, "mean_tokens")
     engine = EncoderEngine(EngineConfig(model=str(folder), precision="auto", device="cuda"))
     info = engine.load()
-    assert info.device.kind == "cuda"
+    assert (info.device.kind, info.attention) == ("cuda", "packed"), info.attention_reason
     rows = sequences()
     assert (engine.run(batch(rows)).vectors * plain(folder, rows)).sum(axis=1).min() > 0.98
 
@@ -416,6 +417,61 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch, device: str, me
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     with pytest.raises(NotReadyError, match=message):
         devices.detect(device)
+
+
+@pytest.mark.parametrize(("architecture", "packs"), [("qwen3", True), ("mistral", False), ("gemma3_text", True)])
+def test_a_decoder_keeps_no_keys_and_values(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, architecture: str, packs: bool
+) -> None:
+    import transformers
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+    from inferctl.serve.engines.forward import Forward, Sequences
+
+    caches = []
+    cache = transformers.DynamicCache.__init__
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> None:
+        caches.append(self)
+        cache(self, *arguments, **keywords)
+
+    monkeypatch.setattr(transformers.DynamicCache, "__init__", counted)
+    engine = EncoderEngine(
+        EngineConfig(model=str(tiny(architecture, "lasttoken")), precision="fp32", device="cpu", max_batch_tokens=256)
+    )
+    assert engine.load().attention == "packed"
+    forward = engine._compute._forward
+    assert isinstance(forward, Forward)
+    forward.pack(packs)
+    forward(Sequences(sequences(5)))
+    assert caches == []
+
+
+def test_a_decoder_that_scores_pairs_keeps_no_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from inferctl.serve.engines import plain as reference
+
+    monkeypatch.delattr(transformers.DynamicCache, "__init__")
+    folder = tiny_models.make_cross_encoder(tmp_path, "qwen3")
+    model = reference.load_model(folder, task="rerank")
+    assert reference.score(model, [(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)
+
+
+def test_a_gpu_warms_up_on_the_thread_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines.encoder import EncoderEngine
+    from inferctl.serve.engines.forward import Forward
+
+    forward, threads = Forward.__call__, set()
+
+    def seen(self: Forward, rows: Any) -> Vectors:
+        threads.add(threading.get_ident())
+        return forward(self, rows)
+
+    monkeypatch.setattr(Forward, "__call__", seen)
+    with_gpu(monkeypatch)
+    EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=256)).load()
+    assert threads == {threading.get_ident()}
 
 
 @pytest.mark.parametrize(("device", "count"), [("auto", 4), ("cuda", 4), ("cuda:1", 1)])

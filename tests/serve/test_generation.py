@@ -430,6 +430,12 @@ def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: 
             "less than requested memory for kv (94 GiB)",
             "lower serve.kv_cache",
         ),
+        (
+            "ValueError: Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
+            "utilization (0.9, 71.28 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+            "less than desired GPU memory utilization (0.9, 71.28 GiB)",
+            "lower serve.gpu_memory_share",
+        ),
         ("torch.OutOfMemoryError: CUDA out of memory.", "CUDA out of memory", "smaller precision"),
         ("Model architectures ['X'] are not supported for now.", "['X'] are not supported", "vLLM has no code"),
         ("error: unrecognized arguments: --nonsense", "unrecognized arguments: --nonsense", "serve.vllm_options"),

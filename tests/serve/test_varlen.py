@@ -1,13 +1,15 @@
 """Packed attention: the calls of torch's variable-length kernel, and the attention of CPUs, against a plain reference.
 
 The kernel needs a GPU. A function with its signature replaces it. The signatures are copied from
-`torch/nn/attention/varlen.py` in the manylinux x86_64 wheels on PyPI. 2.12.1, 2.13.0, 2.14.1 and 2.15.0 are equal.
+`torch/nn/attention/varlen.py` in the manylinux x86_64 wheels on PyPI. 2.12.1 to 2.15.0 are equal.
+`backend_of` says in own words which kernel each of these releases takes; that of the installed one is asked too.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +53,27 @@ def torch_2_10_0(
     raise NotImplementedError
 
 
+def torch_2_11_0(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Any:
+    assert query.shape == key.shape == value.shape
+    return torch_2_12_1(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def broken(*_: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Any:
+    raise RuntimeError("no kernel for this head size")
+
+
 def torch_2_12_1(
     query: Any,
     key: Any,
@@ -88,7 +111,7 @@ def test_the_installed_kernel_has_the_recorded_signature() -> None:
     assert list(inspect.signature(varlen_attn).parameters) == list(inspect.signature(torch_2_12_1).parameters)
 
 
-@pytest.mark.parametrize("path", ["varlen", "fp32", "bf16"])
+@pytest.mark.parametrize("path", ["varlen", "2.11", "fp32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("scaling", "window"), [(None, None), (0.5, None), (None, 5), (0.1, 20)])
@@ -99,12 +122,15 @@ def test_packed_attention_equals_attention_per_sequence(
 
     from inferctl.serve.engines import packed
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
+    kernel = torch_2_11_0 if path == "2.11" else torch_2_12_1
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     dtype = torch.bfloat16 if path == "bf16" else torch.float32
     torch.manual_seed(5)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads))
     layout = (
-        packed.varlen_layout(LENGTHS, torch.device("cpu")) if path == "varlen" else packed.layout(LENGTHS, dtype, 0)
+        packed.varlen_layout(LENGTHS, torch.device("cpu"))
+        if path in ("varlen", "2.11")
+        else packed.layout(LENGTHS, dtype, 0)
     )
     assert (layout.spread is not None) == (path == "bf16")
     got = packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0][0]
@@ -133,12 +159,14 @@ def test_long_sequences_are_not_padded() -> None:
 @pytest.mark.parametrize(
     ("release", "kernel", "attention", "reason"),
     [
-        ("2.10.0", torch_2_10_0, "padded", "variable-length attention needs torch 2.12, this is 2.10.0"),
-        ("2.9.1", None, "padded", "variable-length attention needs torch 2.12, this is 2.9.1"),
+        ("2.10.0", torch_2_10_0, "padded", "variable-length attention needs torch 2.11, this is 2.10.0"),
+        ("2.9.1", None, "padded", "variable-length attention needs torch 2.11, this is 2.9.1"),
+        ("2.11.0", torch_2_11_0, "packed", "equals the padded result"),
         ("2.12.1", torch_2_12_1, "packed", "equals the padded result"),
+        ("2.12.1", broken, "padded", "RuntimeError: no kernel for this head size"),
     ],
 )
-def test_the_reason_for_padding_on_a_gpu_names_the_release_of_torch(
+def test_padding_on_a_gpu_that_could_pack_is_a_warning_with_the_reason(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, release: str, kernel: Any, attention: str, reason: str
 ) -> None:
     import torch
@@ -155,4 +183,175 @@ def test_the_reason_for_padding_on_a_gpu_names_the_release_of_torch(
     config = EngineConfig(model=str(tiny("modernbert", "mean_tokens")), precision="fp16", max_batch_tokens=256)
     info = EncoderEngine(config).load()
     assert (info.attention, reason in info.attention_reason) == (attention, True), info.attention_reason
-    assert any(attention in line and reason in line for line in describe.lines(info, "tiny", "http://x", 1.0, Access()))
+    lines = list(describe.lines(info, "tiny", "http://x", 1.0, Access()))
+    assert any(attention in line and reason in line for line in lines)
+    warned = [line for line in lines if line.startswith("warning") and "padded" in line]
+    assert [reason in line for line in warned] == ([True] if attention == "padded" else [])
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "architecture", "warns"),
+    [
+        ((7, 5), "fp16", "bert", False),  # no kernel for this GPU
+        ((9, 0), "fp32", "bert", False),
+        ((9, 0), "fp16", "mpnet", True),  # its bias of relative positions is in the mask
+        ((9, 0), "fp16", "qwen3", False),
+    ],
+)
+def test_padding_that_the_hardware_requires_is_no_warning(
+    tiny: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    precision: str,
+    architecture: str,
+    warns: bool,
+) -> None:
+    from inferctl.serve.engines.encoder import PADDED, EncoderEngine
+
+    with_gpu(monkeypatch, capability)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
+    folder = tiny(architecture, "mean_tokens")
+    info = EncoderEngine(EngineConfig(model=str(folder), precision=precision, max_batch_tokens=256)).load()
+    assert any(warning.startswith(PADDED) for warning in info.warnings) == warns, info.warnings
+
+
+@pytest.fixture
+def cudnn_on() -> Iterator[None]:
+    """Let attention run on cuDNN, torch's default, and again after the test."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+# (heads of queries, heads of keys, causal, sliding window, longest sequence)
+SHAPES = [
+    (12, 12, False, None, 512),
+    (12, 12, False, None, 100),
+    (12, 12, False, 64, 512),
+    (16, 8, True, None, 512),
+    (16, 16, True, None, 512),
+]
+
+
+def backend_of(release: str, capability: tuple[int, int], call: dict[str, Any], cudnn_allowed: bool) -> str:
+    """Return the kernel that a release takes on a GPU for a call in a 16-bit format, with the cuDNN that it ships.
+
+    Read in its `torch/nn/attention/varlen.py`: 2.11 to 2.13 have a function that always answers no; 2.14 asks
+    neither the switch of `enable_cudnn_sdp` nor the order of backends; 2.15 asks both.
+    """
+    if capability[0] not in (9, 10) or release in ("2.11.0", "2.12.1", "2.13.0"):
+        return "flash"
+    if release.startswith("2.14"):
+        short = call["max_q"] <= 128
+        grouped = call["heads"] != call["kv_heads"]
+        return "flash" if short or grouped or call["window_size"] != (-1, -1) else "cudnn"
+    return "cudnn" if cudnn_allowed and call["window_size"] in ((-1, -1), (-1, 0)) else "flash"
+
+
+def call_of(shape: tuple[int, int, bool, int | None, int], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the arguments with which packed attention calls the kernel for sequences of a shape."""
+    import torch
+
+    from inferctl.serve.engines import packed
+
+    heads, kv_heads, causal, window, longest = shape
+    seen: dict[str, Any] = {}
+
+    def kernel(query: Any, key: Any, value: Any, *ends: Any, scale: Any, window_size: Any, enable_gqa: Any = 0) -> Any:
+        seen.update(heads=query.shape[1], kv_heads=key.shape[1], max_q=ends[2], window_size=tuple(window_size))
+        return query
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        lengths = [longest, 3]
+        query, key, value = (torch.zeros(1, count, sum(lengths), 64) for count in (heads, kv_heads, kv_heads))
+        layout = packed.varlen_layout(lengths, torch.device("cpu"))
+        packed.attention(Module(causal), query, key, value, None, None, window, layout)
+    return seen
+
+
+# Without the switch and without a window, as the kernel was called before: these would be cuDNN.
+@pytest.mark.parametrize(
+    ("release", "capability", "before"),
+    [
+        ("2.11.0", (9, 0), 0),
+        ("2.13.0", (9, 0), 0),
+        ("2.12.1", (9, 0), 0),
+        ("2.14.0", (9, 0), 1),
+        ("2.14.1", (8, 0), 0),
+        ("2.14.1", (9, 0), 1),
+        ("2.14.1", (10, 0), 1),
+        ("2.14.1", (12, 0), 0),
+        ("2.15.0", (8, 9), 0),
+        ("2.15.0", (9, 0), 4),
+        ("2.15.0", (10, 0), 4),
+        ("2.15.0", (12, 0), 0),
+    ],
+)
+@pytest.mark.usefixtures("cudnn_on")
+def test_every_release_runs_packed_attention_without_cudnn(
+    monkeypatch: pytest.MonkeyPatch, release: str, capability: tuple[int, int], before: int
+) -> None:
+    import torch
+
+    from inferctl.serve.engines import device
+
+    calls = [call_of(shape, monkeypatch) for shape in SHAPES]
+    plain = [(-1 if window is None else window - 1, 0 if causal else -1) for _, _, causal, window, _ in SHAPES]
+    bare = [{**call, "window_size": size} for call, size in zip(calls, plain, strict=True)]
+    assert [backend_of(release, capability, call, True) for call in bare].count("cudnn") == before
+    device.avoid_cudnn()
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    assert [backend_of(release, capability, call, allowed) for call in calls] == ["flash"] * len(SHAPES)
+
+
+@pytest.mark.usefixtures("cudnn_on")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_the_installed_release_takes_the_kernel_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    import torch
+    from torch.nn.attention import varlen
+
+    release = torch.__version__.partition("+")[0]
+    if not hasattr(varlen, "_select_backend"):
+        assert release < "2.15", "the selector of this release has another name: read it, and extend the table"
+        pytest.skip(f"torch {release} has no selector to ask")
+    monkeypatch.setattr(varlen, "_cudnn_version_and_major_capability", lambda _: (92600, capability[0]))
+    varlen._should_use_cudnn.cache_clear()
+    names = {varlen._CUDNN_ATTENTION_BACKEND: "cudnn", varlen._FLASH_ATTENTION_BACKEND: "flash"}
+    offsets = torch.zeros(3, dtype=torch.int32)
+    for shape in SHAPES:
+        call = call_of(shape, monkeypatch)
+        for size in (call["window_size"], (-1, -1), (-1, 0)):
+            for allowed in (True, False):
+                torch.backends.cuda.enable_cudnn_sdp(allowed)
+                rows = [
+                    SimpleNamespace(
+                        is_cuda=True,
+                        device=SimpleNamespace(index=0),
+                        dtype=torch.bfloat16,
+                        shape=(600, heads, 64),
+                        requires_grad=False,
+                    )
+                    for heads in (call["heads"], call["kv_heads"], call["kv_heads"])
+                ]
+                chosen = varlen._select_backend(*rows, offsets, offsets, call["max_q"], list(size))
+                assert names[chosen] == backend_of(release, capability, {**call, "window_size": size}, allowed)
+    varlen._should_use_cudnn.cache_clear()
+
+
+@pytest.mark.usefixtures("cudnn_on")
+def test_only_an_engine_on_a_gpu_turns_cudnn_attention_off(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    folder = str(tiny("bert", "mean_tokens"))
+    EncoderEngine(EngineConfig(model=folder, precision="fp32", device="cpu", max_batch_tokens=256)).load()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with_gpu(monkeypatch)  # padded attention, which torch 2.13 gives to cuDNN too
+    EncoderEngine(EngineConfig(model=folder, precision="fp16", max_batch_tokens=256)).load()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from inferctl.errors import NotReadyError
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.generate import command
 from inferctl.serve.generate.command import VllmModel
@@ -38,7 +43,7 @@ def test_settings_become_options_of_vllm() -> None:
     assert not {"--kv-cache-memory-bytes", "--max-num-seqs", "--quantization", "--tensor-parallel-size"} & set(default)
     chosen = options(kv_cache="4GB", gpus=2, max_sequences=64, max_context_tokens=100)
     assert chosen["--kv-cache-memory-bytes"] == "4000000000"
-    assert "--gpu-memory-utilization" not in chosen
+    assert chosen["--gpu-memory-utilization"] == "0.9"  # vLLM compares it with the free memory in any case
     assert (chosen["--tensor-parallel-size"], chosen["--max-num-seqs"]) == ("2", "64")
 
 
@@ -63,3 +68,56 @@ def test_vllm_gets_no_address_of_a_store(tmp_path: Path) -> None:
 )
 def test_a_gpu_is_selected_among_the_visible_ones(device: str, visible: str, expected: dict[str, str]) -> None:
     assert command.visible_gpu(device, {"CUDA_VISIBLE_DEVICES": visible}) == expected
+
+
+CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "refused"),
+    [
+        (A100, "MIG-4b8c3a2e-0d1f-5a5e-9c3b-0a1b2c3d4e5f", True),
+        (A100, "0,MIG-4b8c3a2e", True),
+        (A100, " MIG-GPU-1/2/0", True),
+        (A100, "GPU-4b8c3a2e-0d1f-5a5e-9c3b-0a1b2c3d4e5f", False),
+        (A100, "1", False),
+        (A100, "", False),
+        (CPU, "MIG-4b8c3a2e", False),
+    ],
+)
+def test_a_slice_that_vllm_takes_for_a_gpu_is_refused(device: DeviceInfo, visible: str, refused: bool) -> None:
+    if not refused:
+        command.check_visible(device, {"CUDA_VISIBLE_DEVICES": visible})
+        return
+    with pytest.raises(NotReadyError, match="MIG slice") as caught:
+        command.check_visible(device, {"CUDA_VISIBLE_DEVICES": visible})
+    assert f"NVIDIA_VISIBLE_DEVICES={visible.strip()}" in (caught.value.hint or "")
+
+
+# NVML of a machine with two GPUs. The first slice of the first GPU has the index 1 among the slices.
+_NVML = """
+import sys, types
+sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("kernels")  # the build for CPUs has no kernels of GPUs
+from vllm.platforms import cuda
+
+class Nvml:
+    nvmlInit = nvmlShutdown = staticmethod(lambda: None)
+    nvmlDeviceGetHandleByUUID = staticmethod(lambda name: ("slice of GPU 0" if name.startswith("MIG-") else "GPU 1", 1))
+    nvmlDeviceGetIndex = staticmethod(lambda handle: handle[1])
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: (f"GPU {index}", index))
+    nvmlDeviceGetName = staticmethod(lambda handle: handle[0])
+
+cuda.pynvml = Nvml
+print(cuda.NvmlCudaPlatform.get_device_name(0))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(("visible", "asked"), [("MIG-1", "GPU 1"), ("GPU-1", "GPU 1"), ("0", "GPU 0")])
+def test_vllm_asks_nvml_for_another_gpu_than_that_of_the_slice(visible: str, asked: str) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    ran = subprocess.run([sys.executable, "-c", _NVML], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout.split("\n")[-2:-1] == [asked], ran.stderr

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import json
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +131,10 @@ def test_other_errors_are_not_insufficient_memory(said: str) -> None:
         "CUDA error: uncorrectable ECC error encountered",
         "Triton Error [CUDA]: an illegal memory access was encountered",
         "CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS",
+        "CUDA driver error: CUDA_ERROR_TENSOR_MEMORY_LEAK",
+        "CUDA driver error: unknown error",
+        "Triton Error [CUDA]: unknown error",
+        "CUDA error: unknown error\nSearch for `cudaErrorUnknown' in NVIDIA's documentation",
     ],
 )
 def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
@@ -136,7 +143,34 @@ def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    ["CUDA error: out of memory", "CUDA error: invalid configuration argument", "cuDNN error: CUDNN_STATUS_BAD_PARAM"],
+    [
+        "CUDA error: out of memory",
+        "CUDA error: invalid configuration argument",
+        "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+        "unknown error",
+        "an unknown error was encountered in the tokenizer",
+        "nvrtc: error: unknown error code",
+    ],
 )
 def test_an_error_that_leaves_the_cuda_context_usable_is_a_failure_of_the_batch(said: str) -> None:
     assert not gpu_errors.breaks_context(RuntimeError(said))
+
+
+# "To continue using CUDA, the process must be terminated and relaunched", in `driver_types.h` of CUDA 13, and four that
+# do not say so there: a lost NVLink, bad memory, a destroyed context, and the error without a name.
+FATAL = {700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 810} | {53, 214, 220, 226, 709, 999}
+
+
+def test_the_texts_of_the_cuda_runtime_are_recognized() -> None:
+    found = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
+    libraries = [file for folder in folders for file in folder.glob("*/lib/libcudart.so.*")]
+    if not libraries:
+        pytest.skip("this torch has no CUDA runtime")
+    runtime = ctypes.CDLL(str(libraries[0]))
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    texts = {code: runtime.cudaGetErrorString(code).decode() for code in range(1, 1000)}
+    assert texts[721] == "tensor memory not completely freed"
+    assert {code for code, text in texts.items() if gpu_errors.breaks_context(RuntimeError(f"CUDA error: {text}"))} == (
+        FATAL
+    )

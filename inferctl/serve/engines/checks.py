@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,6 @@ from inferctl.serve.engines.forward import Forward, Sequences
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
-
-log = logging.getLogger("inferctl.engine")
 
 # Larger models are not loaded a second time for the comparison with fp32.
 _MAX_CHECKED_PARAMETERS = 1_500_000_000
@@ -81,10 +78,10 @@ class Checks:
         """Return the vectors or logits of the check texts. Raises `NotReadyError` if memory is insufficient for one."""
         return self._run_in_parts(forward, self.texts)
 
-    def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> tuple[str, Vectors]:
+    def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> tuple[str, Vectors, str | None]:
         """Let `forward` use packed attention if the result equals that of padded attention.
 
-        Returns the reason, and what `run` returns with the chosen attention.
+        Returns the reason, what `run` returns with the chosen attention, and why it is padded, else None.
         """
         padded = self.run(forward)
         try:
@@ -99,13 +96,12 @@ class Checks:
             limits = _MAX_LOGIT_ERROR if self._rerank else _MAX_COSINE_DISTANCE
             errors = self._errors(batched, padded), self._errors(batched, isolated)
             if errors[0].max() <= limits[precision.effective] and errors[1].max() <= limits["isolated"]:
-                return "no padding; equals the padded result", batched
+                return "no padding; equals the padded result", batched, None
             worst = float(np.concatenate(errors).max())
             measure = f"relative logit error {worst:.4f}" if self._rerank else f"cosine {1 - worst:.4f}"
             reason = f"packed differs from padded ({measure})"
-        log.warning("packed attention is not used: %s", reason)
         forward.pack(False)
-        return f"sorted by length; {reason}", self.run(forward)  # what serves is what is compared with fp32
+        return f"sorted by length; {reason}", self.run(forward), reason  # what serves is what is compared with fp32
 
     def compare(self, results: Vectors, precision: PrecisionInfo, allowed: bool) -> tuple[dict[str, Any], str | None]:
         """Return the fields of `EngineInfo` about fidelity to fp32, and a warning if it is below the limit.

@@ -55,6 +55,15 @@ def equal(a: DeviceInfo, b: DeviceInfo) -> bool:
     return (a.kind, a.name, a.compute_capability) == (b.kind, b.name, b.compute_capability)
 
 
+def avoid_cudnn() -> None:
+    """Let no attention of this process run on cuDNN, which torch prefers on compute capability 9.0 and 10.0.
+
+    cuDNN builds a plan for each number of sequences, longest sequence and number of tokens, which takes tens of
+    milliseconds, and torch never frees it. Nearly every batch of a server has a new combination.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def unused_gpu(wanted: str) -> str | None:
     """Return a warning if `auto` selected the CPU although torch is built for GPUs, else None."""
     if wanted != "auto" or torch.version.cuda is None or torch.cuda.is_available():

@@ -35,6 +35,8 @@ from inferctl.serve.engines.warm_up import LOWERED, warm_up
 
 log = logging.getLogger("inferctl.engine")
 
+PADDED = "attention is padded, which is slower than packed"  # the start of the warning
+
 
 class EncoderEngine:
     """One model on one device in one precision."""
@@ -71,6 +73,8 @@ class EncoderEngine:
         on_cpu, cores = device_info.kind == "cpu", max(1, (device_info.threads or 1) // config.engines)
         if on_cpu:
             self._memory_hint = "free memory on this machine, or raise the memory limit of the container"
+        else:
+            devices.avoid_cudnn()
         no_kernel = None if on_cpu else packed.missing_kernel(traits.compute_capability, dtype)
         varlen = not on_cpu and no_kernel is None
         load_model = partial(Forward, folder.path, settings, device, dtype, precision, varlen=varlen)
@@ -108,10 +112,14 @@ class EncoderEngine:
         cores: int,
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
+        padded = None
         if no_kernel:
             reason, results = f"sorted by length; {no_kernel}", check.run(forward)
+            padded = no_kernel if no_kernel.startswith(packed.TOO_OLD) else None
         else:
-            reason, results = check.choose_attention(forward, precision)
+            reason, results, padded = check.choose_attention(forward, precision)
+        if padded:
+            padded = f"{PADDED}: {padded}"
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
@@ -131,7 +139,7 @@ class EncoderEngine:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            warnings=[warning for warning in (unused_gpu, inaccurate, forward.warning) if warning],
+            warnings=[warning for warning in (unused_gpu, padded, inaccurate, forward.warning) if warning],
             **fidelity,
         )
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "inferctl_packed"
+TOO_OLD = "variable-length attention needs torch"  # the start of a reason for padding
 # On a CPU only attention is padded, to multiples of this: torch's softmax is three times slower on lengths that are not
 # multiples of a vector register, and fewer lengths need fewer calls.
 _BUCKET_STEP = 16
@@ -161,13 +162,18 @@ def missing_kernel(capability: tuple[int, int] | None, dtype: torch.dtype) -> st
     """Return why this GPU cannot run packed attention with its kernel for sequences of several lengths, else None."""
     if capability is None or capability < (8, 0) or dtype == torch.float32:
         return "variable-length attention needs compute capability 8.0 and a 16-bit format"
+    if {"scale", "window_size"} <= _varlen_parameters():
+        return None
+    return f"{TOO_OLD} 2.11, this is {torch.__version__}"
+
+
+def _varlen_parameters() -> set[str]:
+    """Return the parameters of torch's variable-length attention; none if this torch does not have it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        complete = False
-    else:
-        complete = {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
-    return None if complete else f"variable-length attention needs torch 2.12, this is {torch.__version__}"
+        return set()
+    return set(inspect.signature(varlen_attn).parameters)
 
 
 def _varlen(
@@ -182,10 +188,17 @@ def _varlen(
     """Return flash attention over the whole row, in the shapes of `attention`. See `missing_kernel`."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {}
+    if (heads := query.shape[1]) != key.shape[1]:
+        if "enable_gqa" in _varlen_parameters():
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    reach = -1 if sliding_window is None else sliding_window - 1
+    # Always a window, also if it hides nothing: torch 2.14 gives attention without one to cuDNN on Hopper and
+    # Blackwell, whatever `device.avoid_cudnn` says. Flash attention takes a window of the longest sequence for none.
+    reach = layout.longest if sliding_window is None else sliding_window - 1
     ends: Any = (layout.offsets, layout.offsets, layout.longest, layout.longest)
-    window = (reach, 0 if causal else reach)
-    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1])
+    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(reach, 0 if causal else reach), **options)
     result: torch.Tensor = out[None]
     return result

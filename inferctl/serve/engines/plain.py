@@ -27,6 +27,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     model = weights.load(AutoModelForSequenceClassification if task == "rerank" else AutoModel, folder, task, dtype)
     if task == "embed" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # sentence embeddings do not use it
+    model.config.use_cache = False  # there is no next token, for which a decoder would keep all keys and values
     return model
 
 

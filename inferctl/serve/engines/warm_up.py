@@ -43,9 +43,13 @@ def warm_up(
 def _run_largest(run: Callable[[Sequences], Vectors], batch_tokens: int, longest: int, parallel: int) -> str | None:
     """Return the error message if memory is insufficient, else None."""
     text = np.full(longest, 5, dtype=np.int32)
+    largest = Sequences([text] * max(1, batch_tokens // longest))
     try:
-        with ThreadPoolExecutor(parallel) as pool:
-            list(pool.map(run, [Sequences([text] * max(1, batch_tokens // longest))] * parallel))
+        if parallel == 1:
+            run(largest)  # on the thread that serves, because libraries of GPUs keep handles and plans per thread
+        else:
+            with ThreadPoolExecutor(parallel) as pool:
+                list(pool.map(run, [largest] * parallel))
         run(Sequences([text]))
     except Exception as error:
         if not memory.is_insufficient(error):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferctl import decoder
+from inferctl.errors import NotReadyError, shown
 from inferctl.model import is_hub_id
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.sizes import parse_size
@@ -65,8 +66,8 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
     if device.kind == "cuda":
         if serve.kv_cache:
             yield Derived("--kv-cache-memory-bytes", str(parse_size(serve.kv_cache)), "serve.kv_cache")
-        else:
-            yield Derived("--gpu-memory-utilization", f"{serve.gpu_memory_share:g}", "serve.gpu_memory_share")
+        # Also with a KV cache of a given size: vLLM does not start unless this share of the GPU is free.
+        yield Derived("--gpu-memory-utilization", f"{serve.gpu_memory_share:g}", "serve.gpu_memory_share")
         if serve.gpus > 1:
             yield Derived("--tensor-parallel-size", str(serve.gpus), "serve.gpus")
     elif not cpp_compiler:
@@ -139,6 +140,19 @@ def visible_gpu(device: str, environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return {"CUDA_VISIBLE_DEVICES": visible[int(index)] if int(index) < len(visible) else index}
+
+
+def check_visible(device: DeviceInfo, environment: Mapping[str, str]) -> None:
+    """Raise `NotReadyError` if `CUDA_VISIBLE_DEVICES` names a MIG slice.
+
+    vLLM asks NVML for the index of the slice, which counts the slices of one GPU, and takes it for that of a GPU.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if device.kind == "cuda" and any(name.strip().startswith("MIG-") for name in visible.split(",")):
+        raise NotReadyError(
+            f"vLLM cannot use a MIG slice that CUDA_VISIBLE_DEVICES names: {shown(visible)}",
+            f"unset CUDA_VISIBLE_DEVICES, and give only the slice to the container: NVIDIA_VISIBLE_DEVICES={visible.strip()}",
+        )
 
 
 def kv_gib(spec: Spec, model: VllmModel) -> int:

@@ -39,6 +39,10 @@ _HINTS = (
         "lower serve.max_context_tokens, or give the KV cache more memory with serve.kv_cache",
     ),
     (
+        r"less than (?:desired GPU memory utilization|the engine's budget)",
+        "other processes use memory of this GPU, and `nvidia-smi` lists them: end them, or lower serve.gpu_memory_share",
+    ),
+    (
         r"less than (?:requested memory for kv|desired CPU memory)",
         "lower serve.kv_cache or serve.max_context_tokens, or use a machine with more free memory",
     ),

@@ -62,6 +62,7 @@ class GenerationServer:
         self._progress = progress
         self._probe = _probe(options.device, progress, signals)
         _check_version(self._probe, notify)
+        command.check_visible(self._probe.device, os.environ)
         _check_key(spec, os.environ)
         self._model = _model(spec, folder, self._probe)
         self._directory = _temporary_folder()

@@ -1,0 +1,219 @@
+"""Check everything on a GPU that tests elsewhere cannot: `make gpu-check`, or
+
+    python benchmarks/gpu_check [--steps 1,2,3] [--minutes 20] [--stack locked,newest] [--wheels FOLDER] [--output FOLDER]
+
+1 machine, 2 correctness, 3 shapes, 4 faults, 5 figures, 6 image. Each step is a process with a time limit, and none
+stops the next. OUTPUT/gpu-check.json gets the result of each step when it ends; a later run adds to it. The exit code
+is 0 if all chosen steps passed. --stand-in runs all of it on CPUs, with results of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# Step -> its module and its share of the time. A step that ends early leaves its time to the next ones.
+STEPS = {
+    1: ("machine", 1),
+    2: ("correctness", 5),
+    3: ("shapes", 4),
+    4: ("faults", 4),
+    5: ("figures", 8),
+    6: ("image", 5),
+}
+REPEATED = (1, 2, 3, 4)  # with every stack; the others only with the first
+_END_S = 20.0  # for the servers of a step, after its time limit
+
+
+def main() -> None:
+    options = _options()
+    if options.stand_in:
+        os.environ["GPU_CHECK_STAND_IN"] = "1"
+    if options.short:
+        os.environ["GPU_CHECK_SHORT"] = "1"
+    import results  # reads these variables
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / ("gpu-check-stand-in.json" if options.stand_in else "gpu-check.json")
+    document: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"steps": []}
+    document |= {"stand_in": options.stand_in, "commit": _commit()}
+    end = time.time() + 60 * options.minutes
+    done: list[dict[str, Any]] = []
+
+    def record(entry: dict[str, Any]) -> None:
+        done.append(entry)
+        document["steps"].append(entry)
+        results.write(file, document)
+        print(summary(entry, options.stand_in), flush=True)
+
+    first = None
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
+        for stack, python in _stacks(options, Path(work), record):
+            first = first or stack
+            numbers = [number for number in options.steps if stack == first or number in REPEATED]
+            for number in numbers:
+                share = STEPS[number][1] / sum(STEPS[n][1] for n in numbers if n >= number)
+                limit = max(5.0, share * (end - time.time()))
+                record(_step(number, stack, python, Path(work), options, limit))
+    failed = [f"{entry['step']} ({entry['stack']})" for entry in done if not entry["passed"]]
+    ran = ", ".join(f"{entry['step']} {entry['title']}" for entry in done if entry["step"])
+    print(f"\n{file}: steps {ran or 'none'}")
+    print(f"failed: {', '.join(failed)}" if failed or not ran else "all chosen steps passed")
+    if options.stand_in:
+        print("This was the stand-in: no figure and no check is of a GPU.")
+    sys.exit(1 if failed or not ran else 0)
+
+
+def _stacks(
+    options: argparse.Namespace, work: Path, record: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[str, Path]]:
+    """Yield the stacks with their Python. If none can be installed, the machine's own."""
+    import stacks
+
+    found = False
+    for stack in options.stack:
+        try:
+            python = stacks.python_of(stack, work, options.wheels)
+        except stacks.CannotInstallError as error:
+            outcome = "failed" if stack == "machine" else "skipped"
+            checks = [{"name": f"stack {stack}", "outcome": outcome, "detail": f"it cannot be installed: {error}"}]
+            passed = outcome == "skipped"
+            record({"step": 0, "stack": stack, "title": "install", "passed": passed, "seconds": 0.0, "checks": checks})
+            continue
+        found = True
+        yield stack, python
+    if not found and "machine" not in options.stack:
+        yield "machine", Path(sys.executable)
+
+
+def _step(
+    number: int, stack: str, python: Path, work: Path, options: argparse.Namespace, limit: float
+) -> dict[str, Any]:
+    """Run a step in a process of its own, and return its result."""
+    title, started = STEPS[number][0], time.time()
+    folder = work / stack
+    folder.mkdir(exist_ok=True)
+    checks, log = folder / f"step-{number}.json", folder / f"step-{number}.log"
+    settings = {
+        "file": str(checks),
+        "end": started + limit,
+        "work": str(folder),
+        "models": str(options.models.absolute()),
+        "output": str(options.output.absolute()),
+    }
+    paths = [str(HERE / "hooks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if options.stand_in:  # threads that spin while they wait would take the cores from each other
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [str(python), str(HERE / f"{title}.py"), json.dumps(settings)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+    try:
+        code = process.wait(limit)
+        ended = (
+            "completed"
+            if code == 0
+            else f"ended with {code}: {' '.join(log.read_text(errors='replace').split())[-300:]}"
+        )
+    except subprocess.TimeoutExpired:
+        ended = f"was ended after {limit:.0f} s"
+    finally:
+        _end(process)
+    found = json.loads(checks.read_text()) if checks.is_file() else []
+    if ended != "completed" or not found:
+        found.append({"name": "the step itself", "outcome": "failed", "detail": ended})
+    return {
+        "step": number,
+        "stack": stack,
+        "title": title,
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "passed": all(check["outcome"] != "failed" for check in found),
+        "checks": found,
+    }
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a step: first gently, so that servers end their engines."""
+    for number, seconds in ((signal.SIGTERM, _END_S), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            process.poll()
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+
+
+def summary(entry: dict[str, Any], stand_in: bool) -> str:
+    """Return the result of a step as text."""
+    import results
+
+    mark = "[stand-in, no GPU] " if stand_in else ""
+    outcomes = [check["outcome"] for check in entry["checks"]]
+    counts = ", ".join(f"{outcomes.count(word)} {word}" for word in ("passed", "failed", "skipped") if word in outcomes)
+    verdict = "passed" if entry["passed"] else "FAILED"
+    head = (
+        f"{mark}step {entry['step']} {entry['title']} ({entry['stack']}): {verdict}, {counts}, {entry['seconds']:.0f} s"
+    )
+    return "\n".join([head, *(results.line(check) for check in entry["checks"] if check["outcome"] != "passed")])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="which steps run [default: all]")
+    parser.add_argument("--minutes", type=float, default=20, help="time of all steps together [default: 20]")
+    parser.add_argument(
+        "--stack", default="", help="machine, locked, newest [default: locked,newest; machine with --wheels]"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, help="install what the machine lacks from this folder, without a network"
+    )
+    parser.add_argument("--models", type=Path, default=ROOT / "models", help="folder of downloaded models, if any")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON is written"
+    )
+    parser.add_argument("--stand-in", action="store_true", help="run on CPUs, to check the check")
+    parser.add_argument("--short", action="store_true", help="run a few cases of each step, to check the check")
+    options = parser.parse_args()
+    options.steps = sorted({int(number) for number in options.steps.split(",")})
+    if set(options.steps) - set(STEPS):
+        parser.error(f"steps are {min(STEPS)} to {max(STEPS)}")
+    default = "machine" if options.wheels or options.stand_in else "locked,newest"
+    options.stack = (options.stack or default).split(",")
+    if set(options.stack) - {"machine", "locked", "newest"}:
+        parser.error("stacks are machine, locked and newest")
+    return options
+
+
+def _commit() -> str | None:
+    ran = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, check=False)
+    return ran.stdout.decode().strip() or None
+
+
+if __name__ == "__main__":
+    main()

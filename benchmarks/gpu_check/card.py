@@ -1,0 +1,82 @@
+"""The GPU of this process: its memory, its energy, and a clock that waits for it. With the stand-in, the CPU's.
+
+`python card.py BYTES` holds all memory of the GPU but so much until its stdin ends.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from results import STAND_IN
+
+
+def clock() -> float:
+    """Return seconds, after all work of the GPU. With the stand-in, CPU seconds: other load does not count in them."""
+    if STAND_IN:
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory() -> dict[str, int]:
+    """Return the bytes in use: `host` of this process; `device` of the whole GPU, `allocated` by torch in it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    found = {"host": pages * resource.getpagesize()}
+    if not STAND_IN:
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        found |= {"device": total - free, "allocated": torch.cuda.memory_allocated()}
+    return found
+
+
+def nvml() -> Any | None:
+    """Return a connection to NVML, or None without a driver or nvidia-ml-py."""
+    from inferctl.bench.measure.nvml import Nvml, NvmlUnavailableError
+
+    try:
+        return Nvml()
+    except NvmlUnavailableError:
+        return None
+
+
+def joules() -> float | None:
+    """Return the energy of the first GPU since its driver was loaded; None if it is not reported."""
+    connection = nvml()
+    if connection is None:
+        return None
+    try:
+        used = connection.sample(0, time.monotonic_ns()).energy_j
+        return None if used is None else float(used)
+    finally:
+        connection.close()
+
+
+def free() -> None:
+    """Free what a model that is no longer used had on the GPU."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _hold(leave: int) -> None:
+    import torch
+
+    available = torch.cuda.mem_get_info()[0]
+    held = torch.empty(max(0, available - leave), dtype=torch.uint8, device="cuda")
+    sys.stdout.write(f"{held.numel()}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    _hold(int(sys.argv[1]))

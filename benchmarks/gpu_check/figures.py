@@ -1,0 +1,238 @@
+"""Step 5: figures. Benchmarks of precisions, sentence-transformers beside the engine, energy, and generation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import card
+import results
+import servers
+from results import STAND_IN, Step
+
+import models
+
+TEXTS = 200 if STAND_IN else 8000
+TOKENS = 32 if STAND_IN else 256  # of each generated answer
+
+
+def work(step: Step, settings: dict[str, Any]) -> None:
+    folder, given = Path(settings["work"]), Path(settings["models"])
+    shape = dict(models.SMALL) if STAND_IN else models.SHAPES["minilm"]
+    model = given / "all-MiniLM-L6-v2"
+    if STAND_IN or not (model / "model.safetensors").is_file():
+        model = models.make(folder / "shape-minilm", "bert", **{"initializer_range": 0.02, **shape})
+    cross = models.make(folder / "cross-minilm", "bert", task="rerank", **{"initializer_range": 0.02, **shape})
+    step.part("sentence-transformers", 40, _library, model)
+    step.part("precisions of embeddings", 100, _bench, Path(settings["output"]), model, "embeddings")
+    step.part("precisions of reranking", 100, _bench, Path(settings["output"]), cross, "reranking")
+    step.part("API processes", 30, _api_processes, folder, model)
+    step.part("generation", 150, _generation, folder, given / "SmolLM2-135M-Instruct")
+
+
+def _library(step: Step, model: Path) -> None:
+    """Compare the engine with sentence-transformers in texts/s, in the order A B B A, from texts to vectors."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        step.skip("sentence-transformers", "it is not installed")
+        return
+    sys.modules.pop("sklearn", None)  # hidden from transformers, but sentence-transformers needs it
+    import numpy as np
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from inferctl.serve import task_config
+    from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
+    from inferctl.serve.engines.encoder import EncoderEngine
+    from inferctl.serve.tokenizer_pool import TokenizerPool
+
+    engine = EncoderEngine(EngineConfig(model=str(model), precision="bf16", device="cuda"))
+    limit = engine.load().batch_tokens
+    pool = TokenizerPool(model, task_config.read("embed", model, None), threads=1)
+    kwargs = {"dtype": torch.bfloat16}
+    peer = SentenceTransformer(str(model), device="cpu" if STAND_IN else "cuda", model_kwargs=kwargs)
+    texts = models.texts(TEXTS)
+
+    def own() -> Any:
+        ids = pool.encode_now(texts, truncate=True)
+        rows, first, tokens = [], 0, 0
+        for index, row in enumerate([*ids, None]):
+            if row is None or tokens + len(row) > limit:
+                part = ids[first:index]
+                lengths = np.array([len(each) for each in part], dtype=np.int32)
+                rows.append(engine.run(Batch(1, np.concatenate(part), lengths)).vectors)
+                first, tokens = index, 0
+            tokens += 0 if row is None else len(row)
+        return np.concatenate(rows)
+
+    def theirs() -> Any:
+        return peer.encode(texts, batch_size=128, convert_to_numpy=True, show_progress_bar=False)
+
+    contenders: dict[str, Callable[[], Any]] = {"inferctl": own, "sentence-transformers": theirs}
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    energy: dict[str, list[float]] = {name: [] for name in contenders}
+    found = {name: run() for name, run in contenders.items()}  # warm-up
+    for name in (*contenders, *reversed(contenders)):
+        before, started = card.joules(), card.clock()
+        contenders[name]()
+        rates[name].append(TEXTS / (card.clock() - started))
+        if before is not None:
+            energy[name].append(((card.joules() or before) - before) / TEXTS)
+    a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in found.values())
+    cosine = float((a * b).sum(axis=1).min())
+    told = ", ".join(f"{name} {min(values):.0f} to {max(values):.0f}" for name, values in rates.items())
+    step.check("same vectors as sentence-transformers", cosine > 0.99, f"cosine {cosine:.5f}")
+    step.figure("texts/s in bf16, tokenization included", told, rates=rates, joules_per_text=energy, cosine=cosine)
+    pool.close()
+    card.free()
+
+
+def _bench(step: Step, folder: Path, model: Path, name: str) -> None:
+    """Run the plan `precision` once, with short runs, and record its rows."""
+    if importlib.util.find_spec("locust") is None:
+        step.skip(f"precisions of {name}", "Locust is not installed")
+        return
+    precisions = ["bf16"] if STAND_IN else ["fp32", "fp16", "bf16"]
+    if not STAND_IN and importlib.util.find_spec("bitsandbytes"):
+        precisions.append("int8")
+    options = ["--plan", "precision", "--repeats", "1", "--duration", "2" if STAND_IN else "6"]
+    options += ["--users", "4" if STAND_IN else "128", "--corpus", "short" if STAND_IN else "mixed", "--json"]
+    options += [word for each in precisions for word in ("-p", each)]
+    output = folder / f"gpu-check-{name}{'-stand-in' if STAND_IN else ''}"  # with receipts and report
+    command = [sys.executable, "-m", "inferctl", "bench", "--model", str(model), "--output", str(output), *options]
+    limit = max(60.0, step.left() - 10)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, cwd=folder)
+    if not ran.stdout.strip():
+        step.check(f"precisions of {name}", False, f"exit code {ran.returncode}: {' '.join(ran.stderr.split())[-400:]}")
+        return
+    rows = json.loads(ran.stdout)["rows"]
+    step.check(f"precisions of {name}", len(rows) == len(precisions), f"exit code {ran.returncode}", output=str(output))
+    for row in rows:
+        step.figure(f"{name}, {row['configuration']}", _figures(row), row=row)
+
+
+def _figures(row: dict[str, Any]) -> str:
+    """Return the figures of a row of a benchmark, as text."""
+    names = (
+        "requests_per_s",
+        "p50_ms",
+        "p99_ms",
+        "cosine_mean",
+        "score_difference",
+        "watts",
+        "joules_per_1000_requests",
+    )
+    return ", ".join(f"{name} {row[name]:.5g}" for name in names if row.get(name) is not None) or row["outcome"]
+
+
+def _api_processes(step: Step, folder: Path, model: Path) -> None:
+    """Measure requests/s with several API processes, if this version has an option for them."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "inferctl", "serve", "--help"], capture_output=True, text=True, check=True
+    )
+    option = re.search(r"--(?:api-)?processes\b", asked.stdout)
+    counts = (1, 2, 4, 8, 12) if option else (1,)
+    bodies = [[text] for text in models.texts(400)]
+    for count in counts:
+        more = (option[0], str(count)) if option else ()
+        arguments = ("--model", str(model), "--device", "cuda:0", "--precision", "bf16", *more)
+        with servers.serving(folder, f"api-{count}", *arguments) as server:
+            rates = []
+            for _ in range(2):
+                started = time.monotonic()
+                statuses = server.embed_many(bodies, 64)
+                rates.append(statuses.count(200) / (time.monotonic() - started))
+            step.check(
+                f"requests, API processes: {count}", set(statuses) == {200}, f"{statuses.count(200)} of {len(statuses)}"
+            )
+            step.figure(
+                f"requests/s, API processes: {count}", f"{max(rates):.0f}, from 64 threads of one client", rates=rates
+            )
+    if not option:
+        step.skip("2 to 12 API processes", "`inferctl serve` has no option for them")
+
+
+def _generation(step: Step, folder: Path, model: Path) -> None:
+    """Measure vLLM with the edge and without: start, tokens/s, and the time after its engine was killed."""
+    if importlib.util.find_spec("vllm") is None:
+        step.skip("generation", "vLLM is not installed")
+        return
+    if not (model / "model.safetensors").is_file():
+        step.skip("generation", f"{model} does not exist")
+        return
+    device = ("--device", "cpu", "--kv-cache", "1GiB") if STAND_IN else ("--device", "cuda:0")
+    arguments = ("--model", str(model), "--max-context-tokens", "2048", *device)
+    with servers.serving(folder, "generation", *arguments, seconds=240) as server:
+        step.figure("ready with the edge", f"{server.seconds:.0f} s", seconds=server.seconds)
+        _tokens(step, "with the edge", server.url, model.name)
+        victims = [pid for pid in _descendants(server.process.pid) if _named(pid, b"EngineCore")]
+        if victims and step.left() > 60:
+            started = time.monotonic()
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            servers.until(lambda: not server.ready(), 30)
+            back = servers.until(server.ready, 240)
+            step.check("a killed engine is replaced", back, f"ready again after {time.monotonic() - started:.0f} s")
+        else:
+            step.skip("killed engine", "too little time is left" if victims else "its process was not found")
+    step.part("generation without the edge", 60, _without_edge, folder, model)
+
+
+def _without_edge(step: Step, folder: Path, model: Path) -> None:
+    """Measure vLLM's own server with the same context."""
+    if STAND_IN:
+        step.skip("generation without the edge", "vLLM's build for CPUs needs what only inferctl gives it")
+        return
+    port, log = 18571, folder / "vllm.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
+    command += ["--max-model-len", "2048", "--served-model-name", model.name, "--host", "127.0.0.1"]
+    started = time.monotonic()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    server = servers.Server(f"http://127.0.0.1:{port}", process, log, 0)
+    try:
+        if not servers.until(lambda: process.poll() is not None or server.get("/health") == "", 240):
+            raise RuntimeError(f"vLLM was not ready: {servers.tail(log)}")
+        step.figure("ready without the edge", f"{time.monotonic() - started:.0f} s")
+        _tokens(step, "without the edge", server.url, model.name)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _tokens(step: Step, name: str, url: str, model: str, clients: int = 4 if STAND_IN else 64) -> None:
+    """Record tokens/s of `clients` requests that are sent at the same time."""
+    servers.post(f"{url}/v1/completions", {"model": model, "prompt": "warm", "max_tokens": 1})
+    body = {"model": model, "prompt": "The history of", "max_tokens": TOKENS, "ignore_eos": True}
+    started = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(lambda _: servers.post(f"{url}/v1/completions", body, 300), range(clients)))
+    rate = sum(answer["usage"]["completion_tokens"] for status, answer in answers if status == 200)
+    rate /= time.monotonic() - started
+    good = [status for status, _ in answers if status == 200]
+    step.check(f"completions {name}", len(good) == clients, f"{len(good)} of {clients}")
+    step.figure(f"tokens/s {name}", f"{rate:.0f}, {clients} requests at a time", tokens_per_s=rate)
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *_descendants(int(child))]
+    return found
+
+
+def _named(pid: int, word: bytes) -> bool:
+    return word in Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/comm").read_bytes()
+
+
+if __name__ == "__main__":
+    results.run(work)
