@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -154,6 +155,20 @@ def test_usage_equals_what_the_clients_saw_also_of_those_that_left(server: Runni
     complete = client.chat.completions.create(**greedy() | {"temperature": 1, "extra_body": {"n": 2}})
     until(lambda: len(events(server)) == before + 4, 20)
     assert events(server)[-1]["output_tokens"] == complete.usage.completion_tokens
+
+
+def test_a_client_that_leaves_before_a_plain_response_is_counted(server: Running) -> None:
+    before, computed = len(events(server)), server.metric("vllm:generation_tokens_total")
+    body = greedy() | {"max_tokens": 1500, "ignore_eos": True, "n": 2, "temperature": 1}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=4)
+    until(lambda: len(events(server)) == before + 1, 20)
+    until(lambda: server.metric("vllm:num_requests_running") == 0, 20)
+    (left,) = events(server)[before:]
+    assert (left["status"], left["code"]) == (499, "client_disconnected")
+    more = server.metric("vllm:generation_tokens_total") - computed - left["output_tokens"]
+    assert left["output_tokens"] > 0
+    assert 0 <= more <= 8, "of the steps that ran when vLLM heard of it"
 
 
 def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) -> None:
