@@ -114,7 +114,7 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
     if not is_folder(path):
         snapshot = _cached_snapshot(source, revision, environment)
         if snapshot is None:
-            if path.is_file():
+            if os.path.isfile(path):  # noqa: PTH113  # unlike `Path.is_file`, it accepts names that are too long
                 raise UsageError(f"{source} is a file, not a model folder", "pass the folder that has config.json")
             looks_local = re.fullmatch(HUB_ID, source) is None
             raise UsageError(

@@ -50,6 +50,7 @@ def compared(random: Random, repeats: int, slower: float, noise: float, burst: f
         "configuration": {"name": "bf16", "url": None, "this_machine": True},
         "environment": {},
         "plan": {},
+        "summary": {},
         "workload": {"sha256": ""},
         "precision": {"effective": "bf16"},
         "model": {},

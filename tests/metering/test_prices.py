@@ -80,11 +80,11 @@ def test_several_errors_in_the_book_have_an_example(tmp_path: Path) -> None:
 
 def test_a_report_adds_costs_over_days_with_different_prices(ledger: Ledger, book: Path) -> None:
     ledger.apply([batch("a", 1, 5), batch("b", 1, 3, at=DAY + 86_400)])
-    made = report.make(ledger, ["key"], *ALL, prices.read(book, "EUR"))
+    made = report.make(ledger, ["key"], *ALL, prices.read(book, "EUR"), {})
     # 50 tokens at 0.1, 30 at 2, and 6 ms at 1.
     assert [(row["key"], row["requests"], row["cost"]) for row in made.rows] == [("k1", 8, Decimal("0.006065"))]
     assert made.total["cost"] == Decimal("0.006065")
     assert made.to_csv().splitlines() == [
-        "key,requests,errors,inputs,input_tokens,cached_tokens,output_tokens,engine_seconds,cost",
-        "k1,8,0,8,80,0,0,0.016,0.006065",
+        "key,requests,errors,inputs,input_tokens,cached_tokens,output_tokens,engine_seconds,cost,key_name",
+        "k1,8,0,8,80,0,0,0.016,0.006065,",
     ]

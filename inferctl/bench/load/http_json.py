@@ -83,7 +83,8 @@ def hint(status: int, access: Access) -> str:
     if status in (401, 403):
         if access.headers:
             return (
-                "the server rejects the headers of this command: check that their key is complete, valid and has rights"
+                "the server rejects the headers of this command: check that their key is complete, valid and has rights; "
+                "inferctl requires one of `inferctl keys create NAME --admin`"
             )
         return (
             "the server requires credentials: name the environment variable of its API key with `--api-key-env NAME`, "

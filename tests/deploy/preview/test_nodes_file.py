@@ -44,15 +44,15 @@ def test_the_short_form_makes_nodes_of_groups(tmp_path: Path) -> None:
     assert (one.name, two.name) == ("one", "two")
     assert list(one.nodes) == ["gpu-1", "gpu-2", "gpu-3"]
     assert [node.zone for node in one.nodes.values()] == ["a", "b", "a"]
-    gpu = one.nodes["gpu-2"]
+    gpu, disk = one.nodes["gpu-2"], {"ephemeral-storage": 2**60}  # which people do not write
     assert gpu.labels["kubernetes.io/hostname"] == "gpu-2"
     assert (gpu.labels["pool"], gpu.labels["spot"]) == ("big", "true")
     assert [str(taint) for taint in gpu.taints] == ["nvidia.com/gpu=present:NoSchedule", "late:NoExecute"]
-    assert gpu.allocatable == {"pods": 110, "cpu": 3500, "memory": 10 * 2**30, "nvidia.com/gpu": 2}
+    assert gpu.allocatable == {"pods": 110, "cpu": 3500, "memory": 10 * 2**30, "nvidia.com/gpu": 2, **disk}
     cpu = two.nodes["cpu"]
     assert cpu.unschedulable
     assert {taint.key for taint in cpu.taints} == {"node.kubernetes.io/not-ready", "node.kubernetes.io/unschedulable"}
-    assert cpu.allocatable == {"pods": 7, "cpu": 500}
+    assert cpu.allocatable == {"pods": 7, "cpu": 500, **disk}
 
 
 def test_objects_next_to_groups_belong_to_their_clusters(tmp_path: Path) -> None:
