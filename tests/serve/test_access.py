@@ -22,6 +22,7 @@ from inferctl.access.limits import Charge, KeyUsage, Limiter
 from inferctl.bench.load import http_json, target
 from inferctl.errors import NotReadyError
 from inferctl.serve.edge import access
+from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from inferctl.spec import Access
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
@@ -305,6 +306,18 @@ def test_a_revoked_key_ends_within_a_second(guarded: Guarded) -> None:
     revoked = time.monotonic()
     until(lambda: guarded.embed(secret).status_code == 401)
     assert time.monotonic() - revoked < 10  # the benchmark has the time
+
+
+@pytest.mark.parametrize(
+    ("limit", "answered"), [({"tokens_per_minute": 20}, 2), ({"requests_per_minute": 3}, 3)], ids=["tokens", "requests"]
+)
+def test_a_failure_after_the_computation_counts(guarded: Guarded, limit: dict[str, int], answered: int) -> None:
+    _, key = guarded.key(**limit)
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"input": [[100] * 8, [NON_FINITE_TOKEN, 1]]}
+    url = f"{guarded.server.url}/v1/embeddings"
+    codes = [CLIENT.post(url, json=body, headers=headers).status_code for _ in range(5)]
+    assert codes == [500] * answered + [429] * (5 - answered)
 
 
 def test_limits_of_the_spec_and_open_pages(serve: Callable[..., Running], minilm: Path, tmp_path: Path) -> None:
