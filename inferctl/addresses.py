@@ -28,7 +28,7 @@ _GRAMMAR = re.compile(
 # Its path is a file name with any characters.
 _SQLITE = re.compile(
     r"(?P<scheme>sqlite(?:\+pysqlite)?)://(?P<user>(?!))?(?P<password>(?!))?(?P<host>)(?P<port>(?!))?"
-    r"(?P<path>(?:/[^?\r\n\0]*)?)(?:\?(?P<query>[!-~]*))?",
+    r"(?P<path>(?:/[^?\r\n\0]*)?)(?:\?(?P<query>(?:(?!@)[!-~])*))?",
     re.IGNORECASE,
 )
 

@@ -47,7 +47,17 @@ class Schema:
         return engine
 
     def engine(self, address: DatabaseAddress) -> sa.Engine:
-        """Return what connects to `address`. Raises `NotReadyError` without the driver of PostgreSQL."""
+        """Return what connects to `address`.
+
+        Raises `NotReadyError` without the driver of PostgreSQL, `UsageError` for a parameter that no driver can read.
+        """
+        try:
+            return self._engine(address)
+        except (sa.exc.ArgumentError, ValueError):  # its text may quote the address
+            hint = "check the hosts and ports of the address, and the numbers in its query"
+            raise UsageError(f"the address of {self.what} is not valid: {address}", hint) from None
+
+    def _engine(self, address: DatabaseAddress) -> sa.Engine:
         url = _url(address)
         if not address.is_file:
             # A host that is gone without a word is noticed within 15 s, not after the hours of the defaults.
