@@ -365,8 +365,9 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
     spec = {
         "name": "echo",
         "model": {"source": str(minilm)},
-        "access": {"trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2},
+        "access": {"keys": "keys.json", "trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2},
     }
+    _, key = add(tmp_path / "keys.json")
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     guarded = Guarded(serve("--engine", "echo", "--log", "json"), tmp_path / "keys.json")
     assert guarded.embed().status_code == 401
@@ -379,7 +380,10 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
     assert guarded.embed(**{"x-inferctl-key-id": "Größe".encode()}).status_code == 200
     # Of two, the gateway may have set only one. Other spellings are other headers.
     for first, second in (("c", "victim"), ("victim", "victim"), ("", "victim")):
-        assert guarded.embed_with(("x-inferctl-key-id", first), ("X-Inferctl-Key-Id", second)).status_code == 401
+        twice = ("x-inferctl-key-id", first), ("X-Inferctl-Key-Id", second)
+        assert guarded.embed_with(*twice).status_code == 401
+        assert guarded.embed_with(*twice, ("authorization", f"Bearer {key}")).status_code == 401
+    assert guarded.embed(key).status_code == 200
     assert guarded.embed_with(("x_inferctl_key_id", "victim")).status_code == 401
 
 
