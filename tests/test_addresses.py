@@ -229,6 +229,7 @@ def test_a_spec_has_passwords_only_for_its_worker() -> None:
         "usage --ledger postgresql://u:x/geheim@h/d",
         "usage postgresql://u:geheim@h/d",
         "keys list --keys u:geheim@h/d",
+        "keys list --keys //u:geheim@h/d",
         "worker --broker geheim@a,geheim@b",
     ],
 )
