@@ -28,7 +28,7 @@ _GRAMMAR = re.compile(
 # Its path is a file name with any characters.
 _SQLITE = re.compile(
     r"(?P<scheme>sqlite(?:\+pysqlite)?)://(?P<user>(?!))?(?P<password>(?!))?(?P<host>)(?P<port>(?!))?"
-    r"(?P<path>(?:/[^?\r\n\0]*)?)(?:\?(?P<query>[!-~]*))?",
+    r"(?P<path>(?:/[^?\r\n\0]*)?)(?:\?(?P<query>(?:(?!@)[!-~])*))?",
     re.IGNORECASE,
 )
 
@@ -289,5 +289,8 @@ def serialized(value: Any, info: Any) -> Any:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a setting that is a file or an address is one: it has a colon before the first slash."""
-    return ":" in text.partition("/")[0]
+    """Return whether a setting that is a file or an address is one: it has a colon before the first slash.
+
+    So is `//user:password@host/database`, where the scheme is missing: as a file, its name would be shown.
+    """
+    return ":" in text.partition("/")[0] or text.startswith("//")

@@ -47,13 +47,26 @@ class Schema:
         return engine
 
     def engine(self, address: DatabaseAddress) -> sa.Engine:
-        """Return what connects to `address`. Raises `NotReadyError` without the driver of PostgreSQL."""
+        """Return what connects to `address`.
+
+        Raises `NotReadyError` without the driver of PostgreSQL, `UsageError` for a parameter that no driver can read.
+        """
+        try:
+            return self._engine(address)
+        except (sa.exc.ArgumentError, ValueError):  # its text may quote the address
+            hint = "check the hosts and ports of the address, and the numbers in its query"
+            raise UsageError(f"the address of {self.what} is not valid: {address}", hint) from None
+
+    def _engine(self, address: DatabaseAddress) -> sa.Engine:
         url = _url(address)
         if not address.is_file:
             # A host that is gone without a word is noticed within 15 s, not after the hours of the defaults.
-            options: dict[str, Any] = {"connect_timeout": 5, "options": "-c statement_timeout=30000"}
+            options: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 15_000}  # s, ms
             options |= {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3}
-            options["tcp_user_timeout"] = 15_000  # ms
+            # What the address says comes first: its `options` may have the schema of the tables.
+            options = {name: value for name, value in options.items() if name not in url.query}
+            given = url.normalized_query.get("options", ())
+            options["options"] = " ".join(["-c statement_timeout=30000", *given])
             try:
                 return sa.create_engine(url, connect_args=options, pool_pre_ping=True)
             except ModuleNotFoundError as error:

@@ -16,6 +16,8 @@ from sqlalchemy.engine import make_url
 from inferctl import addresses, cli, settings
 from inferctl.addresses import DatabaseAddress, NatsAddress, StoreAddress, ValkeyAddress, WebAddress
 from inferctl.errors import UsageError
+from inferctl.metering.ledger import Ledger
+from inferctl.serve.vector_cache.shared import SharedLevel
 from inferctl.spec import Spec
 
 SECRET = "geheim"
@@ -227,6 +229,7 @@ def test_a_spec_has_passwords_only_for_its_worker() -> None:
         "usage --ledger postgresql://u:x/geheim@h/d",
         "usage postgresql://u:geheim@h/d",
         "keys list --keys u:geheim@h/d",
+        "keys list --keys //u:geheim@h/d",
         "worker --broker geheim@a,geheim@b",
     ],
 )
@@ -238,3 +241,20 @@ def test_no_command_quotes_a_password(
         monkeypatch.setenv(f"INFERCTL_{path.upper().replace('.', '_')}", value)
     assert cli.run(command.split()) == 2
     assert "heim" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("address", ["postgresql://u:geheim@h/d?port=x", "postgresql://u:geheim@h/d?host=a:1&host=b:x"])
+def test_what_only_the_driver_finds_invalid_is_an_error_too(address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for command in (["usage", "--ledger", address], ["keys", "create", "a", "--keys", address]):
+        assert cli.run(command) == 2
+        error = capfd.readouterr().err
+        assert "is not valid: postgresql://u:***@h/d" in error and SECRET not in error
+
+
+def test_numbers_in_queries_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite?timeout=x")
+    with pytest.raises(UsageError):
+        SharedLevel("valkey://:geheim@h?db=x")
+    with pytest.raises(UsageError):
+        DatabaseAddress("sqlite://?mode=x:geheim@h")  # SQLAlchemy reads a host and a password

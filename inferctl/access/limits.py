@@ -217,14 +217,15 @@ class Charge:
         window.charge(amount, now)
         self._usage.note_change()
 
-    def close(self, *, give_back: bool) -> None:
-        """End the request. `give_back`: it was not computed, so it costs nothing."""
+    def close(self, *, give_back: bool, computed: int = 0) -> None:
+        """End the request. `give_back`: it failed, so it costs only the tokens that were `computed`."""
         if self._reserved:
             self._release()
         if give_back:
             requests, tokens = self._usage.windows
-            requests.give_back(self._request_slot, 1)
-            tokens.give_back(self._token_slot, self._tokens)
+            if not computed:
+                requests.give_back(self._request_slot, 1)
+            tokens.give_back(self._token_slot, max(0, self._tokens - computed))
             self._usage.note_change()
 
     def _release(self) -> None:

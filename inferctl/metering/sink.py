@@ -21,6 +21,16 @@ class SinkUnavailableError(NotReadyError):
     """The sink did not accept events. The same call may succeed later."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an error. urllib would follow it with a GET without the events, and send the token along."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Return no other request."""
+
+
+_opener = urllib.request.build_opener(_NoRedirect)
+
+
 def send(ledger: Ledger, url: WebAddress, prefix: str, token: str | None = None) -> int:
     """Send one batch to `url`, and return how many events it had.
 
@@ -37,7 +47,7 @@ def send(ledger: Ledger, url: WebAddress, prefix: str, token: str | None = None)
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url.secret(), json.dumps(events).encode(), headers, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+        with _opener.open(request, timeout=_TIMEOUT_S):
             pass
     except urllib.error.HTTPError as error:
         raise _unavailable(f"status {error.code}") from None

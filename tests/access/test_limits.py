@@ -105,6 +105,18 @@ def test_generation_never_uses_more_than_the_limit(requests: list[tuple[float, i
     assert after and after.quotas(now + 1000) == (None, (100, 100, 0))  # nothing stays reserved
 
 
+def test_a_failed_request_keeps_what_was_computed() -> None:
+    limiter, who = Limiter(requests=10, tokens=10), key()
+    for _ in range(2):
+        found = charge(limiter, who, START, 5)
+        assert found
+        found.close(give_back=True, computed=4)
+    usage = limiter.usage(who, START)
+    assert usage
+    (_, requests, _), (_, tokens, _) = usage.quotas(START)
+    assert (requests, tokens) == (8, 2)
+
+
 def test_what_was_not_computed_is_given_back() -> None:
     limiter, who = Limiter(requests=2, tokens=10), key()
     for _ in range(5):

@@ -361,3 +361,16 @@ def test_a_host_that_is_gone_is_noticed(postgres: Postgres) -> None:
     assert {name: found[name] for name in expected} == expected
     assert found["tcp_user_timeout"] == "15000"
     store.close()
+
+
+def test_stores_in_two_schemas_of_a_database_share_no_keys(postgres: Postgres) -> None:
+    url = postgres.url()
+    with sqlalchemy.create_engine(url.replace("postgresql", "postgresql+psycopg")).begin() as connection:
+        connection.execute(sqlalchemy.text("create schema a; create schema b"))
+    stores = [KeyStore.open(f"{url}&options=-c%20search_path%3D{name}&connect_timeout=9") for name in "ab"]
+    key = ApiKey(id="aaaaaaaaaaaa", name="k", digests=[], created=key_file.now())
+    with stores[0].edit() as found:
+        found[key.id] = key
+    assert [len(store.read()[0].keys) for store in stores] == [1, 0]
+    for store in stores:
+        store.close()

@@ -36,7 +36,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append((dict(self.headers), body))
-        self.send_response(self.server.statuses.pop(0) if self.server.statuses else 204)
+        self._respond(self.server.statuses.pop(0) if self.server.statuses else 204)
+
+    def do_GET(self) -> None:
+        self.server.requests.append((dict(self.headers), []))
+        self._respond(200)
+
+    def _respond(self, status: int) -> None:
+        self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("location", f"{self.server.url}/login")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -78,6 +87,18 @@ def test_a_sink_that_fails_gets_the_same_events_again(ledger: Ledger, product: P
     with pytest.raises(sink.SinkUnavailableError):
         ledger.apply([batch("a/1", 6, 7)])
         sink.send(ledger, WebAddress("http://127.0.0.1:1/"), "")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_so_no_event_and_no_token_is_lost(
+    ledger: Ledger, product: Product, status: int
+) -> None:
+    ledger.apply([batch("a/1", 1, 3)])
+    product.statuses = [status]
+    with pytest.raises(sink.SinkUnavailableError, match=f"status {status}"):
+        sink.send(ledger, WebAddress(product.url), "", "token")
+    assert len(product.requests) == 1
+    assert sink.send(ledger, WebAddress(product.url), "", "token") == 3
 
 
 def test_an_error_of_a_sink_has_no_query(ledger: Ledger) -> None:

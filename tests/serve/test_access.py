@@ -22,6 +22,7 @@ from inferctl.access.limits import Charge, KeyUsage, Limiter
 from inferctl.bench.load import http_json, target
 from inferctl.errors import NotReadyError
 from inferctl.serve.edge import access
+from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from inferctl.spec import Access
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
@@ -307,6 +308,18 @@ def test_a_revoked_key_ends_within_a_second(guarded: Guarded) -> None:
     assert time.monotonic() - revoked < 10  # the benchmark has the time
 
 
+@pytest.mark.parametrize(
+    ("limit", "answered"), [({"tokens_per_minute": 20}, 2), ({"requests_per_minute": 3}, 3)], ids=["tokens", "requests"]
+)
+def test_a_failure_after_the_computation_counts(guarded: Guarded, limit: dict[str, int], answered: int) -> None:
+    _, key = guarded.key(**limit)
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"input": [[100] * 8, [NON_FINITE_TOKEN, 1]]}
+    url = f"{guarded.server.url}/v1/embeddings"
+    codes = [CLIENT.post(url, json=body, headers=headers).status_code for _ in range(5)]
+    assert codes == [500] * answered + [429] * (5 - answered)
+
+
 def test_limits_of_the_spec_and_open_pages(serve: Callable[..., Running], minilm: Path, tmp_path: Path) -> None:
     _, key = add(tmp_path / "keys.json")
     spec = {
@@ -352,8 +365,9 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
     spec = {
         "name": "echo",
         "model": {"source": str(minilm)},
-        "access": {"trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2},
+        "access": {"keys": "keys.json", "trusted_proxies": ["127.0.0.0/8"], "requests_per_minute": 2},
     }
+    _, key = add(tmp_path / "keys.json")
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     guarded = Guarded(serve("--engine", "echo", "--log", "json"), tmp_path / "keys.json")
     assert guarded.embed().status_code == 401
@@ -366,7 +380,10 @@ def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path,
     assert guarded.embed(**{"x-inferctl-key-id": "Größe".encode()}).status_code == 200
     # Of two, the gateway may have set only one. Other spellings are other headers.
     for first, second in (("c", "victim"), ("victim", "victim"), ("", "victim")):
-        assert guarded.embed_with(("x-inferctl-key-id", first), ("X-Inferctl-Key-Id", second)).status_code == 401
+        twice = ("x-inferctl-key-id", first), ("X-Inferctl-Key-Id", second)
+        assert guarded.embed_with(*twice).status_code == 401
+        assert guarded.embed_with(*twice, ("authorization", f"Bearer {key}")).status_code == 401
+    assert guarded.embed(key).status_code == 200
     assert guarded.embed_with(("x_inferctl_key_id", "victim")).status_code == 401
 
 

@@ -107,14 +107,15 @@ class Access:
             context.charge = Charge(context.usage, now)
 
     def _find(self, scope: Scope) -> ApiKey:
+        named: list[bytes] = []
         if self._proxies and (client := scope.get("client")) and self._trusts(client[0]):
-            # Of two, the proxy may have set only one.
             named = [value for name, value in scope["headers"] if name == _PROXY_HEADER]
             if len(named) == 1 and len(named[0]) <= _MAX_CALLER:
                 with contextlib.suppress(UnicodeDecodeError):
                     if is_caller_id(found := named[0].decode()):
                         return caller(found)
-        credential = _credential(scope["headers"])
+        # Of two names, the proxy may have set only one.
+        credential = b"" if len(named) > 1 else _credential(scope["headers"])
         try:
             key = self._known(credential, scope) if credential else None
         except UnavailableError as error:

@@ -168,7 +168,8 @@ class Edge:
             if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
                 context.status, context.code = rejection
             if context.charge is not None:
-                context.charge.close(give_back=context.status == 429 or context.status >= 500)
+                computed = context.input_tokens - context.cached_tokens + context.output_tokens
+                context.charge.close(give_back=context.status == 429 or context.status >= 500, computed=computed)
             self._emit(context.event())
 
     def _admit(self, scope: Scope, context: RequestContext) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from inferctl.addresses import ValkeyAddress
-from inferctl.errors import NotReadyError, install_hint
+from inferctl.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from valkey.asyncio import Valkey
@@ -64,7 +64,11 @@ class SharedLevel:
             made: Valkey = Valkey.from_url(url, max_connections=connections, socket_connect_timeout=1.0, **names)
             return made
 
-        self._reader, self._writer = client(_MAX_CONNECTIONS), client(1)
+        try:
+            self._reader, self._writer = client(_MAX_CONNECTIONS), client(1)
+        except ValueError:
+            message = f"the address of cache.shared is not valid: {ValkeyAddress(address)}"
+            raise UsageError(message, "check the numbers in its query") from None
 
     async def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """Return the stored vectors of `keys`, nothing after the timeout. Of many keys, only the first are asked."""
