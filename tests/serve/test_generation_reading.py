@@ -86,6 +86,16 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(n=2000), "too_many_sequences"),
         ("chat", chat(priority=-1), "invalid_value"),
         ("chat", chat(priority="-1"), "invalid_value"),
+        # A field that vLLM ignores is no image.
+        ("chat", chat(user="a" * 80_000, image_url=1), "context_length_exceeded"),
+        ("chat", chat(allowed_token_ids=[1] * 80_000, x_embeds=""), "context_length_exceeded"),
+        ("completions", completion("a" * 80_000, image_url=1), "context_length_exceeded"),
+        # 3.9 MB of them blocked the event loop for 24 s.
+        ("chat", chat(bad_words=["a " * 5000]), "invalid_value"),
+        ("chat", chat(bad_words=["a" * 10] * 1000, image_url=1), "invalid_value"),
+        ("completions", completion("a", bad_words=["a " * 5000], image_url=1), "invalid_value"),
+        ("chat", chat(bad_words="a"), "invalid_value"),
+        ("chat", chat(bad_words=[1]), "invalid_value"),
         ("chat", chat(use_beam_search=True), "invalid_value"),
         ("chat", chat(use_beam_search="yes"), "invalid_value"),
         ("chat", chat(kv_transfer_params={"prompt_token_ids": [1] * 200}), "invalid_value"),

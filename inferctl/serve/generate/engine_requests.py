@@ -45,9 +45,11 @@ class EngineRequests:
             states = self._states(endpoint, request_id)
             parents = {id(state.parent_req): state.parent_req for state in states if state.parent_req is not None}
             ended = [one for parent in parents.values() for one in parent.output_aggregator if one is not None]
-            prompts = {state.external_req_id: state for state in states if not state.is_prefilling}
+            # Also one without a token yet: the engine may have put it into its cache, where the next request finds it.
+            prompts = {state.external_req_id: state for state in states}
             # Before the first token, they did not start yet.
-            missing = sequences - len(states) - len(ended) if prompts else 0
+            started = any(not state.is_prefilling for state in states)
+            missing = sequences - len(states) - len(ended) if started else 0
             return Computed(
                 sum(state.prompt_len for state in prompts.values()),
                 sum(state.detokenizer.num_output_tokens() for state in states)

@@ -28,6 +28,10 @@ _VALUES, _VALUES_PER_MESSAGE = 4096, 4
 _MOST_BYTES_PER_TOKEN, _FEW_BYTES = 16, 64 * 1024
 # The bytes of images, sounds and tensors say nothing about tokens.
 _MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b"_embeds")
+# Fields that may have them. vLLM counts the characters of a prompt before it tokenizes it.
+_WITH_MEDIA = frozenset({"messages", "prompt_embeds"})
+# vLLM tokenizes these words twice in its event loop: 3.9 MB blocked it for 24 s.
+_BAD_WORDS_CHARACTERS = 8192
 _MOST_TOKEN_ID = 2**31 - 1
 # What other servers of vLLM tell each other in requests: where to read and write their memory.
 _OF_SERVERS = ("kv_transfer_params", "ec_transfer_params")
@@ -74,6 +78,7 @@ def generation(
     if request.get("use_beam_search") not in (None, False):
         raise _invalid("use_beam_search", "is not supported: each token of each beam is a request to the engine")
     _integer(request, "priority")
+    _check_words(request.get("bad_words"))
     limits = {name: _integer(request, name) for name in ("max_tokens", "max_completion_tokens")}
     choices = _integer(request, "n", least=1)
     if endpoint == "chat":
@@ -88,7 +93,7 @@ def generation(
     if sequences > most:
         message = f"times the number of prompts is {sequences}; the limit is {most}: send several requests"
         raise _invalid("n", message, "too_many_sequences")
-    _check_size(raw, context * prompts)
+    _check_size(raw, request, context * prompts)
     options = request.get("stream_options")
     if not isinstance(options, dict | None):
         raise _invalid("stream_options", "must be an object")
@@ -186,10 +191,21 @@ def _check_ids(name: str, ids: Any, context: int | None = None) -> None:
         raise _invalid(name, message, "context_length_exceeded")
 
 
-def _check_size(raw: bytes, tokens: int) -> None:
-    most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * tokens
-    if len(raw) > most and not any(name in raw for name in _MEDIA):
-        message = f"the body has {len(raw)} bytes; the limit for {tokens} tokens is {most}"
+def _check_words(words: Any) -> None:
+    if words is None:
+        return
+    if not isinstance(words, list) or not all(isinstance(each, str) for each in words):
+        raise _invalid("bad_words", "must be a list of texts")
+    if (size := sum(map(len, words))) > _BAD_WORDS_CHARACTERS:
+        raise _invalid("bad_words", f"has {size} characters; the limit is {_BAD_WORDS_CHARACTERS}")
+
+
+def _check_size(raw: bytes, request: Mapping[str, Any], tokens: int) -> None:
+    most, size = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * tokens, len(raw)
+    if size > most and any(name in raw for name in _MEDIA):
+        size = len(_json({name: value for name, value in request.items() if name not in _WITH_MEDIA}))
+    if size > most:
+        message = f"the body has {size} bytes; the limit for {tokens} tokens is {most}"
         raise ApiError(400, message, code="context_length_exceeded")
 
 
