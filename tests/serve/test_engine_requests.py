@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from inferctl.serve.generate.engine_requests import Computed, EngineRequests
 
 
@@ -32,3 +34,9 @@ def test_a_prompt_counts_before_its_first_token() -> None:
 def test_prompts_that_wait_count_without_an_answer() -> None:
     assert engine(state(0), state(0, 1)).computed("completions", "a", 100, 4) == Computed(3800, 0, 0)
     assert engine(state(5), state(0, 1)).computed("completions", "a", 100, 2) == Computed(3800, 5, 0)
+
+
+def test_an_unknown_version_of_vllm_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    other = EngineRequests(SimpleNamespace(), None)
+    assert [other.computed("completions", "a", 100, 1) for _ in range(2)] == [None, None]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -5,8 +5,11 @@ A response that is not a stream says nothing until its end, so only vLLM knows w
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
+
+log = logging.getLogger("inferctl.usage")
 
 # vLLM's default on most hardware.
 _SEQUENCES = 1024
@@ -30,7 +33,7 @@ class EngineRequests:
     """
 
     def __init__(self, client: Any, sequences: int | None) -> None:
-        self._client = client
+        self._client, self._warned = client, False
         try:
             self.capacity = int(client.vllm_config.scheduler_config.max_num_seqs)
         except AttributeError:
@@ -57,7 +60,10 @@ class EngineRequests:
                 + max(0, missing) * answer_tokens,
                 sum(state.num_cached_tokens for state in prompts.values()),
             )
-        except (AttributeError, TypeError):  # another version
+        except (AttributeError, TypeError) as error:  # another version
+            if not self._warned:
+                self._warned = True
+                log.warning("what clients that leave had computed is not recorded with this version of vLLM: %s", error)
             return None
 
     async def abort(self, endpoint: str, request_id: str) -> None:
