@@ -150,7 +150,7 @@ def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp
 def test_requests_that_a_server_rejects_are_counted_and_invalidate_a_closed_loop(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", options=("--slots", "1", "--queue", "1"))
     work = dataclasses.replace(
-        work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"users": 6})})
+        work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"users": 24})})
     )
     result_ = collected(work, ran(work))
     found = result_.as_dict()
