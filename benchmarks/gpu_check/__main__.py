@@ -40,6 +40,7 @@ _END_S = 20.0  # for the servers of a step, after its time limit
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `finally` ends the step, which has a session of its own
     if options.stand_in:
         os.environ["GPU_CHECK_STAND_IN"] = "1"
     if options.short:
@@ -106,7 +107,9 @@ def _step(
     title, started = STEPS[number][0], time.time()
     folder = work / stack
     folder.mkdir(exist_ok=True)
-    checks, log = folder / f"step-{number}.json", folder / f"step-{number}.log"
+    # Beside the results, so that they remain if this process is killed.
+    checks, log = (options.output.absolute() / f"gpu-check-running.{kind}" for kind in ("json", "log"))
+    checks.unlink(missing_ok=True)
     settings = {
         "file": str(checks),
         "end": started + limit,
@@ -141,15 +144,22 @@ def _step(
     finally:
         _end(process)
     found = json.loads(checks.read_text()) if checks.is_file() else []
+    checks.unlink(missing_ok=True)
     if ended != "completed" or not found:
         found.append({"name": "the step itself", "outcome": "failed", "detail": ended})
+    passed = all(check["outcome"] != "failed" for check in found)
+    if not passed:
+        logs = [file for file in sorted(folder.glob("*.log")) if file.stat().st_mtime >= started]  # of its servers
+        parts = [f"{file.name}\n{file.read_text(errors='replace')[-100_000:]}" for file in (log, *logs)]
+        log.with_name(f"gpu-check-{stack}-{number}.log").write_text("\n".join(parts), encoding="utf-8")
+    log.unlink()
     return {
         "step": number,
         "stack": stack,
         "title": title,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 1),
-        "passed": all(check["outcome"] != "failed" for check in found),
+        "passed": passed,
         "checks": found,
     }
 
@@ -211,7 +221,11 @@ def _options() -> argparse.Namespace:
 
 
 def _commit() -> str | None:
-    ran = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, check=False)
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        ran = subprocess.run(command, capture_output=True, check=False)
+    except OSError:  # a machine without git
+        return None
     return ran.stdout.decode().strip() or None
 
 
