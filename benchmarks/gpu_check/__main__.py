@@ -54,7 +54,10 @@ def main() -> None:
     end = time.time() + 60 * options.minutes
     done: list[dict[str, Any]] = []
 
+    gpu = "stand-in" if options.stand_in else _gpu()
+
     def record(entry: dict[str, Any]) -> None:
+        entry |= {"gpu": gpu, "commit": document["commit"]}  # of each step, because later runs add to the file
         done.append(entry)
         document["steps"].append(entry)
         results.write(file, document)
@@ -67,7 +70,9 @@ def main() -> None:
             numbers = [number for number in options.steps if stack == first or number in REPEATED]
             for number in numbers:
                 share = STEPS[number][1] / sum(STEPS[n][1] for n in numbers if n >= number)
-                limit = max(5.0, share * (end - time.time()))
+                left = end - time.time()
+                # Importing torch for the first time can take longer than the share of a short step.
+                limit = max(5.0, share * left, min(60.0, left / 8))
                 record(_step(number, stack, python, Path(work), options, limit))
     failed = [f"{entry['step']} ({entry['stack']})" for entry in done if not entry["passed"]]
     ran = ", ".join(f"{entry['step']} {entry['title']}" for entry in done if entry["step"])
@@ -221,12 +226,21 @@ def _options() -> argparse.Namespace:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return os.environ.get("GPU_CHECK_COMMIT") or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
+def _gpu() -> str | None:
+    """Return the name and the driver of each GPU."""
+    return _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+
+
+def _output(*command: str) -> str | None:
+    """Return what a command prints; None if it fails or is not installed."""
     try:
-        ran = subprocess.run(command, capture_output=True, check=False)
-    except OSError:  # a machine without git
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return ran.stdout.decode().strip() or None
+    return (ran.stdout.strip() or None) if ran.returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -65,12 +65,14 @@ def test_a_fault_is_found(tmp_path: Path, fault: str, steps: str, found: str) ->
 
 @pytest.mark.slow
 def test_a_step_that_hangs_is_ended_and_a_later_run_adds_to_the_results(tmp_path: Path) -> None:
-    code, printed, document = run(tmp_path, "--steps", "1,6", "--minutes", "0.5", fault="hanging")
+    code, printed, document = run(tmp_path, "--steps", "1,6", "--minutes", "1", fault="hanging")
     assert code == 1
     assert "was ended after" in printed
     assert [step["step"] for step in document["steps"]] == [1, 6]
     assert failed(document) == ["the step itself"]
-    code, _, document = run(tmp_path, "--steps", "6", "--minutes", "0.5")
+    assert {step["gpu"] for step in document["steps"]} == {"stand-in"}
+    assert (tmp_path / "gpu-check-machine-1.log").is_file()
+    code, _, document = run(tmp_path, "--steps", "6", "--minutes", "1")
     assert [step["step"] for step in document["steps"]] == [1, 6, 6]
 
 
