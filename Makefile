@@ -77,9 +77,11 @@ image-check: $(VENV)/.dev model  ## build the CUDA 13.0 image and verify it on t
 	.ci/image-check $(BIN)/python
 
 # It uses no environment of this file, but makes its own: with the locked stack of the images, then with the newest
-# torch. On a machine without a network: make gpu-check GPU_CHECK='--wheels FOLDER --steps 1,2,3 --minutes 9'
+# torch. `python3` is the one that has torch where there is no network:
+# make gpu-check GPU_CHECK='--wheels FOLDER --steps 1,2,3 --minutes 9'
+GPU_PYTHON ?= python3
 gpu-check:  ## check a machine with a GPU in 20 minutes; add the results to benchmarks/results/gpu-check.json
-	$(PYTHON) benchmarks/gpu_check $(GPU_CHECK)
+	$(GPU_PYTHON) benchmarks/gpu_check $(GPU_CHECK)
 
 gpu-wheels:  ## download what gpu-check needs beside torch, for a machine without a network, to gpu-wheels/
 	$(PYTHON) benchmarks/gpu_check/stacks.py gpu-wheels $(GPU_WHEELS)

@@ -40,6 +40,7 @@ _END_S = 20.0  # for the servers of a step, after its time limit
 
 def main() -> None:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `finally` ends the step, which has a session of its own
     if options.stand_in:
         os.environ["GPU_CHECK_STAND_IN"] = "1"
     if options.short:
@@ -53,7 +54,10 @@ def main() -> None:
     end = time.time() + 60 * options.minutes
     done: list[dict[str, Any]] = []
 
+    gpu = "stand-in" if options.stand_in else _gpu()
+
     def record(entry: dict[str, Any]) -> None:
+        entry |= {"gpu": gpu, "commit": document["commit"]}  # of each step, because later runs add to the file
         done.append(entry)
         document["steps"].append(entry)
         results.write(file, document)
@@ -66,7 +70,9 @@ def main() -> None:
             numbers = [number for number in options.steps if stack == first or number in REPEATED]
             for number in numbers:
                 share = STEPS[number][1] / sum(STEPS[n][1] for n in numbers if n >= number)
-                limit = max(5.0, share * (end - time.time()))
+                left = end - time.time()
+                # Importing torch for the first time can take longer than the share of a short step.
+                limit = max(5.0, share * left, min(60.0, left / 8))
                 record(_step(number, stack, python, Path(work), options, limit))
     failed = [f"{entry['step']} ({entry['stack']})" for entry in done if not entry["passed"]]
     ran = ", ".join(f"{entry['step']} {entry['title']}" for entry in done if entry["step"])
@@ -106,7 +112,9 @@ def _step(
     title, started = STEPS[number][0], time.time()
     folder = work / stack
     folder.mkdir(exist_ok=True)
-    checks, log = folder / f"step-{number}.json", folder / f"step-{number}.log"
+    # Beside the results, so that they remain if this process is killed.
+    checks, log = (options.output.absolute() / f"gpu-check-running.{kind}" for kind in ("json", "log"))
+    checks.unlink(missing_ok=True)
     settings = {
         "file": str(checks),
         "end": started + limit,
@@ -141,15 +149,22 @@ def _step(
     finally:
         _end(process)
     found = json.loads(checks.read_text()) if checks.is_file() else []
+    checks.unlink(missing_ok=True)
     if ended != "completed" or not found:
         found.append({"name": "the step itself", "outcome": "failed", "detail": ended})
+    passed = all(check["outcome"] != "failed" for check in found)
+    if not passed:
+        logs = [file for file in sorted(folder.glob("*.log")) if file.stat().st_mtime >= started]  # of its servers
+        parts = [f"{file.name}\n{file.read_text(errors='replace')[-100_000:]}" for file in (log, *logs)]
+        log.with_name(f"gpu-check-{stack}-{number}.log").write_text("\n".join(parts), encoding="utf-8")
+    log.unlink()
     return {
         "step": number,
         "stack": stack,
         "title": title,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 1),
-        "passed": all(check["outcome"] != "failed" for check in found),
+        "passed": passed,
         "checks": found,
     }
 
@@ -211,8 +226,21 @@ def _options() -> argparse.Namespace:
 
 
 def _commit() -> str | None:
-    ran = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, check=False)
-    return ran.stdout.decode().strip() or None
+    return os.environ.get("GPU_CHECK_COMMIT") or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+
+
+def _gpu() -> str | None:
+    """Return the name and the driver of each GPU."""
+    return _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+
+
+def _output(*command: str) -> str | None:
+    """Return what a command prints; None if it fails or is not installed."""
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (ran.stdout.strip() or None) if ran.returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def _case(step: Step, name: str, folder: Path, task: Any, precision: str, expect
         )
     rows = _run(engine, ids, starts)
     alone = np.concatenate([_run(engine, [row], starts and [starts[i]]) for i, row in enumerate(ids)])
-    wanted = "padded" if precision == "fp32" or (info.device.compute_capability or "") < "8" else "packed"
+    wanted = "padded" if precision == "fp32" or float(info.device.compute_capability or 0) < 8 else "packed"
     warned = [warning for warning in info.warnings if warning.startswith(PADDED)]
     step.check(
         f"attention of {label}",

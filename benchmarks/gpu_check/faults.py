@@ -85,7 +85,8 @@ def _two_engines(step: Step, folder: Path, model: Path) -> None:
         timer = threading.Timer(0.2, os.kill, (pids[0], signal.SIGKILL))
         timer.start()
         statuses = server.embed_many(models.texts(200))
-        timer.join()
+        while timer.is_alive():  # a fast machine is done before the engine is killed
+            statuses += server.embed_many(models.texts(200))
         step.check("one is killed under load", set(statuses) == {200}, f"statuses {_counts(statuses)}")
         back = servers.until(lambda: server.metric("engine_up") == 2, 90)
         step.check("it is started again", back, f"{server.metric('engine_restarts'):.0f} restarts")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -68,12 +70,20 @@ def write(file: Path, data: object) -> None:
     temporary.replace(file)
 
 
+def _end_with(parent: int) -> None:
+    """End this step and its servers when the process that started it is gone. They would keep the GPU busy."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def run(work: Callable[[Step, Any], None]) -> None:
     """Run a step: its module calls this with its function. The arguments of the process are a JSON object."""
     from inferctl.serve.engines.startup import hide_scikit_learn
 
     hide_scikit_learn()
     settings = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     step = Step(Path(settings["file"]), settings["end"])
     write(step.file, step.checks)
     step.part("the step itself", 0, work, settings)

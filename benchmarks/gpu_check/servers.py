@@ -19,6 +19,8 @@ from typing import Any
 
 from results import STAND_IN
 
+from inferctl.bench.load import procfs
+
 # The stand-in may run on a busy machine, beside other tests.
 PATIENCE = 6.0 if STAND_IN else 1.0
 
@@ -59,8 +61,7 @@ class Server:
 
     def engines(self) -> list[int]:
         """Return the process ids of the engines."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"engine_process.worker" in _command(int(pid))]
+        return [pid for pid in procfs.tree(self.process.pid) if b"engine_process.worker" in _command(pid)]
 
 
 def post(url: str, body: Any, timeout: float = 120) -> tuple[int, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,13 +65,43 @@ def test_a_fault_is_found(tmp_path: Path, fault: str, steps: str, found: str) ->
 
 @pytest.mark.slow
 def test_a_step_that_hangs_is_ended_and_a_later_run_adds_to_the_results(tmp_path: Path) -> None:
-    code, printed, document = run(tmp_path, "--steps", "1,6", "--minutes", "0.5", fault="hanging")
+    code, printed, document = run(tmp_path, "--steps", "1,6", "--minutes", "1", fault="hanging")
     assert code == 1
     assert "was ended after" in printed
     assert [step["step"] for step in document["steps"]] == [1, 6]
     assert failed(document) == ["the step itself"]
-    code, _, document = run(tmp_path, "--steps", "6", "--minutes", "0.5")
+    assert {step["gpu"] for step in document["steps"]} == {"stand-in"}
+    assert (tmp_path / "gpu-check-machine-1.log").is_file()
+    code, _, document = run(tmp_path, "--steps", "6", "--minutes", "1")
     assert [step["step"] for step in document["steps"]] == [1, 6, 6]
+
+
+def test_a_machine_without_git_has_no_commit(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(SCRIPT)!r}); import runpy; "
+    code += f"print(runpy.run_path({str(SCRIPT / '__main__.py')!r}, run_name='x')['_commit']())"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": str(tmp_path)}
+    )
+    assert ran.stdout == "None\n"
+
+
+def test_a_step_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(SCRIPT)!r}); import results; results.run(lambda *_: time.sleep(60))"
+    )
+    settings = json.dumps({"file": str(tmp_path / "step.json"), "end": time.time() + 60})
+    command = [sys.executable, "-c", code, settings]
+    # A parent that starts the step as `__main__.py` does, waits until it runs, and is killed.
+    parent = "import os, subprocess, sys, time; p = subprocess.Popen(sys.argv[2:], start_new_session=True); "
+    parent += (
+        "print(p.pid, flush=True)\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\nos.kill(os.getpid(), 9)"
+    )
+    started = [sys.executable, "-c", parent, str(tmp_path / "step.json"), *command]
+    ran = subprocess.run(started, capture_output=True, text=True, check=False, timeout=60)
+    step, end = int(ran.stdout), time.monotonic() + 10
+    while Path(f"/proc/{step}").exists() and "Z" not in Path(f"/proc/{step}/stat").read_text().split(")")[-1][:3]:
+        assert time.monotonic() < end, "the step still runs"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
