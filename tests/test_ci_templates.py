@@ -332,7 +332,7 @@ def test_a_runner_with_too_little_disk_fails_before_the_build(
     """Before, the build of a CUDA image filled the disk of the runner after half an hour."""
     parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
     (script,) = (one for one in parts if "DockerRootDir" in one)
-    root = tmp_path if engine == "local" else Path("/nowhere")
+    root = tmp_path if engine == "local" else tmp_path / "of-another-machine"
     programs = {
         "inferctl": f"""echo '{{"image.base": {{"value": "{base}"}}}}'""",
         "docker": "exit 1" if engine == "absent" else f"echo {root}",
