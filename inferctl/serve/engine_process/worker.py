@@ -58,6 +58,8 @@ def serve(stream: BufferedIOBase) -> int:
         info = engine.load(on_phase)
     except InferctlError as error:
         return _fatal(stream, error.message, error.hint, error.exit_code)
+    except ConnectionError:  # the API process ended while the engine loaded
+        raise
     except Exception as error:  # the API process reports it to the user
         log.exception("the engine cannot start")
         return _fatal(stream, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
