@@ -179,7 +179,7 @@ def _prompts(request: Mapping[str, Any], context: int) -> tuple[int, int | None]
     if not isinstance(tensors, str | list):
         raise _invalid("prompt_embeds", "must be a tensor, or a list of tensors")
     more = len(tensors) if isinstance(tensors, list) else 1
-    count = more if prompt in (None, "") else count + more
+    count = more if prompt is None else count + more
     return count, count * context
 
 
