@@ -28,8 +28,9 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. With the task `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special
-    tokens, batches have `second_starts`, and their vectors are logits ([pairs, 1]), without the activation.
+    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. With the task
+    `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special tokens, batches have
+    `second_starts`, and their vectors are logits ([pairs, 1]), without the activation.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"
@@ -183,7 +184,7 @@ class Engine(Protocol):
     """Turns batches of token ids into vectors."""
 
     def load(self, on_phase: Callable[[str], None] = ...) -> EngineInfo:
-        """Load the weights, warm up, compare with fp32; say what it does. Raises `InferctlError` for what the user can fix."""
+        """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""
 
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
