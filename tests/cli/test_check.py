@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ def test_an_installed_vllm_is_read_but_not_imported(
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.32.0\n")
     monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # other tests of this process import the real one
 
     def architecture() -> str:
         findings = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)["findings"]
