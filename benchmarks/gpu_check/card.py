@@ -25,14 +25,17 @@ def clock() -> float:
 
 
 def memory() -> dict[str, int]:
-    """Return the bytes in use: `host` of this process; `device` of the whole GPU, `allocated` by torch in it."""
+    """Return the bytes in use: `host` of this process; on the GPU, `allocated` by tensors, `reserved` by torch for this
+    and later batches, and `outside` of torch's allocator, as by contexts and the plans of libraries.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     found = {"host": pages * resource.getpagesize()}
     if not STAND_IN:
         import torch
 
         free, total = torch.cuda.mem_get_info()
-        found |= {"device": total - free, "allocated": torch.cuda.memory_allocated()}
+        reserved = torch.cuda.memory_reserved()
+        found |= {"allocated": torch.cuda.memory_allocated(), "reserved": reserved, "outside": total - free - reserved}
     return found
 
 

@@ -21,7 +21,9 @@ BATCHES, TOKENS = 300, 256 if STAND_IN else 8192
 WARM = 20  # batches at the start that are not counted
 TAIL = 5.0  # the p99 may be so many times the p50
 MIB = 1 << 20
-GROWTH = 48 * MIB  # from a third of the batches on; caches of allocators have their size by then
+# From a third of the batches on. What torch reserves is not judged: it grows with each batch that is larger, or has
+# another shape, than all before.
+GROWTH = 48 * MIB
 
 
 def work(step: Step, settings: dict[str, Any]) -> None:
@@ -77,7 +79,8 @@ def _variant(step: Step, label: str, folder: Path, packed: bool, cudnn: bool) ->
         step.figure(label, f"{told}; {grown}; {', '.join(kernels)}", **figures)
         return
     step.check(f"tail of {label}", bool(p99 <= TAIL * p50), f"{told}, at most {TAIL:.0f}x", **figures)
-    step.check(f"memory of {label}", max(growth.values()) <= GROWTH, f"{grown}, at most {GROWTH // MIB} MiB")
+    most = max(size for kind, size in growth.items() if kind != "reserved")
+    step.check(f"memory of {label}", most <= GROWTH, f"{grown}, at most {GROWTH // MIB} MiB")
     known = bool(kernels) and not any("cudnn" in kernel for kernel in kernels)
     step.check(f"kernels of {label}", known, ", ".join(kernels) or "no operator of attention was seen")
 
