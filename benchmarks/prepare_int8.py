@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from inferctl.model import ModelFolder
+from inferctl.models.model import ModelFolder
 
 # Layers that stay in the format of the checkpoint: outputs are logits, routers choose the experts.
 LEFT_OUT = ("lm_head", "embed_out", "output", "gate", "router")

@@ -37,7 +37,7 @@ A stderr that cannot be written never changes the exit code.
 
 def exit_codes() -> str:
     """Return the table of exit codes in the docstring of errors.py."""
-    from inferctl import errors
+    from inferctl.core import errors
 
     return "".join(f"{line}\n" for line in (errors.__doc__ or "").splitlines() if line.startswith("|"))
 
@@ -73,7 +73,7 @@ def settings() -> str:
     """Return a table of all keys of inferctl.yaml."""
     from pydantic import BaseModel
 
-    from inferctl.spec import Spec
+    from inferctl.config.spec import Spec
 
     rows = ["| key | default | description |", "|---|---|---|"]
 

@@ -179,7 +179,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The first worker that needs it downloads them for all workers.
     """
-    from inferctl import catalog, locks
+    from inferctl.facts import catalog
+    from inferctl.image import locks
 
     shipped = locks.load(catalog.base("cpu"), None, int8=False)
     pins = shipped.versions()

@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from inferctl.model import ModelFolder
+from inferctl.models.model import ModelFolder
 
 BRANCH = "main"
 _CHUNK = 64 * 1024

@@ -13,12 +13,14 @@ import valkey.asyncio.connection
 from nats.aio.client import Client
 from sqlalchemy.engine import make_url
 
-from inferctl import addresses, cli, settings
-from inferctl.addresses import DatabaseAddress, NatsAddress, StoreAddress, ValkeyAddress, WebAddress
-from inferctl.errors import UsageError
-from inferctl.metering.ledger import Ledger
+from inferctl import cli
+from inferctl.config import settings
+from inferctl.config.spec import Spec
+from inferctl.core import addresses
+from inferctl.core.addresses import DatabaseAddress, NatsAddress, StoreAddress, ValkeyAddress, WebAddress
+from inferctl.core.errors import UsageError
 from inferctl.serve.vector_cache.shared import SharedLevel
-from inferctl.spec import Spec
+from inferctl.tenancy.metering.ledger import Ledger
 
 SECRET = "geheim"
 
@@ -203,7 +205,7 @@ def _put(section: str, name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def test_a_spec_has_passwords_only_for_its_worker() -> None:
+def test_a_spec_has_passwords_only_for_its_relay() -> None:
     values = {
         "access": {"keys": "postgresql://u:geheim@h/d", "broker": "geheim@h"},
         "metering": {"ledger": "postgresql://h/d?password=geheim", "sink": "https://h?t=geheim", "broker": "geheim@h"},
@@ -225,12 +227,12 @@ def test_a_spec_has_passwords_only_for_its_worker() -> None:
         "usage",
         "keys list",
         "keys create x",
-        "worker",
+        "relay",
         "usage --ledger postgresql://u:x/geheim@h/d",
         "usage postgresql://u:geheim@h/d",
         "keys list --keys u:geheim@h/d",
         "keys list --keys //u:geheim@h/d",
-        "worker --broker geheim@a,geheim@b",
+        "relay --broker geheim@a,geheim@b",
     ],
 )
 def test_no_command_quotes_a_password(

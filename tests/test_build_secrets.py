@@ -21,7 +21,9 @@ import pytest
 import trustme
 import yaml
 
-from inferctl import catalog, locks, render, settings
+from inferctl.config import settings
+from inferctl.facts import catalog
+from inferctl.image import locks, render
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
 

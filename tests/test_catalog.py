@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl import assets, catalog, precision
-from inferctl.errors import UsageError
+from inferctl.core import assets
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog, precision
 
 # Fields without a source: names and text, not facts.
 _NOT_FACTS = {"key", "name", "kind", "description", "sm_complete", "default_for", "notes", "sources", "prices"}

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from inferctl import cli, settings
-from inferctl.errors import UsageError
+from inferctl import cli
+from inferctl.config import settings
+from inferctl.core.errors import UsageError
 
 GITHUB = (".github/actions/inferctl/action.yml", ".github/workflows/inferctl.yml")
 GITLAB = (".gitlab/inferctl.yml", ".gitlab-ci.yml")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.decoder import Decoder, UnknownDecoder, describe
+from inferctl.models.decoder import Decoder, UnknownDecoder, describe
 
 KIB = 1024
 LLAMA_31_8B: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from inferctl import divergence
-from inferctl.divergence import Limits, Scored
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
+from inferctl.models import divergence
+from inferctl.models.divergence import Limits, Scored
 
 
 def distribution(seed: int, size: int = 200, near: list[float] | None = None) -> list[float]:

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from inferctl import catalog, drivers, fit
-from inferctl.drivers import Requirement
-from inferctl.spec import Spec
+from inferctl.config.spec import Spec
+from inferctl.facts import catalog, drivers
+from inferctl.facts.drivers import Requirement
+from inferctl.models import fit
 
 SPEC = Spec.model_validate({"name": "m", "model": {"source": "org/model"}, "serve": {"precision": "fp16"}})
 UNKNOWN = fit.UnknownSize("not read", "read it")

@@ -20,11 +20,12 @@ import openai
 import pytest
 import yaml
 
-from inferctl import assets, catalog
+from inferctl.config.spec import Spec
+from inferctl.core import assets
 from inferctl.deploy import layout
-from inferctl.metering import cloud_event, outbox
-from inferctl.metering.outbox import OutboxReader
-from inferctl.spec import Spec
+from inferctl.facts import catalog
+from inferctl.tenancy.metering import cloud_event, outbox
+from inferctl.tenancy.metering.outbox import OutboxReader
 from tests.conftest import ROOT
 from tests.deploy import plans
 from tests.deploy.chats import COMPLETE, Chats

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from inferctl import settings
 from inferctl.cli.render import check_task
-from inferctl.errors import UsageError
-from inferctl.model import ModelFolder
-from inferctl.precision import best_precision
+from inferctl.config import settings
+from inferctl.core.errors import UsageError
+from inferctl.facts.precision import best_precision
+from inferctl.models.model import ModelFolder
 from inferctl.serve.engines import cpu
 from tests.cli.test_first_steps import small_llama
 from tests.hub import Hub, Repository, online, serving

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from inferctl import catalog, fit
-from inferctl.spec import Spec
+from inferctl.config.spec import Spec
+from inferctl.facts import catalog
+from inferctl.models import fit
 
 TODAY = datetime.date(2026, 11, 24)
 MINILM = fit.ModelSize(

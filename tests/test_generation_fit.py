@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from inferctl import catalog, fit, generation_fit
-from inferctl.spec import Spec
+from inferctl.config.spec import Spec
+from inferctl.facts import catalog
+from inferctl.models import fit, generation_fit
 from tests.test_decoder import DOLLY_12B, FALCON_7B, GEMMA3_12B, LLAMA_2_7B, LLAMA_31_8B, SMOLLM2_135M
 
 LLAMA = fit.ModelSize(8_030_261_248, LLAMA_31_8B | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"})

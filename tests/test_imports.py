@@ -14,82 +14,47 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "inferctl"
-# Module or package -> the modules that it may import. `cli` may import all.
-FACTS = {
-    "divergence",
-    "errors",
-    "assets",
-    "document",
-    "spec",
-    "settings",
-    "model",
-    "precision",
-    "catalog",
-    "drivers",
-    "outputs",
-    "addresses",
-    "validation",
-}
+# Room -> the rooms that it may import. `cli` may import all.
 ALLOWED = {
-    "core_files": set(),
-    "errors": set(),
-    "assets": set(),
-    "outputs": {"errors"},
-    "addresses": {"errors"},
-    "document": {"errors"},
-    "validation": {"errors", "document"},
-    "spec_types": set(),
-    "deploy_spec": {"addresses", "spec_types"},
-    "spec": {"errors", "deploy_spec", "addresses", "spec_types"},
-    "settings": {"errors", "addresses", "document", "spec"},
-    "model": {"errors", "spec"},
-    "divergence": {"errors"},
-    "drivers": set(),
-    "precision": set(),
-    "catalog": {"errors", "assets", "document", "drivers", "precision"},
-    "sizes": {"errors"},
-    "pin": {"errors", "catalog", "model", "settings", "spec"},
-    "hub": {"errors", "model", "sizes"},
-    "decoder": set(),
-    "generation_fit": {"catalog", "decoder", "fit", "model", "precision", "sizes", "spec"},
-    "fit": {"errors", "spec", "catalog", "decoder", "precision", "drivers", "model", "sizes"},
-    "locks": {"errors", "assets", "catalog"},
-    "render": {"errors", "assets", "spec", "model", "catalog", "locks"},
-    "database": {"errors", "addresses"},
-    "access": {"errors", "outputs"},
-    "fleet": {"errors", "access", "database", "addresses"},
-    "image": FACTS | {"hub", "render", "locks", "fit", "sizes"},
-    "metering": {"errors", "document", "database", "addresses"},
-    "worker": {"errors", "addresses", "outputs", "spec", "settings", "metering", "access", "fleet"},
-    "serve": FACTS | {"access", "core_files", "decoder", "hub", "sizes", "metering"},
-    # The estimator runs the server's batcher, which imports neither HTTP nor torch, on a virtual clock.
-    "estimate": FACTS | {"fit", "sizes", "serve.scheduling.batcher", "serve.scheduling.latency_model"},
-    "bench": FACTS | {"estimate"},
-    "gateway": {"core_files", "errors", "outputs"},
-    "deploy": FACTS
-    | {"deploy_spec", "fit", "generation_fit", "sizes", "spec_types", "bench.receipt", "bench.report.capacity"}
-    # The configuration of Envoy, and where the image expects its keys.
-    | {"gateway.config", "render"},
+    "core": set(),
+    "facts": {"core"},
+    "config": {"core"},
+    "batching": {"core"},
+    "receipts": {"core"},
+    "gateway": {"core"},
+    "models": {"core", "facts", "config"},
+    "manifests": {"core", "facts"},
+    "tenancy": {"core", "config"},
+    "image": {"core", "facts", "config", "models"},
+    "serve": {"core", "facts", "config", "models", "batching", "tenancy"},
+    "estimate": {"core", "facts", "models", "batching"},
+    "bench": {"core", "facts", "config", "models", "receipts", "estimate"},
+    "deploy": {"core", "facts", "config", "models", "receipts", "manifests", "image", "gateway"},
 }
 # The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.
-BENCH_ORDER = ["", "plan", "load", "judge", "measure", "report"]
+BENCH_ORDER = ["", "loadgen", "plan", "load", "judge", "measure", "report"]
 # Third-party package -> the only modules that may import it.
 ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py"),
     "transformers": ("serve/engines/", "serve/reference.py"),
     "docker": ("image/docker.py",),
-    "jwt": ("access/oidc.py",),
-    "huggingface_hub": ("hub.py",),
-    "yaml": ("deploy/manifest.py", "document.py", "pin.py", "render.py"),
-    "sqlalchemy": ("database.py", "metering/ledger.py", "metering/migrations/", "fleet/"),
-    "alembic": ("database.py", "metering/migrations/", "fleet/migrations/"),
+    "jwt": ("tenancy/access/oidc.py",),
+    "huggingface_hub": ("models/hub.py",),
+    "yaml": ("deploy/manifest.py", "core/document.py", "image/pin.py", "image/render.py"),
+    "sqlalchemy": (
+        "tenancy/database.py",
+        "tenancy/metering/ledger.py",
+        "tenancy/metering/migrations/",
+        "tenancy/fleet/",
+    ),
+    "alembic": ("tenancy/database.py", "tenancy/metering/migrations/", "tenancy/fleet/migrations/"),
     "psycopg": (),
-    "nats": ("metering/broker.py", "fleet/broker.py"),
+    "nats": ("tenancy/metering/broker.py", "tenancy/fleet/broker.py"),
     "moka_py": ("serve/vector_cache/store.py",),
     "valkey": ("serve/vector_cache/shared.py",),
-    "promql_parser": ("deploy/lint/promql.py",),
-    "locust": (),
-    "gevent": (),
+    "promql_parser": ("manifests/lint/promql.py",),
+    "locust": ("bench/loadgen/",),
+    "gevent": ("bench/loadgen/",),
     "plotly": (),
 }
 HEAVY = [
@@ -130,7 +95,7 @@ def imports(file: Path, *, at_run_time_only: bool = False) -> set[str]:
     return found
 
 
-def part_of(file: Path) -> str:
+def room_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -138,15 +103,20 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.p
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
-def test_each_file_imports_only_allowed_modules(file: Path) -> None:
-    part = part_of(file)
-    if part in {"cli", "__main__", "__init__"}:
+def test_each_room_imports_only_allowed_rooms(file: Path) -> None:
+    room = room_of(file)
+    if room in {"cli", "__main__", "__init__"}:
         return
-    allowed = ALLOWED[part] | {part}
     for name in imports(file):
         if name.startswith("inferctl.") and name != "inferctl.__version__":
-            inner = name.removeprefix("inferctl.")
-            assert any(inner == a or inner.startswith(f"{a}.") for a in allowed), f"{part} imports {name}"
+            assert name.split(".")[1] in ALLOWED[room] | {room}, f"{room} imports {name}"
+
+
+def test_each_room_has_a_sentence_at_its_door() -> None:
+    assert {room_of(file) for file in FILES} - {"__main__", "__init__"} == {*ALLOWED, "cli"}
+    for room in [*ALLOWED, "cli"]:
+        assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), room
+    graphlib.TopologicalSorter(ALLOWED).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "bench").rglob("*.py")), ids=lambda file: file.name)
@@ -187,19 +157,15 @@ def test_only_the_edge_and_the_endpoints_know_http(package: str) -> None:
             assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
 
 
-# Package of `deploy` -> the parts of `deploy` that it may not import.
-DEPLOY_BOUNDARIES = {
-    "kubernetes": ("lint", "preview", "objects", "observe", "plan", "manifests_file"),
-    "lint": ("preview", "plan", "resolve"),
-    "preview": ("lint", "plan", "resolve"),
-}
+# Package of `manifests` -> the packages of `manifests` that it may not import.
+MANIFESTS_BOUNDARIES = {"kubernetes": ("lint", "preview"), "lint": ("preview",), "preview": ("lint",)}
 
 
-@pytest.mark.parametrize("package", DEPLOY_BOUNDARIES)
-def test_lint_and_preview_read_manifests_of_anyone(package: str) -> None:
-    for file in (PACKAGE / "deploy" / package).glob("*.py"):
+@pytest.mark.parametrize("package", MANIFESTS_BOUNDARIES)
+def test_lint_and_preview_are_separate(package: str) -> None:
+    for file in (PACKAGE / "manifests" / package).glob("*.py"):
         for name in imports(file):
-            unwanted = [f"inferctl.deploy.{other}." for other in DEPLOY_BOUNDARIES[package]]
+            unwanted = [f"inferctl.manifests.{other}." for other in MANIFESTS_BOUNDARIES[package]]
             assert not f"{name}.".startswith(tuple(unwanted)), f"{file.name} imports {name}"
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from inferctl import assets, catalog, locks
-from inferctl.errors import UsageError
+from inferctl.core import assets
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog
+from inferctl.image import locks
 
 LOCK = (
     "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\n"

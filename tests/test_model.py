@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from inferctl import model
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.models import model
 
 
 def write_model(folder: Path, shapes: dict[str, list[int]]) -> Path:

@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 
-from inferctl import catalog, pin, settings
-from inferctl.errors import UsageError
-from inferctl.spec import Spec
+from inferctl.config import settings
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog
+from inferctl.image import pin
 
 COMMIT = "c" * 40
 IMAGE = f"nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:{'d' * 64}"

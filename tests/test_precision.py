@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from inferctl import catalog
-from inferctl.precision import (
+from inferctl.facts import catalog
+from inferctl.facts.precision import (
     Checkpoint,
     DeviceTraits,
     Quantization,

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl import catalog, locks, render, settings
-from inferctl.errors import UsageError
+from inferctl.config import settings
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog
+from inferctl.image import locks, render
 from tests.test_imports import imports
 
 LOCKS = locks.Locks(torch="torch==2.13.0 --hash=sha256:aa\n", server="numpy==2.4.6 --hash=sha256:bb\n")
@@ -75,7 +77,7 @@ def test_the_labels_have_the_source_of_the_image() -> None:
     assert labels["org.opencontainers.image.source"] == "https://example.com/team/minilm"
     assert labels["org.opencontainers.image.revision"] == "0123abc"
     assert labels["org.opencontainers.image.base.name"] == "nvidia/cuda:13.0.3-base-ubuntu24.04"
-    assert labels["io.inferctl.precision"] == "bf16"
+    assert labels["io.inferctl.facts.precision"] == "bf16"
     assert labels["org.opencontainers.image.version"] == f"bf16-{labels['io.inferctl.content.sha256'][:12]}"
 
 
@@ -238,7 +240,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
             for imported in imports(render.assets.package() / name):
                 path = imported.removeprefix("inferctl.").replace(".", "/")
                 ours = imported.startswith("inferctl.") and imported != "inferctl.__version__"
-                # `from inferctl.errors import X` imports errors.py, and `from inferctl import model` imports model.py.
+                # `from inferctl.core.errors import X` imports errors.py, and `from inferctl import model` imports model.py.
                 assert not ours or {f"{path}.py", f"{Path(path).parent}.py", f"{path}/__init__.py"} & names, (
                     f"{name} imports {imported}, which the image does not have"
                 )

@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl import model, settings, spec
-from inferctl.errors import SpecError, UsageError
+from inferctl.config import settings, spec
+from inferctl.core.errors import SpecError, UsageError
+from inferctl.models import model
 
 VOCABULARY = {"hardware": ["t4", "l4"], "image.base": ["cuda12.8", "cpu"], "bench.plan": ["precision"]}
 GOOD = "name: m\nmodel:\n  source: org/m\n"
@@ -248,8 +249,8 @@ MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
 )
 @pytest.mark.parametrize("reader", ["spec", "hardware", "base", "plan"])
 def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, reader: str) -> None:
-    from inferctl import catalog
     from inferctl.bench.plan import plan
+    from inferctl.facts import catalog
 
     file = tmp_path / "x.yaml"
     file.write_text(text)

@@ -21,8 +21,6 @@ SHIPPED = (
     "benchmarks/corpora/",
     "benchmarks/calibration/fitted.yaml",
     "benchmarks/calibration/front-end.json",
-    "benchmarks/locustfile.py",
-    "benchmarks/loadgen/",
 )
 
 
@@ -75,7 +73,7 @@ def test_a_clean_environment_without_torch_can_init_check_and_render(wheel: Path
     assert "not installed" in run(command, "doctor", cwd=work)
     # The server files of an image are the same from a wheel and from a checkout.
     code = (
-        "from inferctl.render import server_files\n"
+        "from inferctl.image.render import server_files\n"
         "print(*(f'{n} {f.stat().st_size}' for n, f in server_files().items()), sep='\\n')"
     )
     assert run(python, "-c", code, cwd=work) == run(sys.executable, "-c", code, cwd=Path(os.sep))

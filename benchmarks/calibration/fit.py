@@ -34,10 +34,10 @@ from rows import (
     simulate,
 )
 
-from inferctl import catalog
 from inferctl.bench import student_t
 from inferctl.estimate.calibration import BASES, Calibration, FittedParameters, batch_cost
 from inferctl.estimate.cost import BERT_LARGE, Cost
+from inferctl.facts import catalog
 
 SOURCE = (
     "MLPerf Inference v0.7 and v1.0, BERT-large, SQuAD v1.1, TensorRT (benchmarks/calibration/mlperf-bert-large.csv)"

@@ -12,12 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+from inferctl.batching.batcher import QueueLimits
 from inferctl.estimate import lengths
 from inferctl.estimate.calibration import Calibration
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, percentile
-from inferctl.serve.scheduling.batcher import QueueLimits
 
 HERE = Path(__file__).resolve().parent
 # The rows of the fit, and rows of later rounds that no fit and no band uses.

@@ -91,8 +91,8 @@ def prepare(folder: Path, database: str) -> Place:
     """Create 1,000 keys for both: rows in PostgreSQL, and a key file."""
     import psycopg
 
-    from inferctl.access import key_file, keys
-    from inferctl.access.key_file import ApiKey, StoredDigest
+    from inferctl.tenancy.access import key_file, keys
+    from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
     file = folder / "keys" / "keys.json"
     file.parent.mkdir()

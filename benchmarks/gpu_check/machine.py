@@ -35,7 +35,7 @@ def _driver(step: Step) -> None:
     """Compare the driver of each GPU with what this torch needs."""
     import torch
 
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     connection = card.nvml()
     if connection is None:
@@ -60,8 +60,8 @@ def _driver(step: Step) -> None:
 
 def _gpu(step: Step) -> None:
     """Let the engine's own code find the GPU, or say why there is none."""
-    from inferctl import precision
-    from inferctl.errors import InferctlError
+    from inferctl.core.errors import InferctlError
+    from inferctl.facts import precision
     from inferctl.serve.engines import device
 
     try:

@@ -27,7 +27,7 @@ from typing import Any
 import peers
 
 CLIENTS = 64
-_WAIT_S = 300  # on a busy machine, the worker needs more than a minute to start
+_WAIT_S = 300  # on a busy machine, the relay needs more than a minute to start
 
 
 def totals(folder: Path) -> dict[str, Any]:

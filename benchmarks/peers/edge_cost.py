@@ -8,7 +8,7 @@ without features. A figure is the median over the rounds of the ratio within one
 cancels. Load generator and servers share the cores.
 
 - `keys`: the key file has 10,000 keys, and the key that is used has limits of requests and of tokens.
-- `metering`: each request leaves an event in the outbox, which a worker brings to a ledger in SQLite.
+- `metering`: each request leaves an event in the outbox, which a relay brings to a ledger in SQLite.
 - `cache`: each text is looked up in a cache that has nearly none of them.
 """
 
@@ -32,8 +32,8 @@ Feature = tuple[dict[str, Any], dict[str, str]]
 
 def keys(folder: Path) -> Feature:
     """Return the section `access` with a key file, and the header with one of its keys."""
-    from inferctl.access import key_file, keys
-    from inferctl.access.key_file import ApiKey, StoredDigest
+    from inferctl.tenancy.access import key_file, keys
+    from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
     file = folder / "keys.json"
     with key_file.edit(file, create=True) as found:
@@ -47,7 +47,7 @@ def keys(folder: Path) -> Feature:
 
 
 def metering(folder: Path) -> Feature:
-    """Return the section `metering`: an event per request, and a worker with a ledger in SQLite."""
+    """Return the section `metering`: an event per request, and a relay with a ledger in SQLite."""
     return {"metering": {"mode": "on", "data": str(folder / "metering")}}, {}
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     bodies = [{"input": text} for text in peers.texts(500)]
     figures: dict[str, dict[str, list[float]]] = {}
     servers: list[tuple[peers.Server, list[bytes]]] = []
-    # The worker may still write when its server was killed.
+    # The relay may still write when its server was killed.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         try:
             for port, label, features in (

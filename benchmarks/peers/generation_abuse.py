@@ -26,8 +26,8 @@ from typing import Any
 import httpx
 from generation_failures import Server
 
-from inferctl.access import key_file, keys
-from inferctl.access.key_file import ApiKey, StoredDigest
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True}
 LONGEST_S = 120.0

@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import openai
 
-FAULTS = ("engine", "worker", "engine", "API process", "worker", "hang")
+FAULTS = ("engine", "relay", "engine", "API process", "relay", "hang")
 HANG_SECONDS = 10
 TOKENS = 40
 
@@ -63,7 +63,7 @@ class Server:
         if fault == "API process":
             os.kill(self.vllm(), signal.SIGKILL)
             return
-        name, number = ("Worker", signal.SIGKILL) if fault == "worker" else ("EngineCore", signal.SIGKILL)
+        name, number = ("Relay", signal.SIGKILL) if fault == "relay" else ("EngineCore", signal.SIGKILL)
         command = ["pgrep", "-g", str(self.vllm()), "-f", f"^VLLM::{name}"]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         os.kill(int(found[0]), signal.SIGSTOP if fault == "hang" else number)

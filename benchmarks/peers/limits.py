@@ -38,11 +38,11 @@ import peers
 
 sys.path.insert(0, str(peers.ROOT))
 
-from inferctl.access import key_file, keys
-from inferctl.access.key_file import ApiKey, StoredDigest
 from inferctl.cli.key_place import Place
-from inferctl.fleet.key_store import KeyStore
-from inferctl.spec import Access
+from inferctl.config.spec import Access
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
+from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.metering.parts import Nats, Postgres
 
 SERVERS, LIMIT, TIMES = 3, 600, 10
@@ -52,7 +52,7 @@ BARS_S = {"with broker": 1.0, "without broker": 30.0}
 
 
 class Fleet:
-    """Three servers, each with a folder and a worker of its own, as on three machines."""
+    """Three servers, each with a folder and a relay of its own, as on three machines."""
 
     def __init__(self, folder: Path) -> None:
         self.nats, self.postgres = Nats(folder / "nats"), Postgres(folder / "postgres")
@@ -260,7 +260,7 @@ def measure_flood(fleet: Fleet, rate: float, seconds: float, rounds: int) -> dic
     maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     driver = "psycopg" in maps or "libpq" in maps
     print(f"\na client with a valid key at one server, next to a flood; driver of the store in the server: {driver}")
-    head = ("flood", "flood/s", "requests/s", "p50 (ms)", "p99 (ms)", "commits in PostgreSQL (of three workers)")
+    head = ("flood", "flood/s", "requests/s", "p50 (ms)", "p99 (ms)", "commits in PostgreSQL (of three relays)")
     peers.table(head, [(name, *each.values()) for name, each in figures.items()])
     return {**figures, "driver_in_server": driver}
 

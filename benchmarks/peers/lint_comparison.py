@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from inferctl.deploy import lint  # noqa: E402
+from inferctl.manifests import lint  # noqa: E402
 from tests.deploy import validation  # noqa: E402
 from tests.deploy.lint import seeded  # noqa: E402
 

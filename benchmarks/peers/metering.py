@@ -4,8 +4,8 @@
     python benchmarks/peers/metering.py [--seconds 8] [--rounds 3] [--json FILE] [--earlier CHECKOUT] rejections
 
 cost: both servers have the echo engine, so everything is real except the model. 64 clients send single texts as token ids.
-Rounds are interleaved; the worker of the metered server runs all the time, on the same cores, and stores into SQLite.
-CPU times are those of the API process and of the worker, per request.
+Rounds are interleaved; the relay of the metered server runs all the time, on the same cores, and stores into SQLite.
+CPU times are those of the API process and of the relay, per request.
 
 rejections: a key above its limit sends as fast as it can, next to another key in a closed loop and to 20 requests/s for
 /livez. Each run has a new server with `metering.mode: required` and an outbox of 4 MiB, with a ledger and without one,
@@ -31,11 +31,11 @@ from load import Outcome, requests, run_closed, run_open
 
 sys.path.insert(0, str(peers.ROOT))
 
-from inferctl.access import key_file, keys
-from inferctl.access.key_file import ApiKey, StoredDigest
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
 CLIENTS, _WARM_S = 64, 1.0
-_HEAD = ("server", "requests/s", "p50 (ms)", "p99 (ms)", "CPU of the server (us)", "CPU of the worker (us)")
+_HEAD = ("server", "requests/s", "p50 (ms)", "p99 (ms)", "CPU of the server (us)", "CPU of the relay (us)")
 
 
 def stored(folder: Path, where: str = "true") -> int:
@@ -50,10 +50,10 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def worker_of(pid: int) -> int | None:
-    """Return the process of the worker of a server, None without one."""
+def relay_of(pid: int) -> int | None:
+    """Return the process of the relay of a server, None without one."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"inferctl.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"inferctl.tenancy.relay" in Path(f"/proc/{child}/cmdline").read_bytes():
             return int(child)
     return None
 
@@ -180,12 +180,12 @@ def main() -> None:
             running.append(peers.inferctl(port, "--engine", "echo", name=name))
         for server in peers.order(running, options.rounds):
             ready = requests(server.url, server.path, bodies)
-            processes = (server.process.pid, worker_of(server.process.pid))
+            processes = (server.process.pid, relay_of(server.process.pid))
             before = [cpu_seconds(pid) if pid else 0.0 for pid in processes]
             outcome = run_closed(server.url, ready, CLIENTS, options.seconds, warm=_WARM_S)
             assert not outcome.failures, f"{server.name} rejected requests: {outcome.statuses}"
             outcomes[server.name].append(outcome)
-            time.sleep(1)  # the worker stores what is left, so that it does not run beside the other server
+            time.sleep(1)  # the relay stores what is left, so that it does not run beside the other server
             after = [cpu_seconds(pid) if pid else 0.0 for pid in processes]
             # The warm-up is in both, and has the same rate.
             count = outcome.rate * (options.seconds + _WARM_S)
@@ -202,12 +202,12 @@ def main() -> None:
             "p50_ms": peers.median([outcome.quantile(0.5) for outcome in found]),
             "p99_ms": peers.median([outcome.quantile(0.99) for outcome in found]),
             "server_cpu_us": peers.median([server for server, _ in cpu[name]]),
-            "worker_cpu_us": peers.median([worker for _, worker in cpu[name]]),
+            "relay_cpu_us": peers.median([relay for _, relay in cpu[name]]),
         }
         for name, found in outcomes.items()
     }
     plain, metered = (figures[name] for name in names)
-    shares = {key: metered[key] / plain[key] for key in plain if key != "worker_cpu_us"}
+    shares = {key: metered[key] / plain[key] for key in plain if key != "relay_cpu_us"}
     rows = [(name, *values.values()) for name, values in figures.items()]
     peers.table(_HEAD, [*rows, ("share", *shares.values(), "-")])
     print(f"\nevents in the ledger: {events}")

@@ -87,7 +87,7 @@ def broker(folder: Path, seconds: float, *, killed: bool) -> Iterator[Outage]:
     limited, headers = edge_cost.keys(folder)
     shared = {**limited["access"], "broker": nats.url, "replicas": 2, "data": str(folder / "access")}
     spec = sections(folder, access=shared, metering={"broker": nats.url})
-    command = [sys.executable, "-m", "inferctl", "worker", "--consume", "--broker", nats.url]
+    command = [sys.executable, "-m", "inferctl", "relay", "--consume", "--broker", nats.url]
     command += ["--ledger", f"sqlite:///{folder}/ledger.sqlite"]
     environment = {**peers.environment(), "PYTHONPATH": str(peers.ROOT)}
     with (folder / "consumer.log").open("wb") as log:

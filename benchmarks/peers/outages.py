@@ -174,7 +174,7 @@ def not_met(figures: dict[str, Any]) -> list[str]:
 
 def run(name: str, seconds: float, rounds: int) -> dict[str, Any]:
     """Start the parts of one outage and a server, and measure it."""
-    # A worker may still write when its server was killed.
+    # A relay may still write when its server was killed.
     with tempfile.TemporaryDirectory(prefix="outages-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         Path(folder).chmod(0o755)  # PostgreSQL runs as another user
         outage = stack.enter_context(OUTAGES[name](Path(folder), seconds))

@@ -219,7 +219,8 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    from inferctl import catalog, locks
+    from inferctl.facts import catalog
+    from inferctl.image import locks
 
     wanted = [f"torch=={catalog.stack(catalog.base('cpu').stack).torch}", *locks.declared("serve")]
     run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, *wanted)

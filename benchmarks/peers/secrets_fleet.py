@@ -118,7 +118,7 @@ class Stores:
             connection.execute("select pg_reload_conf()")
 
     def events(self) -> int:
-        """Return how many events the ledger has; 0 before the worker made it."""
+        """Return how many events the ledger has; 0 before the relay made it."""
         with psycopg.connect(self.ledger) as connection:
             try:
                 found = connection.execute("select count(*) from usage_events").fetchone()
@@ -165,7 +165,7 @@ class Fleet:
         self.create_keys()
         self.reject_addresses()
         self.create_tokens()
-        self.consumer = launch(self.folder, "consumer.log", "worker", "--consume", **self._addresses)
+        self.consumer = launch(self.folder, "consumer.log", "relay", "--consume", **self._addresses)
         self.running.append(self.consumer)
         keys = self.marks.keys
         self.embed = Client(self._embeddings(engine), keys["key"], self.marks)
@@ -189,7 +189,7 @@ class Fleet:
     def reject_addresses(self) -> None:
         """Run commands with addresses that are rejected. Their messages stay in the folder."""
         mark = self.marks.keys["rejected address"]
-        commands = ("usage", "keys list", "worker", f"serve --model {peers.MODEL}")
+        commands = ("usage", "keys list", "relay", f"serve --model {peers.MODEL}")
         for column, command in enumerate(commands):
             values = {name: texts[column].replace("{}", mark) for name, texts in _REJECTED.items()}
             self.cli(*command.split(), **values)
@@ -370,7 +370,7 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
     try:
         fleet.start(engine, vllm)
         embed, generate, stores = fleet.embed, fleet.generate, fleet.stores
-        # Workers copy the keys first, and have the lowest priority.
+        # Relays copy the keys first, and have the lowest priority.
         peers.wait_until(lambda: embed.send(path, body) == generate.send("/v1/models") == 200, peers.START_SECONDS)
         statuses = {f"key: {name}": embed.send(path, body, marks.keys[name]) for name in ("token", "forged token")}
         for name in ("rotated key", "new key", "revoked key"):
@@ -391,7 +391,7 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         statuses["without stores"] = embed.send(path, body)
         for command in ("keys list", "usage", "keys create x"):
             fleet.cli(*command.split())
-        time.sleep(8)  # workers and servers report it
+        time.sleep(8)  # relays and servers report it
         long = {"messages": [{"role": "user", "content": "300"}], "max_tokens": 300, "stream": True}
         threading.Thread(target=generate.send, args=("/v1/chat/completions", long), daemon=True).start()
         time.sleep(1)
@@ -430,7 +430,7 @@ def unseen(fleet: Fleet) -> list[str]:
         "consumer.log": b"storing the usage events",
         "cli.log": key,
         "cli*.log": b"expected an address of one NATS server",
-        "commands.txt": b"inferctl.worker",
+        "commands.txt": b"inferctl.tenancy.relay",
         "metrics-embed.txt": b"inferctl_requests",
         "metrics-generate.txt": b"vllm:",
         "metrics-gateway-*.txt": b"envoy_cluster_upstream_rq",

@@ -58,7 +58,7 @@ def start(folder: Path, engine: str | None) -> tuple[subprocess.Popen[bytes], st
 
 
 def events(folder: Path) -> int:
-    """Return how many events the ledger has; 0 before the worker made it."""
+    """Return how many events the ledger has; 0 before the relay made it."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{folder}/metering/ledger.sqlite?mode=ro", uri=True)) as ledger:
             return int(ledger.execute("select count(*) from usage_events").fetchone()[0])
@@ -83,12 +83,12 @@ def run(folder: Path, engine: str | None, marks: Marks) -> dict[str, Any]:
             (folder / "metrics.txt").write_bytes(response.read())
         stored = events(folder)
         for pid in children(process.pid):
-            if b"inferctl.worker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"inferctl.tenancy.relay" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGSEGV)  # the engine
         time.sleep(1)
         process.send_signal(signal.SIGSEGV)
         process.wait(60)
-        time.sleep(2)  # the worker ends by itself
+        time.sleep(2)  # the relay ends by itself
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

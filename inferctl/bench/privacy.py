@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inferctl.spec import HUB_ID
+from inferctl.config.spec import HUB_ID
 
 # A path of at least two parts that is not in a URL, and not one of the server's own routes.
 _PATH = re.compile(r"(?<![\w.~:/-])(?!/v1/)(?:/[^\s/'\"]+)+/([^\s/'\"]+)/?")

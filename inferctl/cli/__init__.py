@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 import inferctl
 from inferctl.cli import console, streams
 from inferctl.cli.lazy import Command, LazyGroup
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError, without_addresses
+from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError, without_addresses
 
 
 class Root(LazyGroup):
@@ -45,7 +45,7 @@ class Root(LazyGroup):
         "capacity": Command("inferctl.cli.capacity", "capacity", "Write the measured capacity from a receipt."),
         "deploy": Command("inferctl.cli.deploy", "deploy", "Write Kubernetes manifests from receipts."),
         "usage": Command("inferctl.cli.usage", "usage", "Sum up the usage that servers recorded, with prices."),
-        "worker": Command("inferctl.cli.worker", "worker", "Bring usage events to the ledger."),
+        "relay": Command("inferctl.cli.relay", "relay", "Bring usage events to the ledger."),
         "doctor": Command("inferctl.cli.doctor", "doctor", "Check what this machine can build, serve and measure."),
         "config": Command("inferctl.cli.settings", "config", "Print each setting and its source."),
         "schema": Command("inferctl.cli.settings", "schema", "Print the JSON Schema of inferctl.yaml."),
@@ -99,7 +99,7 @@ _SYSTEM_ERROR_HINTS = {
 
 
 def main() -> None:
-    """Run the command line and exit with a code of `inferctl.errors`."""
+    """Run the command line and exit with a code of `inferctl.core.errors`."""
     streams.guard()
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

@@ -235,8 +235,8 @@ def bench(
 
     If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
     """
-    from inferctl import outputs
     from inferctl.cli import bench_options, bench_setup
+    from inferctl.core import outputs
 
     _require_packages()
     if report is not None:
@@ -330,7 +330,7 @@ def _write_results(context: Context, outcomes: list[Outcome], page: Path, json_:
 def _require_packages() -> None:
     from importlib.util import find_spec
 
-    from inferctl.errors import NotReadyError, install_hint
+    from inferctl.core.errors import NotReadyError, install_hint
 
     missing_packages = [name for name in ("locust", "numpy") if find_spec(name) is None]
     if missing_packages:
@@ -341,7 +341,7 @@ def _require_packages() -> None:
 
 def _reject_options_with_resume(context: typer.Context) -> None:
     """Raise `UsageError` if the command line has an option that the interrupted benchmark already defines."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def check_configurations(plan: Plan, running_servers: bool) -> None:
     """Raise `UsageError` if a plan has no configuration to start, or one with keys that `--url` would ignore."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if not plan.configurations and not running_servers:
         raise UsageError(
@@ -54,8 +54,8 @@ def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[st
     """
     from pathlib import Path
 
-    from inferctl.errors import UsageError
-    from inferctl.model import ModelFolder
+    from inferctl.core.errors import UsageError
+    from inferctl.models.model import ModelFolder
 
     found: dict[str, str] = {}
     for target in targets:
@@ -82,7 +82,7 @@ def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[st
 
 def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:
     """Raise `UsageError` if a search has no SLO, or two, or if its budget is too short."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if search := plan.search:
         bounds = plan.load.generation and plan.load.generation.bounds
@@ -102,7 +102,7 @@ def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> No
     import math
 
     from inferctl.bench.measure import search
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     settings, count = plan.search, len(targets)
     assert settings is not None
@@ -118,7 +118,7 @@ def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> No
 def check_neighbors(plan: Plan, targets: list[BenchTarget]) -> None:
     """Raise `UsageError` if loaded neighbors are combined with running servers or with a search."""
     from inferctl.bench.measure import neighbors
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if plan.neighbours:
         neighbors.reject_running_servers([target.name for target in targets if target.url])

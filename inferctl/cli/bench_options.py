@@ -26,7 +26,7 @@ class AccessOptions:
         import os
 
         from inferctl.bench.load.http_json import Access
-        from inferctl.errors import UsageError
+        from inferctl.core.errors import UsageError
 
         headers = dict(_parse_header(text) for text in self.headers)
         if self.api_key_env is not None:
@@ -74,7 +74,7 @@ def parse_seconds(text: str) -> float:
     """Return the seconds of `300`, `90s`, `5m` or `1.5h`. Raises `UsageError`."""
     import re
 
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if not match or not float(match[1]):
@@ -98,8 +98,8 @@ def parse_lengths(text: str | None) -> dict[str, int | str]:
 
 def parse_hardware(texts: list[str]) -> list[str]:
     """Return the catalog keys of `--hardware a,b --hardware c`. Raises `UsageError` for an unknown key."""
-    from inferctl import catalog
-    from inferctl.errors import UsageError, did_you_mean
+    from inferctl.core.errors import UsageError, did_you_mean
+    from inferctl.facts import catalog
 
     known_keys = list(catalog.hardware_profiles())
     keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
@@ -114,7 +114,7 @@ def parse_target(text: str) -> tuple[str, str]:
     """Return name and address of `--url NAME=URL`. Raises `UsageError`."""
     import re
 
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     name, separator, address = text.partition("=")
     if (
@@ -136,7 +136,7 @@ def _parse_header(text: str) -> tuple[str, str]:
     """Return name and value of `--header 'Name: value'`. Raises `UsageError` without the value, which can be secret."""
     import re
 
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     name, separator, value = (part.strip() for part in text.partition(":"))
     if not separator or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value:

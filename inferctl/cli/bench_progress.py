@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from inferctl.bench.judge import shares
 from inferctl.cli import console
+from inferctl.receipts import shares
 
 if TYPE_CHECKING:
     from inferctl.bench.measure.runner import Bench, Progress

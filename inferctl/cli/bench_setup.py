@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from inferctl.bench.measure.runner import Bench
     from inferctl.bench.plan.plan import Plan
     from inferctl.bench.report.receipts import Context
-    from inferctl.settings import Resolved
-    from inferctl.spec import Task
+    from inferctl.config.settings import Resolved
+    from inferctl.config.spec import Task
 
 # What a server of `--url` states and must not change before a benchmark is resumed.
 _STATED = (("model", "sha256"), ("precision", "effective"))
@@ -53,8 +53,8 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     """Return a new benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
     from inferctl.bench.measure import environment, resume, runner
     from inferctl.bench.plan import plan as plans
-    from inferctl.errors import UsageError
-    from inferctl.model import is_folder
+    from inferctl.core.errors import UsageError
+    from inferctl.models.model import is_folder
 
     url_targets = [parse_target(text) for text in bench_options.urls]
     if bench_options.access != AccessOptions() and not url_targets:
@@ -150,7 +150,7 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
 
 def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> AccessOptions:
     """Return the access options of an interrupted benchmark. Raises `UsageError` if `headers` has other names."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     access = AccessOptions(headers, saved["api_key_env"], saved["served_model"])
     if access.as_dict() != saved:
@@ -166,9 +166,9 @@ def _saved_plan(plan: dict[str, Any]) -> Plan:
     """Return the plan of an interrupted benchmark. Raises `UsageError` if a trace of it is absent or not valid."""
     from pydantic import ValidationError
 
-    from inferctl import validation
     from inferctl.bench.plan.plan import Plan
-    from inferctl.errors import UsageError
+    from inferctl.core import validation
+    from inferctl.core.errors import UsageError
 
     try:
         return Plan.model_validate(plan)
@@ -181,7 +181,7 @@ def _saved_plan(plan: dict[str, Any]) -> Plan:
 
 def _settings_sha256(resolved: Resolved | None) -> str | None:
     """Return the digest of the settings without `bench`: its plan has a key of its own in the identity."""
-    from inferctl import spec
+    from inferctl.config import spec
 
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
@@ -203,8 +203,8 @@ def _task(
     resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, Target]
 ) -> Task:
     """Return the task of all targets. Raises `UsageError` if they differ, or if the model is made for another task."""
-    from inferctl import model as models
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.models import model as models
 
     tasks = {name: server.task for name, server in servers.items()}
     if resolved and folder and len(servers) < len(targets):
@@ -220,8 +220,8 @@ def _task(
 
 def _identity(definition: _Definition, machine: Environment, servers: dict[str, Target]) -> dict[str, Any]:
     """Return the inputs that the figures depend on."""
-    from inferctl import model as models
     from inferctl.bench.measure import resume
+    from inferctl.models import model as models
 
     stated = {
         name: [(server.info.get(section) or {}).get(key) for section, key in _STATED]
@@ -275,8 +275,8 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
 
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
-    from inferctl import spec
-    from inferctl.errors import UsageError
+    from inferctl.config import spec
+    from inferctl.core.errors import UsageError
 
     try:
         return options.load(
@@ -295,7 +295,7 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: Benc
     configurations of `--precision`. Raises `UsageError` for two equal names.
     """
     from inferctl.bench.measure.outcome import BenchTarget
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     configurations = plan.configurations if bench_options.precisions or not url_targets else []
     started = [
@@ -327,7 +327,7 @@ def _create_folder(parent: Path, name: str) -> Path:
     import itertools
     import time
 
-    from inferctl.errors import NotReadyError
+    from inferctl.core.errors import NotReadyError
 
     first = (parent / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
@@ -350,8 +350,8 @@ def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
 
     None if only running servers are measured and the model is not on this machine. Quality is then not checked.
     """
-    from inferctl import hub
     from inferctl.cli import download
+    from inferctl.models import hub
 
     if resolved is None:
         return None

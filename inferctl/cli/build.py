@@ -123,11 +123,12 @@ def build(
 
     Example: inferctl build --push --max-size 6GB
     """
-    from inferctl import catalog, render
     from inferctl.cli.render import rendered_image
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.core.sizes import parse_size
+    from inferctl.facts import catalog
+    from inferctl.image import render
     from inferctl.image.plan import BuildOptions, plan
-    from inferctl.sizes import parse_size
 
     flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
     resolved = load(spec_file, {**flags, "image.max_size": max_size})
@@ -181,7 +182,7 @@ def labels_of(texts: list[str]) -> dict[str, str]:
     """Return the labels of `KEY=VALUE` texts. Raises `UsageError`."""
     import re
 
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     labels = {}
     for text in texts:
@@ -200,8 +201,8 @@ def platforms_of(text: str) -> tuple[str, ...]:
     """Return the platforms of `linux/amd64,linux/arm64`. Raises `UsageError`."""
     import re
 
-    from inferctl.errors import UsageError
-    from inferctl.spec import PLATFORM
+    from inferctl.config.spec import PLATFORM
+    from inferctl.core.errors import UsageError
 
     platforms = tuple(part.strip() for part in text.split(","))
     for part in platforms:
@@ -215,7 +216,7 @@ def platforms_of(text: str) -> tuple[str, ...]:
 
 def oci_file(text: str) -> Path:
     """Return the file of `oci=FILE` or `type=oci,dest=FILE`. Raises `UsageError`."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     fields = dict(part.partition("=")[::2] for part in text.split(","))
     file = fields.get("oci") or (fields.get("dest") if fields.get("type") == "oci" else None)
@@ -243,7 +244,7 @@ def show_verified(result: Verified) -> None:
 
 def tag_reference(text: str) -> str:
     """Return `full_reference` of a tag. Raises `UsageError` for a digest, because the image determines its digest."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if "@" in text:
         raise UsageError(f"--tag {text!r} has a digest", "pass a name and a tag only: NAME:TAG")
@@ -254,8 +255,8 @@ def full_reference(text: str) -> str:
     """Return an image name with `:latest` if it has no tag or digest. Raises `UsageError` if it is no image name."""
     import re
 
-    from inferctl.errors import UsageError
-    from inferctl.spec import IMAGE_NAME, IMAGE_TAG
+    from inferctl.config.spec import IMAGE_NAME, IMAGE_TAG
+    from inferctl.core.errors import UsageError
 
     if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?", text):
         raise UsageError(
@@ -269,13 +270,13 @@ def _run(build_plan: BuildPlan) -> Built:
     import sys
     from dataclasses import replace
 
-    from inferctl import model
     from inferctl.cli import download
     from inferctl.cli.buildview import BuildView
     from inferctl.cli.render import check_task
     from inferctl.image import build as building
     from inferctl.image.docker import DockerEngine
-    from inferctl.model import is_hub_id
+    from inferctl.models import model
+    from inferctl.models.model import is_hub_id
 
     source, revision = build_plan.spec.model.source, build_plan.spec.model.revision
     if build_plan.needs_model and not is_hub_id(source):
@@ -290,7 +291,7 @@ def _run(build_plan: BuildPlan) -> Built:
 
 
 def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
-    from inferctl.sizes import size
+    from inferctl.core.sizes import size
 
     if as_json:
         console.document(build_plan.document())
@@ -303,7 +304,7 @@ def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
 
 def _print(built: Built, as_json: bool) -> None:
     from inferctl.cli.buildview import short
-    from inferctl.sizes import size
+    from inferctl.core.sizes import size
 
     for layer in built.layers:
         if layer.size:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from inferctl.cli import console
+from inferctl.core.sizes import size
 from inferctl.image.events import (
     Event,
     LayerPush,
@@ -22,7 +23,6 @@ from inferctl.image.events import (
     StepLog,
     StepStarted,
 )
-from inferctl.sizes import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

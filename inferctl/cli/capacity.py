@@ -42,9 +42,9 @@ def capacity(
     Prints one JSON document or, with --output, the path of the file. Rejects altered and invalid receipts.
     A receipt of a search has an SLO already and rejects a different --slo.
     """
-    from inferctl import outputs
-    from inferctl.bench import receipt
-    from inferctl.bench.report import capacity as capacities
+    from inferctl.core import outputs
+    from inferctl.receipts import capacity as capacities
+    from inferctl.receipts import receipt
 
     if output is not None:
         outputs.check(output, "--output", parents=True, inputs=[receipt_file])

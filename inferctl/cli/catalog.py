@@ -12,7 +12,7 @@ from inferctl.cli.options import Json
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from inferctl.catalog import BaseImage, Hardware, Stack
+    from inferctl.facts.catalog import BaseImage, Hardware, Stack
     from inferctl.image.base_facts import Comparison
 
 _KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
@@ -44,7 +44,7 @@ def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Js
 
     Example: inferctl catalog bases cuda13.0
     """
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     if key is not None:
         _explain(catalog.base(key), as_json)
@@ -66,7 +66,7 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
 
     Example: inferctl catalog stacks torch2.13-cu130
     """
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     if key is not None:
         _explain(catalog.stack(key), as_json)
@@ -99,8 +99,8 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
 
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
     """
-    from inferctl import catalog
-    from inferctl.precision import PRECISIONS
+    from inferctl.facts import catalog
+    from inferctl.facts.precision import PRECISIONS
 
     if key is not None:
         _explain(catalog.hardware(key), as_json)
@@ -143,8 +143,8 @@ def check(
     """
     from dataclasses import asdict
 
-    from inferctl import catalog
-    from inferctl.errors import NotReadyError, UsageError
+    from inferctl.core.errors import NotReadyError, UsageError
+    from inferctl.facts import catalog
     from inferctl.image import base_facts, buildx
 
     rows: list[Comparison] = []
@@ -192,7 +192,7 @@ def _compared(rows: list[Comparison]) -> None:
 
 
 def _peak(part: Hardware, precision: str) -> str:
-    from inferctl.precision import support
+    from inferctl.facts.precision import support
 
     emulated = part.kind == "cuda" and support(precision, part.traits).level == "emulated"
     return "emul." if emulated else _figure(part.peaks[precision])

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from inferctl.catalog import BaseImage
-    from inferctl.decoder import Capacity
-    from inferctl.fit import Finding, Fit, Memory, ModelSize, UnknownSize
-    from inferctl.generation_fit import Registry
-    from inferctl.spec import Spec
+    from inferctl.config.spec import Spec
+    from inferctl.facts.catalog import BaseImage
+    from inferctl.models.decoder import Capacity
+    from inferctl.models.fit import Finding, Fit, Memory, ModelSize, UnknownSize
+    from inferctl.models.generation_fit import Registry
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
 _NEEDS = {
@@ -59,7 +59,7 @@ def check(
 
     Example: inferctl check --hardware all
     """
-    from inferctl.errors import SpecError
+    from inferctl.core.errors import SpecError
 
     flags = {
         "model.source": model,
@@ -86,7 +86,7 @@ def check(
 
 
 def _major(driver: str | None) -> int | None:
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if driver is None:
         return None
@@ -103,9 +103,10 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     """Return the task (`auto` if the model is not known), the general findings, and those of each hardware."""
     import datetime
 
-    from inferctl import catalog, fit, generation_fit
-    from inferctl.errors import UsageError
-    from inferctl.model import is_hub_id, resolve_task
+    from inferctl.core.errors import UsageError
+    from inferctl.facts import catalog
+    from inferctl.models import fit, generation_fit
+    from inferctl.models.model import is_hub_id, resolve_task
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -167,8 +168,8 @@ def _installed_vllm() -> Registry | None:
     import ast
     import importlib.util
 
-    from inferctl import generation_fit
-    from inferctl.generation_fit import Registry
+    from inferctl.models import generation_fit
+    from inferctl.models.generation_fit import Registry
 
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
@@ -193,8 +194,9 @@ def _installed_vllm() -> Registry | None:
 
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
     """Yield an error for each file or folder of the spec that is absent or not usable."""
-    from inferctl import fit, locks
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.image import locks
+    from inferctl.models import fit
 
     if spec.image.locks:
         try:
@@ -217,8 +219,8 @@ def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
 
     Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
     """
-    from inferctl import fit, hub, model
-    from inferctl.errors import NotReadyError
+    from inferctl.core.errors import NotReadyError
+    from inferctl.models import fit, hub, model
 
     source, revision = spec.model.source, spec.model.revision
     folder = hub.cached(source, revision) if model.is_hub_id(source) else model.find(source)
@@ -238,8 +240,8 @@ def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
 
 
 def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
-    from inferctl import catalog
-    from inferctl.fit import worst
+    from inferctl.facts import catalog
+    from inferctl.models.fit import worst
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -279,7 +281,7 @@ def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
 
 
 def _capacity(capacity: Capacity) -> dict[str, Any]:
-    from inferctl.decoder import TYPICAL_TOKENS
+    from inferctl.models.decoder import TYPICAL_TOKENS
 
     return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
@@ -289,7 +291,7 @@ def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fi
     from rich.table import Table
     from rich.text import Text
 
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -326,7 +328,7 @@ def _table(fits: list[Fit]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from inferctl.sizes import size
+    from inferctl.core.sizes import size
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("hardware", "precision", "kernels", "memory, estimated", "verdict"):
@@ -351,8 +353,8 @@ def _generation_table(fits: list[Fit]) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from inferctl.decoder import TYPICAL_TOKENS
-    from inferctl.sizes import size
+    from inferctl.core.sizes import size
+    from inferctl.models.decoder import TYPICAL_TOKENS
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in ("hardware", "precision", "weights", "KV cache", "longest", "at once", "verdict"):

@@ -109,9 +109,9 @@ def compare(
 
     Example: inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
     """
-    from inferctl import outputs
     from inferctl.bench.judge import comparable, compare_result
     from inferctl.bench.judge import compare as comparing
+    from inferctl.core import outputs
 
     inputs = [*comparable.files(old), *comparable.files(new)]
     for file in output or []:
@@ -166,7 +166,7 @@ def _options(
 
 def _share(percent: str) -> float:
     """Return a percentage, with or without its sign, as a share of 1."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     try:
         value = float(percent.removesuffix("%"))
@@ -179,7 +179,7 @@ def _share(percent: str) -> float:
 
 def _known(name: str, names: Collection[str], option: str) -> str:
     """Return `name` if it is one of `names`; raise `UsageError` otherwise."""
-    from inferctl.errors import UsageError, did_you_mean
+    from inferctl.core.errors import UsageError, did_you_mean
 
     if name not in names:
         raise UsageError(f"{option} cannot be {name!r}", did_you_mean(name, names) or f"use: {', '.join(names)}")

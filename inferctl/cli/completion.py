@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 Callback = Callable[[str], list[str]] | None
 
@@ -32,19 +32,19 @@ def one_of(*names: str) -> Callback:
 
 
 def _hardware() -> Iterable[str]:
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     return catalog.hardware_profiles()
 
 
 def _bases() -> Iterable[str]:
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     return catalog.bases()
 
 
 def _stacks() -> Iterable[str]:
-    from inferctl import catalog
+    from inferctl.facts import catalog
 
     return catalog.stacks()
 
@@ -56,7 +56,7 @@ def _plans() -> Iterable[str]:
 
 
 def _corpora() -> Iterable[str]:
-    from inferctl import assets
+    from inferctl.core import assets
 
     return sorted(file.stem for file in (assets.root() / "benchmarks" / "corpora").glob("*.jsonl"))
 

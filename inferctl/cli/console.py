@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from inferctl.cli import streams
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, SpecError
+from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, SpecError
 
 if TYPE_CHECKING:
     import typer

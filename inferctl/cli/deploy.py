@@ -10,10 +10,10 @@ import typer
 from inferctl.cli import console, options
 
 if TYPE_CHECKING:
+    from inferctl.config.settings import Resolved
     from inferctl.deploy.clusters import Cluster
     from inferctl.deploy.plan import Plan
     from inferctl.deploy.resolve import Source
-    from inferctl.settings import Resolved
 
 EPILOG = """\b
 Examples:
@@ -79,7 +79,7 @@ def deploy(
     as_json: options.Json = False,
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if lint:
         from inferctl.cli import deploy_lint
@@ -144,7 +144,7 @@ def _preview(
 ) -> None:
     """Print the preview of `manifests`, else of those of the specs. Raises `typer.Exit` with its exit code."""
     from inferctl.cli import deploy_preview
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if not nodes:
         name = manifests[0] if manifests else ""
@@ -172,8 +172,8 @@ def _plan(
 
 
 def _checked(version: str | None) -> str | None:
-    from inferctl.deploy import versions
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.manifests import versions
 
     try:
         return versions.tested(version) if version is not None else None
@@ -183,11 +183,11 @@ def _checked(version: str | None) -> str | None:
 
 def _source(resolved: Resolved) -> Source:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    from inferctl import fit, hub
     from inferctl.cli.check import model_size
+    from inferctl.core.errors import UsageError
     from inferctl.deploy.resolve import Source
-    from inferctl.errors import UsageError
-    from inferctl.model import resolve_task
+    from inferctl.models import fit, hub
+    from inferctl.models.model import resolve_task
 
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()
@@ -209,8 +209,8 @@ def _source(resolved: Resolved) -> Source:
 
 def _clusters(sources: list[Source], file: Path | None) -> tuple[Cluster, ...]:
     """Return the clusters of `--clusters`, else of the specs, else one on-premises cluster."""
+    from inferctl.core.errors import UsageError
     from inferctl.deploy import clusters
-    from inferctl.errors import UsageError
 
     if file is not None:
         return clusters.read(file)

@@ -101,8 +101,8 @@ def _summary(plan: Plan) -> RenderableType:
 
 
 def _value(figure: Figure) -> str:
+    from inferctl.core.sizes import size
     from inferctl.deploy.figure import shown
-    from inferctl.sizes import size
 
     if figure.unit == "bytes":
         return size(int(figure.value), 1)

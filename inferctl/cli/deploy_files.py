@@ -15,9 +15,9 @@ def write(plan: Plan, folder: Path) -> list[str]:
     Manifests that an earlier run wrote, and that the plan no longer has, are removed: an overlay would include them.
     Raises `UsageError` if the folder cannot be written, or if a file there is not from an earlier run.
     """
-    from inferctl import outputs
+    from inferctl.core import outputs
+    from inferctl.core.errors import UsageError
     from inferctl.deploy import layout
-    from inferctl.errors import UsageError
 
     outputs.check_folder(folder, "--output")
     files = layout.files(plan)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inferctl.cli import console
-from inferctl.errors import InferctlError, SpecError, UsageError
+from inferctl.core.errors import InferctlError, SpecError, UsageError
 
 if TYPE_CHECKING:
-    from inferctl.deploy.lint import Context, Finding, ModelFacts
-    from inferctl.deploy.manifests_file import Located
     from inferctl.deploy.plan import Plan
+    from inferctl.manifests.lint import Context, Finding, ModelFacts
+    from inferctl.manifests.manifests_file import Located
 
 _STDIN = "-"
 _HELM = "`helm template CHART | inferctl deploy --lint -`"
@@ -39,9 +39,9 @@ def run(
     """
     import json
 
-    from inferctl import outputs
-    from inferctl.deploy import lint, versions
-    from inferctl.deploy.lint import sarif
+    from inferctl.core import outputs
+    from inferctl.manifests import lint, versions
+    from inferctl.manifests.lint import sarif
 
     if sarif_file is not None:
         outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
@@ -83,7 +83,7 @@ def _read(paths: Sequence[Path], left_out: list[str]) -> list[list[Located]]:
 
     Adds the places of what is no object to `left_out`.
     """
-    from inferctl.deploy import manifests_file
+    from inferctl.manifests import manifests_file
 
     common: list[Located] = []
     overlays: list[list[Located]] = []
@@ -107,7 +107,7 @@ def _read(paths: Sequence[Path], left_out: list[str]) -> list[list[Located]]:
 
 def _objects(path: Path, left_out: list[str]) -> list[Located]:
     """Return the objects of a file or a folder. Raises `UsageError` for a chart of Helm: its files are templates."""
-    from inferctl.deploy import manifests_file
+    from inferctl.manifests import manifests_file
 
     if (path / "Chart.yaml").is_file():
         raise UsageError(f"{path} is a chart of Helm: its files are templates, not Kubernetes objects", f"run {_HELM}")
@@ -120,7 +120,7 @@ def _objects(path: Path, left_out: list[str]) -> list[Located]:
 
 
 def _standard_input() -> str:
-    from inferctl import document
+    from inferctl.core import document
 
     hint = "pipe YAML or JSON, such as the output of `helm template`"
     try:
@@ -134,7 +134,7 @@ def _standard_input() -> str:
 
 def _overlays(folder: Path) -> list[Path]:
     """Return the folders in `folder` that kustomize builds: one for each overlay, which may be in groups."""
-    from inferctl.deploy.manifests_file import KUSTOMIZATIONS, kustomization
+    from inferctl.manifests.manifests_file import KUSTOMIZATIONS, kustomization
 
     found = []
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -145,16 +145,16 @@ def _overlays(folder: Path) -> list[Path]:
 
 def _built(folder: Path) -> list[Located]:
     """Return the objects that kustomize builds. They are in no file, so they have no lines."""
-    from inferctl.deploy.manifests_file import Located, kustomization
-    from inferctl.deploy.preview import overlays
+    from inferctl.manifests.manifests_file import Located, kustomization
+    from inferctl.manifests.preview import overlays
 
     return [Located(each.data, str(kustomization(folder) or folder)) for each in overlays.build(folder)]
 
 
 def _nodes(file: Path) -> list[Located]:
     """Return the nodes of a nodes file, which may be that of `--preview`, as Kubernetes objects."""
-    from inferctl.deploy.manifests_file import Located
-    from inferctl.deploy.preview import nodes_file
+    from inferctl.manifests.manifests_file import Located
+    from inferctl.manifests.preview import nodes_file
 
     return [
         Located(
@@ -174,7 +174,7 @@ def _nodes(file: Path) -> list[Located]:
 
 def _models(plan: Plan | None) -> tuple[ModelFacts, ...]:
     """Return what the plan says about each flavor of each model. Assumed times are facts too: the pods have them."""
-    from inferctl.deploy.lint import ModelFacts
+    from inferctl.manifests.lint import ModelFacts
 
     return tuple(
         ModelFacts(

@@ -24,8 +24,8 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
 
     Raises `InferctlError` (exit code 1) if pods do not fit at rest, `UsageError` and `SpecError`.
     """
-    from inferctl.deploy.preview import drills, report
-    from inferctl.errors import InferctlError, UsageError
+    from inferctl.core.errors import InferctlError, UsageError
+    from inferctl.manifests.preview import drills, report
 
     outcomes = _simulate(nodes, manifests)
     if not any(outcome.workloads for outcome in outcomes):
@@ -65,8 +65,8 @@ def of_plan(plan: Plan, nodes: Sequence[Path], *, as_json: bool) -> int:
 
 
 def _simulate(nodes: Sequence[Path], manifests: Sequence[Path]) -> list[Any]:
-    from inferctl.deploy.preview import nodes_file, overlays, simulation, workloads
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.manifests.preview import nodes_file, overlays, simulation, workloads
 
     names = [cluster.name for cluster in nodes_file.read(nodes)]
     objects = overlays.read(manifests, names)
@@ -145,7 +145,7 @@ def _decisive(infeasible: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         reasons = lasting or each["reasons"]
         key = tuple(reason["text"] for reason in reasons)
         found.setdefault(key, {"nodes": [], "reasons": reasons})["nodes"] += each["nodes"]
-    from inferctl.deploy.preview.simulation import natural
+    from inferctl.manifests.preview.simulation import natural
 
     return [{**each, "nodes": sorted(each["nodes"], key=natural)} for each in found.values()]
 
@@ -198,7 +198,7 @@ def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from inferctl.deploy.preview import report
+    from inferctl.manifests.preview import report
 
     of = sorted({loss["share"]["of"] for loss in losses})
     yield Text(f"Losses at the peak: share of {' or '.join(of)} that is still served", style="bold")

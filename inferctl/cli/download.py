@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from inferctl.cli import console
 
 if TYPE_CHECKING:
-    from inferctl.hub import Progress
-    from inferctl.model import ModelFolder
+    from inferctl.models.hub import Progress
+    from inferctl.models.model import ModelFolder
 
 
 def fetch(source: str, revision: str | None) -> ModelFolder:
@@ -19,7 +19,7 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 
     Raises `UsageError` if the model does not exist, `NotReadyError` if the hub cannot be reached.
     """
-    from inferctl import hub
+    from inferctl.models import hub
 
     with _shown(source) as progress:
         return hub.fetch(source, revision, progress)
@@ -28,7 +28,7 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 @contextmanager
 def _shown(source: str) -> Iterator[Progress]:
     """Show a progress bar, or lines without a terminal. Shows nothing if no download starts."""
-    from inferctl import hub
+    from inferctl.models import hub
 
     if not sys.stderr.isatty():
         yield hub.Lines(source, console.note)

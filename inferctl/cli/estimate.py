@@ -12,9 +12,9 @@ from inferctl.cli import completion, console, options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from inferctl.config.spec import Spec
     from inferctl.estimate.document import Question
     from inferctl.estimate.forecast import Scenario
-    from inferctl.spec import Spec
 
 _STANDARD = "t4,l4,a100-40gb-sxm,h100-sxm"
 _TEXTS = "mixed"
@@ -109,7 +109,7 @@ def estimate(
 
     Example: inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70
     """
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
     from inferctl.estimate import calibration, document, forecast
 
     if rate and users:
@@ -144,9 +144,9 @@ def estimate(
 
 def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tuple[Spec | None, Path]:
     """Return the spec, or None without one, and the path of the model's `config.json`."""
-    from inferctl import hub
-    from inferctl import model as models
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.models import hub
+    from inferctl.models import model as models
 
     if config is not None:
         spec = options.load(spec_file, {}).spec if options.names_model(spec_file, {}) and model is None else None
@@ -176,7 +176,7 @@ def _max_tokens(config: dict[str, Any]) -> int:
 def _tokens(
     corpus: str | None, length: str | None, config: Path, max_tokens: int, squad_mean: float, seed: int
 ) -> tuple[list[int], str]:
-    from inferctl.errors import NotReadyError, install_hint
+    from inferctl.core.errors import NotReadyError, install_hint
     from inferctl.estimate import lengths
 
     if length is not None:
@@ -215,9 +215,9 @@ def _measured_row(file: Path, work: Scenario, question: Question) -> dict[str, A
     """Return the row of a measured server, with the parallel batches and the batch limit of its measurement."""
     from dataclasses import replace
 
+    from inferctl.batching.latency_model import Capacity
     from inferctl.estimate import document
     from inferctl.estimate.cost import Cost
-    from inferctl.serve.scheduling.latency_model import Capacity
 
     measured = Capacity.read(file)
     as_measured = replace(

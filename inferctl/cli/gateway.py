@@ -89,8 +89,8 @@ def gateway(
     import json
     import os
 
-    from inferctl import outputs
-    from inferctl.errors import UsageError, did_you_mean
+    from inferctl.core import outputs
+    from inferctl.core.errors import UsageError, did_you_mean
     from inferctl.gateway import config, supervisor
     from inferctl.gateway import servers as listed
     from inferctl.serve.signals import StopSignals

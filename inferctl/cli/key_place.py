@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inferctl.cli import console
-from inferctl.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
-    from inferctl.access.key_file import ApiKey
-    from inferctl.addresses import DatabaseAddress
-    from inferctl.fleet.key_store import KeyStore
-    from inferctl.spec import Access
+    from inferctl.config.spec import Access
+    from inferctl.core.addresses import DatabaseAddress
+    from inferctl.tenancy.access.key_file import ApiKey
+    from inferctl.tenancy.fleet.key_store import KeyStore
 
 _PUBLISH_S = 2.0
 
@@ -38,7 +38,7 @@ class Place:
         if address := self._settings.key_store:
             with _store(address, create=False) as store:
                 return store.read()[0].keys
-        from inferctl.access import key_file
+        from inferctl.tenancy.access import key_file
 
         return key_file.read(Path(self.name)).keys
 
@@ -52,17 +52,17 @@ class Place:
             with _store(address, create=create) as store, store.edit(deliver) as found:
                 yield found
             return
-        from inferctl.access import key_file
+        from inferctl.tenancy.access import key_file
 
         with key_file.edit(Path(self.name), create=create, deliver=deliver) as found:
             yield found
 
     def publish(self, revoked: list[str]) -> None:
-        """Tell the workers of all servers that keys changed, if they have a broker. Otherwise they find out later."""
+        """Tell the relays of all servers that keys changed, if they have a broker. Otherwise they find out later."""
         if not self._settings.broker:
             return
         try:
-            from inferctl.fleet import broker
+            from inferctl.tenancy.fleet import broker
 
             asyncio.run(broker.publish_change(self._settings.broker, revoked, _PUBLISH_S))
         except ModuleNotFoundError as error:
@@ -73,14 +73,14 @@ class Place:
 
 def _file_of(address: DatabaseAddress) -> Path | None:
     with _installed():
-        from inferctl.database import file_of
+        from inferctl.tenancy.database import file_of
     return file_of(address)
 
 
 @contextlib.contextmanager
 def _store(address: DatabaseAddress, *, create: bool) -> Iterator[KeyStore]:
     with _installed():
-        from inferctl.fleet.key_store import KeyStore
+        from inferctl.tenancy.fleet.key_store import KeyStore
     if not create and (file := _file_of(address)) and not file.exists():
         raise UsageError(f"there is no key store at {file}", "make one with `inferctl keys create NAME`")
     store = KeyStore.open(address)

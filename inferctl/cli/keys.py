@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inferctl import outputs
 from inferctl.cli import completion, console, options
 from inferctl.cli.key_place import Place
-from inferctl.errors import UsageError, did_you_mean, shown
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
-    from inferctl.access.key_file import ApiKey
+    from inferctl.tenancy.access.key_file import ApiKey
 
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -118,8 +118,8 @@ def create(
 
     Only its SHA-256 is stored, so the key cannot be shown again. If it cannot be written, it is not created.
     """
-    from inferctl.access import key_file, keys
-    from inferctl.access.key_file import ApiKey, StoredDigest
+    from inferctl.tenancy.access import key_file, keys
+    from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
     if priority not in ("interactive", "bulk"):
         raise UsageError(f"unknown priority {priority!r}", "`--priority` accepts interactive or bulk")
@@ -171,7 +171,7 @@ def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json
 
     Example: inferctl keys list --file keys.json
     """
-    from inferctl.access import key_file
+    from inferctl.tenancy.access import key_file
 
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     found = sorted(place.read(), key=lambda key: key.created)
@@ -200,7 +200,7 @@ def revoke(
 
     Example: inferctl keys revoke team-a
     """
-    from inferctl.access import key_file
+    from inferctl.tenancy.access import key_file
 
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     changed = []
@@ -245,8 +245,8 @@ def rotate(
 
     Name, scopes, limits and expiry stay. If the new key cannot be written, the old one stays too.
     """
-    from inferctl.access import key_file, keys
-    from inferctl.access.key_file import StoredDigest
+    from inferctl.tenancy.access import key_file, keys
+    from inferctl.tenancy.access.key_file import StoredDigest
 
     if not re.fullmatch(keys.ENVIRONMENT, environment):
         raise UsageError(
@@ -280,7 +280,7 @@ def rotate(
 
 def _id_of(text: str) -> str:
     """Return an id: `text` itself, or that of the key on stdin. A key has no place in an argument, which others see."""
-    from inferctl.access import keys
+    from inferctl.tenancy.access import keys
 
     if text != "-":
         if keys.parse(text):
@@ -335,7 +335,7 @@ def _issue(
 
     A key on stdout can be one that was not stored after all. Then the exit code says so.
     """
-    from inferctl.access import key_file
+    from inferctl.tenancy.access import key_file
 
     if force and not output:
         raise UsageError("`--force` has no effect without a file", "pass `--output FILE`")

@@ -54,8 +54,10 @@ def lock(
 
     To build with them, set `image.locks` in the spec to the folder.
     """
-    from inferctl import catalog, locks, outputs
-    from inferctl.errors import InferctlError, UsageError
+    from inferctl.core import outputs
+    from inferctl.core.errors import InferctlError, UsageError
+    from inferctl.facts import catalog
+    from inferctl.image import locks
 
     if wheels is not None and not wheels.is_dir():
         raise UsageError(f"wheel folder {wheels} not found", "create it: `pip download --dest wheels ...`")

@@ -11,8 +11,8 @@ import typer
 from inferctl.cli import completion, lazy
 
 if TYPE_CHECKING:
-    from inferctl.settings import Resolved
-    from inferctl.spec import Access, Spec
+    from inferctl.config.settings import Resolved
+    from inferctl.config.spec import Access, Spec
 
 SpecFile = Annotated[
     Path | None,
@@ -53,7 +53,7 @@ def without_model(spec_file: Path | None, flags: dict[str, Any]) -> Spec:
 
 def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
     """Return whether a spec file, `--model` or the environment specifies a model."""
-    from inferctl import spec
+    from inferctl.config import spec
 
     specified = spec_file or os.environ.get("INFERCTL_SPEC") or os.environ.get("INFERCTL_MODEL_SOURCE")
     return bool(specified or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
@@ -61,7 +61,7 @@ def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
 
 def network_of(name: str | None) -> str | None:
     """Return `host`, or None if `--network` is absent. Raises `UsageError` for another value."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if name not in (None, "host"):
         raise UsageError(f"--network {name!r} is not supported", "remove `--network`, or pass `--network host`")
@@ -70,7 +70,7 @@ def network_of(name: str | None) -> str | None:
 
 def spec_path(spec_file: Path | None) -> Path:
     """Return the path of the spec: `spec_file`, else INFERCTL_SPEC, else ./inferctl.yaml. The file may not exist."""
-    from inferctl import spec
+    from inferctl.config import spec
 
     return spec_file or Path(os.environ.get("INFERCTL_SPEC") or spec.DEFAULT_FILE)
 
@@ -92,8 +92,9 @@ def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     file, which overrides the defaults. With `--model`, the spec file may be absent. Raises `UsageError`.
     """
     with lazy.deferred_signals():
-        from inferctl import catalog, settings
         from inferctl.cli import console
+        from inferctl.config import settings
+        from inferctl.facts import catalog
 
         vocabulary = catalog.vocabulary()
     explicit, path = spec_file or os.environ.get("INFERCTL_SPEC"), spec_path(spec_file)

@@ -10,11 +10,11 @@ import typer
 
 from inferctl.cli import console
 from inferctl.cli.options import Json, SpecFile
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 if TYPE_CHECKING:
-    from inferctl.pin import Pin
-    from inferctl.spec import Spec
+    from inferctl.config.spec import Spec
+    from inferctl.image.pin import Pin
 
 
 def pin(
@@ -34,8 +34,11 @@ def pin(
 
     Example: inferctl pin --update
     """
-    from inferctl import catalog, outputs, pin, settings, spec
-    from inferctl.errors import NotReadyError
+    from inferctl.config import settings, spec
+    from inferctl.core import outputs
+    from inferctl.core.errors import NotReadyError
+    from inferctl.facts import catalog
+    from inferctl.image import pin
 
     spec_file_path = spec_file or (Path(name) if (name := os.environ.get("INFERCTL_SPEC")) else Path(spec.DEFAULT_FILE))
     file = spec_file_path.resolve() if spec_file_path.exists() else spec_file_path
@@ -103,7 +106,7 @@ def _resolve(
 
     If the registry or the hub cannot be reached, existing pins stay.
     """
-    from inferctl import pin
+    from inferctl.image import pin
 
     changes: dict[str, str] = {}
     moved: list[tuple[str, str, str]] = []
@@ -128,8 +131,8 @@ def _resolve(
 
 
 def _current(spec: Spec, each: Pin) -> str:
-    from inferctl import hub, pin
-    from inferctl.image import buildx
+    from inferctl.image import buildx, pin
+    from inferctl.models import hub
 
     if each.path == pin.MODEL:
         return hub.commit(spec.model.source, each.tracked)

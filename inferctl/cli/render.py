@@ -17,10 +17,10 @@ from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 
 if TYPE_CHECKING:
-    from inferctl.model import ModelFolder
-    from inferctl.render import Provenance, Rendered
-    from inferctl.settings import Resolved
-    from inferctl.spec import Spec
+    from inferctl.config.settings import Resolved
+    from inferctl.config.spec import Spec
+    from inferctl.image.render import Provenance, Rendered
+    from inferctl.models.model import ModelFolder
 
 
 def render(
@@ -51,7 +51,7 @@ def render(
 
     Example: inferctl render --output build && docker buildx build build
     """
-    from inferctl import outputs
+    from inferctl.core import outputs
 
     settings = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
     if output is not None:
@@ -71,7 +71,7 @@ def render(
         else:
             console.data(rendered.dockerfile)
         return
-    from inferctl.render import server_files
+    from inferctl.image.render import server_files
 
     contents = {
         "Dockerfile": rendered.dockerfile.encode(),
@@ -93,7 +93,7 @@ def render(
 
 def _check_overwrite(dockerfile: Path) -> None:
     """Raise `UsageError` if `dockerfile` exists and inferctl did not render it."""
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
 
     if dockerfile.is_file() and b"Rendered by inferctl" not in dockerfile.read_bytes()[:4096]:
         raise UsageError(
@@ -104,7 +104,7 @@ def _check_overwrite(dockerfile: Path) -> None:
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` (name -> content) below `folder`, and create folders as needed. Raises `NotReadyError`."""
-    from inferctl import outputs
+    from inferctl.core import outputs
 
     for name, content in files.items():
         outputs.write(folder / name, content, "--output")
@@ -112,9 +112,10 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
     """Return the image of the spec, rendered with the facts of the catalog and the locks."""
-    from inferctl import catalog, locks
-    from inferctl import render as rendering
-    from inferctl.model import is_hub_id
+    from inferctl.facts import catalog
+    from inferctl.image import locks
+    from inferctl.image import render as rendering
+    from inferctl.models.model import is_hub_id
 
     spec = resolved.spec
     base = catalog.base(spec.image.base)
@@ -130,8 +131,8 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
 
 def _local_model(spec: Spec) -> ModelFolder | None:
     """Return the folder of the model, or its snapshot in the hub's cache; None if it is not on this machine."""
-    from inferctl import model
-    from inferctl.errors import UsageError
+    from inferctl.core.errors import UsageError
+    from inferctl.models import model
 
     try:
         return model.find(spec.model.source, spec.model.revision)
@@ -144,8 +145,8 @@ def check_task(spec: Spec, folder: ModelFolder | None) -> None:
 
     For the task `auto`, it is that of the model, or accepted if the model is not on this machine.
     """
-    from inferctl import catalog
-    from inferctl.model import resolve_task
+    from inferctl.facts import catalog
+    from inferctl.models.model import resolve_task
 
     task: str = spec.model.task
     if task == "auto" and folder is not None:
@@ -157,7 +158,7 @@ def check_task(spec: Spec, folder: ModelFolder | None) -> None:
 def _provenance(folder: Path) -> Provenance:
     """Return the commit and remote of the repository of the spec. The fields are None without a repository."""
     import inferctl
-    from inferctl.render import Provenance
+    from inferctl.image.render import Provenance
 
     def git(*arguments: str) -> str | None:
         try:

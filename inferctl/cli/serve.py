@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from inferctl.cli import completion, lazy, options
-from inferctl.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
 
 EPILOG = """\b
 Examples:

@@ -15,7 +15,7 @@ def schema() -> None:
 
     Example: inferctl schema > inferctl.schema.json
     """
-    from inferctl import spec
+    from inferctl.config import spec
 
     console.document(spec.json_schema())
 
@@ -36,7 +36,7 @@ def config(
 
     Example: inferctl config --changed
     """
-    from inferctl import settings
+    from inferctl.config import settings
 
     resolved = load(spec_file, {"model.source": model})
     values = {}

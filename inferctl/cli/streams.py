@@ -16,7 +16,7 @@ import select
 import sys
 from typing import TextIO
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 
 _READER_GONE = (errno.EPIPE, errno.ECONNRESET)
 # Replacements for the symbols of tables and progress lines in encodings without them.

@@ -12,8 +12,8 @@ import typer
 from inferctl.cli import completion, console, options
 
 if TYPE_CHECKING:
-    from inferctl.metering.report import Report
-    from inferctl.spec import Access
+    from inferctl.config.spec import Access
+    from inferctl.tenancy.metering.report import Report
 
 FORMATS = ("text", "csv", "json")
 EPILOG = """\b
@@ -81,16 +81,16 @@ def usage(
 
     Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were killed, whose last requests may be missing.
     """
-    from inferctl.errors import NotReadyError, UsageError, did_you_mean, install_hint
+    from inferctl.core.errors import NotReadyError, UsageError, did_you_mean, install_hint
 
     style = "json" if json_ else format_
     if style not in FORMATS:
         raise UsageError(f"--format cannot be {style!r}", did_you_mean(style, FORMATS) or f"use: {', '.join(FORMATS)}")
     try:
-        from inferctl.metering import ledger as ledgers
-        from inferctl.metering import prices as price_books
-        from inferctl.metering import report as reports
-        from inferctl.metering import times
+        from inferctl.tenancy.metering import ledger as ledgers
+        from inferctl.tenancy.metering import prices as price_books
+        from inferctl.tenancy.metering import report as reports
+        from inferctl.tenancy.metering import times
 
         names = [name.strip() for name in by.split(",") if name.strip()]
         for name in names:
@@ -123,7 +123,7 @@ def usage(
 def _names(access: Access, *, required: bool) -> dict[str, str]:
     """Return the names of keys by id. Only if they are `required`, it is an error that they cannot be read."""
     from inferctl.cli.key_place import Place
-    from inferctl.errors import InferctlError
+    from inferctl.core.errors import InferctlError
 
     place = Place(options.with_keys(access))
     if not required and place.file and not place.file.exists():

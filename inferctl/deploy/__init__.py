@@ -1,0 +1,1 @@
+"""Spec and receipts to Kubernetes manifests, each number with its formula."""

@@ -9,12 +9,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from inferctl import document, validation
-from inferctl.catalog import hardware_profiles
-from inferctl.deploy import versions
-from inferctl.deploy_spec import DnsLabel, Replicas, Url
-from inferctl.errors import SpecError, UsageError, did_you_mean
-from inferctl.spec_types import OneLine, Section
+from inferctl.config.deploy_spec import DnsLabel, Replicas, Url
+from inferctl.config.spec_types import OneLine, Section
+from inferctl.core import document, validation
+from inferctl.core.errors import SpecError, UsageError, did_you_mean
+from inferctl.facts.catalog import hardware_profiles
+from inferctl.manifests import versions
 
 Autoscaler = Literal["cluster-autoscaler", "karpenter", "gke", "eks-auto", "none"]
 Cloud = Literal["aws", "gcp", "azure", "on-premises"]

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferctl.core.sizes import size
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
-from inferctl.sizes import size
 
 SCHEMA = "inferctl.deploy/1"
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from inferctl.catalog import Hardware, hardware_profiles
+from inferctl.config.deploy_spec import Sharing
+from inferctl.core.errors import UsageError
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.deploy.plan import GpuResource
-from inferctl.deploy_spec import Sharing
-from inferctl.errors import UsageError
+from inferctl.facts.catalog import Hardware, hardware_profiles
+from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 
 # Labels of GPU feature discovery.
 _STRATEGY = "nvidia.com/gpu.sharing-strategy"

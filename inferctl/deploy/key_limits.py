@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from inferctl.config.spec import Spec
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.objects import broker, policy
 from inferctl.deploy.placement import running_at_peak
 from inferctl.deploy.plan import FlavorPlan
-from inferctl.spec import Spec
 
 _NAME = "servers that divide the limit of a key"
 # The setting of the server ends here.

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from inferctl.deploy import manifest, room, versions
+from inferctl.core.errors import UsageError
+from inferctl.deploy import manifest, room
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
@@ -36,10 +37,11 @@ from inferctl.deploy.objects import (
     sharing,
     workload,
 )
-from inferctl.deploy.objects.metadata import BENCH, COMPONENT, SERVER, Object, labels_of
+from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
-from inferctl.errors import UsageError
+from inferctl.manifests import versions
+from inferctl.manifests.label_keys import COMPONENT
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
@@ -223,7 +225,7 @@ def _components(plan: Plan) -> dict[str, Folder]:
         found["router"] = Folder({_file_of(model): _routed(model, namespace) for model in routed})
     if consumers := metering.consumers(plan.models, namespace):
         accounts = [policy.service_account(metering.CONSUMER, namespace)]
-        found["metering"] = Folder({"usage-worker.yaml": [*accounts, *consumers]})
+        found["metering"] = Folder({"usage-relay.yaml": [*accounts, *consumers]})
     if brokers := nats.objects(plan.models, namespace):
         found["broker"] = Folder({"nats.yaml": brokers})
     if sources := _prometheus_namespaces(plan):

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from inferctl.bench import receipt
-from inferctl.bench.report import capacity
-from inferctl.catalog import Hardware
+from inferctl.config.spec import Slo
+from inferctl.config.spec_types import Precision
+from inferctl.core.errors import NotEnoughEvidenceError, UsageError
 from inferctl.deploy.figure import shown
 from inferctl.deploy.plan import Rate
-from inferctl.errors import NotEnoughEvidenceError, UsageError
-from inferctl.spec import Slo
-from inferctl.spec_types import Precision
+from inferctl.facts.catalog import Hardware
+from inferctl.receipts import capacity, receipt
 
 # Digits of a seal that identify a receipt in a comment.
 _SEAL_DIGITS = 8

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from inferctl.deploy import gpu, sizing, versions
+from inferctl.config.deploy_spec import Flavor
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
+from inferctl.deploy import gpu, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan
-from inferctl.deploy_spec import Flavor
-from inferctl.errors import UsageError
-from inferctl.spec import Spec
+from inferctl.manifests import versions
 
 # More is a wrong number in the spec or in a receipt.
 _MOST_REPLICAS = 100_000

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from inferctl.catalog import Hardware
+from inferctl.config.deploy_spec import Sharing
+from inferctl.config.spec import Spec, Task
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
-from inferctl.deploy_spec import Sharing
-from inferctl.fit import Fit
-from inferctl.spec import Spec, Task
+from inferctl.facts.catalog import Hardware
+from inferctl.models.fit import Fit
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from inferctl import catalog, fit, generation_fit, model
-from inferctl.catalog import Hardware
+from inferctl.config.deploy_spec import Flavor, Sharing
+from inferctl.config.spec import Spec, Task
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.core.sizes import parse_size
 from inferctl.deploy import gpu, key_limits, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.objects import policy, worker
+from inferctl.deploy.objects import policy, relay
 from inferctl.deploy.objects.metadata import object_name
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
-from inferctl.deploy_spec import Flavor, Sharing
-from inferctl.errors import InferctlError, UsageError
-from inferctl.fit import Fit, ModelSize, UnknownSize
-from inferctl.sizes import parse_size
-from inferctl.spec import Spec, Task
+from inferctl.facts import catalog
+from inferctl.facts.catalog import Hardware
+from inferctl.models import fit, generation_fit, model
+from inferctl.models.fit import Fit, ModelSize, UnknownSize
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -173,7 +174,7 @@ def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> Mo
             "only, which the pods are not: set 8080. The Service has port 80 in any case"
         )
     if spec.metering.mode != "off" and spec.metering.sink:
-        warnings.append(f"{spec.name}: the workers in the manifests do not send usage events to metering.sink")
+        warnings.append(f"{spec.name}: the relays in the manifests do not send usage events to metering.sink")
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
     return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)), servers, weights)
 
@@ -259,7 +260,7 @@ def _flavor(
         ),
         cpu=sizing.cores(
             rate,
-            worker.cores(spec),
+            relay.cores(spec),
             gpus if hardware.kind == "cuda" else 1,
         ),
     )

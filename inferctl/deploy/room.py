@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from inferctl.core.errors import UsageError
 from inferctl.deploy import placement
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement
-from inferctl.errors import UsageError
 
 
 def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> tuple[ModelPlan, ...]:

@@ -11,11 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from inferctl.catalog import Hardware, Price, hardware_profiles
+from inferctl.config.deploy_spec import Traffic
+from inferctl.core.sizes import size
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import Rate, TrafficPlan
-from inferctl.deploy_spec import Traffic
-from inferctl.sizes import size
+from inferctl.facts.catalog import Hardware, Price, hardware_profiles
 
 HOURS_PER_MONTH = 730
 # One replica can be lost with its node while the other one serves.

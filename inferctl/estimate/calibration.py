@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from inferctl import assets, catalog, document
-from inferctl.catalog import Hardware
-from inferctl.errors import UsageError
+from inferctl.core import assets, document
+from inferctl.core.errors import UsageError
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
-from inferctl.precision import support
+from inferctl.facts import catalog
+from inferctl.facts.catalog import Hardware
+from inferctl.facts.precision import support
 
 # How similar the rows of an estimate are to its part, most similar first. Each basis has its own error band.
 Basis = Literal["own", "precision", "slice", "chip", "others"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 _GATED = ("silu", "swish", "swiglu", "geglu", "gelu_gated", "gated-gelu")
 _GATED_FAMILIES = (

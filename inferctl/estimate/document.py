@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from inferctl import catalog
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.estimate import calibration, front_end
 from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import Cost, Transformer
@@ -30,7 +29,8 @@ from inferctl.estimate.forecast import (
 )
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import percentile
-from inferctl.precision import best_precision
+from inferctl.facts import catalog
+from inferctl.facts.precision import best_precision
 
 # Version 2: a figure can be a bound, with `value` null. `against` names the break-even price.
 SCHEMA = "inferctl.estimate/2"

@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from inferctl import catalog, fit
-from inferctl.catalog import Hardware
-from inferctl.errors import UsageError
+from inferctl.batching.batcher import QueueLimits
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import size
 from inferctl.estimate import calibration, front_end, lengths
 from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, SimulationResult, percentile
-from inferctl.model import architecture, resolve_task
-from inferctl.precision import best_precision
-from inferctl.serve.scheduling.batcher import QueueLimits
-from inferctl.sizes import size
+from inferctl.facts import catalog
+from inferctl.facts.catalog import Hardware
+from inferctl.facts.precision import best_precision
+from inferctl.models import fit
+from inferctl.models.model import architecture, resolve_task
 
 # The engines: `inferctl serve` runs torch, the published rows ran TensorRT.
 ENGINES = ("torch", "tensorrt")

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from inferctl import assets
+from inferctl.core import assets
 
 FILE = "benchmarks/calibration/front-end.json"
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 # SQuAD v1.1 has 10,570 development questions. MLPerf splits them into 10,833 samples: windows of 384 tokens with a
 # stride of 128. So about 2% of the questions are longer than 384 tokens. With this share fixed, a log-normal

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from inferctl.batching.batcher import QueueLimits
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.simulate import Simulation, SimulationResult, percentile
-from inferctl.serve.scheduling.batcher import QueueLimits
 
 # With this many requests, the error of the p99 is about 3%. The first tenth is a warm-up and is not counted.
 REQUESTS = 20_000

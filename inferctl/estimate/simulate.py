@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
 from inferctl.estimate.cost import Cost
-from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
 
 # The queue limit of a server must not limit its estimated throughput.
 UNBOUNDED = 1 << 60

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 # A million servers took 5.8 GB, and Envoy checks the health of each one.
 _MAX_SERVERS, _MAX_BYTES = 1000, 1024 * 1024

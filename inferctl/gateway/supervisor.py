@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl import core_files, outputs
-from inferctl.errors import NotReadyError, UsageError, install_hint
+from inferctl.core import core_files, outputs
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.gateway import admin, config, servers
 from inferctl.gateway.servers import Server
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from inferctl.catalog import BaseImage
-from inferctl.drivers import Requirement
+from inferctl.core.sizes import size
+from inferctl.facts.catalog import BaseImage
+from inferctl.facts.drivers import Requirement
 from inferctl.image.buildx import RemoteImage
-from inferctl.sizes import size
 
 # Rebuilds with newer distribution packages change the size of a base by a few percent.
 SIZE_TOLERANCE = 0.15

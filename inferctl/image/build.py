@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inferctl import model
-from inferctl.errors import InferctlError, NotReadyError
-from inferctl.fit import Finding
+from inferctl.config.spec import Model
+from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.core.sizes import size
 from inferctl.image import buildx, layers, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
@@ -27,8 +27,8 @@ from inferctl.image.publish import Publication, build_once, publish
 from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
-from inferctl.sizes import size
-from inferctl.spec import Model
+from inferctl.models import model
+from inferctl.models.fit import Finding
 
 # Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
 _MAX_ANALYZED_BYTES = 4_000_000_000

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image.events import BuildEvent
 from inferctl.image.rawjson import Reader
 from inferctl.image.reference import host_of

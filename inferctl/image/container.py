@@ -12,13 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inferctl import hub, model, outputs, settings
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
+from inferctl.config import settings
+from inferctl.core import outputs
+from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
+from inferctl.image.render import KEYS_PATH
 from inferctl.image.verify import CACHE_PATH, exit_error, free_port, mounts_of, request
-from inferctl.render import KEYS_PATH
+from inferctl.models import hub, model
 
 # The volume that keeps the weights that containers download.
 _CACHE_VOLUME = "inferctl-models"
@@ -136,7 +138,7 @@ def check_readable(keys: Path) -> None:
 def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
-    kind = image.labels.get("io.inferctl.model.weights", "mount" if serve_options.replaces_model else "bake")
+    kind = image.labels.get("io.inferctl.models.model.weights", "mount" if serve_options.replaces_model else "bake")
     if kind != "mount":
         if serve_options.replaces_model:
             verb = "downloads" if kind == "download" else "contains"

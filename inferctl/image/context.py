@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 from inferctl.image.failures import raising_disk_full
-from inferctl.model import ModelFolder
+from inferctl.models.model import ModelFolder
 
 if TYPE_CHECKING:
-    from inferctl.render import Rendered
+    from inferctl.image.render import Rendered
 
 # For a context with the same base name as an earlier one, BuildKit sends only the changed files, also of named contexts
 # such as a wheel folder. It compares sizes and modification times, so files keep the time when they were written. The

@@ -18,7 +18,7 @@ import docker.types
 import requests
 import urllib3.exceptions
 
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import failures
 from inferctl.image.events import PushEvent
 from inferctl.image.push import ATTEMPTS, Pushed, push

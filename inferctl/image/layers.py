@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 # Larger entries of the archive are layers, not JSON.

@@ -1,4 +1,4 @@
-"""Checks a Dockerfile and a built image for secrets, root users and wasted bytes. `inferctl.fit` checks the spec."""
+"""Checks a Dockerfile and a built image for secrets, root users and wasted bytes. `inferctl.models.fit` checks the spec."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from inferctl.fit import Finding
-from inferctl.sizes import size
+from inferctl.core.sizes import size
+from inferctl.models.fit import Finding
 
 if TYPE_CHECKING:
     from inferctl.image.layers import Waste

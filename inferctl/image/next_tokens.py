@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl import divergence
-from inferctl.divergence import Divergence, Scored
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
+from inferctl.models import divergence
+from inferctl.models.divergence import Divergence, Scored
 
 # The last input of the reference: it shows the chat template.
 CHAT = [{"role": "user", "content": "Name three rivers."}, {"role": "assistant", "content": "Rhine, Nile and Amazon."}]

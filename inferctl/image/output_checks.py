@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 # Minimum cosine between a served vector and the fp32 reference. fp32 on the same weights differs only by the order of
 # sums. fp16 and bf16 keep 11 and 8 bits of the mantissa, which costs up to about 5e-4 over the layers of a transformer.

@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferctl import fit, locks, outputs
-from inferctl.errors import InferctlError, UsageError
-from inferctl.image import lint, size_forecast
+from inferctl.core import outputs
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.core.sizes import size
+from inferctl.image import lint, locks, size_forecast
 from inferctl.image.push import ATTEMPTS
 from inferctl.image.reference import host_of
 from inferctl.image.verify import READY_SECONDS
-from inferctl.sizes import size
+from inferctl.models import fit
 
 if TYPE_CHECKING:
-    from inferctl.catalog import BaseImage, Stack
-    from inferctl.render import Rendered
-    from inferctl.spec import Spec
+    from inferctl.config.spec import Spec
+    from inferctl.facts.catalog import BaseImage, Stack
+    from inferctl.image.render import Rendered
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def plan(
     Raises `UsageError` for an unavailable platform or a file that cannot be written, `InferctlError` for an unpinned
     revision, a secret in the Dockerfile, or a forecast above the size limit.
     """
-    from inferctl.model import is_hub_id
+    from inferctl.models.model import is_hub_id
 
     _check_outputs(options)
     if options.push and not options.references and not spec.image.repository:
@@ -166,7 +167,7 @@ def plan(
 
 def _weights(spec: Spec) -> size_forecast.ImagePart:
     """Return the size of the baked weights: of the folder, in the hub's cache, or as listed by the hub."""
-    from inferctl import hub, model
+    from inferctl.models import hub, model
 
     source, revision = spec.model.source, spec.model.revision
     local = not model.is_hub_id(source)

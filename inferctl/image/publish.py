@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import BuildEvent, Event, Note, Phase, StepFinished

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 from inferctl.image import failures
 from inferctl.image.events import LayerPush, LayerStatus, PushEvent, Retry
 

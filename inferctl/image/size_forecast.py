@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from inferctl.errors import InferctlError
-from inferctl.sizes import size
+from inferctl.core.errors import InferctlError
+from inferctl.core.sizes import size
 
 if TYPE_CHECKING:
-    from inferctl.catalog import BaseImage, Stack
+    from inferctl.facts.catalog import BaseImage, Stack
 
 
 @dataclass(frozen=True)

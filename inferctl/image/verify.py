@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from inferctl import divergence, settings
-from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.config import settings
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import failures, next_tokens
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
@@ -32,7 +32,8 @@ from inferctl.image.output_checks import (
     limit,
 )
 from inferctl.image.records import ContainerOptions, ImageInfo
-from inferctl.model import ModelFolder
+from inferctl.models import divergence
+from inferctl.models.model import ModelFolder
 
 READY_SECONDS = 300.0
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import inferctl
-from inferctl.model import ModelFolder
+from inferctl.config.spec import Access, Spec
+from inferctl.models.model import ModelFolder
 from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.task_config import TaskConfig
-from inferctl.spec import Access, Spec
 
 
 def document(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 Pooling = Literal["mean", "cls", "last"]
 

@@ -13,10 +13,13 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
-from inferctl import outputs
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError
-from inferctl.model import ModelFolder
-from inferctl.serve import describe, events, metering, task_config, worker_process
+from inferctl.batching.batcher import Batcher, QueueLimits
+from inferctl.batching.latency_model import Capacity, LatencyModel
+from inferctl.config.spec import Spec, Task
+from inferctl.core import outputs
+from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
+from inferctl.models.model import ModelFolder
+from inferctl.serve import describe, events, metering, relay_process, task_config
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -32,13 +35,10 @@ from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
 from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.scheduling.batcher import Batcher, QueueLimits
 from inferctl.serve.scheduling.dispatcher import Dispatcher
-from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from inferctl.serve.vector_cache import keys, vector_cache
-from inferctl.spec import Spec, Task
 
 # Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
 _MAX_REQUEST_TOKENS = 262_144
@@ -65,7 +65,7 @@ class EncoderServer:
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
         self._metrics = metrics = Metrics(objectives(spec.slo, slo_ms))
         self._metering = Metering(spec.metering, spec.name, task, known_callers=spec.access.required)
-        self._worker = worker_process.start(spec, notify)
+        self._relay = relay_process.start(spec, notify)
         self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
         queue = QueueLimits(
             spec.serve.max_batch_tokens,
@@ -148,7 +148,7 @@ class EncoderServer:
         self._http = listener.HttpServer(self._edge, self._spec.serve.drain_seconds, self._edge.rejected)
         self._metering.open()
         self._metering.watch(self._metrics)
-        worker = asyncio.create_task(self._worker.run()) if self._worker else None
+        relay = asyncio.create_task(self._relay.run()) if self._relay else None
         engines = asyncio.create_task(self._pool.run())
         sharing = asyncio.create_task(self._cache.shared.run()) if self._cache and self._cache.shared else None
         exchange = asyncio.create_task(self._access.exchange()) if self._access else None
@@ -164,7 +164,7 @@ class EncoderServer:
             task.cancel()
             await asyncio.wait((task,))
         self._pool.stop()
-        closing = asyncio.create_task(self._close_metering(worker))
+        closing = asyncio.create_task(self._close_metering(relay))
         try:
             await engines
         finally:
@@ -180,13 +180,13 @@ class EncoderServer:
             self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
 
-    async def _close_metering(self, worker: asyncio.Task[None] | None) -> None:
-        """Record the last requests, and let the worker store them before the drain ends."""
+    async def _close_metering(self, relay: asyncio.Task[None] | None) -> None:
+        """Record the last requests, and let the relay store them before the drain ends."""
         left = max(_FLUSH_S, self._drain_end - time.monotonic())
         await self._metering.close(left)
-        if self._worker and worker:
-            await self._worker.stop(left)
-            await worker
+        if self._relay and relay:
+            await self._relay.stop(left)
+            await relay
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
@@ -247,7 +247,7 @@ class EncoderServer:
         for line in describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission):
             self._notify(line)
         if not access.known(self._access):
-            self._notify("warning    the worker has not copied the keys yet; requests get 503 until then")
+            self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         if self._options.announce:
             try:
                 outputs.announce(self._options.announce, self._url)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inferctl.errors import EXIT_INTERRUPTED, InferctlError, UsageError
+from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
 # Option -> the setting that it sets.
 SETTINGS = {
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 def main(command_line: list[str]) -> int:
     """Serve until a signal arrives, and return the exit code."""
     values = vars(parser().parse_args(command_line))
-    from inferctl import settings
+    from inferctl.config import settings
 
     file = values.pop("spec", None) or os.environ.get("INFERCTL_SPEC")
     flags = {path: values.pop(name, None) for name, path in SETTINGS.items()}

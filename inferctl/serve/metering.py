@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inferctl.metering.cloud_event import Origin
-from inferctl.metering.outbox import Outbox
-from inferctl.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.config.spec import Metering as Settings
+from inferctl.config.spec import Task
+from inferctl.core.sizes import parse_size
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.metrics import RequestMetrics
-from inferctl.sizes import parse_size
-from inferctl.spec import Metering as Settings
-from inferctl.spec import Task
+from inferctl.tenancy.metering.cloud_event import Origin
+from inferctl.tenancy.metering.outbox import Outbox
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
 
 log = logging.getLogger("inferctl.metering")
 

@@ -10,9 +10,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from inferctl.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.config.spec import Slo
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, UsageEvent
-from inferctl.spec import Slo
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -30,14 +30,14 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inferctl import model
-from inferctl.errors import UsageError
+from inferctl.config.spec import TaskSetting
+from inferctl.core.errors import UsageError
+from inferctl.models import model
 from inferctl.serve import task_config
 from inferctl.serve.engines.startup import hide_scikit_learn
 from inferctl.serve.main import exit_with
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
-from inferctl.spec import TaskSetting
 
 
 def reference(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.serve.embedding_config import input_settings, read_list, read_object
 from inferctl.serve.engine_process.engine_protocol import Vectors
 

@@ -8,14 +8,15 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from inferctl import core_files, hub, model, outputs
-from inferctl.errors import UsageError
-from inferctl.model import ModelFolder
+from inferctl.config.spec import Spec, Task
+from inferctl.core import core_files, outputs
+from inferctl.core.errors import UsageError
+from inferctl.models import hub, model
+from inferctl.models.model import ModelFolder
 from inferctl.serve import logs
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import Spinner, StartProgress
 from inferctl.serve.signals import StopSignals
-from inferctl.spec import Spec, Task
 
 
 class Server(Protocol):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias
 
+from inferctl.config.spec import Task
 from inferctl.serve import embedding_config, rerank_config
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.rerank_config import RerankConfig
-from inferctl.spec import Task
 
 TaskConfig: TypeAlias = EmbeddingConfig | RerankConfig
 

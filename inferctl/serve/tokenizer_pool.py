@@ -16,8 +16,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from inferctl.access.fairness import Shares
-from inferctl.errors import UsageError
+from inferctl.batching.fairness import Shares
+from inferctl.core.errors import UsageError
 from inferctl.serve.embedding_config import read_object
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.task_config import TaskConfig

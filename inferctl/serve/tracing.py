@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from inferctl.errors import UsageError, install_hint
+from inferctl.core.errors import UsageError, install_hint
 from inferctl.serve.edge.usage import UsageEvent
 
 _TO_NS = 1_000_000_000

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.access import key_file, keys
-from inferctl.access.key_file import ApiKey
 from inferctl.cli.key_place import Place
-from inferctl.spec import Access
+from inferctl.config.spec import Access
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import orjson
 import pytest
 
-from inferctl.access import channel
-from inferctl.access.clocks import Clocks, in_own_time
-from inferctl.access.limits import Limiter
 from inferctl.serve.edge import exchange as exchanges
 from inferctl.serve.edge.exchange import Exchange
+from inferctl.tenancy.access import channel
+from inferctl.tenancy.access.clocks import Clocks, in_own_time
+from inferctl.tenancy.access.limits import Limiter
 from tests.access.test_limits import charge, key, worst
 
 LIMIT = 90
@@ -155,7 +155,7 @@ def test_a_clock_is_judged_by_the_messages_of_some_seconds() -> None:
 
 
 def test_the_names_of_a_hostile_server_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inferctl.access.clocks._MOST", 10)
+    monkeypatch.setattr("inferctl.tenancy.access.clocks._MOST", 10)
     clocks = Clocks()
     for number in range(25):
         clocks.ahead(f"{number:016x}", BEGIN, BEGIN)

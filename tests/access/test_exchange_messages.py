@@ -11,11 +11,11 @@ from typing import Any
 import orjson
 import pytest
 
-from inferctl.access import key_table
-from inferctl.access.key_table import KeyTable
-from inferctl.access.limits import Limiter
 from inferctl.serve.edge import exchange as exchanges
 from inferctl.serve.edge.exchange import Exchange
+from inferctl.tenancy.access import key_table
+from inferctl.tenancy.access.key_table import KeyTable
+from inferctl.tenancy.access.limits import Limiter
 from tests.access.test_keys import add
 
 SENDER = "0123456789abcdef"

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.access import key_file, keys
-from inferctl.access.key_file import ApiKey, StoredDigest
-from inferctl.access.key_table import KeyTable
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
+from inferctl.tenancy.access.key_table import KeyTable
 
 
 def add(path: Path, name: str = "a", **fields: object) -> tuple[ApiKey, str]:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferctl.access.fairness import Shares
-from inferctl.access.key_file import ApiKey
-from inferctl.access.limits import CELL_S, Charge, Counters, Limiter, LimitError
+from inferctl.batching.fairness import Shares
+from inferctl.tenancy.access.key_file import ApiKey
+from inferctl.tenancy.access.limits import CELL_S, Charge, Counters, Limiter, LimitError
 
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 START = 1_700_000_000.0

@@ -15,11 +15,11 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from inferctl import spec
-from inferctl.access.key_table import BusyError, UnavailableError
-from inferctl.access.oidc import TokenTable
+from inferctl.config import spec
 from inferctl.serve.edge import access
 from inferctl.serve.edge.errors import ApiError
+from inferctl.tenancy.access.key_table import BusyError, UnavailableError
+from inferctl.tenancy.access.oidc import TokenTable
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.bench import receipt
 from inferctl.bench.judge import summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import MEASURED, OK, WARMUP
+from inferctl.receipts import receipt
 
 FIELDS = [
     ("intended_ns", "<u8"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench_samples import document
 
-from inferctl.bench import receipt
+from inferctl.receipts import receipt
 
 _PERCENTILES = {"p50": (1.0, 6), "p90": (1.5, 36), "p99": (2.2, 368)}
 

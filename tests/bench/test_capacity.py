@@ -16,10 +16,9 @@ import pytest
 from bench_samples import SHORT_PLAN, document, sealed
 
 from inferctl import cli
-from inferctl.bench import receipt
-from inferctl.bench.report import capacity
-from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
-from inferctl.serve.scheduling.latency_model import Capacity
+from inferctl.batching.latency_model import Capacity
+from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
+from inferctl.receipts import capacity, receipt
 
 FOUND = {"slo_p99_ms": 100.0, "max_goodput_rps": 84.0, "first_failing_rps": 88.0, "limited_by": "p99"}
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.bench import receipt
 from inferctl.bench.measure import environment, runner
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.report import receipts
 from inferctl.cli import bench_setup
 from inferctl.cli.bench_options import BenchOptions
-from inferctl.errors import UsageError
-from inferctl.model import ModelFolder
+from inferctl.core.errors import UsageError
+from inferctl.models.model import ModelFolder
+from inferctl.receipts import receipt
 from tests.test_decoder import SMOLLM2_135M
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,10 +15,10 @@ import pytest
 from compare_samples import receipts_of, run_values
 
 from inferctl import cli
-from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare, compare_result, quality_drop, run_metrics
 from inferctl.bench.report import comparison, junit
-from inferctl.errors import InvalidRunError, UsageError
+from inferctl.core.errors import InvalidRunError, UsageError
+from inferctl.receipts import receipt
 
 STEADY = [1.0, 1.01, 0.99, 1.005, 0.995]
 

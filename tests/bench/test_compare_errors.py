@@ -15,8 +15,8 @@ from random import Random
 import pytest
 from compare_samples import runs
 
-from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare
+from inferctl.receipts import receipt
 
 PAIRS = 400
 SEEN = 0.025

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from bench_samples import ANSWERING
 
-from inferctl import settings
 from inferctl.bench.judge import summary
 from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
 from inferctl.bench.measure.bench import started
@@ -22,7 +21,8 @@ from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import findings, result
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
-from inferctl.errors import InferctlError, UsageError
+from inferctl.config import settings
+from inferctl.core.errors import InferctlError, UsageError
 
 AUTO = {"mode": "closed", "users": "auto", "duration_s": 1, "warmup_s": 0.5, "window_s": 0.2, "timeout_s": 5}
 

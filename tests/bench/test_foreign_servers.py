@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from inferctl.bench.load import http_json, target
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.core.errors import NotReadyError, UsageError
 
 KEY = "sk-7f3a9c-secret"
 VECTOR = [0.6, 0.8]

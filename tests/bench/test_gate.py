@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare
 from inferctl.bench.plan import plan, shape
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.receipts import receipt
 
 # The plan `gate`, with short runs.
 SHORT = """name: short

@@ -14,10 +14,10 @@ import pytest
 from bench_samples import harness
 
 from inferctl import cli
-from inferctl.bench import receipt
 from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.plan import plan, prompts, shape, tokens, workload
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.receipts import receipt
 
 # In one worker, so that the server is measured once.
 pytestmark = pytest.mark.xdist_group("generation_bench")

@@ -151,8 +151,8 @@ CHUNK = '{"choices": [{"index": 0, "delta": {"content": "a\u2028b\x85"}, "finish
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_the_parts_of_a_stream_may_be_split_anywhere(harness: tuple[Any, Any], size: int) -> None:
-    from loadgen.recorder import OK
-    from loadgen.stream import TokenStream
+    from inferctl.bench.loadgen.recorder import OK
+    from inferctl.bench.loadgen.stream import TokenStream
 
     events: list[tuple[int, ...]] = []
     stream = TokenStream(lambda *event: events.append(event), 7, 1)

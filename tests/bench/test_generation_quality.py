@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl import model as models
 from inferctl.bench import stats
 from inferctl.bench.load.target import Target
 from inferctl.bench.measure.quality import QualityChecker, QualityResult
 from inferctl.bench.measure.resume import _decoded
 from inferctl.bench.plan.sections import Quality
+from inferctl.models import model as models
 from inferctl.serve.reference import reference
 from tests.serve import tiny_models
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,10 @@ from inferctl.bench.load import records
 
 
 @pytest.fixture
-def loadgen(request: pytest.FixtureRequest) -> Iterator[Any]:
-    folder = str(request.config.rootpath / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        from loadgen import clock, recorder
+def loadgen() -> Any:
+    from inferctl.bench.loadgen import clock, recorder
 
-        yield clock, recorder
-    finally:
-        sys.path.remove(folder)
+    return clock, recorder
 
 
 def test_records_are_in_the_file_as_soon_as_they_are_added(loadgen: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from test_load import measure
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.load import records, target
 from inferctl.bench.plan import shape, workload
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 
 def make_load(**keys: Any) -> shape.Load:

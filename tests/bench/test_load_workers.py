@@ -23,7 +23,7 @@ from inferctl.bench.judge import summary
 from inferctl.bench.load import generator, records, target
 from inferctl.bench.load.worker import serve
 from inferctl.bench.plan import shape, workload
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
@@ -247,22 +247,18 @@ def test_an_additional_worker_waits_for_the_next_run(answering: Callable[..., st
     assert measured["index"].tolist() == list(range(len(work.schedule_ns)))
 
 
-def test_an_error_in_the_coordinator_ends_the_run_with_the_reason(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_an_error_in_the_coordinator_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     script = """
 import json, sys
 from types import SimpleNamespace
-sys.path.insert(0, sys.argv[1])
-from loadgen.coordinator import Coordinator
+from inferctl.bench.loadgen.coordinator import Coordinator
 runner = SimpleNamespace(register_message=lambda *_: None, quit=lambda: print("quit"))
-load = {"output": sys.argv[2], "workers": 1, "mode": "open"}
+load = {"output": sys.argv[1], "workers": 1, "mode": "open"}
 coordinator = Coordinator(SimpleNamespace(runner=runner, stats=None), load, dict)
 coordinator._ready = {"node": {}}
 coordinator.run()
 """
-    benchmarks = request.config.rootpath / "benchmarks"
-    line = [sys.executable, "-c", script, str(benchmarks), str(tmp_path)]
+    line = [sys.executable, "-c", script, str(tmp_path)]
     result = subprocess.run(line, capture_output=True, text=True, check=False)
     assert result.stdout == "quit\n"
     assert generator.read_state(tmp_path)["problem"] == "KeyError: 'worker'"

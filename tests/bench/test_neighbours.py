@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from bench_samples import ANSWERING, SECOND, row, table
 
-from inferctl.bench import receipt, stats
+from inferctl.bench import stats
 from inferctl.bench.judge import interference, summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import records
@@ -25,7 +25,8 @@ from inferctl.bench.plan import plan
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import result
 from inferctl.bench.report.receipts import write_all
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.receipts import receipt
 
 
 def drawn(seed: int, count: int, scale: float) -> summary.RunRecords:

@@ -10,7 +10,7 @@ import pytest
 
 from inferctl.bench.load import target
 from inferctl.bench.plan import plan, shape, workload
-from inferctl.errors import SpecError, UsageError
+from inferctl.core.errors import SpecError, UsageError
 
 
 def write_plan(folder: Path, text: str) -> str:

@@ -15,16 +15,16 @@ from compare_samples import receipts_of, run_values
 from test_foreign_servers import MODEL, Answer, Body, Serve, serve, tei, vllm
 from test_runner import bench, collected, command, ran
 
-from inferctl import model as models
-from inferctl.bench import receipt
 from inferctl.bench.judge import comparable, compare
 from inferctl.bench.load import target
 from inferctl.bench.measure import quality, resume, runner
 from inferctl.bench.plan import plan, sections, workload
 from inferctl.bench.report import charts, comparison, html, terminal
 from inferctl.bench.report.rows import MeasuredRow
-from inferctl.errors import InferctlError, UsageError
-from inferctl.precision import best_precision
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.facts.precision import best_precision
+from inferctl.models import model as models
+from inferctl.receipts import receipt
 from inferctl.serve.engines import cpu
 
 __all__ = ["serve"]

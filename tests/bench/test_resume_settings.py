@@ -11,7 +11,7 @@ import pytest
 
 from inferctl.cli import bench_setup
 from inferctl.cli.bench_options import BenchOptions
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 
 @pytest.fixture

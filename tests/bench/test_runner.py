@@ -19,8 +19,6 @@ from answering import vector
 from bench_samples import ANSWERING, FIELDS, SHORT_PLAN
 
 from inferctl import cli
-from inferctl import model as models
-from inferctl.bench import receipt
 from inferctl.bench.judge import comparable
 from inferctl.bench.load import child_server, procfs, records, target
 from inferctl.bench.measure import environment, quality, runner
@@ -28,7 +26,9 @@ from inferctl.bench.plan import plan, shape, workload
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
-from inferctl.errors import InferctlError, InvalidRunError
+from inferctl.core.errors import InferctlError, InvalidRunError
+from inferctl.models import model as models
+from inferctl.receipts import receipt
 
 SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 

@@ -19,12 +19,12 @@ import pytest
 from answering import vector
 from bench_samples import ANSWERING
 
-from inferctl import model as models
-from inferctl.bench import receipt
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, quality, resume, runner
 from inferctl.bench.plan import plan, sections
-from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.models import model as models
+from inferctl.receipts import receipt
 
 LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 

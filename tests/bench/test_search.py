@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from bench_samples import SECOND, row, table
 
-from inferctl.bench import receipt, stats
+from inferctl.bench import stats
 from inferctl.bench.judge import goodput, search_outcome, slo, summary, validity
 from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
@@ -26,7 +26,8 @@ from inferctl.bench.measure import judgment, resume, runner, search
 from inferctl.bench.plan import plan, sections, shape, workload
 from inferctl.bench.report import search_findings
 from inferctl.cli import bench_options
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.receipts import receipt
 
 SERVICE_S = 0.010
 

@@ -9,8 +9,9 @@ import pytest
 from bench_samples import FIELDS, SECOND
 
 from inferctl.bench.judge import probe as probes
-from inferctl.bench.judge import shares, slo, summary, validity
+from inferctl.bench.judge import slo, summary, validity
 from inferctl.bench.load import records
+from inferctl.receipts import shares
 
 BUDGET = 0.001
 

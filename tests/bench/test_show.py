@@ -16,11 +16,11 @@ import pytest
 from bench_samples import document, sealed
 from rich.console import Console
 
-from inferctl.bench import receipt
 from inferctl.bench.measure import environment, runner
 from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.result import Result
+from inferctl.receipts import receipt
 
 
 def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:

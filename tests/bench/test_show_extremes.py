@@ -15,7 +15,6 @@ from bench_samples import SECOND, WARMUP, document, row, sealed, table
 from rich.console import Console
 from test_show import in_browser
 
-from inferctl.bench import receipt
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.measure import environment, runner
 from inferctl.bench.plan import plan, shape
@@ -24,6 +23,7 @@ from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow, Row
 from inferctl.estimate.forecast import Range
+from inferctl.receipts import receipt
 
 MACHINE = environment.Environment(
     "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5

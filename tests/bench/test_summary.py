@@ -10,7 +10,7 @@ from inferctl.bench.judge import stages, summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import DROPPED, HTTP_ERROR, WARMUP
 from inferctl.bench.plan import shape
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 
 def test_throughput_counts_answers_within_the_window_only() -> None:
@@ -139,5 +139,5 @@ def test_a_tail_follows_a_growing_file(tmp_path: Path) -> None:
 
 
 def test_the_load_generator_writes_the_fields_that_are_read(request: pytest.FixtureRequest) -> None:
-    source = (request.config.rootpath / "benchmarks" / "loadgen" / "recorder.py").read_text()
+    source = (request.config.rootpath / "inferctl" / "bench" / "loadgen" / "recorder.py").read_text()
     assert all(f'("{name}", "{kind}"' in source for name, kind in FIELDS)

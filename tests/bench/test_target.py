@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.bench.load import procfs, target
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from bench_samples import steady
 
-from inferctl import catalog
 from inferctl.bench.judge import efficiency, summary, validity
 from inferctl.bench.measure import nvml, sensors, telemetry
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
 from inferctl.bench.measure.telemetry import Telemetry
+from inferctl.facts import catalog
 
 SECOND = 10**9
 T4 = GpuDevice(0, "Tesla T4", 16 * 10**9, "580.65", 70.0, 70.0, sliced=False, slices=())

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 from bench_samples import FIELDS, SECOND, document, harness, row, sealed, steady, table
 
-from inferctl.bench import privacy, receipt
+from inferctl.bench import privacy
 from inferctl.bench.judge import comparable, slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import environment, quality, runner, throughput
 from inferctl.bench.measure.outcome import WorkloadRecord
 from inferctl.bench.plan import plan, sections, shape
-from inferctl.bench.report import capacity, caveats, findings, receipts, result, rows
+from inferctl.bench.report import caveats, findings, receipts, result, rows
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
-from inferctl.errors import InferctlError, InvalidRunError, UsageError
+from inferctl.core.errors import InferctlError, InvalidRunError, UsageError
+from inferctl.receipts import capacity, receipt
 
 LIMITS = sections.Quality.model_validate({})
 

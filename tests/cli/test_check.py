@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from inferctl import catalog, generation_fit
 from inferctl.cli import run
+from inferctl.facts import catalog
+from inferctl.models import generation_fit
 from tests.test_decoder import LLAMA_31_8B
 
 Golden = Callable[[str, str], None]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from inferctl import generation_fit
 from inferctl.bench.measure import environment
 from inferctl.bench.measure.environment import Gpu
 from inferctl.cli.doctor import Check, features, images, precisions, table_of, vllm
 from inferctl.image.buildx import Builder
+from inferctl.models import generation_fit
 
 CLASSIC = Builder((0, 13, 1), "default", "docker", ("linux/amd64", "linux/386"), False)
 

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from inferctl import catalog, cli, locks, settings
-from inferctl.errors import NotReadyError
+from inferctl import cli
+from inferctl.config import settings
+from inferctl.core.errors import NotReadyError
+from inferctl.facts import catalog
+from inferctl.image import locks
 
 ROOT = Path(__file__).parents[2]
 Captured = pytest.CaptureFixture[str]

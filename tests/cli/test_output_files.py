@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from inferctl import cli, outputs
-from inferctl.errors import NotReadyError, UsageError
+from inferctl import cli
+from inferctl.core import outputs
+from inferctl.core.errors import NotReadyError, UsageError
 
 Captured = pytest.CaptureFixture[str]
 ANNOUNCEMENT = '{"url": "http://127.0.0.1:1", "pid": 1}'

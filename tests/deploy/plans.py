@@ -6,13 +6,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from inferctl import model
+from inferctl.config.spec import Spec
 from inferctl.deploy import layout
 from inferctl.deploy.clusters import Cluster, Clusters
 from inferctl.deploy.plan import Plan
 from inferctl.deploy.resolve import Source, resolve
-from inferctl.fit import ModelSize
-from inferctl.spec import Spec
+from inferctl.models import model
+from inferctl.models.fit import ModelSize
 
 DIGEST = "@sha256:" + "ab" * 32
 # The shapes of all-MiniLM-L6-v2 and SmolLM2-135M, so that no test needs their weights.

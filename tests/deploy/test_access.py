@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from inferctl import settings
-from inferctl.access import channel
-from inferctl.access.key_file import ApiKey
+from inferctl.config import settings
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.errors import UsageError
-from inferctl.fleet.key_store import KeyStore
-from inferctl.spec import Spec
+from inferctl.tenancy.access import channel
+from inferctl.tenancy.access.key_file import ApiKey
+from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named
@@ -60,16 +60,16 @@ def egress(built: Objects, name: str = "embed-server") -> list[tuple[str | None,
     ]
 
 
-def test_the_worker_gets_the_addresses_and_the_server_none(build: Build) -> None:
+def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": "nats://laptop:4222"}
     files = layout.files(plans.plan(spec(access, broker_secret="nats")))
     assert not [name for name, text in files.items() if "hunter2" in text]
     built = build(files, OVERLAYS[0])
     assert [problem for each in built for problem in problems(each, "1.36")] == []
     pod = pod_of(built)
-    (worker,), (server,) = pod["initContainers"], pod["containers"]
+    (relay,), (server,) = pod["initContainers"], pod["containers"]
     url = {"name": "nats", "key": "url"}
-    assert variables(worker) == {
+    assert variables(relay) == {
         "INFERCTL_METERING_BROKER": url,
         "INFERCTL_ACCESS_BROKER": url,
         "INFERCTL_ACCESS_KEYS": {"name": "inferctl-keys", "key": "url"},
@@ -77,29 +77,29 @@ def test_the_worker_gets_the_addresses_and_the_server_none(build: Build) -> None
     }
     found = variables(server)
     assert found["INFERCTL_ACCESS_KEYS"] == STORE
-    assert (found["INFERCTL_ACCESS_BROKER"], found["INFERCTL_ACCESS_DATA"]) == ("nats://worker", "/access")
-    mounts = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in (worker, server)]
+    assert (found["INFERCTL_ACCESS_BROKER"], found["INFERCTL_ACCESS_DATA"]) == ("nats://relay", "/access")
+    mounts = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in (relay, server)]
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
     assert not [volume for volume in pod["volumes"] if "secret" in volume]
     assert egress(built) == [("databases", 6432), ("messaging", 4222)]
-    consumer = pod_of(built, "usage-worker")["containers"][0]
+    consumer = pod_of(built, "usage-relay")["containers"][0]
     assert variables(consumer)["INFERCTL_METERING_BROKER"] == url
 
 
-def test_a_key_file_and_a_broker_need_a_worker_too(build: Build) -> None:
+def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
     made = spec({"broker": "nats://nats.shared.example.com:4333"}, broker=None, bench=False)
     made = made.model_copy(update={"metering": made.metering.model_copy(update={"mode": "off"})})
     built = build(layout.files(plans.plan(made)), OVERLAYS[0])
     pod = pod_of(built)
-    (worker,), (server,) = pod["initContainers"], pod["containers"]
-    assert worker["command"] == ["inferctl", "worker"]
-    assert "startupProbe" not in worker
-    assert variables(worker)["INFERCTL_ACCESS_BROKER"] == "nats://nats.shared.example.com:4333"
+    (relay,), (server,) = pod["initContainers"], pod["containers"]
+    assert relay["command"] == ["inferctl", "relay"]
+    assert "startupProbe" not in relay
+    assert variables(relay)["INFERCTL_ACCESS_BROKER"] == "nats://nats.shared.example.com:4333"
     assert variables(server)["INFERCTL_ACCESS_KEYS"] == "/keys/keys.json"
     assert {"name": "keys", "mountPath": "/keys", "readOnly": True} in server["volumeMounts"]
     # The name of the host says nothing about its pods, so only the port is known.
     assert egress(built) == [(None, 4333)]
-    assert not [each for each in built if each["metadata"]["name"] == "usage-worker"]
+    assert not [each for each in built if each["metadata"]["name"] == "usage-relay"]
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_what_pods_cannot_use_is_refused(access: dict[str, Any], deploy: dict[st
         layout.files(plans.plan(spec(access, **deploy)))
 
 
-def test_a_worker_needs_an_image() -> None:
+def test_a_relay_needs_an_image() -> None:
     made = spec({"keys": STORE}, tools_image=None, bench=False)
     made = made.model_copy(update={"metering": made.metering.model_copy(update={"mode": "off"})})
-    with pytest.raises(UsageError, match="keys in a database require a worker in each pod"):
+    with pytest.raises(UsageError, match="keys in a database require a relay in each pod"):
         layout.files(plans.plan(made))
 
 
@@ -176,26 +176,26 @@ def broker(tmp_path: Path) -> Iterator[str]:
 
 
 class RunningPod:
-    """The worker of a pod as a process, with the folders of the pod in `root`. `url`: of the Secret with the keys."""
+    """The relay of a pod as a process, with the folders of the pod in `root`. `url`: of the Secret with the keys."""
 
     def __init__(self, pod: dict[str, Any], root: Path, secrets: dict[str, str]) -> None:
         self.pod, self.root, self.access = pod, root, root / "access"
-        (worker,) = pod["initContainers"]
+        (relay,) = pod["initContainers"]
         values = {
             name: value if isinstance(value, str) else secrets[f"{value['name']}/{value['key']}"]
-            for name, value in variables(worker).items()
+            for name, value in variables(relay).items()
         }
         self.access.mkdir(parents=True)
-        assert worker["command"][0] == "inferctl"
+        assert relay["command"][0] == "inferctl"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *worker["command"]],
+            [sys.executable, "-m", *relay["command"]],
             env={**os.environ, **values, "INFERCTL_ACCESS_DATA": str(self.access)},
             cwd=root,
             stderr=(root / "log").open("wb"),
         )
 
     def started(self) -> bool:
-        """Run the startup probe of the worker once, as a kubelet does."""
+        """Run the startup probe of the relay once, as a kubelet does."""
         shell, option, script = self.pod["initContainers"][0]["startupProbe"]["exec"]["command"]
         script = script.replace("/access/", f"{self.access}/")
         return subprocess.run([shell, option, script], capture_output=True, check=False).returncode == 0
@@ -214,7 +214,7 @@ class RunningPod:
 
 
 @pytest.mark.slow
-def test_a_server_finds_the_keys_that_its_worker_copies(
+def test_a_server_finds_the_keys_that_its_relay_copies(
     database: tuple[str, Callable[[str], None]], broker: str, build: Build, tmp_path: Path
 ) -> None:
     administrator, execute = database
@@ -243,7 +243,7 @@ def test_a_server_finds_the_keys_that_its_worker_copies(
 
 
 async def exchanged(first: RunningPod, second: RunningPod) -> object:
-    """Return what the server of `second` receives of what that of `first` sends, through workers and broker."""
+    """Return what the server of `second` receives of what that of `first` sends, through relays and broker."""
     servers = []
     for each in (first, second):
         reader, writer = await asyncio.open_unix_connection(channel.address(each.access))
@@ -253,7 +253,7 @@ async def exchanged(first: RunningPod, second: RunningPod) -> object:
     message = b'{"counters": {}}\n'
     try:
         async with asyncio.timeout(20):
-            while True:  # until both workers have subscribed
+            while True:  # until both relays have subscribed
                 sender.write(message)
                 try:
                     async with asyncio.timeout(0.5):

@@ -24,17 +24,17 @@ VERSION = "3.3.30"
 # Check -> (ends of the names of objects that may fail it, why).
 WAIVED: dict[str, tuple[tuple[str, ...], str]] = {
     "CKV_K8S_8": (
-        ("-overflow", ".usage-worker"),
-        "a placeholder does nothing that could hang; the worker has no port, ends on an error and is started again",
+        ("-overflow", ".usage-relay"),
+        "a placeholder does nothing that could hang; the relay has no port, ends on an error and is started again",
     ),
-    "CKV_K8S_9": (("-overflow", ".usage-worker"), "nobody sends requests to them, so readiness has no meaning"),
+    "CKV_K8S_9": (("-overflow", ".usage-relay"), "nobody sends requests to them, so readiness has no meaning"),
     "CKV_K8S_15": (
         ("-overflow", "-gateway", "-picker", ".nats"),
         "tags of releases, which do not move: a node may keep them",
     ),
     "CKV_K8S_35": (
-        (".usage-worker", ".nats", "-a100-half", "-l4", "-t4"),
-        "the worker reads URLs of the ledger and of NATS from variables, and NATS its passwords",
+        (".usage-relay", ".nats", "-a100-half", "-l4", "-t4"),
+        "the relay reads URLs of the ledger and of NATS from variables, and NATS its passwords",
     ),
     "CKV_K8S_38": (("-picker",), "the picker watches pods and the pool; its role allows nothing else"),
     "CKV_K8S_43": (

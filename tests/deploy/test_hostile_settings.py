@@ -11,11 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from inferctl.cli import deploy_files
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.deploy.clusters import Clusters
-from inferctl.errors import UsageError
-from inferctl.fit import ModelSize
-from inferctl.spec import Spec
+from inferctl.models.fit import ModelSize
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named, pods

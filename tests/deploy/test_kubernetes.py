@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.kubernetes import fields, selectors, taints
-from inferctl.deploy.kubernetes.taints import Taint
+from inferctl.manifests.kubernetes import fields, selectors, taints
+from inferctl.manifests.kubernetes.taints import Taint
 
 LABELS = {"a": "1", "size": "10"}
 

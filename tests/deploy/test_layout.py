@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.deploy.kubernetes.fields import quantity
-from inferctl.deploy.preview.resources import of_pod
-from inferctl.errors import UsageError
+from inferctl.manifests.kubernetes.fields import quantity
+from inferctl.manifests.kubernetes.resources import of_pod
 from tests.deploy import plans
 from tests.deploy.conftest import KUBECTL, Objects
 from tests.deploy.validation import VERSIONS, problems
@@ -132,7 +132,7 @@ def test_no_object_contains_a_secret(build: Build) -> None:
     server = named(built[: len(built) // 3], "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
     (keys,) = (volume for volume in server["volumes"] if volume["name"] == "keys")
     assert keys["secret"] == {"secretName": "inferctl-keys", "defaultMode": 0o440}
-    consumer = named(built[: len(built) // 3], "Deployment", "usage-worker")["spec"]["template"]["spec"]
+    consumer = named(built[: len(built) // 3], "Deployment", "usage-relay")["spec"]["template"]["spec"]
     ledger = {each["name"]: each for each in consumer["containers"][0]["env"]}["INFERCTL_METERING_LEDGER"]
     assert ledger["valueFrom"] == {"secretKeyRef": {"name": "inferctl-ledger", "key": "url"}}
 
@@ -315,7 +315,7 @@ def test_dra_claims_the_first_available_device(build: Build) -> None:
     [
         ({"weights": {"image": f"registry.example.com/weights{plans.DIGEST}"}}, "needs Kubernetes 1.35; cluster"),
         ({"flavors": [{**plans.FLAVORS[1], "sharing": "dra"}]}, "needs Kubernetes 1.34; cluster"),
-        ({"tools_image": None}, "metering requires a worker"),
+        ({"tools_image": None}, "metering requires a relay"),
         ({"broker": None, "ledger_secret": None}, "nothing stores the usage events"),
     ],
     ids=["image volume", "dra", "tools", "ledger"],

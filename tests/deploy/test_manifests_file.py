@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from inferctl import document
-from inferctl.deploy import manifests_file
-from inferctl.errors import SpecError, UsageError
+from inferctl.core import document
+from inferctl.core.errors import SpecError, UsageError
+from inferctl.manifests import manifests_file
 
 POD = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n"
 

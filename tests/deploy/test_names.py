@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from inferctl import cli
 from inferctl.bench.plan import shape
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.errors import UsageError
 from tests.conftest import ROOT
 from tests.deploy import plans
 

@@ -19,11 +19,11 @@ import nats
 import nats.errors
 import pytest
 
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.errors import UsageError
-from inferctl.metering.broker import STREAM, BrokerUnavailableError, connect
-from inferctl.metering.outbox import Batch
-from inferctl.spec import Spec
+from inferctl.tenancy.metering.broker import STREAM, BrokerUnavailableError, connect
+from inferctl.tenancy.metering.outbox import Batch
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.test_access import variables
@@ -86,17 +86,17 @@ def test_who_may_connect(build: Build) -> None:
     labels = stateful_set(built)["selector"]["matchLabels"]
     clients, routes = policy["ingress"]
     component = "app.kubernetes.io/component"
-    assert [each["podSelector"]["matchLabels"][component] for each in clients["from"]] == ["server", "usage-worker"]
+    assert [each["podSelector"]["matchLabels"][component] for each in clients["from"]] == ["server", "usage-relay"]
     assert clients["ports"] == [{"protocol": "TCP", "port": 4222}]
     assert policy["egress"] == [{"to": routes["from"], "ports": routes["ports"]}]
     assert routes["from"] == [{"podSelector": {"matchLabels": labels}}]
     assert routes["ports"] == [{"protocol": "TCP", "port": 6222}]
-    for name in ("embed-l4", "usage-worker"):
+    for name in ("embed-l4", "usage-relay"):
         pod = named(built, "Deployment", name)["spec"]["template"]
-        assert pod["metadata"]["labels"][component] in ("server", "usage-worker")
-        (worker,) = pod["spec"].get("initContainers") or pod["spec"]["containers"]
-        assert list(variables(worker))[:1] == ["NATS_PASSWORD"], "before the variable that refers to it"
-        assert variables(worker)["INFERCTL_METERING_BROKER"] == "nats://inferctl:$(NATS_PASSWORD)@nats.inference:4222"
+        assert pod["metadata"]["labels"][component] in ("server", "usage-relay")
+        (relay,) = pod["spec"].get("initContainers") or pod["spec"]["containers"]
+        assert list(variables(relay))[:1] == ["NATS_PASSWORD"], "before the variable that refers to it"
+        assert variables(relay)["INFERCTL_METERING_BROKER"] == "nats://inferctl:$(NATS_PASSWORD)@nats.inference:4222"
 
 
 def test_two_models_have_one_nats(build: Build) -> None:
@@ -223,7 +223,7 @@ def test_a_server_may_leave_without_a_lost_event(servers: list[Server]) -> None:
         try:
             for number in numbers:
                 async with asyncio.timeout(60):
-                    while True:  # as a worker does: after the start, servers have not found each other
+                    while True:  # as a relay does: after the start, servers have not found each other
                         try:
                             await broker.publish(made(number))
                             break

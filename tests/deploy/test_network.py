@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from inferctl.addresses import DatabaseAddress
+from inferctl.core.addresses import DatabaseAddress
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.deploy.objects import policy
 from inferctl.deploy.objects.policy import Endpoint
-from inferctl.errors import UsageError
 from tests.deploy import plans
 from tests.deploy.conftest import parsed
 
@@ -75,7 +75,7 @@ def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
     ],
 )
 def test_the_ledger_has_the_port_of_its_address(ledger: str | None, expected: set[Any]) -> None:
-    for deploy, name in (({"broker": None}, "embed-server"), ({}, "usage-worker")):
+    for deploy, name in (({"broker": None}, "embed-server"), ({}, "usage-relay")):
         spec = plans.embed(**deploy)
         metering = spec.metering.model_copy(update={"ledger": DatabaseAddress(ledger) if ledger else None})
         files = layout.files(plans.plan(spec.model_copy(update={"metering": metering})))

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.observe import names
 from inferctl.deploy.observe.alerts import REASONS, alerts, groups
 from inferctl.deploy.observe.watched import Watched
+from inferctl.manifests import metric_names
 from inferctl.serve.metrics import AT_CAPACITY
 from tests.conftest import ROOT
 from tests.deploy.watched_models import CHAT, EMBED
@@ -343,7 +343,7 @@ def test_each_alert_has_a_case_that_fires_it_and_a_section_in_the_guide(watched:
 @pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)
 def test_alerts_use_only_known_metrics(watched: Watched) -> None:
     for alert in alerts(watched):
-        assert names.used(alert.expression) <= names.ALL, alert.name
+        assert metric_names.used(alert.expression) <= metric_names.ALL, alert.name
         # The manifests give no capacity file, so such an alert could never fire.
         assert "capacity_file" not in alert.expression
 

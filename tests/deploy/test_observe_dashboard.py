@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.observe import names
 from inferctl.deploy.observe.alerts import alerts
 from inferctl.deploy.observe.dashboard import dashboard
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
+from inferctl.manifests import metric_names
 from tests.deploy.watched_models import CHAT, EMBED
 
 BOTH = pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)
@@ -32,16 +32,16 @@ def expressions(watched: Watched) -> list[str]:
 @BOTH
 def test_queries_use_only_known_metrics(watched: Watched) -> None:
     for expression in expressions(watched):
-        assert names.used(expression), expression
-        assert names.used(expression) <= names.ALL, expression
+        assert metric_names.used(expression), expression
+        assert metric_names.used(expression) <= metric_names.ALL, expression
 
 
 def test_every_metric_of_the_lists_is_used() -> None:
     used = set[str]()
     for watched in (EMBED, CHAT):
-        used |= {name for each in expressions(watched) for name in names.used(each)}
-        used |= {name for alert in alerts(watched) for name in names.used(alert.expression)}
-    assert used >= names.VLLM | names.KUBE_STATE | names.KEDA | names.DCGM
+        used |= {name for each in expressions(watched) for name in metric_names.used(each)}
+        used |= {name for alert in alerts(watched) for name in metric_names.used(alert.expression)}
+    assert used >= metric_names.VLLM | metric_names.KUBE_STATE | metric_names.KEDA | metric_names.DCGM
 
 
 @BOTH

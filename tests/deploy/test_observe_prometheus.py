@@ -13,13 +13,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inferctl.deploy.observe import names, panels
+from inferctl.deploy.observe import panels
 from inferctl.deploy.observe.alerts import groups
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
+from inferctl.manifests import metric_names
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from tests.serve.conftest import CLIENT, Running, start, stop, until
 
-# In one worker, one test after the other: the queries look back for 30 s.
+# In one relay, one test after the other: the queries look back for 30 s.
 pytestmark = pytest.mark.xdist_group("prometheus")
 WATCHED = Watched("embed", "inference", "embed", (WatchedFlavor("embed-l4", 60, 10),), cache=True, metering=True)
 LABELS = {"namespace": "inference", "service": "embed", "pod": "embed-l4-7d9f8c6b5-abcde", "inferctl_io_flavor": "l4"}
@@ -102,7 +103,10 @@ def test_each_query_about_the_server_finds_its_series(prometheus: str) -> None:
     for _, row in panels.rows(WATCHED):
         for panel in row:
             for query in panel.queries:
-                if names.used(query.expression) <= names.SERVER and "rejected_total" not in query.expression:
+                if (
+                    metric_names.used(query.expression) <= metric_names.SERVER
+                    and "rejected_total" not in query.expression
+                ):
                     asked += 1
                     assert values(prometheus, query.expression.replace("$__rate_interval", rate)), query
     assert asked >= 20

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from inferctl.deploy.observe import names
+from inferctl.manifests import metric_names
 from tests.serve.conftest import Running, start, stop
 from tests.serve.test_generation import CONFIG, launch, until
 
@@ -46,8 +46,10 @@ def test_servers_of_embeddings_and_reranking_have_the_names(task: str, minilm: P
     server = start(tmp_path, "--spec", str(file), "--engine", "echo")
     try:
         assert server.get("/info").json()["task"] == task
-        expected = names.SERVER - (set() if task == "embed" else {n for n in names.SERVER if "_cache_" in n})
-        assert expected <= own(server) <= names.SERVER
+        expected = metric_names.SERVER - (
+            set() if task == "embed" else {n for n in metric_names.SERVER if "_cache_" in n}
+        )
+        assert expected <= own(server) <= metric_names.SERVER
     finally:
         stop(server)
 
@@ -64,7 +66,7 @@ def test_a_server_of_generation_has_the_names(tmp_path: Path) -> None:
         until(lambda: (tmp_path / "ready.json").exists() or server.process.poll() is not None)
         assert server.process.poll() is None, server.log.read_text()
         server.url = json.loads((tmp_path / "ready.json").read_text())["url"]
-        assert own(server) == names.REQUESTS | names.OUTBOX
+        assert own(server) == metric_names.REQUESTS | metric_names.OUTBOX
     finally:
         server.process.kill()
         server.process.wait()

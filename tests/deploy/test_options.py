@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.errors import UsageError
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named

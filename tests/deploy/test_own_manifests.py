@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.deploy import layout, manifests_file
-from inferctl.deploy.lint import Context, lint
+from inferctl.deploy import layout
+from inferctl.manifests import manifests_file
+from inferctl.manifests.lint import Context, lint
 from tests.deploy import plans
 from tests.deploy.conftest import kustomize, write
 from tests.deploy.test_example import SPECS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from inferctl.deploy import versions
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.manifests import versions
 
 
 @pytest.mark.parametrize(

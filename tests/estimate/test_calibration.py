@@ -14,13 +14,13 @@ from types import ModuleType
 import pytest
 import yaml
 
-from inferctl import catalog
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.estimate import calibration
 from inferctl.estimate.calibration import FittedParameters, batch_cost, fixed_seconds
 from inferctl.estimate.cost import BERT_LARGE, Cost
 from inferctl.estimate.forecast import ends
 from inferctl.estimate.simulate import percentile
+from inferctl.facts import catalog
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "calibration"
 

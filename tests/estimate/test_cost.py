@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from inferctl import catalog
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.estimate.calibration import FittedParameters, batch_cost
 from inferctl.estimate.cost import BERT_LARGE, Cost, Kernel, Transformer
+from inferctl.facts import catalog
 
 MINILM = {
     "model_type": "bert",

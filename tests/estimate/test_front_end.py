@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from inferctl import assets
+from inferctl.core import assets
 from inferctl.estimate import front_end
 from inferctl.estimate.front_end import FILE, FrontEnd
 

@@ -17,7 +17,7 @@ from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import caveats, estimated, findings
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.rows import MeasuredRow
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 MINILM = {
     "model_type": "bert",

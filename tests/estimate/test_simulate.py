@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inferctl.batching import batcher
+from inferctl.batching.batcher import QueueLimits
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.search import SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, Simulation, percentile
-from inferctl.serve.scheduling import batcher
-from inferctl.serve.scheduling.batcher import QueueLimits
 
 LIMITS = QueueLimits(16_384, UNBOUNDED)
 COST = Cost(1.0, 0.01)  # a batch with one text of 100 tokens takes 2 s

@@ -19,9 +19,9 @@ import httpx
 import nats as client
 import pytest
 
-from inferctl.access import channel
-from inferctl.fleet.key_store import KeyStore
-from inferctl.spec import Access
+from inferctl.config.spec import Access
+from inferctl.tenancy.access import channel
+from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.access.test_keys import add
 from tests.metering.parts import Nats, Postgres
 from tests.serve.conftest import CLIENT, Running, start, stop, until
@@ -204,4 +204,4 @@ def test_a_folder_with_a_long_path_has_a_socket(tmp_path: Path) -> None:
         listening.bind(channel.address(folder))
         listening.listen()
         client.connect(channel.address(folder))
-    assert (folder / "worker.sock").is_socket()
+    assert (folder / "relay.sock").is_socket()

@@ -1,4 +1,4 @@
-"""Keys in SQLite and PostgreSQL: `inferctl keys`, and the file that a worker writes for servers."""
+"""Keys in SQLite and PostgreSQL: `inferctl keys`, and the file that a relay writes for servers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from inferctl.access import key_file, keys
-from inferctl.access.key_file import ApiKey
-from inferctl.errors import UsageError
-from inferctl.fleet.key_store import KeyStore
-from inferctl.metering import outbox
-from inferctl.spec import Access, Metering
-from inferctl.worker.access import AccessWorker, _Copy
-from inferctl.worker.worker import Worker
+from inferctl.config.spec import Access, Metering
+from inferctl.core.errors import UsageError
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey
+from inferctl.tenancy.fleet.key_store import KeyStore
+from inferctl.tenancy.metering import outbox
+from inferctl.tenancy.relay.access import AccessRelay, _Copy
+from inferctl.tenancy.relay.relay import Relay
 from tests.metering.parts import Postgres
 from tests.serve.conftest import until
 
@@ -55,14 +55,14 @@ def run(tmp_path: Path, address: str) -> Run:
 
 
 @pytest.fixture
-def worker(tmp_path: Path, address: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """`worker()` starts `inferctl worker` for the store, in the folder of the test."""
+def relay(tmp_path: Path, address: str) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """`relay()` starts `inferctl relay` for the store, in the folder of the test."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
         environment = {"INFERCTL_ACCESS_KEYS": address, "INFERCTL_ACCESS_DATA": "access"}
-        command = [sys.executable, "-m", "inferctl", "worker"]
-        with (tmp_path / "worker.log").open("ab") as log:
+        command = [sys.executable, "-m", "inferctl", "relay"]
+        with (tmp_path / "relay.log").open("ab") as log:
             started.append(subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment}, stderr=log))
         return started[-1]
 
@@ -121,12 +121,12 @@ def test_edits_at_the_same_time_do_not_lose_each_other(address: str) -> None:
     store.close()
 
 
-def test_the_worker_keeps_the_file_of_the_servers_equal(
-    run: Run, worker: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
+def test_the_relay_keeps_the_file_of_the_servers_equal(
+    run: Run, relay: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
 ) -> None:
     secret = run("create", "a").stdout.strip()
     copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
-    first = worker()
+    first = relay()
     until(copy.exists)
     assert copy.stat().st_mode & 0o777 == 0o600
     (only,) = key_file.read(copy).keys
@@ -137,7 +137,7 @@ def test_the_worker_keeps_the_file_of_the_servers_equal(
     first.send_signal(signal.SIGKILL)
     first.wait()
     run("create", "b")
-    second = worker()
+    second = relay()
     until(lambda: len(key_file.read(copy).keys) == 2, 30)
     second.send_signal(signal.SIGTERM)
     assert second.wait(30) == 0
@@ -145,19 +145,19 @@ def test_the_worker_keeps_the_file_of_the_servers_equal(
 
 
 def test_a_store_that_stops_leaves_the_last_keys(
-    postgres: Postgres, worker: Callable[[], subprocess.Popen[bytes]], run: Run, address: str, tmp_path: Path
+    postgres: Postgres, relay: Callable[[], subprocess.Popen[bytes]], run: Run, address: str, tmp_path: Path
 ) -> None:
     if not address.startswith("postgresql"):
         pytest.skip("SQLite does not stop")
     run("create", "a")
-    worker()
+    relay()
     copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
     until(copy.exists)
     before = copy.read_bytes()
     assert postgres.process
     postgres.process.send_signal(signal.SIGINT)
     postgres.process.wait()
-    until(lambda: b"is not available" in (tmp_path / "worker.log").read_bytes(), 30)
+    until(lambda: b"is not available" in (tmp_path / "relay.log").read_bytes(), 30)
     assert copy.read_bytes() == before
     postgres.start()
     run("create", "b")
@@ -165,23 +165,23 @@ def test_a_store_that_stops_leaves_the_last_keys(
 
 
 def test_a_restored_store_does_not_revive_keys(
-    run: Run, worker: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
+    run: Run, relay: Callable[[], subprocess.Popen[bytes]], address: str, tmp_path: Path
 ) -> None:
     if not address.startswith("sqlite"):
         pytest.skip("a backup of SQLite is a copy")
-    file, log = tmp_path / "keys.sqlite", tmp_path / "worker.log"
+    file, log = tmp_path / "keys.sqlite", tmp_path / "relay.log"
     revoked, rotated, other = [keys.parse(run("create", name).stdout.strip()) or "" for name in "abc"]
     shutil.copy(file, tmp_path / "backup")
     run("revoke", revoked)
     run("rotate", rotated, "--overlap", "1h")
     copy = Path(Access(keys=address, data=str(tmp_path / "access")).key_file or "")
-    process = worker()
+    process = relay()
     until(copy.exists)
     process.kill()  # it learns of the backup from the file alone
     process.wait()
     before = _valid(copy)
     shutil.copy(tmp_path / "backup", file)
-    worker()
+    relay()
     until(lambda: revoked in log.read_text())
     until(lambda: len(_valid(copy)[rotated]) == 1)
     assert _valid(copy) == {revoked: [], rotated: before[rotated][1:], other: before[other]}
@@ -253,24 +253,24 @@ def store_at(path: Path) -> str:
     return address
 
 
-async def _run_until(worker: Worker, condition: Callable[[], bool]) -> None:
-    task = asyncio.create_task(worker.run())
+async def _run_until(relay: Relay, condition: Callable[[], bool]) -> None:
+    task = asyncio.create_task(relay.run())
     deadline = time.monotonic() + 20
     while not condition() and not task.done() and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     found = condition()
-    worker.end()
+    relay.end()
     await asyncio.gather(task, return_exceptions=True)
     assert found, task
 
 
 def test_one_folder_for_events_and_for_two_stores(tmp_path: Path) -> None:
-    """Each part has a lock of its own, so none waits for another one, also of other workers."""
+    """Each part has a lock of its own, so none waits for another one, also of other relays."""
     settings = [Access(keys=store_at(tmp_path / f"{name}.sqlite"), data=str(tmp_path / "data")) for name in "ab"]
     metering = Metering(mode="on", data=str(tmp_path / "data"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
     files = [Path(each.key_file or "") for each in settings]
-    with outbox.exclusive(files[0].parent, f"{files[0].stem}.lock"):  # a worker with another store
-        asyncio.run(_run_until(Worker(metering, settings[1]), files[1].exists))
+    with outbox.exclusive(files[0].parent, f"{files[0].stem}.lock"):  # a relay with another store
+        asyncio.run(_run_until(Relay(metering, settings[1]), files[1].exists))
     assert not files[0].exists()
 
 
@@ -285,7 +285,7 @@ def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(
     newer.execute("insert into usage_version values ('9999')")
     newer.commit()
     newer.close()
-    worker, copied, removed = Worker(metering, settings), Path(settings.key_file or ""), list[bool]()
+    relay, copied, removed = Relay(metering, settings), Path(settings.key_file or ""), list[bool]()
 
     def copied_after_the_error() -> bool:
         if "newer version" in caplog.text and not removed:
@@ -293,26 +293,26 @@ def test_a_ledger_of_a_newer_version_does_not_end_the_copy_of_keys(
             removed.append(True)
         return bool(removed) and copied.exists()
 
-    asyncio.run(_run_until(worker, copied_after_the_error))
+    asyncio.run(_run_until(relay, copied_after_the_error))
 
 
-def test_a_worker_that_waits_for_another_one_says_so_once(
+def test_a_relay_that_waits_for_another_one_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("inferctl.worker.access._ONLY_WORKER_S", 0.01)
+    monkeypatch.setattr("inferctl.tenancy.relay.access._ONLY_RELAY_S", 0.01)
     settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
     copied, seconds = Path(settings.key_file or ""), list[float]()
 
     def waited() -> bool:
-        if "another worker has" in caplog.text:
+        if "another relay has" in caplog.text:
             seconds.append(time.monotonic())
         return len(seconds) > 5
 
     with outbox.exclusive(copied.parent, f"{copied.stem}.lock"):
-        asyncio.run(_run_until(Worker(None, settings), waited))
-    assert caplog.text.count("another worker has") == 1
+        asyncio.run(_run_until(Relay(None, settings), waited))
+    assert caplog.text.count("another relay has") == 1
     assert not copied.exists()
-    asyncio.run(_run_until(Worker(None, settings), copied.exists))
+    asyncio.run(_run_until(Relay(None, settings), copied.exists))
 
 
 def test_a_store_of_a_newer_version_is_an_error(tmp_path: Path) -> None:
@@ -336,14 +336,14 @@ def test_only_the_owner_may_write_a_store(tmp_path: Path) -> None:
 def test_a_flood_of_changes_asks_the_store_ten_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
     asked = list[float]()
-    monkeypatch.setattr("inferctl.worker.access._Copy.update", lambda _: asked.append(time.monotonic()))
+    monkeypatch.setattr("inferctl.tenancy.relay.access._Copy.update", lambda _: asked.append(time.monotonic()))
 
     async def run() -> None:
-        worker, ending = AccessWorker(settings), asyncio.Event()
-        task = asyncio.create_task(worker.run(ending))
+        relay, ending = AccessRelay(settings), asyncio.Event()
+        task = asyncio.create_task(relay.run(ending))
         until_s = time.monotonic() + 0.8
         while time.monotonic() < until_s:
-            worker._changed.set()
+            relay._changed.set()
             await asyncio.sleep(0.001)
         ending.set()
         await task

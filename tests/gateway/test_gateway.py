@@ -23,7 +23,7 @@ import httpx
 import pytest
 import trustme
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.gateway import config, servers
 from tests.access.test_keys import add
 from tests.serve.conftest import Running as Server

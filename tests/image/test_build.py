@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from inferctl import catalog
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.facts import catalog
 from inferctl.image import build, buildx, publish
 from inferctl.image.build import Built
 from inferctl.image.docker import DockerEngine

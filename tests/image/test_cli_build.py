@@ -21,7 +21,8 @@ from unittest import mock
 import pytest
 import yaml
 
-from inferctl import assets, cli
+from inferctl import cli
+from inferctl.core import assets
 from inferctl.image import buildx
 
 HASH = f"--hash=sha256:{'0' * 64}"

@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.errors import UsageError
+from inferctl.config.spec import Access
+from inferctl.core.errors import UsageError
 from inferctl.image import container
 from inferctl.image.container import Address, ServeOptions
 from inferctl.image.records import ImageInfo
 from inferctl.serve.edge import access, listener
-from inferctl.spec import Access
 from tests.image import tiny
 
 HERE = Address("127.0.0.1", 0)
 
 
 def image(weights: str | None) -> ImageInfo:
-    labels = {"io.inferctl.model.weights": weights} if weights else {}
+    labels = {"io.inferctl.models.model.weights": weights} if weights else {}
     return ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve", "--x"), labels, ())
 
 

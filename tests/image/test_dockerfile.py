@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import trustme
 
-from inferctl import catalog, locks, render, settings
+from inferctl.config import settings
+from inferctl.facts import catalog
+from inferctl.image import locks, render
 
 pytestmark = pytest.mark.docker
 LOCK = f"nothing==1 --hash=sha256:{'0' * 64}\n"

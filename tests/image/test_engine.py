@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, read_engine
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from inferctl.errors import InferctlError
+from inferctl.config.spec import IMAGE_NAME
+from inferctl.core.errors import InferctlError
 from inferctl.image import failures
 from inferctl.image.reference import familiar, host_of, normalized
-from inferctl.spec import IMAGE_NAME
 
 BASE = (
     "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "

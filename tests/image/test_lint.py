@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from inferctl.fit import Finding
 from inferctl.image import layers, lint
+from inferctl.models.fit import Finding
 
 CLEAN = "FROM x\nENV PYTHONPATH=/a HOME=/tmp TOKENIZERS_PARALLELISM=false\nUSER 10001\n"
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from inferctl import settings
-from inferctl.errors import InferctlError, NotReadyError, UsageError
+from inferctl.config import settings
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, context, output_checks, verify
 from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
 from inferctl.image.plan import BuildOptions
 from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
+from inferctl.image.render import Rendered
 from inferctl.image.size_forecast import ImagePart, SizeForecast
-from inferctl.render import Rendered
 from tests.image import tiny
 
 RENDERED = Rendered("FROM scratch\n", "*\n!a\n", {"locks/server.txt": b"x==1\n", "a/b.yaml": b"k: v\n"}, {}, (), {}, {})

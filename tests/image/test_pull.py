@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 from inferctl.image import failures
 
 REFERENCE = "localhost:5000/team/model:main"

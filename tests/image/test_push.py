@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import LayerPush, PushEvent, Retry
 from inferctl.image.push import Pushed, PushFailedError, push, read

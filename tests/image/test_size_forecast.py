@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from inferctl import catalog
-from inferctl.errors import InferctlError, UsageError
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.core.sizes import parse_size, size
+from inferctl.facts import catalog
 from inferctl.image.size_forecast import (
     BYTECODE_BYTES,
     SERVER_WHEELS_BYTES,
@@ -16,7 +17,6 @@ from inferctl.image.size_forecast import (
     check_limit,
     forecast,
 )
-from inferctl.sizes import parse_size, size
 
 BASE = replace(catalog.base("cuda12.8"), compressed_bytes=250_000_000)
 STACK = replace(catalog.stack("torch2.10-cu128"), compressed_bytes=4_130_000_000)

@@ -6,11 +6,11 @@ import uuid
 from dataclasses import replace
 from platform import machine
 
-from inferctl import catalog
+from inferctl.config.spec import Spec
+from inferctl.facts import catalog
 from inferctl.image.plan import BuildOptions, BuildPlan
+from inferctl.image.render import Rendered
 from inferctl.image.size_forecast import SizeForecast
-from inferctl.render import Rendered
-from inferctl.spec import Spec
 
 PYTHON = "/usr/local/bin/python3.11"
 # Value of the label `test` of all images and containers of a test, so that tests can run in parallel and clean up.
@@ -136,7 +136,7 @@ RUN echo preparing > /prepared
 {extra}
 COPY --link app /app
 ENV PYTHONPATH=/app INFERCTL_SERVE_PORT=8080 BEHAVIOUR={behaviour} PYTHONDONTWRITEBYTECODE=1
-LABEL test={mark} io.inferctl.version=0 io.inferctl.model.weights=bake
+LABEL test={mark} io.inferctl.version=0 io.inferctl.models.model.weights=bake
 USER {user}
 ENTRYPOINT ["{PYTHON}", "-m", "inferctl"]
 CMD ["serve"]

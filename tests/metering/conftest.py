@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from inferctl.metering.ledger import Ledger
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.metering.parts import Nats, Postgres
 from tests.serve.conftest import Running, serve  # noqa: F401  # a fixture
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inferctl.metering import cloud_event
-from inferctl.metering.cloud_event import Item, Origin
-from inferctl.metering.outbox import Batch
 from inferctl.serve.edge.usage import UsageEvent
+from inferctl.tenancy.metering import cloud_event
+from inferctl.tenancy.metering.cloud_event import Item, Origin
+from inferctl.tenancy.metering.outbox import Batch
 
 ORIGIN = Origin("minilm", "embed", "ab" * 32, "l4")
 DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z

@@ -15,14 +15,14 @@ import nats as client
 import nats.js.errors
 import pytest
 
-from inferctl.errors import NotReadyError
-from inferctl.fleet.broker import Broker
-from inferctl.metering import broker as brokers
-from inferctl.metering.ledger import Ledger
-from inferctl.metering.outbox import Outbox
-from inferctl.metering.recorder import Recorder
-from inferctl.spec import Access, Metering
-from inferctl.worker.worker import Worker
+from inferctl.config.spec import Access, Metering
+from inferctl.core.errors import NotReadyError
+from inferctl.tenancy.fleet.broker import Broker
+from inferctl.tenancy.metering import broker as brokers
+from inferctl.tenancy.metering.ledger import Ledger
+from inferctl.tenancy.metering.outbox import Outbox
+from inferctl.tenancy.metering.recorder import Recorder
+from inferctl.tenancy.relay.relay import Relay
 from tests.metering.parts import ORIGIN, Nats, batch, event
 from tests.serve.conftest import until
 
@@ -30,7 +30,7 @@ ALL = (0, 2**62)
 
 
 class Fleet:
-    """A recorder, the worker that publishes its events, and the worker that stores them."""
+    """A recorder, the relay that publishes its events, and the relay that stores them."""
 
     def __init__(self, folder: Path, nats: Nats) -> None:
         self._folder, self._nats = folder, nats
@@ -42,7 +42,7 @@ class Fleet:
     def start(self, *roles: str) -> None:
         for role in roles:
             options = ["--consume", "--ledger", self.ledger_url] if role == "ledger" else ["--data", "m"]
-            command = [sys.executable, "-m", "inferctl", "worker", "--broker", self._nats.url, *options]
+            command = [sys.executable, "-m", "inferctl", "relay", "--broker", self._nats.url, *options]
             log = (self._folder / f"{role}.log").open("ab")
             self.started[role] = subprocess.Popen(command, cwd=self._folder, stderr=log)
 
@@ -109,7 +109,7 @@ def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
     fleet.kill("publish")
     fleet.start("ledger")
     until(lambda: fleet.requests() == 300, 60)
-    assert fleet.recorder.depth == 300, "freed only when its worker hears of it"
+    assert fleet.recorder.depth == 300, "freed only when its relay hears of it"
     fleet.start("publish")
     until(lambda: fleet.recorder.depth == 0, 30)
     assert fleet.requests() == 300
@@ -132,7 +132,7 @@ def test_a_killed_broker_whose_store_is_wiped_loses_nothing(fleet: Fleet, nats: 
     assert fleet.requests() == 500
 
 
-def test_killed_workers_on_both_sides_repeat_nothing(fleet: Fleet) -> None:
+def test_killed_relays_on_both_sides_repeat_nothing(fleet: Fleet) -> None:
     for role in ("publish", "ledger", "publish", "ledger"):
         fleet.start(*({"publish", "ledger"} - {name for name, p in fleet.started.items() if p.poll() is None}))
         fleet.record(300)
@@ -192,7 +192,7 @@ def test_any_number_of_batches_can_wait_for_their_predecessor(
 
 
 def test_a_broker_that_never_was_there_is_an_error() -> None:
-    """Otherwise the worker waits in its first step for ever: it says nothing, and SIGTERM does not end it."""
+    """Otherwise the relay waits in its first step for ever: it says nothing, and SIGTERM does not end it."""
 
     async def connect() -> None:
         async with asyncio.timeout(30):
@@ -209,10 +209,10 @@ def test_a_broker_that_never_was_there_is_an_error() -> None:
 def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: str) -> None:
     """After some errors, the client of NATS closes for ever, or does not read any more."""
     settings = Metering(mode="on", broker=nats.url, ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
-    worker = Worker(settings, Access(), consume=True)
+    relay = Relay(settings, Access(), consume=True)
 
     async def stored(number: int) -> None:
-        """Publish a batch, and wait until the worker says that the ledger has it."""
+        """Publish a batch, and wait until the relay says that the ledger has it."""
         async with asyncio.timeout(60):
             while True:
                 try:
@@ -226,9 +226,9 @@ def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: 
                     await asyncio.sleep(0.2)
 
     async def run() -> None:
-        running = asyncio.create_task(worker.run())
+        running = asyncio.create_task(relay.run())
         await stored(1)
-        first = worker._broker
+        first = relay._broker
         assert first
         if how == "killed":
             nats.kill()
@@ -239,8 +239,8 @@ def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: 
         else:
             first._nats._reading_task.cancel()
         await stored(2)
-        assert worker._broker is not first
-        worker.end()
+        assert relay._broker is not first
+        relay.end()
         await running
 
     asyncio.run(run())
@@ -262,10 +262,10 @@ def test_a_silent_broker_is_an_error_that_names_it(nats: Nats, tmp_path: Path) -
     asyncio.run(run())
 
 
-def test_without_the_worker_of_the_ledger_the_connection_is_kept(nats: Nats) -> None:
+def test_without_the_relay_of_the_ledger_the_connection_is_kept(nats: Nats) -> None:
     async def run() -> None:
         broker = await brokers.connect(nats.url)
-        with pytest.raises(brokers.BrokerUnavailableError, match="worker with the ledger is not connected"):
+        with pytest.raises(brokers.BrokerUnavailableError, match="relay with the ledger is not connected"):
             await broker.watermarks(["a"])
         assert not broker.broken
         await broker.close()

@@ -1,4 +1,4 @@
-"""The usage events of generation: the edge in vLLM's API process has an outbox, and the server has the worker."""
+"""The usage events of generation: the edge in vLLM's API process has an outbox, and the server has the relay."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from inferctl.metering.ledger import Ledger
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.serve.conftest import until
 from tests.serve.test_generation import Start, llama, start  # noqa: F401  # fixtures
 
@@ -21,7 +21,7 @@ def test_generated_tokens_reach_the_ledger_also_if_vllm_is_killed(start: Start, 
     vllm = next(
         int(pid)
         for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        if b"inferctl.worker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"inferctl.tenancy.relay" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(vllm, signal.SIGKILL)
     until(lambda: "vLLM is ready again" in server.log.read_text(), 60)

@@ -12,15 +12,15 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from inferctl.addresses import DatabaseAddress
-from inferctl.database import DatabaseUnavailableError, Schema
-from inferctl.errors import UsageError
-from inferctl.fleet.key_store import KeyStore
-from inferctl.metering import cloud_event
-from inferctl.metering import ledger as ledger_module
-from inferctl.metering.cloud_event import Item
-from inferctl.metering.ledger import Ledger
-from inferctl.metering.outbox import Batch
+from inferctl.core.addresses import DatabaseAddress
+from inferctl.core.errors import UsageError
+from inferctl.tenancy.database import DatabaseUnavailableError, Schema
+from inferctl.tenancy.fleet.key_store import KeyStore
+from inferctl.tenancy.metering import cloud_event
+from inferctl.tenancy.metering import ledger as ledger_module
+from inferctl.tenancy.metering.cloud_event import Item
+from inferctl.tenancy.metering.ledger import Ledger
+from inferctl.tenancy.metering.outbox import Batch
 from tests.metering.parts import DAY, ORIGIN, batch, end, event
 
 ALL = (0, 2**62)
@@ -96,7 +96,7 @@ def test_an_event_counts_the_requests_that_it_stands_for(ledger: Ledger, cloud_e
 
 
 def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
-    """Its rows are one request each, and a worker of the older version that still runs can store more."""
+    """Its rows are one request each, and a relay of the older version that still runs can store more."""
     engine = Schema("it", MIGRATIONS, "usage_version").engine(DatabaseAddress(ledger_url))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -108,7 +108,7 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
         connection.exec_driver_sql(row.format(sums, 1, "1, 2, 0, 0, 1.5"))
     with pytest.raises(UsageError, match="has the version 0001") as caught:
         Ledger.read(ledger_url)
-    assert "inferctl worker" in str(caught.value.hint)
+    assert "inferctl relay" in str(caught.value.hint)
     ledger = Ledger.open(ledger_url)
     ledger.apply([summed("new", 1)])
     with engine.begin() as connection:
@@ -126,7 +126,7 @@ def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
     assert requests(ledger) == 0
 
 
-def test_several_workers_can_start_at_the_same_time(ledger_url: str) -> None:
+def test_several_relays_can_start_at_the_same_time(ledger_url: str) -> None:
     errors: list[Exception] = []
 
     def work(source: str) -> None:
@@ -167,7 +167,7 @@ def test_errors_name_the_ledger_but_no_password(tmp_path: Path) -> None:
     assert "secret" not in failed.value.message and "u:***@" in failed.value.message
 
 
-def test_a_worker_creates_its_ledger_and_its_keys_at_the_same_time(tmp_path: Path) -> None:
+def test_a_relay_creates_its_ledger_and_its_keys_at_the_same_time(tmp_path: Path) -> None:
     """Both upgrades run in one process, and Alembic has one connection for all of them in its globals."""
     for attempt in range(10):
         barrier = threading.Barrier(2)

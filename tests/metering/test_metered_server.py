@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from inferctl.metering.ledger import Ledger
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
 from tests.metering.parts import Postgres
 from tests.serve.conftest import Running, until
@@ -46,16 +46,19 @@ def metered(minilm: Path, serve: Metered, tmp_path: Path, monkeypatch: pytest.Mo
     yield start
     for server in started:
         server.process.kill()
-    # The workers of servers that a test killed end by themselves.
-    until(lambda: not workers(tmp_path), 60)
+    # The relays of servers that a test killed end by themselves.
+    until(lambda: not relays(tmp_path), 60)
 
 
-def workers(folder: Path) -> list[int]:
-    """The processes of workers that work in `folder`."""
+def relays(folder: Path) -> list[int]:
+    """The processes of relays that work in `folder`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"inferctl.worker" in (process / "cmdline").read_bytes() and (process / "cwd").readlink() == folder:
+            if (
+                b"inferctl.tenancy.relay" in (process / "cmdline").read_bytes()
+                and (process / "cwd").readlink() == folder
+            ):
                 found.append(int(process.name))
         except OSError:
             continue
@@ -118,7 +121,7 @@ def test_after_sigterm_under_load_the_ledger_has_every_accepted_request(metered:
     assert rows(ledger, status=200) == statuses[200] > 500
     assert (ledger.gaps(*ALL), ledger.unclean_ends(*ALL)) == ([], [])
     folder = tmp_path / "metering"
-    assert sorted(file.name for file in folder.iterdir()) == ["instance", "ledger.sqlite", "worker.lock"]
+    assert sorted(file.name for file in folder.iterdir()) == ["instance", "ledger.sqlite", "relay.lock"]
     found = ledger.usage(["key", "model", "endpoint", "task", "status"], *ALL)
     (row,) = [row for row in found if row["status"] == 200]
     assert (row["key"], row["model"], row["endpoint"], row["task"]) == (None, "echo", "embeddings", "embed")
@@ -198,8 +201,8 @@ def test_after_a_sigkill_under_load_the_loss_is_small_and_known(metered: Metered
     rate = (load.statuses[200] - sent) / (time.monotonic() - began - 1)
     os.kill(server.process.pid, signal.SIGKILL)
     received = load.stop()[200]
-    # Nobody starts another server: the worker sees that its server ended.
-    until(lambda: not workers(tmp_path), 30)
+    # Nobody starts another server: the relay sees that its server ended.
+    until(lambda: not relays(tmp_path), 30)
     ledger = ledger_of(tmp_path)
     lost = sum(gap.last - gap.first + 1 for gap in ledger.gaps(*ALL))
     assert len(ledger.unclean_ends(*ALL)) == 1
@@ -212,22 +215,22 @@ def test_after_a_sigkill_under_load_the_loss_is_small_and_known(metered: Metered
     print(f"lost {lost} of {stored + lost} events at {rate:.0f}/s")
 
 
-def test_three_kills_of_the_worker_lose_and_repeat_nothing(metered: Metered, tmp_path: Path) -> None:
+def test_three_kills_of_the_relay_lose_and_repeat_nothing(metered: Metered, tmp_path: Path) -> None:
     server = metered()
     load = Load(server.url)
     killed: set[int] = set()
     for _ in range(3):
-        until(lambda: bool(set(workers(tmp_path)) - killed), 60)
+        until(lambda: bool(set(relays(tmp_path)) - killed), 60)
         time.sleep(1.5)
-        for pid in set(workers(tmp_path)) - killed:
+        for pid in set(relays(tmp_path)) - killed:
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
-    until(lambda: bool(set(workers(tmp_path)) - killed), 60)
+    until(lambda: bool(set(relays(tmp_path)) - killed), 60)
     assert stop(server) == 0
     statuses = load.stop()
     ledger = ledger_of(tmp_path)
     assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
-    assert server.log.read_text().count("the worker was killed by signal 9; starting it again") == 3
+    assert server.log.read_text().count("the relay was killed by signal 9; starting it again") == 3
 
 
 def test_the_metrics_show_what_the_ledger_does_not_have(metered: Metered, tmp_path: Path) -> None:
@@ -235,12 +238,12 @@ def test_the_metrics_show_what_the_ledger_does_not_have(metered: Metered, tmp_pa
     assert server.embed(input="a").status_code == 200
     until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
     assert server.metric("inferctl_outbox_dropped_events") == 0
-    for pid in workers(tmp_path):
+    for pid in relays(tmp_path):
         os.kill(pid, signal.SIGSTOP)
     server.embed(input="a")
     until(lambda: server.metric("inferctl_outbox_age_seconds") > 0.5, 30)
     assert server.metric("inferctl_outbox_events") == 1
-    for pid in workers(tmp_path):
+    for pid in relays(tmp_path):
         os.kill(pid, signal.SIGCONT)
     until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
 
@@ -296,7 +299,7 @@ def test_a_full_outbox_drops_events_or_rejects_requests(
     """The ledger does not exist, the outbox has place for some events, and the memory for 300 more."""
     folder = tmp_path / "python"
     folder.mkdir()
-    patch = "import inferctl.metering.recorder as r\nr.Recorder.__init__.__kwdefaults__['max_pending'] = 300\n"
+    patch = "import inferctl.tenancy.metering.recorder as r\nr.Recorder.__init__.__kwdefaults__['max_pending'] = 300\n"
     (folder / "sitecustomize.py").write_text(patch)
     monkeypatch.setenv("INFERCTL_SERVE_DRAIN_SECONDS", "3")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
@@ -315,7 +318,7 @@ def test_a_full_outbox_drops_events_or_rejects_requests(
     stop(server)
     statuses = load.stop()
     # A ledger at last: what is on disk arrives, and the rest shows as lost.
-    command = [sys.executable, "-m", "inferctl", "worker", "--ledger", f"sqlite:///{tmp_path}/late.sqlite"]
+    command = [sys.executable, "-m", "inferctl", "relay", "--ledger", f"sqlite:///{tmp_path}/late.sqlite"]
     late = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     until(lambda: not list((tmp_path / "metering").glob("*/lock")), 60)
     late.send_signal(signal.SIGTERM)
@@ -343,7 +346,7 @@ def test_two_servers_share_a_folder(metered: Metered, tmp_path: Path) -> None:
 def test_the_api_process_imports_no_package_of_the_ledger() -> None:
     code = (
         "import sys, json\n"
-        "from inferctl.serve import encoder_server, metering, worker_process\n"
+        "from inferctl.serve import encoder_server, metering, relay_process\n"
         "print(json.dumps([m for m in ('sqlalchemy', 'alembic', 'psycopg', 'nats') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from inferctl.errors import NotReadyError
-from inferctl.metering import cloud_event, outbox
-from inferctl.metering import recorder as recorders
-from inferctl.metering.outbox import Batch, Outbox
-from inferctl.metering.outboxes import Outboxes
-from inferctl.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.core.errors import NotReadyError
+from inferctl.tenancy.metering import cloud_event, outbox
+from inferctl.tenancy.metering import recorder as recorders
+from inferctl.tenancy.metering.outbox import Batch, Outbox
+from inferctl.tenancy.metering.outboxes import Outboxes
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
 from tests.metering.parts import ORIGIN, event
 from tests.serve.conftest import until
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.errors import UsageError
-from inferctl.metering import prices, report
-from inferctl.metering.ledger import Ledger
+from inferctl.core.errors import UsageError
+from inferctl.tenancy.metering import prices, report
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.metering.parts import DAY, batch
 
 BOOK = """\

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.addresses import WebAddress
-from inferctl.metering import cloud_event, sink
-from inferctl.metering.ledger import Ledger
+from inferctl.core.addresses import WebAddress
+from inferctl.tenancy.metering import cloud_event, sink
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.metering.parts import batch, end
 
 
@@ -108,13 +108,13 @@ def test_an_error_of_a_sink_has_no_query(ledger: Ledger) -> None:
     assert "geheim" not in found.value.message
 
 
-def test_a_worker_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
+def test_a_relay_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
     import asyncio
 
-    from inferctl.metering.outbox import Outbox
-    from inferctl.metering.recorder import Recorder
-    from inferctl.spec import Access, Metering
-    from inferctl.worker.worker import Worker
+    from inferctl.config.spec import Access, Metering
+    from inferctl.tenancy.metering.outbox import Outbox
+    from inferctl.tenancy.metering.recorder import Recorder
+    from inferctl.tenancy.relay.relay import Relay
     from tests.metering.parts import ORIGIN, event
 
     recorder = Recorder(Outbox.create(tmp_path / "m", 1 << 20), ORIGIN)
@@ -125,11 +125,11 @@ def test_a_worker_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
     settings = Metering(data=str(tmp_path / "m"), sink=product.url, sink_token_file=str(tmp_path / "token"))
 
     async def run() -> None:
-        worker = Worker(settings, Access())
-        working = asyncio.create_task(worker.run())
+        relay = Relay(settings, Access())
+        working = asyncio.create_task(relay.run())
         while sum(len(events) for _, events in product.requests) < 10:
             await asyncio.sleep(0.05)
-        worker.end()
+        relay.end()
         await working
 
     asyncio.run(asyncio.wait_for(run(), 60))

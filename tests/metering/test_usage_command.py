@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from inferctl import cli
-from inferctl.metering.ledger import Ledger
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.metering.parts import DAY, batch, end
 
 

@@ -15,15 +15,15 @@ import httpx
 import openai
 import pytest
 
-from inferctl import settings
-from inferctl.access import key_file
-from inferctl.access.key_file import ApiKey
-from inferctl.access.limits import Charge, KeyUsage, Limiter
 from inferctl.bench.load import http_json, target
-from inferctl.errors import NotReadyError
+from inferctl.config import settings
+from inferctl.config.spec import Access
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.edge import access
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
-from inferctl.spec import Access
+from inferctl.tenancy.access import key_file
+from inferctl.tenancy.access.key_file import ApiKey
+from inferctl.tenancy.access.limits import Charge, KeyUsage, Limiter
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
 

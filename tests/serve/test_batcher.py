@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
+from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.estimate.cost import Cost
 from inferctl.estimate.simulate import UNBOUNDED, Simulation, SimulationResult
-from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueuedSequence, QueueLimits
-from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 
 # (bulk, lengths of the sequences)
 REQUESTS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=12)), max_size=20)

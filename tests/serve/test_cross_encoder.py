@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.serve import rerank_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.tokenizer_pool import Pair, TokenizerPool

@@ -11,11 +11,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.batching.latency_model import Capacity, LatencyModel
+from inferctl.config.spec import Slo
 from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.metrics import Metrics, RequestMetrics, RequestSize, objectives
-from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
-from inferctl.spec import Slo
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
 

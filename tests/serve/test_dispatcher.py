@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.batching.batcher import AdmissionError, Batcher, QueueLimits
+from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
@@ -23,10 +25,8 @@ from inferctl.serve.engine_process.engine_protocol import (
     Tokens,
 )
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.scheduling.batcher import AdmissionError, Batcher, QueueLimits
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
-from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 from inferctl.serve.vector_cache.shared import SharedLevel
 from inferctl.serve.vector_cache.store import VectorStore
 from inferctl.serve.vector_cache.vector_cache import VectorCache

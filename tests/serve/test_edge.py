@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from inferctl import spec
+from inferctl.config import spec
 from inferctl.serve.edge import usage
 from inferctl.serve.edge.access import Access
 from inferctl.serve.edge.errors import ApiError
@@ -240,7 +240,7 @@ def test_a_server_without_keys_says_what_it_waits_for() -> None:
     lifecycle = Lifecycle(lambda: True, lambda: True, lambda: bool(known))
     lifecycle.started = True
     assert (lifecycle.phase, lifecycle.accepts_requests) == ("waiting for keys", False)
-    assert "until its worker copies the keys" in str(lifecycle.unavailable())
+    assert "until its relay copies the keys" in str(lifecycle.unavailable())
     known.add("k")
     assert (lifecycle.phase, lifecycle.accepts_requests) == ("ready", True)
     lifecycle.draining = True

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.config.spec import Access
+from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.serve import embedding_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Tokens, Vectors
-from inferctl.spec import Access
 from tests.serve import tiny_models
 
 EXACT = {
@@ -138,7 +138,7 @@ def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, pre
 
 
 def test_an_emulated_format_is_reported_as_emulated() -> None:
-    from inferctl import precision
+    from inferctl.facts import precision
     from inferctl.serve.engines import device
 
     old_cpu = precision.DeviceTraits("cpu", cpu_flags=frozenset({"avx2"}))
@@ -272,7 +272,7 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 
     """Make the engine detect a GPU, with its tensors on the CPU."""
     import torch
 
-    from inferctl import precision
+    from inferctl.facts import precision
     from inferctl.serve.engine_process.engine_protocol import DeviceInfo
     from inferctl.serve.engines import device
 
@@ -579,7 +579,7 @@ def test_tf32_is_reported_if_fp32_uses_it(
 ) -> None:
     import torch
 
-    from inferctl import precision
+    from inferctl.facts import precision
     from inferctl.serve.engines import device
 
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
@@ -594,7 +594,7 @@ _REGISTERED = """
 import importlib, sys
 if sys.argv[1] == "engine":
     from inferctl.serve.engine_process.engine_protocol import EngineConfig
-    from inferctl.serve.engine_process.worker import make_engine
+    from inferctl.serve.engine_process.main import make_engine
     make_engine(EngineConfig(model=sys.argv[2], device="cpu"))
 else:
     from inferctl.serve.reference import reference

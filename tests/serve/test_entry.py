@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 import typer.main
 
-from inferctl import cli, render
-from inferctl.errors import EXIT_INTERRUPTED
-from inferctl.locks import LEFT_OUT
+from inferctl import cli
+from inferctl.core.errors import EXIT_INTERRUPTED
+from inferctl.image import render
+from inferctl.image.locks import LEFT_OUT
 from inferctl.serve import main
 
 # Module names of the packages that an image omits, if they differ from the package names.
@@ -135,7 +136,7 @@ def test_invalid_options_are_errors_with_a_hint(image: Path, arguments: list[str
 
 @pytest.mark.parametrize("module", ["inferctl", "inferctl.serve"])
 # numpy is imported for the task, after the server has its own handlers.
-@pytest.mark.parametrize("imported", ["inferctl.spec", "inferctl.serve.server", "numpy"])
+@pytest.mark.parametrize("imported", ["inferctl.config.spec", "inferctl.serve.server", "numpy"])
 def test_a_sigterm_during_an_import_that_drops_exceptions_ends_the_start(
     minilm: Path, module: str, imported: str
 ) -> None:

@@ -22,9 +22,10 @@ import httpx
 import openai
 import pytest
 
-from inferctl import assets, catalog
-from inferctl.errors import NotReadyError
-from inferctl.precision import DeviceTraits
+from inferctl.core import assets
+from inferctl.core.errors import NotReadyError
+from inferctl.facts import catalog
+from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.edge.usage import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server

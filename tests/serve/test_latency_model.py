@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.errors import UsageError
+from inferctl.batching.latency_model import Capacity, LatencyModel
+from inferctl.core.errors import UsageError
 from inferctl.serve import describe
-from inferctl.serve.scheduling.latency_model import Capacity, LatencyModel
 
 REJECTS = "admission  rejects requests (429) whose predicted latency exceeds"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from inferctl import divergence
-from inferctl.divergence import Divergence, Scored
-from inferctl.errors import UsageError
-from inferctl.model import ModelFolder
+from inferctl.core.errors import UsageError
+from inferctl.models import divergence
+from inferctl.models.divergence import Divergence, Scored
+from inferctl.models.model import ModelFolder
 from inferctl.serve.reference import reference
 from tests.serve import tiny_models
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process.engine_protocol import EngineConfig
 from tests.serve.test_encoder import batch, plain, sequences
 

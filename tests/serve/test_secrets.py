@@ -43,7 +43,7 @@ def test_no_process_of_a_server_writes_a_core_file(
     server = serve("--model", str(minilm), "--engine", "echo")
     pid = server.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert len(children) >= 2, "an engine and a worker"
+    assert len(children) >= 2, "an engine and a relay"
     for each in (pid, *children):
         (line,) = re.findall(r"Max core file size +(\S+) +(\S+)", Path(f"/proc/{each}/limits").read_text())
         # The kernel treats 1 like this for programs in core_pattern too, unlike 0.

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 from inferctl.serve.vector_cache.shared import SharedLevel
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until

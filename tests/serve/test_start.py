@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.errors import EXIT_INTERRUPTED
+from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.serve import progress
 from inferctl.serve.progress import StartProgress
 
@@ -33,10 +33,10 @@ sys.meta_path.insert(0, Finder())
     ("command", "number", "process", "name"),
     [
         # Before the engine can ignore signals.
-        ("inferctl serve", "SIGINT", "engine_process.worker", "inferctl.serve.engine_process"),
-        ("inferctl.serve", "SIGINT", "engine_process.worker", "numpy"),
-        ("inferctl.serve", "SIGTERM", "engine_process.worker", "numpy"),
-        ("inferctl.serve", "SIGINT", "engine_process.worker", "inferctl.serve.engines.echo"),
+        ("inferctl serve", "SIGINT", "engine_process.main", "inferctl.serve.engine_process"),
+        ("inferctl.serve", "SIGINT", "engine_process.main", "numpy"),
+        ("inferctl.serve", "SIGTERM", "engine_process.main", "numpy"),
+        ("inferctl.serve", "SIGINT", "engine_process.main", "inferctl.serve.engines.echo"),
         ("inferctl serve", "SIGINT", "-m inferctl", "inferctl.serve.encoder_server"),
         ("inferctl.serve", "SIGTERM", "-m inferctl", "inferctl.serve.encoder_server"),
         ("inferctl serve", "SIGTERM", "-m inferctl", "starlette"),
@@ -45,7 +45,7 @@ sys.meta_path.insert(0, Finder())
 def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
     minilm: Path, tmp_path: Path, command: str, number: str, process: str, name: str
 ) -> None:
-    group = "os.getppid()" if "worker" in process else "0"
+    group = "os.getppid()" if "relay" in process else "0"
     (tmp_path / "sitecustomize.py").write_text(_SIGNALS.format(name=name, process=process, number=number, group=group))
     done = subprocess.run(
         [sys.executable, "-m", *command.split(), "--model", str(minilm), "--engine", "echo", "--port", "0"],

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inferctl.errors import EXIT_INTERRUPTED
-from inferctl.serve.engine_process.worker import EXIT_BROKEN_CONTEXT
+from inferctl.core.errors import EXIT_INTERRUPTED
+from inferctl.serve.engine_process.main import EXIT_BROKEN_CONTEXT
 from inferctl.serve.engines.echo import (
     CORRUPTING_TOKEN,
     CRASHING_TOKEN,

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from inferctl.access.fairness import Shares
+from inferctl.batching.fairness import Shares
 from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError

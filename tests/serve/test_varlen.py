@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from inferctl.config.spec import Access
 from inferctl.serve.engine_process.engine_protocol import EngineConfig
-from inferctl.spec import Access
 from tests.serve.test_encoder import with_gpu
 
 LENGTHS = [33, 32, 32, 17, 16, 3, 1]

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.errors import SpecError, UsageError
-from inferctl.metering.ledger import Ledger
+from inferctl.config.settings import resolve
+from inferctl.core.errors import SpecError, UsageError
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
 from inferctl.serve.vector_cache.keys import KeySpace
-from inferctl.settings import resolve
+from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
 from tests.serve.conftest import CLIENT, Running, start, stop, until
 
@@ -115,7 +115,7 @@ def test_equal_requests_are_computed_once_and_all_recorded(
     opened: list[Ledger] = []
 
     def open_ledger() -> bool:
-        with contextlib.suppress(UsageError):  # on a busy machine, the worker may make it later
+        with contextlib.suppress(UsageError):  # on a busy machine, the relay may make it later
             opened.append(Ledger.read(f"sqlite:///{tmp_path}/metering/ledger.sqlite"))
         return bool(opened)
 
@@ -125,7 +125,7 @@ def test_equal_requests_are_computed_once_and_all_recorded(
     (sums,) = ledger.usage(["model"], 0, 2**62)
     assert (sums["input_tokens"], sums["cached_tokens"]) == (2 * count, 2 * (count - 1))
     ledger.close()
-    server.process.terminate()  # its worker too
+    server.process.terminate()  # its relay too
     server.process.wait()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from inferctl.errors import NotReadyError
+from inferctl.config.spec import Spec
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.generate import command
 from inferctl.serve.generate.command import VllmModel
-from inferctl.spec import Spec
 
 A100 = DeviceInfo("cuda", "NVIDIA A100-SXM4-80GB", "8.0", 85_000_000_000)
 BF16 = PrecisionInfo("auto", "bf16", "native", "it has bf16 tensor cores", "vLLM")

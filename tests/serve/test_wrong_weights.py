@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
-from inferctl.errors import UsageError
+from inferctl.config.spec import Task
+from inferctl.core.errors import UsageError
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference
-from inferctl.spec import Task
 from tests.serve import tiny_models
 
 Weights: TypeAlias = dict[str, Any]

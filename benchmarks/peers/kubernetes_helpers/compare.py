@@ -21,9 +21,8 @@ import subprocess
 from collections import Counter
 from typing import Any
 
-from inferctl.deploy.kubernetes import fields, selectors, taints
-from inferctl.deploy.kubernetes.taints import Taint
-from inferctl.deploy.preview import resources
+from inferctl.manifests.kubernetes import fields, resources, selectors, taints
+from inferctl.manifests.kubernetes.taints import Taint
 
 KEYS = ("a", "b", "zone", "gpu")
 VALUES = ("1", "2", "x", "", "10", "-3", "+4", "007", "true")

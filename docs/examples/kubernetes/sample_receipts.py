@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from inferctl import catalog
-from inferctl.bench import receipt
+from inferctl.facts import catalog
+from inferctl.receipts import receipt
 
 FOLDER = Path(__file__).resolve().parent / "receipts"
 # Hardware, precision, requests/s within the SLO, seconds of a start, longest response (ms), cores, bytes of the server.

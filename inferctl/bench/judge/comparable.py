@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from inferctl.bench import receipt
-from inferctl.bench.judge import rejections
-from inferctl.bench.receipt import JsonObject, Receipt
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.receipts import receipt, rejections
+from inferctl.receipts.receipt import JsonObject, Receipt
 
 ALLOWABLE = ("precision", "hardware")
 # The time between the two runs of a repeat, besides other runs: server starts, warm-up, the quality check of the first

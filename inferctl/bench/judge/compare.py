@@ -23,7 +23,7 @@ from inferctl.bench.judge.compare_result import (
     facts,
 )
 from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 
 @dataclass(frozen=True)

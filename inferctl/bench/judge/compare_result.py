@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from inferctl.bench.judge import verdict
 from inferctl.bench.judge.verdict import Outcome
-from inferctl.bench.receipt import Receipt
-from inferctl.errors import InferctlError, InvalidRunError, NotEnoughEvidenceError
+from inferctl.core.errors import InferctlError, InvalidRunError, NotEnoughEvidenceError
+from inferctl.receipts.receipt import Receipt
 
 SCHEMA = "inferctl.compare/1"
 PairOutcome = Outcome | Literal["invalid"]

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from inferctl import catalog
-from inferctl.bench.receipt import JsonObject
+from inferctl.facts import catalog
+from inferctl.receipts.receipt import JsonObject
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from inferctl.bench.judge import shares, slo
+from inferctl.bench.judge import slo
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT, CLIENT_CPU_LIMIT
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts import shares
+from inferctl.receipts.receipt import JsonObject
 
 # Constraints that a higher rate violates too: the sweep can end.
 SATURATED = ("fell behind", "errors", "generator")

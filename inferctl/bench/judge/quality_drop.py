@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.compare_result import MetricResult, QualityTolerance
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts.receipt import JsonObject
 
 # The largest default drop, and the drop that is always allowed: near-ties change places if the batches differ.
 _MAX_DROP = {"cosine_p1": 0.005, "recall_at_10": 0.02, "kendall": 0.02, "top_1": 0.03}

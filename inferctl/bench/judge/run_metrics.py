@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inferctl.bench.judge.comparable import ReceiptPair
 from inferctl.bench.judge.verdict import MIN_RUNS
-from inferctl.bench.receipt import JsonObject, Receipt
+from inferctl.receipts.receipt import JsonObject, Receipt
 
 _MEBIBYTE = 2**20
 _VECTORS, _GENERATE = ("embed", "rerank"), ("generate",)

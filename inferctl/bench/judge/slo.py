@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from inferctl.bench import stats
-from inferctl.bench.judge import shares
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts import shares
+from inferctl.receipts.receipt import JsonObject
 
 # The variance inflation factor of a sample that is too small to estimate it.
 _UNKNOWN_DEPENDENCE = 5.0

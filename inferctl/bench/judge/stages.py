@@ -15,7 +15,7 @@ from inferctl.bench.judge.summary import RunRecords
 from inferctl.bench.judge.summary_types import Counts
 from inferctl.bench.load import records
 from inferctl.bench.plan.shape import Load, Stage
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts.receipt import JsonObject
 
 # Quantiles in order of preference, with the number of consecutive responses in a group.
 GROUP_SIZES = {0.99: 50, 0.95: 25, 0.9: 25}

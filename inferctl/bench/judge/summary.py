@@ -15,7 +15,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge.streams import Streams
 from inferctl.bench.judge.summary_types import Counts, GenerationSummary, Goodput, Interval, LatencyOverTime, Summary
 from inferctl.bench.load import records
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts.receipt import JsonObject
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATE_MS = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts.receipt import JsonObject
 
 
 class Interval(TypedDict):

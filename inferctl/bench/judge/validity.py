@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.bench import stats
-from inferctl.bench.judge import rejections, shares
 from inferctl.bench.judge.summary import failures
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts import rejections, shares
+from inferctl.receipts.receipt import JsonObject
 
 CLIENT_CPU_LIMIT = 90.0
 ACHIEVED_LIMIT = 0.98

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from inferctl import settings
 from inferctl.bench.load.target import Target, connect
-from inferctl.errors import InferctlError
+from inferctl.config import settings
+from inferctl.core.errors import InferctlError
 
 # vLLM takes minutes to start: it loads and compiles the model.
 READY_S = 900.0

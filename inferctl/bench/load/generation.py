@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 CHAT_PATH = "/v1/chat/completions"
 

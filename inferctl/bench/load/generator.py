@@ -19,7 +19,7 @@ from inferctl.bench.load.child_server import last_error
 from inferctl.bench.load.target import Target
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.workload import Workload
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 # The content of state-0.json: the phase of the run and, at its end, the figures of the load generator itself.
 LoadState = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
 
 ABSENT = (404, 405, 501)
 # No proxies, as in the load generator: the latency of a proxy is not that of the server.

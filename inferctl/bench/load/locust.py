@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from inferctl import assets
 from inferctl.bench.load.child_server import last_error
 from inferctl.bench.plan.shape import Load
-from inferctl.errors import InferctlError
+from inferctl.core import assets
+from inferctl.core.errors import InferctlError
 
 LOAD_FILE = "INFERCTL_LOAD_FILE"
 # The headers of the requests, as JSON. Files persist and all users can read command lines, so a variable holds them.
@@ -27,7 +27,7 @@ HEADERS = "INFERCTL_LOAD_HEADERS"
 # How long a run waits until all workers are connected.
 WORKERS_S = 300
 _PORT_S = 60.0
-# Exit codes of a process that cannot write a file (`exit_on_write_error` in benchmarks/loadgen/recorder.py).
+# Exit codes of a process that cannot write a file (`exit_on_write_error` in inferctl/bench/loadgen/recorder.py).
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # gevent looks for plugins in all installed packages for each module that it patches: with 290 packages, half of the
 # start. The load generator uses gevent directly. A master waits for its workers with the patched `time.sleep`.
@@ -152,7 +152,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def command(users: int, more: Sequence[str] = ()) -> list[str]:
-    """Return the command that starts Locust. It sets no run time, because benchmarks/locustfile.py ends the run."""
+    """Return the command that starts Locust. It sets no run time, because inferctl/bench/loadgen/locustfile.py ends the run."""
     options = [
         "--headless",
         "--users",
@@ -174,7 +174,7 @@ def worker_command(host: str, port: int) -> list[str]:
 
 
 def _locust() -> list[str]:
-    return [sys.executable, "-m", "locust", "-f", str(assets.root() / "benchmarks" / "locustfile.py")]
+    return [sys.executable, "-m", "locust", "-f", str(assets.package() / "bench" / "loadgen" / "locustfile.py")]
 
 
 def _users(load: Load) -> int:

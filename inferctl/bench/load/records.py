@@ -1,6 +1,6 @@
 """Read the records of the load generator: one row per request and, for generation, one per event with tokens.
 
-benchmarks/loadgen/recorder.py describes the fields. A file is a line of magic, a line of JSON that names the fields,
+inferctl/bench/loadgen/recorder.py describes the fields. A file is a line of magic, a line of JSON that names the fields,
 then fixed-size little-endian records. While the file is being written, and after its writer was killed, zeros follow
 the last record.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 MAGIC, EVENTS_MAGIC = b"inferctl-requests-1\n", b"inferctl-events-1\n"
 WARMUP, MEASURED = 0, 1

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from inferctl.bench.load.target import Target
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 # Words of one request, and the tokens per word and line that fit into the context in any case.
 _WORDS, _TOKENS_PER_LINE = 400, 8

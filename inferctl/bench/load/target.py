@@ -21,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from inferctl import divergence
 from inferctl.bench.load import generation, procfs
 from inferctl.bench.load.generation import GenerationApi
 from inferctl.bench.load.http_json import ABSENT, Access, Body, Info, StatusError, get_json, hint, post, send
-from inferctl.divergence import NoLogprobsError, Scored
-from inferctl.errors import InferctlError, NotReadyError, UsageError
-from inferctl.spec import Task
+from inferctl.config.spec import Task
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.models import divergence
+from inferctl.models.divergence import NoLogprobsError, Scored
 
 PATHS: Mapping[Task, tuple[str, ...]] = {
     "embed": ("/v1/embeddings", "/embeddings", "/embed"),

@@ -14,7 +14,7 @@ from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 FILE = "concurrency.json"
 

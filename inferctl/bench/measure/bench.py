@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inferctl import settings
 from inferctl.bench.load import child_server, generator
 from inferctl.bench.load.http_json import Access
 from inferctl.bench.load.server_tokenizer import of_server
@@ -21,7 +20,8 @@ from inferctl.bench.plan import tokens
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
-from inferctl.errors import InferctlError
+from inferctl.config import settings
+from inferctl.core.errors import InferctlError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from inferctl.bench.judge.shares import P99_SHARE
 from inferctl.bench.judge.validity import CLIENT_CPU_LIMIT
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
+from inferctl.receipts.shares import P99_SHARE
 
 FIRST_USERS, MAX_USERS = 8, 1024
 # The load is saturating if requests/s grow by less than this share, with twice the users and again with four times.

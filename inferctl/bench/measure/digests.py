@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import inferctl
-from inferctl import assets
 from inferctl.bench.load import records
+from inferctl.core import assets
 
 
 def of_file(path: Path) -> str:
@@ -22,9 +21,7 @@ def of_records(folder: Path) -> dict[str, str]:
 
 def of_code() -> str:
     """Return the digest of the whole code of inferctl, load generator included."""
-    package, benchmarks = Path(inferctl.__file__).parent, assets.root() / "benchmarks"
-    files = {*package.rglob("*.py"), benchmarks / "locustfile.py", *(benchmarks / "loadgen").glob("*.py")}
     total = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted(assets.package().rglob("*.py")):
         total.update(f"{file.name}\0".encode() + file.read_bytes())
     return total.hexdigest()

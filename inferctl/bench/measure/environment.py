@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from inferctl import catalog
 from inferctl.bench.load import procfs
 from inferctl.bench.measure.nvml import Nvml, NvmlUnavailableError
+from inferctl.facts import catalog
 
 # Instructions that determine the speed of a precision.
 _CPU_FLAGS = (

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inferctl import divergence
 from inferctl.bench import stats
 from inferctl.bench.load.target import Target
 from inferctl.bench.measure import reference_process
-from inferctl.divergence import Divergence, Scored
+from inferctl.models import divergence
+from inferctl.models.divergence import Divergence, Scored
 
 
 @dataclass(frozen=True)

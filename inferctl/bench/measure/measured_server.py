@@ -17,7 +17,7 @@ from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.workload import Workload
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 
 INPUT_FILES = ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin")
 

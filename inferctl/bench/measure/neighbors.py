@@ -28,7 +28,7 @@ from inferctl.bench.measure.outcome import Measurement, NeighborLoad
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
-from inferctl.errors import InferctlError, UsageError
+from inferctl.core.errors import InferctlError, UsageError
 
 START_TIMEOUT_S = 30.0
 # A response after the end of a run shows that a neighbor was under load to the end. Timeout for that response.

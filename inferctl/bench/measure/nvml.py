@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from inferctl.errors import install_hint
+from inferctl.core.errors import install_hint
 
 T = TypeVar("T")
 _NO_INSTANCE = 0xFFFFFFFF

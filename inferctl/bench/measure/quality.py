@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inferctl import divergence
-from inferctl import model as models
 from inferctl.bench.load.target import Target
 from inferctl.bench.measure import generation_quality, reference_process
 from inferctl.bench.measure.generation_quality import Agreement, KlDivergence, Perplexity, TokenReference
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.sections import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
-from inferctl.divergence import Divergence, Limits, NoLogprobsError
-from inferctl.errors import InferctlError
-from inferctl.spec import Task
+from inferctl.config.spec import Task
+from inferctl.core.errors import InferctlError
+from inferctl.models import divergence
+from inferctl.models import model as models
+from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
 
 NEIGHBORS = 10
 _BATCH = 16

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 PROGRAM = "inferctl.serve.reference"
 

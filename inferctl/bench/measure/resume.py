@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 import pydantic
 
 import inferctl
-from inferctl.bench import receipt
 from inferctl.bench.judge import summary
 from inferctl.bench.load import generator
 from inferctl.bench.measure import digests, quality, reference_process
@@ -38,7 +37,8 @@ from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.receipts import receipt
 
 SCHEMA = "inferctl.run/1"
 MANIFEST, RUN_FILE = "bench.json", "run.json"

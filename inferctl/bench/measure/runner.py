@@ -33,7 +33,7 @@ from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 __all__ = ["Bench", "BenchTarget", "Measurement", "Outcome", "Progress", "judge", "outcomes", "run"]
 

@@ -24,7 +24,7 @@ from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.sections import Search
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 BURST_S, BURST_USERS, GENERATION_BURST_S = 4.0, 32, 15.0
 # More samples than the interval of a p99 needs: the last responses of a probe may come late.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.bench.judge import rejections, summary
+from inferctl.bench.judge import summary
 from inferctl.bench.load import records
 from inferctl.bench.measure import digests
 from inferctl.bench.measure.measured_server import MeasuredServer
@@ -24,7 +24,8 @@ from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.tokens import Tokenizer
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
+from inferctl.receipts import rejections
 
 
 def measure(

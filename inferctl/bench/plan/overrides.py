@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from inferctl.bench.plan.sections import Configuration, combine
 from inferctl.bench.plan.shape import Keys
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 
 class Overrides(TypedDict, total=False):

@@ -10,13 +10,13 @@ from typing import Unpack
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from inferctl import assets, validation
 from inferctl.bench.plan.overrides import Overrides, apply, merge_generation
 from inferctl.bench.plan.sections import DOCUMENTS, Configuration, GenerationPlan, Matrix, Quality, Search
 from inferctl.bench.plan.shape import Generation, Keys, Load, Name, Section, Spike, Stage
-from inferctl.document import Document, read
-from inferctl.errors import Problem, SpecError, UsageError, did_you_mean, shown
-from inferctl.spec import Task
+from inferctl.config.spec import Task
+from inferctl.core import assets, validation
+from inferctl.core.document import Document, read
+from inferctl.core.errors import Problem, SpecError, UsageError, did_you_mean, shown
 
 _GUIDE = "docs/bench.md explains every key"
 # The limit in seconds of a request to a generation server, if the plan sets none.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from inferctl import assets
 from inferctl.bench.plan import tokens
 from inferctl.bench.plan.shape import Generation
-from inferctl.errors import UsageError, did_you_mean
+from inferctl.core import assets
+from inferctl.core.errors import UsageError, did_you_mean
 
 # Different prompts of a run. Each of them gets another prefix whenever it is sent.
 REQUESTS = 512

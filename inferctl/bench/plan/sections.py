@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from inferctl.bench.plan.shape import Keys, Name, Section
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 # Documents of a rerank request.

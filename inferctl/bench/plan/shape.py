@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inferctl.bench.plan import traces
-from inferctl.spec import Task
+from inferctl.config.spec import Task
 
 # Matches `60%`, as in `rate: 60%`.
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from inferctl import assets
 from inferctl.bench.plan import prompts, tokens, traces
 from inferctl.bench.plan.shape import Load, Stage
-from inferctl.errors import UsageError, did_you_mean
+from inferctl.core import assets
+from inferctl.core.errors import UsageError, did_you_mean
 
 ORDER_LENGTH = 65_536
 # The load generator replaces this mark by a number that is unique per request (a cache-busting prefix). Without it, a

@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import load_charts
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
 from inferctl.bench.report.rows import Row
 from inferctl.estimate.forecast import Range
+from inferctl.receipts.receipt import Receipt
 
 # Colors by Okabe and Ito: distinct with each kind of color vision, on white and on black.
 _PRECISIONS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7"}

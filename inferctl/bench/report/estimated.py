@@ -14,7 +14,7 @@ from inferctl import estimate
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Plan
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 from inferctl.estimate import lengths
 from inferctl.estimate.forecast import Range
 

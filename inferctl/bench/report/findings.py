@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferctl.bench.judge import shares, slo, summary, verdict
+from inferctl.bench.judge import slo, summary, verdict
 from inferctl.bench.measure import concurrency
-from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
+from inferctl.receipts import shares
+from inferctl.receipts.receipt import JsonObject
 
 
 def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> list[str]:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from inferctl import assets, outputs
 from inferctl.bench.judge import summary, verdict
-from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import charts, search_findings, terminal
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import ESTIMATED, MeasuredRow
+from inferctl.core import assets, outputs
+from inferctl.receipts.receipt import Receipt
 
 # plotly.js with the trace types of the charts (scatter, bar), gzipped. CONTRIBUTING.md says how to update it.
 PLOTLY = "plotly-basic.min.js.gz"

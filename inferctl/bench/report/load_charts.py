@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
-from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks, unit_of
+from inferctl.receipts.receipt import JsonObject, Receipt
 
 
 def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from inferctl.bench import stats
-from inferctl.bench.judge import shares, verdict
-from inferctl.bench.receipt import JsonObject
+from inferctl.bench.judge import verdict
 from inferctl.bench.report.rows import MeasuredRow, RunFigures
+from inferctl.receipts import shares
+from inferctl.receipts.receipt import JsonObject
 
 # A smaller difference is not a clear one, whatever its interval: the same system differs by this much between runs.
 MIN_DIFFERENCE = 0.05

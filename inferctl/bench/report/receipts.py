@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl.bench import privacy, receipt
+from inferctl.bench import privacy
 from inferctl.bench.judge import efficiency, stages, summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import target as servers
@@ -20,7 +20,8 @@ from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
-from inferctl.bench.receipt import JsonObject
+from inferctl.receipts import receipt
+from inferctl.receipts.receipt import JsonObject
 
 
 @dataclass(frozen=True)

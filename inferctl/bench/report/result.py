@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inferctl import catalog
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
-from inferctl.bench.receipt import Receipt
 from inferctl.bench.report import estimated, findings, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats
 from inferctl.bench.report.receipts import Context, load_without_folder
 from inferctl.bench.report.rows import Row
-from inferctl.errors import InferctlError, InvalidRunError
+from inferctl.core.errors import InferctlError, InvalidRunError
+from inferctl.facts import catalog
+from inferctl.receipts.receipt import Receipt
 
 SCHEMA = "inferctl.bench/1"
 

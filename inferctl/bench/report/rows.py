@@ -10,8 +10,8 @@ from inferctl.bench import privacy
 from inferctl.bench.judge import slo, summary
 from inferctl.bench.judge.summary_types import GenerationSummary
 from inferctl.bench.measure.outcome import Outcome
-from inferctl.bench.receipt import JsonObject, Receipt
 from inferctl.bench.report.estimated import EstimatedFigures
+from inferctl.receipts.receipt import JsonObject, Receipt
 
 MEASURED, FAILED, NOT_RUN = "measured", "failed", "not run"
 NOT_MEASURED_HERE, ESTIMATED = "not measured here", "estimated"

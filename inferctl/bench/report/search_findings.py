@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inferctl.bench.judge import slo
-from inferctl.bench.receipt import JsonObject
-from inferctl.errors import NotEnoughEvidenceError
+from inferctl.core.errors import NotEnoughEvidenceError
+from inferctl.receipts.receipt import JsonObject
 
 _INCONCLUSIVE = ("n too small", "not confirmed")
 

@@ -13,13 +13,13 @@ from rich.text import Text
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
 from inferctl.bench.plan.shape import Load
-from inferctl.bench.receipt import JsonObject
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import Costs, MeasuredRow, Row
+from inferctl.receipts.receipt import JsonObject
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
 FIGURES = {"embed": ("tok/s", "cosine", "recall"), "rerank": ("pairs/s", "max diff", "tau")}

@@ -1,6 +1,6 @@
 """Keys of servers, from a file or a database, and the limits that servers share through a broker.
 
-A server asks neither a database nor a broker. Its worker copies the keys into a folder that both mount, and passes
+A server asks neither a database nor a broker. Its relay copies the keys into a folder that both mount, and passes
 counters of limits on through a socket there.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import urllib.parse
 
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import empty
 from inferctl.deploy.objects.metadata import Object, from_secret
 from inferctl.deploy.objects.policy import Endpoint, endpoints
-from inferctl.errors import UsageError
-from inferctl.render import KEYS_PATH
-from inferctl.spec import Spec
+from inferctl.image.render import KEYS_PATH
 
 DATA = "/access"
 KEYS_FILE = "keys.json"
@@ -22,14 +22,14 @@ KEYS_FILE = "keys.json"
 URL_KEY = "url"
 _KEYS_VOLUME, _DATA_VOLUME = "keys", "access"
 # A server only needs to know that there is a broker.
-_THROUGH_WORKER = "nats://worker"
+_THROUGH_RELAY = "nats://relay"
 # A key is about 300 bytes. While the copy is replaced, there are two.
 _DATA_SIZE = "64Mi"
 _STARTED_S = 600
 
 
 def check(spec: Spec) -> None:
-    """Raise `UsageError` if the pods could not reach the database with the keys, or if they have no worker."""
+    """Raise `UsageError` if the pods could not reach the database with the keys, or if they have no relay."""
     broker.check(spec)
     if store := spec.access.key_store:
         if store.is_file:
@@ -41,10 +41,10 @@ def check(spec: Spec) -> None:
             raise UsageError(
                 f"{spec.name}: access.keys names a Unix socket, which pods do not have", "name a host in the URL"
             )
-    if spec.access.has_worker and not spec.deploy.tools_image:
+    if spec.access.has_relay and not spec.deploy.tools_image:
         what = "keys in a database require" if spec.access.key_store else "access.broker requires"
         raise UsageError(
-            f"{spec.name}: {what} a worker in each pod, and images of servers do not contain it",
+            f"{spec.name}: {what} a relay in each pod, and images of servers do not contain it",
             "set deploy.tools_image to an image with `inferctl[ledger,broker]`",
         )
 
@@ -56,19 +56,19 @@ def environment(spec: Spec) -> dict[str, str]:
     # Prometheus has no key. The network policies say who reaches the port.
     found = {"INFERCTL_ACCESS_OPEN": ",".join(sorted({*spec.access.open, "metrics"}))}
     if spec.access.public_key_store:
-        # The file that the worker writes has a hash of the URL in its name. The server connects to nothing.
+        # The file that the relay writes has a hash of the URL in its name. The server connects to nothing.
         found["INFERCTL_ACCESS_KEYS"] = spec.access.public_key_store
     elif spec.access.keys:
         found["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{KEYS_FILE}"
-    if spec.access.has_worker:
+    if spec.access.has_relay:
         found["INFERCTL_ACCESS_DATA"] = DATA
     if broker.of_limits(spec):
-        found["INFERCTL_ACCESS_BROKER"] = _THROUGH_WORKER
+        found["INFERCTL_ACCESS_BROKER"] = _THROUGH_RELAY
     return found
 
 
 def volumes(spec: Spec) -> list[tuple[Object, Object]]:
-    """Return the volumes of a server with their mounts: the Secret with the key file, the folder of the worker."""
+    """Return the volumes of a server with their mounts: the Secret with the key file, the folder of the relay."""
     found = []
     if spec.access.keys and not spec.access.key_store:
         secret = {"secretName": spec.deploy.keys_secret, "defaultMode": 0o440}
@@ -78,25 +78,25 @@ def volumes(spec: Spec) -> list[tuple[Object, Object]]:
 
 
 def data_volumes(spec: Spec) -> list[tuple[Object, Object]]:
-    """Return the folder that a server shares with its worker, with its mount. It ends with the pod."""
-    return [empty(_DATA_VOLUME, DATA, _DATA_SIZE)] if spec.access.has_worker else []
+    """Return the folder that a server shares with its relay, with its mount. It ends with the pod."""
+    return [empty(_DATA_VOLUME, DATA, _DATA_SIZE)] if spec.access.has_relay else []
 
 
-def worker_environment(spec: Spec) -> list[Object]:
-    """Return the settings of the worker, without those of the broker."""
-    if not spec.access.has_worker:
+def relay_environment(spec: Spec) -> list[Object]:
+    """Return the settings of the relay, without those of the broker."""
+    if not spec.access.has_relay:
         return []
     found: list[Object] = [{"name": "INFERCTL_ACCESS_DATA", "value": DATA}]
     if spec.access.key_store:
         found.append(from_secret("INFERCTL_ACCESS_KEYS", spec.deploy.keys_secret, URL_KEY))
     else:
-        # The worker reads no key file, but has nothing to do for servers that ask for no keys.
+        # The relay reads no key file, but has nothing to do for servers that ask for no keys.
         found.append({"name": "INFERCTL_ACCESS_KEYS", "value": f"{KEYS_PATH}/{KEYS_FILE}"})
     return found
 
 
-def worker_probe(spec: Spec) -> Object:
-    """Return the startup probe of the worker, after which the server starts: there is a copy of the keys.
+def relay_probe(spec: Spec) -> Object:
+    """Return the startup probe of the relay, after which the server starts: there is a copy of the keys.
 
     Without it, servers that start during an outage of the database would load their model again and again. Keys that
     were copied once stay in use, so later outages do not matter.
@@ -115,7 +115,7 @@ def worker_probe(spec: Spec) -> Object:
 
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
-    """Return what the worker connects to for keys. `broker.egress` has the broker."""
+    """Return what the relay connects to for keys. `broker.egress` has the broker."""
     return endpoints(spec.access.public_key_store, namespace) if spec.access.public_key_store else []
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from inferctl.config.settings import OPEN_ACCESS
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.objects import access, metering, sharing, workload
@@ -17,9 +20,6 @@ from inferctl.deploy.objects.containers import container_security, empty, pod_se
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import Endpoint, bench_policy, service_account
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
-from inferctl.errors import UsageError
-from inferctl.settings import OPEN_ACCESS
-from inferctl.spec import Spec
 
 _RESULTS = "/results"
 _KEPT_S = 86_400

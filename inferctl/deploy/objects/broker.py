@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy.objects.metadata import Object, from_secret
 from inferctl.deploy.objects.policy import Endpoint, endpoints
-from inferctl.errors import UsageError
-from inferctl.spec import Spec
 
 # Keys of the Secret: the URL of a given broker; passwords of the one that is written.
 URL_KEY, PASSWORD_KEY = "url", "password"
@@ -67,5 +67,5 @@ def variables(spec: Spec, urls: Mapping[str, str | None]) -> list[Object]:
 
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
-    """Return what the worker of a server connects to."""
+    """Return what the relay of a server connects to."""
     return [each for url in (of_events(spec), of_limits(spec)) if url for each in endpoints(url, namespace)]

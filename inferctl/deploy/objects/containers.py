@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from inferctl.deploy.kubernetes.fields import quantity
 from inferctl.deploy.objects.metadata import Object
+from inferctl.manifests.kubernetes.fields import quantity
 
 # User and group of the images that inferctl builds.
 USER = 10001

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from inferctl.core.errors import UsageError
 from inferctl.deploy import manifest
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import sharing, workload
 from inferctl.deploy.objects.metadata import Object, metadata
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan
-from inferctl.errors import UsageError
 
 _POLICIES = "policy.karmada.io/v1alpha1"
 # Kinds of the whole cluster. Karmada copies namespaces on its own.

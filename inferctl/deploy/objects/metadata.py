@@ -11,19 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from inferctl.deploy.figure import Noted
+from inferctl.manifests.label_keys import COMPONENT, FLAVOR, NAME
 
 Object = dict[str, Any]
 
-NAME = "app.kubernetes.io/name"
-COMPONENT = "app.kubernetes.io/component"
-FLAVOR = "inferctl.io/flavor"
-# On the pods that serve a model: embed, rerank or generate.
-TASK = "inferctl.io/task"
 PART_OF = {"app.kubernetes.io/part-of": "inferctl", "app.kubernetes.io/managed-by": "inferctl"}
 # A namespace with this label, set to "true", may send requests.
 CLIENTS = "inferctl.io/clients"
-# A pod of our namespace with this label, set to "true", may connect to servers and gateways.
-CLIENT = "inferctl.io/client"
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 # Component of the pods that serve the model.
 SERVER = "server"

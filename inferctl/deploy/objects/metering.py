@@ -1,19 +1,19 @@
-"""Usage events: their outbox, what the worker of a server needs, and the worker that reads a broker."""
+"""Usage events: their outbox, what the relay of a server needs, and the relay that reads a broker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import parse_size
 from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
 from inferctl.deploy.objects.metadata import Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.policy import SCHEME_PORTS, Endpoint, egress_policy, endpoints
 from inferctl.deploy.plan import ModelPlan
-from inferctl.errors import UsageError
-from inferctl.sizes import parse_size
-from inferctl.spec import Spec
 
-CONSUMER = "usage-worker"
+CONSUMER = "usage-relay"
 DATA = "/metering"
 # Key of the Secret with the URL of the ledger.
 LEDGER_KEY = "url"
@@ -30,13 +30,13 @@ def check(spec: Spec) -> None:
     deploy = spec.deploy
     if not deploy.tools_image:
         raise UsageError(
-            "metering requires a worker in each pod, and images of servers do not contain it",
+            "metering requires a relay in each pod, and images of servers do not contain it",
             "set deploy.tools_image to an image with `inferctl[ledger,broker]`",
         )
     if not deploy.ledger_secret and not broker.of_events(spec):
         raise UsageError(
             "metering.mode is on, but nothing stores the usage events",
-            "set deploy.ledger_secret, or deploy.broker and the worker that reads it",
+            "set deploy.ledger_secret, or deploy.broker and the relay that reads it",
         )
 
 
@@ -55,18 +55,18 @@ def volumes(spec: Spec) -> list[tuple[Object, Object]]:
     return [empty(_VOLUME, DATA, f"{mebibytes}Mi")]
 
 
-def worker_options(spec: Spec) -> list[str]:
-    """Return the options of the worker of a server."""
+def relay_options(spec: Spec) -> list[str]:
+    """Return the options of the relay of a server."""
     return ["--data", DATA] if spec.metering.mode != "off" else []
 
 
-def worker_environment(spec: Spec) -> list[Object]:
-    """Return the settings of the worker of a server, without those of the broker."""
+def relay_environment(spec: Spec) -> list[Object]:
+    """Return the settings of the relay of a server, without those of the broker."""
     return [_ledger(spec)] if spec.metering.mode != "off" and not broker.of_events(spec) else []
 
 
 def egress(spec: Spec) -> list[Endpoint]:
-    """Return what the worker of a server connects to for usage events. `broker.egress` has the broker."""
+    """Return what the relay of a server connects to for usage events. `broker.egress` has the broker."""
     if spec.metering.mode == "off" or broker.of_events(spec):
         return []
     return _ledger_endpoints(spec)
@@ -81,7 +81,7 @@ def _ledger_endpoints(spec: Spec) -> list[Endpoint]:
 
 
 def consumers(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
-    """Return the workers that read brokers, one for each pair of broker and ledger, and what they may connect to."""
+    """Return the relays that read brokers, one for each pair of broker and ledger, and what they may connect to."""
     found: dict[tuple[str, str | None, str], Spec] = {}
     for model in models:
         deploy = model.spec.deploy
@@ -101,10 +101,10 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
     labels = labels_of(name, CONSUMER)
     tmp, tmp_mount = empty("tmp", "/tmp", "64Mi")
     container = {
-        "name": "worker",
+        "name": "relay",
         "image": spec.deploy.tools_image,
         "imagePullPolicy": "IfNotPresent",
-        "command": ["inferctl", "worker", "--consume"],
+        "command": ["inferctl", "relay", "--consume"],
         "env": [*broker.variables(spec, {broker.EVENTS: url}), _ledger(spec)],
         "resources": resources("250m", "512Mi"),
         "securityContext": container_security(),
@@ -124,7 +124,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
         "kind": "Deployment",
         "metadata": metadata(name, namespace, labels),
         "spec": {
-            "replicas": 1,  # the ledger ignores what it has, so a second worker would only repeat the work
+            "replicas": 1,  # the ledger ignores what it has, so a second relay would only repeat the work
             "revisionHistoryLimit": 3,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},

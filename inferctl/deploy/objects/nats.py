@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from inferctl.config.deploy_spec import Nats
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import parse_size
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
-from inferctl.deploy.objects.metadata import COMPONENT, SERVER, Object, from_secret, labels_of, metadata
+from inferctl.deploy.objects.metadata import SERVER, Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.metering import CONSUMER
 from inferctl.deploy.objects.policy import (
     SERVING_PRIORITY,
@@ -17,9 +20,7 @@ from inferctl.deploy.objects.policy import (
     service_account,
 )
 from inferctl.deploy.plan import ModelPlan
-from inferctl.deploy_spec import Nats
-from inferctl.errors import UsageError
-from inferctl.sizes import parse_size
+from inferctl.manifests.label_keys import COMPONENT
 
 NATS = "broker"
 _NAME = broker.SERVICE

@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 
-from inferctl.catalog import Hardware, hardware_profiles
 from inferctl.deploy import manifest, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata, object_name
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.facts.catalog import Hardware, hardware_profiles
 
 # Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
 GATEWAY = {"name": "inference-gateway", "namespace": "gateways"}

@@ -6,10 +6,10 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from inferctl.core.errors import UsageError
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects.metadata import (
     BENCH,
-    CLIENT,
     CLIENTS,
     HTTP_PORT,
     NAMESPACE_NAME,
@@ -18,7 +18,7 @@ from inferctl.deploy.objects.metadata import (
     labels_of,
     metadata,
 )
-from inferctl.errors import UsageError
+from inferctl.manifests.label_keys import CLIENT
 
 SERVING_PRIORITY = "inferctl-serving"
 OVERFLOW_PRIORITY = "inferctl-overflow"

@@ -9,14 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from inferctl.deploy import annotation_keys, queries
+from inferctl.deploy import queries
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, Noted, shown
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import OVERFLOW_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement
-from inferctl.deploy.preview.resources import of_pod
 from inferctl.deploy.queries import Link, Query
+from inferctl.manifests import label_keys
+from inferctl.manifests.kubernetes.resources import of_pod
 
 DEFAULT_PROMETHEUS = "http://prometheus-operated.monitoring:9090"
 # Component of the placeholders.
@@ -114,7 +115,7 @@ def _peak(model: ModelPlan, cluster: Cluster) -> dict[str, str | Noted]:
         return {}
     share, peak = cluster.share if cluster.share is not None else 1.0, model.traffic.peak
     note = f"{shown(share)} x {shown(peak.value)} tokens/s; {peak.source}"
-    return {annotation_keys.PEAK: Noted(f"{share * peak.value:.10g}", note)}
+    return {label_keys.PEAK: Noted(f"{share * peak.value:.10g}", note)}
 
 
 def behavior(flavor: FlavorPlan) -> Object:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inferctl.deploy.objects.metadata import FLAVOR, HTTP_PORT, HTTPS_PORT, NAME, SERVER, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import HTTP_PORT, HTTPS_PORT, SERVER, Object, labels_of, metadata
+from inferctl.manifests.label_keys import FLAVOR, NAME
 
 PORT, TLS_PORT = 80, 443
 METRICS_PORT = "metrics"

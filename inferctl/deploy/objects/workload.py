@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from inferctl.deploy import annotation_keys
 from inferctl.deploy.figure import Noted
-from inferctl.deploy.objects import access, metering, sharing, worker
+from inferctl.deploy.objects import access, metering, relay, sharing
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk
-from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, TASK, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
-from inferctl.render import DEFAULT_PORT
+from inferctl.image.render import DEFAULT_PORT
+from inferctl.manifests import label_keys
+from inferctl.manifests.label_keys import TASK
 
 MODEL_PATH = "/model"
 CACHE_PATH = "/model-cache"
@@ -56,20 +57,20 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
 def capacity(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
     """Return the annotations that say what a replica can do, for `inferctl deploy --preview`."""
     found: dict[str, str | Noted] = {
-        annotation_keys.PREFERENCE: str([each.name for each in model.flavors].index(flavor.name) + 1),
-        annotation_keys.LOAD: Noted(f"{flavor.load_s.value:g}", flavor.load_s.note),
-        annotation_keys.COLD_START: Noted(f"{flavor.cold_start_s.value:g}", flavor.cold_start_s.note),
+        label_keys.PREFERENCE: str([each.name for each in model.flavors].index(flavor.name) + 1),
+        label_keys.LOAD: Noted(f"{flavor.load_s.value:g}", flavor.load_s.note),
+        label_keys.COLD_START: Noted(f"{flavor.cold_start_s.value:g}", flavor.cold_start_s.note),
     }
     if flavor.rate:
-        found[annotation_keys.RATE] = Noted(f"{flavor.rate.tokens_per_second:.10g}", flavor.rate.origin)
-        found[annotation_keys.UTILIZATION] = Noted(f"{model.spec.deploy.utilization:g}", "spec deploy.utilization")
+        found[label_keys.RATE] = Noted(f"{flavor.rate.tokens_per_second:.10g}", flavor.rate.origin)
+        found[label_keys.UTILIZATION] = Noted(f"{model.spec.deploy.utilization:g}", "spec deploy.utilization")
     return found
 
 
 def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the pod spec of a server, for the Pod Security level `restricted`."""
     claims, _ = sharing.claims(model, flavor)
-    sidecars = worker.sidecars(model.spec)
+    sidecars = relay.sidecars(model.spec)
     found = {
         "serviceAccountName": model.name,
         "automountServiceAccountToken": False,

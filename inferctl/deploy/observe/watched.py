@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from inferctl.spec import Task
+from inferctl.config.spec import Task
 
 # The letters of generated names. Kubernetes leaves out vowels, so `overflow` and `gateway` are none of them.
 _GENERATED = "[bcdfghjklmnpqrstvwxz2-9]+"

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from inferctl.config.spec import Task
 from inferctl.serve.api import openapi
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResponse
 from inferctl.serve.api.embeddings import EmbeddingsEndpoint
@@ -20,7 +21,6 @@ from inferctl.serve.api.openapi import Operation
 from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint
 from inferctl.serve.api.rerank_schemas import RerankRequest, RerankResponse, ScoreRequest, ScoreResponse
 from inferctl.serve.edge.errors import ApiError
-from inferctl.spec import Task
 
 # The paths of the tasks, and their names in usage events. Cohere's clients use /v2/rerank, Jina's /v1/rerank.
 ENDPOINTS = {

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from inferctl.access.limits import BYTES_PER_TOKEN
+from inferctl.batching.batcher import AdmissionError
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
@@ -22,11 +22,11 @@ from inferctl.serve.edge.middleware import ClientDisconnectedError, unless_disco
 from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.scheduling.batcher import AdmissionError
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.serve.vector_cache.vector_cache import VectorCache
+from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
 _INLINE_BODY_BYTES = 64 * 1024

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
-from inferctl import spec
-from inferctl.access.key_file import ApiKey, caller, is_caller_id
-from inferctl.access.key_table import BusyError, KeyTable, UnavailableError
-from inferctl.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
-from inferctl.errors import NotReadyError, install_hint
+from inferctl.config import spec
+from inferctl.core.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.usage import RequestContext
+from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
+from inferctl.tenancy.access.key_table import BusyError, KeyTable, UnavailableError
+from inferctl.tenancy.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
 
 if TYPE_CHECKING:
-    from inferctl.access.oidc import TokenTable
+    from inferctl.tenancy.access.oidc import TokenTable
 
 log = logging.getLogger("inferctl.access")
 
@@ -161,7 +161,7 @@ def _tokens(settings: spec.Oidc) -> TokenTable | None:
     if not settings.issuer:
         return None
     try:
-        from inferctl.access.oidc import TokenTable
+        from inferctl.tenancy.access.oidc import TokenTable
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"access.oidc requires the package {error.name}, not installed", install_hint("oidc")

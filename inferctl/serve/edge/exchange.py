@@ -1,7 +1,7 @@
-"""The exchange of limit counters with other servers, and the news of revoked keys, through the worker.
+"""The exchange of limit counters with other servers, and the news of revoked keys, through the relay.
 
-The worker does what is slow. The event loop of the API process only writes and reads lines, ten times a second, and
-goes on alone while there is no worker.
+The relay does what is slow. The event loop of the API process only writes and reads lines, ten times a second, and
+goes on alone while there is no relay.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 import orjson
 
-from inferctl.access import channel, clocks, keys
-from inferctl.access.clocks import Clocks
-from inferctl.access.limits import Limiter
+from inferctl.tenancy.access import channel, clocks, keys
+from inferctl.tenancy.access.clocks import Clocks
+from inferctl.tenancy.access.limits import Limiter
 
 log = logging.getLogger("inferctl.access")
 
 _RETRY_S = 0.25
 _LOG_S = 30.0
-_MAX_UNREAD = 1 << 20  # bytes for a worker that does not read
+_MAX_UNREAD = 1 << 20  # bytes for a relay that does not read
 # A server that starts hears first what others counted, and what they heard of its earlier start.
 _LISTEN_S = 2.0
 # The names of starts of servers, and ids of keys.
@@ -85,7 +85,7 @@ class Exchange:
             writer.write(orjson.dumps(message) + b"\n")
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
-        """Take over what arrives, until the worker ends."""
+        """Take over what arrives, until the relay ends."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: a line is too long
             while line := await reader.readline():
                 started = time.perf_counter()

@@ -9,7 +9,7 @@ from inferctl.serve.edge.errors import ApiError
 
 Phase = Literal["starting", "ready", "restarting", "waiting for keys", "draining"]
 _MESSAGES = {"restarting": "restarting its engine", "draining": "shutting down"}
-_MESSAGES |= {"waiting for keys": "waiting until its worker copies the keys"}
+_MESSAGES |= {"waiting for keys": "waiting until its relay copies the keys"}
 
 
 class Lifecycle:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.edge.connection import Connection
 
 _MAX_UNSENT_BYTES = 128 * 1024

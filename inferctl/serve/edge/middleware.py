@@ -19,13 +19,13 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import inferctl
-from inferctl.access.fairness import Shares
-from inferctl.access.limits import LimitError
+from inferctl.batching.fairness import Shares
 from inferctl.serve.edge import access as edge_access
 from inferctl.serve.edge.access import Access
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
+from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.edge")
 

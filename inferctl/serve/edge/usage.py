@@ -11,7 +11,7 @@ from typing import Protocol
 
 from starlette.types import Scope
 
-from inferctl.access.limits import Charge, KeyUsage
+from inferctl.tenancy.access.limits import Charge, KeyUsage
 
 log = logging.getLogger("inferctl.usage")
 

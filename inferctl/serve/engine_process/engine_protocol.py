@@ -1,6 +1,6 @@
 """The interface between the API process and an engine. It needs no HTTP and no torch.
 
-An engine runs in its own process (`worker.py`) and has two methods: `load` and `run`. All data that crosses the
+An engine runs in its own process (`main.py`) and has two methods: `load` and `run`. All data that crosses the
 process border is one of the dataclasses here. Token ids and vectors are sent as raw arrays.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.spec import Task
+from inferctl.config.spec import Task
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 Vectors: TypeAlias = npt.NDArray[np.float32]

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 from inferctl.serve.engine_process import frames
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo, Listener
 from inferctl.serve.engine_process.frames import Kind
@@ -149,7 +149,7 @@ class Supervisor:
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "inferctl.serve.engine_process.worker",
+            "inferctl.serve.engine_process.main",
             str(child_socket.fileno()),
             pass_fds=(child_socket.fileno(),),
             env=_ENVIRONMENT | os.environ,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from inferctl.divergence import REFERENCE_TOKENS
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.models.divergence import REFERENCE_TOKENS
 from inferctl.serve.engines import plain, weights
 from inferctl.serve.engines.cpu import usable_cores
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferctl.errors import NotReadyError, UsageError
-from inferctl.model import ModelFolder
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.models.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows

@@ -8,7 +8,7 @@ import platform
 import re
 from pathlib import Path
 
-from inferctl.precision import DeviceTraits
+from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 
 

@@ -6,8 +6,8 @@ import re
 
 import torch
 
-from inferctl import catalog, precision
-from inferctl.errors import NotReadyError, UsageError, shown
+from inferctl.core.errors import NotReadyError, UsageError, shown
+from inferctl.facts import catalog, precision
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.engines import cpu, int8

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-from inferctl import model
-from inferctl.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.models import model
 from inferctl.serve import task_config
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from inferctl.errors import NotReadyError, install_hint
+from inferctl.core.errors import NotReadyError, install_hint
 
 # From the LLM.int8 paper (Dettmers et al., 2022): columns with a larger activation are not in the 8-bit product.
 _OUTLIER_THRESHOLD = 6.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process import memory
 
 # oneDNN generates code for each number of rows and keeps it: 0.5 MiB each, which the limit of its cache does not count.

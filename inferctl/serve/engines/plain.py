@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from inferctl.config.spec import Task
 from inferctl.serve.embedding_config import EmbeddingConfig, Pooling
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
 from inferctl.serve.tokenizer_pool import Pair
-from inferctl.spec import Task
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process import memory
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Vectors
 from inferctl.serve.engines.forward import Sequences

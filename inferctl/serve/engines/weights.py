@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from inferctl.errors import UsageError
-from inferctl.model import ModelFolder
+from inferctl.config.spec import Task
+from inferctl.core.errors import UsageError
+from inferctl.models.model import ModelFolder
 from inferctl.serve.engine_process import memory
-from inferctl.spec import Task
 
 _BUFFERS = (
     r"(.*\.)?(position_ids|token_type_ids)",  # constants that older versions of transformers stored

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from inferctl import decoder
-from inferctl.errors import NotReadyError, shown
-from inferctl.model import is_hub_id
+from inferctl.config.spec import Spec
+from inferctl.core.errors import NotReadyError, shown
+from inferctl.core.sizes import parse_size
+from inferctl.models import decoder
+from inferctl.models.model import is_hub_id
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
-from inferctl.sizes import parse_size
-from inferctl.spec import Spec
 
 MIDDLEWARE = "inferctl.serve.generate.middleware.VllmMiddleware"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _GIB = 1024**3
-# Variables with passwords of stores, which only the supervisor and the worker connect to.
+# Variables with passwords of stores, which only the supervisor and the relay connect to.
 _STORES = ("INFERCTL_ACCESS_", "INFERCTL_CACHE_", "INFERCTL_METERING_", "PGPASSWORD")
 
 

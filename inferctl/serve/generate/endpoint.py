@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inferctl.access.fairness import Shares
-from inferctl.access.limits import BYTES_PER_TOKEN
+from inferctl.batching.fairness import Shares
 from inferctl.serve import docs_page
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError
@@ -22,6 +21,7 @@ from inferctl.serve.generate.control import ENGINE_LOST
 from inferctl.serve.generate.engine_requests import EngineRequests
 from inferctl.serve.generate.meter import StreamMeter
 from inferctl.serve.generate.reading import Asked
+from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Path -> name in events. What they generate is counted.
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}

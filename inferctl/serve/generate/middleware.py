@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inferctl import spec
+from inferctl.config import spec
 from inferctl.serve import events, logs
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError

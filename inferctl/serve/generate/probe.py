@@ -10,8 +10,8 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
-from inferctl.errors import NotReadyError
-from inferctl.precision import DeviceTraits
+from inferctl.core.errors import NotReadyError
+from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.engines import cpu
 
@@ -67,7 +67,7 @@ def _detect(wanted: str) -> tuple[DeviceInfo, DeviceTraits]:
 
 
 if __name__ == "__main__":
-    from inferctl.errors import InferctlError
+    from inferctl.core.errors import InferctlError
 
     try:
         found, found_traits = _detect(sys.argv[1])

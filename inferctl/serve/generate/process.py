@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 
 _TERMINATE_S = 10.0
 _KEPT_LINES = 400

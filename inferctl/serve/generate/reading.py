@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 
-from inferctl.access.limits import BYTES_PER_TOKEN
 from inferctl.serve.edge.errors import ApiError
+from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # An answer without a limit counts with so many tokens, and may have no more if its key has a limit of tokens.
 ANSWER_TOKENS = 1024

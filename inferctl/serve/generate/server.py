@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import inferctl
-from inferctl import catalog, decoder, outputs, precision
-from inferctl.decoder import Decoder
-from inferctl.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
-from inferctl.model import ModelFolder, longest_start_s
-from inferctl.serve import events, metering, worker_process
+from inferctl.config.spec import Spec
+from inferctl.core import outputs
+from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
+from inferctl.facts import catalog, precision
+from inferctl.models import decoder
+from inferctl.models.decoder import Decoder
+from inferctl.models.model import ModelFolder, longest_start_s
+from inferctl.serve import events, metering, relay_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -35,7 +38,6 @@ from inferctl.serve.metrics import RequestMetrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
-from inferctl.spec import Spec
 
 _HANDOVER_S = 2.0
 _POLL_S = 0.1  # how soon a signal ends the search for the device
@@ -86,7 +88,7 @@ class GenerationServer:
         metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
         self._names = [spec.name, spec.model.source]
         self._metering = Metering(spec.metering, spec.name, "generate", known_callers=spec.access.required)
-        self._worker = worker_process.start(spec, notify)
+        self._relay = relay_process.start(spec, notify)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         self._edge = Edge(
             _no_engine,
@@ -106,16 +108,16 @@ class GenerationServer:
 
     async def run(self, signals: StopSignals) -> int:
         """Serve until a signal arrives, and return the exit code. Raises `NotReadyError` if vLLM does not start."""
-        worker: asyncio.Task[None] | None = None
+        relay: asyncio.Task[None] | None = None
         try:
             self._metering.open()
-            worker = asyncio.create_task(self._worker.run()) if self._worker else None
+            relay = asyncio.create_task(self._relay.run()) if self._relay else None
             return await self._run(signals)
         finally:
             self._supervisor.kill()
             self._supervisor.close()
             shutil.rmtree(self._directory, ignore_errors=True)
-            await self._close_metering(worker)
+            await self._close_metering(relay)
 
     async def _run(self, signals: StopSignals) -> int:
         listener.raise_file_limit()
@@ -145,13 +147,13 @@ class GenerationServer:
             self._notify("stopped")
         return EXIT_INTERRUPTED if self._interrupted else 0
 
-    async def _close_metering(self, worker: asyncio.Task[None] | None) -> None:
-        """Record the last requests, and let the worker store them before the drain ends."""
+    async def _close_metering(self, relay: asyncio.Task[None] | None) -> None:
+        """Record the last requests, and let the relay store them before the drain ends."""
         left = max(_FLUSH_S, self._drain_end - time.monotonic())
         await self._metering.close(left)
-        if self._worker and worker:
-            await self._worker.stop(left)
-            await worker
+        if self._relay and relay:
+            await self._relay.stop(left)
+            await relay
 
     async def _start_vllm(self) -> VllmProcess:
         self._edge_settings().write(self._directory)

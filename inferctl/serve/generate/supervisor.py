@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inferctl.errors import NotReadyError
+from inferctl.core.errors import NotReadyError
 from inferctl.serve.generate import control
 from inferctl.serve.generate.control import Channel
 from inferctl.serve.generate.process import VllmProcess

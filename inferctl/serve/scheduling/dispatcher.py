@@ -21,6 +21,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from inferctl.batching.batcher import Batcher, QueuedSequence
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
@@ -30,7 +31,6 @@ from inferctl.serve.engine_process.engine_protocol import (
     Vectors,
 )
 from inferctl.serve.metrics import Metrics
-from inferctl.serve.scheduling.batcher import Batcher, QueuedSequence
 from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
 from inferctl.serve.scheduling.engine_use import EngineUse
 

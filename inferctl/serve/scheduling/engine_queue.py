@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from inferctl.batching.batcher import QueuedSequence
+from inferctl.batching.latency_model import LatencyModel
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Batch, EngineInfo, EngineProcess
-from inferctl.serve.scheduling.batcher import QueuedSequence
 from inferctl.serve.scheduling.engine_use import EngineUse
-from inferctl.serve.scheduling.latency_model import LatencyModel
 
 # After at most this many batches near the lowered limit that fit into memory, the batch limit is back at its start
 # value. If memory stays insufficient, that costs one retry per about this many batches.

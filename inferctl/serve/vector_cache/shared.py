@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from inferctl.addresses import ValkeyAddress
-from inferctl.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.addresses import ValkeyAddress
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from valkey.asyncio import Valkey

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from inferctl.errors import NotReadyError, install_hint
+from inferctl.core.errors import NotReadyError, install_hint
 
 # Memory of an entry beyond its vector: its key and the structures of the library (benchmarks/peers/cache_policies.py).
 ENTRY_BYTES = 512

@@ -20,6 +20,8 @@ from typing import Protocol
 
 import numpy as np
 
+from inferctl.config.spec import Cache, Task
+from inferctl.core.sizes import parse_size
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
@@ -27,8 +29,6 @@ from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.vector_cache.keys import KeySpace
 from inferctl.serve.vector_cache.shared import SharedLevel
 from inferctl.serve.vector_cache.store import VectorStore
-from inferctl.sizes import parse_size
-from inferctl.spec import Cache, Task
 
 # A request joins the flights of others this often. If they fail for reasons of their own, it computes everything.
 _MAX_JOINS = 3

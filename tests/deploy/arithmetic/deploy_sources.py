@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from inferctl import settings
-from inferctl.bench import receipt
+from inferctl.config import settings
+from inferctl.config.spec import Spec, Task
 from inferctl.deploy import resolve
 from inferctl.deploy.clusters import Cluster, Clusters
 from inferctl.deploy.plan import Plan
-from inferctl.fit import ModelSize, UnknownSize
-from inferctl.spec import Spec, Task
+from inferctl.models.fit import ModelSize, UnknownSize
+from inferctl.receipts import receipt
 
 # A model of 100 million parameters: 200 MB in 16 bits.
 SMALL = ModelSize(100_000_000, {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": 30_000})

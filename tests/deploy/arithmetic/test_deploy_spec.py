@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from deploy_sources import parse
 
+from inferctl.core.errors import SpecError
 from inferctl.deploy import clusters
-from inferctl.errors import SpecError
 
 HEAD = "name: a\nmodel: {source: a/b}\n"
 

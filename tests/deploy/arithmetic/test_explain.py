@@ -287,7 +287,7 @@ def test_the_sample_receipts_are_those_of_their_script(tmp_path: Path) -> None:
     assert spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    from inferctl.bench import receipt
+    from inferctl.receipts import receipt
 
     for task, rows in (("embed", script.EMBED), ("generate", script.GENERATE)):
         for row in rows:

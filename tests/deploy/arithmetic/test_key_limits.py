@@ -6,8 +6,8 @@ from typing import Any
 
 from deploy_sources import IMAGE, plan, spec
 
-from inferctl.access.limits import Limiter
 from inferctl.deploy.plan import ModelPlan
+from inferctl.tenancy.access.limits import Limiter
 
 TRAFFIC = {"base_rps": 100, "peak_rps": 1000, "tokens_per_request": 250}
 

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from deploy_sources import IMAGE, plan, receipt_document, spec
 
-from inferctl.bench import receipt
+from inferctl.config.spec import Spec
+from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.deploy.lint import promql
 from inferctl.deploy.measured import looser
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
-from inferctl.errors import UsageError
-from inferctl.spec import Spec
+from inferctl.manifests.lint import promql
+from inferctl.receipts import receipt
 
 TRAFFIC = {"base_rps": 200, "peak_rps": 1400, "tokens_per_request": 250, "rise_s": 60}
 L4 = {"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}

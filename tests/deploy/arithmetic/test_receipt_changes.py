@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from inferctl import cli
-from inferctl.bench import receipt
+from inferctl.receipts import receipt
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
 

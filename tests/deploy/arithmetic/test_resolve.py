@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from deploy_sources import HALF, IMAGE, SMALL, cluster, plan, receipt_document, spec, write_receipt
 
-from inferctl import catalog
-from inferctl.bench import receipt
+from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.deploy import explain, gpu
-from inferctl.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
-from inferctl.fit import ModelSize, UnknownSize
+from inferctl.facts import catalog
+from inferctl.models.fit import ModelSize, UnknownSize
+from inferctl.receipts import receipt
 from tests.deploy import plans
 
 TRAFFIC = {"base_rps": 100, "peak_rps": 1000, "tokens_per_request": 250}
@@ -125,7 +125,8 @@ def test_a_receipt_of_another_model_is_a_warning(model: dict[str, Any], differs:
 def test_a_model_on_this_machine_is_compared_with_its_receipts(
     minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from inferctl import cli, model
+    from inferctl import cli
+    from inferctl.models import model
 
     deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
     data = {"name": "embed", "model": {"source": str(minilm), "weights": "bake"}, "deploy": deploy}

@@ -162,7 +162,7 @@ def test_placeholders_take_the_place_of_a_server_and_give_way() -> None:
     assert not selector["matchLabels"].items() <= placeholder["spec"]["template"]["metadata"]["labels"].items()
 
 
-def test_placeholders_are_as_large_as_a_pod_with_its_worker() -> None:
+def test_placeholders_are_as_large_as_a_pod_with_its_relay() -> None:
     settings = {
         "flavors": [{"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}],
         "traffic": {"base_rps": 400, "peak_rps": 2000, "tokens_per_request": 250},
@@ -171,7 +171,7 @@ def test_placeholders_are_as_large_as_a_pod_with_its_worker() -> None:
     }
     found = plan(spec(settings, metering={"mode": "on"}))
     (placeholder,) = spare(found)
-    # Server: 3 - 0.1 cores assumed, and 200 MB + 4 GiB = 4,287 MiB. Worker: 0.1 cores and 256 MiB.
+    # Server: 3 - 0.1 cores assumed, and 200 MB + 4 GiB = 4,287 MiB. Relay: 0.1 cores and 256 MiB.
     resources = placeholder["spec"]["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"] == {"cpu": "3000m", "memory": "4543Mi", "nvidia.com/gpu": 1}
     # /tmp: 1,024 MiB; the outbox: 1,024 MiB and 256 MiB.

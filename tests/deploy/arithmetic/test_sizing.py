@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl import catalog, model
-from inferctl.catalog import hardware_profiles
+from inferctl.config.deploy_spec import Traffic
 from inferctl.deploy import sizing
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.plan import Rate, TrafficPlan
 from inferctl.deploy.sizing import Demand
-from inferctl.deploy_spec import Traffic
 from inferctl.estimate import forecast
+from inferctl.facts import catalog
+from inferctl.facts.catalog import hardware_profiles
+from inferctl.models import model
 from tests.deploy import plans
 
 FAST = Rate(90_000.0, measured=True, source="", seal="01234567")

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from inferctl.deploy.lint import Context, ModelFacts
-from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.versions import OLDEST_SUPPORTED
+from inferctl.manifests.lint import Context, ModelFacts
+from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.versions import OLDEST_SUPPORTED
 
 HERE = Path(__file__).parent
 GOOD = HERE / "good.yaml"

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from inferctl import cli
-from inferctl.deploy import lint
+from inferctl.manifests import lint
 from tests.deploy import plans
 from tests.deploy.conftest import write
 from tests.deploy.lint import seeded

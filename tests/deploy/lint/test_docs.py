@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.deploy import lint, manifests_file
+from inferctl.manifests import lint, manifests_file
 from tests.deploy import validation
 from tests.deploy.lint import seeded
 

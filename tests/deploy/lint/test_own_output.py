@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from inferctl.deploy import layout, lint, versions
+from inferctl.deploy import layout
+from inferctl.manifests import lint, versions
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.lint import seeded

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from inferctl.deploy.lint import promql
+from inferctl.manifests.lint import promql
 
 GOOD = [
     "up",
@@ -50,6 +50,6 @@ def test_brackets_and_quotes_are_checked_without_the_parser(expression: str) -> 
 
 def test_metrics_of_an_expression() -> None:
     expression = 'sum(inferctl_b{job="inferctl_x"}) / on (inferctl_y) inferctl_a + other'
-    assert promql.metric_names(expression, "inferctl_") == ["inferctl_a", "inferctl_b"]
+    assert promql.metrics_of(expression, "inferctl_") == ["inferctl_a", "inferctl_b"]
     assert "inferctl_tokens_total" in promql.server_metrics()
     assert promql.closest("inferctl_token_total", promql.server_metrics()) == "did you mean inferctl_tokens_total?"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl.deploy import lint, manifests_file
-from inferctl.deploy.manifests_file import Located
+from inferctl.manifests import lint, manifests_file
+from inferctl.manifests.manifests_file import Located
 
 PUBLIC = Path(__file__).parent / "public"
 # Each of these manifests is for clusters without Pod Security, and without a thought of the token.
@@ -29,7 +29,7 @@ FINDINGS = {
     # The operator of Ray adds the port `metrics`.
     "ray.yaml": USUAL,
     # 405 billion weights on two nodes with eight GPUs each. The labels of the Services come from the controller.
-    "leader-worker-set.yaml": USUAL | {"gpu-toleration-missing"},
+    "leader-relay-set.yaml": USUAL | {"gpu-toleration-missing"},
     # `-m` names a model: 70 billion weights of 4 bits.
     "llama-cpp.yaml": USUAL,
     # A path in GOOGLE_APPLICATION_CREDENTIALS is no secret, and a monitor may have one port for each of its Services.

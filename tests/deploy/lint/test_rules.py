@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl import catalog
-from inferctl.deploy import lint, manifests_file
-from inferctl.deploy.kubernetes.fields import as_float
-from inferctl.deploy.lint import gpu, models, sarif
-from inferctl.deploy.lint.manifests import Manifests, Workload
-from inferctl.deploy.manifests_file import Located
+from inferctl.facts import catalog
+from inferctl.manifests import lint, manifests_file
+from inferctl.manifests.kubernetes.fields import as_float
+from inferctl.manifests.lint import gpu, models, sarif
+from inferctl.manifests.lint.manifests import Manifests, Workload
+from inferctl.manifests.manifests_file import Located
 from tests.deploy.lint import seeded
 
 FAULTS = seeded.faults()

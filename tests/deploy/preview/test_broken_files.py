@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from inferctl.cli import deploy_preview
-from inferctl.errors import InferctlError
+from inferctl.core.errors import InferctlError
 
 JUNK: list[Any] = [
     None, True, -1, 3.5, "", "text", "[/]", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400, 2**64,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import admission, filters, nodes_file, preemption, simulation, workloads
-from inferctl.deploy.preview.cluster import Cluster, Pod
+from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.preview import admission, filters, nodes_file, preemption, simulation, workloads
+from inferctl.manifests.preview.cluster import Cluster, Pod
 from tests.deploy.preview import expand
 
 CASES = expand.load()

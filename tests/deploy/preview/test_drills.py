@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import drills, nodes_file, report, simulation, workloads
-from inferctl.deploy.preview.drills import Loss
-from inferctl.deploy.preview.simulation import Outcome
+from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.preview import drills, nodes_file, report, simulation, workloads
+from inferctl.manifests.preview.drills import Loss
+from inferctl.manifests.preview.simulation import Outcome
 
 SLICE = "nvidia.com/mig-3g.20gb"
 

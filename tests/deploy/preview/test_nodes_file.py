@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from inferctl import document
-from inferctl.deploy.kubernetes import fields
-from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import admission, filters, nodes_file
-from inferctl.errors import InferctlError, SpecError, UsageError
+from inferctl.core import document
+from inferctl.core.errors import InferctlError, SpecError, UsageError
+from inferctl.manifests.kubernetes import fields
+from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.preview import admission, filters, nodes_file
 
 GROUPS = """
 nodes:

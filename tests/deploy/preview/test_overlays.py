@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from inferctl import cli
-from inferctl.deploy import manifests_file
-from inferctl.deploy.preview import overlays
-from inferctl.errors import NotReadyError, UsageError
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.manifests import manifests_file
+from inferctl.manifests.preview import overlays
 
 DEPLOYMENT = """
 apiVersion: apps/v1

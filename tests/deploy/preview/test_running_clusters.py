@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.manifests_file import Located
-from inferctl.deploy.preview import drills, filters, nodes_file, report, simulation, workloads
-from inferctl.deploy.preview.simulation import Outcome
-from inferctl.errors import UsageError
+from inferctl.core.errors import UsageError
+from inferctl.manifests.manifests_file import Located
+from inferctl.manifests.preview import drills, filters, nodes_file, report, simulation, workloads
+from inferctl.manifests.preview.simulation import Outcome
 
 GPU = "nvidia.com/gpu"
 ZONE = "topology.kubernetes.io/zone"

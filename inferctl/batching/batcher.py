@@ -1,0 +1,296 @@
+"""The request queue: admission control and the choice of the next batch. It has no clock: the time is an argument.
+
+The queue is counted in tokens. A request is accepted or rejected as a whole; its sequences may run in several batches.
+Interactive requests run before bulk requests. A batch starts with the oldest interactive sequence, then adds sequences
+of similar length from a bounded window. Overdue bulk sequences get a reserved share, so nothing starves. The batcher
+never delays a batch to fill it: a batch holds what is queued when the engine is free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from inferctl.batching.fairness import SHARE, exceeds_share
+from inferctl.batching.latency_model import LatencyModel
+
+# A request completes with its last batch, and later requests fill that batch too. So predictions are multiplied by a
+# safety factor, which converges where nine of ten responses are in time: a late one raises it, others lower it.
+_RAISE, _LOWER = 1.02, 1.02 ** (-1 / 9)
+_MAX_SAFETY_FACTOR = 4.0
+# A batch smaller than this (tokens) is not worth a slot of its own while it could share one.
+_MIN_SPLIT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """The limits of the queue.
+
+    `batch_tokens`: the largest batch. `queue_tokens`: the largest queue; bulk requests can use half of it. `window`:
+    how many queued sequences are considered for a batch. Sequences that have waited for `overdue_s` run in arrival
+    order, and bulk ones among them get `bulk_share` of the tokens. Requests with a longer predicted wait than
+    `max_wait_s`, and interactive requests with a longer predicted latency than `slo_s`, are rejected; None turns a
+    check off.
+    """
+
+    batch_tokens: int
+    queue_tokens: int
+    window: int = 256
+    overdue_s: float = 1.0
+    bulk_share: float = 0.25
+    max_wait_s: float | None = None
+    slo_s: float | None = None
+
+
+class QueuedSequence(NamedTuple):
+    """A sequence in the queue: its request, its position in the request, its length in tokens, its arrival time (s).
+
+    `tenant`: among whom the queue is shared; None if it is not.
+    """
+
+    request: int
+    position: int
+    tokens: int
+    arrived: float
+    bulk: bool = False
+    tenant: str | None = None
+
+
+class AdmissionError(Exception):
+    """The request is rejected. `reason`: `queue_full`, `key_share`, `max_wait` or `slo`. `retry_after`: in seconds."""
+
+    def __init__(self, reason: str, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after = reason, retry_after
+
+
+@dataclass
+class PriorityQueue:
+    """The queued sequences of one priority, in arrival order. Cancelled ones stay until they are reached."""
+
+    sequences: deque[QueuedSequence] = field(default_factory=deque)
+    tokens: int = 0
+    count: int = 0
+    held: dict[str, int] = field(default_factory=dict)  # tokens of each tenant
+
+
+@dataclass
+class Batcher:
+    """The queue in front of the ready engines, which run `slots` batches at a time in total."""
+
+    limits: QueueLimits
+    latency: LatencyModel = field(default_factory=LatencyModel)
+    slots: int = 1
+    _interactive: PriorityQueue = field(default_factory=PriorityQueue, init=False)
+    _bulk: PriorityQueue = field(default_factory=PriorityQueue, init=False)
+    # The queued sequences by request and position. A sequence whose request is missing here was cancelled.
+    _requests: dict[int, dict[int, QueuedSequence]] = field(default_factory=dict, init=False)
+    _safety_factor: float = field(default=1.0, init=False)
+    _bulk_credit: float = field(default=0.0, init=False)  # tokens that bulk can take before interactive requests
+
+    def __len__(self) -> int:
+        return self._interactive.count + self._bulk.count
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests with a sequence in the queue."""
+        return len(self._requests)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens in the queue."""
+        return self._interactive.tokens + self._bulk.tokens
+
+    def submit(
+        self,
+        request: int,
+        lengths: Sequence[int],
+        now: float,
+        *,
+        bulk: bool = False,
+        busy_s: float = 0.0,
+        tenant: str | None = None,
+    ) -> float:
+        """Queue all sequences of a request and return its predicted latency (s). Raises `AdmissionError`.
+
+        `busy_s`: seconds until an engine is free. A request that takes longer than the longest wait is a bulk request,
+        because others would wait for it.
+        """
+        total, longest_wait = sum(lengths), self.limits.max_wait_s
+        if longest_wait is not None and self.latency.seconds(total, self.limits.batch_tokens) > longest_wait:
+            bulk = True
+        predicted = self.predict_latency(total, max(lengths), bulk=bulk, busy_s=busy_s, tenant=tenant)
+        items = [QueuedSequence(request, index, tokens, now, bulk, tenant) for index, tokens in enumerate(lengths)]
+        self._queue(bulk).sequences.extend(items)
+        self._add(items)
+        return predicted
+
+    def observe(self, predicted: float, seconds: float) -> None:
+        """Adjust the safety factor by one response: its predicted and its measured latency (s)."""
+        # Predictions far below the SLO do not affect admission.
+        if self.limits.slo_s is not None and predicted > self.limits.slo_s / (2 * _MAX_SAFETY_FACTOR):
+            self._safety_factor *= _RAISE if seconds > self._safety_factor * predicted else _LOWER
+            self._safety_factor = min(max(self._safety_factor, 1.0), _MAX_SAFETY_FACTOR)
+
+    def predict_latency(
+        self, tokens: int, longest: int = 1, *, bulk: bool = False, busy_s: float = 0.0, tenant: str | None = None
+    ) -> float:
+        """Return the predicted latency (s) of a request. Raises `AdmissionError` if the queue cannot accept it.
+
+        `tokens`: the tokens of the request. `longest`: those of its longest sequence. `busy_s`: seconds until an engine
+        is free. `tenant`: must not hold more than its share of the queue. Without a waiting request of this priority,
+        the limit of the queue does not apply; otherwise a large request would be rejected forever.
+        """
+        queue, half = self._queue(bulk), self.limits.queue_tokens // 2
+        limit = half if bulk else self.limits.queue_tokens - min(self._bulk.tokens, half)
+        wait = busy_s + self.expected_wait(bulk=bulk)
+        if queue.tokens and queue.tokens + tokens > limit:
+            message = f"the queue has {queue.tokens} of at most {limit} tokens, and the request has {tokens}"
+            raise AdmissionError("queue_full", message, wait if self.latency.known else 1.0)
+        if tenant is not None and (held := queue.held.get(tenant)):
+            self._check_share(held, tokens, limit - queue.tokens, wait, bulk=bulk)
+        if self.limits.max_wait_s is not None and wait > self.limits.max_wait_s:
+            message = f"the predicted wait is {wait:.3g} s, and the limit is {self.limits.max_wait_s:g} s"
+            raise AdmissionError("max_wait", message, wait - self.limits.max_wait_s)
+        # The sequences run on all engines that are free by then. One sequence runs on one engine.
+        parallel = max(1, min(self.slots, tokens // max(_MIN_SPLIT_TOKENS, longest)))
+        predicted = wait + self.latency.seconds(tokens, self.limits.batch_tokens) / parallel
+        if self.limits.slo_s is not None and not bulk and wait:
+            late = predicted - self.limits.slo_s / self._safety_factor
+            if late > 0:
+                raise AdmissionError("slo", f"predicted latency exceeds the SLO by {late:.2g} s", min(late, wait))
+        return predicted
+
+    def _check_share(self, held: int, tokens: int, free: int, wait: float, *, bulk: bool) -> None:
+        """Raise `AdmissionError` if a tenant that holds `held` tokens would have too many of them.
+
+        The bounds on the wait are shared in the same way: they can be reached long before the queue is full.
+        """
+        bound = math.inf if self.limits.max_wait_s is None else self.limits.max_wait_s
+        if self.limits.slo_s is not None and not bulk:
+            bound = min(bound, self.limits.slo_s / self._safety_factor)
+        seconds = self.latency.seconds(held + tokens, self.limits.batch_tokens) / max(1, self.slots)
+        if exceeds_share(held, tokens, free) or seconds > SHARE * (bound - wait):
+            message = f"this key has {held} tokens in the queue, and other keys need room"
+            raise AdmissionError("key_share", message, wait if self.latency.known else 1.0)
+
+    def expected_wait(self, *, bulk: bool = True) -> float:
+        """Return the seconds until the queue (`bulk` False: the interactive one) is processed; 0 if unknown."""
+        tokens = self.waiting_tokens if bulk else self._interactive.tokens
+        return self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.slots)
+
+    def cancel(self, request: int) -> None:
+        """Remove the queued sequences of a request. Unknown requests are ignored."""
+        for item in list(self._requests.get(request, {}).values()):
+            self._remove(item)
+        for queue in (self._interactive, self._bulk):
+            if len(queue.sequences) > 2 * queue.count + self.limits.window:
+                queue.sequences = deque(item for item in queue.sequences if item.request in self._requests)
+
+    def next_batch(self, now: float, free_slots: int = 1) -> list[QueuedSequence]:
+        """Remove the next batch from the queue and return it; empty if nothing is queued.
+
+        `free_slots`: how many batches could start now; this batch gets its part of the queue. The batch keeps the token
+        limit, except that a single sequence may exceed it.
+        """
+        part = max(_MIN_SPLIT_TOKENS, math.ceil(self.waiting_tokens / free_slots))
+        budget = min(self.limits.batch_tokens, part)
+        batch = self._take_overdue_bulk(now, budget)
+        for queue in (self._interactive, self._bulk):
+            remaining = budget - sum(item.tokens for item in batch)
+            batch += self._take(queue, now, remaining, allow_oversized=not batch)
+        return batch
+
+    def has_full_batch(self) -> bool:
+        """Return whether more requests could not make the next batch larger."""
+        return self.waiting_tokens >= self.limits.batch_tokens or len(self) >= self.limits.window
+
+    def requeue(self, batch: Sequence[QueuedSequence]) -> None:
+        """Put sequences that no engine started back at the front, in order. The queue limit does not apply."""
+        for item in reversed(batch):
+            self._queue(item.bulk).sequences.appendleft(item)
+        self._add(batch)
+
+    def _queue(self, bulk: bool) -> PriorityQueue:
+        return self._bulk if bulk else self._interactive
+
+    def _take_overdue_bulk(self, now: float, budget: int) -> list[QueuedSequence]:
+        """Remove the bulk sequences that run before interactive ones, and return them.
+
+        While the oldest bulk sequence is overdue, each batch adds `bulk_share` of its tokens to a credit. A sequence
+        runs once the credit pays for its tokens.
+        """
+        oldest = self._oldest(self._bulk)
+        if oldest is None or not self._interactive.count or now - oldest.arrived < self.limits.overdue_s:
+            self._bulk_credit = 0.0
+            return []
+        self._bulk_credit += self.limits.bulk_share * budget
+        batch: list[QueuedSequence] = []
+        while (item := self._oldest(self._bulk)) and (not batch or item.tokens <= budget):
+            price = min(item.tokens, self.limits.batch_tokens)
+            if price > self._bulk_credit:
+                break
+            batch.append(self._bulk.sequences.popleft())
+            self._remove(item)
+            self._bulk_credit -= price
+            budget -= price
+        return batch
+
+    def _take(self, queue: PriorityQueue, now: float, budget: int, *, allow_oversized: bool) -> list[QueuedSequence]:
+        """Remove sequences that fit into `budget` tokens from the window of a queue, and return them.
+
+        Order: the oldest, the overdue ones, then those closest to the oldest in length. With `allow_oversized` the
+        first one may exceed the budget.
+        """
+        if budget <= 0:
+            return []
+        window: list[QueuedSequence] = []
+        while len(window) < self.limits.window and self._oldest(queue):
+            window.append(queue.sequences.popleft())
+        order = window
+        if sum(item.tokens for item in window) > budget:
+            oldest, due = window[0], now - self.limits.overdue_s
+            order = sorted(
+                window, key=lambda i: 0 if i is oldest or i.arrived <= due else 1 + abs(i.tokens - oldest.tokens)
+            )
+        taken: list[QueuedSequence] = []
+        for item in order:
+            if item.tokens <= budget or (allow_oversized and not taken):
+                taken.append(item)
+                budget -= item.tokens
+                self._remove(item)
+        chosen = set(taken)
+        queue.sequences.extendleft(item for item in reversed(window) if item not in chosen)
+        return taken
+
+    def _oldest(self, queue: PriorityQueue) -> QueuedSequence | None:
+        while queue.sequences and queue.sequences[0].request not in self._requests:
+            queue.sequences.popleft()
+        return queue.sequences[0] if queue.sequences else None
+
+    def _add(self, items: Sequence[QueuedSequence]) -> None:
+        """Count sequences that joined the queue."""
+        for item in items:
+            self._requests.setdefault(item.request, {})[item.position] = item
+            queue = self._queue(item.bulk)
+            queue.count += 1
+            queue.tokens += item.tokens
+            if item.tenant is not None:
+                queue.held[item.tenant] = queue.held.get(item.tenant, 0) + item.tokens
+
+    def _remove(self, item: QueuedSequence) -> None:
+        """Count a sequence that left the queue."""
+        queued = self._requests[item.request]
+        del queued[item.position]
+        if not queued:
+            del self._requests[item.request]
+        queue = self._queue(item.bulk)
+        queue.count -= 1
+        queue.tokens -= item.tokens
+        if item.tenant is not None:
+            queue.held[item.tenant] -= item.tokens
+            if not queue.held[item.tenant]:
+                del queue.held[item.tenant]

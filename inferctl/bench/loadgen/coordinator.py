@@ -1,0 +1,251 @@
+"""Control a run of all workers: the warm-up until it is steady, one common start, and the end.
+
+It runs in Locust's master, or in its only process.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gevent
+
+from inferctl.bench.loadgen import clock
+from inferctl.bench.loadgen.recorder import exit_on_write_error
+
+STEADY_WINDOWS, STEADY_SPREAD = 3, 0.10
+LEAD_NS = 300_000_000
+TRIPS = 20
+SILENT_S = 10
+
+
+class Coordinator:
+    """Exchange messages with the generator of each worker, and write the state of the run to `state-0.json`.
+
+    It raises no exceptions: after an error, the run ends with `problem` in the state. If the state cannot be written,
+    Locust ends with the number of the error.
+    """
+
+    def __init__(self, environment: Any, load: Mapping[str, Any], files: Callable[[], dict[str, bytes]]) -> None:
+        self._environment, self.runner, self.stats = environment, environment.runner, environment.stats
+        self.load, self._files = load, files
+        self.folder = Path(load["output"])
+        self.workers = int(load["workers"]) + int(load.get("remote_workers", 0))
+        self._ready: dict[str, dict[str, Any]] = {}
+        self._complete = False
+        self._replies: dict[str, dict[str, Any]] = {}
+        self._done: dict[str, dict[str, Any]] = {}
+        self._offsets: dict[str, tuple[clock.Offset, clock.Offset]] = {}
+        self._here = clock.machine()
+        self.state: dict[str, Any] = {"phase": "warm-up", "mode": load["mode"], "windows": [], "steady": False}
+        listeners = {"need": self._send_files, "ready": self._on_ready, "reply": self._on_reply}
+        for name, listener in {**listeners, "records": self._on_records, "done": self._on_done}.items():
+            self.runner.register_message(f"inferctl-{name}", listener)
+
+    def run(self) -> None:
+        """Do the whole run, then end Locust."""
+        try:
+            try:
+                self._run()
+            except TimeoutError as error:
+                self.publish(phase="failed", problem=str(error))
+            except Exception as error:  # noqa: BLE001 - without this, any error would leave the run hanging for minutes
+                traceback.print_exc()
+                self.publish(phase="failed", problem=f"{type(error).__name__}: {error}")
+        except SystemExit as end:
+            self._environment.process_exit_code = end.code
+        finally:
+            self.runner.quit()
+
+    def _run(self) -> None:
+        self._wait_until(
+            lambda: len(self._ready) >= self.workers,
+            120,
+            lambda: f"{len(self._ready)} of {self.workers} load workers connected",
+        )
+        if (numbers := [self._ready[node]["worker"] for node in self._order()]) != list(range(self.workers)):
+            # The number of a worker selects its share of the schedule. With other numbers, a share would not be sent.
+            raise TimeoutError(
+                f"load workers {numbers} connected, but {self.workers} with numbers from 0 are required: "
+                "there are too many, or one is left from an interrupted run (it ends within a minute)"
+            )
+        self._complete = True
+        offsets = {node: self._offset(node) for node in self._ready}
+        started, user = time.monotonic_ns(), 0
+        self.publish(warmup_start_ns=started)
+        for node in self._order():
+            users = self._ready[node]["users"]
+            self._send(node, "begin", start_ns=started + offsets[node].ns, first_user=user, users=users)
+            user += users
+        self._warm_up(started)
+        self.stats.reset_all()
+        cpu, start = time.process_time_ns(), time.monotonic_ns() + (LEAD_NS if self.workers > 1 else 1_000_000)
+        end = start + int(self.load["duration_s"] * 1e9)
+        for node in self._ready:
+            self._send(node, "measure", start_ns=start + offsets[node].ns)
+        self.publish(phase="measure", measure_start_ns=start, measure_end_ns=end)
+        self._watch(end)
+        self.publish(phase="drain")
+        own = time.process_time_ns() - cpu
+        timeout_s = self.load["timeout_s"] + 15
+        self._wait_until(
+            lambda: len(self._done) >= self.workers,
+            timeout_s,
+            lambda: f"load workers {self._missing()} did not report the end of their run",
+        )
+        self._offsets = {node: (first, self._offset(node)) for node, first in offsets.items()}
+        total = self.stats.total
+        rounded = {f"p{q * 100:g}": total.get_response_time_percentile(q) for q in (0.5, 0.9, 0.95, 0.99)}
+        self.publish(**self._summary(own), locust_percentiles_ms=rounded if self.workers == 1 else None)
+        self.publish(phase="done", done_ns=time.monotonic_ns())
+
+    def _watch(self, end_ns: int) -> None:
+        """Wait until `end_ns`.
+
+        Raises `TimeoutError` if a worker sends no messages for 10 s. Locust marks such a worker after 3 s.
+        """
+        silent = 0
+        while (left := (end_ns - time.monotonic_ns()) / 1e9) > 0:
+            gevent.sleep(min(left, 1.0))
+            missing = (
+                [client for client in self.runner.clients.missing if client.id in self._ready]
+                if self.workers > 1
+                else []
+            )
+            silent = silent + 1 if missing else 0
+            if silent > SILENT_S:
+                lost = ", ".join(str(self._ready[client.id]["worker"]) for client in missing)
+                raise TimeoutError(f"load worker {lost} stopped responding")
+
+    def publish(self, **changes: Any) -> None:
+        """Add `changes` to the state, and replace `state-0.json` atomically."""
+        self.state.update(changes)
+        part = self.folder / ".state-0.json"
+        with exit_on_write_error():
+            part.write_text(json.dumps(self.state))
+            part.rename(self.folder / "state-0.json")
+
+    def _warm_up(self, started: int) -> None:
+        """Return when three consecutive windows agree within 10%, or after `warmup_s`."""
+        closed = self.load["mode"] == "closed"
+        enough = max(10, 2 * int(self.load["users"])) if closed else 10
+        limit = started + int(self.load["warmup_s"] * 1e9)
+        figures: list[float] = []
+        while (start := time.monotonic_ns()) < limit:
+            _, first = self._window()
+            gevent.sleep(self.load["window_s"])
+            done, events = self._window()
+            # A few responses can agree by chance, so a slow server gets longer windows. A stream may last longer than
+            # a window, so the events of a closed loop count instead of its responses.
+            while (events - first if closed and events else len(done)) < enough and time.monotonic_ns() < limit:
+                gevent.sleep(0.2)
+                more, events = self._window()
+                done += more
+            done.sort()
+            # An open loop completes the offered rate at any latency, so its latency must be steady instead.
+            elapsed_s = (time.monotonic_ns() - start) / 1e9
+            count = events - first or len(done)
+            figures.append(count / elapsed_s if closed else done[len(done) // 2] if done else 0.0)
+            last = figures[-STEADY_WINDOWS:]
+            spread = max(last) - min(last)
+            steady = len(last) == STEADY_WINDOWS and min(last) > 0 and spread <= STEADY_SPREAD * sum(last) / len(last)
+            self.publish(windows=figures, steady=steady)
+            if steady:
+                return
+
+    def _window(self) -> tuple[list[float], int]:
+        """Return the latencies (ms) of the warm-up's responses of all workers since the last call, and all events."""
+        replies = self._request("window").values()
+        latencies = [latency for reply in replies for latency in reply["latencies"]]
+        return latencies, sum(reply["events"] for reply in replies)
+
+    def _offset(self, node: str) -> clock.Offset:
+        """Return the difference of a worker's clock to the local one: none on this machine, else from round trips."""
+        if self._ready[node]["machine"] == self._here:
+            return clock.Offset()
+        trips = []
+        for _ in range(TRIPS):
+            sent = time.monotonic_ns()
+            reply = self._request("clock", node)[node]
+            trips.append((sent, reply["now_ns"], reply["received_ns"]))
+        return clock.offset(trips)
+
+    def _summary(self, own_cpu_ns: int) -> dict[str, Any]:
+        """Return the figures that the validity check uses, of all workers together and of each."""
+        parts = []
+        for node in self._order():
+            first, last = self._offsets[node]
+            here = self._ready[node]["machine"] == self._here
+            drift = abs(last.ns - first.ns) + last.uncertainty_ns
+            clocks = {
+                "clock_offset_ns": first.ns,
+                "clock_uncertainty_ns": max(first.uncertainty_ns, drift),
+                "here": here,
+            }
+            parts.append({**self._done[node], **clocks})
+        busiest = max(parts, key=lambda part: part["cpu_ns"] / (part["cpu_wall_ns"] or 1))
+        return {
+            "workers": parts,
+            "cpu_ns": busiest["cpu_ns"],
+            "cpu_wall_ns": busiest["cpu_wall_ns"],
+            "cpu_peak_percent": max(part["cpu_peak_percent"] for part in parts),
+            "cpu_here_ns": sum(part["cpu_ns"] for part in parts if part["here"])
+            + (own_cpu_ns if self.workers > 1 else 0),
+            "unfinished": sum(part["unfinished"] for part in parts),
+            "clock_uncertainty_ns": max(part["clock_uncertainty_ns"] for part in parts),
+        }
+
+    def _order(self) -> list[str]:
+        return sorted(self._ready, key=lambda node: int(self._ready[node]["worker"]))
+
+    def _missing(self) -> str:
+        return ", ".join(str(self._ready[node]["worker"]) for node in self._order() if node not in self._done)
+
+    def _send(self, node: str, kind: str, **data: Any) -> None:
+        self.runner.send_message(f"inferctl-{kind}", data, node)
+
+    def _request(self, kind: str, only: str | None = None) -> dict[str, dict[str, Any]]:
+        nodes = [only] if only else list(self._ready)
+        self._replies = {}
+        for node in nodes:
+            self._send(node, kind)
+        self._wait_until(
+            lambda: len(self._replies) >= len(nodes), 20, lambda: f"a load worker did not reply to {kind!r}"
+        )
+        return self._replies
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float, message: Callable[[], str]) -> None:
+        limit = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > limit:
+                raise TimeoutError(message())
+            gevent.sleep(0.002)
+
+    def _send_files(self, msg: Any, **_: Any) -> None:
+        # A worker on another machine has no access to the folder.
+        self._send(msg.node_id, "load", load=dict(self.load), files=self._files(), workers=self.workers)
+
+    def _on_ready(self, msg: Any, **_: Any) -> None:
+        # After the schedule is distributed, a further worker has no part in this run. It waits for the next one.
+        if not self._complete:
+            self._ready[msg.node_id] = msg.data
+
+    def _on_reply(self, msg: Any, **_: Any) -> None:
+        if msg.node_id in self._ready:
+            self._replies[msg.node_id] = {**msg.data, "received_ns": time.monotonic_ns()}
+
+    def _on_records(self, msg: Any, **_: Any) -> None:
+        # This ignores records of an interrupted run, from a worker that has not noticed the interruption.
+        if msg.node_id not in self._ready:
+            return
+        name = Path(msg.data["file"]).name
+        with exit_on_write_error(), (self.folder / name).open("ab") as file:
+            file.write(msg.data["content"])
+
+    def _on_done(self, msg: Any, **_: Any) -> None:
+        if msg.node_id in self._ready:
+            self._done[msg.node_id] = msg.data

@@ -1,0 +1,1 @@
+"""What a user writes: the spec in `inferctl.yaml`, its deployment, and settings merged from flags and environment."""

@@ -1,0 +1,298 @@
+"""The section `deploy` of `inferctl.yaml`: what `inferctl deploy` needs to know about traffic, hardware and cluster."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section, Size
+from inferctl.core.addresses import StoreAddress
+
+# A name of an object in Kubernetes, and of a label or a Service (DNS label).
+DNS_NAME = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
+DNS_LABEL = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+DnsLabel = Annotated[str, Field(pattern=DNS_LABEL, max_length=63)]
+ObjectName = Annotated[str, Field(pattern=DNS_NAME, max_length=253)]
+
+
+class _ClusterAddress(StoreAddress):
+    """A server that manifests name."""
+
+    what = "a server in the clusters"
+    example = "http://host:9090 or nats://host:4222"
+    schemes = ("http", "https", "nats", "tls", "ws", "wss")
+
+    @classmethod
+    def _valid(cls, found: re.Match[str]) -> bool:
+        return super()._valid(found) and bool(found["host"]) and "," not in found["host"] and found["port"] != ":0"
+
+
+def _public(text: str) -> str:
+    """Return an address. Raises an error of pydantic if it has a user or a password, which manifests would show."""
+    address = _ClusterAddress.of(text)
+    if address.hidden:
+        raise PydanticCustomError(
+            "address",
+            "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret "
+            "(deploy.broker_secret; for others, in an overlay of your own)",
+            {"hint": None},
+        )
+    return str(address)
+
+
+Url = Annotated[str, Field(max_length=2000), AfterValidator(_public)]
+Image = Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")]
+Sharing = Literal["whole", "mig", "time-slicing", "mps", "dra"]
+Replicas = Annotated[int, Field(ge=0, le=10_000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Flavor(Section):
+    """One kind of hardware, with its image, precision and measured rate. Each flavor becomes one Deployment."""
+
+    hardware: OneLine = Field(description="Hardware: an entry of benchmarks/hardware/ or a YAML file.")
+    name: DnsLabel | None = Field(
+        None, description="Name of the flavor in object names. Default: the hardware, with `-` in place of `.`."
+    )
+    receipt: OneLine | None = Field(
+        None, description="Receipt of `inferctl bench` on this hardware, from which the measured rate is read."
+    )
+    tokens_per_second: float | None = Field(
+        None,
+        ge=0.001,
+        le=1e9,
+        description="Rate of one replica without a receipt. It is called assumed in every output.",
+    )
+    precision: Precision = Field(
+        "auto", description="Precision of this flavor. `auto`: `serve.precision`, else the best native one."
+    )
+    image: Image | None = Field(
+        None, description="Image of this flavor, preferably with a digest. Default: `image.repository` and `image.tag`."
+    )
+    sharing: Sharing | None = Field(
+        None,
+        description="How pods share a GPU: `whole`, `mig`, `time-slicing`, `mps` or `dra`. "
+        "Default: mig for a MIG slice, else whole.",
+    )
+    shared_by: int = Field(
+        1, ge=1, le=48, description="With `time-slicing` and `mps`: number of pods that share one GPU."
+    )
+    min_replicas: Replicas | None = Field(
+        None, description="Minimum number of replicas in each cluster. Default: from the base traffic."
+    )
+    max_replicas: Replicas | None = Field(
+        None, description="Maximum number of replicas in each cluster. Default: from the peak traffic."
+    )
+    load_s: Seconds | None = Field(
+        None, description="Seconds from the start of the container until it is ready. Default: the receipt's."
+    )
+    cold_start_s: Seconds | None = Field(
+        None, description="Seconds until a replica on a new node is ready. Default: `deploy.cold_start_s`."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.receipt and self.tokens_per_second:
+            raise ValueError(
+                f"the flavor {self.hardware} has receipt and tokens_per_second: the receipt has the measured rate, "
+                "so remove tokens_per_second"
+            )
+        if self.sharing == "mig" and "-mig-" not in self.hardware and not self.hardware.endswith((".yaml", ".yml")):
+            raise ValueError(f"sharing: mig requires a MIG slice, such as a100-40gb-mig-3g.20gb, not {self.hardware}")
+        if "-mig-" in self.hardware and self.sharing not in (None, "mig", "dra"):
+            raise ValueError(f"the MIG slice {self.hardware} is not shared further: remove sharing: {self.sharing}")
+        if (self.sharing in ("time-slicing", "mps")) != (self.shared_by > 1):
+            raise ValueError(
+                "sharing: time-slicing and mps require shared_by, the number of pods per GPU (2 or more); "
+                "other kinds of sharing do not have it"
+            )
+        least, most = self.min_replicas, self.max_replicas
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"the flavor {self.hardware} has min_replicas {least} above max_replicas {most}")
+        return self
+
+
+class Traffic(Section):
+    """The traffic that the replicas must serve."""
+
+    base_rps: float | None = Field(None, gt=0, le=1e7, description="Usual requests per second, in all clusters.")
+    peak_rps: float | None = Field(None, gt=0, le=1e7, description="Requests per second at the peak, in all clusters.")
+    tokens_per_request: float | None = Field(
+        None,
+        gt=0,
+        le=1e7,
+        description="Mean tokens of one request; for generation, prompt and answer together. Default: the receipt's.",
+    )
+    rise_s: float = Field(60.0, gt=0, le=86_400, description="Seconds in which the traffic rises from base to peak.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.base_rps and self.peak_rps and self.base_rps > self.peak_rps:
+            raise ValueError(f"deploy.traffic: base_rps {self.base_rps:g} is above peak_rps {self.peak_rps:g}")
+        if (self.base_rps is None) != (self.peak_rps is None):
+            raise ValueError("deploy.traffic requires base_rps and peak_rps together")
+        return self
+
+
+class WeightsVolume(Section):
+    """Where the pods get mounted weights from, for `model.weights: mount`."""
+
+    pvc: ObjectName | None = Field(None, description="Name of a PersistentVolumeClaim with the model folder.")
+    image: Image | None = Field(
+        None, description="OCI image with the model folder, mounted as an image volume (Kubernetes 1.35 or newer)."
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.pvc and self.image:
+            raise ValueError("deploy.weights has pvc and image: keep one of them")
+        return self
+
+
+class Nats(Section):
+    """NATS in the namespace of the deployment: three servers with JetStream, each with a volume."""
+
+    storage: Size | None = Field(
+        None,
+        description="Write three NATS servers too, in place of `deploy.broker`. Size of the volume of each, such as "
+        "`10GiB`; JetStream uses up to 90% of it. Default: no NATS.",
+    )
+    storage_class: ObjectName | None = Field(
+        None, description="Class of the volumes, each for one node. Default: that of the cluster."
+    )
+    image: Image = Field("nats:2.15.1-alpine", description="Image of NATS.")
+
+    @model_validator(mode="after")
+    def _with_storage(self) -> Self:
+        # Not `model_fields_set`: a server gives its relay all settings, with their defaults.
+        if self.storage is None and (self.storage_class or self.image != type(self).model_fields["image"].default):
+            raise ValueError("deploy.nats has no storage: set it, as in `nats: {storage: 10GiB}`")
+        return self
+
+
+class Deploy(Section):
+    """Kubernetes: traffic, flavors of hardware and options of `inferctl deploy`."""
+
+    clusters: OneLine | None = Field(
+        None, description="File with the clusters (docs/deploy.md). Default: one cluster `default`, on-premises."
+    )
+    namespace: DnsLabel = Field("inference", description="Namespace of all objects.")
+    flavors: list[Flavor] = Field(
+        default_factory=list,
+        max_length=10,
+        description="Kinds of hardware in order of preference (docs/deploy.md). Default: one per `hardware`.",
+    )
+    traffic: Traffic = Field(default_factory=Traffic)  # type: ignore[arg-type]  # pydantic fills the defaults
+    load_s: float | None = Field(
+        None,
+        gt=0,
+        le=86_400,
+        description="Seconds from the start of the container until it is ready. Default: the receipt's, else 120.",
+    )
+    cold_start_s: float = Field(
+        240.0,
+        gt=0,
+        le=86_400,
+        description="Seconds until a replica on a new node is ready: node, image and load.",
+    )
+    utilization: float = Field(
+        0.7, ge=0.01, le=1, description="Share of the measured rate of a replica that is planned for."
+    )
+    backlog_s: float = Field(
+        1.0, gt=0, le=3600, description="Seconds of queued work per replica from which replicas are added."
+    )
+    scaling: Literal["keda", "hpa", "none"] = Field(
+        "keda", description="Autoscaler: `keda` (ScaledObject), `hpa` (external metrics) or `none`."
+    )
+    prometheus: Url | None = Field(
+        None, description="URL of Prometheus in the cluster, for KEDA. Default: that of the clusters file."
+    )
+    overflow: int | str = Field(
+        "auto",
+        description="Replicas to keep ready to start, on nodes that are alive and empty: `auto` (from the rise of "
+        "the traffic), `none` or a number per cluster.",
+    )
+    weights: WeightsVolume = Field(default_factory=WeightsVolume)  # type: ignore[arg-type]
+    keys_secret: ObjectName | None = Field(
+        None,
+        description="Secret with the key file, under `keys.json`, or, if `access.keys` is a database, with its URL, "
+        "under `url`. Requires `access.keys`.",
+    )
+    broker: Url | None = Field(
+        None,
+        description="URL of the NATS server in the clusters, for usage events and, with `access.broker`, for limits. "
+        "Default: none for events, `access.broker` for limits.",
+    )
+    broker_secret: ObjectName | None = Field(
+        None,
+        description="Secret with the URL of the NATS server and its credentials, under `url`. With `nats`: with "
+        "passwords, under `password` and `cluster-password`. Default: NATS asks for none.",
+    )
+    nats: Nats = Field(default_factory=Nats)  # type: ignore[arg-type]
+    ledger_secret: ObjectName | None = Field(
+        None, description="Secret with the URL of the ledger, under `url`, for the relay of usage events."
+    )
+    tools_image: Image | None = Field(
+        None,
+        description="Image with `inferctl[ledger,broker,bench]` for the relays of usage events and for bench Jobs.",
+    )
+    gateway: Literal["none", "envoy"] = Field("none", description="Gateway before the replicas: `none` or `envoy`.")
+    gateway_tls_secret: ObjectName | None = Field(
+        None,
+        description="Secret of the type `kubernetes.io/tls` with the certificate of the gateway. Default: no TLS.",
+    )
+    gateway_max_replicas: int = Field(
+        4,
+        ge=2,
+        le=1000,
+        description="Most pods of the gateway in each cluster. It has at least 2, and an autoscaler adds some by their "
+        "CPU. 2: no autoscaler.",
+    )
+    router: Literal["none", "epp", "envoy-gateway"] = Field(
+        "none",
+        description="Router: `none` (Service), `epp` (InferencePool) or `envoy-gateway` (HTTPRoute).",
+    )
+    karmada: bool = Field(False, description="Write a Karmada PropagationPolicy for all clusters.")
+    bench: bool = Field(False, description="Write a Job per flavor that runs `inferctl bench` in the cluster.")
+
+    @field_validator("overflow")
+    @classmethod
+    def _number_or_word(cls, value: int | str) -> int | str:
+        if value in ("auto", "none") or (isinstance(value, int) and 0 <= value <= 1000):
+            return value
+        raise ValueError(f"deploy.overflow: {value!r} is not auto, none or a number of replicas up to 1000")
+
+    @field_validator("namespace")
+    @classmethod
+    def _own_namespace(cls, name: str) -> str:
+        """Reject a namespace with pods of others: the manifests forbid all connections that they do not name."""
+        if name == "default" or name.startswith("kube-"):
+            raise ValueError(
+                f"deploy.namespace: {name} has pods of others, and the network policies would cut their connections: "
+                "use a namespace of its own"
+            )
+        return name
+
+    @field_validator("traffic", "weights", "nats", mode="before")
+    @classmethod
+    def _empty_section(cls, value: object) -> object:
+        """Replace null, which YAML reads for `traffic:` without content, with an empty section."""
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        keys = [(each.name or each.hardware) for each in self.flavors]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"deploy.flavors has {twice} twice: give each flavor its own name")
+        if self.gateway != "none" and self.router != "none":
+            raise ValueError("deploy.gateway and deploy.router are two ways to route: set one of them to none")
+        if self.gateway == "none" and self.gateway_tls_secret:
+            raise ValueError("deploy.gateway_tls_secret is set, but there is no gateway: set deploy.gateway: envoy")
+        if self.nats.storage and self.broker:
+            raise ValueError("deploy.nats and deploy.broker are two brokers: remove one of them")
+        if self.nats.storage and not self.broker_secret:
+            raise ValueError("deploy.nats has no passwords: create a Secret and set deploy.broker_secret to its name")
+        return self

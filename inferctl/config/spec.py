@@ -1,0 +1,473 @@
+"""Defines the content of `inferctl.yaml`: the `Spec`, its JSON Schema and its digest. `settings.py` reads the file."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import re
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from inferctl.config.deploy_spec import Deploy
+from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
+from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
+from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
+from inferctl.config.spec_types import PLATFORM as PLATFORM
+from inferctl.config.spec_types import Task as Task
+from inferctl.config.spec_types import TaskSetting as TaskSetting
+from inferctl.core import addresses
+from inferctl.core.addresses import DatabaseAddress, NatsAddress, ValkeyAddress, WebAddress
+
+DEFAULT_FILE = "inferctl.yaml"
+# The hub accepts at most 96 characters. A longer name is a path.
+HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
+
+# Options of `vllm serve` that the edge depends on, or that a setting is for. With them, `GET /info` would be wrong.
+_EDGE_OPTIONS = ("--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds")
+_SETTING_OF_OPTION = {
+    "--dtype": "serve.precision",
+    "--quantization": "serve.precision",
+    "-q": "serve.precision",
+    "--gpu-memory-utilization": "serve.gpu_memory_share",
+    "--kv-cache-memory-bytes": "serve.kv_cache",
+    "--max-model-len": "serve.max_context_tokens",
+    "--max-num-queued-tokens": "serve.max_queue_tokens",
+    "--max-num-seqs": "serve.max_sequences",
+    "--tensor-parallel-size": "serve.gpus",
+    "-tp": "serve.gpus",
+}
+
+
+class Model(Section):
+    """The model to serve, and how the container gets its weights."""
+
+    source: OneLine = Field(description="Hub id (`org/name`) or local folder with config.json and safetensors weights.")
+    revision: Revision | None = Field(
+        None,
+        description="Commit of a hub model. `inferctl build` rejects a branch or tag without `--allow-floating`.",
+    )
+    task: TaskSetting = Field(
+        "auto",
+        description="Task of the server. `embed`: embeddings. `rerank`: scores of a cross-encoder. "
+        "`generate`: chat and completions with vLLM. `auto`: rerank if config.json names a "
+        "`...ForSequenceClassification`, generate if it names a `...ForCausalLM`, `...LMHeadModel` or "
+        "`...ForConditionalGeneration` and the folder has no modules.json, else embed.",
+    )
+    weights: Weights = Field(
+        "mount",
+        description="`mount`: a volume at /model. `bake`: a layer of the image. "
+        "`download`: the container downloads them when it starts.",
+    )
+
+    @model_validator(mode="after")
+    def _downloaded_from_a_hub(self) -> Self:
+        if self.weights == "download" and not re.fullmatch(HUB_ID, self.source):
+            raise ValueError(f"weights: download requires a hub id (org/name), not {self.source!r}")
+        return self
+
+
+class Serve(Section):
+    """Settings of the server. Each one can be overridden when the server starts."""
+
+    precision: Precision = Field(
+        "auto",
+        description="Number format of the forward pass. `auto` selects the best one that is native. `fp8`: generation "
+        "only; weights and, where the GPU can, activations in 8 bits.",
+    )
+    allow_inaccurate: bool = Field(
+        False,
+        description="Embeddings and reranking: start also if a reduced precision is farther from fp32 than its limit.",
+    )
+    host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
+    max_batch_tokens: int = Field(
+        16384, ge=64, le=1_048_576, description="Maximum number of tokens in one forward pass."
+    )
+    max_input_tokens: int | None = Field(
+        None, ge=8, le=1_048_576, description="Maximum number of tokens in one input. Default: the model's own limit."
+    )
+    max_queue_tokens: int = Field(
+        262_144,
+        ge=64,
+        le=1_000_000_000,
+        description="Maximum number of queued tokens. The server rejects further requests with 429.",
+    )
+    max_wait_seconds: float = Field(
+        10.0,
+        gt=0,
+        le=86_400,
+        description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
+    )
+    max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
+    max_context_tokens: int | None = Field(
+        None,
+        ge=16,
+        le=16_777_216,
+        description="Generation: maximum number of tokens of a prompt and its answer together. "
+        "Default: the model's own limit.",
+    )
+    max_sequences: int | None = Field(
+        None, ge=1, le=65536, description="Generation: maximum number of sequences in one step. Default: vLLM's own."
+    )
+    kv_cache: Size | None = Field(
+        None,
+        description="Generation: memory of the KV cache, such as `4GB`. Default: on GPUs what remains of "
+        "`gpu_memory_share`, on CPUs 4 GiB or what the longest context requires.",
+    )
+    gpu_memory_share: float = Field(
+        0.9, gt=0, le=1, description="Generation: share of the GPU's memory for weights, activations and KV cache."
+    )
+    gpus: int = Field(
+        1, ge=1, le=64, description="Generation: number of GPUs that share the weights (tensor parallelism)."
+    )
+    vllm_options: list[OneLine] = Field(
+        default_factory=list,
+        description="Generation: further words for `vllm serve`. Those that inferctl sets are rejected.",
+    )
+    grace_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=86_400,
+        description="After SIGTERM, the server reports that it is not ready but accepts requests for this long.",
+    )
+    drain_seconds: float = Field(
+        25.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
+    )
+    load_reports: bool = Field(
+        False,
+        description="Add the header endpoint-load-metrics (ORCA) to responses, for `inferctl gateway --balancing "
+        "load-reports`, which removes it.",
+    )
+
+    @field_validator("vllm_options")
+    @classmethod
+    def _free_options(cls, words: list[str]) -> list[str]:
+        """Reject an option of vLLM that would show a secret, go around the edge or contradict a setting."""
+        for name in (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("-")):
+            if name.startswith("--api-key"):
+                reason = "which the log and the list of processes would show: set `access.keys` instead"
+                raise ValueError(f"serve.vllm_options has --api-key, {reason}")
+            if name in _EDGE_OPTIONS:
+                raise ValueError(f"serve.vllm_options has {name}, which inferctl sets: remove it")
+            if setting := _SETTING_OF_OPTION.get(name):
+                raise ValueError(f"serve.vllm_options has {name}: set {setting} instead")
+        return words
+
+
+class Image(Section):
+    """Settings of the container image."""
+
+    repository: Annotated[str, Field(pattern=rf"^{IMAGE_NAME}$")] | None = Field(
+        None, description="Repository to push the image to: `registry/namespace/name`, without a tag."
+    )
+    tag: Annotated[str, Field(pattern=rf"^{IMAGE_TAG}$")] | None = Field(
+        None, description="Tag of the image. Default: `<precision>-<hash of the image content>`."
+    )
+    base: OneLine = Field("cuda13.0", description="Base image: an entry of base-images/ or a YAML file.")
+    base_image: Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")] | None = Field(
+        None, description="Your mirror of the base image, preferably with a digest: `registry/cuda@sha256:...`."
+    )
+    platform: Annotated[str, Field(pattern=rf"^{PLATFORM}$")] = Field(
+        "linux/amd64", description="Platform of the image: `os/architecture` or `os/architecture/variant`."
+    )
+    wheels: OneLine | None = Field(
+        None, description="Folder of wheels to use instead of a package index (air-gapped builds)."
+    )
+    locks: OneLine | None = Field(None, description="Folder with your own hashed locks, from `inferctl lock`.")
+    frontend: OneLine | None = Field(
+        None,
+        description="Dockerfile frontend to pull, such as `docker/dockerfile:1`. "
+        "Default: the frontend of the builder, because an air-gapped builder cannot pull one.",
+    )
+    max_size: Size | None = Field(
+        None, description="Maximum compressed size of the image, such as `6GB`. A larger image fails the build."
+    )
+
+
+class Slo(Section):
+    """Service level objective of the server."""
+
+    p99_ms: float | None = Field(
+        None, gt=0, le=3_600_000, description="Maximum 99th percentile of the request latency, in milliseconds."
+    )
+    ttft_ms: float | None = Field(
+        None,
+        gt=0,
+        le=3_600_000,
+        description="Generation: maximum time to the first token of a good response, in milliseconds.",
+    )
+    itl_ms: float | None = Field(
+        None,
+        gt=0,
+        le=3_600_000,
+        description="Generation: maximum gap between the tokens of a good response, in milliseconds.",
+    )
+
+
+class Bench(Section):
+    """Defaults of `inferctl bench`."""
+
+    plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
+
+
+def _key_place(value: object) -> str | DatabaseAddress:
+    if isinstance(value, str) and re.fullmatch(r"[^\r\n\x00]+", value) and not addresses.is_address(value):
+        return value
+    return cast(DatabaseAddress, DatabaseAddress.of(value))
+
+
+def _without_credentials(value: str) -> str:
+    """Reject credentials in what everyone may read: the edge of a server of generation has it in a file."""
+    if (":" in value and "@" in value) or ("://" in value and set(re.findall(r"[?&#]([^=&]*)", value)) - _PUBLIC):
+        raise PydanticCustomError(
+            "address",
+            "expected a public address; the given one is not shown, because it may have a user, a password or a token",
+            {"hint": "for public keys that are not public, set access.oidc.jwks to a file"},
+        )
+    return value
+
+
+# Parameters in addresses of public keys.
+_PUBLIC = {"p", "appid", "client_id", "version", "api-version"}
+_KeyPlace = Annotated[
+    DatabaseAddress | str,
+    PlainValidator(_key_place),
+    PlainSerializer(addresses.serialized),
+    WithJsonSchema({"type": "string", "pattern": r"^[^\r\n\x00]+$"}),
+]
+
+
+class Oidc(Section):
+    """Tokens of an OIDC provider, such as those of service accounts. They require the extra `oidc`."""
+
+    issuer: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
+        None, description="Accept tokens (JWT) of this issuer as keys. The claim `sub` is the key id."
+    )
+    audience: OneLine = Field("inferctl", description="Audience that the tokens must have.")
+    jwks: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
+        None, description="URL or file of the public keys. Default: from the issuer's discovery document."
+    )
+
+
+class Access(Section):
+    """Who may use the server, and how much. Without keys, every client may use it without limits."""
+
+    keys: _KeyPlace | None = Field(
+        None,
+        description="Key file that `inferctl keys` writes, or the URL of a database with keys (SQLite, PostgreSQL). "
+        "Without it, the server asks for no keys.",
+    )
+    broker: NatsAddress | None = Field(
+        None,
+        description="URL of a NATS server, through which servers with the same name share the limits of keys, and hear "
+        "of revoked keys.",
+    )
+    data: OneLine = Field(
+        "access", description="Folder that a server with a broker or a database of keys shares with its relay."
+    )
+    open: list[Literal["metrics", "info", "docs"]] = Field(
+        default_factory=list,
+        description="With keys: pages open to everyone, of `metrics`, `info` and `docs`.",
+    )
+    trusted_proxies: list[OneLine] = Field(
+        default_factory=list,
+        description="Networks (CIDR) of gateways that name the caller in x-inferctl-key-id.",
+    )
+    oidc: Oidc = Field(default_factory=Oidc)  # type: ignore[arg-type]  # pydantic fills the defaults
+    requests_per_minute: int | None = Field(
+        None, ge=1, le=1_000_000_000, description="Limit of each key without its own. Default: no limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000_000_000,
+        description="Limit of each key without its own: tokens in and out. Default: no limit.",
+    )
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="Number of servers that share the limits. Without `access.broker`, each applies limit / replicas.",
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, networks: list[str]) -> list[str]:
+        for network in networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"access.trusted_proxies: {error}") from None
+        return networks
+
+    @property
+    def required(self) -> bool:
+        """Whether a client must say who it is."""
+        return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
+
+    @property
+    def key_store(self) -> DatabaseAddress | None:
+        """URL of the database with the keys; None if they are in a file."""
+        return self.keys if isinstance(self.keys, DatabaseAddress) else None
+
+    @property
+    def public_key_store(self) -> str | None:
+        """URL of the database with the keys, without its password. Servers and relays with it use the same file."""
+        return self.key_store.public if self.key_store else None
+
+    @property
+    def key_file(self) -> str | None:
+        """The file that a server reads. The relay writes that of a database, whose URL is in the name as a hash.
+
+        So a server in the same folder does not accept the keys of another database.
+        """
+        if not self.public_key_store:
+            return str(self.keys) if self.keys else None
+        return f"{self.data}/keys-{hashlib.sha256(self.public_key_store.encode()).hexdigest()[:16]}.json"
+
+    @property
+    def has_relay(self) -> bool:
+        """Whether keys and limits need a relay."""
+        return self.required and bool(self.broker or self.key_store)
+
+
+class Metering(Section):
+    """Usage events: one per request, for show-back."""
+
+    mode: Literal["off", "on", "required"] = Field(
+        "off",
+        description="`on`: record one event per request. `required`: if that is not possible, reject requests.",
+    )
+    data: OneLine = Field(
+        "metering", description="Folder for events that the ledger does not have yet, on a local disk."
+    )
+    outbox_size: Size = Field(
+        "1GiB",
+        description="Maximum size of events on disk, per server process. An event needs about 200 bytes.",
+    )
+    ledger: DatabaseAddress | None = Field(
+        None,
+        description="URL of the ledger (SQLite, PostgreSQL). Default: `ledger.sqlite` in `metering.data`.",
+    )
+    broker: NatsAddress | None = Field(
+        None,
+        description="URL of a NATS server. Publish events there, for `inferctl relay --consume`.",
+    )
+    sink: WebAddress | None = Field(
+        None,
+        description="URL that also receives all events, as batches of CloudEvents.",
+    )
+    sink_token_file: OneLine | None = Field(None, description="File with a bearer token for `metering.sink`.")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _boolean(cls, value: Any) -> Any:
+        """Accept true and false, which YAML reads for `on` and `off` without quotes."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def ledger_url(self) -> DatabaseAddress:
+        """URL of the ledger."""
+        return self.ledger or DatabaseAddress(f"sqlite:///{self.data}/ledger.sqlite")
+
+
+class Cache(Section):
+    """Cache of the vectors of inputs that a server of embeddings received before."""
+
+    size: Size | None = Field(None, description="Memory for cached vectors, such as `256MiB`. Default: no cache.")
+    scope: Literal["key", "all"] = Field(
+        "key",
+        description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
+        "a caller which inputs others sent.",
+    )
+    shared: ValkeyAddress | None = Field(
+        None,
+        description="URL of a Valkey server (`valkey://host:6379`, `unix:///path`) through which servers share "
+        "their entries. Requires `cache.size`.",
+    )
+
+    @model_validator(mode="after")
+    def _second_level(self) -> Self:
+        if self.shared and not self.size:
+            raise ValueError("cache.shared requires cache.size, such as 256MiB")
+        return self
+
+
+class Spec(Section):
+    """One model container: the model, the server, the image, the target hardware and the SLO."""
+
+    name: Slug = Field(
+        description="Name of the model in the API and of the image: lower-case letters, digits, `-` and `.`."
+    )
+    model: Model
+    serve: Serve = Field(default_factory=Serve)  # type: ignore[arg-type]  # pydantic fills the defaults
+    image: Image = Field(default_factory=Image)  # type: ignore[arg-type]
+    hardware: list[OneLine] = Field(
+        default_factory=list,
+        description="Hardware that the container must run on: entries of benchmarks/hardware/ or YAML files.",
+    )
+    slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
+    access: Access = Field(default_factory=Access)  # type: ignore[arg-type]
+    bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
+    metering: Metering = Field(default_factory=Metering)  # type: ignore[arg-type]
+    cache: Cache = Field(default_factory=Cache)  # type: ignore[arg-type]
+    deploy: Deploy = Field(default_factory=Deploy)  # type: ignore[arg-type]
+
+    @field_validator("serve", "image", "slo", "access", "bench", "metering", "cache", "deploy", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        """Replace null, which YAML reads for `serve:` without content, with an empty section."""
+        return {} if value is None else value
+
+    # Dotted path -> value in the file (JSON), for paths that `settings.py` made relative to the working directory.
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def written_as(self, written: dict[str, str]) -> Self:
+        """Set the paths as written in the file, so that the digest does not depend on the working directory."""
+        self._written = written
+        return self
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) over the canonical JSON of all values that differ from the defaults.
+
+        Equal specs have equal digests, also in a later version that adds a setting.
+        """
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        for path, value in self._written.items():
+            section, _, key = path.rpartition(".")
+            if key in (inner := data.get(section, {}) if section else data):
+                inner[key] = json.loads(value)
+        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def repository(self) -> str:
+        """Name of the built image without its tag. Default: `inferctl/<name>`."""
+        return self.image.repository or f"inferctl/{self.name}"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of `inferctl.yaml`, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "inferctl.yaml",
+        **Spec.model_json_schema(),
+    }
+
+
+def slug(source: str) -> str:
+    """Return a valid `name` for a hub id or a folder: `org/all-MiniLM-L6-v2` -> `all-minilm-l6-v2`."""
+    last = source.rstrip("/").rsplit("/", 1)[-1].lower()
+    return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")[:63] or "model"

@@ -1,0 +1,21 @@
+"""Paths of the shipped folders: inside the wheel, or at the top of a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_WHEEL_ASSETS = _PACKAGE / "_assets"
+
+
+def root() -> Path:
+    """Return the folder that holds `templates/`, `base-images/` and `benchmarks/`.
+
+    The wheel contains them as `inferctl/_assets`. In a checkout or an editable install they are next to the package.
+    """
+    return _WHEEL_ASSETS if _WHEEL_ASSETS.is_dir() else _PACKAGE.parent
+
+
+def package() -> Path:
+    """Return the folder of the `inferctl` package. The server layer of an image is a copy of files from it."""
+    return _PACKAGE

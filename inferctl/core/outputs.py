@@ -1,0 +1,168 @@
+"""Files that a command writes: checked before the work that fills them, and written after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from inferctl.core.errors import NotReadyError, UsageError
+
+
+def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise `UsageError` if `file`, which `option` names, cannot be written later.
+
+    An existing file must be a regular file and must not be an input of the command.
+
+    `parents`: whether `write` creates missing folders. `inputs`: files that the command reads, and folders from which
+    it may read any file.
+    """
+    place = "another file" if parents else "another file, in a folder that exists and is writable,"
+    hint = f"name {place} with `{option}`"
+    try:
+        if file.is_dir():
+            raise UsageError(f"{file} cannot be written: it is a folder", hint)
+        if not file.exists():
+            _probe(file.parent, parents)
+        elif not file.is_file():
+            raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
+        elif any(_is_input(file, path) for path in inputs):
+            raise UsageError(f"{file} cannot be written: it is an input of this command", hint)
+        elif not os.access(file, os.W_OK):
+            raise PermissionError(0, "permission denied")
+        else:
+            file.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {_reason(error)}", hint) from None
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raise `UsageError` if no file can be written into `folder`. The folder may be missing."""
+    try:
+        _probe(folder, parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written: {_reason(error)}", f"name another folder with `{option}`"
+        ) from None
+
+
+def write(file: Path, content: str | bytes, option: str) -> None:
+    """Write `content` (text as UTF-8) to `file` and create missing folders. Raises `NotReadyError`."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise NotReadyError(
+            f"{file} cannot be written: {_reason(error)}", f"name another place with `{option}`"
+        ) from None
+
+
+def replace(file: Path, text: str, mode: int = 0o666, before: Callable[[], None] = lambda: None) -> None:
+    """Replace `file` atomically: a reader sees the old content or all of `text`. Raises `OSError`.
+
+    An existing file keeps its permissions; a new one gets `mode`, reduced by the umask. `before` is called when all of
+    `text` is on disk; if it raises, `file` does not change.
+    """
+    partial = file.with_name(f".inferctl-{os.getpid()}.partial")
+    try:
+        with open(
+            partial, "w", encoding="utf-8", newline="", opener=lambda path, flags: os.open(path, flags, mode)
+        ) as to:
+            to.write(text)
+            to.flush()
+            os.fsync(to.fileno())  # otherwise a power failure can leave an empty file
+        if file.exists():
+            shutil.copymode(file, partial)
+        before()
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def secret(file: Path, text: str, option: str, *, force: bool, inputs: Iterable[Path] = ()) -> Iterator[None]:
+    """Write `text` for its owner alone, run the body, which makes it valid, and move it to `file`.
+
+    If the body raises, `file` is what it was. `force`: replace an existing file. `inputs`: see `check`. Raises
+    `UsageError` and `NotReadyError`.
+    """
+    check(file, option, inputs=inputs)
+    file = file.resolve()  # a link stays a link
+    place = file.with_name(f".{file.name}.{os.getpid()}.partial") if force else file
+    try:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        hint = f"pass `--force` to replace it, or name another file with `{option}`"
+        raise UsageError(f"{file} already exists", hint) from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as to:
+            to.write(text)
+            to.flush()
+            os.fsync(descriptor)
+        yield
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    if force:
+        try:
+            place.replace(file)
+        except OSError as error:
+            message = f"{file} cannot be replaced: {_reason(error)}; its new content is in {place}"
+            raise NotReadyError(message, "move that file yourself") from None
+
+
+def retract(file: Path) -> None:
+    """Remove the announcement file of an earlier server.
+
+    Raises `UsageError` if `file` is not an announcement or is not writable.
+    """
+    check(file, "--announce")
+    hint = "name a new file with `--announce`"
+    # `replace` would replace the link, not the file that it points to.
+    if file.is_symlink():
+        raise UsageError(f"{file} cannot be written: it is not a regular file", hint)
+    # An empty file is allowed: scripts create one with `mktemp` and wait for content.
+    if file.exists() and file.stat().st_size and not _is_announcement(file):
+        raise UsageError(f"{file} cannot be written: it exists, and no server wrote it", hint)
+    file.unlink(missing_ok=True)
+
+
+def announce(file: Path, url: str) -> None:
+    """Write to `file` that a server is ready at `url`, for scripts that wait for it. Raises `NotReadyError`."""
+    try:
+        replace(file, json.dumps({"url": url, "pid": os.getpid()}))
+    except OSError as error:
+        raise NotReadyError(
+            f"{file} cannot be written: {_reason(error)}", "name another file with `--announce`"
+        ) from None
+
+
+def _is_input(file: Path, path: Path) -> bool:
+    """Return whether the existing `file` is the same file as `path`, or is inside the folder `path`."""
+    if path.is_dir():
+        return file.resolve().is_relative_to(path.resolve())
+    return path.exists() and file.samefile(path)
+
+
+def _is_announcement(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {"url", "pid"}
+
+
+def _probe(folder: Path, parents: bool) -> None:
+    """Create and remove a file in `folder`, or with `parents` in its closest existing parent. Raises `OSError`."""
+    while parents and not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    probe = folder / f".inferctl-{os.getpid()}.partial"
+    probe.open("xb").close()
+    probe.unlink()
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,1 +1,0 @@
-"""What the servers of a fleet share: keys in a database, and NATS. Servers have no part of it; workers do."""

@@ -1,0 +1,271 @@
+"""Renders the Dockerfile, ignore file, locks and labels of an image from a spec and the catalog.
+
+Equal inputs give equal bytes. The only files that are read are the templates and the server's own files; the model
+source is checked for being a local folder.
+
+The layers of the image, each a separate `COPY --link`, with large and stable ones first:
+
+    base | python | torch closure | vLLM | server dependencies | int8 | weights | server | config
+
+A change in one part changes only its own layer, so a new config or new weights push one layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+
+from inferctl.core import assets
+from inferctl.core.errors import UsageError
+from inferctl.models.model import SUFFIXES, is_hub_id, longest_start_s
+
+if TYPE_CHECKING:
+    from inferctl.config.spec import Spec
+    from inferctl.facts.catalog import BaseImage, Stack
+    from inferctl.image.locks import Locks
+
+# 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
+EPOCH = 315532800
+DEFAULT_PORT = 8080
+# Where an image expects the folder of its key file. A mounted file alone would not change when it is replaced.
+KEYS_PATH = "/keys"
+# HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
+_START_PERIOD_S = 180
+# The files of the server in the package. The relay and the ledger need packages that images do not have.
+_SERVER_FILES = (
+    "__init__.py",
+    *(f"{room}/*.py" for room in ("batching", "config", "core", "facts", "models")),
+    "serve/**/*.py",
+    "tenancy/__init__.py",
+    "tenancy/access/*.py",
+    *(f"tenancy/metering/{name}.py" for name in ("__init__", "cloud_event", "outbox", "recorder")),
+)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The source of the spec: URL and commit of its repository, time of the commit (RFC 3339), version of inferctl.
+
+    `epoch`: creation time of the image, in seconds since 1970.
+    """
+
+    source: str | None = None
+    revision: str | None = None
+    created: str | None = None
+    version: str = ""
+    epoch: int = EPOCH
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The inputs of `docker buildx build`, without the server's own files (`server_files`).
+
+    `files`: build-context path -> content. `contexts`: name of a build context -> folder. `secrets`: ids that the
+    Dockerfile accepts, all optional. `build_args`: SOURCE_DATE_EPOCH, so that every builder records the same creation
+    time. `tag`: from the spec, or by default from the image content.
+    """
+
+    dockerfile: str
+    dockerignore: str
+    files: dict[str, bytes]
+    contexts: dict[str, str]
+    secrets: tuple[str, ...]
+    labels: dict[str, str]
+    build_args: dict[str, str]
+    tag: str = ""
+
+
+def render(
+    spec: Spec,
+    base: BaseImage,
+    stack: Stack,
+    locks: Locks,
+    provenance: Provenance,
+    weights: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    weights_bytes: int | None = None,
+) -> Rendered:
+    """Render the image of `spec` on `base` with `stack`. Raises `UsageError` if a value is not allowed in a Dockerfile.
+
+    `weights`: digest of the local model folder to bake, None if unknown. `labels`: additional labels. `weights_bytes`:
+    size of the weights, None if unknown.
+    """
+    base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
+    hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
+    port = spec.serve.port or DEFAULT_PORT
+    # vLLM's own image contains all that the server imports, so that lock has no package.
+    has_server_lock = "==" in locks.server
+    optional = {"dependencies": has_server_lock, "int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
+    folders = ["server", *(name for name, lock in optional.items() if lock)]
+    # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
+    apt_build = ["python3-pip"] if base.python.packages else []
+    values: dict[str, Any] = {
+        "apt_build": apt_build,
+        "apt_runtime": [*base.python.packages, *base.packages],
+        "base_image": base_image,
+        "base_key": base.key,
+        "compiles": stack.vllm is not None and stack.cuda is not None,
+        "epoch": EPOCH,
+        "frontend": spec.image.frontend,
+        "gpu": stack.cuda is not None,
+        "has_int8_lock": locks.int8 is not None,
+        "has_server_lock": has_server_lock,
+        "has_torch_lock": locks.torch is not None,
+        "has_vllm_lock": locks.vllm is not None,
+        "hub_model": hub_model if spec.model.weights == "bake" else None,
+        "hub_revision": spec.model.revision,
+        "labels": {},
+        "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
+        "packages": list(base.packages),
+        "port": port,
+        "python": base.python.executable,
+        "pythonpath": ":".join(f"/opt/inferctl/{folder}" for folder in folders),
+        "stack_key": stack.key,
+        "start_period": _START_PERIOD_S,
+        "title": spec.name,
+        "torch_index": stack.index,
+        "version": provenance.version,
+        "weights": spec.model.weights,
+        "wheels": spec.image.wheels is not None,
+    }
+    contexts = {}
+    if spec.model.weights == "bake" and hub_model is None:
+        contexts["model"] = spec.model.source
+    if spec.image.wheels is not None:
+        contexts["wheels"] = spec.image.wheels
+    files = {"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, port), **locks.files()}
+    content = None
+    if "model" not in contexts or weights is not None:
+        content = _content(_fill("Dockerfile.j2", values), files, weights if "model" in contexts else None)
+    tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
+    every_label = {**_labels(spec, base_image, stack, provenance, tag, content), **(labels or {})}
+    values |= {"labels": every_label, "start_period": _start_period(stack, weights_bytes)}
+    return Rendered(
+        dockerfile=_fill("Dockerfile.j2", values),
+        dockerignore=_fill("dockerignore.j2", {}),
+        files=files,
+        contexts=contexts,
+        secrets=("pip_conf", "ca", "hf_token"),
+        labels=every_label,
+        build_args={"SOURCE_DATE_EPOCH": str(provenance.epoch)},
+        tag=tag,
+    )
+
+
+def _start_period(stack: Stack, weights_bytes: int | None) -> int:
+    """Return the start period of HEALTHCHECK in seconds, in whole minutes."""
+    if not stack.vllm:
+        return _START_PERIOD_S
+    return math.ceil(longest_start_s(weights_bytes) / 60) * 60
+
+
+def _content(dockerfile: str, files: Mapping[str, bytes], weights: str | None) -> str:
+    """Return the sha256 (hex) over all inputs that determine the files and the settings of an image.
+
+    `dockerfile` is rendered without labels and with a fixed start period, so that the commit of the spec does not
+    count, nor whether the weights are on this machine. Comments do not count.
+    """
+    steps = "\n".join(line for line in dockerfile.splitlines() if not line.startswith("#"))
+    parts = {"Dockerfile": steps.encode(), **files, "weights": (weights or "").encode()}
+    parts |= {name: file.read_bytes() for name, file in server_files().items()}
+    listed = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def server_files() -> dict[str, Path]:
+    """Return the server's own files: path in the build context (`layers/server/opt/inferctl/...`) -> local file."""
+    package = assets.package()
+    target = "layers/server/opt/inferctl/server/inferctl"
+    files = (file for pattern in _SERVER_FILES for file in package.glob(pattern))
+    found = {f"{target}/{file.relative_to(package).as_posix()}": file for file in files}
+    # The server reads the hardware facts to report the name of its GPU.
+    for file in (assets.root() / "benchmarks" / "hardware").glob("*.yaml"):
+        found[f"{target}/_assets/benchmarks/hardware/{file.name}"] = file
+    return dict(sorted(found.items()))
+
+
+def _container_config(spec: Spec, port: int) -> bytes:
+    """Return the spec for the container, without paths of the build machine and without build settings."""
+    exclude = {"image", "deploy", "bench", "hardware", "metering"}
+    if spec.cache.shared and spec.cache.shared.hidden:
+        raise UsageError(
+            "cache.shared has a password, which everyone who pulls the image would see",
+            "remove it from the spec, and set INFERCTL_CACHE_SHARED to the whole address where the image runs",
+        )
+    data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
+    # The addresses may have passwords, and only the relay needs them, which runs outside of the container.
+    metering = spec.metering.model_dump(mode="json", include={"mode", "data", "outbox_size"}, exclude_defaults=True)
+    if metering:
+        data["metering"] = metering
+    data["serve"] |= {"port": port, "host": "0.0.0.0"}
+    if spec.model.weights != "download":
+        data["model"]["source"] = "/model"
+    if spec.access.keys:
+        data["access"]["keys"] = (
+            f"{KEYS_PATH}/{'keys.json' if spec.access.key_store else Path(str(spec.access.keys)).name}"
+        )
+    del data["access"]["data"]  # of the build machine
+    if spec.access.broker:  # only the relay, which runs outside of the container, connects to it
+        data["access"]["broker"] = "nats://relay"
+    return yaml.safe_dump(data, sort_keys=True).encode()
+
+
+def _labels(
+    spec: Spec, base_image: str, stack: Stack, provenance: Provenance, tag: str, content: str | None
+) -> dict[str, str]:
+    name, _, digest = base_image.partition("@")
+    labels = {
+        "org.opencontainers.image.title": spec.name,
+        "org.opencontainers.image.version": tag,
+        "org.opencontainers.image.source": provenance.source,
+        "org.opencontainers.image.revision": provenance.revision,
+        "org.opencontainers.image.created": provenance.created,
+        "org.opencontainers.image.base.name": name,
+        "org.opencontainers.image.base.digest": digest,
+        "io.inferctl.version": provenance.version,
+        "io.inferctl.content.sha256": content,
+        "io.inferctl.facts.precision": spec.serve.precision,
+        "io.inferctl.stack": stack.key,
+        "io.inferctl.models.model.source": spec.model.source
+        if is_hub_id(spec.model.source)
+        else Path(spec.model.source).name,
+        "io.inferctl.models.model.revision": spec.model.revision,
+        "io.inferctl.models.model.weights": spec.model.weights,
+    }
+    return {key: value for key, value in labels.items() if value}
+
+
+def _fill(template: str, values: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(assets.root() / "templates"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # a Dockerfile is not HTML; _check_values rejects unsafe values
+    )
+    _check_values(values)
+    return environment.get_template(template).render(values)
+
+
+def _check_values(value: Any, name: str = "") -> None:
+    """Raise `UsageError` for a value that could end its line or string, or start a variable or a command."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_values(key, name)
+            _check_values(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_values(inner, name)
+    elif isinstance(value, str) and (found := re.search(r"""[\x00-\x1f\x7f"'`$\\;|&<>]""", value)):
+        raise UsageError(
+            f"{name}: {value!r} contains {found.group()!r}, which is not allowed in a Dockerfile",
+            "use a name or path without special characters",
+        )

@@ -1,0 +1,383 @@
+"""Rules on GPUs: shares that do not encroach on each other, and what fits on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from inferctl.facts import catalog
+from inferctl.manifests.kubernetes.fields import as_float, get, mapping, sequence, text
+from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
+from inferctl.manifests.lint import models
+from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.manifests import Manifests, Workload, is_gpu, same_namespace
+
+_SHARING = "nvidia.com/gpu.sharing-strategy"
+_GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
+# GPUs (by product label) -> MIG profiles that they can make, by NVIDIA's user guide of MIG. A test compares them with
+# the slices of the catalog.
+MIG_PROFILES = {
+    "A100.*40GB": ("1g.5gb", "1g.10gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb"),
+    "A100.*80GB": ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"),
+    "A30": ("1g.6gb", "2g.12gb", "4g.24gb"),
+    "H100-NVL": ("1g.12gb", "1g.24gb", "2g.24gb", "3g.47gb", "4g.47gb", "7g.94gb"),
+    "H100": ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"),
+    "H200": ("1g.18gb", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb"),
+    "B200": ("1g.23gb", "1g.45gb", "2g.45gb", "3g.90gb", "4g.90gb", "7g.180gb"),
+    "GH200": ("1g.12gb", "1g.24gb", "2g.24gb", "3g.48gb", "4g.48gb", "7g.96gb"),
+    "RTX-PRO-6000": ("1g.24gb", "2g.48gb", "4g.96gb"),
+}
+# Device classes of DRA drivers. Others are for networks (netdev.google.com, rdma.dra.net), also between GPUs
+# (compute-domain-default-channel.nvidia.com).
+_DRIVERS = r"(?:(?:gpu|mig|vfio\.gpu)\.nvidia|gpu\.amd|(?:gpu|gaudi)\.intel|neuron\.(?:amazonaws|aws)|tpu\.google)\.com"
+_GPU_CLASS, _GPU_DRIVER = re.compile(_DRIVERS), re.compile(rf"['\"]{_DRIVERS}['\"]")
+_GPU_CLAIM = re.compile(r"(?:.+-)?(?:gpus?|mig(?:-.+)?)")
+_GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
+_NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
+
+
+@rule(
+    "gpu-request-limit",
+    "error",
+    "neighbors",
+    finds="a GPU request that differs from its limit, or has no limit",
+    consequence="extended resources cannot be overcommitted: the API server refuses the pod",
+    fix="set the same number as limit and request, or only the limit",
+)
+def _request_limit(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        for each in workload.all_containers:
+            limits = mapping(each.data, "resources", "limits")
+            for name in mapping(each.data, "resources", "requests"):
+                if name not in each.gpus:
+                    continue
+                request = get(each.data, "resources", "requests", name)
+                path = (*each.path, "resources", "requests", name)
+                if name not in limits:
+                    what = f"container {each.name} requests {name}: {request} without a limit"
+                    yield Hit(workload.object, path, what)
+                elif as_float(request) != as_float(limits[name]):
+                    yield Hit(
+                        workload.object, path, f"container {each.name} requests {name}: {request}, limit {limits[name]}"
+                    )
+
+
+@rule(
+    "gpu-and-claim",
+    "error",
+    "neighbors",
+    finds="a pod with both a GPU of the device plugin and a resource claim (DRA) for one",
+    consequence="the pod gets two GPUs, or waits for ever on nodes that have only one of the two drivers",
+    fix="keep resources.limits or resourceClaims, not both",
+)
+def _gpu_and_claim(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        for index, claim in enumerate(sequence(workload.spec, "resourceClaims") if workload.gpus else ()):
+            if found := _claimed_gpu(manifests, workload, claim):
+                path = (*workload.spec_path, "resourceClaims", index)
+                what = f"the pod has a claim for {found} and the limit {', '.join(workload.gpus)}"
+                yield Hit(workload.object, path, what)
+
+
+def _claimed_gpu(manifests: Manifests, workload: Workload, claim: Any) -> str | None:
+    """Return the GPU that a claim of a pod is for; None for other devices, such as network cards.
+
+    If the claim is not among the manifests, its names must say that it is for a GPU.
+    """
+    kind = "ResourceClaim" if text(claim, "resourceClaimName") else "ResourceClaimTemplate"
+    name = text(claim, "resourceClaimName") or text(claim, "resourceClaimTemplateName")
+    found = [each for each in manifests.of(kind) if each.name == name and same_namespace(each, workload.object)]
+    if not found:
+        return next((each for each in (text(claim, "name"), name) if _GPU_CLAIM.fullmatch(each)), None)
+    path = ("spec", "devices", "requests") if kind == "ResourceClaim" else ("spec", "spec", "devices", "requests")
+    requests = [request for each in found for request in sequence(each.data, *path)]
+    # `exactly` from v1beta2 on; before that, the request itself has the class.
+    devices = [one for each in requests for one in (each, get(each, "exactly"), *sequence(each, "firstAvailable"))]
+    return next((name for each in devices if _is_gpu_class(manifests, name := text(each, "deviceClassName"))), None)
+
+
+def _is_gpu_class(manifests: Manifests, name: str) -> bool:
+    """Return whether a device class is for GPUs: one of a driver of GPUs, or one that selects its devices."""
+    rules = [
+        text(each, "cel", "expression")
+        for known in manifests.of("DeviceClass")
+        if known.name == name
+        for each in sequence(known.data, "spec", "selectors")
+    ]
+    return bool(_GPU_CLASS.fullmatch(name)) or any(_GPU_DRIVER.search(each) for each in rules)
+
+
+@rule(
+    "gpu-operator-twice",
+    "error",
+    "neighbors",
+    finds="ClusterPolicy (device plugin) and GPUCluster (DRA) for one cluster",
+    consequence="two drivers hand out the same GPUs, so two pods can get one GPU",
+    fix="keep ClusterPolicy and resources.limits, or GPUCluster and resource claims",
+)
+def _operator_twice(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    policies = manifests.of("ClusterPolicy")
+    for each in manifests.of("GPUCluster"):
+        if any(policy.api_version.startswith("nvidia.com/") for policy in policies):
+            yield Hit(each, ("kind",), f"GPUCluster {each.name} next to ClusterPolicy {policies[0].name}")
+
+
+@rule(
+    "time-slicing-flags",
+    "warning",
+    "neighbors",
+    finds="time slicing or MPS without renameByDefault or, for time slicing, failRequestsGreaterThanOne",
+    consequence="a share looks like a whole GPU, and a pod that asks for two shares gets no more than one",
+    fix="set renameByDefault: true and failRequestsGreaterThanOne: true, and request nvidia.com/gpu.shared",
+)
+def _time_slicing(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each in manifests.of("ConfigMap"):
+        for key, value in mapping(each.data, "data").items():
+            for config in models.yaml_documents(value):
+                for sharing in ("timeSlicing", "mps"):
+                    section = mapping(config, "sharing", sharing)
+                    flags = ["renameByDefault"] + (["failRequestsGreaterThanOne"] if sharing == "timeSlicing" else [])
+                    missing = [flag for flag in flags if section.get(flag) is not True]
+                    if sequence(section, "resources") and missing:
+                        what = f"sharing.{sharing} without {' and '.join(f'{flag}: true' for flag in missing)}"
+                        yield Hit(each, ("data", key), what)
+
+
+@rule(
+    "visible-devices",
+    "warning",
+    "neighbors",
+    finds="a container that sets NVIDIA_VISIBLE_DEVICES, other than in a DaemonSet",
+    consequence="where the device plugin has its default (envvar), the variable replaces the GPUs that it chose, with "
+    "or without a limit: the container uses GPUs of other pods",
+    fix="remove the variable, and request GPUs with resources.limits",
+)
+def _visible(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        # Exporters and device plugins, which need all GPUs of a node, are DaemonSets.
+        for each in workload.all_containers if workload.object.kind != "DaemonSet" else ():
+            for index, variable in enumerate(sequence(each.data, "env")):
+                value = text(variable, "value")
+                if text(variable, "name") == "NVIDIA_VISIBLE_DEVICES" and value not in ("", "void", "none"):
+                    what = "all GPUs of the node" if value == "all" else "GPUs by number or name"
+                    yield Hit(workload.object, (*each.path, "env", index), f"container {each.name} takes {what}")
+
+
+@rule(
+    "alibi-shared-gpu",
+    "error",
+    "neighbors",
+    finds="a model with ALiBi positions on a GPU that is shared without isolation (time slicing, MPS)",
+    consequence="its attention biases need memory that grows with the square of the input length, and nothing keeps "
+    "them out of the memory of the other pods on the GPU",
+    fix="give it a whole GPU or a MIG slice",
+)
+def _alibi(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        how, name = _shared(workload), models.alibi_model(workload, context)
+        if how and name:
+            container = next((each for each in workload.containers if each.gpus), None)
+            path = (*container.path, "resources") if container else workload.spec_path
+            yield Hit(workload.object, path, f"{name} has ALiBi positions, and its GPU is shared: {how}")
+
+
+def _shared(workload: Workload) -> str | None:
+    """Return what says that the GPU of a workload is shared without isolation."""
+    if "nvidia.com/gpu.shared" in workload.gpus:
+        return "resource nvidia.com/gpu.shared"
+    for key, values in workload.node_labels.items():
+        if key in (_SHARING, _GKE_SHARING) and values & {"time-slicing", "time-sharing", "mps"}:
+            return f"node label {key}"
+        if key == GPU_PRODUCT and any(value.endswith("-SHARED") for value in values):
+            return f"node label {key} ends with -SHARED"
+    return None
+
+
+@rule(
+    "model-exceeds-memory",
+    "error",
+    "placement",
+    finds="a model whose weights alone are larger than the memory of its GPU or slice",
+    consequence="the server runs out of memory while it loads, restarts, and never becomes ready",
+    fix="use a larger GPU or slice, fewer bits per weight, or more GPUs per pod",
+)
+def _too_large(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        need, device = models.weights(workload, context), _device_bytes(workload)
+        count = sum(workload.gpus.values()) * workload.group_size
+        if need and device and need.size > device[0] * max(count, models.devices(workload)):
+            container = next(each for each in workload.containers if each.gpus)
+            what = f"{need.name}: {need.how}, but {device[1]} has {device[0] / 1e9:.0f} GB"
+            yield Hit(workload.object, (*container.path, "resources"), what)
+
+
+@rule(
+    "parallel-size",
+    "error",
+    "placement",
+    finds="a server that spreads a model over more GPUs (tensor times pipeline parallel size) than its pods have",
+    consequence="the server ends at its start, because it does not find the GPUs",
+    fix="request as many GPUs, or lower the parallel size",
+)
+def _parallel(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        count, wanted = sum(workload.gpus.values()) * workload.group_size, models.devices(workload)
+        # With Ray, GPUs are those of other pods too.
+        ray = workload.object.kind.startswith("Ray") or any("ray" in each.words for each in workload.containers)
+        if count and wanted > count and not ray:
+            container = next(each for each in workload.containers if each.gpus)
+            what = f"the parallel sizes need {wanted} GPUs, and there {'is 1' if count == 1 else f'are {count}'}"
+            yield Hit(workload.object, (*container.path, "resources"), what)
+
+
+def _device_bytes(workload: Workload) -> tuple[int, str] | None:
+    """Return the memory of one GPU of a workload, and which GPU it is: the largest that the node labels allow."""
+    for name in workload.gpus:
+        if found := re.match(r"nvidia\.com/mig-\d+g\.(\d+)gb", name):
+            return int(found[1]) * 10**9, name
+    labels = workload.node_labels
+    for values in (labels.get(GPU_PRODUCT, set()), labels.get(GKE_PARTITION, set())):
+        sizes = [re.search(r"(?:-MIG-|^)\d+g\.(\d+)gb", value) for value in values]
+        if sizes and all(sizes):
+            return max(int(size[1]) for size in sizes if size) * 10**9, "/".join(sorted(values))
+    found_parts = [
+        part
+        for part in catalog.hardware_profiles().values()
+        if not part.mig and any(part.labels.get(key) in labels.get(key, ()) for key in (GPU_PRODUCT, GKE_ACCELERATOR))
+    ]
+    memory = [part.memory_bytes for part in found_parts if part.memory_bytes]
+    return (max(memory), found_parts[0].name) if memory and workload.gpus else None
+
+
+@rule(
+    "mig-state-missing",
+    "error",
+    "placement",
+    finds="a node label of a MIG slice (single strategy) without nvidia.com/mig.config.state In [success]",
+    consequence="the pod can start before the node has made its slices, and takes the whole GPU",
+    fix="add nvidia.com/mig.config.state In [success] to the required node affinity",
+)
+def _mig_state(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        labels = workload.node_labels
+        slices = [value for value in labels.get(GPU_PRODUCT, ()) if "-MIG-" in value]
+        if slices and "nvidia.com/gpu" in workload.gpus and labels.get(MIG_STATE) != {"success"}:
+            yield Hit(workload.object, _node_path(workload), f"{GPU_PRODUCT} is {slices[0]} whatever the state of MIG")
+
+
+@rule(
+    "mig-profile-unknown",
+    "error",
+    "placement",
+    finds="a MIG profile that the GPU cannot make",
+    consequence="no node ever has this resource, so the pod stays pending",
+    fix="use a profile of the GPU: `inferctl catalog hardware` lists those of A100 and H100",
+)
+def _mig_profile(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    known = {profile for profiles in MIG_PROFILES.values() for profile in profiles}
+    for workload in manifests.workloads:
+        products = {value.partition("-MIG-")[0] for value in workload.node_labels.get(GPU_PRODUCT, ())}
+        for container in workload.all_containers:
+            for name in container.gpus:
+                found = re.match(r"nvidia\.com/mig-(.+)", name)
+                if not found:
+                    continue
+                profile = re.sub(r"[.+](?:me|gfx).*", "", found[1])
+                path = (*container.path, "resources", "limits", name)
+                for product in sorted(products):
+                    made = _profiles(product)
+                    if made is not None and profile not in made:
+                        can = f"it makes {', '.join(made)}" if made else "it has no MIG"
+                        yield Hit(workload.object, path, f"{product} cannot make {profile}: {can}")
+                if not products and profile not in known:
+                    yield Hit(workload.object, path, f"no known GPU makes {profile}", level="warning")
+
+
+def _profiles(product: str) -> tuple[str, ...] | None:
+    """Return the MIG profiles of a GPU by its product label, () for a GPU without MIG, None if unknown."""
+    for pattern, profiles in MIG_PROFILES.items():
+        if re.search(rf"(?<![A-Z]){pattern}(?!\d)", product):
+            return profiles
+    return () if _NO_MIG.search(product) and "A100" not in product else None
+
+
+def _node_path(workload: Workload) -> tuple[str | int, ...]:
+    """Return the path of the field that requires node labels."""
+    if get(workload.spec, "nodeSelector", GPU_PRODUCT):
+        return (*workload.spec_path, "nodeSelector", GPU_PRODUCT)
+    return (*workload.spec_path, "affinity", "nodeAffinity")
+
+
+@rule(
+    "gpu-toleration-missing",
+    "warning",
+    "placement",
+    finds="a pod with GPUs that does not tolerate the usual taint of GPU nodes",
+    consequence="GPU nodes are tainted to keep other pods away, so the pod stays pending",
+    fix="tolerate the taint: {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}",
+)
+def _toleration(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    nodes = [*context.nodes, *manifests.of("Node")]
+    for workload in manifests.workloads:
+        if workload.object.kind == "PodTemplate" or not any(name.startswith("nvidia.com/") for name in workload.gpus):
+            continue
+        path = (*workload.spec_path, "tolerations")
+        allowed = [node for node in nodes if workload.runs_on(node)]
+        refused = [taint for node in allowed if (taint := workload.untolerated(node))]
+        if allowed:
+            if len(refused) == len(allowed):
+                key, effect = refused[0].key, refused[0].effect
+                yield Hit(
+                    workload.object,
+                    path,
+                    f"each node with the required labels has a taint that it does not tolerate, such as {key}",
+                    level="error",
+                    fix=f"tolerate the taint: {{key: {key}, operator: Exists, effect: {effect}}}",
+                )
+        # GKE adds the toleration itself. Key and value of the taint differ: nvidia.com/gpu, or sku=gpu on Azure.
+        elif GKE_ACCELERATOR not in workload.node_labels and not any(
+            _GPU_TAINT.search(f"{text(each, 'key')} {text(each, 'value')}")
+            or (not get(each, "key") and get(each, "operator") == "Exists")
+            for each in sequence(workload.spec, "tolerations")
+        ):
+            yield Hit(workload.object, path, "no toleration for the taint nvidia.com/gpu:NoSchedule")
+
+
+@rule(
+    "gpu-quota-low",
+    "error",
+    "guardrails",
+    finds="a ResourceQuota below the GPUs of the highest number of replicas and one rollout",
+    consequence="the API server refuses pods just when load is highest or a rollout runs",
+    fix="raise the quota, or lower the highest number of replicas",
+)
+def _quota(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for quota in manifests.of("ResourceQuota"):
+        if get(quota.data, "spec", "scopeSelector") or get(quota.data, "spec", "scopes"):
+            continue
+        for key, value in mapping(quota.data, "spec", "hard").items():
+            name, limit = str(key).removeprefix("requests."), as_float(value)
+            if limit is None or not str(key).startswith("requests."):
+                continue
+            users = [each for each in manifests.workloads if name in each.gpus and same_namespace(quota, each.object)]
+            needs = [(manifests.replicas(each)[1] + manifests.surge(each)) * each.gpus[name] for each in users]
+            if users and sum(needs) > limit:
+                parts = ", ".join(f"{each.object.name} {need}" for each, need in zip(users, needs, strict=True))
+                what = f"{name}: {limit:g} allowed, {sum(needs)} needed at most ({parts})"
+                yield Hit(quota, ("spec", "hard", key), what)
+
+
+@rule(
+    "gpu-quota-key",
+    "error",
+    "guardrails",
+    finds="a ResourceQuota for GPUs with a key other than requests.NAME",
+    consequence="for extended resources, Kubernetes counts only keys with requests.: this one limits nothing",
+    fix="use requests.NAME, such as requests.nvidia.com/gpu",
+)
+def _quota_key(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for quota in manifests.of("ResourceQuota"):
+        for key in mapping(quota.data, "spec", "hard"):
+            if is_gpu(str(key).removeprefix("limits.")):
+                yield Hit(quota, ("spec", "hard", key), f"the key {key} without requests.")

@@ -1,0 +1,363 @@
+"""Rules on the life of a pod: start, probes, rollout, eviction, drain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from inferctl.manifests import label_keys
+from inferctl.manifests.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
+from inferctl.manifests.lint import models
+from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.manifests import Container, Manifests, Workload
+from inferctl.manifests.lint.overflow import buffer_target
+
+_HANDLERS = ("httpGet", "tcpSocket", "grpc", "exec")
+_DRAIN_WORDS = ("--drain-seconds", "--shutdown-timeout", "--timeout-graceful-shutdown", "--exit-timeout-secs")
+_DRAIN_VARIABLES = ("INFERCTL_SERVE_DRAIN_SECONDS",)
+# A server that loads a model needs longer than this on most hardware. Measured load times replace it.
+_SHORT_START_S = 60
+
+
+@rule(
+    "pdb-blocks-eviction",
+    "error",
+    "life",
+    finds="a PodDisruptionBudget that never allows an eviction",
+    consequence="nodes cannot be drained: upgrades and repairs wait for ever",
+    fix="use maxUnavailable: 1, with two replicas or more",
+)
+def _blocks(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for budget in manifests.of("PodDisruptionBudget"):
+        spec = mapping(budget.data, "spec")
+        workloads = list(manifests.selected(budget, get(spec, "selector"))) if get(spec, "selector") else []
+        least = sum(manifests.replicas(each)[0] for each in workloads)
+        low, high = spec.get("minAvailable"), spec.get("maxUnavailable")
+        if high in (0, "0", "0%"):
+            yield Hit(budget, ("spec", "maxUnavailable"), f"maxUnavailable is {high}")
+        elif low == "100%":
+            yield Hit(budget, ("spec", "minAvailable"), "minAvailable is 100%")
+        elif workloads and 0 < least <= (count_of(low, least) or 0):
+            yield Hit(budget, ("spec", "minAvailable"), f"minAvailable is {low}, and there may be {least} replicas")
+
+
+@rule(
+    "pdb-protects-unready",
+    "warning",
+    "life",
+    finds="a PodDisruptionBudget without unhealthyPodEvictionPolicy: AlwaysAllow",
+    consequence="a pod that does not become ready (no memory, a broken GPU) keeps its node from being drained",
+    fix="set unhealthyPodEvictionPolicy: AlwaysAllow",
+)
+def _unready(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for budget in manifests.of("PodDisruptionBudget"):
+        if get(budget.data, "spec", "unhealthyPodEvictionPolicy") != "AlwaysAllow":
+            yield Hit(budget, ("spec",), "pods that are not ready are protected too")
+
+
+@rule(
+    "no-pdb",
+    "note",
+    "life",
+    finds="a model server with several replicas and no PodDisruptionBudget",
+    consequence="a node upgrade may evict all replicas at the same time",
+    fix="add a PodDisruptionBudget with maxUnavailable: 1 and unhealthyPodEvictionPolicy: AlwaysAllow",
+)
+def _no_budget(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    covered = {
+        workload
+        for each in manifests.of("PodDisruptionBudget")
+        if (selector := get(each.data, "spec", "selector")) is not None
+        for workload in manifests.selected(each, selector)
+    }
+    for workload in manifests.model_servers:
+        most = manifests.replicas(workload)[1]
+        if workload.object.kind in ("Deployment", "StatefulSet") and most > 1 and workload not in covered:
+            yield Hit(workload.object, ("spec",), f"up to {most} replicas, and no budget")
+
+
+@rule(
+    "grace-too-short",
+    "error",
+    "life",
+    finds="a termination grace period below the preStop hook and the drain together, or of 0 for a model server",
+    consequence="the kubelet kills the server while it still works on requests",
+    fix="set terminationGracePeriodSeconds to preStop + drain + a margin of some seconds",
+)
+def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        if workload.object.kind in ("Job", "CronJob"):
+            continue  # its clients are in the pod, such as in our bench Jobs, and end with it
+        grace = integer(workload.spec, "terminationGracePeriodSeconds", default=30)
+        path = (*workload.spec_path, "terminationGracePeriodSeconds")
+        if grace == 0 and workload.is_model_server:
+            yield Hit(workload.object, path, "with a grace period of 0 s, the server is killed at once")
+            continue
+        facts = models.facts(workload, context) if workload.is_model_server else None
+        for each in workload.containers:
+            sleep, drain = _pre_stop(each), _drain(each)
+            measured = facts.drain_s if facts is not None and each.gpus else None
+            need = sleep + max(drain, measured or 0)
+            # A hook that takes all of the period leaves nothing for the server; without one, only a drain counts.
+            if need > grace or (sleep and sleep >= grace):
+                source = "known drain" if (measured or 0) > drain else "drain"
+                parts = f"preStop {sleep:g} s + {source} {need - sleep:g} s"
+                yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
+
+
+def _pre_stop(container: Container) -> float:
+    """Return the seconds that the preStop hook sleeps; 0 if it does not, or if that is unknown."""
+    hook = mapping(container.data, "lifecycle", "preStop")
+    if (seconds := integer(hook, "sleep", "seconds")) is not None:
+        return seconds
+    words = " ".join(map(str, sequence(hook, "exec", "command")))
+    found = re.search(r"\bsleep (\d{1,6})\b", words)
+    return float(found[1]) if found else 0.0
+
+
+def _drain(container: Container) -> float:
+    """Return the seconds that the server may take after SIGTERM by its own options; 0 if it does not say."""
+    words = container.words
+    for index, word in enumerate(words):
+        option, _, value = word.partition("=")
+        if option in _DRAIN_WORDS:
+            return _number(value or (words[index + 1] if index + 1 < len(words) else ""))
+    for variable in sequence(container.data, "env"):
+        if text(variable, "name") in _DRAIN_VARIABLES:
+            return _number(get(variable, "value"))
+    return 0.0
+
+
+def _number(value: Any) -> float:
+    try:
+        return max(0.0, min(float(value), 1e9))
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _window(probe: Any) -> int:
+    """Return the seconds after which a probe that always fails has failed, from the start of the container."""
+    period, failures = integer(probe, "periodSeconds"), integer(probe, "failureThreshold")
+    return (integer(probe, "initialDelaySeconds") or 0) + (10 if period is None else period) * (
+        3 if failures is None else failures
+    )
+
+
+@rule(
+    "startup-too-short",
+    "error",
+    "life",
+    finds="a startupProbe (or, without one, a livenessProbe) that ends before the model can be loaded",
+    consequence="the kubelet kills the server while it loads, again and again",
+    fix="set startupProbe.failureThreshold x periodSeconds to twice the measured load time",
+)
+def _startup(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        load = _load_s(workload, context)
+        for each in workload.containers:
+            startup, liveness = mapping(each.data, "startupProbe"), mapping(each.data, "livenessProbe")
+            if not (each.gpus or load) or (not each.gpus and not _has_probe(each)):
+                continue
+            key, window = ("startupProbe", _window(startup)) if startup else ("livenessProbe", _window(liveness))
+            if not (startup or liveness):
+                continue
+            if load is not None and window < load:
+                what = f"the {key} of {each.name} allows {window} s, and its load takes {load:g} s"
+                yield Hit(workload.object, (*each.path, key), what)
+            elif load is None and window < _SHORT_START_S:
+                what = f"the {key} of {each.name} allows {window} s to load a model"
+                yield Hit(workload.object, (*each.path, key), what, level="warning")
+
+
+def _load_s(workload: Workload, context: Context) -> float | None:
+    """Return how long a server loads its model, in seconds: by its receipt, else by its annotation."""
+    facts = models.facts(workload, context)
+    if facts is not None and facts.load_s is not None:
+        return facts.load_s
+    return as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
+
+
+def _has_probe(container: Container) -> bool:
+    return bool(mapping(container.data, "startupProbe") or mapping(container.data, "livenessProbe"))
+
+
+@rule(
+    "readiness-missing",
+    "warning",
+    "life",
+    finds="a model server with a port or a Service, and no readinessProbe",
+    consequence="a Service sends requests to the pod while it still loads the model, and while it drains",
+    fix="add a readinessProbe with the health endpoint of the server",
+)
+def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    # Ports of containers are only information. Peers that find each other do not wait until they are ready.
+    services = [each for each in manifests.of("Service") if not get(each.data, "spec", "publishNotReadyAddresses")]
+    served = {workload for each in services for workload in manifests.behind(each)}
+    for workload in manifests.model_servers:
+        for each in workload.containers:
+            # The operator of Ray adds a readinessProbe.
+            ray = workload.object.kind.startswith("Ray")
+            reached = sequence(each.data, "ports") or (workload in served and not ray)
+            if each.gpus and reached and not mapping(each.data, "readinessProbe"):
+                yield Hit(workload.object, each.path, f"container {each.name} has no readinessProbe")
+
+
+@rule(
+    "liveness-is-readiness",
+    "warning",
+    "life",
+    finds="a liveness probe that asks the same as the readiness probe and fails no later",
+    consequence="a server that is only overloaded is killed, and its load goes to the others",
+    fix="use an endpoint that only says that the process works, or a failureThreshold several times as high",
+)
+def _liveness(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        for each in workload.containers:
+            live, ready = mapping(each.data, "livenessProbe"), mapping(each.data, "readinessProbe")
+            same = live and [live.get(key) for key in _HANDLERS] == [ready.get(key) for key in _HANDLERS]
+            if same and _span(live) <= _span(ready):
+                yield Hit(workload.object, (*each.path, "livenessProbe"), f"both probes of {each.name} are the same")
+
+
+def _span(probe: Any) -> int:
+    """Return the seconds of failures after which a probe counts as failed."""
+    return _window(probe) - (integer(probe, "initialDelaySeconds") or 0)
+
+
+@rule(
+    "surge-needs-gpu",
+    "warning",
+    "life",
+    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow or a spare GPU, unless the minimum "
+    "is one replica and maxSurge is set",
+    consequence="if no GPU is free, the rollout waits for one and stops there; maxSurge is 25% by default, rounded up",
+    fix="set maxSurge: 0 and maxUnavailable: 1, or keep overflow for this kind of GPU",
+)
+def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    nodes = [*context.nodes, *manifests.of("Node")]
+    for workload in manifests.model_servers:
+        surge = manifests.surge(workload)
+        if not (workload.gpus and surge) or _has_overflow(manifests, workload):
+            continue
+        least, most = manifests.replicas(workload)
+        explicit = get(workload.object.data, "spec", "strategy", "rollingUpdate", "maxSurge") is not None
+        if explicit and least < 2:
+            continue  # the only rollout without an outage
+        fitting = [node for node in nodes if workload.runs_on(node)]
+        if nodes and all(
+            sum(integer_of(get(node.data, "status", "allocatable", name)) for node in fitting) >= (most + surge) * count
+            for name, count in workload.gpus.items()
+        ):
+            continue
+        path = ("spec", "strategy") if get(workload.object.data, "spec", "strategy") else ("spec",)
+        default = "" if explicit else " (default maxSurge)"
+        what = f"at {most} replicas, a rollout starts {surge} more GPU pod{'' if surge == 1 else 's'}{default}"
+        yield Hit(workload.object, path, what)
+
+
+@rule(
+    "rollout-stops-all",
+    "warning",
+    "life",
+    finds="a rollout that stops all replicas of a model server at once: Recreate, or maxUnavailable of all",
+    consequence="each change of the pods is an outage until the first new server has loaded its model",
+    fix="use RollingUpdate with maxSurge: 0 and maxUnavailable: 1",
+)
+def _stops_all(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        strategy, most = mapping(workload.object.data, "spec", "strategy"), manifests.replicas(workload)[1]
+        if workload.object.kind != "Deployment" or most < 2:
+            continue
+        recreate = strategy.get("type") == "Recreate"
+        unavailable = count_of(get(strategy, "rollingUpdate", "maxUnavailable"), most) or 0
+        if recreate or unavailable >= most:
+            how = "the strategy Recreate" if recreate else "maxUnavailable"
+            yield Hit(workload.object, ("spec", "strategy"), f"{how} stops up to {most} replicas at once")
+
+
+@rule(
+    "progress-deadline-short",
+    "warning",
+    "life",
+    finds="a startupProbe that allows a model more time to load than progressDeadlineSeconds (600 by default)",
+    consequence="the rollout counts as failed while the model still loads, and tools that wait for it end or roll back",
+    fix="set progressDeadlineSeconds above the time of the startupProbe and of the start of a node",
+)
+def _deadline(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        deadline = integer(workload.object.data, "spec", "progressDeadlineSeconds", default=600)
+        for each in workload.containers:
+            startup = mapping(each.data, "startupProbe")
+            if workload.object.kind in ("Deployment", "Rollout") and startup and _window(startup) > deadline:
+                what = f"the startupProbe of {each.name} allows {_window(startup)} s, and the rollout {deadline} s"
+                yield Hit(workload.object, (*each.path, "startupProbe"), what)
+
+
+def integer_of(value: Any) -> int:
+    """Return a number of GPUs in the status of a node, which is text; 0 if it is none."""
+    return int(value) if isinstance(value, (int, str)) and str(value).isdigit() else 0
+
+
+def _has_overflow(manifests: Manifests, workload: Workload) -> bool:
+    """Return whether placeholders or a CapacityBuffer keep a GPU of the same kind free."""
+    targets = [buffer_target(manifests, each) for each in manifests.of("CapacityBuffer")]
+    kept = [*manifests.placeholders, *(each for each in targets if each is not None)]
+    return any(each.gpus == workload.gpus and each.node_labels == workload.node_labels for each in kept)
+
+
+@rule(
+    "empty-dir-unbounded",
+    "warning",
+    "life",
+    finds="an emptyDir without sizeLimit, or with medium: Memory and more than the memory limit of its containers",
+    consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
+    fix="set emptyDir.sizeLimit; medium: Memory counts towards the memory limit of the container",
+)
+def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        for index, volume in enumerate(sequence(workload.spec, "volumes")):
+            path, name = (*workload.spec_path, "volumes", index), text(volume, "name")
+            size, in_memory = get(volume, "emptyDir", "sizeLimit"), get(volume, "emptyDir", "medium") == "Memory"
+            if size and in_memory:
+                limit = _memory_limit(workload, name)
+                if limit is not None and (as_float(size) or 0) > limit:
+                    yield Hit(
+                        workload.object,
+                        (*path, "emptyDir", "sizeLimit"),
+                        f"emptyDir {name} may have {size} in memory, and its containers {show('memory', int(limit))}",
+                        consequence="its files count towards the memory limit: a container is killed before it is full",
+                        fix="lower the sizeLimit, or raise the memory limit",
+                    )
+            # A volume without a source is an emptyDir.
+            elif isinstance(volume, dict) and not size and ("emptyDir" in volume or volume.keys() <= {"name"}):
+                yield Hit(workload.object, path, f"emptyDir {name}{' in memory' if in_memory else ''} has no sizeLimit")
+
+
+def _memory_limit(workload: Workload, volume: str) -> float | None:
+    """Return how much memory the containers that mount a volume may take together; None if that is not limited."""
+    if (of_pod := as_float(get(workload.spec, "resources", "limits", "memory"))) is not None:
+        return of_pod
+    limits = [
+        as_float(get(each.data, "resources", "limits", "memory"))
+        for each in workload.all_containers
+        if any(text(mount, "name") == volume for mount in sequence(each.data, "volumeMounts"))
+    ]
+    known = [limit for limit in limits if limit]
+    return sum(known) if known and len(known) == len(limits) else None
+
+
+@rule(
+    "memory-limit-missing",
+    "warning",
+    "neighbors",
+    finds="a model server without a memory limit",
+    consequence="a leak or a large upload takes the memory of the node, and the kernel may end other pods first",
+    fix="set requests.memory and limits.memory to the same measured amount",
+)
+def _memory(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        for each in workload.containers:
+            of_pod = get(workload.spec, "resources", "limits", "memory")
+            if each.gpus and not of_pod and not get(each.data, "resources", "limits", "memory"):
+                yield Hit(workload.object, (*each.path, "resources"), f"container {each.name} has no limits.memory")

@@ -1,0 +1,167 @@
+"""Rules on what is seen: alerts, recorded series, scraped ports, and routers that read metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from inferctl.manifests.kubernetes import selectors
+from inferctl.manifests.kubernetes.fields import get, mapping, sequence, text
+from inferctl.manifests.lint import pools, promql
+from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.manifests import Manifests, same_namespace
+from inferctl.manifests.manifests_file import FieldPath, Located
+
+
+def _rules(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, Mapping[str, Any]]]:
+    for each in manifests.of("PrometheusRule"):
+        for number, group in enumerate(sequence(each.data, "spec", "groups")):
+            for index, one in enumerate(sequence(group, "rules")):
+                if isinstance(one, dict):
+                    yield each, ("spec", "groups", number, "rules", index), one
+
+
+def _expressions(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
+    """Yield every PromQL expression: of rules, and of prometheus triggers of KEDA."""
+    for each, path, one in _rules(manifests):
+        yield each, (*path, "expr"), str(one.get("expr") if one.get("expr") is not None else "")
+    for each in manifests.of("ScaledObject"):
+        for index, trigger in enumerate(sequence(each.data, "spec", "triggers")):
+            if get(trigger, "type") == "prometheus" and text(trigger, "metadata", "query"):
+                yield each, ("spec", "triggers", index, "metadata", "query"), text(trigger, "metadata", "query")
+
+
+@rule(
+    "alert-and-record",
+    "error",
+    "observability",
+    finds="a rule with both alert and record, or with neither",
+    consequence="the schema accepts it, and Prometheus rejects the whole file of rules",
+    fix="keep one of the two",
+)
+def _alert_and_record(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each, path, one in _rules(manifests):
+        found = [key for key in ("alert", "record") if one.get(key)]
+        if len(found) != 1:
+            yield Hit(each, path, f"the rule has {' and '.join(found) or 'neither alert nor record'}")
+
+
+@rule(
+    "bad-promql",
+    "error",
+    "observability",
+    finds="an expression that is not PromQL",
+    consequence="Prometheus rejects the whole file of rules; a KEDA trigger gets an error instead of a number",
+    fix="try the expression with `promtool check rules`",
+)
+def _promql(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each, path, expression in _expressions(manifests):
+        if problem := promql.problem(expression):
+            yield Hit(each, path, problem)
+
+
+@rule(
+    "unknown-metric",
+    "error",
+    "observability",
+    finds="a metric inferctl_... that no server of inferctl has",
+    consequence="the expression is empty for ever: no error, no alert, no scaling",
+    fix="use a name of `GET /metrics`; names of counters end with _total",
+)
+def _metric(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    recorded = {str(one.get("record")) for _, _, one in _rules(manifests) if one.get("record")}
+    known = promql.server_metrics()
+    for each, path, expression in _expressions(manifests):
+        for name in promql.metrics_of(expression, "inferctl_"):
+            if name not in known and name not in recorded:
+                close = promql.closest(name, known)
+                yield Hit(each, path, f"there is no metric {name}{f'; {close}' if close else ''}")
+
+
+@rule(
+    "monitor-port",
+    "error",
+    "observability",
+    finds="a ServiceMonitor or PodMonitor for a port that the Service or the pods do not have, or without a target",
+    consequence="Prometheus scrapes nothing and shows no error",
+    fix="use the name of a port in spec.ports of the Service, and labels that the Service has",
+)
+def _monitor(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for monitor in manifests.of("ServiceMonitor"):
+        services = [each for each in manifests.of("Service") if _in_reach(monitor, each)]
+        selected = [
+            each for each in services if selectors.matches(mapping(monitor.data, "spec", "selector"), each.labels)
+        ]
+        if services and not selected:
+            what = "the selector selects no Service of these manifests"
+            yield Hit(monitor, ("spec", "selector"), what, level="warning")
+        for index, endpoint in enumerate(sequence(monitor.data, "spec", "endpoints")):
+            name = get(endpoint, "port")
+            names = [text(port, "name") for each in selected for port in sequence(each.data, "spec", "ports")]
+            # A monitor of several Services may have an endpoint for each: Prometheus drops those that are not there.
+            if selected and name is not None and name not in names:
+                shown = ", ".join(dict.fromkeys(each for each in names if each)) or "no names"
+                services_ = f"the Service {selected[0].name} has" if len(selected) == 1 else "its Services have"
+                what = f"{services_} no port named {name!r}, but {shown}"
+                yield Hit(monitor, ("spec", "endpoints", index, "port"), what)
+    for monitor in manifests.of("PodMonitor"):
+        for index, endpoint in enumerate(sequence(monitor.data, "spec", "podMetricsEndpoints")):
+            name = get(endpoint, "port")
+            selector = mapping(monitor.data, "spec", "selector")
+            known = [each for each in manifests.selected(monitor, selector) if each.port_names is not None]
+            if known and name is not None and not any(name in (each.port_names or ()) for each in known):
+                what = f"the pods of {known[0].object.name} have no port named {name!r}"
+                yield Hit(monitor, ("spec", "podMetricsEndpoints", index, "port"), what)
+
+
+def _in_reach(monitor: Located, service: Located) -> bool:
+    """Return whether a ServiceMonitor looks into the namespace of a Service."""
+    return bool(mapping(monitor.data, "spec", "namespaceSelector")) or same_namespace(monitor, service)
+
+
+@rule(
+    "engine-label-missing",
+    "warning",
+    "observability",
+    finds="pods behind an InferencePool that do not run vLLM and have no label llm-d.ai/engine-type",
+    consequence="the endpoint picker reads them with the metric names of vLLM, sees no load, and routes blindly",
+    fix="label the pods with llm-d.ai/engine-type, and declare the engine in the core-metrics-extractor of the picker",
+)
+def _engine(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for pool in manifests.of("InferencePool"):
+        for workload in manifests.selected(pool, pools.selector(pool)):
+            words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers).lower()
+            if "vllm" not in words.replace("inferctl-vllm", "") and "llm-d.ai/engine-type" not in workload.labels:
+                path = (*workload.path, "metadata", "labels")
+                what = f"{pool.name} routes to {workload.object.name}, whose engine it does not know"
+                yield Hit(workload.object, path, what)
+
+
+@rule(
+    "pool-without-picker",
+    "error",
+    "placement",
+    finds="an InferencePool without endpointPickerRef",
+    consequence="the field is optional in the schema from 1.6, but most gateways ignore a pool without it",
+    fix="set endpointPickerRef to the Service of the picker",
+)
+def _picker(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for pool in manifests.of("InferencePool"):
+        field, name = pools.picker(pool)
+        if not name:
+            yield Hit(pool, ("spec",), f"no {field}")
+
+
+@rule(
+    "two-affinities",
+    "error",
+    "regions",
+    finds="a Karmada placement with both clusterAffinity and clusterAffinities",
+    consequence="the schema accepts it, the webhook of Karmada refuses it",
+    fix="keep clusterAffinities for an order of preference, else clusterAffinity",
+)
+def _karmada(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each in manifests.of("PropagationPolicy", "ClusterPropagationPolicy"):
+        placement = mapping(each.data, "spec", "placement")
+        if "clusterAffinity" in placement and "clusterAffinities" in placement:
+            yield Hit(each, ("spec", "placement"), "both clusterAffinity and clusterAffinities")

@@ -1,0 +1,275 @@
+"""Rules on where pods land: selectors, spread, anti-affinity, node labels, zones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from inferctl.manifests.kubernetes import selectors
+from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
+from inferctl.manifests.kubernetes.labels import HOSTNAME, ZONE
+from inferctl.manifests.label_keys import CLIENT
+from inferctl.manifests.lint import pools
+from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.manifests.manifests_file import FieldPath
+
+_TERM = "requiredDuringSchedulingIgnoredDuringExecution"
+# What happens if the kubelet cannot run a probe.
+_WITHOUT_PROBE = {
+    "startupProbe": "the pod never becomes ready",
+    "readinessProbe": "the pod never becomes ready",
+    "livenessProbe": "a server that hangs is not restarted",
+}
+
+
+@rule(
+    "selector-mismatch",
+    "error",
+    "placement",
+    finds="a selector that does not select the pods of its own template",
+    consequence="the API server refuses the object",
+    fix="use the same labels in spec.selector.matchLabels and spec.template.metadata.labels",
+)
+def _selector(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.workloads:
+        selector = get(workload.object.data, "spec", "selector")
+        if workload.object.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet") and (
+            selector is not None and not selectors.matches(selector, workload.labels)
+        ):
+            labels = ", ".join(f"{key}={value}" for key, value in mapping(selector, "matchLabels").items())
+            yield Hit(workload.object, ("spec", "selector"), f"the template does not have the labels {labels}")
+
+
+@rule(
+    "service-selects-nothing",
+    "error",
+    "placement",
+    finds="a Service, PodDisruptionBudget, NetworkPolicy or InferencePool whose selector selects no pod",
+    consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
+    fix="use labels of the pod template",
+)
+def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy", "InferencePool"):
+        path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
+        selector = mapping(each.data, *path)
+        if not selector or not any(same_namespace(each, workload.object) for workload in manifests.workloads):
+            continue
+        if selector == {"matchLabels": {CLIENT: "true"}}:
+            continue  # clients in the namespace are pods of others
+        if each.kind == "Service":
+            selector = {"matchLabels": selector}
+        elif each.kind == "InferencePool":
+            selector = pools.selector(each)
+        if not any(manifests.selected(each, selector)):
+            # An operator may make the pods. With all label keys of these pods, it is more likely a wrong value.
+            keys = mapping(selector, "matchLabels").keys()
+            near = keys and any(
+                same_namespace(each, one.object) and keys <= one.labels.keys() for one in manifests.workloads
+            )
+            what = "the selector selects no pod of these manifests"
+            yield Hit(each, path, what, level=None if near else "warning")
+
+
+@rule(
+    "port-name-unknown",
+    "error",
+    "placement",
+    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container "
+    "has",
+    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or "
+    "is never restarted",
+    fix="use the name of a port in ports of the container, or a number",
+)
+def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for service in manifests.of("Service"):
+        known = [workload.port_names for workload in manifests.behind(service)]
+        names = set().union(*(each for each in known if each))
+        for index, port in enumerate(sequence(service.data, "spec", "ports")):
+            target = get(port, "targetPort")
+            if known and None not in known and isinstance(target, str) and target not in names:
+                what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
+                consequence = "the Service has no endpoints for this port: requests to it fail"
+                yield Hit(service, ("spec", "ports", index, "targetPort"), what, consequence=consequence)
+    for workload in manifests.workloads:
+        for each in workload.all_containers if workload.port_names is not None else ():
+            for probe, never in _WITHOUT_PROBE.items():
+                for handler in ("httpGet", "tcpSocket"):
+                    target = get(each.data, probe, handler, "port")
+                    if isinstance(target, str) and target not in each.port_names:
+                        what = f"container {each.name} has no port named {target!r}{_or(each.port_names)}"
+                        consequence = f"the kubelet cannot run the probe: {never}"
+                        path = (*each.path, probe, handler, "port")
+                        yield Hit(workload.object, path, what, consequence=consequence)
+
+
+def _or(names: Iterable[str]) -> str:
+    """Return the names that there are, as the end of a sentence."""
+    return f", but {', '.join(sorted(filter(None, names)))}" if any(names) else ""
+
+
+@rule(
+    "volume-of-one-node",
+    "warning",
+    "placement",
+    finds="several pods of one workload, also in a rollout, that mount one claim with only ReadWriteOnce or "
+    "ReadWriteOncePod",
+    consequence="pods on other nodes wait for ever for the volume; with ReadWriteOncePod, each pod but the first waits",
+    fix="use a claim with ReadOnlyMany or ReadWriteMany, an image volume, a claim for each pod (volumeClaimTemplates), "
+    "or for one replica the strategy Recreate",
+)
+def _one_node(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    claims = manifests.of("PersistentVolumeClaim")
+    for workload in manifests.workloads:
+        most = manifests.replicas(workload)[1] + manifests.surge(workload)
+        for index, volume in enumerate(sequence(workload.spec, "volumes") if most > 1 else ()):
+            name = text(volume, "persistentVolumeClaim", "claimName")
+            claim = next((each for each in claims if each.name == name and same_namespace(each, workload.object)), None)
+            modes = {str(mode) for mode in sequence(claim.data, "spec", "accessModes")} if claim else set()
+            if modes and modes <= {"ReadWriteOnce", "ReadWriteOncePod"}:
+                path = (*workload.spec_path, "volumes", index, "persistentVolumeClaim")
+                what = f"up to {most} pods mount the claim {name} with {' and '.join(sorted(modes))}"
+                yield Hit(workload.object, path, what, level="error" if modes == {"ReadWriteOncePod"} else None)
+
+
+@rule(
+    "hostname-anti-affinity",
+    "warning",
+    "placement",
+    finds="required anti-affinity between replicas on one host that keeps shares of a GPU from being used, or that "
+    "needs more nodes than there are",
+    consequence="each replica needs its own node: the other slices of its GPU stay empty, or replicas stay pending",
+    fix="use preferredDuringSchedulingIgnoredDuringExecution, or topologySpreadConstraints",
+)
+def _anti_affinity(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    nodes = [*context.nodes, *manifests.of("Node")]
+    for workload in manifests.model_servers:
+        for index, term in enumerate(sequence(workload.spec, "affinity", "podAntiAffinity", _TERM)):
+            selector = get(term, "labelSelector")
+            if get(term, "topologyKey") != HOSTNAME or not selectors.matches(selector, workload.labels):
+                continue
+            path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
+            most = manifests.replicas(workload)[1]
+            fitting = [node for node in nodes if workload.runs_on(node)]
+            if nodes and most > len(fitting):
+                what = f"up to {most} replicas, each on its own node, but {len(fitting)} described nodes are possible"
+                yield Hit(workload.object, path, what, level="error")
+            elif not nodes and most > 1 and _is_share(workload):
+                yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({_is_share(workload)})")
+
+
+def _is_share(workload: Workload) -> str | None:
+    """Return what says that a workload has a share of a GPU; None if it has whole ones."""
+    for name in workload.gpus:
+        if "/mig-" in name or name.endswith(".shared"):
+            return name
+    products = workload.node_labels.get("nvidia.com/gpu.product", set())
+    return next((value for value in sorted(products) if "-MIG-" in value or value.endswith("-SHARED")), None)
+
+
+@rule(
+    "spread-counts-old-pods",
+    "warning",
+    "placement",
+    finds="topology spread without matchLabelKeys: [pod-template-hash]",
+    consequence="a rollout counts the pods of the old version too, so the new ones end up on one side",
+    fix="add matchLabelKeys: [pod-template-hash]",
+)
+def _match_label_keys(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
+            if workload.object.kind == "Deployment" and "pod-template-hash" not in sequence(each, "matchLabelKeys"):
+                path = (*workload.spec_path, "topologySpreadConstraints", index)
+                yield Hit(workload.object, path, f"spread over {text(each, 'topologyKey')} without matchLabelKeys")
+
+
+@rule(
+    "spread-ignores-taints",
+    "note",
+    "placement",
+    finds="required topology spread without nodeTaintsPolicy: Honor",
+    consequence="zones whose nodes the pod does not tolerate count as empty, so pods wait for a place there",
+    fix="add nodeTaintsPolicy: Honor",
+)
+def _taints_policy(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
+            if get(each, "whenUnsatisfiable") != "ScheduleAnyway" and get(each, "nodeTaintsPolicy") != "Honor":
+                path = (*workload.spec_path, "topologySpreadConstraints", index)
+                yield Hit(workload.object, path, f"spread over {text(each, 'topologyKey')} ignores taints")
+
+
+@rule(
+    "zones-without-traffic-distribution",
+    "warning",
+    "regions",
+    finds="pods in several zones behind a Service without trafficDistribution",
+    consequence="most requests cross zones: that costs money and a millisecond each way",
+    fix="set trafficDistribution: PreferSameZone, or PreferClose before Kubernetes 1.34",
+)
+def _traffic(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for service in manifests.of("Service"):
+        spread = [
+            workload
+            for workload in manifests.behind(service)
+            if workload.is_model_server
+            and any(get(each, "topologyKey") == ZONE for each in sequence(workload.spec, "topologySpreadConstraints"))
+        ]
+        annotations = mapping(service.data, "metadata", "annotations")
+        headless = get(service.data, "spec", "clusterIP") == "None"
+        if (
+            spread
+            and not headless
+            and not get(service.data, "spec", "trafficDistribution")
+            and (annotations.get("service.kubernetes.io/topology-mode") != "Auto")
+        ):
+            what = f"{spread[0].object.name} is spread over zones, and traffic to it is not kept in one"
+            yield Hit(service, ("spec",), what)
+
+
+@rule(
+    "no-such-node",
+    "error",
+    "placement",
+    finds="required node labels that no described node (Node, NodePool) has",
+    consequence="the pod stays pending",
+    fix="use labels of the nodes: `kubectl get nodes --show-labels`",
+)
+def _no_node(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    nodes = [*context.nodes, *manifests.of("Node")]
+    pools = manifests.of("NodePool")
+    for workload in manifests.workloads:
+        if not (workload.gpus and workload.node_labels and nodes) or pools:
+            continue
+        if not any(workload.runs_on(node) for node in nodes):
+            missing = [
+                f"{key} in {', '.join(sorted(values))}"
+                for key, values in sorted(workload.node_labels.items())
+                if not any(node.labels.get(key) in values for node in nodes)
+            ]
+            what = f"no node has {missing[0]}" if missing else "no node has all required labels together"
+            field = "nodeSelector" if get(workload.spec, "nodeSelector") else "affinity"
+            yield Hit(workload.object, (*workload.spec_path, field), what)
+
+
+@rule(
+    "one-zone",
+    "note",
+    "regions",
+    finds="several replicas of a model server without topology spread over zones",
+    consequence="the scheduler prefers to spread pods, but may put all of them into one zone, and it can fail",
+    fix="add a topologySpreadConstraint with topologyKey: topology.kubernetes.io/zone",
+)
+def _one_zone(manifests: Manifests, _: Context) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        spread = [get(each, "topologyKey") for each in sequence(workload.spec, "topologySpreadConstraints")]
+        pinned = ZONE in workload.node_labels
+        if workload.object.kind in ("Deployment", "StatefulSet") and ZONE not in spread and not pinned:
+            most = manifests.replicas(workload)[1]
+            if most > 1:
+                yield Hit(workload.object, workload.spec_path, f"up to {most} replicas, and no spread over zones")
+
+
+def replicas_path(workload: Workload) -> FieldPath:
+    """Return the path of `spec.replicas`, or of `spec` if it is absent."""
+    present = integer(workload.object.data, "spec", "replicas") is not None
+    return ("spec", "replicas") if present else ("spec",)

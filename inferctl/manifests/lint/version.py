@@ -1,0 +1,79 @@
+"""Rules on versions: fields that a version of Kubernetes has not switched on, and APIs that it has removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from inferctl.manifests import versions
+from inferctl.manifests.kubernetes.fields import get, mapping, sequence
+from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.manifests import Manifests
+from inferctl.manifests.manifests_file import FieldPath, Located
+
+_DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "ResourceSlice")
+
+
+@rule(
+    "field-needs-version",
+    "error",
+    "versions",
+    finds="a field whose feature gate is off in the version of Kubernetes",
+    consequence="schemas accept it; the API server drops the field or refuses the object",
+    fix="use the alternative, or a newer version of Kubernetes",
+)
+def _fields(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    for each, path, feature in _used(manifests):
+        known = versions.FEATURES[feature]
+        if not known.works(context.minor):
+            what = f"{known.field} works by default from 1.{known.since} on, and this is 1.{context.minor}"
+            yield Hit(each, path, what, fix=f"before 1.{known.since} use {known.instead}")
+
+
+def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
+    """Yield each use of a field in the table, with its key there. `hpa-scale-to-zero` has a rule of its own."""
+    for workload in manifests.workloads:
+        spec = workload.spec_path
+        for index, volume in enumerate(sequence(workload.spec, "volumes")):
+            if isinstance(volume, dict) and "image" in volume:
+                yield workload.object, (*spec, "volumes", index, "image"), "image-volume"
+        for container in workload.all_containers:
+            if get(container.data, "lifecycle", "preStop", "sleep"):
+                yield workload.object, (*container.path, "lifecycle", "preStop", "sleep"), "pre-stop-sleep"
+            if get(container.data, "resizePolicy"):
+                yield workload.object, (*container.path, "resizePolicy"), "in-place-resize"
+    for each in manifests.of("HorizontalPodAutoscaler"):
+        for direction in ("scaleUp", "scaleDown"):
+            if get(each.data, "spec", "behavior", direction, "tolerance") is not None:
+                yield each, ("spec", "behavior", direction, "tolerance"), "hpa-tolerance"
+    for each in manifests.of("Service"):
+        if get(each.data, "spec", "trafficDistribution") in ("PreferSameZone", "PreferSameNode"):
+            yield each, ("spec", "trafficDistribution"), "prefer-same-zone"
+    for each in manifests.objects:
+        if each.kind in _DRA_KINDS and each.api_version == "resource.k8s.io/v1":
+            yield each, ("apiVersion",), "dra"
+        prefix = ("spec", "spec") if each.kind == "ResourceClaimTemplate" else ("spec",)
+        for index, request in enumerate(sequence(each.data, *prefix, "devices", "requests")):
+            if each.kind in _DRA_KINDS and get(request, "firstAvailable"):
+                yield each, (*prefix, "devices", "requests", index, "firstAvailable"), "dra-first-available"
+        if each.kind == "DeviceClass" and mapping(each.data, "spec").get("extendedResourceName"):
+            yield each, ("spec", "extendedResourceName"), "dra-extended-resource"
+        if each.kind == "DeviceTaintRule":
+            yield each, ("kind",), "dra-device-taints"
+
+
+@rule(
+    "removed-api",
+    "error",
+    "versions",
+    finds="an apiVersion that current versions of Kubernetes do not serve",
+    consequence="validators only warn that they have no schema; the API server refuses the object",
+    fix="use the apiVersion that replaced it",
+)
+def _removed(manifests: Manifests, context: Context) -> Iterator[Hit]:
+    for each in manifests.objects:
+        kinds, replacement = versions.REMOVED.get(each.api_version, ((), ""))
+        if replacement and (not kinds or each.kind in kinds):
+            yield Hit(each, ("apiVersion",), f"{each.api_version} is no longer served", fix=f"use {replacement}")
+        elif each.api_version in ("resource.k8s.io/v1beta1", "resource.k8s.io/v1beta2") and context.minor >= 34:
+            what = f"{each.api_version} of DRA is deprecated, and 1.{context.minor} has v1"
+            yield Hit(each, ("apiVersion",), what, level="warning", fix="use resource.k8s.io/v1")

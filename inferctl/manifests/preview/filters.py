@@ -1,0 +1,153 @@
+"""The filters of the scheduler, in its order: on which nodes a pod can run, and why not on the others.
+
+Every filter is evaluated, so that one run shows all that keeps a pod away. The scheduler stops at the first one and
+reports only that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from inferctl.manifests.kubernetes import fields, selectors
+from inferctl.manifests.kubernetes.labels import MIG_STATE
+from inferctl.manifests.kubernetes.taints import UNSCHEDULABLE, tolerates, untolerated
+from inferctl.manifests.preview import volumes
+from inferctl.manifests.preview.cluster import Cluster, Node, Pod
+from inferctl.manifests.preview.topology import View, affinity_violation, spread_violation, view
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a node is not feasible. `plugin`: the scheduler's name of the filter.
+
+    `resolvable`: whether evicting pods from this node may help.
+    """
+
+    plugin: str
+    text: str
+    resolvable: bool = False
+
+
+def feasible(cluster: Cluster, pod: Pod) -> dict[str, list[Reason]]:
+    """Return, for each node, the reasons why `pod` cannot run there; none for a feasible node."""
+    seen = view(pod, cluster)
+    return {name: reasons(cluster, pod, name, seen) for name in cluster.nodes}
+
+
+def reasons(cluster: Cluster, pod: Pod, name: str, seen: View | None = None) -> list[Reason]:
+    """Return why `pod` cannot run on the node. `seen`: the counts of other pods in the present state, if known.
+
+    Pods of equal or higher priority that are nominated to the node hold their place: the filters must pass with them
+    and without them, since they may end up elsewhere.
+    """
+    nominated = [
+        other
+        for other in cluster.waiting()
+        if other.nominated == name and other.priority >= pod.priority and other is not pod
+    ]
+    if nominated:
+        for other in nominated:
+            _assume(cluster, other, name)
+        try:
+            found = _check(cluster, pod, cluster.nodes[name], view(pod, cluster))
+        finally:
+            for other in nominated:
+                _forget(cluster, other, name)
+        if found:
+            return found
+    return _check(cluster, pod, cluster.nodes[name], seen or view(pod, cluster))
+
+
+def _assume(cluster: Cluster, pod: Pod, node: str) -> None:
+    cluster.remove(pod)
+    pod.node = node
+    cluster.add(pod)
+
+
+def _forget(cluster: Cluster, pod: Pod, node: str) -> None:
+    cluster.remove(pod)
+    pod.node = None
+    cluster.add(pod)
+
+
+def _check(cluster: Cluster, pod: Pod, node: Node, seen: View) -> list[Reason]:
+    if gates := fields.items(pod.spec, "schedulingGates"):
+        return [Reason("SchedulingGates", f"waits for its gate {fields.text(gates[0], 'name')}")]
+    if (name := fields.text(pod.spec, "nodeName")) and name != node.name:
+        return [Reason("NodeName", f"the pod template names the node {name}")]
+    # A pod with a node goes past the scheduler. The kubelet asks some of the same, and evicts no pod for it.
+    filters = _KUBELET_FILTERS if name else _FILTERS
+    found = [reason for each in filters for reason in each(cluster, pod, node, seen)]
+    return [replace(reason, resolvable=False) for reason in found] if name else found
+
+
+def _unschedulable(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    if node.unschedulable and not tolerates(pod.tolerations, UNSCHEDULABLE):
+        yield Reason("NodeUnschedulable", "is cordoned")
+
+
+def _taints(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    if taint := untolerated(pod.tolerations, node.taints):
+        yield Reason("TaintToleration", f"taint {taint} is not tolerated")
+
+
+def _affinity(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    if not selectors.node_matches(pod.spec, node.name, node.labels):
+        yield Reason("NodeAffinity", "; or ".join(selectors.unmet(pod.spec, node.name, node.labels)))
+
+
+def _ports(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    for port in pod.host_ports:
+        holder = next((o for o in cluster.on(node.name) if any(port.conflicts(held) for held in o.host_ports)), None)
+        if holder:
+            yield Reason("NodePorts", f"host port {port.number} is used by {holder.name}", resolvable=True)
+
+
+def _resources(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    most, running = node.allocatable.get("pods", 0), len(cluster.on(node.name))
+    if running + 1 > most:
+        yield Reason("NodeResourcesFit", f"has {running} pods of at most {most}", resolvable=most > 0)
+    used = cluster.used(node.name)
+    for name, amount in pod.requests.items():
+        total = node.allocatable.get(name, 0)
+        if amount > 0 and amount > total - used.get(name, 0):
+            free = fields.show(name, max(0, total - used.get(name, 0)))
+            what = f"{fields.show(name, amount)} {name} requested, {free} of {fields.show(name, total)} free"
+            yield Reason("NodeResourcesFit", what if total else f"has no {name}", resolvable=amount <= total)
+
+
+def _volumes(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    for plugin, text in volumes.problems(cluster, pod, node):
+        yield Reason(plugin, text)
+
+
+def _spread(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    if found := spread_violation(seen, node):
+        yield Reason("PodTopologySpread", *found)
+
+
+def _pods(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+    if found := affinity_violation(seen, node):
+        yield Reason("InterPodAffinity", *found)
+
+
+_FILTERS: tuple[Callable[[Cluster, Pod, Node, View], Iterator[Reason]], ...] = (
+    _unschedulable,
+    _taints,
+    _affinity,
+    _ports,
+    _resources,
+    _volumes,
+    _spread,
+    _pods,
+)
+_KUBELET_FILTERS = (_affinity, _ports, _resources)
+
+
+def mig_warning(pod: Pod, node: Node) -> str | None:
+    """Return why a feasible node is not ready for a pod with a GPU: its MIG configuration is not applied; else None."""
+    state = node.labels.get(MIG_STATE)
+    if state in (None, "success") or not any(name.startswith("nvidia.com/") and n for name, n in pod.requests.items()):
+        return None
+    return f"MIG state is {state}: the pod may start before the slices are made, and get the whole GPU or none"

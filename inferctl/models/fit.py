@@ -1,0 +1,377 @@
+"""Checks whether a spec fits a base, a stack and hardware, and returns findings. Pure functions over catalog facts."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from inferctl.config.spec import Spec
+from inferctl.core.sizes import size
+from inferctl.facts import catalog, drivers
+from inferctl.facts.catalog import BaseImage, Hardware, Stack
+from inferctl.facts.precision import Level, best_precision, capability_of, support
+from inferctl.models.decoder import Capacity
+
+Verdict = Literal["ok", "warn", "error"]
+_WORST = ("ok", "warn", "error")
+
+# CUDA context, library workspaces and allocator overhead of one process. A conservative round figure, not measured.
+CUDA_OVERHEAD_BYTES = 1_000_000_000
+_BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+_FULL_SHARE = 0.9
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# CUDA libraries that the torch wheels contain.
+_IN_WHEELS = ("cublas", "cudnn", "nccl", "cusparse", "cufft")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check. `topic` is a stable name. `part` is a hardware key, None for the spec and the image.
+
+    An `ok` finding has a hint only if it contains advice.
+    """
+
+    level: Verdict
+    topic: str
+    what: str
+    why: str
+    hint: str | None = None
+    part: str | None = None
+
+    def text(self) -> str:
+        """Return the finding as one line of text."""
+        return f"{self.what} [{self.topic}]: {self.why}" + (f". Fix: {self.hint}" if self.hint else "")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on the device: weights, activations of one layer for a full batch, and the overhead of CUDA."""
+
+    weights: int
+    activations: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.overhead
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one part runs the spec.
+
+    `level` is `depends` for a CPU, because its instructions are unknown. `kernels` is None if unknown. `memory` is None
+    if the size of the model is unknown. `capacity`: the sequences of a generative model that run at a time.
+    """
+
+    part: str
+    requested: str
+    precision: str
+    level: Level | Literal["depends"]
+    reason: str
+    kernels: bool | None
+    memory: Memory | None
+    memory_bytes: int | None
+    findings: tuple[Finding, ...]
+    capacity: Capacity | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(self.findings)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
+
+    `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
+    model.
+    """
+
+    parameters: int
+    config: Mapping[str, Any]
+    weights_bytes: int = 0
+    has_modules: bool = False
+
+
+@dataclass(frozen=True)
+class UnknownSize:
+    """Why the memory of a model cannot be estimated, and a hint."""
+
+    why: str
+    hint: str
+
+
+def worst(findings: tuple[Finding, ...] | list[Finding]) -> Verdict:
+    """Return the most severe level of `findings`; ok without findings."""
+    return max((finding.level for finding in findings), key=_WORST.index, default="ok")
+
+
+def check_image(
+    spec: Spec,
+    base: BaseImage,
+    stack: Stack,
+    *,
+    hub_model: bool,
+    today: datetime.date,
+    platforms: tuple[str, ...] | None = None,
+) -> list[Finding]:
+    """Return the findings about the image that do not depend on hardware, for `inferctl check` and `inferctl build`.
+
+    `hub_model`: whether the source is a hub id, so that its revision is checked. `platforms`: the platforms of one
+    build, instead of the platform in the spec.
+    """
+    return [
+        *(_revision(spec) if hub_model else ()),
+        *_base_digest(spec, base),
+        *_end_of_life(base, today),
+        *_platforms(spec, base, stack, platforms or (spec.image.platform,)),
+        *_python(base, stack),
+        *_duplicate_cuda(base, stack),
+    ]
+
+
+def check_slo(spec: Spec) -> Finding:
+    """Return a finding about the SLO of the spec."""
+    if spec.slo.p99_ms is None:
+        why = "a server without an SLO rejects requests only if its queue is full or the wait is too long"
+        return Finding(
+            "ok", "slo", "no SLO", why, "find the highest load within one: `inferctl bench --search --slo MS`"
+        )
+    return Finding("ok", "slo", f"p99 at most {spec.slo.p99_ms:g} ms", "set in the spec")
+
+
+def check_part(
+    spec: Spec, base: BaseImage, stack: Stack, part: Hardware, model: ModelSize | UnknownSize, driver: int | None = None
+) -> Fit:
+    """Return how `part` runs `spec` on `base` with `stack`. `driver`: driver branch of the nodes, None if unknown."""
+    requested = spec.serve.precision
+    precision = best_precision(part.traits) if requested == "auto" else requested
+    level, reason = _level(precision, part)
+    batch = spec.serve.max_batch_tokens
+    need = model if isinstance(model, UnknownSize) else memory(model, precision, batch, part)
+    findings = [
+        *_precision(precision, level, reason, part),
+        *hardware_findings(base, stack, part, driver),
+        _memory(need, part),
+    ]
+    shown = need if isinstance(need, Memory) else None
+    kernels = has_kernels(stack, part)
+    return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
+
+
+def hardware_findings(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
+    """Yield the findings about kernels, driver and MIG slice, which are the same for every task."""
+    yield from _kernels(stack, has_kernels(stack, part), part)
+    yield from _driver(base, stack, part, driver)
+    yield from _slice(part)
+
+
+def has_kernels(stack: Stack, part: Hardware) -> bool | None:
+    """Return whether `stack` has kernels for `part`; None if unknown."""
+    return stack.has_kernels(capability_of(part.compute_capability)) if part.compute_capability else True
+
+
+def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) -> Memory:
+    """Estimate the memory of serving `model` in batches of `batch_tokens` tokens with packed attention.
+
+    Weights: parameters x bytes. With int8, the embedding table stays in 16 bits. Activations: per token, five vectors
+    of the hidden size and two of the feed-forward width, for one layer at a time, because inference keeps no other
+    layer.
+    """
+    config = model.config
+    hidden = _first_int(config, "hidden_size", "dim", "n_embd", "d_model")
+    width = _first_int(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * hidden
+    table = min(model.parameters, _first_int(config, "vocab_size") * hidden)
+    weights = model.parameters * _BYTES_PER_PARAMETER[precision] + (table if precision == "int8" else 0)
+    cell = 4 if precision == "fp32" else 2
+    activations = batch_tokens * (5 * hidden + 2 * width) * cell
+    return Memory(weights, activations, CUDA_OVERHEAD_BYTES if part.kind == "cuda" else 0)
+
+
+def _first_int(config: Mapping[str, Any], *names: str) -> int:
+    return next((value for name in names if isinstance(value := config.get(name), int)), 0)
+
+
+def _revision(spec: Spec) -> Iterator[Finding]:
+    revision = spec.model.revision
+    if revision and _COMMIT.fullmatch(revision):
+        return
+    what = "the model revision is not pinned" + (f": {revision!r} is not a commit" if revision else "")
+    why = f"{spec.model.source} can change between two builds of the same spec"
+    hint = "run `inferctl pin` to write the current commit into the spec, or set model.revision to a tested commit"
+    if spec.model.weights != "mount":
+        hint += "; `inferctl build --allow-floating` builds an unpinned revision"
+    yield Finding("warn", "revision", what, why, hint)
+
+
+def _base_digest(spec: Spec, base: BaseImage) -> Iterator[Finding]:
+    reference = spec.image.base_image or base.reference
+    if "@sha256:" not in reference and not (base.digest and not spec.image.base_image):
+        why = "the tag can be moved or deleted"
+        hint = "run `inferctl pin` to write its digest into the spec, or set image.base_image to a mirror with a digest"
+        yield Finding("warn", "base.digest", f"{reference} is not pinned by digest", why, hint)
+
+
+def _end_of_life(base: BaseImage, today: datetime.date) -> Iterator[Finding]:
+    if base.end_of_life is None:
+        why = base.notes.get("end_of_life", "not recorded")
+        yield Finding("ok", "base.end_of_life", f"{base.key}: end of life unknown", why)
+        return
+    end, note = base.end_of_life, base.notes.get("end_of_life", "")
+    hint = "mirror the image and set image.base_image, or select a newer base: `inferctl catalog bases`"
+    if today >= end:
+        why = f"NVIDIA deletes its tags six months later; {note}" if base.cuda else note
+        yield Finding("warn", "base.end_of_life", f"{base.key} is past its end of life, {end}", why, hint)
+    elif today >= end - datetime.timedelta(days=180):
+        yield Finding("warn", "base.end_of_life", f"{base.key} reaches its end of life on {end}", note, hint)
+    else:
+        yield Finding("ok", "base.end_of_life", f"{base.key} is maintained until {end}", note)
+
+
+def _platforms(spec: Spec, base: BaseImage, stack: Stack, platforms: tuple[str, ...]) -> Iterator[Finding]:
+    for wanted in platforms:
+        if wanted not in base.platforms:
+            what, known = f"{base.key} is not available for {wanted}", ", ".join(base.platforms)
+            hint = "set image.platform or --platform, or select another base"
+            yield Finding("error", "platform", what, f"it is available for {known}", hint)
+        elif wanted not in stack.platforms and not spec.image.locks:
+            known = ", ".join(stack.platforms)
+            why = f"its lock and its kernel list are for {known}; aarch64 wheels differ: they have no sm_75"
+            yield Finding(
+                "error", "platform", f"{stack.key} has no lock for {wanted}", why, "set image.locks to your own lock"
+            )
+    if len(platforms) > 1 and spec.image.locks:
+        why = "a lock is for one platform: it may not contain a package that another platform requires"
+        hint = "build each platform on its own, with its image.locks and --platform"
+        yield Finding("warn", "platform", f"one lock for {len(platforms)} platforms", why, hint)
+
+
+def _python(base: BaseImage, stack: Stack) -> Iterator[Finding]:
+    if base.python.version not in stack.python:
+        why = f"its wheels are for Python {', '.join(stack.python)}"
+        hint = "select a stack and a base with the same Python: `inferctl catalog stacks`"
+        yield Finding("error", "python", f"{stack.key} has no wheel for Python {base.python.version}", why, hint)
+
+
+def _duplicate_cuda(base: BaseImage, stack: Stack) -> Iterator[Finding]:
+    duplicates = [name for name in base.ships if name in _IN_WHEELS]
+    if duplicates and stack.cuda is not None and "torch" not in base.provides:
+        what = f"the image contains CUDA libraries twice: the base {base.key} has {', '.join(duplicates)}"
+        why = "the torch wheels load their own copies; nothing uses the copies of the base (1 to 3 GB)"
+        yield Finding("warn", "base.cuda_twice", what, why, "select a `-base` tag: `inferctl catalog bases`")
+
+
+def _level(precision: str, part: Hardware) -> tuple[Level | Literal["depends"], str]:
+    if part.kind == "cpu" and precision not in ("fp32", "fp8"):
+        needs = {"bf16": "avx512_bf16 or amx_bf16", "fp16": "avx512_fp16 or amx_fp16", "int8": "VNNI or AMX"}[precision]
+        return "depends", f"native on a processor with {needs}, otherwise emulated and slow"
+    result = support(precision, part.traits)
+    return result.level, result.reason
+
+
+def _precision(precision: str, level: Level | Literal["depends"], reason: str, part: Hardware) -> Iterator[Finding]:
+    if level == "depends":
+        what, hint = f"{precision} depends on the processor", "run `inferctl doctor` on the target machine"
+        yield Finding("warn", "precision", what, reason, hint, part.key)
+        return
+    if level == "unsupported":
+        better = f"set serve.precision: {best_precision(part.traits)}"
+        yield Finding("error", "precision", f"{precision} is not supported", reason, better, part.key)
+    elif level == "emulated":
+        better = f"set serve.precision: {best_precision(part.traits)}, or auto to select it for each hardware"
+        yield Finding("warn", "precision", f"{precision} is emulated", reason, better, part.key)
+    else:
+        yield Finding("ok", "precision", f"{precision} is native", reason, None, part.key)
+    if precision == "int8" and level == "native":
+        what = "int8 saves memory but not time"
+        why = "LLM.int8 halves the weights; it was slower than fp16 or bf16 in every measurement (T4: 2.5x, A100: 5x)"
+        hint = f"for speed, set serve.precision: {best_precision(part.traits)}"
+        yield Finding("ok", "int8", what, why, hint, part.key)
+
+
+def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Finding]:
+    if part.kind == "cpu":
+        if stack.cuda:
+            why = f"{stack.key} contains CUDA {stack.cuda}, which a CPU does not use"
+            smaller = "set image.base: vllm-cpu" if stack.vllm else "set image.base: cpu"
+            yield Finding("warn", "kernels", "the image is larger than necessary", why, smaller, part.key)
+        return
+    if not stack.cuda:
+        why = f"{stack.key} is built without CUDA and cannot use the GPU"
+        yield Finding(
+            "error",
+            "kernels",
+            "the stack has no CUDA",
+            why,
+            "select a base with CUDA: `inferctl catalog bases`",
+            part.key,
+        )
+        return
+    built = ", ".join(stack.sm) or "none known"
+    ptx = {True: "PTX", False: "no PTX", None: "PTX unknown"}[stack.ptx]
+    why = f"{stack.key} is built for compute capability {built} ({ptx}); the part is {part.compute_capability}"
+    if kernels:
+        yield Finding("ok", "kernels", "the stack has kernels", why, None, part.key)
+    elif kernels is None:
+        hint = "test it on the hardware, or select a stack with a complete list: `inferctl catalog stacks`"
+        yield Finding("warn", "kernels", "unknown whether the stack has kernels", why, hint, part.key)
+    else:
+        hint = "select another base: `inferctl catalog stacks` lists the kernels of each stack"
+        yield Finding(
+            "error", "kernels", f"{stack.key} has no kernels for {part.compute_capability}", why, hint, part.key
+        )
+
+
+def judge_driver(base: BaseImage, stack: Stack, gpu: drivers.CudaGpu, driver: int) -> drivers.DriverVerdict | None:
+    """Return whether `driver` runs images of `base` with `stack` on `gpu`; None for images without CUDA."""
+    image = catalog.cuda_image(base, stack)
+    return drivers.judge(image, gpu, driver, catalog.cuda_of_driver(driver)) if image else None
+
+
+def _driver(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
+    image = catalog.cuda_image(base, stack)
+    if part.kind == "cpu" or image is None:
+        return
+    gpu = catalog.cuda_gpu_of(part)
+    if driver is None:
+        hint = "find the driver of a node with `nvidia-smi` and check it with `inferctl check --driver 535`"
+        why = f"{stack.key} is built for CUDA {stack.cuda}"
+        yield Finding("ok", "driver", drivers.describe_drivers(image, gpu), why, hint, part.key)
+        return
+    verdict = drivers.judge(image, gpu, driver, catalog.cuda_of_driver(driver))
+    yield Finding(verdict.level, "driver", verdict.what, verdict.why, verdict.hint, part.key)
+
+
+def _memory(need: Memory | UnknownSize, part: Hardware) -> Finding:
+    if isinstance(need, UnknownSize):
+        return Finding("warn", "memory", "memory not checked", need.why, need.hint, part.key)
+    sizes = (size(value, 1) for value in (need.weights, need.activations, need.overhead))
+    why = "weights {}, activations of one full batch {}, CUDA overhead {}".format(*sizes)
+    if part.memory_bytes is None:
+        what = f"needs about {size(need.total, 1)}, estimated"
+        return Finding("ok", "memory", what, f"{why}; the profile has no memory size", None, part.key)
+    what = f"needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}, estimated"
+    if need.total > part.memory_bytes:
+        hint = "use int8, a smaller serve.max_batch_tokens, or hardware with more memory"
+        return Finding("error", "memory", f"does not fit: {what}", why, hint, part.key)
+    if need.total > _FULL_SHARE * part.memory_bytes:
+        return Finding("warn", "memory", f"tight: {what}", why, "set a smaller serve.max_batch_tokens", part.key)
+    return Finding("ok", "memory", what, why, None, part.key)
+
+
+def _slice(part: Hardware) -> Iterator[Finding]:
+    if not part.mig:
+        return
+    compute, memory_share = part.mig.compute_share, part.mig.memory_fraction
+    what = f"{compute:.1%} of the GPU's compute, {memory_share:.1%} of its memory"
+    why = (
+        f"{part.mig.sms} of {part.mig.parent_sms} multiprocessors;"
+        " bandwidth is assumed proportional to memory, not measured"
+    )
+    misleading_name = memory_share - compute > 0.05
+    hint = "plan its load by its share of compute, not by its memory or name" if misleading_name else None
+    yield Finding("ok", "slice", what, why, hint, part.key)

@@ -1,0 +1,308 @@
+"""Downloads models from a Hugging Face hub into the hub's cache (`HF_HOME`) and reads facts about them.
+
+A model in the cache needs no network. Every failure is an `InferctlError` with one hint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.sizes import size
+from inferctl.models import model
+from inferctl.models.model import ModelFolder
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+# Called with the downloaded bytes and the total bytes of the model.
+Progress = Callable[[int, int], None]
+# Returns the local folder of a model (source, revision) and downloads it if needed: `fetch` with a bound progress.
+Fetch = Callable[[str, str | None], ModelFolder]
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT_S = 10.0
+# The server loads safetensors only: no pickles and no exports for other runtimes.
+_SUFFIXES = model.SUFFIXES - {".gguf"}
+_LINE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """Facts about a model on a hub. `files` maps the files that inferctl loads to their bytes.
+
+    `parameters` is None if neither the hub nor the headers of the weights contain the number.
+    """
+
+    commit: str
+    config: Mapping[str, Any]
+    parameters: int | None
+    files: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Total size in bytes of the files that inferctl loads."""
+        return sum(self.files.values())
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether it has the `modules.json` of sentence-transformers, so it is an embedding model."""
+        return "modules.json" in self.files
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size in bytes of the safetensors files, without a second copy of the weights of a sharded model."""
+        sharded = "model.safetensors.index.json" in self.files
+        return sum(
+            size_bytes
+            for name, size_bytes in self.files.items()
+            if name.endswith(".safetensors") and "/" not in name and not (sharded and name.startswith("consolidated"))
+        )
+
+
+def fetch(source: str, revision: str | None, progress: Progress) -> ModelFolder:
+    """Return the model `source`: a local folder, or a model in the hub's cache, downloaded if it is not there.
+
+    `progress` is called during a download only. An interrupted download keeps its complete files, and the next one
+    continues with the others. Raises `UsageError` for a model that does not exist or cannot be used, `NotReadyError`
+    if the hub does not provide it.
+    """
+    if not model.is_hub_id(source):
+        return model.find(source, revision)
+    if (folder := cached(source, revision)) is not None:
+        return folder
+    with _translate_errors(source, revision):
+        info = _info(source, revision)
+        sizes = _sizes(info)
+    if not any(PurePosixPath(name).suffix == ".safetensors" and "/" not in name for name in sizes):
+        raise UsageError(
+            f"{source} has no *.safetensors weights on the hub",
+            "choose a model or a `model.revision` with safetensors weights",
+        )
+    from huggingface_hub import hf_hub_download
+
+    counter = _ByteCounter(sum(sizes.values()), progress)
+    # One file at a time, so that Ctrl-C ends the download at once. Weights last: a cache with weights is complete.
+    for name in sorted(sizes, key=lambda name: (name.endswith(".safetensors"), name)):
+        with _translate_errors(source, revision):
+            hf_hub_download(source, name, revision=revision, tqdm_class=counter.bar(), etag_timeout=_TIMEOUT_S)
+        counter.complete(sizes[name])
+    return model.find(source, revision)
+
+
+def cached(source: str, revision: str | None) -> ModelFolder | None:
+    """Return the model in the hub's cache; None if it is missing or incomplete."""
+    try:
+        return model.find(source, revision)
+    except UsageError:
+        return None
+
+
+def facts(source: str, revision: str | None) -> HubModel:
+    """Return the facts about `source` on the hub. Downloads its `config.json` into the hub's cache, but no weights.
+
+    Raises `UsageError` for a model that does not exist, `NotReadyError` if the hub does not respond.
+    """
+    with _translate_errors(source, revision):
+        info = _info(source, revision)
+        sizes = _sizes(info)
+        config = json.loads((small_files(source, revision, ("config.json",)) / "config.json").read_text("utf-8"))
+        return HubModel(str(info.sha), config if isinstance(config, dict) else {}, _parameters(info), sizes)
+
+
+def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Path:
+    """Download the files `names` of a model and return their folder in the hub's cache.
+
+    Only the first file is required. Raises the same errors as `facts`.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = Path()
+    with _translate_errors(source, revision):
+        if any(try_to_load_from_cache(source, name, revision=revision) is None for name in names):
+            # If the hub does not respond, the client retries a file for minutes. This request fails at once.
+            _info(source, revision)
+        for index, name in enumerate(names):
+            if index and try_to_load_from_cache(source, name, revision=revision) is _CACHED_NO_EXIST:
+                continue  # if the hub does not respond, the client would retry an absent file for half a minute
+            try:
+                file = hf_hub_download(source, name, revision=revision, etag_timeout=_TIMEOUT_S)
+            except EntryNotFoundError:
+                if index:
+                    continue
+                raise
+            folder = folder if index else Path(file).parent
+    return folder
+
+
+def commit(source: str, revision: str | None = None) -> str:
+    """Return the current commit (40 hex digits) of `revision` of `source`. A commit is returned unchanged.
+
+    Raises `UsageError` for a model or revision that does not exist, `NotReadyError` if the hub does not respond.
+    """
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
+    with _translate_errors(source, revision):
+        return str(_info(source, revision).sha)
+
+
+class Lines:
+    """A `Progress` that logs lines of text: one at the start, one every 5 s, one at the end."""
+
+    def __init__(self, source: str, log: Callable[[str], None]) -> None:
+        self._source, self._log = source, log
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now < self._next and done < total:
+            return
+        started = self._next > 0
+        self._next = now + _LINE_EVERY_S
+        if done >= total:
+            self._log(f"downloaded {self._source}: {size(total)}")
+        elif not started:
+            self._log(f"downloading {self._source}: {size(total)}")
+        else:
+            self._log(f"downloading {self._source}: {size(done)} of {size(total)} ({done / total:.0%})")
+
+
+class _ByteCounter:
+    """Adds the bytes of all files of a download and calls `progress`."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._total, self._progress = total, progress
+        self._complete = self._file = 0
+        progress(0, total)
+
+    def bar(self) -> Any:
+        """Return a class that replaces the tqdm bar of one file and counts its bytes."""
+        from tqdm import tqdm
+
+        self._file = 0
+        counter = self
+
+        class Bar(tqdm):  # type: ignore[misc]
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **{**options, "disable": True})
+                counter.add(int(options.get("initial") or 0))
+
+            def update(self, n: float | None = 1) -> None:
+                counter.add(int(n or 0))
+
+        return Bar
+
+    def add(self, number: int) -> None:
+        self._file += number
+        # Only `complete` reports the total, after the last file is in the cache.
+        self._progress(min(self._complete + self._file, self._total - 1), self._total)
+
+    def complete(self, number: int) -> None:
+        self._complete += number
+        self._progress(self._complete, self._total)
+
+
+def _info(source: str, revision: str | None) -> ModelInfo:
+    from huggingface_hub import HfApi, logging
+
+    # The client logs warnings about tokens and retries between the output of a command. It raises all errors.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    return HfApi().model_info(source, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+
+
+def _sizes(info: ModelInfo) -> dict[str, int]:
+    """Return the bytes of each file that inferctl loads, by name."""
+    found = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    return {
+        name: bytes_
+        for name, bytes_ in found.items()
+        if (path := PurePosixPath(name)).suffix in _SUFFIXES and model.is_loaded(path)
+    }
+
+
+def _parameters(info: ModelInfo) -> int | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    if info.safetensors is not None and info.safetensors.total:
+        return int(info.safetensors.total)
+    try:
+        return sum(HfApi().get_safetensors_metadata(info.id, revision=info.sha).parameter_count.values())
+    except (NotASafetensorsRepoError, SafetensorsParsingError):
+        return None
+
+
+@contextmanager
+def _translate_errors(source: str, revision: str | None) -> Iterator[None]:
+    """Convert an error of the hub client to an `InferctlError`."""
+    try:
+        yield
+    except InferctlError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the client raises errors of several libraries
+        raise _translate(error, source, revision) from None
+
+
+def _translate(error: Exception, source: str, revision: str | None) -> InferctlError:
+    from huggingface_hub import constants, errors
+
+    chain = list(_chain(error))
+    response = next((cause.response for cause in chain if isinstance(cause, errors.HfHubHTTPError)), None)
+    status = response.status_code if response is not None else None
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in chain):
+        return NotReadyError(
+            f"model {source} is not a folder and not in the local hub cache; HF_HUB_OFFLINE prevents a download",
+            "unset HF_HUB_OFFLINE, set HF_HOME to a cache that has the model, or pass `--model DIR`",
+        )
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return NotReadyError(
+            f"the hub denies access to {source}",
+            f"accept its terms at {constants.ENDPOINT}/{source}, and set HF_TOKEN to a token that may read it",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UsageError(
+            f"{source} has no revision {revision!r}", "set `model.revision` to a branch, tag or commit of the model"
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return UsageError(f"{source} has no config.json on the hub", "choose a model in Hugging Face layout")
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        return UsageError(
+            f"model {source} not found: it is not a local folder, and the hub has no public model of this name",
+            "check the spelling; for a private model, set HF_TOKEN",
+        )
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(f"{source!r} is not a hub id", "pass a hub id (org/name) or a local folder")
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NotReadyError(
+                f"the disk is full: {source} does not fit into {constants.HF_HUB_CACHE}",
+                "free disk space, or set HF_HOME to a folder on a larger disk",
+            )
+        if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno == errno.EROFS):
+            return NotReadyError(
+                f"the hub cache {constants.HF_HUB_CACHE} is not writable", "set HF_HOME to a writable folder"
+            )
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # A number of the system says nothing to the reader: `[Errno -2] Name or service not known`.
+    message = re.sub(r"\[Errno -?\d+\] ", "", message)
+    return NotReadyError(
+        f"{source} is not in the local hub cache, and the hub {constants.ENDPOINT} does not provide it: {message}",
+        "check the network, the proxy and HF_ENDPOINT, or pass `--model DIR` with a local folder",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and its causes."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__

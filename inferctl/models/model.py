@@ -1,0 +1,281 @@
+"""Reads a model folder in Hugging Face layout without torch: architecture, size and digest."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
+
+from inferctl.config.spec import HUB_ID, Task, TaskSetting
+from inferctl.core.errors import UsageError
+
+_READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
+# How long a start of vLLM may take, without reading the weights. The slowest took 423 s, on two cores with other load.
+_START_S = 900
+_UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
+# Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
+
+
+# Ends of the class names of generative models.
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MADE_FOR: dict[TaskSetting, str] = {
+    "embed": "an embedding model",
+    "rerank": "a cross-encoder",
+    "generate": "a generative model",
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local model: a folder with `config.json` and `*.safetensors`."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Content of `config.json`."""
+        return _json(self.path / "config.json")
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the model, such as `BertModel`."""
+        return architecture(self.config)
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether the folder has the `modules.json` of sentence-transformers, so it is an embedding model."""
+        return (self.path / "modules.json").is_file()
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files at the top of the folder: those of the index of a sharded model, else all.
+
+        Mistral's folders have the weights a second time, in `consolidated.safetensors`.
+        """
+        return sorted(file for file in self.path.glob("*.safetensors") if not self.shards or file.name in self.shards)
+
+    @property
+    def shards(self) -> set[str]:
+        """Names of the weight files in the index of a sharded model; empty without an index."""
+        index = self.path / "model.safetensors.index.json"
+        names = _json(index).get("weight_map") if index.is_file() else None
+        return set(names.values()) if isinstance(names, dict) else set()
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of parameters, from the headers of the safetensors files."""
+        return sum(math.prod(tensor["shape"]) for file in self.weight_files for _, tensor in _tensors(file))
+
+    @property
+    def number_formats(self) -> dict[str, str]:
+        """Number formats of all tensors by name, as the headers of the safetensors files have them: `F32`, `F8_E4M3`."""
+        return {name: str(tensor["dtype"]) for file in self.weight_files for name, tensor in _tensors(file)}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over the names and contents of `files`."""
+        total = hashlib.sha256()
+        for file in self.files():
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{file.relative_to(self.path).as_posix()}\0{content}\n".encode())
+        return total.hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Total size of `files` in bytes."""
+        return sum(file.stat().st_size for file in self.files())
+
+    def files(self) -> list[Path]:
+        """Return the files that determine what the model computes, sorted.
+
+        Files in dotted, `onnx/` and `openvino/` folders are not part of the model.
+        """
+        found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        return sorted(p for p in found if is_loaded(p.relative_to(self.path)))
+
+
+def find(source: str, revision: str | None = None, environment: Mapping[str, str] = os.environ) -> ModelFolder:
+    """Return the local folder of `source`: the folder itself, or its snapshot in the local Hugging Face cache.
+
+    Downloads nothing. Raises `UsageError` if there is no folder or it does not contain a complete model.
+    """
+    path = Path(source).expanduser()
+    if not is_folder(path):
+        snapshot = _cached_snapshot(source, revision, environment)
+        if snapshot is None:
+            if os.path.isfile(path):  # noqa: PTH113  # unlike `Path.is_file`, it accepts names that are too long
+                raise UsageError(f"{source} is a file, not a model folder", "pass the folder that has config.json")
+            looks_local = re.fullmatch(HUB_ID, source) is None
+            raise UsageError(
+                f"model folder {source} not found"
+                if looks_local
+                else f"model {source} not found: it is neither a folder nor in the local hub cache",
+                "mount the weights with `docker run -v DIR:/model:ro`"
+                if source == "/model"
+                else "check the path, or pass a hub id such as sentence-transformers/all-MiniLM-L6-v2"
+                if looks_local
+                else f"download it with `hf download {source}`, pass a local folder, or set HF_HOME to your cache",
+            )
+        path = snapshot
+    folder = ModelFolder(path)
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            f"{path} is not a model folder: config.json not found",
+            "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
+        )
+    _ = folder.config
+    if not folder.weight_files:
+        pickled = list(path.glob("pytorch_model*.bin"))
+        raise UsageError(
+            f"{path} has no *.safetensors weights"
+            + (" (only pickled weights, which can run code when loaded)" if pickled else ""),
+            "save the model with `model.save_pretrained(folder)`, or download a revision with safetensors",
+        )
+    for file in folder.weight_files:
+        list(_tensors(file))
+    if missing := sorted(folder.shards - {file.name for file in folder.weight_files}):
+        raise UsageError(
+            f"{path} is incomplete: {missing[0]} not found ({len(missing)} of {len(folder.shards)} weight files)",
+            "download the model again",
+        )
+    return folder
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """Return the class name of a model from its `config.json`, else its model type."""
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    return str(names[0])
+
+
+def uses_alibi(config: Mapping[str, Any]) -> bool:
+    """Return whether a model adds a bias by distance to its attention scores (ALiBi), from its `config.json`."""
+    attention = config.get("attn_config")
+    return (
+        config.get("model_type") == "bloom"
+        or bool(config.get("alibi"))
+        or config.get("position_embedding_type") == "alibi"
+        or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
+    )
+
+
+def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str, *, has_modules: bool = False) -> Task:
+    """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
+
+    `has_modules`: whether the folder has `modules.json`, as embedding models of sentence-transformers do; some of them
+    have the architecture of a generative model. Raises `UsageError` if the model is made for another task, or is a
+    classifier with more labels than the one score of a cross-encoder.
+    """
+    name = architecture(config)
+    generative = name.endswith(GENERATIVE)
+    task: Task = "embed"
+    if name.endswith("ForSequenceClassification"):
+        task = "rerank"
+    elif generative and not has_modules:
+        task = "generate"
+    labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)  # 2 is the default of transformers
+    if task == "rerank" and labels != 1:
+        raise UsageError(
+            f"{source} is a classifier with {labels} labels, not a cross-encoder",
+            "choose a cross-encoder, which has one label, or an embedding model",
+        )
+    if requested in ("auto", task):
+        return task
+    if generative and requested in ("embed", "generate"):
+        return "embed" if requested == "embed" else "generate"
+    requires, made_for = _MADE_FOR[requested], _MADE_FOR[task]
+    raise UsageError(
+        f"model.task: {requested} requires {requires}, but {source} is {made_for} ({name})",
+        f"set `model.task: auto`, or choose {requires}",
+    )
+
+
+def longest_start_s(weights_bytes: int | None) -> float:
+    """Return the seconds after which a start of vLLM has failed. Unknown weights (None) count as 150 GB.
+
+    `inferctl serve` then ends it and reports why. Health checks and probes from outside wait as long, because they know
+    no reason.
+    """
+    return _START_S + (_UNKNOWN_WEIGHTS_BYTES if weights_bytes is None else weights_bytes) / _READ_BYTES_PER_S
+
+
+def is_loaded(file: PurePath) -> bool:
+    """Return whether a file (relative to its model folder) is part of the model: not dotted and not an export."""
+    return not any(part.startswith(".") or part in ("onnx", "openvino") for part in file.parts)
+
+
+def is_hub_id(source: str) -> bool:
+    """Return whether `source` is a hub id (`org/name`) and not an existing folder."""
+    return re.fullmatch(HUB_ID, source) is not None and not Path(source).is_dir()
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder. A name that is too long for the file system is none."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
+def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
+    # The same variables as in huggingface_hub, which is slow to import.
+    caches = environment.get("XDG_CACHE_HOME", "~/.cache")
+    home = environment.get("HF_HOME", f"{caches}/huggingface")
+    hub = environment.get("HF_HUB_CACHE", environment.get("HUGGINGFACE_HUB_CACHE", f"{home}/hub"))
+    cache = Path(hub).expanduser() / f"models--{source.replace('/', '--')}"
+    if not is_folder(cache):
+        return None
+    ref = cache / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = cache / "snapshots" / (commit or "")
+    return snapshot if commit and snapshot.is_dir() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}", "the download may be incomplete: download the model again"
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is not a JSON object", "the download may be incomplete: download the model again")
+    return data
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the tensors in the header of a safetensors file (an 8-byte little-endian length, then JSON) by name.
+
+    Raises `UsageError` if the header or the file size is wrong, as in an incomplete download or a Git LFS pointer.
+    """
+    problem = UsageError(
+        f"{file} is not a complete safetensors file",
+        "the file may be an incomplete download or a Git LFS pointer: download the model again",
+    )
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100_000_000:
+                raise problem
+            header = json.loads(stream.read(length))
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        if file.stat().st_size != 8 + length + end or not all(
+            {"shape", "dtype"} <= each.keys() for each in tensors.values()
+        ):
+            raise problem
+        yield from tensors.items()
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, struct.error):
+        raise problem from None

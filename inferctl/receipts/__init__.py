@@ -1,0 +1,1 @@
+"""Sealed results of benchmarks, and the capacity in them. `bench` writes them, `deploy` reads them."""

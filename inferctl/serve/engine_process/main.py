@@ -1,0 +1,134 @@
+"""The engine process: reads batches from a socket, runs them and writes results. Only this process imports torch.
+
+    python -m inferctl.serve.engine_process.main FD
+
+FD is an inherited stream socket that carries `frames`. The process ends when the API process closes it or ends. If the
+engine cannot start, it exits with the exit code of the error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedIOBase
+
+from inferctl.core.errors import InferctlError
+from inferctl.serve import logs
+from inferctl.serve.engine_process import frames, gpu_errors, memory
+from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
+from inferctl.serve.engine_process.frames import Kind
+from inferctl.serve.engines.startup import hide_scikit_learn
+
+log = logging.getLogger("inferctl.engine")
+
+EXIT_BROKEN_CONTEXT = 70
+
+
+def make_engine(config: EngineConfig) -> Engine:
+    """Return the engine that the configuration names. Imports only what this engine needs."""
+    if config.engine == "echo":
+        from inferctl.serve.engines.echo import EchoEngine
+
+        return EchoEngine(config)
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    return EncoderEngine(config)
+
+
+def serve(stream: BufferedIOBase) -> int:
+    """Load the engine, run batches until the API process ends, and return the exit code."""
+    first = frames.receive(stream)
+    if first is None or first[0] is not Kind.CONFIG:
+        return 1
+    config = EngineConfig(**json.loads(first[1]))
+    logs.configure(config.log)
+
+    def on_phase(text: str) -> None:
+        _send(stream, frames.pack_json(Kind.PHASE, text))
+
+    try:
+        on_phase("an engine process imports its libraries")
+        engine = make_engine(config)
+        info = engine.load(on_phase)
+    except InferctlError as error:
+        return _fatal(stream, error.message, error.hint, error.exit_code)
+    except ConnectionError:  # the API process ended while the engine loaded
+        raise
+    except Exception as error:  # the API process reports it to the user
+        log.exception("the engine cannot start")
+        return _fatal(stream, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
+    gc.collect()
+    gc.freeze()
+    _send(stream, frames.pack_json(Kind.READY, info.to_json()))
+    return _loop(stream, engine, info.parallel)
+
+
+def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
+    """Run batches on this thread, or on `parallel` threads."""
+    with ThreadPoolExecutor(parallel, "batch") as pool:
+        while (frame := frames.receive(stream)) is not None:
+            kind, body = frame
+            if kind is not Kind.BATCH:
+                return 1
+            if parallel == 1:
+                _run_batch(stream, engine, frames.unpack_batch(body))
+            else:
+                pool.submit(_run_batch, stream, engine, frames.unpack_batch(body))
+        pool.shutdown(cancel_futures=True)
+    return 0
+
+
+def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
+    """Run one batch and send its result, or the error that it raised."""
+    try:
+        frame = frames.pack_result(engine.run(batch))
+    except Exception as error:  # an error fails this batch, not the engine
+        log.exception("batch %d failed", batch.id)
+        if gpu_errors.breaks_context(error):
+            log.error("the CUDA context is broken, and only a new process can use the GPU; exiting")
+            os._exit(EXIT_BROKEN_CONTEXT)
+        failure = {
+            "id": batch.id,
+            "message": f"{type(error).__name__}: {error}",
+            "out_of_memory": memory.is_insufficient(error),
+        }
+        frame = frames.pack_json(Kind.FAILED, failure)
+    _send(stream, frame)
+
+
+def _fatal(stream: BufferedIOBase, message: str, hint: str | None, exit_code: int) -> int:
+    _send(stream, frames.pack_json(Kind.FATAL, {"message": message, "hint": hint, "exit_code": exit_code}))
+    return exit_code
+
+
+def _send(stream: BufferedIOBase, frame: bytes) -> None:
+    stream.write(frame)  # one call, so that the frames of several threads do not mix
+    stream.flush()
+
+
+def main() -> None:
+    """Run the engine process."""
+    hide_scikit_learn()
+    # Someone may send these to the engine. The API process decides when it ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rwb") as stream:
+            code = serve(stream)
+    except ConnectionError:  # the API process ended or closed the socket
+        code = 0
+    # Without Python's finalization, in which Triton prints 30 lines about leaks that look like a crash.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The outbox: the events of one server process on disk, until the ledger has them.
+
+    <data>/instance                 name of this data folder in the `source` of events
+    <data>/<boot>/lock              locked by the server process; its 8 bytes count the numbers given to events
+    <data>/<boot>/events.sqlite     one row per batch of events: the numbers it covers, and JSON
+    <data>/<boot>/watermark         written by the relay: the ledger has all events up to this number
+
+Up to 3.51.2, SQLite can corrupt a database in WAL mode if two connections write or checkpoint at the same moment. So
+one thread of the server process has the only connection that writes, and readers open the file with `mode=ro`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+import shutil
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from inferctl.core.errors import NotReadyError
+from inferctl.tenancy.metering import cloud_event
+
+_LOCK, _EVENTS, _WATERMARK, _INSTANCE = "lock", "events.sqlite", "watermark", "instance"
+_REMOVED = ".removed"
+# SQLite's `user_version`: of an outbox, and of one with the event of its end.
+_OPEN, _ENDED = 1, 2
+_BUSY_S = 0.2
+_WAL_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Events in the order of their numbers. `content`: as `cloud_event.read` reads it.
+
+    The batch covers all numbers from `first` to `last`. A number without an event is that of a lost one.
+    `time_ms`: of the first event. `oldest`: the lowest number that the outbox still has.
+    """
+
+    source: str
+    first: int
+    last: int
+    time_ms: int
+    content: bytes
+    oldest: int = 1
+
+
+class Outbox:
+    """The writing side of an outbox. `source`: that of its events. `watermark`: the ledger has the events up to it.
+
+    One thread calls all methods. Only `issue` belongs to the thread that gives numbers to events.
+    """
+
+    def __init__(self, folder: Path, source: str, lock: int, max_bytes: int | None) -> None:
+        self.source, self.watermark = source, 0
+        self._folder, self._lock = folder, lock
+        self._map = mmap.mmap(lock, 8)
+        self._issued = memoryview(self._map).cast("Q")
+        self._max_bytes = max_bytes
+        self._connection: sqlite3.Connection | None = None
+        self._watermark_id: tuple[int, int] | None = None
+
+    @classmethod
+    def create(cls, data: Path, max_bytes: int) -> Outbox:
+        """Make the outbox of this process in the folder `data`. Raises `NotReadyError`."""
+        boot = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+        folder = data / boot
+        try:
+            data.mkdir(parents=True, exist_ok=True)
+            source = f"{instance(data)}/{boot}"
+            folder.mkdir(mode=0o700)
+            # Written, not only extended: a page without a block would end the process if the disk is full.
+            lock = os.open(folder / f"{_LOCK}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.write(lock, bytes(8))
+            os.fsync(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # A relay that sees the file also sees the lock.
+            (folder / f"{_LOCK}.new").rename(folder / _LOCK)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise NotReadyError(
+                f"the outbox in {data} cannot be made: {reason}", "set metering.data to a folder that can be written"
+            ) from None
+        return cls(folder, source, lock, max_bytes)
+
+    @classmethod
+    def adopt(cls, folder: Path) -> Outbox | None:
+        """Return the outbox of a process that ended; None if it still runs."""
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return cls(folder, f"{instance(folder.parent)}/{folder.name}", lock, None)
+
+    @property
+    def issued(self) -> int:
+        """How many numbers were given to events."""
+        return self._issued[0]
+
+    def issue(self, number: int) -> None:
+        """Note that `number` was given to an event. This survives a SIGKILL, so the ledger can tell what it lost."""
+        self._issued[0] = number
+
+    def append(self, first: int, last: int, time_ms: int, content: bytes) -> None:
+        """Write a batch. Raises `sqlite3.Error`; then nothing of it is written."""
+        self._connected().execute("insert into batches values (?, ?, ?, ?)", (first, last, time_ms, content))
+
+    def free(self) -> bool:
+        """Delete what the ledger has, and return whether anything changed. Raises `sqlite3.Error`."""
+        found = _stat(self._folder / _WATERMARK)
+        if found is None or found == self._watermark_id:
+            return False
+        watermark = read_watermark(self._folder)
+        if watermark > self.watermark:
+            self._connected().execute("delete from batches where last <= ?", (watermark,))
+            self.watermark = watermark
+        self._watermark_id = found
+        return True
+
+    def used(self) -> float:
+        """Return the used share of the size. Raises `sqlite3.Error`."""
+        connection = self._connected()
+        pages, free, most = (
+            connection.execute(f"pragma {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "max_page_count")
+        )
+        return float((pages - free) / most)
+
+    def oldest_ms(self) -> int | None:
+        """Return the time of the oldest batch (ms since 1970); None without one. Raises `sqlite3.Error`."""
+        row = self._connected().execute("select time from batches order by first limit 1").fetchone()
+        return None if row is None else int(row[0])
+
+    def end(self, *, clean: bool) -> None:
+        """Write the event of the end, if it is not there, with the next number. Raises `sqlite3.Error`."""
+        connection = self._connected()
+        if connection.execute("pragma user_version").fetchone()[0] == _ENDED:
+            return
+        row = connection.execute("select max(last) from batches").fetchone()
+        covered = max(row[0] or 0, read_watermark(self._folder))
+        number, now_ms = max(self.issued, covered) + 1, int(1000 * time.time())
+        connection.execute("begin immediate")
+        try:
+            row_of_end = (covered + 1, number, now_ms, cloud_event.end(number, now_ms, clean=clean))
+            connection.execute("insert into batches values (?, ?, ?, ?)", row_of_end)
+            connection.execute(f"pragma user_version = {_ENDED}")
+            connection.execute("commit")
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("rollback")
+            raise
+
+    def disconnect(self) -> None:
+        """Close the file, and keep the lock."""
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
+
+    def close(self) -> None:
+        """Close the file, and release the lock."""
+        self.disconnect()
+        self._issued.release()
+        self._map.close()
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Delete the files of an adopted outbox whose events are all in the ledger."""
+        self.close()
+        # First renamed, so that a crash in the middle leaves no outbox that lacks its events.
+        self._folder.rename(self._folder.with_suffix(_REMOVED))
+        for removed in self._folder.parent.glob(f"*{_REMOVED}"):
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _connected(self) -> sqlite3.Connection:
+        """Return the only connection that writes."""
+        if self._connection is None:
+            connection = sqlite3.connect(
+                self._folder / _EVENTS, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+            )
+            try:
+                # FULL: a batch is on disk when the commit returns, also after a power failure.
+                for pragma in ("journal_mode = wal", "synchronous = full", "secure_delete = off"):
+                    connection.execute(f"pragma {pragma}")
+                connection.execute(f"pragma journal_size_limit = {_WAL_BYTES}")
+                if self._max_bytes is not None:
+                    (page_bytes,) = connection.execute("pragma page_size").fetchone()
+                    connection.execute(f"pragma max_page_count = {max(8, self._max_bytes // page_bytes)}")
+                connection.execute(
+                    "create table if not exists batches "
+                    "(first integer primary key, last integer not null, time integer not null, content blob not null)"
+                )
+                if connection.execute("pragma user_version").fetchone()[0] == 0:
+                    connection.execute(f"pragma user_version = {_OPEN}")
+            except sqlite3.Error:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+
+class OutboxReader:
+    """Reads an outbox, also one that a server process writes. It cannot change it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.source = folder, f"{instance(folder.parent)}/{folder.name}"
+        self._connection: sqlite3.Connection | None = None
+
+    def read(self, after: int, limit: int) -> list[Batch]:
+        """Return up to `limit` batches with numbers above `after`, in order. Raises `sqlite3.Error`."""
+        if self._connection is None:
+            if not (self.folder / _EVENTS).exists():
+                return []
+            self._connection = sqlite3.connect(
+                f"{(self.folder / _EVENTS).absolute().as_uri()}?mode=ro",
+                uri=True,
+                timeout=_BUSY_S,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+        rows = self._connection.execute(
+            "select first, last, time, content, (select min(first) from batches) from batches "
+            "where last > ? order by first limit ?",
+            (after, limit),
+        ).fetchall()
+        return [Batch(self.source, *row) for row in rows]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def folders(data: Path) -> list[Path]:
+    """Return the folders of all outboxes in `data`, in the order of their starts."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(found.parent for found in data.glob(f"*/{_LOCK}") if found.parent.suffix != _REMOVED)
+    return []
+
+
+def read_watermark(folder: Path) -> int:
+    """Return what `write_watermark` wrote; 0 before that."""
+    try:
+        return int((folder / _WATERMARK).read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def write_watermark(folder: Path, watermark: int) -> None:
+    """Tell the server process that the ledger has the events up to `watermark`. Raises `OSError`."""
+    partial = folder / f"{_WATERMARK}.new"
+    partial.write_text(f"{watermark}\n")
+    partial.rename(folder / _WATERMARK)
+
+
+@contextlib.contextmanager
+def exclusive(data: Path, name: str = "relay.lock") -> Iterator[bool]:
+    """Yield whether this process alone has the lock `name` of `data`, until the end of the block. Raises `OSError`."""
+    data.mkdir(parents=True, exist_ok=True)
+    lock = os.open(data / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        yield alone
+    finally:
+        os.close(lock)
+
+
+def instance(data: Path) -> str:
+    """Return the name of a data folder, which is chosen once: the host that made it, and random digits."""
+    file = data / _INSTANCE
+    try:
+        return file.read_text().strip()
+    except FileNotFoundError:
+        partial = data / f"{_INSTANCE}.{secrets.token_hex(4)}"
+        partial.write_text(f"{socket.gethostname()}-{secrets.token_hex(4)}\n")
+        try:
+            os.link(partial, file)  # unlike a rename, this does not replace the name that another process chose
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+        return file.read_text().strip()
+
+
+def _stat(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -1,0 +1,72 @@
+"""The relay of a server: `python -m inferctl.tenancy.relay`, started by `inferctl serve`.
+
+The first line of stdin is the spec as JSON. At the end of stdin, also if the server was killed, the relay stores what
+is left, and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from inferctl.core.errors import InferctlError
+
+_NICENESS = 10  # the server and its engine go first
+_RELEASE_S = 0.1  # a killed server closes stdin, and may not have released its outbox yet
+
+
+def main() -> int:
+    """Work until the end of stdin, and return the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the server gets them, and decides
+    os.nice(_NICENESS)
+    # Linux schedules each session as one group (autogroup), in which the niceness of its processes counts. This process
+    # has a session of its own, so the group needs it too.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_NICENESS))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0
+    from inferctl.config.spec import Spec
+    from inferctl.tenancy.relay.relay import Relay
+
+    spec = Spec.model_validate(json.loads(line)["spec"])
+
+    async def run() -> None:
+        metering = None if spec.metering.mode == "off" else spec.metering
+        relay, loop = Relay(metering, spec.access), asyncio.get_running_loop()
+
+        def follow() -> None:
+            while os.read(sys.stdin.fileno(), 4096):  # without Python's buffer, whose lock would break an early exit
+                pass
+            time.sleep(_RELEASE_S)
+            # Even if a thread waits for a database that does not respond.
+            timer = threading.Timer(spec.serve.drain_seconds + 5, os._exit, (1,))
+            timer.daemon = True
+            timer.start()
+            loop.call_soon_threadsafe(relay.end)
+
+        threading.Thread(target=follow, daemon=True).start()
+        await relay.run()
+
+    try:
+        asyncio.run(run())
+    except InferctlError as error:
+        logging.getLogger("inferctl.relay").error("%s", error.message)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for a thread that reads stdin

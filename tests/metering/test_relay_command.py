@@ -1,0 +1,55 @@
+"""`inferctl relay`: what it says before it works, and settings of metering that have no effect."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inferctl.config.spec import Metering, Spec
+from inferctl.serve import metering
+from tests.serve.conftest import until
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "inferctl", "relay", "--data", "meterng"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "the folder meterng does not exist" in done.stderr
+    assert "hint:" in done.stderr
+    assert not (tmp_path / "meterng").exists()
+
+
+def test_a_folder_without_a_server_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", "inferctl", "relay", "--data", "other"]
+        relay = subprocess.Popen(command, cwd=tmp_path, stderr=stream)
+    until(lambda: "no server records usage in" in log.read_text(), 60)
+    relay.send_signal(signal.SIGTERM)
+    assert relay.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, []),
+        ({"ledger": "sqlite:///l", "mode": "on"}, []),
+        ({"ledger": "sqlite:///l"}, ["metering.ledger has no effect without `metering.mode: on`"]),
+        ({"broker": "nats://b", "sink": "http://s"}, ["metering.broker and metering.sink"]),
+    ],
+)
+def test_settings_without_effect_are_a_warning(settings: dict[str, str], named: list[str]) -> None:
+    found = list(metering.warnings(Metering.model_validate(settings)))
+    assert len(found) == len(named)
+    assert all(text in warning for text, warning in zip(named, found, strict=True))
+
+
+def test_a_relay_can_read_the_settings_of_its_server() -> None:
+    """The server sends them as JSON, with all defaults."""
+    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}})
+    assert Spec.model_validate(spec.model_dump(mode="json")) == spec

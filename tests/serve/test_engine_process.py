@@ -1,0 +1,176 @@
+"""The engine process, with an engine that runs several batches at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inferctl.serve.engine_process import frames, gpu_errors, main, memory
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo
+from inferctl.serve.engine_process.frames import Kind
+
+
+class Sleeping:
+    """Sleeps per batch for its first token in milliseconds; fails at token 13. `most`: the most batches at a time."""
+
+    def __init__(self) -> None:
+        self.running = self.most = 0
+        self._lock = threading.Lock()
+
+    def load(self) -> EngineInfo:
+        raise AssertionError
+
+    def run(self, batch: Batch) -> BatchResult:
+        with self._lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            if batch.tokens[0] == 13:
+                raise MemoryError("injected out of memory")
+            time.sleep(int(batch.tokens[0]) / 1000)
+        finally:
+            with self._lock:
+                self.running -= 1
+        rows = len(batch.lengths)
+        return BatchResult(batch.id, np.ones((rows, 2), np.float32), np.ones(rows, np.bool_), 0.0)
+
+
+def ask(connection: socket.socket, number: int, token: int) -> None:
+    tokens = np.array([token], dtype=np.int32)
+    connection.sendall(frames.pack_batch(Batch(number, tokens, np.ones(1, dtype=np.int32))))
+
+
+def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
+    parent, child = socket.socketpair()
+    engine: Any = Sleeping()
+    thread = threading.Thread(target=main._loop, args=(child.makefile("rwb"), engine, 2))
+    thread.start()
+    for number, token in enumerate((300, 1, 13, 2, 3)):
+        ask(parent, number, token)
+    answers, stream = [], parent.makefile("rb")
+    for _ in range(5):
+        frame = frames.receive(stream)
+        assert frame is not None
+        kind, body = frame
+        answers.append((frames.unpack_result(body).id if kind is Kind.RESULT else json.loads(body)["id"], kind))
+        if kind is Kind.FAILED:
+            assert json.loads(body)["out_of_memory"]
+    stream.close()
+    parent.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "it ends when the socket is closed"
+    assert sorted(number for number, _ in answers) == [0, 1, 2, 3, 4]
+    assert [number for number, kind in answers if kind is Kind.FAILED] == [2]
+    assert answers[-1][0] == 0, "the long one does not delay the others"
+    assert engine.most == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("AcceleratorError", "CUDA error: out of memory"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        ("RuntimeError", "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        ("RuntimeError", "CUDA driver error: out of memory"),
+        ("RuntimeError", "Triton Error [CUDA]: out of memory"),
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB."),
+        ("RuntimeError", "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.77 GiB"),
+        ("OutOfMemoryError", "HIP out of memory. Tried to allocate 2.00 MiB."),
+        ("RuntimeError", "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+        ("RuntimeError", "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+        ("RuntimeError", "hipErrorOutOfMemory"),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        (
+            "RuntimeError",
+            'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1015',
+        ),
+        ("RuntimeError", "could not create a primitive"),
+        ("RuntimeError", "could not create a memory"),
+        ("OSError", "[Errno 12] Cannot allocate memory"),
+        (
+            "RuntimeError",
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        ),
+    ],
+)
+def test_every_message_of_insufficient_memory_is_recognized(error: str, said: str) -> None:
+    assert memory.is_insufficient(type(error, (RuntimeError,), {})(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "could not create a primitive descriptor for the matmul primitive.",
+        "could not create a memory descriptor from blob",
+    ],
+)
+def test_other_errors_are_not_insufficient_memory(said: str) -> None:
+    assert not memory.is_insufficient(type("AcceleratorError", (RuntimeError,), {})(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: uncorrectable ECC error encountered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS",
+        "CUDA driver error: CUDA_ERROR_TENSOR_MEMORY_LEAK",
+        "CUDA driver error: unknown error",
+        "Triton Error [CUDA]: unknown error",
+        "CUDA error: unknown error\nSearch for `cudaErrorUnknown' in NVIDIA's documentation",
+    ],
+)
+def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
+    assert gpu_errors.breaks_context(RuntimeError(said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: invalid configuration argument",
+        "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+        "unknown error",
+        "an unknown error was encountered in the tokenizer",
+        "nvrtc: error: unknown error code",
+    ],
+)
+def test_an_error_that_leaves_the_cuda_context_usable_is_a_failure_of_the_batch(said: str) -> None:
+    assert not gpu_errors.breaks_context(RuntimeError(said))
+
+
+# "To continue using CUDA, the process must be terminated and relaunched", in `driver_types.h` of CUDA 13, and four that
+# do not say so there: a lost NVLink, bad memory, a destroyed context, and the error without a name.
+FATAL = {700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 810} | {53, 214, 220, 226, 709, 999}
+
+
+def test_the_texts_of_the_cuda_runtime_are_recognized() -> None:
+    found = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
+    libraries = [file for folder in folders for file in folder.glob("*/lib/libcudart.so.*")]
+    if not libraries:
+        pytest.skip("this torch has no CUDA runtime")
+    runtime = ctypes.CDLL(str(libraries[0]))
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    texts = {code: runtime.cudaGetErrorString(code).decode() for code in range(1, 1000)}
+    assert texts[721] == "tensor memory not completely freed"
+    assert {code for code, text in texts.items() if gpu_errors.breaks_context(RuntimeError(f"CUDA error: {text}"))} == (
+        FATAL
+    )
