@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("inferctl", "tests", "benchmarks", "docs")
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_reference_matches_the_program() -> None:
@@ -28,7 +28,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_are_valid(page: Path) -> None:
     for name, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if "://" in name:
@@ -38,7 +38,7 @@ def test_links_between_pages_are_valid(page: Path) -> None:
         assert not anchor or anchor in anchors(other), f"{page.name} links to {name}#{anchor}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_files_a_page_names_exist(page: Path) -> None:
     """A page may shorten a path to its last parts: `serve/server.py` for `inferctl/serve/server.py`."""
     files = [f"/{file.relative_to(ROOT).as_posix()}" for top in SOURCES for file in (ROOT / top).rglob("*.py")]
@@ -46,7 +46,7 @@ def test_the_python_files_a_page_names_exist(page: Path) -> None:
         assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which does not exist"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_a_page_shows_exist(page: Path) -> None:
     from typer.main import get_command
 
