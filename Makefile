@@ -18,7 +18,7 @@ UV_INSTALL = { test -z "$$PIP_INDEX_URL" || export UV_DEFAULT_INDEX="$$PIP_INDEX
 INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-version-check)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generate test test-all nightly check golden docs
+.PHONY: help demo demo-generate test test-all nightly check golden docs site
 .PHONY: locks model generator wheel bench-peers four-x image-check gpu-check gpu-wheels clean
 
 help:  ## list the targets
@@ -49,6 +49,9 @@ golden: $(VENV)/.dev model  ## update the golden files; read the diff before you
 
 docs: $(VENV)/.dev  ## regenerate docs/reference.md from the help of the command line
 	$(BIN)/python docs/write_reference.py
+
+site: $(VENV)/.dev  ## build the documentation as a web site in .cache/site; a dead link is an error
+	$(BIN)/zensical build --clean --strict
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
 	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0 vllm-openai; do \

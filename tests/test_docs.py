@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("inferctl", "tests", "benchmarks", "docs")
@@ -55,6 +59,38 @@ def test_the_commands_a_page_shows_exist(page: Path) -> None:
     known = set(get_command(cli.app).commands)  # type: ignore[attr-defined]  # the root is a group
     for verb in re.findall(r"(?:^ {4}|`|\$ )inferctl ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE):
         assert verb in known, f"{page.name} shows `inferctl {verb}`"
+
+
+def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site from copies of the configuration and the pages in `folder`."""
+    zensical = Path(sys.executable).with_name("zensical")
+    return subprocess.run([zensical, "build", "--strict"], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_site_builds_strictly_and_its_pages_load_nothing_from_other_hosts(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    done = build_site(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = list((tmp_path / ".cache" / "site").rglob("*.html"))
+    assert len(built) >= len(list((ROOT / "docs").rglob("*.md")))
+    for file in built:
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//[^>]*", file.read_text()
+        )
+        assert loaded == [], file.name
+    (tmp_path / "docs" / "index.md").write_text("[dead](no-such-page.md)\n")
+    assert build_site(tmp_path).returncode != 0
+
+
+def test_the_site_has_every_page() -> None:
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
+
+    navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(navigation) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
 
 
 def test_the_help_of_every_command_has_an_example() -> None:

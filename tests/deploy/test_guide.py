@@ -137,17 +137,6 @@ def test_the_defaults_that_the_pages_name_are_those_of_the_manifests() -> None:
     assert f"`{DEFAULT_PROMETHEUS}`" in TEXT
 
 
-def test_links_are_valid() -> None:
-    for name, anchor in re.findall(r"\]\(([^)#\s]+)(?:#([^)]*))?\)", TEXT):
-        if "://" in name:
-            continue
-        page = (GUIDE.parent / name).resolve()
-        assert page.exists(), name
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
-
-
 def test_the_example_is_quoted_as_it_is() -> None:
     (quoted,) = (yaml.safe_load(text) for kind, text in BLOCKS if kind == "yaml")
     spec = yaml.safe_load((EXAMPLE / "embed.yaml").read_text())["deploy"]
