@@ -11,8 +11,11 @@ from typing import Any
 import jsonschema
 import pytest
 from bench_samples import SHORT_PLAN, document, sealed
+from test_search import Simulated
 
 from inferctl import cli
+from inferctl.bench.judge import goodput
+from inferctl.bench.plan import sections
 from inferctl.bench.report import rows
 from inferctl.receipts import capacity
 
@@ -71,6 +74,14 @@ def test_a_capacity_file_matches_its_schema(tmp_path: Path) -> None:
     made["runs"][0]["pace"] = {"fixed_s": 0.004, "tokens_per_s": 15000.0}
     (receipt,) = sealed(tmp_path, made)
     check("capacity", capacity.capacity(receipt, 200.0))
+
+
+def test_the_result_of_a_search_matches_the_schema(tmp_path: Path) -> None:
+    settings = sections.Search.model_validate({"budget_s": 600})
+    found = goodput.find(settings, 80, 100.0, Simulated(80, refuses_from=80)).as_dict()
+    (receipt,) = sealed(tmp_path, document("bf16", 100, 10, search=json.loads(json.dumps(found))))
+    assert found["cliff"] and found["probes"]
+    check("receipt", receipt.data)
 
 
 def test_each_key_of_a_row_is_described() -> None:
