@@ -7,7 +7,6 @@
     bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
     monitoring/            alerts and dashboards as plain files, for a Prometheus and a Grafana without operators
-    karmada/               all clusters together, instead of overlays
 
 `kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
 """
@@ -26,7 +25,6 @@ from inferctl.deploy.objects import (
     bench,
     broker,
     gateway,
-    karmada,
     metering,
     nats,
     options,
@@ -46,7 +44,7 @@ from inferctl.manifests.label_keys import COMPONENT
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
 # All files are in these.
-FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
+FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
 
@@ -113,8 +111,6 @@ def files(plan: Plan) -> dict[str, str]:
     found = base.files("base")
     for name, component in components.items():
         found |= component.files(f"components/{name}", "Component")
-    if any(model.spec.deploy.karmada for model in plan.models):
-        found |= _karmada(plan, [base, *components.values()], list(components)).files("karmada")
     for cluster in plan.clusters:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
         if benches:
@@ -133,7 +129,6 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     access.check(spec)
     metering.check(spec)
     bench.check(spec)
-    karmada.check(model)
     needed = []
     if spec.model.weights == "mount" and spec.deploy.weights.image:
         needed.append(("image-volume", "deploy.weights.image"))
@@ -238,16 +233,6 @@ def _routed(model: ModelPlan, namespace: str) -> list[Object]:
         return [*router.objects(model, namespace), options.http_route(model, namespace, pool=True)]
     route = options.http_route(model, namespace, pool=False)
     return [route, options.backend_traffic_policy(model, namespace)]
-
-
-def _karmada(plan: Plan, folders: Sequence[Folder], components: Sequence[str]) -> Folder:
-    objects = [each for folder in folders for listed in folder.resources.values() for each in listed]
-    return Folder(
-        resources={"policies.yaml": karmada.policies(plan, objects)},
-        patches={"replicas.yaml": karmada.replicas(plan)},
-        bases=["../base"],
-        components=[f"../components/{name}" for name in components],
-    )
 
 
 def _first(plan: Plan, cluster: Cluster) -> list[Object]:

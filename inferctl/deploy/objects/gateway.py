@@ -113,8 +113,8 @@ def _listener(model: ModelPlan) -> tuple[str, int]:
 
 
 def _scaled(model: ModelPlan) -> bool:
-    """Return whether an autoscaler sets the replicas. Karmada sets those of all clusters."""
-    return model.spec.deploy.gateway_max_replicas > _REPLICAS and not model.spec.deploy.karmada
+    """Return whether an autoscaler sets the replicas."""
+    return model.spec.deploy.gateway_max_replicas > _REPLICAS
 
 
 def _autoscaler(model: ModelPlan, name: str, namespace: str) -> Object:

@@ -1,4 +1,4 @@
-"""Objects of other products that a deployment can use: Karpenter, the GPU Operator, Gateway API, Karmada."""
+"""Objects of other products that a deployment can use: Karpenter, the GPU Operator, Gateway API."""
 
 from __future__ import annotations
 

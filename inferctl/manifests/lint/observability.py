@@ -150,18 +150,3 @@ def _picker(manifests: Manifests, _: Context) -> Iterator[Hit]:
         field, name = pools.picker(pool)
         if not name:
             yield Hit(pool, ("spec",), f"no {field}")
-
-
-@rule(
-    "two-affinities",
-    "error",
-    "regions",
-    finds="a Karmada placement with both clusterAffinity and clusterAffinities",
-    consequence="the schema accepts it, the webhook of Karmada refuses it",
-    fix="keep clusterAffinities for an order of preference, else clusterAffinity",
-)
-def _karmada(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for each in manifests.of("PropagationPolicy", "ClusterPropagationPolicy"):
-        placement = mapping(each.data, "spec", "placement")
-        if "clusterAffinity" in placement and "clusterAffinities" in placement:
-            yield Hit(each, ("spec", "placement"), "both clusterAffinity and clusterAffinities")
