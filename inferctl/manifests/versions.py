@@ -99,30 +99,6 @@ FEATURES: Mapping[str, Feature] = {
     ),
 }
 
-# apiVersion and kinds that no tested version serves any more -> what replaced them. Schemas only warn about them.
-REMOVED: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "apps/v1beta1": ((), "apps/v1"),
-    "apps/v1beta2": ((), "apps/v1"),
-    "extensions/v1beta1": ((), "apps/v1 or networking.k8s.io/v1"),
-    "autoscaling/v2beta1": ((), "autoscaling/v2"),
-    "autoscaling/v2beta2": ((), "autoscaling/v2"),
-    "policy/v1beta1": ((), "policy/v1"),
-    "batch/v1beta1": ((), "batch/v1"),
-    "networking.k8s.io/v1beta1": (("Ingress", "IngressClass"), "networking.k8s.io/v1"),
-    "scheduling.k8s.io/v1beta1": ((), "scheduling.k8s.io/v1"),
-    "rbac.authorization.k8s.io/v1beta1": ((), "rbac.authorization.k8s.io/v1"),
-    "rbac.authorization.k8s.io/v1alpha1": ((), "rbac.authorization.k8s.io/v1"),
-    "apiextensions.k8s.io/v1beta1": ((), "apiextensions.k8s.io/v1"),
-    "admissionregistration.k8s.io/v1beta1": (
-        ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"),
-        "admissionregistration.k8s.io/v1",
-    ),
-    "storage.k8s.io/v1beta1": (
-        ("StorageClass", "CSIDriver", "CSINode", "CSIStorageCapacity", "VolumeAttachment"),
-        "storage.k8s.io/v1",
-    ),
-}
-
 
 def minor_of(version: str) -> int:
     """Return the minor version of `1.35`, `v1.35.2` or `1.35.2-gke.1842000`. Raises `UsageError`."""

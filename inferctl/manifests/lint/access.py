@@ -1,4 +1,4 @@
-"""Rules on what a pod may do and who may reach it: images, secrets, privileges, network policies."""
+"""Rules on what a pod has and who may reach it: secrets, tokens, network policies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from inferctl.manifests.lint.finding import Context, Hit, rule
 from inferctl.manifests.lint.manifests import Container, Manifests, Workload, same_namespace
 from inferctl.manifests.manifests_file import Located
 
-_MOVING_TAGS = re.compile(
-    r"(?:.*[-_.])?(?:latest|main|master|nightly|dev|edge|stable|head)(?:[-_.].*)?$", re.IGNORECASE
-)
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEYS?|(?:SECRET_)?ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|CREDENTIALS?)$",
     re.IGNORECASE,
@@ -28,23 +25,6 @@ _PLACE = re.compile(
 )
 # The value of GOOGLE_APPLICATION_CREDENTIALS and the like: where the secret is mounted.
 _FILE = re.compile(r"/(?:app|config|data|etc|home|mnt|opt|root|run|secrets?|tmp|usr|var)/[\w./-]+")
-
-
-@rule(
-    "floating-image",
-    "warning",
-    "access",
-    finds="an image without a digest whose tag can move (latest, main, nightly, none)",
-    consequence="replicas that start on different days run different code, and a rollback brings nothing back",
-    fix="use a fixed version, or better image@sha256:...: `inferctl push` prints it",
-)
-def _image(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        for each in workload.all_containers:
-            tag = each.image.rpartition("/")[2].partition(":")[2]
-            if each.image and "@" not in each.image and (not tag or _MOVING_TAGS.match(tag)):
-                what = f"the moving tag {tag}" if tag else "no tag"
-                yield Hit(workload.object, (*each.path, "image"), f"{each.image} has {what}")
 
 
 @rule(
@@ -97,75 +77,6 @@ def _token(manifests: Manifests, _: Context) -> Iterator[Hit]:
         mounted = accounts.get(text(workload.spec, "serviceAccountName") or "default") if own is None else own
         if mounted is not False:
             yield Hit(workload.object, workload.spec_path, "the pod gets a token of its service account")
-
-
-@rule(
-    "privileged",
-    "error",
-    "access",
-    finds="a privileged container, a pod in the namespaces of the host, or a model server with folders of the host",
-    consequence="it owns the node, and sees all of its GPUs, whatever its limits say; Pod Security refuses it",
-    fix="remove privileged, hostNetwork, hostPID, hostIPC and hostPath; a memory emptyDir at /dev/shm replaces "
-    "hostIPC, a claim or an image volume replaces hostPath",
-)
-def _privileged(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        # A driver or a device plugin is a DaemonSet that needs its node.
-        if workload.object.kind == "DaemonSet":
-            continue
-        for key in ("hostNetwork", "hostPID", "hostIPC"):
-            if get(workload.spec, key) is True:
-                yield Hit(
-                    workload.object,
-                    (*workload.spec_path, key),
-                    f"{key}: true",
-                    level="warning",
-                    consequence="it shares this with all processes of the node, and Pod Security `baseline` refuses it",
-                )
-        for index, volume in enumerate(sequence(workload.spec, "volumes") if workload.is_model_server else ()):
-            if get(volume, "hostPath") is not None:
-                yield Hit(
-                    workload.object,
-                    (*workload.spec_path, "volumes", index, "hostPath"),
-                    f"hostPath: {text(volume, 'hostPath', 'path')}",
-                    level="warning",
-                    consequence="on another node, this has other files or none, and Pod Security `baseline` refuses it",
-                )
-        for each in workload.all_containers:
-            if get(each.data, "securityContext", "privileged") is True:
-                path = (*each.path, "securityContext", "privileged")
-                yield Hit(workload.object, path, f"container {each.name} is privileged")
-
-
-@rule(
-    "not-restricted",
-    "warning",
-    "access",
-    finds="a container that is not restricted: root, capabilities, privilege escalation, seccomp, writable root",
-    consequence="a namespace with Pod Security `restricted` refuses the pod; an intruder can change its files",
-    fix="set runAsNonRoot, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, seccompProfile: "
-    "{type: RuntimeDefault} and readOnlyRootFilesystem, with an emptyDir for /tmp",
-)
-def _restricted(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in [*manifests.model_servers, *manifests.placeholders]:
-        for each in workload.all_containers:
-            own, pod = mapping(each.data, "securityContext"), mapping(workload.spec, "securityContext")
-            profile = text(own, "seccompProfile", "type") or text(pod, "seccompProfile", "type")
-            user = own.get("runAsUser", pod.get("runAsUser"))
-            wrong = [
-                name
-                for name, ok in {
-                    "runAsNonRoot": own.get("runAsNonRoot", pod.get("runAsNonRoot")) is True and user != 0,
-                    "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
-                    "capabilities.drop": "ALL" in sequence(own, "capabilities", "drop"),
-                    "seccompProfile": profile in ("RuntimeDefault", "Localhost"),
-                    "readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
-                }.items()
-                if not ok
-            ]
-            if wrong:
-                what = f"container {each.name}: {', '.join(wrong)}"
-                yield Hit(workload.object, (*each.path, "securityContext"), what)
 
 
 @rule(

@@ -183,27 +183,6 @@ def _has_probe(container: Container) -> bool:
 
 
 @rule(
-    "readiness-missing",
-    "warning",
-    "life",
-    finds="a model server with a port or a Service, and no readinessProbe",
-    consequence="a Service sends requests to the pod while it still loads the model, and while it drains",
-    fix="add a readinessProbe with the health endpoint of the server",
-)
-def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    # Ports of containers are only information. Peers that find each other do not wait until they are ready.
-    services = [each for each in manifests.of("Service") if not get(each.data, "spec", "publishNotReadyAddresses")]
-    served = {workload for each in services for workload in manifests.behind(each)}
-    for workload in manifests.model_servers:
-        for each in workload.containers:
-            # The operator of Ray adds a readinessProbe.
-            ray = workload.object.kind.startswith("Ray")
-            reached = sequence(each.data, "ports") or (workload in served and not ray)
-            if each.gpus and reached and not mapping(each.data, "readinessProbe"):
-                yield Hit(workload.object, each.path, f"container {each.name} has no readinessProbe")
-
-
-@rule(
     "liveness-is-readiness",
     "warning",
     "life",
@@ -345,19 +324,3 @@ def _memory_limit(workload: Workload, volume: str) -> float | None:
     ]
     known = [limit for limit in limits if limit]
     return sum(known) if known and len(known) == len(limits) else None
-
-
-@rule(
-    "memory-limit-missing",
-    "warning",
-    "neighbors",
-    finds="a model server without a memory limit",
-    consequence="a leak or a large upload takes the memory of the node, and the kernel may end other pods first",
-    fix="set requests.memory and limits.memory to the same measured amount",
-)
-def _memory(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        for each in workload.containers:
-            of_pod = get(workload.spec, "resources", "limits", "memory")
-            if each.gpus and not of_pod and not get(each.data, "resources", "limits", "memory"):
-                yield Hit(workload.object, (*each.path, "resources"), f"container {each.name} has no limits.memory")

@@ -14,30 +14,6 @@ from inferctl.manifests.lint.manifests import Manifests, Workload, same_namespac
 from inferctl.manifests.manifests_file import FieldPath
 
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
-# What happens if the kubelet cannot run a probe.
-_WITHOUT_PROBE = {
-    "startupProbe": "the pod never becomes ready",
-    "readinessProbe": "the pod never becomes ready",
-    "livenessProbe": "a server that hangs is not restarted",
-}
-
-
-@rule(
-    "selector-mismatch",
-    "error",
-    "placement",
-    finds="a selector that does not select the pods of its own template",
-    consequence="the API server refuses the object",
-    fix="use the same labels in spec.selector.matchLabels and spec.template.metadata.labels",
-)
-def _selector(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        selector = get(workload.object.data, "spec", "selector")
-        if workload.object.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet") and (
-            selector is not None and not selectors.matches(selector, workload.labels)
-        ):
-            labels = ", ".join(f"{key}={value}" for key, value in mapping(selector, "matchLabels").items())
-            yield Hit(workload.object, ("spec", "selector"), f"the template does not have the labels {labels}")
 
 
 @rule(
@@ -74,10 +50,8 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "port-name-unknown",
     "error",
     "placement",
-    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container "
-    "has",
-    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or "
-    "is never restarted",
+    finds="a targetPort of a Service with a name that no port of the pods has",
+    consequence="the Service has no endpoints for this port: requests to it fail",
     fix="use the name of a port in ports of the container, or a number",
 )
 def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
@@ -88,18 +62,7 @@ def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
             target = get(port, "targetPort")
             if known and None not in known and isinstance(target, str) and target not in names:
                 what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
-                consequence = "the Service has no endpoints for this port: requests to it fail"
-                yield Hit(service, ("spec", "ports", index, "targetPort"), what, consequence=consequence)
-    for workload in manifests.workloads:
-        for each in workload.all_containers if workload.port_names is not None else ():
-            for probe, never in _WITHOUT_PROBE.items():
-                for handler in ("httpGet", "tcpSocket"):
-                    target = get(each.data, probe, handler, "port")
-                    if isinstance(target, str) and target not in each.port_names:
-                        what = f"container {each.name} has no port named {target!r}{_or(each.port_names)}"
-                        consequence = f"the kubelet cannot run the probe: {never}"
-                        path = (*each.path, probe, handler, "port")
-                        yield Hit(workload.object, path, what, consequence=consequence)
+                yield Hit(service, ("spec", "ports", index, "targetPort"), what)
 
 
 def _or(names: Iterable[str]) -> str:

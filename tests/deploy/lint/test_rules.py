@@ -106,8 +106,6 @@ def test_a_finding_says_where_why_and_what_to_do() -> None:
 
 
 SILENT = {
-    "a moving tag with a digest": changed("Deployment/chat", (*SERVER, "image"), "vllm/vllm-openai:latest@sha256:00"),
-    "a registry with a port": changed("Deployment/chat", (*SERVER, "image"), "localhost:5000/vllm-openai:v0.33.0"),
     "a limit without a request": changed("Deployment/chat", (*SERVER, "resources", "requests"), {"cpu": "4"}),
     "equal quantities in other words": changed(
         "Deployment/chat", (*SERVER, "resources", "requests", "nvidia.com/gpu"), "1"
@@ -243,12 +241,12 @@ def test_the_autoscaler_decides_on_the_version_of_a_buffer(
 
 
 def test_an_annotation_ignores_a_rule_for_its_object() -> None:
-    objects = changed("Deployment/chat", (*POD, "hostIPC"), True)
+    objects = changed("Deployment/chat", (*POD, "volumes", 1), {"name": "tmp"})
     deployment = next(each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
-    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb, privileged"}
+    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb, empty-dir-unbounded"}
     assert rules(objects) == set()
     deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb"}
-    assert rules(objects) == {"privileged"}
+    assert rules(objects) == {"empty-dir-unbounded"}
 
 
 def test_measured_facts_replace_guesses() -> None:
@@ -483,18 +481,18 @@ def test_only_claims_for_accelerators_are_a_second_gpu(
 
 
 def _pool(name: str, *, ignore: str | None, namespace: str | None = None, **changes: Any) -> dict[str, Any]:
-    """Return a Deployment with a moving tag, which an annotation may exempt."""
+    """Return a Deployment with a volume without a limit, which an annotation may exempt."""
     metadata: dict[str, Any] = {"name": name} | ({"namespace": namespace} if namespace else {})
     if ignore:
         metadata["annotations"] = {"inferctl.io/lint-ignore": ignore}
     labels = {"app": name}
-    container = {"name": "server", "image": "vllm/vllm-openai:latest"}
-    template = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
+    pod = {"containers": [{"name": "server", "image": "vllm/vllm-openai:v1"}], "volumes": [{"name": "tmp"}]}
+    template = {"metadata": {"labels": labels}, "spec": pod}
     spec = {"selector": {"matchLabels": labels}, "template": template}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec, **changes}
 
 
-RULE = "floating-image"
+RULE = "empty-dir-unbounded"
 
 
 @pytest.mark.parametrize(
