@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from inferctl.config.spec import Spec
 from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.endpoints import endpoint, limits_broker
 from inferctl.deploy.figure import Figure
-from inferctl.deploy.objects import broker, policy
 from inferctl.deploy.placement import running_at_peak
 from inferctl.deploy.plan import FlavorPlan
 
@@ -35,7 +35,7 @@ def servers(
     limited = bool(spec.access.requests_per_minute or spec.access.tokens_per_minute)
     if not spec.access.required and not limited:
         return None
-    if url := broker.of_limits(spec):
+    if url := limits_broker(spec):
         return _with_broker(spec, flavors, clusters, url, warnings)
     placements = [placed for each in flavors for placed in each.placements if placed.max_replicas.value]
     counts = [
@@ -60,7 +60,7 @@ def _with_broker(
     spec: Spec, flavors: Sequence[FlavorPlan], clusters: Sequence[Cluster], url: str, warnings: list[str]
 ) -> Figure:
     """Return the servers that always hear each other: of each cluster, or of all if they have one broker."""
-    apart = len(clusters) > 1 and policy.endpoint(url, spec.deploy.namespace).namespace is not None
+    apart = len(clusters) > 1 and endpoint(url, spec.deploy.namespace).namespace is not None
     minima, peaks = [], []
     for cluster in clusters:
         placements = [placed for each in flavors if (placed := each.at(cluster)).max_replicas.value]

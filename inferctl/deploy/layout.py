@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from inferctl.core.errors import UsageError
-from inferctl.deploy import manifest, room
+from inferctl.deploy import endpoints, manifest, room
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
@@ -189,11 +189,11 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.cache.size and spec.cache.shared and spec.cache.shared.scheme != "unix":
-        egress += policy.endpoints(spec.cache.shared.public, namespace)
+        egress += endpoints.endpoints(spec.cache.shared.public, namespace)
     oidc = spec.access.oidc
-    egress += [policy.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
+    egress += [endpoints.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":
-        egress.append(policy.Endpoint(443, None))
+        egress.append(endpoints.Endpoint(443, None))
     through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
     direct = [] if through else [policy.client_policy(model.name, namespace, SERVER, workload.port(model))]
     claims = [sharing.claim_template(model, each, namespace) for each in model.flavors if each.sharing == "dra"]
@@ -305,9 +305,9 @@ def _prometheus_namespaces(plan: Plan) -> list[str]:
 
     A URL outside of the cluster does not say where its agent runs: then it is the namespace of the default.
     """
-    default = policy.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace
+    default = endpoints.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace
     urls = {cluster.prometheus for cluster in plan.clusters} | {model.spec.deploy.prometheus for model in plan.models}
-    found = {policy.endpoint(url, plan.namespace).namespace or default for url in urls if url}
+    found = {endpoints.endpoint(url, plan.namespace).namespace or default for url in urls if url}
     if not found and any(model.spec.deploy.scaling != "none" for model in plan.models):
         found = {default}
     return sorted(name for name in found if name)

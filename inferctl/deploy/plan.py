@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,11 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
 from inferctl.facts.catalog import Hardware
 from inferctl.models.fit import Fit
+
+
+def object_name(text: str) -> str:
+    """Return `text` as a part of a name: lower-case letters, digits and `-`. Empty if it has none of these."""
+    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
 
 
 @dataclass(frozen=True)

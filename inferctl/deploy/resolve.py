@@ -13,10 +13,9 @@ from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.deploy import gpu, key_limits, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.endpoints import endpoint
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.objects import policy, relay
-from inferctl.deploy.objects.metadata import object_name
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.models import fit, generation_fit, model
@@ -103,9 +102,7 @@ def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) 
 
 def _shared_prometheus(clusters: Sequence[Cluster], namespace: str) -> list[str]:
     """Return the clusters with the same Prometheus, which is no Service in each of them; empty if there are none."""
-    outside = [
-        each for each in clusters if each.prometheus and policy.endpoint(each.prometheus, namespace).namespace is None
-    ]
+    outside = [each for each in clusters if each.prometheus and endpoint(each.prometheus, namespace).namespace is None]
     urls = [each.prometheus for each in outside]
     return [each.name for each in outside if urls.count(each.prometheus) > 1]
 
@@ -260,7 +257,7 @@ def _flavor(
         ),
         cpu=sizing.cores(
             rate,
-            relay.cores(spec),
+            sizing.relay_cores(spec),
             gpus if hardware.kind == "cuda" else 1,
         ),
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from inferctl.config.deploy_spec import Nats
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size
+from inferctl.deploy.endpoints import NATS_PORT, NATS_SERVICE
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
@@ -23,7 +24,7 @@ from inferctl.deploy.plan import ModelPlan
 from inferctl.manifests.label_keys import COMPONENT
 
 NATS = "broker"
-_NAME = broker.SERVICE
+_NAME = NATS_SERVICE
 _PODS = f"{_NAME}-pods"
 _REPLICAS = 3
 _ROUTES_PORT, _MONITOR_PORT = 6222, 8222
@@ -105,7 +106,7 @@ def objects(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
             namespace,
             labels,
             clients=[{COMPONENT: SERVER}, {COMPONENT: CONSUMER}],
-            client_port=broker.PORT,
+            client_port=NATS_PORT,
             routes_port=_ROUTES_PORT,
         ),
     ]
@@ -114,7 +115,7 @@ def objects(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
 def configuration(settings: Nats) -> str:
     """Return the configuration of each server. Its passwords are in variables of the environment."""
     return _CONFIGURATION.format(
-        clients=broker.PORT,
+        clients=NATS_PORT,
         routes=_ROUTES_PORT,
         monitor=_MONITOR_PORT,
         run=_RUN,
@@ -223,7 +224,7 @@ def _container(settings: Nats, secret: str, run_mount: Object) -> Object:
         "command": ["nats-server", "--config", f"{_CONFIG}/{_CONFIG_FILE}"],
         "env": _environment(secret),
         "ports": [
-            {"name": _CLIENTS, "containerPort": broker.PORT, "protocol": "TCP"},
+            {"name": _CLIENTS, "containerPort": NATS_PORT, "protocol": "TCP"},
             {"name": _ROUTES, "containerPort": _ROUTES_PORT, "protocol": "TCP"},
             {"name": _MONITOR, "containerPort": _MONITOR_PORT, "protocol": "TCP"},
         ],
@@ -245,7 +246,7 @@ def _container(settings: Nats, secret: str, run_mount: Object) -> Object:
 
 def _service(namespace: str) -> Object:
     labels = labels_of(_NAME, NATS)
-    port = {"name": _CLIENTS, "port": broker.PORT, "targetPort": _CLIENTS, "protocol": "TCP"}
+    port = {"name": _CLIENTS, "port": NATS_PORT, "targetPort": _CLIENTS, "protocol": "TCP"}
     return {
         "apiVersion": "v1",
         "kind": "Service",

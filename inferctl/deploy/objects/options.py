@@ -10,8 +10,8 @@ from inferctl.deploy import manifest, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
-from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata, object_name
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan, object_name
 from inferctl.facts.catalog import Hardware, hardware_profiles
 
 # Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
