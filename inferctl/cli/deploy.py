@@ -105,12 +105,8 @@ def deploy(
             "pass `--output DIR` to write the manifests, or `--explain` to see the arithmetic",
         )
     plan = _plan(spec_files, clusters_file, kubernetes_version, images=output is not None)
-    for cluster in plan.clusters:
-        for warning in cluster.warnings:
-            console.warn(warning)
-    for model in plan.models:
-        for warning in model.warnings:
-            console.warn(warning)
+    for warning in plan.all_warnings:
+        console.warn(warning)
     written: list[str] = []
     if output is not None:
         from inferctl.cli import deploy_files

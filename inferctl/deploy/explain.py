@@ -108,7 +108,7 @@ def document(plan: Plan) -> dict[str, Any]:
             "hours_per_month": sizing.HOURS_PER_MONTH,
             "basis": "on-demand list prices of the catalog, without discounts, disks and traffic",
         },
-        "warnings": [warning for model in plan.models for warning in model.warnings],
+        "warnings": plan.all_warnings,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from inferctl.config.deploy_spec import Sharing
 from inferctl.config.spec import Spec, Task
@@ -15,6 +16,16 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
 from inferctl.facts.catalog import Hardware
 from inferctl.models.fit import Fit
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Warned(Generic[T]):
+    """A result, and warnings about it."""
+
+    value: T
+    warnings: tuple[str, ...] = ()
 
 
 def object_name(text: str) -> str:
@@ -119,6 +130,7 @@ class FlavorPlan:
     memory_bytes: Figure
     cpu: Figure
     node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def isolated(self) -> bool:
@@ -155,7 +167,7 @@ class ModelPlan:
     """One model: its flavors in order of preference. `name` is the DNS label of its Service.
 
     `key_servers`: servers among which the limit of a key is divided; None without keys and limits. `weights_bytes`:
-    size of the weights on disk, 0 if unknown.
+    size of the weights on disk, 0 if unknown. `warnings`: also those of its flavors.
     """
 
     spec: Spec
@@ -170,10 +182,18 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32)."""
+    """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32).
+
+    `warnings`: those about a cluster or several models. A `ModelPlan` has its own.
+    """
 
     namespace: str
     models: tuple[ModelPlan, ...]
     clusters: tuple[Cluster, ...]
     kubernetes: tuple[int, int] = (1, 35)
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """The warnings about clusters, and those of the models."""
+        return [*self.warnings, *(warning for model in self.models for warning in model.warnings)]
