@@ -68,7 +68,7 @@ def kustomize(objects: Objects, minor: int) -> set[str]:
 
 def inferctl(objects: Objects, minor: int) -> set[str]:
     """Our lint, with the manifests alone: without nodes and measured facts."""
-    return {each.rule for each in lint.lint(seeded.located([dict(each) for each in objects]), lint.Context(minor))}
+    return {each.rule for each in lint.lint(seeded.located([dict(each) for each in objects]), lint.LintContext(minor))}
 
 
 def checkov(program: Path, sets: Mapping[str, Objects]) -> dict[str, set[str]]:

@@ -37,7 +37,7 @@ from inferctl.deploy.objects import (
 )
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
 from inferctl.manifests import versions
 from inferctl.manifests.label_keys import COMPONENT
 
@@ -96,7 +96,7 @@ def _file_of(model: ModelPlan) -> str:
     return f"{model.name}.yaml"
 
 
-def files(plan: Plan) -> dict[str, str]:
+def files(plan: DeploymentPlan) -> dict[str, str]:
     """Return all files of the deployment: relative path -> text. Raises `UsageError` if a cluster cannot run it."""
     for model in plan.models:
         check(model, plan.clusters)
@@ -173,7 +173,7 @@ def _check_lengths(folder: Folder) -> None:
             )
 
 
-def _base(plan: Plan) -> Folder:
+def _base(plan: DeploymentPlan) -> Folder:
     namespace = plan.namespace
     found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
     for model in plan.models:
@@ -208,7 +208,7 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     ]
 
 
-def _components(plan: Plan) -> dict[str, Folder]:
+def _components(plan: DeploymentPlan) -> dict[str, Folder]:
     """Return the components that the plan uses, by name."""
     namespace = plan.namespace
     found: dict[str, Folder] = {}
@@ -235,7 +235,7 @@ def _routed(model: ModelPlan, namespace: str) -> list[Object]:
     return [route, options.backend_traffic_policy(model, namespace)]
 
 
-def _first(plan: Plan, cluster: Cluster) -> list[Object]:
+def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
     """Return the Deployments whose autoscaler starts from zero, with 0 replicas and no more than `kubectl create` needs.
 
     The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
@@ -261,7 +261,7 @@ def _first(plan: Plan, cluster: Cluster) -> list[Object]:
     return found
 
 
-def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
+def _gpu_operator(plan: DeploymentPlan, cluster: Cluster) -> dict[str, str]:
     """Return the settings of the GPU Operator in a cluster whose nodes it labels; none if the defaults do."""
     placed = [flavor for model in plan.models for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
     if cluster.node_labels != "nvidia":
@@ -274,7 +274,7 @@ def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
     return {**found, f"{folder}/values.yaml": manifest.dump([values])}
 
 
-def _monitoring(plan: Plan, sources: Sequence[str]) -> Folder:
+def _monitoring(plan: DeploymentPlan, sources: Sequence[str]) -> Folder:
     namespace = plan.namespace
     policies = [policy.scrape_policy("allow-prometheus", namespace, {COMPONENT: SERVER}, "http", sources)]
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
@@ -294,13 +294,13 @@ def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
     return monitors
 
 
-def _bench(plan: Plan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
+def _bench(plan: DeploymentPlan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
     namespace = plan.namespace
     jobs = {_file_of(model): bench.objects(model, cluster, namespace) for model in models}
     return Folder({"namespace.yaml": _namespace(namespace), **jobs})
 
 
-def _prometheus_namespaces(plan: Plan) -> list[str]:
+def _prometheus_namespaces(plan: DeploymentPlan) -> list[str]:
     """Return the namespaces from which Prometheus reads metrics, in all clusters.
 
     A URL outside of the cluster does not say where its agent runs: then it is the namespace of the default.
@@ -313,7 +313,7 @@ def _prometheus_namespaces(plan: Plan) -> list[str]:
     return sorted(name for name in found if name)
 
 
-def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str, Folder]) -> Folder:
+def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: Mapping[str, Folder]) -> Folder:
     namespace = plan.namespace
     absent = [model for model in plan.models if all(not each.at(cluster).max_replicas.value for each in model.flavors)]
     present = [model for model in plan.models if model not in absent]
@@ -360,7 +360,7 @@ def _deletion(item: Object) -> Object:
     return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": names, "$patch": "delete"}
 
 
-def _quota(plan: Plan, cluster: Cluster) -> list[Object]:
+def _quota(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
     """Return the quota of GPUs: what all flavors may have, with a rollout and the overflow."""
     kinds: dict[tuple[str, str], list[tuple[FlavorPlan, Placement]]] = {}
     for model in plan.models:

@@ -1,6 +1,6 @@
 """What `inferctl deploy` renders: models with their flavors, and the clusters, with every derived number resolved.
 
-`resolve.py` makes a `Plan` from specs, the clusters file and receipts. The object builders only read it.
+`resolve.py` makes a `DeploymentPlan` from specs, the clusters file and receipts. The object builders only read it.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DeploymentPlan:
     """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32).
 
     `warnings`: those about a cluster or several models. A `ModelPlan` has its own.

@@ -15,7 +15,7 @@ from inferctl.deploy import gpu, key_limits, measured, placement, room, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.endpoints import endpoint
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan, Warned, object_name
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, TrafficPlan, Warned, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.models import fit, generation_fit, model
@@ -31,7 +31,7 @@ _DIFFERENT_LENGTHS = 2.0
 
 
 @dataclass(frozen=True)
-class Source:
+class SpecSource:
     """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts.
 
     `digest`: returns the sha256 of the model, which can take seconds; None if the model is not on this machine.
@@ -47,8 +47,8 @@ class Source:
 
 
 def resolve(
-    sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: str | None = None, *, images: bool = True
-) -> Plan:
+    sources: Sequence[SpecSource], clusters: Sequence[Cluster], kubernetes: str | None = None, *, images: bool = True
+) -> DeploymentPlan:
     """Return the plan. `kubernetes`: version of all clusters, instead of theirs.
 
     `images`: whether each flavor must have an image. Arithmetic needs none: a missing one is then a warning.
@@ -64,7 +64,7 @@ def resolve(
             "set the same deploy.namespace, or run `inferctl deploy` once per namespace",
         )
 
-    def model_of(source: Source) -> ModelPlan:
+    def model_of(source: SpecSource) -> ModelPlan:
         try:
             return _model(source, tuple(clusters), images=images)
         except UsageError as error:
@@ -86,7 +86,7 @@ def resolve(
             "no label of the cluster: each would count the traffic of all. Give each a URL with its own series only"
         )
     oldest = min(cluster.minor for cluster in clusters)
-    return Plan(namespace, bounded.value, tuple(clusters), (1, oldest), tuple(warnings))
+    return DeploymentPlan(namespace, bounded.value, tuple(clusters), (1, oldest), tuple(warnings))
 
 
 def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> list[str]:
@@ -123,7 +123,7 @@ def _each(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
     return made
 
 
-def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> ModelPlan:
+def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -> ModelPlan:
     spec, settings = source.spec, source.spec.deploy
     name = spec.name.replace(".", "-")
     if not name[0].isalpha():
@@ -190,7 +190,7 @@ def _check_settings(spec: Spec) -> None:
         )
 
 
-def _flavor(source: Source, model_name: str, flavor: Flavor, where: str, *, images: bool) -> FlavorPlan:
+def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, images: bool) -> FlavorPlan:
     spec, settings = source.spec, source.spec.deploy
     hardware = _hardware(flavor, source.folder, where)
     label = flavor.name or object_name(hardware.key)
@@ -269,7 +269,7 @@ def _hardware(flavor: Flavor, folder: Path, where: str) -> Hardware:
         raise UsageError(f"{where}: {error.message}", error.hint) from None
 
 
-def _rate(source: Source, flavor: Flavor, hardware: Hardware, where: str) -> Warned[tuple[Rate | None, str | None]]:
+def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) -> Warned[tuple[Rate | None, str | None]]:
     """Return the rate of a flavor, and the precision that its receipt measured."""
     if flavor.receipt is None:
         if flavor.tokens_per_second is None:
@@ -292,7 +292,7 @@ def _rate(source: Source, flavor: Flavor, hardware: Hardware, where: str) -> War
     return Warned(found.value, warnings)
 
 
-def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
+def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     isolated = sharing not in ("time-slicing", "mps")
     if not isolated and isinstance(source.size, ModelSize) and model.uses_alibi(source.size.config):
@@ -323,7 +323,7 @@ def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sha
     return found
 
 
-def _check_memory_share(source: Source, share: int, where: str) -> None:
+def _check_memory_share(source: SpecSource, share: int, where: str) -> None:
     wanted = source.spec.serve.gpu_memory_share
     if wanted > 1 / share:
         raise UsageError(

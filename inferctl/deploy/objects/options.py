@@ -11,7 +11,7 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan, object_name
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement, object_name
 from inferctl.facts.catalog import Hardware, hardware_profiles
 
 # Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
@@ -28,7 +28,7 @@ _NODE_CLASSES = {
 _TIMEOUT = {"embed": "60s", "rerank": "60s", "generate": "0s"}
 
 
-def node_pools(plan: Plan, cluster: Cluster) -> list[Object]:
+def node_pools(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
     """Return the NodePools of a cluster with Karpenter or EKS Auto Mode, one for each kind of whole GPU.
 
     Karpenter does not know MIG slices or shared GPUs as resources, so their nodes are a node group of fixed size.

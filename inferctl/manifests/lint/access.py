@@ -8,8 +8,8 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Container, Manifests, Workload, same_namespace
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import Located
 
 _SECRET_NAME = re.compile(
@@ -35,7 +35,7 @@ _FILE = re.compile(r"/(?:app|config|data|etc|home|mnt|opt|root|run|secrets?|tmp|
     consequence="everyone who can read the pod or the repository has the secret, and its history keeps it",
     fix="refer to it with valueFrom.secretKeyRef or a mounted file, and make the Secret outside of the repository",
 )
-def _secret(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _secret(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for each in workload.all_containers:
             for index, variable in enumerate(sequence(each.data, "env")):
@@ -52,7 +52,7 @@ def _secret(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(secret, (key, shown[0]), f"it has the value of {', '.join(shown)}", level="warning")
 
 
-def _in_words(workload: Workload, container: Container) -> Iterator[Hit]:
+def _in_words(workload: ManifestWorkload, container: ManifestContainer) -> Iterator[Hit]:
     words = container.words
     for index, word in enumerate(words):
         option, _, value = word.partition("=")
@@ -70,7 +70,7 @@ def _in_words(workload: Workload, container: Container) -> Iterator[Hit]:
     consequence="code that runs in the server, such as a model's own, can use it to talk to the API of the cluster",
     fix="set automountServiceAccountToken: false in the pod template",
 )
-def _token(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _token(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     accounts = {each.name: get(each.data, "automountServiceAccountToken") for each in manifests.of("ServiceAccount")}
     for workload in [*manifests.model_servers, *manifests.placeholders]:
         own = get(workload.spec, "automountServiceAccountToken")
@@ -87,7 +87,7 @@ def _token(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="Kubernetes sets VLLM_PORT=tcp://... in its pods; vLLM reads it as its own setting and does not start",
     fix="set enableServiceLinks: false, or rename the Service",
 )
-def _links(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _links(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers)
         for service in manifests.of("Service"):
@@ -103,7 +103,7 @@ def _links(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, path, "the Service vllm sets VLLM_PORT in the pods")
 
 
-def _policies(manifests: Manifests, workload: Workload) -> list[Located]:
+def _policies(manifests: Manifests, workload: ManifestWorkload) -> list[Located]:
     """Return the NetworkPolicies that restrict the incoming traffic of a workload."""
     return [
         each
@@ -114,7 +114,7 @@ def _policies(manifests: Manifests, workload: Workload) -> list[Located]:
     ]
 
 
-def _admits(policy: Located, workload: Workload, port: Any, *, from_elsewhere: bool) -> bool:
+def _admits(policy: Located, workload: ManifestWorkload, port: Any, *, from_elsewhere: bool) -> bool:
     """Return whether a policy admits traffic to a port, `from_elsewhere`: of another namespace."""
     for each in sequence(policy.data, "spec", "ingress"):
         ports = sequence(each, "ports")
@@ -128,7 +128,7 @@ def _admits(policy: Located, workload: Workload, port: Any, *, from_elsewhere: b
     return False
 
 
-def _covers(workload: Workload, item: Any, port: Any) -> bool:
+def _covers(workload: ManifestWorkload, item: Any, port: Any) -> bool:
     """Return whether `item` of a policy (all ports, a port or a range) has `port`, each by name or number."""
     ports = [each for container in workload.containers for each in sequence(container.data, "ports")]
     numbers = {text(each, "name"): get(each, "containerPort") for each in ports}
@@ -149,7 +149,7 @@ def _covers(workload: Workload, item: Any, port: Any) -> bool:
     consequence="the Service has endpoints that are ready, and every connection to it times out",
     fix="add an ingress rule for the port",
 )
-def _blocked(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _blocked(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for service in manifests.of("Service"):
         for workload in manifests.behind(service):
             policies = _policies(manifests, workload)
@@ -169,7 +169,7 @@ def _blocked(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="dashboards are empty, alerts are silent, and an autoscaler on these metrics does nothing",
     fix="admit the namespace of Prometheus (namespaceSelector) to the port of /metrics",
 )
-def _hidden(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _hidden(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         policies, port = _policies(manifests, workload), _metrics_port(manifests, workload)
         if (
@@ -181,7 +181,7 @@ def _hidden(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(policies[0], ("spec", "ingress"), what)
 
 
-def _metrics_port(manifests: Manifests, workload: Workload) -> str | int | None:
+def _metrics_port(manifests: Manifests, workload: ManifestWorkload) -> str | int | None:
     """Return the port that Prometheus scrapes in another namespace; None if nothing says so."""
     services = [service for service in manifests.of("Service") if workload in manifests.behind(service)]
     for monitor in manifests.of("ServiceMonitor") if services else ():

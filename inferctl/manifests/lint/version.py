@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from inferctl.manifests import versions
 from inferctl.manifests.kubernetes.fields import get, mapping, sequence
-from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
 from inferctl.manifests.lint.manifests import Manifests
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -21,7 +21,7 @@ _DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "Resource
     consequence="schemas accept it; the API server drops the field or refuses the object",
     fix="use the alternative, or a newer version of Kubernetes",
 )
-def _fields(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _fields(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for each, path, feature in _used(manifests):
         known = versions.FEATURES[feature]
         if not known.works(context.minor):

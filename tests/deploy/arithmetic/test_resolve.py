@@ -311,7 +311,7 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
     from inferctl.deploy.clusters import Clusters
 
     sources = [
-        resolve.Source(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
+        resolve.SpecSource(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
         for name in ("first", "second")
     ]
 
@@ -358,7 +358,7 @@ def test_two_models_share_what_a_cluster_has_for_overflow(tmp_path: Path) -> Non
     from inferctl.deploy import resolve
     from inferctl.deploy.clusters import Clusters
 
-    sources = [resolve.Source(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
+    sources = [resolve.SpecSource(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
     clusters = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": 22}}]}).resolved()
     first, second = (each.flavors[0].placements[0] for each in resolve.resolve(sources, clusters).models)
     # 8 + 8 are the maxima, so 6 are left: 5 for the first, 1 for the second.

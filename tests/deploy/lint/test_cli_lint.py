@@ -66,7 +66,7 @@ def test_json_has_the_findings_also_with_errors(capsys: pytest.CaptureFixture[st
     assert (document["kubernetes"], document["objects"], document["errors"]) == ("1.37", 1, 1)
     (finding,) = document["findings"]
     assert finding["rule"] == "secret-in-manifest" and finding["line"] == 7
-    assert set(finding) == set(lint.Finding.__dataclass_fields__)
+    assert set(finding) == set(lint.LintFinding.__dataclass_fields__)
 
 
 def _all_findings() -> str:
