@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inferctl.deploy.observe import panels
 from inferctl.deploy.observe.alerts import groups
+from inferctl.deploy.observe.dashboard import dashboard
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
 from inferctl.manifests import metric_names
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
@@ -100,20 +100,17 @@ def values(prometheus: str, expression: str) -> list[float]:
 def test_each_query_about_the_server_finds_its_series(prometheus: str) -> None:
     rate = "30s"
     asked = 0
-    for _, row in panels.rows(WATCHED):
-        for panel in row:
-            for query in panel.queries:
-                if (
-                    metric_names.used(query.expression) <= metric_names.SERVER
-                    and "rejected_total" not in query.expression
-                ):
-                    asked += 1
-                    assert values(prometheus, query.expression.replace("$__rate_interval", rate)), query
+    for panel in dashboard(WATCHED)["panels"]:
+        for query in panel.get("targets", ()):
+            if metric_names.used(query["expr"]) <= metric_names.SERVER and "rejected_total" not in query["expr"]:
+                asked += 1
+                assert values(prometheus, query["expr"].replace("$__rate_interval", rate)), query
     assert asked >= 20
 
 
 def test_rates_and_latencies_are_those_of_the_load(prometheus: str) -> None:
-    found = {query.legend: query.expression for _, row in panels.rows(WATCHED) for p in row for query in p.queries}
+    panels = dashboard(WATCHED)["panels"]
+    found = {query["legendFormat"]: query["expr"] for panel in panels for query in panel.get("targets", ())}
     (offered,) = values(prometheus, found["offered, with rejected requests"].replace("$__rate_interval", "30s"))
     (served,) = values(prometheus, found["served"].replace("$__rate_interval", "30s"))
     assert 0 < offered < served  # the cache had the rest
