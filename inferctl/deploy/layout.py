@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from inferctl.core.errors import UsageError
-from inferctl.deploy import endpoints, manifest, room
+from inferctl.deploy import cluster_limits, endpoints, manifest
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
@@ -370,7 +370,7 @@ def _quota(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
                 kinds.setdefault((placed.resource.name, flavor.hardware.key), []).append((flavor, placed))
     parts: dict[str, list[tuple[int, str]]] = {}
     for (name, key), flavors in kinds.items():
-        parts.setdefault(name, []).append(room.gpus(flavors, cluster.max_replicas.get(key)))
+        parts.setdefault(name, []).append(cluster_limits.gpus(flavors, cluster.max_replicas.get(key)))
     hard: Mapping[str, Noted] = {
         name: Noted(
             str(sum(count for count, _ in found)),

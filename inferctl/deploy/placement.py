@@ -1,6 +1,6 @@
 """Places the flavors of a model in a cluster: replicas, spare capacity, GPU resource and cost, with warnings.
 
-`room.py` then bounds rollouts and overflow by what a cluster has for all models.
+`cluster_limits.py` then bounds rollouts and overflow by what a cluster has for all models.
 """
 
 from __future__ import annotations

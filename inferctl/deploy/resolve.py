@@ -11,7 +11,7 @@ from inferctl.config.deploy_spec import Flavor, Sharing
 from inferctl.config.spec import Spec, Task
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import parse_size
-from inferctl.deploy import gpu, key_limits, measured, placement, room, sizing
+from inferctl.deploy import cluster_limits, gpu, key_limits, measured, placement, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.endpoints import endpoint
 from inferctl.deploy.figure import Figure, shown
@@ -77,7 +77,7 @@ def resolve(
         files = [str(source.file) for source, name in zip(sources, names, strict=True) if name == twice and source.file]
         where = f" ({', '.join(files)})" if files else ""
         raise UsageError(f"two specs have the name {twice}{where}", "give each spec its own `name`")
-    bounded, namespace = room.within_limits(models, clusters), namespaces.pop()
+    bounded, namespace = cluster_limits.within_limits(models, clusters), namespaces.pop()
     warnings = [warning for cluster in clusters for warning in cluster.warnings]
     warnings += [*bounded.warnings, *_without_hardware(bounded.value, clusters)]
     if shared := _shared_prometheus(clusters, namespace):

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from inferctl.deploy import manifest, room, sizing
+from inferctl.deploy import cluster_limits, manifest, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
@@ -68,7 +68,7 @@ def _node_pool(
         requirements.append(zones)
     # Karpenter starts no node whose GPUs exceed the rest of the limit.
     each, instance = _gpus_of_a_node(part, cluster)
-    limit, formula = room.gpus(placed, cluster.max_replicas.get(key))
+    limit, formula = cluster_limits.gpus(placed, cluster.max_replicas.get(key))
     note = f"{formula}: maximum, rollout and overflow"
     if limit % each:
         limit, note = math.ceil(limit / each) * each, f"{note}; whole nodes of {each} GPUs ({instance})"

@@ -68,7 +68,7 @@ def _request_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "error",
     "neighbors",
     finds="a pod with both a GPU of the device plugin and a resource claim (DRA) for one",
-    consequence="the pod gets two GPUs, or waits for ever on nodes that have only one of the two drivers",
+    consequence="the pod gets two GPUs, or waits forever on nodes that have only one of the two drivers",
     fix="keep resources.limits or resourceClaims, not both",
 )
 def _gpu_and_claim(manifests: Manifests, _: LintContext) -> Iterator[Hit]:

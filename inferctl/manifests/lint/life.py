@@ -25,7 +25,7 @@ _SHORT_START_S = 60
     "error",
     "life",
     finds="a PodDisruptionBudget that never allows an eviction",
-    consequence="nodes cannot be drained: upgrades and repairs wait for ever",
+    consequence="nodes cannot be drained: upgrades and repairs wait forever",
     fix="use maxUnavailable: 1, with two replicas or more",
 )
 def _blocks(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
@@ -291,7 +291,7 @@ def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:
     "life",
     finds="an emptyDir without sizeLimit, or with medium: Memory and more than the memory limit of its containers",
     consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
-    fix="set emptyDir.sizeLimit; medium: Memory counts towards the memory limit of the container",
+    fix="set emptyDir.sizeLimit; medium: Memory counts toward the memory limit of the container",
 )
 def _empty_dir(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
@@ -305,7 +305,7 @@ def _empty_dir(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
                         workload.object,
                         (*path, "emptyDir", "sizeLimit"),
                         f"emptyDir {name} may have {size} in memory, and its containers {show('memory', int(limit))}",
-                        consequence="its files count towards the memory limit: a container is killed before it is full",
+                        consequence="its files count toward the memory limit: a container is killed before it is full",
                         fix="lower the sizeLimit, or raise the memory limit",
                     )
             # A volume without a source is an emptyDir.

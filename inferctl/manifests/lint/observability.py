@@ -65,7 +65,7 @@ def _promql(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "error",
     "observability",
     finds="a metric inferctl_... that no server of inferctl has",
-    consequence="the expression is empty for ever: no error, no alert, no scaling",
+    consequence="the expression is empty forever: no error, no alert, no scaling",
     fix="use a name of `GET /metrics`; names of counters end with _total",
 )
 def _metric(manifests: Manifests, _: LintContext) -> Iterator[Hit]:

@@ -76,7 +76,7 @@ def _or(names: Iterable[str]) -> str:
     "placement",
     finds="several pods of one workload, also in a rollout, that mount one claim with only ReadWriteOnce or "
     "ReadWriteOncePod",
-    consequence="pods on other nodes wait for ever for the volume; with ReadWriteOncePod, each pod but the first waits",
+    consequence="pods on other nodes wait forever for the volume; with ReadWriteOncePod, each pod but the first waits",
     fix="use a claim with ReadOnlyMany or ReadWriteMany, an image volume, a claim for each pod (volumeClaimTemplates), "
     "or for one replica the strategy Recreate",
 )

@@ -140,7 +140,7 @@ def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
 
 
 def used_of(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
-    """Return what counts towards a quota in the present state of `cluster`."""
+    """Return what counts toward a quota in the present state of `cluster`."""
     total: Counter[str] = Counter(cluster.quota_usage.get(fields.key_of(quota), {}))
     for pod in cluster.pods():
         if pod.charged and _applies(quota, pod):

@@ -337,7 +337,7 @@ def _ready_s(pods: Sequence[tuple[Pod, float | None]]) -> float | None:
 
 
 def eviction_s(pod: Pod) -> float | None:
-    """Return how long a pod stays on a node that is marked as lost: the tolerationSeconds; None for ever."""
+    """Return how long a pod stays on a node that is marked as lost: the tolerationSeconds; None forever."""
     seconds = []
     for toleration in pod.tolerations:
         key, effect = fields.text(toleration, "key"), fields.text(toleration, "effect")
