@@ -21,7 +21,22 @@ def test_other_texts_are_errors(text: str) -> None:
         versions.minor_of(text)
 
 
+# From the table of feature gates of Kubernetes 1.36 and 1.37.
+SINCE = {
+    "pre-stop-sleep": 32,
+    "in-place-resize": 33,
+    "dra": 34,
+    "dra-first-available": 34,
+    "prefer-same-zone": 34,
+    "image-volume": 35,
+    "hpa-tolerance": 35,
+    "dra-extended-resource": 36,
+    "dra-device-taints": 37,
+    "hpa-scale-to-zero": 37,
+}
+
+
 def test_a_field_works_from_its_first_version_on() -> None:
-    assert not versions.works("image-volume", "1.34")
-    assert versions.works("image-volume", "v1.35.2")
-    assert all(versions.works(feature, "1.40") for feature in versions.FEATURES)
+    assert {name: feature.since for name, feature in versions.FEATURES.items()} == SINCE
+    for name, since in SINCE.items():
+        assert [versions.works(name, f"1.{minor}") for minor in (since - 1, since, 40)] == [False, True, True]

@@ -13,7 +13,6 @@ import yaml
 
 from inferctl.facts import catalog
 from inferctl.manifests import lint, manifests_file
-from inferctl.manifests.kubernetes.fields import as_float
 from inferctl.manifests.lint import gpu, models, sarif
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
@@ -286,19 +285,6 @@ def test_the_size_of_a_model_is_read_from_its_name(args: list[str], expected: fl
     pod = {"kind": "Pod", "spec": {"containers": [{"command": args, "image": "vllm"}]}}
     found = models.weights(ManifestWorkload(Located(pod), ()), lint.LintContext())
     assert (found.size if found else None) == (pytest.approx(expected) if expected else None)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [("500m", 0.5), ("2", 2), (3, 3), ("16Gi", 16 * 2**30), ("1e3", 1000), ("-1", -1), ("1.5k", 1500)],
-)
-def test_quantities(value: Any, expected: float) -> None:
-    assert as_float(value) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("value", ["1banana", "", "Gi", None, True, [], "1 Gi", "0x10", "1e99999x"])
-def test_what_is_no_quantity(value: Any) -> None:
-    assert as_float(value) is None
 
 
 L4_NODE: dict[str, Any] = {
