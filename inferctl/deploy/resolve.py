@@ -156,7 +156,9 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
         for index, each in enumerate(made)
     )
     servers = key_limits.servers(spec, complete, clusters)
-    warnings = [warning for each in (*made, traffic, *placed, servers) for warning in each.warnings]
+    placing = [warning for each in placed for warning in each.warnings]
+    warnings = [*(warning for each in made for warning in each.warnings), *traffic.warnings, *placing]
+    warnings += servers.warnings
     if 0 < spec.serve.port < 1024:
         warnings.append(
             f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "

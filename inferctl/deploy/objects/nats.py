@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from inferctl.config.deploy_spec import Nats
@@ -11,11 +10,18 @@ from inferctl.core.sizes import parse_size
 from inferctl.deploy.endpoints import NATS_PORT, NATS_SERVICE
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
+from inferctl.deploy.objects.containers import (
+    container_security,
+    empty,
+    pod_base,
+    reserve_disk,
+    resources,
+    spread,
+    template,
+)
 from inferctl.deploy.objects.metadata import SERVER, Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.metering import CONSUMER
 from inferctl.deploy.objects.policy import (
-    SERVING_PRIORITY,
     broker_policy,
     disruption_budget,
     service_account,
@@ -161,23 +167,10 @@ def _stateful_set(settings: Nats, secret: str, namespace: str, text: str) -> Obj
         f"clients leave for another server within {_LAME_DUCK_GRACE_S} + {_LAME_DUCK_S} s; margin {_MARGIN_S} s",
     )
     pod = {
-        "serviceAccountName": _NAME,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "priorityClassName": SERVING_PRIORITY,
-        "terminationGracePeriodSeconds": grace,
-        "securityContext": pod_security(),
+        **pod_base(_NAME, grace_s=grace),
+        **spread(labels, revisions=False),
         # Required: with two servers on one node, its loss would stop JetStream. Two of three are enough to start.
         "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [host]}},
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": "topology.kubernetes.io/zone",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "nodeTaintsPolicy": "Honor",
-                "labelSelector": {"matchLabels": labels},
-            }
-        ],
         "containers": [_container(settings, secret, run_mount)],
         "volumes": [{"name": "config", "configMap": {"name": _NAME}}, run],
     }
@@ -199,14 +192,7 @@ def _stateful_set(settings: Nats, secret: str, namespace: str, text: str) -> Obj
             "podManagementPolicy": "Parallel",
             "updateStrategy": {"type": "RollingUpdate"},
             "selector": {"matchLabels": labels},
-            "template": {
-                # NATS reads its configuration at the start only, so a change of it must change the pods.
-                "metadata": {
-                    "labels": labels,
-                    "annotations": {"inferctl.io/config-sha256": hashlib.sha256(text.encode()).hexdigest()},
-                },
-                "spec": reserve_disk(pod),
-            },
+            "template": template(labels, reserve_disk(pod), config=text),
             "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": claim}],
         },
     }
