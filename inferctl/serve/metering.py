@@ -1,17 +1,20 @@
-"""The metering of one server process: where its usage events go, and when requests are rejected for it."""
+"""Where the usage events of one server process go, and when requests are rejected for it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import inferctl
 from inferctl.config.spec import Metering as Settings
 from inferctl.config.spec import Task
 from inferctl.core.sizes import parse_size
+from inferctl.serve import logs
+from inferctl.serve.edge import usage
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.metrics import RequestMetrics
@@ -77,6 +80,23 @@ class Metering:
         recorder, self._recorder = self._recorder, None
         if recorder and not await asyncio.to_thread(recorder.close, seconds):
             log.error("the server ends, and some of the last usage events could not be written")
+
+
+def emitter(
+    metrics: RequestMetrics, metering: Metering, log: str, traces: bool, name: str, *more: Callable[[UsageEvent], None]
+) -> Callable[[UsageEvent], None]:
+    """Return the function that the edge calls with each event: for metrics, metering, the request log and traces.
+
+    `log`: text or json. `name`: of the model, in traces. `more`: further sinks.
+    """
+    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, metering.record, *more]
+    if log == "json":
+        sinks.append(logs.log_request)
+    if traces:
+        from inferctl.serve import tracing
+
+        sinks.append(tracing.tracer(name, inferctl.__version__))
+    return usage.emitter(sinks)
 
 
 def warnings(settings: Settings) -> Iterator[str]:

@@ -237,6 +237,8 @@ def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start, fault: s
 
 def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_error(start: Start) -> None:
     server = start(INFERCTL_SERVE_GRACE_SECONDS="0.5", INFERCTL_SERVE_DRAIN_SECONDS="3")
+    with pytest.raises(openai.APITimeoutError):  # it runs to its end, for which nobody waits
+        server.chat("4000", max_tokens=100, timeout=0.5)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         short = pool.submit(failing, lambda: server.chat("30", stream=True))
         long = pool.submit(failing, lambda: server.chat("4000", stream=True))
@@ -250,7 +252,7 @@ def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_err
     assert "output_handler failed" not in server.log.read_text()
     assert "requests without a response: 2" in server.log.read_text()
     counted = Counter((event["status"], event["code"]) for event in server.events())
-    assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1}
+    assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1, (499, "usage_estimated"): 1}
 
 
 @pytest.mark.parametrize("blocked", [False, True])
@@ -350,11 +352,12 @@ def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
 
 def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
     context = RequestContext("completions")
-    meter = StreamMeter(context, Asked(b"", 0, choices=2))
+    meter = StreamMeter(context, Asked(b"", 0, prompts=2, choices=2))
     for index in (0, 1, 2, 3, 0, 3):
         usage = b'{"prompt_tokens":%d,"completion_tokens":4}' % (3 if index < 2 else 6)
         meter.pass_on(b'data: {"choices":[{"index":%d,"text":"a"}],"usage":%s}\n\n' % (index, usage))
-    meter.count()
+        meter.count()
+        assert meter.complete == (context.input_tokens == 9), "nothing is known of a prompt without an event"
     assert (context.input_tokens, context.output_tokens) == (9, 16)
 
 

@@ -34,7 +34,11 @@ _LARGE_PART_BYTES = 16 * 1024
 
 
 class ClientDisconnectedError(Exception):
-    """The client disconnected, so no response is needed."""
+    """The client disconnected, so no response is needed. `estimated`: the tokens of its event are not exact."""
+
+    def __init__(self, estimated: bool = False) -> None:
+        super().__init__()
+        self.code = "usage_estimated" if estimated else "client_disconnected"
 
 
 async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
@@ -53,6 +57,25 @@ async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
         raise
     finally:
         watcher.cancel()
+
+
+async def read_body(context: RequestContext, receive: Receive) -> bytes:
+    """Return the body of a request.
+
+    Raises `ClientDisconnectedError`, and `LimitError` if its key may not have such a body tokenized. The size that the
+    client declared is checked before.
+    """
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    raw = b"".join(parts)
+    if context.charge is not None and not context.content_length:
+        context.charge.check_size(len(raw), time.time())
+    return raw
 
 
 @dataclass(frozen=True)
@@ -144,8 +167,8 @@ class Edge:
             stopped = True
             self.unfinished_responses += request.body_complete
             await request.fail(self.stopped)
-        except ClientDisconnectedError:
-            context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
+        except ClientDisconnectedError as error:
+            context.status, context.code = CLIENT_DISCONNECTED, error.code
         except ApiError as error:
             await request.fail(error)
         except LimitError as error:
