@@ -17,7 +17,7 @@ from inferctl.serve import metering, relay_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.usage import UsageEvent
-from inferctl.serve.metering import Metering
+from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import RequestMetrics
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
@@ -42,7 +42,7 @@ class ServerLifetime(ABC):
     ) -> None:
         self._spec, self._options, self._notify, self._progress = spec, options, notify, progress
         self._started = time.monotonic()
-        self._metering = Metering(spec.metering, spec.name, task, known_callers=spec.access.required)
+        self._metering = ServerMetering(spec.metering, spec.name, task, known_callers=spec.access.required)
         self._relay = relay_process.start(spec, notify)
         self._access = access.create(spec.access, (spec.name, spec.model.source))
         self._drain_end = 0.0

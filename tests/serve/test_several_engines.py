@@ -295,14 +295,14 @@ def test_an_unexpected_error_of_any_supervisor_ends_all_engines() -> None:
 
 # A bug of the API process: it fails when the second engine is ready.
 SUPERVISOR_BUG = """
-from inferctl.serve.engine_process.supervisor import Supervisor
-engine_ready, calls = Supervisor._engine_ready, []
+from inferctl.serve.engine_process.supervisor import EngineSupervisor
+engine_ready, calls = EngineSupervisor._engine_ready, []
 def failing(self, info):
     calls.append(info)
     if len(calls) == 2:
         raise RuntimeError("injected bug")
     engine_ready(self, info)
-Supervisor._engine_ready = failing
+EngineSupervisor._engine_ready = failing
 """
 
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import inferctl
 from inferctl.batching.fairness import Shares
 from inferctl.serve.edge import access as edge_access
-from inferctl.serve.edge.access import Access
+from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
@@ -108,7 +108,7 @@ class Edge:
         metrics: Callable[[], tuple[bytes, str]],
         endpoints: Mapping[str, str],
         limits: EdgeLimits | None = None,
-        access: Access | None = None,
+        access: EdgeAccess | None = None,
         check_metering: Callable[[], None] = lambda: None,
         load_line: Callable[[], bytes] | None = None,
         served: Sequence[str] | None = None,
@@ -149,7 +149,7 @@ class Edge:
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = RequestContext.of(scope, self._endpoints.get(scope["path"], "other"))
-        request = _Request(self, context, scope, receive, send)
+        request = _EdgeRequest(self, context, scope, receive, send)
         self.in_flight += 1
         counted = None  # the tenant, if the request counts in its share
         stopped = False
@@ -261,7 +261,7 @@ class Edge:
         return 200, orjson.dumps({**document, "phase": self._lifecycle.phase}), "application/json"
 
 
-class _Request:
+class _EdgeRequest:
     """One request between the connection and the application: counts its body, and adds the id to the response."""
 
     __slots__ = ("_context", "_edge", "_receive", "_scope", "_send", "body_complete", "complete")

@@ -26,7 +26,7 @@ from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.generate import control, endpoint
-from inferctl.serve.metering import Metering
+from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
@@ -76,7 +76,7 @@ class _EdgeServer:
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
         who = spec.Access(**settings.access)
-        self._metering = Metering(
+        self._metering = ServerMetering(
             spec.Metering(**settings.metering), settings.name, "generate", known_callers=who.required
         )
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])

