@@ -30,7 +30,7 @@ from tests.deploy.test_access import variables
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import VERSIONS, problems
 from tests.metering.parts import Part, batch
-from tests.serve.conftest import until
+from tests.processes import until
 
 Build = Callable[[dict[str, str], str], Objects]
 NATS = {"storage": "10GiB"}

@@ -24,7 +24,7 @@ from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import EventRecorder
 from inferctl.tenancy.relay.relay import Relay
 from tests.metering.parts import ORIGIN, Nats, batch, event
-from tests.serve.conftest import until
+from tests.processes import until
 
 ALL = (0, 2**62)
 

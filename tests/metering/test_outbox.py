@@ -24,7 +24,7 @@ from inferctl.tenancy.metering.outbox import EventBatch, Outbox
 from inferctl.tenancy.metering.outboxes import Outboxes
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 from tests.metering.parts import ORIGIN, event
-from tests.serve.conftest import until
+from tests.processes import until
 
 MIB = 1024 * 1024
 Make = Callable[..., EventRecorder]

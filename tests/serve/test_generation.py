@@ -34,7 +34,7 @@ from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.reading import Asked
 from inferctl.serve.generate.supervisor import VllmSupervisor
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
 CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
@@ -60,7 +60,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Generation(Running):
+class Generation(ServerProcess):
     """A running server of the task generate, with its log as JSON."""
 
     @property
@@ -90,26 +90,18 @@ def start(tmp_path: Path, llama: Path) -> Iterator[Start]:
     def start(*arguments: str, **environment: str) -> Generation:
         found = launch(tmp_path, llama, *arguments, **environment)
         running.append(found)
-        until(lambda: (tmp_path / "ready.json").exists() or found.process.poll() is not None)
-        assert found.process.poll() is None, found.log.read_text()
-        found.url = json.loads((tmp_path / "ready.json").read_text())["url"]
-        return found
+        return found.wait_announced()
 
     yield start
     for each in running:
-        each.process.kill()
-        each.process.wait()
+        each.kill()
 
 
 def launch(folder: Path, model: Path, *arguments: str, **environment: str) -> Generation:
-    log = folder / "server.log"
     # The last of equal options counts. Any other device imports torch, which takes two seconds.
     options = ["--model", str(model), "--name", "m", "--port", "0", "--log", "json", "--device", "cpu"]
-    command = [sys.executable, "-m", "inferctl.serve", *options, "--announce", str(folder / "ready.json"), *arguments]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stderr=stream, env=variables | environment, start_new_session=True)
-    return Generation("", process, log)
+    environment = {"PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")]), **environment}
+    return Generation.launch(folder, "inferctl.serve", *options, *arguments, **environment)
 
 
 def failing(call: Callable[[], Any]) -> str:
@@ -290,7 +282,6 @@ def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(sta
     server.process.kill()
     spec = tmp_path / "inferctl.yaml"
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--disable-log-stats"]}}))
-    (tmp_path / "ready.json").unlink()
     server = start("--hang-seconds", "1", "--spec", str(spec))
     assert failing(lambda: server.chat("60")) == "complete"
 
@@ -298,8 +289,7 @@ def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(sta
 def test_a_signal_stops_a_server_that_still_starts(tmp_path: Path, llama: Path) -> None:
     server = launch(tmp_path, llama, FAKE_VLLM_SECONDS="600")
     until(lambda: "starting vLLM" in server.log.read_text())
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(20) == 0
+    assert server.stop() == 0
 
 
 def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:

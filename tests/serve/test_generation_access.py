@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.access.test_keys import add
-from tests.serve.conftest import until
+from tests.processes import until
 from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
 
 

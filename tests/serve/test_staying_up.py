@@ -24,9 +24,9 @@ from inferctl.serve.engines.echo import (
     NON_FINITE_TOKEN,
     SLOW_TOKEN,
 )
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def start(serve: Serve, minilm: Path) -> Serve:
     return lambda *more: serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
 
 
-def embed_all(server: Running, rows: list[list[int]]) -> list[int]:
+def embed_all(server: ServerProcess, rows: list[list[int]]) -> list[int]:
     """Send one request per row while the engine is busy for two seconds, and return the statuses."""
     with ThreadPoolExecutor(len(rows) + 1) as pool:
         busy = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 4)
@@ -77,8 +77,7 @@ def test_five_failed_starts_make_livez_fail_until_an_engine_starts(start: Serve)
     killed: set[int] = set()
 
     def kill_until_livez_fails() -> bool:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        for pid in {int(child) for child in children} - killed:
+        for pid in set(server.children()) - killed:
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
         return server.get("/livez").status_code == 503
@@ -160,28 +159,13 @@ def test_during_the_grace_period_readyz_fails_and_requests_complete(start: Serve
 
 
 def test_a_stop_while_the_engine_loads_writes_no_announce_file(minilm: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "inferctl",
-        "serve",
-        "--model",
-        str(minilm),
-        "--port",
-        "0",
-        "--announce",
-        "ready.json",
-    ]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=log)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        until(lambda: bool(children.read_text()))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-    said = (tmp_path / "log").read_text()
+    server = ServerProcess.launch(tmp_path, "inferctl", "serve", "--model", str(minilm), "--port", "0")
+    until(server.children)
+    assert server.stop() == 0
+    said = server.log.read_text()
     assert "Traceback" not in said
     assert "stopped" in said
-    assert not (tmp_path / "ready.json").exists()
+    assert not server.announced.exists()
 
 
 # A Python process sends itself SIGTERM when the first tokenizer thread has started, before the pool registers it.
@@ -211,21 +195,19 @@ def test_a_stop_while_the_server_starts_a_thread_ends_it(minilm: Path, tmp_path:
 
 @pytest.mark.parametrize("moments", [6, pytest.param(24, marks=pytest.mark.slow_measurement)])
 def test_a_stop_at_any_moment_of_the_start_ends_the_server(minilm: Path, tmp_path: Path, moments: int) -> None:
-    ready = tmp_path / "ready.json"
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+    command = ("inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0")
 
     def codes(seconds: Iterable[float]) -> Iterator[int]:
         for pause in seconds:
-            ready.unlink(missing_ok=True)
-            process = subprocess.Popen([*command, "--announce", str(ready)], stderr=subprocess.PIPE, text=True)
+            server = ServerProcess.launch(tmp_path, *command)
+            ready, end = server.announced, time.monotonic() + pause
             try:
-                until(lambda end=time.monotonic() + pause: time.monotonic() > end or ready.exists())
-                process.terminate()
-                _, said = process.communicate(timeout=60)
+                until(lambda ready=ready, end=end: time.monotonic() > end or ready.exists())
+                code = server.stop()
             finally:
-                process.kill()
-            assert "Traceback" not in said, said
-            yield process.returncode
+                server.kill()
+            assert "Traceback" not in (said := server.log.read_text()), said
+            yield code
 
     began = time.monotonic()
     assert list(codes([math.inf])) == [0]
