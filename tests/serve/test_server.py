@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.processes import CLIENT, ServerProcess, until
+from tests.processes import CLIENT, ServerProcess, start, until
 from tests.test_settings import SERVICE_LINKS
 
 Serve = Callable[..., ServerProcess]
@@ -25,6 +25,21 @@ Serve = Callable[..., ServerProcess]
 
 def echo_arguments(minilm: Path) -> tuple[str, ...]:
     return ("--model", str(minilm), "--engine", "echo", "--name", "echo")
+
+
+@pytest.fixture(scope="module")
+def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a large queue, whose engine tests may end."""
+    server = start(tmp_path_factory.mktemp("shared"), *echo_arguments(minilm))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(shared: ServerProcess) -> ServerProcess:
+    """The shared server, ready."""
+    shared.wait_ready()
+    return shared
 
 
 def metric(server: ServerProcess, name: str, **labels: str) -> float:
@@ -47,8 +62,7 @@ def test_every_input_gets_its_own_vector_in_order(echo: ServerProcess) -> None:
     assert answer["model"] == "echo"
 
 
-def test_concurrent_requests_get_their_own_vectors(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_concurrent_requests_get_their_own_vectors(server: ServerProcess) -> None:
     rows = [[1000 + i] * (1 + i % 11) for i in range(300)]
     with ThreadPoolExecutor(24) as pool, httpx.Client() as client:
         answers = list(
@@ -109,8 +123,7 @@ def test_a_body_that_is_too_large_is_rejected(echo: ServerProcess) -> None:
     assert answer.status_code == 413
 
 
-def test_a_failing_sequence_fails_only_its_request(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_a_failing_sequence_fails_only_its_request(server: ServerProcess) -> None:
     bodies = [[SLOW_TOKEN], *[[FAILING_TOKEN] if i == 5 else [200 + i] for i in range(12)]]
     with ThreadPoolExecutor(len(bodies)) as pool:
         statuses = list(pool.map(lambda row: server.embed(input=row).status_code, bodies))
@@ -180,29 +193,27 @@ def test_every_route_of_the_openapi_document_exists(echo: ServerProcess) -> None
     assert references <= set(schemas)
 
 
-def test_accepted_requests_complete_when_the_engine_is_killed(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
-    engine = server.engine_pid()
+def test_accepted_requests_complete_when_the_engine_is_killed(server: ServerProcess) -> None:
+    engine, deaths = server.engine_pid(), metric(server, "inferctl_engine_deaths_total")
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, 5, i]) for i in range(4)]
         until(lambda: metric(server, "inferctl_requests_in_flight") == 4)
         os.kill(engine, signal.SIGKILL)
         assert [future.result().status_code for future in waiting] == [200] * 4
     assert server.engine_pid() != engine
-    assert metric(server, "inferctl_engine_deaths_total") == 1
+    assert metric(server, "inferctl_engine_deaths_total") == deaths + 1
     assert server.get("/readyz").status_code == 200
 
 
-def test_a_request_that_crashes_the_engine_twice_is_rejected(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_a_request_that_crashes_the_engine_twice_is_rejected(server: ServerProcess) -> None:
+    deaths = metric(server, "inferctl_engine_deaths_total")
     assert server.embed(input=[CRASHING_TOKEN]).status_code == 503
     server.wait_ready()
     assert server.embed(input=[5]).status_code == 200
-    assert metric(server, "inferctl_engine_deaths_total") == 2
+    assert metric(server, "inferctl_engine_deaths_total") == deaths + 2
 
 
-def test_without_an_engine_the_server_is_live_but_not_ready(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_without_an_engine_the_server_is_live_but_not_ready(server: ServerProcess) -> None:
     seen: set[int] = set()
     done = threading.Event()
 

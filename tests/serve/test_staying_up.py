@@ -24,6 +24,7 @@ from inferctl.serve.engines.echo import (
     NON_FINITE_TOKEN,
     SLOW_TOKEN,
 )
+from tests import processes
 from tests.processes import ServerProcess, until
 
 Serve = Callable[..., ServerProcess]
@@ -32,6 +33,22 @@ Serve = Callable[..., ServerProcess]
 @pytest.fixture
 def start(serve: Serve, minilm: Path) -> Serve:
     return lambda *more: serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
+
+
+@pytest.fixture(scope="module")
+def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with small batches, whose engine tests may end."""
+    options = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-batch-tokens", "64")
+    server = processes.start(tmp_path_factory.mktemp("shared"), *options)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(shared: ServerProcess) -> ServerProcess:
+    """The shared server, ready."""
+    shared.wait_ready()
+    return shared
 
 
 def embed_all(server: ServerProcess, rows: list[list[int]]) -> list[int]:
@@ -45,17 +62,16 @@ def embed_all(server: ServerProcess, rows: list[list[int]]) -> list[int]:
     return statuses
 
 
-def test_only_the_request_that_crashes_engines_is_rejected(start: Serve) -> None:
-    server = start("--max-batch-tokens", "64")
+def test_only_the_request_that_crashes_engines_is_rejected(server: ServerProcess) -> None:
+    deaths = server.metric("inferctl_engine_deaths_total")
     # Others share the batch of the crashing request, and more than one full batch is queued behind it.
     rows = [[100 + i] * 8 for i in range(4)] + [[CRASHING_TOKEN] * 8] + [[200 + i] * 8 for i in range(16)]
     assert embed_all(server, rows) == [503 if row[0] == CRASHING_TOKEN else 200 for row in rows]
-    assert server.metric("inferctl_engine_deaths_total") <= 3
+    assert server.metric("inferctl_engine_deaths_total") <= deaths + 3
     assert server.get("/livez").status_code == 200
 
 
-def test_two_crashing_requests_among_others(start: Serve) -> None:
-    server = start()
+def test_two_crashing_requests_among_others(server: ServerProcess) -> None:
     rows = [[CRASHING_TOKEN], *[[100 + i] for i in range(6)], [CRASHING_TOKEN]]
     assert embed_all(server, rows) == [503, *[200] * 6, 503]
 
@@ -102,20 +118,19 @@ def test_a_batch_that_runs_out_of_memory_is_split_and_later_ones_are_smaller(sta
     assert server.metric("inferctl_engine_deaths_total") == 0
 
 
-def test_an_engine_whose_cuda_context_is_broken_ends_and_only_that_request_fails(start: Serve) -> None:
-    server = start()
+def test_an_engine_whose_cuda_context_is_broken_ends_and_only_that_request_fails(server: ServerProcess) -> None:
+    deaths = server.metric("inferctl_engine_deaths_total")
     rows = [[100], [101], [CORRUPTING_TOKEN], [102], [103]]
     assert embed_all(server, rows) == [200, 200, 503, 200, 200]
     server.wait_ready()
     assert server.embed(input=[5]).status_code == 200
-    assert server.metric("inferctl_engine_deaths_total") == 2, "in a batch with others, then in isolation"
+    assert server.metric("inferctl_engine_deaths_total") == deaths + 2, "in a batch with others, then in isolation"
     log = server.log.read_text()
     assert "the CUDA context is broken" in log
     assert f"exit code {EXIT_BROKEN_CONTEXT}" in log
 
 
-def test_an_input_with_nan_gets_500_and_others_in_its_batch_their_vectors(start: Serve) -> None:
-    server = start()
+def test_an_input_with_nan_gets_500_and_others_in_its_batch_their_vectors(server: ServerProcess) -> None:
     assert embed_all(server, [[NON_FINITE_TOKEN], [100], [101]]) == [500, 200, 200]
     assert server.metric("inferctl_non_finite_total") == 1
 
@@ -250,8 +265,7 @@ def test_requests_with_a_long_predicted_wait_are_rejected_without_an_slo(start: 
     assert server.metric("inferctl_rejected_total", reason="max_wait") == len(rejected)
 
 
-def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(start: Serve) -> None:
-    server = start("--max-batch-tokens", "64")
+def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(server: ServerProcess) -> None:
     url = f"{server.url}/v1/embeddings"
     with ThreadPoolExecutor(2) as pool:
         bulk = pool.submit(
