@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from inferctl.config.spec import Spec
 from inferctl.core import sizes
@@ -277,7 +277,16 @@ def step_tokens(part: Hardware) -> int:
     return 8192 if _is_large(part) else decoder.STEP_TOKENS
 
 
-def most_sequences(spec: Spec, part: Hardware) -> int:
+class _Device(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory_bytes(self) -> int | None: ...
+
+
+def most_sequences(spec: Spec, part: _Device) -> int:
     """Return the most sequences of one step: `serve.max_sequences`, else vLLM's default."""
     if spec.serve.max_sequences:
         return spec.serve.max_sequences
@@ -286,7 +295,7 @@ def most_sequences(spec: Spec, part: Hardware) -> int:
     return 1024 if _is_large(part) else 256
 
 
-def _is_large(part: Hardware) -> bool:
+def _is_large(part: _Device) -> bool:
     """Return whether vLLM has larger defaults for a GPU. It keeps the small ones for an A100, where they are faster."""
     return (part.memory_bytes or 0) >= 70 * _GIB and "a100" not in part.name.lower()
 
