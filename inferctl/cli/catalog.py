@@ -19,7 +19,7 @@ from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import PRECISIONS, support
 from inferctl.image import base_facts, buildx
-from inferctl.image.base_facts import Comparison
+from inferctl.image.base_facts import BaseComparison
 
 _KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
 
@@ -140,17 +140,17 @@ def check(
 
     Example: inferctl catalog check cuda13.0
     """
-    rows: list[Comparison] = []
+    rows: list[BaseComparison] = []
     failed: NotReadyError | None = None
     for base in [catalog.base(name) for name in key or catalog.bases()]:
         try:
             with console.progress(f"reading {base.reference}"):
                 rows += base_facts.compare(base, buildx.remote_image(base.reference, base.platforms[0]))
         except UsageError as error:
-            rows.append(base_facts.Comparison(base.key, "tag", "differs", base.reference, error.message))
+            rows.append(base_facts.BaseComparison(base.key, "tag", "differs", base.reference, error.message))
         except NotReadyError as error:
             failed = failed or error
-            rows.append(base_facts.Comparison(base.key, "tag", "unknown", base.reference, error.message))
+            rows.append(base_facts.BaseComparison(base.key, "tag", "unknown", base.reference, error.message))
     differs = any(row.verdict == "differs" for row in rows)
     if as_json:
         console.document(
@@ -171,7 +171,7 @@ def check(
         raise failed
 
 
-def _compared(rows: list[Comparison]) -> None:
+def _compared(rows: list[BaseComparison]) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in ("base", "fact", "verdict", "catalog", "registry"):
         table.add_column(heading, no_wrap=heading in ("base", "fact", "verdict"), overflow="fold")

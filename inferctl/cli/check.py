@@ -26,7 +26,7 @@ from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
 from inferctl.image import locks
 from inferctl.models import generation_fit
-from inferctl.models.decoder import TYPICAL_TOKENS, Capacity
+from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
     Finding,
     Fit,
@@ -249,7 +249,7 @@ def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
     return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
 
 
-def _capacity(capacity: Capacity) -> dict[str, Any]:
+def _capacity(capacity: KvCapacity) -> dict[str, Any]:
     return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
 

@@ -13,7 +13,7 @@ from inferctl.core.sizes import size
 from inferctl.facts import catalog, drivers
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import Level, best_precision, capability_of, support
-from inferctl.models.decoder import Capacity
+from inferctl.models.decoder import KvCapacity
 
 Verdict = Literal["ok", "warn", "error"]
 _WORST = ("ok", "warn", "error")
@@ -76,7 +76,7 @@ class Fit:
     memory: Memory | None
     memory_bytes: int | None
     findings: tuple[Finding, ...]
-    capacity: Capacity | None = None
+    capacity: KvCapacity | None = None
 
     @property
     def verdict(self) -> Verdict:

@@ -24,7 +24,7 @@ from inferctl.facts.precision import (
     generation_support,
 )
 from inferctl.models import decoder, fit
-from inferctl.models.decoder import Capacity, Decoder, UnknownDecoder
+from inferctl.models.decoder import Decoder, KvCapacity, UnknownDecoder
 from inferctl.models.fit import Finding, Fit, Memory, ModelSize, UnknownSize
 from inferctl.models.model import architecture
 
@@ -167,7 +167,7 @@ class _Need:
         overhead = fit.CUDA_OVERHEAD_BYTES + CUDA_GRAPH_BYTES if part.kind == "cuda" else 0
         return Memory(weights // gpus, step + logits, overhead)
 
-    def capacity(self, part: Hardware, gpus: int | None = None) -> Capacity:
+    def capacity(self, part: Hardware, gpus: int | None = None) -> KvCapacity:
         """Return what the rest of the memory holds."""
         gpus = gpus or self._gpus(part)
         context = self.context
@@ -213,7 +213,7 @@ class _Need:
         what = f"does not fit, estimated: no memory for {wanted}"
         return Finding("error", "memory", what, why, self._hint(part, capacity), part.key)
 
-    def _remaining(self, part: Hardware, capacity: Capacity) -> str:
+    def _remaining(self, part: Hardware, capacity: KvCapacity) -> str:
         whole = size(part.memory_bytes or 0, 1)
         at_most = "at most " if any(self.shape.windows) else ""
         per_token = f"{at_most}{size(capacity.kv_bytes_per_token, 1)} per token"
@@ -226,7 +226,7 @@ class _Need:
         held = f"{share} leaves {size(capacity.kv_cache_bytes, 1)} for the KV cache"
         return f"{held}, {capacity.longest_context_tokens:,} tokens of one sequence, {per_token}"
 
-    def _hint(self, part: Hardware, capacity: Capacity) -> str:
+    def _hint(self, part: Hardware, capacity: KvCapacity) -> str:
         """Return the changes that make it fit on this hardware or a part of the same GPU, estimated too."""
         if self.spec.serve.kv_cache:
             room = max(0, (part.memory_bytes or 0) - self.memory(part).total)
@@ -262,7 +262,7 @@ class _Need:
         return 4 if generation_dtype(self.precision, part.traits, self.checkpoint) == "fp32" else 2
 
 
-def _usable(capacity: Capacity) -> int | None:
+def _usable(capacity: KvCapacity) -> int | None:
     """Return a context that fits, in whole blocks; None if it is too short for a typical conversation."""
     blocks = capacity.longest_context_tokens // decoder.BLOCK_TOKENS
     return blocks * decoder.BLOCK_TOKENS if capacity.longest_context_tokens >= decoder.TYPICAL_TOKENS else None
