@@ -179,7 +179,7 @@ def images(gpu: Gpu) -> Iterator[Check]:
     entry = catalog.hardware(gpu.hardware) if gpu.hardware else None
     verdicts: dict[str, Verdict] = {"ok": "can", "warn": "limited", "error": "cannot"}
     device = (
-        catalog.cuda_gpu_of(entry) if entry else catalog.cuda_gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
+        catalog.cuda_gpu_of(entry) if entry else drivers.cuda_gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
     )
     for base in catalog.bases().values():
         verdict = fit.judge_driver(base, catalog.stack(base.stack), device, int(branch))
