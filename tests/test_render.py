@@ -240,7 +240,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
             for imported in imports(render.assets.package() / name):
                 path = imported.removeprefix("inferctl.").replace(".", "/")
                 ours = imported.startswith("inferctl.") and imported != "inferctl.__version__"
-                # `from inferctl.core.errors import X` imports errors.py, and `from inferctl import model` imports model.py.
+                # `from inferctl.core.errors import X` imports errors.py, `from inferctl import model` model.py.
                 assert not ours or {f"{path}.py", f"{Path(path).parent}.py", f"{path}/__init__.py"} & names, (
                     f"{name} imports {imported}, which the image does not have"
                 )

@@ -286,7 +286,7 @@ def report_rows(rows: Sequence[Row], calibration: Calibration, samples: Samples)
 
 def report_left_out(omitted: dict[str, list[LeftOut]]) -> None:
     print(
-        "\n| left out, estimated from | scenario | rows | mean size of the error | from | to |\n|---|---|---|---|---|---|"
+        "\n| left out, estimated from | scenario | rows | mean error | from | to |\n|---|---|---|---|---|---|"
     )
     for basis, found in omitted.items():
         for scenario in WITHIN:

@@ -84,7 +84,8 @@ def usage(
 ) -> None:
     """Print the usage that `metering` recorded, by API key, day, model and more. Days are in UTC.
 
-    Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were killed, whose last requests may be missing.
+    Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were
+    killed, whose last requests may be missing.
     """
     style = "json" if json_ else format_
     if style not in FORMATS:

@@ -266,7 +266,7 @@ def base(key: str) -> BaseImage:
 
 
 def check_task(task: str, base: BaseImage, stack: Stack) -> None:
-    """Raise `UsageError` if images on `base` cannot serve `task`: only generation runs on vLLM. `auto`: not known yet."""
+    """Raise `UsageError` if images on `base` cannot serve `task`: only generation runs on vLLM. `auto`: not known."""
     generation = stack.vllm is not None
     if task == "auto" or (task == "generate") == generation:
         return

@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Address:
-    """The address of the container. Port 0 selects a free port of this machine. `network`: None for the engine's bridge, or `host`."""
+    """The address of the container. Port 0 selects a free port. `network`: None for the engine's bridge, or `host`."""
 
     host: str
     port: int
