@@ -285,9 +285,7 @@ def report_rows(rows: Sequence[Row], calibration: Calibration, samples: Samples)
 
 
 def report_left_out(omitted: dict[str, list[LeftOut]]) -> None:
-    print(
-        "\n| left out, estimated from | scenario | rows | mean error | from | to |\n|---|---|---|---|---|---|"
-    )
+    print("\n| left out, estimated from | scenario | rows | mean error | from | to |\n|---|---|---|---|---|---|")
     for basis, found in omitted.items():
         for scenario in WITHIN:
             errors = [row.error(estimated) for _, row, estimated in found if row.scenario == scenario]
