@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import datetime
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +36,6 @@ from inferctl.models.fit import (
     check_slo,
     worst,
 )
-from inferctl.models.generation_fit import Registry
 from inferctl.models.model import is_hub_id, resolve_task
 from inferctl.models.size import model_size
 
@@ -152,7 +149,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     if task == "generate":
         judge = generation_fit.check_part
         if isinstance(size, ModelSize):
-            general += generation_fit.check_model(spec, size.config, _installed_vllm())
+            general += generation_fit.check_model(spec, size.config)
     else:
         general.append(check_slo(spec))
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
@@ -168,29 +165,6 @@ def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tup
         replace(fit, findings=(*(replace(error, part=fit.part) for error in errors), *fit.findings)) for fit in fits
     ]
     return [finding for finding in general if finding not in errors], moved
-
-
-def _installed_vllm() -> Registry | None:
-    """Return the architectures in the source of an installed vLLM, which is not imported: it loads torch."""
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
-        return None
-    file = Path(found.submodule_search_locations[0]) / "model_executor" / "models" / "registry.py"
-    try:
-        tree = ast.parse(file.read_text("utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return None
-    tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
-    names = {
-        key.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-        if any(isinstance(target, ast.Name) and target.id in tables for target in node.targets)
-        for key in node.value.keys
-        if isinstance(key, ast.Constant) and isinstance(key.value, str)
-    }
-    version = generation_fit.vllm_version()
-    return Registry(version, frozenset(names)) if names and version else None
 
 
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:

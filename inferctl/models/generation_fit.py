@@ -51,14 +51,6 @@ _GENERATION_ONLY = (
 )
 
 
-@dataclass(frozen=True)
-class Registry:
-    """The architectures that an installed vLLM lists."""
-
-    version: str
-    architectures: frozenset[str]
-
-
 def vllm_version() -> str | None:
     """Return the version of the installed vLLM, or of its community build for CPUs, without an import; None if none."""
     for name in VLLM_PACKAGES:
@@ -79,18 +71,13 @@ def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
         yield Finding("warn", "settings", what, why, f"remove {'it' if len(found) == 1 else 'them'} from the spec")
 
 
-def check_model(spec: Spec, config: Mapping[str, Any], installed: Registry | None) -> Iterator[Finding]:
+def check_model(spec: Spec, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield the findings about the model that do not depend on hardware: architecture, context, number of GPUs."""
     name = architecture(config)
     if why := decoder.NOT_RUN.get(name):
         yield Finding("error", "architecture", f"vLLM does not run {name}", why, decoder.RUN_INSTEAD)
-    elif installed is None:
-        yield Finding("ok", "architecture", f"{name}: vLLM decides when it starts", "vLLM is not installed here")
-    elif name in installed.architectures:
-        yield Finding("ok", "architecture", f"vLLM {installed.version} runs {name}", "it is in its registry")
     else:
-        why = "it may run through transformers, more slowly; vLLM decides when it starts"
-        yield Finding("warn", "architecture", f"vLLM {installed.version} does not list {name}", why, None)
+        yield Finding("ok", "architecture", f"{name}: vLLM decides when it starts", "it runs most decoders")
     shape = decoder.describe(config)
     if isinstance(shape, UnknownDecoder):
         return
