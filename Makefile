@@ -52,7 +52,7 @@ docs: $(VENV)/.dev  ## regenerate docs/reference.md from the help of the command
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
 	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0 vllm-openai; do \
-	  stack=$$($(BIN)/python -c "from inferctl import catalog; print(catalog.base('$$base').stack)") || exit 1; \
+	  stack=$$($(BIN)/python -c "from inferctl.facts import catalog; print(catalog.base('$$base').stack)") || exit 1; \
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done
 

@@ -71,7 +71,7 @@ def verify(
         network=network,
         gpu=engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment,
         ready_seconds=ready_timeout,
-        compare=image.labels.get("io.inferctl.models.model.weights") != "download",
+        compare=image.labels.get("io.inferctl.model.weights") != "download",
     )
     with BuildView(live=sys.stderr.isatty()) as view:
         result = view.follow(verified(engine, image, checks))

@@ -138,7 +138,7 @@ def check_readable(keys: Path) -> None:
 def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
-    kind = image.labels.get("io.inferctl.models.model.weights", "mount" if serve_options.replaces_model else "bake")
+    kind = image.labels.get("io.inferctl.model.weights", "mount" if serve_options.replaces_model else "bake")
     if kind != "mount":
         if serve_options.replaces_model:
             verb = "downloads" if kind == "download" else "contains"
