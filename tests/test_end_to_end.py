@@ -149,7 +149,7 @@ def test_the_container_reports_its_image(container: str, pushed: str) -> None:
     assert found["Config"]["User"] == "10001:10001"
     assert found["Config"]["StopSignal"] == "SIGTERM"
     labels = found["Config"]["Labels"]
-    assert labels["io.inferctl.facts.precision"] == PRECISION
+    assert labels["io.inferctl.precision"] == PRECISION
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
 
 

@@ -179,11 +179,11 @@ def _checked(version: str | None) -> str | None:
 
 def _source(resolved: Resolved) -> SpecSource:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    from inferctl.cli.check import model_size
     from inferctl.core.errors import UsageError
     from inferctl.deploy.resolve import SpecSource
     from inferctl.models import fit, hub
     from inferctl.models.model import resolve_task
+    from inferctl.models.size import model_size
 
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()

@@ -9,18 +9,24 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
+import inferctl
 from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
-
-if TYPE_CHECKING:
-    from inferctl.config.settings import Resolved
-    from inferctl.config.spec import Spec
-    from inferctl.image.render import Provenance, Rendered
-    from inferctl.models.model import ModelFolder
+from inferctl.config.settings import Resolved
+from inferctl.config.spec import Spec
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog
+from inferctl.image import locks
+from inferctl.image import render as rendering
+from inferctl.image.render import Provenance, Rendered, server_files
+from inferctl.models import model
+from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
 
 
 def render(
@@ -51,8 +57,6 @@ def render(
 
     Example: inferctl render --output build && docker buildx build build
     """
-    from inferctl.core import outputs
-
     settings = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
     if output is not None:
         outputs.check_folder(output, "--output")
@@ -71,7 +75,6 @@ def render(
         else:
             console.data(rendered.dockerfile)
         return
-    from inferctl.image.render import server_files
 
     contents = {
         "Dockerfile": rendered.dockerfile.encode(),
@@ -93,8 +96,6 @@ def render(
 
 def _check_overwrite(dockerfile: Path) -> None:
     """Raise `UsageError` if `dockerfile` exists and inferctl did not render it."""
-    from inferctl.core.errors import UsageError
-
     if dockerfile.is_file() and b"Rendered by inferctl" not in dockerfile.read_bytes()[:4096]:
         raise UsageError(
             f"{dockerfile} exists and was not written by inferctl",
@@ -104,19 +105,12 @@ def _check_overwrite(dockerfile: Path) -> None:
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` (name -> content) below `folder`, and create folders as needed. Raises `NotReadyError`."""
-    from inferctl.core import outputs
-
     for name, content in files.items():
         outputs.write(folder / name, content, "--output")
 
 
 def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
     """Return the image of the spec, rendered with the facts of the catalog and the locks."""
-    from inferctl.facts import catalog
-    from inferctl.image import locks
-    from inferctl.image import render as rendering
-    from inferctl.models.model import is_hub_id
-
     spec = resolved.spec
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -131,9 +125,6 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
 
 def _local_model(spec: Spec) -> ModelFolder | None:
     """Return the folder of the model, or its snapshot in the hub's cache; None if it is not on this machine."""
-    from inferctl.core.errors import UsageError
-    from inferctl.models import model
-
     try:
         return model.find(spec.model.source, spec.model.revision)
     except UsageError:
@@ -145,9 +136,6 @@ def check_task(spec: Spec, folder: ModelFolder | None) -> None:
 
     For the task `auto`, it is that of the model, or accepted if the model is not on this machine.
     """
-    from inferctl.facts import catalog
-    from inferctl.models.model import resolve_task
-
     task: str = spec.model.task
     if task == "auto" and folder is not None:
         task = resolve_task("auto", folder.config, spec.model.source, has_modules=folder.has_modules)
@@ -157,8 +145,6 @@ def check_task(spec: Spec, folder: ModelFolder | None) -> None:
 
 def _provenance(folder: Path) -> Provenance:
     """Return the commit and remote of the repository of the spec. The fields are None without a repository."""
-    import inferctl
-    from inferctl.image.render import Provenance
 
     def git(*arguments: str) -> str | None:
         try:
@@ -193,8 +179,6 @@ def public_url(remote: str) -> str | None:
 
     `git@host:team/repo` becomes `https://host/team/repo`. User, password, query and fragment are left out.
     """
-    from urllib.parse import urlsplit
-
     short = re.fullmatch(r"(?:[^@/]+@)?([A-Za-z0-9.-]+):(?!/)(.+)", remote)
     if short and "://" not in remote:
         return f"https://{short.group(1)}/{short.group(2)}"
