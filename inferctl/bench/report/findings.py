@@ -45,15 +45,17 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
 
 
 def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
+    """Return the results of all groups, then what is to say about each."""
     eligible = {name: ranking.eligible(group, error_budget_percent) for name, group in groups.items()}
     pairs = sum(math.comb(len(group), 2) for group in eligible.values())
     winners = {
         name: ranking.winner(eligible[name], _mode(group[0], mode), len(groups), pairs)
         if eligible[name]
-        else ranking.none_eligible(group)
+        else [ranking.none_eligible(group)]
         for name, group in groups.items()
     }
-    return [f"{name}: {text}" if len(groups) > 1 else text for name, text in winners.items()]
+    named = [[f"{name}: {text}" if len(groups) > 1 else text for text in texts] for name, texts in winners.items()]
+    return [texts[0] for texts in named] + list(dict.fromkeys(text for texts in named for text in texts[1:]))
 
 
 def comparable(rows: Sequence[MeasuredRow]) -> dict[str, list[MeasuredRow]]:
@@ -75,38 +77,25 @@ def _mode(row: MeasuredRow, mode: str) -> str:
 
 
 def _emulation(rows: Sequence[MeasuredRow], mode: str, error_rate: float) -> list[str]:
-    """Return how each emulated precision compares with fp32, which all hardware runs natively."""
-    native = {row.precision.get("effective"): row for row in rows if row.precision.get("level") == "native"}
-    fp32 = native.get("fp32")
+    """Return how each emulated precision compares with fp32, which all hardware runs natively.
+
+    If fp32 is the best one, the first finding says so.
+    """
     by = ranking.criterion(rows, mode)
+    ordered = sorted((row for row in rows if math.isfinite(by.cost(row))), key=by.cost)
+    native = {row.precision.get("effective"): row for row in ordered if row.precision.get("level") == "native"}
+    fp32 = native.get("fp32")
+    if not fp32 or fp32 is ordered[0]:
+        return []
     found = []
-    for row in rows:
-        if fp32 and row.precision.get("level") == "emulated" and math.isfinite(by.cost(row)):
-            reason = str(row.precision.get("reason") or "the hardware does not support it").partition(":")[0]
-            against = _against(row, fp32, by, error_rate)
-            found.append(f"{row.configuration} is emulated on this hardware because {reason}. {against}")
+    for row in ordered:
+        if row.precision.get("level") == "emulated":
+            first, second = sorted((fp32, row), key=by.cost)
+            compared = ranking.compare(first, second, by, error_rate)
+            unclear = "" if compared.faster else "No clear difference: "
+            where = "" if by.tested else f" in {ranking.runs_of(by)}"
+            found.append(f"{unclear}{ranking.named(first)} has {ranking.ratio_to(first, compared, by)}{where}.")
     return found
-
-
-def _against(row: MeasuredRow, other: MeasuredRow, by: ranking.Criterion, error_rate: float) -> str:
-    """Return how two configurations compare in one sentence: a ratio if it was tested, else both figures."""
-    if not by.tested:
-        values = f"{_with_interval(row, by)}, {other.configuration} {_with_interval(other, by)}"
-        return f"In {ranking.runs_of(by)}: {row.configuration} {values}."
-    first, second = sorted((other, row), key=by.cost)
-    found = ranking.compare(first, second, by, error_rate)
-    ratio = f"{ranking.ratio(second, first, by)} of {second.configuration}{found.interval}"
-    if found.inconclusive:
-        return f"Inconclusive: {first.configuration} has {ratio}."
-    if not found.faster:
-        return f"No clear difference: {first.configuration} has {ratio}."
-    return f"{first.configuration} has {ratio}."
-
-
-def _with_interval(row: MeasuredRow, by: ranking.Criterion) -> str:
-    """Return the compared figure with its 95% interval, if there is one."""
-    low, high = ranking.interval_of(row, by)
-    return ranking.value_of(row, by) + (f" ({low:.1f} to {high:.1f})" if low is not None and high is not None else "")
 
 
 def _failure(quality: JsonObject) -> str:
@@ -155,10 +144,11 @@ def _throughput_interval(loop: ClosedLoopFigures) -> str:
 
 def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
     """Return which servers the load saturates, for `users: auto`; empty if the plan sets the number of users."""
-    found = [(row.configuration, row.concurrency) for row in rows if row.concurrency]
+    every = [(row.configuration, row.concurrency) for row in rows if row.concurrency]
+    found = [(name, section) for name, section in every if section["limited_by"] != concurrency.EMULATED]
     if not found:
         return []
-    users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in found))
+    users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in every))
     saturated = [name for name, section in found if section["saturated"]]
     sentences: list[str] = []
     if saturated:
@@ -171,7 +161,7 @@ def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
             f"No further gain seen above {', and above '.join(points)}: twice and four times as many users gained "
             f"under {concurrency.GROWTH:.0%} ({concurrency.REPEATS} measurements per number of users)."
         )
-    sentences.append(f"{'All were' if len(found) > 1 else f'{found[0][0]} was'} measured with {users} users.")
+    sentences.append(f"{'All were' if len(every) > 1 else f'{found[0][0]} was'} measured with {users} users.")
     for name, section in found:
         last = section["steps"][-1]
         if section["limited_by"] == concurrency.GENERATOR:
