@@ -8,13 +8,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from inferctl.bench.measure import search
+from inferctl.bench.measure.runner import Bench, Progress
 from inferctl.cli import console
 from inferctl.receipts import shares
-
-if TYPE_CHECKING:
-    from inferctl.bench.measure.runner import Bench, Progress
 
 # Seconds of a run outside its load: before it (server and Locust start), and after it (quality check, end of the
 # server). The first quality check computes the fp32 reference.
@@ -34,8 +40,6 @@ class RunForecast(NamedTuple):
 
 def expected(work: Bench) -> list[RunForecast]:
     """Return the forecast of each run, in the order of the runs. `ProgressView` corrects them as runs end."""
-    from inferctl.bench.measure import search
-
     loads = {target.name: work.load_of(target) for target in work.targets}
     settings = work.plan.search
 
@@ -55,8 +59,6 @@ def expected(work: Bench) -> list[RunForecast]:
 
 def forecast(work: Bench) -> str:
     """Return how long the benchmark will take and, for a search, how close its rates will be."""
-    from inferctl.bench.measure import search
-
     total = duration(sum(map(sum, expected(work)))).removeprefix("~")
     settings = work.plan.search
     if not settings:
@@ -92,9 +94,6 @@ class ProgressView:
 
     def __enter__(self) -> ProgressView:
         if sys.stderr.isatty():
-            from rich.live import Live
-            from rich.spinner import Spinner
-
             self._spinner = Spinner("dots")
             self._live = Live(console=console.rich(stderr=True), transient=True, refresh_per_second=8)
             self._live.start()
@@ -128,11 +127,6 @@ class ProgressView:
 
     def _rendered(self, progress: Progress, remaining_s: float | None) -> Any:
         """Return two rows: the whole benchmark with the time left (None if unknown), and the current phase."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         elapsed = time.monotonic() - self._start
         whole = Table.grid(padding=(0, 1))
         total = None if remaining_s is None else max(elapsed + remaining_s, 1e-9)

@@ -9,7 +9,6 @@ from inferctl.bench.judge import slo, summary, verdict
 from inferctl.bench.measure import concurrency
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
-from inferctl.receipts import shares
 from inferctl.receipts.receipt import JsonObject
 
 
@@ -25,12 +24,6 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
         f"{row.configuration} fails the quality check: {_failure(row.quality)}; it is not recommended."
         for row in with_receipt
         if row.quality.get("passes") is False
-    ]
-    sentences += [
-        f"{row.configuration} rejected {shares.percent(row.rejected, row.requests)} of the requests (429): "
-        "its latencies are those of accepted requests."
-        for row in measured
-        if row.rejected
     ]
     sentences += _closed_loops(measured)
     sentences += saturation(measured)
@@ -148,47 +141,40 @@ def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
     found = [(name, section) for name, section in every if section["limited_by"] != concurrency.EMULATED]
     if not found:
         return []
-    users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in every))
-    saturated = [name for name, section in found if section["saturated"]]
+    needed: dict[int, list[str]] = {}
+    for name, section in found:
+        if section["saturated"]:
+            needed.setdefault(section["needed_users"], []).append(name)
     sentences: list[str] = []
-    if saturated:
-        needed: dict[int, list[str]] = {}
-        for name, section in found:
-            if section["saturated"]:
-                needed.setdefault(section["needed_users"], []).append(name)
+    if needed:
         points = [f"{count} users for {ranking.enumerated(names)}" for count, names in sorted(needed.items())]
         sentences.append(
             f"No further gain seen above {', and above '.join(points)}: twice and four times as many users gained "
             f"under {concurrency.GROWTH:.0%} ({concurrency.REPEATS} measurements per number of users)."
         )
+    users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in every))
     sentences.append(f"{'All were' if len(every) > 1 else f'{found[0][0]} was'} measured with {users} users.")
-    for name, section in found:
-        last = section["steps"][-1]
-        if section["limited_by"] == concurrency.GENERATOR:
-            sentences.append(
-                f"{name} may not be saturated: with {last['users']} users the load generator used "
-                f"{last['client_cpu_percent']:.0f}% of its core. Increase its processes with `--workers`."
-            )
-        elif section["limited_by"] == concurrency.REJECTIONS:
-            sentences.append(
-                f"{name} may not be saturated: it rejected {last['rejected_percent']:.0f}% of the requests of "
-                f"{last['users']} users (429)."
-            )
-        elif section["limited_by"] == concurrency.LATENCY:
-            sentences.append(
-                f"{name} may not be saturated: with {2 * last['users']} users a request would take over "
-                f"{concurrency.MAX_LATENCY_S:g} s."
-            )
-        elif section["needed_users"] > section["users"]:
-            sentences.append(
-                f"{name} may not be saturated: its requests/s grew up to {section['needed_users']} users. It does not "
-                f"set the load, because another configuration has over {1 / concurrency.FAR_SLOWER:g}x its requests/s."
-            )
-        elif section["limited_by"] == concurrency.USERS:
-            sentences.append(f"{name} may not be saturated: requests/s still grew with {last['users']} users.")
-    if len(found) > len(saturated):
+    unsaturated = [(name, section) for name, section in found if not section["saturated"]]
+    sentences += [f"{name} may not be saturated: {_why_unsaturated(section)}." for name, section in unsaturated]
+    if unsaturated:
         sentences.append("Without saturation, configurations can show no difference although they differ.")
     return sentences
+
+
+def _why_unsaturated(section: JsonObject) -> str:
+    """Return why the last step of a search for the users did not show that the server is saturated."""
+    last, limit = section["steps"][-1], section["limited_by"]
+    if limit == concurrency.GENERATOR:
+        used = f"the load generator used {last['client_cpu_percent']:.0f}% of its core"
+        return f"with {last['users']} users {used}; increase its processes with `--workers`"
+    if limit == concurrency.REJECTIONS:
+        return f"it rejected {last['rejected_percent']:.0f}% of the requests of {last['users']} users (429)"
+    if limit == concurrency.LATENCY:
+        return f"with {2 * last['users']} users a request would take over {concurrency.MAX_LATENCY_S:g} s"
+    if section["needed_users"] > section["users"]:
+        faster = f"another configuration has over {1 / concurrency.FAR_SLOWER:g}x its requests/s"
+        return f"its requests/s grew up to {section['needed_users']} users, but {faster} and sets the load"
+    return f"requests/s still grew with {last['users']} users"
 
 
 def _slo(rows: Sequence[MeasuredRow]) -> list[str]:
