@@ -24,7 +24,7 @@ INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-ve
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.demo model  ## benchmark a real model in fp16, bf16 and int8 and write a report (no GPU, Docker or hub)
+demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a report (no GPU, Docker or hub)
 	$(BIN)/inferctl bench --model $(MODEL) --plan quick --output demo --report demo/report.html
 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it

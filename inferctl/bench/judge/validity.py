@@ -194,10 +194,15 @@ def judge_generation(
 
 
 def judge_samples(summary: JsonObject) -> Validity:
-    """Return the validity by the number of samples, from the summary of all runs of a configuration."""
+    """Return the validity by the number of samples, from the summary of all runs of a configuration.
+
+    A closed loop is for throughput: its p99 is shown as a lower bound, and needs no warning.
+    """
     n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
     if n < _NEEDED_FOR_P90:
         return Validity((f"{n} of the {_NEEDED_FOR_P90} responses that a p90 needs: use a longer `--duration`",))
+    if summary["offered"] is None:
+        return Validity()
     if p99["value"] is None:
         return Validity(cautions=(f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:

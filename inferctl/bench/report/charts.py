@@ -81,20 +81,23 @@ def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[st
         "percentiles": percentiles(receipts, colors),
         "throughput": throughput(receipts, colors, estimated),
         "memory": memory(receipts, colors),
-        "ecdf": cumulative(receipts, colors),
-        "frontier": load_charts.frontier(receipts, colors),
         "quality": distance(receipts, colors),
         "recall": recall(receipts, colors),
         "latency": load_charts.latency_over_time(receipts, colors),
         "timeline": timeline(receipts, colors),
     }
-    drawn = {name: chart for name, chart in charts.items() if chart.data}
+    drawn = {name: chart for name, chart in charts.items() if _has_line_or_bars(chart)}
     return drawn if len(receipts) <= _FITS else _compact(drawn, len(receipts))
+
+
+def _has_line_or_bars(chart: Chart) -> bool:
+    """Return whether a chart shows more than single points, which the tables have."""
+    return any(trace["type"] == "bar" or len(trace["x"]) > 1 for trace in chart.data)
 
 
 def _compact(charts: dict[str, Chart], count: int) -> dict[str, Chart]:
     """Return the charts for many configurations: one chart has the legend, which would cover the others."""
-    for name in ("ecdf", "frontier", "latency", "timeline", "goodput"):
+    for name in ("latency", "timeline", "goodput"):
         if chart := charts.get(name):
             layout = {**chart.layout, "showlegend": False}
             charts[name] = replace(chart, text=f"{chart.text} Colors as in the table of results.", layout=layout)
@@ -191,28 +194,6 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribu
         "does not support it."
     )
     return Chart(distribution.title, text, data, layout)
-
-
-def cumulative(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return the cumulative distribution of the latency."""
-    data: list[Json] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": label(receipt),
-            "line": {"color": colors[receipt.name], "width": 2, "shape": "hv", "dash": dashes(colors)[receipt.name]},
-            "x": [ms for _, ms in receipt.data["curve"]],
-            "y": [100 * share for share, _ in receipt.data["curve"]],
-            "hovertemplate": "%{y:.5~g}% within %{x:.2f} ms<extra>" + label(receipt) + "</extra>",
-        }
-        for receipt in receipts
-        if receipt.data["curve"]
-    ]
-    layout: Json = {
-        "xaxis": {"type": "log", "title": {"text": "latency (ms)"}, **_latency_ticks(receipts)},
-        "yaxis": {"title": {"text": "requests (%)"}, "range": [0, 101]},
-    }
-    return Chart("Cumulative latency", "Share of requests that were completed within a time.", data, layout)
 
 
 def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Sequence[Row] = ()) -> Chart:

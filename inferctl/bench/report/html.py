@@ -62,6 +62,9 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         estimated=[row for row in rows if row["outcome"] == ESTIMATED],
         costs=[row for row in rows if row["receipt"]],
         sent=terminal.describe_load(result.load),
+        unique={"rerank": "query", "generate": "prompt"}.get(result.load.task, "input")
+        if result.load.inputs == "unique"
+        else None,
         prices=list(terminal.prices([row.costs for row in result.rows if isinstance(row, MeasuredRow)])),
         unknown=unknown_costs(receipts),
         limitations=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
@@ -113,23 +116,14 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
                 "compare the rows with each other, not with other machines.",
             )
         )
-    if result.load.inputs == "unique":
-        what = {"rerank": "query", "generate": "prompt"}.get(result.load.task, "input")
-        notes.append(
-            Caveat(
-                "setup",
-                f"Each {what} starts with two numbers (about four tokens), so that no cache can respond.",
-            )
+    if result.repeats == 1:
+        text = "One run each: intervals do not include differences between runs."
+    elif result.repeats < verdict.MIN_RUNS:
+        text = f"{result.repeats} runs each: intervals of latencies do not include differences between runs."
+    else:
+        text = (
+            f"{result.repeats} runs each: intervals of latencies include differences between runs if these are large."
         )
-    runs = "One run each" if result.repeats == 1 else f"{result.repeats} runs each"
-    # With two runs or more, intervals of requests/s contain the difference between runs.
-    which = "Intervals" if result.repeats == 1 else "Intervals of latencies"
-    notes.append(
-        Caveat(
-            "setup",
-            f"{runs}. {which} are within runs, and widened for autocorrelation. With three or more runs, the "
-            "intervals of latencies include the difference between runs where it is detected. `inferctl compare` needs "
-            f"at least {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended.",
-        )
-    )
-    return notes
+    if result.repeats < verdict.RECOMMENDED_REPEATS:
+        text += f" `inferctl compare` needs {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended."
+    return [*notes, Caveat("setup", text)]
