@@ -391,15 +391,15 @@ def test_a_device_is_found_with_torch() -> None:
     assert found.device.memory_bytes
 
 
-def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:
-    server = start("--hang-seconds", "2")
+def test_the_port_answers_while_vllm_starts(start: Start) -> None:
+    server = start("--hang-seconds", "2", FAKE_VLLM_SECONDS="2")
     os.kill(server.vllm_pid(), signal.SIGKILL)
     until(lambda: server.readiness() == (503, "restarting\n"), 10)
     response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "5"
-    assert httpx.get(f"{server.url}/livez").status_code == 200
-    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+    assert server.get("/livez").status_code == 200
+    until(lambda: server.readiness()[0] == 200)
 
 
 @pytest.mark.parametrize(

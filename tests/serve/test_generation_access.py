@@ -106,7 +106,7 @@ SMALL = {"messages": [{"role": "user", "content": "40"}], "max_tokens": 100}
     ("body", "code", "prompt", "answer"),
     [
         (SMALL, "client_disconnected", 7, 40),  # vLLM did not learn that the client left
-        (SMALL | {"n": 10}, "usage_estimated", None, 10 * 100),  # more than 1,024 tokens
+        (SMALL | {"n": 11}, "usage_estimated", None, 11 * 100),  # more than 1,024 tokens
         # vLLM caches a prompt in parts, and a moment later the same one would pay the price of cached tokens.
         (SMALL | {"messages": [{"role": "user", "content": "prefill"}], "stream": True}, "usage_estimated", None, 0),
     ],
@@ -122,7 +122,7 @@ def test_a_client_that_leaves_before_its_response_pays(
 ) -> None:
     keys = tmp_path / "keys.json"
     _, secret = add(keys, tokens_per_minute=5000)
-    server = start("--keys", str(keys))
+    server = start("--keys", str(keys), INFERCTL_ACCESS_OPEN="metrics")
     raw, headers = json.dumps(body).encode(), {"authorization": f"Bearer {secret}"}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", content=raw, headers=headers, timeout=0.5)
