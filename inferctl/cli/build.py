@@ -13,12 +13,12 @@ import typer
 from inferctl.cli import completion, console, download
 from inferctl.cli.buildview import BuildView, short, show_verified
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load, network_of
-from inferctl.cli.render import check_task, rendered_image
 from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size, size
 from inferctl.facts import catalog
 from inferctl.image import render
+from inferctl.image.from_spec import check_task, rendered_image
 from inferctl.image.reference import full_reference
 from inferctl.models import model
 from inferctl.models.model import is_hub_id

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import completion, console
-from inferctl.cli.render import write_files
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts import catalog
@@ -84,6 +83,6 @@ def lock(
             )
         return
     files = {Path(name).name: content for name, content in resolved.files().items()}
-    write_files(output, files)
+    outputs.write_all(output, files, "--output")
     for name in files:
         console.data(str(output / name))
