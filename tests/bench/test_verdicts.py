@@ -176,6 +176,14 @@ def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     )
 
 
+def test_a_warning_that_differs_in_a_share_only_is_given_once_for_all_configurations() -> None:
+    busy = [judged(steady(100, 10), other_cores=cores).cautions for cores in (1.6, 1.2, 0.0)]
+    rows = [MeasuredRow(name, "measured", cautions=found) for name, found in zip("abc", busy, strict=True)]
+    rows = [dataclasses.replace(row, quality={"checked": True}) for row in rows]
+    (warning,) = caveats.caveats(rows)
+    assert warning.text.startswith("a, b: other processes used 80% of the cores")
+
+
 def test_too_few_answers_are_invalid_and_too_few_for_the_p99_of_an_open_loop_a_caution() -> None:
     assert judged(steady(3, 10)).reasons == ("30 of the 36 responses that a p90 needs: use a longer `--duration`",)
     opened = judged(dataclasses.replace(steady(30, 10), offered=300)).cautions
