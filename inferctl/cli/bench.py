@@ -292,7 +292,7 @@ def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
             else f"writing results to {_relative(work.output)}; to resume after an interruption: {resume_command}"
         )
         if not done:
-            console.note(bench_progress.forecast(work))
+            console.note(bench_progress.forecast(work, context.environment))
         try:
             with bench_progress.ProgressView(bench_progress.expected(work), done) as view:
                 runner.run(work, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))

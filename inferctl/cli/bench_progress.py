@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inferctl.bench.measure import search
+from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.runner import Bench, Progress
 from inferctl.cli import console
 from inferctl.receipts import shares
@@ -57,17 +58,21 @@ def expected(work: Bench) -> list[RunForecast]:
     ]
 
 
-def forecast(work: Bench) -> str:
-    """Return how long the benchmark will take and, for a search, how close its rates will be."""
+def forecast(work: Bench, machine: Environment) -> str:
+    """Return how long the benchmark will take and, for a search, how close its rates will be.
+
+    The forecast is for a machine without other load, and says so on a busy one.
+    """
+    busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
     total = duration(sum(map(sum, expected(work)))).removeprefix("~")
     settings = work.plan.search
     if not settings:
         finding = any(work.load_of(target).auto_users for target in work.targets)
-        return f"this benchmark takes about {total}" + (" and the search for the number of users" if finding else "")
+        return f"this benchmark takes about {total}{' and the search for the number of users' * finding}{busy}"
     forecasts = [search.forecast(settings, work.load_of(target), work.search_s) for target in work.targets]
     resolution = f"{max(each.resolution for each in forecasts):.0%}"
     if settings.budget_s is None:
-        return f"this search takes about {total}; near the limit, its rates differ by about {resolution}"
+        return f"this search takes about {total}; near the limit, its rates differ by about {resolution}{busy}"
     budget_use = "uses all of" if any(each.short for each in forecasts) else "needs less than"
     return (
         f"this search {budget_use} its budget of {settings.budget_s:g} s;"

@@ -11,6 +11,7 @@ from bench_samples import row, table
 
 from inferctl.bench.load import generator, records
 from inferctl.bench.load.generator import LoadProgress
+from inferctl.bench.measure import environment
 from inferctl.bench.measure.runner import Bench, BenchTarget, Progress
 from inferctl.bench.plan import plan, shape
 from inferctl.cli import bench_progress
@@ -52,7 +53,10 @@ def test_the_plan_quick_says_that_it_takes_two_minutes(tmp_path: Path) -> None:
     quick = plan.load("quick")
     targets = [BenchTarget(one.name, one.precision) for one in quick.configurations]
     work = Bench(quick, targets, None, tmp_path, tmp_path)
-    assert bench_progress.forecast(work) == "this benchmark takes about 2 min"
+    idle = replace(environment.detect(), cores=2, load_1m=0.9)
+    assert bench_progress.forecast(work, idle) == "this benchmark takes about 2 min"
+    said = bench_progress.forecast(work, replace(idle, load_1m=9.5))
+    assert said == "this benchmark takes about 2 min; longer on this busy machine (load average 9.5)"
     assert sum(map(sum, bench_progress.expected(work))) <= 130
     # Without a model there is no reference, and with neighbors each load is sent twice.
     doubled = Bench(quick.model_copy(update={"neighbours": 1}), targets, None, None, tmp_path)

@@ -176,6 +176,14 @@ def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     )
 
 
+def test_a_warning_that_differs_in_a_share_only_is_given_once_for_all_configurations() -> None:
+    busy = [judged(steady(100, 10), other_cores=cores).cautions for cores in (1.6, 1.2, 0.0)]
+    rows = [MeasuredRow(name, "measured", cautions=found) for name, found in zip("abc", busy, strict=True)]
+    rows = [dataclasses.replace(row, quality={"checked": True}) for row in rows]
+    (warning,) = caveats.caveats(rows)
+    assert warning.text.startswith("a, b: other processes used 80% of the cores")
+
+
 def test_too_few_answers_are_invalid_and_too_few_for_the_p99_of_an_open_loop_a_caution() -> None:
     assert judged(steady(3, 10)).reasons == ("30 of the 36 responses that a p90 needs: use a longer `--duration`",)
     opened = judged(dataclasses.replace(steady(30, 10), offered=300)).cautions
@@ -370,19 +378,23 @@ SAME_QUALITY = "at cosine 0.99991 and recall@10 0.987 to fp32"
         # A difference under 5% is not clear, whatever its interval.
         (
             {"fp32": (100, 99.9, 100.1), "bf16": (104, 103.9, 104.1)},
-            "No clear difference between bf16 (104.0 requests/s) and fp32 (100.0) in this run: bf16 has 1.04x the "
-            "requests/s (1.04x to 1.04x).",
+            "No clear difference between bf16 and fp32 in this run: bf16 has 1.04x the requests/s of fp32 (1.04x to "
+            "1.04x).",
         ),
         (
             {"fp32": (100, 90, 160), "bf16": (150, 90, 160)},
-            "No clear difference between bf16 (150.0 requests/s) and fp32 (100.0) in this run: bf16 has 1.50x the "
-            "requests/s (0.56x to 1.78x).",
+            "No clear difference between bf16 and fp32 in this run: bf16 has 1.50x the requests/s of fp32 (0.56x to "
+            "1.78x).",
+        ),
+        (
+            {"fp32": (100, 90, 110), "bf16": (110, 100, 120), "int8": (100, 80, 120)},
+            "No clear difference between bf16, fp32 and int8 in this run: bf16 has 1.10x the requests/s of fp32 "
+            "(0.91x to 1.33x) and 1.10x that of int8 (0.83x to 1.50x).",
         ),
         (
             {"fp16": (16.0, 15.0, 17.0), "bf16": (86.9, 70.0, 104.0), "int8": (73.2, 60.0, 86.0)},
             "bf16 is faster in this run: 5.43x the requests/s of emulated fp16 (4.12x to 6.93x); no clear difference "
-            "between bf16 (86.9 requests/s) and int8 (73.2) in this run: bf16 has 1.19x the requests/s (0.81x to "
-            "1.73x).",
+            "between bf16 and int8 in this run: bf16 has 1.19x the requests/s of int8 (0.81x to 1.73x).",
         ),
         # Without an interval, the figures are still a finding: it was a bare `inconclusive`, also at 10x.
         (
@@ -441,8 +453,8 @@ def test_what_repeats_leave_open_is_given_with_its_interval_and_the_repeats_it_n
     )
     same = rows_of(tmp_path, repeated("bf16", 100, CALM), repeated("fp16", 100.1, CALM))
     assert findings.describe(same, "closed", 0.1)[0] == (
-        "No clear difference between fp16 (100.1 requests/s) and bf16 (100.0) in 5 repeats: fp16 has 1.00x the "
-        "requests/s (1.00x to 1.00x)."
+        "No clear difference between fp16 and bf16 in 5 repeats: fp16 has 1.00x the requests/s of bf16 (1.00x to "
+        "1.00x, 5 repeats)."
     )
 
 
@@ -663,7 +675,7 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     exact["quality"] = {**exact["quality"], "cosine": {"mean": 1.0, "p1": 1.0, "min": 1.0}}
     rows = rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20))
     headline, better, *_ = findings.describe(rows, "closed", 0.1)
-    assert "; no clear difference between fp16 (98.0 requests/s) and int8 (100.0) in this run: int8 has" in headline
+    assert "; no clear difference between fp16 and int8 in this run: int8 has 1.02x" in headline
     assert better.startswith("fp16 has the better quality: cosine 1.00000")
 
 

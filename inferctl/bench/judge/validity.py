@@ -253,10 +253,15 @@ def highest_shares(cautions: Sequence[str]) -> list[str]:
     highest: dict[str, tuple[int, str]] = {}
     for caution in cautions:
         found = _SHARE.match(caution)
-        key, share = (found[1] + found[3], int(found[2])) if found else (caution, 0)
+        key, share = kind_of(caution), int(found[2]) if found else 0
         if share > highest.get(key, (-1, ""))[0]:
             highest[key] = share, caution
     return [caution for _, caution in highest.values()]
+
+
+def kind_of(caution: str) -> str:
+    """Return a warning without its share of the cores or of the samples."""
+    return _SHARE.sub(r"\1\3", caution)
 
 
 def _lookup(info: JsonObject, path: Sequence[str]) -> Any:

@@ -80,11 +80,10 @@ def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[st
         "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
         "throughput": throughput(receipts, colors, estimated),
-        "memory": memory(receipts, colors),
         "quality": distance(receipts, colors),
-        "recall": recall(receipts, colors),
-        "latency": load_charts.latency_over_time(receipts, colors),
+        "memory": memory(receipts, colors),
         "timeline": timeline(receipts, colors),
+        "latency": load_charts.latency_over_time(receipts, colors),
     }
     drawn = {name: chart for name, chart in charts.items() if _has_line_or_bars(chart)}
     return drawn if len(receipts) <= _FITS else _compact(drawn, len(receipts))
@@ -275,6 +274,10 @@ def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
         marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
     if task == "generate":
         marks = [("mean", "mean", "circle"), ("p99", "worst 1%", "diamond")]
+    if task == "embed" and all(
+        one.data["quality"][section]["min"] == one.data["quality"][section]["p1"] for one in checked
+    ):
+        marks = [("mean", "mean", "circle"), ("min", "worst", "diamond")]
     data: list[Json] = []
     for key, name, symbol in marks if checked else ():
         marker = {"symbol": symbol, "size": 12}
@@ -294,33 +297,6 @@ def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
     text = f"{what}; lower is closer. At 1e-7 and below, the difference is float rounding."
     return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
-
-
-def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return how far a server agrees with fp32: recall@10 of embeddings, Kendall's tau of rerank scores, and for
-    generation the share of equal most likely tokens."""
-    if _task(receipts) == "generate":
-        checked = [receipt for receipt in receipts if "agreement" in receipt.data["quality"]]
-        values = [100 * receipt.data["quality"]["agreement"]["share"] for receipt in checked]
-        bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
-        text = "Share of the positions of a text at which the most likely next token is the same as with fp32."
-        layout = _bar_layout(len(checked), "top-1 agreement (%)", [0, 104])
-        return Chart("Top-1 agreement", text, [bars] if checked else [], layout)
-    if _task(receipts) == "rerank":
-        checked = [receipt for receipt in receipts if "kendall" in receipt.data["quality"]]
-        values = [receipt.data["quality"]["kendall"] for receipt in checked]
-        bars = _bars(checked, colors, values, "%{y}: %{x:.4f}<extra></extra>")
-        text = (
-            "Mean of Kendall's tau over the requests: 1 for the order of the documents with fp32, 0 for a random order."
-        )
-        layout = _bar_layout(len(checked), "Kendall's tau", [min([0.0, *values]), 1.04])
-        return Chart("Order of documents", text, [bars] if checked else [], layout)
-    checked = [receipt for receipt in receipts if "cosine" in receipt.data["quality"]]
-    values = [100 * receipt.data["quality"]["recall_at_10"] for receipt in checked]
-    bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
-    text = "Share of the ten nearest neighbors of each text that are the same as with fp32."
-    layout = _bar_layout(len(checked), "recall@10 (%)", [0, 104])
-    return Chart("Recall of nearest neighbors", text, [bars] if checked else [], layout)
 
 
 def _task(receipts: Sequence[Receipt]) -> str:

@@ -214,11 +214,10 @@ def _no_difference(best: MeasuredRow, tied: Sequence[Comparison], by: Criterion)
     group = [best, *(comparison.row for comparison in tied)]
     if all(row.quality.get("checked") for row in group):
         group.sort(key=_distance)
+    names = enumerated([row.configuration for row in group])
     where = f"{len(by.repeats)} repeats" if by.tested else runs_of(by)
-    ratios = enumerated(
-        [ratio(comparison.row, best, by) + interval_text(comparison, by, repeats=False) for comparison in tied]
-    )
-    return f"no clear difference between {_values(group, by)} in {where}: {best.configuration} has {ratios}"
+    ratios = [ratio_to(best, comparison, by, number == 0) for number, comparison in enumerate(tied)]
+    return f"no clear difference between {names} in {where}: {named(best)} has {enumerated(ratios)}"
 
 
 def _unclear(best: MeasuredRow, comparison: Comparison, by: Criterion) -> str:
@@ -242,15 +241,6 @@ def _qualities_differ(rows: Sequence[MeasuredRow]) -> bool:
     return all(row.quality.get("checked") for row in rows) and len({_quality(row) for row in rows}) > 1
 
 
-def _values(rows: Sequence[MeasuredRow], by: Criterion) -> str:
-    """Return each configuration with its figure; the unit follows the first figure."""
-    first, *others = [value_of(row, by) for row in rows]
-    units = ("requests/s within the SLO", *_RATES.values())
-    unit = next((unit for unit in units if first.endswith(f" {unit}")), "")
-    numbers = [value.removesuffix(f" {unit}") for value in others]
-    return enumerated([f"{row.configuration} ({value})" for row, value in zip(rows, [first, *numbers], strict=True)])
-
-
 def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, error_rate: float) -> Comparison:
     """Compare two configurations over their repeats, which were measured in alternating order.
 
@@ -272,8 +262,8 @@ def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, error_rate: flo
     )
 
 
-def interval_text(comparison: Comparison, by: Criterion, repeats: bool = True) -> str:
-    """Return the interval of a ratio in parentheses, with the `repeats` of a test; empty without an interval."""
+def interval_text(comparison: Comparison, by: Criterion) -> str:
+    """Return the interval of a ratio in parentheses, with the repeats of a test; empty without an interval."""
     low, high = comparison.low, comparison.high
     if low is None or high is None:
         return ""
@@ -281,7 +271,7 @@ def interval_text(comparison: Comparison, by: Criterion, repeats: bool = True) -
         text = f"{1 / high:.0%} to {1 / low:.0%}" if low else f"{1 / high:.0%} or more"
     else:
         text = f"{times(low)} or more" if math.isinf(high) else f"{times(low)} to {times(high)}"
-    return f" ({text}, {len(by.repeats)} repeats)" if repeats and by.tested else f" ({text})"
+    return f" ({text}, {len(by.repeats)} repeats)" if by.tested else f" ({text})"
 
 
 def named(row: MeasuredRow) -> str:
