@@ -96,7 +96,16 @@ BROKEN = {
     "apiVersion": "apps/v1",
     "kind": "Deployment",
     "metadata": {},
-    "spec": {"replica": 1, "template": {"spec": {"containers": [{"securityContext": {"privileged": True}}]}}},
+    "spec": {
+        "replica": 1,
+        "template": {
+            "spec": {
+                "containers": [
+                    {"securityContext": {"privileged": True}, "env": [{"name": "HF_TOKEN", "value": "s3cr3t"}]}
+                ]
+            }
+        },
+    },
 }
 
 
