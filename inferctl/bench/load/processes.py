@@ -45,9 +45,10 @@ def tree(root: int) -> list[int]:
 
 
 def _descendants(root: int) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        return psutil.Process(root).children(recursive=True)
-    return []
+        found = psutil.Process(root).children(recursive=True)
+    return found
 
 
 def listener(port: int) -> int | None:

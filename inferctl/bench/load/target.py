@@ -68,7 +68,7 @@ class Target:
     @property
     def emulated(self) -> bool:
         """Whether the server says that its hardware emulates the precision."""
-        return (self.info.get("precision") or {}).get("level") == "emulated"
+        return bool((self.info.get("precision") or {}).get("level") == "emulated")
 
     def body(self, texts: list[str], output_tokens: int = 1) -> Body:
         """Return the JSON body of a request for embeddings, for rerank scores or for a completion.

@@ -140,7 +140,7 @@ class Measurement:
     @property
     def shortened(self) -> bool:
         """Whether the run was shorter than those of other configurations, because its precision is emulated."""
-        emulated = (self.info.get("precision") or {}).get("level") == "emulated"
+        emulated = bool((self.info.get("precision") or {}).get("level") == "emulated")
         return emulated and self.load is not None and self.load.duration_s == self.load.emulated_s
 
     def judge(self, cores: int) -> Validity:

@@ -286,8 +286,9 @@ def _compare_once(row: MeasuredRow, other: MeasuredRow, by: Criterion) -> Compar
     The interval of the ratio goes from the ratio of the nearest ends to that of the farthest ends. It contains 1 if
     the intervals overlap, and is at least as wide as a 95% interval of the ratio.
     """
-    intervals = interval_of(row, by), interval_of(other, by)
-    (low, high), (other_low, other_high) = reversed(intervals) if by.figure in _LATENCIES else intervals
+    (low, high), (other_low, other_high) = interval_of(row, by), interval_of(other, by)
+    if by.figure in _LATENCIES:
+        low, high, other_low, other_high = other_low, other_high, low, high
     if low is None or other_low is None:
         return Comparison(other)
     least = low / other_high if other_high else 0.0
