@@ -24,7 +24,7 @@ INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-ve
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(VENV)/.demo model  ## benchmark a real model in fp16, bf16 and int8 and write a report (no GPU, Docker or hub)
+demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a report (no GPU, Docker or hub)
 	$(BIN)/inferctl bench --model $(MODEL) --plan quick --output demo --report demo/report.html
 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
@@ -55,7 +55,7 @@ site: $(VENV)/.dev  ## build the documentation as a web site in .cache/site; a d
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
 	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0 vllm-openai; do \
-	  stack=$$($(BIN)/python -c "from inferctl import catalog; print(catalog.base('$$base').stack)") || exit 1; \
+	  stack=$$($(BIN)/python -c "from inferctl.facts import catalog; print(catalog.base('$$base').stack)") || exit 1; \
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done
 

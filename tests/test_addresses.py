@@ -136,7 +136,7 @@ def split(kind: type[StoreAddress], text: str) -> tuple[Any, Any, Any]:
 
 
 def test_drivers_split_an_address_in_the_same_way() -> None:
-    """Without its password, a driver finds the same host, port and path. So the password was only where it is hidden."""
+    """Without its password, a driver finds the same host, port and path: it was only where it is hidden."""
     for (kind, place), before, after in itertools.product(_PLACES, _HOSTILE, _HOSTILE):
         try:
             found = kind(place.replace("{}", f"{before}{SECRET}{after}"))

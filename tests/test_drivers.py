@@ -137,7 +137,7 @@ def test_a_driver_older_than_the_gpu_runs_no_image(part: str, base: str, driver:
     ],
 )
 def test_every_architecture_has_an_oldest_driver(capability: tuple[int, int], oldest: int | None) -> None:
-    assert catalog.oldest_driver(capability) == oldest
+    assert drivers.oldest_driver(capability) == oldest
 
 
 def test_without_a_driver_the_oldest_one_of_the_gpu_is_named() -> None:
@@ -202,7 +202,7 @@ def test_an_image_without_cuda_requires_no_driver() -> None:
     ("branch", "cuda"), [(525, (12, 0)), (540, (12, 2)), (580, (13, 0)), (700, (13, 5)), (1, (0,))]
 )
 def test_a_driver_supports_the_cuda_version_of_its_branch(branch: int, cuda: tuple[int, ...]) -> None:
-    assert catalog.cuda_of_driver(branch) == cuda
+    assert drivers.cuda_of_driver(branch) == cuda
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_driver_supports_the_cuda_version_of_its_branch(branch: int, cuda: tup
     ],
 )
 def test_a_requirement_is_parsed_as_in_the_container_toolkit(text: str, brand: str, driver: int, holds: bool) -> None:
-    held = Requirement.parse(text).satisfied_by(brand, driver, catalog.cuda_of_driver(driver))
+    held = Requirement.parse(text).satisfied_by(brand, driver, drivers.cuda_of_driver(driver))
     assert (held is not None) == holds
 
 

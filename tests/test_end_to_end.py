@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from inferctl.facts.precision import best_precision
 from inferctl.image import locks
 from inferctl.image.output_checks import SCORE_TOLERANCE
 from inferctl.serve.engines import cpu
+from tests.processes import free_port, start
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -49,12 +49,6 @@ def inspect(reference: str) -> dict[str, Any]:
     done = subprocess.run(["docker", "image", "inspect", reference], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)[0]
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -135,34 +129,12 @@ def embed(url: str) -> np.ndarray[Any, np.dtype[np.float32]]:
 def test_the_container_and_a_host_process_return_the_same_to_the_openai_client(
     container: str, minilm: Path, tmp_path: Path
 ) -> None:
-    announce = tmp_path / "announce.json"
-    command = [
-        sys.executable,
-        "-m",
-        "inferctl",
-        "serve",
-        "--model",
-        str(minilm),
-        "--name",
-        "minilm",
-        "--precision",
-        PRECISION,
-        "--port",
-        "0",
-        "--announce",
-        str(announce),
-    ]
-    host = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    options = ("--model", str(minilm), "--name", "minilm", "--precision", PRECISION)
+    host = start(tmp_path, *options)
     try:
-        for _ in range(600):
-            if announce.exists():
-                break
-            assert host.poll() is None
-            time.sleep(0.1)
-        from_host = embed(json.loads(announce.read_text())["url"])
+        from_host = embed(host.url)
     finally:
-        host.terminate()
-        assert host.wait(60) == 0
+        assert host.stop() == 0
     from_container = embed(container)
     assert from_container.shape == (len(TEXTS), 384)
     assert np.all(np.isfinite(from_container))
@@ -177,7 +149,7 @@ def test_the_container_reports_its_image(container: str, pushed: str) -> None:
     assert found["Config"]["User"] == "10001:10001"
     assert found["Config"]["StopSignal"] == "SIGTERM"
     labels = found["Config"]["Labels"]
-    assert labels["io.inferctl.facts.precision"] == PRECISION
+    assert labels["io.inferctl.precision"] == PRECISION
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:")
 
 

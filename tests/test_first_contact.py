@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from inferctl.cli.render import check_task
 from inferctl.config import settings
 from inferctl.core.errors import UsageError
 from inferctl.facts.precision import best_precision
+from inferctl.image.from_spec import check_task
 from inferctl.models.model import ModelFolder
 from inferctl.serve.engines import cpu
 from tests.cli.test_first_steps import small_llama

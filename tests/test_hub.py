@@ -42,7 +42,7 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     script = (
-        "from inferctl import hub, errors\n"
+        "from inferctl.core import errors\nfrom inferctl.models import hub\n"
         f"try:\n    print({code})\n"
         "except errors.InferctlError as e:\n    print(type(e).__name__, e.message, '|', e.hint)\n"
     )

@@ -157,6 +157,18 @@ def test_only_the_edge_and_the_endpoints_know_http(package: str) -> None:
             assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
 
 
+# The modules of `deploy` that know the objects which it writes. All others make the plan that these read.
+BUILDERS = ("layout.py", "objects/", "observe/")
+
+
+def test_the_plan_of_a_deployment_does_not_know_its_objects() -> None:
+    deploy = PACKAGE / "deploy"
+    for file in deploy.rglob("*.py"):
+        if not file.relative_to(deploy).as_posix().startswith(BUILDERS):
+            for name in imports(file):
+                assert not name.startswith(("inferctl.deploy.objects", "inferctl.deploy.observe")), file.name
+
+
 # Package of `manifests` -> the packages of `manifests` that it may not import.
 MANIFESTS_BOUNDARIES = {"kubernetes": ("lint", "preview"), "lint": ("preview",), "preview": ("lint",)}
 

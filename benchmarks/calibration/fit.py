@@ -1,29 +1,25 @@
 """Fit the estimator to the published rows, cross-validate it, print every row and write `fitted.yaml`.
 
-    python benchmarks/calibration/fit.py [--json FILE] [--dry]
+    python benchmarks/calibration/fit.py [--dry]
 
 The fitted values are a fixed time (kernel launches) and a sustained fraction of the peak for each (hardware,
 precision), and one mean length of the samples for all rows. Only a SingleStream row shows the fixed time. Without one,
 a precision takes the launches of the same hardware in the other precision, or of the nearest hardware, and one value is
-fitted instead of two. Rows under a condition (loaded neighbors, power cap) have both values fitted to their own rows.
+fitted instead of two.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from rows import (
-    CONDITIONS,
     HERE,
-    UNSEEN,
     WITHIN,
     Row,
     Samples,
@@ -43,10 +39,10 @@ SOURCE = (
     "MLPerf Inference v0.7 and v1.0, BERT-large, SQuAD v1.1, TensorRT (benchmarks/calibration/mlperf-bert-large.csv)"
 )
 # The share of further rows that a band should contain. Rows that are left out have the same software version as fitted
-# rows, so a band is too narrow for a later round: at 0.90 it contained 23 of 26 rows of rounds 1.1 and 2.0, at 0.95 it
-# contained 25.
+# rows, so a band is too narrow for a later round: at 0.90 the bands of MLPerf contained 23 of 26 rows of rounds 1.1 and
+# 2.0, at 0.95 they contained 25.
 LEVEL = 0.95
-KIND = {"Offline": "throughput", "SingleStream": "latency", "Server": "rate"}
+KIND = {"Offline": "throughput", "SingleStream": "latency"}
 Key = tuple[str, str]
 
 
@@ -94,22 +90,17 @@ class Fitter:
         self.samples, self.table = samples, Table(samples)
         self._known: dict[Any, FittedParameters] = {}
 
-    def calibration(self, rows: Sequence[Row]) -> tuple[Calibration, dict[Key, FittedParameters]]:
-        """Return the calibration of the package, and the fits under a condition, which no estimate uses."""
+    def calibration(self, rows: Sequence[Row]) -> Calibration:
+        """Return the calibration of the package."""
         groups = grouped(rows)
         fits: dict[str, dict[str, FittedParameters]] = defaultdict(dict)
-        conditions = {key: self.fit(group) for key, group in groups.items() if key[0] in CONDITIONS}
         timed = {key for key, group in groups.items() if any(row.scenario == "SingleStream" for row in group)}
-        for part, precision in sorted(timed - conditions.keys()):
+        for part, precision in sorted(timed):
             fits[part][precision] = self.fit(groups[part, precision])
-        launches = {
-            key[0]: Calibration(dict(fits), 0.0).of(key[0], "int8").fit.launch
-            for key in groups
-            if key not in conditions
-        }
-        for key in groups.keys() - timed - conditions.keys():
+        launches = {key[0]: Calibration(dict(fits), 0.0).of(key[0], "int8").fit.launch for key in groups}
+        for key in groups.keys() - timed:
             fits[key[0]][key[1]] = self.fit(groups[key], launches[key[0]])
-        return Calibration({part: fits[part] for part in sorted(fits)}, 0.0), conditions
+        return Calibration({part: fits[part] for part in sorted(fits)}, 0.0)
 
     def fit(self, group: Sequence[Row], launch: float | None = None) -> FittedParameters:
         """Return the least squares fit on successively finer grids. Errors are relative to the limit of each scenario.
@@ -122,7 +113,7 @@ class Fitter:
         return self._known[known]
 
     def _fit(self, group: Sequence[Row], given: float | None) -> FittedParameters:
-        part, precision = catalog.hardware(group[0].catalogued), group[0].precision
+        part, precision = catalog.hardware(group[0].part), group[0].precision
         peak = (part.peaks[precision] or 0.0) * 1e12
         offline = [row.value for row in group if row.scenario == "Offline"] or [row.value for row in group]
         fraction = self.samples.mean_flop * sum(offline) / len(offline) / peak
@@ -172,11 +163,10 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[LeftOut]]:
     own: fitted to other rounds, submitters or systems of the same hardware. precision: to the same hardware in the
     other precision. slice: to the whole GPU. chip: to other boards with the same chip. others: to other chips.
     """
-    plain = [row for row in rows if row.part not in CONDITIONS]
     found: dict[str, list[LeftOut]] = {basis: [] for basis in BASES}
 
     def judge(omitted: Sequence[Row], rest: Sequence[Row], wanted: str, group: str) -> None:
-        calibration, _ = fitter.calibration(rest)
+        calibration = fitter.calibration(rest)
         for row in omitted:
             calibrated = calibration.of(row.part, row.precision)
             if calibrated.basis == wanted:
@@ -184,23 +174,23 @@ def left_out(fitter: Fitter, rows: Sequence[Row]) -> dict[str, list[LeftOut]]:
                     (group or f"{row.part} {row.precision}", row, fitter.predict(row, calibrated.cost(BERT_LARGE)))
                 )
 
-    parts = sorted({row.part for row in plain})
+    parts = sorted({row.part for row in rows})
     for part in parts:
-        for omitted in folds([row for row in plain if row.part == part]):
-            judge(omitted, [r for r in plain if r not in omitted], "own", f"{part} {omitted[0].system}")
+        for omitted in folds([row for row in rows if row.part == part]):
+            judge(omitted, [r for r in rows if r not in omitted], "own", f"{part} {omitted[0].system}")
     # A single system cannot be left out. Its rows show at least how well its own fit matches them.
     judged = {id(row) for _, row, _ in found["own"]}
-    alone = [row for row in plain if id(row) not in judged]
-    judge(alone, plain, "own", "")
-    for part, precision in grouped(plain):
-        omitted = [r for r in plain if (r.part, r.precision) == (part, precision)]
-        judge(omitted, [r for r in plain if r not in omitted], "precision", f"{part} {precision}")
+    alone = [row for row in rows if id(row) not in judged]
+    judge(alone, rows, "own", "")
+    for part, precision in grouped(rows):
+        omitted = [r for r in rows if (r.part, r.precision) == (part, precision)]
+        judge(omitted, [r for r in rows if r not in omitted], "precision", f"{part} {precision}")
     for part in parts:
-        omitted, rest = [r for r in plain if r.part == part], [r for r in plain if r.part != part]
+        omitted, rest = [r for r in rows if r.part == part], [r for r in rows if r.part != part]
         judge(omitted, rest, "slice" if "-mig-" in part else "chip", part)
     for chip in ("t4", "a10", "a100"):
-        omitted = [r for r in plain if r.part.split("-")[0] == chip]
-        judge([r for r in omitted if "-mig-" not in r.part], [r for r in plain if r not in omitted], "others", chip)
+        omitted = [r for r in rows if r.part.split("-")[0] == chip]
+        judge([r for r in omitted if "-mig-" not in r.part], [r for r in rows if r not in omitted], "others", chip)
     return found
 
 
@@ -223,81 +213,28 @@ def prediction(groups: Sequence[Sequence[float]]) -> list[float]:
     return [math.exp(min(0.0, mean - half)), math.exp(max(0.0, mean + half))]
 
 
-def bands(omitted: dict[str, list[LeftOut]]) -> dict[str, Any]:
-    """Return the band of each basis. The band of a more distant basis is never narrower than that of `own`.
+def bands(omitted: dict[str, list[LeftOut]], ratios: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Return the band of each basis, never narrower than that of `own` or than the rows of the other benchmark.
 
-    Without a Server row, rates have the same uncertainty as throughput.
+    `ratios`: published / estimated of the other benchmark, by kind of figure and group.
     """
     found: dict[str, Any] = {}
+    other = {name: prediction(list(groups.values())) for name, groups in ratios.items()}
     for basis, rows in omitted.items():
         spans = {}
         for scenario, name in KIND.items():
-            some = [one for one in rows if one[1].scenario == scenario]
-            some = some or [one for one in rows if one[1].scenario == "Offline"]
-            ratios: dict[str, list[float]] = defaultdict(list)
-            for group, row, estimated in some:
-                ratios[group].append(row.value / estimated)
-            spans[name] = prediction(list(ratios.values()))
-        if own := found.get("own"):
-            spans = {name: [min(low, own[name][0]), max(high, own[name][1])] for name, (low, high) in spans.items()}
+            errors: dict[str, list[float]] = defaultdict(list)
+            for group, row, estimated in rows:
+                if row.scenario == scenario:
+                    errors[group].append(row.value / estimated)
+            contained = [prediction(list(errors.values())), other[name], found.get("own", {}).get(name, [1.0, 1.0])]
+            spans[name] = [round(min(low for low, _ in contained), 3), round(max(high for _, high in contained), 3)]
         found[basis] = {"rows": len(rows), "groups": len({one[0] for one in rows}), **spans}
-    return {
-        basis: {name: [round(end, 3) for end in one] if isinstance(one, list) else one for name, one in by.items()}
-        for basis, by in found.items()
-    }
-
-
-def widened(found: dict[str, Any], ratios: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
-    """Widen the bands by the rows of another benchmark: each then contains its prediction interval too.
-
-    That benchmark has no rate within an SLO, so rates are as uncertain as its throughput.
-    """
-    spans = {name: prediction(list(groups.values())) for name, groups in ratios.items()}
-    spans["rate"] = spans["throughput"]
-    return {
-        basis: by
-        | {
-            name: [round(min(by[name][0], low), 3), round(max(by[name][1], high), 3)]
-            for name, (low, high) in spans.items()
-        }
-        for basis, by in found.items()
-    }
-
-
-def coverage(fitter: Fitter, seen: Sequence[Row], unseen: Sequence[Row]) -> dict[str, tuple[int, int]]:
-    """Return, by scenario, how many unseen rows are inside the band of their own hardware, and of how many.
-
-    Fits and bands are based on `seen` only.
-    """
-    seen = [row for row in seen if row.part not in CONDITIONS]
-    calibration, _ = fitter.calibration(seen)
-    own = bands(left_out(fitter, seen))["own"]
-    found = dict.fromkeys(KIND, (0, 0))
-    for row in unseen:
-        if row.part in CONDITIONS or row.precision not in calibration.fits.get(row.part, {}):
-            continue
-        cost = calibration.of(row.part, row.precision).cost(BERT_LARGE)
-        low, high = own[KIND[row.scenario]]
-        inside = low <= row.value / fitter.predict(row, cost) <= high
-        found[row.scenario] = (found[row.scenario][0] + inside, found[row.scenario][1] + 1)
     return found
-
-
-def coverages(
-    fitter: Fitter, rows: Sequence[Row], unseen: Sequence[Row]
-) -> list[tuple[str, str, dict[str, tuple[int, int]]]]:
-    """Return the coverage for each split into rounds of the fit and other rounds."""
-    old, new = [row for row in rows if row.round == "0.7"], [row for row in rows if row.round == "1.0"]
-    return [
-        ("0.7", "1.0", coverage(fitter, old, new)),
-        ("1.0", "0.7", coverage(fitter, new, old)),
-        ("0.7 and 1.0", "1.1 and 2.0", coverage(fitter, rows, unseen)),
-    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--dry", action="store_true", help="do not write fitted.yaml")
     options = parser.parse_args()
     rows = read()
@@ -307,77 +244,50 @@ def main() -> int:
         f"{flat[0]:g} to {flat[-1]:g} tokens are within 1.1 times that error)"
     )
     fitter = Fitter(Samples(mean))
-    calibration, conditions = fitter.calibration(rows)
-    lines = table(rows, calibration, conditions, fitter.samples)
-    failed = [line for line in lines if abs(line["error"]) > line["within"]]
+    calibration = fitter.calibration(rows)
+    failed = report_rows(rows, calibration, fitter.samples)
     omitted = left_out(fitter, rows)
-    report(lines, calibration, conditions, omitted)
-    covered = coverages(fitter, rows, read(UNSEEN))
-    report_coverage(covered)
+    report_left_out(omitted)
     data = {
         "source": SOURCE,
         "lengths": {"mean": mean, "rms_error": round(rms, 4), "as_good": [flat[0], flat[-1]], "longest": 384},
         "batch_tokens": 16384,
         "parts": {part: {name: _plain(fit) for name, fit in by.items()} for part, by in calibration.fits.items()},
-        "conditions": _conditions(conditions),
-        "mlperf_bands": (mlperf_bands := bands(omitted)),
-        "bands": widened(mlperf_bands, other_ratios(calibration, read_other())),
+        "bands": bands(omitted, other_ratios(calibration, read_other())),
     }
-    if options.json:
-        left = {
-            basis: [vars(row) | {"estimated": value} for _, row, value in found] for basis, found in omitted.items()
-        }
-        options.json.write_text(json.dumps(data | {"rows": lines, "left_out": left}, indent=1) + "\n", encoding="utf-8")
     if not options.dry:
         head = "# Written by benchmarks/calibration/fit.py; docs/estimate.md explains it.\n"
         text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
         (HERE / "fitted.yaml").write_text(head + text, encoding="utf-8")
-    print(f"\n{len(lines)} rows, {len(failed)} outside their limit")
+    print(f"\n{len(rows)} rows, {failed} outside their limit")
     return 1 if failed else 0
 
 
-def table(
-    rows: Sequence[Row], calibration: Calibration, conditions: dict[Key, FittedParameters], samples: Samples
-) -> list[dict[str, Any]]:
-    """Return each row with its simulated estimate, the error and its limit."""
+def report_rows(rows: Sequence[Row], calibration: Calibration, samples: Samples) -> int:
+    """Print each row with its simulated estimate. Return how many are outside their limit."""
     known: dict[tuple[str, str, str], float] = {}
-    lines = []
-    for row in rows:
-        part = catalog.hardware(row.catalogued)
-        fit = conditions.get((row.part, row.precision)) or calibration.fits[row.part][row.precision]
+    failed = 0
+    print("\n| part | precision | scenario | system | given | estimated | error |\n|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda one: (one.part, one.precision, one.scenario)):
         key = (row.part, row.precision, row.scenario)
         if key not in known:
-            known[key] = simulate(row, batch_cost(part, row.precision, fit, BERT_LARGE), samples)
-        lines.append(
-            vars(row) | {"estimated": known[key], "error": row.error(known[key]), "within": WITHIN[row.scenario]}
-        )
-    return lines
-
-
-def report(
-    lines: Sequence[dict[str, Any]],
-    calibration: Calibration,
-    conditions: dict[Key, FittedParameters],
-    omitted: dict[str, list[LeftOut]],
-) -> None:
-    every = {(part, name): fit for part, by in calibration.fits.items() for name, fit in by.items()} | conditions
-    print("\n| part | precision | sustained fraction | launches, ms | rows |\n|---|---|---|---|---|")
-    for (part, name), fit in sorted(every.items()):
-        print(f"| {part} | {name} | {fit.fraction:.3f} | {fit.launch * 1000:.2f} | {fit.rows} |")
-    print("\n| part | precision | scenario | system | given | estimated | error |\n|---|---|---|---|---|---|---|")
-    for line in sorted(lines, key=lambda one: (one["part"], one["precision"], one["scenario"])):
-        unit, digits = (1000, 2) if line["scenario"] == "SingleStream" else (1, 1)
-        mark = "" if abs(line["error"]) <= line["within"] else f" (limit {line['within']:.0%})"
+            fit = calibration.fits[row.part][row.precision]
+            cost = batch_cost(catalog.hardware(row.part), row.precision, fit, BERT_LARGE)
+            known[key] = simulate(row, cost, samples)
+        unit, digits = (1000, 2) if row.scenario == "SingleStream" else (1, 1)
+        error, within = row.error(known[key]), WITHIN[row.scenario]
+        failed += abs(error) > within
         print(
-            f"| {line['part']} | {line['precision']} | {line['scenario']} | {line['system']} "
-            f"| {line['value'] * unit:.{digits}f} "
-            f"| {line['estimated'] * unit:.{digits}f} | {line['error']:+.1%}{mark} |"
+            f"| {' | '.join(key)} | {row.system} | {row.value * unit:.{digits}f} | {known[key] * unit:.{digits}f} "
+            f"| {error:+.1%}{'' if abs(error) <= within else f' (limit {within:.0%})'} |"
         )
-    print(
-        "\n| left out, estimated from | scenario | rows | error: mean of sizes | from | to |\n|---|---|---|---|---|---|"
-    )
+    return failed
+
+
+def report_left_out(omitted: dict[str, list[LeftOut]]) -> None:
+    print("\n| left out, estimated from | scenario | rows | mean error | from | to |\n|---|---|---|---|---|---|")
     for basis, found in omitted.items():
-        for scenario in KIND:
+        for scenario in WITHIN:
             errors = [row.error(estimated) for _, row, estimated in found if row.scenario == scenario]
             if errors:
                 size = sum(map(abs, errors)) / len(errors)
@@ -386,27 +296,8 @@ def report(
                 )
 
 
-def report_coverage(covered: Sequence[tuple[str, str, dict[str, tuple[int, int]]]]) -> None:
-    print(
-        "\n| fitted | not seen | Offline inside | SingleStream inside | Server inside | all |"
-        "\n|---|---|---|---|---|---|"
-    )
-    for seen, unseen, found in covered:
-        cells = [f"{inside} of {count}" for inside, count in found.values()]
-        total = [sum(one[i] for one in found.values()) for i in (0, 1)]
-        print(f"| {seen} | {unseen} | {' | '.join(cells)} | {total[0]} of {total[1]} |")
-
-
 def _plain(fit: FittedParameters) -> dict[str, Any]:
     return {"fraction": round(fit.fraction, 4), "launch_ms": round(fit.launch * 1000, 4), "rows": fit.rows}
-
-
-def _conditions(conditions: dict[Key, FittedParameters]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for (name, precision), fit in conditions.items():
-        entry = found.setdefault(name, {"of": CONDITIONS[name][0], "condition": CONDITIONS[name][1]})
-        entry[precision] = _plain(fit)
-    return found
 
 
 if __name__ == "__main__":

@@ -45,13 +45,6 @@ SLO = 0.130
 # The default of the server. The submitters chose a batch size per system; the estimates do not.
 BATCH_TOKENS = 16_384
 WITHIN = {"Offline": 0.10, "SingleStream": 0.15, "Server": 0.15}
-CONDITIONS = {
-    "a100-80gb-mig-1g.10gb (6 busy neighbours)": (
-        "a100-80gb-mig-1g.10gb",
-        "six other slices of the GPU ran other benchmarks",
-    ),
-    "a100-80gb-sxm (power-capped)": ("a100-80gb-sxm", "DGX Station: a lower power limit than a DGX A100"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,11 +68,6 @@ class Row:
         """The submitter of the row."""
         return self.system.split()[1]
 
-    @property
-    def catalogued(self) -> str:
-        """The key of the hardware in the catalog, without the condition."""
-        return CONDITIONS[self.part][0] if self.part in CONDITIONS else self.part
-
     def error(self, estimated: float) -> float:
         """Return the relative error of an estimate."""
         return estimated / self.value - 1
@@ -94,11 +82,10 @@ def read(name: str = FITTED) -> list[Row]:
 def _row(line: dict[str, str]) -> Row:
     single = line["scenario"] == "SingleStream"
     value = float(line["p90_ms"]) / 1000 if single else float(line["samples_per_s_per_accelerator"])
-    station = "DGX-Station" in line["system"]
     # The same machine is in two categories with the same Offline run.
     system = line["system"].removesuffix("_datacenter").removesuffix("_edge")
     return Row(
-        "a100-80gb-sxm (power-capped)" if station else line["hardware"],
+        line["hardware"],
         line["precision"],
         line["scenario"],  # type: ignore[arg-type]  # three words in the file
         f"{line['round']} {line['submitter']} {system}",

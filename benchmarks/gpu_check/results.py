@@ -79,7 +79,7 @@ def _end_with(parent: int) -> None:
 
 def run(work: Callable[[Step, Any], None]) -> None:
     """Run a step: its module calls this with its function. The arguments of the process are a JSON object."""
-    from inferctl.serve.engines.startup import hide_scikit_learn
+    from inferctl.serve.engines import hide_scikit_learn
 
     hide_scikit_learn()
     settings = json.loads(sys.argv[1])

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench.judge import summary, validity
-from inferctl.bench.load import generator, procfs, target
+from inferctl.bench.load import generator, target
+from inferctl.bench.measure import environment
 from inferctl.bench.plan import plan, workload
 
 SERIAL = 100_000
@@ -34,7 +35,7 @@ def judge(result: generator.LoadResult, part: summary.RunRecords) -> validity.Va
     """Return the validity of a run as `inferctl bench` has it, without the check for other processes of the machine."""
     client = summary.client_cpu_percent(result.state)
     resources = {} if client is None else {"client_cpu_percent": client}
-    return validity.judge(summary.summarize([part]), resources, result.state, procfs.cores())
+    return validity.judge(summary.summarize([part]), resources, result.state, environment.cores())
 
 
 def write(path: Path | None, document: dict[str, Any]) -> None:

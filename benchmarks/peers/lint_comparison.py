@@ -68,7 +68,7 @@ def kustomize(objects: Objects, minor: int) -> set[str]:
 
 def inferctl(objects: Objects, minor: int) -> set[str]:
     """Our lint, with the manifests alone: without nodes and measured facts."""
-    return {each.rule for each in lint.lint(seeded.located([dict(each) for each in objects]), lint.Context(minor))}
+    return {each.rule for each in lint.lint(seeded.located([dict(each) for each in objects]), lint.LintContext(minor))}
 
 
 def checkov(program: Path, sets: Mapping[str, Objects]) -> dict[str, set[str]]:
@@ -91,15 +91,27 @@ def checkov(program: Path, sets: Mapping[str, Objects]) -> dict[str, set[str]]:
     return found
 
 
+# A Deployment that each check must report.
+BROKEN = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {},
+    "spec": {
+        "replica": 1,
+        "template": {
+            "spec": {
+                "containers": [
+                    {"securityContext": {"privileged": True}, "env": [{"name": "HF_TOKEN", "value": "s3cr3t"}]}
+                ]
+            }
+        },
+    },
+}
+
+
 def control(check: Check) -> None:
     """Raise `SystemExit` if a check finds nothing wrong with a Deployment that each of them must report."""
-    broken = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {},
-        "spec": {"replica": 1, "template": {"spec": {"containers": [{"securityContext": {"privileged": True}}]}}},
-    }
-    if not check([broken], 35):
+    if not check([BROKEN], 35):
         raise SystemExit(f"{check.__name__} does not find the control fault, so its zeros mean nothing")
 
 
@@ -128,8 +140,8 @@ def main() -> None:
                 caught[name].add(fault.name)
     if options.checkov:
         sets = {fault.name: fault.objects for fault in faults}
-        reported = checkov(options.checkov, {"": good, **sets})
-        if not any(each.startswith("CKV_K8S_16") for found in reported.values() for each in found):
+        reported = checkov(options.checkov, {"": good, "control": [BROKEN], **sets})
+        if not any(each.startswith("CKV_K8S_16") for each in reported["control"]):
             raise SystemExit("checkov does not find the privileged container, so its zeros mean nothing")
         caught["checkov"] = {name for name in sets if reported[name] - reported[""]}
     lessons = {rule.id: rule.lesson for rule in lint.RULES.values()}

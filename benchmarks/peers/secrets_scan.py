@@ -102,7 +102,9 @@ def forced_core(folder: Path, engine: str | None, marks: Marks) -> list[str] | N
     """Return what the core file of a server without the limit has; None if the kernel writes none here."""
     key = peers.create_key(folder / "keys.json", "--admin")
     marks.keys = {"key": key}
-    (folder / "sitecustomize.py").write_text("from inferctl import core_files\ncore_files.disable = lambda: None\n")
+    (folder / "sitecustomize.py").write_text(
+        "from inferctl.core import core_files\ncore_files.disable = lambda: None\n"
+    )
     process, url = start(folder, engine)
     client = Client(url, key, marks)
     for _ in range(5):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from inferctl.cli import completion, console, options
+from inferctl.core import outputs
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from inferctl.bench.measure.outcome import Outcome
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  # Compare fp16, bf16 and int8 in about three minutes
+  # Compare bf16, int8 and fp16 in about two minutes
   inferctl bench --model DIR --plan quick
   # Send 50 requests/s, even if the server responds more slowly
   inferctl bench -p bf16 --rate 50
@@ -235,10 +238,9 @@ def bench(
 
     If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
     """
-    from inferctl.cli import bench_options, bench_setup
-    from inferctl.core import outputs
-
     _require_packages()
+    from inferctl.cli import bench_options, bench_setup
+
     if report is not None:
         inputs = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
         if resume:
@@ -289,8 +291,8 @@ def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
             if done
             else f"writing results to {_relative(work.output)}; to resume after an interruption: {resume_command}"
         )
-        if search_forecast := bench_progress.forecast(work):
-            console.note(search_forecast)
+        if not done:
+            console.note(bench_progress.forecast(work, context.environment))
         try:
             with bench_progress.ProgressView(bench_progress.expected(work), done) as view:
                 runner.run(work, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
@@ -328,10 +330,6 @@ def _write_results(context: Context, outcomes: list[Outcome], page: Path, json_:
 
 
 def _require_packages() -> None:
-    from importlib.util import find_spec
-
-    from inferctl.core.errors import NotReadyError, install_hint
-
     missing_packages = [name for name in ("locust", "numpy") if find_spec(name) is None]
     if missing_packages:
         raise NotReadyError(
@@ -341,8 +339,6 @@ def _require_packages() -> None:
 
 def _reject_options_with_resume(context: typer.Context) -> None:
     """Raise `UsageError` if the command line has an option that the interrupted benchmark already defines."""
-    from inferctl.core.errors import UsageError
-
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if source and source.name == "COMMANDLINE" and parameter.name not in _ALLOWED_WITH_RESUME:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from inferctl.bench.measure.outcome import BenchTarget
-    from inferctl.bench.plan.plan import Plan
+from inferctl.bench.measure import neighbors, search
+from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.plan import prompts, workload
+from inferctl.bench.plan.plan import Plan
+from inferctl.core.errors import UsageError
+from inferctl.models.model import ModelFolder
 
 
 def check_configurations(plan: Plan, running_servers: bool) -> None:
     """Raise `UsageError` if a plan has no configuration to start, or one with keys that `--url` would ignore."""
-    from inferctl.core.errors import UsageError
-
     if not plan.configurations and not running_servers:
         raise UsageError(
             f"the plan {plan.name!r} has no configurations",
@@ -32,8 +32,6 @@ def check_configurations(plan: Plan, running_servers: bool) -> None:
 
 def check_corpora(plan: Plan, targets: list[BenchTarget]) -> None:
     """Read every corpus that the benchmark uses. Raises `UsageError` for one that does not exist or is not valid."""
-    from inferctl.bench.plan import workload
-
     corpora = [plan.corpus, *(target.corpus for target in targets), plan.quality.corpus if plan.quality else None]
     for corpus in dict.fromkeys(name for name in corpora if name):
         workload.read_corpus(corpus)
@@ -41,8 +39,6 @@ def check_corpora(plan: Plan, targets: list[BenchTarget]) -> None:
 
 def check_lengths(plan: Plan) -> None:
     """Raise `UsageError` if the lengths of generation requests cannot be read."""
-    from inferctl.bench.plan import prompts
-
     if plan.load.generation and plan.load.generation.lengths:
         prompts.read_lengths(plan.load.generation.lengths)
 
@@ -52,10 +48,6 @@ def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[st
 
     Raises `UsageError` if a checkpoint was not made of the weights in the folder `model`.
     """
-    from pathlib import Path
-
-    from inferctl.core.errors import UsageError
-    from inferctl.models.model import ModelFolder
 
     found: dict[str, str] = {}
     for target in targets:
@@ -82,8 +74,6 @@ def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[st
 
 def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:
     """Raise `UsageError` if a search has no SLO, or two, or if its budget is too short."""
-    from inferctl.core.errors import UsageError
-
     if search := plan.search:
         bounds = plan.load.generation and plan.load.generation.bounds
         if bounds and search.slo_p99_ms:
@@ -99,11 +89,6 @@ def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | Non
 
 def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> None:
     """Raise `UsageError` if the budget is too short to search each server."""
-    import math
-
-    from inferctl.bench.measure import search
-    from inferctl.core.errors import UsageError
-
     settings, count = plan.search, len(targets)
     assert settings is not None
     forecasts = [search.forecast(settings, plan.load_with(target.load), budget_s / count) for target in targets]
@@ -117,9 +102,6 @@ def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> No
 
 def check_neighbors(plan: Plan, targets: list[BenchTarget]) -> None:
     """Raise `UsageError` if loaded neighbors are combined with running servers or with a search."""
-    from inferctl.bench.measure import neighbors
-    from inferctl.core.errors import UsageError
-
     if plan.neighbours:
         neighbors.reject_running_servers([target.name for target in targets if target.url])
         if plan.search:

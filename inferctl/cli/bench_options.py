@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from inferctl.bench.load.http_json import Access
-    from inferctl.bench.plan.overrides import Overrides
+from inferctl.bench.load.http_json import Access
+from inferctl.bench.plan import prompts
+from inferctl.bench.plan.overrides import Overrides
+from inferctl.core.errors import UsageError, did_you_mean
+from inferctl.facts import catalog
 
 MAX_NAME_LENGTH = 40
 
@@ -23,10 +27,6 @@ class AccessOptions:
 
     def access(self) -> Access:
         """Return the headers and the model name of requests. Raises `UsageError` for a bad header or key."""
-        import os
-
-        from inferctl.bench.load.http_json import Access
-        from inferctl.core.errors import UsageError
 
         headers = dict(_parse_header(text) for text in self.headers)
         if self.api_key_env is not None:
@@ -72,10 +72,6 @@ class BenchOptions:
 
 def parse_seconds(text: str) -> float:
     """Return the seconds of `300`, `90s`, `5m` or `1.5h`. Raises `UsageError`."""
-    import re
-
-    from inferctl.core.errors import UsageError
-
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if not match or not float(match[1]):
         raise UsageError(f"`--budget {text}` is not a time", "pass seconds, or a time such as 90s, 5m or 1.5h")
@@ -84,10 +80,6 @@ def parse_seconds(text: str) -> float:
 
 def parse_lengths(text: str | None) -> dict[str, int | str]:
     """Return the keys of `load.generation` for `--lengths`: `128,64`, a distribution or a CSV file."""
-    import re
-
-    from inferctl.bench.plan import prompts
-
     if text is None:
         return {}
     if match := re.fullmatch(r"(\d+),(\d+)", text):
@@ -98,9 +90,6 @@ def parse_lengths(text: str | None) -> dict[str, int | str]:
 
 def parse_hardware(texts: list[str]) -> list[str]:
     """Return the catalog keys of `--hardware a,b --hardware c`. Raises `UsageError` for an unknown key."""
-    from inferctl.core.errors import UsageError, did_you_mean
-    from inferctl.facts import catalog
-
     known_keys = list(catalog.hardware_profiles())
     keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
     for key in keys:
@@ -112,10 +101,6 @@ def parse_hardware(texts: list[str]) -> list[str]:
 
 def parse_target(text: str) -> tuple[str, str]:
     """Return name and address of `--url NAME=URL`. Raises `UsageError`."""
-    import re
-
-    from inferctl.core.errors import UsageError
-
     name, separator, address = text.partition("=")
     if (
         not separator
@@ -134,10 +119,6 @@ def parse_target(text: str) -> tuple[str, str]:
 
 def _parse_header(text: str) -> tuple[str, str]:
     """Return name and value of `--header 'Name: value'`. Raises `UsageError` without the value, which can be secret."""
-    import re
-
-    from inferctl.core.errors import UsageError
-
     name, separator, value = (part.strip() for part in text.partition(":"))
     if not separator or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or not value:
         raise UsageError("--header is not 'NAME: VALUE'", "pass a name and a value: `--header 'X-Team: search'`")

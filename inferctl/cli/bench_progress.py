@@ -8,49 +8,71 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from inferctl.bench.measure import search
+from inferctl.bench.measure.environment import Environment
+from inferctl.bench.measure.runner import Bench, Progress
 from inferctl.cli import console
 from inferctl.receipts import shares
 
-if TYPE_CHECKING:
-    from inferctl.bench.measure.runner import Bench, Progress
-
-# Time of a run outside its load: start and end of the server, start of Locust, quality check.
-OVERHEAD_S = 12.0
+# Seconds of a run outside its load: before it (server and Locust start), and after it (quality check, end of the
+# server). The first quality check computes the fp32 reference.
+BEFORE_S, AFTER_S, REFERENCE_S = 8.0, 4.0, 8.0
 # Start of the phase of `users: auto`. The forecast does not contain it: the number of its steps is unknown.
 FINDING_USERS = "finding users"
+# The phases of a run after its load.
+_AFTER = ("checking quality", "computing the fp32 reference", "stopping")
 
 
-def expected(work: Bench) -> list[float]:
-    """Return the forecast seconds of each run, in the order of the runs. `ProgressView` corrects them as runs end."""
-    from inferctl.bench.measure import search
+class RunForecast(NamedTuple):
+    """The forecast of a run in seconds: its loads, and the rest."""
 
+    load_s: float
+    other_s: float
+
+
+def expected(work: Bench) -> list[RunForecast]:
+    """Return the forecast of each run, in the order of the runs. `ProgressView` corrects them as runs end."""
     loads = {target.name: work.load_of(target) for target in work.targets}
     settings = work.plan.search
 
-    def seconds(name: str) -> float:
+    def load_s(name: str) -> float:
         load = loads[name]
         if settings:
-            return search.forecast(settings, load, work.search_s).seconds + OVERHEAD_S
-        closed = load.warmup_s / 2 + load.capacity_s + OVERHEAD_S / 4 if load.capacity_percent else 0.0
-        return closed + load.warmup_s / 2 + load.duration_s + OVERHEAD_S
+            return search.forecast(settings, load, work.search_s).seconds
+        closed = load.warmup_s / 2 + load.capacity_s + BEFORE_S / 2 if load.capacity_percent else 0.0
+        return (closed + load.warmup_s / 2 + load.duration_s) * (2 if work.plan.neighbours else 1)
 
-    return [seconds(run.configuration) for run in work.order]
+    reference_s = REFERENCE_S if work.plan.quality and work.model else 0.0
+    return [
+        RunForecast(load_s(run.configuration), BEFORE_S + AFTER_S + (0.0 if number else reference_s))
+        for number, run in enumerate(work.order)
+    ]
 
 
-def forecast(work: Bench) -> str | None:
-    """Return how long a search will take and how close its rates will be; None for other benchmarks."""
-    from inferctl.bench.measure import search
+def forecast(work: Bench, machine: Environment) -> str:
+    """Return how long the benchmark will take and, for a search, how close its rates will be.
 
+    The forecast is for a machine without other load, and says so on a busy one.
+    """
+    busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
+    total = duration(sum(map(sum, expected(work)))).removeprefix("~")
     settings = work.plan.search
     if not settings:
-        return None
+        finding = any(work.load_of(target).auto_users for target in work.targets)
+        return f"this benchmark takes about {total}{' and the search for the number of users' * finding}{busy}"
     forecasts = [search.forecast(settings, work.load_of(target), work.search_s) for target in work.targets]
-    total = duration(sum(each.seconds for each in forecasts) + OVERHEAD_S * len(forecasts)).removeprefix("~")
     resolution = f"{max(each.resolution for each in forecasts):.0%}"
     if settings.budget_s is None:
-        return f"this search takes about {total}; near the limit, its rates differ by about {resolution}"
+        return f"this search takes about {total}; near the limit, its rates differ by about {resolution}{busy}"
     budget_use = "uses all of" if any(each.short for each in forecasts) else "needs less than"
     return (
         f"this search {budget_use} its budget of {settings.budget_s:g} s;"
@@ -61,24 +83,22 @@ def forecast(work: Bench) -> str | None:
 class ProgressView:
     """Shows the progress that `runner.run` reports. Use it as a context manager.
 
-    `expected_s` is the forecast of each run in seconds, `done` the number of runs that are complete at the start.
+    `expected` is the forecast of each run, `done` the number of runs that are complete at the start.
     """
 
-    def __init__(self, expected_s: Sequence[float], done: int = 0) -> None:
-        self._expected, self._done = list(expected_s), done
+    def __init__(self, expected: Sequence[RunForecast], done: int = 0) -> None:
+        self._expected, self._done = list(expected), done
         self._live: Any = None
         self._spinner: Any = None
         self._start = time.monotonic()
         self._last: tuple[str, int, str] | None = None
         self._number, self._run_start = 0, 0.0
-        # Forecast and actual seconds of each run that ended.
-        self._durations: list[tuple[float, float]] = []
+        self._load_start = self._load_end = 0.0
+        # Forecast and actual seconds outside the load of each run that ended.
+        self._others: list[tuple[float, float]] = []
 
     def __enter__(self) -> ProgressView:
         if sys.stderr.isatty():
-            from rich.live import Live
-            from rich.spinner import Spinner
-
             self._spinner = Spinner("dots")
             self._live = Live(console=console.rich(stderr=True), transient=True, refresh_per_second=8)
             self._live.start()
@@ -90,10 +110,15 @@ class ProgressView:
 
     def update(self, progress: Progress) -> None:
         """Show a new state of the benchmark."""
+        now = time.monotonic()
         if progress.number != self._number:
             if self._number and progress.number:
-                self._durations.append((self._expected[self._number - 1], time.monotonic() - self._run_start))
-            self._number, self._run_start = progress.number, time.monotonic()
+                other_s = now - self._run_start - (self._load_end - self._load_start)
+                self._others.append((self._expected[self._number - 1].other_s, other_s))
+            self._number, self._run_start = progress.number, now
+            self._load_start = self._load_end = 0.0
+        if progress.live:
+            self._load_start, self._load_end = self._load_start or now, now
         if progress.done is not None:
             self._print(f"[{progress.number}/{progress.total}] {progress.name} · {progress.done}")
             return
@@ -107,29 +132,31 @@ class ProgressView:
 
     def _rendered(self, progress: Progress, remaining_s: float | None) -> Any:
         """Return two rows: the whole benchmark with the time left (None if unknown), and the current phase."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         elapsed = time.monotonic() - self._start
         whole = Table.grid(padding=(0, 1))
         total = None if remaining_s is None else max(elapsed + remaining_s, 1e-9)
         bar = ProgressBar(total=total, completed=elapsed, width=24)
-        done = self._done + len(self._durations)
+        done = self._done + len(self._others)
         runs = f"{done} of {progress.total} run{'' if progress.total == 1 else 's'}"
         whole.add_row(bar, " · ".join([runs, *_left(remaining_s)]))
         self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
         return Group(whole, self._spinner)
 
     def remaining_s(self, progress: Progress) -> float:
-        """Return the seconds left: the forecast, times the ratio of actual to forecast time of the runs that ended."""
-        pairs = self._durations or [(1.0, 1.0)]
+        """Return the seconds left: the forecast, with the time outside the loads as in the runs that ended."""
+        pairs = self._others or [(1.0, 1.0)]
         ratio = sum(actual for _, actual in pairs) / sum(forecast for forecast, _ in pairs)
+        seconds = [load_s + ratio * other_s for load_s, other_s in self._expected]
         if not progress.number:
-            return ratio * sum(self._expected[self._done :])
-        current = ratio * self._expected[progress.number - 1] - (time.monotonic() - self._run_start)
-        return max(current, 0) + ratio * sum(self._expected[progress.number :])
+            return sum(seconds[self._done :])
+        now = time.monotonic()
+        after_s = ratio * (self._expected[progress.number - 1].other_s - BEFORE_S)
+        current = seconds[progress.number - 1] - (now - self._run_start)
+        if progress.live:
+            current = max(current, progress.live.left_s + after_s)
+        elif progress.phase in _AFTER:
+            current = self._load_end + after_s - now
+        return max(current, 0.0) + sum(seconds[progress.number :])
 
     def _print(self, text: str) -> None:
         if self._live:

@@ -5,23 +5,34 @@ Every check that needs no server runs here. Nothing is started.
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from inferctl.cli import bench_checks, console, options
+from pydantic import ValidationError
+
+import inferctl
+from inferctl.bench.load import child_server
+from inferctl.bench.load.http_json import Access
+from inferctl.bench.load.target import Target, connect
+from inferctl.bench.measure import digests, environment, neighbors, resume, runner
+from inferctl.bench.measure.environment import Environment
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
+from inferctl.bench.measure.runner import Bench
+from inferctl.bench.plan import plan as plans
+from inferctl.bench.plan.plan import Plan
+from inferctl.bench.report.receipts import Context
+from inferctl.cli import bench_checks, console, download, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
-
-if TYPE_CHECKING:
-    from inferctl.bench.load.http_json import Access
-    from inferctl.bench.load.target import Target
-    from inferctl.bench.measure.environment import Environment
-    from inferctl.bench.measure.outcome import BenchTarget, Outcome
-    from inferctl.bench.measure.runner import Bench
-    from inferctl.bench.plan.plan import Plan
-    from inferctl.bench.report.receipts import Context
-    from inferctl.config.settings import Resolved
-    from inferctl.config.spec import Task
+from inferctl.config import spec
+from inferctl.config.settings import Resolved
+from inferctl.config.spec import Task
+from inferctl.core import validation
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.models import hub
+from inferctl.models import model as models
 
 # What a server of `--url` states and must not change before a benchmark is resumed.
 _STATED = (("model", "sha256"), ("precision", "effective"))
@@ -51,11 +62,6 @@ class _Definition:
 
 def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     """Return a new benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
-    from inferctl.bench.measure import environment, resume, runner
-    from inferctl.bench.plan import plan as plans
-    from inferctl.core.errors import UsageError
-    from inferctl.models.model import is_folder
-
     url_targets = [parse_target(text) for text in bench_options.urls]
     if bench_options.access != AccessOptions() and not url_targets:
         raise UsageError(
@@ -64,7 +70,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         )
     access = bench_options.access.access()
     # Absolute, so that the benchmark can be resumed from another working directory.
-    if bench_options.model and is_folder(Path(bench_options.model)):
+    if bench_options.model and models.is_folder(Path(bench_options.model)):
         bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
     name = bench_options.plan
@@ -121,13 +127,10 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
     `headers` are those of the command line: bench.json has their names only. Raises `UsageError` if an input of the
     benchmark has changed.
     """
-    from inferctl.bench.measure import digests, environment, resume, runner
-    from inferctl.bench.measure.outcome import BenchTarget
-
     output = output.resolve()
     manifest = resume.read_manifest(output)
     saved, original_options = manifest.identity, manifest.original_options
-    if saved["code"] != (code := {"version": _version(), "sha256": digests.of_code()}):
+    if saved["code"] != (code := {"version": inferctl.__version__, "sha256": digests.of_code()}):
         # Checked first because another version may not be able to read the other keys.
         resume.check_unchanged({"code": saved["code"]}, {"code": code}, output)
     access_options = _saved_access(original_options["reach"], headers or [], output)
@@ -150,8 +153,6 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
 
 def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> AccessOptions:
     """Return the access options of an interrupted benchmark. Raises `UsageError` if `headers` has other names."""
-    from inferctl.core.errors import UsageError
-
     access = AccessOptions(headers, saved["api_key_env"], saved["served_model"])
     if access.as_dict() != saved:
         original_headers = " ".join(f"--header '{name}: ...'" for name in saved["headers"])
@@ -164,12 +165,6 @@ def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> Ac
 
 def _saved_plan(plan: dict[str, Any]) -> Plan:
     """Return the plan of an interrupted benchmark. Raises `UsageError` if a trace of it is absent or not valid."""
-    from pydantic import ValidationError
-
-    from inferctl.bench.plan.plan import Plan
-    from inferctl.core import validation
-    from inferctl.core.errors import UsageError
-
     try:
         return Plan.model_validate(plan)
     except ValidationError as error:
@@ -181,21 +176,11 @@ def _saved_plan(plan: dict[str, Any]) -> Plan:
 
 def _settings_sha256(resolved: Resolved | None) -> str | None:
     """Return the digest of the settings without `bench`: its plan has a key of its own in the identity."""
-    from inferctl.config import spec
-
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
-
-
-def _version() -> str:
-    import inferctl
-
-    return inferctl.__version__
 
 
 def _servers(targets: list[BenchTarget], access: Access) -> dict[str, Target]:
     """Return the servers of `--url` by the names of their targets. Sends requests to them."""
-    from inferctl.bench.load.target import connect
-
     return {target.name: connect(target.url, access=access) for target in targets if target.url}
 
 
@@ -203,9 +188,6 @@ def _task(
     resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, Target]
 ) -> Task:
     """Return the task of all targets. Raises `UsageError` if they differ, or if the model is made for another task."""
-    from inferctl.core.errors import UsageError
-    from inferctl.models import model as models
-
     tasks = {name: server.task for name, server in servers.items()}
     if resolved and folder and len(servers) < len(targets):
         spec = resolved.spec.model
@@ -220,9 +202,6 @@ def _task(
 
 def _identity(definition: _Definition, machine: Environment, servers: dict[str, Target]) -> dict[str, Any]:
     """Return the inputs that the figures depend on."""
-    from inferctl.bench.measure import resume
-    from inferctl.models import model as models
-
     stated = {
         name: [(server.info.get(section) or {}).get(key) for section, key in _STATED]
         for name, server in servers.items()
@@ -240,10 +219,6 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
 
 
 def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, Context]:
-    from inferctl.bench.load import child_server
-    from inferctl.bench.measure import neighbors, runner
-    from inferctl.bench.report.receipts import Context
-
     resolved, plan, command = definition.resolved, definition.plan, None
     if resolved and definition.folder:
         file = Path(resolved.file).resolve() if resolved.file else None
@@ -275,9 +250,6 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
 
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
-    from inferctl.config import spec
-    from inferctl.core.errors import UsageError
-
     try:
         return options.load(
             bench_options.spec_file, {"model.source": bench_options.model, "bench.plan": bench_options.plan}
@@ -294,9 +266,6 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: Benc
     Without `--url`, these are the plan's configurations. With `--url`, these are the named servers, and also the
     configurations of `--precision`. Raises `UsageError` for two equal names.
     """
-    from inferctl.bench.measure.outcome import BenchTarget
-    from inferctl.core.errors import UsageError
-
     configurations = plan.configurations if bench_options.precisions or not url_targets else []
     started = [
         BenchTarget(each.name, each.precision, None, each.max_batch_tokens, each.corpus, each.load, each.checkpoint)
@@ -324,11 +293,6 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: Benc
 
 def _create_folder(parent: Path, name: str) -> Path:
     """Create and return `parent/name-TIME`, with `-2`, `-3`, ... at its end if the name exists."""
-    import itertools
-    import time
-
-    from inferctl.core.errors import NotReadyError
-
     first = (parent / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     for folder in itertools.chain([first], numbered):
@@ -350,9 +314,6 @@ def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
 
     None if only running servers are measured and the model is not on this machine. Quality is then not checked.
     """
-    from inferctl.cli import download
-    from inferctl.models import hub
-
     if resolved is None:
         return None
     source, revision = resolved.spec.model.source, resolved.spec.model.revision

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import completion, console
+from inferctl.cli import completion, console, download
+from inferctl.cli.buildview import BuildView, short, show_verified
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load, network_of
+from inferctl.config.spec import PLATFORM
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import parse_size, size
+from inferctl.facts import catalog
+from inferctl.image import render
+from inferctl.image.from_spec import check_task, rendered_image
+from inferctl.image.reference import full_reference
+from inferctl.models import model
+from inferctl.models.model import is_hub_id
 
 if TYPE_CHECKING:
     from inferctl.image.build import Built
     from inferctl.image.plan import BuildPlan
-    from inferctl.image.verify import Verified
 
 
 def build(
@@ -123,11 +135,6 @@ def build(
 
     Example: inferctl build --push --max-size 6GB
     """
-    from inferctl.cli.render import rendered_image
-    from inferctl.core.errors import UsageError
-    from inferctl.core.sizes import parse_size
-    from inferctl.facts import catalog
-    from inferctl.image import render
     from inferctl.image.plan import BuildOptions, plan
 
     flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
@@ -180,10 +187,6 @@ def build(
 
 def labels_of(texts: list[str]) -> dict[str, str]:
     """Return the labels of `KEY=VALUE` texts. Raises `UsageError`."""
-    import re
-
-    from inferctl.core.errors import UsageError
-
     labels = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -199,11 +202,6 @@ def labels_of(texts: list[str]) -> dict[str, str]:
 
 def platforms_of(text: str) -> tuple[str, ...]:
     """Return the platforms of `linux/amd64,linux/arm64`. Raises `UsageError`."""
-    import re
-
-    from inferctl.config.spec import PLATFORM
-    from inferctl.core.errors import UsageError
-
     platforms = tuple(part.strip() for part in text.split(","))
     for part in platforms:
         if not re.fullmatch(PLATFORM, part):
@@ -216,8 +214,6 @@ def platforms_of(text: str) -> tuple[str, ...]:
 
 def oci_file(text: str) -> Path:
     """Return the file of `oci=FILE` or `type=oci,dest=FILE`. Raises `UsageError`."""
-    from inferctl.core.errors import UsageError
-
     fields = dict(part.partition("=")[::2] for part in text.split(","))
     file = fields.get("oci") or (fields.get("dest") if fields.get("type") == "oci" else None)
     if not file:
@@ -225,58 +221,16 @@ def oci_file(text: str) -> Path:
     return Path(file)
 
 
-def show_verified(result: Verified) -> None:
-    """Print the result of a verification on stderr."""
-    closeness = "not compared with fp32"
-    if result.cosine_min is not None:
-        closeness = f"cosine to fp32 at least {result.cosine_min:.6f}"
-    elif result.score_difference is not None:
-        closeness = f"relative score difference to fp32 at most {result.score_difference:.2g}"
-    elif result.kl is not None:
-        closeness = f"KL divergence from fp32 at least {result.kl:.2g} nats, top-1 agreement {result.top_1:.1%}"
-    output = {"rerank": "scores", "generate": f"{result.tokens} tokens"}.get(
-        result.task, f"{result.dimensions} dimensions"
-    )
-    console.note(
-        f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
-    )
-
-
 def tag_reference(text: str) -> str:
     """Return `full_reference` of a tag. Raises `UsageError` for a digest, because the image determines its digest."""
-    from inferctl.core.errors import UsageError
-
     if "@" in text:
         raise UsageError(f"--tag {text!r} has a digest", "pass a name and a tag only: NAME:TAG")
     return full_reference(text)
 
 
-def full_reference(text: str) -> str:
-    """Return an image name with `:latest` if it has no tag or digest. Raises `UsageError` if it is no image name."""
-    import re
-
-    from inferctl.config.spec import IMAGE_NAME, IMAGE_TAG
-    from inferctl.core.errors import UsageError
-
-    if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?", text):
-        raise UsageError(
-            f"{text!r} is not an image name",
-            "pass a name such as registry.example.com/team/name:tag, in lower case except the tag",
-        )
-    return text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
-
-
 def _run(build_plan: BuildPlan) -> Built:
-    import sys
-    from dataclasses import replace
-
-    from inferctl.cli import download
-    from inferctl.cli.buildview import BuildView
-    from inferctl.cli.render import check_task
     from inferctl.image import build as building
     from inferctl.image.docker import DockerEngine
-    from inferctl.models import model
-    from inferctl.models.model import is_hub_id
 
     source, revision = build_plan.spec.model.source, build_plan.spec.model.revision
     if build_plan.needs_model and not is_hub_id(source):
@@ -291,8 +245,6 @@ def _run(build_plan: BuildPlan) -> Built:
 
 
 def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
-    from inferctl.core.sizes import size
-
     if as_json:
         console.document(build_plan.document())
         return
@@ -303,9 +255,6 @@ def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
 
 
 def _print(built: Built, as_json: bool) -> None:
-    from inferctl.cli.buildview import short
-    from inferctl.core.sizes import size
-
     for layer in built.layers:
         if layer.size:
             console.note(f"  {size(layer.size):>10}  {short(layer.created_by)}")

@@ -10,6 +10,8 @@ from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
 from inferctl.cli import console
 from inferctl.core.sizes import size
 from inferctl.image.events import (
@@ -25,7 +27,7 @@ from inferctl.image.events import (
 )
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from inferctl.image.verify import Verified
 
 Result = TypeVar("Result")
 # Columns next to the step's name: indentation, a space, the result, two spaces, the bytes moved.
@@ -38,8 +40,6 @@ class BuildView:
     def __init__(self, live: bool) -> None:
         self._progress: Progress | None = None
         if live:
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
             self._progress = Progress(*columns, console=console.rich(stderr=True), transient=True)
         self._tasks: dict[str, TaskID] = {}
@@ -174,3 +174,20 @@ def short(name: str, width: int | None = None) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"RUN if \[ .*?; fi; (?:env -u \S+ )?", "RUN ", text)
     return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def show_verified(result: Verified) -> None:
+    """Print the result of a verification on stderr."""
+    closeness = "not compared with fp32"
+    if result.cosine_min is not None:
+        closeness = f"cosine to fp32 at least {result.cosine_min:.6f}"
+    elif result.score_difference is not None:
+        closeness = f"relative score difference to fp32 at most {result.score_difference:.2g}"
+    elif result.kl is not None:
+        closeness = f"KL divergence from fp32 at least {result.kl:.2g} nats, top-1 agreement {result.top_1:.1%}"
+    output = {"rerank": "scores", "generate": f"{result.tokens} tokens"}.get(
+        result.task, f"{result.dimensions} dimensions"
+    )
+    console.note(
+        f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
+    )

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console, options
+from inferctl.core import outputs
+from inferctl.receipts import capacity as capacities
+from inferctl.receipts import receipt
 
 EPILOG = """\b
 Examples:
@@ -42,10 +45,6 @@ def capacity(
     Prints one JSON document or, with --output, the path of the file. Rejects altered and invalid receipts.
     A receipt of a search has an SLO already and rejects a different --slo.
     """
-    from inferctl.core import outputs
-    from inferctl.receipts import capacity as capacities
-    from inferctl.receipts import receipt
-
     if output is not None:
         outputs.check(output, "--output", parents=True, inputs=[receipt_file])
     sealed = receipt.load(receipt_file)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from inferctl.cli import completion, console
 from inferctl.cli.options import Json
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from inferctl.facts.catalog import BaseImage, Hardware, Stack
-    from inferctl.image.base_facts import Comparison
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.facts import catalog
+from inferctl.facts.catalog import BaseImage, Hardware, Stack
+from inferctl.facts.precision import PRECISIONS, support
+from inferctl.image import base_facts, buildx
+from inferctl.image.base_facts import BaseComparison
 
 _KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
 
@@ -44,8 +50,6 @@ def bases(key: Annotated[str | None, _key(completion.BASES)] = None, as_json: Js
 
     Example: inferctl catalog bases cuda13.0
     """
-    from inferctl.facts import catalog
-
     if key is not None:
         _explain(catalog.base(key), as_json)
         return
@@ -66,8 +70,6 @@ def stacks(key: Annotated[str | None, _key(completion.STACKS)] = None, as_json: 
 
     Example: inferctl catalog stacks torch2.13-cu130
     """
-    from inferctl.facts import catalog
-
     if key is not None:
         _explain(catalog.stack(key), as_json)
         return
@@ -99,9 +101,6 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
 
     Example: inferctl catalog hardware a100-40gb-mig-3g.20gb
     """
-    from inferctl.facts import catalog
-    from inferctl.facts.precision import PRECISIONS
-
     if key is not None:
         _explain(catalog.hardware(key), as_json)
         return
@@ -141,23 +140,17 @@ def check(
 
     Example: inferctl catalog check cuda13.0
     """
-    from dataclasses import asdict
-
-    from inferctl.core.errors import NotReadyError, UsageError
-    from inferctl.facts import catalog
-    from inferctl.image import base_facts, buildx
-
-    rows: list[Comparison] = []
+    rows: list[BaseComparison] = []
     failed: NotReadyError | None = None
     for base in [catalog.base(name) for name in key or catalog.bases()]:
         try:
             with console.progress(f"reading {base.reference}"):
                 rows += base_facts.compare(base, buildx.remote_image(base.reference, base.platforms[0]))
         except UsageError as error:
-            rows.append(base_facts.Comparison(base.key, "tag", "differs", base.reference, error.message))
+            rows.append(base_facts.BaseComparison(base.key, "tag", "differs", base.reference, error.message))
         except NotReadyError as error:
             failed = failed or error
-            rows.append(base_facts.Comparison(base.key, "tag", "unknown", base.reference, error.message))
+            rows.append(base_facts.BaseComparison(base.key, "tag", "unknown", base.reference, error.message))
     differs = any(row.verdict == "differs" for row in rows)
     if as_json:
         console.document(
@@ -178,11 +171,7 @@ def check(
         raise failed
 
 
-def _compared(rows: list[Comparison]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _compared(rows: list[BaseComparison]) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in ("base", "fact", "verdict", "catalog", "registry"):
         table.add_column(heading, no_wrap=heading in ("base", "fact", "verdict"), overflow="fold")
@@ -192,8 +181,6 @@ def _compared(rows: list[Comparison]) -> None:
 
 
 def _peak(part: Hardware, precision: str) -> str:
-    from inferctl.facts.precision import support
-
     emulated = part.kind == "cuda" and support(precision, part.traits).level == "emulated"
     return "emul." if emulated else _figure(part.peaks[precision])
 
@@ -214,13 +201,9 @@ def _list(
     entries: Mapping[str, BaseImage] | Mapping[str, Stack] | Mapping[str, Hardware],
     as_json: bool,
 ) -> None:
-    from dataclasses import asdict
-
     if as_json:
         console.document([asdict(entry) for entry in entries.values()])
         return
-    from rich import box
-    from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
@@ -232,16 +215,10 @@ def _list(
 
 def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
     """Print every fact of one entry with its note and its source."""
-    from dataclasses import asdict
-
     facts: dict[str, Any] = asdict(entry)
     if as_json:
         console.document(facts)
         return
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
     sources, notes = facts.pop("sources"), facts.pop("notes")
     if requirement := getattr(entry, "requirement", None):

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
-    from inferctl.config.spec import Spec
-    from inferctl.facts.catalog import BaseImage
-    from inferctl.models.decoder import Capacity
-    from inferctl.models.fit import Finding, Fit, Memory, ModelSize, UnknownSize
-    from inferctl.models.generation_fit import Registry
+from inferctl.config.spec import Spec
+from inferctl.core.errors import SpecError, UsageError
+from inferctl.core.sizes import size
+from inferctl.facts import catalog
+from inferctl.facts.catalog import BaseImage
+from inferctl.image import locks
+from inferctl.models import generation_fit
+from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
+from inferctl.models.fit import (
+    Finding,
+    Fit,
+    Memory,
+    ModelSize,
+    UnknownSize,
+    check_image,
+    check_part,
+    check_slo,
+    worst,
+)
+from inferctl.models.model import is_hub_id, resolve_task
+from inferctl.models.size import model_size
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
 _NEEDS = {
@@ -59,8 +76,6 @@ def check(
 
     Example: inferctl check --hardware all
     """
-    from inferctl.core.errors import SpecError
-
     flags = {
         "model.source": model,
         "serve.precision": precision,
@@ -86,8 +101,6 @@ def check(
 
 
 def _major(driver: str | None) -> int | None:
-    from inferctl.core.errors import UsageError
-
     if driver is None:
         return None
     match = re.fullmatch(r"[Rr]?([1-9][0-9]{2,3})(?:\.[0-9]{1,4}){0,2}", driver)
@@ -101,59 +114,50 @@ def _major(driver: str | None) -> int | None:
 
 def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, list[Finding], list[Fit]]:
     """Return the task (`auto` if the model is not known), the general findings, and those of each hardware."""
-    import datetime
-
-    from inferctl.core.errors import UsageError
-    from inferctl.facts import catalog
-    from inferctl.models import fit, generation_fit
-    from inferctl.models.model import is_hub_id, resolve_task
-
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     parts = list(catalog.hardware_profiles()) if all_hardware else spec.hardware
     hub_model = is_hub_id(spec.model.source)
     today = datetime.datetime.now(tz=datetime.UTC).date()
-    general = [*fit.check_image(spec, base, stack, hub_model=hub_model, today=today), *_files(spec, base)]
+    general = [*check_image(spec, base, stack, hub_model=hub_model, today=today), *_files(spec, base)]
     if not parts:
         why = "precision, kernels, driver and memory depend on the hardware and were not checked"
         hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
-        general.append(fit.Finding("warn", "hardware", "no hardware specified", why, hint))
+        general.append(Finding("warn", "hardware", "no hardware specified", why, hint))
     try:
         size = model_size(spec, ask=bool(parts))
     except UsageError as error:
-        general.append(fit.Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
-        size = fit.UnknownSize("the model was not found", "fix the model first")
+        general.append(Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
+        size = UnknownSize("the model was not found", "fix the model first")
     task: str = spec.model.task
-    if isinstance(size, fit.ModelSize):
+    if isinstance(size, ModelSize):
         try:
             task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
         except UsageError as error:
-            general.append(fit.Finding("error", "task", error.message, "the server does not start", error.hint))
+            general.append(Finding("error", "task", error.message, "the server does not start", error.hint))
     try:
         catalog.check_task(task, base, stack)
     except UsageError as error:
-        general.append(fit.Finding("error", "base.task", error.message, "`inferctl build` rejects it", error.hint))
+        general.append(Finding("error", "base.task", error.message, "`inferctl build` rejects it", error.hint))
     if task != "auto":
         general += generation_fit.check_settings(spec, task)
     elif stack.vllm is None:
         why = "the model is not on this machine, so whether it matches the base was not checked"
         hint = "if it is generative, set `task: generate` and `image.base: vllm-cuda13.0`"
-        general.append(fit.Finding("warn", "task", "it is not known what the model is for", why, hint))
-    check_part = fit.check_part
+        general.append(Finding("warn", "task", "it is not known what the model is for", why, hint))
+    judge = check_part
     if task == "generate":
-        check_part = generation_fit.check_part
-        if isinstance(size, fit.ModelSize):
-            general += generation_fit.check_model(spec, size.config, _installed_vllm())
+        judge = generation_fit.check_part
+        if isinstance(size, ModelSize):
+            general += generation_fit.check_model(spec, size.config)
     else:
-        general.append(fit.check_slo(spec))
-    fits = [check_part(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
+        general.append(check_slo(spec))
+    fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
     return task, *_with_errors_of_all_hardware(general, fits)
 
 
 def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tuple[list[Finding], list[Fit]]:
     """Move the general errors that no hardware can run to each hardware, so that its verdict is an error too."""
-    from dataclasses import replace
-
     errors = [finding for finding in general if finding.level == "error" and finding.topic in _ON_ALL_HARDWARE]
     if not errors or not fits:
         return general, fits
@@ -163,86 +167,25 @@ def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tup
     return [finding for finding in general if finding not in errors], moved
 
 
-def _installed_vllm() -> Registry | None:
-    """Return the architectures in the source of an installed vLLM, which is not imported: it loads torch."""
-    import ast
-    import importlib.util
-
-    from inferctl.models import generation_fit
-    from inferctl.models.generation_fit import Registry
-
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
-        return None
-    file = Path(found.submodule_search_locations[0]) / "model_executor" / "models" / "registry.py"
-    try:
-        tree = ast.parse(file.read_text("utf-8"))
-    except (OSError, SyntaxError, ValueError):
-        return None
-    tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
-    names = {
-        key.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-        if any(isinstance(target, ast.Name) and target.id in tables for target in node.targets)
-        for key in node.value.keys
-        if isinstance(key, ast.Constant) and isinstance(key.value, str)
-    }
-    version = generation_fit.vllm_version()
-    return Registry(version, frozenset(names)) if names and version else None
-
-
 def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
     """Yield an error for each file or folder of the spec that is absent or not usable."""
-    from inferctl.core.errors import UsageError
-    from inferctl.image import locks
-    from inferctl.models import fit
-
     if spec.image.locks:
         try:
             locks.load(base, Path(spec.image.locks), int8=spec.serve.precision == "int8")
         except UsageError as error:
             why = "`inferctl build` installs what the locks list"
-            yield fit.Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
+            yield Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
     if spec.image.wheels and not any(Path(spec.image.wheels).glob("*.whl")):
         why = "`inferctl build` installs from this folder only"
         hint = "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)"
-        yield fit.Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
+        yield Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
     plan = spec.bench.plan
     if plan.endswith((".yaml", ".yml")) and not Path(plan).is_file():
         hint = "set it to a plan, such as `precision`, or to a YAML file"
-        yield fit.Finding("error", "plan", f"bench.plan: file {plan} not found", "`inferctl bench` reads it", hint)
-
-
-def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
-    """Return the model's size from its folder, the hub's cache or, with `ask`, the hub.
-
-    Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
-    """
-    from inferctl.core.errors import NotReadyError
-    from inferctl.models import fit, hub, model
-
-    source, revision = spec.model.source, spec.model.revision
-    folder = hub.cached(source, revision) if model.is_hub_id(source) else model.find(source)
-    if folder is not None:
-        weights_bytes = sum(file.stat().st_size for file in folder.weight_files)
-        return fit.ModelSize(folder.parameters, folder.config, weights_bytes, folder.has_modules)
-    unknown = fit.UnknownSize("the size of the model is unknown", "pass `--model DIR` with a local copy of the model")
-    if not ask:
-        return unknown
-    try:
-        facts = hub.facts(source, revision)
-    except NotReadyError as error:
-        return fit.UnknownSize(error.message, error.hint or unknown.hint)
-    if facts.parameters is None:
-        return unknown
-    return fit.ModelSize(facts.parameters, facts.config, facts.weights_bytes, facts.has_modules)
+        yield Finding("error", "plan", f"bench.plan: file {plan} not found", "`inferctl bench` reads it", hint)
 
 
 def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
-    from inferctl.facts import catalog
-    from inferctl.models.fit import worst
-
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     return {
@@ -280,19 +223,11 @@ def _memory(need: Memory, available_bytes: int | None) -> dict[str, Any]:
     return {"estimated": True, "needs_bytes": need.total, "has_bytes": available_bytes, **parts}
 
 
-def _capacity(capacity: Capacity) -> dict[str, Any]:
-    from inferctl.models.decoder import TYPICAL_TOKENS
-
+def _capacity(capacity: KvCapacity) -> dict[str, Any]:
     return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
 
 def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> None:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from inferctl.facts import catalog
-
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
@@ -324,12 +259,6 @@ def _runnable(fits: list[Fit]) -> str:
 
 
 def _table(fits: list[Fit]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from inferctl.core.sizes import size
-
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("hardware", "precision", "kernels", "memory, estimated", "verdict"):
         table.add_column(heading, overflow="fold")
@@ -349,13 +278,6 @@ def _table(fits: list[Fit]) -> Table:
 
 def _generation_table(fits: list[Fit]) -> list[RenderableType]:
     """Return the table of a generative model and a line that explains its estimates."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from inferctl.core.sizes import size
-    from inferctl.models.decoder import TYPICAL_TOKENS
-
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in ("hardware", "precision", "weights", "KV cache", "longest", "at once", "verdict"):
         table.add_column(heading, no_wrap=heading == "hardware", overflow="fold")

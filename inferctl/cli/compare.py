@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from inferctl.bench.judge import comparable, compare_result
+from inferctl.bench.judge import compare as comparing
+from inferctl.bench.judge.compare import CompareOptions
+from inferctl.bench.judge.compare_result import CompareResult
 from inferctl.bench.judge.run_metrics import METRICS, REJECTED
+from inferctl.bench.report import comparison, junit
 from inferctl.cli import completion, console, options
-
-if TYPE_CHECKING:
-    from inferctl.bench.judge.compare import CompareOptions
-    from inferctl.bench.judge.compare_result import CompareResult
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError, did_you_mean
 
 FORMATS = ("text", "markdown", "json", "junit")
 _SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".xml": "junit"}
@@ -109,10 +113,6 @@ def compare(
 
     Example: inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
     """
-    from inferctl.bench.judge import comparable, compare_result
-    from inferctl.bench.judge import compare as comparing
-    from inferctl.core import outputs
-
     inputs = [*comparable.files(old), *comparable.files(new)]
     for file in output or []:
         outputs.check(file, "--output", parents=True, inputs=inputs)
@@ -121,8 +121,6 @@ def compare(
     pairs, notes = comparable.pairs(old, new)
     result = comparing.compare(pairs, notes, compare_options)
     if style == "text":
-        from inferctl.bench.report import comparison
-
         console.report(comparison.render(result))
     elif style == "json":
         console.document(result.as_dict())
@@ -142,9 +140,6 @@ def _options(
     recall_drop: float | None,
     allow: list[str] | None,
 ) -> CompareOptions:
-    from inferctl.bench.judge import comparable
-    from inferctl.bench.judge import compare as comparing
-
     shares = {}
     for text in threshold or []:
         name, separator, value = text.rpartition("=")
@@ -166,8 +161,6 @@ def _options(
 
 def _share(percent: str) -> float:
     """Return a percentage, with or without its sign, as a share of 1."""
-    from inferctl.core.errors import UsageError
-
     try:
         value = float(percent.removesuffix("%"))
     except ValueError:
@@ -179,18 +172,12 @@ def _share(percent: str) -> float:
 
 def _known(name: str, names: Collection[str], option: str) -> str:
     """Return `name` if it is one of `names`; raise `UsageError` otherwise."""
-    from inferctl.core.errors import UsageError, did_you_mean
-
     if name not in names:
         raise UsageError(f"{option} cannot be {name!r}", did_you_mean(name, names) or f"use: {', '.join(names)}")
     return name
 
 
 def _text(result: CompareResult, style: str) -> str:
-    import json
-
-    from inferctl.bench.report import comparison, junit
-
     if style == "json":
         return json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n"
     if style == "junit":

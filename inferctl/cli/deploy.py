@@ -12,8 +12,8 @@ from inferctl.cli import console, options
 if TYPE_CHECKING:
     from inferctl.config.settings import Resolved
     from inferctl.deploy.clusters import Cluster
-    from inferctl.deploy.plan import Plan
-    from inferctl.deploy.resolve import Source
+    from inferctl.deploy.plan import DeploymentPlan
+    from inferctl.deploy.resolve import SpecSource
 
 EPILOG = """\b
 Examples:
@@ -105,12 +105,8 @@ def deploy(
             "pass `--output DIR` to write the manifests, or `--explain` to see the arithmetic",
         )
     plan = _plan(spec_files, clusters_file, kubernetes_version, images=output is not None)
-    for cluster in plan.clusters:
-        for warning in cluster.warnings:
-            console.warn(warning)
-    for model in plan.models:
-        for warning in model.warnings:
-            console.warn(warning)
+    for warning in plan.all_warnings:
+        console.warn(warning)
     written: list[str] = []
     if output is not None:
         from inferctl.cli import deploy_files
@@ -162,7 +158,7 @@ def _preview(
 
 def _plan(
     spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
-) -> Plan:
+) -> DeploymentPlan:
     from inferctl.deploy import resolve
 
     files: list[Path | None] = [*spec_files] if spec_files else [None]
@@ -181,13 +177,13 @@ def _checked(version: str | None) -> str | None:
         raise UsageError(f"--kubernetes-version: {error.message}", error.hint) from None
 
 
-def _source(resolved: Resolved) -> Source:
+def _source(resolved: Resolved) -> SpecSource:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    from inferctl.cli.check import model_size
     from inferctl.core.errors import UsageError
-    from inferctl.deploy.resolve import Source
+    from inferctl.deploy.resolve import SpecSource
     from inferctl.models import fit, hub
     from inferctl.models.model import resolve_task
+    from inferctl.models.size import model_size
 
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()
@@ -198,16 +194,16 @@ def _source(resolved: Resolved) -> Source:
     if isinstance(size, fit.ModelSize):
         task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
         local = hub.cached(spec.model.source, spec.model.revision)
-        return Source(spec, folder, size, task, (lambda: local.digest) if local else None, resolved.file)
+        return SpecSource(spec, folder, size, task, (lambda: local.digest) if local else None, resolved.file)
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
     if spec.model.task == "auto":
         raise UsageError(
             f"the task of {spec.name} is not known, because {size.why}", "set model.task: embed, rerank or generate"
         )
-    return Source(spec, folder, size, spec.model.task, file=resolved.file)
+    return SpecSource(spec, folder, size, spec.model.task, file=resolved.file)
 
 
-def _clusters(sources: list[Source], file: Path | None) -> tuple[Cluster, ...]:
+def _clusters(sources: list[SpecSource], file: Path | None) -> tuple[Cluster, ...]:
     """Return the clusters of `--clusters`, else of the specs, else one on-premises cluster."""
     from inferctl.core.errors import UsageError
     from inferctl.deploy import clusters

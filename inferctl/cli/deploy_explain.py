@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from inferctl.deploy.figure import Figure
-    from inferctl.deploy.plan import ModelPlan, Plan
+    from inferctl.deploy.plan import DeploymentPlan, ModelPlan
 
 
-def report(plan: Plan) -> None:
+def report(plan: DeploymentPlan) -> None:
     """Print each figure of the plan with its formula and source, and the cost."""
     from rich.console import Group
     from rich.text import Text
@@ -50,7 +50,7 @@ def _title(model: ModelPlan) -> RenderableType:
     return Text(f"{model.name}: {model.task} on {flavors}", style="bold")
 
 
-def _table(model: ModelPlan, plan: Plan) -> RenderableType:
+def _table(model: ModelPlan, plan: DeploymentPlan) -> RenderableType:
     from rich import box
     from rich.padding import Padding
     from rich.table import Table
@@ -74,7 +74,7 @@ def _table(model: ModelPlan, plan: Plan) -> RenderableType:
     return table
 
 
-def _summary(plan: Plan) -> RenderableType:
+def _summary(plan: DeploymentPlan) -> RenderableType:
     from rich import box
     from rich.table import Table
 

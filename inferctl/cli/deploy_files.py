@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from inferctl.deploy.plan import Plan
+    from inferctl.deploy.plan import DeploymentPlan
 
 
-def write(plan: Plan, folder: Path) -> list[str]:
+def write(plan: DeploymentPlan, folder: Path) -> list[str]:
     """Write all files of `plan` to `folder` and return their paths in it.
 
     Manifests that an earlier run wrote, and that the plan no longer has, are removed: an overlay would include them.

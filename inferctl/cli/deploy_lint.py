@@ -13,8 +13,8 @@ from inferctl.cli import console
 from inferctl.core.errors import InferctlError, SpecError, UsageError
 
 if TYPE_CHECKING:
-    from inferctl.deploy.plan import Plan
-    from inferctl.manifests.lint import Context, Finding, ModelFacts
+    from inferctl.deploy.plan import DeploymentPlan
+    from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts
     from inferctl.manifests.manifests_file import Located
 
 _STDIN = "-"
@@ -29,7 +29,7 @@ def run(
     *,
     version: str | None,
     nodes: Path | None,
-    plan: Plan | None,
+    plan: DeploymentPlan | None,
     sarif_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -47,7 +47,7 @@ def run(
         outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
     known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
     minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
-    context = lint.Context(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
+    context = lint.LintContext(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
     left_out: list[str] = []
     groups = _read(paths, left_out)
     found = {finding: None for objects in groups for finding in lint.lint(objects, context)}
@@ -172,7 +172,7 @@ def _nodes(file: Path) -> list[Located]:
     ]
 
 
-def _models(plan: Plan | None) -> tuple[ModelFacts, ...]:
+def _models(plan: DeploymentPlan | None) -> tuple[ModelFacts, ...]:
     """Return what the plan says about each flavor of each model. Assumed times are facts too: the pods have them."""
     from inferctl.manifests.lint import ModelFacts
 
@@ -188,7 +188,7 @@ def _models(plan: Plan | None) -> tuple[ModelFacts, ...]:
     )
 
 
-def _text(finding: Finding) -> str:
+def _text(finding: LintFinding) -> str:
     place = f"{finding.file}:{finding.line}: " if finding.line else f"{finding.file}: " if finding.file else ""
     return "\n".join(
         # Names in the manifests of others may have what a terminal obeys.
@@ -203,14 +203,14 @@ def _text(finding: Finding) -> str:
     )
 
 
-def _summary(findings: Sequence[Finding]) -> str:
+def _summary(findings: Sequence[LintFinding]) -> str:
     counts = Counter(finding.level for finding in findings)
     return ", ".join(
         f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in ("error", "warning", "note")
     )
 
 
-def _document(count: int, findings: Sequence[Finding], context: Context) -> dict[str, Any]:
+def _document(count: int, findings: Sequence[LintFinding], context: LintContext) -> dict[str, Any]:
     counts = Counter(finding.level for finding in findings)
     return {
         "kubernetes": f"1.{context.minor}",

@@ -11,7 +11,7 @@ from inferctl.cli import console
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from inferctl.deploy.plan import Plan
+    from inferctl.deploy.plan import DeploymentPlan
 
 _SHOWN_NAMES = 4
 _SHOWN_NODES = 12
@@ -53,7 +53,7 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
     )
 
 
-def of_plan(plan: Plan, nodes: Sequence[Path], *, as_json: bool) -> int:
+def of_plan(plan: DeploymentPlan, nodes: Sequence[Path], *, as_json: bool) -> int:
     """Print the preview of the manifests of `plan`, and return the exit code of `preview`."""
     import tempfile
 

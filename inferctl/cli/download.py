@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from inferctl.cli import console
-
-if TYPE_CHECKING:
-    from inferctl.models.hub import Progress
-    from inferctl.models.model import ModelFolder
+from inferctl.models import hub
+from inferctl.models.model import ModelFolder
 
 
 def fetch(source: str, revision: str | None) -> ModelFolder:
@@ -19,8 +18,6 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 
     Raises `UsageError` if the model does not exist, `NotReadyError` if the hub cannot be reached.
     """
-    from inferctl.models import hub
-
     with _shown(source) as progress:
         return hub.fetch(source, revision, progress)
 
@@ -28,19 +25,9 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 @contextmanager
 def _shown(source: str) -> Iterator[Progress]:
     """Show a progress bar, or lines without a terminal. Shows nothing if no download starts."""
-    from inferctl.models import hub
-
     if not sys.stderr.isatty():
         yield hub.Lines(source, console.note)
         return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -1,20 +1,28 @@
-"""`inferctl estimate`: estimate latency, throughput and cost on other hardware, with error bands or as bounds."""
+"""`inferctl estimate`: estimate latency, throughput and cost on other hardware, as bounds."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from inferctl.batching.latency_model import Capacity
 from inferctl.cli import completion, console, options
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from inferctl.config.spec import Spec
-    from inferctl.estimate.document import Question
-    from inferctl.estimate.forecast import Scenario
+from inferctl.config.spec import Spec
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.estimate import calibration, document, forecast, lengths
+from inferctl.estimate.cost import Cost
+from inferctl.estimate.document import Question
+from inferctl.estimate.forecast import Scenario
+from inferctl.models import hub
+from inferctl.models import model as models
 
 _STANDARD = "t4,l4,a100-40gb-sxm,h100-sxm"
 _TEXTS = "mixed"
@@ -45,14 +53,6 @@ def estimate(
             help="Estimate auto, fp32, fp16, bf16 or int8; repeatable. [default: the spec's, else auto]",
         ),
     ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("torch", "tensorrt"),
-            help="Set the engine: torch (`inferctl serve`) or tensorrt (published results).",
-        ),
-    ] = "torch",
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +87,7 @@ def estimate(
         typer.Option(
             metavar="KEY",
             autocompletion=completion.HARDWARE,
-            help="Compare each row with this hardware and print the break-even price.",
+            help="Compare the bound and the price of each row with this hardware.",
         ),
     ] = None,
     inputs: Annotated[int, typer.Option(metavar="N", min=1, max=2048, help="Set the number of texts per request.")] = 1,
@@ -109,45 +109,36 @@ def estimate(
 
     Example: inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70
     """
-    from inferctl.core.errors import UsageError
-    from inferctl.estimate import calibration, document, forecast
-
     if rate and users:
         raise UsageError("`--rate` and `--users` exclude each other", "pass one of them")
     if corpus is not None and length is not None:
         raise UsageError("`--corpus` and `--length` exclude each other: both set the input lengths", "pass one of them")
-    if engine not in forecast.ENGINES:
-        raise UsageError(
-            f"unknown engine {engine!r}", f"pass `--engine {forecast.ENGINES[0]}` or `{forecast.ENGINES[1]}`"
-        )
     spec, file = _model(spec_file, model, config)
     data = forecast.read_config(file)
     max_tokens = _max_tokens(data)
     calibration_data = calibration.load()
     tokens, token_source = _tokens(corpus, length, file, max_tokens, calibration_data.mean_length, seed)
-    work = forecast.Scenario(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed, engine=engine)
+    work = forecast.Scenario(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed)
     question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
     keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
     with console.progress("estimating"):
-        result = document.build(keys, _split(precision) or _precision(spec), data, work, question)
+        result = document.build(
+            keys, _split(precision) or [spec.serve.precision if spec else "auto"], data, work, question
+        )
         if capacity:
             result["rows"].insert(0, _measured_row(capacity, work, question))
     result["tokens"]["how"] = token_source
+    if not result["rows"]:
+        reasons = dict.fromkeys(absent["reason"] for absent in result["absent"])
+        raise UsageError("\n".join(reasons), result["absent"][0]["hint"])
     if as_json:
         console.document(result)
     else:
         console.report(render(result))
-    if not result["rows"]:
-        first = result["absent"][0]
-        raise UsageError(first["reason"], first["hint"])
 
 
 def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tuple[Spec | None, Path]:
     """Return the spec, or None without one, and the path of the model's `config.json`."""
-    from inferctl.core.errors import UsageError
-    from inferctl.models import hub
-    from inferctl.models import model as models
-
     if config is not None:
         spec = options.load(spec_file, {}).spec if options.names_model(spec_file, {}) and model is None else None
         return spec, config
@@ -176,9 +167,6 @@ def _max_tokens(config: dict[str, Any]) -> int:
 def _tokens(
     corpus: str | None, length: str | None, config: Path, max_tokens: int, squad_mean: float, seed: int
 ) -> tuple[list[int], str]:
-    from inferctl.core.errors import NotReadyError, install_hint
-    from inferctl.estimate import lengths
-
     if length is not None:
         return lengths.parse(length, max_tokens, squad_mean, 20_000, seed), f"drawn: {length}"
     try:
@@ -194,16 +182,10 @@ def _tokens(
 
 
 def _load(rate: float | None, users: int | None, inputs: int) -> Any:
-    from types import SimpleNamespace
-
     if not rate and not users:
         return None
     mode = "open" if rate else "closed"
     return SimpleNamespace(mode=mode, users=users or 1, rate=rate, arrivals="poisson", inputs_per_request=inputs)
-
-
-def _precision(spec: Spec | None) -> list[str]:
-    return [spec.serve.precision if spec else "auto"]
 
 
 def _split(values: list[str] | None) -> list[str]:
@@ -213,12 +195,6 @@ def _split(values: list[str] | None) -> list[str]:
 
 def _measured_row(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
     """Return the row of a measured server, with the parallel batches and the batch limit of its measurement."""
-    from dataclasses import replace
-
-    from inferctl.batching.latency_model import Capacity
-    from inferctl.estimate import document
-    from inferctl.estimate.cost import Cost
-
     measured = Capacity.read(file)
     as_measured = replace(
         work,
@@ -230,18 +206,13 @@ def _measured_row(file: Path, work: Scenario, question: Question) -> dict[str, A
 
 
 def render(result: dict[str, Any]) -> RenderableType:
-    """Return the table, data sources, prices, break-even prices and limitations, 80 columns wide."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
+    """Return the table, data sources, prices, comparisons and limitations, 80 columns wide."""
     rows = result["rows"]
     loaded, slo, against = result["load"], result["slo_p99_ms"], any("against" in row for row in rows)
     headings = ["hardware", "runs as", "offline\ntexts/s", "single\np99 ms"]
     headings += ["p50 ms", "p99 ms"] if loaded else []
     headings += ["req/s at\nthe SLO"] if slo else []
-    headings += [f"relative\nto {result['against']}"] if against else []
+    headings += [f"bound over\n{result['against']}'s"] if against else []
     headings += ["USD per\n1M texts"]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
@@ -253,16 +224,16 @@ def render(result: dict[str, Any]) -> RenderableType:
         cells = [
             row["hardware"],
             row["precision"] or "as is",
-            span(row["offline_texts_per_s"]),
-            span(row["single_ms"]["p99"]),
+            shown(row["offline_texts_per_s"]),
+            shown(row["single_ms"]["p99"]),
         ]
         if loaded:
-            cells += [span(row["load"][key]) if row["load"][key] else "over" for key in ("p50_ms", "p99_ms")]
+            cells += [shown(row["load"][key]) if row["load"][key] else "over" for key in ("p50_ms", "p99_ms")]
         if slo:
-            cells.append(span(row["highest_rate"]))
+            cells.append(shown(row["highest_rate"]))
         if against:
-            cells.append(relative(row["against"]["throughput"]) if "against" in row else "-")
-        cells.append("\n".join(span(cost["usd_per_million_texts"]) for cost in row["costs"][:1]) or "-")
+            cells.append(f"{_short(row['against']['of_bounds'])}x" if "against" in row else "-")
+        cells.append("\n".join(shown(cost["usd_per_million_texts"]) for cost in row["costs"][:1]) or "-")
         table.add_row(*cells)
     return Group(
         Text(f"estimated, not measured: {_summary(result)}", style="bold"),
@@ -273,19 +244,10 @@ def render(result: dict[str, Any]) -> RenderableType:
     )
 
 
-def span(value: dict[str, Any]) -> str:
-    """Return a figure with the ends of its band below it, or its bound."""
-    if value["bound"]:
-        return f"{value['bound']}\n{_short(value['high'] if value['low'] is None else value['low'])}"
-    if value["low"] == value["high"]:
-        return _short(value["value"])
-    high = "over" if value["high"] is None else f"≤{_short(value['high'])}"
-    return f"{_short(value['value'])}\n≥{_short(value['low'])}\n{high}"
-
-
-def relative(ratio: dict[str, Any]) -> str:
-    """Return a ratio of two throughputs, or `?` if both are only bounds."""
-    return "?" if ratio["low"] is None and ratio["high"] is None else span(ratio)
+def shown(value: dict[str, Any]) -> str:
+    """Return a figure, below `at most` or `at least` if it is a bound."""
+    figure = value["low"] if value["high"] is None else value["high"]
+    return f"{value['bound']}\n{_short(figure)}" if value["bound"] else _short(figure)
 
 
 def _short(value: float) -> str:
@@ -311,7 +273,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     output += [f"not estimated: {absent['reason']}" for absent in result["absent"]]
     because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))
     if because:
-        output += ["", "only bounds, without an error band, because of", *(f"- {reason}" for reason in because)]
+        output += ["", "only bounds, because of", *(f"- {reason}" for reason in because)]
     front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
     if capped:
         output.append(
@@ -322,11 +284,9 @@ def lines(result: dict[str, Any]) -> list[str]:
         )
     if priced := _prices(rows):
         output += ["", *priced]
-    output += [verdict(row) for row in rows if "against" in row]
+    output += [comparison(row) for row in rows if "against" in row]
     notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
-    if not all(row["bounded_by"] for row in rows):
-        notes.insert(0, "under a figure: the ends of its band, from two published benchmarks of TensorRT")
-    if any(_over(row) for row in rows):
+    if any("load" in row and row["load"]["saturated"] for row in rows):
         notes.insert(0, "over: the offered rate exceeds the capacity, so latency grows without limit")
     return [*output, "", f"input lengths: {result['tokens']['how']}", *notes]
 
@@ -339,12 +299,6 @@ def _no_difference(rows: list[dict[str, Any]]) -> list[str]:
     names = ", ".join(map(_named, capped))
     who = names if len(capped) < len(rows) else "Both" if len(rows) == 2 else "All"
     return [f"{who} are limited by the API process, so this estimate shows no difference in throughput.", ""]
-
-
-def _over(row: dict[str, Any]) -> bool:
-    """Return whether a latency of the row, or the slow end of its band, is beyond saturation."""
-    figures = [row["load"][key] for key in ("p50_ms", "p99_ms")] if "load" in row else []
-    return any(figure is None or (figure["high"] is None and not figure["bound"]) for figure in figures)
 
 
 def _prices(rows: list[dict[str, Any]]) -> list[str]:
@@ -361,27 +315,18 @@ def _prices(rows: list[dict[str, Any]]) -> list[str]:
     return [*dict.fromkeys(prices), *(f"[{number}] {source}" for source, number in sources.items())]
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """Return the break-even price of a row, and which hardware is cheaper per text at each provider."""
+def comparison(row: dict[str, Any]) -> str:
+    """Return at which price two parts cost the same per text if both reach their bounds, and the prices there are."""
     against = row["against"]
-    even, whole = against["break_even"], against["whole_gpu_break_even"]
     text = f"{_named(row)} against {against['hardware']} {against['precision']}, per text: break-even price "
-    if even["value"] is not None:
-        text += f"{even['value']:.2f}x ({even['low']:.2f} to {even['high']:.2f})"
-    elif even["bound"]:
-        text += f"{even['bound']} {even['high'] if even['low'] is None else even['low']:.2f}x"
-    else:
-        text += f"unknown, as only bounds are known; {even['of_bounds']:.2f}x if both parts reach their bounds"
+    text += f"{against['of_bounds']:.2f}x if both reach their bounds"
     if against["behind_front_end"]:
         text += " behind this front end"
     if "-mig-" in row["hardware"]:
-        times = whole["of_bounds"] if whole["value"] is None else whole["value"]
-        text += f"; {times:.1f}x for the whole GPU"
-    for price in against["prices"]:
-        explained = (even["bound"] is None and even["value"]) or against["behind_front_end"]
-        reason = f": {price['reason']}" if price["verdict"] == "undecided" and explained else ""
-        text += f". {price['provider']}: {price['price_ratio']:.2f}x the price, {price['verdict']}{reason}"
-    return text
+        text += f"; {against['whole_gpu_of_bounds']:.1f}x for the whole GPU"
+    return text + "".join(
+        f". {price['provider']}: {price['price_ratio']:.2f}x the price" for price in against["prices"]
+    )
 
 
 def _named(row: dict[str, Any]) -> str:

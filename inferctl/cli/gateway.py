@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from inferctl.cli import completion, console
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError, did_you_mean
+from inferctl.gateway import config, supervisor
+from inferctl.gateway import servers as listed
+from inferctl.serve.signals import StopSignals
 
 EPILOG = """\b
 Examples:
@@ -85,16 +93,6 @@ def gateway(
     Least request, retries on another server, ejection of servers that fail, TLS, and a drain without lost requests.
     Keys, limits and usage stay in the servers.
     """
-    import asyncio
-    import json
-    import os
-
-    from inferctl.core import outputs
-    from inferctl.core.errors import UsageError, did_you_mean
-    from inferctl.gateway import config, supervisor
-    from inferctl.gateway import servers as listed
-    from inferctl.serve.signals import StopSignals
-
     known = ("least-request", "load-reports", "round-robin")
     if balancing not in known:
         hint = did_you_mean(balancing, known) or f"known: {', '.join(known)}"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import jinja2
 import typer
 
 from inferctl.cli import completion, console
-from inferctl.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from inferctl.facts.catalog import BaseImage
+from inferctl.config import settings, spec
+from inferctl.core import assets, document, outputs
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.facts import catalog
+from inferctl.facts.catalog import BaseImage
+from inferctl.models import hub, model
+from inferctl.models.model import find, is_hub_id
 
 _EXAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # an embedding model
 _EXAMPLE = "inferctl[bench] @ git+https://git.example.com/team/inferctl@v0.1.0"
@@ -86,11 +90,6 @@ def init(
 
     With --ci, it also writes a CI workflow, and keeps an existing inferctl.yaml.
     """
-    from inferctl.config import settings, spec
-    from inferctl.core import outputs
-    from inferctl.facts import catalog
-    from inferctl.models.model import find, is_hub_id
-
     target = directory / spec.DEFAULT_FILE
     if ci is not None and ci not in _CI:
         raise UsageError(f"--ci {ci!r} is not valid", f"pass one of {', '.join(_CI)}")
@@ -136,9 +135,6 @@ def init(
 
 def _generates(source: str) -> bool:
     """Return whether a model is for generation; False if unknown. Asks the hub for one that is not on this machine."""
-    from inferctl.core.errors import InferctlError
-    from inferctl.models import hub, model
-
     if source == _EXAMPLE_MODEL:
         return False  # known without the hub
     found: model.ModelFolder | hub.HubModel | None = hub.cached(source, None)
@@ -158,8 +154,6 @@ def _generates(source: str) -> bool:
 
 def _default_hardware(entry: BaseImage | None) -> list[str]:
     """Return the default hardware for images on a base."""
-    from inferctl.facts import catalog
-
     cpu_only = entry is not None and catalog.stack(entry.stack).cuda is None
     return ["cpu"] if cpu_only else ["t4", "a100-40gb-mig-3g.20gb"]
 
@@ -194,8 +188,6 @@ def _requirement(package: str | None, ci: str | None) -> str:
 
 def _ci_files(ci: str, directory: Path, job: dict[str, Any], force: bool) -> dict[Path, str]:
     """Return the files of a CI and their text, without an existing `.gitlab-ci.yml`, which belongs to the user."""
-    from inferctl.config import spec
-
     values = {**job, "spec": spec.DEFAULT_FILE}
     parts = {part: _rendered(f"ci/{part}.sh.j2", values).rstrip() for part in _PARTS}
     files = {}
@@ -211,10 +203,6 @@ def _ci_files(ci: str, directory: Path, job: dict[str, Any], force: bool) -> dic
 
 
 def _rendered(template: str, values: dict[str, Any]) -> str:
-    import jinja2
-
-    from inferctl.core import assets, document
-
     text = (assets.root() / "templates" / template).read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["yaml"] = document.quoted

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inferctl.cli import console
+from inferctl.config.spec import Access
+from inferctl.core.addresses import DatabaseAddress
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.tenancy.access import key_file
+from inferctl.tenancy.access.key_file import ApiKey
 
 if TYPE_CHECKING:
-    from inferctl.config.spec import Access
-    from inferctl.core.addresses import DatabaseAddress
-    from inferctl.tenancy.access.key_file import ApiKey
     from inferctl.tenancy.fleet.key_store import KeyStore
 
 _PUBLISH_S = 2.0
@@ -38,7 +39,6 @@ class Place:
         if address := self._settings.key_store:
             with _store(address, create=False) as store:
                 return store.read()[0].keys
-        from inferctl.tenancy.access import key_file
 
         return key_file.read(Path(self.name)).keys
 
@@ -52,7 +52,6 @@ class Place:
             with _store(address, create=create) as store, store.edit(deliver) as found:
                 yield found
             return
-        from inferctl.tenancy.access import key_file
 
         with key_file.edit(Path(self.name), create=create, deliver=deliver) as found:
             yield found

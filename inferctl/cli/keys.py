@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +16,8 @@ from inferctl.cli import completion, console, options
 from inferctl.cli.key_place import Place
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, did_you_mean, shown
-
-if TYPE_CHECKING:
-    from inferctl.tenancy.access.key_file import ApiKey
+from inferctl.tenancy.access import key_file, keys
+from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -118,9 +117,6 @@ def create(
 
     Only its SHA-256 is stored, so the key cannot be shown again. If it cannot be written, it is not created.
     """
-    from inferctl.tenancy.access import key_file, keys
-    from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
-
     if priority not in ("interactive", "bulk"):
         raise UsageError(f"unknown priority {priority!r}", "`--priority` accepts interactive or bulk")
     if not re.fullmatch(keys.ENVIRONMENT, environment):
@@ -171,8 +167,6 @@ def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json
 
     Example: inferctl keys list --file keys.json
     """
-    from inferctl.tenancy.access import key_file
-
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     found = sorted(place.read(), key=lambda key: key.created)
     if as_json:
@@ -200,8 +194,6 @@ def revoke(
 
     Example: inferctl keys revoke team-a
     """
-    from inferctl.tenancy.access import key_file
-
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     changed = []
     with place.edit() as found:
@@ -245,9 +237,6 @@ def rotate(
 
     Name, scopes, limits and expiry stay. If the new key cannot be written, the old one stays too.
     """
-    from inferctl.tenancy.access import key_file, keys
-    from inferctl.tenancy.access.key_file import StoredDigest
-
     if not re.fullmatch(keys.ENVIRONMENT, environment):
         raise UsageError(
             f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
@@ -280,8 +269,6 @@ def rotate(
 
 def _id_of(text: str) -> str:
     """Return an id: `text` itself, or that of the key on stdin. A key has no place in an argument, which others see."""
-    from inferctl.tenancy.access import keys
-
     if text != "-":
         if keys.parse(text):
             raise UsageError(
@@ -335,8 +322,6 @@ def _issue(
 
     A key on stdout can be one that was not stored after all. Then the exit code says so.
     """
-    from inferctl.tenancy.access import key_file
-
     if force and not output:
         raise UsageError("`--force` has no effect without a file", "pass `--output FILE`")
     document: dict[str, Any] = {}

@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import completion, console
-from inferctl.cli.render import write_files
+from inferctl.core import outputs
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.facts import catalog
+from inferctl.image import locks
 
 EPILOG = """\b
 Examples:
@@ -54,11 +57,6 @@ def lock(
 
     To build with them, set `image.locks` in the spec to the folder.
     """
-    from inferctl.core import outputs
-    from inferctl.core.errors import InferctlError, UsageError
-    from inferctl.facts import catalog
-    from inferctl.image import locks
-
     if wheels is not None and not wheels.is_dir():
         raise UsageError(f"wheel folder {wheels} not found", "create it: `pip download --dest wheels ...`")
     if index is not None and not re.fullmatch(r"(?:https?|file)://[^\s/]*/?\S+", index):
@@ -85,6 +83,6 @@ def lock(
             )
         return
     files = {Path(name).name: content for name, content in resolved.files().items()}
-    write_files(output, files)
+    outputs.write_all(output, files, "--output")
     for name in files:
         console.data(str(output / name))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from inferctl.cli import completion, lazy
-
-if TYPE_CHECKING:
-    from inferctl.config.settings import Resolved
-    from inferctl.config.spec import Access, Spec
+from inferctl.cli import completion, console
+from inferctl.config import settings, spec
+from inferctl.config.settings import Resolved
+from inferctl.config.spec import Access, Spec
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog
 
 SpecFile = Annotated[
     Path | None,
@@ -53,16 +54,12 @@ def without_model(spec_file: Path | None, flags: dict[str, Any]) -> Spec:
 
 def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
     """Return whether a spec file, `--model` or the environment specifies a model."""
-    from inferctl.config import spec
-
     specified = spec_file or os.environ.get("INFERCTL_SPEC") or os.environ.get("INFERCTL_MODEL_SOURCE")
     return bool(specified or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
 
 
 def network_of(name: str | None) -> str | None:
     """Return `host`, or None if `--network` is absent. Raises `UsageError` for another value."""
-    from inferctl.core.errors import UsageError
-
     if name not in (None, "host"):
         raise UsageError(f"--network {name!r} is not supported", "remove `--network`, or pass `--network host`")
     return name
@@ -70,8 +67,6 @@ def network_of(name: str | None) -> str | None:
 
 def spec_path(spec_file: Path | None) -> Path:
     """Return the path of the spec: `spec_file`, else INFERCTL_SPEC, else ./inferctl.yaml. The file may not exist."""
-    from inferctl.config import spec
-
     return spec_file or Path(os.environ.get("INFERCTL_SPEC") or spec.DEFAULT_FILE)
 
 
@@ -91,18 +86,12 @@ def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     `flags` maps dotted paths to values; None means absent. Flags override INFERCTL_* variables, which override the spec
     file, which overrides the defaults. With `--model`, the spec file may be absent. Raises `UsageError`.
     """
-    with lazy.deferred_signals():
-        from inferctl.cli import console
-        from inferctl.config import settings
-        from inferctl.facts import catalog
-
-        vocabulary = catalog.vocabulary()
     explicit, path = spec_file or os.environ.get("INFERCTL_SPEC"), spec_path(spec_file)
     without_file = (
         not explicit and not path.exists() and (flags.get("model.source") or os.environ.get("INFERCTL_MODEL_SOURCE"))
     )
     document = None if without_file else settings.read(path)
-    resolved = settings.resolve(document, os.environ, flags, vocabulary)
+    resolved = settings.resolve(document, os.environ, flags, catalog.vocabulary())
     for warning in resolved.warnings:
         console.warn(warning)
     return resolved

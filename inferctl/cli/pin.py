@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from inferctl.cli import console
 from inferctl.cli.options import Json, SpecFile
-from inferctl.core.errors import InferctlError
-
-if TYPE_CHECKING:
-    from inferctl.config.spec import Spec
-    from inferctl.image.pin import Pin
+from inferctl.config import settings, spec
+from inferctl.config.spec import Spec
+from inferctl.core import outputs
+from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.facts import catalog
+from inferctl.image import buildx
+from inferctl.image import pin as pinning
+from inferctl.image.pin import Pin
+from inferctl.models import hub
 
 
 def pin(
@@ -34,24 +38,18 @@ def pin(
 
     Example: inferctl pin --update
     """
-    from inferctl.config import settings, spec
-    from inferctl.core import outputs
-    from inferctl.core.errors import NotReadyError
-    from inferctl.facts import catalog
-    from inferctl.image import pin
-
     spec_file_path = spec_file or (Path(name) if (name := os.environ.get("INFERCTL_SPEC")) else Path(spec.DEFAULT_FILE))
     file = spec_file_path.resolve() if spec_file_path.exists() else spec_file_path
     document = settings.read(spec_file_path)
     current = settings.resolve(document, {}, {}, catalog.vocabulary()).spec
-    pins = pin.pins(current, catalog.base(current.image.base))
+    pins = pinning.pins(current, catalog.base(current.image.base))
     if check:
         _check(str(spec_file_path), pins, as_json)
         return
     changes, moved, failed = _resolve(current, pins, update)
     if changes:
         text = file.read_bytes().decode("utf-8")
-        edited = pin.edit(text, changes, str(spec_file_path))
+        edited = pinning.edit(text, changes, str(spec_file_path))
         if not dry_run:
             try:
                 outputs.replace(file, edited)
@@ -106,13 +104,11 @@ def _resolve(
 
     If the registry or the hub cannot be reached, existing pins stay.
     """
-    from inferctl.image import pin
-
     changes: dict[str, str] = {}
     moved: list[tuple[str, str, str]] = []
     failed: dict[str, InferctlError] = {}
     for each in pins:
-        if each.pinned and each.path == pin.BASE and each.tracked is None:
+        if each.pinned and each.path == pinning.BASE and each.tracked is None:
             continue
         try:
             with console.progress(f"resolving {each.path}"):
@@ -131,10 +127,7 @@ def _resolve(
 
 
 def _current(spec: Spec, each: Pin) -> str:
-    from inferctl.image import buildx, pin
-    from inferctl.models import hub
-
-    if each.path == pin.MODEL:
+    if each.path == pinning.MODEL:
         return hub.commit(spec.model.source, each.tracked)
     return buildx.digest(each.tracked or "")
 

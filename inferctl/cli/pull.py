@@ -8,6 +8,8 @@ import typer
 
 from inferctl.cli import console
 from inferctl.cli.options import Json
+from inferctl.image.failures import MissingImageError
+from inferctl.image.reference import full_reference
 
 
 def pull(
@@ -26,9 +28,7 @@ def pull(
 
     Example: baseline=$(inferctl pull --if-exists registry.example.com/ml/minilm:main)
     """
-    from inferctl.cli.build import full_reference
     from inferctl.image.docker import DockerEngine
-    from inferctl.image.failures import MissingImageError
 
     name = full_reference(reference)
     pulled: str | None = None

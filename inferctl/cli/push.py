@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console
+from inferctl.cli.buildview import BuildView
 from inferctl.cli.options import Json
+from inferctl.image.reference import full_reference
 
 
 def push(
@@ -24,8 +26,6 @@ def push(
 
     Example: inferctl push registry.example.com/ml/minilm:bf16
     """
-    from inferctl.cli.build import full_reference
-    from inferctl.cli.buildview import BuildView
     from inferctl.image.docker import DockerEngine
     from inferctl.image.publish import push_named
 

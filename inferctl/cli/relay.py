@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from inferctl.cli import lazy, options
+from inferctl.cli import console, lazy, options
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.tenancy.metering import outbox
 
 EPILOG = """\b
 Examples:
@@ -35,16 +42,6 @@ def relay(
 
     `inferctl serve` starts a relay of its own, unless the packages of the ledger are missing, as in an image.
     """
-    with lazy.deferred_signals():
-        import asyncio
-        import logging
-        import signal
-        import sys
-        from pathlib import Path
-
-        from inferctl.cli import console
-        from inferctl.core.errors import NotReadyError, UsageError, install_hint
-
     flags = {"metering.data": data, "metering.ledger": ledger, "metering.broker": broker}
     spec = options.without_model(spec_file, flags)
     settings, access = spec.metering, spec.access
@@ -52,7 +49,6 @@ def relay(
         raise UsageError("`--consume` requires a broker", "pass `--broker nats://HOST:4222`, or set metering.broker")
     try:
         with lazy.deferred_signals():
-            from inferctl.tenancy.metering import outbox
             from inferctl.tenancy.relay.relay import Relay
     except ModuleNotFoundError as error:
         raise NotReadyError(

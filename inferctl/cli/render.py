@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
-import subprocess
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
-
-if TYPE_CHECKING:
-    from inferctl.config.settings import Resolved
-    from inferctl.config.spec import Spec
-    from inferctl.image.render import Provenance, Rendered
-    from inferctl.models.model import ModelFolder
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError
+from inferctl.image.from_spec import rendered_image
+from inferctl.image.render import server_files
 
 
 def render(
@@ -51,8 +44,6 @@ def render(
 
     Example: inferctl render --output build && docker buildx build build
     """
-    from inferctl.core import outputs
-
     settings = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
     if output is not None:
         outputs.check_folder(output, "--output")
@@ -71,7 +62,6 @@ def render(
         else:
             console.data(rendered.dockerfile)
         return
-    from inferctl.image.render import server_files
 
     contents = {
         "Dockerfile": rendered.dockerfile.encode(),
@@ -80,7 +70,8 @@ def render(
     }
     if not force:
         _check_overwrite(output / "Dockerfile")
-    write_files(output, {**contents, **{name: file.read_bytes() for name, file in server_files().items()}})
+    server = {name: file.read_bytes() for name, file in server_files().items()}
+    outputs.write_all(output, {**contents, **server}, "--output")
     paths = [str(output / name) for name in contents]
     if as_json:
         console.document({"paths": paths, "server": str(output / "layers" / "server")})
@@ -93,116 +84,8 @@ def render(
 
 def _check_overwrite(dockerfile: Path) -> None:
     """Raise `UsageError` if `dockerfile` exists and inferctl did not render it."""
-    from inferctl.core.errors import UsageError
-
     if dockerfile.is_file() and b"Rendered by inferctl" not in dockerfile.read_bytes()[:4096]:
         raise UsageError(
             f"{dockerfile} exists and was not written by inferctl",
             "pass another folder with `--output`, or overwrite it with `--force`",
         )
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` (name -> content) below `folder`, and create folders as needed. Raises `NotReadyError`."""
-    from inferctl.core import outputs
-
-    for name, content in files.items():
-        outputs.write(folder / name, content, "--output")
-
-
-def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
-    """Return the image of the spec, rendered with the facts of the catalog and the locks."""
-    from inferctl.facts import catalog
-    from inferctl.image import locks
-    from inferctl.image import render as rendering
-    from inferctl.models.model import is_hub_id
-
-    spec = resolved.spec
-    base = catalog.base(spec.image.base)
-    stack = catalog.stack(base.stack)
-    model = _local_model(spec)
-    check_task(spec, model)
-    folder = Path(spec.image.locks) if spec.image.locks else None
-    package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
-    provenance = _provenance(Path(resolved.file or ".").resolve().parent)
-    baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(spec.model.source) else None
-    return rendering.render(spec, base, stack, package_locks, provenance, baked, labels, model.bytes if model else None)
-
-
-def _local_model(spec: Spec) -> ModelFolder | None:
-    """Return the folder of the model, or its snapshot in the hub's cache; None if it is not on this machine."""
-    from inferctl.core.errors import UsageError
-    from inferctl.models import model
-
-    try:
-        return model.find(spec.model.source, spec.model.revision)
-    except UsageError:
-        return None
-
-
-def check_task(spec: Spec, folder: ModelFolder | None) -> None:
-    """Raise `UsageError` if images on the base of the spec cannot serve its task.
-
-    For the task `auto`, it is that of the model, or accepted if the model is not on this machine.
-    """
-    from inferctl.facts import catalog
-    from inferctl.models.model import resolve_task
-
-    task: str = spec.model.task
-    if task == "auto" and folder is not None:
-        task = resolve_task("auto", folder.config, spec.model.source, has_modules=folder.has_modules)
-    base = catalog.base(spec.image.base)
-    catalog.check_task(task, base, catalog.stack(base.stack))
-
-
-def _provenance(folder: Path) -> Provenance:
-    """Return the commit and remote of the repository of the spec. The fields are None without a repository."""
-    import inferctl
-    from inferctl.image.render import Provenance
-
-    def git(*arguments: str) -> str | None:
-        try:
-            result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return result.stdout.strip() or None if result.returncode == 0 else None
-
-    revision = git("rev-parse", "HEAD")
-    if revision and git("status", "--porcelain", "--untracked-files=no"):
-        revision += "-dirty"
-    url = git("config", "--get", "remote.origin.url")
-    return Provenance(
-        source=public_url(url) if url else None,
-        revision=revision,
-        created=git("log", "-1", "--format=%cI"),
-        version=inferctl.__version__,
-        epoch=_epoch(git("log", "-1", "--format=%ct")),
-    )
-
-
-def _epoch(commit: str | None) -> int:
-    """Return the creation time of the image: SOURCE_DATE_EPOCH, the time of the commit, or the start of today (UTC)."""
-    for seconds in (os.environ.get("SOURCE_DATE_EPOCH"), commit):
-        if seconds and seconds.isdecimal():
-            return int(seconds)
-    return int(time.time()) // 86_400 * 86_400
-
-
-def public_url(remote: str) -> str | None:
-    """Return scheme, host and path of a git remote, without credentials; None for a local folder.
-
-    `git@host:team/repo` becomes `https://host/team/repo`. User, password, query and fragment are left out.
-    """
-    from urllib.parse import urlsplit
-
-    short = re.fullmatch(r"(?:[^@/]+@)?([A-Za-z0-9.-]+):(?!/)(.+)", remote)
-    if short and "://" not in remote:
-        return f"https://{short.group(1)}/{short.group(2)}"
-    try:
-        parts = urlsplit(remote)
-        port = f":{parts.port}" if parts.port and parts.scheme != "ssh" else ""
-    except ValueError:
-        return None
-    if parts.scheme not in ("http", "https", "ssh") or not parts.hostname:
-        return None
-    return f"{'https' if parts.scheme == 'ssh' else parts.scheme}://{parts.hostname}{port}{parts.path}"

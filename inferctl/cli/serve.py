@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from inferctl.cli import completion, lazy, options
+from inferctl.cli import completion, console, download, lazy, options
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.image.reference import full_reference
+from inferctl.serve import main
+from inferctl.serve.options import ServerOptions
 
 EPILOG = """\b
 Examples:
@@ -142,10 +145,6 @@ def serve(
     Generation runs on vLLM. Prints the effective precision on stderr. On SIGTERM, finishes the accepted requests and
     exits.
     """
-    with lazy.deferred_signals():
-        from inferctl.cli import console, download
-        from inferctl.serve import main
-
     flags = {path: context.params[option] for option, path in main.SETTINGS.items()}
     if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
@@ -153,7 +152,6 @@ def serve(
     try:
         with lazy.deferred_signals():
             from inferctl.serve import server, tracing
-            from inferctl.serve.options import ServerOptions
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")
@@ -184,10 +182,7 @@ def _command_line_options(context: typer.Context) -> dict[str, Any]:
 def _serve_image(
     image: str, spec_file: Path | None, flags: dict[str, Any], command_line: dict[str, Any], announce: Path | None
 ) -> int:
-    from inferctl.cli import console, download
-    from inferctl.cli.build import full_reference
     from inferctl.image import container
-    from inferctl.serve import main
 
     # Rejects a reference that is no image name or id before the engine is called.
     full_reference(image)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from inferctl.cli import console
 from inferctl.cli.options import Json, ModelSource, SpecFile, load
+from inferctl.config import settings, spec
 
 
 def schema() -> None:
@@ -15,8 +19,6 @@ def schema() -> None:
 
     Example: inferctl schema > inferctl.schema.json
     """
-    from inferctl.config import spec
-
     console.document(spec.json_schema())
 
 
@@ -36,8 +38,6 @@ def config(
 
     Example: inferctl config --changed
     """
-    from inferctl.config import settings
-
     resolved = load(spec_file, {"model.source": model})
     values = {}
     # Plain data, because the items of a list can be sections. Addresses have no passwords there.
@@ -51,9 +51,6 @@ def config(
     if as_json:
         console.document({path: {"value": value, "origin": resolved.origins[path]} for path, value in values.items()})
         return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("setting", "value", "from"):

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from inferctl.cli import completion, console, options
+from inferctl.cli.key_place import Place
+from inferctl.config.spec import Access
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError, did_you_mean, install_hint
 
 if TYPE_CHECKING:
-    from inferctl.config.spec import Access
     from inferctl.tenancy.metering.report import Report
 
 FORMATS = ("text", "csv", "json")
@@ -79,10 +84,9 @@ def usage(
 ) -> None:
     """Print the usage that `metering` recorded, by API key, day, model and more. Days are in UTC.
 
-    Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were killed, whose last requests may be missing.
+    Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were
+    killed, whose last requests may be missing.
     """
-    from inferctl.core.errors import NotReadyError, UsageError, did_you_mean, install_hint
-
     style = "json" if json_ else format_
     if style not in FORMATS:
         raise UsageError(f"--format cannot be {style!r}", did_you_mean(style, FORMATS) or f"use: {', '.join(FORMATS)}")
@@ -122,9 +126,6 @@ def usage(
 
 def _names(access: Access, *, required: bool) -> dict[str, str]:
     """Return the names of keys by id. Only if they are `required`, it is an error that they cannot be read."""
-    from inferctl.cli.key_place import Place
-    from inferctl.core.errors import InferctlError
-
     place = Place(options.with_keys(access))
     if not required and place.file and not place.file.exists():
         return {}
@@ -138,10 +139,6 @@ def _names(access: Access, *, required: bool) -> dict[str, str]:
 
 
 def _print(report: Report) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     # Columns without a value would make the table too wide for a terminal.
     sums = [name for name in report.columns if name in _ALWAYS or report.total.get(name)]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import console, options
+from inferctl.cli import console, download, options
+from inferctl.cli.buildview import BuildView, show_verified
 
 if TYPE_CHECKING:
     from inferctl.image.verify import Verified
@@ -39,9 +40,6 @@ def verify(
 
     Example: inferctl verify registry.example.com/ml/minilm:bf16 --model ./all-MiniLM-L6-v2
     """
-    from inferctl.cli import download
-    from inferctl.cli.build import show_verified
-    from inferctl.cli.buildview import BuildView
     from inferctl.image import container, lint
     from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import raise_for
@@ -73,7 +71,7 @@ def verify(
         network=network,
         gpu=engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment,
         ready_seconds=ready_timeout,
-        compare=image.labels.get("io.inferctl.models.model.weights") != "download",
+        compare=image.labels.get("io.inferctl.model.weights") != "download",
     )
     with BuildView(live=sys.stderr.isatty()) as view:
         result = view.follow(verified(engine, image, checks))

@@ -255,7 +255,6 @@ class Deploy(Section):
         "none",
         description="Router: `none` (Service), `epp` (InferencePool) or `envoy-gateway` (HTTPRoute).",
     )
-    karmada: bool = Field(False, description="Write a Karmada PropagationPolicy for all clusters.")
     bench: bool = Field(False, description="Write a Job per flavor that runs `inferctl bench` in the cluster.")
 
     @field_validator("overflow")

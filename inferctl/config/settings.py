@@ -7,6 +7,7 @@ pure function and reports all errors at once, each with its line. No other modul
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import typing
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from inferctl.config.spec import DEFAULT_FILE, HUB_ID, Spec, slug
 from inferctl.core import document as documents
+from inferctl.core import validation
 from inferctl.core.addresses import is_address
 from inferctl.core.document import Document, dotted
 from inferctl.core.errors import Problem, SpecError, UsageError, did_you_mean, shown
@@ -124,9 +126,11 @@ def resolve(
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(dict(e), document, origins) for e in error.errors()]
+        where = functools.partial(_where, document=document, origins=origins)
+        keys_at = functools.partial(validation.section_keys, Spec)
+        problems = validation.problems(error, document, keys_at, _hint_for, where)
         problems += _unknown_names(data, document, origins, vocabulary or {})
-        raise SpecError(file, sorted(_without_duplicates(problems), key=lambda p: p.line or 0)) from None
+        raise SpecError(file, sorted(problems, key=lambda problem: problem.line or 0)) from None
     if problems := _unknown_names(data, document, origins, vocabulary or {}):
         raise SpecError(file, problems)
     written = {path: value for path, value in written.items() if not origins[path].startswith(("flag ", "env "))}
@@ -229,6 +233,12 @@ _HINTS = {
     "model": "set model.source to a hub id, or set `weights: mount` or `weights: bake` for a local folder",
 }
 
+_MISSING = {
+    "name": "name: my-model",
+    "model": "model: {source: ORG/NAME}",
+    "model.source": "source: ORG/NAME or a local folder",
+}
+
 
 def _flag(path: str) -> str:
     return "--model" if path == "model.source" else f"--{path.rsplit('.', 1)[-1].replace('_', '-')}"
@@ -261,23 +271,6 @@ def _from_text(text: str, annotation: Any) -> Any:
     return documents.scalar(text)
 
 
-def _section_fields(path: Sequence[str | int]) -> list[str]:
-    """Return the keys of the section at `path`, which may go through the items of lists; empty if it is no section."""
-    section: Any = Spec
-    for key in path:
-        if isinstance(key, int):
-            section = next(iter(typing.get_args(section)), None)
-            continue
-        if not _is_section(section) or key not in section.model_fields:
-            return []
-        section = section.model_fields[key].annotation
-    return list(section.model_fields) if _is_section(section) else []
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def _where(
     location: Sequence[str | int], document: Document | None, origins: Mapping[str, str]
 ) -> tuple[str, int | None]:
@@ -289,66 +282,13 @@ def _where(
     return path, document.line(location) if document else None
 
 
-def _problem(error: dict[str, Any], document: Document | None, origins: Mapping[str, str]) -> Problem:
-    """Convert an error of pydantic to a `Problem` with a message for someone who edits YAML."""
-    location = list(error["loc"])
-    path, kind, value = dotted(location), error["type"], error.get("input")
-    label, line = _where(location, document, origins)
-    if kind == "extra_forbidden":
-        siblings = _section_fields(location[:-1])
-        where = f" in {dotted(location[:-1])}" if location[:-1] else ""
-        hint = did_you_mean(str(location[-1]), siblings) or (
-            f"known{where}: {', '.join(siblings)}" if siblings else "remove it: this section has no keys"
-        )
-        return Problem(path, f"unknown key {str(location[-1])!r}{where}", line, hint)
+def _hint_for(kind: str, path: str, value: object) -> str | None:
     if kind == "missing":
-        parent = _where(location[:-1], document, origins)[1] if location[:-1] else None
-        example = {
-            "name": "name: my-model",
-            "model": "model: {source: ORG/NAME}",
-            "model.source": "source: ORG/NAME or a local folder",
-        }
-        return Problem(
-            path,
-            f"{path} is missing",
-            parent,
-            f"add `{example.get(path, f'{location[-1]}: ...')}`, or pass `--model SOURCE`",
-        )
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return Problem(
-            path, f"{label}: {shown(value)} is not one of {', '.join(allowed)}", line, did_you_mean(str(value), allowed)
-        )
-    if kind == "string_pattern_mismatch":
-        what = path.rsplit(".", 1)[-1].replace("_", " ")
-        fix = f"use lower case, digits, '-' and '.', as in {slug(str(value))}" if path == "name" else _HINTS.get(path)
-        return Problem(path, f"{label}: {shown(value)} is not a valid {what}", line, fix)
-    if kind == "model_type":
-        found = value if isinstance(value, int | float) else "text" if isinstance(value, str) else "a list"
-        return Problem(
-            path,
-            f"{label}: expected `key: value` lines, got {found}",
-            line,
-            f"known in {path}: {', '.join(_section_fields(location))}",
-        )
-    if kind == "string_type" and isinstance(value, int | float):
-        return Problem(
-            path, f"{label}: expected text, got the number {value!r}", line, f'write it in quotes: "{value}"'
-        )
-    if kind == "address":
-        return Problem(path, f"{label}: {error['msg']}", line, error["ctx"]["hint"])
-    if kind == "value_error":
-        return Problem(path, error["msg"].removeprefix("Value error, "), line, _HINTS.get(path))
-    message = re.sub("^(Input|String|List) should", "must", error["msg"])
-    return Problem(path, f"{label}: {message}, got {shown(value)}", line, None)
-
-
-def _without_duplicates(problems: list[Problem]) -> list[Problem]:
-    """Remove repeated problems: pydantic reports one for each member of a union."""
-    seen: dict[tuple[str, str], Problem] = {}
-    for problem in problems:
-        seen.setdefault((problem.path, problem.message), problem)
-    return list(seen.values())
+        example = _MISSING.get(path) or f"{path.rpartition('.')[2]}: ..."
+        return f"add `{example}`, or pass `--model SOURCE`"
+    if kind == "string_pattern_mismatch" and path == "name":
+        return f"use lower case, digits, '-' and '.', as in {slug(str(value))}"
+    return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error") else None
 
 
 def _unknown_names(

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
 import re
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    PrivateAttr,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from inferctl.config.deploy_spec import Deploy
+from inferctl.config.sharing_spec import Access as Access
+from inferctl.config.sharing_spec import Cache as Cache
+from inferctl.config.sharing_spec import Metering as Metering
+from inferctl.config.sharing_spec import Oidc as Oidc
 from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
 from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
 from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM
 from inferctl.config.spec_types import Task as Task
 from inferctl.config.spec_types import TaskSetting as TaskSetting
-from inferctl.core import addresses
-from inferctl.core.addresses import DatabaseAddress, NatsAddress, ValkeyAddress, WebAddress
 
 DEFAULT_FILE = "inferctl.yaml"
 # The hub accepts at most 96 characters. A longer name is a path.
@@ -220,189 +211,6 @@ class Bench(Section):
     """Defaults of `inferctl bench`."""
 
     plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
-
-
-def _key_place(value: object) -> str | DatabaseAddress:
-    if isinstance(value, str) and re.fullmatch(r"[^\r\n\x00]+", value) and not addresses.is_address(value):
-        return value
-    return cast(DatabaseAddress, DatabaseAddress.of(value))
-
-
-def _without_credentials(value: str) -> str:
-    """Reject credentials in what everyone may read: the edge of a server of generation has it in a file."""
-    if (":" in value and "@" in value) or ("://" in value and set(re.findall(r"[?&#]([^=&]*)", value)) - _PUBLIC):
-        raise PydanticCustomError(
-            "address",
-            "expected a public address; the given one is not shown, because it may have a user, a password or a token",
-            {"hint": "for public keys that are not public, set access.oidc.jwks to a file"},
-        )
-    return value
-
-
-# Parameters in addresses of public keys.
-_PUBLIC = {"p", "appid", "client_id", "version", "api-version"}
-_KeyPlace = Annotated[
-    DatabaseAddress | str,
-    PlainValidator(_key_place),
-    PlainSerializer(addresses.serialized),
-    WithJsonSchema({"type": "string", "pattern": r"^[^\r\n\x00]+$"}),
-]
-
-
-class Oidc(Section):
-    """Tokens of an OIDC provider, such as those of service accounts. They require the extra `oidc`."""
-
-    issuer: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
-        None, description="Accept tokens (JWT) of this issuer as keys. The claim `sub` is the key id."
-    )
-    audience: OneLine = Field("inferctl", description="Audience that the tokens must have.")
-    jwks: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
-        None, description="URL or file of the public keys. Default: from the issuer's discovery document."
-    )
-
-
-class Access(Section):
-    """Who may use the server, and how much. Without keys, every client may use it without limits."""
-
-    keys: _KeyPlace | None = Field(
-        None,
-        description="Key file that `inferctl keys` writes, or the URL of a database with keys (SQLite, PostgreSQL). "
-        "Without it, the server asks for no keys.",
-    )
-    broker: NatsAddress | None = Field(
-        None,
-        description="URL of a NATS server, through which servers with the same name share the limits of keys, and hear "
-        "of revoked keys.",
-    )
-    data: OneLine = Field(
-        "access", description="Folder that a server with a broker or a database of keys shares with its relay."
-    )
-    open: list[Literal["metrics", "info", "docs"]] = Field(
-        default_factory=list,
-        description="With keys: pages open to everyone, of `metrics`, `info` and `docs`.",
-    )
-    trusted_proxies: list[OneLine] = Field(
-        default_factory=list,
-        description="Networks (CIDR) of gateways that name the caller in x-inferctl-key-id.",
-    )
-    oidc: Oidc = Field(default_factory=Oidc)  # type: ignore[arg-type]  # pydantic fills the defaults
-    requests_per_minute: int | None = Field(
-        None, ge=1, le=1_000_000_000, description="Limit of each key without its own. Default: no limit."
-    )
-    tokens_per_minute: int | None = Field(
-        None,
-        ge=1,
-        le=1_000_000_000_000,
-        description="Limit of each key without its own: tokens in and out. Default: no limit.",
-    )
-    replicas: int = Field(
-        1,
-        ge=1,
-        le=10_000,
-        description="Number of servers that share the limits. Without `access.broker`, each applies limit / replicas.",
-    )
-
-    @field_validator("trusted_proxies")
-    @classmethod
-    def _networks(cls, networks: list[str]) -> list[str]:
-        for network in networks:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ValueError(f"access.trusted_proxies: {error}") from None
-        return networks
-
-    @property
-    def required(self) -> bool:
-        """Whether a client must say who it is."""
-        return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
-
-    @property
-    def key_store(self) -> DatabaseAddress | None:
-        """URL of the database with the keys; None if they are in a file."""
-        return self.keys if isinstance(self.keys, DatabaseAddress) else None
-
-    @property
-    def public_key_store(self) -> str | None:
-        """URL of the database with the keys, without its password. Servers and relays with it use the same file."""
-        return self.key_store.public if self.key_store else None
-
-    @property
-    def key_file(self) -> str | None:
-        """The file that a server reads. The relay writes that of a database, whose URL is in the name as a hash.
-
-        So a server in the same folder does not accept the keys of another database.
-        """
-        if not self.public_key_store:
-            return str(self.keys) if self.keys else None
-        return f"{self.data}/keys-{hashlib.sha256(self.public_key_store.encode()).hexdigest()[:16]}.json"
-
-    @property
-    def has_relay(self) -> bool:
-        """Whether keys and limits need a relay."""
-        return self.required and bool(self.broker or self.key_store)
-
-
-class Metering(Section):
-    """Usage events: one per request, for show-back."""
-
-    mode: Literal["off", "on", "required"] = Field(
-        "off",
-        description="`on`: record one event per request. `required`: if that is not possible, reject requests.",
-    )
-    data: OneLine = Field(
-        "metering", description="Folder for events that the ledger does not have yet, on a local disk."
-    )
-    outbox_size: Size = Field(
-        "1GiB",
-        description="Maximum size of events on disk, per server process. An event needs about 200 bytes.",
-    )
-    ledger: DatabaseAddress | None = Field(
-        None,
-        description="URL of the ledger (SQLite, PostgreSQL). Default: `ledger.sqlite` in `metering.data`.",
-    )
-    broker: NatsAddress | None = Field(
-        None,
-        description="URL of a NATS server. Publish events there, for `inferctl relay --consume`.",
-    )
-    sink: WebAddress | None = Field(
-        None,
-        description="URL that also receives all events, as batches of CloudEvents.",
-    )
-    sink_token_file: OneLine | None = Field(None, description="File with a bearer token for `metering.sink`.")
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _boolean(cls, value: Any) -> Any:
-        """Accept true and false, which YAML reads for `on` and `off` without quotes."""
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-    @property
-    def ledger_url(self) -> DatabaseAddress:
-        """URL of the ledger."""
-        return self.ledger or DatabaseAddress(f"sqlite:///{self.data}/ledger.sqlite")
-
-
-class Cache(Section):
-    """Cache of the vectors of inputs that a server of embeddings received before."""
-
-    size: Size | None = Field(None, description="Memory for cached vectors, such as `256MiB`. Default: no cache.")
-    scope: Literal["key", "all"] = Field(
-        "key",
-        description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
-        "a caller which inputs others sent.",
-    )
-    shared: ValkeyAddress | None = Field(
-        None,
-        description="URL of a Valkey server (`valkey://host:6379`, `unix:///path`) through which servers share "
-        "their entries. Requires `cache.size`.",
-    )
-
-    @model_validator(mode="after")
-    def _second_level(self) -> Self:
-        if self.shared and not self.size:
-            raise ValueError("cache.shared requires cache.size, such as 256MiB")
-        return self
 
 
 class Spec(Section):

@@ -1,7 +1,7 @@
 """Addresses of stores, whose text has no password: only `secret` and `credentials` return one.
 
-The grammar is what RFC 3986, SQLAlchemy, nats-py, valkey and urllib split in the same way. Other addresses are rejected,
-because what is a password for one reader would be a host or a path for another, and appear in its messages.
+The grammar is what RFC 3986, SQLAlchemy, nats-py, valkey and urllib split in the same way. Other addresses are
+rejected, because what is a password for one reader would be a host or a path for another, and appear in its messages.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from inferctl.core.errors import NotReadyError, UsageError
@@ -58,6 +58,12 @@ def write(file: Path, content: str | bytes, option: str) -> None:
         raise NotReadyError(
             f"{file} cannot be written: {_reason(error)}", f"name another place with `{option}`"
         ) from None
+
+
+def write_all(folder: Path, files: Mapping[str, bytes], option: str) -> None:
+    """Write `files` (name -> content) below `folder`, and create folders as needed. Raises `NotReadyError`."""
+    for name, content in files.items():
+        write(folder / name, content, option)
 
 
 def replace(file: Path, text: str, mode: int = 0o666, before: Callable[[], None] = lambda: None) -> None:

@@ -10,7 +10,7 @@ from inferctl.core.sizes import size
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
 
 SCHEMA = "inferctl.deploy/1"
 
@@ -74,7 +74,7 @@ def placement_figures(placed: Placement) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def total(plan: Plan) -> Total:
+def total(plan: DeploymentPlan) -> Total:
     """Return the cost of all placements with a price, and the others by name."""
     known: list[tuple[float, float, float]] = []
     unknown: list[str] = []
@@ -92,7 +92,7 @@ def total(plan: Plan) -> Total:
     return Total(least, peak, most, tuple(unknown))
 
 
-def document(plan: Plan) -> dict[str, Any]:
+def document(plan: DeploymentPlan) -> dict[str, Any]:
     """Return the document of `--json` (docs/deploy.md describes its keys)."""
     cost = total(plan)
     return {
@@ -108,7 +108,7 @@ def document(plan: Plan) -> dict[str, Any]:
             "hours_per_month": sizing.HOURS_PER_MONTH,
             "basis": "on-demand list prices of the catalog, without discounts, disks and traffic",
         },
-        "warnings": [warning for model in plan.models for warning in model.warnings],
+        "warnings": plan.all_warnings,
     }
 
 

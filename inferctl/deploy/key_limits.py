@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from inferctl.config.spec import Spec
 from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.endpoints import endpoint, limits_broker
 from inferctl.deploy.figure import Figure
-from inferctl.deploy.objects import broker, policy
 from inferctl.deploy.placement import running_at_peak
-from inferctl.deploy.plan import FlavorPlan
+from inferctl.deploy.plan import FlavorPlan, Warned
 
 _NAME = "servers that divide the limit of a key"
 # The setting of the server ends here.
@@ -23,20 +23,18 @@ _MOST = 10_000
 _MORE_OTHERS = 16
 
 
-def servers(
-    spec: Spec, flavors: Sequence[FlavorPlan], clusters: Sequence[Cluster], warnings: list[str]
-) -> Figure | None:
+def servers(spec: Spec, flavors: Sequence[FlavorPlan], clusters: Sequence[Cluster]) -> Warned[Figure | None]:
     """Return the servers among which the limit of a key is divided; None without keys and limits.
 
     Without a broker, those at the peak in all clusters. (The maxima would be too many, because each flavor can stand in
-    for all others.) With a broker, those that always run, because servers that hear each other count as well. Adds
-    warnings about what a key gets to `warnings`.
+    for all others.) With a broker, those that always run, because servers that hear each other count as well. Warnings
+    are about what a key gets.
     """
     limited = bool(spec.access.requests_per_minute or spec.access.tokens_per_minute)
     if not spec.access.required and not limited:
-        return None
-    if url := broker.of_limits(spec):
-        return _with_broker(spec, flavors, clusters, url, warnings)
+        return Warned(None)
+    if url := limits_broker(spec):
+        return _with_broker(spec, flavors, clusters, url)
     placements = [placed for each in flavors for placed in each.placements if placed.max_replicas.value]
     counts = [
         count
@@ -44,6 +42,7 @@ def servers(
         if (count := int(placed.replicas.value) if placed.replicas else running_at_peak(placed))
     ]
     value = min(_MOST, max(1, sum(counts)))
+    warnings = []
     if limited:
         least = sum(int((placed.replicas or placed.min_replicas).value) for placed in placements)
         warnings.append(
@@ -53,14 +52,14 @@ def servers(
         )
     formula = " + ".join(map(str, counts)) if len(counts) > 1 else ""
     source = "replicas at the peak in all clusters, at least the minima; each server applies limit / servers"
-    return Figure(_NAME, value, "servers", formula, source)
+    return Warned(Figure(_NAME, value, "servers", formula, source), tuple(warnings))
 
 
 def _with_broker(
-    spec: Spec, flavors: Sequence[FlavorPlan], clusters: Sequence[Cluster], url: str, warnings: list[str]
-) -> Figure:
+    spec: Spec, flavors: Sequence[FlavorPlan], clusters: Sequence[Cluster], url: str
+) -> Warned[Figure | None]:
     """Return the servers that always hear each other: of each cluster, or of all if they have one broker."""
-    apart = len(clusters) > 1 and policy.endpoint(url, spec.deploy.namespace).namespace is not None
+    apart = len(clusters) > 1 and endpoint(url, spec.deploy.namespace).namespace is not None
     minima, peaks = [], []
     for cluster in clusters:
         placements = [placed for each in flavors if (placed := each.at(cluster)).max_replicas.value]
@@ -75,6 +74,7 @@ def _with_broker(
     formula = (f"min({listed})" if apart else listed) if len(used) > 1 else ""
     if heard > least:
         formula = f"max({formula or least}, ceil(({peak} - {1 + _MORE_OTHERS}) / 2))"
+    warnings = []
     if spec.access.requests_per_minute or spec.access.tokens_per_minute:
         if apart:
             warnings.append(
@@ -88,4 +88,4 @@ def _with_broker(
             )
     where = "in the smallest cluster" if apart else "in all clusters"
     source = f"minima {where}; those that are heard count too. Without the broker, each applies limit / servers"
-    return Figure(_NAME, value, "servers", formula, source)
+    return Warned(Figure(_NAME, value, "servers", formula, source), tuple(warnings))

@@ -7,7 +7,6 @@
     bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
     monitoring/            alerts and dashboards as plain files, for a Prometheus and a Grafana without operators
-    karmada/               all clusters together, instead of overlays
 
 `kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
 """
@@ -18,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from inferctl.core.errors import UsageError
-from inferctl.deploy import manifest, room
+from inferctl.deploy import cluster_limits, endpoints, manifest
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
@@ -26,7 +25,6 @@ from inferctl.deploy.objects import (
     bench,
     broker,
     gateway,
-    karmada,
     metering,
     nats,
     options,
@@ -39,14 +37,14 @@ from inferctl.deploy.objects import (
 )
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
 from inferctl.manifests import versions
 from inferctl.manifests.label_keys import COMPONENT
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
 # All files are in these.
-FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring", "karmada")
+FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
 
@@ -98,7 +96,7 @@ def _file_of(model: ModelPlan) -> str:
     return f"{model.name}.yaml"
 
 
-def files(plan: Plan) -> dict[str, str]:
+def files(plan: DeploymentPlan) -> dict[str, str]:
     """Return all files of the deployment: relative path -> text. Raises `UsageError` if a cluster cannot run it."""
     for model in plan.models:
         check(model, plan.clusters)
@@ -113,8 +111,6 @@ def files(plan: Plan) -> dict[str, str]:
     found = base.files("base")
     for name, component in components.items():
         found |= component.files(f"components/{name}", "Component")
-    if any(model.spec.deploy.karmada for model in plan.models):
-        found |= _karmada(plan, [base, *components.values()], list(components)).files("karmada")
     for cluster in plan.clusters:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
         if benches:
@@ -133,7 +129,6 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     access.check(spec)
     metering.check(spec)
     bench.check(spec)
-    karmada.check(model)
     needed = []
     if spec.model.weights == "mount" and spec.deploy.weights.image:
         needed.append(("image-volume", "deploy.weights.image"))
@@ -178,7 +173,7 @@ def _check_lengths(folder: Folder) -> None:
             )
 
 
-def _base(plan: Plan) -> Folder:
+def _base(plan: DeploymentPlan) -> Folder:
     namespace = plan.namespace
     found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
     for model in plan.models:
@@ -194,11 +189,11 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.cache.size and spec.cache.shared and spec.cache.shared.scheme != "unix":
-        egress += policy.endpoints(spec.cache.shared.public, namespace)
+        egress += endpoints.endpoints(spec.cache.shared.public, namespace)
     oidc = spec.access.oidc
-    egress += [policy.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
+    egress += [endpoints.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":
-        egress.append(policy.Endpoint(443, None))
+        egress.append(endpoints.Endpoint(443, None))
     through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
     direct = [] if through else [policy.client_policy(model.name, namespace, SERVER, workload.port(model))]
     claims = [sharing.claim_template(model, each, namespace) for each in model.flavors if each.sharing == "dra"]
@@ -213,7 +208,7 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     ]
 
 
-def _components(plan: Plan) -> dict[str, Folder]:
+def _components(plan: DeploymentPlan) -> dict[str, Folder]:
     """Return the components that the plan uses, by name."""
     namespace = plan.namespace
     found: dict[str, Folder] = {}
@@ -240,17 +235,7 @@ def _routed(model: ModelPlan, namespace: str) -> list[Object]:
     return [route, options.backend_traffic_policy(model, namespace)]
 
 
-def _karmada(plan: Plan, folders: Sequence[Folder], components: Sequence[str]) -> Folder:
-    objects = [each for folder in folders for listed in folder.resources.values() for each in listed]
-    return Folder(
-        resources={"policies.yaml": karmada.policies(plan, objects)},
-        patches={"replicas.yaml": karmada.replicas(plan)},
-        bases=["../base"],
-        components=[f"../components/{name}" for name in components],
-    )
-
-
-def _first(plan: Plan, cluster: Cluster) -> list[Object]:
+def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
     """Return the Deployments whose autoscaler starts from zero, with 0 replicas and no more than `kubectl create` needs.
 
     The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
@@ -276,7 +261,7 @@ def _first(plan: Plan, cluster: Cluster) -> list[Object]:
     return found
 
 
-def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
+def _gpu_operator(plan: DeploymentPlan, cluster: Cluster) -> dict[str, str]:
     """Return the settings of the GPU Operator in a cluster whose nodes it labels; none if the defaults do."""
     placed = [flavor for model in plan.models for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
     if cluster.node_labels != "nvidia":
@@ -289,7 +274,7 @@ def _gpu_operator(plan: Plan, cluster: Cluster) -> dict[str, str]:
     return {**found, f"{folder}/values.yaml": manifest.dump([values])}
 
 
-def _monitoring(plan: Plan, sources: Sequence[str]) -> Folder:
+def _monitoring(plan: DeploymentPlan, sources: Sequence[str]) -> Folder:
     namespace = plan.namespace
     policies = [policy.scrape_policy("allow-prometheus", namespace, {COMPONENT: SERVER}, "http", sources)]
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
@@ -309,26 +294,26 @@ def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
     return monitors
 
 
-def _bench(plan: Plan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
+def _bench(plan: DeploymentPlan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
     namespace = plan.namespace
     jobs = {_file_of(model): bench.objects(model, cluster, namespace) for model in models}
     return Folder({"namespace.yaml": _namespace(namespace), **jobs})
 
 
-def _prometheus_namespaces(plan: Plan) -> list[str]:
+def _prometheus_namespaces(plan: DeploymentPlan) -> list[str]:
     """Return the namespaces from which Prometheus reads metrics, in all clusters.
 
     A URL outside of the cluster does not say where its agent runs: then it is the namespace of the default.
     """
-    default = policy.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace
+    default = endpoints.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace
     urls = {cluster.prometheus for cluster in plan.clusters} | {model.spec.deploy.prometheus for model in plan.models}
-    found = {policy.endpoint(url, plan.namespace).namespace or default for url in urls if url}
+    found = {endpoints.endpoint(url, plan.namespace).namespace or default for url in urls if url}
     if not found and any(model.spec.deploy.scaling != "none" for model in plan.models):
         found = {default}
     return sorted(name for name in found if name)
 
 
-def _overlay(plan: Plan, cluster: Cluster, base: Folder, components: Mapping[str, Folder]) -> Folder:
+def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: Mapping[str, Folder]) -> Folder:
     namespace = plan.namespace
     absent = [model for model in plan.models if all(not each.at(cluster).max_replicas.value for each in model.flavors)]
     present = [model for model in plan.models if model not in absent]
@@ -375,7 +360,7 @@ def _deletion(item: Object) -> Object:
     return {"apiVersion": item["apiVersion"], "kind": item["kind"], "metadata": names, "$patch": "delete"}
 
 
-def _quota(plan: Plan, cluster: Cluster) -> list[Object]:
+def _quota(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
     """Return the quota of GPUs: what all flavors may have, with a rollout and the overflow."""
     kinds: dict[tuple[str, str], list[tuple[FlavorPlan, Placement]]] = {}
     for model in plan.models:
@@ -385,7 +370,7 @@ def _quota(plan: Plan, cluster: Cluster) -> list[Object]:
                 kinds.setdefault((placed.resource.name, flavor.hardware.key), []).append((flavor, placed))
     parts: dict[str, list[tuple[int, str]]] = {}
     for (name, key), flavors in kinds.items():
-        parts.setdefault(name, []).append(room.gpus(flavors, cluster.max_replicas.get(key)))
+        parts.setdefault(name, []).append(cluster_limits.gpus(flavors, cluster.max_replicas.get(key)))
     hard: Mapping[str, Noted] = {
         name: Noted(
             str(sum(count for count, _ in found)),

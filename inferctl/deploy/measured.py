@@ -11,7 +11,7 @@ from inferctl.config.spec import Slo
 from inferctl.config.spec_types import Precision
 from inferctl.core.errors import NotEnoughEvidenceError, UsageError
 from inferctl.deploy.figure import shown
-from inferctl.deploy.plan import Rate
+from inferctl.deploy.plan import Rate, Warned
 from inferctl.facts.catalog import Hardware
 from inferctl.receipts import capacity, receipt
 
@@ -23,8 +23,8 @@ _LOWEST_RATE, _HIGHEST_RATE = 0.001, 1e9
 
 def read(
     path: Path, hardware: Hardware, task: str, digest: Callable[[], str] | None = None, slo: Slo | None = None
-) -> tuple[Rate, str, list[str]]:
-    """Return the rate of a receipt, the precision that it measured, and warnings.
+) -> Warned[tuple[Rate, str]]:
+    """Return the rate of a receipt and the precision that it measured.
 
     `digest`: returns the sha256 of the model; None if the model is not on this machine. A receipt of another model is a
     warning, and so is one whose search allowed longer latencies than `slo`.
@@ -44,7 +44,7 @@ def read(
 
 def _read(
     sealed: receipt.Receipt, hardware: Hardware, task: str, digest: Callable[[], str] | None, slo: Slo
-) -> tuple[Rate, str, list[str]]:
+) -> Warned[tuple[Rate, str]]:
     path, data = sealed.path, sealed.data
     key, name = data["hardware"].get("key"), data["hardware"].get("name")
     if key != hardware.key:
@@ -96,7 +96,7 @@ def _read(
         cores=_most([resources.get("server_cores")]),
         seal=sealed.seal[:_SEAL_DIGITS],
     )
-    return rate, str(sealed.precision), warnings
+    return Warned((rate, str(sealed.precision)), tuple(warnings))
 
 
 def looser(search: Mapping[str, Any], slo: Slo, task: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Places the flavors of a model in a cluster: replicas, spare capacity, GPU resource and cost, with warnings.
 
-`room.py` then bounds rollouts and overflow by what a cluster has for all models.
+`cluster_limits.py` then bounds rollouts and overflow by what a cluster has for all models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from inferctl.core.errors import UsageError
 from inferctl.deploy import gpu, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan
+from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan, Warned
 from inferctl.manifests import versions
 
 # More is a wrong number in the spec or in a receipt.
@@ -29,9 +29,8 @@ def place(
     made: Sequence[FlavorPlan],
     traffic: TrafficPlan | None,
     cluster: Cluster,
-    warnings: list[str],
-) -> list[Placement]:
-    """Return the placement of each flavor in `cluster`. Adds warnings to `warnings`."""
+) -> Warned[list[Placement]]:
+    """Return the placement of each flavor in `cluster`."""
     settings, share = spec.deploy, cluster.share or 0.0
     chain = [
         sizing.Demand(
@@ -48,7 +47,7 @@ def place(
     lowest = 0 if zero else 1
     sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
     _refuse_too_many(made, sized, cluster)
-    _warn_of_uncovered_peak(spec, chain, sized, traffic, cluster, warnings)
+    warnings = _uncovered_peak(spec, chain, sized, traffic, cluster)
     if scaled and any(each.most.value for each in sized) and not any(each.least.value for each in sized):
         warnings.append(
             f"{cluster.name}: all flavors of {spec.name} may have 0 replicas. The metrics that start one come from the "
@@ -89,7 +88,7 @@ def place(
                 overflow=spare,
             )
         )
-    return found
+    return Warned(found, tuple(warnings))
 
 
 def _refuse_too_many(made: Sequence[FlavorPlan], sized: Sequence[sizing.Replicas], cluster: Cluster) -> None:
@@ -137,25 +136,26 @@ def _cost(name: str, count: int, flavor: FlavorPlan, cluster: Cluster) -> Figure
     return sizing.cost(name, count, flavor.hardware, cluster.cloud, gpus=gpus, shared_by=flavor.shared_by)
 
 
-def _warn_of_uncovered_peak(
+def _uncovered_peak(
     spec: Spec,
     chain: Sequence[sizing.Demand],
     sized: Sequence[sizing.Replicas],
     traffic: TrafficPlan | None,
     cluster: Cluster,
-    warnings: list[str],
-) -> None:
+) -> list[str]:
+    """Return a warning if all replicas at their maximum cannot serve the peak, else nothing."""
     share = cluster.share or 0.0
     if traffic is None or share == 0:
-        return
+        return []
     served = sum(
         float(counts.most.value) * spec.deploy.utilization * demand.rate.tokens_per_second
         for demand, counts in zip(chain, sized, strict=True)
         if demand.rate
     )
     peak = float(traffic.peak.value) * share
-    if served < peak * (1 - 1e-9):
-        warnings.append(
-            f"{cluster.name}: all replicas at their maximum serve {served / peak:.0%} of the peak of {spec.name} "
-            f"({shown(served)} of {shown(peak)} tokens/s): raise max_replicas or the share of other clusters"
-        )
+    if served >= peak * (1 - 1e-9):
+        return []
+    return [
+        f"{cluster.name}: all replicas at their maximum serve {served / peak:.0%} of the peak of {spec.name} "
+        f"({shown(served)} of {shown(peak)} tokens/s): raise max_replicas or the share of other clusters"
+    ]

@@ -1,12 +1,14 @@
 """What `inferctl deploy` renders: models with their flavors, and the clusters, with every derived number resolved.
 
-`resolve.py` makes a `Plan` from specs, the clusters file and receipts. The object builders only read it.
+`resolve.py` makes a `DeploymentPlan` from specs, the clusters file and receipts. The object builders only read it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 from inferctl.config.deploy_spec import Sharing
 from inferctl.config.spec import Spec, Task
@@ -14,6 +16,21 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
 from inferctl.facts.catalog import Hardware
 from inferctl.models.fit import Fit
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Warned(Generic[T]):
+    """A result, and warnings about it."""
+
+    value: T
+    warnings: tuple[str, ...] = ()
+
+
+def object_name(text: str) -> str:
+    """Return `text` as a part of a name: lower-case letters, digits and `-`. Empty if it has none of these."""
+    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,7 @@ class FlavorPlan:
     memory_bytes: Figure
     cpu: Figure
     node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def isolated(self) -> bool:
@@ -149,7 +167,7 @@ class ModelPlan:
     """One model: its flavors in order of preference. `name` is the DNS label of its Service.
 
     `key_servers`: servers among which the limit of a key is divided; None without keys and limits. `weights_bytes`:
-    size of the weights on disk, 0 if unknown.
+    size of the weights on disk, 0 if unknown. `warnings`: also those of its flavors.
     """
 
     spec: Spec
@@ -163,11 +181,19 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32)."""
+class DeploymentPlan:
+    """All that is rendered. `kubernetes` is the oldest version of the clusters, such as (1, 32).
+
+    `warnings`: those about a cluster or several models. A `ModelPlan` has its own.
+    """
 
     namespace: str
     models: tuple[ModelPlan, ...]
     clusters: tuple[Cluster, ...]
     kubernetes: tuple[int, int] = (1, 35)
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """The warnings about clusters, and those of the models."""
+        return [*self.warnings, *(warning for model in self.models for warning in model.warnings)]

@@ -11,12 +11,11 @@ from inferctl.config.deploy_spec import Flavor, Sharing
 from inferctl.config.spec import Spec, Task
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import parse_size
-from inferctl.deploy import gpu, key_limits, measured, placement, room, sizing
+from inferctl.deploy import cluster_limits, gpu, key_limits, measured, placement, sizing
 from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.endpoints import endpoint
 from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.objects import policy, relay
-from inferctl.deploy.objects.metadata import object_name
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan, Rate, TrafficPlan
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, TrafficPlan, Warned, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.models import fit, generation_fit, model
@@ -32,7 +31,7 @@ _DIFFERENT_LENGTHS = 2.0
 
 
 @dataclass(frozen=True)
-class Source:
+class SpecSource:
     """A spec with what is known about its model. `folder` is that of the spec file, for the paths of receipts.
 
     `digest`: returns the sha256 of the model, which can take seconds; None if the model is not on this machine.
@@ -48,8 +47,8 @@ class Source:
 
 
 def resolve(
-    sources: Sequence[Source], clusters: Sequence[Cluster], kubernetes: str | None = None, *, images: bool = True
-) -> Plan:
+    sources: Sequence[SpecSource], clusters: Sequence[Cluster], kubernetes: str | None = None, *, images: bool = True
+) -> DeploymentPlan:
     """Return the plan. `kubernetes`: version of all clusters, instead of theirs.
 
     `images`: whether each flavor must have an image. Arithmetic needs none: a missing one is then a warning.
@@ -65,7 +64,7 @@ def resolve(
             "set the same deploy.namespace, or run `inferctl deploy` once per namespace",
         )
 
-    def model_of(source: Source) -> ModelPlan:
+    def model_of(source: SpecSource) -> ModelPlan:
         try:
             return _model(source, tuple(clusters), images=images)
         except UsageError as error:
@@ -78,17 +77,16 @@ def resolve(
         files = [str(source.file) for source, name in zip(sources, names, strict=True) if name == twice and source.file]
         where = f" ({', '.join(files)})" if files else ""
         raise UsageError(f"two specs have the name {twice}{where}", "give each spec its own `name`")
-    models, namespace = room.within_limits(models, clusters), namespaces.pop()
-    if empty := _without_hardware(models, clusters):
-        models = (replace(models[0], warnings=(*models[0].warnings, *empty)), *models[1:])
+    bounded, namespace = cluster_limits.within_limits(models, clusters), namespaces.pop()
+    warnings = [warning for cluster in clusters for warning in cluster.warnings]
+    warnings += [*bounded.warnings, *_without_hardware(bounded.value, clusters)]
     if shared := _shared_prometheus(clusters, namespace):
-        warning = (
+        warnings.append(
             f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have "
             "no label of the cluster: each would count the traffic of all. Give each a URL with its own series only"
         )
-        models = (replace(models[0], warnings=(*models[0].warnings, warning)), *models[1:])
     oldest = min(cluster.minor for cluster in clusters)
-    return Plan(namespace, models, tuple(clusters), (1, oldest))
+    return DeploymentPlan(namespace, bounded.value, tuple(clusters), (1, oldest), tuple(warnings))
 
 
 def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> list[str]:
@@ -103,9 +101,7 @@ def _without_hardware(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) 
 
 def _shared_prometheus(clusters: Sequence[Cluster], namespace: str) -> list[str]:
     """Return the clusters with the same Prometheus, which is no Service in each of them; empty if there are none."""
-    outside = [
-        each for each in clusters if each.prometheus and policy.endpoint(each.prometheus, namespace).namespace is None
-    ]
+    outside = [each for each in clusters if each.prometheus and endpoint(each.prometheus, namespace).namespace is None]
     urls = [each.prometheus for each in outside]
     return [each.name for each in outside if urls.count(each.prometheus) > 1]
 
@@ -127,7 +123,7 @@ def _each(items: Iterable[T], make: Callable[[T], R]) -> list[R]:
     return made
 
 
-def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> ModelPlan:
+def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -> ModelPlan:
     spec, settings = source.spec, source.spec.deploy
     name = spec.name.replace(".", "-")
     if not name[0].isalpha():
@@ -141,33 +137,28 @@ def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> Mo
             f"{spec.name} has no hardware to run on", "set deploy.flavors, or `hardware: [l4]`, in the spec"
         )
     _check_settings(spec)
-    warnings: list[str] = []
     # A spec without deploy.flavors has no index that an error could name.
     wheres = [
         f"deploy.flavors[{index}]" if settings.flavors else f"hardware {flavor.hardware}"
         for index, flavor in enumerate(flavors)
     ]
-    made = _each(zip(flavors, wheres, strict=True), lambda each: _flavor(source, name, *each, warnings, images=images))
+    made = _each(zip(flavors, wheres, strict=True), lambda each: _flavor(source, name, *each, images=images))
     labels = [each.label for each in made]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two flavors of {name} have the name {twice}", "set `name` of one of them")
     rates = [each.rate for each in made]
-    traffic = _traffic(spec, rates, warnings)
+    traffic = _traffic(spec, rates)
     for flavor, each, where in zip(flavors, made, wheres, strict=True):
-        _check_limits(flavor, each, where, traffic)
-        if each.rate is None:
-            warnings.append(
-                f"{each.name} has no rate, so it is not scaled by work: it keeps min_replicas. "
-                f"Set its receipt, or tokens_per_second"
-            )
-    placements = {
-        cluster.name: placement.place(spec, flavors, made, traffic, cluster, warnings) for cluster in clusters
-    }
+        _check_limits(flavor, each, where, traffic.value)
+    placed = [placement.place(spec, flavors, made, traffic.value, cluster) for cluster in clusters]
     complete = tuple(
-        replace(each, placements=tuple(placements[cluster.name][index] for cluster in clusters))
+        replace(each, placements=tuple(of_cluster.value[index] for of_cluster in placed))
         for index, each in enumerate(made)
     )
-    servers = key_limits.servers(spec, complete, clusters, warnings)
+    servers = key_limits.servers(spec, complete, clusters)
+    placing = [warning for each in placed for warning in each.warnings]
+    warnings = [*(warning for each in made for warning in each.warnings), *traffic.warnings, *placing]
+    warnings += servers.warnings
     if 0 < spec.serve.port < 1024:
         warnings.append(
             f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "
@@ -176,7 +167,8 @@ def _model(source: Source, clusters: tuple[Cluster, ...], *, images: bool) -> Mo
     if spec.metering.mode != "off" and spec.metering.sink:
         warnings.append(f"{spec.name}: the relays in the manifests do not send usage events to metering.sink")
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
-    return ModelPlan(spec, name, source.task, complete, traffic, tuple(dict.fromkeys(warnings)), servers, weights)
+    warned = tuple(dict.fromkeys(warnings))
+    return ModelPlan(spec, name, source.task, complete, traffic.value, warned, servers.value, weights)
 
 
 def _check_settings(spec: Spec) -> None:
@@ -200,9 +192,7 @@ def _check_settings(spec: Spec) -> None:
         )
 
 
-def _flavor(
-    source: Source, model_name: str, flavor: Flavor, where: str, warnings: list[str], *, images: bool
-) -> FlavorPlan:
+def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, images: bool) -> FlavorPlan:
     spec, settings = source.spec, source.spec.deploy
     hardware = _hardware(flavor, source.folder, where)
     label = flavor.name or object_name(hardware.key)
@@ -216,8 +206,14 @@ def _flavor(
             f"{where}: serve.gpus is {gpus}, and with sharing: {sharing} a pod gets a part of one GPU only",
             "use whole GPUs, or set serve.gpus: 1",
         )
-    rate, measured_precision, found = _rate(source, flavor, hardware, where)
-    warnings += found
+    found = _rate(source, flavor, hardware, where)
+    (rate, measured_precision), warnings = found.value, found.warnings
+    if rate is None:
+        warnings += (
+            f"{name} has no rate, so it is not scaled by work: it keeps min_replicas. Set its receipt, or "
+            "tokens_per_second",
+        )
+    image = _image(spec, flavor, where, required=images)
     precision = flavor.precision if flavor.precision != "auto" else spec.serve.precision
     if measured_precision and precision not in ("auto", measured_precision):
         raise UsageError(
@@ -237,7 +233,7 @@ def _flavor(
         label=label,
         hardware=hardware,
         precision=effective.precision,
-        image=_image(spec, flavor, where, warnings, required=images),
+        image=image.value,
         sharing=sharing,
         shared_by=flavor.shared_by,
         rate=rate,
@@ -260,9 +256,10 @@ def _flavor(
         ),
         cpu=sizing.cores(
             rate,
-            relay.cores(spec),
+            sizing.relay_cores(spec),
             gpus if hardware.kind == "cuda" else 1,
         ),
+        warnings=warnings + image.warnings,
     )
 
 
@@ -274,29 +271,30 @@ def _hardware(flavor: Flavor, folder: Path, where: str) -> Hardware:
         raise UsageError(f"{where}: {error.message}", error.hint) from None
 
 
-def _rate(source: Source, flavor: Flavor, hardware: Hardware, where: str) -> tuple[Rate | None, str | None, list[str]]:
-    """Return the rate of a flavor, the precision that its receipt measured, and warnings."""
+def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) -> Warned[tuple[Rate | None, str | None]]:
+    """Return the rate of a flavor, and the precision that its receipt measured."""
     if flavor.receipt is None:
         if flavor.tokens_per_second is None:
-            return None, None, []
+            return Warned((None, None))
         formula = f"{shown(flavor.tokens_per_second)} tokens/s assumed in the spec, not measured"
-        return Rate(flavor.tokens_per_second, measured=False, source=formula), None, []
+        return Warned((Rate(flavor.tokens_per_second, measured=False, source=formula), None))
     path = Path(flavor.receipt).expanduser()
     try:
-        rate, precision, warnings = measured.read(
+        found = measured.read(
             path if path.is_absolute() else source.folder / path, hardware, source.task, source.digest, source.spec.slo
         )
     except InferctlError as error:
         raise type(error)(f"{where}: {error.message}", error.hint) from None
+    warnings = found.warnings
     if flavor.shared_by > 1:
-        warnings.append(
+        warnings += (
             f"{path.name} does not say how fast a pod is while {flavor.shared_by} pods share its GPU: measure with the "
-            "others under load, or set a lower tokens_per_second instead"
+            "others under load, or set a lower tokens_per_second instead",
         )
-    return rate, precision, warnings
+    return Warned(found.value, warnings)
 
 
-def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
+def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     isolated = sharing not in ("time-slicing", "mps")
     if not isolated and isinstance(source.size, ModelSize) and model.uses_alibi(source.size.config):
@@ -327,7 +325,7 @@ def _fit(source: Source, flavor: Flavor, hardware: Hardware, precision: str, sha
     return found
 
 
-def _check_memory_share(source: Source, share: int, where: str) -> None:
+def _check_memory_share(source: SpecSource, share: int, where: str) -> None:
     wanted = source.spec.serve.gpu_memory_share
     if wanted > 1 / share:
         raise UsageError(
@@ -336,21 +334,18 @@ def _check_memory_share(source: Source, share: int, where: str) -> None:
         )
 
 
-def _image(spec: Spec, flavor: Flavor, where: str, warnings: list[str], *, required: bool) -> str:
-    if flavor.image:
-        if "@sha256:" not in flavor.image:
-            warnings.append(f"{where}: the image {flavor.image} has no digest, so its tag can be moved")
-        return flavor.image
-    if spec.image.tag is None and not required:
-        warnings.append(f"{where} has no image: `--output` needs one (`image` of the flavor, as name@digest)")
-        return spec.repository
-    if spec.image.tag is None:
+def _image(spec: Spec, flavor: Flavor, where: str, *, required: bool) -> Warned[str]:
+    if spec.image.tag is None and not flavor.image and not required:
+        missing = f"{where} has no image: `--output` needs one (`image` of the flavor, as name@digest)"
+        return Warned(spec.repository, (missing,))
+    image = flavor.image or f"{spec.repository}:{spec.image.tag}"
+    if spec.image.tag is None and not flavor.image:
         raise UsageError(
             f"{where} has no image: image.tag is not set, so the tag depends on the content of the image",
             "set `image` of the flavor to the name@digest that `inferctl push` prints",
         )
-    warnings.append(f"{where}: the image {spec.repository}:{spec.image.tag} has no digest, so its tag can be moved")
-    return f"{spec.repository}:{spec.image.tag}"
+    movable = f"{where}: the image {image} has no digest, so its tag can be moved"
+    return Warned(image, () if "@sha256:" in image else (movable,))
 
 
 def _cold_start(spec: Spec, flavor: Flavor) -> Figure:
@@ -361,7 +356,7 @@ def _cold_start(spec: Spec, flavor: Flavor) -> Figure:
     return Figure("cold start", spec.deploy.cold_start_s, "s", "", source)
 
 
-def _traffic(spec: Spec, rates: Sequence[Rate | None], warnings: list[str]) -> TrafficPlan | None:
+def _traffic(spec: Spec, rates: Sequence[Rate | None]) -> Warned[TrafficPlan | None]:
     settings = spec.deploy.traffic
     measured_tokens = [rate for rate in rates if rate and rate.tokens_per_request]
     tokens, source = settings.tokens_per_request, "spec deploy.traffic"
@@ -373,7 +368,8 @@ def _traffic(spec: Spec, rates: Sequence[Rate | None], warnings: list[str]) -> T
                 f"deploy.traffic of {spec.name} has no tokens_per_request, and no receipt has them",
                 "set deploy.traffic.tokens_per_request",
             )
-        return None
+        return Warned(None)
+    warnings = []
     for rate in measured_tokens:
         known = rate.tokens_per_request or tokens
         if max(known / tokens, tokens / known) > _DIFFERENT_LENGTHS:
@@ -381,7 +377,7 @@ def _traffic(spec: Spec, rates: Sequence[Rate | None], warnings: list[str]) -> T
                 f"{rate.origin} has {shown(known)} tokens per request, the traffic {shown(tokens)}: "
                 "measure with requests of that length"
             )
-    return sizing.traffic(settings, tokens, source)
+    return Warned(sizing.traffic(settings, tokens, source), tuple(warnings))
 
 
 def _check_limits(flavor: Flavor, made: FlavorPlan, where: str, traffic: TrafficPlan | None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inferctl.config.deploy_spec import Traffic
+from inferctl.config.spec import Spec
 from inferctl.core.sizes import size
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import Rate, TrafficPlan
@@ -32,6 +33,8 @@ _MARGIN_S = 5
 _ASSUMED_LOAD_S = 120
 # Of the 4 vCPUs of the smallest machines with a GPU (g6.xlarge, g4dn.xlarge), the node itself needs a part.
 _ASSUMED_POD_CORES = 3
+# With less, the relay needs ten seconds for its imports, and a server waits for its keys.
+_RELAY_CORES, _RELAY_CORES_WITH_ACCESS = 0.1, 0.25
 _MIB = 1024**2
 _ASSUMED_HOST_BYTES = 4 * 1024**3
 # The longest drain that the server accepts.
@@ -289,6 +292,13 @@ def cores(rate: Rate | None, other_cores: float = 0.0, gpus: int = 1) -> Figure:
     formula = " - ".join([*terms, *([shown(other_cores)] if other_cores else [])])
     source = f"assumed: a pod fits 4 vCPUs{' per GPU' if gpus > 1 else ''}; no receipt with cores"
     return Figure("cores", round(gpus * _ASSUMED_POD_CORES - other_cores, 3), "cores", formula, source)
+
+
+def relay_cores(spec: Spec) -> float:
+    """Return the cores of the relay next to a server, 0 without one."""
+    if spec.access.has_relay:
+        return _RELAY_CORES_WITH_ACCESS
+    return _RELAY_CORES if spec.metering.mode != "off" else 0.0
 
 
 def price_of(hardware: Hardware, cloud: str) -> Price | None:

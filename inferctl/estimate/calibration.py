@@ -7,7 +7,7 @@ the fit and the errors of its cross-validation to `benchmarks/calibration/fitted
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -42,20 +42,13 @@ class FittedParameters:
 
 @dataclass(frozen=True)
 class Band:
-    """The error band of an estimate: factors that contain 95% of further MLPerf rows, and those of another benchmark.
+    """Factors on an estimate between which 95% of further TensorRT results lie. Only the fast ends make bounds.
 
-    `throughput`: offline. `latency`: single request. `rate`: highest rate within the SLO.
+    `throughput`: offline. `latency`: single request.
     """
 
     throughput: tuple[float, float] = (1.0, 1.0)
     latency: tuple[float, float] = (1.0, 1.0)
-    rate: tuple[float, float] = (1.0, 1.0)
-    rows: int = 0
-
-    @property
-    def slowest(self) -> float:
-        """The factor for all times at the slow end."""
-        return max(self.latency[1], 1 / self.throughput[0], 1.0)
 
     @property
     def fastest(self) -> float:
@@ -76,8 +69,12 @@ class CalibratedPart:
     notes: tuple[str, ...] = ()
 
     def cost(self, model: Transformer) -> Cost:
-        """Return the cost of batches of `model` on this part."""
+        """Return the fitted cost of batches of `model` on this part."""
         return batch_cost(self.part, self.precision, self.fit, model)
+
+    def fastest(self, model: Transformer) -> Cost:
+        """Return the lowest cost that batches of `model` can have on this part."""
+        return self.cost(model).times(self.band_for(model).fastest)
 
     def band_for(self, model: Transformer) -> Band:
         """Return the error band of an estimate for `model`. Its fast end is at most the dense peak of the part.
@@ -85,19 +82,12 @@ class CalibratedPart:
         A model more than twice as wide as the model of the rows may use the part better than the rows, so its fast end
         is the peak.
         """
-        fraction = min(1.0, self.fit.fraction)
-        wide = model.width > 2 * BERT_LARGE.width
-
-        def limited(high: float) -> float:
-            return 1 / fraction if wide else min(high, 1 / fraction)
-
-        band = self.band
-        latency = fraction if wide else max(band.latency[0], fraction)
+        fraction, band = min(1.0, self.fit.fraction), self.band
+        if model.width > 2 * BERT_LARGE.width:
+            return Band((band.throughput[0], 1 / fraction), (fraction, band.latency[1]))
         return Band(
-            (band.throughput[0], limited(band.throughput[1])),
-            (latency, band.latency[1]),
-            (band.rate[0], limited(band.rate[1])),
-            band.rows,
+            (band.throughput[0], min(band.throughput[1], 1 / fraction)),
+            (max(band.latency[0], fraction), band.latency[1]),
         )
 
 
@@ -109,7 +99,6 @@ class Calibration:
     mean_length: float
     source: str = ""
     bands: Mapping[str, Band] = field(default_factory=dict)
-    conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def of(self, key: str, precision: str) -> CalibratedPart:
         """Return the calibration of the part `key`. Raises `UsageError` if it cannot be estimated."""
@@ -224,16 +213,8 @@ def load() -> Calibration:
         }
         for key, by_precision in data["parts"].items()
     }
-    bands = {
-        basis: Band(_pair(row["throughput"]), _pair(row["latency"]), _pair(row["rate"]), row["rows"])
-        for basis, row in data["bands"].items()
-    }
-    return Calibration(fits, data["lengths"]["mean"], data["source"], bands, data["conditions"])
-
-
-def _pair(values: Sequence[float]) -> tuple[float, float]:
-    low, high = values
-    return low, high
+    bands = {basis: Band(tuple(row["throughput"]), tuple(row["latency"])) for basis, row in data["bands"].items()}
+    return Calibration(fits, data["lengths"]["mean"], data["source"], bands)
 
 
 def _chip(part: Hardware) -> tuple[str | None, int | None]:

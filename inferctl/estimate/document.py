@@ -17,14 +17,13 @@ from inferctl.estimate.forecast import (
     OfferedLoad,
     Range,
     Scenario,
+    at_least_ms,
     capacity,
     differences,
-    ends,
-    latency,
     notes_for,
     per_million,
     prices,
-    ranged,
+    simulate,
     under_load,
 )
 from inferctl.estimate.search import SimulatedServer
@@ -32,8 +31,8 @@ from inferctl.estimate.simulate import percentile
 from inferctl.facts import catalog
 from inferctl.facts.precision import best_precision
 
-# Version 2: a figure can be a bound, with `value` null. `against` names the break-even price.
-SCHEMA = "inferctl.estimate/2"
+# Version 3: figures of the catalog's hardware are always bounds, and `against` has the ratio of two bounds, no verdict.
+SCHEMA = "inferctl.estimate/3"
 # If a front end is busy for less than this share of the time, it does not limit the rate.
 _MIN_FRONT_LOAD = 0.2
 
@@ -75,7 +74,6 @@ def build(
     return {
         "schema": SCHEMA,
         "estimated": True,
-        "engine": scenario.engine,
         "model": model.as_dict(),
         "tokens": {
             "mean": sum(scenario.tokens) / len(scenario.tokens),
@@ -98,10 +96,8 @@ def row(
     calibrated: CalibratedPart, config: Mapping[str, Any], model: Transformer, scenario: Scenario, question: Question
 ) -> dict[str, Any]:
     """Return all figures of one part in one precision. Each is `{value, low, high, bound}`."""
-    fitted, fast, slow = (scenario.server(cost) for cost in ends(calibrated, model))
-    reasons = differences(model, scenario)
-    offline = capacity(calibrated, model, scenario)
-    single = [server.single() for server in (fitted, fast, slow)]
+    server = scenario.server(calibrated.fastest(model))
+    most, single = capacity(calibrated, model, scenario), server.single()
     result: dict[str, Any] = {
         "hardware": calibrated.part.key,
         "name": calibrated.part.name,
@@ -109,31 +105,27 @@ def row(
         "outcome": "estimated",
         "basis": calibrated.basis,
         "rests_on": calibrated.rests_on,
-        "bounded_by": reasons,
-        "limited_by": "front end" if offline.high == scenario.front_rate else "engine",
+        "bounded_by": differences(model, scenario),
+        "limited_by": "front end" if most == scenario.front_rate else "engine",
         "fixed_ms": calibrated.cost(model).fixed * 1000,
         "sustained_fraction": calibrated.fit.fraction,
-        "offline_texts_per_s": asdict(offline.times(scenario.inputs)),
-        "single_ms": {f"p{q * 100:g}": asdict(latency(q, single, bool(reasons))) for q in (0.5, 0.9, 0.99)},
+        "offline_texts_per_s": asdict(Range.at_most(most * scenario.inputs)),
+        "single_ms": {f"p{q * 100:g}": asdict(at_least_ms(single, q)) for q in (0.5, 0.9, 0.99)},
         "notes": notes_for(calibrated, config, scenario.batch_tokens),
     }
-    best = offline
     if question.load is not None:
         estimate = under_load(calibrated, model, scenario, question.load).as_dict()
         result["load"] = {key: estimate[key] for key in ("requests_per_s", "p50_ms", "p90_ms", "p99_ms", "saturated")}
     if question.slo_p99_ms is not None:
-        server = fast if reasons else fitted
         rate = server.highest_rate(question.slo_p99_ms / 1000)
-        best = Range.at_most(rate) if offline.bound else ranged(calibrated.band_for(model).rate, rate)
-        best = best.capped(offline.high or scenario.front_rate)
+        most = min(rate, most)
         if result["limited_by"] == "engine" and _waits_for_front(server, question.slo_p99_ms / 1000, rate):
             result["limited_by"] = "front end"
-        result["highest_rate"] = asdict(best)
-    texts = best.times(scenario.inputs)
+        result["highest_rate"] = asdict(Range.at_most(most))
     result["costs"] = [
-        price | {"usd_per_million_texts": asdict(per_million(price["usd_per_hour"], texts))}
+        price | {"usd_per_million_texts": asdict(per_million(price["usd_per_hour"], most * scenario.inputs))}
         for price in prices(calibrated.part)
-        if texts.high
+        if most
     ]
     return result
 
@@ -167,31 +159,13 @@ def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) 
         "costs": [],
         "notes": ["no error band; docs/estimate.md has the errors of two such estimates"],
     }
-    load = question.load
-    if load is not None:
-        saturated = load.mode == "open" and (load.rate or 1.0) >= offline
-        result_under_load = (
-            None
-            if saturated
-            else server.open(load.rate or 1.0, load.arrivals)
-            if load.mode == "open"
-            else server.closed(load.users)
-        )
+    if question.load is not None:
+        done = simulate(server, question.load)
+        rate = offline if done is None else question.load.rate if question.load.mode == "open" else done.per_second
         result["load"] = {
-            "requests_per_s": _exact(
-                offline
-                if result_under_load is None
-                else load.rate
-                if load.mode == "open"
-                else result_under_load.per_second
-            ),
-            **{
-                f"p{q * 100:g}_ms": None
-                if result_under_load is None
-                else _exact(result_under_load.percentile(q) * 1000)
-                for q in (0.5, 0.9, 0.99)
-            },
-            "saturated": result_under_load is None,
+            "requests_per_s": _exact(rate),
+            **{f"p{q * 100:g}_ms": done and _exact(done.percentile(q) * 1000) for q in (0.5, 0.9, 0.99)},
+            "saturated": done is None,
         }
     if question.slo_p99_ms is not None:
         result["highest_rate"] = _exact(server.highest_rate(question.slo_p99_ms / 1000, most=offline))
@@ -199,7 +173,7 @@ def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) 
 
 
 def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
-    """Add to each row a comparison with the part `against`: the ratio of throughputs, and which is cheaper per text.
+    """Add to each row a comparison with the part `against`: the ratio of their bounds, and of their prices.
 
     Rows of the same precision are compared. If `against` has a single row, all rows are compared with it.
     """
@@ -208,68 +182,25 @@ def compare(rows: Sequence[dict[str, Any]], against: str) -> None:
         baseline = baselines.get(row["precision"]) or (next(iter(baselines.values())) if len(baselines) == 1 else None)
         if baseline is None or baseline is row:
             continue
-        rate, baseline_rate = (each.get("highest_rate") or each["offline_texts_per_s"] for each in (row, baseline))
-        if not (rate["high"] and baseline_rate["high"]):
+        rate, baseline_rate = (
+            (each.get("highest_rate") or each["offline_texts_per_s"])["high"] for each in (row, baseline)
+        )
+        if not (rate and baseline_rate):
             continue
-        ratio = _ratio(rate, baseline_rate)
+        prices_of_baseline = {price["provider"]: price["usd_per_hour"] for price in baseline["costs"]}
         row["against"] = {
             "hardware": against,
             "precision": baseline["precision"],
-            "throughput": ratio,
-            # At this multiple of the price of `against`, a text costs the same on both parts.
-            "break_even": ratio,
-            "whole_gpu_break_even": _per_share(ratio, 1 / catalog.hardware(row["hardware"]).parts),
+            # If both parts reach their bounds, a text costs the same at this multiple of the price of `against`.
+            "of_bounds": rate / baseline_rate,
+            "whole_gpu_of_bounds": rate / baseline_rate * catalog.hardware(row["hardware"]).parts,
             "behind_front_end": _front_limited(row) or _front_limited(baseline),
-            "prices": _verdicts(row, baseline, ratio),
+            "prices": [
+                {"provider": price["provider"], "price_ratio": price["usd_per_hour"] / other}
+                for price in row["costs"]
+                if (other := prices_of_baseline.get(price["provider"]))
+            ],
         }
-
-
-def _ratio(rate: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
-    """Return the ratio of two throughputs, as a range.
-
-    If `rate` is an upper bound, only `high` is known. If `baseline` is an upper bound, only `low` is known. `of_bounds`
-    is the ratio of the two fast ends: the break-even price if both parts reach them.
-    """
-    value = rate["value"] / baseline["value"] if rate["value"] and baseline["value"] else None
-    low = rate["low"] / baseline["high"] if rate["low"] else None
-    high = rate["high"] / baseline["low"] if baseline["low"] else None
-    bound = None
-    if value is None and (low or high):
-        bound = "at most" if low is None else "at least"
-    return {"value": value, "low": low, "high": high, "bound": bound, "of_bounds": rate["high"] / baseline["high"]}
-
-
-def _per_share(ratio: dict[str, Any], share: float) -> dict[str, Any]:
-    return {key: value / share if isinstance(value, float) else value for key, value in ratio.items()}
-
-
-def _verdicts(row: dict[str, Any], baseline: dict[str, Any], ratio: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the price ratio and which part is cheaper per text, for each provider that offers both parts.
-
-    A fast end that the front end limits decides nothing: a faster CPU or a second replica serves more.
-    """
-    baseline_prices = {price["provider"]: price["usd_per_hour"] for price in baseline["costs"]}
-    low, high = ratio["low"], ratio["high"]
-    found = []
-    for price in row["costs"]:
-        if (baseline_price := baseline_prices.get(price["provider"])) is None:
-            continue
-        price_ratio = price["usd_per_hour"] / baseline_price
-        cheaper = low is not None and price_ratio < low
-        more_expensive = high is not None and price_ratio > high
-        # `low` is based on the fast end of the baseline, `high` on that of the row.
-        if cheaper and not _front_limited(baseline):
-            verdict, reason = "cheaper", "price ratio below the band"
-        elif more_expensive and not _front_limited(row):
-            verdict, reason = "more expensive", "price ratio above the band"
-        elif _front_limited(row) or _front_limited(baseline):
-            verdict, reason = "undecided", "limited by the front end"
-        else:
-            has_band = low is not None and high is not None
-            reason = "price ratio inside the band" if has_band else "only bounds are known"
-            verdict = "undecided"
-        found.append({"provider": price["provider"], "price_ratio": price_ratio, "verdict": verdict, "reason": reason})
-    return found
 
 
 def _front_limited(row: Mapping[str, Any]) -> bool:

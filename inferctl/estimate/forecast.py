@@ -1,8 +1,7 @@
-"""Computes the figures of an estimate for one part, one model and one load: a value with an error band, or a bound.
+"""Computes the figures of an estimate for one part, one model and one load, as bounds.
 
-A band comes from three simulations: with the fitted times, and with all times at the slow and the fast end of the band.
-If the model or the engine differs too much from the published rows, the band is unknown. Then a figure is only the fast
-end: "at most" for rates, "at least" for times.
+The published rows ran TensorRT. How much slower torch is, is not known, so a figure is the fast end of the error band:
+"at most" for rates, "at least" for times.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ from inferctl.facts.precision import best_precision
 from inferctl.models import fit
 from inferctl.models.model import architecture, resolve_task
 
-# The engines: `inferctl serve` runs torch, the published rows ran TensorRT.
-ENGINES = ("torch", "tensorrt")
-ROWS_ENGINE = "tensorrt"
+_ENGINE = "engine: the rows ran TensorRT; the speed of torch relative to TensorRT is not measured"
 # If the width or depth of a model, or the mean length of its inputs, differs by more than this factor from the rows,
-# its figures are bounds.
+# the output says so.
 MAX_SIZE_RATIO = 2.0
 WITHOUT_NETWORK = "network time and clock changes of the device are not included"
 _SEQUENCES = 250_000
@@ -56,9 +53,9 @@ class OfferedLoad(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """An estimated figure with the ends of its band, or with `bound` one end only.
+    """An estimated figure. "at most": only `high` is known. "at least": only `low` is known.
 
-    "at most": only `high` is known. "at least": only `low` is known. Without a bound, `high` is None beyond saturation.
+    Without a bound, `low` and `high` equal `value`: a rate that was asked for, or a figure of measured batch times.
     """
 
     value: float | None
@@ -68,7 +65,7 @@ class Range:
 
     @classmethod
     def exactly(cls, value: float) -> Range:
-        """Return a figure without a band."""
+        """Return a figure that is no bound."""
         return cls(value, value, value)
 
     @classmethod
@@ -86,14 +83,6 @@ class Range:
         value, low, high = (None if end is None else end * factor for end in (self.value, self.low, self.high))
         return Range(value, low, high, self.bound)
 
-    def capped(self, most: float) -> Range:
-        """Return the range limited to `most`: only an upper bound if `most` is below the value."""
-        if self.high is not None and self.high <= most:
-            return self
-        if self.value is None or self.value >= most:
-            return Range.at_most(most)
-        return Range(self.value, self.low, most)
-
 
 @dataclass(frozen=True)
 class Scenario:
@@ -110,7 +99,6 @@ class Scenario:
     seed: int = 0
     count: int = REQUESTS
     slots: int = 1
-    engine: str = "torch"
     front: float | None = None
 
     @property
@@ -138,8 +126,8 @@ class Scenario:
 class Estimate:
     """Estimated latency (ms) and requests/s under one load, and the data source of the estimate.
 
-    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds, empty if
-    they have a band. `saturated`: the offered rate exceeds the capacity, so latency is None.
+    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds. `saturated`:
+    the offered rate exceeds the capacity, so latency is None.
     """
 
     hardware: str
@@ -198,51 +186,38 @@ def under_load(
     calibrated: CalibratedPart, model: Transformer, scenario: Scenario, load: OfferedLoad, notes: Sequence[str] = ()
 ) -> Estimate:
     """Return the estimate for one load."""
-    reasons = differences(model, scenario)
-    band = calibrated.band_for(model)
-    fitted, fast, slow = (simulate(scenario.server(cost), load) for cost in ends(calibrated, model))
-    result = fast if reasons else fitted
-    open_loop = load.mode == "open"
-    if result is None:
-        requests = capacity(calibrated, model, scenario)
-    elif open_loop and load.rate:
+    most = capacity(calibrated, model, scenario)
+    over = load.mode == "open" and (load.rate or 1.0) >= most
+    result = None if over else simulate(scenario.server(calibrated.fastest(model)), load)
+    requests = Range.at_most(most if result is None else min(result.per_second, most))
+    if result is not None and load.mode == "open" and load.rate:
         requests = Range.exactly(load.rate)
-    elif reasons:
-        most = capacity(calibrated, model, scenario).high or scenario.front_rate
-        requests = Range.at_most(result.per_second).capped(most)
-    else:
-        requests = ranged(band.throughput, result.per_second).capped(scenario.front_rate)
     if requests.high == scenario.front_rate:
         notes = [
             *notes,
             f"requests/s is at most {scenario.front_rate:.0f} behind this front end: {front_end.load().machine}",
         ]
-    latencies = [None if each is None else each.latencies for each in (fitted, fast, slow)]
-    p50, p90, p99 = (None if result is None else latency(q, latencies, bool(reasons)) for q in (0.5, 0.9, 0.99))
+    p50, p90, p99 = (None if result is None else at_least_ms(result.latencies, q) for q in (0.5, 0.9, 0.99))
     return Estimate(
         hardware=calibrated.part.key,
         name=calibrated.part.name,
         precision=calibrated.precision,
         basis=calibrated.basis,
         rests_on=calibrated.rests_on,
-        band=band.throughput,
+        band=calibrated.band_for(model).throughput,
         requests_per_s=requests,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
         saturated=result is None,
-        bounded_by=tuple(reasons),
+        bounded_by=tuple(differences(model, scenario)),
         notes=tuple(notes),
     )
 
 
 def differences(model: Transformer, scenario: Scenario) -> list[str]:
-    """Return why an estimate of this model and these requests is only a bound; empty if it has an error band."""
-    found = []
-    if scenario.engine != ROWS_ENGINE:
-        found.append(
-            f"engine: the rows ran TensorRT; the speed of {scenario.engine} relative to TensorRT is not measured"
-        )
+    """Return why an estimate of this model and these requests is only a bound."""
+    found = [_ENGINE]
     for name, value, row_value in (
         ("width", model.width, BERT_LARGE.width),
         ("depth", model.layers, BERT_LARGE.layers),
@@ -255,28 +230,15 @@ def differences(model: Transformer, scenario: Scenario) -> list[str]:
     return found
 
 
-def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario) -> Range:
-    """Return the requests per second if all requests are queued from the start."""
+def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario) -> float:
+    """Return the most requests per second that the part and its front end can serve, all queued from the start."""
     engine = scenario.server(calibrated.cost(model), front=0.0).offline().per_second
-    found = ranged(calibrated.band_for(model).throughput, engine)
-    if differences(model, scenario):
-        found = Range.at_most(found.high or engine)
-    return found.capped(scenario.front_rate)
+    return min(engine * calibrated.band_for(model).throughput[1], scenario.front_rate)
 
 
-def latency(q: float, simulations: Sequence[Sequence[float] | None], bounded: bool) -> Range:
-    """Return a percentile in ms from the latencies (s) of three simulations: fitted times, fast end, slow end.
-
-    Those of a simulation are None beyond saturation.
-    """
-    value, low, high = (None if latencies is None else percentile(latencies, q) * 1000 for latencies in simulations)
-    return Range.at_least(low or 0.0) if bounded else Range(value, value if low is None else low, high)
-
-
-def ends(calibrated: CalibratedPart, model: Transformer) -> tuple[Cost, Cost, Cost]:
-    """Return the cost of batches with the fitted times, at the fast end and at the slow end of the band."""
-    cost, band = calibrated.cost(model), calibrated.band_for(model)
-    return cost, cost.times(band.fastest), cost.times(band.slowest)
+def at_least_ms(latencies: Sequence[float], q: float) -> Range:
+    """Return a percentile in ms of latencies in seconds, as a lower bound."""
+    return Range.at_least(percentile(latencies, q) * 1000)
 
 
 def simulate(server: SimulatedServer, load: OfferedLoad) -> SimulationResult | None:
@@ -285,11 +247,6 @@ def simulate(server: SimulatedServer, load: OfferedLoad) -> SimulationResult | N
         return server.closed(load.users)
     rate = load.rate or 1.0
     return None if rate >= server.offline().per_second else server.open(rate, load.arrivals)
-
-
-def ranged(band: tuple[float, float], value: float) -> Range:
-    """Return a figure with its band, from the factors of the band."""
-    return Range(value, value * band[0], value * band[1])
 
 
 def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
@@ -343,12 +300,6 @@ def prices(part: Hardware) -> list[dict[str, Any]]:
     ]
 
 
-def per_million(usd_per_hour: float, texts_per_s: Range) -> Range:
-    """Return US dollars per million texts. If the throughput is an upper bound, the cost is a lower bound."""
-
-    def dollars(rate: float | None) -> float | None:
-        return usd_per_hour / 3600 * 1e6 / rate if rate else None
-
-    if texts_per_s.bound:
-        return Range.at_least(dollars(texts_per_s.high) or 0.0)
-    return Range(dollars(texts_per_s.value), dollars(texts_per_s.high), dollars(texts_per_s.low))
+def per_million(usd_per_hour: float, texts_per_s: float) -> Range:
+    """Return US dollars per million texts, at least. `texts_per_s`: at most."""
+    return Range.at_least(usd_per_hour / 3600 * 1e6 / texts_per_s)

@@ -54,7 +54,6 @@ class BaseImage:
     """A base image. `ships` are its CUDA libraries, `provides` its Python packages. `notes` explain null facts.
 
     `packages`: apt packages that its stack needs at run time, in addition to Python.
-
     `require_cuda` is NVIDIA_REQUIRE_CUDA of the image. `cuda_compat` is the CUDA version of its forward compatibility
     libraries.
     """
@@ -247,41 +246,7 @@ def cuda_image(base: BaseImage, stack: Stack) -> drivers.CudaImage | None:
 
 def cuda_gpu_of(part: Hardware) -> drivers.CudaGpu:
     """Return the facts of a part of kind cuda that `drivers.judge` requires."""
-    return cuda_gpu(part.brand or drivers.brand_of(part.name), part.compute_capability)
-
-
-def cuda_gpu(brand: str, capability: str | None) -> drivers.CudaGpu:
-    """Return the facts of a GPU that `drivers.judge` requires, from its brand and compute capability."""
-    oldest = oldest_driver(capability_of(capability)) if capability else None
-    return drivers.CudaGpu(brand, capability, oldest)
-
-
-def oldest_driver(capability: tuple[int, int]) -> int | None:
-    """Return the oldest driver branch that runs GPUs of `capability`; None if unknown.
-
-    A capability that is not in the table gets the branch of the next lower one with the same major version. Its GPUs
-    may need a newer driver.
-    """
-    known = {capability_of(key): branch for key, branch in _driver_table()["oldest_driver"].items()}
-    earlier = [branch for (major, minor), branch in known.items() if major == capability[0] and minor <= capability[1]]
-    return max((branch for branch in earlier if branch), default=None)
-
-
-def cuda_of_driver(branch: int) -> tuple[int, ...]:
-    """Return the newest CUDA version that a driver branch supports without cuda-compat: 535 -> (12, 2)."""
-    known = _driver_branches()
-    older = [version for since, version in known.items() if since <= branch]
-    return drivers.version(older[-1]) if older else (0,)
-
-
-@cache
-def _driver_branches() -> dict[int, str]:
-    return dict(sorted(_driver_table()["cuda"].items()))
-
-
-@cache
-def _driver_table() -> dict[str, Any]:
-    return _yaml(assets.root() / "base-images" / "drivers.yaml")
+    return drivers.cuda_gpu(part.brand or drivers.brand_of(part.name), part.compute_capability)
 
 
 @cache
@@ -301,10 +266,7 @@ def base(key: str) -> BaseImage:
 
 
 def check_task(task: str, base: BaseImage, stack: Stack) -> None:
-    """Raise `UsageError` if images on `base` cannot serve `task`: generation needs vLLM, and vLLM serves nothing else.
-
-    The task `auto` is accepted, because the model is not known.
-    """
+    """Raise `UsageError` if images on `base` cannot serve `task`: only generation runs on vLLM. `auto`: not known."""
     generation = stack.vllm is not None
     if task == "auto" or (task == "generate") == generation:
         return
@@ -387,10 +349,7 @@ def _parts(file: Path) -> dict[str, Hardware]:
 
 
 def _slice(whole: Hardware, mig: MigSlice, key: str, device_names: list[str], source: Mapping[str, Any]) -> Hardware:
-    """Derive a MIG slice from its GPU.
-
-    Peaks are proportional to its share of the multiprocessors, bandwidth to its share of the memory.
-    """
+    """Derive a MIG slice from its GPU: peaks by its share of the multiprocessors, bandwidth by that of the memory."""
     if not (whole.memory_bytes and whole.bandwidth_gbs):
         raise UsageError(f"{whole.key} has slices but no memory_bytes or bandwidth_gbs")
     share = mig.compute_share

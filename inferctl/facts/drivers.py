@@ -8,7 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
+
+from inferctl.core import assets, document
+from inferctl.facts.precision import capability_of
 
 # Brands that data-center GPUs report to the container toolkit. A T4 reports `Tesla` or `NVIDIA`, by driver.
 DATA_CENTER = frozenset({"tesla", "nvidia"})
@@ -243,3 +247,38 @@ def _names_driver(alternative: tuple[Condition, ...] | None) -> bool:
 def _branch_names(branches: tuple[int, ...]) -> str:
     names = [f"R{branch}" for branch in branches]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}" if names else "no branch"
+
+
+def cuda_gpu(brand: str, capability: str | None) -> CudaGpu:
+    """Return the facts of a GPU that `judge` requires, from its brand and compute capability."""
+    oldest = oldest_driver(capability_of(capability)) if capability else None
+    return CudaGpu(brand, capability, oldest)
+
+
+def oldest_driver(capability: tuple[int, int]) -> int | None:
+    """Return the oldest driver branch that runs GPUs of `capability`; None if unknown.
+
+    A capability that is not in the table gets the branch of the next lower one with the same major version. Its GPUs
+    may need a newer driver.
+    """
+    known = {capability_of(key): branch for key, branch in _driver_table()["oldest_driver"].items()}
+    earlier = [branch for (major, minor), branch in known.items() if major == capability[0] and minor <= capability[1]]
+    return max((branch for branch in earlier if branch), default=None)
+
+
+def cuda_of_driver(branch: int) -> tuple[int, ...]:
+    """Return the newest CUDA version that a driver branch supports without cuda-compat: 535 -> (12, 2)."""
+    known = _driver_branches()
+    older = [version for since, version in known.items() if since <= branch]
+    return version(older[-1]) if older else (0,)
+
+
+@cache
+def _driver_branches() -> dict[int, str]:
+    return dict(sorted(_driver_table()["cuda"].items()))
+
+
+@cache
+def _driver_table() -> dict[str, Any]:
+    file = assets.root() / "base-images" / "drivers.yaml"
+    return document.read(file, "it is part of inferctl").data

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-# `weight-only`: 8 or 4 bits in memory, 16-bit products. `unknown`: only vLLM decides, when it starts. Both: generation.
+# `weight-only`: fp8 in memory, 16-bit products. `unknown`: only vLLM decides, when it starts. Both: generation.
 Level = Literal["native", "weight-only", "emulated", "unknown", "unsupported"]
 
 _DTYPES = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 # Model types that vLLM rejects in fp16 for numerical instability (vllm/config/model.py).
 _WITHOUT_FP16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
-# Formats of prepared checkpoints that vLLM 0.32 no longer reads (QUANTIZATION_METHODS), or reads only on request.
+# Formats of prepared checkpoints that vLLM no longer reads (QUANTIZATION_METHODS), or reads only on request.
 _REMOVED_METHODS = frozenset({"bitsandbytes", "aqlm", "eetq", "hqq", "fbgemm_fp8", "fp_quant"})
 
 
@@ -43,14 +43,11 @@ class Quantization:
     """How the weights of a prepared checkpoint are stored.
 
     `method` is the `quant_method` of its `config.json`, such as `gptq`. `weights` is their format, such as int8, fp8 or
-    int4; None if unknown. `activations` is the format that the products use, None for 16 bits. `per_block`: whether
-    the scales are those of blocks of weights.
+    int4; None if unknown.
     """
 
     method: str
     weights: str | None
-    activations: str | None = None
-    per_block: bool = False
 
     @property
     def name(self) -> str:
@@ -138,7 +135,7 @@ def choose_generation(
 
 
 def generation_support(precision: str, device: DeviceTraits, checkpoint: Checkpoint = Checkpoint()) -> Support:
-    """Return how vLLM runs `precision` on `device`: the rules of vLLM 0.32.
+    """Return how vLLM runs `precision` on `device`.
 
     For a prepared checkpoint, its own format (`int8`, `fp8`, `int4`) keeps the weights as they are, and fp16 or bf16
     sets the activations only.
@@ -148,9 +145,6 @@ def generation_support(precision: str, device: DeviceTraits, checkpoint: Checkpo
         plain = _dense_support(precision, device, checkpoint.model_type)
         if stored is None or plain.level == "unsupported":
             return plain
-        if precision == "fp32" and stored.method != "compressed-tensors":
-            why = f"vLLM runs {stored.method} checkpoints with activations in fp16 or bf16 only"
-            return Support("unsupported", why, "use auto, which keeps the format of the checkpoint")
         found = _prepared_support(stored, device)
         why = f"{precision} activations, the weights stay {stored.name}: {found.reason}"
         return Support(found.level, why, found.hint)
@@ -220,12 +214,10 @@ def _online_support(precision: str, device: DeviceTraits, model_type: str | None
         # SmolLM2-135M with vLLM 0.32 on two cores with avx512_bf16: 0.3 tokens/s instead of 15, other load present.
         why = "the CPU has no fp8 products: fp8 halves the weights, but was tens of times slower than bf16"
         return Support("emulated", why)
-    return _fp8_support(device, per_block=False)
+    return _fp8_support(device)
 
 
-def _fp8_support(device: DeviceTraits, *, per_block: bool) -> Support:
-    if device.kind == "cpu":
-        return _cpu_fp8_support(device.cpu_flags, per_block)
+def _fp8_support(device: DeviceTraits) -> Support:
     capability = device.compute_capability or (0, 0)
     sm = f"compute capability {capability[0]}.{capability[1]}"
     if capability >= (8, 9):
@@ -236,88 +228,32 @@ def _fp8_support(device: DeviceTraits, *, per_block: bool) -> Support:
     return Support("unsupported", f"{sm} has no fp8 in vLLM (requires 7.5 or newer)", "use fp16")
 
 
-def _cpu_fp8_support(flags: frozenset[str], per_block: bool) -> Support:
-    if "amx_fp8" in flags:
-        return Support("native", "the CPU has amx_fp8: fp8 weights and activations")
-    if "amx_tile" in flags:
-        return Support("weight-only", "the CPU has AMX: fp8 weights, products in 16 bits")
-    if per_block:
-        why = "vLLM runs fp8 weights with scales per block on CPUs with AMX only"
-        return Support("unsupported", why, "choose the checkpoint without quantization")
-    return Support("unknown", "vLLM decides when it starts whether it runs these fp8 weights on a CPU without AMX")
-
-
 def _prepared_support(stored: Quantization, device: DeviceTraits) -> Support:
     if stored.method in _REMOVED_METHODS:
         why = f"vLLM no longer runs {stored.method} checkpoints"
         return Support("unsupported", why, "choose the checkpoint without quantization, or one in compressed-tensors")
-    if stored.weights == "fp8" and stored.method in ("fp8", "compressed-tensors"):
-        return _fp8_support(device, per_block=stored.per_block)
-    if stored.weights not in ("int8", "int4") or stored.method not in ("compressed-tensors", "gptq", "awq"):
-        return Support("unknown", f"vLLM decides when it starts whether it runs {stored.name} here")
-    if stored.activations == "int8" and stored.weights == "int8":
-        return _int8_support(device)
-    if device.kind == "cpu":
-        if stored.weights == "int8":
-            why = f"vLLM on CPUs runs {stored.method} weights with 4 bits, or int8 with int8 activations"
-            return Support("unsupported", why, "choose a checkpoint in compressed-tensors W8A8")
-        return Support("weight-only", f"{stored.name} weights, products in 16 bits or with int8 activations")
-    capability = device.compute_capability or (0, 0)
-    sm = f"compute capability {capability[0]}.{capability[1]}"
-    if stored.activations is None and capability >= (7, 5):
-        return Support("weight-only", f"{sm} runs {stored.name} weights with products in 16 bits (Marlin)")
-    if stored.activations is None:
-        return Support("unsupported", f"{sm} has no kernels for {stored.name} in vLLM (requires 7.5 or newer)")
+    if stored.weights == "fp8" and device.kind == "cuda":
+        return _fp8_support(device)
     return Support("unknown", f"vLLM decides when it starts whether it runs {stored.name} here")
-
-
-def _int8_support(device: DeviceTraits) -> Support:
-    if device.kind == "cpu":
-        found = sorted(device.cpu_flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
-        if found:
-            return Support("native", f"the CPU has {', '.join(found)}: int8 weights and activations")
-        return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 saves memory but not time")
-    capability = device.compute_capability or (0, 0)
-    sm = f"compute capability {capability[0]}.{capability[1]}"
-    if capability >= (10, 0):
-        return Support("unsupported", f"vLLM has no int8 products for {sm}", "choose a checkpoint in fp8")
-    if capability >= (7, 5):
-        return Support("native", f"{sm} multiplies int8 weights and activations (7.5 or newer)")
-    return Support("unsupported", f"{sm} has no int8 products in vLLM (requires 7.5 or newer)", "use fp16")
 
 
 def _quantization(stored: Mapping[str, Any]) -> Quantization:
     method = str(stored.get("quant_method", "unknown")).lower().replace("compressed_tensors", "compressed-tensors")
-    if method == "compressed-tensors":
-        groups = stored.get("config_groups")
-        found = {_group(group) for group in groups.values()} if isinstance(groups, Mapping) else set()
-        return Quantization(method, *(found.pop() if len(found) == 1 else (None,)))
-    if method in ("awq", "gptq"):
-        bits = stored.get("bits") or stored.get("w_bit")
-        return Quantization(method, f"int{bits}" if isinstance(bits, int) else None)
-    if method == "fp8":
-        return Quantization(method, "fp8", "fp8", bool(stored.get("weight_block_size")))
-    return Quantization(method, method if method == "mxfp4" else None)
-
-
-def _group(group: Any) -> tuple[str | None, str | None, bool]:
-    """Return the formats of weights and activations of one group of compressed-tensors, and if scales are per block."""
-    weights, activations = (
-        group.get(key) if isinstance(group, Mapping) else None for key in ("weights", "input_activations")
-    )
-    return _number_format(weights), _number_format(activations), _strategy(weights) == "block"
+    weights = None
+    if method == "compressed-tensors" and isinstance(groups := stored.get("config_groups"), Mapping):
+        found = {_number_format(group.get("weights")) for group in groups.values() if isinstance(group, Mapping)}
+        weights = found.pop() if len(found) == 1 else None
+    elif method in ("awq", "gptq") and isinstance(bits := stored.get("bits") or stored.get("w_bit"), int):
+        weights = f"int{bits}"
+    elif method in ("fp8", "mxfp4"):
+        weights = method
+    return Quantization(method, weights)
 
 
 def _number_format(arguments: Any) -> str | None:
-    if not isinstance(arguments, Mapping):
+    if not isinstance(arguments, Mapping) or not isinstance(bits := arguments.get("num_bits"), int):
         return None
-    prefix = "fp" if arguments.get("type") == "float" else "int"
-    bits = arguments.get("num_bits")
-    return f"{prefix}{bits}" if isinstance(bits, int) else None
-
-
-def _strategy(arguments: Any) -> str | None:
-    return str(arguments.get("strategy")) if isinstance(arguments, Mapping) else None
+    return f"{'fp' if arguments.get('type') == 'float' else 'int'}{bits}"
 
 
 def _cuda_support(precision: str, capability: tuple[int, int]) -> Support:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from inferctl.core.errors import UsageError
+from inferctl.core.errors import UsageError, shown
 
 # A million servers took 5.8 GB, and Envoy checks the health of each one.
 _MAX_SERVERS, _MAX_BYTES = 1000, 1024 * 1024
@@ -26,14 +26,15 @@ class Server:
 
 
 def parse(url: str) -> Server:
-    """Return the server of `http://HOST:PORT`. Raises `UsageError`."""
+    """Return the server of `http://HOST:PORT`. Raises `UsageError`, without a password of the URL."""
+    name = "a URL with `@`" if "@" in url else shown(url)
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise UsageError(f"{url!r} is not the URL of a server: {error}", _EXAMPLE) from None
+        raise UsageError(f"{name} is not the URL of a server: {error}", _EXAMPLE) from None
     if parts.scheme != "http" or not host or parts.path.strip("/") or parts.query or parts.username:
-        raise UsageError(f"{url!r} is not the URL of a server", _EXAMPLE)
+        raise UsageError(f"{name} is not the URL of a server", _EXAMPLE)
     return Server(host, port or 80)
 
 

@@ -15,7 +15,7 @@ SIZE_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaseComparison:
     """The comparison of one fact.
 
     `unrecorded`: the catalog does not have the fact. `unknown`: the registry did not respond.
@@ -28,10 +28,10 @@ class Comparison:
     found: str | None
 
 
-def compare(base: BaseImage, image: RemoteImage) -> list[Comparison]:
+def compare(base: BaseImage, image: RemoteImage) -> list[BaseComparison]:
     """Compare digest, size, CUDA version and driver requirement of `base` with those of its image."""
     return [
-        Comparison(base.key, "tag", "same", base.reference, base.reference),
+        BaseComparison(base.key, "tag", "same", base.reference, base.reference),
         _row(base, "digest", base.digest, image.digest, base.digest == image.digest),
         _size(base, image.compressed_bytes),
         _cuda(base, image.environment.get("CUDA_VERSION")),
@@ -39,30 +39,30 @@ def compare(base: BaseImage, image: RemoteImage) -> list[Comparison]:
     ]
 
 
-def _row(base: BaseImage, fact: str, recorded: str | None, found: str | None, same: bool) -> Comparison:
+def _row(base: BaseImage, fact: str, recorded: str | None, found: str | None, same: bool) -> BaseComparison:
     verdict: Literal["same", "differs", "unrecorded"] = "same" if same else "differs"
-    return Comparison(base.key, fact, "unrecorded" if recorded is None and found else verdict, recorded, found)
+    return BaseComparison(base.key, fact, "unrecorded" if recorded is None and found else verdict, recorded, found)
 
 
-def _size(base: BaseImage, found: int) -> Comparison:
+def _size(base: BaseImage, found: int) -> BaseComparison:
     recorded = base.compressed_bytes
     same = recorded is not None and abs(found / recorded - 1) <= SIZE_TOLERANCE
     return _row(base, "compressed_bytes", None if recorded is None else size(recorded, 1), size(found, 1), same)
 
 
-def _cuda(base: BaseImage, found: str | None) -> Comparison:
+def _cuda(base: BaseImage, found: str | None) -> BaseComparison:
     version = ".".join(found.split(".")[:2]) if found else None
     same = base.cuda == version
-    return Comparison(base.key, "cuda", "same" if same else "differs", base.cuda, found)
+    return BaseComparison(base.key, "cuda", "same" if same else "differs", base.cuda, found)
 
 
-def _requirement(base: BaseImage, found: str | None) -> Comparison:
+def _requirement(base: BaseImage, found: str | None) -> BaseComparison:
     """Compare driver requirements in any order. A requirement that cannot be parsed differs."""
     try:
         required = Requirement.parse(found) if found else None
     except ValueError:
-        return Comparison(base.key, "require_cuda", "differs", base.require_cuda and "recorded", found)
+        return BaseComparison(base.key, "require_cuda", "differs", base.require_cuda and "recorded", found)
     known = base.requirement
     same = (known and set(known.alternatives)) == (required and set(required.alternatives))
     recorded, actual = (requirement.describe() if requirement else None for requirement in (known, required))
-    return Comparison(base.key, "require_cuda", "same" if same else "differs", recorded, actual)
+    return BaseComparison(base.key, "require_cuda", "same" if same else "differs", recorded, actual)

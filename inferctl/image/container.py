@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Address:
-    """The address of the container. Port 0 selects a free port of this machine. `network`: None for the engine's bridge, or `host`."""
+    """The address of the container. Port 0 selects a free port. `network`: None for the engine's bridge, or `host`."""
 
     host: str
     port: int
@@ -138,7 +138,7 @@ def check_readable(keys: Path) -> None:
 def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
-    kind = image.labels.get("io.inferctl.models.model.weights", "mount" if serve_options.replaces_model else "bake")
+    kind = image.labels.get("io.inferctl.model.weights", "mount" if serve_options.replaces_model else "bake")
     if kind != "mount":
         if serve_options.replaces_model:
             verb = "downloads" if kind == "download" else "contains"

@@ -56,13 +56,6 @@ class StepBytes:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainLine:
-    """A line of the builder on stderr that is not progress: a warning or the final error."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class LayerPush:
     """Progress of the push of a layer. `current` and `total` are uncompressed bytes, as the engine reports them."""
 
@@ -89,6 +82,6 @@ class Note:
     text: str
 
 
-BuildEvent = StepStarted | StepFinished | StepLog | StepBytes | PlainLine
+BuildEvent = StepStarted | StepFinished | StepLog | StepBytes
 PushEvent = LayerPush | Retry
 Event = Phase | BuildEvent | PushEvent | Note

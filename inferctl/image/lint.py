@@ -1,4 +1,4 @@
-"""Checks a Dockerfile and a built image for secrets, root users and wasted bytes. `inferctl.models.fit` checks the spec."""
+"""Checks a Dockerfile and a built image for secrets, root users and wasted bytes. `models.fit` checks the spec."""
 
 from __future__ import annotations
 

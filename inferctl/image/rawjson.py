@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from inferctl.image.events import BuildEvent, PlainLine, StepBytes, StepFinished, StepLog, StepStarted
+from inferctl.image.events import BuildEvent, StepBytes, StepFinished, StepLog, StepStarted
 
 # BuildKit first reports the cache lookup of a step, which takes microseconds, and then the step itself.
 _LOOKUP_SECONDS = 0.001
@@ -57,7 +57,7 @@ class Reader:
                 if line == "}":
                     yield from self._close()
                 return
-            yield from self._emit_as_plain_lines()
+            self._keep_as_plain_lines()
         if line.startswith("{"):
             self._object = [line]
             if line.endswith("}"):
@@ -65,11 +65,10 @@ class Reader:
             return
         if line.strip():
             self.tail.append(line)
-            yield PlainLine(line)
 
     def finish(self) -> Iterator[BuildEvent]:
         """Yield the remaining events at the end of the stream."""
-        yield from self._emit_as_plain_lines()
+        self._keep_as_plain_lines()
         for digest, step in self._steps.items():
             if step.partial:
                 yield from self._log_line(digest, step, step.partial)
@@ -92,17 +91,14 @@ class Reader:
         except ValueError:
             value = None
         if not isinstance(value, dict) or not value.keys() <= _STATUS_KEYS:
-            yield from self._emit_as_plain_lines()
+            self._keep_as_plain_lines()
             return
         self._object = []
         yield from self._status(value)
 
-    def _emit_as_plain_lines(self) -> Iterator[BuildEvent]:
-        lines, self._object = self._object, []
-        for line in lines:
-            if line.strip():
-                self.tail.append(line)
-                yield PlainLine(line)
+    def _keep_as_plain_lines(self) -> None:
+        self.tail.extend(line for line in self._object if line.strip())
+        self._object = []
 
     def _status(self, value: dict[str, Any]) -> Iterator[BuildEvent]:
         vertexes = value.get("vertexes") or []

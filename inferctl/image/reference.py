@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
+from inferctl.config.spec_types import IMAGE_NAME, IMAGE_TAG
+from inferctl.core.errors import UsageError
+
 _HUB, _LIBRARY = "docker.io", "library"
+
+
+def full_reference(text: str) -> str:
+    """Return an image name with `:latest` if it has no tag or digest. Raises `UsageError` if it is no image name."""
+    if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?", text):
+        raise UsageError(
+            f"{text!r} is not an image name",
+            "pass a name such as registry.example.com/team/name:tag, in lower case except the tag",
+        )
+    return text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
 
 
 def split(reference: str) -> tuple[str, str]:

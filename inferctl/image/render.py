@@ -233,13 +233,11 @@ def _labels(
         "org.opencontainers.image.base.digest": digest,
         "io.inferctl.version": provenance.version,
         "io.inferctl.content.sha256": content,
-        "io.inferctl.facts.precision": spec.serve.precision,
+        "io.inferctl.precision": spec.serve.precision,
         "io.inferctl.stack": stack.key,
-        "io.inferctl.models.model.source": spec.model.source
-        if is_hub_id(spec.model.source)
-        else Path(spec.model.source).name,
-        "io.inferctl.models.model.revision": spec.model.revision,
-        "io.inferctl.models.model.weights": spec.model.weights,
+        "io.inferctl.model.source": spec.model.source if is_hub_id(spec.model.source) else Path(spec.model.source).name,
+        "io.inferctl.model.revision": spec.model.revision,
+        "io.inferctl.model.weights": spec.model.weights,
     }
     return {key: value for key, value in labels.items() if value}
 

@@ -1,7 +1,7 @@
 """The fields of manifests that only work from some version of Kubernetes on. Schemas do not know this.
 
-A field whose feature gate is off passes every schema, and the API server drops it or refuses the object. The states are
-those of `pkg/features/kube_features.go` in Kubernetes 1.36 and 1.37.
+A field whose feature gate is off passes every schema, and the API server drops it or refuses the object. The versions
+are those of `pkg/features/kube_features.go` in Kubernetes 1.36 and 1.37.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from inferctl.core.errors import UsageError
 
@@ -18,109 +17,40 @@ TESTED = tuple(range(32, 38))
 # The oldest version that has releases with security fixes in November 2026: each gets them for 14 months.
 OLDEST_SUPPORTED = 35
 
-State = Literal["absent", "off", "on", "stable"]
-
 
 @dataclass(frozen=True)
 class Feature:
-    """A field and its state by minor version. `instead`: what to use in older versions.
+    """A field, and the first 1.`since` in which it works by default. `instead`: what to use in older versions.
 
-    `on` means switched on by default. A cluster can switch on what is `off`, but managed clusters cannot.
+    A cluster can switch on what is off in an older version, but managed clusters cannot.
     """
 
     field: str
-    states: Mapping[int, State]
+    since: int
     instead: str
-
-    @property
-    def since(self) -> int:
-        """First minor version in which the field works by default."""
-        return min(minor for minor, state in self.states.items() if state in ("on", "stable"))
 
     def works(self, minor: int) -> bool:
         """Return whether the field works by default in 1.`minor`, also for versions after the table."""
         return minor >= self.since
 
 
-def _states(*states: State) -> dict[int, State]:
-    return dict(zip(TESTED, states, strict=True))
-
-
 FEATURES: Mapping[str, Feature] = {
     "image-volume": Feature(
-        "volumes[].image",
-        _states("off", "off", "off", "on", "stable", "stable"),
-        "a PersistentVolumeClaim, or an init container that copies the weights",
+        "volumes[].image", 35, "a PersistentVolumeClaim, or an init container that copies the weights"
     ),
-    "dra": Feature(
-        "resource.k8s.io/v1",
-        _states("absent", "absent", "stable", "stable", "stable", "stable"),
-        "the device plugin (resources.limits) instead of resource claims",
-    ),
+    "dra": Feature("resource.k8s.io/v1", 34, "the device plugin (resources.limits) instead of resource claims"),
     "dra-first-available": Feature(
-        "ResourceClaim firstAvailable",
-        _states("absent", "off", "on", "on", "stable", "stable"),
-        "`exactly` with one device class, and one Deployment per kind of GPU",
+        "ResourceClaim firstAvailable", 34, "`exactly` with one device class, and one Deployment per kind of GPU"
     ),
-    "dra-extended-resource": Feature(
-        "DeviceClass extendedResourceName",
-        _states("absent", "absent", "off", "off", "on", "stable"),
-        "the device plugin, or resource claims",
-    ),
-    "dra-device-taints": Feature(
-        "DeviceTaintRule",
-        _states("absent", "absent", "off", "off", "off", "stable"),
-        "taints of the node",
-    ),
-    "hpa-tolerance": Feature(
-        "HorizontalPodAutoscaler behavior.*.tolerance",
-        _states("absent", "off", "off", "on", "on", "on"),
-        "stabilizationWindowSeconds",
-    ),
+    "dra-extended-resource": Feature("DeviceClass extendedResourceName", 36, "the device plugin, or resource claims"),
+    "dra-device-taints": Feature("DeviceTaintRule", 37, "taints of the node"),
+    "hpa-tolerance": Feature("HorizontalPodAutoscaler behavior.*.tolerance", 35, "stabilizationWindowSeconds"),
     "hpa-scale-to-zero": Feature(
-        "HorizontalPodAutoscaler minReplicas: 0",
-        _states("off", "off", "off", "off", "off", "on"),
-        "a KEDA ScaledObject with minReplicaCount: 0, or minReplicas: 1",
+        "HorizontalPodAutoscaler minReplicas: 0", 37, "a KEDA ScaledObject with minReplicaCount: 0, or minReplicas: 1"
     ),
-    "prefer-same-zone": Feature(
-        "Service trafficDistribution: PreferSameZone",
-        _states("off", "off", "on", "stable", "stable", "stable"),
-        "trafficDistribution: PreferClose",
-    ),
-    "pre-stop-sleep": Feature(
-        "lifecycle.preStop.sleep",
-        _states("on", "on", "stable", "stable", "stable", "stable"),
-        "preStop.exec with `sleep`",
-    ),
-    "in-place-resize": Feature(
-        "containers[].resizePolicy",
-        _states("off", "on", "on", "stable", "stable", "stable"),
-        "a rollout with new resources",
-    ),
-}
-
-# apiVersion and kinds that no tested version serves any more -> what replaced them. Schemas only warn about them.
-REMOVED: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "apps/v1beta1": ((), "apps/v1"),
-    "apps/v1beta2": ((), "apps/v1"),
-    "extensions/v1beta1": ((), "apps/v1 or networking.k8s.io/v1"),
-    "autoscaling/v2beta1": ((), "autoscaling/v2"),
-    "autoscaling/v2beta2": ((), "autoscaling/v2"),
-    "policy/v1beta1": ((), "policy/v1"),
-    "batch/v1beta1": ((), "batch/v1"),
-    "networking.k8s.io/v1beta1": (("Ingress", "IngressClass"), "networking.k8s.io/v1"),
-    "scheduling.k8s.io/v1beta1": ((), "scheduling.k8s.io/v1"),
-    "rbac.authorization.k8s.io/v1beta1": ((), "rbac.authorization.k8s.io/v1"),
-    "rbac.authorization.k8s.io/v1alpha1": ((), "rbac.authorization.k8s.io/v1"),
-    "apiextensions.k8s.io/v1beta1": ((), "apiextensions.k8s.io/v1"),
-    "admissionregistration.k8s.io/v1beta1": (
-        ("MutatingWebhookConfiguration", "ValidatingWebhookConfiguration"),
-        "admissionregistration.k8s.io/v1",
-    ),
-    "storage.k8s.io/v1beta1": (
-        ("StorageClass", "CSIDriver", "CSINode", "CSIStorageCapacity", "VolumeAttachment"),
-        "storage.k8s.io/v1",
-    ),
+    "prefer-same-zone": Feature("Service trafficDistribution: PreferSameZone", 34, "trafficDistribution: PreferClose"),
+    "pre-stop-sleep": Feature("lifecycle.preStop.sleep", 32, "preStop.exec with `sleep`"),
+    "in-place-resize": Feature("containers[].resizePolicy", 33, "a rollout with new resources"),
 }
 
 

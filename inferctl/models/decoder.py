@@ -84,7 +84,7 @@ _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 
 
 @dataclass(frozen=True)
-class Capacity:
+class KvCapacity:
     """What a KV cache holds, estimated. Sizes in bytes on each GPU, lengths in tokens of prompt and answer together.
 
     `context_tokens`: what each sequence may have, from the spec or the model. `longest_context_tokens`: the longest
@@ -161,14 +161,14 @@ class Decoder:
 
     def capacity(
         self, available_bytes: int, context: int | None, most: int, *, cell_bytes: int, gpus: int, step_tokens: int
-    ) -> Capacity:
+    ) -> KvCapacity:
         """Return what `available_bytes` on each GPU hold: sequences of `context` tokens, at most `most` at a time."""
 
         def at_once(tokens: int) -> int:
             return min(most, available_bytes // self.kv_bytes(tokens, cell_bytes, gpus, step_tokens))
 
         longest = self.longest_context(available_bytes, cell_bytes, gpus, step_tokens)
-        return Capacity(
+        return KvCapacity(
             gpus=gpus,
             kv_cache_bytes=available_bytes,
             kv_bytes_per_token=self.kv_bytes_per_token(cell_bytes, gpus),

@@ -13,7 +13,7 @@ from inferctl.core.sizes import size
 from inferctl.facts import catalog, drivers
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import Level, best_precision, capability_of, support
-from inferctl.models.decoder import Capacity
+from inferctl.models.decoder import KvCapacity
 
 Verdict = Literal["ok", "warn", "error"]
 _WORST = ("ok", "warn", "error")
@@ -76,7 +76,7 @@ class Fit:
     memory: Memory | None
     memory_bytes: int | None
     findings: tuple[Finding, ...]
-    capacity: Capacity | None = None
+    capacity: KvCapacity | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -329,7 +329,7 @@ def _kernels(stack: Stack, kernels: bool | None, part: Hardware) -> Iterator[Fin
 def judge_driver(base: BaseImage, stack: Stack, gpu: drivers.CudaGpu, driver: int) -> drivers.DriverVerdict | None:
     """Return whether `driver` runs images of `base` with `stack` on `gpu`; None for images without CUDA."""
     image = catalog.cuda_image(base, stack)
-    return drivers.judge(image, gpu, driver, catalog.cuda_of_driver(driver)) if image else None
+    return drivers.judge(image, gpu, driver, drivers.cuda_of_driver(driver)) if image else None
 
 
 def _driver(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
@@ -342,7 +342,7 @@ def _driver(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -
         why = f"{stack.key} is built for CUDA {stack.cuda}"
         yield Finding("ok", "driver", drivers.describe_drivers(image, gpu), why, hint, part.key)
         return
-    verdict = drivers.judge(image, gpu, driver, catalog.cuda_of_driver(driver))
+    verdict = drivers.judge(image, gpu, driver, drivers.cuda_of_driver(driver))
     yield Finding(verdict.level, "driver", verdict.what, verdict.why, verdict.hint, part.key)
 
 

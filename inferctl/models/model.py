@@ -78,7 +78,7 @@ class ModelFolder:
 
     @property
     def number_formats(self) -> dict[str, str]:
-        """Number formats of all tensors by name, as the headers of the safetensors files have them: `F32`, `F8_E4M3`."""
+        """Number formats of all tensors by name, as the headers of safetensors have them: `F32`, `F8_E4M3`."""
         return {name: str(tensor["dtype"]) for file in self.weight_files for name, tensor in _tensors(file)}
 
     @cached_property

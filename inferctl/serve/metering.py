@@ -1,28 +1,31 @@
-"""The metering of one server process: where its usage events go, and when requests are rejected for it."""
+"""Where the usage events of one server process go, and when requests are rejected for it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import inferctl
 from inferctl.config.spec import Metering as Settings
 from inferctl.config.spec import Task
 from inferctl.core.sizes import parse_size
+from inferctl.serve import logs
+from inferctl.serve.edge import usage
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.metrics import RequestMetrics
 from inferctl.tenancy.metering.cloud_event import Origin
 from inferctl.tenancy.metering.outbox import Outbox
-from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 log = logging.getLogger("inferctl.metering")
 
 
-class Metering:
+class ServerMetering:
     """The recorder of one process. With `metering.mode: off`, it does nothing.
 
     `known_callers`: whether the server asks who a client is. Then only requests of a known caller are recorded.
@@ -30,7 +33,7 @@ class Metering:
 
     def __init__(self, settings: Settings, model: str, task: Task, *, known_callers: bool) -> None:
         self._settings, self._origin, self._known_callers = settings, Origin(model, task), known_callers
-        self._recorder: Recorder | None = None
+        self._recorder: EventRecorder | None = None
 
     def open(self) -> None:
         """Make the outbox, and record from now on.
@@ -40,7 +43,7 @@ class Metering:
         settings = self._settings
         if settings.mode != "off":
             outbox = Outbox.create(Path(settings.data), parse_size(settings.outbox_size))
-            self._recorder = Recorder(outbox, self._origin, required=settings.mode == "required")
+            self._recorder = EventRecorder(outbox, self._origin, required=settings.mode == "required")
 
     def record(self, event: UsageEvent) -> None:
         """Record a finished request: the sink of usage events.
@@ -77,6 +80,28 @@ class Metering:
         recorder, self._recorder = self._recorder, None
         if recorder and not await asyncio.to_thread(recorder.close, seconds):
             log.error("the server ends, and some of the last usage events could not be written")
+
+
+def emitter(
+    metrics: RequestMetrics,
+    metering: ServerMetering,
+    log: str,
+    traces: bool,
+    name: str,
+    *more: Callable[[UsageEvent], None],
+) -> Callable[[UsageEvent], None]:
+    """Return the function that the edge calls with each event: for metrics, metering, the request log and traces.
+
+    `log`: text or json. `name`: of the model, in traces. `more`: further sinks.
+    """
+    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, metering.record, *more]
+    if log == "json":
+        sinks.append(logs.log_request)
+    if traces:
+        from inferctl.serve import tracing
+
+        sinks.append(tracing.tracer(name, inferctl.__version__))
+    return usage.emitter(sinks)
 
 
 def warnings(settings: Settings) -> Iterator[str]:

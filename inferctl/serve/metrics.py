@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, UsageEvent
-from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -194,7 +194,7 @@ class RequestMetrics:
             device.get("hardware") or device["name"],
         ).set(1)
 
-    def watch_outbox(self, recorder: Recorder) -> None:
+    def watch_outbox(self, recorder: EventRecorder) -> None:
         """Add the metrics of the outbox."""
         depth = self._gauge("outbox_events", "Usage events that the ledger does not have.")
         depth.set_function(lambda: recorder.depth)

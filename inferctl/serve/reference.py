@@ -34,7 +34,7 @@ from inferctl.config.spec import TaskSetting
 from inferctl.core.errors import UsageError
 from inferctl.models import model
 from inferctl.serve import task_config
-from inferctl.serve.engines.startup import hide_scikit_learn
+from inferctl.serve.engines import hide_scikit_learn
 from inferctl.serve.main import exit_with
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool

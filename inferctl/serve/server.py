@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from inferctl.config.spec import Spec, Task
 from inferctl.core import core_files, outputs
@@ -18,12 +18,8 @@ from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import Spinner, StartProgress
 from inferctl.serve.signals import StopSignals
 
-
-class Server(Protocol):
-    """A server that runs until a signal arrives."""
-
-    async def run(self, signals: StopSignals) -> int:
-        """Serve, and return the exit code."""
+if TYPE_CHECKING:
+    from inferctl.serve.lifetime import ServerLifetime
 
 
 def run(
@@ -78,7 +74,7 @@ def _server(
     folder: ModelFolder,
     progress: StartProgress,
     signals: StopSignals,
-) -> Server:
+) -> ServerLifetime:
     """Return the server. Raises `KeyboardInterrupt` for a signal during the imports, which take seconds."""
     if task == "generate":
         from inferctl.serve.generate.server import GenerationServer

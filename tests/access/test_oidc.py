@@ -199,7 +199,7 @@ def test_wrong_signatures_of_some_clients_cost_the_others_nothing(provider: Prov
 def test_a_client_with_wrong_signatures_gets_429(provider: Provider) -> None:
     """Not 503: a gateway would take the server out, and one client could take out all of them."""
     settings = spec.Access.model_validate({"oidc": {"issuer": provider.url, "audience": "inferctl"}})
-    found = access.Access(settings, ["m"])
+    found = access.EdgeAccess(settings, ["m"])
     assert found._tokens
     deadline = time.monotonic() + 30
     while found._tokens._keys is None and time.monotonic() < deadline:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from bench_samples import ANSWERING
 
 from inferctl.bench.judge import summary
+from inferctl.bench.load.target import Target
 from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
 from inferctl.bench.measure.bench import started
 from inferctl.bench.measure.concurrency import Concurrency, Step
+from inferctl.bench.measure.measured_server import MeasuredServer
 from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import findings, result
 from inferctl.bench.report.receipts import write_all
@@ -149,6 +153,60 @@ def test_the_users_of_all_are_those_of_a_fast_server_that_accepts_them(
 
 
 @pytest.mark.parametrize(
+    ("levels", "searched"),
+    [
+        ({"fp32": "native", "fp16": "emulated", "bf16": "native"}, ["fp32", "bf16"]),
+        ({"fp16": "emulated", "bf16": "emulated"}, ["fp16", "bf16"]),
+    ],
+)
+def test_an_emulated_precision_does_not_set_the_users_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: dict[str, str], searched: list[str]
+) -> None:
+    sent: list[str] = []
+
+    @contextlib.contextmanager
+    def ready(work: runner.Bench, target: runner.BenchTarget, folder: Path, notify: object) -> Iterator[Any]:
+        info = {"precision": {"level": levels[target.name]}}
+        server = MeasuredServer(Target("http://127.0.0.1:9", "m", info), None, cast(Any, None), cast(Any, notify))
+        yield server
+
+    def find(measure: object) -> Concurrency:
+        sent.append("search")
+        return Concurrency(64, 64, "server", (Step(64, 100.0, None),))
+
+    monkeypatch.setattr(auto_users, "ready_server", ready)
+    monkeypatch.setattr(concurrency, "find", find)
+    work = bench(tmp_path, *levels)
+    found = auto_users.find(work, {}, lambda _: None)
+    assert len(sent) == len(searched)
+    assert {name: one.users for name, one in found.items()} == dict.fromkeys(levels, 64)
+    assert [name for name, one in found.items() if one.steps] == searched
+    rows = [MeasuredRow(name, "measured", concurrency=one.as_dict()) for name, one in found.items()]
+    said = " ".join(findings.saturation(rows))
+    assert "All were measured with 64 users." in said and "may not be saturated" not in said
+    # A resumed benchmark reads the same.
+    assert auto_users.find(work, {}, lambda _: None) == found
+
+
+@pytest.mark.parametrize(
+    ("load", "seconds"),
+    [
+        ({"duration_s": 16, "emulated_s": 8}, 8),
+        ({"duration_s": 6, "emulated_s": 8}, 6),
+        ({"duration_s": 16}, 16),
+        ({"duration_s": 16, "emulated_s": 8, "mode": "open", "rate": 5}, 16),
+        ({"duration_s": 16, "emulated_s": 8, "spike": {"at_s": 1, "duration_s": 1, "times": 2}}, 16),
+        ({"duration_s": 16, "emulated_s": 8, "task": "rerank"}, 16),
+    ],
+)
+def test_an_emulated_precision_is_measured_for_a_shorter_time(load: dict[str, Any], seconds: float) -> None:
+    shorter = shape.Load.model_validate(load).for_emulated()
+    assert shorter.duration_s == seconds == shorter.for_emulated().duration_s
+    # An option of the command line applies to all.
+    assert plan.load("quick").with_overrides(duration_s=30).load.for_emulated().duration_s == 30
+
+
+@pytest.mark.parametrize(
     ("load", "search", "accepts_all"),
     [
         ({"mode": "closed", "users": 4}, None, True),
@@ -186,7 +244,7 @@ def test_a_server_that_answers_nothing_is_an_error() -> None:
 
 
 def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
-    made = plan.load("quick")
+    made = plan.load("precision")
     assert made.load.auto_users
     assert not made.with_overrides(users=4).load.auto_users
     assert not made.with_overrides(rate=9).load.auto_users

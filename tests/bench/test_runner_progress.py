@@ -11,9 +11,11 @@ from bench_samples import row, table
 
 from inferctl.bench.load import generator, records
 from inferctl.bench.load.generator import LoadProgress
-from inferctl.bench.measure.runner import Progress
-from inferctl.bench.plan import shape
+from inferctl.bench.measure import environment
+from inferctl.bench.measure.runner import Bench, BenchTarget, Progress
+from inferctl.bench.plan import plan, shape
 from inferctl.cli import bench_progress
+from inferctl.cli.bench_progress import RunForecast
 
 
 def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended(
@@ -21,26 +23,49 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(bench_progress.time, "monotonic", lambda: now[0])
-    view = bench_progress.ProgressView([10, 30, 20])
+    view = bench_progress.ProgressView([RunForecast(10, 12)] * 3)
+
+    def left(at: float, number: int, phase: str, left_s: float | None = None) -> float:
+        now[0] = at
+        live = None if left_s is None else LoadProgress(phase, 312.4, 24.12, 40.0, left_s)
+        progress = Progress("a", number, 3, phase, live=live)
+        view.update(progress)
+        return view.remaining_s(progress)
+
     with view:
-        first = Progress("a", 1, 3, "starting")
-        view.update(first)
-        now[0] = 4
-        assert view.remaining_s(first) == 56
-        now[0] = 20  # twice what was expected
-        second = Progress("b", 2, 3, "measure", live=LoadProgress("measure", 312.4, 24.12, 40.0, 3))
-        view.update(second)
-        assert view.remaining_s(second) == 100
+        assert left(0, 1, "starting") == 66
+        assert left(4, 1, "starting") == 62
+        # The server took 12 s to start, instead of 8 s; 4 s follow the load.
+        assert left(12, 1, "measure", left_s=10) == 10 + 4 + 44
+        assert left(17, 1, "measure", left_s=1) == 1 + 4 + 44
+        # The load is known to be over, also if it was shorter than the forecast.
+        assert left(18, 1, "checking quality") == 3 + 44
+        # It took 19 s outside the load, instead of 12 s.
+        assert left(24, 2, "starting") == pytest.approx(2 * (10 + 12 * 19 / 12))
         view.update(Progress("b", 2, 3, "measured", done="measured: 312.4 req/s"))
-    assert capsys.readouterr().err.splitlines() == [
-        "[1/3] a · starting · ~60 s left",
-        "[2/3] b · measure · 312 req/s · p50 24.1 p99 40.0 ms · ~2 min left",
-        "[2/3] b · measured: 312.4 req/s",
-    ]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[1/3] a · starting · ~66 s left"
+    assert lines[1] == "[1/3] a · measure · 312 req/s · p50 24.1 p99 40.0 ms · ~58 s left"
+    assert lines[-1] == "[2/3] b · measured: 312.4 req/s"
+
+
+def test_the_plan_quick_says_that_it_takes_two_minutes(tmp_path: Path) -> None:
+    quick = plan.load("quick")
+    targets = [BenchTarget(one.name, one.precision) for one in quick.configurations]
+    work = Bench(quick, targets, None, tmp_path, tmp_path)
+    idle = replace(environment.detect(), cores=2, load_1m=0.9)
+    assert bench_progress.forecast(work, idle) == "this benchmark takes about 2 min"
+    said = bench_progress.forecast(work, replace(idle, load_1m=9.5))
+    assert said == "this benchmark takes about 2 min; longer on this busy machine (load average 9.5)"
+    assert sum(map(sum, bench_progress.expected(work))) <= 130
+    # Without a model there is no reference, and with neighbors each load is sent twice.
+    doubled = Bench(quick.model_copy(update={"neighbours": 1}), targets, None, None, tmp_path)
+    (load_s, other_s), *_ = bench_progress.expected(work)
+    assert bench_progress.expected(doubled)[0] == (2 * load_s, other_s - bench_progress.REFERENCE_S)
 
 
 def test_no_time_is_left_while_users_are_found(capsys: pytest.CaptureFixture[str]) -> None:
-    with bench_progress.ProgressView([10]) as view:
+    with bench_progress.ProgressView([RunForecast(10, 12)]) as view:
         view.update(Progress("a", 0, 1, "finding users: 8"))
     assert capsys.readouterr().err == "a \u00b7 finding users: 8\n"
 

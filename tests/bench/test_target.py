@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.bench.load import procfs, target
+from inferctl.bench.load import processes, target
+from inferctl.bench.measure import environment
 from inferctl.core.errors import NotReadyError
 
 
@@ -64,9 +65,9 @@ def test_the_parent_of_processes_that_share_a_socket_is_found() -> None:
         port = listening.getsockname()[1]
         line = [sys.executable, "-c", "input()"]
         with subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[listening.fileno()]) as child:
-            assert procfs.listener(port) == os.getpid()
+            assert processes.listener(port) == os.getpid()
             child.communicate(b"\n")
-    assert procfs.listener(port) is None
+    assert processes.listener(port) is None
 
 
 def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
     with subprocess.Popen([str(forwarder), "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         port = json.loads(process.stdout.readline())
-        assert procfs.listener(port) is None
+        assert processes.listener(port) is None
         process.communicate(b"\n")
 
 
@@ -96,7 +97,7 @@ def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
 def test_cpu_quotas_are_read_in_both_versions(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert procfs._quota(tmp_path) == quota
+    assert environment._quota(tmp_path) == quota
 
 
 def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
@@ -109,8 +110,8 @@ def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
     process = tmp_path / "proc" / "self"
     process.mkdir(parents=True)
     (process / "cgroup").write_text("0::/a/b\n")
-    monkeypatch.setattr(procfs, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(procfs, "_CGROUPS", tmp_path)
-    assert procfs.cores() == 1
+    monkeypatch.setattr(environment, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
+    assert environment.cores() == 1
     (tmp_path / "a" / "cpu.max").unlink()
-    assert procfs.cores() == len(os.sched_getaffinity(0))
+    assert environment.cores() == len(os.sched_getaffinity(0))

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from bench_samples import FIELDS, SECOND, document, harness, row, sealed, steady, table
 
-from inferctl.bench import privacy
+from inferctl.bench import privacy, stats
 from inferctl.bench.judge import comparable, slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import environment, quality, runner, throughput
 from inferctl.bench.measure.outcome import WorkloadRecord
 from inferctl.bench.plan import plan, sections, shape
-from inferctl.bench.report import caveats, findings, receipts, result, rows
+from inferctl.bench.report import caveats, findings, ranking, receipts, result, rows
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
@@ -108,7 +108,6 @@ def test_a_configuration_that_rejects_requests_cannot_win_and_does_not_meet_the_
     fast["summary"]["requests_per_s"] = 300
     found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10, slo={"p99_ms": 50}), fast), "closed", 0.1)
     assert found[0].startswith("fp32 is the only eligible configuration")
-    assert "int8 rejected 5% of the requests (429): its latencies are those of accepted requests." in found
     assert "SLO (p99 50 ms) at this load: met by fp32; not met by int8." in found
 
 
@@ -155,9 +154,8 @@ def test_configurations_that_all_reject_many_requests_are_not_ranked(tmp_path: P
     found = findings.describe(rows_of(tmp_path, *made), "open", 0.1)
     assert found[0].endswith("rejects over 1% of the requests: none is recommended.")
     # Before, it was `1e+02%`.
-    made[0]["summary"] |= {"rejected": 1000, "rejected_percent": 100.0}
-    said = " ".join(findings.describe(rows_of(tmp_path, made[0]), "open", 0.1))
-    assert "a rejected 100% of the requests (429): " in said
+    (caution,) = validity.judge_requests(made[0]["summary"] | {"rejected": 1000, "errors": {}}, 0.1).cautions
+    assert "(429, 100%), and latencies are those of accepted requests" in caution
 
 
 def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:
@@ -178,15 +176,27 @@ def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     )
 
 
-def test_too_few_answers_are_invalid_and_too_few_for_p99_a_caution() -> None:
+def test_a_warning_that_differs_in_a_share_only_is_given_once_for_all_configurations() -> None:
+    busy = [judged(steady(100, 10), other_cores=cores).cautions for cores in (1.6, 1.2, 0.0)]
+    rows = [MeasuredRow(name, "measured", cautions=found) for name, found in zip("abc", busy, strict=True)]
+    rows = [dataclasses.replace(row, quality={"checked": True}) for row in rows]
+    (warning,) = caveats.caveats(rows)
+    assert warning.text.startswith("a, b: other processes used 80% of the cores")
+
+
+def test_too_few_answers_are_invalid_and_too_few_for_the_p99_of_an_open_loop_a_caution() -> None:
     assert judged(steady(3, 10)).reasons == ("30 of the 36 responses that a p90 needs: use a longer `--duration`",)
-    assert judged(steady(30, 10)).cautions == ("300 of the 368 responses that a p99 needs: use a longer `--duration`",)
+    opened = judged(dataclasses.replace(steady(30, 10), offered=300)).cautions
+    assert opened == ("300 of the 368 responses that a p99 needs: use a longer `--duration`",)
+    assert judged(steady(30, 10)).cautions == ()
 
 
 def test_answers_that_depend_on_each_other_are_a_caution_where_they_say_too_little_for_a_p99() -> None:
     slow = [row(10 * i, 50 if 400 <= i < 440 else 5) for i in range(1000)]
     spread = [row(10 * i, 50 if i % 25 == 0 else 5) for i in range(1000)]
-    cautions, none = (judged(summary.RunRecords(table(*rows), 0, 11 * SECOND, 1)).cautions for rows in (slow, spread))
+    cautions, none = (
+        judged(summary.RunRecords(table(*rows), 0, 11 * SECOND, 1, 1000)).cautions for rows in (slow, spread)
+    )
     assert cautions[0].startswith("the true p99 may be above its interval, since the effective sample size is ")
     assert "(1000 responses, autocorrelated), and the p99 needs 368: use a longer `--duration`" in cautions[0]
     assert none == ()
@@ -335,12 +345,93 @@ CALM = [1.0, 1.01, 0.99, 1.005, 0.995]
 NOISY = [1.0, 1.08, 0.92, 1.05, 0.95]
 
 
-def test_one_run_has_a_fastest_configuration_and_no_winner(tmp_path: Path) -> None:
-    found = findings.describe(rows_of(tmp_path, document("fp32", 50, 20), document("bf16", 100, 10)), "closed", 0.1)
-    assert found[0] == (
-        "bf16 is fastest in this run: 2.00x the requests/s of fp32, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "For a winner, run again with `--repeats 5`."
-    )
+def one_run(folder: Path, figures: dict[str, tuple[float, ...]], **level: str) -> list[MeasuredRow]:
+    """Return the rows of a closed loop: by name, requests/s and the ends of their interval, if there is one."""
+    rows = rows_of(folder, *(document(name, 50, 10, level.get(name, "native")) for name in figures))
+    return [
+        dataclasses.replace(
+            row,
+            requests_per_s=rate,
+            requests_per_s_interval={"low": ends[0], "high": ends[1], "over": "windows"} if ends else None,
+        )
+        for row in rows
+        for rate, *ends in [figures[row.configuration]]
+    ]
+
+
+AGAIN = "For a winner, run again with `--repeats 5`."
+SAME_QUALITY = "at cosine 0.99991 and recall@10 0.987 to fp32"
+
+
+@pytest.mark.parametrize(
+    ("figures", "headline"),
+    [
+        (
+            {"fp32": (50, 48, 52), "bf16": (100, 96, 104)},
+            f"bf16 is fastest in this run: 2.00x the requests/s of fp32 (1.85x to 2.17x), {SAME_QUALITY}.",
+        ),
+        (
+            {"fp32": (50, 48, 52), "bf16": (100, 96, 104), "int8": (80, 78, 82)},
+            "bf16 is fastest in this run: 1.25x the requests/s of int8 (1.17x to 1.33x), 2.00x that of fp32 "
+            f"(1.85x to 2.17x), {SAME_QUALITY}.",
+        ),
+        # A difference under 5% is not clear, whatever its interval.
+        (
+            {"fp32": (100, 99.9, 100.1), "bf16": (104, 103.9, 104.1)},
+            "No clear difference between bf16 and fp32 in this run: bf16 has 1.04x the requests/s of fp32 (1.04x to "
+            "1.04x).",
+        ),
+        (
+            {"fp32": (100, 90, 160), "bf16": (150, 90, 160)},
+            "No clear difference between bf16 and fp32 in this run: bf16 has 1.50x the requests/s of fp32 (0.56x to "
+            "1.78x).",
+        ),
+        (
+            {"fp32": (100, 90, 110), "bf16": (110, 100, 120), "int8": (100, 80, 120)},
+            "No clear difference between bf16, fp32 and int8 in this run: bf16 has 1.10x the requests/s of fp32 "
+            "(0.91x to 1.33x) and 1.10x that of int8 (0.83x to 1.50x).",
+        ),
+        (
+            {"fp16": (16.0, 15.0, 17.0), "bf16": (86.9, 70.0, 104.0), "int8": (73.2, 60.0, 86.0)},
+            "bf16 is faster in this run: 5.43x the requests/s of emulated fp16 (4.12x to 6.93x); no clear difference "
+            "between bf16 and int8 in this run: bf16 has 1.19x the requests/s of int8 (0.81x to 1.73x).",
+        ),
+        # Without an interval, the figures are still a finding: it was a bare `inconclusive`, also at 10x.
+        (
+            {"fp16": (10,), "bf16": (100, 96, 104)},
+            "bf16 has 10.0x the requests/s of emulated fp16 in this run, which has too few samples for an interval.",
+        ),
+        (
+            {"fp16": (10,), "bf16": (100, 96, 104), "int8": (80, 78, 82)},
+            "bf16 is faster in this run: 1.25x the requests/s of int8 (1.17x to 1.33x); bf16 has 10.0x the "
+            "requests/s of emulated fp16 in this run, which has too few samples for an interval.",
+        ),
+        (
+            {"fp16": (10, 0, 20), "bf16": (100, 96, 104)},
+            f"bf16 is fastest in this run: 10.0x the requests/s of emulated fp16 (4.80x or more), {SAME_QUALITY}.",
+        ),
+    ],
+)
+def test_one_run_has_a_finding_with_its_interval_and_no_winner(
+    tmp_path: Path, figures: dict[str, tuple[float, ...]], headline: str
+) -> None:
+    found = findings.describe(one_run(tmp_path, figures, fp16="emulated"), "closed", 0.1)
+    assert found[0] == headline
+    assert AGAIN in found
+
+
+def test_the_interval_of_a_ratio_contains_the_true_one() -> None:
+    """Its ends are those of the intervals of two runs: at least as wide as an interval of the ratio."""
+    draw, inside = np.random.default_rng(1), 0
+    for _ in range(2000):
+        made = []
+        for rate in (100.0, 120.0):
+            mean, half_width = stats.mean_interval(list(draw.normal(rate, 10, 15))) or (0, 0)
+            interval = {"low": mean - half_width, "high": mean + half_width}
+            made.append(MeasuredRow("a", "measured", requests_per_s=mean, requests_per_s_interval=interval))
+        found = ranking.compare(made[1], made[0], ranking.Criterion("requests_per_s"), 0.05)
+        inside += (found.low or 0) <= 1.2 <= (found.high or 0)
+    assert inside >= 0.97 * 2000
 
 
 def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
@@ -353,14 +444,17 @@ def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
     assert findings.describe(few, "closed", 0.1)[0].startswith("bf16 is fastest in these 4 runs: 2.00x")
 
 
-def test_what_repeats_leave_open_is_inconclusive_with_the_repeats_it_needs(tmp_path: Path) -> None:
+def test_what_repeats_leave_open_is_given_with_its_interval_and_the_repeats_it_needs(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, repeated("fp32", 50, CALM), repeated("bf16", 100, CALM), repeated("fp16", 93, NOISY))
     found = findings.describe(rows, "closed", 0.1)[0]
     assert found.startswith("bf16 is faster: 2.00x the requests/s of fp32")
-    assert "bf16 against fp16 is inconclusive: needs " in found
+    assert re.search(
+        r"; bf16 has 1.0\dx the requests/s of fp16 \(0.9\dx to 1.\d\dx, 5 repeats\), and it takes \d+ ", found
+    )
     same = rows_of(tmp_path, repeated("bf16", 100, CALM), repeated("fp16", 100.1, CALM))
-    assert findings.describe(same, "closed", 0.1)[0].startswith(
-        "No clear difference between fp16 (100.1 requests/s) and bf16 (100.0) in 5 repeats."
+    assert findings.describe(same, "closed", 0.1)[0] == (
+        "No clear difference between fp16 and bf16 in 5 repeats: fp16 has 1.00x the requests/s of bf16 (1.00x to "
+        "1.00x, 5 repeats)."
     )
 
 
@@ -373,40 +467,6 @@ def test_equal_configurations_rarely_win_and_a_faster_one_does(configurations: i
     assert equal <= 0.045
     wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=400, seed=1)
     assert wins >= least
-
-
-def test_differences_under_five_per_cent_are_no_clear_difference(tmp_path: Path) -> None:
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 104, 10)), "closed", 0.1)
-    assert found[0].startswith(
-        "No clear difference between bf16 (104.0 requests/s) and fp32 (100.0) in this run: they differ by less than 5%."
-    )
-
-
-def test_overlapping_intervals_are_no_clear_difference(tmp_path: Path) -> None:
-    wide = {"low": 90, "high": 160, "over": "windows"}
-    rows = [
-        dataclasses.replace(row, requests_per_s_interval=wide)
-        for row in rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
-    ]
-    assert findings.describe(rows, "closed", 0.1)[0].startswith(
-        "No clear difference between bf16 (150.0 requests/s) and fp32 (100.0) in this run: their intervals overlap."
-    )
-
-
-def test_a_configuration_that_is_not_faster_than_all_is_not_the_fastest(tmp_path: Path) -> None:
-    rates = {"fp16": (16.0, (15.0, 17.0)), "bf16": (86.9, (70.0, 104.0)), "int8": (73.2, (60.0, 86.0))}
-    rows = [
-        dataclasses.replace(
-            row, requests_per_s=rates[row.configuration][0], requests_per_s_interval={"low": low, "high": high}
-        )
-        for row in rows_of(tmp_path, *(document(name, rate, 10) for name, (rate, _) in rates.items()))
-        for low, high in [rates[row.configuration][1]]
-    ]
-    assert findings.describe(rows, "closed", 0.1)[0] == (
-        "bf16 is faster than fp16 in this run: 5.43x the requests/s, at cosine 0.99991 and recall@10 0.987 to fp32. "
-        "No clear difference between bf16 (86.9 requests/s) and int8 (73.2) in this run: their intervals overlap. "
-        "For a winner, run again with `--repeats 5`."
-    )
 
 
 def test_a_faster_configuration_that_fails_quality_cannot_win(tmp_path: Path) -> None:
@@ -430,23 +490,13 @@ def test_emulation_is_said_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -> None:
-    half = document("fp16", 25, 90, level="emulated")
-    half["precision"]["reason"] = "the CPU has no fp16 arithmetic: expect it to be slow"
-    rows = rows_of(tmp_path, document("fp32", 100, 20), half)
-    said = (
-        "fp16 is emulated on this hardware because the CPU has no fp16 arithmetic. In this run: fp16 25.0 requests/s "
-        "(25.0 to 25.0), fp32 100.0 requests/s (100.0 to 100.0)."
-    )
-    narrow = [
-        dataclasses.replace(
-            row,
-            requests_per_s=rate,
-            requests_per_s_interval={"low": rate, "high": rate, "over": "windows"},
-        )
-        for row, rate in zip(rows, (100.0, 25.0), strict=True)
-    ]
-    assert said in findings.describe(narrow, "closed", 0.1)
-    assert not any("is emulated on this hardware because" in one for one in findings.describe(rows[1:], "closed", 0.1))
+    figures = {"fp32": (100.0, 98.0, 102.0), "fp16": (25.0, 24.0, 26.0), "bf16": (200.0, 196.0, 204.0)}
+    found = findings.describe(one_run(tmp_path, figures, fp16="emulated"), "closed", 0.1)
+    said = "fp32 has 4.00x the requests/s of emulated fp16 (3.77x to 4.25x) in this run."
+    assert said in found
+    # The first finding says it if fp32 is the best one.
+    without = one_run(tmp_path, {name: figures[name] for name in ("fp32", "fp16")}, fp16="emulated")
+    assert not any(text.startswith("fp32 has") for text in findings.describe(without, "closed", 0.1))
 
 
 def test_an_open_loop_compares_p99(tmp_path: Path) -> None:
@@ -515,8 +565,10 @@ def test_the_ranked_tested_and_printed_figures_are_the_same(
     random, matching = np.random.default_rng(1), 0
     for _ in range(50):
         rows = [lognormal("A", *a, responses, random), lognormal("B", *b, responses, random)]
-        said = findings.describe(rows, "open", 0.1)[0]
-        assert ("The p50 is compared, since not every run has the 368 responses of a p99." in said) is (responses < 368)
+        said, *others = findings.describe(rows, "open", 0.1)
+        assert ("The p50 is compared, since not every run has the 368 responses of a p99." in others) is (
+            responses < 368
+        )
         if match := re.match(expected, said):
             matching += 1
             figure, low, high = map(int, match.groups())
@@ -528,31 +580,28 @@ def test_a_p99_is_not_compared_with_a_p50() -> None:
     """In one run, B has 300 responses and so no p99; its p50 of 15 ms is below the p99 of A."""
     random = np.random.default_rng(1)
     rows = [lognormal("A", 10, 0.5, 400, random, 1), lognormal("B", 15, 0.2, 300, random, 1)]
-    said = findings.describe(rows, "open", 0.1)[0]
+    said, *others = findings.describe(rows, "open", 0.1)
     assert said.startswith("A is fastest in this run: ")
     assert "% of the p50 of B" in said
-    assert "since not every configuration has the 368 responses of a p99" in said
+    assert "since not every configuration has the 368 responses of a p99" in others[0]
 
 
-def test_without_intervals_a_run_is_inconclusive(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, document("fp32", 100, 10), document("bf16", 150, 10))
-    short = [dataclasses.replace(row, requests_per_s_interval=None) for row in rows]
-    assert findings.describe(short, "closed", 0.1)[0].startswith(
-        "bf16 against fp32 is inconclusive in this run: not enough samples for an interval. The figures: "
-        "bf16 (150.0 requests/s) and fp32 (100.0)."
-    )
-
-
-def test_the_ratio_of_an_emulated_precision_is_tested(tmp_path: Path) -> None:
-    def said(rate: float, factors: Sequence[float]) -> str:
-        rows = rows_of(tmp_path, repeated("fp32", 100, CALM), repeated("fp16", rate, factors) | {"precision": emulated})
-        return next(text for text in findings.describe(rows, "closed", 0.1) if "is emulated" in text)
-
-    emulated = {**document("fp16", 1, 1)["precision"], "level": "emulated", "reason": "the CPU has no fp16: slow"}
-    assert "fp16. fp32 has 2.50x the requests/s of fp16 (2." in said(40, CALM)
-    assert "fp16. fp16 has 2.00x the requests/s of fp32 (1.9" in said(200, CALM[::-1])
-    assert "fp16. No clear difference: fp16 has 1.01x the requests/s of fp32 (" in said(101, CALM[::-1])
-    assert "fp16. Inconclusive: fp32 has 1.0" in said(96, NOISY)
+@pytest.mark.parametrize(
+    ("rate", "factors", "said"),
+    [
+        (40, CALM, "fp32 has 2.50x the requests/s of emulated fp16 (2."),
+        (200, CALM[::-1], "emulated fp16 has 2.00x the requests/s of fp32 (1.9"),
+        (101, CALM[::-1], "No clear difference: emulated fp16 has 1.01x the requests/s of fp32 ("),
+        (96, NOISY, "No clear difference: fp32 has 1.0"),
+    ],
+)
+def test_the_ratio_of_an_emulated_precision_is_tested(
+    tmp_path: Path, rate: float, factors: Sequence[float], said: str
+) -> None:
+    emulated = {**document("fp16", 1, 1)["precision"], "level": "emulated"}
+    half = repeated("fp16", rate, factors) | {"precision": emulated}
+    rows = rows_of(tmp_path, repeated("fp32", 100, CALM), half, repeated("bf16", 400, CALM))
+    assert any(text.startswith(said) for text in findings.describe(rows, "closed", 0.1))
 
 
 def test_closed_loops_and_stages_are_given_with_intervals(tmp_path: Path) -> None:
@@ -624,14 +673,10 @@ def test_how_a_bench_ends(tmp_path: Path, rows: list[Row], kind: type[InferctlEr
 def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Path) -> None:
     exact = document("fp16", 98, 10)
     exact["quality"] = {**exact["quality"], "cosine": {"mean": 1.0, "p1": 1.0, "min": 1.0}}
-    found = findings.describe(
-        rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20)), "closed", 0.1
-    )
-    assert found[0].startswith(
-        "int8 is faster than fp32 in this run: 2.00x the requests/s. No clear difference between fp16 (98.0 "
-        "requests/s) and int8 (100.0) in this run: they differ by less than 5%. "
-        "fp16 has the better quality: cosine 1.00000"
-    )
+    rows = rows_of(tmp_path, document("int8", 100, 10), exact, document("fp32", 50, 20))
+    headline, better, *_ = findings.describe(rows, "closed", 0.1)
+    assert "; no clear difference between fp16 and int8 in this run: int8 has 1.02x" in headline
+    assert better.startswith("fp16 has the better quality: cosine 1.00000")
 
 
 def test_who_holds_the_slo_is_said(tmp_path: Path) -> None:

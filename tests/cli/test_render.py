@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.cli.render import public_url
+from inferctl.image.from_spec import public_url
 
 SPEC = "name: m\nmodel: {source: org/m}\n"
 

@@ -75,11 +75,11 @@ class HostNetwork(Network):
 
 
 class RunningContainer:
-    """One container of a pod. `signalled`: when it got SIGTERM."""
+    """One container of a pod. `signaled`: when it got SIGTERM."""
 
     def __init__(self, name: str, container: Container, pod: Pod, network: Network) -> None:
         self.name, self.container, self.pod, self.network = name, container, pod, network
-        self.signalled = 0.0
+        self.signaled = 0.0
 
     def ports(self) -> dict[str, int]:
         return {port["name"]: port["containerPort"] for port in self.container.get("ports", ())}
@@ -135,7 +135,7 @@ class RunningContainer:
         """End the container as a kubelet does: preStop, SIGTERM, SIGKILL after the grace period. Returns seconds."""
         started, grace = time.monotonic(), self.pod["terminationGracePeriodSeconds"]
         self.pre_stop()
-        self.signalled = time.monotonic()
+        self.signaled = time.monotonic()
         rest = grace - (time.monotonic() - started)
         assert rest > 0, "preStop took the whole grace period"
         docker("stop", "--time", str(int(rest)), self.name)

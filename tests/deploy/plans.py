@@ -9,8 +9,8 @@ from typing import Any
 from inferctl.config.spec import Spec
 from inferctl.deploy import layout
 from inferctl.deploy.clusters import Cluster, Clusters
-from inferctl.deploy.plan import Plan
-from inferctl.deploy.resolve import Source, resolve
+from inferctl.deploy.plan import DeploymentPlan
+from inferctl.deploy.resolve import SpecSource, resolve
 from inferctl.models import model
 from inferctl.models.fit import ModelSize
 
@@ -141,7 +141,7 @@ def generate(**deploy: Any) -> Spec:
     )
 
 
-def plan(*specs: Spec, clusters: list[dict[str, Any]] | None = None, kubernetes: str | None = None) -> Plan:
+def plan(*specs: Spec, clusters: list[dict[str, Any]] | None = None, kubernetes: str | None = None) -> DeploymentPlan:
     """Return the plan of `specs`; of an embedding and a generation model in three clusters without any."""
     sources = [_source(spec) for spec in specs or (embed(), generate())]
     return resolve(sources, _clusters(CLUSTERS if clusters is None else clusters), kubernetes)
@@ -161,7 +161,7 @@ def _clusters(rows: list[dict[str, Any]]) -> tuple[Cluster, ...]:
     return Clusters.model_validate({"clusters": rows}).resolved()
 
 
-def _source(spec: Spec) -> Source:
+def _source(spec: Spec) -> SpecSource:
     size = GENERATE_SIZE if spec.model.task == "generate" else EMBED_SIZE
     task = model.resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
-    return Source(spec, Path(), size, task)
+    return SpecSource(spec, Path(), size, task)

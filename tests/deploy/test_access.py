@@ -28,7 +28,7 @@ from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import problems
 from tests.metering.parts import Part, Postgres
-from tests.serve.conftest import until
+from tests.processes import until
 
 Build = Callable[[dict[str, str], str], Objects]
 STORE = "postgresql://keys@db.databases:6432/keys"

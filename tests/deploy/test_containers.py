@@ -26,7 +26,7 @@ from inferctl.deploy import layout
 from inferctl.receipts import receipt
 from inferctl.receipts.capacity import served_rate
 from inferctl.tenancy.metering.outbox import Outbox
-from inferctl.tenancy.metering.recorder import Recorder
+from inferctl.tenancy.metering.recorder import EventRecorder
 from tests.deploy import plans
 from tests.deploy.conftest import Objects, kustomize, write
 from tests.deploy.containers import (
@@ -327,7 +327,7 @@ def test_the_relay_of_the_ledger_stores_what_the_relays_of_servers_publish(
     store = tmp_path / "ledger"
     store.mkdir()
     os.chown(store, 10001, 10001)
-    recorder = Recorder(Outbox.create(volumes["metering"], 1 << 24), ORIGIN)
+    recorder = EventRecorder(Outbox.create(volumes["metering"], 1 << 24), ORIGIN)
     for _ in range(50):
         recorder.record(event())
     assert recorder.close(10)

@@ -49,14 +49,6 @@ def test_two_at_most_need_no_autoscaler(build: Build) -> None:
     assert not [each for each in built if each["kind"] == "HorizontalPodAutoscaler"]
 
 
-def test_karmada_sets_the_replicas_itself(build: Build) -> None:
-    flavors = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
-    spec = plans.embed(karmada=True, scaling="none", overflow="none", flavors=flavors)
-    built = build(layout.files(plans.plan(spec)), "karmada")
-    assert named(built, "Deployment", "embed-gateway")["spec"]["replicas"] == 2
-    assert not [each for each in built if each["kind"] == "HorizontalPodAutoscaler"]
-
-
 def test_with_tls_no_client_reaches_another_port(build: Build) -> None:
     built = gateway(build, gateway_tls_secret="embed-tls")
     pod = named(built, "Deployment", "embed-gateway")["spec"]["template"]["spec"]

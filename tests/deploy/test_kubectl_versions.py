@@ -65,9 +65,6 @@ def overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
     ]
     embed = plans.embed(gateway="envoy", nats={"storage": "10GiB"}, broker=None, broker_secret="nats")
     write(layout.files(plans.plan(embed, plans.generate(router="epp"), clusters=rows)), folder)
-    fixed = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
-    karmada = plans.embed(karmada=True, scaling="none", overflow="none", flavors=fixed)
-    write(layout.files(plans.plan(karmada)), folder / "karmada-of-all")
     found = (file.parent for file in folder.rglob("kustomization.yaml") if "components" not in file.parts)
     return {each: kustomize(each) for each in sorted(found)}
 

@@ -25,9 +25,6 @@ def rendered(model: int, flavor: int, hardware: str = "l4", clusters: Any = None
     return layout.files(plans.plan(spec, clusters=clusters or plans.ONE_CLUSTER))
 
 
-KARMADA = {"karmada": True, "scaling": "none", "overflow": "none"}
-
-
 @pytest.mark.parametrize(
     ("longest", "deploy", "why"),
     [
@@ -35,7 +32,6 @@ KARMADA = {"karmada": True, "scaling": "none", "overflow": "none"}
         (46, {"bench": False}, "pod"),
         (46, {"bench": False, "scaling": "none"}, "pod"),
         (46, {"bench": False, "scaling": "hpa"}, "pod"),
-        (46, {"bench": False, **KARMADA}, "pod"),
         (46, {"bench": False, "gateway": "none", "router": "epp"}, "pod"),
         # `inferctl bench` names a server with 40 characters at most.
         (40, {"bench": True}, "bench"),

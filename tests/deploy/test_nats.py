@@ -23,14 +23,14 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.tenancy.metering.broker import STREAM, BrokerUnavailableError, connect
-from inferctl.tenancy.metering.outbox import Batch
+from inferctl.tenancy.metering.outbox import EventBatch
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.test_access import variables
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import VERSIONS, problems
 from tests.metering.parts import Part, batch
-from tests.serve.conftest import until
+from tests.processes import until
 
 Build = Callable[[dict[str, str], str], Objects]
 NATS = {"storage": "10GiB"}
@@ -244,7 +244,7 @@ def test_a_server_may_leave_without_a_lost_event(servers: list[Server]) -> None:
     assert asyncio.run(publish(servers[0], range(4, 7))).state.messages == 6
 
 
-def made(number: int) -> Batch:
+def made(number: int) -> EventBatch:
     return batch("host/1", number, number)
 
 

@@ -9,8 +9,7 @@ import pytest
 from inferctl.core.addresses import DatabaseAddress
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.deploy.objects import policy
-from inferctl.deploy.objects.policy import Endpoint
+from inferctl.deploy.endpoints import Endpoint, endpoints
 from tests.deploy import plans
 from tests.deploy.conftest import parsed
 
@@ -42,13 +41,13 @@ from tests.deploy.conftest import parsed
     ],
 )  # fmt: skip
 def test_endpoints_of_an_address(url: str, expected: list[tuple[int, str | None]]) -> None:
-    assert policy.endpoints(url, "inference") == [Endpoint(port, namespace) for port, namespace in expected]
+    assert endpoints(url, "inference") == [Endpoint(port, namespace) for port, namespace in expected]
 
 
 @pytest.mark.parametrize("url", ["postgresql://db:port/usage", "postgresql://db:99999/x", "postgresql:///x?port=no"])
 def test_an_address_without_a_valid_port(url: str) -> None:
     with pytest.raises(UsageError, match="host and port") as caught:
-        policy.endpoints(url, "inference")
+        endpoints(url, "inference")
     assert url not in str(caught.value)
 
 

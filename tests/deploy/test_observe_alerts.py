@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.observe.alerts import REASONS, alerts, groups
+from inferctl.deploy.observe.alerts import groups, rules
 from inferctl.deploy.observe.watched import Watched
 from inferctl.manifests import metric_names
 from inferctl.serve.metrics import AT_CAPACITY
@@ -331,21 +331,21 @@ def test_each_fault_fires_its_alerts_and_no_others(promtool: str, watched: Watch
 
 @pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)
 def test_each_alert_has_a_case_that_fires_it_and_a_section_in_the_guide(watched: Watched) -> None:
-    found = {alert.name for alert in alerts(watched)}
+    found = {rule["alert"] for rule in rules(watched)}
     # Alerts of every task are fired by faults of the first model.
     fired = {name for case in CASES for name in case.fires if case.watched in (watched, EMBED)}
     assert found <= fired
     headings = set(re.findall(r"^### (Inferctl\w+)$", (ROOT / "docs/observability.md").read_text(), re.MULTILINE))
     assert found <= headings
-    assert headings == {alert.name for each in (EMBED, CHAT) for alert in alerts(each)}
+    assert headings == {rule["alert"] for each in (EMBED, CHAT) for rule in rules(each)}
 
 
 @pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)
 def test_alerts_use_only_known_metrics(watched: Watched) -> None:
-    for alert in alerts(watched):
-        assert metric_names.used(alert.expression) <= metric_names.ALL, alert.name
+    for rule in rules(watched):
+        assert metric_names.used(rule["expr"]) <= metric_names.ALL, rule["alert"]
         # The manifests give no capacity file, so such an alert could never fire.
-        assert "capacity_file" not in alert.expression
+        assert "capacity_file" not in rule["expr"]
 
 
 def test_the_summary_has_the_numbers_and_the_rule_its_labels(promtool: str, tmp_path: Path) -> None:
@@ -369,15 +369,17 @@ def test_the_summary_has_the_numbers_and_the_rule_its_labels(promtool: str, tmp_
 
 
 def test_the_reasons_are_codes_of_the_server() -> None:
-    reasons = set(REASONS.split("|"))
+    (rejected,) = (rule["expr"] for rule in rules(EMBED) if rule["alert"] == "InferctlRejected")
+    reasons = set(re.findall(r'reason=~"([a-z_|]+)"', rejected)[0].split("|"))
     assert reasons == AT_CAPACITY - {"not_ready"}
-    source = "".join(file.read_text() for file in (ROOT / "inferctl/serve").rglob("*.py") if file.name != "metrics.py")
+    files = [*(ROOT / "inferctl/serve").rglob("*.py"), *(ROOT / "inferctl/batching").glob("*.py")]
+    source = "".join(file.read_text() for file in files if file.name != "metrics.py")
     assert all(f'"{reason}"' in source for reason in reasons)
 
 
 def test_options_that_a_model_lacks_have_no_alerts() -> None:
     plain = Watched("embed", "inference", "embed", EMBED.flavors[1:], keda=False, gpu=False)
-    missing = {alert.name for alert in alerts(EMBED)} - {alert.name for alert in alerts(plain)}
+    missing = {rule["alert"] for rule in rules(EMBED)} - {rule["alert"] for rule in rules(plain)}
     assert missing == {
         "InferctlOverflowUsedUp",
         "InferctlScalerErrors",

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.deploy.observe.alerts import alerts
+from inferctl.deploy.observe.alerts import rules
 from inferctl.deploy.observe.dashboard import dashboard
-from inferctl.deploy.observe.watched import Watched, WatchedFlavor
+from inferctl.deploy.observe.watched import Watched, WatchedFlavor, template
 from inferctl.manifests import metric_names
 from tests.deploy.watched_models import CHAT, EMBED
 
@@ -29,6 +29,14 @@ def expressions(watched: Watched) -> list[str]:
     return [target["expr"] for panel in panels(watched) for target in panel["targets"]]
 
 
+def test_the_templates_name_only_what_a_model_can_have() -> None:
+    possible = {name for each in (EMBED, CHAT) for flavor in each.flavors for name in each.features(flavor)}
+    alerts, rows = template("alerts.yaml")["alerts"], template("dashboard.yaml")["rows"]
+    shown = [panel for row in rows for panel in row["panels"]]
+    queries = [each for panel in shown for each in panel["queries"].values() if isinstance(each, dict)]
+    assert {each.get("only") for each in [*alerts, *rows, *shown, *queries]} == possible
+
+
 @BOTH
 def test_queries_use_only_known_metrics(watched: Watched) -> None:
     for expression in expressions(watched):
@@ -40,7 +48,7 @@ def test_every_metric_of_the_lists_is_used() -> None:
     used = set[str]()
     for watched in (EMBED, CHAT):
         used |= {name for each in expressions(watched) for name in metric_names.used(each)}
-        used |= {name for alert in alerts(watched) for name in metric_names.used(alert.expression)}
+        used |= {name for rule in rules(watched) for name in metric_names.used(rule["expr"])}
     assert used >= metric_names.VLLM | metric_names.KUBE_STATE | metric_names.KEDA | metric_names.DCGM
 
 

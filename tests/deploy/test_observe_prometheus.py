@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inferctl.deploy.observe import panels
 from inferctl.deploy.observe.alerts import groups
+from inferctl.deploy.observe.dashboard import dashboard
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
 from inferctl.manifests import metric_names
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
-from tests.serve.conftest import CLIENT, Running, start, stop, until
+from tests.processes import CLIENT, ServerProcess, start, until
 
 # In one relay, one test after the other: the queries look back for 30 s.
 pytestmark = pytest.mark.xdist_group("prometheus")
@@ -27,7 +27,7 @@ LABELS = {"namespace": "inference", "service": "embed", "pod": "embed-l4-7d9f8c6
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("scraped")
     spec = {
         "name": "embed",
@@ -39,11 +39,11 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     (folder / "inferctl.yaml").write_text(json.dumps(spec))
     found = start(folder, "--spec", str(folder / "inferctl.yaml"), "--engine", "echo")
     yield found
-    stop(found)
+    found.kill()
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prometheus(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Prometheus that scrapes the server each second and evaluates the rules."""
     program = shutil.which("prometheus")
     if program is None:
@@ -81,7 +81,7 @@ def ready(address: str) -> bool:
         return False
 
 
-def load(server: Running) -> None:
+def load(server: ServerProcess) -> None:
     """Send requests of all kinds for some scrapes."""
     for number in range(120):  # the fitted capacity needs 100 batches
         server.embed(input=[[5 + number % 3, number + 20], [6]])
@@ -100,20 +100,17 @@ def values(prometheus: str, expression: str) -> list[float]:
 def test_each_query_about_the_server_finds_its_series(prometheus: str) -> None:
     rate = "30s"
     asked = 0
-    for _, row in panels.rows(WATCHED):
-        for panel in row:
-            for query in panel.queries:
-                if (
-                    metric_names.used(query.expression) <= metric_names.SERVER
-                    and "rejected_total" not in query.expression
-                ):
-                    asked += 1
-                    assert values(prometheus, query.expression.replace("$__rate_interval", rate)), query
+    for panel in dashboard(WATCHED)["panels"]:
+        for query in panel.get("targets", ()):
+            if metric_names.used(query["expr"]) <= metric_names.SERVER and "rejected_total" not in query["expr"]:
+                asked += 1
+                assert values(prometheus, query["expr"].replace("$__rate_interval", rate)), query
     assert asked >= 20
 
 
 def test_rates_and_latencies_are_those_of_the_load(prometheus: str) -> None:
-    found = {query.legend: query.expression for _, row in panels.rows(WATCHED) for p in row for query in p.queries}
+    panels = dashboard(WATCHED)["panels"]
+    found = {query["legendFormat"]: query["expr"] for panel in panels for query in panel.get("targets", ())}
     (offered,) = values(prometheus, found["offered, with rejected requests"].replace("$__rate_interval", "30s"))
     (served,) = values(prometheus, found["served"].replace("$__rate_interval", "30s"))
     assert 0 < offered < served  # the cache had the rest
@@ -121,7 +118,7 @@ def test_rates_and_latencies_are_those_of_the_load(prometheus: str) -> None:
     assert slo == 1
 
 
-def test_only_the_fault_of_the_load_fires(server: Running, prometheus: str) -> None:
+def test_only_the_fault_of_the_load_fires(server: ServerProcess, prometheus: str) -> None:
     def firing() -> set[str]:
         alerts = httpx.get(f"{prometheus}/api/v1/alerts").json()["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}

@@ -10,19 +10,19 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.manifests import metric_names
-from tests.serve.conftest import Running, start, stop
+from tests.processes import ServerProcess, start
 from tests.serve.test_generation import CONFIG, launch, until
 
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
 
 
-def exposed(server: Running) -> set[str]:
+def exposed(server: ServerProcess) -> set[str]:
     """Return the names of all series that a server can have, also of those without a label so far."""
     families = text_string_to_metric_families(server.get("/metrics").text)
     return {family.name + suffix for family in families for suffix in _SUFFIXES.get(family.type, ("",))}
 
 
-def own(server: Running) -> set[str]:
+def own(server: ServerProcess) -> set[str]:
     found = {name for name in exposed(server) if name.startswith("inferctl_")}
     return {name for name in found if not name.endswith("_created")}  # the client library adds them
 
@@ -51,7 +51,7 @@ def test_servers_of_embeddings_and_reranking_have_the_names(task: str, minilm: P
         )
         assert expected <= own(server) <= metric_names.SERVER
     finally:
-        stop(server)
+        server.kill()
 
 
 def test_a_server_of_generation_has_the_names(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The optional capabilities: routers, Karpenter, the GPU Operator, Karmada, the bench Jobs and the gateway."""
+"""The optional capabilities: routers, Karpenter, the GPU Operator, the bench Jobs and the gateway."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
@@ -116,46 +114,6 @@ def test_shared_gpus_are_configured_so_that_no_pod_shares_by_mistake(build: Buil
     assert sharing["failRequestsGreaterThanOne"] is True
     assert sharing["resources"] == [{"name": "nvidia.com/gpu", "replicas": 4}]
     assert not [name for name in files if name.startswith("gpu-operator/gcp")]  # GKE has no GPU Operator
-
-
-def test_karmada_divides_what_the_clusters_have(build: Build) -> None:
-    flavors = [{**flavor, "min_replicas": 2, "max_replicas": 2} for flavor in plans.FLAVORS]
-    files = render(karmada=True, scaling="none", overflow="none", flavors=flavors)
-    built = build(files, "karmada")
-    valid(built)
-    policies = [each for each in built if each["kind"] == "PropagationPolicy"]
-    propagated = {
-        (selector["kind"], selector["name"]) for each in policies for selector in each["spec"]["resourceSelectors"]
-    }
-    ours = {
-        (each["kind"], each["metadata"]["name"])
-        for each in built
-        if "policy.karmada.io" not in each["apiVersion"] and each["kind"] not in ("Namespace", "PriorityClass")
-    }
-    assert propagated == ours
-    t4 = next(each for each in policies if each["metadata"]["name"] == "embed-t4")["spec"]["placement"]
-    assert "aws-eu-central-1" not in t4["clusterAffinity"]["clusterNames"]  # max_replicas: {t4: 0}
-    assert t4["replicaScheduling"]["weightPreference"] == {"dynamicWeight": "AvailableReplicas"}
-    (override,) = (
-        each for each in built if each["kind"] == "OverridePolicy" and each["metadata"]["name"] == "embed-a100-half"
-    )
-    (rule,) = override["spec"]["overrideRules"]
-    assert rule["targetCluster"] == {"clusterNames": ["gcp-europe-west4"]}
-    deployment = json.loads(json.dumps(named(built, "Deployment", "embed-a100-half")))
-    for change in rule["overriders"]["plaintext"]:
-        target: Any = deployment
-        *parents, last = change["path"].strip("/").split("/")
-        for key in parents:
-            target = target[int(key)] if isinstance(target, list) else target[key]
-        assert last in target
-        target[last] = change["value"]
-    overlay = named(build(files, OVERLAYS[2]), "Deployment", "embed-a100-half")
-    assert deployment["spec"]["template"] == overlay["spec"]["template"]
-
-
-def test_karmada_and_an_autoscaler_contradict() -> None:
-    with pytest.raises(UsageError, match="Karmada divides the replicas"):
-        render(karmada=True)
 
 
 def test_a_bench_job_measures_one_server_of_its_own(build: Build) -> None:

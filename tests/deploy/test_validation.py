@@ -98,5 +98,5 @@ def test_all_copied_definitions_are_read() -> None:
     kinds = {kind for _, kind in custom_resources()}
     assert kinds >= {
         *("CapacityBuffer", "HTTPRoute", "InferencePool", "NodePool", "ScaledObject", "TriggerAuthentication"),
-        *("PrometheusRule", "ServiceMonitor", "OverridePolicy", "PropagationPolicy", "Topology"),
+        *("PrometheusRule", "ServiceMonitor", "Topology"),
     }

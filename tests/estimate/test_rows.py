@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -135,9 +134,3 @@ def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp
     said = [caveat.text for caveat in caveats.caveats(rows) if caveat.kind == "estimated"]
     assert any(text.startswith("fp16 on t4: ") for text in said)
     assert findings.describe(rows, "closed", 0.1)[0].startswith("No valid measurement")
-
-
-def test_figures_are_plain_data(model: Path) -> None:
-    found = estimate.rows(model, "fp16", "t4", load(), LENGTHS)
-    assert dataclasses.is_dataclass(found)
-    assert found.as_dict()["band"] == {"low": found.band[0], "high": found.band[1]}

@@ -24,7 +24,7 @@ from inferctl.tenancy.access import channel
 from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.access.test_keys import add
 from tests.metering.parts import Nats, Postgres
-from tests.serve.conftest import CLIENT, Running, start, stop, until
+from tests.processes import CLIENT, ServerProcess, start, until
 
 LIMIT = 120  # requests per minute
 
@@ -33,7 +33,7 @@ LIMIT = 120  # requests per minute
 class Fleet:
     """Three servers with the echo engine, each with a folder of its own, as on three machines."""
 
-    servers: list[Running]
+    servers: list[ServerProcess]
     folder: Path
     address: str
 
@@ -48,7 +48,7 @@ class Fleet:
         until(lambda: all(self.status(server, secret, "GET") == 200 for server in self.servers))
         return key.id, secret
 
-    def status(self, server: Running, secret: str, method: str = "POST") -> int:
+    def status(self, server: ServerProcess, secret: str, method: str = "POST") -> int:
         path = "/v1/embeddings" if method == "POST" else "/v1/models"
         body = {"json": {"input": "hello"}} if method == "POST" else {}
         headers = {"authorization": f"Bearer {secret}"}
@@ -65,7 +65,7 @@ class Fleet:
         """Send requests at `rate` per second and server, and return how many were admitted."""
         admitted = [0] * len(self.servers)
 
-        def send(index: int, server: Running) -> None:
+        def send(index: int, server: ServerProcess) -> None:
             begin = time.monotonic()
             with httpx.Client(timeout=30) as client:
                 for number in range(int(rate * seconds)):
@@ -108,7 +108,7 @@ def fleet(
         server.wait_ready()
     yield started
     for server in started.servers:
-        stop(server)
+        server.kill()
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_servers_start_before_the_store_and_are_not_ready(
         until(lambda: server.get("/readyz").status_code == 200)
         assert CLIENT.get(f"{server.url}/v1/models", headers={"x-api-key": secret}).status_code == 200
     finally:
-        stop(server)
+        server.kill()
 
 
 def test_a_message_that_is_not_valid_harms_nobody(fleet: Fleet, nats: Nats) -> None:

@@ -19,7 +19,7 @@ from inferctl.tenancy.access import channel
 from inferctl.tenancy.access.key_file import caller
 from inferctl.tenancy.access.limits import Charge, Limiter
 from inferctl.tenancy.fleet import broker
-from inferctl.tenancy.fleet.broker import Broker, BrokerUnavailableError
+from inferctl.tenancy.fleet.broker import FleetBroker, FleetBrokerError
 from inferctl.tenancy.relay.exchange import ExchangeRelay
 from tests.metering.parts import Nats, Part
 
@@ -119,15 +119,15 @@ def test_a_connection_that_ended_for_ever_is_made_again(nats: Nats, tmp_path: Pa
 def test_a_name_that_could_not_be_subscribed_is_tried_again(
     nats: Nats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subscribe, failed = Broker.subscribe, list[Broker]()
+    subscribe, failed = FleetBroker.subscribe, list[FleetBroker]()
 
-    async def fails_once(self: Broker, subject: str, receive: Callable[[bytes], None]) -> None:
+    async def fails_once(self: FleetBroker, subject: str, receive: Callable[[bytes], None]) -> None:
         if subject != broker.KEYS and not failed:
             failed.append(self)
-            raise BrokerUnavailableError("the broker rejects it", "")
+            raise FleetBrokerError("the broker rejects it", "")
         await subscribe(self, subject, receive)
 
-    monkeypatch.setattr(Broker, "subscribe", fails_once)
+    monkeypatch.setattr(FleetBroker, "subscribe", fails_once)
 
     async def run() -> None:
         found = Connected(nats.url, tmp_path)

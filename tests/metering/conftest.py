@@ -12,7 +12,8 @@ import pytest
 
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.metering.parts import Nats, Postgres
-from tests.serve.conftest import Running, serve  # noqa: F401  # a fixture
+from tests.processes import ServerProcess
+from tests.serve.conftest import serve  # noqa: F401  # a fixture
 
 
 def _missing(what: str) -> NoReturn:
@@ -62,4 +63,4 @@ def ledger(ledger_url: str) -> Iterator[Ledger]:
     opened.close()
 
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]

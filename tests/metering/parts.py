@@ -17,7 +17,7 @@ from pathlib import Path
 from inferctl.serve.edge.usage import UsageEvent
 from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering.cloud_event import Item, Origin
-from inferctl.tenancy.metering.outbox import Batch
+from inferctl.tenancy.metering.outbox import EventBatch
 
 ORIGIN = Origin("minilm", "embed", "ab" * 32, "l4")
 DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z
@@ -38,16 +38,16 @@ def batch(
     oldest: int = 1,
     at: float = DAY,
     key: str | None = "k1",
-) -> Batch:
+) -> EventBatch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
     content = json.dumps(cloud_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
-    return Batch(source, first, last, int(1000 * at), content, oldest)
+    return EventBatch(source, first, last, int(1000 * at), content, oldest)
 
 
-def end(source: str, first: int, number: int, *, clean: bool) -> Batch:
+def end(source: str, first: int, number: int, *, clean: bool) -> EventBatch:
     time_ms = int(1000 * DAY)
-    return Batch(source, first, number, time_ms, cloud_event.end(number, time_ms, clean=clean), 1)
+    return EventBatch(source, first, number, time_ms, cloud_event.end(number, time_ms, clean=clean), 1)
 
 
 def _stopped(pid: int) -> bool:

@@ -17,14 +17,14 @@ import pytest
 
 from inferctl.config.spec import Access, Metering
 from inferctl.core.errors import NotReadyError
-from inferctl.tenancy.fleet.broker import Broker
+from inferctl.tenancy.fleet.broker import FleetBroker
 from inferctl.tenancy.metering import broker as brokers
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import Outbox
-from inferctl.tenancy.metering.recorder import Recorder
+from inferctl.tenancy.metering.recorder import EventRecorder
 from inferctl.tenancy.relay.relay import Relay
 from tests.metering.parts import ORIGIN, Nats, batch, event
-from tests.serve.conftest import until
+from tests.processes import until
 
 ALL = (0, 2**62)
 
@@ -34,7 +34,7 @@ class Fleet:
 
     def __init__(self, folder: Path, nats: Nats) -> None:
         self._folder, self._nats = folder, nats
-        self.recorder = Recorder(Outbox.create(folder / "m", 1 << 24), ORIGIN)
+        self.recorder = EventRecorder(Outbox.create(folder / "m", 1 << 24), ORIGIN)
         self.ledger_url = f"sqlite:///{folder}/ledger.sqlite"
         Ledger.open(self.ledger_url).close()
         self.started: dict[str, subprocess.Popen[bytes]] = {}
@@ -289,12 +289,12 @@ def test_credentials_with_special_characters_connect(nats: Nats, authorization: 
     host = nats.url.removeprefix("nats://")
 
     async def connect(address: str) -> None:
-        for connected in (await brokers.connect(address), await Broker.connect(address)):
+        for connected in (await brokers.connect(address), await FleetBroker.connect(address)):
             await connected.close()
 
     asyncio.run(connect(f"nats://{credentials}@{host}"))
     asyncio.run(connect(f"{credentials}@{host}"))
-    for kind in (brokers.connect, Broker.connect):
+    for kind in (brokers.connect, FleetBroker.connect):
         with pytest.raises(NotReadyError) as failed:
             asyncio.run(kind(f"wrong{credentials}@{host}"))
         assert "%2F" not in failed.value.message and "***@" in failed.value.message

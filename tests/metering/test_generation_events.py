@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.serve.conftest import until
+from tests.processes import until
 from tests.serve.test_generation import Start, llama, start  # noqa: F401  # fixtures
 
 ALL = (0, 2**62)
@@ -19,15 +19,12 @@ def test_generated_tokens_reach_the_ledger_also_if_vllm_is_killed(start: Start, 
     used = [server.chat("ok").usage for _ in range(3)]
     until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
     vllm = next(
-        int(pid)
-        for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        if b"inferctl.tenancy.relay" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid for pid in server.children() if b"inferctl.tenancy.relay" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(vllm, signal.SIGKILL)
     until(lambda: "vLLM is ready again" in server.log.read_text(), 60)
     used.append(server.chat("ok").usage)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0, server.log.read_text()
+    assert server.stop() == 0, server.log.read_text()
     ledger = Ledger.read(f"sqlite:///{data}/ledger.sqlite")
     rows = ledger.usage(["model", "task", "endpoint", "status"], *ALL)
     (row,) = [row for row in rows if (row["endpoint"], row["status"]) == ("chat", 200)]

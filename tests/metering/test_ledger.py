@@ -20,7 +20,7 @@ from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering import ledger as ledger_module
 from inferctl.tenancy.metering.cloud_event import Item
 from inferctl.tenancy.metering.ledger import Ledger
-from inferctl.tenancy.metering.outbox import Batch
+from inferctl.tenancy.metering.outbox import EventBatch
 from tests.metering.parts import DAY, ORIGIN, batch, end, event
 
 ALL = (0, 2**62)
@@ -71,7 +71,7 @@ def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
     assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["requests"] == 2
 
 
-def summed(source: str, first: int, *, cloud_events: bool = False) -> Batch:
+def summed(source: str, first: int, *, cloud_events: bool = False) -> EventBatch:
     """Two events: of a request that was computed, and of 40 rejected ones."""
     items = [
         Item(first, DAY, event()),
@@ -80,7 +80,7 @@ def summed(source: str, first: int, *, cloud_events: bool = False) -> Batch:
     content = json.dumps(cloud_event.requests(ORIGIN, items)).encode()
     if cloud_events:
         content = json.dumps([each.as_cloud_event(source) for each in cloud_event.read(source, content)]).encode()
-    return Batch(source, first, first + 1, int(1000 * DAY), content)
+    return EventBatch(source, first, first + 1, int(1000 * DAY), content)
 
 
 @pytest.mark.parametrize("cloud_events", [False, True])
@@ -122,7 +122,7 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
 def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
     for content in (b"no json", b'[{"source": "a"}]', b"[1]", b'{"requests": []}', b"{}"):
         with pytest.raises(ValueError, match="no batch"):
-            ledger.apply([batch("b", 1, 5), Batch("a", 1, 1, 0, content)])
+            ledger.apply([batch("b", 1, 5), EventBatch("a", 1, 1, 0, content)])
     assert requests(ledger) == 0
 
 

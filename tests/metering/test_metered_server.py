@@ -23,23 +23,22 @@ import pytest
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
 from tests.metering.parts import Postgres
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 
 ALL = (0, 2**62)
 SECRET = "a-text-that-must-stay-private"
-Metered = Callable[..., Running]
+Metered = Callable[..., ServerProcess]
 
 
 @pytest.fixture
 def metered(minilm: Path, serve: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metered]:
     """`metered(mode="on", ...)` starts a server with the echo engine; options are settings of `metering`."""
 
-    started: list[Running] = []
+    started: list[ServerProcess] = []
 
-    def start(**settings: str) -> Running:
+    def start(**settings: str) -> ServerProcess:
         for name, value in ({"mode": "on"} | settings).items():
             monkeypatch.setenv(f"INFERCTL_METERING_{name.upper()}", value)
-        (tmp_path / "ready.json").unlink(missing_ok=True)
         started.append(serve("--model", str(minilm), "--engine", "echo", "--name", "echo"))
         return started[-1]
 
@@ -106,16 +105,11 @@ def rows(ledger: Ledger, **where: Any) -> int:
     return sum(row["requests"] for row in found if where.items() <= row.items())
 
 
-def stop(server: Running) -> int:
-    server.process.send_signal(signal.SIGTERM)
-    return server.process.wait(60)
-
-
 def test_after_sigterm_under_load_the_ledger_has_every_accepted_request(metered: Metered, tmp_path: Path) -> None:
     server = metered()
     load = Load(server.url, pause_s=0)
     until(lambda: load.statuses[200] > 500, 60)
-    assert stop(server) == 0, server.log.read_text()
+    assert server.stop() == 0, server.log.read_text()
     statuses = load.stop()
     ledger = ledger_of(tmp_path)
     assert rows(ledger, status=200) == statuses[200] > 500
@@ -150,7 +144,7 @@ def test_requests_that_anyone_can_send_leave_no_event(
             client.sendall(request)
             assert b" 400 " in client.recv(4096)
     assert httpx.get(f"{server.url}/docs").status_code == 200
-    assert stop(server) == 0
+    assert server.stop() == 0
     found = ledger_of(tmp_path).usage(["key", "status"], *ALL)
     assert [(row["key"], row["status"], row["requests"]) for row in found] == [(key.id, 200, 2)]
 
@@ -179,7 +173,7 @@ def test_the_ledger_counts_all_rejected_requests_in_few_rows(
                     response = client.request(method, path, content=body, headers=headers)
                     seen[key_id, response.status_code] += 1
     assert {status for _, status in seen} == {200, 400, 404, 413, 429}
-    assert stop(server) == 0
+    assert server.stop() == 0
     ledger = ledger_of(tmp_path)
     found = ledger.usage(["key", "status"], *ALL)
     assert {(row["key"], row["status"]): row["requests"] for row in found} == seen
@@ -226,7 +220,7 @@ def test_three_kills_of_the_relay_lose_and_repeat_nothing(metered: Metered, tmp_
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
     until(lambda: bool(set(relays(tmp_path)) - killed), 60)
-    assert stop(server) == 0
+    assert server.stop() == 0
     statuses = load.stop()
     ledger = ledger_of(tmp_path)
     assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
@@ -266,7 +260,7 @@ def test_a_stopped_database_does_not_affect_requests(metered: Metered, tmp_path:
     postgres.start()
     until(lambda: server.metric("inferctl_outbox_age_seconds") < 2, 60)
     assert set(load.statuses) == {200}
-    assert stop(server) == 0
+    assert server.stop() == 0
     statuses = load.stop()
     ledger = ledger_of(tmp_path, address)
     assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
@@ -286,7 +280,7 @@ def test_an_outbox_that_is_locked_for_ten_seconds_fails_no_request(metered: Mete
     locker.execute("rollback")
     locker.close()
     assert set(load.statuses) == {200}
-    assert stop(server) == 0
+    assert server.stop() == 0
     statuses = load.stop()
     ledger = ledger_of(tmp_path)
     assert (rows(ledger, status=200), ledger.gaps(*ALL)) == (statuses[200], [])
@@ -299,7 +293,9 @@ def test_a_full_outbox_drops_events_or_rejects_requests(
     """The ledger does not exist, the outbox has place for some events, and the memory for 300 more."""
     folder = tmp_path / "python"
     folder.mkdir()
-    patch = "import inferctl.tenancy.metering.recorder as r\nr.Recorder.__init__.__kwdefaults__['max_pending'] = 300\n"
+    patch = (
+        "import inferctl.tenancy.metering.recorder as r\nr.EventRecorder.__init__.__kwdefaults__['max_pending'] = 300\n"
+    )
     (folder / "sitecustomize.py").write_text(patch)
     monkeypatch.setenv("INFERCTL_SERVE_DRAIN_SECONDS", "3")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
@@ -315,7 +311,7 @@ def test_a_full_outbox_drops_events_or_rejects_requests(
         until(lambda: server.metric("inferctl_outbox_dropped_events") > 10, 60)
         assert server.embed(input="a").status_code == 200
     until(lambda: "USAGE EVENTS CANNOT BE WRITTEN: database or disk is full" in server.log.read_text(), 30)
-    stop(server)
+    server.stop()
     statuses = load.stop()
     # A ledger at last: what is on disk arrives, and the rest shows as lost.
     command = [sys.executable, "-m", "inferctl", "relay", "--ledger", f"sqlite:///{tmp_path}/late.sqlite"]
@@ -335,9 +331,9 @@ def test_two_servers_share_a_folder(metered: Metered, tmp_path: Path) -> None:
     second = metered()
     for _ in range(5):
         assert first.embed(input="a").status_code == second.embed(input="a").status_code == 200
-    assert stop(first) == 0
+    assert first.stop() == 0
     assert second.embed(input="a").status_code == 200
-    assert stop(second) == 0
+    assert second.stop() == 0
     ledger = ledger_of(tmp_path)
     assert (rows(ledger, status=200), ledger.gaps(*ALL), ledger.unclean_ends(*ALL)) == (11, [], [])
     assert len(ledger.usage(["source"], *ALL)) == 2

@@ -20,23 +20,23 @@ import pytest
 from inferctl.core.errors import NotReadyError
 from inferctl.tenancy.metering import cloud_event, outbox
 from inferctl.tenancy.metering import recorder as recorders
-from inferctl.tenancy.metering.outbox import Batch, Outbox
+from inferctl.tenancy.metering.outbox import EventBatch, Outbox
 from inferctl.tenancy.metering.outboxes import Outboxes
-from inferctl.tenancy.metering.recorder import UNAVAILABLE, Recorder
+from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 from tests.metering.parts import ORIGIN, event
-from tests.serve.conftest import until
+from tests.processes import until
 
 MIB = 1024 * 1024
-Make = Callable[..., Recorder]
+Make = Callable[..., EventRecorder]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     """`make(...)` starts a recorder in `tmp_path / "m"`."""
-    started: list[Recorder] = []
+    started: list[EventRecorder] = []
 
-    def run(max_bytes: int = MIB, **options: Any) -> Recorder:
-        started.append(Recorder(Outbox.create(tmp_path / "m", max_bytes), ORIGIN, **options))
+    def run(max_bytes: int = MIB, **options: Any) -> EventRecorder:
+        started.append(EventRecorder(Outbox.create(tmp_path / "m", max_bytes), ORIGIN, **options))
         return started[-1]
 
     yield run
@@ -44,7 +44,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         recorder.close(0.1)
 
 
-def read(data: Path, after: int = 0) -> list[Batch]:
+def read(data: Path, after: int = 0) -> list[EventBatch]:
     outboxes = Outboxes(data)
     outboxes.refresh()
     found = [batch for source in outboxes.sources for batch in outboxes.read(source, after, 10_000)]
@@ -52,7 +52,7 @@ def read(data: Path, after: int = 0) -> list[Batch]:
     return found
 
 
-def numbers(batches: list[Batch]) -> list[int]:
+def numbers(batches: list[EventBatch]) -> list[int]:
     return [each.id for batch in batches for each in cloud_event.read(batch.source, batch.content)]
 
 
@@ -390,10 +390,10 @@ def test_a_row_of_an_older_version_is_one_request() -> None:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from inferctl.metering.outbox import Outbox
-from inferctl.metering.recorder import Recorder
+from inferctl.tenancy.metering.outbox import Outbox
+from inferctl.tenancy.metering.recorder import EventRecorder
 from tests.metering.parts import ORIGIN, event
-recorder = Recorder(Outbox.create(Path(sys.argv[1]), 1 << 20), ORIGIN)
+recorder = EventRecorder(Outbox.create(Path(sys.argv[1]), 1 << 20), ORIGIN)
 for number in range(2000):
     recorder.record(event())
     if number % 10 == 0:

@@ -11,7 +11,7 @@ import pytest
 
 from inferctl.config.spec import Metering, Spec
 from inferctl.serve import metering
-from tests.serve.conftest import until
+from tests.processes import until
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:

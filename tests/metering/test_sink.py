@@ -113,11 +113,11 @@ def test_a_relay_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
 
     from inferctl.config.spec import Access, Metering
     from inferctl.tenancy.metering.outbox import Outbox
-    from inferctl.tenancy.metering.recorder import Recorder
+    from inferctl.tenancy.metering.recorder import EventRecorder
     from inferctl.tenancy.relay.relay import Relay
     from tests.metering.parts import ORIGIN, event
 
-    recorder = Recorder(Outbox.create(tmp_path / "m", 1 << 20), ORIGIN)
+    recorder = EventRecorder(Outbox.create(tmp_path / "m", 1 << 20), ORIGIN)
     for _ in range(10):
         recorder.record(event())
     assert recorder.close(5)

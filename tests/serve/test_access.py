@@ -25,14 +25,14 @@ from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge, KeyUsage, Limiter
 from tests.access.test_keys import add
-from tests.serve.conftest import CLIENT, Running, start, stop, until
+from tests.processes import CLIENT, ServerProcess, start, until
 
 
 @dataclass
 class Guarded:
     """A server with a key file."""
 
-    server: Running
+    server: ServerProcess
     keys: Path
 
     def key(self, name: str = "a", **fields: object) -> tuple[ApiKey, str]:
@@ -64,7 +64,7 @@ def guarded(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--log", "json", "--keys", str(keys))
     server = start(folder, *arguments)
     yield Guarded(server, keys)
-    stop(server)
+    server.kill()
 
 
 def test_a_key_is_accepted_in_each_header(guarded: Guarded) -> None:
@@ -320,7 +320,7 @@ def test_a_failure_after_the_computation_counts(guarded: Guarded, limit: dict[st
     assert codes == [500] * answered + [429] * (5 - answered)
 
 
-def test_limits_of_the_spec_and_open_pages(serve: Callable[..., Running], minilm: Path, tmp_path: Path) -> None:
+def test_limits_of_the_spec_and_open_pages(serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path) -> None:
     _, key = add(tmp_path / "keys.json")
     spec = {
         "name": "echo",
@@ -361,7 +361,7 @@ def test_a_server_without_its_key_file_does_not_start(minilm: Path, tmp_path: Pa
         start(tmp_path, *arguments)
 
 
-def test_a_gateway_names_the_caller(serve: Callable[..., Running], minilm: Path, tmp_path: Path) -> None:
+def test_a_gateway_names_the_caller(serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path) -> None:
     spec = {
         "name": "echo",
         "model": {"source": str(minilm)},
@@ -402,7 +402,7 @@ def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> No
 
 
 def test_a_private_server_asks_for_no_key(
-    serve: Callable[..., Running], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `inferctl bench` and the verification of an image start it."""
     limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"], "oidc": {"issuer": "https://x.example.com"}}

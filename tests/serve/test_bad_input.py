@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.serve.api import schemas
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
-from tests.serve.conftest import Running, start, stop, until
+from tests.processes import ServerProcess, start, until
 
 # Without the token ids for which the echo engine injects a fault.
 NUMBERS = st.integers().filter(lambda number: not 13 <= number <= 19)
@@ -46,7 +46,7 @@ BODIES = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo")
     running = start(tmp_path_factory.mktemp("bad"), *arguments)
     yield running
@@ -54,16 +54,16 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     until(lambda: in_flight(running) == 0, 30)
     assert running.embed(input=[5]).status_code == 200
     assert "Traceback" not in running.log.read_text()
-    stop(running)
+    running.kill()
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[httpx.Client]:
+def client(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as connected:
         yield connected
 
 
-def in_flight(server: Running) -> float:
+def in_flight(server: ServerProcess) -> float:
     families = text_string_to_metric_families(server.get("/metrics").text)
     return next(s.value for f in families for s in f.samples if s.name == "inferctl_requests_in_flight")
 
@@ -106,7 +106,7 @@ def test_any_content_type_and_request_id(client: httpx.Client, value: str) -> No
 
 @given(st.binary(max_size=60), st.sampled_from([b"", b"POST /v1/embeddings HTTP/1.1\r\n", b"GET /v1/models/"]))
 @settings(max_examples=60)
-def test_any_bytes_on_the_wire(server: Running, raw: bytes, before: bytes) -> None:
+def test_any_bytes_on_the_wire(server: ServerProcess, raw: bytes, before: bytes) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(before + raw + b"\r\n\r\n")
@@ -128,7 +128,7 @@ def test_any_bytes_on_the_wire(server: Running, raw: bytes, before: bytes) -> No
     ],
     ids=["no request", "in a body"],
 )
-def test_a_rejection_of_the_connection_is_counted_once(server: Running, sent: bytes, endpoint: str) -> None:
+def test_a_rejection_of_the_connection_is_counted_once(server: ServerProcess, sent: bytes, endpoint: str) -> None:
     def counts() -> Counter[tuple[str, str]]:
         families = text_string_to_metric_families(server.get("/metrics").text)
         samples = [s for family in families for s in family.samples if s.name == "inferctl_requests_total"]
@@ -202,7 +202,7 @@ def test_rejecting_a_body_takes_about_as_long_as_parsing_it(item: str) -> None:
     assert min(seconds(reject) for _ in range(5)) < 50 * parsing
 
 
-def test_valid_requests_complete_next_to_invalid_ones(server: Running) -> None:
+def test_valid_requests_complete_next_to_invalid_ones(server: ServerProcess) -> None:
     bad = [b'{"input": [1.5,' + b"1.5," * 100_000 + b"1]}", b"{", b'{"input": "' + b"word " * 100_000 + b'"}']
     bodies = [b'{"input": [5, 6]}', *bad] * 10
     with httpx.Client(base_url=server.url, timeout=60) as shared, ThreadPoolExecutor(8) as pool:
@@ -211,7 +211,7 @@ def test_valid_requests_complete_next_to_invalid_ones(server: Running) -> None:
 
 
 @pytest.mark.parametrize("read", [0, 100, 20_000])
-def test_clients_that_disconnect_during_the_response(server: Running, read: int) -> None:
+def test_clients_that_disconnect_during_the_response(server: ServerProcess, read: int) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps({"input": [[100 + i] for i in range(2000)]}).encode()
     for _ in range(10):

@@ -15,14 +15,15 @@ import numpy as np
 import openai
 import pytest
 
-from tests.serve.conftest import TEXTS, Running
+from tests.processes import ServerProcess
+from tests.serve.conftest import TEXTS
 
 pytestmark = pytest.mark.xdist_group("minilm")
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @pytest.fixture(scope="module")
-def server(minilm_server: Running) -> Running:
+def server(minilm_server: ServerProcess) -> ServerProcess:
     return minilm_server
 
 
@@ -37,7 +38,7 @@ def same(got: Any, reference: Matrix) -> None:
 
 
 @pytest.mark.parametrize("encoding", [None, "float", "base64"])
-def test_openai(server: Running, reference: Matrix, minilm_reference: dict[str, Any], encoding: Any) -> None:
+def test_openai(server: ServerProcess, reference: Matrix, minilm_reference: dict[str, Any], encoding: Any) -> None:
     extra = {} if encoding is None else {"encoding_format": encoding}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         answer = client.embeddings.create(model="minilm", input=TEXTS, **extra)
@@ -51,7 +52,7 @@ def test_openai(server: Running, reference: Matrix, minilm_reference: dict[str, 
         same([entry.embedding for entry in answer.data], reference)
 
 
-def test_openai_asynchronous(server: Running, reference: Matrix) -> None:
+def test_openai_asynchronous(server: ServerProcess, reference: Matrix) -> None:
     async def run() -> list[list[float]]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
             answers = await asyncio.gather(
@@ -62,7 +63,7 @@ def test_openai_asynchronous(server: Running, reference: Matrix) -> None:
     same(asyncio.run(run()), np.tile(reference, (4, 1)))
 
 
-def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., Running]) -> None:
+def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
     folder = tmp_path / "matryoshka"
     folder.mkdir()
     for name in ("tokenizer.json", "modules.json", "model.safetensors"):
@@ -80,7 +81,7 @@ def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., Ru
     assert (rejected.value.param, rejected.value.code) == ("dimensions", "invalid_dimensions")
 
 
-def test_openai_raises_its_own_exceptions(server: Running) -> None:
+def test_openai_raises_its_own_exceptions(server: ServerProcess) -> None:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         assert client.models.list().data[0].id == "minilm"
         with pytest.raises(openai.NotFoundError, match="this server serves 'minilm'") as unknown:
@@ -95,7 +96,7 @@ def test_openai_raises_its_own_exceptions(server: Running) -> None:
     assert {e.type for e in errors} == {"invalid_request_error"}
 
 
-def test_langchain(server: Running, reference: Matrix) -> None:
+def test_langchain(server: ServerProcess, reference: Matrix) -> None:
     from langchain_openai import OpenAIEmbeddings
 
     # Without check_embedding_ctx_length=False it sends token ids of OpenAI's vocabulary, which are other words here.
@@ -107,7 +108,7 @@ def test_langchain(server: Running, reference: Matrix) -> None:
     same(asyncio.run(client.aembed_documents(TEXTS)), reference)
 
 
-def test_llama_index(server: Running, reference: Matrix) -> None:
+def test_llama_index(server: ServerProcess, reference: Matrix) -> None:
     from llama_index.embeddings.openai import OpenAIEmbedding
 
     client = OpenAIEmbedding(model_name="minilm", api_base=f"{server.url}/v1", api_key="unused", max_retries=0)
@@ -120,7 +121,7 @@ def test_llama_index(server: Running, reference: Matrix) -> None:
 @pytest.mark.parametrize(
     "extra", [(), ("--http1.0",), ("-H", "transfer-encoding: chunked"), ("-H", "expect: 100-continue")]
 )
-def test_curl(server: Running, reference: Matrix, tmp_path: Path, extra: tuple[str, ...]) -> None:
+def test_curl(server: ServerProcess, reference: Matrix, tmp_path: Path, extra: tuple[str, ...]) -> None:
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"input": TEXTS}))
     command = ["curl", "-sS", "--fail-with-body", "--max-time", "60", *extra, "-H", "content-type: application/json"]

@@ -23,7 +23,7 @@ import uvloop
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.listener import HttpServer, listen
 from inferctl.serve.edge.usage import REJECTION
-from tests.serve.conftest import until
+from tests.processes import until
 
 HEAD = b"POST /a HTTP/1.1\r\nhost: a\r\n"
 OK = HEAD + b"content-length: 3\r\n\r\nabc"

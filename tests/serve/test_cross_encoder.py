@@ -18,8 +18,8 @@ from inferctl.core.errors import UsageError
 from inferctl.serve import rerank_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
+from tests.processes import ServerProcess
 from tests.serve import tiny_models
-from tests.serve.conftest import Running
 
 PADDED = {"mpnet", "deberta-v2", "albert"}
 
@@ -89,7 +89,7 @@ def test_pairs_have_the_segments_that_the_tokenizer_gives(tmp_path: Path, file: 
 
 
 def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
-    tmp_path: Path, serve: Callable[..., Running]
+    tmp_path: Path, serve: Callable[..., ServerProcess]
 ) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     folder = tiny_models.make_cross_encoder(tmp_path / "model", "bert")

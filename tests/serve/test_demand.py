@@ -17,9 +17,9 @@ from inferctl.serve.edge.usage import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.metrics import Metrics, RequestMetrics, RequestSize, objectives
 from tests.access.test_keys import add
-from tests.serve.conftest import CLIENT, Running, start, stop, until
+from tests.processes import CLIENT, ServerProcess, start, until
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]
 OFFERED = "inferctl_offered_tokens_total"
 
 
@@ -29,12 +29,12 @@ def spec(folder: Path, model: Path, **sections: object) -> Path:
     return file
 
 
-def offered(server: Running) -> tuple[float, float]:
+def offered(server: ServerProcess) -> tuple[float, float]:
     return server.metric(OFFERED, basis="counted"), server.metric(OFFERED, basis="estimated")
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with a small queue, an SLO and a capacity file."""
     folder = tmp_path_factory.mktemp("demand")
     capacity = {"fixed_s": 0.004, "tokens_per_s": 16000, "parallel_batches": 2, "max_batch_tokens": 512}
@@ -42,10 +42,10 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     file = spec(folder, minilm, slo={"p99_ms": 70_000}, serve={"max_queue_tokens": 64})
     found = start(folder, "--spec", str(file), "--engine", "echo", "--capacity", str(folder / "capacity.json"))
     yield found
-    stop(found)
+    found.kill()
 
 
-def test_the_tokens_of_accepted_and_rejected_requests_are_offered(server: Running) -> None:
+def test_the_tokens_of_accepted_and_rejected_requests_are_offered(server: ServerProcess) -> None:
     before = offered(server)
     assert server.embed(input=[5] * 7).status_code == 200
     assert offered(server) == (before[0] + 7, before[1])
@@ -59,7 +59,7 @@ def test_the_tokens_of_accepted_and_rejected_requests_are_offered(server: Runnin
     assert counted + estimated == pytest.approx(7 + 31 * 12, rel=0.5)
 
 
-def test_requests_that_no_capacity_would_help_are_not_offered(server: Running) -> None:
+def test_requests_that_no_capacity_would_help_are_not_offered(server: ServerProcess) -> None:
     before = offered(server)
     assert server.embed(input=[]).status_code == 400
     assert server.embed(input="a", model="other").status_code == 404
@@ -86,7 +86,7 @@ def test_cached_tokens_are_not_offered(serve: Serve, minilm: Path, tmp_path: Pat
     assert offered(server) == (12, 0)
 
 
-def test_the_queue_is_reported_in_tokens_and_in_requests(server: Running) -> None:
+def test_the_queue_is_reported_in_tokens_and_in_requests(server: ServerProcess) -> None:
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(server.embed, input=[SLOW_TOKEN] * 20) for _ in range(3)]
         until(lambda: server.metric("inferctl_requests_in_flight") == 3)
@@ -96,7 +96,7 @@ def test_the_queue_is_reported_in_tokens_and_in_requests(server: Running) -> Non
     assert server.metric("inferctl_requests_waiting") == server.metric("inferctl_queue_tokens") == 0
 
 
-def test_the_capacity_says_where_it_comes_from(server: Running) -> None:
+def test_the_capacity_says_where_it_comes_from(server: ServerProcess) -> None:
     name = "inferctl_capacity_tokens_per_second"
     measured = server.metric(name, source="capacity_file")
     assert measured == pytest.approx(2 * 512 / (0.004 + 512 / 16000))
@@ -108,7 +108,7 @@ def test_the_capacity_says_where_it_comes_from(server: Running) -> None:
     assert server.metric(name, source="capacity_file") == measured
 
 
-def test_the_slo_is_reported_and_a_bound_of_the_histogram(server: Running) -> None:
+def test_the_slo_is_reported_and_a_bound_of_the_histogram(server: ServerProcess) -> None:
     assert server.metric("inferctl_slo_seconds", objective="request_p99") == 70
     before = server.metric("inferctl_request_duration_seconds_count", priority="bulk")
     CLIENT.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers={"x-priority": "bulk"})
@@ -118,14 +118,14 @@ def test_the_slo_is_reported_and_a_bound_of_the_histogram(server: Running) -> No
         assert server.metric("inferctl_request_duration_seconds_bucket", priority="bulk", le=bound) == before + 1
 
 
-def test_the_served_model_is_described(server: Running) -> None:
+def test_the_served_model_is_described(server: ServerProcess) -> None:
     info = server.get("/info").json()
     labels = {"model": "echo", "task": "embed", "sha256": info["model"]["sha256"][:12], "precision": "fp32"}
     assert server.metric("inferctl_model_info", **labels) == 1
     assert server.metric("inferctl_engine_up") == 1
 
 
-def test_each_name_is_in_the_exposition_from_the_start(server: Running) -> None:
+def test_each_name_is_in_the_exposition_from_the_start(server: ServerProcess) -> None:
     """A scaler must not read "no data" before the first request."""
     samples = {s.name for family in text_string_to_metric_families(server.get("/metrics").text) for s in family.samples}
     assert {OFFERED, "inferctl_queue_tokens", "inferctl_requests_waiting", "inferctl_requests_in_flight"} <= samples
@@ -193,7 +193,7 @@ def test_objectives_are_in_seconds() -> None:
     assert objectives(Slo(), 200) == {"request_p99": 0.2}  # type: ignore[call-arg]
 
 
-def test_another_media_type_offers_nothing(server: Running) -> None:
+def test_another_media_type_offers_nothing(server: ServerProcess) -> None:
     before = offered(server)
     answer = httpx.post(f"{server.url}/v1/embeddings", content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from inferctl.config import spec
 from inferctl.serve.edge import usage
-from inferctl.serve.edge.access import Access
+from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
@@ -68,7 +68,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 class Setting:
     """An edge, the events that it emitted, and a way to send it requests."""
 
-    def __init__(self, limits: EdgeLimits = LIMITS, access: Access | None = None) -> None:
+    def __init__(self, limits: EdgeLimits = LIMITS, access: EdgeAccess | None = None) -> None:
         self.events: list[UsageEvent] = []
         self.ready = True
         self.lifecycle = Lifecycle(lambda: self.ready, lambda: self.ready)
@@ -278,7 +278,7 @@ def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
 
 async def _one_key_takes_much(tmp_path: Path) -> None:
     (_, first), (_, second) = add(tmp_path / "keys.json"), add(tmp_path / "keys.json", "b")
-    access = Access(spec.Access(keys=str(tmp_path / "keys.json")), ["m"])
+    access = EdgeAccess(spec.Access(keys=str(tmp_path / "keys.json")), ["m"])
     for limits, body in ((EdgeLimits(max_requests=10), b"x"), (EdgeLimits(max_bytes=100, max_requests=40), b"x" * 10)):
         setting = Setting(limits, access)
 

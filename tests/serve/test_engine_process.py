@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.serve.engine_process import frames, gpu_errors, main, memory
+from inferctl.serve.engine_process import failures, frames, main
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo
 from inferctl.serve.engine_process.frames import Kind
 
@@ -105,7 +105,7 @@ def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
     ],
 )
 def test_every_message_of_insufficient_memory_is_recognized(error: str, said: str) -> None:
-    assert memory.is_insufficient(type(error, (RuntimeError,), {})(said))
+    assert failures.out_of_memory(type(error, (RuntimeError,), {})(said))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_every_message_of_insufficient_memory_is_recognized(error: str, said: st
     ],
 )
 def test_other_errors_are_not_insufficient_memory(said: str) -> None:
-    assert not memory.is_insufficient(type("AcceleratorError", (RuntimeError,), {})(said))
+    assert not failures.out_of_memory(type("AcceleratorError", (RuntimeError,), {})(said))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_other_errors_are_not_insufficient_memory(said: str) -> None:
     ],
 )
 def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
-    assert gpu_errors.breaks_context(RuntimeError(said))
+    assert failures.breaks_context(RuntimeError(said))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
     ],
 )
 def test_an_error_that_leaves_the_cuda_context_usable_is_a_failure_of_the_batch(said: str) -> None:
-    assert not gpu_errors.breaks_context(RuntimeError(said))
+    assert not failures.breaks_context(RuntimeError(said))
 
 
 # "To continue using CUDA, the process must be terminated and relaunched", in `driver_types.h` of CUDA 13, and four that
@@ -171,6 +171,6 @@ def test_the_texts_of_the_cuda_runtime_are_recognized() -> None:
     runtime.cudaGetErrorString.restype = ctypes.c_char_p
     texts = {code: runtime.cudaGetErrorString(code).decode() for code in range(1, 1000)}
     assert texts[721] == "tensor memory not completely freed"
-    assert {code for code, text in texts.items() if gpu_errors.breaks_context(RuntimeError(f"CUDA error: {text}"))} == (
+    assert {code for code, text in texts.items() if failures.breaks_context(RuntimeError(f"CUDA error: {text}"))} == (
         FATAL
     )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -20,6 +16,7 @@ from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.image import render
 from inferctl.image.locks import LEFT_OUT
 from inferctl.serve import main
+from tests.processes import ServerProcess
 
 # Module names of the packages that an image omits, if they differ from the package names.
 _MODULES = {
@@ -61,22 +58,13 @@ def run(image: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_it_serves_with_only_the_files_and_packages_of_an_image(image: Path, minilm: Path, tmp_path: Path) -> None:
     spec = tmp_path / "inferctl.yaml"
     spec.write_text("name: m\nmodel: {source: /model}\nserve: {host: 127.0.0.1, port: 1, precision: fp32}\n")
-    announce = tmp_path / "ready.json"
-    flags = ["--spec", spec, "--model", minilm, "--port", "0", "--precision", "bf16", "--announce", announce]
-    server = run(image, *map(str, flags), "--engine", "echo")
+    flags = ("--spec", str(spec), "--model", str(minilm), "--port", "0", "--precision", "bf16", "--engine", "echo")
+    server = ServerProcess.launch(tmp_path, "inferctl.serve", *flags, PYTHONPATH=str(image)).wait_announced()
     try:
-        while not announce.exists():
-            assert server.poll() is None, server.communicate()[1]
-            time.sleep(0.05)
-        url = json.loads(announce.read_text())["url"]
-        body = json.dumps({"model": "m", "input": ["a", "b"]}).encode()
-        asked = urllib.request.Request(f"{url}/v1/embeddings", body, {"content-type": "application/json"})
-        assert len(json.load(urllib.request.urlopen(asked))["data"]) == 2
-        assert json.load(urllib.request.urlopen(f"{url}/info"))["name"] == "m"
+        assert len(server.embed(model="m", input=["a", "b"]).json()["data"]) == 2
+        assert server.get("/info").json()["name"] == "m"
     finally:
-        server.send_signal(signal.SIGTERM)
-        _, said = server.communicate(timeout=30)
-    assert server.returncode == 0, said
+        assert server.stop() == 0, server.log.read_text()
 
 
 def test_its_options_equal_those_of_inferctl_serve() -> None:

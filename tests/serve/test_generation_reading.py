@@ -103,6 +103,7 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(kv_transfer_params={"prompt_token_ids": [1] * 200}), "invalid_value"),
         ("completions", completion("a", ec_transfer_params={}), "invalid_value"),
         ("chat", chat(vllm_xargs={"kv_transfer_params": "a"}), "invalid_value"),  # vLLM's answer is a 500
+        ("chat", chat(stream="true"), "invalid_value"),
         ("chat", chat(stream=True, stream_options=[1]), "invalid_value"),
         ("chat", chat(stream=True, stream_options={"include_usage": "no"}), "invalid_value"),
         ("chat", json.dumps({"messages": MESSAGES * 200}).encode(), "context_length_exceeded"),

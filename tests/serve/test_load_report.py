@@ -11,7 +11,7 @@ import pytest
 
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.usage import UsageEvent
-from tests.serve.conftest import CLIENT, Running
+from tests.processes import CLIENT, ServerProcess
 from tests.serve.test_generation import Start, llama, start  # noqa: F401  # fixtures
 
 HEADER = "endpoint-load-metrics"
@@ -51,7 +51,7 @@ def test_the_quotient_of_rate_and_utilization_is_what_the_server_could_do() -> N
 
 
 def test_a_server_reports_only_if_it_is_asked_to(
-    serve: Callable[..., Running], minilm: Path, monkeypatch: pytest.MonkeyPatch, echo: Running
+    serve: Callable[..., ServerProcess], minilm: Path, monkeypatch: pytest.MonkeyPatch, echo: ServerProcess
 ) -> None:
     assert HEADER not in echo.embed(input="hello").headers
     monkeypatch.setenv("INFERCTL_SERVE_LOAD_REPORTS", "true")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -16,12 +15,12 @@ import httpx
 import pytest
 
 from inferctl.serve.engines.echo import FAILING_TOKEN
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]
 
 
-def echo(serve: Serve, minilm: Path, *more: str) -> Running:
+def echo(serve: Serve, minilm: Path, *more: str) -> ServerProcess:
     return serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
 
 
@@ -40,8 +39,7 @@ def test_json_logs_have_one_object_per_line_with_the_request_id(serve: Serve, mi
     server = echo(serve, minilm, "--log", "json")
     httpx.post(f"{server.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-7"})
     server.embed(input=[FAILING_TOKEN])
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 0
+    assert server.stop() == 0
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
     mine, failed = (line for line in lines if line["logger"] == "inferctl.request")
@@ -88,8 +86,7 @@ def test_traces_go_to_the_configured_endpoint_and_join_the_callers_trace(
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     headers = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "mine-8"}
     assert httpx.post(f"{server.url}/v1/embeddings", json={"input": [5]}, headers=headers).status_code == 200
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 0
+    assert server.stop() == 0
     until(lambda: bool(collector), 30)
     sent = [ExportTraceServiceRequest.FromString(body) for body in collector]
     spans = {s.name: s for r in sent for rs in r.resource_spans for ss in rs.scope_spans for s in ss.spans}

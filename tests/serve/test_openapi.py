@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 
 MINILM = pytest.mark.xdist_group("minilm")
 
 
-def answers(server: Running) -> dict[str, float]:
+def answers(server: ServerProcess) -> dict[str, float]:
     """Return the number of responses of POST /v1/embeddings by status."""
     families = text_string_to_metric_families(server.get("/metrics").text)
     samples = [sample for family in families for sample in family.samples]
@@ -33,7 +33,7 @@ def answers(server: Running) -> dict[str, float]:
 def test_schemathesis_finds_no_failures(
     request: pytest.FixtureRequest, tmp_path: Path, fixture: str, options: tuple[str, ...], examples: int
 ) -> None:
-    server: Running = request.getfixturevalue(fixture)
+    server: ServerProcess = request.getfixturevalue(fixture)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
     bounds = [
         "--seed",

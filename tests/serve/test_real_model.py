@@ -13,19 +13,20 @@ import numpy as np
 import openai
 import pytest
 
-from tests.serve.conftest import TEXTS, Running
+from tests.processes import ServerProcess
+from tests.serve.conftest import TEXTS
 
 pytestmark = pytest.mark.xdist_group("minilm")
 
 
-def test_floats_and_base64_are_the_same_numbers(minilm_server: Running) -> None:
+def test_floats_and_base64_are_the_same_numbers(minilm_server: ServerProcess) -> None:
     client = openai.OpenAI(base_url=f"{minilm_server.url}/v1", api_key="unused")
     floats = client.embeddings.create(model="minilm", input=TEXTS[0], encoding_format="float")
     packed = client.embeddings.create(model="minilm", input=TEXTS[0])
     assert np.float32(floats.data[0].embedding).tolist() == np.float32(packed.data[0].embedding).tolist()
 
 
-def test_info_describes_the_engine(minilm_server: Running, minilm_reference: dict[str, Any]) -> None:
+def test_info_describes_the_engine(minilm_server: ServerProcess, minilm_reference: dict[str, Any]) -> None:
     info = minilm_server.get("/info").json()
     assert info["model"]["sha256"] == minilm_reference["model_sha256"]
     assert (info["model"]["dimensions"], info["model"]["max_tokens"]) == (384, 256)
@@ -37,7 +38,7 @@ def test_info_describes_the_engine(minilm_server: Running, minilm_reference: dic
     assert info["ready_seconds"] > 0
 
 
-def test_token_ids_and_their_text_give_equal_vectors(minilm_server: Running, minilm: Path) -> None:
+def test_token_ids_and_their_text_give_equal_vectors(minilm_server: ServerProcess, minilm: Path) -> None:
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(minilm / "tokenizer.json"))
@@ -47,7 +48,7 @@ def test_token_ids_and_their_text_give_equal_vectors(minilm_server: Running, min
     assert by_ids == pytest.approx(by_text, abs=2e-6)
 
 
-def test_a_large_request_runs_in_several_batches(minilm_server: Running) -> None:
+def test_a_large_request_runs_in_several_batches(minilm_server: ServerProcess) -> None:
     words = [f"text number {i} about rivers" for i in range(600)]
     answer = minilm_server.embed(input=words, encoding_format="base64")
     assert len(answer.json()["data"]) == 600
@@ -78,7 +79,7 @@ def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) ->
     assert done.stdout == ""
 
 
-def test_the_engine_process_does_not_load_scikit_learn(minilm_server: Running) -> None:
+def test_the_engine_process_does_not_load_scikit_learn(minilm_server: ServerProcess) -> None:
     """The development tools include it, and transformers would import it."""
     assert importlib.util.find_spec("sklearn")
     mapped = Path(f"/proc/{minilm_server.engine_pid()}/maps").read_text()

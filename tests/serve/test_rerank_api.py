@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from inferctl.serve.api import schemas
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
 from inferctl.serve.edge.errors import ApiError
-from tests.serve.conftest import Running, start, stop
+from tests.processes import ServerProcess, start
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -25,7 +25,7 @@ JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("rerank")
     shutil.copytree(minilm, folder / "model", symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
     config = json.loads((minilm / "config.json").read_text())
@@ -33,15 +33,15 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     (folder / "model" / "config.json").write_text(json.dumps(config))
     running = start(folder, "--model", str(folder / "model"), "--engine", "echo", "--name", "ranker")
     yield running
-    stop(running)
+    running.kill()
 
 
-def post(server: Running, path: str, **body: object) -> httpx.Response:
+def post(server: ServerProcess, path: str, **body: object) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=body, timeout=60)
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
-def test_results_are_ordered_by_score(server: Running, path: str) -> None:
+def test_results_are_ordered_by_score(server: ServerProcess, path: str) -> None:
     documents = ["one", "one two three four", {"text": "one two", "title": "ignored"}]
     answer = post(server, path, query="a query", documents=documents, return_documents=True)
     assert answer.status_code == 200
@@ -58,7 +58,7 @@ def test_results_are_ordered_by_score(server: Running, path: str) -> None:
     ]
 
 
-def test_scores_have_the_order_of_the_request_and_equal_those_of_rerank(server: Running) -> None:
+def test_scores_have_the_order_of_the_request_and_equal_those_of_rerank(server: ServerProcess) -> None:
     documents = ["one", "one two three four", "one two"]
     ranked = post(server, "/v1/rerank", query="a query", documents=documents).json()["results"]
     expected = [result["relevance_score"] for result in sorted(ranked, key=lambda result: result["index"])]
@@ -91,19 +91,19 @@ def test_scores_have_the_order_of_the_request_and_equal_those_of_rerank(server: 
     ],
 )
 def test_errors_use_the_envelope(
-    server: Running, path: str, body: dict[str, object], status: int, code: str, param: str | None
+    server: ServerProcess, path: str, body: dict[str, object], status: int, code: str, param: str | None
 ) -> None:
     answer = post(server, path, **body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
 
 
-def test_an_embedding_server_says_that_it_cannot_rerank(echo: Running) -> None:
+def test_an_embedding_server_says_that_it_cannot_rerank(echo: ServerProcess) -> None:
     answer = post(echo, "/v1/rerank", query="a", documents=["b"])
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unsupported_task")
 
 
-def test_the_openapi_document_has_the_endpoints_of_the_task(server: Running) -> None:
+def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/rerank", "/v1/score"} <= set(paths)
     assert "/v1/embeddings" not in paths

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.conftest import Running
+from tests.processes import ServerProcess
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -37,14 +37,13 @@ def test_a_scan_of_everything_finds_no_text_and_no_key(minilm: Path, tmp_path: P
 
 
 def test_no_process_of_a_server_writes_a_core_file(
-    serve: Callable[..., Running], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INFERCTL_METERING_MODE", "on")
     server = serve("--model", str(minilm), "--engine", "echo")
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = server.children()
     assert len(children) >= 2, "an engine and a relay"
-    for each in (pid, *children):
+    for each in (server.process.pid, *children):
         (line,) = re.findall(r"Max core file size +(\S+) +(\S+)", Path(f"/proc/{each}/limits").read_text())
         # The kernel treats 1 like this for programs in core_pattern too, unlike 0.
         assert line == ("1", "1") or (line[1] == "0" and os.geteuid() != 0)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,17 +17,32 @@ import httpx
 import pytest
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.serve.conftest import CLIENT, Running, until
+from tests.processes import CLIENT, ServerProcess, start, until
 from tests.test_settings import SERVICE_LINKS
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]
 
 
 def echo_arguments(minilm: Path) -> tuple[str, ...]:
     return ("--model", str(minilm), "--engine", "echo", "--name", "echo")
 
 
-def metric(server: Running, name: str, **labels: str) -> float:
+@pytest.fixture(scope="module")
+def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with a large queue, whose engine tests may end."""
+    server = start(tmp_path_factory.mktemp("shared"), *echo_arguments(minilm))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(shared: ServerProcess) -> ServerProcess:
+    """The shared server, ready."""
+    shared.wait_ready()
+    return shared
+
+
+def metric(server: ServerProcess, name: str, **labels: str) -> float:
     return server.metric(name, **labels)
 
 
@@ -37,7 +52,7 @@ def vector(tokens: list[int]) -> list[float]:
     return [x / norm for x in raw] + [0.0] * 5
 
 
-def test_every_input_gets_its_own_vector_in_order(echo: Running) -> None:
+def test_every_input_gets_its_own_vector_in_order(echo: ServerProcess) -> None:
     rows = [[100 + i] * (1 + i % 7) for i in range(200)]
     answer = echo.embed(input=rows).json()
     assert [entry["index"] for entry in answer["data"]] == list(range(200))
@@ -47,8 +62,7 @@ def test_every_input_gets_its_own_vector_in_order(echo: Running) -> None:
     assert answer["model"] == "echo"
 
 
-def test_concurrent_requests_get_their_own_vectors(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_concurrent_requests_get_their_own_vectors(server: ServerProcess) -> None:
     rows = [[1000 + i] * (1 + i % 11) for i in range(300)]
     with ThreadPoolExecutor(24) as pool, httpx.Client() as client:
         answers = list(
@@ -58,7 +72,7 @@ def test_concurrent_requests_get_their_own_vectors(serve: Serve, minilm: Path) -
         assert answer["data"][0]["embedding"] == pytest.approx(vector(row), abs=1e-6)
 
 
-def test_responses_have_the_times_and_the_request_id(echo: Running) -> None:
+def test_responses_have_the_times_and_the_request_id(echo: ServerProcess) -> None:
     answer = httpx.post(f"{echo.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
     assert answer.headers["x-inferctl-tokens"] == "2"
@@ -80,12 +94,12 @@ def test_responses_have_the_times_and_the_request_id(echo: Running) -> None:
         ({"input": [FAILING_TOKEN]}, 500, "engine_failed"),
     ],
 )
-def test_errors_use_the_envelope(echo: Running, body: dict[str, object], status: int, code: str) -> None:
+def test_errors_use_the_envelope(echo: ServerProcess, body: dict[str, object], status: int, code: str) -> None:
     answer = echo.embed(**body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_long_inputs_are_truncated_and_only_processed_tokens_count(echo: Running) -> None:
+def test_long_inputs_are_truncated_and_only_processed_tokens_count(echo: ServerProcess) -> None:
     assert echo.embed(input="word " * 400).json()["usage"]["total_tokens"] == 256
     assert echo.embed(input=[5] * 400).json()["usage"]["total_tokens"] == 256
     before = metric(echo, "inferctl_inputs_truncated_total")
@@ -94,30 +108,29 @@ def test_long_inputs_are_truncated_and_only_processed_tokens_count(echo: Running
     assert metric(echo, "inferctl_inputs_truncated_total") == before + 3
 
 
-def test_dimensions_equal_to_those_of_the_model_are_accepted(echo: Running) -> None:
+def test_dimensions_equal_to_those_of_the_model_are_accepted(echo: ServerProcess) -> None:
     assert len(echo.embed(input="a", dimensions=8).json()["data"][0]["embedding"]) == 8
 
 
-def test_unknown_routes_and_methods_use_the_envelope_too(echo: Running) -> None:
+def test_unknown_routes_and_methods_use_the_envelope_too(echo: ServerProcess) -> None:
     assert echo.get("/nope").json()["error"]["type"] == "invalid_request_error"
     rejected = echo.get("/v1/embeddings")
     assert (rejected.status_code, rejected.headers["allow"]) == (405, "POST")
 
 
-def test_a_body_that_is_too_large_is_rejected(echo: Running) -> None:
+def test_a_body_that_is_too_large_is_rejected(echo: ServerProcess) -> None:
     answer = httpx.post(f"{echo.url}/v1/embeddings", content=b'{"input": "' + b"a" * (4 << 20) + b'"}', timeout=60)
     assert answer.status_code == 413
 
 
-def test_a_failing_sequence_fails_only_its_request(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_a_failing_sequence_fails_only_its_request(server: ServerProcess) -> None:
     bodies = [[SLOW_TOKEN], *[[FAILING_TOKEN] if i == 5 else [200 + i] for i in range(12)]]
     with ThreadPoolExecutor(len(bodies)) as pool:
         statuses = list(pool.map(lambda row: server.embed(input=row).status_code, bodies))
     assert statuses == [500 if row == [FAILING_TOKEN] else 200 for row in bodies]
 
 
-def test_a_full_queue_responds_with_429_and_retry_after(echo: Running) -> None:
+def test_a_full_queue_responds_with_429_and_retry_after(echo: ServerProcess) -> None:
     with ThreadPoolExecutor(30) as pool:
         answers = list(pool.map(lambda _: echo.embed(input=[SLOW_TOKEN] + [5] * 30), range(8)))
     assert {answer.status_code for answer in answers} == {200, 429}
@@ -141,7 +154,7 @@ def test_the_request_of_a_disconnected_client_is_cancelled(serve: Serve, minilm:
     assert server.embed(input=[5]).status_code == 200
 
 
-def test_probes_metrics_and_descriptions(echo: Running) -> None:
+def test_probes_metrics_and_descriptions(echo: ServerProcess) -> None:
     assert echo.get("/livez").status_code == 200
     assert echo.get("/readyz").status_code == echo.get("/health").status_code == 200
     root = echo.get("/").json()
@@ -166,7 +179,7 @@ def test_probes_metrics_and_descriptions(echo: Running) -> None:
     assert "http" not in page.replace(echo.url, "")
 
 
-def test_every_route_of_the_openapi_document_exists(echo: Running) -> None:
+def test_every_route_of_the_openapi_document_exists(echo: ServerProcess) -> None:
     document = echo.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         answer = httpx.request(
@@ -180,29 +193,27 @@ def test_every_route_of_the_openapi_document_exists(echo: Running) -> None:
     assert references <= set(schemas)
 
 
-def test_accepted_requests_complete_when_the_engine_is_killed(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
-    engine = server.engine_pid()
+def test_accepted_requests_complete_when_the_engine_is_killed(server: ServerProcess) -> None:
+    engine, deaths = server.engine_pid(), metric(server, "inferctl_engine_deaths_total")
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, 5, i]) for i in range(4)]
         until(lambda: metric(server, "inferctl_requests_in_flight") == 4)
         os.kill(engine, signal.SIGKILL)
         assert [future.result().status_code for future in waiting] == [200] * 4
     assert server.engine_pid() != engine
-    assert metric(server, "inferctl_engine_deaths_total") == 1
+    assert metric(server, "inferctl_engine_deaths_total") == deaths + 1
     assert server.get("/readyz").status_code == 200
 
 
-def test_a_request_that_crashes_the_engine_twice_is_rejected(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_a_request_that_crashes_the_engine_twice_is_rejected(server: ServerProcess) -> None:
+    deaths = metric(server, "inferctl_engine_deaths_total")
     assert server.embed(input=[CRASHING_TOKEN]).status_code == 503
     server.wait_ready()
     assert server.embed(input=[5]).status_code == 200
-    assert metric(server, "inferctl_engine_deaths_total") == 2
+    assert metric(server, "inferctl_engine_deaths_total") == deaths + 2
 
 
-def test_without_an_engine_the_server_is_live_but_not_ready(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm))
+def test_without_an_engine_the_server_is_live_but_not_ready(server: ServerProcess) -> None:
     seen: set[int] = set()
     done = threading.Event()
 
@@ -253,8 +264,7 @@ def test_a_second_sigterm_exits_at_once_and_kills_the_engine(serve: Serve, minil
         until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "shutting down" in server.log.read_text())
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert server.stop() == 128 + signal.SIGTERM
         assert isinstance(lost.exception(), httpx.TransportError)
     until(lambda: not Path(f"/proc/{engine}").exists())
 
@@ -343,7 +353,7 @@ def test_a_disconnect_after_a_large_body_is_detected(serve: Serve, minilm: Path)
 
 
 def test_the_server_starts_next_to_a_kubernetes_service_of_the_same_name(
-    minilm: Path, serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    minilm: Path, serve: Callable[..., ServerProcess], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for variable, value in SERVICE_LINKS.items():
         monkeypatch.setenv(variable, value)

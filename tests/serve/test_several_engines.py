@@ -23,10 +23,10 @@ import pytest
 from inferctl.serve.engine_process.engine_protocol import BatchResult, EngineConfig, EngineInfo, EngineProcess
 from inferctl.serve.engine_process.pool import EnginePool, more_engines
 from inferctl.serve.engines.echo import CLOSING_TOKEN, CRASHING_TOKEN
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 from tests.serve.test_dispatcher import INFO
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]
 PTRACE_SEIZE = 0x4206
 
 
@@ -37,7 +37,7 @@ class Load:
     `wrong`: responses that are neither right nor a documented error.
     """
 
-    server: Running
+    server: ServerProcess
     expected: Callable[[int], tuple[Any, Any]]  # number of a request -> its input, its vector
     completed: int = 0
     pause_s: float = 0.01  # without a pause, they take all cores from the tests beside this one
@@ -93,11 +93,10 @@ def echo_row(number: int) -> tuple[list[int], list[float]]:
     return row, list(vector / np.linalg.norm(vector))
 
 
-def engines_of(server: Running) -> list[int]:
+def engines_of(server: ServerProcess) -> list[int]:
     """Return the process ids of the running engines, without zombies."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     found = []
-    for pid in children:
+    for pid in server.children():
         # A killed engine can end at any moment.
         with suppress(FileNotFoundError, ProcessLookupError):
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
@@ -105,12 +104,12 @@ def engines_of(server: Running) -> list[int]:
     return found
 
 
-def wait_for_engines(server: Running, engines: int) -> None:
+def wait_for_engines(server: ServerProcess, engines: int) -> None:
     until(lambda: server.metric("inferctl_engine_up") == engines)
 
 
 @pytest.fixture
-def three(serve: Serve, minilm: Path) -> Running:
+def three(serve: Serve, minilm: Path) -> ServerProcess:
     server = serve(
         "--model", str(minilm), "--engine", "echo", "--engines", "3", "--hang-seconds", "1", "--max-batch-tokens", "512"
     )
@@ -118,7 +117,7 @@ def three(serve: Serve, minilm: Path) -> Running:
     return server
 
 
-def test_killed_engines(three: Running) -> None:
+def test_killed_engines(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         for _ in range(6):
             until(lambda: three.metric("inferctl_engine_up") >= 2)
@@ -134,7 +133,7 @@ def test_killed_engines(three: Running) -> None:
     assert (info["count"], info["up"], info["restarts"]) == (3, 3, 6)
 
 
-def test_all_engines_killed_at_once(three: Running) -> None:
+def test_all_engines_killed_at_once(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         load.wait_for_progress()
         for engine in engines_of(three):
@@ -144,7 +143,7 @@ def test_all_engines_killed_at_once(three: Running) -> None:
     assert three.get("/livez").status_code == 200
 
 
-def test_a_hung_engine(three: Running) -> None:
+def test_a_hung_engine(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         load.wait_for_progress()
         os.kill(engines_of(three)[1], signal.SIGSTOP)
@@ -153,7 +152,7 @@ def test_a_hung_engine(three: Running) -> None:
     assert load.unavailable == 0
 
 
-def test_an_engine_that_closes_its_socket_and_lives_on(three: Running) -> None:
+def test_an_engine_that_closes_its_socket_and_lives_on(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         load.wait_for_progress()
         assert three.embed(input=[CLOSING_TOKEN]).status_code == 503, "two engines, one after the other"
@@ -174,7 +173,7 @@ def zombie(pid: int) -> Iterator[None]:
     os.waitpid(pid, 0)
 
 
-def test_an_engine_that_stays_a_zombie(three: Running) -> None:
+def test_an_engine_that_stays_a_zombie(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         load.wait_for_progress()
         with zombie(engines_of(three)[0]):
@@ -184,7 +183,7 @@ def test_an_engine_that_stays_a_zombie(three: Running) -> None:
     assert load.unavailable == 0
 
 
-def test_the_server_stops_while_an_engine_stays_a_zombie(three: Running) -> None:
+def test_the_server_stops_while_an_engine_stays_a_zombie(three: ServerProcess) -> None:
     with zombie(engines_of(three)[0]):
         until(lambda: three.metric("inferctl_engine_deaths_total") == 1)
         assert three.embed(input=[5]).status_code == 200
@@ -193,7 +192,7 @@ def test_the_server_stops_while_an_engine_stays_a_zombie(three: Running) -> None
     assert "Traceback" not in three.log.read_text()
 
 
-def test_a_crashing_request_among_others_on_several_engines(three: Running) -> None:
+def test_a_crashing_request_among_others_on_several_engines(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         for _ in range(3):
             assert three.embed(input=[CRASHING_TOKEN, 5]).status_code == 503
@@ -295,14 +294,14 @@ def test_an_unexpected_error_of_any_supervisor_ends_all_engines() -> None:
 
 # A bug of the API process: it fails when the second engine is ready.
 SUPERVISOR_BUG = """
-from inferctl.serve.engine_process.supervisor import Supervisor
-engine_ready, calls = Supervisor._engine_ready, []
+from inferctl.serve.engine_process.supervisor import EngineSupervisor
+engine_ready, calls = EngineSupervisor._engine_ready, []
 def failing(self, info):
     calls.append(info)
     if len(calls) == 2:
         raise RuntimeError("injected bug")
     engine_ready(self, info)
-Supervisor._engine_ready = failing
+EngineSupervisor._engine_ready = failing
 """
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from inferctl.core.errors import UsageError
 from inferctl.serve.vector_cache.shared import SharedLevel
 from tests.access.test_keys import add
-from tests.serve.conftest import CLIENT, Running, start, stop, until
+from tests.processes import CLIENT, ServerProcess, start, until
 from tests.serve.test_vector_cache import CACHED, computed, spec, vectors
 
 
@@ -70,11 +70,13 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 
 
 @pytest.fixture
-def sharing(minilm: Path, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Running]]:
+def sharing(
+    minilm: Path, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], ServerProcess]]:
     """`sharing()` starts a server with the echo engine and a shared level."""
-    started: list[Running] = []
+    started: list[ServerProcess] = []
 
-    def run() -> Running:
+    def run() -> ServerProcess:
         folder = tmp_path_factory.mktemp("sharing")
         file = spec(folder, minilm, cache={"size": "1MiB", "shared": valkey.url})
         started.append(start(folder, "--spec", str(file), "--engine", "echo"))
@@ -83,10 +85,10 @@ def sharing(minilm: Path, valkey: Valkey, tmp_path_factory: pytest.TempPathFacto
 
     yield run
     for server in started:
-        stop(server)
+        server.kill()
 
 
-def test_a_server_uses_what_another_one_computed(sharing: Callable[[], Running], valkey: Valkey) -> None:
+def test_a_server_uses_what_another_one_computed(sharing: Callable[[], ServerProcess], valkey: Valkey) -> None:
     first, second = sharing(), sharing()
     # A test that runs again must not find what it stored before.
     run, stored = uuid.uuid4().hex, valkey.count()
@@ -103,7 +105,7 @@ def test_a_server_uses_what_another_one_computed(sharing: Callable[[], Running],
     assert second.metric("inferctl_cache_hits_total", level="shared") == 20  # the others were local
 
 
-def test_a_value_that_is_no_vector_is_ignored(sharing: Callable[[], Running], valkey: Valkey) -> None:
+def test_a_value_that_is_no_vector_is_ignored(sharing: Callable[[], ServerProcess], valkey: Valkey) -> None:
     server, stored = sharing(), valkey.count()
     text = f"a text {uuid.uuid4().hex}"
     wanted = vectors(server.embed(input=text))
@@ -116,7 +118,7 @@ def test_a_value_that_is_no_vector_is_ignored(sharing: Callable[[], Running], va
 
 
 def test_a_stopped_server_is_no_longer_asked_after_three_failures(
-    sharing: Callable[[], Running], valkey: Valkey
+    sharing: Callable[[], ServerProcess], valkey: Valkey
 ) -> None:
     server = sharing()
     vectors(server.embed(input="before"))
@@ -139,7 +141,7 @@ def test_a_stopped_server_is_no_longer_asked_after_three_failures(
 
 
 def test_requests_succeed_while_the_shared_level_is_killed_and_comes_back(
-    sharing: Callable[[], Running], valkey: Valkey
+    sharing: Callable[[], ServerProcess], valkey: Valkey
 ) -> None:
     server = sharing()
     valkey.kill()
@@ -151,7 +153,9 @@ def test_requests_succeed_while_the_shared_level_is_killed_and_comes_back(
     assert vectors(server.embed(input="it is back"))
 
 
-def test_a_server_starts_without_its_shared_level(minilm: Path, tmp_path: Path, serve: Callable[..., Running]) -> None:
+def test_a_server_starts_without_its_shared_level(
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
+) -> None:
     file = spec(tmp_path, minilm, cache={"size": "1MiB", "shared": f"unix://{tmp_path}/nothing"})
     server = serve("--spec", str(file), "--engine", "echo")
     assert vectors(server.embed(input="alone"))
@@ -168,7 +172,7 @@ def test_a_bad_url_is_an_error_without_its_password() -> None:
 class Tenants:
     """A server and the keys of its two tenants."""
 
-    server: Running
+    server: ServerProcess
     keys: tuple[str, str]
     tolerance: float
 
@@ -198,7 +202,7 @@ def tenants(
         found.append(Tenants(server, (keys[0], keys[1]), 0.02 if precision == "bf16" else 1e-4))
     yield found
     for one in found:
-        stop(one.server)
+        one.server.kill()
 
 
 @pytest.mark.slow

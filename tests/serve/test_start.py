@@ -45,7 +45,7 @@ sys.meta_path.insert(0, Finder())
 def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
     minilm: Path, tmp_path: Path, command: str, number: str, process: str, name: str
 ) -> None:
-    group = "os.getppid()" if "relay" in process else "0"
+    group = "os.getppid()" if "engine_process" in process else "0"
     (tmp_path / "sitecustomize.py").write_text(_SIGNALS.format(name=name, process=process, number=number, group=group))
     done = subprocess.run(
         [sys.executable, "-m", *command.split(), "--model", str(minilm), "--engine", "echo", "--port", "0"],

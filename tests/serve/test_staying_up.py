@@ -24,9 +24,10 @@ from inferctl.serve.engines.echo import (
     NON_FINITE_TOKEN,
     SLOW_TOKEN,
 )
-from tests.serve.conftest import Running, until
+from tests import processes
+from tests.processes import ServerProcess, until
 
-Serve = Callable[..., Running]
+Serve = Callable[..., ServerProcess]
 
 
 @pytest.fixture
@@ -34,7 +35,23 @@ def start(serve: Serve, minilm: Path) -> Serve:
     return lambda *more: serve("--model", str(minilm), "--engine", "echo", "--name", "echo", *more)
 
 
-def embed_all(server: Running, rows: list[list[int]]) -> list[int]:
+@pytest.fixture(scope="module")
+def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with small batches, whose engine tests may end."""
+    options = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-batch-tokens", "64")
+    server = processes.start(tmp_path_factory.mktemp("shared"), *options)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(shared: ServerProcess) -> ServerProcess:
+    """The shared server, ready."""
+    shared.wait_ready()
+    return shared
+
+
+def embed_all(server: ServerProcess, rows: list[list[int]]) -> list[int]:
     """Send one request per row while the engine is busy for two seconds, and return the statuses."""
     with ThreadPoolExecutor(len(rows) + 1) as pool:
         busy = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 4)
@@ -45,17 +62,16 @@ def embed_all(server: Running, rows: list[list[int]]) -> list[int]:
     return statuses
 
 
-def test_only_the_request_that_crashes_engines_is_rejected(start: Serve) -> None:
-    server = start("--max-batch-tokens", "64")
+def test_only_the_request_that_crashes_engines_is_rejected(server: ServerProcess) -> None:
+    deaths = server.metric("inferctl_engine_deaths_total")
     # Others share the batch of the crashing request, and more than one full batch is queued behind it.
     rows = [[100 + i] * 8 for i in range(4)] + [[CRASHING_TOKEN] * 8] + [[200 + i] * 8 for i in range(16)]
     assert embed_all(server, rows) == [503 if row[0] == CRASHING_TOKEN else 200 for row in rows]
-    assert server.metric("inferctl_engine_deaths_total") <= 3
+    assert server.metric("inferctl_engine_deaths_total") <= deaths + 3
     assert server.get("/livez").status_code == 200
 
 
-def test_two_crashing_requests_among_others(start: Serve) -> None:
-    server = start()
+def test_two_crashing_requests_among_others(server: ServerProcess) -> None:
     rows = [[CRASHING_TOKEN], *[[100 + i] for i in range(6)], [CRASHING_TOKEN]]
     assert embed_all(server, rows) == [503, *[200] * 6, 503]
 
@@ -77,8 +93,7 @@ def test_five_failed_starts_make_livez_fail_until_an_engine_starts(start: Serve)
     killed: set[int] = set()
 
     def kill_until_livez_fails() -> bool:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        for pid in {int(child) for child in children} - killed:
+        for pid in set(server.children()) - killed:
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
         return server.get("/livez").status_code == 503
@@ -103,20 +118,19 @@ def test_a_batch_that_runs_out_of_memory_is_split_and_later_ones_are_smaller(sta
     assert server.metric("inferctl_engine_deaths_total") == 0
 
 
-def test_an_engine_whose_cuda_context_is_broken_ends_and_only_that_request_fails(start: Serve) -> None:
-    server = start()
+def test_an_engine_whose_cuda_context_is_broken_ends_and_only_that_request_fails(server: ServerProcess) -> None:
+    deaths = server.metric("inferctl_engine_deaths_total")
     rows = [[100], [101], [CORRUPTING_TOKEN], [102], [103]]
     assert embed_all(server, rows) == [200, 200, 503, 200, 200]
     server.wait_ready()
     assert server.embed(input=[5]).status_code == 200
-    assert server.metric("inferctl_engine_deaths_total") == 2, "in a batch with others, then in isolation"
+    assert server.metric("inferctl_engine_deaths_total") == deaths + 2, "in a batch with others, then in isolation"
     log = server.log.read_text()
     assert "the CUDA context is broken" in log
     assert f"exit code {EXIT_BROKEN_CONTEXT}" in log
 
 
-def test_an_input_with_nan_gets_500_and_others_in_its_batch_their_vectors(start: Serve) -> None:
-    server = start()
+def test_an_input_with_nan_gets_500_and_others_in_its_batch_their_vectors(server: ServerProcess) -> None:
     assert embed_all(server, [[NON_FINITE_TOKEN], [100], [101]]) == [500, 200, 200]
     assert server.metric("inferctl_non_finite_total") == 1
 
@@ -160,28 +174,13 @@ def test_during_the_grace_period_readyz_fails_and_requests_complete(start: Serve
 
 
 def test_a_stop_while_the_engine_loads_writes_no_announce_file(minilm: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "inferctl",
-        "serve",
-        "--model",
-        str(minilm),
-        "--port",
-        "0",
-        "--announce",
-        "ready.json",
-    ]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=log)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        until(lambda: bool(children.read_text()))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
-    said = (tmp_path / "log").read_text()
+    server = ServerProcess.launch(tmp_path, "inferctl", "serve", "--model", str(minilm), "--port", "0")
+    until(server.children)
+    assert server.stop() == 0
+    said = server.log.read_text()
     assert "Traceback" not in said
     assert "stopped" in said
-    assert not (tmp_path / "ready.json").exists()
+    assert not server.announced.exists()
 
 
 # A Python process sends itself SIGTERM when the first tokenizer thread has started, before the pool registers it.
@@ -211,21 +210,19 @@ def test_a_stop_while_the_server_starts_a_thread_ends_it(minilm: Path, tmp_path:
 
 @pytest.mark.parametrize("moments", [6, pytest.param(24, marks=pytest.mark.slow_measurement)])
 def test_a_stop_at_any_moment_of_the_start_ends_the_server(minilm: Path, tmp_path: Path, moments: int) -> None:
-    ready = tmp_path / "ready.json"
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
+    command = ("inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0")
 
     def codes(seconds: Iterable[float]) -> Iterator[int]:
         for pause in seconds:
-            ready.unlink(missing_ok=True)
-            process = subprocess.Popen([*command, "--announce", str(ready)], stderr=subprocess.PIPE, text=True)
+            server = ServerProcess.launch(tmp_path, *command)
+            ready, end = server.announced, time.monotonic() + pause
             try:
-                until(lambda end=time.monotonic() + pause: time.monotonic() > end or ready.exists())
-                process.terminate()
-                _, said = process.communicate(timeout=60)
+                until(lambda ready=ready, end=end: time.monotonic() > end or ready.exists())
+                code = server.stop()
             finally:
-                process.kill()
-            assert "Traceback" not in said, said
-            yield process.returncode
+                server.kill()
+            assert "Traceback" not in (said := server.log.read_text()), said
+            yield code
 
     began = time.monotonic()
     assert list(codes([math.inf])) == [0]
@@ -268,8 +265,7 @@ def test_requests_with_a_long_predicted_wait_are_rejected_without_an_slo(start: 
     assert server.metric("inferctl_rejected_total", reason="max_wait") == len(rejected)
 
 
-def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(start: Serve) -> None:
-    server = start("--max-batch-tokens", "64")
+def test_interactive_requests_run_before_bulk_and_probes_do_not_wait(server: ServerProcess) -> None:
     url = f"{server.url}/v1/embeddings"
     with ThreadPoolExecutor(2) as pool:
         bulk = pool.submit(

@@ -26,7 +26,7 @@ from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINIT
 from inferctl.serve.vector_cache.keys import KeySpace
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
-from tests.serve.conftest import CLIENT, Running, start, stop, until
+from tests.processes import CLIENT, ServerProcess, start, until
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHED = "x-inferctl-cached-tokens"
@@ -40,15 +40,15 @@ def spec(folder: Path, model: Path, **sections: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cached(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def cached(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with a cache and the echo engine."""
     folder = tmp_path_factory.mktemp("cached")
     server = start(folder, "--spec", str(spec(folder, minilm)), "--engine", "echo")
     yield server
-    stop(server)
+    server.kill()
 
 
-def computed(server: Running) -> float:
+def computed(server: ServerProcess) -> float:
     return server.metric("inferctl_batch_sequences_sum")
 
 
@@ -57,7 +57,7 @@ def vectors(response: httpx.Response) -> list[list[float]]:
     return [entry["embedding"] for entry in response.json()["data"]]
 
 
-def test_an_input_is_computed_once_and_counted_always(cached: Running) -> None:
+def test_an_input_is_computed_once_and_counted_always(cached: ServerProcess) -> None:
     before, misses = computed(cached), cached.metric("inferctl_cache_misses_total")
     first = cached.embed(input=["a counted text", "another one", "a counted text"])
     second = cached.embed(input=["another one", "a counted text", "a new text"])
@@ -74,13 +74,13 @@ def test_an_input_is_computed_once_and_counted_always(cached: Running) -> None:
     assert cached.metric("inferctl_cache_hits_total", level="local") >= 3
 
 
-def test_texts_and_their_token_ids_share_an_entry(cached: Running) -> None:
+def test_texts_and_their_token_ids_share_an_entry(cached: ServerProcess) -> None:
     before = computed(cached)
     assert vectors(cached.embed(input="ok")) == vectors(cached.embed(input=[101, 7929, 102]))
     assert computed(cached) - before == 1
 
 
-def test_a_client_can_skip_the_cache(cached: Running) -> None:
+def test_a_client_can_skip_the_cache(cached: ServerProcess) -> None:
     def embed(**headers: str) -> httpx.Response:
         return CLIENT.post(f"{cached.url}/v1/embeddings", json={"input": "skipped"}, headers=headers)
 
@@ -93,7 +93,7 @@ def test_a_client_can_skip_the_cache(cached: Running) -> None:
 
 
 def test_equal_requests_are_computed_once_and_all_recorded(
-    minilm: Path, tmp_path: Path, serve: Callable[..., Running]
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
 ) -> None:
     count = 1_000
     server = serve("--spec", str(spec(tmp_path, minilm, metering={"mode": "on"})), "--engine", "echo")
@@ -154,7 +154,7 @@ def background(call: Callable[[], httpx.Response]) -> Callable[[], httpx.Respons
     return response
 
 
-def test_a_leader_that_disconnects_does_not_hurt_the_others(cached: Running) -> None:
+def test_a_leader_that_disconnects_does_not_hurt_the_others(cached: ServerProcess) -> None:
     body = {"input": [SLOW_TOKEN, 31]}
     before = computed(cached)
 
@@ -172,7 +172,7 @@ def test_a_leader_that_disconnects_does_not_hurt_the_others(cached: Running) -> 
     assert computed(cached) - before == 1
 
 
-def test_what_nobody_waits_for_is_not_computed(cached: Running) -> None:
+def test_what_nobody_waits_for_is_not_computed(cached: ServerProcess) -> None:
     """The queued request of a client that disconnected leaves the queue, and a later one computes it."""
     busy = [background(partial(cached.embed, input=[SLOW_TOKEN, 40 + n])) for n in range(3)]
     time.sleep(SLOW_SECONDS / 5)
@@ -184,7 +184,7 @@ def test_what_nobody_waits_for_is_not_computed(cached: Running) -> None:
     assert computed(cached) - before == 1
 
 
-def test_an_interactive_request_does_not_wait_for_a_bulk_one(cached: Running) -> None:
+def test_an_interactive_request_does_not_wait_for_a_bulk_one(cached: ServerProcess) -> None:
     items = [[SLOW_TOKEN, 60 + n] for n in range(4)] + [[77, 77]]
     headers = {"x-priority": "bulk"}
     bulk = background(lambda: CLIENT.post(f"{cached.url}/v1/embeddings", json={"input": items}, headers=headers))
@@ -196,7 +196,7 @@ def test_an_interactive_request_does_not_wait_for_a_bulk_one(cached: Running) ->
 @pytest.mark.parametrize(
     ("token", "code"), [(FAILING_TOKEN, "engine_failed"), (NON_FINITE_TOKEN, "non_finite")], ids=str
 )
-def test_a_failure_is_not_stored_and_stays_with_its_input(cached: Running, token: int, code: str) -> None:
+def test_a_failure_is_not_stored_and_stays_with_its_input(cached: ServerProcess, token: int, code: str) -> None:
     bad, slow = [token, 99], [SLOW_TOKEN, 200 + token]
     both = background(lambda: cached.embed(input=[slow, bad]))
     time.sleep(SLOW_SECONDS / 5)
@@ -209,7 +209,7 @@ def test_a_failure_is_not_stored_and_stays_with_its_input(cached: Running, token
     assert after > before
 
 
-def test_a_crash_costs_the_waiting_requests_no_more_than_one_engine(cached: Running) -> None:
+def test_a_crash_costs_the_waiting_requests_no_more_than_one_engine(cached: ServerProcess) -> None:
     deaths = cached.metric("inferctl_engine_deaths_total")
     requests = [background(lambda: cached.embed(input=[CRASHING_TOKEN, 5])) for _ in range(8)]
     assert {response().status_code for response in requests} == {503}
@@ -220,7 +220,7 @@ def test_a_crash_costs_the_waiting_requests_no_more_than_one_engine(cached: Runn
 
 @pytest.mark.parametrize("scope", ["key", "all"])
 def test_a_tenant_sees_the_entries_of_others_only_if_they_are_shared(
-    minilm: Path, tmp_path: Path, serve: Callable[..., Running], scope: str
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess], scope: str
 ) -> None:
     _, first = add(tmp_path / "keys.json", "first")
     _, second = add(tmp_path / "keys.json", "second")
@@ -243,7 +243,7 @@ def test_a_tenant_sees_the_entries_of_others_only_if_they_are_shared(
     assert computed(server) - before == (1 if scope == "all" else 2)
 
 
-def test_the_memory_is_bounded(minilm: Path, tmp_path: Path, serve: Callable[..., Running]) -> None:
+def test_the_memory_is_bounded(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
     server = serve("--spec", str(spec(tmp_path, minilm, cache={"size": "64KiB"})), "--engine", "echo")
     for start_ in range(0, 4_000, 1_000):
         assert len(vectors(server.embed(input=[[1_000 + n, 1_000] for n in range(start_, start_ + 1_000)]))) == 1_000

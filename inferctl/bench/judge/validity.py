@@ -194,10 +194,15 @@ def judge_generation(
 
 
 def judge_samples(summary: JsonObject) -> Validity:
-    """Return the validity by the number of samples, from the summary of all runs of a configuration."""
+    """Return the validity by the number of samples, from the summary of all runs of a configuration.
+
+    A closed loop is for throughput: its p99 is shown as a lower bound, and needs no warning.
+    """
     n, p99 = summary["latency_ms"]["n"], summary["latency_ms"]["p99"]
     if n < _NEEDED_FOR_P90:
         return Validity((f"{n} of the {_NEEDED_FOR_P90} responses that a p90 needs: use a longer `--duration`",))
+    if summary["offered"] is None:
+        return Validity()
     if p99["value"] is None:
         return Validity(cautions=(f"{n} of the {p99['needed']} responses that a p99 needs: use a longer `--duration`",))
     if (size := stats.effective_size(n, p99.get("dependence"))) < p99["needed"]:
@@ -248,10 +253,15 @@ def highest_shares(cautions: Sequence[str]) -> list[str]:
     highest: dict[str, tuple[int, str]] = {}
     for caution in cautions:
         found = _SHARE.match(caution)
-        key, share = (found[1] + found[3], int(found[2])) if found else (caution, 0)
+        key, share = kind_of(caution), int(found[2]) if found else 0
         if share > highest.get(key, (-1, ""))[0]:
             highest[key] = share, caution
     return [caution for _, caution in highest.values()]
+
+
+def kind_of(caution: str) -> str:
+    """Return a warning without its share of the cores or of the samples."""
+    return _SHARE.sub(r"\1\3", caution)
 
 
 def _lookup(info: JsonObject, path: Sequence[str]) -> Any:

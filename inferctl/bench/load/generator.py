@@ -218,7 +218,7 @@ def _count(times: list[npt.NDArray[Any]], start_ns: int, end_ns: int) -> int:
 def _progress(
     recent: list[tuple[int, float]], received: _Ends, state: LoadState, load: Load, now_ns: int
 ) -> LoadProgress:
-    phase = str(state.get("phase", "warm-up"))
+    phase = str(state.get("phase", "warm-up")).replace("done", "drain")
     if phase == "warm-up":
         start_ns, end_ns = max(received.first(now_ns), now_ns - 5_000_000_000), now_ns
     else:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from inferctl.bench.load import generation, procfs
+from inferctl.bench.load import generation, processes
 from inferctl.bench.load.generation import GenerationApi
 from inferctl.bench.load.http_json import ABSENT, Access, Body, Info, StatusError, get_json, hint, post, send
 from inferctl.config.spec import Task
@@ -64,6 +64,11 @@ class Target:
     @property
     def endpoint_url(self) -> str:
         return f"{self.url}{self.path}"
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the server says that its hardware emulates the precision."""
+        return bool((self.info.get("precision") or {}).get("level") == "emulated")
 
     def body(self, texts: list[str], output_tokens: int = 1) -> Body:
         """Return the JSON body of a request for embeddings, for rerank scores or for a completion.
@@ -326,7 +331,7 @@ def is_local(url: str) -> bool:
 def local_pid(url: str) -> int | None:
     """Return the process of this machine that serves `url`; None if it is elsewhere or unknown."""
     parts = urllib.parse.urlsplit(url)
-    return procfs.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
+    return processes.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
 
 
 def _vector(embedding: str | list[float]) -> tuple[float, ...]:

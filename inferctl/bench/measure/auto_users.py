@@ -22,7 +22,8 @@ FILE = "concurrency.json"
 def find(bench: Bench, outcomes: Mapping[str, Outcome], notify: NotifyProgress) -> dict[str, Concurrency]:
     """Return the concurrency of each target with `users: auto`; those with equal loads and texts get equal users.
 
-    A target that fails gets its `failure` in `outcomes`. The result is saved, so that a resumed benchmark reads it.
+    Servers that emulate their precision receive the users of the others: without these, they are searched too. A target
+    that fails gets its `failure` in `outcomes`. The result is saved, so that a resumed benchmark reads it.
     """
     wanted = [target for target in bench.targets if bench.load_of(target).auto_users and not bench.plan.search]
     file = bench.output / FILE
@@ -34,23 +35,32 @@ def find(bench: Bench, outcomes: Mapping[str, Outcome], notify: NotifyProgress) 
             outcomes[name].failure = message
         return {name: Concurrency.from_dict(found) for name, found in saved["found"].items()}
     found: dict[str, Concurrency] = {}
+    groups: dict[tuple[str, str], list[BenchTarget]] = {}
     for target in wanted:
-        try:
-            found[target.name] = _find_one(bench, target, notify)
-        except InferctlError as error:
-            outcomes[target.name].failure = error.message
-    load_of = {target.name: (bench.load_of(target).model_dump_json(), bench.corpus_of(target)) for target in wanted}
-    for load in {load_of[name] for name in found}:
-        names = [name for name in found if load_of[name] == load]
-        found |= zip(names, concurrency.shared(found[name] for name in names), strict=True)
+        groups.setdefault((bench.load_of(target).model_dump_json(), bench.corpus_of(target)), []).append(target)
+    for group in groups.values():
+        searched: dict[str, Concurrency | None] = {}
+        for emulated in (False, True):
+            for target in group:
+                try:
+                    searched[target.name] = _find_one(bench, target, notify, emulated)
+                except InferctlError as error:
+                    outcomes[target.name].failure = error.message
+            group = [target for target in group if target.name in searched]
+            if any(searched.values()):
+                found |= zip(searched, concurrency.shared(list(searched.values())), strict=True)
+                break
     if found:
         failed = {target.name: outcomes[target.name].failure for target in wanted if target.name not in found}
         resume.write(file, {"found": {name: needed.as_dict() for name, needed in found.items()}, "failed": failed})
     return found
 
 
-def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Concurrency:
-    """Send short closed loops to one target, with more and more users."""
+def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress, emulated: bool) -> Concurrency | None:
+    """Send short closed loops to one target, with more and more users.
+
+    Return None for a server that emulates its precision, unless `emulated`.
+    """
     folder = bench.output / "runs" / f"{target.name}-users"
     folder.mkdir(parents=True, exist_ok=True)
     load, corpus, total = bench.load_of(target), bench.corpus_of(target), len(bench.order)
@@ -60,6 +70,8 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress) -> Conc
         notify(Progress(target.name, 0, total, f"finding users: {step_name}", *details, **more))
 
     with ready_server(bench, target, folder, notify_phase) as server:
+        if server.target.emulated and not emulated:
+            return None
 
         def measure(users: int, seconds: float) -> concurrency.Step:
             nonlocal step_name

@@ -5,12 +5,13 @@
 
 A load that saturates no server shows no difference between configurations: each responds as fast as its clients send.
 A server that is far slower than another one does not decide, because it loses with any number of users, and its noisy
-steps would set the load of all. A server that rejects requests does not decide either: its users wait.
+steps would set the load of all. A server that rejects requests does not decide either: its users wait. One that emulates
+its precision is not searched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ STEP_S, MAX_STEP_S, WINDOW_S = 2.0, 8.0, 0.3
 MAX_LATENCY_S = 2.0
 # What ended the steps.
 SERVER, GENERATOR, USERS, REJECTIONS, LATENCY = "server", "load generator", "users", "rejections", "latency"
+# Of a server that was not searched.
+EMULATED = "emulated"
 # A server with less than this share of the requests/s of the fastest one does not decide the users of all.
 FAR_SLOWER = 0.5
 
@@ -51,7 +54,8 @@ class Concurrency:
     """The users that a server needs (`needed_users`), and the users of the load that all configurations receive.
 
     `limited_by` says what ended the steps: the server (it is saturated), the load generator, the limit of users, the
-    latency, or rejections: then `needed_users` is the last number without them.
+    latency, or rejections: then `needed_users` is the last number without them. An emulated server has no steps, and
+    the users of the others.
     """
 
     users: int
@@ -115,17 +119,18 @@ def find(measure: Callable[[int, float], Step]) -> Concurrency:
     return _result(steps[-1].users, USERS, steps)
 
 
-def shared(found: Iterable[Concurrency]) -> list[Concurrency]:
+def shared(every: Sequence[Concurrency | None]) -> list[Concurrency]:
     """Return the results of configurations with equal loads, with the number of users that all receive.
 
-    If all servers reject requests, it is the largest number that none rejects.
+    None stands for a server that was not searched; at least one was. If all servers reject requests, it is the largest
+    number that none rejects.
     """
-    found = list(found)
+    found = [each for each in every if each]
     accepting = [each for each in found if each.limited_by != REJECTIONS]
     least = FAR_SLOWER * max((each.highest_rate for each in accepting), default=0)
     deciding = [each.needed_users for each in accepting if each.highest_rate >= least]
     users = max(deciding) if deciding else min(each.needed_users for each in found)
-    return [replace(each, users=users) for each in found]
+    return [replace(each, users=users) if each else _result(users, EMULATED, ()) for each in every]
 
 
 def _result(users: int, limited_by: str, steps: Sequence[Step]) -> Concurrency:

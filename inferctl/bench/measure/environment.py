@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -11,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from inferctl.bench.load import procfs
 from inferctl.bench.measure.nvml import Nvml, NvmlUnavailableError
 from inferctl.facts import catalog
 
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Instructions that determine the speed of a precision.
 _CPU_FLAGS = (
     "avx2",
@@ -92,7 +93,7 @@ def detect() -> Environment:
         name=gpus[0].name if gpus else model,
         cpu_model=model,
         cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in flags),
-        cores=procfs.cores(),
+        cores=cores(),
         machine_cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=gpus,
@@ -102,6 +103,13 @@ def detect() -> Environment:
         variables={name: value for name in _VARIABLES if (value := os.environ.get(name))},
         load_1m=round(os.getloadavg()[0], 2),
     )
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use: its affinity, limited by the CPU quotas of its cgroups."""
+    found = len(os.sched_getaffinity(0))
+    quotas = [quota for folder in _cgroups() if (quota := _quota(folder))]
+    return max(1, min([found, *(math.ceil(quota) for quota in quotas)]))
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -135,3 +143,30 @@ def _gpus() -> Iterator[Gpu]:
             yield Gpu(device.name, key, device.memory_bytes, device.driver, device.compute_capability)
     finally:
         gpus.close()
+
+
+def _cgroups() -> Iterator[Path]:
+    """Return the folders of this process's cgroups (version 1 and 2) that may have a CPU quota, and their parents."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        top = _CGROUPS if not controllers else _CGROUPS / "cpu" if "cpu" in controllers.split(",") else None
+        if top:
+            inner = top / path.strip("/")
+            # In a container, the path is often that of the host and does not exist. The container's own cgroup is at
+            # the top.
+            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
+
+
+def _quota(folder: Path) -> float | None:
+    """Return the cores that the cgroup in `folder` may use; None without a limit."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import summary
-from inferctl.bench.load import child_server, generator, procfs
+from inferctl.bench.load import child_server, generator, processes
 from inferctl.bench.load import target as targets
 from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
@@ -84,7 +84,7 @@ class MeasuredServer:
                 self.child.check()
             check()
 
-        with procfs.Sampler({"server": pid} if pid else {}) as sampler:
+        with processes.Sampler({"server": pid} if pid else {}) as sampler:
             try:
                 measured = generator.run(
                     load,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench.judge import interference, summary, validity
-from inferctl.bench.load import generator, procfs, records
+from inferctl.bench.load import generator, processes, records
 from inferctl.bench.load.child_server import ChildServer
 from inferctl.bench.measure import digests, measured_server, sensors
 from inferctl.bench.measure.measured_server import MeasuredServer
@@ -137,7 +137,7 @@ def _measure_with_load(setup: NeighborSetup, servers: Sequence[ChildServer], run
             place = folder / f"neighbour-{number}"
             loaders.append(stack.enter_context(_under_load(setup.work, number, neighbor, place)))
         # The sampler counts this process and its children (server, neighbors, all loads), so that the rest is foreign.
-        with procfs.Sampler({"bench": os.getpid()}) as everything:
+        with processes.Sampler({"bench": os.getpid()}) as everything:
             measurement = server.measure(setup.work, run, folder / "with-neighbours")
         window = (measurement.records.start_ns, measurement.records.end_ns)
         completed = [loader.result(*window) for loader in loaders]

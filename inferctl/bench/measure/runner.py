@@ -117,6 +117,7 @@ def _measure_load(
 ) -> Measurement:
     """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
     load, corpus = bench.load_of(target), bench.corpus_of(target)
+    load = load.for_emulated() if server.target.emulated else load
     seed, closed_loop = _seed(bench, load, run), None
     if load.capacity_percent is not None:
         closed_loop = throughput.measure(server, load, corpus, seed, run, folder, bench.tokenizer)

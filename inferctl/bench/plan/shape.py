@@ -85,6 +85,7 @@ class Load(Section):
 
     `rate: 60%` is stored as `capacity_percent`; `at` sets the rate after the capacity is measured.
     `users: auto` is stored as `auto_users`; `users` is set after the concurrency is found.
+    `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
     For `generate`, `generation` describes the requests.
@@ -102,6 +103,7 @@ class Load(Section):
     spike: Spike | None = None
     trace: str | None = None
     duration_s: float = Field(15, ge=1, le=86_400)
+    emulated_s: float | None = Field(None, ge=1, le=86_400)
     warmup_s: float = Field(15, ge=0, le=3600)
     window_s: float = Field(1, ge=0.2, le=60)
     timeout_s: float = Field(30, gt=0, le=3600)
@@ -171,6 +173,15 @@ class Load(Section):
         rate = float(f"{capacity_rps * (self.capacity_percent or 100) / 100:.3g}")
         seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
         return self.model_copy(update={"rate": rate, "duration_s": seconds})
+
+    def for_emulated(self) -> Load:
+        """Return the load of a server that emulates its precision: this one, if `emulated_s` is not less.
+
+        Requests of reranking and generation are so few that a shorter run would not have enough of them.
+        """
+        one_stage = self.task == "embed" and self.mode == "closed" and len(self.timeline) == 1
+        shorter = one_stage and self.emulated_s is not None and self.emulated_s < self.duration_s
+        return self.model_copy(update={"duration_s": self.emulated_s}) if shorter else self
 
     def as_single_stage(self, **changes: object) -> Load:
         """Return the same requests as a closed loop of `users` with one stage. `changes` replace its keys."""

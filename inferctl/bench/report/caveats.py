@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from inferctl.bench.judge import validity
 from inferctl.bench.report.rows import ESTIMATED, NOT_MEASURED_HERE, NOT_RUN, MeasuredRow, Row
 
 
@@ -41,8 +42,11 @@ def caveats(rows: Sequence[Row]) -> list[Caveat]:
     found += [Caveat("emulated", f"{names}: {reason}") for reason, names in _by_text(emulated)]
     unchecked = ((row.quality["reason"], row.configuration) for row in measured if not row.quality["checked"])
     found += [Caveat("unchecked", f"{names}: quality not checked, {reason}") for reason, names in _by_text(unchecked)]
-    cautions = ((caution, row.configuration) for row in rows for caution in row.cautions)
-    return found + [Caveat("caution", f"{names}: {caution}") for caution, names in _by_text(cautions)]
+    cautions = [(caution, row.configuration) for row in rows for caution in row.cautions]
+    highest = validity.highest_shares([caution for caution, _ in cautions])
+    by_kind = {validity.kind_of(caution): caution for caution in highest}
+    alike = _by_text((by_kind[validity.kind_of(caution)], name) for caution, name in cautions)
+    return found + [Caveat("caution", f"{names}: {caution}") for caution, names in alike]
 
 
 def _of_estimates(rows: Sequence[Row]) -> Iterator[str]:

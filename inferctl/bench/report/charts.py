@@ -80,21 +80,23 @@ def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[st
         "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
         "throughput": throughput(receipts, colors, estimated),
-        "memory": memory(receipts, colors),
-        "ecdf": cumulative(receipts, colors),
-        "frontier": load_charts.frontier(receipts, colors),
         "quality": distance(receipts, colors),
-        "recall": recall(receipts, colors),
-        "latency": load_charts.latency_over_time(receipts, colors),
+        "memory": memory(receipts, colors),
         "timeline": timeline(receipts, colors),
+        "latency": load_charts.latency_over_time(receipts, colors),
     }
-    drawn = {name: chart for name, chart in charts.items() if chart.data}
+    drawn = {name: chart for name, chart in charts.items() if _has_line_or_bars(chart)}
     return drawn if len(receipts) <= _FITS else _compact(drawn, len(receipts))
+
+
+def _has_line_or_bars(chart: Chart) -> bool:
+    """Return whether a chart shows more than single points, which the tables have."""
+    return any(trace["type"] == "bar" or len(trace["x"]) > 1 for trace in chart.data)
 
 
 def _compact(charts: dict[str, Chart], count: int) -> dict[str, Chart]:
     """Return the charts for many configurations: one chart has the legend, which would cover the others."""
-    for name in ("ecdf", "frontier", "latency", "timeline", "goodput"):
+    for name in ("latency", "timeline", "goodput"):
         if chart := charts.get(name):
             layout = {**chart.layout, "showlegend": False}
             charts[name] = replace(chart, text=f"{chart.text} Colors as in the table of results.", layout=layout)
@@ -193,28 +195,6 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribu
     return Chart(distribution.title, text, data, layout)
 
 
-def cumulative(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return the cumulative distribution of the latency."""
-    data: list[Json] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": label(receipt),
-            "line": {"color": colors[receipt.name], "width": 2, "shape": "hv", "dash": dashes(colors)[receipt.name]},
-            "x": [ms for _, ms in receipt.data["curve"]],
-            "y": [100 * share for share, _ in receipt.data["curve"]],
-            "hovertemplate": "%{y:.5~g}% within %{x:.2f} ms<extra>" + label(receipt) + "</extra>",
-        }
-        for receipt in receipts
-        if receipt.data["curve"]
-    ]
-    layout: Json = {
-        "xaxis": {"type": "log", "title": {"text": "latency (ms)"}, **_latency_ticks(receipts)},
-        "yaxis": {"title": {"text": "requests (%)"}, "range": [0, 101]},
-    }
-    return Chart("Cumulative latency", "Share of requests that were completed within a time.", data, layout)
-
-
 def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Sequence[Row] = ()) -> Chart:
     """Return measured requests/s (generation: output tokens/s), and those of the estimated `rows`."""
     generates = _task(receipts) == "generate"
@@ -294,6 +274,10 @@ def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
         marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
     if task == "generate":
         marks = [("mean", "mean", "circle"), ("p99", "worst 1%", "diamond")]
+    if task == "embed" and all(
+        one.data["quality"][section]["min"] == one.data["quality"][section]["p1"] for one in checked
+    ):
+        marks = [("mean", "mean", "circle"), ("min", "worst", "diamond")]
     data: list[Json] = []
     for key, name, symbol in marks if checked else ():
         marker = {"symbol": symbol, "size": 12}
@@ -313,33 +297,6 @@ def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
     text = f"{what}; lower is closer. At 1e-7 and below, the difference is float rounding."
     return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
-
-
-def recall(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return how far a server agrees with fp32: recall@10 of embeddings, Kendall's tau of rerank scores, and for
-    generation the share of equal most likely tokens."""
-    if _task(receipts) == "generate":
-        checked = [receipt for receipt in receipts if "agreement" in receipt.data["quality"]]
-        values = [100 * receipt.data["quality"]["agreement"]["share"] for receipt in checked]
-        bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
-        text = "Share of the positions of a text at which the most likely next token is the same as with fp32."
-        layout = _bar_layout(len(checked), "top-1 agreement (%)", [0, 104])
-        return Chart("Top-1 agreement", text, [bars] if checked else [], layout)
-    if _task(receipts) == "rerank":
-        checked = [receipt for receipt in receipts if "kendall" in receipt.data["quality"]]
-        values = [receipt.data["quality"]["kendall"] for receipt in checked]
-        bars = _bars(checked, colors, values, "%{y}: %{x:.4f}<extra></extra>")
-        text = (
-            "Mean of Kendall's tau over the requests: 1 for the order of the documents with fp32, 0 for a random order."
-        )
-        layout = _bar_layout(len(checked), "Kendall's tau", [min([0.0, *values]), 1.04])
-        return Chart("Order of documents", text, [bars] if checked else [], layout)
-    checked = [receipt for receipt in receipts if "cosine" in receipt.data["quality"]]
-    values = [100 * receipt.data["quality"]["recall_at_10"] for receipt in checked]
-    bars = _bars(checked, colors, values, "%{y}: %{x:.2f}%<extra></extra>")
-    text = "Share of the ten nearest neighbors of each text that are the same as with fp32."
-    layout = _bar_layout(len(checked), "recall@10 (%)", [0, 104])
-    return Chart("Recall of nearest neighbors", text, [bars] if checked else [], layout)
 
 
 def _task(receipts: Sequence[Receipt]) -> str:

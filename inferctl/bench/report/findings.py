@@ -9,7 +9,6 @@ from inferctl.bench.judge import slo, summary, verdict
 from inferctl.bench.measure import concurrency
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
-from inferctl.receipts import shares
 from inferctl.receipts.receipt import JsonObject
 
 
@@ -26,12 +25,6 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
         for row in with_receipt
         if row.quality.get("passes") is False
     ]
-    sentences += [
-        f"{row.configuration} rejected {shares.percent(row.rejected, row.requests)} of the requests (429): "
-        "its latencies are those of accepted requests."
-        for row in measured
-        if row.rejected
-    ]
     sentences += _closed_loops(measured)
     sentences += saturation(measured)
     for row in measured:
@@ -45,15 +38,17 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
 
 
 def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
+    """Return the results of all groups, then what is to say about each."""
     eligible = {name: ranking.eligible(group, error_budget_percent) for name, group in groups.items()}
     pairs = sum(math.comb(len(group), 2) for group in eligible.values())
     winners = {
         name: ranking.winner(eligible[name], _mode(group[0], mode), len(groups), pairs)
         if eligible[name]
-        else ranking.none_eligible(group)
+        else [ranking.none_eligible(group)]
         for name, group in groups.items()
     }
-    return [f"{name}: {text}" if len(groups) > 1 else text for name, text in winners.items()]
+    named = [[f"{name}: {text}" if len(groups) > 1 else text for text in texts] for name, texts in winners.items()]
+    return [texts[0] for texts in named] + list(dict.fromkeys(text for texts in named for text in texts[1:]))
 
 
 def comparable(rows: Sequence[MeasuredRow]) -> dict[str, list[MeasuredRow]]:
@@ -75,38 +70,25 @@ def _mode(row: MeasuredRow, mode: str) -> str:
 
 
 def _emulation(rows: Sequence[MeasuredRow], mode: str, error_rate: float) -> list[str]:
-    """Return how each emulated precision compares with fp32, which all hardware runs natively."""
-    native = {row.precision.get("effective"): row for row in rows if row.precision.get("level") == "native"}
-    fp32 = native.get("fp32")
+    """Return how each emulated precision compares with fp32, which all hardware runs natively.
+
+    If fp32 is the best one, the first finding says so.
+    """
     by = ranking.criterion(rows, mode)
+    ordered = sorted((row for row in rows if math.isfinite(by.cost(row))), key=by.cost)
+    native = {row.precision.get("effective"): row for row in ordered if row.precision.get("level") == "native"}
+    fp32 = native.get("fp32")
+    if not fp32 or fp32 is ordered[0]:
+        return []
     found = []
-    for row in rows:
-        if fp32 and row.precision.get("level") == "emulated" and math.isfinite(by.cost(row)):
-            reason = str(row.precision.get("reason") or "the hardware does not support it").partition(":")[0]
-            against = _against(row, fp32, by, error_rate)
-            found.append(f"{row.configuration} is emulated on this hardware because {reason}. {against}")
+    for row in ordered:
+        if row.precision.get("level") == "emulated":
+            first, second = sorted((fp32, row), key=by.cost)
+            compared = ranking.compare(first, second, by, error_rate)
+            unclear = "" if compared.faster else "No clear difference: "
+            where = "" if by.tested else f" in {ranking.runs_of(by)}"
+            found.append(f"{unclear}{ranking.named(first)} has {ranking.ratio_to(first, compared, by)}{where}.")
     return found
-
-
-def _against(row: MeasuredRow, other: MeasuredRow, by: ranking.Criterion, error_rate: float) -> str:
-    """Return how two configurations compare in one sentence: a ratio if it was tested, else both figures."""
-    if not by.tested:
-        values = f"{_with_interval(row, by)}, {other.configuration} {_with_interval(other, by)}"
-        return f"In {ranking.runs_of(by)}: {row.configuration} {values}."
-    first, second = sorted((other, row), key=by.cost)
-    found = ranking.compare(first, second, by, error_rate)
-    ratio = f"{ranking.ratio(second, first, by)} of {second.configuration}{found.interval}"
-    if found.inconclusive:
-        return f"Inconclusive: {first.configuration} has {ratio}."
-    if not found.faster:
-        return f"No clear difference: {first.configuration} has {ratio}."
-    return f"{first.configuration} has {ratio}."
-
-
-def _with_interval(row: MeasuredRow, by: ranking.Criterion) -> str:
-    """Return the compared figure with its 95% interval, if there is one."""
-    low, high = ranking.interval_of(row, by)
-    return ranking.value_of(row, by) + (f" ({low:.1f} to {high:.1f})" if low is not None and high is not None else "")
 
 
 def _failure(quality: JsonObject) -> str:
@@ -155,50 +137,44 @@ def _throughput_interval(loop: ClosedLoopFigures) -> str:
 
 def saturation(rows: Sequence[MeasuredRow]) -> list[str]:
     """Return which servers the load saturates, for `users: auto`; empty if the plan sets the number of users."""
-    found = [(row.configuration, row.concurrency) for row in rows if row.concurrency]
+    every = [(row.configuration, row.concurrency) for row in rows if row.concurrency]
+    found = [(name, section) for name, section in every if section["limited_by"] != concurrency.EMULATED]
     if not found:
         return []
-    users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in found))
-    saturated = [name for name, section in found if section["saturated"]]
+    needed: dict[int, list[str]] = {}
+    for name, section in found:
+        if section["saturated"]:
+            needed.setdefault(section["needed_users"], []).append(name)
     sentences: list[str] = []
-    if saturated:
-        needed: dict[int, list[str]] = {}
-        for name, section in found:
-            if section["saturated"]:
-                needed.setdefault(section["needed_users"], []).append(name)
+    if needed:
         points = [f"{count} users for {ranking.enumerated(names)}" for count, names in sorted(needed.items())]
         sentences.append(
             f"No further gain seen above {', and above '.join(points)}: twice and four times as many users gained "
             f"under {concurrency.GROWTH:.0%} ({concurrency.REPEATS} measurements per number of users)."
         )
-    sentences.append(f"{'All were' if len(found) > 1 else f'{found[0][0]} was'} measured with {users} users.")
-    for name, section in found:
-        last = section["steps"][-1]
-        if section["limited_by"] == concurrency.GENERATOR:
-            sentences.append(
-                f"{name} may not be saturated: with {last['users']} users the load generator used "
-                f"{last['client_cpu_percent']:.0f}% of its core. Increase its processes with `--workers`."
-            )
-        elif section["limited_by"] == concurrency.REJECTIONS:
-            sentences.append(
-                f"{name} may not be saturated: it rejected {last['rejected_percent']:.0f}% of the requests of "
-                f"{last['users']} users (429)."
-            )
-        elif section["limited_by"] == concurrency.LATENCY:
-            sentences.append(
-                f"{name} may not be saturated: with {2 * last['users']} users a request would take over "
-                f"{concurrency.MAX_LATENCY_S:g} s."
-            )
-        elif section["needed_users"] > section["users"]:
-            sentences.append(
-                f"{name} may not be saturated: its requests/s grew up to {section['needed_users']} users. It does not "
-                f"set the load, because another configuration has over {1 / concurrency.FAR_SLOWER:g}x its requests/s."
-            )
-        elif section["limited_by"] == concurrency.USERS:
-            sentences.append(f"{name} may not be saturated: requests/s still grew with {last['users']} users.")
-    if len(found) > len(saturated):
+    users = " or ".join(dict.fromkeys(str(section["users"]) for _, section in every))
+    sentences.append(f"{'All were' if len(every) > 1 else f'{found[0][0]} was'} measured with {users} users.")
+    unsaturated = [(name, section) for name, section in found if not section["saturated"]]
+    sentences += [f"{name} may not be saturated: {_why_unsaturated(section)}." for name, section in unsaturated]
+    if unsaturated:
         sentences.append("Without saturation, configurations can show no difference although they differ.")
     return sentences
+
+
+def _why_unsaturated(section: JsonObject) -> str:
+    """Return why the last step of a search for the users did not show that the server is saturated."""
+    last, limit = section["steps"][-1], section["limited_by"]
+    if limit == concurrency.GENERATOR:
+        used = f"the load generator used {last['client_cpu_percent']:.0f}% of its core"
+        return f"with {last['users']} users {used}; increase its processes with `--workers`"
+    if limit == concurrency.REJECTIONS:
+        return f"it rejected {last['rejected_percent']:.0f}% of the requests of {last['users']} users (429)"
+    if limit == concurrency.LATENCY:
+        return f"with {2 * last['users']} users a request would take over {concurrency.MAX_LATENCY_S:g} s"
+    if section["needed_users"] > section["users"]:
+        faster = f"another configuration has over {1 / concurrency.FAR_SLOWER:g}x its requests/s"
+        return f"its requests/s grew up to {section['needed_users']} users, but {faster} and sets the load"
+    return f"requests/s still grew with {last['users']} users"
 
 
 def _slo(rows: Sequence[MeasuredRow]) -> list[str]:

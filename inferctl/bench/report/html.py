@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from inferctl.bench.judge import summary, verdict
 from inferctl.bench.report import charts, search_findings, terminal
 from inferctl.bench.report.caveats import Caveat
+from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import ESTIMATED, MeasuredRow
 from inferctl.core import assets, outputs
@@ -29,6 +31,17 @@ GENERATION_COLUMNS = (
 )
 
 
+# The columns of the table of costs: the key of a row, and the heading.
+COSTS = (
+    ("cpu_seconds_per_1000_requests", "CPU time per 1,000 requests (s)"),
+    ("joules_per_1000_requests", "energy per 1,000 requests (J)"),
+    ("joules_per_million_texts", "energy per 1M {unit} (J)"),
+    ("watts", "power (W)"),
+    ("gpu_utilisation_percent", "GPU utilization (%)"),
+    ("usd_per_million_texts", "USD per 1M {unit}"),
+)
+
+
 def write(path: Path, result: Result, receipts: Sequence[Receipt]) -> Path:
     """Write the report of a result and its receipts. Raises `NotReadyError` if the file cannot be written."""
     outputs.write(path, render(result, receipts), "--report")
@@ -41,6 +54,13 @@ def milliseconds(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def code(text: str) -> str:
+    """Return text as HTML in which parts in backticks are code."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
+
+
 def render(result: Result, receipts: Sequence[Receipt]) -> str:
     """Return the page."""
     import jinja2
@@ -49,7 +69,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["milliseconds"] = milliseconds
+    environment.filters |= {"milliseconds": milliseconds, "code": code}
     drawn = charts.all_charts(receipts, result.rows)
     document = result.as_dict()
     rows = [{**row, "runs_as": terminal.runs_as(row["precision"])} for row in document["rows"]]
@@ -60,8 +80,16 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         result=document,
         rows=[row for row in rows if row["outcome"] != ESTIMATED],
         estimated=[row for row in rows if row["outcome"] == ESTIMATED],
-        costs=[row for row in rows if row["receipt"]],
+        costs=(measured := [row for row in rows if row["receipt"]]),
+        cost_columns=[
+            (key, title.format(unit=unit_of(result.load.task)))
+            for key, title in COSTS
+            if any(row.get(key) is not None for row in measured)
+        ],
         sent=terminal.describe_load(result.load),
+        unique={"rerank": "query", "generate": "prompt"}.get(result.load.task, "input")
+        if result.load.inputs == "unique"
+        else None,
         prices=list(terminal.prices([row.costs for row in result.rows if isinstance(row, MeasuredRow)])),
         unknown=unknown_costs(receipts),
         limitations=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
@@ -113,23 +141,14 @@ def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
                 "compare the rows with each other, not with other machines.",
             )
         )
-    if result.load.inputs == "unique":
-        what = {"rerank": "query", "generate": "prompt"}.get(result.load.task, "input")
-        notes.append(
-            Caveat(
-                "setup",
-                f"Each {what} starts with two numbers (about four tokens), so that no cache can respond.",
-            )
+    if result.repeats == 1:
+        text = "One run each: intervals do not include differences between runs."
+    elif result.repeats < verdict.MIN_RUNS:
+        text = f"{result.repeats} runs each: intervals of latencies do not include differences between runs."
+    else:
+        text = (
+            f"{result.repeats} runs each: intervals of latencies include differences between runs if these are large."
         )
-    runs = "One run each" if result.repeats == 1 else f"{result.repeats} runs each"
-    # With two runs or more, intervals of requests/s contain the difference between runs.
-    which = "Intervals" if result.repeats == 1 else "Intervals of latencies"
-    notes.append(
-        Caveat(
-            "setup",
-            f"{runs}. {which} are within runs, and widened for autocorrelation. With three or more runs, the "
-            "intervals of latencies include the difference between runs where it is detected. `inferctl compare` needs "
-            f"at least {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended.",
-        )
-    )
-    return notes
+    if result.repeats < verdict.RECOMMENDED_REPEATS:
+        text += f" `inferctl compare` needs {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended."
+    return [*notes, Caveat("setup", text)]

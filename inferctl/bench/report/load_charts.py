@@ -1,4 +1,4 @@
-"""The charts of rate against p99, of loaded neighbors, of latency over time, and of cost against throughput."""
+"""The charts of rate against p99, of loaded neighbors, and of latency over time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.report import search_findings
-from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks, unit_of
+from inferctl.bench.report.chart import Chart, Json, slo_line, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 
@@ -120,97 +120,16 @@ def neighbors(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     return Chart("Latency with loaded neighbors", text, data, layout)
 
 
-_COSTS = (
-    (
-        "usd_per_million_texts",
-        "US dollars per million {unit}",
-        "Lowest on-demand price of the catalog, at the measured load.",
-    ),
-    (
-        "joules_per_million_texts",
-        "joules per million {unit}",
-        "Average power, idle power included, divided by throughput.",
-    ),
-    (
-        "cpu_seconds_per_1000_requests",
-        "CPU seconds per 1,000 requests",
-        "No price and no energy counter is known.",
-    ),
-)
-
-
-def frontier(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return cost over throughput: in dollars if prices are known, else in joules, else in CPU seconds."""
-    valid = [receipt for receipt in receipts if receipt.valid]
-    # The cost that most configurations have: a chart without half of them compares less.
-    key, title, note = max(_COSTS, key=lambda kind: sum(cost_of(receipt, kind[0]) is not None for receipt in valid))
-    title = title.format(unit=unit_of(valid[0].task)) if valid else title
-    points = [(receipt, cost) for receipt in valid if (cost := cost_of(receipt, key)) is not None]
-    if not points:
-        return Chart("Cost and throughput", "", [], {})
-    absent = ", ".join(receipt.name for receipt in valid if cost_of(receipt, key) is None)
-    text = (
-        "Lower right is better. The line joins the configurations that no other one exceeds in both cost and "
-        f"throughput. {note}"
-        + (" A cross fails the quality check." if any(_mark(receipt) == "x" for receipt, _ in points) else "")
-        + (f" Unknown for {absent}." if absent else "")
-    )
-    spots = [(receipt.data["summary"]["requests_per_s"], cost) for receipt, cost in points]
-    best = sorted(spot for spot in spots if not any(_is_better(other, spot) for other in spots))
-    edge = {
-        "type": "scatter",
-        "mode": "lines",
-        "line": {"color": GREY, "width": 1.5, "dash": "dot", "shape": "vh"},
-        "x": [x for x, _ in best],
-        "y": [y for _, y in best],
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
-    marks = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": receipt.name,
-            "marker": {"color": colors[receipt.name], "size": 12, "symbol": _mark(receipt)},
-            "x": [x],
-            "y": [y],
-            "hovertemplate": f"%{{x:.1f}} requests/s, %{{y:.4~g}} {title}<extra>{receipt.name}</extra>",
-        }
-        for (receipt, _), (x, y) in zip(points, spots, strict=True)
-    ]
-    layout = {
-        "xaxis": {"title": {"text": "requests/s"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": title}, "rangemode": "tozero"},
-        "hovermode": "closest",
-    }
-    return Chart("Cost and throughput", text, [edge, *marks] if len(best) > 1 else marks, layout)
-
-
-def _mark(receipt: Receipt) -> str:
-    """Return a cross for a configuration that fails the quality check, else a circle."""
-    return "x" if receipt.data["quality"].get("passes") is False else "circle"
-
-
-def _is_better(point: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Return whether (throughput, cost) `point` is at least as good in both and better in one."""
-    return point != other and point[0] >= other[0] and point[1] <= other[1]
-
-
-def cost_of(receipt: Receipt, key: str) -> float | None:
-    """Return a cost of a configuration; None if it is unknown."""
-    found = receipt.data.get("efficiency") or {}
-    if key == "usd_per_million_texts":
-        return min((price[key] for price in found.get("cost") or ()), default=None)
-    value = found.get(key)
-    return None if value is None else float(value)
-
-
 def latency_over_time(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return median and highest latency of each window of the first run, with the stages of the load."""
+    """Return median and highest latency of each window of the first run, with the stages of the load.
+
+    In a closed loop without stages, throughput over time shows the same: users / requests/s.
+    """
     data: list[Json] = []
     for receipt in receipts:
         first = next((run["latency_over_time"] for run in receipt.data["runs"] if run.get("latency_over_time")), None)
-        if first is None:
+        closed = (receipt.data["plan"].get("load") or {}).get("mode") == "closed" and not receipt.data.get("stages")
+        if first is None or closed:
             continue
         points = [point for point in first["points"] if point[1]]
         middle = [point[0] + first["window_s"] / 2 for point in points]

@@ -32,6 +32,7 @@ NAMED = 4
 _P99_NEEDS = stats.needed(0.99)
 
 Figure = Literal["goodput", "requests_per_s", "output_tokens_per_s", "p99", "p50"]
+_LATENCIES: tuple[Figure, ...] = ("p99", "p50")
 # How the figures of throughput are called.
 _RATES: Mapping[Figure, str] = {"requests_per_s": "requests/s", "output_tokens_per_s": "output tokens/s"}
 
@@ -110,15 +111,16 @@ def _cost_of_run(run: RunFigures, figure: Figure) -> float | None:
 class Comparison:
     """The faster configuration compared with the other one (`row`).
 
-    `faster` is True if the difference is clear. `interval` is the interval of the ratio in words; empty with too few
-    repeats. If the comparison is inconclusive, `repeats_needed` would decide it; None if it would take too many, or if
-    there is no interval.
+    [`low`, `high`] is the 95% interval of the ratio of their costs (`Criterion.cost`); None without one. `faster` is
+    True if the difference is clear, `equal` if a difference over 5% is ruled out. If neither is, `repeats_needed`
+    would decide it; None if it would take too many, or with too few repeats for a test.
     """
 
     row: MeasuredRow
-    faster: bool
-    interval: str = ""
-    inconclusive: bool = False
+    faster: bool = False
+    equal: bool = False
+    low: float | None = None
+    high: float | None = None
     repeats_needed: int | None = None
 
 
@@ -143,34 +145,39 @@ def none_eligible(rows: Sequence[MeasuredRow]) -> str:
     )
 
 
-def winner(rows: Sequence[MeasuredRow], mode: str, groups: int, pairs: int) -> str:
-    """Return the finding on the eligible configurations `rows`, one or more.
+def winner(rows: Sequence[MeasuredRow], mode: str, groups: int, pairs: int) -> list[str]:
+    """Return the findings on the eligible configurations `rows`, one or more. The first one is the result.
 
     `mode` is that of the load. All `groups` of the result, with `pairs` of configurations, share one error rate.
     """
     by = criterion(rows, mode)
     best, *others = sorted(rows, key=by.cost)
     if not others:
-        return f"{best.configuration} is the only eligible configuration: {value_of(best, by)}, {_quality(best)}."
+        return [f"{best.configuration} is the only eligible configuration: {value_of(best, by)}, {_quality(best)}."]
     compared = [compare(best, row, by, ERROR_RATE / groups) for row in others]
     if not all(comparison.faster for comparison in compared):
         compared = [compare(best, row, by, ERROR_RATE / pairs) for row in others]
     slower = [comparison for comparison in compared if comparison.faster]
-    tied = [comparison.row for comparison in compared if not comparison.faster and not comparison.inconclusive]
-    sentences = []
+    tied = [each for each in compared if not each.faster and (each.equal if by.tested else each.low is not None)]
+    unclear = [comparison for comparison in compared if comparison not in slower and comparison not in tied]
+    parts = []
     if slower:
-        # The next sentence has the quality of all configurations without a clear difference.
-        quality = "" if _qualities_differ([best, *tied]) else f", {_at_quality(best)}"
-        sentences.append(f"{best.configuration} {_faster(best, slower, len(others), by)}{quality}.")
+        # A sentence of its own has the quality of all configurations without a clear difference.
+        quality = "" if tied or unclear else f", {_at_quality(best)}"
+        parts.append(f"{best.configuration} {_faster(best, slower, len(others), by)}{quality}")
     if tied:
-        sentences.append(_no_difference(best, tied, by))
-    sentences += [_inconclusive(best, comparison, by) for comparison in compared if comparison.inconclusive]
+        parts.append(_no_difference(best, tied, by))
+    parts += [_unclear(best, comparison, by) for comparison in unclear]
+    headline = "; ".join(parts)
+    sentences = [f"{headline[0].upper() if tied and not slower else headline[0]}{headline[1:]}."]
+    if quality := _better_quality([best, *(comparison.row for comparison in tied)]):
+        sentences.append(quality)
     if by.figure == "p50":
         which = "run" if by.tested else "configuration"
         sentences.append(f"The p50 is compared, since not every {which} has the {_P99_NEEDS} responses of a p99.")
     if not by.tested and by.figure != "goodput":
         sentences.append(f"For a winner, run again with `--repeats {verdict.RECOMMENDED_REPEATS}`.")
-    return " ".join(sentences)
+    return sentences
 
 
 def runs_of(by: Criterion) -> str:
@@ -182,11 +189,19 @@ def _faster(best: MeasuredRow, slower: Sequence[Comparison], others: int, by: Cr
     """Return in words that `best` is faster than the `slower` ones; `others` is the number of all other ones."""
     if by.tested or len(slower) == others:
         verb = f"is fastest in {runs_of(by)}" if not by.tested else "wins" if len(slower) == others else "is faster"
-        return f"{verb}: {_ratios(best, slower, by)}"
-    names = [_name(comparison.row) for comparison in slower[:NAMED]]
-    names += [f"{len(slower) - NAMED} more"] if len(slower) > NAMED else []
-    factors = [ratio(comparison.row, best, by) for comparison in slower[:NAMED]]
-    return f"is faster than {enumerated(names)} in {runs_of(by)}: {enumerated(factors)}"
+    else:
+        verb = f"is faster in {runs_of(by)}"
+    ratios = [ratio_to(best, comparison, by, number == 0) for number, comparison in enumerate(slower[:NAMED])]
+    more = f", and faster than {len(slower) - NAMED} more" if len(slower) > NAMED else ""
+    return f"{verb}: {', '.join(ratios)}{more}"
+
+
+def ratio_to(best: MeasuredRow, comparison: Comparison, by: Criterion, with_unit: bool = True) -> str:
+    """Return `2.00x the requests/s of fp32 (1.90x to 2.10x)`, without the unit if another ratio has named it."""
+    found = ratio(comparison.row, best, by)
+    if not with_unit and found[0].isdigit():
+        found = f"{found.rpartition('the ')[0]}that"
+    return f"{found} of {named(comparison.row)}{interval_text(comparison, by)}"
 
 
 def enumerated(parts: Sequence[str]) -> str:
@@ -194,63 +209,36 @@ def enumerated(parts: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
-def _ratios(best: MeasuredRow, slower: Sequence[Comparison], by: Criterion) -> str:
-    named = ", ".join(
-        f"{ratio(comparison.row, best, by)} of {_name(comparison.row)}{comparison.interval}"
-        for comparison in slower[:NAMED]
-    )
-    return named + (f", and faster than {len(slower) - NAMED} more" if len(slower) > NAMED else "")
-
-
-def _no_difference(best: MeasuredRow, tied: Sequence[MeasuredRow], by: Criterion) -> str:
-    """Name configurations without a clear difference, the one with the best quality first."""
-    group, quality = [best, *tied], ""
+def _no_difference(best: MeasuredRow, tied: Sequence[Comparison], by: Criterion) -> str:
+    """Name configurations without a clear difference, the one with the best quality first, with their ratios."""
+    group = [best, *(comparison.row for comparison in tied)]
     if all(row.quality.get("checked") for row in group):
         group.sort(key=_distance)
-    if _qualities_differ(group):
-        which = "better" if len(group) == 2 else "best"
-        quality = f" {group[0].configuration} has the {which} quality: {_quality(group[0])}."
-    where = f" in {len(by.repeats)} repeats" if by.tested else f" in {runs_of(by)}"
-    reason = "" if by.tested else f": {_reason(best, tied, by)}"
-    return f"No clear difference between {_values(group, by)}{where}{reason}.{quality}"
+    names = enumerated([row.configuration for row in group])
+    where = f"{len(by.repeats)} repeats" if by.tested else runs_of(by)
+    ratios = [ratio_to(best, comparison, by, number == 0) for number, comparison in enumerate(tied)]
+    return f"no clear difference between {names} in {where}: {named(best)} has {enumerated(ratios)}"
 
 
-def _reason(best: MeasuredRow, tied: Sequence[MeasuredRow], by: Criterion) -> str:
-    """Return why there is no clear difference without a test."""
-    if by.figure == "goodput":
-        return "their bands overlap"
-    small = [by.cost(row) / by.cost(best) - 1 < MIN_DIFFERENCE for row in tied]
-    if all(small):
-        return f"they differ by less than {MIN_DIFFERENCE:.0%}"
-    return (
-        f"their intervals overlap, or they differ by less than {MIN_DIFFERENCE:.0%}"
-        if any(small)
-        else ("their intervals overlap")
-    )
+def _unclear(best: MeasuredRow, comparison: Comparison, by: Criterion) -> str:
+    """Return what is known about a comparison without a verdict, and why there is none."""
+    found = f"{best.configuration} has {ratio_to(best, comparison, by)}"
+    if not by.tested:
+        return f"{found} in {runs_of(by)}, which has too few samples for an interval"
+    needed = comparison.repeats_needed or f"over {verdict.MAX_REPEATS}"
+    return f"{found}, and it takes {needed} repeats to decide"
+
+
+def _better_quality(tied: list[MeasuredRow]) -> str:
+    """Return which of several configurations without a clear difference is closest to fp32; empty if none is."""
+    if len(tied) < 2 or not _qualities_differ(tied):
+        return ""
+    closest = min(tied, key=_distance)
+    return f"{closest.configuration} has the {'better' if len(tied) == 2 else 'best'} quality: {_quality(closest)}."
 
 
 def _qualities_differ(rows: Sequence[MeasuredRow]) -> bool:
     return all(row.quality.get("checked") for row in rows) and len({_quality(row) for row in rows}) > 1
-
-
-def _values(rows: Sequence[MeasuredRow], by: Criterion) -> str:
-    """Return each configuration with its figure; the unit follows the first figure."""
-    first, *others = [value_of(row, by) for row in rows]
-    units = ("requests/s within the SLO", *_RATES.values())
-    unit = next((unit for unit in units if first.endswith(f" {unit}")), "")
-    numbers = [value.removesuffix(f" {unit}") for value in others]
-    return enumerated([f"{row.configuration} ({value})" for row, value in zip(rows, [first, *numbers], strict=True)])
-
-
-def _inconclusive(best: MeasuredRow, comparison: Comparison, by: Criterion) -> str:
-    names = f"{best.configuration} against {comparison.row.configuration} is inconclusive"
-    if not by.tested:
-        figures = _values([best, comparison.row], by)
-        return f"{names} in {runs_of(by)}: not enough samples for an interval. The figures: {figures}."
-    needed = (
-        f"{comparison.repeats_needed} repeats" if comparison.repeats_needed else f"over {verdict.MAX_REPEATS} repeats"
-    )
-    return f"{names}: needs {needed}."
 
 
 def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, error_rate: float) -> Comparison:
@@ -264,40 +252,59 @@ def compare(row: MeasuredRow, other: MeasuredRow, by: Criterion, error_rate: flo
     found = verdict.decide(
         verdict.paired(costs, other_costs), by.cost(row), True, verdict.Tolerance(MIN_DIFFERENCE), error_rate
     )
-    low, high = 1 + found.low, 1 + found.high
-    throughput = by.figure in _RATES
-    interval = f"{low:.2f}x to {high:.2f}x" if throughput else f"{1 / high:.0%} to {1 / low:.0%}"
     return Comparison(
         other,
         faster=found.outcome == "regression",
-        interval=f" ({interval}, {len(costs)} repeats)",
-        inconclusive=found.outcome == "not enough evidence",
+        equal=found.outcome == "no regression",
+        low=1 + found.low,
+        high=1 + found.high,
         repeats_needed=found.repeats_needed,
     )
 
 
-def _name(row: MeasuredRow) -> str:
+def interval_text(comparison: Comparison, by: Criterion) -> str:
+    """Return the interval of a ratio in parentheses, with the repeats of a test; empty without an interval."""
+    low, high = comparison.low, comparison.high
+    if low is None or high is None:
+        return ""
+    if by.figure in _LATENCIES:
+        text = f"{1 / high:.0%} to {1 / low:.0%}" if low else f"{1 / high:.0%} or more"
+    else:
+        text = f"{times(low)} or more" if math.isinf(high) else f"{times(low)} to {times(high)}"
+    return f" ({text}, {len(by.repeats)} repeats)" if by.tested else f" ({text})"
+
+
+def named(row: MeasuredRow) -> str:
+    """Return the name of a configuration; that of an emulated precision says so."""
     emulated = row.precision.get("level") == "emulated"
-    return f"{row.configuration} (emulated)" if emulated else row.configuration
+    return f"emulated {row.configuration}" if emulated else row.configuration
 
 
 def _compare_once(row: MeasuredRow, other: MeasuredRow, by: Criterion) -> Comparison:
-    """Compare by all runs together: a difference over 5% is clear if the intervals do not overlap."""
-    if by.figure == "goodput":
-        (low, high), (other_low, other_high) = _band(row.search or {}), _band(other.search or {})
-        overlap = (high is None or other_low <= high) and (other_high is None or low <= other_high)
-        return Comparison(other, faster=not overlap)
-    if abs(by.cost(other) / by.cost(row) - 1) < MIN_DIFFERENCE:
-        return Comparison(other, faster=False)
-    (start, end), (other_start, other_end) = interval_of(row, by), interval_of(other, by)
-    if start is None or end is None or other_start is None or other_end is None:
-        return Comparison(other, faster=False, inconclusive=True)
-    return Comparison(other, faster=not (start <= other_end and other_start <= end))
+    """Compare by all runs together: a difference over 5% is clear if the intervals do not overlap.
+
+    The interval of the ratio goes from the ratio of the nearest ends to that of the farthest ends. It contains 1 if
+    the intervals overlap, and is at least as wide as a 95% interval of the ratio.
+    """
+    (low, high), (other_low, other_high) = interval_of(row, by), interval_of(other, by)
+    if by.figure in _LATENCIES:
+        low, high, other_low, other_high = other_low, other_high, low, high
+    if low is None or other_low is None:
+        return Comparison(other)
+    least = low / other_high if other_high else 0.0
+    most = high / other_low if high and other_low else math.inf
+    clear = by.figure == "goodput" or by.cost(other) / by.cost(row) - 1 >= MIN_DIFFERENCE
+    return Comparison(other, faster=clear and least > 1, low=least, high=most)
 
 
 def interval_of(row: MeasuredRow, by: Criterion) -> tuple[float | None, float | None]:
-    """Return the 95% interval of the compared figure of all runs of a configuration; None where it is unknown."""
-    if by.figure in ("p99", "p50"):
+    """Return the 95% interval (of a search: the band) of the compared figure of all runs of a configuration.
+
+    None where it is unknown; of a band, an upper end of None is open.
+    """
+    if by.figure == "goodput":
+        return _band(row.search or {})
+    if by.figure in _LATENCIES:
         return row.p99_interval_ms if by.figure == "p99" else row.p50_interval_ms
     found = row.requests_per_s_interval
     if by.figure == "output_tokens_per_s" and row.generation:
@@ -312,13 +319,18 @@ def _band(search: JsonObject) -> tuple[float, float | None]:
     return search.get("max_goodput_rps") or 0.0, search.get("first_failing_rps")
 
 
+def times(factor: float) -> str:
+    """Return a factor with three digits: `1.04x`, `10.2x`, `297x`."""
+    return f"{factor:.2f}x" if factor < 9.995 else f"{factor:.1f}x" if factor < 99.95 else f"{factor:.0f}x"
+
+
 def ratio(slower: MeasuredRow, best: MeasuredRow, by: Criterion) -> str:
     """Return how two configurations differ, in words such as `2.00x the requests/s`."""
     factor = by.cost(slower) / by.cost(best)
     if by.figure == "goodput":
-        return "requests/s within the SLO instead of none" if math.isinf(factor) else f"{factor:.2f}x the goodput"
+        return "requests/s within the SLO instead of none" if math.isinf(factor) else f"{times(factor)} the goodput"
     if name := _RATES.get(by.figure):
-        return f"{factor:.2f}x the {name}"
+        return f"{times(factor)} the {name}"
     return f"{1 / factor:.0%} of the {by.figure}"
 
 

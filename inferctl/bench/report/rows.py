@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from inferctl.bench import privacy
+from inferctl.bench import privacy, stats
 from inferctl.bench.judge import slo, summary
 from inferctl.bench.judge.summary_types import GenerationSummary
 from inferctl.bench.measure.outcome import Outcome
@@ -102,6 +102,8 @@ class MeasuredRow(Row):
     `concurrency`, `stages`, `recovery` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement.
+    `p99_effective_n` is the effective sample size of the p99. If it is too small, the true p99 may be higher than the
+    interval.
     """
 
     task: str = "embed"
@@ -120,6 +122,7 @@ class MeasuredRow(Row):
     p99_ms: float | None = None
     p50_interval_ms: tuple[float | None, float | None] = (None, None)
     p99_interval_ms: tuple[float | None, float | None] = (None, None)
+    p99_effective_n: int | None = None
     slo: SloAtLoad | None = None
     runs: Sequence[RunFigures] = ()
     n: int = 0
@@ -190,6 +193,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
         p50_interval_ms=(latency["p50"]["low"], latency["p50"]["high"]),
         p99_interval_ms=(latency["p99"]["low"], latency["p99"]["high"]),
+        p99_effective_n=stats.effective_size(latency["n"], latency["p99"].get("dependence")),
         slo=_slo(data, slo_p99_ms or (data.get("slo") or {}).get("p99_ms")),
         runs=[_run_figures(run) for run in data["runs"] if run.get("summary")],
         n=latency["n"],

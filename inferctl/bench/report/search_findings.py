@@ -12,7 +12,10 @@ _INCONCLUSIVE = ("n too small", "not confirmed")
 
 
 def sentences(name: str, search: JsonObject) -> list[str]:
-    """Return what the search of configuration `name` found; the first sentence is the result."""
+    """Return what the search of configuration `name` found; the first sentence is the result.
+
+    The tables have the knee and the saturation.
+    """
     found = [f"{name} meets the SLO{_result(search)}." if _confirmed(search) else f"{name}{_without_rate(search)}."]
     if search["first_failing_rps"]:
         once = " (one probe only)" if search.get("first_failing_times") == 1 else ""
@@ -28,7 +31,9 @@ def sentences(name: str, search: JsonObject) -> list[str]:
             f"{name}: the search ended with its budget ({budget['seconds']:.0f} s, of which it used "
             f"{budget['spent_s']:.0f} s); a longer budget narrows the band."
         )
-    return [*found, _saturation(name, search)]
+    if cliff := search["cliff"]:
+        found.append(f"{name} has a cliff at {cliff['rps']:g} requests/s: {cliff['kind']}, {cliff['reason']}.")
+    return found
 
 
 def inconclusive(rows: Sequence[JsonObject]) -> NotEnoughEvidenceError | None:
@@ -93,17 +98,3 @@ def _band(search: JsonObject) -> str:
         return ""
     low, high = band
     return f" (the limit is between {low:g} and {high:g})" if high else f" (the limit is {low:g} or higher)"
-
-
-def _saturation(name: str, search: JsonObject) -> str:
-    parts = []
-    if search["knee_rps"]:
-        parts.append(f"knee at {search['knee_rps']:g} requests/s (above it, latency grows faster than throughput)")
-    if search["saturation_rps"]:
-        parts.append(
-            f"saturated from {search['saturation_rps']:g} requests/s offered "
-            f"(it completes at most {search['saturated_at_rps']:.1f})"
-        )
-    cliff = search["cliff"]
-    parts.append(f"cliff at {cliff['rps']:g}: {cliff['kind']}, {cliff['reason']}" if cliff else "no cliff found")
-    return f"{name}: {'; '.join(parts)}."

@@ -24,7 +24,7 @@ from inferctl.receipts.receipt import JsonObject
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
 FIGURES = {"embed": ("tok/s", "cosine", "recall"), "rerank": ("pairs/s", "max diff", "tau")}
 GENERATION_HEADINGS = ("config", "runs as", "TTFT p50", "p90", "p99", "ITL p50", "p99", "tok/s", "KL", "top-1")
-_UNKNOWN = "-"
+_UNKNOWN, _OR_MORE = "-", "+"
 
 
 def render(result: Result) -> RenderableType:
@@ -239,7 +239,7 @@ def cells(row: MeasuredRow) -> list[str]:
         runs_as(row.precision),
         _percentile(row.p50_ms, 0.5),
         _percentile(row.p90_ms, 0.9),
-        _percentile(row.p99_ms, 0.99),
+        _percentile(row.p99_ms, 0.99) + (_OR_MORE if _is_bound(row) else ""),
         short(row.requests_per_s),
         short(rate),
         *(missing if value is None else f"{value:{style}}" for value, style in quality),
@@ -249,6 +249,11 @@ def cells(row: MeasuredRow) -> list[str]:
 def runs_as(precision: JsonObject) -> str:
     """Return the effective precision and its level, such as `bf16 native` and `fp16 emulated`."""
     return " ".join(part for part in (precision.get("effective"), precision.get("level")) if part) or "not stated"
+
+
+def _is_bound(row: MeasuredRow) -> bool:
+    """Return whether the p99 is a lower bound, because its effective sample size is too small."""
+    return row.p99_ms is not None and row.p99_effective_n is not None and row.p99_effective_n < stats.needed(0.99)
 
 
 def _percentile(value: float | None, q: float) -> str:
@@ -279,6 +284,8 @@ def notes(result: Result) -> Iterator[str]:
     if load.task == "generate":
         latency = "TTFT (percentiles over requests) and ITL (over gaps) in ms; tok/s: output tokens/s"
         quality = f"{_tokens(measured)}; KL divergence (mean) and top-1 agreement with fp32"
+    if any(_is_bound(row) for row in measured) and load.task != "generate":
+        latency += f" ({_OR_MORE}: or more, since too few samples are independent)"
     yield f"{latency}; {kind}, {load.duration_s:g} s, {runs}; {quality}"
     if load.mode == "open" or searched:
         sends = ", ".join(

@@ -10,10 +10,10 @@ import urllib.parse
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
+from inferctl.deploy.endpoints import Endpoint, endpoints, limits_broker
 from inferctl.deploy.objects import broker
 from inferctl.deploy.objects.containers import empty
 from inferctl.deploy.objects.metadata import Object, from_secret
-from inferctl.deploy.objects.policy import Endpoint, endpoints
 from inferctl.image.render import KEYS_PATH
 
 DATA = "/access"
@@ -62,7 +62,7 @@ def environment(spec: Spec) -> dict[str, str]:
         found["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{KEYS_FILE}"
     if spec.access.has_relay:
         found["INFERCTL_ACCESS_DATA"] = DATA
-    if broker.of_limits(spec):
+    if limits_broker(spec):
         found["INFERCTL_ACCESS_BROKER"] = _THROUGH_RELAY
     return found
 

@@ -15,10 +15,11 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.endpoints import Endpoint
 from inferctl.deploy.objects import access, metering, sharing, workload
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
-from inferctl.deploy.objects.policy import Endpoint, bench_policy, service_account
+from inferctl.deploy.objects.policy import bench_policy, service_account
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
 
 _RESULTS = "/results"
@@ -81,12 +82,9 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
                 "spec": reserve_disk(
                     {
                         "restartPolicy": "Never",
-                        "serviceAccountName": f"{model.name}-{BENCH}",
-                        "automountServiceAccountToken": False,
-                        "enableServiceLinks": False,
+                        **pod_base(f"{model.name}-{BENCH}", priority=None),
                         # Otherwise, the bench cannot see the memory and the cores that the server uses.
                         "shareProcessNamespace": True,
-                        "securityContext": pod_security(),
                         **({"affinity": affinity} if affinity else {}),
                         **({"tolerations": pod["tolerations"]} if "tolerations" in pod else {}),
                         **claims,

@@ -1,4 +1,4 @@
-"""The NATS server of usage events and limits: where it is, and what connects to it. `nats.py` writes one."""
+"""What connects to the NATS server of usage events and limits. `nats.py` writes one."""
 
 from __future__ import annotations
 
@@ -6,42 +6,26 @@ from collections.abc import Mapping
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
+from inferctl.deploy.endpoints import Endpoint, broker_address, endpoints, events_broker, limits_broker
 from inferctl.deploy.objects.metadata import Object, from_secret
-from inferctl.deploy.objects.policy import Endpoint, endpoints
 
 # Keys of the Secret: the URL of a given broker; passwords of the one that is written.
 URL_KEY, PASSWORD_KEY = "url", "password"
-# Name of the Service of the one that is written, its port, and the user of its clients.
-SERVICE, PORT, USER = "nats", 4222, "inferctl"
+# The user of the clients of the one that is written.
+USER = "inferctl"
 EVENTS, LIMITS = "INFERCTL_METERING_BROKER", "INFERCTL_ACCESS_BROKER"
 _PASSWORD = "NATS_PASSWORD"
 
 
-def of_events(spec: Spec) -> str | None:
-    """Return the URL of the broker of usage events, without credentials; None if there is none."""
-    return _address(spec) if spec.metering.mode != "off" else None
-
-
-def of_limits(spec: Spec) -> str | None:
-    """Return the URL of the broker of limits and revoked keys, without credentials; None if there is none."""
-    if not (spec.access.required and spec.access.broker):
-        return None
-    return _address(spec) or spec.access.broker.public
-
-
-def _address(spec: Spec) -> str | None:
-    return f"nats://{SERVICE}.{spec.deploy.namespace}:{PORT}" if spec.deploy.nats.storage else spec.deploy.broker
-
-
 def check(spec: Spec) -> None:
     """Raise `UsageError` for a URL with credentials, and for settings of a broker that nothing uses."""
-    if of_limits(spec) and not _address(spec) and spec.access.broker and spec.access.broker.hidden:
+    if limits_broker(spec) and not broker_address(spec) and spec.access.broker and spec.access.broker.hidden:
         raise UsageError(
             f"{spec.name}: access.broker has credentials, which everyone who reads the manifests would see",
             "set deploy.broker to the address without them, and deploy.broker_secret to a Secret with the whole URL",
         )
     given = "nats" if spec.deploy.nats.storage else "broker_secret" if spec.deploy.broker_secret else None
-    if given and not (of_events(spec) or of_limits(spec)):
+    if given and not (events_broker(spec) or limits_broker(spec)):
         raise UsageError(
             f"{spec.name}: deploy.{given} is set, but nothing uses a broker",
             f"set metering.mode (usage events) or access.broker (limits), or remove deploy.{given}",
@@ -68,4 +52,4 @@ def variables(spec: Spec, urls: Mapping[str, str | None]) -> list[Object]:
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
     """Return what the relay of a server connects to."""
-    return [each for url in (of_events(spec), of_limits(spec)) if url for each in endpoints(url, namespace)]
+    return [each for url in (events_broker(spec), limits_broker(spec)) if url for each in endpoints(url, namespace)]

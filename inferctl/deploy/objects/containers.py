@@ -1,10 +1,13 @@
-"""What the containers of all pods share: security contexts for the level `restricted`, and empty volumes."""
+"""What the containers of all pods share: security contexts for the level `restricted`, spread, and empty volumes."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 
 from inferctl.deploy.objects.metadata import Object
+from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.manifests.kubernetes.fields import quantity
 
 # User and group of the images that inferctl builds.
@@ -21,6 +24,42 @@ def pod_security() -> Object:
         "fsGroupChangePolicy": "OnRootMismatch",  # changing the group of all weights would take minutes
         "seccompProfile": {"type": "RuntimeDefault"},
     }
+
+
+def pod_base(account: str, priority: str | None = SERVING_PRIORITY, grace_s: object = None) -> Object:
+    """Return what the specs of all pods have: an account without a token, a priority, a grace period, no privileges."""
+    return {
+        "serviceAccountName": account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        **({"priorityClassName": priority} if priority else {}),
+        **({} if grace_s is None else {"terminationGracePeriodSeconds": grace_s}),
+        "securityContext": pod_security(),
+    }
+
+
+def spread(labels: Mapping[str, str], *, revisions: bool = True) -> Object:
+    """Return the spread over zones. It is soft: when GPUs run out in one zone, the others must serve.
+
+    `revisions`: whether each revision is spread on its own. Otherwise, pods of the old version count during a rollout,
+    and the new ones end up uneven.
+    """
+    constraint = {
+        "maxSkew": 1,
+        "topologyKey": "topology.kubernetes.io/zone",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "nodeTaintsPolicy": "Honor",
+        **({"matchLabelKeys": ["pod-template-hash"]} if revisions else {}),
+        "labelSelector": {"matchLabels": dict(labels)},
+    }
+    return {"topologySpreadConstraints": [constraint]}
+
+
+def template(labels: Mapping[str, str], pod: Object, config: str | None = None) -> Object:
+    """Return a pod template. `config`: text that the pods read at their start, so that a change of it changes them."""
+    digest = hashlib.sha256(config.encode()).hexdigest() if config is not None else ""
+    annotations = {"annotations": {"inferctl.io/config-sha256": digest}} if digest else {}
+    return {"metadata": {"labels": dict(labels), **annotations}, "spec": pod}
 
 
 def container_security() -> Object:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from pathlib import Path
 
 from inferctl.deploy import manifest
 from inferctl.deploy.figure import Noted
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
+from inferctl.deploy.objects.containers import (
+    container_security,
+    empty,
+    pod_base,
+    reserve_disk,
+    resources,
+    spread,
+    template,
+)
 from inferctl.deploy.objects.metadata import HTTP_PORT, HTTPS_PORT, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import (
-    SERVING_PRIORITY,
     client_policy,
     disruption_budget,
     gateway_policy,
@@ -113,8 +119,8 @@ def _listener(model: ModelPlan) -> tuple[str, int]:
 
 
 def _scaled(model: ModelPlan) -> bool:
-    """Return whether an autoscaler sets the replicas. Karmada sets those of all clusters."""
-    return model.spec.deploy.gateway_max_replicas > _REPLICAS and not model.spec.deploy.karmada
+    """Return whether an autoscaler sets the replicas."""
+    return model.spec.deploy.gateway_max_replicas > _REPLICAS
 
 
 def _autoscaler(model: ModelPlan, name: str, namespace: str) -> Object:
@@ -150,32 +156,16 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
     volumes, mounts = _volumes(model, name)
     host = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}
     pod = {
-        "serviceAccountName": name,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "priorityClassName": SERVING_PRIORITY,
-        "terminationGracePeriodSeconds": grace,
-        "securityContext": pod_security(),
+        **pod_base(name, grace_s=grace),
+        **spread(labels),
         "affinity": {
             "podAntiAffinity": {
                 "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": host}]
             }
         },
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": "topology.kubernetes.io/zone",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "nodeTaintsPolicy": "Honor",
-                "matchLabelKeys": ["pod-template-hash"],
-                "labelSelector": {"matchLabels": labels},
-            }
-        ],
         "containers": [_container(mounts, drain, *_listener(model))],
         "volumes": volumes,
     }
-    # Envoy reads its configuration at the start only, so a change of it must change the pods.
-    digest = {"inferctl.io/config-sha256": hashlib.sha256(text.encode()).hexdigest()}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -185,7 +175,7 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
             "revisionHistoryLimit": 3,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels, "annotations": digest}, "spec": reserve_disk(pod)},
+            "template": template(labels, reserve_disk(pod), config=text),
         },
     }
 

@@ -6,7 +6,6 @@ The labels of a pod say which model it serves (`app.kubernetes.io/name`), what i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +43,6 @@ def labels_of(model: str, component: str, flavor: str | None = None) -> dict[str
     """Return the labels that select pods of `model`: those of one component, and of one flavor if it is given."""
     found = {NAME: model, COMPONENT: component}
     return found | ({FLAVOR: flavor} if flavor else {})
-
-
-def object_name(text: str) -> str:
-    """Return `text` as a part of a name: lower-case letters, digits and `-`. Empty if it has none of these."""
-    return re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")
 
 
 def from_secret(variable: str, secret: str | None, key: str) -> Object:

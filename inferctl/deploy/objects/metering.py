@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size
+from inferctl.deploy.endpoints import SCHEME_PORTS, Endpoint, endpoints, events_broker
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
+from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources, template
 from inferctl.deploy.objects.metadata import Object, from_secret, labels_of, metadata
-from inferctl.deploy.objects.policy import SCHEME_PORTS, Endpoint, egress_policy, endpoints
+from inferctl.deploy.objects.policy import egress_policy
 from inferctl.deploy.plan import ModelPlan
 
 CONSUMER = "usage-relay"
@@ -33,7 +34,7 @@ def check(spec: Spec) -> None:
             "metering requires a relay in each pod, and images of servers do not contain it",
             "set deploy.tools_image to an image with `inferctl[ledger,broker]`",
         )
-    if not deploy.ledger_secret and not broker.of_events(spec):
+    if not deploy.ledger_secret and not events_broker(spec):
         raise UsageError(
             "metering.mode is on, but nothing stores the usage events",
             "set deploy.ledger_secret, or deploy.broker and the relay that reads it",
@@ -62,12 +63,12 @@ def relay_options(spec: Spec) -> list[str]:
 
 def relay_environment(spec: Spec) -> list[Object]:
     """Return the settings of the relay of a server, without those of the broker."""
-    return [_ledger(spec)] if spec.metering.mode != "off" and not broker.of_events(spec) else []
+    return [_ledger(spec)] if spec.metering.mode != "off" and not events_broker(spec) else []
 
 
 def egress(spec: Spec) -> list[Endpoint]:
     """Return what the relay of a server connects to for usage events. `broker.egress` has the broker."""
-    if spec.metering.mode == "off" or broker.of_events(spec):
+    if spec.metering.mode == "off" or events_broker(spec):
         return []
     return _ledger_endpoints(spec)
 
@@ -85,7 +86,7 @@ def consumers(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
     found: dict[tuple[str, str | None, str], Spec] = {}
     for model in models:
         deploy = model.spec.deploy
-        if (url := broker.of_events(model.spec)) and deploy.ledger_secret:
+        if (url := events_broker(model.spec)) and deploy.ledger_secret:
             found.setdefault((url, deploy.broker_secret, deploy.ledger_secret), model.spec)
     objects: list[Object] = []
     for number, ((url, *_), spec) in enumerate(found.items(), 1):
@@ -111,11 +112,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
         "volumeMounts": [tmp_mount],
     }
     pod = {
-        "serviceAccountName": CONSUMER,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 60,
-        "securityContext": pod_security(),
+        **pod_base(CONSUMER, priority=None, grace_s=60),
         "containers": [container],
         "volumes": [tmp],
     }
@@ -128,7 +125,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
             "revisionHistoryLimit": 3,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": reserve_disk(pod)},
+            "template": template(labels, reserve_disk(pod)),
         },
     }
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from inferctl.config.deploy_spec import Nats
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size
+from inferctl.deploy.endpoints import NATS_PORT, NATS_SERVICE
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk, resources
+from inferctl.deploy.objects.containers import (
+    container_security,
+    empty,
+    pod_base,
+    reserve_disk,
+    resources,
+    spread,
+    template,
+)
 from inferctl.deploy.objects.metadata import SERVER, Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.metering import CONSUMER
 from inferctl.deploy.objects.policy import (
-    SERVING_PRIORITY,
     broker_policy,
     disruption_budget,
     service_account,
@@ -23,7 +30,7 @@ from inferctl.deploy.plan import ModelPlan
 from inferctl.manifests.label_keys import COMPONENT
 
 NATS = "broker"
-_NAME = broker.SERVICE
+_NAME = NATS_SERVICE
 _PODS = f"{_NAME}-pods"
 _REPLICAS = 3
 _ROUTES_PORT, _MONITOR_PORT = 6222, 8222
@@ -105,7 +112,7 @@ def objects(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
             namespace,
             labels,
             clients=[{COMPONENT: SERVER}, {COMPONENT: CONSUMER}],
-            client_port=broker.PORT,
+            client_port=NATS_PORT,
             routes_port=_ROUTES_PORT,
         ),
     ]
@@ -114,7 +121,7 @@ def objects(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
 def configuration(settings: Nats) -> str:
     """Return the configuration of each server. Its passwords are in variables of the environment."""
     return _CONFIGURATION.format(
-        clients=broker.PORT,
+        clients=NATS_PORT,
         routes=_ROUTES_PORT,
         monitor=_MONITOR_PORT,
         run=_RUN,
@@ -160,23 +167,10 @@ def _stateful_set(settings: Nats, secret: str, namespace: str, text: str) -> Obj
         f"clients leave for another server within {_LAME_DUCK_GRACE_S} + {_LAME_DUCK_S} s; margin {_MARGIN_S} s",
     )
     pod = {
-        "serviceAccountName": _NAME,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "priorityClassName": SERVING_PRIORITY,
-        "terminationGracePeriodSeconds": grace,
-        "securityContext": pod_security(),
+        **pod_base(_NAME, grace_s=grace),
+        **spread(labels, revisions=False),
         # Required: with two servers on one node, its loss would stop JetStream. Two of three are enough to start.
         "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [host]}},
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": "topology.kubernetes.io/zone",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "nodeTaintsPolicy": "Honor",
-                "labelSelector": {"matchLabels": labels},
-            }
-        ],
         "containers": [_container(settings, secret, run_mount)],
         "volumes": [{"name": "config", "configMap": {"name": _NAME}}, run],
     }
@@ -198,14 +192,7 @@ def _stateful_set(settings: Nats, secret: str, namespace: str, text: str) -> Obj
             "podManagementPolicy": "Parallel",
             "updateStrategy": {"type": "RollingUpdate"},
             "selector": {"matchLabels": labels},
-            "template": {
-                # NATS reads its configuration at the start only, so a change of it must change the pods.
-                "metadata": {
-                    "labels": labels,
-                    "annotations": {"inferctl.io/config-sha256": hashlib.sha256(text.encode()).hexdigest()},
-                },
-                "spec": reserve_disk(pod),
-            },
+            "template": template(labels, reserve_disk(pod), config=text),
             "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": claim}],
         },
     }
@@ -223,7 +210,7 @@ def _container(settings: Nats, secret: str, run_mount: Object) -> Object:
         "command": ["nats-server", "--config", f"{_CONFIG}/{_CONFIG_FILE}"],
         "env": _environment(secret),
         "ports": [
-            {"name": _CLIENTS, "containerPort": broker.PORT, "protocol": "TCP"},
+            {"name": _CLIENTS, "containerPort": NATS_PORT, "protocol": "TCP"},
             {"name": _ROUTES, "containerPort": _ROUTES_PORT, "protocol": "TCP"},
             {"name": _MONITOR, "containerPort": _MONITOR_PORT, "protocol": "TCP"},
         ],
@@ -245,7 +232,7 @@ def _container(settings: Nats, secret: str, run_mount: Object) -> Object:
 
 def _service(namespace: str) -> Object:
     labels = labels_of(_NAME, NATS)
-    port = {"name": _CLIENTS, "port": broker.PORT, "targetPort": _CLIENTS, "protocol": "TCP"}
+    port = {"name": _CLIENTS, "port": NATS_PORT, "targetPort": _CLIENTS, "protocol": "TCP"}
     return {
         "apiVersion": "v1",
         "kind": "Service",

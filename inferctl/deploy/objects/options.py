@@ -1,4 +1,4 @@
-"""Objects of other products that a deployment can use: Karpenter, the GPU Operator, Gateway API, Karmada."""
+"""Objects of other products that a deployment can use: Karpenter, the GPU Operator, Gateway API."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 
-from inferctl.deploy import manifest, room, sizing
+from inferctl.deploy import cluster_limits, manifest, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import service, sharing
-from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata, object_name
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Plan
+from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement, object_name
 from inferctl.facts.catalog import Hardware, hardware_profiles
 
 # Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
@@ -28,7 +28,7 @@ _NODE_CLASSES = {
 _TIMEOUT = {"embed": "60s", "rerank": "60s", "generate": "0s"}
 
 
-def node_pools(plan: Plan, cluster: Cluster) -> list[Object]:
+def node_pools(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
     """Return the NodePools of a cluster with Karpenter or EKS Auto Mode, one for each kind of whole GPU.
 
     Karpenter does not know MIG slices or shared GPUs as resources, so their nodes are a node group of fixed size.
@@ -68,7 +68,7 @@ def _node_pool(
         requirements.append(zones)
     # Karpenter starts no node whose GPUs exceed the rest of the limit.
     each, instance = _gpus_of_a_node(part, cluster)
-    limit, formula = room.gpus(placed, cluster.max_replicas.get(key))
+    limit, formula = cluster_limits.gpus(placed, cluster.max_replicas.get(key))
     note = f"{formula}: maximum, rollout and overflow"
     if limit % each:
         limit, note = math.ceil(limit / each) * each, f"{note}; whole nodes of {each} GPUs ({instance})"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
-from inferctl.core.errors import UsageError
+from inferctl.deploy.endpoints import Endpoint
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects.metadata import (
     BENCH,
@@ -29,19 +27,6 @@ _SERVING_VALUE = 0
 # CoreDNS is pods, but EKS Auto Mode resolves names on the node, and GKE with Cloud DNS and NodeLocal DNSCache at
 # link-local addresses (169.254.169.254, 169.254.20.10): no selector is right everywhere.
 _DNS_NOTE = "to all addresses: name servers are pods, the node, or 169.254.x.x, as the cloud has them"
-SCHEME_PORTS = {
-    "http": 80,
-    "https": 443,
-    "nats": 4222,
-    "tls": 4222,
-    "valkey": 6379,
-    "valkeys": 6379,
-    "redis": 6379,
-    "rediss": 6379,
-    "ws": 80,
-    "postgresql": 5432,
-    "postgres": 5432,
-}
 
 
 def namespace(name: str) -> Object:
@@ -97,70 +82,14 @@ def disruption_budget(name: str, namespace: str, selector: Mapping[str, str]) ->
     }
 
 
-def service_account(name: str, namespace: str) -> Object:
+def service_account(name: str, namespace: str, labels: Mapping[str, str] | None = None) -> Object:
     """Return an account without permissions, and without a token in the pods."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": metadata(name, namespace, {}),
+        "metadata": metadata(name, namespace, labels or {}),
         "automountServiceAccountToken": False,
     }
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A server that pods connect to. `namespace`: None if it is outside of the cluster, so its pods are unknown."""
-
-    port: int
-    namespace: str | None
-
-
-def endpoint(url: str, default_namespace: str) -> Endpoint:
-    """Return the endpoint of a URL with one host. `endpoints` has the details."""
-    return endpoints(url, default_namespace)[0]
-
-
-def endpoints(url: str, default_namespace: str) -> list[Endpoint]:
-    """Return the endpoints of an address: of each host, with its port or that of the scheme, without duplicates.
-
-    `NAME` and `NAME.NAMESPACE[.svc...]` are Services of the cluster. PostgreSQL accepts several hosts, also in the
-    query. Raises `UsageError` if it is not a URL.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        hosts = parts.netloc.rpartition("@")[2].split(",")
-        query = urllib.parse.parse_qs(parts.query)
-        if not any(hosts):
-            hosts = ",".join(query.get("host", [])).split(",")
-        given = ",".join(query.get("port", [])).split(",")
-        default = SCHEME_PORTS.get(parts.scheme.partition("+")[0], 443)
-        found = []
-        for index, host in enumerate(hosts):
-            address = urllib.parse.urlsplit(f"//{host}")
-            port = address.port or int(given[min(index, len(given) - 1)] or default)
-            found.append(Endpoint(port, _namespace(address.hostname or "", default_namespace)))
-    except ValueError:
-        # Not the URL itself, which may have a password.
-        raise UsageError("a URL of the spec has no valid host and port", "write it as scheme://host:port") from None
-    return list(dict.fromkeys(found))
-
-
-def _namespace(host: str, default: str) -> str | None:
-    """Return the namespace of a Service of the cluster; None for another host."""
-    words = host.split(".")
-    if ":" in words[0]:  # an address of IPv6
-        return None
-    if len(words) == 1:
-        return default
-    return words[1] if len(words) == 2 or words[2] == "svc" else None
-
-
-def public_endpoint(url: str, default_namespace: str) -> Endpoint:
-    """Return the endpoint of a URL that is often outside of the cluster: `https://gitlab.com` is not in `com`."""
-    found = endpoint(url, default_namespace)
-    parts = urllib.parse.urlsplit(url)
-    outside = parts.scheme == "https" and (parts.hostname or "").count(".") == 1
-    return Endpoint(found.port, None) if outside else found
 
 
 def deny_all(namespace: str) -> Object:

@@ -5,12 +5,10 @@ The picker (llm-d-router) reads the metrics of each server and prefers the one w
 
 from __future__ import annotations
 
-import hashlib
-
 from inferctl.deploy import manifest
-from inferctl.deploy.objects.containers import container_security, pod_security, resources
+from inferctl.deploy.objects.containers import container_security, pod_base, resources, template
 from inferctl.deploy.objects.metadata import ENGINE, SERVER, Object, labels_of, metadata
-from inferctl.deploy.objects.policy import SERVING_PRIORITY, disruption_budget, picker_policy
+from inferctl.deploy.objects.policy import disruption_budget, picker_policy, service_account
 from inferctl.deploy.objects.workload import port
 from inferctl.deploy.plan import ModelPlan
 
@@ -27,12 +25,6 @@ def objects(model: ModelPlan, namespace: str) -> list[Object]:
     """Return the pool of the servers of `model` and its picker."""
     name, labels = f"{model.name}-{PICKER}", labels_of(model.name, PICKER)
     text = manifest.dump([_configuration()])
-    account = {
-        "apiVersion": "v1",
-        "kind": "ServiceAccount",
-        "metadata": metadata(name, namespace, labels),
-        "automountServiceAccountToken": False,
-    }
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -50,7 +42,7 @@ def objects(model: ModelPlan, namespace: str) -> list[Object]:
     }
     return [
         _pool(model, namespace, name),
-        account,
+        service_account(name, namespace, labels),
         *_permissions(name, namespace, labels),
         config,
         picker,
@@ -164,16 +156,11 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
         "volumeMounts": [{"name": "config", "mountPath": _FOLDER, "readOnly": True}],
     }
     pod = {
-        "serviceAccountName": name,
+        **pod_base(name, grace_s=130),
         "automountServiceAccountToken": True,  # it watches pods and the pool
-        "enableServiceLinks": False,
-        "priorityClassName": SERVING_PRIORITY,
-        "terminationGracePeriodSeconds": 130,
-        "securityContext": pod_security(),
         "containers": [container],
         "volumes": [{"name": "config", "configMap": {"name": name}}],
     }
-    digest = {"inferctl.io/config-sha256": hashlib.sha256(text.encode()).hexdigest()}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -183,6 +170,6 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
             "revisionHistoryLimit": 3,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels, "annotations": digest}, "spec": pod},
+            "template": template(labels, pod, config=text),
         },
     }

@@ -7,9 +7,8 @@ from typing import Any
 
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import access, metering, relay, sharing
-from inferctl.deploy.objects.containers import container_security, empty, pod_security, reserve_disk
+from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, spread
 from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
-from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
 from inferctl.image.render import DEFAULT_PORT
 from inferctl.manifests import label_keys
@@ -72,13 +71,8 @@ def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
     claims, _ = sharing.claims(model, flavor)
     sidecars = relay.sidecars(model.spec)
     found = {
-        "serviceAccountName": model.name,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "priorityClassName": SERVING_PRIORITY,
-        "terminationGracePeriodSeconds": flavor.grace_s.noted,
-        "securityContext": pod_security(),
-        **spread(model, flavor),
+        **pod_base(model.name, grace_s=flavor.grace_s.noted),
+        **spread(labels_of(model.name, SERVER, flavor.label)),
         **_affinity(model, flavor, flavor.resource),
         **claims,
         **({"initContainers": sidecars} if sidecars else {}),
@@ -133,21 +127,6 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
 def port(model: ModelPlan) -> int:
     """Return the port that the server in the image listens on."""
     return model.spec.serve.port or DEFAULT_PORT
-
-
-def spread(model: ModelPlan, flavor: FlavorPlan) -> Object:
-    """Return the spread over zones. It is soft: when GPUs run out in one zone, the others must serve."""
-    selector = {"matchLabels": labels_of(model.name, SERVER, flavor.label)}
-    constraint = {
-        "maxSkew": 1,
-        "topologyKey": "topology.kubernetes.io/zone",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "nodeTaintsPolicy": "Honor",
-        # Otherwise, pods of the old version count during a rollout, and the new ones end up uneven.
-        "matchLabelKeys": ["pod-template-hash"],
-        "labelSelector": selector,
-    }
-    return {"topologySpreadConstraints": [constraint]}
 
 
 def in_cluster(model: ModelPlan, flavor: FlavorPlan, placed: Placement, namespace: str) -> Object | None:

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from inferctl.deploy.observe.panels import Panel, rows
-from inferctl.deploy.observe.watched import Watched
+from inferctl.deploy.observe.watched import Watched, filled, template
 
 # Of Grafana 12 and 13. Grafana converts older ones when it loads them.
 SCHEMA_VERSION = 42
@@ -33,11 +32,26 @@ def dashboard(watched: Watched) -> dict[str, Any]:
         },
         "annotations": {"list": []},
         "links": [],
-        "panels": list(_laid_out(rows(watched))),
+        "panels": list(_laid_out(_rows(watched))),
     }
 
 
-def _laid_out(rows: Iterable[tuple[str, Sequence[Panel]]]) -> Iterator[dict[str, Any]]:
+def _rows(watched: Watched) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the rows of dashboard.yaml that the model has: title and panels, each with its queries by legend."""
+    features, values = watched.features(), watched.values()
+    for row in template("dashboard.yaml")["rows"]:
+        if row.get("only") in features:
+            panels = [filled(each, values) for each in row["panels"] if each.get("only") in features]
+            for panel in panels:
+                panel["queries"] = {
+                    legend: query if isinstance(query, str) else query["expr"]
+                    for legend, query in panel["queries"].items()
+                    if isinstance(query, str) or query["only"] in features
+                }
+            yield row["row"], panels
+
+
+def _laid_out(rows: Iterable[tuple[str, Sequence[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
     """Yield the rows and their panels with their places."""
     number = top = 0
     for title, row in rows:
@@ -52,17 +66,17 @@ def _laid_out(rows: Iterable[tuple[str, Sequence[Panel]]]) -> Iterator[dict[str,
         top += _HEIGHT * -(-len(row) // _IN_ROW)
 
 
-def _json(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
+def _json(panel: dict[str, Any], number: int, place: dict[str, int]) -> dict[str, Any]:
     custom = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 10, "showPoints": "never", "spanNulls": False}
-    custom |= {"stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"}}
+    custom |= {"stacking": {"mode": "normal" if panel.get("stacked") else "none", "group": "A"}}
     return {
         "id": number,
         "type": "timeseries",
-        "title": panel.title,
-        "description": panel.description,
+        "title": panel["title"],
+        "description": panel["description"],
         "datasource": _SOURCE,
         "gridPos": place,
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": custom}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel["unit"], "min": 0, "custom": custom}, "overrides": []},
         "options": {
             "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
             "tooltip": {"mode": "multi", "sort": "desc"},
@@ -71,11 +85,11 @@ def _json(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
             {
                 "refId": chr(ord("A") + index),
                 "datasource": _SOURCE,
-                "expr": query.expression,
-                "legendFormat": query.legend,
+                "expr": expression,
+                "legendFormat": legend,
                 "editorMode": "code",
                 "range": True,
             }
-            for index, query in enumerate(panel.queries)
+            for index, (legend, expression) in enumerate(panel["queries"].items())
         ],
     }

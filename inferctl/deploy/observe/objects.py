@@ -12,18 +12,18 @@ from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
 from inferctl.deploy.observe.alerts import groups
 from inferctl.deploy.observe.dashboard import dashboard
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Plan
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan
 
 # Grafana's sidecar loads ConfigMaps with this label, in the default settings of its chart.
 _GRAFANA = {"grafana_dashboard": "1"}
 
 
-def objects(plan: Plan, model: ModelPlan) -> list[Object]:
+def objects(plan: DeploymentPlan, model: ModelPlan) -> list[Object]:
     """Return the alerts and the dashboard of a model."""
     return [rules(plan, model), config_map(plan, model)]
 
 
-def plain_files(plan: Plan) -> dict[str, str]:
+def plain_files(plan: DeploymentPlan) -> dict[str, str]:
     """Return the alerts and dashboards as files for a Prometheus and a Grafana without operators: path -> JSON.
 
     Prometheus reads JSON as the YAML that it is.
@@ -36,7 +36,7 @@ def plain_files(plan: Plan) -> dict[str, str]:
     return found
 
 
-def rules(plan: Plan, model: ModelPlan) -> Object:
+def rules(plan: DeploymentPlan, model: ModelPlan) -> Object:
     """Return the alerts of a model as a PrometheusRule."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
@@ -46,7 +46,7 @@ def rules(plan: Plan, model: ModelPlan) -> Object:
     }
 
 
-def config_map(plan: Plan, model: ModelPlan) -> Object:
+def config_map(plan: DeploymentPlan, model: ModelPlan) -> Object:
     """Return the dashboard of a model as a ConfigMap, which Grafana's sidecar loads."""
     labels = labels_of(model.name, SERVER) | _GRAFANA
     return {
@@ -57,7 +57,7 @@ def config_map(plan: Plan, model: ModelPlan) -> Object:
     }
 
 
-def watched(plan: Plan, model: ModelPlan) -> Watched:
+def watched(plan: DeploymentPlan, model: ModelPlan) -> Watched:
     """Return what dashboard and alerts need to know about a model."""
     spec = model.spec
     return Watched(

@@ -1,14 +1,21 @@
-"""What dashboards and alerts need to know about a model."""
+"""What dashboards and alerts need to know about a model, and how their templates are filled with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from inferctl.config.spec import Task
+from inferctl.core import assets, document
 
 # The letters of generated names. Kubernetes leaves out vowels, so `overflow` and `gateway` are none of them.
 _GENERATED = "[bcdfghjklmnpqrstvwxz2-9]+"
+# Seconds of queued work that are an alert, as a multiple of those from which the autoscaler adds replicas.
+_BACKLOG = 5
+_NOT_READY_S = 300
 
 
 @dataclass(frozen=True)
@@ -47,33 +54,67 @@ class Watched:
     keda: bool = True
     gpu: bool = True
 
-    @property
-    def series(self) -> str:
-        """The labels of the server's series."""
-        return f'namespace="{self.namespace}",service="{self.name}"'
+    def features(self, flavor: WatchedFlavor | None = None) -> set[str | None]:
+        """Return what the model, or a flavor of it, has of what `only` names in the templates, and None."""
+        found = {
+            "generate": self.task == "generate",
+            "encoder": self.task != "generate",
+            "cache": self.cache,
+            "shared_cache": self.shared_cache,
+            "metering": self.metering,
+            "keda": self.keda,
+            "gpu": self.gpu,
+            "planned": all(each.rate for each in self.flavors),
+            "overflow": flavor is not None and flavor.overflow is not None,
+        }
+        return {None, *(name for name, has in found.items() if has)}
 
-    @property
-    def deployments(self) -> str:
-        """The labels of the Deployments of all flavors, as kube-state-metrics has them."""
-        return f'namespace="{self.namespace}",deployment=~"{_any(f.name for f in self.flavors)}"'
-
-    @property
-    def autoscalers(self) -> str:
-        """The labels of the autoscalers of all flavors. KEDA names those that it makes `keda-hpa-NAME`."""
-        names = _any(f.name for f in self.flavors)
-        return f'namespace="{self.namespace}",horizontalpodautoscaler=~"(keda-hpa-)?({names})"'
-
-    def pods(self, *flavors: WatchedFlavor) -> str:
-        """Return the labels of the pods of some flavors, default all, as kube-state-metrics has them."""
-        return f'namespace="{self.namespace}",pod=~"{self.pod_names(*flavors)}"'
+    def values(self, flavor: WatchedFlavor | None = None) -> dict[str, str]:
+        """Return the text for each <name> in the templates: labels of series and numbers."""
+        space, names = f'namespace="{self.namespace}"', "|".join(each.name for each in self.flavors)
+        found = {
+            "namespace": self.namespace,
+            "flavors": names,
+            "series": f'{space},service="{self.name}"',
+            "deployments": f'{space},deployment=~"{names}"',
+            # KEDA names the autoscalers that it makes `keda-hpa-NAME`.
+            "autoscalers": f'{space},horizontalpodautoscaler=~"(keda-hpa-)?({names})"',
+            "pods": f'{space},pod=~"{self.pod_names()}"',
+            "pod_names": self.pod_names(),
+            "backlog_s": f"{self.backlog_s * _BACKLOG:g}",
+            "planned": " + ".join(
+                f'(sum(kube_deployment_status_replicas_available{{{space},deployment="{each.name}"}}) or vector(0))'
+                f" * {each.rate or 0:.10g}"
+                for each in self.flavors
+            ),
+            "planned_source": "receipts" if all(each.measured for each in self.flavors) else "partly assumed",
+        }
+        if flavor:
+            found |= {
+                "flavor": flavor.name,
+                "flavor_pods": f'{space},pod=~"{self.pod_names(flavor)}"',
+                "overflow": flavor.overflow or "",
+                "cold_start_s": str(flavor.cold_start_s),
+                "not_ready_s": str(max(_NOT_READY_S, 2 * flavor.load_s)),
+            }
+        return found
 
     def pod_names(self, *flavors: WatchedFlavor) -> str:
         """Return an expression for the names of the pods, without those of placeholders.
 
         Kubernetes shortens the second part of a long name, so it may end without the third one.
         """
-        return f"({_any(f.name for f in flavors or self.flavors)})-{_GENERATED}(-{_GENERATED})?"
+        return f"({'|'.join(each.name for each in flavors or self.flavors)})-{_GENERATED}(-{_GENERATED})?"
 
 
-def _any(names: Iterable[str]) -> str:
-    return "|".join(names)
+@cache
+def template(name: str) -> Any:
+    """Return the data of a YAML file in this folder."""
+    return document.read(assets.package() / "deploy" / "observe" / name, "install inferctl again").data
+
+
+def filled(value: Any, values: Mapping[str, str]) -> Any:
+    """Return a copy of `value` with each <name> in its texts replaced. Raises `KeyError` for an unknown name."""
+    if isinstance(value, dict):
+        return {filled(key, values): filled(each, values) for key, each in value.items()}
+    return re.sub("<([a-z_]+)>", lambda name: values[name[1]], value) if isinstance(value, str) else value

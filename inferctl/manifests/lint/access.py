@@ -1,4 +1,4 @@
-"""Rules on what a pod may do and who may reach it: images, secrets, privileges, network policies."""
+"""Rules on what a pod has and who may reach it: secrets, tokens, network policies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Container, Manifests, Workload, same_namespace
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import Located
 
-_MOVING_TAGS = re.compile(
-    r"(?:.*[-_.])?(?:latest|main|master|nightly|dev|edge|stable|head)(?:[-_.].*)?$", re.IGNORECASE
-)
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEYS?|(?:SECRET_)?ACCESS_KEY|SECRET_KEY|PRIVATE_KEY|CREDENTIALS?)$",
     re.IGNORECASE,
@@ -31,23 +28,6 @@ _FILE = re.compile(r"/(?:app|config|data|etc|home|mnt|opt|root|run|secrets?|tmp|
 
 
 @rule(
-    "floating-image",
-    "warning",
-    "access",
-    finds="an image without a digest whose tag can move (latest, main, nightly, none)",
-    consequence="replicas that start on different days run different code, and a rollback brings nothing back",
-    fix="use a fixed version, or better image@sha256:...: `inferctl push` prints it",
-)
-def _image(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        for each in workload.all_containers:
-            tag = each.image.rpartition("/")[2].partition(":")[2]
-            if each.image and "@" not in each.image and (not tag or _MOVING_TAGS.match(tag)):
-                what = f"the moving tag {tag}" if tag else "no tag"
-                yield Hit(workload.object, (*each.path, "image"), f"{each.image} has {what}")
-
-
-@rule(
     "secret-in-manifest",
     "error",
     "access",
@@ -55,7 +35,7 @@ def _image(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="everyone who can read the pod or the repository has the secret, and its history keeps it",
     fix="refer to it with valueFrom.secretKeyRef or a mounted file, and make the Secret outside of the repository",
 )
-def _secret(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _secret(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for each in workload.all_containers:
             for index, variable in enumerate(sequence(each.data, "env")):
@@ -72,7 +52,7 @@ def _secret(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(secret, (key, shown[0]), f"it has the value of {', '.join(shown)}", level="warning")
 
 
-def _in_words(workload: Workload, container: Container) -> Iterator[Hit]:
+def _in_words(workload: ManifestWorkload, container: ManifestContainer) -> Iterator[Hit]:
     words = container.words
     for index, word in enumerate(words):
         option, _, value = word.partition("=")
@@ -90,82 +70,13 @@ def _in_words(workload: Workload, container: Container) -> Iterator[Hit]:
     consequence="code that runs in the server, such as a model's own, can use it to talk to the API of the cluster",
     fix="set automountServiceAccountToken: false in the pod template",
 )
-def _token(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _token(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     accounts = {each.name: get(each.data, "automountServiceAccountToken") for each in manifests.of("ServiceAccount")}
     for workload in [*manifests.model_servers, *manifests.placeholders]:
         own = get(workload.spec, "automountServiceAccountToken")
         mounted = accounts.get(text(workload.spec, "serviceAccountName") or "default") if own is None else own
         if mounted is not False:
             yield Hit(workload.object, workload.spec_path, "the pod gets a token of its service account")
-
-
-@rule(
-    "privileged",
-    "error",
-    "access",
-    finds="a privileged container, a pod in the namespaces of the host, or a model server with folders of the host",
-    consequence="it owns the node, and sees all of its GPUs, whatever its limits say; Pod Security refuses it",
-    fix="remove privileged, hostNetwork, hostPID, hostIPC and hostPath; a memory emptyDir at /dev/shm replaces "
-    "hostIPC, a claim or an image volume replaces hostPath",
-)
-def _privileged(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        # A driver or a device plugin is a DaemonSet that needs its node.
-        if workload.object.kind == "DaemonSet":
-            continue
-        for key in ("hostNetwork", "hostPID", "hostIPC"):
-            if get(workload.spec, key) is True:
-                yield Hit(
-                    workload.object,
-                    (*workload.spec_path, key),
-                    f"{key}: true",
-                    level="warning",
-                    consequence="it shares this with all processes of the node, and Pod Security `baseline` refuses it",
-                )
-        for index, volume in enumerate(sequence(workload.spec, "volumes") if workload.is_model_server else ()):
-            if get(volume, "hostPath") is not None:
-                yield Hit(
-                    workload.object,
-                    (*workload.spec_path, "volumes", index, "hostPath"),
-                    f"hostPath: {text(volume, 'hostPath', 'path')}",
-                    level="warning",
-                    consequence="on another node, this has other files or none, and Pod Security `baseline` refuses it",
-                )
-        for each in workload.all_containers:
-            if get(each.data, "securityContext", "privileged") is True:
-                path = (*each.path, "securityContext", "privileged")
-                yield Hit(workload.object, path, f"container {each.name} is privileged")
-
-
-@rule(
-    "not-restricted",
-    "warning",
-    "access",
-    finds="a container that is not restricted: root, capabilities, privilege escalation, seccomp, writable root",
-    consequence="a namespace with Pod Security `restricted` refuses the pod; an intruder can change its files",
-    fix="set runAsNonRoot, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, seccompProfile: "
-    "{type: RuntimeDefault} and readOnlyRootFilesystem, with an emptyDir for /tmp",
-)
-def _restricted(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in [*manifests.model_servers, *manifests.placeholders]:
-        for each in workload.all_containers:
-            own, pod = mapping(each.data, "securityContext"), mapping(workload.spec, "securityContext")
-            profile = text(own, "seccompProfile", "type") or text(pod, "seccompProfile", "type")
-            user = own.get("runAsUser", pod.get("runAsUser"))
-            wrong = [
-                name
-                for name, ok in {
-                    "runAsNonRoot": own.get("runAsNonRoot", pod.get("runAsNonRoot")) is True and user != 0,
-                    "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
-                    "capabilities.drop": "ALL" in sequence(own, "capabilities", "drop"),
-                    "seccompProfile": profile in ("RuntimeDefault", "Localhost"),
-                    "readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
-                }.items()
-                if not ok
-            ]
-            if wrong:
-                what = f"container {each.name}: {', '.join(wrong)}"
-                yield Hit(workload.object, (*each.path, "securityContext"), what)
 
 
 @rule(
@@ -176,7 +87,7 @@ def _restricted(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="Kubernetes sets VLLM_PORT=tcp://... in its pods; vLLM reads it as its own setting and does not start",
     fix="set enableServiceLinks: false, or rename the Service",
 )
-def _links(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _links(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers)
         for service in manifests.of("Service"):
@@ -192,7 +103,7 @@ def _links(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, path, "the Service vllm sets VLLM_PORT in the pods")
 
 
-def _policies(manifests: Manifests, workload: Workload) -> list[Located]:
+def _policies(manifests: Manifests, workload: ManifestWorkload) -> list[Located]:
     """Return the NetworkPolicies that restrict the incoming traffic of a workload."""
     return [
         each
@@ -203,7 +114,7 @@ def _policies(manifests: Manifests, workload: Workload) -> list[Located]:
     ]
 
 
-def _admits(policy: Located, workload: Workload, port: Any, *, from_elsewhere: bool) -> bool:
+def _admits(policy: Located, workload: ManifestWorkload, port: Any, *, from_elsewhere: bool) -> bool:
     """Return whether a policy admits traffic to a port, `from_elsewhere`: of another namespace."""
     for each in sequence(policy.data, "spec", "ingress"):
         ports = sequence(each, "ports")
@@ -217,7 +128,7 @@ def _admits(policy: Located, workload: Workload, port: Any, *, from_elsewhere: b
     return False
 
 
-def _covers(workload: Workload, item: Any, port: Any) -> bool:
+def _covers(workload: ManifestWorkload, item: Any, port: Any) -> bool:
     """Return whether `item` of a policy (all ports, a port or a range) has `port`, each by name or number."""
     ports = [each for container in workload.containers for each in sequence(container.data, "ports")]
     numbers = {text(each, "name"): get(each, "containerPort") for each in ports}
@@ -238,7 +149,7 @@ def _covers(workload: Workload, item: Any, port: Any) -> bool:
     consequence="the Service has endpoints that are ready, and every connection to it times out",
     fix="add an ingress rule for the port",
 )
-def _blocked(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _blocked(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for service in manifests.of("Service"):
         for workload in manifests.behind(service):
             policies = _policies(manifests, workload)
@@ -258,7 +169,7 @@ def _blocked(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="dashboards are empty, alerts are silent, and an autoscaler on these metrics does nothing",
     fix="admit the namespace of Prometheus (namespaceSelector) to the port of /metrics",
 )
-def _hidden(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _hidden(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         policies, port = _policies(manifests, workload), _metrics_port(manifests, workload)
         if (
@@ -270,7 +181,7 @@ def _hidden(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(policies[0], ("spec", "ingress"), what)
 
 
-def _metrics_port(manifests: Manifests, workload: Workload) -> str | int | None:
+def _metrics_port(manifests: Manifests, workload: ManifestWorkload) -> str | int | None:
     """Return the port that Prometheus scrapes in another namespace; None if nothing says so."""
     services = [service for service in manifests.of("Service") if workload in manifests.behind(service)]
     for monitor in manifests.of("ServiceMonitor") if services else ():

@@ -44,7 +44,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Context:
+class LintContext:
     """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`. `nodes`: `Node` objects."""
 
     minor: int = OLDEST_SUPPORTED
@@ -65,7 +65,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Finding:
+class LintFinding:
     """One finding. `line` is None without a file; `object` is `Kind/name`, `field` a path such as `spec.replicas`.
 
     `namespace`: of the object; "" if it names none.
@@ -84,7 +84,7 @@ class Finding:
     fix: str
 
 
-Check = Callable[[Manifests, Context], Iterator[Hit]]
+Check = Callable[[Manifests, LintContext], Iterator[Hit]]
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class Rule:
     fix: str
     check: Check = field(repr=False)
 
-    def findings(self, manifests: Manifests, context: Context) -> Iterator[Finding]:
+    def findings(self, manifests: Manifests, context: LintContext) -> Iterator[LintFinding]:
         """Yield what the rule finds in objects that are not exempt from it."""
         for hit in self.check(manifests, context):
             exempt = mapping(hit.object.data, "metadata", "annotations").get(LINT_IGNORE)
             if isinstance(exempt, str) and self.id in exempt.replace(",", " ").split():
                 continue
-            yield Finding(
+            yield LintFinding(
                 rule=self.id,
                 level=hit.level or self.level,
                 file=hit.object.file,
@@ -120,15 +120,6 @@ class Rule:
             )
 
 
-RULES: dict[str, Rule] = {}
-
-
-def rule(id: str, level: Level, lesson: str, *, finds: str, consequence: str, fix: str) -> Callable[[Check], Check]:
-    """Register a function as the check of a rule."""
-
-    def register(check: Check) -> Check:
-        assert id not in RULES and lesson in LESSONS
-        RULES[id] = Rule(id, level, lesson, finds, consequence, fix, check)
-        return check
-
-    return register
+def rule(id: str, level: Level, lesson: str, *, finds: str, consequence: str, fix: str) -> Callable[[Check], Rule]:
+    """Return a decorator that makes a rule of its check."""
+    return lambda check: Rule(id, level, lesson, finds, consequence, fix, check)

@@ -10,8 +10,8 @@ from inferctl.facts import catalog
 from inferctl.manifests.kubernetes.fields import as_float, get, mapping, sequence, text
 from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.manifests.lint import models
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Manifests, Workload, is_gpu, same_namespace
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, is_gpu, same_namespace
 
 _SHARING = "nvidia.com/gpu.sharing-strategy"
 _GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
@@ -45,7 +45,7 @@ _NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
     consequence="extended resources cannot be overcommitted: the API server refuses the pod",
     fix="set the same number as limit and request, or only the limit",
 )
-def _request_limit(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _request_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for each in workload.all_containers:
             limits = mapping(each.data, "resources", "limits")
@@ -68,10 +68,10 @@ def _request_limit(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "error",
     "neighbors",
     finds="a pod with both a GPU of the device plugin and a resource claim (DRA) for one",
-    consequence="the pod gets two GPUs, or waits for ever on nodes that have only one of the two drivers",
+    consequence="the pod gets two GPUs, or waits forever on nodes that have only one of the two drivers",
     fix="keep resources.limits or resourceClaims, not both",
 )
-def _gpu_and_claim(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _gpu_and_claim(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for index, claim in enumerate(sequence(workload.spec, "resourceClaims") if workload.gpus else ()):
             if found := _claimed_gpu(manifests, workload, claim):
@@ -80,7 +80,7 @@ def _gpu_and_claim(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, path, what)
 
 
-def _claimed_gpu(manifests: Manifests, workload: Workload, claim: Any) -> str | None:
+def _claimed_gpu(manifests: Manifests, workload: ManifestWorkload, claim: Any) -> str | None:
     """Return the GPU that a claim of a pod is for; None for other devices, such as network cards.
 
     If the claim is not among the manifests, its names must say that it is for a GPU.
@@ -116,7 +116,7 @@ def _is_gpu_class(manifests: Manifests, name: str) -> bool:
     consequence="two drivers hand out the same GPUs, so two pods can get one GPU",
     fix="keep ClusterPolicy and resources.limits, or GPUCluster and resource claims",
 )
-def _operator_twice(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _operator_twice(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     policies = manifests.of("ClusterPolicy")
     for each in manifests.of("GPUCluster"):
         if any(policy.api_version.startswith("nvidia.com/") for policy in policies):
@@ -131,7 +131,7 @@ def _operator_twice(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="a share looks like a whole GPU, and a pod that asks for two shares gets no more than one",
     fix="set renameByDefault: true and failRequestsGreaterThanOne: true, and request nvidia.com/gpu.shared",
 )
-def _time_slicing(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _time_slicing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("ConfigMap"):
         for key, value in mapping(each.data, "data").items():
             for config in models.yaml_documents(value):
@@ -153,7 +153,7 @@ def _time_slicing(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "or without a limit: the container uses GPUs of other pods",
     fix="remove the variable, and request GPUs with resources.limits",
 )
-def _visible(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _visible(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         # Exporters and device plugins, which need all GPUs of a node, are DaemonSets.
         for each in workload.all_containers if workload.object.kind != "DaemonSet" else ():
@@ -173,7 +173,7 @@ def _visible(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "them out of the memory of the other pods on the GPU",
     fix="give it a whole GPU or a MIG slice",
 )
-def _alibi(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _alibi(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         how, name = _shared(workload), models.alibi_model(workload, context)
         if how and name:
@@ -182,7 +182,7 @@ def _alibi(manifests: Manifests, context: Context) -> Iterator[Hit]:
             yield Hit(workload.object, path, f"{name} has ALiBi positions, and its GPU is shared: {how}")
 
 
-def _shared(workload: Workload) -> str | None:
+def _shared(workload: ManifestWorkload) -> str | None:
     """Return what says that the GPU of a workload is shared without isolation."""
     if "nvidia.com/gpu.shared" in workload.gpus:
         return "resource nvidia.com/gpu.shared"
@@ -202,7 +202,7 @@ def _shared(workload: Workload) -> str | None:
     consequence="the server runs out of memory while it loads, restarts, and never becomes ready",
     fix="use a larger GPU or slice, fewer bits per weight, or more GPUs per pod",
 )
-def _too_large(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _too_large(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         need, device = models.weights(workload, context), _device_bytes(workload)
         count = sum(workload.gpus.values()) * workload.group_size
@@ -220,7 +220,7 @@ def _too_large(manifests: Manifests, context: Context) -> Iterator[Hit]:
     consequence="the server ends at its start, because it does not find the GPUs",
     fix="request as many GPUs, or lower the parallel size",
 )
-def _parallel(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _parallel(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         count, wanted = sum(workload.gpus.values()) * workload.group_size, models.devices(workload)
         # With Ray, GPUs are those of other pods too.
@@ -231,7 +231,7 @@ def _parallel(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(workload.object, (*container.path, "resources"), what)
 
 
-def _device_bytes(workload: Workload) -> tuple[int, str] | None:
+def _device_bytes(workload: ManifestWorkload) -> tuple[int, str] | None:
     """Return the memory of one GPU of a workload, and which GPU it is: the largest that the node labels allow."""
     for name in workload.gpus:
         if found := re.match(r"nvidia\.com/mig-\d+g\.(\d+)gb", name):
@@ -258,7 +258,7 @@ def _device_bytes(workload: Workload) -> tuple[int, str] | None:
     consequence="the pod can start before the node has made its slices, and takes the whole GPU",
     fix="add nvidia.com/mig.config.state In [success] to the required node affinity",
 )
-def _mig_state(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _mig_state(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         labels = workload.node_labels
         slices = [value for value in labels.get(GPU_PRODUCT, ()) if "-MIG-" in value]
@@ -274,7 +274,7 @@ def _mig_state(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="no node ever has this resource, so the pod stays pending",
     fix="use a profile of the GPU: `inferctl catalog hardware` lists those of A100 and H100",
 )
-def _mig_profile(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _mig_profile(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     known = {profile for profiles in MIG_PROFILES.values() for profile in profiles}
     for workload in manifests.workloads:
         products = {value.partition("-MIG-")[0] for value in workload.node_labels.get(GPU_PRODUCT, ())}
@@ -302,7 +302,7 @@ def _profiles(product: str) -> tuple[str, ...] | None:
     return () if _NO_MIG.search(product) and "A100" not in product else None
 
 
-def _node_path(workload: Workload) -> tuple[str | int, ...]:
+def _node_path(workload: ManifestWorkload) -> tuple[str | int, ...]:
     """Return the path of the field that requires node labels."""
     if get(workload.spec, "nodeSelector", GPU_PRODUCT):
         return (*workload.spec_path, "nodeSelector", GPU_PRODUCT)
@@ -317,7 +317,7 @@ def _node_path(workload: Workload) -> tuple[str | int, ...]:
     consequence="GPU nodes are tainted to keep other pods away, so the pod stays pending",
     fix="tolerate the taint: {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}",
 )
-def _toleration(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _toleration(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     nodes = [*context.nodes, *manifests.of("Node")]
     for workload in manifests.workloads:
         if workload.object.kind == "PodTemplate" or not any(name.startswith("nvidia.com/") for name in workload.gpus):
@@ -352,7 +352,7 @@ def _toleration(manifests: Manifests, context: Context) -> Iterator[Hit]:
     consequence="the API server refuses pods just when load is highest or a rollout runs",
     fix="raise the quota, or lower the highest number of replicas",
 )
-def _quota(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _quota(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for quota in manifests.of("ResourceQuota"):
         if get(quota.data, "spec", "scopeSelector") or get(quota.data, "spec", "scopes"):
             continue
@@ -376,7 +376,7 @@ def _quota(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="for extended resources, Kubernetes counts only keys with requests.: this one limits nothing",
     fix="use requests.NAME, such as requests.nvidia.com/gpu",
 )
-def _quota_key(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _quota_key(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for quota in manifests.of("ResourceQuota"):
         for key in mapping(quota.data, "spec", "hard"):
             if is_gpu(str(key).removeprefix("limits.")):

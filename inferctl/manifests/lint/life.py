@@ -9,8 +9,8 @@ from typing import Any
 from inferctl.manifests import label_keys
 from inferctl.manifests.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
 from inferctl.manifests.lint import models
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Container, Manifests, Workload
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload
 from inferctl.manifests.lint.overflow import buffer_target
 
 _HANDLERS = ("httpGet", "tcpSocket", "grpc", "exec")
@@ -25,10 +25,10 @@ _SHORT_START_S = 60
     "error",
     "life",
     finds="a PodDisruptionBudget that never allows an eviction",
-    consequence="nodes cannot be drained: upgrades and repairs wait for ever",
+    consequence="nodes cannot be drained: upgrades and repairs wait forever",
     fix="use maxUnavailable: 1, with two replicas or more",
 )
-def _blocks(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _blocks(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for budget in manifests.of("PodDisruptionBudget"):
         spec = mapping(budget.data, "spec")
         workloads = list(manifests.selected(budget, get(spec, "selector"))) if get(spec, "selector") else []
@@ -50,7 +50,7 @@ def _blocks(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="a pod that does not become ready (no memory, a broken GPU) keeps its node from being drained",
     fix="set unhealthyPodEvictionPolicy: AlwaysAllow",
 )
-def _unready(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _unready(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for budget in manifests.of("PodDisruptionBudget"):
         if get(budget.data, "spec", "unhealthyPodEvictionPolicy") != "AlwaysAllow":
             yield Hit(budget, ("spec",), "pods that are not ready are protected too")
@@ -64,7 +64,7 @@ def _unready(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="a node upgrade may evict all replicas at the same time",
     fix="add a PodDisruptionBudget with maxUnavailable: 1 and unhealthyPodEvictionPolicy: AlwaysAllow",
 )
-def _no_budget(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _no_budget(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     covered = {
         workload
         for each in manifests.of("PodDisruptionBudget")
@@ -85,7 +85,7 @@ def _no_budget(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the kubelet kills the server while it still works on requests",
     fix="set terminationGracePeriodSeconds to preStop + drain + a margin of some seconds",
 )
-def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _grace(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if workload.object.kind in ("Job", "CronJob"):
             continue  # its clients are in the pod, such as in our bench Jobs, and end with it
@@ -106,7 +106,7 @@ def _grace(manifests: Manifests, context: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
 
 
-def _pre_stop(container: Container) -> float:
+def _pre_stop(container: ManifestContainer) -> float:
     """Return the seconds that the preStop hook sleeps; 0 if it does not, or if that is unknown."""
     hook = mapping(container.data, "lifecycle", "preStop")
     if (seconds := integer(hook, "sleep", "seconds")) is not None:
@@ -116,7 +116,7 @@ def _pre_stop(container: Container) -> float:
     return float(found[1]) if found else 0.0
 
 
-def _drain(container: Container) -> float:
+def _drain(container: ManifestContainer) -> float:
     """Return the seconds that the server may take after SIGTERM by its own options; 0 if it does not say."""
     words = container.words
     for index, word in enumerate(words):
@@ -152,7 +152,7 @@ def _window(probe: Any) -> int:
     consequence="the kubelet kills the server while it loads, again and again",
     fix="set startupProbe.failureThreshold x periodSeconds to twice the measured load time",
 )
-def _startup(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _startup(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         load = _load_s(workload, context)
         for each in workload.containers:
@@ -170,7 +170,7 @@ def _startup(manifests: Manifests, context: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, (*each.path, key), what, level="warning")
 
 
-def _load_s(workload: Workload, context: Context) -> float | None:
+def _load_s(workload: ManifestWorkload, context: LintContext) -> float | None:
     """Return how long a server loads its model, in seconds: by its receipt, else by its annotation."""
     facts = models.facts(workload, context)
     if facts is not None and facts.load_s is not None:
@@ -178,29 +178,8 @@ def _load_s(workload: Workload, context: Context) -> float | None:
     return as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
 
 
-def _has_probe(container: Container) -> bool:
+def _has_probe(container: ManifestContainer) -> bool:
     return bool(mapping(container.data, "startupProbe") or mapping(container.data, "livenessProbe"))
-
-
-@rule(
-    "readiness-missing",
-    "warning",
-    "life",
-    finds="a model server with a port or a Service, and no readinessProbe",
-    consequence="a Service sends requests to the pod while it still loads the model, and while it drains",
-    fix="add a readinessProbe with the health endpoint of the server",
-)
-def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    # Ports of containers are only information. Peers that find each other do not wait until they are ready.
-    services = [each for each in manifests.of("Service") if not get(each.data, "spec", "publishNotReadyAddresses")]
-    served = {workload for each in services for workload in manifests.behind(each)}
-    for workload in manifests.model_servers:
-        for each in workload.containers:
-            # The operator of Ray adds a readinessProbe.
-            ray = workload.object.kind.startswith("Ray")
-            reached = sequence(each.data, "ports") or (workload in served and not ray)
-            if each.gpus and reached and not mapping(each.data, "readinessProbe"):
-                yield Hit(workload.object, each.path, f"container {each.name} has no readinessProbe")
 
 
 @rule(
@@ -211,7 +190,7 @@ def _readiness(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="a server that is only overloaded is killed, and its load goes to the others",
     fix="use an endpoint that only says that the process works, or a failureThreshold several times as high",
 )
-def _liveness(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _liveness(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for each in workload.containers:
             live, ready = mapping(each.data, "livenessProbe"), mapping(each.data, "readinessProbe")
@@ -234,7 +213,7 @@ def _span(probe: Any) -> int:
     consequence="if no GPU is free, the rollout waits for one and stops there; maxSurge is 25% by default, rounded up",
     fix="set maxSurge: 0 and maxUnavailable: 1, or keep overflow for this kind of GPU",
 )
-def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _surge(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     nodes = [*context.nodes, *manifests.of("Node")]
     for workload in manifests.model_servers:
         surge = manifests.surge(workload)
@@ -264,7 +243,7 @@ def _surge(manifests: Manifests, context: Context) -> Iterator[Hit]:
     consequence="each change of the pods is an outage until the first new server has loaded its model",
     fix="use RollingUpdate with maxSurge: 0 and maxUnavailable: 1",
 )
-def _stops_all(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _stops_all(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         strategy, most = mapping(workload.object.data, "spec", "strategy"), manifests.replicas(workload)[1]
         if workload.object.kind != "Deployment" or most < 2:
@@ -284,7 +263,7 @@ def _stops_all(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the rollout counts as failed while the model still loads, and tools that wait for it end or roll back",
     fix="set progressDeadlineSeconds above the time of the startupProbe and of the start of a node",
 )
-def _deadline(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _deadline(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         deadline = integer(workload.object.data, "spec", "progressDeadlineSeconds", default=600)
         for each in workload.containers:
@@ -299,7 +278,7 @@ def integer_of(value: Any) -> int:
     return int(value) if isinstance(value, (int, str)) and str(value).isdigit() else 0
 
 
-def _has_overflow(manifests: Manifests, workload: Workload) -> bool:
+def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:
     """Return whether placeholders or a CapacityBuffer keep a GPU of the same kind free."""
     targets = [buffer_target(manifests, each) for each in manifests.of("CapacityBuffer")]
     kept = [*manifests.placeholders, *(each for each in targets if each is not None)]
@@ -312,9 +291,9 @@ def _has_overflow(manifests: Manifests, workload: Workload) -> bool:
     "life",
     finds="an emptyDir without sizeLimit, or with medium: Memory and more than the memory limit of its containers",
     consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
-    fix="set emptyDir.sizeLimit; medium: Memory counts towards the memory limit of the container",
+    fix="set emptyDir.sizeLimit; medium: Memory counts toward the memory limit of the container",
 )
-def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _empty_dir(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for index, volume in enumerate(sequence(workload.spec, "volumes")):
             path, name = (*workload.spec_path, "volumes", index), text(volume, "name")
@@ -326,7 +305,7 @@ def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
                         workload.object,
                         (*path, "emptyDir", "sizeLimit"),
                         f"emptyDir {name} may have {size} in memory, and its containers {show('memory', int(limit))}",
-                        consequence="its files count towards the memory limit: a container is killed before it is full",
+                        consequence="its files count toward the memory limit: a container is killed before it is full",
                         fix="lower the sizeLimit, or raise the memory limit",
                     )
             # A volume without a source is an emptyDir.
@@ -334,7 +313,7 @@ def _empty_dir(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, path, f"emptyDir {name}{' in memory' if in_memory else ''} has no sizeLimit")
 
 
-def _memory_limit(workload: Workload, volume: str) -> float | None:
+def _memory_limit(workload: ManifestWorkload, volume: str) -> float | None:
     """Return how much memory the containers that mount a volume may take together; None if that is not limited."""
     if (of_pod := as_float(get(workload.spec, "resources", "limits", "memory"))) is not None:
         return of_pod
@@ -345,19 +324,3 @@ def _memory_limit(workload: Workload, volume: str) -> float | None:
     ]
     known = [limit for limit in limits if limit]
     return sum(known) if known and len(known) == len(limits) else None
-
-
-@rule(
-    "memory-limit-missing",
-    "warning",
-    "neighbors",
-    finds="a model server without a memory limit",
-    consequence="a leak or a large upload takes the memory of the node, and the kernel may end other pods first",
-    fix="set requests.memory and limits.memory to the same measured amount",
-)
-def _memory(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        for each in workload.containers:
-            of_pod = get(workload.spec, "resources", "limits", "memory")
-            if each.gpus and not of_pod and not get(each.data, "resources", "limits", "memory"):
-                yield Hit(workload.object, (*each.path, "resources"), f"container {each.name} has no limits.memory")

@@ -44,10 +44,10 @@ def same_namespace(a: Located, b: Located) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Container:
+class ManifestContainer:
     """One container of a workload, and its path in the object."""
 
-    workload: Workload
+    workload: ManifestWorkload
     path: FieldPath
     data: Any
 
@@ -105,7 +105,7 @@ class Container:
 
 
 @dataclass(frozen=True, eq=False)
-class Workload:
+class ManifestWorkload:
     """An object with a pod template. `path`: of the template in the object."""
 
     object: Located
@@ -151,7 +151,7 @@ class Workload:
         return selectors.matches(selector, self.labels | fields.text_map(added))
 
     @property
-    def containers(self) -> list[Container]:
+    def containers(self) -> list[ManifestContainer]:
         """The containers that run all the time: also init containers with `restartPolicy: Always`."""
         return [each for each in self.all_containers if each.path[-2] == "containers" or fields.is_sidecar(each.data)]
 
@@ -162,9 +162,9 @@ class Workload:
         return None if ray else {name for each in self.containers for name in each.port_names if name}
 
     @property
-    def all_containers(self) -> list[Container]:
+    def all_containers(self) -> list[ManifestContainer]:
         return [
-            Container(self, (*self.spec_path, key, index), data)
+            ManifestContainer(self, (*self.spec_path, key, index), data)
             for key in ("initContainers", "containers")
             for index, data in enumerate(sequence(self.spec, key))
         ]
@@ -242,16 +242,16 @@ class Manifests:
         return [each for each in self.objects if each.kind in kinds]
 
     @cached_property
-    def workloads(self) -> list[Workload]:
+    def workloads(self) -> list[ManifestWorkload]:
         """All pod templates of the objects. The leader of a group, such as that of Ray, has one of its own."""
-        return [Workload(each, path) for each in self.objects for path in pod_templates.paths(each)]
+        return [ManifestWorkload(each, path) for each in self.objects for path in pod_templates.paths(each)]
 
     @cached_property
-    def model_servers(self) -> list[Workload]:
+    def model_servers(self) -> list[ManifestWorkload]:
         return [each for each in self.workloads if each.is_model_server]
 
     @cached_property
-    def placeholders(self) -> list[Workload]:
+    def placeholders(self) -> list[ManifestWorkload]:
         return [each for each in self.workloads if each.is_placeholder]
 
     @cached_property
@@ -259,34 +259,34 @@ class Manifests:
         return self.of("HorizontalPodAutoscaler", "ScaledObject")
 
     @cached_property
-    def _by_name(self) -> dict[tuple[str, str], list[Workload]]:
-        found: dict[tuple[str, str], list[Workload]] = {}
+    def _by_name(self) -> dict[tuple[str, str], list[ManifestWorkload]]:
+        found: dict[tuple[str, str], list[ManifestWorkload]] = {}
         for each in self.workloads:
             found.setdefault((each.object.kind, each.object.name), []).append(each)
         return found
 
     @cached_property
-    def _autoscalers(self) -> dict[Workload, list[Located]]:
-        found: dict[Workload, list[Located]] = {}
+    def _autoscalers(self) -> dict[ManifestWorkload, list[Located]]:
+        found: dict[ManifestWorkload, list[Located]] = {}
         for each in self.autoscalers:
             if (workload := self.target(each)) is not None:
                 found.setdefault(workload, []).append(each)
         return found
 
-    def autoscalers_of(self, workload: Workload) -> list[Located]:
+    def autoscalers_of(self, workload: ManifestWorkload) -> list[Located]:
         """Return the HPAs and ScaledObjects whose target is `workload`."""
         return self._autoscalers.get(workload, [])
 
-    def named(self, by: Located, kind: str, name: object) -> Workload | None:
+    def named(self, by: Located, kind: str, name: object) -> ManifestWorkload | None:
         """Return the workload of this kind and name in the namespace of `by`; None if it is not among the objects."""
         return next((w for w in self._by_name.get((kind, str(name)), ()) if same_namespace(w.object, by)), None)
 
-    def target(self, autoscaler: Located) -> Workload | None:
+    def target(self, autoscaler: Located) -> ManifestWorkload | None:
         """Return the workload that an HPA or a ScaledObject scales; None if it is not among the objects."""
         reference = mapping(autoscaler.data, "spec", "scaleTargetRef")
         return self.named(autoscaler, text(reference, "kind") or "Deployment", reference.get("name"))
 
-    def replicas(self, workload: Workload) -> tuple[int, int]:
+    def replicas(self, workload: ManifestWorkload) -> tuple[int, int]:
         """Return the lowest and the highest number of pods, by its autoscalers, else by `replicas`."""
         if "workerGroupSpecs" in workload.path:
             group = get(workload.object.data, *workload.path[:-1])
@@ -301,7 +301,7 @@ class Manifests:
         size = workload.pods_per_replica
         return min(least for least, _ in limits) * size, max(most for _, most in limits) * size
 
-    def surge(self, workload: Workload) -> int:
+    def surge(self, workload: ManifestWorkload) -> int:
         """Return how many more pods than its replicas a rollout of `workload` may start."""
         if workload.object.kind != "Deployment":
             return 0
@@ -312,18 +312,18 @@ class Manifests:
         surge = fields.count_of(get(strategy, "rollingUpdate", "maxSurge"), most)
         return -(-most * 25 // 100) if surge is None else surge
 
-    def selected(self, by: Located, selector: Any) -> Iterator[Workload]:
+    def selected(self, by: Located, selector: Any) -> Iterator[ManifestWorkload]:
         """Yield the workloads in the namespace of `by` whose pods a label selector selects: none without one."""
         for each in self.workloads:
             if same_namespace(by, each.object) and each.selected_by(selector):
                 yield each
 
-    def behind(self, service: Located) -> list[Workload]:
+    def behind(self, service: Located) -> list[ManifestWorkload]:
         """Return the workloads that a Service selects. A Service without a selector selects none."""
         return self._behind.get(id(service), [])
 
     @cached_property
-    def _behind(self) -> dict[int, list[Workload]]:
+    def _behind(self) -> dict[int, list[ManifestWorkload]]:
         found = {}
         for service in self.of("Service"):
             if labels := mapping(service.data, "spec", "selector"):

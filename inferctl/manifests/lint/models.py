@@ -10,8 +10,8 @@ from typing import Any
 from inferctl.core import document
 from inferctl.core.errors import SpecError
 from inferctl.manifests.kubernetes.fields import get
-from inferctl.manifests.lint.finding import Context, ModelFacts
-from inferctl.manifests.lint.manifests import Container, Workload
+from inferctl.manifests.lint.finding import LintContext, ModelFacts
+from inferctl.manifests.lint.manifests import ManifestContainer, ManifestWorkload
 
 _OPTIONS = ("--model", "--model-id", "--model-path", "-m")
 _VARIABLES = ("MODEL_ID", "MODEL_NAME", "MODEL", "HF_MODEL_ID", "INFERCTL_MODEL_SOURCE", "VLLM_MODEL")
@@ -65,7 +65,7 @@ class Weights:
     how: str
 
 
-def facts(workload: Workload, context: Context) -> ModelFacts | None:
+def facts(workload: ManifestWorkload, context: LintContext) -> ModelFacts | None:
     """Return the facts of the model that `workload` serves: by name or label, or those of the only model."""
     names = {workload.object.name, *workload.labels.values()}
     for each in context.models:
@@ -74,7 +74,7 @@ def facts(workload: Workload, context: Context) -> ModelFacts | None:
     return context.models[0] if len(context.models) == 1 else None
 
 
-def name_of(workload: Workload) -> str:
+def name_of(workload: ManifestWorkload) -> str:
     """Return the model that the command line or the environment of a workload names; "" if neither does."""
     for container in workload.containers:
         words = container.expanded
@@ -92,7 +92,7 @@ def name_of(workload: Workload) -> str:
     return ""
 
 
-def _values(container: Container, options: Sequence[str], variables: Sequence[str] = ()) -> list[str]:
+def _values(container: ManifestContainer, options: Sequence[str], variables: Sequence[str] = ()) -> list[str]:
     """Return the values of options in the command line of a container, then those of environment variables."""
     words, found = container.expanded, []
     for index, word in enumerate(words):
@@ -105,7 +105,7 @@ def _values(container: Container, options: Sequence[str], variables: Sequence[st
     return [each for each in (*found, *(known.get(name, "") for name in variables)) if each]
 
 
-def alibi_model(workload: Workload, context: Context) -> str | None:
+def alibi_model(workload: ManifestWorkload, context: LintContext) -> str | None:
     """Return the name of the model if its positions are ALiBi biases; None if not, or if that is unknown."""
     known = facts(workload, context)
     if known is not None and known.alibi is not None:
@@ -114,7 +114,7 @@ def alibi_model(workload: Workload, context: Context) -> str | None:
     return name if _ALIBI.search(name) else None
 
 
-def weights(workload: Workload, context: Context) -> Weights | None:
+def weights(workload: ManifestWorkload, context: LintContext) -> Weights | None:
     """Return the memory that the model needs at least: from the context, else from the parameters in its name."""
     known = facts(workload, context)
     if known is not None and known.memory_bytes:
@@ -139,7 +139,7 @@ def weights(workload: Workload, context: Context) -> Weights | None:
     return Weights(name, billions * width * 1e9, how)
 
 
-def devices(workload: Workload) -> int:
+def devices(workload: ManifestWorkload) -> int:
     """Return over how many GPUs a server spreads the weights: tensor times pipeline parallel size."""
     count = 1
     for options, variables in _PARALLEL:

@@ -8,7 +8,7 @@ from typing import Any
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, mapping, sequence, text
 from inferctl.manifests.lint import pools, promql
-from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
 from inferctl.manifests.lint.manifests import Manifests, same_namespace
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -39,7 +39,7 @@ def _expressions(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str
     consequence="the schema accepts it, and Prometheus rejects the whole file of rules",
     fix="keep one of the two",
 )
-def _alert_and_record(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _alert_and_record(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each, path, one in _rules(manifests):
         found = [key for key in ("alert", "record") if one.get(key)]
         if len(found) != 1:
@@ -54,7 +54,7 @@ def _alert_and_record(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="Prometheus rejects the whole file of rules; a KEDA trigger gets an error instead of a number",
     fix="try the expression with `promtool check rules`",
 )
-def _promql(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _promql(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each, path, expression in _expressions(manifests):
         if problem := promql.problem(expression):
             yield Hit(each, path, problem)
@@ -65,10 +65,10 @@ def _promql(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "error",
     "observability",
     finds="a metric inferctl_... that no server of inferctl has",
-    consequence="the expression is empty for ever: no error, no alert, no scaling",
+    consequence="the expression is empty forever: no error, no alert, no scaling",
     fix="use a name of `GET /metrics`; names of counters end with _total",
 )
-def _metric(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _metric(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     recorded = {str(one.get("record")) for _, _, one in _rules(manifests) if one.get("record")}
     known = promql.server_metrics()
     for each, path, expression in _expressions(manifests):
@@ -86,7 +86,7 @@ def _metric(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="Prometheus scrapes nothing and shows no error",
     fix="use the name of a port in spec.ports of the Service, and labels that the Service has",
 )
-def _monitor(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _monitor(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for monitor in manifests.of("ServiceMonitor"):
         services = [each for each in manifests.of("Service") if _in_reach(monitor, each)]
         selected = [
@@ -127,7 +127,7 @@ def _in_reach(monitor: Located, service: Located) -> bool:
     consequence="the endpoint picker reads them with the metric names of vLLM, sees no load, and routes blindly",
     fix="label the pods with llm-d.ai/engine-type, and declare the engine in the core-metrics-extractor of the picker",
 )
-def _engine(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _engine(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for pool in manifests.of("InferencePool"):
         for workload in manifests.selected(pool, pools.selector(pool)):
             words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers).lower()
@@ -145,23 +145,8 @@ def _engine(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the field is optional in the schema from 1.6, but most gateways ignore a pool without it",
     fix="set endpointPickerRef to the Service of the picker",
 )
-def _picker(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _picker(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for pool in manifests.of("InferencePool"):
         field, name = pools.picker(pool)
         if not name:
             yield Hit(pool, ("spec",), f"no {field}")
-
-
-@rule(
-    "two-affinities",
-    "error",
-    "regions",
-    finds="a Karmada placement with both clusterAffinity and clusterAffinities",
-    consequence="the schema accepts it, the webhook of Karmada refuses it",
-    fix="keep clusterAffinities for an order of preference, else clusterAffinity",
-)
-def _karmada(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for each in manifests.of("PropagationPolicy", "ClusterPropagationPolicy"):
-        placement = mapping(each.data, "spec", "placement")
-        if "clusterAffinity" in placement and "clusterAffinities" in placement:
-            yield Hit(each, ("spec", "placement"), "both clusterAffinity and clusterAffinities")

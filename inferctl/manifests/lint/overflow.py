@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import Located
 
 # Cluster Autoscaler's default of --expendable-pods-priority-cutoff.
 _CUTOFF = -10
 
 
-def _priority_class(manifests: Manifests, workload: Workload) -> Located | None:
+def _priority_class(manifests: Manifests, workload: ManifestWorkload) -> Located | None:
     name = text(workload.spec, "priorityClassName")
     return next((each for each in manifests.of("PriorityClass") if name and each.name == name), None)
 
@@ -27,7 +27,7 @@ def _priority_class(manifests: Manifests, workload: Workload) -> Located | None:
     "them. Pods of priority 0 or more are never displaced by a model server",
     fix="use a PriorityClass with a value from -10 to -1",
 )
-def _priority(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _priority(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.placeholders:
         found = _priority_class(manifests, each)
         if found is not None:
@@ -46,7 +46,7 @@ def _priority(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="a placeholder may evict pods of even lower priority instead of waiting for a new node",
     fix="set preemptionPolicy: Never in the PriorityClass",
 )
-def _preempts(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _preempts(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.placeholders:
         found = _priority_class(manifests, each)
         if found is not None and get(found.data, "preemptionPolicy") != "Never":
@@ -63,7 +63,7 @@ def _preempts(manifests: Manifests, _: Context) -> Iterator[Hit]:
     fix="copy resources (GPU; CPU and memory of all containers), nodeSelector, node affinity and tolerations from the "
     "model server",
 )
-def _differs(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _differs(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.placeholders:
         servers = [server for server in manifests.model_servers if same_namespace(each.object, server.object)]
         differences = [_difference(each, server) for server in servers]
@@ -78,7 +78,7 @@ def _differs(manifests: Manifests, _: Context) -> Iterator[Hit]:
 _FIELDS = ("resources", "affinity", "tolerations")
 
 
-def _difference(placeholder: Workload, server: Workload) -> tuple[str, str] | None:
+def _difference(placeholder: ManifestWorkload, server: ManifestWorkload) -> tuple[str, str] | None:
     """Return the first field in which a placeholder differs from a model server, and how; None if it does not."""
     if placeholder.gpus != server.gpus:
         return "resources", f"it requests {_shown(placeholder)}, {server.object.name} {_shown(server)}"
@@ -96,7 +96,7 @@ def _difference(placeholder: Workload, server: Workload) -> tuple[str, str] | No
     return None
 
 
-def _shown(workload: Workload) -> str:
+def _shown(workload: ManifestWorkload) -> str:
     return ", ".join(f"{name}: {count}" for name, count in workload.gpus.items()) or "no GPU"
 
 
@@ -108,7 +108,7 @@ def _shown(workload: Workload) -> str:
     consequence="a model server waits this long (30 s by default) for the place that the placeholder gives up",
     fix="set terminationGracePeriodSeconds: 0",
 )
-def _grace(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _grace(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.placeholders:
         seconds = integer(each.spec, "terminationGracePeriodSeconds")
         if seconds != 0:
@@ -129,7 +129,7 @@ def _buffers(manifests: Manifests) -> list[Located]:
     consequence="the overflow is kept twice, and paid twice",
     fix="keep the CapacityBuffer where the autoscaler knows it, else the placeholders",
 )
-def _buffer_and_placeholders(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _buffer_and_placeholders(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for buffer in _buffers(manifests):
         target = buffer_target(manifests, buffer)
         for each in manifests.placeholders:
@@ -137,7 +137,7 @@ def _buffer_and_placeholders(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(buffer, ("spec",), f"{each.object.name} keeps the same GPUs free")
 
 
-def buffer_target(manifests: Manifests, buffer: Located) -> Workload | None:
+def buffer_target(manifests: Manifests, buffer: Located) -> ManifestWorkload | None:
     """Return the workload or pod template that a CapacityBuffer keeps room for; None if it is not among the objects."""
     for key, kind in (("scalableRef", ""), ("podTemplateRef", "PodTemplate")):
         reference = mapping(buffer.data, "spec", key)
@@ -154,7 +154,7 @@ def buffer_target(manifests: Manifests, buffer: Located) -> Workload | None:
     consequence="schema and rules of the API accept it, but the autoscaler keeps nothing free",
     fix="set scalableRef to the Deployment, or podTemplateRef to a PodTemplate",
 )
-def _reference(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _reference(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for buffer in _buffers(manifests):
         set_ = [key for key in ("scalableRef", "podTemplateRef") if get(buffer.data, "spec", key)]
         if len(set_) != 1:
@@ -175,7 +175,7 @@ def _reference(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="Cluster Autoscaler takes the larger of both, Karpenter the smaller: the size depends on the cloud",
     fix="set replicas or percentage (percentage only with scalableRef), not both",
 )
-def _size(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _size(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for buffer in _buffers(manifests):
         spec = mapping(buffer.data, "spec")
         if "replicas" in spec and "percentage" in spec:
@@ -194,7 +194,7 @@ def _size(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the API server refuses the object, or no controller acts on it",
     fix="v1beta1 from Kubernetes 1.35 and for Karpenter, v1alpha1 only for Cluster Autoscaler of 1.34",
 )
-def _version(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _version(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     karpenter = any(each.api_version.startswith("karpenter.sh/") for each in manifests.of("NodePool"))
     for buffer in _buffers(manifests):
         version = buffer.api_version.rpartition("/")[2]

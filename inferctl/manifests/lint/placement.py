@@ -9,35 +9,11 @@ from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence
 from inferctl.manifests.kubernetes.labels import HOSTNAME, ZONE
 from inferctl.manifests.label_keys import CLIENT
 from inferctl.manifests.lint import pools
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import FieldPath
 
 _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
-# What happens if the kubelet cannot run a probe.
-_WITHOUT_PROBE = {
-    "startupProbe": "the pod never becomes ready",
-    "readinessProbe": "the pod never becomes ready",
-    "livenessProbe": "a server that hangs is not restarted",
-}
-
-
-@rule(
-    "selector-mismatch",
-    "error",
-    "placement",
-    finds="a selector that does not select the pods of its own template",
-    consequence="the API server refuses the object",
-    fix="use the same labels in spec.selector.matchLabels and spec.template.metadata.labels",
-)
-def _selector(manifests: Manifests, _: Context) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        selector = get(workload.object.data, "spec", "selector")
-        if workload.object.kind in ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet") and (
-            selector is not None and not selectors.matches(selector, workload.labels)
-        ):
-            labels = ", ".join(f"{key}={value}" for key, value in mapping(selector, "matchLabels").items())
-            yield Hit(workload.object, ("spec", "selector"), f"the template does not have the labels {labels}")
 
 
 @rule(
@@ -48,7 +24,7 @@ def _selector(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
     fix="use labels of the pod template",
 )
-def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _selects_nothing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy", "InferencePool"):
         path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
         selector = mapping(each.data, *path)
@@ -74,13 +50,11 @@ def _selects_nothing(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "port-name-unknown",
     "error",
     "placement",
-    finds="a targetPort of a Service, or a port of a probe, with a name that no port of the pods or of the container "
-    "has",
-    consequence="the Service has no endpoints for this port; a probe does not run, so the pod never becomes ready, or "
-    "is never restarted",
+    finds="a targetPort of a Service with a name that no port of the pods has",
+    consequence="the Service has no endpoints for this port: requests to it fail",
     fix="use the name of a port in ports of the container, or a number",
 )
-def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _port_names(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for service in manifests.of("Service"):
         known = [workload.port_names for workload in manifests.behind(service)]
         names = set().union(*(each for each in known if each))
@@ -88,18 +62,7 @@ def _port_names(manifests: Manifests, _: Context) -> Iterator[Hit]:
             target = get(port, "targetPort")
             if known and None not in known and isinstance(target, str) and target not in names:
                 what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
-                consequence = "the Service has no endpoints for this port: requests to it fail"
-                yield Hit(service, ("spec", "ports", index, "targetPort"), what, consequence=consequence)
-    for workload in manifests.workloads:
-        for each in workload.all_containers if workload.port_names is not None else ():
-            for probe, never in _WITHOUT_PROBE.items():
-                for handler in ("httpGet", "tcpSocket"):
-                    target = get(each.data, probe, handler, "port")
-                    if isinstance(target, str) and target not in each.port_names:
-                        what = f"container {each.name} has no port named {target!r}{_or(each.port_names)}"
-                        consequence = f"the kubelet cannot run the probe: {never}"
-                        path = (*each.path, probe, handler, "port")
-                        yield Hit(workload.object, path, what, consequence=consequence)
+                yield Hit(service, ("spec", "ports", index, "targetPort"), what)
 
 
 def _or(names: Iterable[str]) -> str:
@@ -113,11 +76,11 @@ def _or(names: Iterable[str]) -> str:
     "placement",
     finds="several pods of one workload, also in a rollout, that mount one claim with only ReadWriteOnce or "
     "ReadWriteOncePod",
-    consequence="pods on other nodes wait for ever for the volume; with ReadWriteOncePod, each pod but the first waits",
+    consequence="pods on other nodes wait forever for the volume; with ReadWriteOncePod, each pod but the first waits",
     fix="use a claim with ReadOnlyMany or ReadWriteMany, an image volume, a claim for each pod (volumeClaimTemplates), "
     "or for one replica the strategy Recreate",
 )
-def _one_node(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _one_node(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     claims = manifests.of("PersistentVolumeClaim")
     for workload in manifests.workloads:
         most = manifests.replicas(workload)[1] + manifests.surge(workload)
@@ -140,7 +103,7 @@ def _one_node(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="each replica needs its own node: the other slices of its GPU stay empty, or replicas stay pending",
     fix="use preferredDuringSchedulingIgnoredDuringExecution, or topologySpreadConstraints",
 )
-def _anti_affinity(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _anti_affinity(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     nodes = [*context.nodes, *manifests.of("Node")]
     for workload in manifests.model_servers:
         for index, term in enumerate(sequence(workload.spec, "affinity", "podAntiAffinity", _TERM)):
@@ -157,7 +120,7 @@ def _anti_affinity(manifests: Manifests, context: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({_is_share(workload)})")
 
 
-def _is_share(workload: Workload) -> str | None:
+def _is_share(workload: ManifestWorkload) -> str | None:
     """Return what says that a workload has a share of a GPU; None if it has whole ones."""
     for name in workload.gpus:
         if "/mig-" in name or name.endswith(".shared"):
@@ -174,7 +137,7 @@ def _is_share(workload: Workload) -> str | None:
     consequence="a rollout counts the pods of the old version too, so the new ones end up on one side",
     fix="add matchLabelKeys: [pod-template-hash]",
 )
-def _match_label_keys(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _match_label_keys(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
             if workload.object.kind == "Deployment" and "pod-template-hash" not in sequence(each, "matchLabelKeys"):
@@ -190,7 +153,7 @@ def _match_label_keys(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="zones whose nodes the pod does not tolerate count as empty, so pods wait for a place there",
     fix="add nodeTaintsPolicy: Honor",
 )
-def _taints_policy(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _taints_policy(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
             if get(each, "whenUnsatisfiable") != "ScheduleAnyway" and get(each, "nodeTaintsPolicy") != "Honor":
@@ -206,7 +169,7 @@ def _taints_policy(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="most requests cross zones: that costs money and a millisecond each way",
     fix="set trafficDistribution: PreferSameZone, or PreferClose before Kubernetes 1.34",
 )
-def _traffic(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _traffic(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for service in manifests.of("Service"):
         spread = [
             workload
@@ -234,7 +197,7 @@ def _traffic(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the pod stays pending",
     fix="use labels of the nodes: `kubectl get nodes --show-labels`",
 )
-def _no_node(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _no_node(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     nodes = [*context.nodes, *manifests.of("Node")]
     pools = manifests.of("NodePool")
     for workload in manifests.workloads:
@@ -259,7 +222,7 @@ def _no_node(manifests: Manifests, context: Context) -> Iterator[Hit]:
     consequence="the scheduler prefers to spread pods, but may put all of them into one zone, and it can fail",
     fix="add a topologySpreadConstraint with topologyKey: topology.kubernetes.io/zone",
 )
-def _one_zone(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _one_zone(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         spread = [get(each, "topologyKey") for each in sequence(workload.spec, "topologySpreadConstraints")]
         pinned = ZONE in workload.node_labels
@@ -269,7 +232,7 @@ def _one_zone(manifests: Manifests, _: Context) -> Iterator[Hit]:
                 yield Hit(workload.object, workload.spec_path, f"up to {most} replicas, and no spread over zones")
 
 
-def replicas_path(workload: Workload) -> FieldPath:
+def replicas_path(workload: ManifestWorkload) -> FieldPath:
     """Return the path of `spec.replicas`, or of `spec` if it is absent."""
     present = integer(workload.object.data, "spec", "replicas") is not None
     return ("spec", "replicas") if present else ("spec",)

@@ -9,12 +9,12 @@ from typing import Any
 from urllib.parse import quote
 
 import inferctl
-from inferctl.manifests.lint.finding import LESSONS, Finding, Rule
+from inferctl.manifests.lint.finding import LESSONS, LintFinding, Rule
 
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
-def log(findings: Sequence[Finding], rules: Sequence[Rule]) -> dict[str, Any]:
+def log(findings: Sequence[LintFinding], rules: Sequence[Rule]) -> dict[str, Any]:
     """Return the SARIF log of one run. `rules`: all rules that ran, also those without a finding."""
     numbers = {rule.id: number for number, rule in enumerate(rules)}
     return {
@@ -47,7 +47,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
     }
 
 
-def _result(finding: Finding, number: int) -> dict[str, Any]:
+def _result(finding: LintFinding, number: int) -> dict[str, Any]:
     location: dict[str, Any] = {
         "logicalLocations": [{"fullyQualifiedName": f"{finding.object}/{finding.field}", "kind": "member"}]
     }

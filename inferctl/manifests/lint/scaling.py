@@ -8,8 +8,8 @@ from typing import Any
 
 from inferctl.manifests import versions
 from inferctl.manifests.kubernetes.fields import as_float, get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Manifests, Workload, same_namespace
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.lint.placement import replicas_path
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -65,7 +65,7 @@ def _metrics(autoscaler: Located) -> list[tuple[FieldPath, str]]:
     consequence="they set the number of replicas in turns, and the workload swings between both",
     fix="keep one: a ScaledObject makes its own HPA, and can have several triggers",
 )
-def _two(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _two(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         found = manifests.autoscalers_of(workload)
         if len(found) > 1:
@@ -81,7 +81,7 @@ def _two(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="each apply sets the number of replicas back, at peak too",
     fix="remove spec.replicas",
 )
-def _replicas(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _replicas(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if replicas_path(workload) == ("spec", "replicas") and (found := manifests.autoscalers_of(workload)):
             count = get(workload.object.data, "spec", "replicas")
@@ -97,7 +97,7 @@ def _replicas(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="nothing is scaled, and only the status of the autoscaler says so",
     fix="correct kind and name in scaleTargetRef",
 )
-def _target(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _target(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         scalable = [w for w in manifests.workloads if w.object.kind in ("Deployment", "StatefulSet")]
         reference = mapping(each.data, "spec", "scaleTargetRef")
@@ -115,7 +115,7 @@ def _target(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="schemas accept it, the API server refuses it",
     fix="set minReplicas: 1, or use a KEDA ScaledObject with minReplicaCount: 0",
 )
-def _zero(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _zero(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for each in manifests.of("HorizontalPodAutoscaler"):
         if integer(each.data, "spec", "minReplicas") != 0:
             continue
@@ -134,7 +134,7 @@ def _zero(manifests: Manifests, context: Context) -> Iterator[Hit]:
     consequence="the default is 0: the last replica ends when it is idle, and the next request waits for a cold start",
     fix="set minReplicaCount, to 0 only if a cold start is acceptable",
 )
-def _minimum(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _minimum(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         if integer(each.data, "spec", "minReplicaCount") is None:
             yield Hit(each, ("spec",), "no minReplicaCount")
@@ -148,7 +148,7 @@ def _minimum(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the default is 100 replicas: a wrong query can order 100 GPUs",
     fix="set maxReplicaCount to what the region can get and the budget pays",
 )
-def _maximum(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _maximum(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         if integer(each.data, "spec", "maxReplicaCount") is None:
             yield Hit(each, ("spec",), "no maxReplicaCount")
@@ -162,7 +162,7 @@ def _maximum(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="no data counts as 0: if Prometheus loses the servers at peak, KEDA scales them in",
     fix='set ignoreNullValues: "false" in the metadata of the trigger',
 )
-def _null_values(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _null_values(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         for path, trigger in _triggers(each):
             value = get(trigger, "metadata", "ignoreNullValues")
@@ -179,7 +179,7 @@ def _null_values(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "overrides the triggers that still work",
     fix="set fallback: {failureThreshold: 3, replicas: N, behavior: currentReplicasIfHigher}",
 )
-def _fallback(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _fallback(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         triggers = [trigger for _, trigger in _triggers(each)]
         fallback = mapping(each.data, "spec", "fallback")
@@ -197,7 +197,7 @@ def _fallback(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="the schema accepts it; KEDA makes no HPA, so nothing is scaled",
     fix="correct the trigger; all values in metadata are strings",
 )
-def _trigger(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _trigger(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         for path, trigger in _triggers(each):
             kind, metadata = text(trigger, "type"), mapping(trigger, "metadata")
@@ -220,7 +220,7 @@ def _trigger(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "on MIG slices",
     fix="scale on offered tokens per second over the measured rate, and on queued tokens",
 )
-def _utilization(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _utilization(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         for path, words in _metrics(each):
             if found := _GPU_METRIC.search(words):
@@ -238,7 +238,7 @@ def _utilization(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="CPU and memory of a GPU server hardly follow its load: it scales too late, or never back",
     fix="scale on offered tokens per second over the measured rate, and on queued tokens",
 )
-def _cpu(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _cpu(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         workload = manifests.target(each)
         if workload is None or not workload.gpus:
@@ -257,7 +257,7 @@ def _cpu(manifests: Manifests, _: Context) -> Iterator[Hit]:
     "of our simulation, 1 with the rate as a second trigger)",
     fix="add the offered rate over the measured rate as a second trigger; the larger one wins",
 )
-def _backlog(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _backlog(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         metrics = _metrics(each)
         if metrics and all(_BACKLOG.search(words) and not _RATE.search(words) for _, words in metrics):
@@ -279,7 +279,7 @@ def _short(words: str) -> str:
     consequence="Karpenter starts no more nodes, and replicas stay pending at peak or in a rollout",
     fix="raise spec.limits of the NodePool, or lower the highest number of replicas",
 )
-def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _pool_limits(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     pools = [each for each in manifests.of("NodePool") if each.api_version.startswith("karpenter.sh/")]
     servers = [each for each in manifests.model_servers if any(_may_start(pool, each) for pool in pools)]
     names = {name for each in servers for name in each.gpus}
@@ -293,7 +293,7 @@ def _pool_limits(manifests: Manifests, _: Context) -> Iterator[Hit]:
             yield Hit(pools[0], ("spec", "limits", name), what)
 
 
-def _may_start(pool: Located, server: Workload) -> bool:
+def _may_start(pool: Located, server: ManifestWorkload) -> bool:
     """Return whether nodes of a NodePool can have the labels that the pods of a server require."""
     labels = mapping(pool.data, "spec", "template", "metadata", "labels")
     return all(str(labels[key]) in allowed for key, allowed in server.node_labels.items() if key in labels)
@@ -307,7 +307,7 @@ def _may_start(pool: Located, server: Workload) -> bool:
     consequence="a wrong autoscaler or a loop of failing pods can order nodes without end",
     fix="set spec.limits, for GPUs too: {nvidia.com/gpu: 8}",
 )
-def _pool_without_limit(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _pool_without_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for pool in manifests.of("NodePool"):
         if pool.api_version.startswith("karpenter.sh/") and not mapping(pool.data, "spec", "limits"):
             yield Hit(pool, ("spec",), "no spec.limits")
@@ -321,7 +321,7 @@ def _pool_without_limit(manifests: Manifests, _: Context) -> Iterator[Hit]:
     consequence="a pause in the traffic ends replicas whose cold start takes minutes; the next request waits for them",
     fix="set behavior.scaleDown.stabilizationWindowSeconds to 300 or more (the default), at least one cold start",
 )
-def _window(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _window(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     cold = max((each.load_s or 0 for each in context.models), default=0)
     for each in manifests.autoscalers:
         prefix: FieldPath = ("spec",)

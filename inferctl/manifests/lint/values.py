@@ -7,8 +7,8 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import as_float, integer, is_extended, mapping, sequence, text
-from inferctl.manifests.lint.finding import Context, Hit, rule
-from inferctl.manifests.lint.manifests import Manifests, Workload
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import FieldPath
 
 _ENUMS = {
@@ -36,7 +36,7 @@ _CORE = ("v1", "apps/v1", "batch/v1", "policy/v1", "scheduling.k8s.io/v1")
     consequence="the API server refuses the object",
     fix="correct the value",
 )
-def _values(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _values(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for each in manifests.objects:
         if each.api_version in _CORE:
             for path, what in _bad(each.data, ()):
@@ -91,7 +91,7 @@ def _above_limit(name: str, number: float, limits: Mapping[str, Any]) -> str | N
     return f"{name}: the request is above the limit {limits[name]}" if limit is not None and number > limit else None
 
 
-def _mounts(workload: Workload) -> Iterator[tuple[FieldPath, str]]:
+def _mounts(workload: ManifestWorkload) -> Iterator[tuple[FieldPath, str]]:
     """Yield the path and the description of each mount of a volume that the pod does not have."""
     claims = sequence(workload.object.data, "spec", "volumeClaimTemplates")
     known = {text(each, "name") for each in sequence(workload.spec, "volumes")}
@@ -112,7 +112,7 @@ def _mounts(workload: Workload) -> Iterator[tuple[FieldPath, str]]:
     "start, and such a request keeps nothing free",
     fix="add a unit, such as Mi or Gi",
 )
-def _too_small(manifests: Manifests, _: Context) -> Iterator[Hit]:
+def _too_small(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     for workload in manifests.workloads:
         places = [(workload.spec_path, workload.spec), *((each.path, each.data) for each in workload.all_containers)]
         for path, data in places:

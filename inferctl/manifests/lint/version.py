@@ -1,4 +1,4 @@
-"""Rules on versions: fields that a version of Kubernetes has not switched on, and APIs that it has removed."""
+"""Rules on versions: fields that a version of Kubernetes has not switched on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from inferctl.manifests import versions
 from inferctl.manifests.kubernetes.fields import get, mapping, sequence
-from inferctl.manifests.lint.finding import Context, Hit, rule
+from inferctl.manifests.lint.finding import Hit, LintContext, rule
 from inferctl.manifests.lint.manifests import Manifests
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -21,7 +21,7 @@ _DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "Resource
     consequence="schemas accept it; the API server drops the field or refuses the object",
     fix="use the alternative, or a newer version of Kubernetes",
 )
-def _fields(manifests: Manifests, context: Context) -> Iterator[Hit]:
+def _fields(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     for each, path, feature in _used(manifests):
         known = versions.FEATURES[feature]
         if not known.works(context.minor):
@@ -59,21 +59,3 @@ def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
             yield each, ("spec", "extendedResourceName"), "dra-extended-resource"
         if each.kind == "DeviceTaintRule":
             yield each, ("kind",), "dra-device-taints"
-
-
-@rule(
-    "removed-api",
-    "error",
-    "versions",
-    finds="an apiVersion that current versions of Kubernetes do not serve",
-    consequence="validators only warn that they have no schema; the API server refuses the object",
-    fix="use the apiVersion that replaced it",
-)
-def _removed(manifests: Manifests, context: Context) -> Iterator[Hit]:
-    for each in manifests.objects:
-        kinds, replacement = versions.REMOVED.get(each.api_version, ((), ""))
-        if replacement and (not kinds or each.kind in kinds):
-            yield Hit(each, ("apiVersion",), f"{each.api_version} is no longer served", fix=f"use {replacement}")
-        elif each.api_version in ("resource.k8s.io/v1beta1", "resource.k8s.io/v1beta2") and context.minor >= 34:
-            what = f"{each.api_version} of DRA is deprecated, and 1.{context.minor} has v1"
-            yield Hit(each, ("apiVersion",), what, level="warning", fix="use resource.k8s.io/v1")

@@ -8,7 +8,7 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import fields, resources, selectors
 from inferctl.manifests.kubernetes.taints import Taint, tolerates
-from inferctl.manifests.preview.cluster import Cluster, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Pod
 
 # The classes that every cluster has.
 _SYSTEM_CLASSES = {"system-cluster-critical": 2_000_000_000, "system-node-critical": 2_000_001_000}
@@ -78,7 +78,7 @@ def _named(objects: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: 
     return next((each for each in objects.get(kind, ()) if fields.text(each, "metadata", "name") == name), None)
 
 
-def refusal(cluster: Cluster, pod: Pod) -> str | None:
+def refusal(cluster: ClusterState, pod: Pod) -> str | None:
     """Return why the API server refuses `pod`, which is not part of `cluster` yet; None if it accepts it."""
     if invalid := _invalid(pod):
         return invalid
@@ -112,7 +112,7 @@ def _invalid(pod: Pod) -> str | None:
     return None
 
 
-def _exceeded(cluster: Cluster, quota: Mapping[str, Any], pod: Pod) -> str | None:
+def _exceeded(cluster: ClusterState, quota: Mapping[str, Any], pod: Pod) -> str | None:
     hard = hard_limits(quota)
     if missing := [name for name in _MUST_STATE if name in hard and not _stated(pod, name)]:
         return f"a container does not state {', '.join(missing)}"
@@ -139,8 +139,8 @@ def _amounts(values: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def used_of(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
-    """Return what counts towards a quota in the present state of `cluster`."""
+def used_of(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
+    """Return what counts toward a quota in the present state of `cluster`."""
     total: Counter[str] = Counter(cluster.quota_usage.get(fields.key_of(quota), {}))
     for pod in cluster.pods():
         if pod.charged and _applies(quota, pod):
@@ -148,7 +148,7 @@ def used_of(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
     return dict(total)
 
 
-def unlisted_usage(cluster: Cluster, quota: Mapping[str, Any]) -> dict[str, int]:
+def unlisted_usage(cluster: ClusterState, quota: Mapping[str, Any]) -> dict[str, int]:
     """Return what the status of a quota counts more than the pods of `cluster`, such as pods that are not listed."""
     status, known = _amounts(fields.mapping(quota, "status", "used")), used_of(cluster, quota)
     return {name: amount - known.get(name, 0) for name, amount in status.items() if amount > known.get(name, 0)}

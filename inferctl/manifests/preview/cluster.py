@@ -47,7 +47,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SpreadConstraint:
     """A topology spread constraint with `DoNotSchedule`."""
 
     key: str
@@ -126,10 +126,10 @@ class Pod:
         return Term(fields.text(term, "topologyKey"), selectors.Selector(pods), frozenset(namespaces), selector)
 
     @cached_property
-    def spread(self) -> list[Spread]:
+    def spread(self) -> list[SpreadConstraint]:
         """The topology spread constraints that are filters."""
         return [
-            Spread(
+            SpreadConstraint(
                 fields.text(each, "topologyKey"),
                 fields.integer(each, "maxSkew", default=1),
                 fields.integer(each, "minDomains", default=1),
@@ -169,7 +169,7 @@ class Pod:
 
 
 @dataclass
-class Cluster:
+class ClusterState:
     """The state of one cluster, which the simulation changes.
 
     `pods` has pods with and without a node, without those that have finished. `objects` has objects of other kinds by
@@ -247,9 +247,9 @@ class Cluster:
         for pods in self._on.values():
             yield from pods
 
-    def copy(self) -> Cluster:
+    def copy(self) -> ClusterState:
         """Return a copy that can change on its own. Nodes and other objects, which do not change, are shared."""
-        found = Cluster(self.name, dict(self.nodes), self.objects, self.quota_usage, self.margins)
+        found = ClusterState(self.name, dict(self.nodes), self.objects, self.quota_usage, self.margins)
         for pod in self.pods():
             found.add(copy.copy(pod))
         return found

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from inferctl.manifests.kubernetes import fields
 from inferctl.manifests.kubernetes.labels import REGION, ZONE
 from inferctl.manifests.preview import admission, simulation
-from inferctl.manifests.preview.cluster import Cluster, Pod
-from inferctl.manifests.preview.simulation import Attempt, Outcome
-from inferctl.manifests.preview.workloads import Workload, serving
+from inferctl.manifests.preview.cluster import ClusterState, Pod
+from inferctl.manifests.preview.simulation import Attempt, SimulationResult
+from inferctl.manifests.preview.workloads import SimulatedDeployment, serving
 
 # Until the controller manager marks a silent node as lost: --node-monitor-grace-period, 50 s from 1.32.
 DETECTION_S = 50
@@ -83,9 +83,9 @@ class Rates:
         return (cluster, pod.owner) in self.values
 
 
-def rates(outcomes: Sequence[Outcome]) -> list[Rates]:
+def rates(outcomes: Sequence[SimulationResult]) -> list[Rates]:
     """Return the rates of each model."""
-    models: dict[str, list[tuple[str, Workload]]] = {}
+    models: dict[str, list[tuple[str, SimulatedDeployment]]] = {}
     for outcome in outcomes:
         for model, workloads in serving(outcome.workloads).items():
             models.setdefault(model, []).extend((outcome.cluster.name, each) for each in workloads)
@@ -102,7 +102,7 @@ def rates(outcomes: Sequence[Outcome]) -> list[Rates]:
     return found
 
 
-def run(outcomes: Sequence[Outcome]) -> list[Loss]:
+def run(outcomes: Sequence[SimulationResult]) -> list[Loss]:
     """Return the losses of each node, zone, region and cluster in which pods of models run.
 
     A lost node or zone concerns its cluster: its capacity is compared with the cluster's part of the peak, since
@@ -126,7 +126,7 @@ def run(outcomes: Sequence[Outcome]) -> list[Loss]:
     return losses
 
 
-def _alike(cluster: Cluster) -> list[list[str]]:
+def _alike(cluster: ClusterState) -> list[list[str]]:
     """Return the nodes with pods of the preview, in groups that differ only by name: the loss of each is the same."""
     groups: dict[object, list[str]] = {}
     keys = _asked(cluster)
@@ -140,7 +140,7 @@ def _alike(cluster: Cluster) -> list[list[str]]:
     return list(groups.values())[:MAX_NODES]
 
 
-def _asked(cluster: Cluster) -> set[str]:
+def _asked(cluster: ClusterState) -> set[str]:
     """Return the labels of nodes that a pod or a volume asks for. Others, such as serial numbers, change nothing."""
     keys = {ZONE, REGION}
     for pod in cluster.pods():
@@ -162,7 +162,7 @@ def _in_terms(selector: Mapping[str, object]) -> set[str]:
     return {fields.text(each, "key") for term in terms for each in fields.items(term, "matchExpressions")}
 
 
-def _zones(cluster: Cluster) -> dict[str, list[str]]:
+def _zones(cluster: ClusterState) -> dict[str, list[str]]:
     zones: dict[str, list[str]] = {}
     for name, node in cluster.nodes.items():
         if node.zone:
@@ -170,15 +170,17 @@ def _zones(cluster: Cluster) -> dict[str, list[str]]:
     return dict(sorted(zones.items()))
 
 
-def _regions(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    found: dict[str, list[Outcome]] = {}
+def _regions(outcomes: Sequence[SimulationResult]) -> dict[str, list[SimulationResult]]:
+    found: dict[str, list[SimulationResult]] = {}
     for outcome in outcomes:
         for name in {node.labels.get(REGION, "") for node in outcome.cluster.nodes.values()} - {""}:
             found.setdefault(name, []).append(outcome)
     return found
 
 
-def _lose_nodes(outcome: Outcome, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]) -> list[Loss]:
+def _lose_nodes(
+    outcome: SimulationResult, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
+) -> list[Loss]:
     cluster = outcome.cluster.copy()
     name = cluster.name
     lost = cluster.lose(names)
@@ -233,7 +235,11 @@ def _covered_s(waiting: Sequence[Attempt], added: Sequence[Attempt]) -> float | 
 
 
 def _lose_clusters(
-    lost: Sequence[Outcome], outcomes: Sequence[Outcome], models: Sequence[Rates], scope: str, place: str
+    lost: Sequence[SimulationResult],
+    outcomes: Sequence[SimulationResult],
+    models: Sequence[Rates],
+    scope: str,
+    place: str,
 ) -> list[Loss]:
     """Return the losses of whole clusters. Their traffic goes to the other ones, which add pods for it."""
     rest = [each for each in outcomes if each not in lost]
@@ -262,17 +268,17 @@ def _lose_clusters(
     return losses
 
 
-def _factor(model: str, rest: Sequence[Outcome], outcomes: Sequence[Outcome]) -> float:
+def _factor(model: str, rest: Sequence[SimulationResult], outcomes: Sequence[SimulationResult]) -> float:
     """Return by how much the peak of a model grows in the clusters that are left."""
     before, after = _demand(model, outcomes), _demand(model, rest)
     return before / after if after else 1.0
 
 
-def _demand(model: str, outcomes: Sequence[Outcome]) -> float:
+def _demand(model: str, outcomes: Sequence[SimulationResult]) -> float:
     return sum(each.demand or 0.0 for each in rates(outcomes) if each.model == model)
 
 
-def _grow(outcome: Outcome, more: Mapping[str, float]) -> list[Attempt]:
+def _grow(outcome: SimulationResult, more: Mapping[str, float]) -> list[Attempt]:
     """Return the new pods of a cluster if the peaks of its models grow by the factors `more`."""
     queue = [replace(each, peak=each.peak * more.get(each.model, 1.0)) if each.peak else each for each in outcome.queue]
     return simulation.fill(outcome.cluster.copy(), queue)
@@ -284,15 +290,15 @@ def _started_s(starts: Sequence[float | None]) -> float | None:
     return AUTOSCALER_S + max(known) if known and len(known) == len(starts) else None
 
 
-def _pods(outcome: Outcome, model: Rates) -> list[Pod]:
+def _pods(outcome: SimulationResult, model: Rates) -> list[Pod]:
     return [pod for _, pod in outcome.cluster.bound() if model.owns(outcome.cluster.name, pod)]
 
 
-def _serving(outcomes: Sequence[Outcome], model: Rates) -> float:
+def _serving(outcomes: Sequence[SimulationResult], model: Rates) -> float:
     return sum(model.of(each.cluster.name, _pods(each, model)) for each in outcomes)
 
 
-def _replace(cluster: Cluster, workloads: Sequence[Workload], lost: Sequence[Pod]) -> list[Attempt]:
+def _replace(cluster: ClusterState, workloads: Sequence[SimulatedDeployment], lost: Sequence[Pod]) -> list[Attempt]:
     """Place a new pod for each lost one, higher priority first, and the pods that these evict."""
     found = {each.key: each for each in workloads}
     owned = sorted((pod for pod in lost if pod.owner in found), key=lambda pod: -pod.priority)
@@ -331,7 +337,7 @@ def _ready_s(pods: Sequence[tuple[Pod, float | None]]) -> float | None:
 
 
 def eviction_s(pod: Pod) -> float | None:
-    """Return how long a pod stays on a node that is marked as lost: the tolerationSeconds; None for ever."""
+    """Return how long a pod stays on a node that is marked as lost: the tolerationSeconds; None forever."""
     seconds = []
     for toleration in pod.tolerations:
         key, effect = fields.text(toleration, "key"), fields.text(toleration, "effect")

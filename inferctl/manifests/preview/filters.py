@@ -13,7 +13,7 @@ from inferctl.manifests.kubernetes import fields, selectors
 from inferctl.manifests.kubernetes.labels import MIG_STATE
 from inferctl.manifests.kubernetes.taints import UNSCHEDULABLE, tolerates, untolerated
 from inferctl.manifests.preview import volumes
-from inferctl.manifests.preview.cluster import Cluster, Node, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Node, Pod
 from inferctl.manifests.preview.topology import View, affinity_violation, spread_violation, view
 
 
@@ -29,13 +29,13 @@ class Reason:
     resolvable: bool = False
 
 
-def feasible(cluster: Cluster, pod: Pod) -> dict[str, list[Reason]]:
+def feasible(cluster: ClusterState, pod: Pod) -> dict[str, list[Reason]]:
     """Return, for each node, the reasons why `pod` cannot run there; none for a feasible node."""
     seen = view(pod, cluster)
     return {name: reasons(cluster, pod, name, seen) for name in cluster.nodes}
 
 
-def reasons(cluster: Cluster, pod: Pod, name: str, seen: View | None = None) -> list[Reason]:
+def reasons(cluster: ClusterState, pod: Pod, name: str, seen: View | None = None) -> list[Reason]:
     """Return why `pod` cannot run on the node. `seen`: the counts of other pods in the present state, if known.
 
     Pods of equal or higher priority that are nominated to the node hold their place: the filters must pass with them
@@ -59,19 +59,19 @@ def reasons(cluster: Cluster, pod: Pod, name: str, seen: View | None = None) -> 
     return _check(cluster, pod, cluster.nodes[name], seen or view(pod, cluster))
 
 
-def _assume(cluster: Cluster, pod: Pod, node: str) -> None:
+def _assume(cluster: ClusterState, pod: Pod, node: str) -> None:
     cluster.remove(pod)
     pod.node = node
     cluster.add(pod)
 
 
-def _forget(cluster: Cluster, pod: Pod, node: str) -> None:
+def _forget(cluster: ClusterState, pod: Pod, node: str) -> None:
     cluster.remove(pod)
     pod.node = None
     cluster.add(pod)
 
 
-def _check(cluster: Cluster, pod: Pod, node: Node, seen: View) -> list[Reason]:
+def _check(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> list[Reason]:
     if gates := fields.items(pod.spec, "schedulingGates"):
         return [Reason("SchedulingGates", f"waits for its gate {fields.text(gates[0], 'name')}")]
     if (name := fields.text(pod.spec, "nodeName")) and name != node.name:
@@ -82,29 +82,29 @@ def _check(cluster: Cluster, pod: Pod, node: Node, seen: View) -> list[Reason]:
     return [replace(reason, resolvable=False) for reason in found] if name else found
 
 
-def _unschedulable(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _unschedulable(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     if node.unschedulable and not tolerates(pod.tolerations, UNSCHEDULABLE):
         yield Reason("NodeUnschedulable", "is cordoned")
 
 
-def _taints(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _taints(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     if taint := untolerated(pod.tolerations, node.taints):
         yield Reason("TaintToleration", f"taint {taint} is not tolerated")
 
 
-def _affinity(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _affinity(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     if not selectors.node_matches(pod.spec, node.name, node.labels):
         yield Reason("NodeAffinity", "; or ".join(selectors.unmet(pod.spec, node.name, node.labels)))
 
 
-def _ports(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _ports(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     for port in pod.host_ports:
         holder = next((o for o in cluster.on(node.name) if any(port.conflicts(held) for held in o.host_ports)), None)
         if holder:
             yield Reason("NodePorts", f"host port {port.number} is used by {holder.name}", resolvable=True)
 
 
-def _resources(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _resources(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     most, running = node.allocatable.get("pods", 0), len(cluster.on(node.name))
     if running + 1 > most:
         yield Reason("NodeResourcesFit", f"has {running} pods of at most {most}", resolvable=most > 0)
@@ -117,22 +117,22 @@ def _resources(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[R
             yield Reason("NodeResourcesFit", what if total else f"has no {name}", resolvable=amount <= total)
 
 
-def _volumes(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _volumes(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     for plugin, text in volumes.problems(cluster, pod, node):
         yield Reason(plugin, text)
 
 
-def _spread(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _spread(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     if found := spread_violation(seen, node):
         yield Reason("PodTopologySpread", *found)
 
 
-def _pods(cluster: Cluster, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
+def _pods(cluster: ClusterState, pod: Pod, node: Node, seen: View) -> Iterator[Reason]:
     if found := affinity_violation(seen, node):
         yield Reason("InterPodAffinity", *found)
 
 
-_FILTERS: tuple[Callable[[Cluster, Pod, Node, View], Iterator[Reason]], ...] = (
+_FILTERS: tuple[Callable[[ClusterState, Pod, Node, View], Iterator[Reason]], ...] = (
     _unschedulable,
     _taints,
     _affinity,

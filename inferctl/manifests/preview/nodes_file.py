@@ -14,7 +14,7 @@ from inferctl.manifests import manifests_file
 from inferctl.manifests.kubernetes import fields, taints
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import admission, node_groups, preemption
-from inferctl.manifests.preview.cluster import Cluster, Node, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Node, Pod
 
 _FINISHED = ("Succeeded", "Failed")
 _SMALLER = (
@@ -41,7 +41,9 @@ _READ = (
 )
 
 
-def read(paths: Sequence[Path], manifests: Mapping[str, Sequence[Located]] | Sequence[Located] = ()) -> list[Cluster]:
+def read(
+    paths: Sequence[Path], manifests: Mapping[str, Sequence[Located]] | Sequence[Located] = ()
+) -> list[ClusterState]:
     """Return the clusters of nodes files.
 
     The nodes of a group in the short form belong to the cluster that it names, everything else to the cluster named as
@@ -88,7 +90,7 @@ def _file(path: Path) -> dict[str, list[Located]]:
     return groups
 
 
-def of_objects(name: str, located: Sequence[Located]) -> Cluster:
+def of_objects(name: str, located: Sequence[Located]) -> ClusterState:
     """Return a cluster of Kubernetes objects: nodes, pods and what limits them. Raises `SpecError`."""
     objects: dict[str, list[Mapping[str, Any]]] = {}
     for each in located:
@@ -96,7 +98,7 @@ def of_objects(name: str, located: Sequence[Located]) -> Cluster:
             # The same object in the cluster and in the manifests: the manifests come later and win.
             same = [o for o in objects.get(each.kind, []) if fields.key_of(o) != fields.key_of(each.data)]
             objects[each.kind] = [*same, _with_status(each.data, objects.get(each.kind, []))]
-    cluster = Cluster(name, {}, objects)
+    cluster = ClusterState(name, {}, objects)
     nodes = [each for each in located if each.kind == "Node"]
     pods = [
         each for each in located if each.kind == "Pod" and fields.text(each.data, "status", "phase") not in _FINISHED

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferctl.manifests.kubernetes import fields, selectors
-from inferctl.manifests.preview.cluster import Cluster, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Pod
 from inferctl.manifests.preview.filters import Reason, reasons
 from inferctl.manifests.preview.topology import View, is_counted, view
 
@@ -28,7 +28,7 @@ class Candidate:
 Budget = tuple[Mapping[str, Any], int]
 
 
-def ineligible(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> str | None:
+def ineligible(cluster: ClusterState, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> str | None:
     """Return why `pod` may not preempt at all; None if it may. `found`: why each node is not feasible."""
     if not pod.preempts:
         return "preemptionPolicy is Never"
@@ -44,7 +44,7 @@ def ineligible(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]
     return None
 
 
-def candidates(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> list[Candidate]:
+def candidates(cluster: ClusterState, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> list[Candidate]:
     """Return the nodes on which evictions make room for `pod`, best first. `found`: why each node is not feasible.
 
     The scheduler takes the first. With over 100 nodes it looks at a part of them only, beginning at a random one.
@@ -59,7 +59,7 @@ def candidates(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]
     return sorted(options, key=_preference)
 
 
-def best(cluster: Cluster, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> list[Candidate]:
+def best(cluster: ClusterState, pod: Pod, found: Mapping[str, Sequence[Reason]]) -> list[Candidate]:
     """Return the candidate that the scheduler prefers; several if it has no preference among them."""
     options = candidates(cluster, pod, found)
     return [each for each in options if _preference(each) == _preference(options[0])]
@@ -79,7 +79,7 @@ def _preference(candidate: Candidate) -> tuple[float, ...]:
     )
 
 
-def _victims(cluster: Cluster, pod: Pod, node: str, budgets: Sequence[Budget], seen: View) -> Candidate | None:
+def _victims(cluster: ClusterState, pod: Pod, node: str, budgets: Sequence[Budget], seen: View) -> Candidate | None:
     """Return the fewest evictions that make room on `node`; None if even evicting all lower pods does not.
 
     All pods of lower priority are removed, then put back from the most important one while `pod` still fits. `seen`:
@@ -136,7 +136,7 @@ def _by_budget(budgets: Sequence[Budget], pods: Sequence[Pod]) -> tuple[list[Pod
     return protected, others
 
 
-def _allowed(cluster: Cluster, budget: Mapping[str, Any]) -> int:
+def _allowed(cluster: ClusterState, budget: Mapping[str, Any]) -> int:
     """Return how many pods may go: what its status says, and what has changed since; without a status, what it has."""
     stated, now = fields.get(budget, "status", "disruptionsAllowed"), margin(cluster, budget)
     if isinstance(stated, int):
@@ -144,7 +144,7 @@ def _allowed(cluster: Cluster, budget: Mapping[str, Any]) -> int:
     return max(0, now)
 
 
-def margin(cluster: Cluster, budget: Mapping[str, Any]) -> int:
+def margin(cluster: ClusterState, budget: Mapping[str, Any]) -> int:
     """Return by how many pods with a node a budget is above its minimum, or below it."""
     selector, namespace = fields.optional(budget, "spec", "selector"), fields.namespace_of(budget)
     pods = [pod for pod in cluster.pods() if pod.namespace == namespace and selectors.matches(selector, pod.labels)]

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.labels import POD_TEMPLATE_HASH
 from inferctl.manifests.preview import admission, filters, preemption
-from inferctl.manifests.preview.cluster import Cluster, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Pod
 from inferctl.manifests.preview.filters import Reason
 from inferctl.manifests.preview.preemption import Candidate
-from inferctl.manifests.preview.workloads import Workload, serving
+from inferctl.manifests.preview.workloads import SimulatedDeployment, serving
 
 # More pods than the largest cluster that Kubernetes supports has nodes and pods for.
 MAX_REPLICAS = 150_000
@@ -33,7 +33,7 @@ class Attempt:
     is where the simulation put the pod, None if it waits or is `refused`.
     """
 
-    workload: Workload
+    workload: SimulatedDeployment
     pod: Pod
     refused: str | None = None
     reasons: Mapping[str, Sequence[Reason]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Attempt:
 
 
 @dataclass
-class Outcome:
+class SimulationResult:
     """A cluster at the peak. `rest` and `spike` are the new pods up to the least replicas, and then up to the peak.
 
     `first` are pods that the first apply starts in addition, and that an autoscaler removes before the spike.
@@ -58,9 +58,9 @@ class Outcome:
     could be placed elsewhere, `waiting` those that could not.
     """
 
-    cluster: Cluster
-    workloads: Sequence[Workload]
-    queue: Sequence[Workload]
+    cluster: ClusterState
+    workloads: Sequence[SimulatedDeployment]
+    queue: Sequence[SimulatedDeployment]
     existing: Mapping[str, int]
     rest: list[Attempt]
     first: list[Attempt]
@@ -69,7 +69,7 @@ class Outcome:
     waiting: list[Pod]
 
 
-def run(cluster: Cluster, workloads: Sequence[Workload]) -> Outcome:
+def run(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> SimulationResult:
     """Place the pods of `workloads` at rest and at the peak. Changes `cluster`. Raises `ValueError` for a bad quantity.
 
     Pods of these Deployments that already run in the cluster stay, and count as replicas.
@@ -84,17 +84,17 @@ def run(cluster: Cluster, workloads: Sequence[Workload]) -> Outcome:
     evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
     again = settle(cluster, evicted)
     waiting = [pod for pod in cluster.waiting() if pod in evicted]
-    return Outcome(cluster, workloads, ordered, existing, rest, first, spike, again, waiting)
+    return SimulationResult(cluster, workloads, ordered, existing, rest, first, spike, again, waiting)
 
 
-def _first(cluster: Cluster, workloads: Sequence[Workload]) -> list[Attempt]:
+def _first(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> list[Attempt]:
     """Return the pods above the least replicas that the first apply of `workloads` starts. Leaves `cluster` alone."""
     more = [each for each in workloads if each.initial > each.least]
     trial = cluster.copy() if more else cluster
     return [attempt for each in more for attempt in scale(trial, each, each.initial)]
 
 
-def fill(cluster: Cluster, workloads: Sequence[Workload]) -> list[Attempt]:
+def fill(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> list[Attempt]:
     """Scale `workloads`, in this order, to what the peak needs, else to their most, and place the new pods.
 
     The first Deployment of a model takes what it can. What its pods with a node do not serve is left to the next one,
@@ -120,7 +120,7 @@ def fill(cluster: Cluster, workloads: Sequence[Workload]) -> list[Attempt]:
     return attempts
 
 
-def adopt(cluster: Cluster, workload: Workload) -> int:
+def adopt(cluster: ClusterState, workload: SimulatedDeployment) -> int:
     """Mark the pods of `workload` that are in the cluster, and return their number."""
     count = 0
     for pod in cluster.pods():
@@ -130,7 +130,7 @@ def adopt(cluster: Cluster, workload: Workload) -> int:
     return count
 
 
-def _like_running(cluster: Cluster, workload: Workload) -> Workload:
+def _like_running(cluster: ClusterState, workload: SimulatedDeployment) -> SimulatedDeployment:
     """Return `workload` with the template hash of its newest pods: they stay, and its new pods are like them.
 
     Without running pods, all new ones have the same value.
@@ -140,7 +140,7 @@ def _like_running(cluster: Cluster, workload: Workload) -> Workload:
     return replace(workload, labels={**workload.labels, POD_TEMPLATE_HASH: max(hashes)[1] if hashes else "preview"})
 
 
-def new_pod(cluster: Cluster, workload: Workload, index: int) -> Pod:
+def new_pod(cluster: ClusterState, workload: SimulatedDeployment, index: int) -> Pod:
     """Return pod number `index` of `workload`. Raises `ValueError` for an invalid quantity."""
     name = f"{workload.name}-{index + 1}"
     pod = admission.admitted(cluster.objects, workload.namespace, name, workload.labels, workload.spec)
@@ -148,7 +148,7 @@ def new_pod(cluster: Cluster, workload: Workload, index: int) -> Pod:
     return pod
 
 
-def scale(cluster: Cluster, workload: Workload, replicas: int) -> list[Attempt]:
+def scale(cluster: ClusterState, workload: SimulatedDeployment, replicas: int) -> list[Attempt]:
     """Add pods of `workload` until it has `replicas`, and place them; also pods of it that wait in the given state.
 
     After a pod that is refused or waits, the next new ones have the same result. Raises `ValueError` for a number of
@@ -171,7 +171,7 @@ def scale(cluster: Cluster, workload: Workload, replicas: int) -> list[Attempt]:
     return attempts
 
 
-def _repeat(cluster: Cluster, pod: Pod, last: Attempt) -> Attempt:
+def _repeat(cluster: ClusterState, pod: Pod, last: Attempt) -> Attempt:
     """Return the result of a pod like that of `last`, which found no place: a quota may refuse it, nothing is freed."""
     pod.tried = True
     refused = last.refused or admission.refusal(cluster, pod)
@@ -181,7 +181,7 @@ def _repeat(cluster: Cluster, pod: Pod, last: Attempt) -> Attempt:
     return replace(last, pod=pod)
 
 
-def place(cluster: Cluster, pod: Pod, workload: Workload) -> Attempt:
+def place(cluster: ClusterState, pod: Pod, workload: SimulatedDeployment) -> Attempt:
     """Admit and place a new pod: on a feasible node, else by preemption, else it waits."""
     pod.tried = True
     if refused := admission.refusal(cluster, pod):
@@ -205,7 +205,7 @@ def place(cluster: Cluster, pod: Pod, workload: Workload) -> Attempt:
     return attempt
 
 
-def _evict(cluster: Cluster, victim: Pod) -> Pod:
+def _evict(cluster: ClusterState, victim: Pod) -> Pod:
     """Remove a pod from its node and return the one that its owner creates instead, which waits."""
     cluster.remove(victim)
     again = copy.copy(victim)
@@ -214,7 +214,7 @@ def _evict(cluster: Cluster, victim: Pod) -> Pod:
     return again
 
 
-def settle(cluster: Cluster, pods: Iterable[Pod]) -> list[Pod]:
+def settle(cluster: ClusterState, pods: Iterable[Pod]) -> list[Pod]:
     """Place those of `pods` that wait, higher priority first, without preemption; return those that found a node."""
     placed = []
     for pod in sorted(pods, key=lambda each: -each.priority):
@@ -227,7 +227,7 @@ def settle(cluster: Cluster, pods: Iterable[Pod]) -> list[Pod]:
     return placed
 
 
-def _choose(cluster: Cluster, pod: Pod, names: Sequence[str]) -> str:
+def _choose(cluster: ClusterState, pod: Pod, names: Sequence[str]) -> str:
     own = {
         name: sum(other.owner == pod.owner and not other.terminating for other in cluster.on(name))
         for name in cluster.nodes

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from inferctl.manifests.kubernetes import fields, selectors
 from inferctl.manifests.kubernetes.taints import untolerated
-from inferctl.manifests.preview.cluster import Cluster, Node, Pod, Spread, Term
+from inferctl.manifests.preview.cluster import ClusterState, Node, Pod, SpreadConstraint, Term
 
 Domain = tuple[str, str]
 
@@ -33,7 +33,7 @@ class View:
     namespaces: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-def view(pod: Pod, cluster: Cluster) -> View:
+def view(pod: Pod, cluster: ClusterState) -> View:
     """Return the counts for `pod` in the present state of `cluster`."""
     namespaces = {
         fields.text(each, "metadata", "name"): fields.text_map(fields.mapping(each, "metadata", "labels"))
@@ -83,7 +83,7 @@ def _domains(terms: list[Term], node: Node) -> list[Domain]:
     return [(term.key, node.labels[term.key]) for term in terms if term.key in node.labels]
 
 
-def _count_spread(found: View, cluster: Cluster) -> None:
+def _count_spread(found: View, cluster: ClusterState) -> None:
     pod = found.pod
     found.spread = [{} for _ in pod.spread]
     if not pod.spread:
@@ -106,7 +106,7 @@ def _count_spread(found: View, cluster: Cluster) -> None:
             counts[value] = counts.get(value, 0) + hits
 
 
-def _included(constraint: Spread, pod: Pod, node: Node) -> bool:
+def _included(constraint: SpreadConstraint, pod: Pod, node: Node) -> bool:
     """Return whether the pods of a node count, by nodeAffinityPolicy and nodeTaintsPolicy."""
     if constraint.honor_affinity and not selectors.node_matches(pod.spec, node.name, node.labels):
         return False

@@ -7,12 +7,12 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import fields, selectors
 from inferctl.manifests.kubernetes.labels import REGION, ZONE
-from inferctl.manifests.preview.cluster import Cluster, Node, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Node, Pod
 
 _OLD = {"failure-domain.beta.kubernetes.io/zone": ZONE, "failure-domain.beta.kubernetes.io/region": REGION}
 
 
-def problems(cluster: Cluster, pod: Pod, node: Node) -> Iterator[tuple[str, str]]:
+def problems(cluster: ClusterState, pod: Pod, node: Node) -> Iterator[tuple[str, str]]:
     """Yield why the volumes of `pod` cannot be used on `node`: the scheduler's name of the filter, and the reason."""
     later = []
     for name in pod.claims:
@@ -33,12 +33,12 @@ def problems(cluster: Cluster, pod: Pod, node: Node) -> Iterator[tuple[str, str]
             yield "VolumeZone", f"the volume of claim {name} is in {text}"
 
 
-def unknown(cluster: Cluster, pod: Pod) -> list[str]:
+def unknown(cluster: ClusterState, pod: Pod) -> list[str]:
     """Return the claims of `pod` that are not in the given files, so that nothing is known about their zone."""
     return [name for name in pod.claims if _find(cluster, "PersistentVolumeClaim", name, pod.namespace) is None]
 
 
-def _find(cluster: Cluster, kind: str, name: str, namespace: str | None = None) -> Mapping[str, Any] | None:
+def _find(cluster: ClusterState, kind: str, name: str, namespace: str | None = None) -> Mapping[str, Any] | None:
     for each in cluster.of_kind(kind):
         found = fields.text(each, "metadata", "name")
         if name and found == name and namespace in (None, fields.namespace_of(each)):
@@ -46,7 +46,7 @@ def _find(cluster: Cluster, kind: str, name: str, namespace: str | None = None) 
     return None
 
 
-def _unbound(cluster: Cluster, claim: Mapping[str, Any], node: Node) -> str | None:
+def _unbound(cluster: ClusterState, claim: Mapping[str, Any], node: Node) -> str | None:
     """Return why a claim that is not bound cannot be bound on `node`; None if it can, or if its class is not known."""
     storage_class = _find(cluster, "StorageClass", fields.text(claim, "spec", "storageClassName"))
     if storage_class is None:

@@ -22,7 +22,7 @@ class Scaler:
 
 
 @dataclass(frozen=True)
-class Workload:
+class SimulatedDeployment:
     """A Deployment.
 
     `least` and `most` are its replicas: those of its autoscaler, else `spec.replicas`. `initial` is `spec.replicas`,
@@ -62,7 +62,7 @@ class Workload:
         return bool(images) and all(fields.is_pause(image) for image in images)
 
 
-def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> list[Workload]:
+def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> list[SimulatedDeployment]:
     """Return the Deployments among `objects` in their order. `namespace`: for objects that name none."""
     objects = list(objects)
     scalers: dict[tuple[str, str], Scaler] = {}
@@ -76,14 +76,16 @@ def find(objects: Iterable[Mapping[str, Any]], namespace: str = "default") -> li
     ]
 
 
-def _workload(item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[str, str], Scaler]) -> Workload:
+def _workload(
+    item: Mapping[str, Any], namespace: str, scalers: Mapping[tuple[str, str], Scaler]
+) -> SimulatedDeployment:
     name = fields.text(item, "metadata", "name")
     template = fields.mapping(item, "spec", "template")
     labels = fields.text_map(fields.mapping(template, "metadata", "labels"))
     annotations = fields.text_map(fields.mapping(item, "metadata", "annotations"))
     replicas = fields.integer(item, "spec", "replicas", default=1)
     scaler = scalers.get((namespace, name), Scaler("", replicas, replicas))
-    return Workload(
+    return SimulatedDeployment(
         namespace,
         name,
         labels.get(NAME, name),
@@ -120,13 +122,13 @@ def _number(text: str | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def serving(workloads: Sequence[Workload]) -> dict[str, list[Workload]]:
+def serving(workloads: Sequence[SimulatedDeployment]) -> dict[str, list[SimulatedDeployment]]:
     """Return the workloads that serve, by model and in order of preference.
 
     Those with a rate, if there are any: then others are gateways, relays and the like. Placeholders do not serve.
     """
     rated = [each for each in workloads if each.rate is not None]
-    found: dict[str, list[Workload]] = {}
+    found: dict[str, list[SimulatedDeployment]] = {}
     for each in sorted(rated or workloads, key=lambda each: each.preference):
         if not each.placeholder:
             found.setdefault(each.model, []).append(each)

@@ -18,7 +18,7 @@ from inferctl.batching.batcher import AdmissionError
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
-from inferctl.serve.edge.middleware import ClientDisconnectedError, unless_disconnected
+from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
@@ -145,18 +145,9 @@ class Inference:
 async def parsed_body(context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
     """Return `parse(body)`, run on another thread for a large body.
 
-    Raises `ClientDisconnectedError`, and `LimitError` if the key may not have such a body tokenized.
+    Raises what `read_body` raises, and the `ApiError` of `parse`.
     """
-    parts, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnectedError
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    raw = b"".join(parts)
-    if context.charge is not None and not context.content_length:
-        context.charge.check_size(len(raw), time.time())
+    raw = await read_body(context, receive)
     try:
         return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
     except ApiError:

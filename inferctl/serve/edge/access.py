@@ -43,7 +43,7 @@ _KEY_HEADERS = (b"authorization", b"x-api-key", b"api-key")
 _PROXY_HEADER, _MAX_CALLER = b"x-inferctl-key-id", 200
 
 
-class Access:
+class EdgeAccess:
     """Who may use one server. `names`: of its model, first that of the server. `settings`: of the spec."""
 
     def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
@@ -169,12 +169,12 @@ def _tokens(settings: spec.Oidc) -> TokenTable | None:
     return TokenTable(settings.issuer, settings.audience, settings.jwks, log.warning)
 
 
-def create(settings: spec.Access, names: Iterable[str]) -> Access | None:
+def create(settings: spec.Access, names: Iterable[str]) -> EdgeAccess | None:
     """Return who may use the server; None for everyone. Raises `UsageError` for a bad key file."""
-    return Access(settings, names) if settings.required else None
+    return EdgeAccess(settings, names) if settings.required else None
 
 
-def known(access: Access | None) -> bool:
+def known(access: EdgeAccess | None) -> bool:
     """Return whether clients can be recognized."""
     return access is None or access.ready
 

@@ -74,7 +74,7 @@ def raise_file_limit() -> None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn with bounds on connections, and without its signal handling. `serve.server` handles signals.
+    """uvicorn with bounds on connections, and without its signal handling, which is in `serve.lifetime`.
 
     `drain_seconds`: after `close`, how long `serve` waits for requests in flight. `on_rejected`: see `Connection`.
     """
@@ -116,7 +116,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `serve.server`."""
+        """Leave the signals to `serve.lifetime`."""
         yield
 
     async def _check_connections(self) -> None:

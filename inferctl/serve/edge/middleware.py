@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import inferctl
 from inferctl.batching.fairness import Shares
 from inferctl.serve.edge import access as edge_access
-from inferctl.serve.edge.access import Access
+from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
@@ -34,7 +34,11 @@ _LARGE_PART_BYTES = 16 * 1024
 
 
 class ClientDisconnectedError(Exception):
-    """The client disconnected, so no response is needed."""
+    """The client disconnected, so no response is needed. `estimated`: the tokens of its event are not exact."""
+
+    def __init__(self, estimated: bool = False) -> None:
+        super().__init__()
+        self.code = "usage_estimated" if estimated else "client_disconnected"
 
 
 async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
@@ -53,6 +57,25 @@ async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
         raise
     finally:
         watcher.cancel()
+
+
+async def read_body(context: RequestContext, receive: Receive) -> bytes:
+    """Return the body of a request.
+
+    Raises `ClientDisconnectedError`, and `LimitError` if its key may not have such a body tokenized. The size that the
+    client declared is checked before.
+    """
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    raw = b"".join(parts)
+    if context.charge is not None and not context.content_length:
+        context.charge.check_size(len(raw), time.time())
+    return raw
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ class Edge:
         metrics: Callable[[], tuple[bytes, str]],
         endpoints: Mapping[str, str],
         limits: EdgeLimits | None = None,
-        access: Access | None = None,
+        access: EdgeAccess | None = None,
         check_metering: Callable[[], None] = lambda: None,
         load_line: Callable[[], bytes] | None = None,
         served: Sequence[str] | None = None,
@@ -126,7 +149,7 @@ class Edge:
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = RequestContext.of(scope, self._endpoints.get(scope["path"], "other"))
-        request = _Request(self, context, scope, receive, send)
+        request = _EdgeRequest(self, context, scope, receive, send)
         self.in_flight += 1
         counted = None  # the tenant, if the request counts in its share
         stopped = False
@@ -144,8 +167,8 @@ class Edge:
             stopped = True
             self.unfinished_responses += request.body_complete
             await request.fail(self.stopped)
-        except ClientDisconnectedError:
-            context.status, context.code = CLIENT_DISCONNECTED, "client_disconnected"
+        except ClientDisconnectedError as error:
+            context.status, context.code = CLIENT_DISCONNECTED, error.code
         except ApiError as error:
             await request.fail(error)
         except LimitError as error:
@@ -238,7 +261,7 @@ class Edge:
         return 200, orjson.dumps({**document, "phase": self._lifecycle.phase}), "application/json"
 
 
-class _Request:
+class _EdgeRequest:
     """One request between the connection and the application: counts its body, and adds the id to the response."""
 
     __slots__ = ("_context", "_edge", "_receive", "_scope", "_send", "body_complete", "complete")

@@ -189,5 +189,5 @@ class Engine(Protocol):
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
 
-        An exception fails this batch only, unless `gpu_errors.breaks_context` says that it broke the CUDA context.
+        An exception fails this batch only, unless `failures.breaks_context` says that it broke the CUDA context.
         """

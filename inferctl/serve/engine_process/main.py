@@ -20,10 +20,10 @@ from io import BufferedIOBase
 
 from inferctl.core.errors import InferctlError
 from inferctl.serve import logs
-from inferctl.serve.engine_process import frames, gpu_errors, memory
+from inferctl.serve.engine_process import failures, frames
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.engine_process.frames import Kind
-from inferctl.serve.engines.startup import hide_scikit_learn
+from inferctl.serve.engines import hide_scikit_learn
 
 log = logging.getLogger("inferctl.engine")
 
@@ -90,13 +90,13 @@ def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
         frame = frames.pack_result(engine.run(batch))
     except Exception as error:  # an error fails this batch, not the engine
         log.exception("batch %d failed", batch.id)
-        if gpu_errors.breaks_context(error):
+        if failures.breaks_context(error):
             log.error("the CUDA context is broken, and only a new process can use the GPU; exiting")
             os._exit(EXIT_BROKEN_CONTEXT)
         failure = {
             "id": batch.id,
             "message": f"{type(error).__name__}: {error}",
-            "out_of_memory": memory.is_insufficient(error),
+            "out_of_memory": failures.out_of_memory(error),
         }
         frame = frames.pack_json(Kind.FAILED, failure)
     _send(stream, frame)

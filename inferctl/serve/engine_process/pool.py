@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo, Listener
-from inferctl.serve.engine_process.supervisor import Supervisor
+from inferctl.serve.engine_process.supervisor import EngineSupervisor
 
 
 class EnginePool:
@@ -29,7 +29,7 @@ class EnginePool:
     ) -> None:
         self._config, self._count, self._listener = config, count, listener
         self._batch_timeout, self._on_ready, self._on_phase = batch_timeout, on_ready, on_phase
-        self._supervisors: list[Supervisor] = []
+        self._supervisors: list[EngineSupervisor] = []
         self._tasks = asyncio.TaskGroup()
 
     def counts(self) -> dict[str, int]:
@@ -69,7 +69,7 @@ class EnginePool:
             supervisor.kill()
 
     def _add(self, config: EngineConfig) -> None:
-        supervisor = Supervisor(config, self._listener, self._batch_timeout, self._engine_ready, self._on_phase)
+        supervisor = EngineSupervisor(config, self._listener, self._batch_timeout, self._engine_ready, self._on_phase)
         self._supervisors.append(supervisor)
         self._tasks.create_task(supervisor.run())
 

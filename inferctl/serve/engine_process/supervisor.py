@@ -46,7 +46,7 @@ class EngineStartError(InferctlError):
         self.exit_code = exit_code
 
 
-class Supervisor:
+class EngineSupervisor:
     """Keeps one engine process running. It is the `EngineProcess` of its listener.
 
     `batch_timeout()` returns the seconds after which a batch counts as hung. `on_ready` is called after each start.

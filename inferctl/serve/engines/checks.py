@@ -10,7 +10,7 @@ import torch
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
 from inferctl.serve.engines import plain
 from inferctl.serve.engines.forward import Forward, Sequences
@@ -89,9 +89,9 @@ class Checks:
             batched = self.run(forward)
             isolated = np.concatenate([forward(self.texts.take([index])) for index in range(len(self.texts))])
         except Exception as error:  # architectures reject packing with various errors; padding works for all
-            if isinstance(error, NotReadyError) or memory.is_insufficient(error):
+            if isinstance(error, NotReadyError) or failures.out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {memory.summary(error)}"
+            reason = f"{type(error).__name__}: {failures.summary(error)}"
         else:
             limits = _MAX_LOGIT_ERROR if self._rerank else _MAX_COSINE_DISTANCE
             errors = self._errors(batched, padded), self._errors(batched, isolated)
@@ -146,12 +146,12 @@ class Checks:
         try:
             return forward(sequences)
         except Exception as error:
-            if not memory.is_insufficient(error):
+            if not failures.out_of_memory(error):
                 raise
             if len(sequences) == 1:
                 message = f"insufficient memory for one input of {len(sequences.ids[0])} tokens: "
                 hint = f"{self._hint}; or lower `serve.max_input_tokens`"
-                raise NotReadyError(message + memory.summary(error), hint) from error
+                raise NotReadyError(message + failures.summary(error), hint) from error
         torch.cuda.empty_cache()
         half = len(sequences) // 2
         parts = range(half), range(half, len(sequences))

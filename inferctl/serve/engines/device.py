@@ -8,7 +8,7 @@ import torch
 
 from inferctl.core.errors import NotReadyError, UsageError, shown
 from inferctl.facts import catalog, precision
-from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.engines import cpu, int8
 
@@ -79,7 +79,7 @@ def _why_no_gpu() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001  # any error is the reason
-        return memory.summary(error).rstrip(".")
+        return failures.summary(error).rstrip(".")
     return "torch cannot use CUDA"
 
 

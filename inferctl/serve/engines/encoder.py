@@ -16,7 +16,7 @@ import transformers
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.models import model
 from inferctl.serve import task_config
-from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
@@ -57,10 +57,10 @@ class EncoderEngine:
         except InferctlError:
             raise
         except Exception as error:
-            if not memory.is_insufficient(error):
+            if not failures.out_of_memory(error):
                 raise
             raise NotReadyError(
-                f"insufficient memory to load the model: {memory.summary(error)}", self._memory_hint
+                f"insufficient memory to load the model: {failures.summary(error)}", self._memory_hint
             ) from error
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:

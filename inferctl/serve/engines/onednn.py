@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from inferctl.core.errors import NotReadyError
-from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process import failures
 
 # oneDNN generates code for each number of rows and keeps it: 0.5 MiB each, which the limit of its cache does not count.
 # Batches of up to 1,024 tokens would reach 1 GiB within minutes. So rows are padded to few sizes: multiples of an
@@ -119,7 +119,7 @@ def pack(model: Any, *, int8: bool) -> str | None:
         with torch.inference_mode():
             layer(sample)(torch.zeros(1, 32, dtype=model.dtype))
     except Exception as error:  # depends on what the release changed
-        reason = f"the oneDNN operators of torch {torch.__version__} cannot be used: {memory.summary(error)}"
+        reason = f"the oneDNN operators of torch {torch.__version__} cannot be used: {failures.summary(error)}"
         if int8:
             raise NotReadyError(
                 f"int8 is not available: {reason}", "use `--precision auto`, or another torch"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from inferctl.core.errors import NotReadyError
-from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Vectors
 from inferctl.serve.engines.forward import Sequences
 
@@ -52,7 +52,7 @@ def _run_largest(run: Callable[[Sequences], Vectors], batch_tokens: int, longest
                 list(pool.map(run, [largest] * parallel))
         run(Sequences([text]))
     except Exception as error:
-        if not memory.is_insufficient(error):
+        if not failures.out_of_memory(error):
             raise
-        return memory.summary(error)
+        return failures.summary(error)
     return None

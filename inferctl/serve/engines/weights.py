@@ -16,7 +16,7 @@ import torch
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder
-from inferctl.serve.engine_process import memory
+from inferctl.serve.engine_process import failures
 
 _BUFFERS = (
     r"(.*\.)?(position_ids|token_type_ids)",  # constants that older versions of transformers stored
@@ -76,7 +76,7 @@ def load(auto: Any, folder: Path, task: Task, dtype: torch.dtype, **options: Any
             **options,
         )
     except Exception as error:
-        if memory.is_insufficient(error):
+        if failures.out_of_memory(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(

@@ -14,11 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inferctl.batching.fairness import Shares
 from inferctl.serve import docs_page
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
-from inferctl.serve.edge.middleware import ClientDisconnectedError
+from inferctl.serve.edge.middleware import ClientDisconnectedError, read_body
 from inferctl.serve.edge.usage import RequestContext, context_of
 from inferctl.serve.generate import meter, reading
 from inferctl.serve.generate.control import ENGINE_LOST
-from inferctl.serve.generate.engine_requests import EngineRequests
 from inferctl.serve.generate.meter import StreamMeter
 from inferctl.serve.generate.reading import Asked
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
@@ -35,6 +34,9 @@ _TOKENIZER_BYTES = 256 * 1024
 _COUNT = re.compile(rb'\{"count":(\d+)')  # how the response of /tokenize starts
 # What a client must not tell vLLM, and what the edge tells it.
 _NOT_PASSED = frozenset({b"content-length", b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"})
+# vLLM reports the usage of a response that is not a stream at its end only. If a client leaves before, a request of up
+# to so many reserved tokens runs to its end. A larger one ends, and counts with all that it reserved.
+_COMPLETED_TOKENS = 1024
 # Tokens of an answer, assumed until requests complete: for the metrics of demand.
 ASSUMED_ANSWER_TOKENS = 256
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
@@ -42,6 +44,8 @@ _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"
 
 class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
+
+    `sequences`: the most that run at a time.
 
     `offer(size)` is called for each request that asks for tokens, with the bytes of its body, also if vLLM rejects it.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
@@ -55,12 +59,12 @@ class GenerationApp:
         healthy: Callable[[], Awaitable[bool]],
         stopped: Callable[[], ApiError],
         context: int,
-        engine: EngineRequests,
+        sequences: int,
         offer: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.context, self.engine = context, engine
+        self.context = context
         # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
-        self._sequences = Shares(engine.capacity)
+        self._sequences = Shares(sequences)
         self._tokenizer = Shares(_TOKENIZER_BYTES)
         self._app, self._healthy, self._stopped, self._offer = app, healthy, stopped, offer
         self.running = self.tokenizing = self.events = 0
@@ -166,22 +170,20 @@ class GenerationApp:
         try:
             await self._app(_scope(scope, call.id, call.asked), call.receive, call.send)
         except asyncio.CancelledError:
-            if call.begun and not call.complete:
-                await call.break_off(self._stopped())
-            raise
+            if not call.disconnected:
+                if call.begun and not call.complete:
+                    await call.break_off(self._stopped())
+                raise
         except Exception:
-            if call.disconnected and not call.begun:
-                raise ClientDisconnectedError from None
-            raise
+            if call.begun or not call.disconnected:
+                raise
         finally:
             self.running -= 1
             call.count()
-            if call.disconnected:
-                await self.engine.abort(call.context.endpoint, call.id.decode())
         if call.error is not None:
             raise await self._as_error(call.error)
         if call.disconnected and not call.complete:
-            raise ClientDisconnectedError
+            raise ClientDisconnectedError(call.estimated)
         if not call.complete:
             early = ApiError(500, "the response ended early", code="internal_error")
             if not call.begun:
@@ -212,30 +214,21 @@ class _Call:
         self._head: Message | None = None
         self._stream: StreamMeter | None = None
         self._parts: list[bytes] = []  # of a response that is not a stream
-        self._bound = 0  # what was computed at most for a client that left
         self.begun = self.complete = self.disconnected = self.failed = False
+        self.estimated = False  # the tokens of a client that left
         self.error: ApiError | None = None
 
     async def receive(self) -> Message:
-        """Return the next message for vLLM."""
+        """Return the next message for vLLM, which ends a request when it learns that the client left."""
         if self._body is not None:
             body, self._body = self._body, None
             return body
         message = await self._receive()
-        if message["type"] == "http.disconnect" and not self.disconnected:
+        if message["type"] == "http.disconnect":
             self.disconnected = True
-            if not self.complete:
-                self._count_computed()
+            if not (self.complete or self.asked.stream) and self.asked.tokens <= _COMPLETED_TOKENS:
+                await asyncio.Event().wait()
         return message
-
-    def _count_computed(self) -> None:
-        """Count what vLLM computed until the client left. It forgets that when it ends the request."""
-        asked, context = self.asked, self.context
-        found = self._app.engine.computed(context.endpoint, self.id.decode(), asked.answer_tokens, asked.sequences)
-        self._bound = asked.tokens if found is None and self._stream is None else asked.prompt_tokens
-        if found is not None:
-            context.input_tokens, context.output_tokens = found.input_tokens, found.output_tokens
-            context.cached_tokens = found.cached_tokens
 
     async def send(self, message: Message) -> None:
         """Pass on a message of vLLM."""
@@ -247,7 +240,10 @@ class _Call:
         elif message["type"] != "http.response.body" or self._head is None or self.error:
             return
         elif self.disconnected:  # it may have the usage
-            self._parts.append(message.get("body", b""))
+            if self._stream is not None:
+                self._stream.pass_on(message.get("body", b""))
+            else:
+                self._parts.append(message.get("body", b""))
         elif self._head["status"] >= 500:
             await self._collect_error(message)
         elif self._stream is not None:
@@ -302,28 +298,30 @@ class _Call:
             self._stream.count()
         elif self._parts and self.error is None:
             meter.count_body(context, b"".join(self._parts))
+        if self.disconnected and not self.complete and status < 400:
+            self._estimate()
         used = context.input_tokens + context.output_tokens
-        rejected = 400 <= status < 500 and not self.disconnected
-        _settle(context, max(used, self._bound), self.asked.prompt_tokens if rejected else 0)
+        _settle(context, used, self.asked.prompt_tokens if 400 <= status < 500 else 0)
+
+    def _estimate(self) -> None:
+        """Count what was reserved, as far as vLLM did not report the use.
+
+        That includes prompts without a token yet: vLLM caches them in parts, where the next request finds them.
+        """
+        asked, context = self.asked, self.context
+        if self._stream.complete if self._stream else context.input_tokens:
+            return
+        self.estimated = True
+        context.input_tokens = max(context.input_tokens, asked.prompt_tokens)
+        if not asked.stream:
+            context.output_tokens = asked.tokens - asked.prompt_tokens
 
 
 async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], Asked]) -> Asked:
-    """Return what the body asks for. Raises `ClientDisconnectedError`, `ApiError`, and `LimitError`.
-
-    The last one is raised for a key that has no tokens left, or whose bodies were read in vain too often.
-    """
+    """Return what the body asks for. Raises what `read_body` raises, and the `ApiError` of `parse`."""
     if context.charge is not None:
         context.charge.check_size(context.content_length, time.time())
-    parts, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnectedError
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    raw = b"".join(parts)
-    if context.charge is not None and not context.content_length:
-        context.charge.check_size(len(raw), time.time())
+    raw = await read_body(context, receive)
     try:
         return parse(raw)
     except ApiError:

@@ -28,19 +28,31 @@ DONE = b"data: [DONE]\n\n"
 class StreamMeter:
     """One stream of server-sent events.
 
-    `done`: the stream ended properly. `error`: it has an error event.
+    `done`: the stream ended properly. `error`: it has an error event. `complete`: the usage of each prompt was counted.
     """
 
-    __slots__ = ("_choices", "_context", "_continuous", "_final", "_usages", "_wanted", "done", "error", "events")
+    __slots__ = (
+        "_choices",
+        "_context",
+        "_continuous",
+        "_final",
+        "_prompts",
+        "_usages",
+        "_wanted",
+        "complete",
+        "done",
+        "error",
+        "events",
+    )
 
     def __init__(self, context: RequestContext, asked: Asked) -> None:
-        self._choices = asked.choices  # of each prompt
+        self._prompts, self._choices = asked.prompts, asked.choices  # of each prompt
         self._context = context
         self._wanted, self._continuous = asked.usage, asked.continuous_usage
         self._usages: dict[bytes, bytes] = {}  # index of the choice -> its last usage
         self._final = b""  # usage of all choices
         self.events = 0
-        self.done = False
+        self.done = self.complete = False
         self.error: bytes | None = None
 
     def pass_on(self, events: bytes) -> bytes:
@@ -74,14 +86,14 @@ class StreamMeter:
     def count(self) -> None:
         """Write the tokens of the prompt and of all choices to the context."""
         if self._final:
+            self.complete = True
             _count(self._context, orjson.loads(self._final) or {})
             return
         usages = {int(index or 0): orjson.loads(usage) or {} for index, usage in self._usages.items()}
         prompts = {index // self._choices: usage.get("prompt_tokens", 0) for index, usage in usages.items()}
-        # What vLLM said of a client that left is newer than the last event.
-        context, tokens = self._context, sum(usage.get("completion_tokens", 0) for usage in usages.values())
-        context.input_tokens = max(context.input_tokens, sum(prompts.values()))
-        context.output_tokens = max(context.output_tokens, tokens)
+        self.complete = len(prompts) == self._prompts
+        self._context.input_tokens = sum(prompts.values())
+        self._context.output_tokens = sum(usage.get("completion_tokens", 0) for usage in usages.values())
 
 
 def count_body(context: RequestContext, body: bytes) -> None:

@@ -19,15 +19,14 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config import spec
-from inferctl.serve import events, logs
+from inferctl.serve import logs, metering
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.generate import control, endpoint
-from inferctl.serve.generate.engine_requests import EngineRequests
-from inferctl.serve.metering import Metering
+from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import RequestMetrics
 
 _BEAT_S = 1.0
@@ -77,7 +76,7 @@ class _EdgeServer:
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
         who = spec.Access(**settings.access)
-        self._metering = Metering(
+        self._metering = ServerMetering(
             spec.Metering(**settings.metering), settings.name, "generate", known_callers=who.required
         )
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
@@ -89,22 +88,22 @@ class _EdgeServer:
         )
         self._lifecycle.started = True
         limits = settings.info["limits"]
-        engine = EngineRequests(getattr(app.state, "engine_client", None), limits["max_sequences"])
+        sequences = limits["max_sequences"]
         self._generation = endpoint.GenerationApp(
             app,
             self._check,
             lambda: self._edge.stopped,
             limits["max_context_tokens"],
-            engine,
+            sequences,
             metrics.offer_body,
         )
         # The engine's time is not known, but many requests in flight are slow ones.
-        load = LoadReport(waiting=lambda: self._edge.in_flight / engine.capacity) if settings.load_reports else None
-        sinks = [self._metering.record, *([load.record] if load else [])]
+        load = LoadReport(waiting=lambda: self._edge.in_flight / sequences) if settings.load_reports else None
+        more = [load.record] if load else []
         self._edge = Edge(
             self._generation,
             self._lifecycle,
-            emit=events.emitter(metrics, settings.log, settings.traces, settings.name, *sinks),
+            emit=metering.emitter(metrics, self._metering, settings.log, settings.traces, settings.name, *more),
             info=lambda: settings.info,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
@@ -123,7 +122,6 @@ class _EdgeServer:
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])
         await asyncio.sleep(0.05)  # cancelled requests send their last event
-        self._generation.engine.close()
         await self._metering.close(_FLUSH_S)
         self._channel.send("closed", unfinished=self._edge.unfinished_responses)
 

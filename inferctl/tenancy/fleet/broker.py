@@ -24,11 +24,11 @@ _PING_S = 2  # a broker that misses two of these is gone
 _ERRORS = (nats.errors.Error, OSError, asyncio.TimeoutError)
 
 
-class BrokerUnavailableError(NotReadyError):
+class FleetBrokerError(NotReadyError):
     """The broker does not respond. The same call may succeed later."""
 
 
-class Broker:
+class FleetBroker:
     """A connection, which is made again whenever it breaks."""
 
     def __init__(self, connection: Any) -> None:
@@ -44,11 +44,11 @@ class Broker:
         reconnected: Callable[[], Awaitable[None]] | None = None,
         closed: Callable[[], None] | None = None,
         rejected: Callable[[str], None] | None = None,
-    ) -> Broker:
+    ) -> FleetBroker:
         """Connect to NATS. `lost`, `reconnected`: called when the connection breaks, and when it is made again.
 
         `closed`: called when it ended for ever, as after some errors of the broker. `rejected`: gets the reason if the
-        broker does not let this client publish or subscribe. Raises `BrokerUnavailableError`.
+        broker does not let this client publish or subscribe. Raises `FleetBrokerError`.
         """
         url = NatsAddress(address)
         reasons: list[Exception] = []
@@ -84,7 +84,7 @@ class Broker:
             cause = reasons[-1] if reasons and isinstance(error, TimeoutError) else error
             reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
             message = f"the broker of limits and keys {url} is not available: {reason}"
-            raise BrokerUnavailableError(message, "check access.broker") from None
+            raise FleetBrokerError(message, "check access.broker") from None
 
     async def close(self) -> None:
         """Close the connection."""
@@ -98,7 +98,7 @@ class Broker:
                 await self._nats.publish(subject, message)
 
     async def subscribe(self, subject: str, receive: Callable[[bytes], None]) -> None:
-        """Call `receive` with each message, from now on. Raises `BrokerUnavailableError`."""
+        """Call `receive` with each message, from now on. Raises `FleetBrokerError`."""
 
         async def received(message: Any) -> None:
             receive(message.data)
@@ -106,19 +106,19 @@ class Broker:
         try:
             await self._nats.subscribe(subject, cb=received)
         except _ERRORS as error:
-            raise BrokerUnavailableError(f"the broker rejects {subject}: {error}", "check access.broker") from None
+            raise FleetBrokerError(f"the broker rejects {subject}: {error}", "check access.broker") from None
 
     async def flush(self, timeout_s: float) -> None:
-        """Return when the broker has all messages. Raises `BrokerUnavailableError`."""
+        """Return when the broker has all messages. Raises `FleetBrokerError`."""
         try:
             await self._nats.flush(timeout_s)
         except _ERRORS as error:
-            raise BrokerUnavailableError(f"the broker does not respond: {error}", "check access.broker") from None
+            raise FleetBrokerError(f"the broker does not respond: {error}", "check access.broker") from None
 
 
 async def publish_change(url: NatsAddress | str, revoked: list[str], timeout_s: float) -> None:
-    """Tell all relays that keys changed, and the ids of those that were revoked. Raises `BrokerUnavailableError`."""
-    broker = await Broker.connect(url, timeout_s)
+    """Tell all relays that keys changed, and the ids of those that were revoked. Raises `FleetBrokerError`."""
+    broker = await FleetBroker.connect(url, timeout_s)
     try:
         await broker.publish(KEYS, json.dumps({"revoked": revoked}).encode())
         await broker.flush(timeout_s)

@@ -22,7 +22,7 @@ from inferctl.core.addresses import NatsAddress
 from inferctl.core.errors import NotReadyError
 from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering.ledger import Ledger
-from inferctl.tenancy.metering.outbox import Batch
+from inferctl.tenancy.metering.outbox import EventBatch
 
 log = logging.getLogger("inferctl.metering")
 
@@ -49,7 +49,7 @@ class BrokerUnavailableError(NotReadyError):
     """The broker, or the relay with the ledger behind it, does not respond. The same call may succeed later."""
 
 
-async def connect(address: NatsAddress | str) -> Broker:
+async def connect(address: NatsAddress | str) -> EventBroker:
     """Connect to NATS. Raises `BrokerUnavailableError`, and `UsageError` for an invalid address."""
     url = NatsAddress(address)
     reasons: list[Exception] = []
@@ -62,7 +62,7 @@ async def connect(address: NatsAddress | str) -> Broker:
         # Without the timeout, the first connection is tried for ever: no message, and SIGTERM does not end the relay.
         async with asyncio.timeout(_TIMEOUT_S):
             # The client does not connect again by itself: after some errors it never would, and it keeps what it could
-            # not send. The caller does, when `Broker.broken` says so.
+            # not send. The caller does, when `EventBroker.broken` says so.
             connection = await nats.connect(
                 url.public,
                 **url.credentials(),
@@ -75,10 +75,10 @@ async def connect(address: NatsAddress | str) -> Broker:
             )
     except _ERRORS as error:
         raise _unavailable(url, reasons[-1] if reasons and isinstance(error, TimeoutError) else error) from None
-    return Broker(url, connection)
+    return EventBroker(url, connection)
 
 
-class Broker:
+class EventBroker:
     """A connection to NATS. All methods raise `BrokerUnavailableError`."""
 
     def __init__(self, url: NatsAddress, connection: Any) -> None:
@@ -102,7 +102,7 @@ class Broker:
         self._failed = self._failed or not isinstance(error, nats.js.errors.APIError)
         return _unavailable(self._url, error)
 
-    async def publish(self, batch: Batch) -> None:
+    async def publish(self, batch: EventBatch) -> None:
         """Return when the broker has stored `batch`."""
         headers = {
             "Nats-Msg-Id": f"{batch.source}.{batch.first}-{batch.last}",
@@ -159,7 +159,7 @@ class Broker:
         """
         try:
             messages = await self._fetch()
-            batches: list[tuple[Any, Batch]] = []
+            batches: list[tuple[Any, EventBatch]] = []
             for message in messages:
                 try:
                     batches.append((message, _batch(message)))
@@ -185,8 +185,8 @@ class Broker:
             raise self._failure(error) from None
 
     async def _one_by_one(
-        self, ledger: Ledger, batches: list[tuple[Any, Batch]]
-    ) -> tuple[dict[str, int], list[tuple[Any, Batch]]]:
+        self, ledger: Ledger, batches: list[tuple[Any, EventBatch]]
+    ) -> tuple[dict[str, int], list[tuple[Any, EventBatch]]]:
         """Store batches of which one is invalid. Return the watermarks, and the batches without the invalid ones."""
         watermarks: dict[str, int] = {}
         valid = []
@@ -250,7 +250,7 @@ class Broker:
             await self._stream.add_stream(config, num_replicas=1)
 
 
-class Progress:
+class PublishProgress:
     """What was published of one source, and what the ledger has of it."""
 
     def __init__(self, watermark: int) -> None:
@@ -268,10 +268,10 @@ class Progress:
             self.published, self._moved = watermark, now
 
 
-def _batch(message: Any) -> Batch:
+def _batch(message: Any) -> EventBatch:
     headers = message.headers
     first, _, last = headers[_RANGE].partition("-")
-    return Batch(
+    return EventBatch(
         headers[_SOURCE], int(first), int(last), int(headers[_TIME]), bytes(message.data), int(headers[_OLDEST])
     )
 

@@ -41,7 +41,7 @@ _WIDTH = len(_ROW)
 FIELDS = [*_ROW, "requests", "model", "model_sha256", "task", "hardware"]
 
 
-class Usage(Protocol):
+class RequestUsage(Protocol):
     """What metering reads of a finished request. `UsageEvent` of the server's edge has these attributes."""
 
     @property
@@ -76,7 +76,7 @@ class Item(NamedTuple):
 
     number: int
     at: float
-    usage: Usage
+    usage: RequestUsage
     requests: int = 1
     caller: str | None = None
 
@@ -113,7 +113,7 @@ class Event(NamedTuple):
         }
 
 
-def is_free(usage: Usage) -> bool:
+def is_free(usage: RequestUsage) -> bool:
     """Return whether nothing was computed for a request, and no cache had its tokens, as for most rejected ones."""
     return not (usage.input_tokens or usage.output_tokens or usage.engine_seconds)
 

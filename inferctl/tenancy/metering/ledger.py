@@ -25,7 +25,7 @@ from inferctl.core.errors import UsageError
 from inferctl.tenancy.database import Schema, file_of
 from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering.cloud_event import Event
-from inferctl.tenancy.metering.outbox import Batch
+from inferctl.tenancy.metering.outbox import EventBatch
 
 _metadata = sa.MetaData()
 EVENTS = sa.Table(
@@ -130,7 +130,7 @@ class Ledger:
         with self._transaction() as connection:
             return {row.source: row.watermark for row in connection.execute(query)}
 
-    def apply(self, batches: Sequence[Batch]) -> dict[str, int]:
+    def apply(self, batches: Sequence[EventBatch]) -> dict[str, int]:
         """Store batches, in the order of their numbers for each source, and return the new watermarks.
 
         A batch that comes before its predecessor is not stored, nor are those after it: they must come again. Raises
@@ -144,7 +144,7 @@ class Ledger:
                 found[source] = self._apply(connection, source, list(group))
         return found
 
-    def _apply(self, connection: sa.Connection, source: str, batches: list[Batch]) -> int:
+    def _apply(self, connection: sa.Connection, source: str, batches: list[EventBatch]) -> int:
         new = {"source": source, "watermark": 0, "sent": 0}
         connection.execute(self._insert(SOURCES).values(new).on_conflict_do_nothing())
         this = SOURCES.c.source == source
@@ -248,7 +248,7 @@ class Ledger:
             yield connection
 
 
-def _parse(batch: Batch) -> list[Event]:
+def _parse(batch: EventBatch) -> list[Event]:
     try:
         return cloud_event.read(batch.source, batch.content)
     except ValueError as error:

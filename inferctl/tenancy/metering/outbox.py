@@ -36,7 +36,7 @@ _WAL_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Batch:
+class EventBatch:
     """Events in the order of their numbers. `content`: as `cloud_event.read` reads it.
 
     The batch covers all numbers from `first` to `last`. A number without an event is that of a lost one.
@@ -217,7 +217,7 @@ class OutboxReader:
         self.folder, self.source = folder, f"{instance(folder.parent)}/{folder.name}"
         self._connection: sqlite3.Connection | None = None
 
-    def read(self, after: int, limit: int) -> list[Batch]:
+    def read(self, after: int, limit: int) -> list[EventBatch]:
         """Return up to `limit` batches with numbers above `after`, in order. Raises `sqlite3.Error`."""
         if self._connection is None:
             if not (self.folder / _EVENTS).exists():
@@ -234,7 +234,7 @@ class OutboxReader:
             "where last > ? order by first limit ?",
             (after, limit),
         ).fetchall()
-        return [Batch(self.source, *row) for row in rows]
+        return [EventBatch(self.source, *row) for row in rows]
 
     def close(self) -> None:
         """Close the file."""

@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 from inferctl.tenancy.metering import outbox
-from inferctl.tenancy.metering.outbox import Batch, Outbox, OutboxReader
+from inferctl.tenancy.metering.outbox import EventBatch, Outbox, OutboxReader
 
 log = logging.getLogger("inferctl.metering")
 
@@ -47,7 +47,7 @@ class Outboxes:
             adopted.disconnect()
             self._adopted[source] = adopted
 
-    def read(self, source: str, after: int, limit: int) -> list[Batch]:
+    def read(self, source: str, after: int, limit: int) -> list[EventBatch]:
         """Return up to `limit` batches with numbers above `after`; none if the outbox cannot be read now."""
         try:
             return self._readers[source].read(after, limit)

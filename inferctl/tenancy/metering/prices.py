@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from inferctl.core import document
-from inferctl.core.document import Document
-from inferctl.core.errors import Problem, SpecError, UsageError, did_you_mean, shown
+from pydantic import BeforeValidator, Field, StrictStr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from inferctl.config.spec_types import Section
+from inferctl.core import document, validation
+from inferctl.core.errors import Problem, SpecError, UsageError
 
 ANY = "*"
 _PRICES = ("input", "cached", "output", "engine_second")
-_KEYS = ("hardware", "currency", "from", *_PRICES)
 _MILLION = Decimal(1_000_000)
 EXAMPLE = """\
 prices:
@@ -29,24 +31,47 @@ prices:
 """
 
 
-@dataclass(frozen=True)
-class Price:
+def _amount(value: Any) -> Decimal:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("amount", "must be a number")
+    return Decimal(str(value))  # of the text: 0.1 as a float is not a tenth
+
+
+def _day(value: Any) -> str:
+    try:
+        return datetime.date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise PydanticCustomError("day", "must be a day, such as 2026-01-01") from None
+
+
+Amount = Annotated[Decimal, BeforeValidator(_amount), Field(ge=0)]
+Text = Annotated[StrictStr, Field(min_length=1)]
+
+
+class TokenPrice(Section):
     """Prices from the day `start` on. `input`, `cached` and `output` are per 1,000,000 tokens."""
 
-    hardware: str
-    currency: str
-    start: str
-    input: Decimal
-    cached: Decimal
-    output: Decimal
-    engine_second: Decimal
+    hardware: Text
+    currency: Text
+    start: Annotated[str, BeforeValidator(_day)] = Field(alias="from")
+    input: Amount = Decimal(0)
+    cached: Amount | None = None  # as `input`
+    output: Amount = Decimal(0)
+    engine_second: Amount = Decimal(0)
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> TokenPrice:
+        if self.model_fields_set.isdisjoint(_PRICES):
+            raise ValueError(f"the entry has no price: add one or more of {', '.join(_PRICES)}")
+        return self
 
     def cost(self, row: Mapping[str, Any]) -> Decimal:
         """Return the cost of the sums in `row`."""
         cached: int = row["cached_tokens"]
         computed: int = row["input_tokens"] - cached
         output: int = row["output_tokens"]
-        tokens = self.input * computed + self.cached * cached + self.output * output
+        cached_price = self.input if self.cached is None else self.cached
+        tokens = self.input * computed + cached_price * cached + self.output * output
         return tokens / _MILLION + self.engine_second * Decimal(str(row["engine_seconds"]))
 
 
@@ -56,7 +81,7 @@ class PriceBook:
 
     file: str
     currency: str
-    prices: tuple[Price, ...]
+    prices: tuple[TokenPrice, ...]
 
     def cost(self, row: Mapping[str, Any]) -> Decimal:
         """Return the cost of the sums in `row`, which has `hardware` and `day`.
@@ -88,14 +113,11 @@ def read(file: Path, currency: str | None) -> PriceBook:
     """Read a price book. `currency`: None if the book has one only. Raises `UsageError` and `SpecError`."""
     example = f"a price book looks like this:\n\n{EXAMPLE}"
     content = document.read(file, example)
-    entries = content.data.get("prices")
-    if unknown := set(content.data) - {"prices"}:
-        key = sorted(unknown)[0]
-        raise SpecError(str(file), [Problem(key, f"unknown key {key!r}", content.line([key]), example)])
-    if not isinstance(entries, list) or not entries:
-        raise SpecError(str(file), [Problem("prices", "`prices` must be a list with entries", None, example)])
+    try:
+        prices = _Book.model_validate(content.data).prices
+    except ValidationError as error:
+        raise SpecError(str(file), validation.problems(error, content, _keys_at, ""), example) from None
     problems: list[Problem] = []
-    prices = [price for index in range(len(entries)) if (price := _price(content, index, problems))]
     seen: set[tuple[str, str, str]] = set()
     for index, price in enumerate(prices):
         identity = (price.hardware, price.currency, price.start)
@@ -115,42 +137,9 @@ def read(file: Path, currency: str | None) -> PriceBook:
     return PriceBook(str(file), chosen, tuple(reversed(ordered)))
 
 
-def _price(content: Document, index: int, problems: list[Problem]) -> Price | None:
-    entry, before = content.data["prices"][index], len(problems)
+class _Book(Section):
+    prices: list[TokenPrice] = Field(min_length=1)
 
-    def problem(key: str, message: str, hint: str | None = None) -> None:
-        path = ("prices", index, key)
-        problems.append(Problem(document.dotted(path), message, content.line(path), hint))
 
-    if not isinstance(entry, dict):
-        problem(
-            "", f"expected `key: value` lines, got {shown(entry)}", "as in `- hardware: l4`, with `currency: EUR` below"
-        )
-        return None
-    for key in set(entry) - set(_KEYS):
-        problem(str(key), f"unknown key {key!r}", did_you_mean(str(key), _KEYS) or f"known: {', '.join(_KEYS)}")
-    for key in ("hardware", "currency"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
-            problem(key, f"`{key}` must be text", "as in `hardware: l4` and `currency: EUR`")
-    try:
-        start = datetime.date.fromisoformat(str(entry.get("from"))).isoformat()
-    except ValueError:
-        start = ""
-        problem("from", f"`from` must be a day, got {shown(entry.get('from'))}", "as in `from: 2026-01-01`")
-    amounts: dict[str, Decimal] = {}
-    for key in _PRICES:
-        if key == "cached" and key not in entry:
-            amounts[key] = amounts.get("input", Decimal(0))
-            continue
-        amount = entry.get(key, 0)
-        # Decimal of the text: 0.1 as a float is not a tenth.
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < float("inf"):
-            hint = f"as in `{key}: 0.02`, {'per second' if key == 'engine_second' else 'per 1,000,000 tokens'}"
-            problem(key, f"`{key}` must be a number from 0 on, got {shown(amount)}", hint)
-        else:
-            amounts[key] = Decimal(str(amount))
-    if not set(_PRICES) & set(entry):
-        problem("", "the entry has no price", f"add one or more of {', '.join(_PRICES)}, as in `input: 0.02`")
-    if len(problems) > before:
-        return None
-    return Price(entry["hardware"], entry["currency"], start, **amounts)
+def _keys_at(location: Sequence[str | int]) -> list[str]:
+    return [field.alias or name for name, field in (TokenPrice if location else _Book).model_fields.items()]

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from inferctl.tenancy.metering import cloud_event
-from inferctl.tenancy.metering.cloud_event import Item, Origin, Usage
+from inferctl.tenancy.metering.cloud_event import Item, Origin, RequestUsage
 from inferctl.tenancy.metering.outbox import Outbox
 
 log = logging.getLogger("inferctl.metering")
@@ -42,7 +42,7 @@ UNAVAILABLE = "metering_unavailable"
 _IN_FLIGHT = 8192
 
 
-class Recorder:
+class EventRecorder:
     """Gives each event its number, and writes it to `outbox` within about 20 ms. Sums of free requests take a second.
 
     If the outbox cannot be written, up to `max_pending` events wait in memory. Then `full` is True. A server that must
@@ -59,7 +59,7 @@ class Recorder:
         self._lock = threading.Lock()  # of the numbers, `_pending` and `_sums`
         self._issued = self._written = 0
         self._pending: deque[Item] = deque()
-        self._sums: dict[tuple[Any, ...], tuple[int, float, Usage]] = {}  # their first value: the key id
+        self._sums: dict[tuple[Any, ...], tuple[int, float, RequestUsage]] = {}  # their first value: the key id
         self._sums_began = 0.0
         self._encoded: tuple[int, int, int, bytes] | None = None  # a batch that was not written yet
         self._oldest_ms: int | None = None  # of what is in the outbox
@@ -71,7 +71,7 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="inferctl-outbox", daemon=True)
         self._thread.start()
 
-    def record(self, usage: Usage) -> None:
+    def record(self, usage: RequestUsage) -> None:
         """Record a finished request. Called for each request on the event loop, so it only adds to a list or a sum."""
         at = time.time()
         with self._lock:
@@ -90,7 +90,7 @@ class Recorder:
             self._awake = True
             self._wake.set()
 
-    def _add(self, usage: Usage, at: float) -> bool:
+    def _add(self, usage: RequestUsage, at: float) -> bool:
         """Add a request that used nothing to its sum. Return whether the sum is new."""
         # A sum is of one day, because it counts on that of its last request.
         kind = (usage.endpoint, usage.status, usage.code, at // _DAY_S)

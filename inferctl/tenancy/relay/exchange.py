@@ -15,7 +15,7 @@ import orjson
 from inferctl.core.addresses import NatsAddress
 from inferctl.tenancy.access import channel
 from inferctl.tenancy.fleet import broker
-from inferctl.tenancy.fleet.broker import Broker, BrokerUnavailableError
+from inferctl.tenancy.fleet.broker import FleetBroker, FleetBrokerError
 
 log = logging.getLogger("inferctl.relay")
 
@@ -33,8 +33,8 @@ class ExchangeRelay:
         self._folder, self._url, self._keys_changed = folder, url, keys_changed
         self._servers: dict[asyncio.StreamWriter, str] = {}
         self._subscribed: set[str] = set()
-        self._subscribing: set[tuple[str, Broker]] = set()
-        self._broker: Broker | None = None
+        self._subscribing: set[tuple[str, FleetBroker]] = set()
+        self._broker: FleetBroker | None = None
         self._closed = asyncio.Event()  # the connection ended for ever
         self._closing = False
         self._logged: dict[str, float] = {}
@@ -63,7 +63,7 @@ class ExchangeRelay:
         while True:
             connected, closed = None, asyncio.Event()
             try:
-                connected = await Broker.connect(
+                connected = await FleetBroker.connect(
                     self._url,
                     lost=self._report_lost,
                     reconnected=self._ask_again,
@@ -72,7 +72,7 @@ class ExchangeRelay:
                 )
                 await connected.subscribe(broker.KEYS, self._key_message)
                 break
-            except BrokerUnavailableError as error:
+            except FleetBrokerError as error:
                 if connected:
                     await connected.close()
                 self._report(f"{error.message}; each server applies limit / replicas")
@@ -126,7 +126,7 @@ class ExchangeRelay:
             try:
                 await connected.subscribe(f"{broker.LIMITS}.{name}", lambda message: self._limit_message(message, name))
                 self._subscribed.add(name)
-            except BrokerUnavailableError as error:  # with a new connection, it is tried again
+            except FleetBrokerError as error:  # with a new connection, it is tried again
                 self._report(error.message)
                 await connected.close()
                 if self._broker is connected:

@@ -21,7 +21,7 @@ from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outboxes import Outboxes
 
 if TYPE_CHECKING:
-    from inferctl.tenancy.metering.broker import Broker, Progress
+    from inferctl.tenancy.metering.broker import EventBroker, PublishProgress
 
 log = logging.getLogger("inferctl.relay")
 
@@ -41,10 +41,10 @@ class Relay:
         self._settings = metering or Metering.model_construct()
         self._ending = asyncio.Event()
         self._ledger: Ledger | None = None
-        self._broker: Broker | None = None
-        self._answering: Broker | None = None
+        self._broker: EventBroker | None = None
+        self._answering: EventBroker | None = None
         self._watermarks: dict[str, int] = {}
-        self._progress: dict[str, Progress] = {}
+        self._progress: dict[str, PublishProgress] = {}
         self._logged: dict[str, float] = {}
 
     def end(self) -> None:
@@ -144,13 +144,13 @@ class Relay:
 
     async def _publish(self, outboxes: Outboxes) -> bool:
         """Publish the next batches of all outboxes, and return whether there are more."""
-        from inferctl.tenancy.metering.broker import Progress
+        from inferctl.tenancy.metering.broker import PublishProgress
 
         broker = await self._connected()
         sources = outboxes.sources
         for source in sources:
             if source not in self._progress:
-                self._progress[source] = Progress(outboxes.confirmed(source))
+                self._progress[source] = PublishProgress(outboxes.confirmed(source))
         more = False
         for source in sources:
             progress = self._progress[source]
@@ -196,7 +196,7 @@ class Relay:
             self._ledger = await asyncio.to_thread(Ledger.open, self._settings.ledger_url)
         return self._ledger
 
-    async def _connected(self) -> Broker:
+    async def _connected(self) -> EventBroker:
         from inferctl.tenancy.metering import broker
 
         if self._broker and self._broker.broken:

@@ -9,7 +9,7 @@ from inferctl.config import settings
 from inferctl.config.spec import Spec, Task
 from inferctl.deploy import resolve
 from inferctl.deploy.clusters import Cluster, Clusters
-from inferctl.deploy.plan import Plan
+from inferctl.deploy.plan import DeploymentPlan
 from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.receipts import receipt
 
@@ -60,10 +60,10 @@ def plan(
     clusters: list[dict[str, Any]] | None = None,
     size: ModelSize | UnknownSize = SMALL,
     task: Task = "embed",
-) -> Plan:
+) -> DeploymentPlan:
     """Return the plan of one spec. `clusters`: their keys in the clusters file."""
     found = Clusters.model_validate({"clusters": clusters or [{"name": "default"}]}).resolved()
-    return resolve.resolve([resolve.Source(made, folder, size, task)], found)
+    return resolve.resolve([resolve.SpecSource(made, folder, size, task)], found)
 
 
 def cluster(**keys: Any) -> Cluster:

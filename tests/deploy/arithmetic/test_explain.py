@@ -80,7 +80,7 @@ def test_every_number_is_the_one_worked_out_by_hand(capsys: pytest.CaptureFixtur
     }
     # Cluster one has 80%: base 40,000, peak 280,000. A half is planned with 80,000: base 1, peak 3.5 -> 4, but the
     # cluster has 3. Minimum 2, so one can be added. Overflow: 0.8 x 1,500 x 150 / 100,000 = 1.8 -> 2, but only 1 can,
-    # and none is left beside the maximum. Cost: 2 and 3 x 2.745 / 2 x 730.
+    # and none is left next to the maximum. Cost: 2 and 3 x 2.745 / 2 x 730.
     one, two = half["clusters"]
     assert values(one["figures"]) == {
         "replicas at base": 1,

@@ -116,10 +116,10 @@ def test_a_receipt_of_another_model_is_a_warning(model: dict[str, Any], differs:
     from inferctl.deploy.measured import read
 
     file = write_receipt(tmp_path / "r.json", "l4", 200.0, model={"source": "test", **model})
-    _, _, warnings = read(file, catalog.hardware("l4"), "embed", lambda: "ab" * 32)
-    expected = ["r.json was measured with another model: sha256 cdcdcdcdcdcd, not abababababab. Measure this model"]
-    assert warnings == (expected if differs else [])
-    assert read(file, catalog.hardware("l4"), "embed")[2] == []
+    found = read(file, catalog.hardware("l4"), "embed", lambda: "ab" * 32)
+    expected = ("r.json was measured with another model: sha256 cdcdcdcdcdcd, not abababababab. Measure this model",)
+    assert found.warnings == (expected if differs else ())
+    assert read(file, catalog.hardware("l4"), "embed").warnings == ()
 
 
 def test_a_model_on_this_machine_is_compared_with_its_receipts(
@@ -311,13 +311,13 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
     from inferctl.deploy.clusters import Clusters
 
     sources = [
-        resolve.Source(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
+        resolve.SpecSource(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
         for name in ("first", "second")
     ]
 
     def resolved(limit: int) -> list[str]:
         found = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": limit}}]}).resolved()
-        return [warning for model in resolve.resolve(sources, found).models for warning in model.warnings]
+        return list(resolve.resolve(sources, found).warnings)
 
     assert not any("add up" in warning for warning in resolved(8))
     assert any("the maxima of first-l4 and second-l4 add up to 8" in warning for warning in resolved(6))
@@ -331,8 +331,8 @@ def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) ->
 def test_rollouts_and_overflow_stay_within_the_limit_of_a_cluster() -> None:
     # An L4 is planned with 35,000 tokens/s: base 25,000 -> 2, peak 250,000 -> 8. Rise 3,750 x 60 / 50,000 = 4.5 -> 5.
     def planned(limit: int, **keys: Any) -> tuple[Any, list[str]]:
-        found = plan(spec(one(**keys)), clusters=[{"name": "a", "max_replicas": {"l4": limit}}]).models[0]
-        return found.flavors[0], list(found.warnings)
+        found = plan(spec(one(**keys)), clusters=[{"name": "a", "max_replicas": {"l4": limit}}])
+        return found.models[0].flavors[0], found.all_warnings
 
     flavor_plan, warnings = planned(13)
     assert flavor_plan.placements[0].overflow.value == 5
@@ -358,7 +358,7 @@ def test_two_models_share_what_a_cluster_has_for_overflow(tmp_path: Path) -> Non
     from inferctl.deploy import resolve
     from inferctl.deploy.clusters import Clusters
 
-    sources = [resolve.Source(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
+    sources = [resolve.SpecSource(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
     clusters = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": 22}}]}).resolved()
     first, second = (each.flavors[0].placements[0] for each in resolve.resolve(sources, clusters).models)
     # 8 + 8 are the maxima, so 6 are left: 5 for the first, 1 for the second.

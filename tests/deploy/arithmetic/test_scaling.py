@@ -13,10 +13,12 @@ from deploy_sources import HALF, IMAGE, plan, spec
 
 from inferctl.deploy import manifest
 from inferctl.deploy.objects import scaling, workload
-from inferctl.deploy.plan import Plan
+from inferctl.deploy.plan import DeploymentPlan
 
 
-def planned(cluster: dict[str, Any] | None = None, flavors: list[dict[str, Any]] | None = None, **deploy: Any) -> Plan:
+def planned(
+    cluster: dict[str, Any] | None = None, flavors: list[dict[str, Any]] | None = None, **deploy: Any
+) -> DeploymentPlan:
     """Return a plan of half an A100, then L4, in one cluster."""
     listed = flavors or [
         {"hardware": HALF, "name": "half", "tokens_per_second": 100_000, "image": IMAGE},
@@ -31,14 +33,14 @@ def planned(cluster: dict[str, Any] | None = None, flavors: list[dict[str, Any]]
     return plan(spec(section, slo={"p99_ms": 100}), clusters=[{"name": "one", **(cluster or {})}])
 
 
-def scalers(found: Plan) -> list[dict[str, Any]]:
+def scalers(found: DeploymentPlan) -> list[dict[str, Any]]:
     (model,) = found.models
     objects = scaling.scaling(model, found.clusters[0], found.namespace)
     plain: list[dict[str, Any]] = manifest.plain(objects)
     return plain
 
 
-def spare(found: Plan, flavor: int = 0) -> list[dict[str, Any]]:
+def spare(found: DeploymentPlan, flavor: int = 0) -> list[dict[str, Any]]:
     (model,) = found.models
     each = model.flavors[flavor]
     deployment = manifest.plain(workload.deployment(model, each, found.namespace))

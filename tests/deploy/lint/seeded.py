@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from inferctl.manifests.lint import Context, ModelFacts
+from inferctl.manifests.lint import LintContext, ModelFacts
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.versions import OLDEST_SUPPORTED
 
@@ -38,9 +38,9 @@ class Fault:
         return f"{self.rule}: {self.what}"
 
     @property
-    def context(self) -> Context:
+    def context(self) -> LintContext:
         models = (ModelFacts(**self.model),) if self.model else ()
-        return Context(self.minor or OLDEST_SUPPORTED, tuple(located(self.nodes)), models)
+        return LintContext(self.minor or OLDEST_SUPPORTED, tuple(located(self.nodes)), models)
 
 
 def good() -> list[dict[str, Any]]:

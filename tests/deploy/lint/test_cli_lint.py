@@ -20,10 +20,10 @@ from tests.deploy.lint import seeded
 
 BAD = (
     "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\n"
-    "spec:\n  containers:\n  - securityContext: {privileged: true}\n    name: c\n    image: b:1\n"
+    "spec:\n  containers:\n  - env: [{name: HF_TOKEN, value: s3cr3t}]\n    name: c\n    image: b:1\n"
 )
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
-WARNING = BAD.replace("privileged: true", "privileged: false").replace("b:1", "b:latest")
+WARNING = BAD.replace("value: s3cr3t", "value: ''") + "  volumes: [{name: tmp}]\n"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -42,10 +42,10 @@ def bad(tmp_path: Path) -> Path:
 def test_an_error_has_its_place_and_exit_code_1(capsys: pytest.CaptureFixture[str], bad: Path) -> None:
     code, out, err = run(capsys, "--lint", str(bad))
     assert code == 1
-    assert f"{bad}:7: error [privileged] Pod/a spec.containers.0.securityContext.privileged" in out
+    assert f"{bad}:7: error [secret-in-manifest] Pod/a spec.containers.0.env.0" in out
     assert "    lesson: Give a pod what it needs" in out
-    assert "    what goes wrong: it owns the node" in out
-    assert "    fix: remove privileged" in out
+    assert "    what goes wrong: everyone who can read" in out
+    assert "    fix: refer to it" in out
     assert "1 error, 0 warnings, 0 notes in 1 objects, for Kubernetes 1.35" in err
     assert "error: 1 of the findings is an error" in err
 
@@ -56,7 +56,7 @@ def test_good_manifests_and_warnings_have_exit_code_0(capsys: pytest.CaptureFixt
     assert "0 errors, 0 warnings, 0 notes" in err
     (tmp_path / "w.yaml").write_text(WARNING)
     code, out, _ = run(capsys, "--lint", str(tmp_path))
-    assert code == 0 and "warning [floating-image]" in out
+    assert code == 0 and "warning [empty-dir-unbounded]" in out
 
 
 def test_json_has_the_findings_also_with_errors(capsys: pytest.CaptureFixture[str], bad: Path) -> None:
@@ -65,8 +65,8 @@ def test_json_has_the_findings_also_with_errors(capsys: pytest.CaptureFixture[st
     assert code == 1
     assert (document["kubernetes"], document["objects"], document["errors"]) == ("1.37", 1, 1)
     (finding,) = document["findings"]
-    assert finding["rule"] == "privileged" and finding["line"] == 7
-    assert set(finding) == set(lint.Finding.__dataclass_fields__)
+    assert finding["rule"] == "secret-in-manifest" and finding["line"] == 7
+    assert set(finding) == set(lint.LintFinding.__dataclass_fields__)
 
 
 def _all_findings() -> str:
@@ -88,8 +88,8 @@ def test_sarif_is_valid_and_points_to_the_lines(capsys: pytest.CaptureFixture[st
     run_: dict[str, Any] = log["runs"][0]
     assert [rule["id"] for rule in run_["tool"]["driver"]["rules"]] == list(lint.RULES)
     result = run_["results"][0]
-    assert result["ruleId"] == "privileged"
-    assert run_["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == "privileged"
+    assert result["ruleId"] == "secret-in-manifest"
+    assert run_["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == "secret-in-manifest"
     place = result["locations"][0]["physicalLocation"]
     assert place["artifactLocation"]["uri"].endswith("bad%20pod.yaml")
     assert place["region"] == {"startLine": 7}
@@ -101,7 +101,7 @@ def test_sarif_is_valid_and_points_to_the_lines(capsys: pytest.CaptureFixture[st
 def test_standard_input_is_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(BAD))
     code, out, _ = run(capsys, "--lint", "-")
-    assert code == 1 and out.startswith("stdin:7: error [privileged]")
+    assert code == 1 and out.startswith("stdin:7: error [secret-in-manifest]")
 
 
 def test_standard_input_that_is_not_utf_8_is_an_error(
@@ -174,7 +174,7 @@ def test_overlays_may_be_in_groups(capsys: pytest.CaptureFixture[str], tmp_path:
     (overlay / name).write_text("resources: [pod.yaml]\nnamePrefix: eu-\n")
     (overlay / "pod.yaml").write_text(BAD)
     code, out, _ = run(capsys, "--lint", str(tmp_path))
-    assert code == 1 and f"{overlay / name}: error [privileged] Pod/eu-a" in out
+    assert code == 1 and f"{overlay / name}: error [secret-in-manifest] Pod/eu-a" in out
     code, out, _ = run(capsys, "--lint", str(overlay))
     assert code == 1 and "Pod/eu-a" in out
 
@@ -184,7 +184,7 @@ def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     nodes.write_text("apiVersion: v1\nkind: Node\nmetadata:\n  name: a\n  labels: {nvidia.com/gpu.product: Tesla-T4}\n")
     pod = tmp_path / "pod.yaml"
     pod.write_text(
-        WARNING.replace("b:latest", "b:1\n    resources: {limits: {nvidia.com/gpu: 1, memory: 1Gi}}").replace(
+        WARNING.replace("b:1", "b:1\n    resources: {limits: {nvidia.com/gpu: 1, memory: 1Gi}}").replace(
             "spec:\n", "spec:\n  nodeSelector: {nvidia.com/gpu.product: NVIDIA-L4}\n"
         )
     )

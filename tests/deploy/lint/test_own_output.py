@@ -23,4 +23,4 @@ def test_there_are_no_findings_in_our_own_manifests(
     for folder in folders:
         objects = build(files, folder)
         assert len(objects) > 3
-        assert lint.lint(seeded.located(objects), lint.Context(minor)) == []
+        assert lint.lint(seeded.located(objects), lint.LintContext(minor)) == []

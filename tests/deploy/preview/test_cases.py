@@ -9,17 +9,17 @@ import pytest
 
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import admission, filters, nodes_file, preemption, simulation, workloads
-from inferctl.manifests.preview.cluster import Cluster, Pod
+from inferctl.manifests.preview.cluster import ClusterState, Pod
 from tests.deploy.preview import expand
 
 CASES = expand.load()
 
 
-def build(case: dict[str, Any]) -> Cluster:
+def build(case: dict[str, Any]) -> ClusterState:
     return nodes_file.of_objects("cluster", [Located(each) for each in expand.cluster_objects(case)])
 
 
-def incoming(case: dict[str, Any], cluster: Cluster) -> Pod:
+def incoming(case: dict[str, Any], cluster: ClusterState) -> Pod:
     item = expand.pod(case["pod"])
     return nodes_file.pod_of(cluster.objects, item)
 
@@ -58,7 +58,7 @@ def test_case(file: str, case: dict[str, Any]) -> None:
 
 
 def check_preemption(
-    case: dict[str, Any], cluster: Cluster, pod: Pod, found: dict[str, list[filters.Reason]], feasible: list[str]
+    case: dict[str, Any], cluster: ClusterState, pod: Pod, found: dict[str, list[filters.Reason]], feasible: list[str]
 ) -> None:
     best = [] if feasible else preemption.best(cluster, pod, found)
     if case["preempts"] == "none":
@@ -68,7 +68,7 @@ def check_preemption(
     assert sorted(victim.name for victim in best[0].victims) == case["preempts"]["victims"], case["why"]
 
 
-def check_replicas(case: dict[str, Any], cluster: Cluster) -> None:
+def check_replicas(case: dict[str, Any], cluster: ClusterState) -> None:
     item = expand.pod(case["pod"])
     labels = item["metadata"]["labels"]
     deployment = {
@@ -91,6 +91,6 @@ def check_replicas(case: dict[str, Any], cluster: Cluster) -> None:
         assert sum(len(attempt.evicted) for attempt in outcome.rest) == case["evicted"]
 
 
-def snapshot(cluster: Cluster) -> list[tuple[str, str | None, int]]:
+def snapshot(cluster: ClusterState) -> list[tuple[str, str | None, int]]:
     """Return the state, which a question must not change."""
     return sorted((pod.name, pod.node, id(pod)) for pod in cluster.pods())

@@ -160,12 +160,16 @@ def test_a_bad_quantity_of_a_node_is_an_error(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_quantities(text: object, value: object) -> None:
     assert fields.quantity(text) == value
+    assert fields.as_float(text) == float(fields.quantity(text))
 
 
-@pytest.mark.parametrize("text", ["", "1 Gi", "Gi", "1KB", "1K", "0x10", "1e999", "--1", None, True, [], "1_000"])
+@pytest.mark.parametrize(
+    "text", ["", "1 Gi", "Gi", "1KB", "1K", "1banana", "0x10", "1e999", "1e99999x", "--1", None, True, [], "1_000"]
+)
 def test_what_is_no_quantity(text: object) -> None:
     with pytest.raises(ValueError, match=r"is not a quantity|is out of range"):
         fields.quantity(text)
+    assert fields.as_float(text) is None
 
 
 def test_amounts_are_rounded_up() -> None:

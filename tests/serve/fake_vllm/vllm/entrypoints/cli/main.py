@@ -15,14 +15,12 @@ import asyncio
 import contextlib
 import importlib
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import uvicorn
 from prometheus_client import REGISTRY, Counter, Gauge
@@ -44,7 +42,6 @@ class Engine:
     alive = True
     hangs = False
     streams = 0
-    states: ClassVar[dict[str, SimpleNamespace]] = {}
     rate = float(os.environ.get("FAKE_VLLM_TOKENS_PER_S", "0"))
 
     @classmethod
@@ -54,10 +51,8 @@ class Engine:
         return max(0.02, cls.streams / cls.rate) if number else 0.02
 
 
-async def words(count: int, state: SimpleNamespace | None = None) -> AsyncIterator[str]:
+async def words(count: int) -> AsyncIterator[str]:
     for number in range(count):
-        if state is not None:
-            state.generated = number
         await asyncio.sleep(Engine.gap_s(number))
         while Engine.hangs:
             await asyncio.sleep(0.1)
@@ -143,17 +138,7 @@ async def chat(request: Request) -> Response:
         return JSONResponse({"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}, 400)
     if body.get("stream"):
         return StreamingResponse(events(script, count), media_type="text/event-stream")
-    state = SimpleNamespace(
-        external_req_id=f"chatcmpl-{request.headers['x-request-id']}",
-        generated=0,
-        prompt_len=7,
-        num_cached_tokens=4,
-        is_prefilling=False,
-        parent_req=None,
-    )
-    state.detokenizer = SimpleNamespace(num_output_tokens=lambda: state.generated)
-    Engine.states[state.external_req_id] = state
-    generating = asyncio.ensure_future(collect(words(count, state)))
+    generating = asyncio.ensure_future(collect(words(count)))
     left = asyncio.ensure_future(disconnect(request))
     try:
         await asyncio.wait((generating, left), return_when=asyncio.FIRST_COMPLETED)
@@ -162,7 +147,6 @@ async def chat(request: Request) -> Response:
             return JSONResponse(None)
     finally:
         left.cancel()
-        Engine.states.pop(state.external_req_id)
     text = generating.result()
     if not Engine.alive:
         return JSONResponse(ENGINE_LOST, 500)
@@ -203,7 +187,6 @@ def main() -> None:
     options.add_argument("--uds")
     options.add_argument("--port", type=int)
     options.add_argument("--middleware")
-    options.add_argument("--max-num-seqs")
     chosen, others = options.parse_known_args()
     time.sleep(float(os.environ.get("FAKE_VLLM_SECONDS", "0")))
     start = Path(os.environ.get("FAKE_VLLM_START", "/nonexistent"))
@@ -227,20 +210,13 @@ def main() -> None:
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
-    client = SimpleNamespace()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        client.output_handler = asyncio.create_task(asyncio.sleep(math.inf))
         yield
-        if not client.output_handler.cancelled():
-            log_error("async_llm.py:906", "AsyncLLM output_handler failed.", "Traceback", "EngineDeadError")
+        log_error("async_llm.py:906", "AsyncLLM output_handler failed.", "Traceback", "EngineDeadError")
 
     app = Starlette(routes=routes, lifespan=lifespan)
-    processor = SimpleNamespace(request_states=Engine.states)
-    scheduler = SimpleNamespace(max_num_seqs=int(sequences) if (sequences := chosen.max_num_seqs) else 256)
-    client.output_processor, client.vllm_config = processor, SimpleNamespace(scheduler_config=scheduler)
-    app.state.engine_client = client
     if chosen.middleware:
         module, _, name = chosen.middleware.rpartition(".")
         app.add_middleware(getattr(importlib.import_module(module), name))

@@ -1,14 +1,23 @@
-"""Recognizes errors after which a process cannot use its GPU any more. It needs no torch."""
+"""Recognizes errors that report insufficient memory, or a GPU that this process cannot use any more. It needs no torch."""
 
 from __future__ import annotations
 
 import re
 
+# Messages of torch, C++, CUDA, HIP, Triton, oneDNN, and of libraries such as cuBLAS, which have no error type for this.
+# cuBLAS reports that it is not initialized if there is no memory for its handle. The NVML assertion fails while torch
+# writes the message of an out-of-memory error, where NVML is not available (MIG, Jetson, some containers).
+_NO_MEMORY = re.compile(
+    r"tried to allocate|std::bad_alloc|out[ _]?of[ _]?memory|cannot allocate memory|STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED|NVML_SUCCESS == .* INTERNAL ASSERT FAILED"
+    r"|could not create a (primitive|memory)(?! descriptor)",
+    re.IGNORECASE,
+)
 # The texts of `cudaGetErrorString` for the errors of which NVIDIA's documentation says: "any further CUDA work will
 # return the same error. To continue using CUDA, the process must be terminated and relaunched." Other libraries can
 # report the first such error in their own words; the next batch then gets one of these. "unknown error" and "context is
 # destroyed" too, of which the documentation says less: the first is what remains when a GPU is lost.
-_MESSAGES = re.compile(
+_BROKEN = re.compile(
     r"an illegal memory access was encountered|device-side assert triggered|an illegal instruction was encountered"
     r"|unspecified launch failure|the launch timed out and was terminated|hardware stack error|misaligned address"
     r"|operation not supported on global/shared address space|invalid program counter|context is destroyed"
@@ -22,6 +31,20 @@ _MESSAGES = re.compile(
 )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` reports insufficient memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or _NO_MEMORY.search(str(error)) is not None
+    )
+
+
 def breaks_context(error: BaseException) -> bool:
     """Return whether `error` reports that all later CUDA calls of this process will fail too."""
-    return _MESSAGES.search(str(error)) is not None
+    return _BROKEN.search(str(error)) is not None
+
+
+def summary(error: BaseException) -> str:
+    """Return the first line of the message of `error`, or its type if the message is empty."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

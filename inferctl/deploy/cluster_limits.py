@@ -10,19 +10,21 @@ from inferctl.core.errors import UsageError
 from inferctl.deploy import placement
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Warned
 
 
-def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> tuple[ModelPlan, ...]:
+def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> Warned[tuple[ModelPlan, ...]]:
     """Return the models with the rollouts and the overflow that all clusters have room for, and with their costs.
 
-    What does not fit is a warning of the first model. Raises `UsageError` if not even the minima fit.
+    What does not fit is a warning. Raises `UsageError` if not even the minima fit.
     """
-    warnings: list[str] = []
     found = [_with_surges(model, each) for model in models for each in model.flavors]
     limits = [(cluster, key, limit) for cluster in clusters for key, limit in cluster.max_replicas.items()]
-    for cluster, key, limit in limits:
-        _check_replicas(list(_users(found, cluster, key)), cluster, key, limit, warnings)
+    warnings = [
+        warning
+        for cluster, key, limit in limits
+        for warning in _check_replicas(list(_users(found, cluster, key)), cluster, key, limit)
+    ]
     for cluster, key, limit in limits:
         left = limit - _most(found, cluster, key)
         for flavor in _users(found, cluster, key):
@@ -48,8 +50,8 @@ def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> t
                     )
                 left = max(0, left - int(spare.value))
     priced = iter([placement.with_costs(flavor, clusters) for flavor in found])
-    done = [replace(model, flavors=tuple(next(priced) for _ in model.flavors)) for model in models]
-    return (replace(done[0], warnings=(*done[0].warnings, *warnings)), *done[1:])
+    done = tuple(replace(model, flavors=tuple(next(priced) for _ in model.flavors)) for model in models)
+    return Warned(done, tuple(warnings))
 
 
 def gpus(placed: Sequence[tuple[FlavorPlan, Placement]], limit: int | None) -> tuple[int, str]:
@@ -103,7 +105,8 @@ def _changed(flavor: FlavorPlan, cluster: Cluster, **changes: Any) -> FlavorPlan
     return replace(flavor, placements=tuple(placements))
 
 
-def _check_replicas(users: Sequence[FlavorPlan], cluster: Cluster, key: str, limit: int, warnings: list[str]) -> None:
+def _check_replicas(users: Sequence[FlavorPlan], cluster: Cluster, key: str, limit: int) -> Iterator[str]:
+    """Yield a warning if the maxima exceed the limit. Raises `UsageError` if the minima do."""
     if len(users) < 2:
         return
     placed = [each.at(cluster) for each in users]
@@ -117,7 +120,7 @@ def _check_replicas(users: Sequence[FlavorPlan], cluster: Cluster, key: str, lim
             "deploy.traffic and the rate of the flavor",
         )
     if most > limit:
-        warnings.append(
+        yield (
             f"{cluster.name} can have {limit} of {key}, but the maxima of {names} add up to {most}: "
             "the first to ask gets them. Set max_replicas of the flavors"
         )

@@ -1,0 +1,150 @@
+"""What the servers of all tasks share from the start to the exit code: port, signals, drain, metering and relay."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+from inferctl.config.spec import Spec, Task
+from inferctl.core import outputs
+from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
+from inferctl.serve import metering, relay_process
+from inferctl.serve.edge import access, listener
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.metering import ServerMetering
+from inferctl.serve.metrics import RequestMetrics
+from inferctl.serve.options import ServerOptions
+from inferctl.serve.progress import StartProgress
+from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
+
+_FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`
+
+
+class ServerLifetime(ABC):
+    """One server, from its start to its exit code. The server of a task serves, drains and ends what computes.
+
+    The port is open before anything is loaded. After the first signal, the server accepts requests for the grace period
+    and completes them for `drain_seconds`. A second signal kills what computes.
+    """
+
+    _lifecycle: Lifecycle
+    _socket: socket.socket
+    _url: str
+
+    def __init__(
+        self, spec: Spec, task: Task, options: ServerOptions, notify: Callable[[str], None], progress: StartProgress
+    ) -> None:
+        self._spec, self._options, self._notify, self._progress = spec, options, notify, progress
+        self._started = time.monotonic()
+        self._metering = ServerMetering(spec.metering, spec.name, task, known_callers=spec.access.required)
+        self._relay = relay_process.start(spec, notify)
+        self._access = access.create(spec.access, (spec.name, spec.model.source))
+        self._drain_end = 0.0
+        self._signals = 0
+        self._interrupted = False
+        self._failure: NotReadyError | None = None
+
+    async def run(self, signals: StopSignals) -> int:
+        """Serve until a signal arrives, and return the exit code. Raises `NotReadyError` if the start fails."""
+        listener.raise_file_limit()
+        relay: asyncio.Task[None] | None = None
+        showing = asyncio.create_task(self._progress.run())
+        try:
+            self._socket = listener.listen(self._spec.serve.host, self._spec.serve.port)
+            self._url, host = listener.reached_at(self._socket, self._spec.serve.host, self._options.published)
+            for warning in self._warnings(host):
+                self._notify(f"warning    {warning}")
+            self._metering.open()
+            relay = asyncio.create_task(self._relay.run()) if self._relay else None
+            signals.connect(self._handle_signal)
+            unfinished = await self._serve()
+        finally:
+            showing.cancel()
+            closing = asyncio.create_task(self._close_metering(relay))
+            try:
+                await self._end()
+            finally:
+                await closing
+        if self._failure:
+            raise self._failure
+        if unfinished:
+            limit = self._spec.serve.drain_seconds
+            self._notify(f"stopped after {limit:g} s; requests without a response: {unfinished}")
+            return 1
+        if self._lifecycle.started or not self._interrupted:
+            self._notify("stopped")
+        return EXIT_INTERRUPTED if self._interrupted else 0
+
+    @abstractmethod
+    async def _serve(self) -> int:
+        """Serve until `_close` was called and the responses are complete. Return how many are not."""
+
+    @abstractmethod
+    def _drain(self) -> str:
+        """Report that the server is not ready, and accept requests. Return what is known of those in flight."""
+
+    @abstractmethod
+    def _close(self, seconds: float) -> None:
+        """Accept no more requests, and let `_serve` return after those in flight, within `seconds`."""
+
+    @abstractmethod
+    async def _end(self) -> None:
+        """End what computes. Raises its error."""
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """Kill what computes, because the process ends now."""
+
+    def _warnings(self, host: str) -> Iterator[str]:
+        yield from access.warnings(self._spec.access, host)
+        yield from metering.warnings(self._spec.metering)
+
+    def _emitter(self, metrics: RequestMetrics, *more: Callable[[UsageEvent], None]) -> Callable[[UsageEvent], None]:
+        """Return what the edge calls with each event. `more`: sinks that only this server has."""
+        options = self._options
+        return metering.emitter(metrics, self._metering, options.log, options.traces, self._spec.name, *more)
+
+    def _announce(self) -> None:
+        """Write the file that other processes wait for. If that fails, the server ends: they would wait forever."""
+        if self._options.announce:
+            try:
+                outputs.announce(self._options.announce, self._url)
+            except NotReadyError as error:
+                self._failure = error
+                self._close_port()
+
+    def _handle_signal(self, number: int) -> None:
+        self._signals += 1
+        self._progress.stop()
+        self._interrupted |= number == signal.SIGINT
+        if self._signals > 1:
+            self._kill()
+            os._exit(EXIT_INTERRUPTED if self._interrupted else EXIT_TERMINATED)
+        self._lifecycle.draining = True
+        in_flight = self._drain()
+        if self._lifecycle.started:
+            self._notify(f"shutting down; {in_flight}a second signal stops at once")
+        # Load balancers notice `/readyz` with a delay, so requests are accepted for the grace period. After Ctrl-C, and
+        # before the server was ready, no load balancer has to be waited for.
+        grace = 0 if self._interrupted or not self._lifecycle.started else self._spec.serve.grace_seconds
+        asyncio.get_running_loop().call_later(grace, self._close_port)
+
+    def _close_port(self) -> None:
+        seconds = self._spec.serve.drain_seconds
+        self._drain_end = time.monotonic() + seconds
+        self._lifecycle.closed = True
+        self._close(seconds)
+
+    async def _close_metering(self, relay: asyncio.Task[None] | None) -> None:
+        """Record the last requests, and let the relay store them before the drain ends."""
+        left = max(_FLUSH_S, self._drain_end - time.monotonic())
+        await self._metering.close(left)
+        if self._relay and relay:
+            await self._relay.stop(left)
+            await relay

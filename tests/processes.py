@@ -1,0 +1,117 @@
+"""Starts the servers of inferctl as processes, asks them, waits and ends them, for the tests of all folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+START_SECONDS = 120
+# `httpx.get` and `httpx.post` load the certificates of all authorities on each call: 7 ms of CPU time. Each request of
+# this client opens a connection, as theirs do.
+CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+def until(condition: Callable[[], object], seconds: float = START_SECONDS) -> None:
+    """Return when `condition()` is true. Fails after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timeout"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class ServerProcess:
+    """A process of `inferctl serve` or `gateway`. `log` is the file with its stderr. `url`: when it is ready."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    announced: Path
+    url: str = ""
+
+    @classmethod
+    def launch(cls, folder: Path, *command: str, name: str = "server", **environment: str) -> Self:
+        """Start `python -m COMMAND` in `folder`, where its log is, in its own process group."""
+        announced, log = folder / f"{name}-ready.json", folder / f"{name}.log"
+        announced.unlink(missing_ok=True)
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command, "--announce", str(announced)],
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+                cwd=folder,
+                env=os.environ | environment,
+                start_new_session=True,
+            )
+        return cls(process, log, announced)
+
+    def wait_announced(self, seconds: float = START_SECONDS) -> Self:
+        """Wait until the server is ready. Fails with its log if it ends before."""
+        until(lambda: self.announced.exists() or self.process.poll() is not None, seconds)
+        assert self.process.poll() is None, self.log.read_text()
+        found = json.loads(self.announced.read_text())
+        assert found["pid"] == self.process.pid
+        self.url = found["url"]
+        return self
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
+        """Send a signal, wait, and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def embed(self, **body: object) -> httpx.Response:
+        return CLIENT.post(f"{self.url}/v1/embeddings", json=body)
+
+    def get(self, path: str) -> httpx.Response:
+        return CLIENT.get(f"{self.url}{path}")
+
+    def readiness(self) -> tuple[int, str]:
+        """Return the status and the text of `/readyz`, or 0 and "" if a killed process had accepted the connection."""
+        try:
+            response = self.get("/readyz")
+        except (httpx.ReadError, httpx.RemoteProtocolError):
+            return 0, ""
+        return response.status_code, response.text
+
+    def metric(self, name: str, **labels: str) -> float:
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return float(sample.value)
+        return 0.0
+
+    def wait_ready(self) -> None:
+        until(lambda: self.get("/readyz").status_code == 200)
+
+    def children(self) -> list[int]:
+        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in found.split()]
+
+    def engine_pid(self) -> int:
+        return self.children()[0]
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> ServerProcess:
+    """Start `inferctl serve` on a free port, and wait until it is ready."""
+    return ServerProcess.launch(folder, "inferctl", "serve", "--port", "0", *arguments, **environment).wait_announced()
