@@ -99,8 +99,6 @@ class BuildView:
                 self._pushed(event)
             case Retry(attempt, attempts, delay, reason):
                 self._line(f"  attempt {attempt} of {attempts} failed, retry in {delay:.0f} s: {reason}")
-            case _:
-                pass
 
     def _finished(self, step: StepFinished) -> None:
         self._done(step.id)

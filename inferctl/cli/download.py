@@ -23,7 +23,7 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 
 
 @contextmanager
-def _shown(source: str) -> Iterator[Progress]:
+def _shown(source: str) -> Iterator[hub.Progress]:
     """Show a progress bar, or lines without a terminal. Shows nothing if no download starts."""
     if not sys.stderr.isatty():
         yield hub.Lines(source, console.note)
