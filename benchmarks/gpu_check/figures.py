@@ -182,7 +182,7 @@ def _generation(step: Step, folder: Path, model: Path) -> None:
     arguments = ("--model", str(model), "--max-context-tokens", "2048", *device)
     with servers.serving(folder, "generation", *arguments, seconds=240) as server:
         step.figure("ready with the edge", f"{server.seconds:.0f} s", seconds=server.seconds)
-        _tokens(step, "with the edge", server.url, model.name)
+        _tokens(step, "with the edge", server)
         victims = [pid for pid in procfs.tree(server.process.pid) if _named(pid, b"EngineCore")]
         if victims and step.left() > 60:
             started = time.monotonic()
@@ -212,14 +212,15 @@ def _without_edge(step: Step, folder: Path, model: Path) -> None:
         if not servers.until(lambda: process.poll() is not None or server.get("/health") == "", 240):
             raise RuntimeError(f"vLLM was not ready: {servers.tail(log)}")
         step.figure("ready without the edge", f"{time.monotonic() - started:.0f} s")
-        _tokens(step, "without the edge", server.url, model.name)
+        _tokens(step, "without the edge", server)
     finally:
         process.terminate()
         process.wait(30)
 
 
-def _tokens(step: Step, name: str, url: str, model: str, clients: int = 4 if STAND_IN else 64) -> None:
+def _tokens(step: Step, name: str, server: servers.Server, clients: int = 4 if STAND_IN else 64) -> None:
     """Record tokens/s of `clients` requests that are sent at the same time."""
+    url, model = server.url, json.loads(server.get("/v1/models"))["data"][0]["id"]
     servers.post(f"{url}/v1/completions", {"model": model, "prompt": "warm", "max_tokens": 1})
     body = {"model": model, "prompt": "The history of", "max_tokens": TOKENS, "ignore_eos": True}
     started = time.monotonic()
@@ -228,7 +229,8 @@ def _tokens(step: Step, name: str, url: str, model: str, clients: int = 4 if STA
     rate = sum(answer["usage"]["completion_tokens"] for status, answer in answers if status == 200)
     rate /= time.monotonic() - started
     good = [status for status, _ in answers if status == 200]
-    step.check(f"completions {name}", len(good) == clients, f"{len(good)} of {clients}")
+    bad = next((f"; {status}: {str(answer)[:200]}" for status, answer in answers if status != 200), "")
+    step.check(f"completions {name}", len(good) == clients, f"{len(good)} of {clients}{bad}")
     step.figure(f"tokens/s {name}", f"{rate:.0f}, {clients} requests at a time", tokens_per_s=rate)
 
 
