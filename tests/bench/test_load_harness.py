@@ -29,11 +29,13 @@ def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: 
     run = figures(tmp_path, "accuracy.py", "--seconds", "5", "--rate", "80")["runs"][0]
     assert run["requests"] > 300
     assert (run["failed"], run["not_logged"]) == (0, 0)
-    # Client and network only add time to a request.
-    assert run["added_ms"]["least"] > 0
+    # Client and network only add time to a request. So each percentile is later than that of the server, by the least to
+    # the most that they added to any request.
+    least, most = run["added_ms"]["least"] - 0.001, run["added_ms"]["most"] + 0.001
+    assert least > 0
     rows = {row["percentile"]: row for row in run["percentiles"]}
-    for name in ("p50", "p90"):
-        assert rows[name]["truth_ms"] < rows[name]["inferctl_ms"] < 1.2 * rows[name]["truth_ms"]
+    for row in rows.values():
+        assert least <= row["inferctl_ms"] - row["truth_ms"] <= most
     assert rows["p50"]["locust_ms"] == round(rows["p50"]["locust_ms"])
     assert rows["p99"]["locust_ms"] % 10 == 0
     assert rows["p99"]["inferctl_ms"] % 10 != 0
