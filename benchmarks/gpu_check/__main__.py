@@ -1,6 +1,7 @@
 """Check everything on a GPU that tests elsewhere cannot: `make gpu-check`, or
 
-    python benchmarks/gpu_check [--steps 1,2,3] [--minutes 20] [--stack locked,newest] [--wheels FOLDER] [--output FOLDER]
+    python benchmarks/gpu_check [--steps 1,2,3] [--minutes 20] [--stack locked,newest]
+                                [--wheels FOLDER] [--output FOLDER]
 
 1 machine, 2 correctness, 3 shapes, 4 faults, 5 figures, 6 image. Each step is a process with a time limit, and none
 stops the next. OUTPUT/gpu-check.json gets the result of each step when it ends; a later run adds to it. The exit code

@@ -47,7 +47,7 @@ def _library(step: Step, model: Path) -> None:
         step.skip("sentence-transformers", "it is not installed")
         return
     sys.modules.pop("sklearn", None)  # hidden from transformers, but sentence-transformers needs it
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # one thread is slower than a GPU, and both would measure only it
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for both; one thread may be slower than a GPU
     import numpy as np
     import torch
     from sentence_transformers import SentenceTransformer

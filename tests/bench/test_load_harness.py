@@ -29,8 +29,8 @@ def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: 
     run = figures(tmp_path, "accuracy.py", "--seconds", "5", "--rate", "80")["runs"][0]
     assert run["requests"] > 300
     assert (run["failed"], run["not_logged"]) == (0, 0)
-    # Client and network only add time to a request. So each percentile is later than that of the server, by the least to
-    # the most that they added to any request.
+    # Client and network only add time to a request. So each percentile exceeds that of the server by an amount between
+    # the least and the most that they added to any request.
     least, most = run["added_ms"]["least"] - 0.001, run["added_ms"]["most"] + 0.001
     assert least > 0
     rows = {row["percentile"]: row for row in run["percentiles"]}
