@@ -4,7 +4,7 @@ VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
-# -n 4: tests wait for servers, loads and the Docker Engine, so fewer relays leave two cores partly idle. With five,
+# -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
 # the same tests took 15% more CPU time.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
 # uv, where it is installed, is many times faster than pip. It gets the indexes and the folders of wheels from pip's

@@ -32,7 +32,7 @@ if __name__ == "__main__":
         from granian import Granian
         from granian.constants import Interfaces, Loops
 
-        options = {"interface": Interfaces.ASGI, "loop": Loops.uvloop, "relays": 1, "log_enabled": False}
+        options = {"interface": Interfaces.ASGI, "loop": Loops.uvloop, "workers": 1, "log_enabled": False}
         Granian("bare_app:app", address="127.0.0.1", port=port, **options).serve()
     else:
         import uvicorn

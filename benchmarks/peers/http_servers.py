@@ -3,7 +3,7 @@
     python benchmarks/peers/http_servers.py [--seconds 6] [--rounds 4] [--json FILE]
 
 64 clients in a closed loop receive bodies of 8 KB, the size of an embedding of 384 numbers. Both servers run on uvloop
-with one relay.
+with one worker.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from inferctl.manifests import metric_names
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from tests.processes import CLIENT, ServerProcess, start, until
 
-# In one relay, one test after the other: the queries look back for 30 s.
+# In one worker, one test after the other: the queries look back for 30 s.
 pytestmark = pytest.mark.xdist_group("prometheus")
 WATCHED = Watched("embed", "inference", "embed", (WatchedFlavor("embed-l4", 60, 10),), cache=True, metering=True)
 LABELS = {"namespace": "inference", "service": "embed", "pod": "embed-l4-7d9f8c6b5-abcde", "inferctl_io_flavor": "l4"}
