@@ -124,6 +124,7 @@ def test_a_mistake_is_answered_with_an_error_a_hint_and_its_exit_code(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     arguments = prepare(tmp_path)
     ended = cli.run(arguments)
     out, err = capsys.readouterr()

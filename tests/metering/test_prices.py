@@ -62,7 +62,7 @@ def test_gaps_of_the_book_are_errors(book: Path) -> None:
         ("prices: [{hardware: l4, currency: EUR, from: 2026-01-01, input: .inf}]", "input: must be"),
         ("prices: [{currency: EUR, from: 2026-01-01, input: 1}]", "hardware is missing"),
         (f"{BOOK}  - {{hardware: l4, currency: EUR, from: 2026-01-01, input: 2}}", "a second price for l4 in EUR"),
-        ("prices: [1]", "must be a valid dictionary"),
+        ("prices: [1]", "`key: value` lines"),
     ],
 )
 def test_errors_in_the_book_name_their_place(tmp_path: Path, text: str, message: str) -> None:

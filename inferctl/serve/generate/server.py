@@ -153,8 +153,8 @@ class GenerationServer(ServerLifetime):
         """
         spec = self._spec
         keys, broker = spec.access.public_key_store, spec.access.broker
-        if not keys and spec.access.keys:
-            keys = str(Path(spec.access.keys).absolute())
+        if not keys and spec.access.key_file:
+            keys = str(Path(spec.access.key_file).absolute())
         access = {"keys": keys, "broker": broker.public if broker else None}
         return control.EdgeSettings(
             spec.name,
