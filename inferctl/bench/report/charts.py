@@ -215,7 +215,7 @@ def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Seq
         data.append(_estimated_bars(with_bar))
     what = "Output tokens of successful responses" if generates else "Successful responses"
     text = f"{what} per second in the measured window, with 95% intervals. Filled and hatched: emulated precision." + (
-        " Outlines are estimated, with the error band or as an upper bound." if rows else ""
+        " Outlines are estimated upper bounds." if rows else ""
     )
     return Chart("Throughput", text, data, _bar_layout(len(receipts) + len(with_bar), unit))
 
@@ -226,12 +226,8 @@ def _bar_end(found: Range) -> float | None:
 
 
 def _estimated_bars(rows: Sequence[tuple[Row, Range]]) -> Json:
-    """Return the bars of estimates: hollow, hatched and labeled. A bound has no error bar."""
+    """Return the bars of estimates: hollow, hatched and labeled."""
     values = [_bar_end(found) or 0.0 for _, found in rows]
-    ends = [
-        (0.0, 0.0) if found.bound else (value - (found.low or value), (found.high or value) - value)
-        for value, (_, found) in zip(values, rows, strict=True)
-    ]
     return {
         "type": "bar",
         "orientation": "h",
@@ -248,7 +244,6 @@ def _estimated_bars(rows: Sequence[tuple[Row, Range]]) -> Json:
             "line": {"color": GREY, "width": 1.5},
             "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
         },
-        "error_x": _error_bars(ends),
         "hovertemplate": "%{y}: %{text} requests/s<extra></extra>",
     }
 

@@ -169,18 +169,18 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
 
 
 def estimates(rows: Sequence[Row]) -> RenderableType:
-    """Return the table of estimated figures, each with its error band or its bound."""
+    """Return the table of estimated figures, which are bounds."""
     grid = _grid("on", "p50", "p90", "p99", "req/s")
     for row in rows:
         if row.estimate:
             keys = ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")
             figures = [_estimated(row.estimate, key) for key in keys]
             grid.add_row(row.configuration, (row.hardware or {}).get("key"), *figures, style="italic")
-    return _titled("ESTIMATED, not measured (error bands, or bounds)", grid)
+    return _titled("ESTIMATED, not measured", grid)
 
 
 def _estimated(figures: EstimatedFigures, key: str) -> str:
-    """Return a figure above its band, or a bound. The rate that an open loop offers is not an estimate."""
+    """Return a bound. The rate that an open loop offers is not an estimate."""
     found = figures.ranges.get(key)
     if found is None:
         return _UNKNOWN
@@ -188,10 +188,7 @@ def _estimated(figures: EstimatedFigures, key: str) -> str:
         return f"{found.bound}\n{short(found.high if found.low is None else found.low)}"
     if found.value is None:
         return _UNKNOWN
-    if key == "requests_per_s" and found.low == found.high:
-        return f"{short(found.value)}\noffered"
-    band = f"over {short(found.low)}" if found.high is None else f"{short(found.low)}-{short(found.high)}"
-    return f"~{short(found.value)}\n{band}"
+    return f"{short(found.value)}\noffered" if key == "requests_per_s" else f"~{short(found.value)}"
 
 
 def _titled(title: str, grid: Table) -> Group:
