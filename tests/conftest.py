@@ -10,9 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+
+from tests.required import missing
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -110,20 +111,13 @@ def cross_encoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def _missing(what: str, problem: str) -> NoReturn:
-    """Skip the test, or fail it if INFERCTL_REQUIRE contains `what` (`docker`, `gpu`)."""
-    if what in os.environ.get("INFERCTL_REQUIRE", "").split(","):
-        pytest.fail(problem)
-    pytest.skip(problem)
-
-
 @pytest.fixture(scope="session")
 def gpu() -> None:
     """Require a CUDA GPU. Skips without one, or fails with INFERCTL_REQUIRE=gpu."""
     import torch
 
     if not torch.cuda.is_available():
-        _missing("gpu", "no CUDA GPU found")
+        missing("gpu", "no CUDA GPU found")
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +131,7 @@ def engine() -> None:
     elif subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False).returncode:
         problem = "docker has no buildx plugin"
     if problem:
-        _missing("docker", problem)
+        missing("docker", problem)
 
 
 @pytest.fixture
@@ -165,12 +159,10 @@ def base_image(engine: None) -> str:
         text=True,
         check=False,
     )
-    if done.returncode == 0:
-        return done.stdout.strip()
-    problem = (
-        f"image {name} not found: build it with `.ci/stand-in-base {name}` (as root, with a registry at localhost:5000)"
-    )
-    _missing("docker", problem)
+    if done.returncode:
+        hint = f"build it with `.ci/stand-in-base {name}` (as root, with a registry at localhost:5000)"
+        missing("docker", f"image {name} not found: {hint}")
+    return done.stdout.strip()
 
 
 @pytest.fixture(scope="session")

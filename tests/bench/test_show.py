@@ -21,6 +21,7 @@ from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
+from tests.required import missing
 
 
 def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
@@ -221,7 +222,7 @@ def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
 def in_browser(page: Path, width: int = 1280) -> str:
     """Return the document after a browser without network has drawn it."""
     if not (browser := shutil.which("chromium")):
-        pytest.skip("chromium not found")
+        missing("services", "chromium not found")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     profile = page.with_name("profile")
     offline = ["--disable-background-networking", "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}"]

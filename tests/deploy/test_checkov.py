@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import venv
@@ -18,6 +17,7 @@ from tests.deploy import plans
 from tests.deploy.conftest import kustomize, write
 from tests.deploy.test_example import SPECS
 from tests.packages import install
+from tests.required import requires
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 VERSION = "3.3.30"
@@ -49,7 +49,7 @@ def checkov(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The command `checkov`. In CI, in an environment of its own: 290 MB, with older packages than inferctl has."""
     if found := shutil.which("checkov"):
         return Path(found)
-    if "checkov" not in os.environ.get("INFERCTL_REQUIRE", "").split(","):
+    if not requires("checkov"):
         pytest.skip("checkov is not installed; INFERCTL_REQUIRE=checkov installs it for the test")
     folder = tmp_path_factory.mktemp("checkov")
     venv.create(folder)

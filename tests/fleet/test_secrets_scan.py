@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.metering.conftest import _missing
+from tests.required import missing
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_a_scan_of_a_fleet_finds_no_text_and_no_key(minilm: Path, tmp_path: Path) -> None:
     for program in ("nats-server", "valkey-server"):
         if not shutil.which(program):
-            _missing(program)
+            missing("services", f"{program} is not installed")
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        _missing("postgresql")
+        missing("services", "PostgreSQL is not installed")
     if not Path(sys.executable).with_name("envoy").exists() and not shutil.which("envoy"):
-        _missing("envoy")
+        missing("services", "Envoy is not installed")
     file = tmp_path / "found.json"
     script = ROOT / "benchmarks" / "peers" / "secrets_scan.py"
     done = subprocess.run(

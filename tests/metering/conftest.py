@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.metering.parts import Nats, Postgres
 from tests.processes import ServerProcess
+from tests.required import missing
 from tests.serve.conftest import serve  # noqa: F401  # a fixture
-
-
-def _missing(what: str) -> NoReturn:
-    problem = f"{what} is not installed"
-    if "services" in os.environ.get("INFERCTL_REQUIRE", "").split(","):
-        pytest.fail(problem)
-    pytest.skip(problem)
 
 
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     """A running PostgreSQL. Skips without one, or fails with INFERCTL_REQUIRE=services."""
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        _missing("postgresql")
+        missing("services", "PostgreSQL is not installed")
     folder = tmp_path_factory.mktemp("p")
     started = Postgres(folder / "pg")
     started.start()
@@ -39,7 +31,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 def nats(tmp_path: Path) -> Iterator[Nats]:
     """A running NATS server. Skips without one, or fails with INFERCTL_REQUIRE=services."""
     if not shutil.which("nats-server"):
-        _missing("nats-server")
+        missing("services", "nats-server is not installed")
     started = Nats(tmp_path / "nats")
     started.start()
     yield started

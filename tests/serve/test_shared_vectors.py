@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from inferctl.core.errors import UsageError
 from inferctl.serve.vector_cache.shared import SharedLevel
 from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, start, until
+from tests.required import missing
 from tests.serve.test_vector_cache import CACHED, computed, spec, vectors
 
 
@@ -61,8 +61,7 @@ class Valkey:
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """Skips without valkey-server, or fails with INFERCTL_REQUIRE=services."""
     if not shutil.which("valkey-server"):
-        required = "services" in os.environ.get("INFERCTL_REQUIRE", "").split(",")
-        (pytest.fail if required else pytest.skip)("valkey-server is not installed")
+        missing("services", "valkey-server is not installed")
     started = Valkey(tmp_path_factory.mktemp("valkey") / "s")
     started.start()
     yield started

