@@ -102,6 +102,7 @@ def test_pin_writes_both_pins_and_updates_them_only_on_request(registry: Registr
     unpinned = pin("--check")
     assert unpinned.returncode == 1, unpinned.stderr
     assert "does not pin model.revision and image.base_image" in unpinned.stderr
+    assert f"run `inferctl pin --spec {file}`" in unpinned.stderr
     assert hub.requests == []
     before = file.read_text()
     assert COMMIT in pin("--dry-run").stdout

@@ -57,7 +57,7 @@ class Root(LazyGroup):
 app = typer.Typer(
     cls=Root,
     name="inferctl",
-    help="Build, serve and benchmark model containers.",
+    help="Build, serve, benchmark and deploy model containers.",
     epilog="To start, run `inferctl init`, or serve a model without a file: `inferctl serve --model DIR`.",
     invoke_without_command=True,
     rich_markup_mode=None,

@@ -143,7 +143,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
         general += generation_fit.check_settings(spec, task)
     elif stack.vllm is None:
         why = "the model is not on this machine, so whether it matches the base was not checked"
-        hint = "if it is generative, set `task: generate` and `image.base: vllm-cuda13.0`"
+        hint = "if it is generative, set `model.task: generate` and `image.base: vllm-cuda13.0`"
         general.append(Finding("warn", "task", "it is not known what the model is for", why, hint))
     judge = check_part
     if task == "generate":

@@ -22,6 +22,14 @@ from inferctl.core.errors import UsageError, did_you_mean
 FORMATS = ("text", "markdown", "json", "junit")
 _SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".xml": "junit"}
 
+EPILOG = """\b
+Examples:
+  # Compare two servers of one benchmark, and write the verdict for a summary page
+  inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
+  # Compare two benchmarks: receipts with equal configuration names
+  inferctl compare OLD-BENCH NEW-BENCH
+"""
+
 
 def _default_thresholds() -> str:
     """Return the default of `--threshold`, such as `5; p99 and memory 10`."""
@@ -109,10 +117,7 @@ def compare(
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """Check whether NEW is worse than OLD: exit code 0 no, 1 yes, 4 not enough evidence, 5 cannot be compared.
-
-    Example: inferctl compare bench-results/RUN/receipts/old.json bench-results/RUN/receipts/new.json -o verdict.md
-    """
+    """Check whether NEW is worse than OLD: exit code 0 no, 1 yes, 4 not enough evidence, 5 cannot be compared."""
     inputs = [*comparable.files(old), *comparable.files(new)]
     for file in output or []:
         outputs.check(file, "--output", parents=True, inputs=inputs)

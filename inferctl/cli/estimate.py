@@ -27,6 +27,14 @@ from inferctl.models import model as models
 _STANDARD = "t4,l4,a100-40gb-sxm,h100-sxm"
 _TEXTS = "mixed"
 
+EPILOG = """\b
+Examples:
+  # Compare half an A100 with a T4 at an SLO
+  inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70 --against t4
+  # Estimate from a config.json, for texts of 128 tokens
+  inferctl estimate --config config.json --hardware l4,h100-sxm --length 128
+"""
+
 
 def estimate(
     spec_file: options.SpecFile = None,
@@ -106,8 +114,6 @@ def estimate(
     """Estimate latency, throughput and cost on other hardware.
 
     Every figure is estimated from published results, not measured. Lists accept commas: --hardware t4,l4.
-
-    Example: inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70
     """
     if rate and users:
         raise UsageError("`--rate` and `--users` exclude each other", "pass one of them")

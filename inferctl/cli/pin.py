@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -92,7 +93,8 @@ def _check(file: str, pins: list[Pin], as_json: bool) -> None:
         if missing_pins:
             raise typer.Exit(1)
     elif missing_pins:
-        raise InferctlError(f"{file} does not pin {' and '.join(missing_pins)}", "run `inferctl pin`")
+        command = ["inferctl", "pin"] if file == spec.DEFAULT_FILE else ["inferctl", "pin", "--spec", file]
+        raise InferctlError(f"{file} does not pin {' and '.join(missing_pins)}", f"run `{shlex.join(command)}`")
     else:
         console.note(f"{file} has every pin that it can have")
 

@@ -11,6 +11,12 @@ from inferctl.cli.options import Json
 from inferctl.image.failures import MissingImageError
 from inferctl.image.reference import full_reference
 
+EPILOG = """\b
+Examples:
+  # Pull the published image, if there is one
+  baseline=$(inferctl pull --if-exists registry.example.com/ml/minilm:main)
+"""
+
 
 def pull(
     reference: Annotated[
@@ -25,8 +31,6 @@ def pull(
     """Pull an image and print its name@digest.
 
     If the registry does not respond or denies access, the exit code is 3, also with --if-exists.
-
-    Example: baseline=$(inferctl pull --if-exists registry.example.com/ml/minilm:main)
     """
     from inferctl.image.docker import DockerEngine
 

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from inferctl.image.verify import Verified
 
 
+EPILOG = """\b
+Examples:
+  # Check an image that contains its weights
+  inferctl verify registry.example.com/ml/minilm:bf16
+  # Check an image that mounts its weights
+  inferctl verify registry.example.com/ml/minilm:bf16 --model DIR
+"""
+
+
 def verify(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="Name, name@digest or id of the image; pulled if absent.")
@@ -37,8 +46,6 @@ def verify(
     """Start an image, compare its output for eight texts with fp32, and print the image id.
 
     The image does not change. If it mounts its weights, they come from --model or from the spec.
-
-    Example: inferctl verify registry.example.com/ml/minilm:bf16 --model ./all-MiniLM-L6-v2
     """
     from inferctl.image import container, lint
     from inferctl.image.docker import DockerEngine

@@ -46,7 +46,7 @@ WITHOUT_ADMISSION = {
     "INFERCTL_SERVE_MAX_WAIT_SECONDS": "86400",
     "INFERCTL_SERVE_MAX_QUEUE_TOKENS": "1000000000",
 }
-_EXAMPLE = "write a commented example with `inferctl init --force`"
+_EXAMPLE = "write a commented example into another folder with `inferctl init DIR`"
 
 
 @dataclass(frozen=True)
