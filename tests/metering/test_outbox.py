@@ -147,6 +147,22 @@ def test_a_reader_cannot_change_the_outbox(make: Make, tmp_path: Path) -> None:
     reader.close()
 
 
+def test_a_reader_may_open_the_file_before_the_table_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written = Outbox.create(tmp_path / "m", MIB)
+    folder = next((tmp_path / "m").glob("*/"))
+    file = sqlite3.connect(folder / "events.sqlite", isolation_level=None)
+    file.execute("pragma journal_mode = wal")  # what a server does first
+    outboxes = Outboxes(tmp_path / "m")
+    outboxes.refresh()
+    assert outboxes.read(*outboxes.sources, 0, 10) == []
+    written.append(1, 1, 0, b"")
+    assert [batch.last for batch in outboxes.read(*outboxes.sources, 0, 10)] == [1]
+    assert not caplog.records
+    outboxes.close()
+    file.close()
+    written.close()
+
+
 def test_a_full_outbox_keeps_events_in_memory_then_drops_them_and_recovers(make: Make, tmp_path: Path) -> None:
     recorder, data = make(max_bytes=64 * 1024, max_pending=500), tmp_path / "m"
 

@@ -229,6 +229,8 @@ class OutboxReader:
                 isolation_level=None,
                 check_same_thread=False,
             )
+        if not self._connection.execute("pragma user_version").fetchone()[0]:  # the server has not made the table yet
+            return []
         rows = self._connection.execute(
             "select first, last, time, content, (select min(first) from batches) from batches "
             "where last > ? order by first limit ?",
