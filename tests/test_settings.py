@@ -214,6 +214,13 @@ def test_a_leading_zero_makes_no_octal_number(written: str, port: int) -> None:
     assert settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_PORT": "010"}, {}).spec.serve.port == 10
 
 
+@pytest.mark.parametrize("key", ["port", "max_batch_tokens"])
+@pytest.mark.parametrize("written", ["yes", "true", "off"])
+def test_a_boolean_is_no_number(key: str, written: str) -> None:
+    with pytest.raises(SpecError, match=f"serve.{key}: must be a number"):
+        settings.resolve(settings.parse(f"{GOOD}serve: {{{key}: {written}}}\n"), {}, {})
+
+
 @pytest.mark.parametrize("written", ["1:30", "0x10", "0b11"])
 def test_numbers_that_only_yaml_1_1_has_are_errors(written: str) -> None:
     with pytest.raises(SpecError, match="must be a valid integer"):

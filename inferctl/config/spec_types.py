@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 Task = Literal["embed", "rerank", "generate"]
@@ -26,9 +27,19 @@ OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
 # What Git accepts as the name of a commit, a branch or a tag.
 Revision = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f~^:?*\[\\]+$", max_length=200)]
 
+_NUMBERS = (int, float, int | None, float | None)
+
 
 class Section(BaseModel):
     """A section of a file: unknown keys are errors, values cannot be changed."""
 
     # A traceback with the error of a section would show its values.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_as_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject true, which is YAML's `yes` too, where pydantic would read the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in _NUMBERS:
+            raise PydanticCustomError("number", "must be a number")
+        return value
