@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.manifests import metric_names
 from tests.processes import ServerProcess, start
-from tests.serve.test_generation import CONFIG, launch, until
+from tests.serve.test_generation import CONFIG, launch
 
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
 
@@ -63,9 +63,7 @@ def test_a_server_of_generation_has_the_names(tmp_path: Path) -> None:
     file = spec(tmp_path, model, slo={"ttft_ms": 500})
     server = launch(tmp_path, model, "--spec", str(file))
     try:
-        until(lambda: (tmp_path / "ready.json").exists() or server.process.poll() is not None)
-        assert server.process.poll() is None, server.log.read_text()
-        server.url = json.loads((tmp_path / "ready.json").read_text())["url"]
+        server.wait_announced()
         assert own(server) == metric_names.REQUESTS | metric_names.OUTBOX
     finally:
         server.process.kill()
