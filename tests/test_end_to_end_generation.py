@@ -174,7 +174,7 @@ def test_the_container_of_a_rendered_deployment_drains_without_losing_a_request_
         found, (cut_off,) = chats.wait(), long.wait()
         ending.join()
         assert {each.ending for each in found} == {COMPLETE}, found
-        assert any(each.ended > server.signalled for each in found), "no request was in flight at SIGTERM"
+        assert any(each.ended > server.signaled for each in found), "no request was in flight at SIGTERM"
         assert cut_off.ending == "stopped", "the client gets an error event"
         state = server.state()
         # 1: a request did not finish within `serve.drain_seconds`. 137: on a busy machine, the server needed more than
