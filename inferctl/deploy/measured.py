@@ -88,7 +88,6 @@ def _read(
         tokens_per_second=found.tokens_per_s,
         measured=not sample,
         source=source,
-        requests_per_second=found.requests_per_s,
         tokens_per_request=found.tokens_per_request,
         load_s=_most([run.get("ready_seconds") for run in sealed.runs]),
         longest_s=_longest(data["summary"]),

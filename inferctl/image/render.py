@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
+from inferctl.config.spec import DEFAULT_PORT
 from inferctl.core import assets
 from inferctl.core.errors import UsageError
 from inferctl.models.model import SUFFIXES, is_hub_id, longest_start_s
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800
-DEFAULT_PORT = 8080
 # Where an image expects the folder of its key file. A mounted file alone would not change when it is replaced.
 KEYS_PATH = "/keys"
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.

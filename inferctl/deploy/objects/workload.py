@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from inferctl.config.spec import DEFAULT_PORT
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import access, metering, relay, sharing
 from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, spread
 from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
-from inferctl.image.render import DEFAULT_PORT
 from inferctl.manifests import label_keys
 from inferctl.manifests.label_keys import TASK
 
