@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 import inferctl
 from inferctl.bench.load import child_server
-from inferctl.bench.load.http_json import Access
+from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import Target, connect
 from inferctl.bench.measure import digests, environment, neighbors, resume, runner
 from inferctl.bench.measure.environment import Environment
@@ -57,7 +57,7 @@ class _Definition:
     targets: list[BenchTarget]
     folder: Path | None
     slo_p99_ms: float | None
-    access: Access
+    access: ServerAccess
 
 
 def prepare_new(bench_options: BenchOptions) -> PreparedBench:
@@ -179,7 +179,7 @@ def _settings_sha256(resolved: Resolved | None) -> str | None:
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
 
-def _servers(targets: list[BenchTarget], access: Access) -> dict[str, Target]:
+def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, Target]:
     """Return the servers of `--url` by the names of their targets. Sends requests to them."""
     return {target.name: connect(target.url, access=access) for target in targets if target.url}
 

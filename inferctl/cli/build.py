@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import completion, console, download
-from inferctl.cli.buildview import BuildView, short, show_verified
+from inferctl.cli.build_view import BuildView, short, show_verified
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load, network_of
 from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
@@ -19,7 +19,7 @@ from inferctl.core.sizes import parse_size, size
 from inferctl.facts import catalog
 from inferctl.image import render
 from inferctl.image.from_spec import check_task, rendered_image
-from inferctl.image.reference import full_reference
+from inferctl.image.image_name import full_reference
 from inferctl.models import model
 from inferctl.models.model import is_hub_id
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 
 
 class JsonFormatter(logging.Formatter):

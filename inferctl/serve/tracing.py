@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from inferctl.core.errors import UsageError, install_hint
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 
 _TO_NS = 1_000_000_000
 

@@ -20,7 +20,7 @@ from bench_samples import ANSWERING, FIELDS, SHORT_PLAN
 
 from inferctl import cli
 from inferctl.bench.judge import comparable
-from inferctl.bench.load import child_server, processes, records, target
+from inferctl.bench.load import child_server, process_usage, records, target
 from inferctl.bench.measure import environment, quality, runner
 from inferctl.bench.plan import plan, shape, workload
 from inferctl.bench.report import charts, html, result, terminal
@@ -334,7 +334,7 @@ def test_a_server_on_this_machine_is_not_counted_as_another_process(
 def test_a_local_server_whose_process_is_not_known_is_not_blamed_on_others(
     answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "listener", lambda port: None)
+    monkeypatch.setattr(process_usage, "listener", lambda port: None)
     work = bench(tmp_path, "fp32")
     work = runner.Bench(
         work.plan, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path
