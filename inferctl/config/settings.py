@@ -1,7 +1,7 @@
 """Merges `inferctl.yaml`, environment variables and flags into the effective settings and records their origins.
 
 The order of precedence is: command-line flag, `INFERCTL_*` environment variable, spec file, default. `resolve` is a
-pure function and reports all errors at once, each with its line. No other module reads INFERCTL_* variables.
+pure function and reports all errors at once, each with its line.
 """
 
 from __future__ import annotations
