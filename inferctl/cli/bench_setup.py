@@ -18,9 +18,9 @@ from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import Target, connect
 from inferctl.bench.measure import digests, environment, neighbors, resume, runner
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.measure.runner import Bench
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.report.receipts import Context
@@ -224,7 +224,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(definition.folder), resolved.spec.name, file)
     mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
-    work = runner.Bench(
+    work = Bench(
         plan,
         definition.targets,
         command,

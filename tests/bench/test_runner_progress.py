@@ -12,7 +12,8 @@ from bench_samples import row, table
 from inferctl.bench.load import load_run, records
 from inferctl.bench.load.load_run import LoadProgress
 from inferctl.bench.measure import environment
-from inferctl.bench.measure.runner import Bench, BenchTarget, Progress
+from inferctl.bench.measure.bench import Bench, Progress
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, shape
 from inferctl.cli import bench_progress
 from inferctl.cli.bench_progress import RunForecast
