@@ -148,7 +148,7 @@ def build(
         push=push,
         verify=verify,
         lint_layers=lint_layers,
-        platforms=platforms_of(platform) if platform is not None else (),
+        platforms=parse_platforms(platform) if platform is not None else (),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),
         oci=oci_file(output) if output is not None else None,
@@ -200,7 +200,7 @@ def labels_of(texts: list[str]) -> dict[str, str]:
     return labels
 
 
-def platforms_of(text: str) -> tuple[str, ...]:
+def parse_platforms(text: str) -> tuple[str, ...]:
     """Return the platforms of `linux/amd64,linux/arm64`. Raises `UsageError`."""
     platforms = tuple(part.strip() for part in text.split(","))
     for part in platforms:

@@ -101,7 +101,7 @@ def emitter(
         from inferctl.serve import tracing
 
         sinks.append(tracing.tracer(name, inferctl.__version__))
-    return request_context.emitter(sinks)
+    return request_context.to_all(sinks)
 
 
 def warnings(settings: Settings) -> Iterator[str]:

@@ -252,7 +252,7 @@ def test_an_event_reaches_every_sink_although_one_fails(setting: Setting, caplog
         raise OSError("disk full")
 
     received: list[UsageEvent] = []
-    request_context.emitter([broken, received.append])(UsageEvent("a", "embeddings", 200))
+    request_context.to_all([broken, received.append])(UsageEvent("a", "embeddings", 200))
     assert [event.request_id for event in received] == ["a"]
     assert "disk full" in caplog.text
 
