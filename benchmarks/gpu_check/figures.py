@@ -21,7 +21,7 @@ import servers
 from results import STAND_IN, Step
 
 import models
-from inferctl.bench.load import processes
+from inferctl.bench.load import process_usage
 
 TEXTS = 200 if STAND_IN else 8000
 TOKENS = 32 if STAND_IN else 256  # of each generated answer
@@ -183,7 +183,7 @@ def _generation(step: Step, folder: Path, model: Path) -> None:
     with servers.serving(folder, "generation", *arguments, seconds=240) as server:
         step.figure("ready with the edge", f"{server.seconds:.0f} s", seconds=server.seconds)
         _tokens(step, "with the edge", server)
-        victims = [pid for pid in processes.tree(server.process.pid) if _named(pid, b"EngineCore")]
+        victims = [pid for pid in process_usage.tree(server.process.pid) if _named(pid, b"EngineCore")]
         if victims and step.left() > 60:
             started = time.monotonic()
             for pid in victims:

@@ -19,7 +19,7 @@ from typing import Any
 
 from results import STAND_IN
 
-from inferctl.bench.load import processes
+from inferctl.bench.load import process_usage
 
 # The stand-in may run on a busy machine, beside other tests.
 PATIENCE = 6.0 if STAND_IN else 1.0
@@ -61,7 +61,7 @@ class Server:
 
     def engines(self) -> list[int]:
         """Return the process ids of the engines."""
-        return [pid for pid in processes.tree(self.process.pid) if b"engine_process.main" in _command(pid)]
+        return [pid for pid in process_usage.tree(self.process.pid) if b"engine_process.main" in _command(pid)]
 
 
 def post(url: str, body: Any, timeout: float = 120) -> tuple[int, Any]:

@@ -28,7 +28,7 @@ import known_server
 import loads
 
 from inferctl.bench.judge import summary
-from inferctl.bench.load import generator, locust
+from inferctl.bench.load import load_run, locust
 
 OWN = "load generator"
 
@@ -39,7 +39,7 @@ def measure_closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
         done, part = loads.measure(
             server.url, users=users, duration_s=seconds, warmup_s=2, window_s=0.5, workers=workers
         )
-    found, cores = summary.summarize([part]), generator.cores_used(done.state) or 0.0
+    found, cores = summary.summarize([part]), load_run.cores_used(done.state) or 0.0
     return {
         "workers": workers,
         "requests_per_s": found["requests_per_s"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench.judge import summary, validity
-from inferctl.bench.load import generator, target
+from inferctl.bench.load import load_run, target
 from inferctl.bench.measure import environment
 from inferctl.bench.plan import plan, workload
 
@@ -17,13 +17,13 @@ SERIAL = 100_000
 
 def measure(
     url: str, corpus: str = "short", seed: int = 1, task: str = "embed", **settings: Any
-) -> tuple[generator.LoadResult, summary.RunRecords]:
+) -> tuple[load_run.LoadResult, summary.RunRecords]:
     """Measure a load with these keys on `url`. Return all records, on this machine's clock, and the measured part."""
     load = plan.Plan.model_validate({"name": "harness", "load": settings}).for_task(task).load
     work = workload.draw(load, corpus, seed)
     with tempfile.TemporaryDirectory(prefix="inferctl-harness-") as folder:
-        description = generator.prepare(load, work, target.connect(url), SERIAL, Path(folder))
-        result = generator.run(load, description, lambda progress: None, lambda: None)
+        description = load_run.prepare(load, work, target.connect(url), SERIAL, Path(folder))
+        result = load_run.run(load, description, lambda progress: None, lambda: None)
     offered = len(work.schedule_ns) if load.mode == "open" else None
     window = (result.state["measure_start_ns"], result.state["measure_end_ns"])
     bounds = load.generation.bounds if load.generation else {}
@@ -31,7 +31,7 @@ def measure(
     return result, part
 
 
-def judge(result: generator.LoadResult, part: summary.RunRecords) -> validity.Validity:
+def judge(result: load_run.LoadResult, part: summary.RunRecords) -> validity.Validity:
     """Return the validity of a run as `inferctl bench` has it, without the check for other processes of the machine."""
     client = summary.client_cpu_percent(result.state)
     resources = {} if client is None else {"client_cpu_percent": client}

@@ -29,11 +29,11 @@ _MIN_SPLIT_TOKENS = 64
 class QueueLimits:
     """The limits of the queue.
 
-    `batch_tokens`: the largest batch. `queue_tokens`: the largest queue; bulk requests can use half of it. `window`:
-    how many queued sequences are considered for a batch. Sequences that have waited for `overdue_s` run in arrival
-    order, and bulk ones among them get `bulk_share` of the tokens. Requests with a longer predicted wait than
-    `max_wait_s`, and interactive requests with a longer predicted latency than `slo_s`, are rejected; None turns a
-    check off.
+    `batch_tokens`: the largest batch. `queue_tokens`: the most of interactive requests in the queue. Bulk requests can
+    have half as many, which reduce that limit. `window`: how many queued sequences are considered for a batch.
+    Sequences that have waited for `overdue_s` run in arrival order, and bulk ones among them get `bulk_share` of the
+    tokens. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a longer predicted
+    latency than `slo_s`, are rejected; None turns a check off.
     """
 
     batch_tokens: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inferctl.bench.load.http_json import Access
+from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.plan import prompts
 from inferctl.bench.plan.overrides import Overrides
 from inferctl.core.errors import UsageError, did_you_mean
@@ -25,7 +25,7 @@ class AccessOptions:
     api_key_env: str | None = None
     served_model: str | None = None
 
-    def access(self) -> Access:
+    def access(self) -> ServerAccess:
         """Return the headers and the model name of requests. Raises `UsageError` for a bad header or key."""
 
         headers = dict(_parse_header(text) for text in self.headers)
@@ -43,7 +43,7 @@ class AccessOptions:
             if any(name.lower() == "authorization" for name in headers):
                 raise UsageError("`--api-key-env` and `--header` both set Authorization", "remove one of them")
             headers["Authorization"] = f"Bearer {key}"
-        return Access(headers, self.served_model)
+        return ServerAccess(headers, self.served_model)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the part that bench.json may hold: names of headers and variables, no values."""

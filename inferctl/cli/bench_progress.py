@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from inferctl.bench.measure import search
+from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.environment import Environment
-from inferctl.bench.measure.runner import Bench, Progress
 from inferctl.cli import console
 from inferctl.receipts import shares
 

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 import inferctl
 from inferctl.bench.load import child_server
-from inferctl.bench.load.http_json import Access
+from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import Target, connect
 from inferctl.bench.measure import digests, environment, neighbors, resume, runner
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.measure.runner import Bench
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.report.receipts import Context
@@ -57,7 +57,7 @@ class _Definition:
     targets: list[BenchTarget]
     folder: Path | None
     slo_p99_ms: float | None
-    access: Access
+    access: ServerAccess
 
 
 def prepare_new(bench_options: BenchOptions) -> PreparedBench:
@@ -179,7 +179,7 @@ def _settings_sha256(resolved: Resolved | None) -> str | None:
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
 
-def _servers(targets: list[BenchTarget], access: Access) -> dict[str, Target]:
+def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, Target]:
     """Return the servers of `--url` by the names of their targets. Sends requests to them."""
     return {target.name: connect(target.url, access=access) for target in targets if target.url}
 
@@ -224,7 +224,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(definition.folder), resolved.spec.name, file)
     mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
-    work = runner.Bench(
+    work = Bench(
         plan,
         definition.targets,
         command,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import completion, console, download
-from inferctl.cli.buildview import BuildView, short, show_verified
+from inferctl.cli.build_view import BuildView, short, show_verified
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load, network_of
 from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
@@ -19,7 +19,7 @@ from inferctl.core.sizes import parse_size, size
 from inferctl.facts import catalog
 from inferctl.image import render
 from inferctl.image.from_spec import check_task, rendered_image
-from inferctl.image.reference import full_reference
+from inferctl.image.image_name import full_reference
 from inferctl.models import model
 from inferctl.models.model import is_hub_id
 
@@ -148,7 +148,7 @@ def build(
         push=push,
         verify=verify,
         lint_layers=lint_layers,
-        platforms=platforms_of(platform) if platform is not None else (),
+        platforms=parse_platforms(platform) if platform is not None else (),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),
         oci=oci_file(output) if output is not None else None,
@@ -200,7 +200,7 @@ def labels_of(texts: list[str]) -> dict[str, str]:
     return labels
 
 
-def platforms_of(text: str) -> tuple[str, ...]:
+def parse_platforms(text: str) -> tuple[str, ...]:
     """Return the platforms of `linux/amd64,linux/arm64`. Raises `UsageError`."""
     platforms = tuple(part.strip() for part in text.split(","))
     for part in platforms:

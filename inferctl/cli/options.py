@@ -1,4 +1,4 @@
-"""Options that several commands share. Only this module reads the INFERCTL_* environment variables."""
+"""Options that several commands share, and the settings with the environment of the command line."""
 
 from __future__ import annotations
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from inferctl.cli import console
+from inferctl.cli import console, options
 from inferctl.cli.options import Json, SpecFile
-from inferctl.config import settings, spec
+from inferctl.config import settings
 from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
@@ -39,7 +37,7 @@ def pin(
 
     Example: inferctl pin --update
     """
-    spec_file_path = spec_file or (Path(name) if (name := os.environ.get("INFERCTL_SPEC")) else Path(spec.DEFAULT_FILE))
+    spec_file_path = options.spec_path(spec_file)
     file = spec_file_path.resolve() if spec_file_path.exists() else spec_file_path
     document = settings.read(spec_file_path)
     current = settings.resolve(document, {}, {}, catalog.vocabulary()).spec

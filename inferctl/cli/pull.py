@@ -9,7 +9,7 @@ import typer
 from inferctl.cli import console
 from inferctl.cli.options import Json
 from inferctl.image.failures import MissingImageError
-from inferctl.image.reference import full_reference
+from inferctl.image.image_name import full_reference
 
 EPILOG = """\b
 Examples:

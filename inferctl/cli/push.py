@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console
-from inferctl.cli.buildview import BuildView
+from inferctl.cli.build_view import BuildView
 from inferctl.cli.options import Json
-from inferctl.image.reference import full_reference
+from inferctl.image.image_name import full_reference
 
 
 def push(

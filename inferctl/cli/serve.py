@@ -11,7 +11,7 @@ import typer
 
 from inferctl.cli import completion, console, download, lazy, options
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
-from inferctl.image.reference import full_reference
+from inferctl.image.image_name import full_reference
 from inferctl.serve import main
 from inferctl.serve.options import ServerOptions
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import console, download, options
-from inferctl.cli.buildview import BuildView, show_verified
+from inferctl.cli.build_view import BuildView, show_verified
 
 if TYPE_CHECKING:
     from inferctl.image.verify import Verified

@@ -1,7 +1,7 @@
 """Merges `inferctl.yaml`, environment variables and flags into the effective settings and records their origins.
 
 The order of precedence is: command-line flag, `INFERCTL_*` environment variable, spec file, default. `resolve` is a
-pure function and reports all errors at once, each with its line. No other module reads INFERCTL_* variables.
+pure function and reports all errors at once, each with its line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from inferctl.config.spec import DEFAULT_FILE, HUB_ID, Spec, slug
+from inferctl.config.spec import DEFAULT_FILE, DEFAULT_PORT, HUB_ID, Spec, slug
 from inferctl.core import document as documents
 from inferctl.core import validation
 from inferctl.core.addresses import is_address
@@ -147,12 +147,12 @@ def is_service_link(variable: str, value: str) -> bool:
     return bool(_LINK_NAMES.search(variable) or (variable.endswith("_PORT") and _LINK_VALUE.fullmatch(value)))
 
 
-def listening_port(environment: Mapping[str, str], default: int = 8080) -> int:
+def listening_port(environment: Mapping[str, str]) -> int:
     """Return the port of the server, from the environment of its image. Raises `UsageError`."""
     variable = f"{ENVIRONMENT_PREFIX}SERVE_PORT"
     text = environment.get(variable, "")
     if not text or is_service_link(variable, text):
-        return default
+        return DEFAULT_PORT
     if not text.isdecimal() or not 0 < int(text) < 65536:
         raise UsageError(
             f"{variable}: {shown(text)} is not a port", "build the image with a `serve.port` from 1 to 65535"

@@ -22,6 +22,7 @@ from inferctl.config.spec_types import Task as Task
 from inferctl.config.spec_types import TaskSetting as TaskSetting
 
 DEFAULT_FILE = "inferctl.yaml"
+DEFAULT_PORT = 8080
 # The hub accepts at most 96 characters. A longer name is a path.
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
@@ -82,7 +83,7 @@ class Serve(Section):
         description="Embeddings and reranking: start also if a reduced precision is farther from fp32 than its limit.",
     )
     host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
-    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
     max_batch_tokens: int = Field(
         16384, ge=64, le=1_048_576, description="Maximum number of tokens in one forward pass."
     )

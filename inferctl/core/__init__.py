@@ -1,1 +1,1 @@
-"""What all rooms share and nobody reads for its own sake: errors, YAML documents, output files, sizes, addresses."""
+"""What all rooms share: errors, YAML documents, output files, sizes, addresses."""

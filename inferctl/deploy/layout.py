@@ -27,7 +27,7 @@ from inferctl.deploy.objects import (
     gateway,
     metering,
     nats,
-    options,
+    other_products,
     policy,
     router,
     scaling,
@@ -230,9 +230,9 @@ def _components(plan: DeploymentPlan) -> dict[str, Folder]:
 
 def _routed(model: ModelPlan, namespace: str) -> list[Object]:
     if model.spec.deploy.router == "epp":
-        return [*router.objects(model, namespace), options.http_route(model, namespace, pool=True)]
-    route = options.http_route(model, namespace, pool=False)
-    return [route, options.backend_traffic_policy(model, namespace)]
+        return [*router.objects(model, namespace), other_products.http_route(model, namespace, pool=True)]
+    route = other_products.http_route(model, namespace, pool=False)
+    return [route, other_products.backend_traffic_policy(model, namespace)]
 
 
 def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
@@ -266,7 +266,7 @@ def _gpu_operator(plan: DeploymentPlan, cluster: Cluster) -> dict[str, str]:
     placed = [flavor for model in plan.models for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
     if cluster.node_labels != "nvidia":
         return {}
-    objects, values = options.gpu_operator(placed, cluster.mig_strategy)
+    objects, values = other_products.gpu_operator(placed, cluster.mig_strategy)
     if not values:
         return {}
     folder = f"gpu-operator/{cluster.name}"
@@ -333,7 +333,7 @@ def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: M
     zones = [service.zones(name, namespace, "PreferSameZone" if same else "PreferClose") for name in names]
     scalers = [each for model in present for each in scaling.scaling(model, cluster, namespace)]
     spare = [each for model, flavor in flavors for each in _overflow(model, flavor, cluster, namespace)]
-    pools = options.node_pools(plan, cluster)
+    pools = other_products.node_pools(plan, cluster)
     return Folder(
         resources={
             "quota.yaml": _quota(plan, cluster),

@@ -67,7 +67,7 @@ def _read(
     warnings = [f"{path.name}: {caution}" for caution in data["validity"].get("cautions") or ()]
     if not found.within_slo:
         warnings.append(f"{path.name} has no search: its rate is the throughput of a closed loop, without an SLO")
-    warnings += [f"{path.name} {problem}" for problem in looser(data.get("search") or {}, slo, task)]
+    warnings += [f"{path.name} {problem}" for problem in looser_bounds(data.get("search") or {}, slo, task)]
     known = {sealed.weights_sha256, data["model"].get("original_sha256")} - {None}
     if digest and known and digest() not in known:
         warnings.append(
@@ -88,7 +88,6 @@ def _read(
         tokens_per_second=found.tokens_per_s,
         measured=not sample,
         source=source,
-        requests_per_second=found.requests_per_s,
         tokens_per_request=found.tokens_per_request,
         load_s=_most([run.get("ready_seconds") for run in sealed.runs]),
         longest_s=_longest(data["summary"]),
@@ -99,7 +98,7 @@ def _read(
     return Warned((rate, str(sealed.precision)), tuple(warnings))
 
 
-def looser(search: Mapping[str, Any], slo: Slo, task: str) -> Iterator[str]:
+def looser_bounds(search: Mapping[str, Any], slo: Slo, task: str) -> Iterator[str]:
     """Yield in which way the search of a receipt allowed longer latencies than the SLO of the spec."""
     bounds = search.get("bounds_ms") or {}
     pairs = [("p99", "slo.p99_ms", search.get("slo_p99_ms"), slo.p99_ms)]

@@ -45,7 +45,6 @@ class Rate:
     tokens_per_second: float
     measured: bool
     source: str
-    requests_per_second: float | None = None
     tokens_per_request: float | None = None
     load_s: float | None = None
     longest_s: float | None = None

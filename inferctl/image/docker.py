@@ -21,6 +21,7 @@ import urllib3.exceptions
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import failures
 from inferctl.image.events import PushEvent
+from inferctl.image.image_name import familiar, normalized, split
 from inferctl.image.push import ATTEMPTS, Pushed, push
 from inferctl.image.records import (
     CDI_ALL_GPUS,
@@ -32,7 +33,6 @@ from inferctl.image.records import (
     read_engine,
     read_image,
 )
-from inferctl.image.reference import familiar, normalized, split
 
 _TIMEOUT_SECONDS = 60
 # A registry may take minutes for the last blob of a layer without output. After this time, a push counts as stalled.

@@ -1,4 +1,4 @@
-"""Events of a build, a verification and a push, as small records. `cli/buildview.py` displays them."""
+"""Events of a build, a verification and a push, as small records. `cli/build_view.py` displays them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.image.reference import host_of, split
+from inferctl.image.image_name import host_of, split
 
 _NO_LOGIN = re.compile(
     r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied"

@@ -12,8 +12,8 @@ from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import size
 from inferctl.image import lint, locks, size_forecast
+from inferctl.image.image_name import host_of
 from inferctl.image.push import ATTEMPTS
-from inferctl.image.reference import host_of
 from inferctl.image.verify import READY_SECONDS
 from inferctl.models import fit
 

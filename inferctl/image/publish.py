@@ -12,10 +12,10 @@ from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import BuildEvent, Event, Note, Phase, StepFinished
+from inferctl.image.image_name import split
 from inferctl.image.plan import BuildPlan
 from inferctl.image.push import PushFailedError, retrying
 from inferctl.image.records import ImageInfo
-from inferctl.image.reference import split
 
 
 @dataclass(frozen=True)

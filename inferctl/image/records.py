@@ -16,15 +16,10 @@ class DockerInfo:
     """Facts about a Docker Engine. `platform` is such as `linux/amd64`. `cdi_gpu`: whether it has CDI NVIDIA GPUs."""
 
     version: str
-    api_version: str
     platform: str
-    storage_driver: str
     containerd_store: bool
-    root_dir: str
     runtimes: tuple[str, ...]
     cdi_gpu: bool
-    memory_bytes: int
-    cpus: int
 
     @property
     def gpu(self) -> bool:
@@ -98,15 +93,10 @@ def read_engine(info: Mapping[str, Any], version: Mapping[str, Any]) -> DockerIn
     devices = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or []]
     return DockerInfo(
         version=str(version["Version"]),
-        api_version=str(version["ApiVersion"]),
         platform=f"{version['Os']}/{version['Arch']}",
-        storage_driver=str(info.get("Driver", "")),
         containerd_store=str(status.get("driver-type", "")).startswith("io.containerd.snapshotter"),
-        root_dir=str(info.get("DockerRootDir", "")),
         runtimes=tuple(sorted(info.get("Runtimes") or {})),
         cdi_gpu=any(device.partition("=")[0] == _CDI_GPU for device in devices),
-        memory_bytes=int(info.get("MemTotal") or 0),
-        cpus=int(info.get("NCPU") or 0),
     )
 
 

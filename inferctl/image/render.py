@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
+from inferctl.config.spec import DEFAULT_PORT
 from inferctl.core import assets
 from inferctl.core.errors import UsageError
-from inferctl.models.model import SUFFIXES, is_hub_id, longest_start_s
+from inferctl.models.model import IMAGE_FOLDER, SUFFIXES, is_hub_id, longest_start_s
 
 if TYPE_CHECKING:
     from inferctl.config.spec import Spec
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800
-DEFAULT_PORT = 8080
 # Where an image expects the folder of its key file. A mounted file alone would not change when it is replaced.
 KEYS_PATH = "/keys"
+# Where an image stores the weights that it downloads. templates/Dockerfile.j2 has it too.
+CACHE_PATH = "/model-cache"
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
 _START_PERIOD_S = 180
 # The files of the server in the package. The relay and the ledger need packages that images do not have.
@@ -208,7 +210,7 @@ def _container_config(spec: Spec, port: int) -> bytes:
         data["metering"] = metering
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
     if spec.model.weights != "download":
-        data["model"]["source"] = "/model"
+        data["model"]["source"] = IMAGE_FOLDER
     if spec.access.keys:
         data["access"]["keys"] = (
             f"{KEYS_PATH}/{'keys.json' if spec.access.key_store else Path(str(spec.access.keys)).name}"

@@ -32,8 +32,9 @@ from inferctl.image.output_checks import (
     limit,
 )
 from inferctl.image.records import ContainerOptions, ImageInfo
+from inferctl.image.render import CACHE_PATH
 from inferctl.models import divergence
-from inferctl.models.model import ModelFolder
+from inferctl.models.model import IMAGE_FOLDER, ModelFolder
 
 READY_SECONDS = 300.0
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.
@@ -43,7 +44,6 @@ _REQUEST_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LOG_LINES = 20
 T = TypeVar("T")
-MODEL_PATH, CACHE_PATH = "/model", "/model-cache"
 
 # Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
 TEXTS: tuple[str, ...] = (
@@ -210,8 +210,8 @@ def mounts_of(folder: Path) -> dict[str, str]:
     folder = folder.resolve()
     files = ModelFolder(folder).files()
     if not any(path.is_symlink() for path in files):
-        return {MODEL_PATH: str(folder)}
-    return {f"{MODEL_PATH}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
+        return {IMAGE_FOLDER: str(folder)}
+    return {f"{IMAGE_FOLDER}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
 
 
 def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
@@ -228,7 +228,7 @@ def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | N
             _with_log("the container ran out of memory (OOM-killed)", log),
             "give the engine more memory, or use a smaller model",
         )
-    if f"Permission denied: '{MODEL_PATH}" in log:
+    if f"Permission denied: '{IMAGE_FOLDER}" in log:
         return NotReadyError(
             _with_log("the container cannot read its weights: it runs as another user (10001)", log),
             "make the mounted folder readable: `chmod -R a+rX DIR`",
@@ -304,7 +304,7 @@ def _reference(
     python = image.entrypoint[0] if image.entrypoint and "python" in image.entrypoint[0] else "python3"
     container_options = ContainerOptions(
         entrypoint=(python, "-m", "inferctl.serve.reference"),
-        command=(MODEL_PATH, "--task", task, *(("--max-input-tokens", str(longest)) if longest else ())),
+        command=(IMAGE_FOLDER, "--task", task, *(("--max-input-tokens", str(longest)) if longest else ())),
         mounts=mounts_of(options.model) if options.model else {},
         network="none",
         stdin=True,

@@ -64,7 +64,7 @@ _PERIOD_OF_FULL_LAYERS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2, "olmo3": 
 _LATENT = frozenset(
     {"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "longcat_flash", "pangu_ultra_moe", "axk1"}
 )
-# Keys of models with states beside the KV cache, or with layers of several shapes.
+# Keys of models with states in addition to the KV cache, or with layers of several shapes.
 _OTHER_STATE = (
     "attn_layer_period",
     "block_configs",

@@ -24,8 +24,8 @@ _START_S = 900
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
-
-
+# Where an image has its weights, or expects them to be mounted.
+IMAGE_FOLDER = "/model"
 # Ends of the class names of generative models.
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MADE_FOR: dict[TaskSetting, str] = {
@@ -122,7 +122,7 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
                 if looks_local
                 else f"model {source} not found: it is neither a folder nor in the local hub cache",
                 "mount the weights with `docker run -v DIR:/model:ro`"
-                if source == "/model"
+                if source == IMAGE_FOLDER
                 else "check the path, or pass a hub id such as sentence-transformers/all-MiniLM-L6-v2"
                 if looks_local
                 else f"download it with `hf download {source}`, pass a local folder, or set HF_HOME to your cache",

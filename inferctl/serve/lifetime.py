@@ -16,7 +16,7 @@ from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.serve import metering, relay_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import RequestMetrics
 from inferctl.serve.options import ServerOptions

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 
 
 class JsonFormatter(logging.Formatter):
@@ -30,12 +30,12 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-def configure(style: str, level: int = logging.WARNING) -> None:
-    """Log to stderr, as `text` or `json`."""
+def configure(style: str) -> None:
+    """Log warnings and errors to stderr, as `text` or `json`."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if style == "json" else text)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
 def notifier(style: str, notify: Callable[[str], None]) -> Callable[[str], None]:

@@ -14,9 +14,9 @@ from inferctl.config.spec import Metering as Settings
 from inferctl.config.spec import Task
 from inferctl.core.sizes import parse_size
 from inferctl.serve import logs
-from inferctl.serve.edge import usage
+from inferctl.serve.edge import request_context
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.metrics import RequestMetrics
 from inferctl.tenancy.metering.cloud_event import Origin
 from inferctl.tenancy.metering.outbox import Outbox
@@ -101,7 +101,7 @@ def emitter(
         from inferctl.serve import tracing
 
         sinks.append(tracing.tracer(name, inferctl.__version__))
-    return usage.emitter(sinks)
+    return request_context.to_all(sinks)
 
 
 def warnings(settings: Settings) -> Iterator[str]:

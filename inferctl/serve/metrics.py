@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
-from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, UsageEvent
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, UsageEvent
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

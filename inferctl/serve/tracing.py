@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from inferctl.core.errors import UsageError, install_hint
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 
 _TO_NS = 1_000_000_000
 
@@ -19,22 +18,19 @@ def enabled(environment: Mapping[str, str]) -> bool:
     return any(environment.get(name) for name in names) and not disabled
 
 
-def tracer(name: str, version: str, processor: Any = None) -> Callable[[UsageEvent], None]:
+def tracer(name: str, version: str) -> Callable[[UsageEvent], None]:
     """Return the function that records a span per event. The SDK reads its settings from OTEL_* variables.
 
-    `processor`: a span processor instead of the OTLP exporter. Raises `UsageError` if the packages are not installed.
+    Raises `UsageError` if the packages are not installed.
     """
     try:
         from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        if processor is None:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-            processor = BatchSpanProcessor(OTLPSpanExporter())
     except ModuleNotFoundError as error:
         raise UsageError(
             f"OTEL_EXPORTER_OTLP_ENDPOINT enables traces, but {error.name} is not installed",
@@ -42,7 +38,7 @@ def tracer(name: str, version: str, processor: Any = None) -> Callable[[UsageEve
         ) from None
     # Environment variables override these values, for example OTEL_SERVICE_NAME.
     provider = TracerProvider(resource=Resource.create({"service.name": "inferctl", "service.version": version}))
-    provider.add_span_processor(processor)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     otel = provider.get_tracer("inferctl")
     propagator = TraceContextTextMapPropagator()
 

@@ -12,6 +12,8 @@ import pytest
 
 from inferctl import cli
 from inferctl.bench.measure import environment, runner
+from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.report import receipts
 from inferctl.cli import bench_setup
@@ -119,8 +121,8 @@ def test_a_receipt_has_the_name_of_the_checkpoint_and_its_digest(tmp_path: Path)
 
     keys = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0}
     plan = plans.Plan.model_validate({"name": "p", "load": keys, "corpus": "short", "quality": None})
-    target = runner.BenchTarget("int8", "int8", checkpoint="/srv/somebody/models/int8")
-    work = runner.Bench(plan, [target], command, None, tmp_path)
+    target = BenchTarget("int8", "int8", checkpoint="/srv/somebody/models/int8")
+    work = Bench(plan, [target], command, None, tmp_path)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     context = receipts.Context(plan, environment.detect(), "m", [], None, tmp_path, work.targets)

@@ -18,9 +18,10 @@ from bench_samples import ANSWERING
 from inferctl.bench.judge import summary
 from inferctl.bench.load.target import Target
 from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
-from inferctl.bench.measure.bench import started
+from inferctl.bench.measure.bench import Bench, started
 from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.measure.measured_server import MeasuredServer
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import findings, result
 from inferctl.bench.report.receipts import write_all
@@ -165,7 +166,7 @@ def test_an_emulated_precision_does_not_set_the_users_of_the_others(
     sent: list[str] = []
 
     @contextlib.contextmanager
-    def ready(work: runner.Bench, target: runner.BenchTarget, folder: Path, notify: object) -> Iterator[Any]:
+    def ready(work: Bench, target: BenchTarget, folder: Path, notify: object) -> Iterator[Any]:
         info = {"precision": {"level": levels[target.name]}}
         server = MeasuredServer(Target("http://127.0.0.1:9", "m", info), None, cast(Any, None), cast(Any, notify))
         yield server
@@ -260,7 +261,7 @@ def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
         made.with_overrides(load={"users": 0})
 
 
-def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
+def bench(folder: Path, *names: str, slots: int = 12) -> Bench:
     wanted = plan.Plan.model_validate(
         {
             "name": "test",
@@ -277,7 +278,7 @@ def bench(folder: Path, *names: str, slots: int = 12) -> runner.Bench:
         room = slots * (2 if precision == "bf16" else 1)
         return [*line, "--median-ms", "60", "--sigma", "0", "--slots", str(room), "--refuse", "int8"]
 
-    return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
+    return Bench(wanted, [BenchTarget(name, name) for name in names], command, None, folder)
 
 
 @pytest.mark.slow

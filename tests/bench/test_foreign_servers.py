@@ -176,9 +176,9 @@ def test_the_name_of_the_model_can_be_passed(serve: Serve) -> None:
     with pytest.raises(NotReadyError, match="names a model") as caught:
         target.connect(url)
     assert "--served-model" in (caught.value.hint or "")
-    assert target.connect(url, access=http_json.Access(model=MODEL)).model == MODEL
+    assert target.connect(url, access=http_json.ServerAccess(model=MODEL)).model == MODEL
     with pytest.raises(NotReadyError, match="does not exist"):
-        target.connect(url, access=http_json.Access(model="other"))
+        target.connect(url, access=http_json.ServerAccess(model="other"))
 
 
 def test_a_server_that_loads_its_model_is_not_ready(serve: Serve) -> None:
@@ -191,7 +191,7 @@ def test_a_server_that_loads_its_model_is_not_ready(serve: Serve) -> None:
 @pytest.mark.parametrize("respond", [vllm, infinity, tei])
 def test_a_missing_or_wrong_key_is_reported_without_showing_it(serve: Serve, respond: Any) -> None:
     url = serve(respond, key="another")
-    for access in (http_json.Access(), http_json.Access({"Authorization": f"Bearer {KEY}"})):
+    for access in (http_json.ServerAccess(), http_json.ServerAccess({"Authorization": f"Bearer {KEY}"})):
         with pytest.raises(NotReadyError, match="returned 401") as caught:
             target.connect(url, access=access)
         assert ("--api-key-env" in (caught.value.hint or "")) == (not access.headers)
@@ -201,7 +201,7 @@ def test_a_missing_or_wrong_key_is_reported_without_showing_it(serve: Serve, res
 def test_a_key_in_a_response_is_masked_in_errors(serve: Serve) -> None:
     url = serve(lambda path, body: (403, {"error": f"bad key {KEY}"}, {}) if body else vllm(path, body))
     with pytest.raises(NotReadyError, match=r"bad key \*\*\*"):
-        target.connect(url, access=http_json.Access({"X-Key": KEY}))
+        target.connect(url, access=http_json.ServerAccess({"X-Key": KEY}))
 
 
 def bench(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

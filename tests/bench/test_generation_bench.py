@@ -15,6 +15,7 @@ from bench_samples import harness
 
 from inferctl import cli
 from inferctl.bench.judge import slo, summary, validity
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.plan import plan, prompts, shape, tokens, workload
 from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
@@ -237,7 +238,7 @@ def test_a_resumed_benchmark_of_generation_keeps_its_figures(measured: dict[str,
     folder = Path(measured["output"])
     manifest = resume.read_manifest(folder)
     targets = [BenchTarget(**target) for target in manifest.identity["subjects"]]
-    work = runner.Bench(plan.Plan.model_validate(manifest.original_options["plan"]), targets, None, None, folder)
+    work = Bench(plan.Plan.model_validate(manifest.original_options["plan"]), targets, None, None, folder)
     outcomes = runner.outcomes(work)
     assert resume.restore(folder, work.order, outcomes) == 2
     for outcome, row in zip(outcomes, measured["rows"], strict=True):

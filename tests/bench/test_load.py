@@ -9,18 +9,18 @@ import numpy as np
 from bench_samples import SECOND, row, table
 
 from inferctl.bench.judge import summary, validity
-from inferctl.bench.load import generator, records, target
+from inferctl.bench.load import load_run, records, target
 from inferctl.bench.plan import shape, workload
 
 
 def measure(
     url: str, folder: Path, **settings: object
-) -> tuple[generator.LoadResult, summary.RunRecords, workload.Workload]:
+) -> tuple[load_run.LoadResult, summary.RunRecords, workload.Workload]:
     load = shape.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(load, "short", seed=3)
     folder.mkdir(exist_ok=True)
-    description = generator.prepare(load, work, target.Target(url, "test"), 100, folder)
-    result = generator.run(load, description, lambda live: None, lambda: None)
+    description = load_run.prepare(load, work, target.Target(url, "test"), 100, folder)
+    result = load_run.run(load, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if load.mode == "open" else None
     part = summary.RunRecords(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)
     return result, part, work

@@ -16,7 +16,7 @@ import pytest
 import trustme
 from test_load import measure
 
-from inferctl.bench.load import generator, records, target
+from inferctl.bench.load import load_run, records, target
 from inferctl.bench.plan import shape, workload
 
 MODELS = b'{"data": [{"id": "m"}]}'
@@ -144,8 +144,8 @@ def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypa
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
         load = shape.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
         work = workload.draw(load, "short", 1)
-        description = generator.prepare(load, work, target.Target(url, "m"), 100_000, tmp_path)
-        rejected = generator.run(load, description, lambda live: None, lambda: None)
+        description = load_run.prepare(load, work, target.Target(url, "m"), 100_000, tmp_path)
+        rejected = load_run.run(load, description, lambda live: None, lambda: None)
     assert set(rejected.rows["error"].tolist()) == {records.CONNECTION}
 
 

@@ -14,7 +14,7 @@ import pytest
 from test_load import measure
 
 from inferctl import cli
-from inferctl.bench.load import generator, records, target
+from inferctl.bench.load import load_run, records, target
 from inferctl.bench.plan import shape, workload
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
@@ -81,14 +81,14 @@ def test_a_disk_that_is_full_at_the_start_ends_the_load(answering: Callable[...,
 def test_a_disk_that_fills_up_during_a_load_ends_it(answering: Callable[..., str], disk: Path) -> None:
     load = shape.Load.model_validate({"users": 2, "duration_s": 2, "warmup_s": 0})
     work = workload.draw(load, "short", 1)
-    description = generator.prepare(load, work, target.Target(answering(), "test"), 100_000, disk)
+    description = load_run.prepare(load, work, target.Target(answering(), "test"), 100_000, disk)
 
-    def on_progress(live: generator.LoadProgress) -> None:
+    def on_progress(live: load_run.LoadProgress) -> None:
         if live.phase == "measure" and not (disk / "filler").exists():
             fill(disk)
 
     with pytest.raises(OSError, match="No space left on device"):
-        generator.run(load, description, on_progress, lambda: None)
+        load_run.run(load, description, on_progress, lambda: None)
     assert len(records.merge(disk)) > 0
 
 

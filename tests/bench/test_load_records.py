@@ -24,8 +24,8 @@ def test_records_are_in_the_file_as_soon_as_they_are_added(loadgen: Any, tmp_pat
     file = tmp_path / "requests-3.bin"
     writing, tail = recorder.Recorder(file, {"worker": 3}), records.Tail(file)
     assert len(records.read(file)) == len(tail.read_new()) == 0
-    # More than one chunk of the file, which grows by 4 MiB.
-    count = recorder.CHUNK // writing.record_size + 10
+    # More than one chunk of the file, which grows by 4 MiB. A record has 60 bytes.
+    count = recorder.CHUNK // 60 + 10
     for number in range(count):
         writing.add(1, 2, 3, number + 1, number, 0, 0, 0.5, 0.5, 0.5, 200, 1, 0)
     # The file is neither closed nor flushed, as after a kill of its writer.

@@ -20,7 +20,7 @@ import zmq
 from test_load import measure
 
 from inferctl.bench.judge import summary
-from inferctl.bench.load import generator, records, target
+from inferctl.bench.load import load_run, records, target
 from inferctl.bench.load.worker import serve
 from inferctl.bench.plan import shape, workload
 from inferctl.core.errors import InferctlError
@@ -44,7 +44,7 @@ def test_workers_send_the_drawn_schedule_together(answering: Callable[..., str],
     workers = result.state["workers"]
     assert [worker["worker"] for worker in workers] == [0, 1]
     assert result.state["cpu_ns"] == max(worker["cpu_ns"] for worker in workers)
-    assert (generator.cores_used(result.state) or 0) * 100 > (summary.client_cpu_percent(result.state) or 0)
+    assert (load_run.cores_used(result.state) or 0) * 100 > (summary.client_cpu_percent(result.state) or 0)
 
 
 def test_users_of_a_closed_loop_are_distributed_over_workers(answering: Callable[..., str], tmp_path: Path) -> None:
@@ -62,12 +62,12 @@ def test_users_of_a_closed_loop_are_distributed_over_workers(answering: Callable
 RUN = """
 import sys
 from pathlib import Path
-from inferctl.bench.load import generator, target
+from inferctl.bench.load import load_run, target
 from inferctl.bench.plan import shape, workload
 load = shape.Load.model_validate({"mode": "open", "rate": 50, "duration_s": 600, "warmup_s": 0})
 work = workload.draw(load, "short", 1)
-description = generator.prepare(load, work, target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
-generator.run(load, description, lambda progress: None, lambda: None)
+description = load_run.prepare(load, work, target.connect(sys.argv[1]), 100_000, Path(sys.argv[2]))
+load_run.run(load, description, lambda progress: None, lambda: None)
 """
 
 
@@ -87,7 +87,7 @@ def is_running(pid: int) -> bool:
 def test_a_load_ends_with_the_benchmark_that_started_it(answering: Callable[..., str], tmp_path: Path) -> None:
     bench = subprocess.Popen([sys.executable, "-c", RUN, answering("--median-ms", "2"), str(tmp_path)])
     try:
-        wait_for(30, lambda: generator.read_state(tmp_path).get("phase") == "measure")
+        wait_for(30, lambda: load_run.read_state(tmp_path).get("phase") == "measure")
         pid = writer(tmp_path / "requests-0.bin")
         assert is_running(pid)
     finally:
@@ -111,8 +111,8 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
         sys.path.remove(str(HARNESS))
     killed: list[int] = []
 
-    def kill(live: generator.LoadProgress) -> None:
-        state = generator.read_state(tmp_path)
+    def kill(live: load_run.LoadProgress) -> None:
+        state = load_run.read_state(tmp_path)
         rows = records.read(tmp_path / "requests-1.bin") if state.get("phase") == "measure" else []
         if len(rows) > 100 and not killed:
             killed.append(writer(tmp_path / "requests-1.bin"))
@@ -121,9 +121,9 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
     load = shape.Load.model_validate({"mode": "open", "rate": 200, "duration_s": 20, "warmup_s": 0, "workers": 2})
     with known_server.run_server("--median-ms", "2") as server:
         work = workload.draw(load, "short", 1)
-        description = generator.prepare(load, work, target.connect(server.url), 100_000, tmp_path)
+        description = load_run.prepare(load, work, target.connect(server.url), 100_000, tmp_path)
         with pytest.raises(InferctlError, match=r"load worker \d was killed \(signal 9\)"):
-            generator.run(load, description, kill, lambda: None)
+            load_run.run(load, description, kill, lambda: None)
     with pytest.raises(ProcessLookupError):
         os.kill(killed[0], 0)
     answered = {index for index in server.truth_ms(100_000) if index % 2 == 1}
@@ -194,13 +194,13 @@ def test_an_interrupted_run_stops_its_remote_workers(
     cut.mkdir()
 
     def check() -> None:
-        if generator.read_state(cut).get("phase") == cut_in:
+        if load_run.read_state(cut).get("phase") == cut_in:
             raise Interruption
 
-    description = generator.prepare(load, workload.draw(load, "short", 1), target.connect(url), 100_000, cut)
+    description = load_run.prepare(load, workload.draw(load, "short", 1), target.connect(url), 100_000, cut)
     with remote_worker(port, remote_folder):
         with pytest.raises(Interruption):
-            generator.run(load, description, lambda _: None, check)
+            load_run.run(load, description, lambda _: None, check)
         _, part, work = measure(url, tmp_path / "next", **settings, duration_s=1)
         assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
     assert not any(remote_folder.iterdir())
@@ -231,16 +231,16 @@ def test_an_additional_worker_waits_for_the_next_run(answering: Callable[..., st
     for folder in (run, *remote_folders):
         folder.mkdir()
     work = workload.draw(load, "short", 1)
-    description = generator.prepare(load, work, target.connect(url), 100_000, run)
+    description = load_run.prepare(load, work, target.connect(url), 100_000, run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(remote_worker(port, remote_folders[0]))
         late: list[bool] = []
 
         def check() -> None:
-            if generator.read_state(run).get("phase") == "measure" and not late:
+            if load_run.read_state(run).get("phase") == "measure" and not late:
                 late.append(stack.enter_context(remote_worker(port, remote_folders[1])))
 
-        result = generator.run(load, description, lambda _: None, check)
+        result = load_run.run(load, description, lambda _: None, check)
     assert late
     assert [worker["worker"] for worker in result.state["workers"]] == [0, 1]
     measured = result.rows[result.rows["phase"] == records.MEASURED]
@@ -261,7 +261,7 @@ coordinator.run()
     line = [sys.executable, "-c", script, str(tmp_path)]
     result = subprocess.run(line, capture_output=True, text=True, check=False)
     assert result.stdout == "quit\n"
-    assert generator.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
+    assert load_run.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
 
 
 @pytest.mark.parametrize(

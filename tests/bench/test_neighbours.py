@@ -20,7 +20,9 @@ from inferctl.bench.judge import interference, summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, neighbors, runner
-from inferctl.bench.measure.outcome import NeighborLoad
+from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad
 from inferctl.bench.plan import plan
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import result
@@ -179,7 +181,7 @@ def test_a_server_that_runs_already_cannot_be_given_neighbours() -> None:
         neighbors.reject_running_servers(["mine"])
 
 
-def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> runner.Bench:
+def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> Bench:
     """Return a benchmark of pairs on the answering server; `options` are for the server in the folder `only`."""
     wanted = plan.Plan.model_validate(
         {
@@ -197,10 +199,10 @@ def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "")
         more = list(options) if only in announce.parts else []
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--median-ms", "4", *more]
 
-    return runner.Bench(wanted, [runner.BenchTarget("fp32", "fp32")], command, None, folder)
+    return Bench(wanted, [BenchTarget("fp32", "fp32")], command, None, folder)
 
 
-def receipt_of(work: runner.Bench) -> dict[str, Any]:
+def receipt_of(work: Bench) -> dict[str, Any]:
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     assert outcomes[0].failure is None
@@ -229,14 +231,14 @@ def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Pat
     made = runner.outcomes(bench(tmp_path, 1, 1))[0]
 
     part, folder = drawn(1, 1000, 5), tmp_path / "runs" / "fp32-1"
-    measured = runner.Measurement(plan.Run("fp32", 0), 0.0, part, {"steady": True}, {}, folder, {"name": "x"}, 1)
+    measured = Measurement(plan.Run("fp32", 0), 0.0, part, {"steady": True}, {}, folder, {"name": "x"}, 1)
 
-    def loaded(outlived: bool, failure: str | None = None, failed: int = 0) -> runner.Measurement:
+    def loaded(outlived: bool, failure: str | None = None, failed: int = 0) -> Measurement:
         return dataclasses.replace(measured, neighbors=[NeighborLoad(1, outlived, failure, 9.0, failed)])
 
-    def judged(run: runner.Measurement) -> Validity:
+    def judged(run: Measurement) -> Validity:
         made.measurements[:] = [dataclasses.replace(measured, with_neighbors=run)]
-        return runner.judge(made, 2, 0.1).validity
+        return judge(made, 2, 0.1).validity
 
     assert judged(loaded(False)).reasons == (
         "with loaded neighbors: run 1: neighbor 1 did not stay under load (no response came after the end of the run): "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from inferctl.bench.load import target
-from inferctl.bench.plan import plan, shape, workload
+from inferctl.bench.plan import plan, sections, shape, workload
+from inferctl.config.spec_types import Section
 from inferctl.core.errors import SpecError, UsageError
 
 
@@ -19,14 +21,21 @@ def write_plan(folder: Path, text: str) -> str:
     return str(file)
 
 
-PLANS = sorted(file.stem for file in (Path(__file__).resolve().parents[2] / "benchmarks" / "plans").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+PLANS = sorted(file.stem for file in (ROOT / "benchmarks" / "plans").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_shipped_plan_is_in_the_table_of_plans(name: str) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "bench.md"
-    table = page.read_text(encoding="utf-8").partition("\n## Plans\n")[2].partition("\n| key |")[0]
+    table = GUIDE.partition("\n## Plans\n")[2].partition("\n| key |")[0]
     assert f"\n| `{name}` |" in table
+
+
+@pytest.mark.parametrize("section", [plan.Plan, shape.Load, shape.Generation, sections.Quality, sections.Search])
+def test_the_guide_names_every_key_of_a_plan(section: type[Section]) -> None:
+    derived = {"auto_users", "capacity_percent"}  # of `users: auto` and `rate: 60%`
+    assert set(section.model_fields) - derived <= set(re.findall(r"\w+", GUIDE))
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -17,7 +17,9 @@ from test_runner import bench, collected, command, ran
 
 from inferctl.bench.judge import comparable, compare
 from inferctl.bench.load import target
-from inferctl.bench.measure import quality, resume, runner
+from inferctl.bench.measure import quality, resume
+from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, sections, workload
 from inferctl.bench.report import charts, comparison, html, terminal
 from inferctl.bench.report.rows import MeasuredRow
@@ -173,7 +175,7 @@ def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: P
     folder, digest = weights
     options = ("--task", "rerank", "--sha256", digest, "--drift", "0.001")
     work = bench(tmp_path, "bf16", options=options, check_quality=True, model=folder)
-    work = runner.Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
+    work = Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
     outcomes = ran(work)
     found = collected(work, outcomes)
     (row,) = found.rows
@@ -191,7 +193,7 @@ def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: P
     assert any(
         "16 documents per request" in note and "maximum score difference" in note for note in terminal.notes(found)
     )
-    restored = [runner.Outcome(runner.BenchTarget("bf16", "bf16"))]
+    restored = [Outcome(BenchTarget("bf16", "bf16"))]
     assert resume.restore(tmp_path, work.order, restored) == 1
     assert restored[0].quality == outcomes[0].quality
     sealed = [receipt.load(Path(str(row.receipt)))]
@@ -217,7 +219,7 @@ def test_a_server_with_wrong_scores_cannot_win(
     folder, digest = weights
     options = ("--task", "rerank", "--sha256", digest, *options)
     work = bench(tmp_path, "int8", options=options, check_quality=True, model=folder)
-    work = runner.Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
+    work = Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
     found = collected(work, ran(work))
     assert found.findings[0] == "No configuration passes the quality check, so none is recommended."
     assert any(text.startswith("int8 fails the quality check: ") and reason in text for text in found.findings)

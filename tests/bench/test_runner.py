@@ -20,8 +20,10 @@ from bench_samples import ANSWERING, FIELDS, SHORT_PLAN
 
 from inferctl import cli
 from inferctl.bench.judge import comparable
-from inferctl.bench.load import child_server, processes, records, target
+from inferctl.bench.load import child_server, process_usage, records, target
 from inferctl.bench.measure import environment, quality, runner
+from inferctl.bench.measure.bench import Bench, Progress
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, shape, workload
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.receipts import write_all
@@ -40,7 +42,7 @@ def bench(
     options: Sequence[str] = (),
     check_quality: bool = False,
     model: Path | None = None,
-) -> runner.Bench:
+) -> Bench:
     wanted = plan.Plan.model_validate(
         {
             "name": "test",
@@ -65,14 +67,14 @@ def bench(
             *options,
         ]
 
-    return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, model, folder)
+    return Bench(wanted, [BenchTarget(name, name) for name in names], command, model, folder)
 
 
 def ran(
-    work: runner.Bench,
-    notify: Callable[[runner.Progress], None] = lambda progress: None,
-    on_measured: Callable[[runner.Outcome], object] = lambda outcome: None,
-) -> list[runner.Outcome]:
+    work: Bench,
+    notify: Callable[[Progress], None] = lambda progress: None,
+    on_measured: Callable[[Outcome], object] = lambda outcome: None,
+) -> list[Outcome]:
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, notify, on_measured)
     return outcomes
@@ -90,23 +92,23 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def context_of(work: runner.Bench) -> result.Context:
+def context_of(work: Bench) -> result.Context:
     return result.Context(work.plan, environment.detect(), "test", [], None, work.output)
 
 
-def collected(work: runner.Bench, outcomes: list[runner.Outcome]) -> result.Result:
+def collected(work: Bench, outcomes: list[Outcome]) -> result.Result:
     context = context_of(work)
     return result.collect(context, outcomes, write_all(context, outcomes), work.output / "report.html")
 
 
-def document(work: runner.Bench, outcomes: list[runner.Outcome]) -> dict[str, Any]:
+def document(work: Bench, outcomes: list[Outcome]) -> dict[str, Any]:
     return collected(work, outcomes).as_dict()
 
 
 def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def notify(progress: runner.Progress) -> None:
+    def notify(progress: Progress) -> None:
         if progress.number and (not seen or seen[-1] != f"{progress.name} {progress.number}"):
             seen.append(f"{progress.name} {progress.number}")
 
@@ -182,7 +184,7 @@ def test_a_server_that_dies_in_mid_run_is_reported_and_the_others_go_on(tmp_path
 
 
 def test_nothing_is_left_running_after_an_interrupt(tmp_path: Path) -> None:
-    def interrupt(progress: runner.Progress) -> None:
+    def interrupt(progress: Progress) -> None:
         if progress.live and progress.live.phase == "measure":
             assert len(processes_in(tmp_path)) >= 2
             raise KeyboardInterrupt
@@ -299,7 +301,7 @@ def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", "bf16", repeats=2)
     context = context_of(work)
 
-    def stop(progress: runner.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if progress.number == 4 and progress.live:
             raise RuntimeError("a bug")
 
@@ -321,7 +323,7 @@ def test_a_server_on_this_machine_is_not_counted_as_another_process(
     work = bench(tmp_path, "fp32")
     # Processes are sampled every 0.5 s, and late on a busy machine: two samples must lie in the measurement.
     longer = work.plan.model_copy(update={"load": shape.Load.model_validate(SHORT | {"duration_s": 4})})
-    work = runner.Bench(longer, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
+    work = Bench(longer, [BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
     found = collected(work, ran(work))
     path = Path(found.rows[0].receipt or "")
     data = receipt.load(path).data
@@ -334,11 +336,9 @@ def test_a_server_on_this_machine_is_not_counted_as_another_process(
 def test_a_local_server_whose_process_is_not_known_is_not_blamed_on_others(
     answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "listener", lambda port: None)
+    monkeypatch.setattr(process_usage, "listener", lambda port: None)
     work = bench(tmp_path, "fp32")
-    work = runner.Bench(
-        work.plan, [runner.BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path
-    )
+    work = Bench(work.plan, [BenchTarget("here", url=answering("--median-ms", "1"))], None, None, tmp_path)
     (outcome,) = ran(work)
     assert "other_cores" not in outcome.measurements[0].resources
     assert "client_cpu_percent" in outcome.measurements[0].resources

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 from bench_samples import row, table
 
-from inferctl.bench.load import generator, records
-from inferctl.bench.load.generator import LoadProgress
+from inferctl.bench.load import load_run, records
+from inferctl.bench.load.load_run import LoadProgress
 from inferctl.bench.measure import environment
-from inferctl.bench.measure.runner import Bench, BenchTarget, Progress
+from inferctl.bench.measure.bench import Bench, Progress
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, shape
 from inferctl.cli import bench_progress
 from inferctl.cli.bench_progress import RunForecast
@@ -74,7 +75,7 @@ def test_the_rate_is_that_of_the_window_and_rejections_are_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """100 of 1,000 responses are good in the 10 s of the window so far, and 50 more came before it."""
-    now_ms = generator.time.monotonic_ns() / 1e6
+    now_ms = load_run.time.monotonic_ns() / 1e6
     rows = [
         row(now_ms - 10_000 + 10 * i, 5, error=records.OK if i % 10 == 0 else records.HTTP_ERROR) for i in range(999)
     ]
@@ -82,15 +83,15 @@ def test_the_rate_is_that_of_the_window_and_rejections_are_shown(
     made = table(*rows, *early)
     made["status"][made["error"] == records.HTTP_ERROR] = 429
     state = {"phase": "measure", "measure_start_ns": int((now_ms - 10_000) * 1e6), "measure_end_ns": int(9e18)}
-    monkeypatch.setattr(generator.records, "files", lambda _: [Path("requests-0.bin")])
-    monkeypatch.setattr(generator.records, "Tail", lambda _: SimpleNamespace(read_new=lambda: made))
-    monkeypatch.setattr(generator, "read_state", lambda _: state)
+    monkeypatch.setattr(load_run.records, "files", lambda _: [Path("requests-0.bin")])
+    monkeypatch.setattr(load_run.records, "Tail", lambda _: SimpleNamespace(read_new=lambda: made))
+    monkeypatch.setattr(load_run, "read_state", lambda _: state)
     seen: list[LoadProgress] = []
 
     def follow() -> LoadProgress:
         running = iter((True, False))
         processes = SimpleNamespace(running=lambda: next(running), wait=lambda _: None)
-        generator._follow(processes, shape.Load(mode="closed"), tmp_path, seen.append, lambda: None)
+        load_run._follow(processes, shape.Load(mode="closed"), tmp_path, seen.append, lambda: None)
         return seen[-1]
 
     assert follow().rate == pytest.approx(10, rel=0.05)
@@ -113,14 +114,14 @@ def test_the_rate_counts_good_responses_only(monkeypatch: pytest.MonkeyPatch, tm
     """A server that fails every request at once would otherwise have the highest rate."""
     running, seen = iter((True, False)), []
     processes = SimpleNamespace(running=lambda: next(running), wait=lambda _: None)
-    now_ms = generator.time.monotonic_ns() / 1e6
+    now_ms = load_run.time.monotonic_ns() / 1e6
     for error, rate in ((records.OK, 100), (records.HTTP_ERROR, 0)):
         rows = table(*(row(now_ms - 2000 + 10 * i, 5, error=error) for i in range(200)))
         running = iter((True, False))
         tail = SimpleNamespace(read_new=lambda rows=rows: rows)
-        monkeypatch.setattr(generator.records, "files", lambda _: [Path("requests-0.bin")])
-        monkeypatch.setattr(generator.records, "Tail", lambda _, tail=tail: tail)
-        generator._follow(processes, shape.Load(mode="closed"), tmp_path, seen.append, lambda: None)
+        monkeypatch.setattr(load_run.records, "files", lambda _: [Path("requests-0.bin")])
+        monkeypatch.setattr(load_run.records, "Tail", lambda _, tail=tail: tail)
+        load_run._follow(processes, shape.Load(mode="closed"), tmp_path, seen.append, lambda: None)
         assert seen[-1].rate == pytest.approx(rate, rel=0.05)
     failed = bench_progress.line(Progress("a", 1, 1, "measure", live=seen[-1]))
     assert failed == "[1/1] a \u00b7 measure \u00b7 0 req/s"
@@ -129,12 +130,12 @@ def test_the_rate_counts_good_responses_only(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize("count", [0, 1, 8])
 def test_a_warm_up_has_no_rate_in_the_first_second_of_responses(count: int) -> None:
     """The first batch ends at almost one time, from which no rate follows."""
-    now_ns, ends = 10**12, generator._Ends()
+    now_ns, ends = 10**12, load_run._Ends()
     if count:
         ends.add(table(*(row(now_ns / 1e6 - 500, 100 + 0.1 * i) for i in range(count))))
-    live = generator._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns)
+    live = load_run._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns)
     assert bench_progress.line(Progress("a", 1, 1, "warm-up", live=live)) == "[1/1] a \u00b7 warm-up"
-    later = generator._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns + 10**9)
+    later = load_run._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns + 10**9)
     assert later.rate == (pytest.approx(count / 1.4) if count else None)
-    stalled = generator._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns + 10**10)
+    stalled = load_run._progress([], ends, {"phase": "warm-up"}, shape.Load(mode="closed"), now_ns + 10**10)
     assert stalled.rate == (0 if count else None)

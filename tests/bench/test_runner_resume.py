@@ -21,6 +21,8 @@ from bench_samples import ANSWERING
 
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, quality, resume, runner
+from inferctl.bench.measure.bench import Bench, Progress
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, sections
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model as models
@@ -29,7 +31,7 @@ from inferctl.receipts import receipt
 LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 
 
-def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = ()) -> runner.Bench:
+def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = ()) -> Bench:
     wanted = plan.Plan.model_validate(
         {
             "name": "test",
@@ -44,10 +46,10 @@ def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = 
     def command(precision: str, announce: Path, checkpoint: str | None) -> Sequence[str]:
         return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision, *options]
 
-    return runner.Bench(wanted, [runner.BenchTarget(name, name) for name in names], command, None, folder)
+    return Bench(wanted, [BenchTarget(name, name) for name in names], command, None, folder)
 
 
-def resumed(work: runner.Bench) -> tuple[int, list[runner.Outcome]]:
+def resumed(work: Bench) -> tuple[int, list[Outcome]]:
     outcomes = runner.outcomes(work)
     done = resume.restore(work.output, work.order, outcomes)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
@@ -195,7 +197,7 @@ def test_a_run_whose_quality_check_was_cut_short_is_kept_and_the_check_made_up(t
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"quality": sections.Quality.model_validate({})}))
     found = quality.unchecked("no local model folder to compare with: pass `--model DIR`")
 
-    def interrupt(progress: runner.Progress) -> None:
+    def interrupt(progress: Progress) -> None:
         if progress.phase == "checking quality":
             raise KeyboardInterrupt
 
@@ -240,7 +242,7 @@ def test_a_reference_that_could_not_be_computed_is_tried_again(tmp_path: Path, m
 
 def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32")
-    absent = runner.Bench(work.plan, work.targets, lambda *_: ["false"], None, tmp_path)
+    absent = Bench(work.plan, work.targets, lambda *_: ["false"], None, tmp_path)
     _, outcomes = resumed(absent)
     assert outcomes[0].failure
     _, outcomes = resumed(work)

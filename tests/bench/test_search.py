@@ -22,7 +22,9 @@ from inferctl.bench.judge import goodput, search_outcome, slo, summary, validity
 from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.load import records
-from inferctl.bench.measure import judgment, resume, runner, search
+from inferctl.bench.measure import judgment, resume, search
+from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import plan, sections, shape, workload
 from inferctl.bench.report import search_findings
 from inferctl.cli import bench_options
@@ -172,14 +174,14 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
     random = np.random.default_rng(3)
     lasted: list[float] = []
 
-    def take(work: workload.Workload, *_: Any) -> runner.Measurement:
+    def take(work: workload.Workload, *_: Any) -> Measurement:
         load = work.load
         lasted.append(load.duration_s)
         # Blocks of twenty responses. All responses of one block in fifty are slow.
         blocks = np.where(random.random(int(load.duration_s * (load.rate or 1)) // 20) < 0.02, 50.0, 5.0)
         rows = table(*(row(1e3 / (load.rate or 1) * i, ms) for i, ms in enumerate(np.repeat(blocks, 20))))
         part = summary.RunRecords(rows, 0, int(load.duration_s * SECOND), 1, len(rows))
-        return runner.Measurement(plan.Run("a", 0), 0.0, part, {}, {}, tmp_path / "a", {}, 1)
+        return Measurement(plan.Run("a", 0), 0.0, part, {}, {}, tmp_path / "a", {}, 1)
 
     searcher = search.Searcher(
         sections.Search.model_validate({"max_probe_s": 30}),
@@ -205,18 +207,18 @@ def test_a_rate_whose_answers_are_alike_is_measured_for_as_long_as_they_need(tmp
     assert lasted[2] >= 20
 
 
-def pooled_search(folder: Path) -> runner.Measurement:
+def pooled_search(folder: Path) -> Measurement:
     """Search a simulated server of about 100 requests/s, whose best rate needs more than one measurement."""
     seeds = itertools.count(5000)
 
-    def take(work: workload.Workload, place: Path, *_: Any) -> runner.Measurement:
+    def take(work: workload.Workload, place: Path, *_: Any) -> Measurement:
         load = work.load
         rate = load.rate or 95
         arrivals, ends = waits(rate, load.duration_s, next(seeds))
         rows = table(*(row(at * 1e3, (end - at) * 1e3) for at, end in zip(arrivals, ends, strict=True)))
         part = summary.RunRecords(rows, 0, int(load.duration_s * SECOND), 1, len(rows))
         (place / "requests-0.bin").write_bytes(rows.tobytes())
-        return runner.Measurement(plan.Run("a", 0), 0.0, part, {"place": str(place)}, {}, place, {}, 1)
+        return Measurement(plan.Run("a", 0), 0.0, part, {"place": str(place)}, {}, place, {}, 1)
 
     return search.Searcher(
         sections.Search.model_validate({"probe_s": 8, "max_probe_s": 30, "max_probes": 24}),
@@ -238,7 +240,7 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert measured.search is not None
     best = [probe for probe in measured.search["probes"] if probe["rate"] == measured.search["max_goodput_rps"]][-1]
     assert best["runs"] == len(measured.all_records) > 1
-    judged = judgment.judge(runner.Outcome(runner.BenchTarget("a"), [measured]), 2, 0.1).summary
+    judged = judgment.judge(Outcome(BenchTarget("a"), [measured]), 2, 0.1).summary
     p99 = judged["latency_ms"]["p99"]
     assert (p99["value"], [p99["low"], p99["high"]]) == (best["p99_ms"], list(best["p99_interval_ms"]))
     assert judged["latency_ms"]["n"] == best["n"]
@@ -252,16 +254,16 @@ def test_all_measurements_of_a_probe_are_restored(tmp_path: Path, monkeypatch: p
     resume.save(tmp_path, measured, None)
     kind = measured.records.rows.dtype
     monkeypatch.setattr(
-        resume.generator,
+        resume.load_run,
         "read_records",
         lambda place, state: np.fromfile(place / "requests-0.bin", kind) if state["place"] == str(place) else None,
     )
-    outcomes = [runner.Outcome(runner.BenchTarget("a"))]
+    outcomes = [Outcome(BenchTarget("a"))]
     assert resume.restore(tmp_path, [measured.run], outcomes) == 1
     (restored,) = outcomes[0].measurements
     assert summary.summarize(restored.all_records) == summary.summarize(measured.all_records)
     (measured.pooled[0].folder / "requests-0.bin").write_bytes(b"changed")
-    assert resume.restore(tmp_path, [measured.run], [runner.Outcome(runner.BenchTarget("a"))]) == 0
+    assert resume.restore(tmp_path, [measured.run], [Outcome(BenchTarget("a"))]) == 0
 
 
 def test_knee_saturation_and_cliff_are_told_apart() -> None:
@@ -448,10 +450,10 @@ def test_a_search_that_found_its_server_behind_at_every_rate_is_an_answer_and_no
     answer = {"verdict": "none holds", "max_goodput_rps": None}
 
     def judged(found: dict[str, Any] | None, **resources: float) -> validity.Validity:
-        made = runner.Measurement(
+        made = Measurement(
             plan.Run("a", 0), 0.0, part, {"steady": True}, resources, tmp_path, {"name": "x"}, 1, search=found
         )
-        return runner.judge(runner.Outcome(runner.BenchTarget("a"), [made]), 2, 0.1).validity
+        return judge(Outcome(BenchTarget("a"), [made]), 2, 0.1).validity
 
     behind = "of 500 offered requests were completed in time"
     assert behind in judged(None).reasons[0]

@@ -16,7 +16,8 @@ import pytest
 from bench_samples import document, sealed
 from rich.console import Console
 
-from inferctl.bench.measure import environment, runner
+from inferctl.bench.measure import environment
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.result import Result
@@ -38,8 +39,8 @@ def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
         document("bf16", 2345.6, 4.321),
         document("remote-t4", 4000, 2.5, validity=invalid),
     )
-    outcomes = [runner.Outcome(runner.BenchTarget(one.name, one.name), measurements=[]) for one in receipts]
-    outcomes.append(runner.Outcome(runner.BenchTarget("int8", "int8"), failure="bitsandbytes is not installed"))
+    outcomes = [Outcome(BenchTarget(one.name, one.name), measurements=[]) for one in receipts]
+    outcomes.append(Outcome(BenchTarget("int8", "int8"), failure="bitsandbytes is not installed"))
     machine = environment.Environment(
         "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
     )
@@ -179,7 +180,7 @@ def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     machine = environment.Environment(
         "cpu", "Laptop CPU", "Laptop CPU", (), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
     )
-    outcomes = [runner.Outcome(runner.BenchTarget(one.name, one.name)) for one in receipts]
+    outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
     context = result.Context(opened, machine, None, [], None, folder)
     return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from test_show import in_browser
 
 from inferctl.bench.judge import stages, summary
-from inferctl.bench.measure import environment, runner
+from inferctl.bench.measure import environment
+from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import charts, findings, html, result, terminal
 from inferctl.bench.report.estimated import EstimatedFigures
@@ -39,8 +40,8 @@ def shown(
     rate: float | None = None,
 ) -> Found:
     receipts = sealed(folder, *documents)
-    outcomes = [runner.Outcome(runner.BenchTarget(one.name, one.name)) for one in receipts]
-    outcomes += [runner.Outcome(runner.BenchTarget(name, name), failure="out of memory") for name in failed]
+    outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
+    outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
     context = result.Context(plan.load("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder)
     found = result.collect(context, outcomes, receipts, folder / "report.html")
     more = [guess("t4", 24.0, True), guess("a100-40gb-sxm-mig-3g.20gb", 9.0)] if estimated else []

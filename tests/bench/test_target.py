@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.bench.load import processes, target
+from inferctl.bench.load import process_usage, target
 from inferctl.bench.measure import environment
 from inferctl.core.errors import NotReadyError
 
@@ -65,9 +65,9 @@ def test_the_parent_of_processes_that_share_a_socket_is_found() -> None:
         port = listening.getsockname()[1]
         line = [sys.executable, "-c", "input()"]
         with subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[listening.fileno()]) as child:
-            assert processes.listener(port) == os.getpid()
+            assert process_usage.listener(port) == os.getpid()
             child.communicate(b"\n")
-    assert processes.listener(port) is None
+    assert process_usage.listener(port) is None
 
 
 def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
     with subprocess.Popen([str(forwarder), "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         port = json.loads(process.stdout.readline())
-        assert processes.listener(port) is None
+        assert process_usage.listener(port) is None
         process.communicate(b"\n")
 
 

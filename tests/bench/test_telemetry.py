@@ -15,6 +15,7 @@ from bench_samples import steady
 from inferctl.bench.judge import efficiency, summary, validity
 from inferctl.bench.measure import nvml, sensors, telemetry
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.facts import catalog
 
@@ -400,7 +401,7 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
 
     from rich.console import Console
 
-    from inferctl.bench.measure import environment, runner
+    from inferctl.bench.measure import environment
     from inferctl.bench.measure.outcome import WorkloadRecord
     from inferctl.bench.plan import plan
     from inferctl.bench.report import html, result, terminal
@@ -409,11 +410,11 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
 
     shared = telemetry.of_gpu(T4, recorded(processes=(GpuProcess(10), GpuProcess(4_000_001))), {10}, ())
     assert shared is not None
-    measured = runner.Measurement(
+    measured = Measurement(
         plan.Run("fp16", 0), 0.0, steady(100, 10), {"steady": True}, {}, tmp_path, {}, 1,
         telemetry=Telemetry(gpus=(shared,)), workload=WorkloadRecord(corpus="short", seed=1, sha256="ab"),
     )  # fmt: skip
-    outcome = runner.Outcome(runner.BenchTarget("fp16", "fp16"), [measured])
+    outcome = Outcome(BenchTarget("fp16", "fp16"), [measured])
     context = result.Context(plan.load("quick"), environment.detect(), None, [], None, tmp_path)
     sealed = write_all(context, [outcome])
     found = result.collect(context, [outcome], sealed, tmp_path / "report.html")

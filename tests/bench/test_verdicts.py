@@ -18,8 +18,8 @@ from bench_samples import FIELDS, SECOND, document, harness, row, sealed, steady
 from inferctl.bench import privacy, stats
 from inferctl.bench.judge import comparable, slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
-from inferctl.bench.measure import environment, quality, runner, throughput
-from inferctl.bench.measure.outcome import WorkloadRecord
+from inferctl.bench.measure import environment, quality, throughput
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
 from inferctl.bench.plan import plan, sections, shape
 from inferctl.bench.report import caveats, findings, ranking, receipts, result, rows
 from inferctl.bench.report.caveats import Caveat
@@ -159,7 +159,7 @@ def test_configurations_that_all_reject_many_requests_are_not_ranked(tmp_path: P
 
 
 def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Path) -> None:
-    measured = runner.Measurement(plan.Run("a", 0), 0.0, rejecting(1), {}, {}, tmp_path, {}, 1)
+    measured = Measurement(plan.Run("a", 0), 0.0, rejecting(1), {}, {}, tmp_path, {}, 1)
     server = SimpleNamespace(measure=lambda *_: measured)
     server.labeled = lambda _: server
     load = shape.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
@@ -315,10 +315,7 @@ def test_a_configuration_under_the_limits_fails() -> None:
 
 def rows_of(folder: Path, *documents: dict[str, Any]) -> list[MeasuredRow]:
     """Return the measured rows of receipts."""
-    found = [
-        rows.of_outcome(runner.Outcome(runner.BenchTarget(one.name, one.name)), one)
-        for one in sealed(folder, *documents)
-    ]
+    found = [rows.of_outcome(Outcome(BenchTarget(one.name, one.name)), one) for one in sealed(folder, *documents)]
     return [row for row in found if isinstance(row, MeasuredRow)]
 
 
@@ -759,7 +756,7 @@ def context(folder: Path, **changes: Any) -> result.Context:
 
 def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
     written = sealed(tmp_path, document("bf16", 100, 10))
-    outcomes = [runner.Outcome(runner.BenchTarget("bf16", "bf16"))]
+    outcomes = [Outcome(BenchTarget("bf16", "bf16"))]
     found = result.collect(context(tmp_path), outcomes, written, tmp_path / "x").rows
     assert [(one.configuration, one.outcome) for one in found] == [
         ("bf16", "measured"),
@@ -770,15 +767,13 @@ def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
 
 def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:
     machine = context(tmp_path).environment
-    assert receipts.hardware_of({}, runner.BenchTarget("a", "bf16"), machine)["key"] is None
+    assert receipts.hardware_of({}, BenchTarget("a", "bf16"), machine)["key"] is None
 
 
-def outcome_of(
-    folder: Path, *parts: summary.RunRecords, subject: runner.BenchTarget | None = None, **info: Any
-) -> runner.Outcome:
-    given = subject or runner.BenchTarget("bf16", "bf16")
+def outcome_of(folder: Path, *parts: summary.RunRecords, subject: BenchTarget | None = None, **info: Any) -> Outcome:
+    given = subject or BenchTarget("bf16", "bf16")
     runs = [
-        runner.Measurement(
+        Measurement(
             plan.Run(given.name, i),
             0.0,
             part,
@@ -791,10 +786,10 @@ def outcome_of(
         )
         for i, part in enumerate(parts)
     ]
-    return runner.Outcome(given, runs, planned=len(runs))
+    return Outcome(given, runs, planned=len(runs))
 
 
-def change(outcome: runner.Outcome, number: int, **changes: Any) -> None:
+def change(outcome: Outcome, number: int, **changes: Any) -> None:
     outcome.measurements[number] = dataclasses.replace(outcome.measurements[number], **changes)
 
 
@@ -822,7 +817,7 @@ def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path
     trace.write_text('{"at_s": 0, "input": "a"}\n')
     matrix = {"precision": ["bf16"], "load": {"steady": {"rate": 9}, "replay": {"trace": str(trace)}}}
     chosen = plan.Plan.model_validate({"name": "mine", "matrix": matrix})
-    subjects = [runner.BenchTarget(one.name, one.precision, load=one.load) for one in chosen.configurations]
+    subjects = [BenchTarget(one.name, one.precision, load=one.load) for one in chosen.configurations]
     outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[1])
     change(outcome, 0, load=chosen.load_with(subjects[1].load))
     outcome.failure = f"there is no space left in {tmp_path}/cache, says http://10.0.0.7/a/b"
@@ -867,7 +862,7 @@ def test_home_is_replaced_as_a_folder_only() -> None:
 
 
 def test_the_plan_of_a_measured_url_asks_for_no_precision(tmp_path: Path) -> None:
-    subjects = [runner.BenchTarget("mine", url="http://10.0.0.7:8080"), runner.BenchTarget("bf16", "bf16")]
+    subjects = [BenchTarget("mine", url="http://10.0.0.7:8080"), BenchTarget("bf16", "bf16")]
     outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[0], device={"name": "Tesla T4", "hardware": "t4"})
     (written,) = write_all(context(tmp_path, targets=subjects), [outcome])
     assert written.data["plan"]["configurations"] == [

@@ -15,8 +15,8 @@ from typer.main import get_command
 
 from inferctl import cli
 from inferctl.deploy import layout, manifest
-from inferctl.deploy.objects import options
-from inferctl.deploy.objects.options import NODE_CLASS
+from inferctl.deploy.objects import other_products
+from inferctl.deploy.objects.other_products import NODE_CLASS
 from inferctl.deploy.objects.scaling import DEFAULT_PROMETHEUS
 from tests.conftest import ROOT
 from tests.deploy import plans
@@ -164,7 +164,9 @@ def test_the_smallest_deployment_comes_first_and_is_as_small_as_it_says(tmp_path
     assert (service["metadata"]["name"], service["metadata"]["namespace"]) == (backend["name"], "inference")
     assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
     # The header that proxies set is removed, as in the routes that `router` writes.
-    written = manifest.plain(options.http_route(plans.plan().models[0], "inference", pool=False))["spec"]["rules"][0]
+    written = manifest.plain(other_products.http_route(plans.plan().models[0], "inference", pool=False))["spec"][
+        "rules"
+    ][0]
     assert route["spec"]["rules"][0]["filters"] == written["filters"]
 
 

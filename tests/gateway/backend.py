@@ -12,7 +12,7 @@ import sys
 import time
 
 from inferctl.serve.edge.load_report import LoadReport
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 
 
 async def main() -> None:

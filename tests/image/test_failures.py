@@ -9,7 +9,7 @@ import pytest
 from inferctl.config.spec import IMAGE_NAME
 from inferctl.core.errors import InferctlError
 from inferctl.image import failures
-from inferctl.image.reference import familiar, host_of, normalized
+from inferctl.image.image_name import familiar, host_of, normalized
 
 BASE = (
     "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "

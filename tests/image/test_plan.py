@@ -262,7 +262,7 @@ def measured(size: int) -> ImageInfo:
 
 
 def engine(containerd_store: bool) -> DockerInfo:
-    return DockerInfo("28", "1.51", "linux/amd64", "overlay2", containerd_store, "/", (), False, 0, 1)
+    return DockerInfo("28", "linux/amd64", containerd_store, (), False)
 
 
 KNOWN, UNKNOWN = ImagePart("base image", 1_000_000, "measured"), ImagePart("base image", None, "not known")

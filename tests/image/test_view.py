@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.cli.buildview import BuildView, short
+from inferctl.cli.build_view import BuildView, short
 from inferctl.image.events import Event, LayerPush, Note, Phase, Retry
 from inferctl.image.rawjson import Reader
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering.cloud_event import Item, Origin
 from inferctl.tenancy.metering.outbox import EventBatch

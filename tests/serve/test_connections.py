@@ -22,7 +22,7 @@ import uvloop
 
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.listener import HttpServer, listen
-from inferctl.serve.edge.usage import REJECTION
+from inferctl.serve.edge.request_context import REJECTION
 from tests.processes import until
 
 HEAD = b"POST /a HTTP/1.1\r\nhost: a\r\n"

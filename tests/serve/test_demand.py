@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Slo
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.metrics import Metrics, RequestMetrics, RequestSize, objectives
 from tests.access.test_keys import add

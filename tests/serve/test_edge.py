@@ -13,12 +13,12 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from inferctl.config import spec
-from inferctl.serve.edge import usage
+from inferctl.serve.edge import request_context
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
-from inferctl.serve.edge.usage import UsageEvent, context_of
+from inferctl.serve.edge.request_context import UsageEvent, context_of
 from inferctl.serve.metrics import Metrics
 from tests.access.test_keys import add
 
@@ -147,13 +147,13 @@ def test_a_failure_has_an_envelope_and_one_event(setting: Setting, path: str, st
         assert (answer.code, event.status, event.code) == (code, status, code)
         assert answer.headers[b"x-request-id"].decode() == event.request_id
     else:
-        assert (event.status, event.code) == (usage.CLIENT_DISCONNECTED, "client_disconnected")
+        assert (event.status, event.code) == (request_context.CLIENT_DISCONNECTED, "client_disconnected")
     assert (setting.edge.in_flight, setting.edge.unfinished_responses) == (0, 0)
 
 
 @pytest.mark.parametrize("path", ["/wait", "/error", "/v1/embeddings"])
 def test_the_event_has_the_status_of_a_rejection_by_the_connection(setting: Setting, path: str) -> None:
-    asyncio.run(setting.send(path, leaves=True, state={usage.REJECTION: (431, "headers_too_large")}))
+    asyncio.run(setting.send(path, leaves=True, state={request_context.REJECTION: (431, "headers_too_large")}))
     assert [(event.status, event.code) for event in setting.events] == [(431, "headers_too_large")]
 
 
@@ -252,7 +252,7 @@ def test_an_event_reaches_every_sink_although_one_fails(setting: Setting, caplog
         raise OSError("disk full")
 
     received: list[UsageEvent] = []
-    usage.emitter([broken, received.append])(UsageEvent("a", "embeddings", 200))
+    request_context.to_all([broken, received.append])(UsageEvent("a", "embeddings", 200))
     assert [event.request_id for event in received] == ["a"]
     assert "disk full" in caplog.text
 

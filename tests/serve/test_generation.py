@@ -26,14 +26,14 @@ from inferctl.core import assets
 from inferctl.core.errors import NotReadyError
 from inferctl.facts import catalog
 from inferctl.facts.precision import DeviceTraits
-from inferctl.serve.edge.usage import RequestContext
+from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 from inferctl.serve.generate import server as generation_server
 from inferctl.serve.generate.meter import StreamMeter, count_body
 from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.process import VllmProcess
-from inferctl.serve.generate.reading import Asked
 from inferctl.serve.generate.supervisor import VllmSupervisor
+from inferctl.serve.generate.vllm_request import VllmRequest
 from tests.processes import ServerProcess, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
@@ -342,7 +342,7 @@ def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
 
 def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
     context = RequestContext("completions")
-    meter = StreamMeter(context, Asked(b"", 0, prompts=2, choices=2))
+    meter = StreamMeter(context, VllmRequest(b"", 0, prompts=2, choices=2))
     for index in (0, 1, 2, 3, 0, 3):
         usage = b'{"prompt_tokens":%d,"completion_tokens":4}' % (3 if index < 2 else 6)
         meter.pass_on(b'data: {"choices":[{"index":%d,"text":"a"}],"usage":%s}\n\n' % (index, usage))
@@ -360,7 +360,7 @@ def test_cached_tokens_are_those_that_vllm_reports(stream: bool, details: str, c
     context = RequestContext("chat")
     usage = f'{{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":{details}}}'
     if stream:
-        meter = StreamMeter(context, Asked(b"", 0))
+        meter = StreamMeter(context, VllmRequest(b"", 0))
         meter.pass_on(f'data: {{"choices":[],"usage":{usage}}}\n\n'.encode())
         meter.count()
     else:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.generate import reading
+from inferctl.serve.generate import vllm_request
 
 CONTEXT = 256
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -47,19 +47,20 @@ def completion(prompt: Any, **fields: Any) -> bytes:
     ],
 )
 def test_the_most_that_a_request_can_generate(endpoint: str, raw: bytes, sequences: int, answer: int) -> None:
-    asked = reading.generation(endpoint, raw, CONTEXT, limited=True)
+    asked = vllm_request.generation(endpoint, raw, CONTEXT, limited=True)
     assert (asked.sequences, asked.answer_tokens) == (sequences, answer)
     assert asked.tokens >= sequences * answer
 
 
 def test_the_tokens_of_a_prompt() -> None:
-    assert reading.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT).prompt_tokens == 12
+    assert vllm_request.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT).prompt_tokens == 12
     text = completion("word " * 100)
-    assert reading.generation("completions", text, CONTEXT).prompt_tokens == -(-len(text) // 4)
+    assert vllm_request.generation("completions", text, CONTEXT).prompt_tokens == -(-len(text) // 4)
     assert (
-        reading.generation("completions", completion("", prompt_embeds=["a"]), CONTEXT).prompt_tokens == 2 * CONTEXT
+        vllm_request.generation("completions", completion("", prompt_embeds=["a"]), CONTEXT).prompt_tokens
+        == 2 * CONTEXT
     )  # vLLM runs the empty prompt too
-    assert reading.tokenization(json.dumps({"tokens": [7] * 100}).encode(), CONTEXT).prompt_tokens == 100
+    assert vllm_request.tokenization(json.dumps({"tokens": [7] * 100}).encode(), CONTEXT).prompt_tokens == 100
 
 
 @pytest.mark.parametrize(
@@ -128,27 +129,27 @@ def test_the_tokens_of_a_prompt() -> None:
 )
 def test_what_could_be_read_in_two_ways_or_costs_too_much_is_rejected(endpoint: str, raw: bytes, code: str) -> None:
     with pytest.raises(ApiError) as raised:
-        reading.generation(endpoint, raw, CONTEXT)
+        vllm_request.generation(endpoint, raw, CONTEXT)
     assert (raised.value.status, raised.value.code) == (400, code)
 
 
 def test_images_and_prompts_for_a_whole_context_are_accepted() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 200_000}}
-    reading.generation("chat", json.dumps({"messages": [{"role": "user", "content": [image]}]}).encode(), CONTEXT)
-    reading.generation("completions", completion([["\u4e2d" * 3 * CONTEXT][0]] * 100), CONTEXT)
-    reading.generation("completions", completion([[100_000] * CONTEXT] * 100), CONTEXT)
+    vllm_request.generation("chat", json.dumps({"messages": [{"role": "user", "content": [image]}]}).encode(), CONTEXT)
+    vllm_request.generation("completions", completion([["\u4e2d" * 3 * CONTEXT][0]] * 100), CONTEXT)
+    vllm_request.generation("completions", completion([[100_000] * CONTEXT] * 100), CONTEXT)
 
 
 def test_a_key_with_a_limit_gets_no_answer_without_one() -> None:
-    limited, unlimited = (reading.generation("chat", chat(), 8192, limited=limited) for limited in (True, False))
+    limited, unlimited = (vllm_request.generation("chat", chat(), 8192, limited=limited) for limited in (True, False))
     assert json.loads(limited.body)["max_completion_tokens"] == limited.answer_tokens < 8192
     assert json.loads(unlimited.body) == json.loads(chat())
 
 
 def test_a_key_asks_for_no_more_sequences_than_it_can_have() -> None:
-    assert reading.generation("chat", chat(n=8), CONTEXT, most_sequences=8).sequences == 8
+    assert vllm_request.generation("chat", chat(n=8), CONTEXT, most_sequences=8).sequences == 8
     with pytest.raises(ApiError, match="is 9; the limit is 8"):
-        reading.generation("chat", chat(n=9), CONTEXT, most_sequences=8)
+        vllm_request.generation("chat", chat(n=9), CONTEXT, most_sequences=8)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def test_a_key_asks_for_no_more_sequences_than_it_can_have() -> None:
 )
 def test_bodies_that_the_tokenizer_does_not_get(body: Any, status: int) -> None:
     with pytest.raises(ApiError) as raised:
-        reading.tokenization(json.dumps(body).encode(), CONTEXT)
+        vllm_request.tokenization(json.dumps(body).encode(), CONTEXT)
     assert raised.value.status == status
 
 
@@ -248,7 +249,7 @@ def test_vllm_generates_at_most_what_the_edge_charges(body: tuple[str, bytes]) -
     pytest.importorskip("vllm")
     endpoint, raw = body
     try:
-        asked = reading.generation(endpoint, raw, CONTEXT, limited=True)
+        asked = vllm_request.generation(endpoint, raw, CONTEXT, limited=True)
     except ApiError as error:
         assert error.status == 400  # vLLM does not get it
         return
@@ -279,6 +280,6 @@ def test_a_body_with_correct_types_is_read_as_vllm_reads_it(
     pytest.importorskip("vllm")
     fields = {"max_tokens": limit, "max_completion_tokens": other, "n": n}
     endpoint, raw = ("chat", chat(**fields)) if is_chat else ("completions", completion(prompt, **fields))
-    asked = reading.generation(endpoint, raw, CONTEXT, limited=True)
+    asked = vllm_request.generation(endpoint, raw, CONTEXT, limited=True)
     if (found := generated(endpoint, asked.body)) is not None:
         assert found == (asked.prompts, asked.sequences, asked.sequences * asked.answer_tokens)

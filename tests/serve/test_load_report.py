@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.serve.edge.load_report import LoadReport
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 from tests.processes import CLIENT, ServerProcess
 from tests.serve.test_generation import Start, llama, start  # noqa: F401  # fixtures
 

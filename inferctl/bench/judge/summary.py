@@ -21,6 +21,7 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATE_MS = 1.0
 # How much later than the end of the measured window a response may come, as a share of the window.
 GRACE = 0.05
+_MOST_WINDOWS = 240  # of the latency over time
 
 
 @dataclass(frozen=True)
@@ -344,12 +345,12 @@ def timeline(run: RunRecords, window_s: float = 1.0) -> list[tuple[float, float,
     return points
 
 
-def over_time(run: RunRecords, windows: int = 240) -> LatencyOverTime:
-    """Return the latency by intended send, in at most `windows` windows of half a second or a multiple of it.
+def over_time(run: RunRecords) -> LatencyOverTime:
+    """Return the latency by intended send, in at most 240 windows of half a second or a multiple of it.
 
     Median and maximum are those of the sample, without an interval.
     """
-    window_s = max(0.5, math.ceil(2 * run.seconds / windows) / 2)
+    window_s = max(0.5, math.ceil(2 * run.seconds / _MOST_WINDOWS) / 2)
     rows = run.measured
     slots = ((rows["intended_ns"].astype(np.int64) - run.start_ns) / (window_s * 1e9)).astype(int)
     good, latency = rows["error"] == records.OK, records.latency_ms(rows)

@@ -96,13 +96,13 @@ def serve(
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes], timeout_s: float = DRAIN_S) -> None:
-    """Send SIGTERM, and SIGKILL to the whole process group after `timeout_s`, or at once on Ctrl-C."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM, and SIGKILL to the whole process group after `DRAIN_S`, or at once on Ctrl-C."""
     try:
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout_s)
+                process.wait(DRAIN_S)
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

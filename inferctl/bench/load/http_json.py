@@ -22,7 +22,7 @@ Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Access:
+class ServerAccess:
     """The model name and the headers for servers at `--url`.
 
     Headers may contain secrets, so they are never printed or written to a file.
@@ -47,7 +47,7 @@ class StatusError(InferctlError):
         self.status = status
 
 
-def get_json(url: str, timeout_s: float, access: Access) -> Info:
+def get_json(url: str, timeout_s: float, access: ServerAccess) -> Info:
     """Return the JSON object at `url`; empty if the server has no such page or returns something else.
 
     Raises `NotReadyError` if no server responds or it rejects the request.
@@ -70,7 +70,7 @@ def get_json(url: str, timeout_s: float, access: Access) -> Info:
     return value if isinstance(value, dict) else {}
 
 
-def _request(url: str, access: Access, body: bytes | None = None) -> urllib.request.Request:
+def _request(url: str, access: ServerAccess, body: bytes | None = None) -> urllib.request.Request:
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"} if body else {})
     for name, value in access.headers.items():
         # A redirect to another host must not send the headers there.
@@ -78,7 +78,7 @@ def _request(url: str, access: Access, body: bytes | None = None) -> urllib.requ
     return request
 
 
-def hint(status: int, access: Access) -> str:
+def hint(status: int, access: ServerAccess) -> str:
     """Return what to do about an HTTP error status of a server, which got the headers of `access`."""
     if status in (401, 403):
         if access.headers:
@@ -95,7 +95,7 @@ def hint(status: int, access: Access) -> str:
     return "see the log of the server"
 
 
-def post(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> Any:
+def post(url: str, timeout_s: float, body: Mapping[str, Any], access: ServerAccess) -> Any:
     """Return the JSON of the response to a POST request. Raises `InferctlError`."""
     try:
         return json.loads(send(url, timeout_s, body, access))
@@ -103,7 +103,7 @@ def post(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) ->
         raise InferctlError(f"the request to {url} failed: {error}") from None
 
 
-def send(url: str, timeout_s: float, body: Mapping[str, Any], access: Access) -> bytes:
+def send(url: str, timeout_s: float, body: Mapping[str, Any], access: ServerAccess) -> bytes:
     """Return the body of the response to a POST request. Raises `InferctlError`."""
     try:
         with _OPENER.open(_request(url, access, json.dumps(body).encode()), timeout=timeout_s) as response:

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from inferctl.bench.loadgen import recorder
 from inferctl.core.errors import InferctlError
 
-MAGIC, EVENTS_MAGIC = b"inferctl-requests-1\n", b"inferctl-events-1\n"
-WARMUP, MEASURED = 0, 1
-OK, HTTP_ERROR, TIMEOUT, CONNECTION, DROPPED, UNFINISHED, STREAM_ERROR = range(7)
+MAGIC, EVENTS_MAGIC = recorder.MAGIC, recorder.EVENTS_MAGIC
+WARMUP, MEASURED = recorder.WARMUP, recorder.MEASURED
+OK, HTTP_ERROR, TIMEOUT, CONNECTION = recorder.OK, recorder.HTTP_ERROR, recorder.TIMEOUT, recorder.CONNECTION
+DROPPED, UNFINISHED, STREAM_ERROR = recorder.DROPPED, recorder.UNFINISHED, recorder.STREAM_ERROR
+# The name of an error in a receipt, by its code in a record.
 ERROR_NAMES = {
     HTTP_ERROR: "HTTP status",
     TIMEOUT: "timeout",

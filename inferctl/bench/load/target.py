@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from inferctl.bench.load import generation, processes
+from inferctl.bench.load import generation, process_usage
 from inferctl.bench.load.generation import GenerationApi
-from inferctl.bench.load.http_json import ABSENT, Access, Body, Info, StatusError, get_json, hint, post, send
+from inferctl.bench.load.http_json import ABSENT, Body, Info, ServerAccess, StatusError, get_json, hint, post, send
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import divergence
@@ -56,7 +56,7 @@ class Target:
     info: Info = field(default_factory=dict)
     path: str = PATHS["embed"][0]
     base64: bool = True
-    access: Access = field(default_factory=Access)
+    access: ServerAccess = field(default_factory=ServerAccess)
     task: Task = "embed"
     documents_key: Literal["documents", "texts"] = "documents"
     generation: GenerationApi = field(default_factory=GenerationApi)
@@ -165,14 +165,14 @@ class Target:
             raise
 
 
-def connect(url: str, timeout_s: float = 10, access: Access | None = None) -> Target:
+def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None) -> Target:
     """Return the server at `url`. The URL may include the endpoint for the task.
 
     A server other than inferctl receives a request with one text. Its response shows the endpoint, and that the
     server is ready. Raises `UsageError` for an invalid URL, and `NotReadyError` if no server responds or it rejects
     requests.
     """
-    access = access or Access()
+    access = access or ServerAccess()
     url = url.rstrip("/")
     path = next((suffix for paths in PATHS.values() for suffix in paths if url.endswith(suffix)), None)
     url = url.removesuffix(path or "").removesuffix("/v1")
@@ -226,7 +226,7 @@ def _task(info: Info, path: str | None) -> Task:
     return "rerank" if info.get("task") == "rerank" or "reranker" in (info.get("model_type") or ()) else "embed"
 
 
-def _first_model(url: str, timeout_s: float, access: Access) -> Info:
+def _first_model(url: str, timeout_s: float, access: ServerAccess) -> Info:
     """Return the entry of the first model in the list of the server; empty if there is none."""
     for page in ("/v1/models", "/models"):
         try:
@@ -331,7 +331,7 @@ def is_local(url: str) -> bool:
 def local_pid(url: str) -> int | None:
     """Return the process of this machine that serves `url`; None if it is elsewhere or unknown."""
     parts = urllib.parse.urlsplit(url)
-    return processes.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
+    return process_usage.listener(parts.port or (443 if parts.scheme == "https" else 80)) if is_local(url) else None
 
 
 def _vector(embedding: str | list[float]) -> tuple[float, ...]:

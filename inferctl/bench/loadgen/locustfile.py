@@ -3,7 +3,7 @@
     INFERCTL_LOAD_FILE=load.json python -m locust -f inferctl/bench/loadgen/locustfile.py --headless ...
     python -m inferctl.bench.load.worker HOST        (a worker on another machine)
 
-inferctl/bench/load/generator.py uses the first form. `load.json` describes the load:
+inferctl/bench/load/load_run.py uses the first form. `load.json` describes the load:
 
     url           the URL for POST requests
     mode          closed: `users` clients; each one sends its next request after its last response. After a 429, it
@@ -217,7 +217,7 @@ def spawned(**_: Any) -> None:
         worker.start()
 
 
-class Client(User):
+class IdleUser(User):
     """A user of Locust. It sends nothing itself: the generator sends the requests, and the user waits for their end."""
 
     @task

@@ -96,10 +96,6 @@ class Recorder:
         self._next += packer.size
 
     @property
-    def record_size(self) -> int:
-        return self._packer.size
-
-    @property
     def count(self) -> int:
         return (self._next - self._start) // self._packer.size
 

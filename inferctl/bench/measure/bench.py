@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inferctl.bench.load import child_server, generator
-from inferctl.bench.load.http_json import Access
+from inferctl.bench.load import child_server, load_run
+from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.server_tokenizer import of_server
 from inferctl.bench.load.target import connect
 from inferctl.bench.measure import neighbors
@@ -37,7 +37,7 @@ class Progress:
     total: int
     phase: str
     seconds: float = 0.0
-    live: generator.LoadProgress | None = None
+    live: load_run.LoadProgress | None = None
     done: str | None = None
 
 
@@ -70,7 +70,7 @@ class Bench:
     output: Path
     slo_p99_ms: float | None = None
     mig_devices: Sequence[str] = ()
-    access: Access = field(default_factory=Access)
+    access: ServerAccess = field(default_factory=ServerAccess)
     users: Mapping[str, Concurrency] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import summary
-from inferctl.bench.load import child_server, generator, processes
+from inferctl.bench.load import child_server, load_run, process_usage
 from inferctl.bench.load import target as targets
 from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
@@ -26,7 +26,7 @@ class NotifyPhase(Protocol):
     """Receives the phase of a run; `done` is a line on what has ended."""
 
     def __call__(
-        self, phase: str, seconds: float = 0.0, live: generator.LoadProgress | None = None, done: str | None = None
+        self, phase: str, seconds: float = 0.0, live: load_run.LoadProgress | None = None, done: str | None = None
     ) -> None: ...
 
 
@@ -75,7 +75,7 @@ class MeasuredServer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         load, serial = work.load, new_serial()
-        description = generator.prepare(load, work, self.target, serial, folder)
+        description = load_run.prepare(load, work, self.target, serial, folder)
         pid = self.child.process.pid if self.child else targets.local_pid(self.target.url)
         self.monitor.process_roots |= {pid} if pid else set()
 
@@ -84,9 +84,9 @@ class MeasuredServer:
                 self.child.check()
             check()
 
-        with processes.Sampler({"server": pid} if pid else {}) as sampler:
+        with process_usage.Sampler({"server": pid} if pid else {}) as sampler:
             try:
-                measured = generator.run(
+                measured = load_run.run(
                     load,
                     description,
                     lambda live: self.notify(live.phase, 0.0, live),
@@ -103,7 +103,7 @@ class MeasuredServer:
         if (client := summary.client_cpu_percent(measured.state)) is not None:
             resources["client_cpu_percent"] = client
             if "other_cores" in resources:
-                client_cores = generator.cores_used(measured.state) or 0
+                client_cores = load_run.cores_used(measured.state) or 0
                 resources["other_cores"] = round(max(0.0, resources["other_cores"] - client_cores), 3)
         offered = len(work.schedule_ns) if load.mode == "open" else None
         return Measurement(

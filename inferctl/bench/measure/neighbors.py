@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench.judge import interference, summary, validity
-from inferctl.bench.load import generator, processes, records
+from inferctl.bench.load import load_run, process_usage, records
 from inferctl.bench.load.child_server import ChildServer
 from inferctl.bench.measure import digests, measured_server, sensors
 from inferctl.bench.measure.measured_server import MeasuredServer
@@ -51,7 +51,7 @@ class NeighborLoader:
 
     def _run(self, description: Path, load: Load) -> None:
         try:
-            generator.run(load, description, lambda live: None, self._check)
+            load_run.run(load, description, lambda live: None, self._check)
             self.failure = "its load ended before the run"
         except _RunEnded:
             pass
@@ -137,7 +137,7 @@ def _measure_with_load(setup: NeighborSetup, servers: Sequence[ChildServer], run
             place = folder / f"neighbour-{number}"
             loaders.append(stack.enter_context(_under_load(setup.work, number, neighbor, place)))
         # The sampler counts this process and its children (server, neighbors, all loads), so that the rest is foreign.
-        with processes.Sampler({"bench": os.getpid()}) as everything:
+        with process_usage.Sampler({"bench": os.getpid()}) as everything:
             measurement = server.measure(setup.work, run, folder / "with-neighbours")
         window = (measurement.records.start_ns, measurement.records.end_ns)
         completed = [loader.result(*window) for loader in loaders]
@@ -153,7 +153,7 @@ def _under_load(
     """Keep a neighbor under load until the block ends. The block begins after its first response."""
     load = background(measured.load)
     work = workload.draw(load, measured.corpus, measured.seed + number)
-    description = generator.prepare(load, work, server.target, measured_server.new_serial(), folder)
+    description = load_run.prepare(load, work, server.target, measured_server.new_serial(), folder)
     loader = NeighborLoader(number, server, folder, description, load)
     loader.thread.start()
     try:

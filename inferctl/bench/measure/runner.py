@@ -21,21 +21,17 @@ from inferctl.bench.measure import auto_users, neighbors, quality, resume, searc
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
-    Progress,
     find_tokenizer,
     phase_notifier,
     ready_server,
     started,
 )
-from inferctl.bench.measure.judgment import judge
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
 from inferctl.core.errors import InferctlError
-
-__all__ = ["Bench", "BenchTarget", "Measurement", "Outcome", "Progress", "judge", "outcomes", "run"]
 
 
 def outcomes(bench: Bench) -> list[Outcome]:

@@ -17,7 +17,7 @@ from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.judge.search_outcome import BudgetUse
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT
-from inferctl.bench.load import generator, records
+from inferctl.bench.load import load_run, records
 from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
@@ -233,7 +233,7 @@ class Backlog:
 
         Both must be certain: their 95% intervals are above these limits.
         """
-        state = generator.read_state(self._folder)
+        state = load_run.read_state(self._folder)
         if state.get("phase") != "measure":
             return
         for file in records.files(self._folder):
@@ -276,13 +276,13 @@ class Backlog:
 
 def _partial_measurement(work: workload.Workload, place: Path) -> Measurement:
     """Return the measurement of a probe that ended early. Its window ends with its last response."""
-    state = generator.read_state(place)
-    rows = generator.read_records(place, state)
+    state = load_run.read_state(place)
+    rows = load_run.read_records(place, state)
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))
     bounds = work.load.generation.bounds if work.load.generation else {}
-    events = generator.read_events(place, state)
+    events = load_run.read_events(place, state)
     part = summary.RunRecords(rows, start, end, work.load.inputs_per_request, offered, events, bounds)
     return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 

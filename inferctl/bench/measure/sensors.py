@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from inferctl.bench.load import processes
+from inferctl.bench.load import process_usage
 from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.nvml import GpuDevice, GpuSample, Nvml, NvmlUnavailableError
 from inferctl.bench.measure.telemetry import Telemetry
@@ -143,7 +143,7 @@ class MachineMonitor:
             now,
             tuple(gpus.sample(device.index, now) for device in self.devices) if gpus else (),
             tuple(_read_counter(zone.counter) for zone in self._sensors.zones),
-            frozenset(pid for root in self.process_roots for pid in processes.tree(root)) if gpus else frozenset(),
+            frozenset(pid for root in self.process_roots for pid in process_usage.tree(root)) if gpus else frozenset(),
         )
 
     def window(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.load import processes
+from inferctl.bench.load import process_usage
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
 
 THROTTLED_LIMIT = 0.05
@@ -235,7 +235,7 @@ def _other_processes(samples: Sequence[GpuSample], server_pids: set[int], earlie
     rest = len(others - foreign)
     return _OtherProcesses(
         server_seen=bool(servers),
-        foreign=tuple(OtherProcess(pid, processes.name(pid)) for pid in sorted(process.pid for process in foreign)),
+        foreign=tuple(OtherProcess(pid, process_usage.name(pid)) for pid in sorted(process.pid for process in foreign)),
         in_other_slices=rest if servers else 0,
         unidentified=0 if servers else rest,
     )

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from inferctl.bench.plan.overrides import Overrides, apply, merge_generation
 from inferctl.bench.plan.sections import DOCUMENTS, Configuration, GenerationPlan, Matrix, Quality, Search
-from inferctl.bench.plan.shape import Generation, Keys, Load, Name, Section, Spike, Stage
-from inferctl.config.spec import Task
+from inferctl.bench.plan.shape import Generation, Keys, Load, Name, Spike, Stage
+from inferctl.config.spec_types import Section, Task
 from inferctl.core import assets, validation
 from inferctl.core.document import Document, read
 from inferctl.core.errors import Problem, SpecError, UsageError, did_you_mean, shown

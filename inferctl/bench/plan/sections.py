@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from inferctl.bench.plan.shape import Keys, Name, Section
+from inferctl.bench.plan.shape import Keys, Name
+from inferctl.config.spec_types import Precision, Section
 from inferctl.core.errors import UsageError
 
-Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
 # Documents of a rerank request.
 DOCUMENTS = 16
 

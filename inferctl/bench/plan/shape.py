@@ -6,10 +6,10 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from inferctl.bench.plan import traces
-from inferctl.config.spec import Task
+from inferctl.config.spec_types import Section, Task
 
 # Matches `60%`, as in `rate: 60%`.
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -22,12 +22,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Keys = dict[str, object]
 # The keys of a load that describe its loop, its rate over time and what is measured for it before.
 _SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike", "trace"}
-
-
-class Section(BaseModel):
-    """A mapping in a plan. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Stage(Section):

@@ -362,11 +362,10 @@ def _bars(receipts: Sequence[Receipt], colors: Mapping[str, str], values: list[f
     }
 
 
-def _bar_layout(count: int, title: str, span: list[float] | None = None) -> Json:
+def _bar_layout(count: int, title: str) -> Json:
     """Return the layout of horizontal bars: the first on top, and as high as the bars need."""
-    axis = {"range": span} if span else {"rangemode": "tozero"}
     return {
-        "xaxis": {"title": {"text": title}, **axis},
+        "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
         "showlegend": False,
         **({"height": _AROUND + _BAR * count} if count > _FITS else {}),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from inferctl.config.spec import DEFAULT_PORT
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import access, metering, relay, sharing
 from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, spread
 from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
-from inferctl.image.render import DEFAULT_PORT
+from inferctl.image.render import CACHE_PATH
 from inferctl.manifests import label_keys
 from inferctl.manifests.label_keys import TASK
+from inferctl.models.model import IMAGE_FOLDER
 
-MODEL_PATH = "/model"
-CACHE_PATH = "/model-cache"
 _MIB = 1024 * 1024
 _LEAST_DOWNLOAD_GIB = 50
 
@@ -217,5 +217,5 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
             volume: Object = {"name": "model", "image": {"reference": weights.image, "pullPolicy": "IfNotPresent"}}
         else:
             volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
-        found.append((volume, {"name": "model", "mountPath": MODEL_PATH, "readOnly": True}))
+        found.append((volume, {"name": "model", "mountPath": IMAGE_FOLDER, "readOnly": True}))
     return found + access.volumes(spec) + metering.volumes(spec)

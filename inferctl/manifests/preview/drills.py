@@ -10,7 +10,7 @@ from inferctl.manifests.kubernetes import fields
 from inferctl.manifests.kubernetes.labels import REGION, ZONE
 from inferctl.manifests.preview import admission, simulation
 from inferctl.manifests.preview.cluster import ClusterState, Pod
-from inferctl.manifests.preview.simulation import Attempt, SimulationResult
+from inferctl.manifests.preview.simulation import Attempt, ClusterAtPeak
 from inferctl.manifests.preview.workloads import SimulatedDeployment, serving
 
 # Until the controller manager marks a silent node as lost: --node-monitor-grace-period, 50 s from 1.32.
@@ -83,7 +83,7 @@ class Rates:
         return (cluster, pod.owner) in self.values
 
 
-def rates(outcomes: Sequence[SimulationResult]) -> list[Rates]:
+def rates(outcomes: Sequence[ClusterAtPeak]) -> list[Rates]:
     """Return the rates of each model."""
     models: dict[str, list[tuple[str, SimulatedDeployment]]] = {}
     for outcome in outcomes:
@@ -102,7 +102,7 @@ def rates(outcomes: Sequence[SimulationResult]) -> list[Rates]:
     return found
 
 
-def run(outcomes: Sequence[SimulationResult]) -> list[Loss]:
+def run(outcomes: Sequence[ClusterAtPeak]) -> list[Loss]:
     """Return the losses of each node, zone, region and cluster in which pods of models run.
 
     A lost node or zone concerns its cluster: its capacity is compared with the cluster's part of the peak, since
@@ -170,8 +170,8 @@ def _zones(cluster: ClusterState) -> dict[str, list[str]]:
     return dict(sorted(zones.items()))
 
 
-def _regions(outcomes: Sequence[SimulationResult]) -> dict[str, list[SimulationResult]]:
-    found: dict[str, list[SimulationResult]] = {}
+def _regions(outcomes: Sequence[ClusterAtPeak]) -> dict[str, list[ClusterAtPeak]]:
+    found: dict[str, list[ClusterAtPeak]] = {}
     for outcome in outcomes:
         for name in {node.labels.get(REGION, "") for node in outcome.cluster.nodes.values()} - {""}:
             found.setdefault(name, []).append(outcome)
@@ -179,7 +179,7 @@ def _regions(outcomes: Sequence[SimulationResult]) -> dict[str, list[SimulationR
 
 
 def _lose_nodes(
-    outcome: SimulationResult, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
+    outcome: ClusterAtPeak, models: Sequence[Rates], scope: str, place: str, names: Sequence[str]
 ) -> list[Loss]:
     cluster = outcome.cluster.copy()
     name = cluster.name
@@ -235,8 +235,8 @@ def _covered_s(waiting: Sequence[Attempt], added: Sequence[Attempt]) -> float | 
 
 
 def _lose_clusters(
-    lost: Sequence[SimulationResult],
-    outcomes: Sequence[SimulationResult],
+    lost: Sequence[ClusterAtPeak],
+    outcomes: Sequence[ClusterAtPeak],
     models: Sequence[Rates],
     scope: str,
     place: str,
@@ -268,17 +268,17 @@ def _lose_clusters(
     return losses
 
 
-def _factor(model: str, rest: Sequence[SimulationResult], outcomes: Sequence[SimulationResult]) -> float:
+def _factor(model: str, rest: Sequence[ClusterAtPeak], outcomes: Sequence[ClusterAtPeak]) -> float:
     """Return by how much the peak of a model grows in the clusters that are left."""
     before, after = _demand(model, outcomes), _demand(model, rest)
     return before / after if after else 1.0
 
 
-def _demand(model: str, outcomes: Sequence[SimulationResult]) -> float:
+def _demand(model: str, outcomes: Sequence[ClusterAtPeak]) -> float:
     return sum(each.demand or 0.0 for each in rates(outcomes) if each.model == model)
 
 
-def _grow(outcome: SimulationResult, more: Mapping[str, float]) -> list[Attempt]:
+def _grow(outcome: ClusterAtPeak, more: Mapping[str, float]) -> list[Attempt]:
     """Return the new pods of a cluster if the peaks of its models grow by the factors `more`."""
     queue = [replace(each, peak=each.peak * more.get(each.model, 1.0)) if each.peak else each for each in outcome.queue]
     return simulation.fill(outcome.cluster.copy(), queue)
@@ -290,11 +290,11 @@ def _started_s(starts: Sequence[float | None]) -> float | None:
     return AUTOSCALER_S + max(known) if known and len(known) == len(starts) else None
 
 
-def _pods(outcome: SimulationResult, model: Rates) -> list[Pod]:
+def _pods(outcome: ClusterAtPeak, model: Rates) -> list[Pod]:
     return [pod for _, pod in outcome.cluster.bound() if model.owns(outcome.cluster.name, pod)]
 
 
-def _serving(outcomes: Sequence[SimulationResult], model: Rates) -> float:
+def _serving(outcomes: Sequence[ClusterAtPeak], model: Rates) -> float:
     return sum(model.of(each.cluster.name, _pods(each, model)) for each in outcomes)
 
 

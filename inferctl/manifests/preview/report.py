@@ -9,7 +9,7 @@ from inferctl.manifests.kubernetes import fields
 from inferctl.manifests.preview import volumes
 from inferctl.manifests.preview.drills import Loss
 from inferctl.manifests.preview.preemption import Candidate
-from inferctl.manifests.preview.simulation import Attempt, SimulationResult
+from inferctl.manifests.preview.simulation import Attempt, ClusterAtPeak
 from inferctl.manifests.preview.workloads import SimulatedDeployment
 
 _NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "LeaderWorkerSet")
@@ -17,7 +17,7 @@ _NOT_PLACED = ("StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "Lead
 _ALL_CANDIDATES = 100
 
 
-def document(outcomes: Sequence[SimulationResult], losses: Sequence[Loss]) -> dict[str, Any]:
+def document(outcomes: Sequence[ClusterAtPeak], losses: Sequence[Loss]) -> dict[str, Any]:
     """Return the whole result."""
     return {
         "fits_at_rest": all(_fits(attempt) for outcome in outcomes for attempt in outcome.rest),
@@ -32,7 +32,7 @@ def _fits(attempt: Attempt) -> bool:
     return attempt.node is not None or attempt.workload.placeholder
 
 
-def _cluster(outcome: SimulationResult) -> dict[str, Any]:
+def _cluster(outcome: ClusterAtPeak) -> dict[str, Any]:
     return {
         "name": outcome.cluster.name,
         "nodes": len(outcome.cluster.nodes),
@@ -42,7 +42,7 @@ def _cluster(outcome: SimulationResult) -> dict[str, Any]:
     }
 
 
-def _workload(outcome: SimulationResult, workload: SimulatedDeployment) -> dict[str, Any]:
+def _workload(outcome: ClusterAtPeak, workload: SimulatedDeployment) -> dict[str, Any]:
     rest = [each for each in outcome.rest if each.workload is workload]
     first = [each for each in outcome.first if each.workload is workload]
     spike = [each for each in outcome.spike if each.workload is workload]
@@ -121,7 +121,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _evicted(outcome: SimulationResult) -> list[dict[str, Any]]:
+def _evicted(outcome: ClusterAtPeak) -> list[dict[str, Any]]:
     """Return what becomes of evicted pods, by workload. The key is empty for pods of others."""
     found: dict[str, dict[str, Any]] = {}
     names = {each.key: each for each in outcome.workloads}
@@ -133,7 +133,7 @@ def _evicted(outcome: SimulationResult) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _notes(outcome: SimulationResult) -> Iterable[str]:
+def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
     cluster = outcome.cluster
     if outcome.first:
         names = sorted({attempt.workload.name for attempt in outcome.first})

@@ -50,7 +50,7 @@ class Attempt:
 
 
 @dataclass
-class SimulationResult:
+class ClusterAtPeak:
     """A cluster at the peak. `rest` and `spike` are the new pods up to the least replicas, and then up to the peak.
 
     `first` are pods that the first apply starts in addition, and that an autoscaler removes before the spike.
@@ -69,7 +69,7 @@ class SimulationResult:
     waiting: list[Pod]
 
 
-def run(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> SimulationResult:
+def run(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> ClusterAtPeak:
     """Place the pods of `workloads` at rest and at the peak. Changes `cluster`. Raises `ValueError` for a bad quantity.
 
     Pods of these Deployments that already run in the cluster stay, and count as replicas.
@@ -84,7 +84,7 @@ def run(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> Simu
     evicted = [pod for attempt in (*rest, *spike) for pod in attempt.evicted]
     again = settle(cluster, evicted)
     waiting = [pod for pod in cluster.waiting() if pod in evicted]
-    return SimulationResult(cluster, workloads, ordered, existing, rest, first, spike, again, waiting)
+    return ClusterAtPeak(cluster, workloads, ordered, existing, rest, first, spike, again, waiting)
 
 
 def _first(cluster: ClusterState, workloads: Sequence[SimulatedDeployment]) -> list[Attempt]:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api.inference import Inference, parsed_body, send_json
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
-from inferctl.serve.edge.usage import RequestContext
+from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
 

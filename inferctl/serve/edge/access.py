@@ -18,7 +18,7 @@ from inferctl.config import spec
 from inferctl.core.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
-from inferctl.serve.edge.usage import RequestContext
+from inferctl.serve.edge.request_context import RequestContext
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import BusyError, KeyTable, UnavailableError
 from inferctl.tenancy.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError

@@ -17,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inferctl.serve.edge.errors import ApiError, at_capacity
-from inferctl.serve.edge.usage import HEADER_LINES, REJECTION
+from inferctl.serve.edge.request_context import HEADER_LINES, REJECTION
 
 # With less to read, a connection does not check the limit of all. `HttpServer` checks it every `interval_s` anyway.
 _FEW_BYTES = 64 * 1024
@@ -215,7 +215,7 @@ class Connection(HttpToolsProtocol):
         """Reset the clients that read most slowly, if the unread responses of all are larger than the limit."""
         excess = sum(each.unread_bytes() for each in connections) - cls.max_unread_bytes
         if excess > 0:
-            for each in sorted(connections, key=lambda each: each.read_deadline(now)):
+            for each in sorted(connections, key=lambda each: each.update_read_deadline(now)):
                 excess -= each.unread_bytes()
                 each.abort()
                 if excess <= 0:
@@ -225,8 +225,11 @@ class Connection(HttpToolsProtocol):
         """Return how many bytes of responses wait until the client reads."""
         return self._socket.get_write_buffer_size() + len(self._unsent)
 
-    def read_deadline(self, now: float) -> float:
-        """Return the time until which the client must read more. What it reads never counts for longer than that."""
+    def update_read_deadline(self, now: float) -> float:
+        """Extend the deadline by what the client read since the last call, up to `transfer_s` from now, and return it.
+
+        Until then, the client must read more. It is infinite if nothing is unread.
+        """
         unread = self.unread_bytes()
         read, self._read = self._written - unread - self._read, self._written - unread
         if not unread:
@@ -238,7 +241,7 @@ class Connection(HttpToolsProtocol):
 
     def check(self, now: float) -> None:
         """Apply the deadlines."""
-        if now > self.read_deadline(now):
+        if now > self.update_read_deadline(now):
             self.abort()
         elif max(self._read_deadline, self._deadline) < math.inf and not (self._receiving or self._dropping):
             self._deadline = now + self.idle_s  # the client is idle once it has read the response

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from inferctl.serve.edge.usage import UsageEvent
+from inferctl.serve.edge.request_context import UsageEvent
 
 # Events of this time count most: the sums decay by 1/e. Envoy updates its weights every second.
 _WINDOW_S = 2.0

@@ -24,7 +24,7 @@ from inferctl.serve.edge import access as edge_access
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.usage import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
 from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.edge")

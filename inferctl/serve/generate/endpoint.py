@@ -15,11 +15,11 @@ from inferctl.batching.fairness import Shares
 from inferctl.serve import docs_page
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError, read_body
-from inferctl.serve.edge.usage import RequestContext, context_of
-from inferctl.serve.generate import meter, reading
+from inferctl.serve.edge.request_context import RequestContext, context_of
+from inferctl.serve.generate import meter, vllm_request
 from inferctl.serve.generate.control import ENGINE_LOST
 from inferctl.serve.generate.meter import StreamMeter
-from inferctl.serve.generate.reading import Asked
+from inferctl.serve.generate.vllm_request import VllmRequest
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Path -> name in events. What they generate is counted.
@@ -86,15 +86,15 @@ class GenerationApp:
 
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
-        asked = await _read(context, receive, lambda raw: reading.tokenization(raw, self.context))
-        _reserve(context, asked.prompt_tokens)
-        size, tenant, used, in_vain = len(asked.body), context.tenant or "", asked.prompt_tokens, 0
+        request = await _read(context, receive, lambda raw: vllm_request.tokenization(raw, self.context))
+        _reserve(context, request.prompt_tokens)
+        size, tenant, used, in_vain = len(request.body), context.tenant or "", request.prompt_tokens, 0
         if not self._tokenizer.take(tenant, size):
             if context.tenant is not None:
                 raise key_share("bytes that wait to be tokenized")
             raise at_capacity("many texts wait to be tokenized", "tokenizer_full", 1)
         self.tokenizing += 1
-        messages = [_message(asked)]
+        messages = [_message(request)]
 
         async def read() -> Message:
             if messages:
@@ -106,13 +106,13 @@ class GenerationApp:
         async def pass_on(message: Message) -> None:
             nonlocal used, in_vain
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                used, in_vain = 0, asked.prompt_tokens
+                used, in_vain = 0, request.prompt_tokens
             elif found := _COUNT.match(message.get("body", b"")):
                 used = int(found[1])
             await send(message)
 
         try:
-            await self._app(_scope(scope, context.id, asked), read, pass_on)
+            await self._app(_scope(scope, context.id, request), read, pass_on)
         finally:
             self.tokenizing -= 1
             self._tokenizer.release(tenant, size)
@@ -146,29 +146,31 @@ class GenerationApp:
         context = context_of(scope)
         limited = context.charge is not None and context.charge.limits_tokens
         most = None if context.tenant is None else self._sequences.most
-        asked = await _read(
+        request = await _read(
             context,
             receive,
-            lambda raw: reading.generation(context.endpoint, raw, self.context, limited=limited, most_sequences=most),
+            lambda raw: vllm_request.generation(
+                context.endpoint, raw, self.context, limited=limited, most_sequences=most
+            ),
         )
-        context.inputs = asked.prompts
-        _reserve(context, asked.tokens)
+        context.inputs = request.prompts
+        _reserve(context, request.tokens)
         self._offer(context.body_bytes)
-        call, tenant = _Call(self, context, asked, receive, send), context.tenant
+        call, tenant = _Call(self, context, request, receive, send), context.tenant
         if tenant is None:
             await self._run(call, scope)
             return
-        if not self._sequences.take(tenant, asked.sequences, strict=asked.sequences > 1):
+        if not self._sequences.take(tenant, request.sequences, strict=request.sequences > 1):
             raise key_share("sequences in flight")
         try:
             await self._run(call, scope)
         finally:
-            self._sequences.release(tenant, asked.sequences)
+            self._sequences.release(tenant, request.sequences)
 
     async def _run(self, call: _Call, scope: Scope) -> None:
         self.running += 1
         try:
-            await self._app(_scope(scope, call.id, call.asked), call.receive, call.send)
+            await self._app(_scope(scope, call.id, call.request), call.receive, call.send)
         except asyncio.CancelledError:
             if not call.disconnected:
                 if call.begun and not call.complete:
@@ -207,10 +209,12 @@ class _Call:
     The head of a response waits for its first part, so that an error before the first token has its own status.
     """
 
-    def __init__(self, app: GenerationApp, context: RequestContext, asked: Asked, receive: Receive, send: Send) -> None:
-        self._app, self.context, self.asked, self._receive, self._send = app, context, asked, receive, send
+    def __init__(
+        self, app: GenerationApp, context: RequestContext, request: VllmRequest, receive: Receive, send: Send
+    ) -> None:
+        self._app, self.context, self.request, self._receive, self._send = app, context, request, receive, send
         self.id = b"%s-%016x" % (context.id, random.getrandbits(64))  # of a client, it may not be unique
-        self._body: Message | None = _message(asked)
+        self._body: Message | None = _message(request)
         self._head: Message | None = None
         self._stream: StreamMeter | None = None
         self._parts: list[bytes] = []  # of a response that is not a stream
@@ -226,7 +230,7 @@ class _Call:
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self.disconnected = True
-            if not (self.complete or self.asked.stream) and self.asked.tokens <= _COMPLETED_TOKENS:
+            if not (self.complete or self.request.stream) and self.request.tokens <= _COMPLETED_TOKENS:
                 await asyncio.Event().wait()
         return message
 
@@ -235,7 +239,7 @@ class _Call:
         if message["type"] == "http.response.start":
             self._head = message
             if message["status"] < 400 and (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]:
-                self._stream = StreamMeter(self.context, self.asked)
+                self._stream = StreamMeter(self.context, self.request)
                 message["headers"] = [*message["headers"], *_STREAM_HEADERS]
         elif message["type"] != "http.response.body" or self._head is None or self.error:
             return
@@ -301,23 +305,23 @@ class _Call:
         if self.disconnected and not self.complete and status < 400:
             self._estimate()
         used = context.input_tokens + context.output_tokens
-        _settle(context, used, self.asked.prompt_tokens if 400 <= status < 500 else 0)
+        _settle(context, used, self.request.prompt_tokens if 400 <= status < 500 else 0)
 
     def _estimate(self) -> None:
         """Count what was reserved, as far as vLLM did not report the use.
 
         That includes prompts without a token yet: vLLM caches them in parts, where the next request finds them.
         """
-        asked, context = self.asked, self.context
+        request, context = self.request, self.context
         if self._stream.complete if self._stream else context.input_tokens:
             return
         self.estimated = True
-        context.input_tokens = max(context.input_tokens, asked.prompt_tokens)
-        if not asked.stream:
-            context.output_tokens = asked.tokens - asked.prompt_tokens
+        context.input_tokens = max(context.input_tokens, request.prompt_tokens)
+        if not request.stream:
+            context.output_tokens = request.tokens - request.prompt_tokens
 
 
-async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], Asked]) -> Asked:
+async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], VllmRequest]) -> VllmRequest:
     """Return what the body asks for. Raises what `read_body` raises, and the `ApiError` of `parse`."""
     if context.charge is not None:
         context.charge.check_size(context.content_length, time.time())
@@ -329,14 +333,14 @@ async def _read(context: RequestContext, receive: Receive, parse: Callable[[byte
         raise
 
 
-def _message(asked: Asked) -> Message:
-    return {"type": "http.request", "body": asked.body, "more_body": False}
+def _message(request: VllmRequest) -> Message:
+    return {"type": "http.request", "body": request.body, "more_body": False}
 
 
-def _scope(scope: Scope, request_id: bytes, asked: Asked) -> Scope:
+def _scope(scope: Scope, request_id: bytes, request: VllmRequest) -> Scope:
     """Return the scope of a request for vLLM."""
     headers = [(name, value) for name, value in scope["headers"] if name not in _NOT_PASSED]
-    headers += [(b"content-length", b"%d" % len(asked.body)), (b"x-request-id", request_id)]
+    headers += [(b"content-length", b"%d" % len(request.body)), (b"x-request-id", request_id)]
     return {**scope, "headers": headers}
 
 

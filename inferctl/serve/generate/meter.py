@@ -1,4 +1,4 @@
-"""Reads what a generation used from vLLM's responses, and gives the client what it asked for.
+"""Reads what a generation used from vLLM's responses, and gives the client what it request for.
 
 With `--enable-force-include-usage`, vLLM puts `usage` into every event of a stream. So the count is exact for a client
 that leaves in mid-stream too. A client that did not ask for it gets the stream without it.
@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from inferctl.serve.edge.usage import RequestContext
-from inferctl.serve.generate.reading import Asked
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.generate.vllm_request import VllmRequest
 
 # `usage` of an event. Quotes inside JSON strings are escaped, so no text of the model can match.
 # Details of the tokens of media are two levels deeper.
@@ -45,10 +45,10 @@ class StreamMeter:
         "events",
     )
 
-    def __init__(self, context: RequestContext, asked: Asked) -> None:
-        self._prompts, self._choices = asked.prompts, asked.choices  # of each prompt
+    def __init__(self, context: RequestContext, request: VllmRequest) -> None:
+        self._prompts, self._choices = request.prompts, request.choices  # of each prompt
         self._context = context
-        self._wanted, self._continuous = asked.usage, asked.continuous_usage
+        self._wanted, self._continuous = request.usage, request.continuous_usage
         self._usages: dict[bytes, bytes] = {}  # index of the choice -> its last usage
         self._final = b""  # usage of all choices
         self.events = 0

@@ -75,14 +75,14 @@ class _EdgeServer:
         metrics.watch_queue(
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
-        who = spec.Access(**settings.access)
+        access_settings = spec.Access(**settings.access)
         self._metering = ServerMetering(
-            spec.Metering(**settings.metering), settings.name, "generate", known_callers=who.required
+            spec.Metering(**settings.metering), settings.name, "generate", known_callers=access_settings.required
         )
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
         self._metering.open()
         self._metering.watch(metrics)
-        self._access = access.create(who, settings.models)
+        self._access = access.create(access_settings, settings.models)
         self._lifecycle = Lifecycle(
             ready=lambda: self._healthy, live=lambda: True, keys_known=lambda: access.known(self._access)
         )
@@ -143,7 +143,7 @@ class _EdgeServer:
         return self._generation.events + sum(sample.value for sample in samples)
 
     async def _check(self) -> bool:
-        """Ask vLLM whether its engine runs. It never does again after it did not once."""
+        """Return whether vLLM says that its engine runs. An engine that ended does not run again."""
         if self._healthy:
             self._healthy = await _status(self._app, "/health") == 200
         return self._healthy

@@ -15,6 +15,7 @@ from inferctl.core.errors import NotReadyError
 
 _TERMINATE_S = 10.0
 _KEPT_LINES = 400
+_MAX_REASON = 300  # characters
 _SEE_LOG = "set VLLM_LOGGING_LEVEL=DEBUG to see all of its log"
 # `(EngineCore pid=1) ERROR 11-26 19:00:00 [core.py:1] text`, or the JSON of `logs.JsonFormatter`.
 _PREFIX = re.compile(r"^\(\w+ pid=\d+\) ")
@@ -183,6 +184,6 @@ class VllmProcess:
                 self._on_line(line)
 
 
-def _sentence(line: str, length: int = 300) -> str:
+def _sentence(line: str) -> str:
     text = re.sub(r"^(?:\w+\.)*\w*(?:Error|Exception): ", "", line.strip())
-    return text if len(text) <= length else f"{text[:length]}..."
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."

@@ -14,7 +14,7 @@ from deploy_sources import IMAGE, plan, receipt_document, spec
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from inferctl.deploy.measured import looser
+from inferctl.deploy.measured import looser_bounds
 from inferctl.deploy.plan import FlavorPlan, ModelPlan
 from inferctl.manifests.lint import promql
 from inferctl.receipts import receipt
@@ -178,7 +178,7 @@ def test_a_search_with_a_longer_latency_than_the_slo_is_a_warning(
 def test_bounds_of_streams_are_compared_too() -> None:
     wanted = Spec.model_validate({"name": "a", "model": {"source": "a/b"}, "slo": {"ttft_ms": 1000, "itl_ms": 50}}).slo
     search = {"slo_p99_ms": 100, "bounds_ms": {"ttft": 800, "itl": 80}}
-    (found,) = looser(search, wanted, "generate")
+    (found,) = looser_bounds(search, wanted, "generate")
     assert "time between tokens of up to 80 ms" in found
 
 

@@ -9,7 +9,7 @@ import pytest
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import drills, nodes_file, report, simulation, workloads
 from inferctl.manifests.preview.drills import Loss
-from inferctl.manifests.preview.simulation import SimulationResult
+from inferctl.manifests.preview.simulation import ClusterAtPeak
 
 SLICE = "nvidia.com/mig-3g.20gb"
 
@@ -66,7 +66,7 @@ PAUSE = "registry.k8s.io/pause:3.10@sha256:0"
 FOUR = [node("a1", "a"), node("a2", "a"), node("b1", "b"), node("b2", "b")]
 
 
-def simulate(nodes: list[dict[str, Any]], *manifests: dict[str, Any], name: str = "cluster") -> SimulationResult:
+def simulate(nodes: list[dict[str, Any]], *manifests: dict[str, Any], name: str = "cluster") -> ClusterAtPeak:
     cluster = nodes_file.of_objects(name, [Located(each) for each in [*nodes, *manifests]])
     return simulation.run(cluster, workloads.find(manifests))
 
@@ -264,7 +264,7 @@ def pools(fast: int, slow: int) -> list[dict[str, Any]]:
     return found
 
 
-def peak_of(outcome: SimulationResult) -> dict[str, int]:
+def peak_of(outcome: ClusterAtPeak) -> dict[str, int]:
     counts = {each.name: 0 for each in outcome.workloads}
     for _, pod in outcome.cluster.bound():
         counts[pod.owner] += 1

@@ -12,7 +12,7 @@ import pytest
 from inferctl.core.errors import UsageError
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import drills, filters, nodes_file, report, simulation, workloads
-from inferctl.manifests.preview.simulation import SimulationResult
+from inferctl.manifests.preview.simulation import ClusterAtPeak
 
 GPU = "nvidia.com/gpu"
 ZONE = "topology.kubernetes.io/zone"
@@ -61,7 +61,7 @@ def deployment(name: str, replicas: int, **spec: Any) -> dict[str, Any]:
     }
 
 
-def simulate(objects: list[dict[str, Any]], *manifests: dict[str, Any]) -> SimulationResult:
+def simulate(objects: list[dict[str, Any]], *manifests: dict[str, Any]) -> ClusterAtPeak:
     cluster = nodes_file.of_objects("cluster", [Located(each) for each in objects])
     return simulation.run(cluster, workloads.find(manifests))
 

@@ -1,10 +1,10 @@
-"""Parses image references."""
+"""The parts of an image name, which code calls a reference: registry, name, tag, digest."""
 
 from __future__ import annotations
 
 import re
 
-from inferctl.config.spec_types import IMAGE_NAME, IMAGE_TAG
+from inferctl.config.spec_types import IMAGE_REFERENCE
 from inferctl.core.errors import UsageError
 
 _HUB, _LIBRARY = "docker.io", "library"
@@ -12,7 +12,7 @@ _HUB, _LIBRARY = "docker.io", "library"
 
 def full_reference(text: str) -> str:
     """Return an image name with `:latest` if it has no tag or digest. Raises `UsageError` if it is no image name."""
-    if not re.fullmatch(rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?", text):
+    if not re.fullmatch(IMAGE_REFERENCE, text):
         raise UsageError(
             f"{text!r} is not an image name",
             "pass a name such as registry.example.com/team/name:tag, in lower case except the tag",

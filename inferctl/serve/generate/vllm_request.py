@@ -1,4 +1,4 @@
-"""Reads what a request for vLLM asks for, strictly, and writes the body that vLLM gets from what was read.
+"""Parses the body of a request for vLLM strictly, and writes the body that vLLM gets from what was parsed.
 
 So vLLM cannot read a body in another way: with another encoding, another one of two equal names, or numbers in strings.
 """
@@ -38,8 +38,8 @@ _OF_SERVERS = ("kv_transfer_params", "ec_transfer_params")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What one request asks for. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
+class VllmRequest:
+    """One parsed request. `body`: JSON for vLLM. `prompt_tokens`: estimated, except for token ids.
 
     `answer_tokens`: the most of one sequence. `choices`: sequences of one prompt. `usage`, `continuous_usage`: whether
     a stream must have its usage at its end, and in each event. `stream`: the response is one.
@@ -66,8 +66,8 @@ class Asked:
 
 def generation(
     endpoint: str, raw: bytes, context: int, *, limited: bool = False, most_sequences: int | None = None
-) -> Asked:
-    """Return what a body for `endpoint` (chat or completions) asks for. Raises `ApiError` 400.
+) -> VllmRequest:
+    """Return the request of a body for `endpoint` (chat or completions). Raises `ApiError` 400.
 
     `context`: the largest one, in tokens. `limited`: the answers must have a limit. `most_sequences`: of one request.
     """
@@ -100,7 +100,7 @@ def generation(
         raise _invalid("stream_options", "must be an object")
     usage = _flag(options or {}, "include_usage", "stream_options.")
     continuous = _flag(options or {}, "continuous_usage_stats", "stream_options.")
-    return Asked(
+    return VllmRequest(
         _json(request),
         -(-len(raw) // BYTES_PER_TOKEN) if ids is None else ids,
         # With `echo`, vLLM generates one token if none is asked for.
@@ -113,8 +113,8 @@ def generation(
     )
 
 
-def tokenization(raw: bytes, context: int) -> Asked:
-    """Return what a body for the tokenizer asks for. Raises `ApiError` 400 or 413."""
+def tokenization(raw: bytes, context: int) -> VllmRequest:
+    """Return the request of a body for the tokenizer. Raises `ApiError` 400 or 413."""
     most = _FEW_BYTES + _MOST_BYTES_PER_TOKEN * context
     if len(raw) > most:
         raise ApiError(413, f"the body has {len(raw)} bytes; the limit is {most}", code="body_too_large")
@@ -122,7 +122,7 @@ def tokenization(raw: bytes, context: int) -> Asked:
     ids = request.get("tokens")
     if ids is not None:
         _check_ids("tokens", ids)
-    return Asked(_json(request), -(-len(raw) // BYTES_PER_TOKEN) if ids is None else len(ids))
+    return VllmRequest(_json(request), -(-len(raw) // BYTES_PER_TOKEN) if ids is None else len(ids))
 
 
 def _object(raw: bytes, context: int) -> dict[str, Any]:

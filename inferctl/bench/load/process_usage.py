@@ -21,6 +21,7 @@ _FORWARDERS = (
     "kubectl",
     "socat",
 )
+_SAMPLE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,8 @@ def machine() -> MachineCpu:
 class Sampler:
     """Sample the CPU seconds and the memory of process trees from a thread."""
 
-    def __init__(self, roots: dict[str, int], every_s: float = 0.5) -> None:
+    def __init__(self, roots: dict[str, int]) -> None:
         self._roots = roots
-        self._every = every_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.samples: list[tuple[int, dict[str, ProcessUsage], MachineCpu]] = []
@@ -116,7 +116,7 @@ class Sampler:
             self.samples.append(
                 (time.monotonic_ns(), {name: usage(pid) for name, pid in self._roots.items()}, machine())
             )
-            if self._stop.wait(self._every):
+            if self._stop.wait(_SAMPLE_S):
                 return
 
     def between(self, start_ns: int, end_ns: int) -> dict[str, float]:

@@ -146,7 +146,7 @@ class RequestContext:
         )
 
 
-def emitter(sinks: Sequence[Callable[[UsageEvent], None]]) -> Callable[[UsageEvent], None]:
+def to_all(sinks: Sequence[Callable[[UsageEvent], None]]) -> Callable[[UsageEvent], None]:
     """Return a function that gives an event to each sink, and logs the errors of sinks."""
 
     def emit(event: UsageEvent) -> None:
