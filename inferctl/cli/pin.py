@@ -10,7 +10,7 @@ import typer
 from inferctl.cli import console, options
 from inferctl.cli.options import Json, SpecFile
 from inferctl.config import settings
-from inferctl.config.spec import Spec
+from inferctl.config.spec import DEFAULT_FILE, Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
@@ -91,7 +91,7 @@ def _check(file: str, pins: list[Pin], as_json: bool) -> None:
         if missing_pins:
             raise typer.Exit(1)
     elif missing_pins:
-        command = ["inferctl", "pin"] if file == spec.DEFAULT_FILE else ["inferctl", "pin", "--spec", file]
+        command = ["inferctl", "pin"] if file == DEFAULT_FILE else ["inferctl", "pin", "--spec", file]
         raise InferctlError(f"{file} does not pin {' and '.join(missing_pins)}", f"run `{shlex.join(command)}`")
     else:
         console.note(f"{file} has every pin that it can have")
