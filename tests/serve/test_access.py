@@ -393,11 +393,13 @@ def test_a_client_cannot_name_itself(guarded: Guarded) -> None:
 
 def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> None:
     _, admin = guarded.key(admin=True)
-    found = target.connect(guarded.server.url, access=http_json.Access({"Authorization": f"Bearer {admin}"}, None))
+    found = target.connect(
+        guarded.server.url, access=http_json.ServerAccess({"Authorization": f"Bearer {admin}"}, None)
+    )
     assert found.info["name"] == "echo"
     _, user = guarded.key()
     with pytest.raises(NotReadyError, match="403") as error:
-        target.connect(guarded.server.url, access=http_json.Access({"Authorization": f"Bearer {user}"}, None))
+        target.connect(guarded.server.url, access=http_json.ServerAccess({"Authorization": f"Bearer {user}"}, None))
     assert "--admin" in str(error.value.hint)
 
 

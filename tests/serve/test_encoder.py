@@ -233,7 +233,7 @@ def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(min
     first = EncoderEngine(config)
     found = first.load()
     again = EncoderEngine(replace(config, previous_info=found.to_json()))
-    again._check = None  # type: ignore[assignment,method-assign]  # fails if called
+    again._choose_settings = None  # type: ignore[assignment,method-assign]  # fails if called
     assert again.load() == found
     both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
     assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)
