@@ -51,13 +51,23 @@ def test_an_address_without_a_valid_port(url: str) -> None:
     assert url not in str(caught.value)
 
 
-def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
+def policies(files: dict[str, str], name: str) -> list[dict[str, Any]]:
     documents = [each for text in files.values() if "NetworkPolicy" in text for each in parsed(text)]
-    (found,) = (each for each in documents if (each["kind"], each["metadata"]["name"]) == ("NetworkPolicy", name))
+    return [each["spec"] for each in documents if (each["kind"], each["metadata"]["name"]) == ("NetworkPolicy", name)]
+
+
+def test_what_no_policy_allows_is_denied() -> None:
+    found = policies(layout.files(plans.plan(plans.embed())), "default-deny")
+    assert found
+    assert all(each == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} for each in found)
+
+
+def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
+    (found,) = policies(files, name)
     label = "kubernetes.io/metadata.name"
     return {
         (rule["to"][0]["namespaceSelector"]["matchLabels"][label] if "to" in rule else None, port["port"])
-        for rule in found["spec"]["egress"]
+        for rule in found["egress"]
         for port in rule["ports"]
     }
 
