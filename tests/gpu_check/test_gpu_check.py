@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -87,6 +88,25 @@ def test_a_step_that_hangs_is_ended_and_a_later_run_adds_to_the_results(tmp_path
     assert (tmp_path / "gpu-check-machine-1.log").is_file()
     code, _, document = run(tmp_path, "--steps", "6", "--minutes", "1")
     assert [step["step"] for step in document["steps"]] == [1, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("number", "numbers", "later", "left", "limit"),
+    [
+        (2, [1, 2, 3, 4, 5, 6], 0, 260, 50),
+        (2, [1, 2, 3, 4, 5, 6], 1, 400, 50),  # the other stack gets its part of the time
+        (4, [1, 2, 3, 4], 0, 100, 100),
+        (1, [1, 2, 3, 4], 0, 140, 17.5),
+        (1, [1, 2, 3, 4], 0, 14, None),  # a step of seconds would only fail
+        (1, [1, 2, 3, 4], 0, -1, None),
+    ],
+)
+def test_the_time_of_a_step(
+    number: int, numbers: list[int], later: int, left: float, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT)
+    of = runpy.run_path(str(SCRIPT / "__main__.py"), run_name="x")["_limit"]
+    assert of(number, [1, 2, 3, 4, 5, 6], numbers, later, left) == (limit and pytest.approx(limit))
 
 
 def test_a_machine_without_git_has_no_commit(tmp_path: Path) -> None:
@@ -240,3 +260,9 @@ def test_a_stack_without_an_index_says_what_is_missing(stacks: ModuleType, tmp_p
     (tmp_path / "wheels").mkdir()
     with pytest.raises(stacks.CannotInstallError, match="No matching distribution found for nothing-of-this-name"):
         stacks._pip("download", "--no-index", "--find-links", str(tmp_path / "wheels"), "nothing-of-this-name")
+
+
+def test_an_installation_that_hangs_is_ended(stacks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "INSTALL_S", 0.1)
+    with pytest.raises(stacks.CannotInstallError, match="longer than 0 s"):
+        stacks._run("sleep", "5")
