@@ -73,6 +73,7 @@ def _library(step: Step, model: Path) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.tokenizer_pool import TokenizerPool
 
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # before the engine turns it off in its process
     engine = EncoderEngine(EngineConfig(model=str(model), precision="bf16", device="cuda"))
     limit = engine.load().batch_tokens
     pool = TokenizerPool(model, task_config.read("embed", model, None), threads=1)
@@ -93,7 +94,10 @@ def _library(step: Step, model: Path) -> None:
         return np.concatenate(rows)
 
     def theirs() -> Any:
-        return peer.encode(texts, batch_size=128, convert_to_numpy=True, show_progress_bar=False)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        rows = peer.encode(texts, batch_size=128, convert_to_numpy=True, show_progress_bar=False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return rows
 
     contenders: dict[str, Callable[[], Any]] = {"inferctl": own, "sentence-transformers": theirs}
     rates: dict[str, list[float]] = {name: [] for name in contenders}

@@ -29,15 +29,20 @@ def run(output: Path, *options: str, fault: str = "") -> tuple[int, str, dict[st
     return ran.returncode, ran.stdout, json.loads((output / "gpu-check-stand-in.json").read_text())
 
 
+def paths(*first: Path) -> str:
+    return os.pathsep.join(map(str, (*first, SCRIPT, ROOT)))
+
+
 def run_code(folder: Path, code: str, *arguments: str, **variables: str) -> list[dict[str, Any]]:
     """Run `code` in a process with the modules of the check and a `step`, and return what the step recorded."""
     start = "import sys, time; from pathlib import Path; import results\n"
     start += "step = results.Step(Path(sys.argv[1]), time.time() + 90)\n"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder, SCRIPT, ROOT))), **variables}
+    environment = {**os.environ, "PYTHONPATH": paths(folder), **variables}
     file = folder / "step.json"
     command = [sys.executable, "-c", start + code, str(file), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder, timeout=90)
     assert ran.returncode == 0, ran.stderr
+    (folder / "printed").write_text(ran.stdout)
     found: list[dict[str, Any]] = json.loads(file.read_text())
     return found
 
@@ -155,6 +160,19 @@ def test_the_library_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
     (inside, threads), (outside, later) = (each["detail"].partition("pid ")[2].split(", ") for each in found)
     assert inside != outside
     assert (threads, later) == ("true", "false")
+
+
+@pytest.mark.slow
+def test_the_library_has_its_own_setting_of_cudnn(tmp_path: Path) -> None:
+    (tmp_path / "sentence_transformers.py").write_text(
+        "import numpy, torch\n\nclass SentenceTransformer:\n    def __init__(self, *_, **__): pass\n"
+        "    def encode(self, texts, **_):\n        print(torch.backends.cuda.cudnn_sdp_enabled())\n"
+        "        return numpy.ones((len(texts), 64))\n"
+    )
+    code = "import figures\nmodel = figures.models.make(Path('model'), 'bert', **figures.models.SMALL)\n"
+    code += "figures._library(step, model)\nimport torch\nprint(torch.backends.cuda.cudnn_sdp_enabled())"
+    assert run_code(tmp_path, code, GPU_CHECK_STAND_IN="1", PYTHONPATH=paths(tmp_path, SCRIPT / "hooks"))
+    assert (tmp_path / "printed").read_text().split() == ["True", "True", "True", "False"]
 
 
 # Ignores SIGINT, as a process in the background of a script does, and has a server in a session of its own.
