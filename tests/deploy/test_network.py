@@ -23,8 +23,14 @@ from tests.deploy.conftest import parsed
         ("postgresql://usage@db/usage", [(5432, "inference")]),
         ("postgresql://one.example.com:5433,two.example.com/usage", [(5433, None), (5432, None)]),
         ("postgresql://usage@/usage?host=db.databases&port=6433", [(6433, "databases")]),
-        ("postgresql://usage@/usage?host=one.databases:5433&host=two.databases", [(5433, "databases"), (5432, "databases")]),
-        ("postgresql:///usage?host=one.databases,two.databases&port=5433,5434", [(5433, "databases"), (5434, "databases")]),
+        (
+            "postgresql://usage@/usage?host=one.databases:5433&host=two.databases",
+            [(5433, "databases"), (5432, "databases")],
+        ),
+        (
+            "postgresql:///usage?host=one.databases,two.databases&port=5433,5434",
+            [(5433, "databases"), (5434, "databases")],
+        ),
         ("postgresql:///usage?host=one.example.com,two.example.com&port=6432", [(6432, None)]),
         ("postgresql://[2001:db8::1]:6432/usage", [(6432, None)]),
         ("valkey://cache.caches", [(6379, "caches")]),

@@ -26,7 +26,7 @@ from tests.processes import ServerProcess, start, until
 
 
 def is_no_fault(number: float) -> bool:
-    """Return whether the echo engine injects no fault for this token id. The server reads 15.0 as 15, as JSON Schema."""
+    """Return whether the echo engine injects no fault for this token id. The server reads 15.0 as 15."""
     return not echo.NON_FINITE_TOKEN <= number <= echo.CLOSING_TOKEN
 
 
