@@ -34,7 +34,7 @@ from tests.deploy.containers import Network, assert_constrained, folders, secret
 from tests.deploy.test_layout import named
 from tests.test_end_to_end import free_port, inferctl, inspect
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(3000)]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 REPOSITORY = "localhost:5000/e2e/smollm2"
 DRAIN_S = 15
@@ -62,7 +62,7 @@ def spec_file(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 def pushed(spec_file: Path) -> Iterator[str]:
     """`name@sha256:...` of an image from `inferctl build --push`."""
     inferctl("check", "--spec", spec_file)
-    done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json", timeout=800)
+    done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json", timeout=1800)
     built = json.loads(done.stdout)
     assert built["verified"]["task"] == "generate"
     assert built["verified"]["kl"] <= built["verified"]["tolerance"], built
@@ -78,7 +78,7 @@ def container(pushed: str) -> Iterator[str]:
     command = [sys.executable, "-m", "inferctl", "serve", "--image", pushed, "--model", str(MODEL), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        for _ in range(1500):
+        for _ in range(4500):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
                 break

@@ -67,7 +67,7 @@ def build(
         typer.Option(
             metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
         ),
-    ] = 300.0,
+    ] = 900.0,
     lint_layers: Annotated[
         bool, typer.Option("--lint/--no-lint", help="Look for wasted bytes in the layers of the image.")
     ] = True,

@@ -37,7 +37,7 @@ def verify(
         typer.Option(
             metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
         ),
-    ] = 300.0,
+    ] = 900.0,
     network: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run the containers on the network of the host (`host`).")
     ] = None,

@@ -36,7 +36,7 @@ from inferctl.image.render import CACHE_PATH
 from inferctl.models import divergence
 from inferctl.models.model import IMAGE_FOLDER, ModelFolder
 
-READY_SECONDS = 300.0
+READY_SECONDS = 900.0
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.
 _CHANCE = 1000.0
 _REFERENCE_SECONDS = 600.0
