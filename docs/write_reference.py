@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the help of the command line, the exit codes in errors.py and the keys of the spec.
+"""Writes docs/reference.md from the help of the command line, the exit codes, the keys of the spec and the metrics.
 
 `make docs` runs it, and a test compares the result.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ file one by one:
 
 If the reader of stdout is gone (`| head -1`) or stdout is closed, the command drops its output and keeps its exit code.
 A stderr that cannot be written never changes the exit code.
+"""
+METRICS = """\
+A star (*) marks metrics of embeddings and of reranking only. [Metrics, dashboards and alerts](observability.md) has more.
 """
 
 
@@ -99,12 +103,41 @@ def settings() -> str:
     return "\n".join(rows) + "\n"
 
 
+def metrics() -> str:
+    """Return a table of the metrics of servers, named as in `/metrics`."""
+    from inferctl.serve.metrics import Metrics, RequestMetrics
+
+    def families(server: RequestMetrics) -> dict[str, tuple[str, str, str]]:
+        """Return type, labels and description of each metric by its name."""
+        server.watch_outbox(typing.cast(Any, types.SimpleNamespace(depth=0, age=0, dropped=0)))
+        labels = {
+            getattr(collector, "_name", None): getattr(collector, "_labelnames", ())
+            for collector in server.registry._collector_to_names
+        }
+        return {
+            each.name + ("_total" if each.type == "counter" else ""): (
+                each.type,
+                ", ".join(f"`{name}`" for name in labels.get(each.name, getattr(each, "_labelnames", ()))),
+                each.documentation,
+            )
+            for each in server.registry.collect()
+        }
+
+    encoders = Metrics()
+    encoders.watch_capacity(dict)
+    every = families(RequestMetrics())
+    rows = ["| metric | type | labels | description |", "|---|---|---|---|"]
+    rows += [f"| `{name}` | {' | '.join(values)} |" for name, values in every.items()]
+    rows += [f"| `{name}` * | {' | '.join(values)} |" for name, values in families(encoders).items() if name not in every]
+    return "\n".join(rows) + "\n"
+
+
 def reference() -> str:
     """Return the whole page."""
     parts = [HEAD, exit_codes(), JSON_ERRORS, "## inferctl\n", f"```text\n{help_of()}```\n"]
     for command in commands():
         parts += [f"## inferctl {' '.join(command)}\n", f"```text\n{help_of(*command)}```\n"]
-    parts += ["## Keys of inferctl.yaml\n", settings()]
+    parts += ["## Keys of inferctl.yaml\n", settings(), "## Metrics of a server\n", METRICS, metrics()]
     return "\n".join(parts)
 
 
