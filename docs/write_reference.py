@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the help of the command line, the exit codes, the keys of the spec and the metrics.
+"""Writes docs/reference.md from the help of the command line, the exit codes, the keys of specs and plans, the metrics.
 
 `make docs` runs it, and a test compares the result.
 
@@ -12,8 +12,11 @@ import subprocess
 import sys
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 TARGET = Path(__file__).resolve().parent / "reference.md"
 HEAD = """\
@@ -34,8 +37,11 @@ file one by one:
 If the reader of stdout is gone (`| head -1`) or stdout is closed, the command drops its output and keeps its exit code.
 A stderr that cannot be written never changes the exit code.
 """
+PLANS = """\
+A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](bench.md#plans) has examples.
+"""
 METRICS = """\
-A star (*) marks metrics of embeddings and of reranking only. [Metrics, dashboards and alerts](observability.md) has more.
+A star (*) marks metrics of embeddings and of reranking only. [What their names do not say](observability.md).
 """
 
 
@@ -73,33 +79,35 @@ def commands() -> list[tuple[str, ...]]:
     return found
 
 
-def settings() -> str:
-    """Return a table of all keys of inferctl.yaml."""
-    from pydantic import BaseModel
-
-    from inferctl.config.spec import Spec
-
+def keys(root: type[BaseModel], hidden: Collection[str] = ()) -> str:
+    """Return a table of all keys of a document, without those in `hidden`."""
     rows = ["| key | default | description |", "|---|---|---|"]
 
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, info in section.model_fields.items():
-            annotation = info.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(annotation, f"{prefix}{name}.")
+    def section(annotation: Any) -> type[BaseModel] | None:
+        return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            key = prefix + name
+            if key in hidden:
                 continue
-            item = next(iter(typing.get_args(annotation)), None)
-            if isinstance(item, type) and issubclass(item, BaseModel):
-                rows.append(f"| `{prefix}{name}` | `[]` | {info.description} |")
-                walk(item, f"{prefix}{name}[].")
+            if inner := section(info.annotation):
+                walk(inner, f"{key}.")
                 continue
             default = (
                 "required"
                 if info.is_required()
-                else f"`{info.get_default(call_default_factory=True)}`".replace("`None`", "-")
+                else f"`{info.get_default(call_default_factory=True)}`".replace("`None`", "-").replace("``", "-")
             )
-            rows.append(f"| `{prefix}{name}` | {default} | {info.description} |")
+            inner = next(filter(None, map(section, typing.get_args(info.annotation))), None)
+            many = typing.get_origin(info.annotation) is list
+            if inner and not many and default != "-":
+                default = "below"
+            rows.append(f"| `{key}` | {default} | {info.description} |")
+            if inner:
+                walk(inner, f"{key}[]." if many else f"{key}.")
 
-    walk(Spec, "")
+    walk(root, "")
     return "\n".join(rows) + "\n"
 
 
@@ -128,7 +136,9 @@ def metrics() -> str:
     every = families(RequestMetrics())
     rows = ["| metric | type | labels | description |", "|---|---|---|---|"]
     rows += [f"| `{name}` | {' | '.join(values)} |" for name, values in every.items()]
-    rows += [f"| `{name}` * | {' | '.join(values)} |" for name, values in families(encoders).items() if name not in every]
+    rows += [
+        f"| `{name}` * | {' | '.join(values)} |" for name, values in families(encoders).items() if name not in every
+    ]
     return "\n".join(rows) + "\n"
 
 
@@ -137,7 +147,12 @@ def reference() -> str:
     parts = [HEAD, exit_codes(), JSON_ERRORS, "## inferctl\n", f"```text\n{help_of()}```\n"]
     for command in commands():
         parts += [f"## inferctl {' '.join(command)}\n", f"```text\n{help_of(*command)}```\n"]
-    parts += ["## Keys of inferctl.yaml\n", settings(), "## Metrics of a server\n", METRICS, metrics()]
+    from inferctl.bench.plan.plan import Plan
+    from inferctl.config.spec import Spec
+
+    parts += ["## Keys of inferctl.yaml\n", keys(Spec)]
+    parts += ["## Keys of a plan\n", PLANS, keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})]
+    parts += ["## Metrics of a server\n", METRICS, metrics()]
     return "\n".join(parts)
 
 
