@@ -28,9 +28,10 @@ class Stage(Section):
     """A part of a load with its own rate (open loop, requests/s) or its own number of users (closed loop)."""
 
     duration_s: float = Field(gt=0, le=86_400, description="Seconds of the stage.")
-    rate: Annotated[float, Field(ge=0, le=100_000)] | None = Field(None, description="Open loop: requests/s.")
-    users: Annotated[int, Field(ge=0, le=10_000)] | None = Field(None, description="Closed loop: number of users.")
-    name: Name | None = Field(None, description="Name of the stage.")
+    # Not `Field(None, ...)`, in which mypy sees no default.
+    rate: Annotated[float | None, Field(ge=0, le=100_000, description="Open loop: requests/s.")] = None
+    users: Annotated[int | None, Field(ge=0, le=10_000, description="Closed loop: number of users.")] = None
+    name: Annotated[Name | None, Field(description="Name of the stage.")] = None
 
 
 class Spike(Section):
