@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the help of the command line, the exit codes, the keys of specs and plans, the metrics.
+"""Writes docs/reference.md from the help of the command line, exit codes, keys of files, and metrics of servers.
 
 `make docs` runs it, and a test compares the result.
 
@@ -149,8 +149,10 @@ def reference() -> str:
         parts += [f"## inferctl {' '.join(command)}\n", f"```text\n{help_of(*command)}```\n"]
     from inferctl.bench.plan.plan import Plan
     from inferctl.config.spec import Spec
+    from inferctl.deploy.clusters import Clusters
 
     parts += ["## Keys of inferctl.yaml\n", keys(Spec)]
+    parts += ["## Keys of a clusters file\n", keys(Clusters)]
     parts += ["## Keys of a plan\n", PLANS, keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})]
     parts += ["## Metrics of a server\n", METRICS, metrics()]
     return "\n".join(parts)
