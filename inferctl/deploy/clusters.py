@@ -35,8 +35,8 @@ class Cluster(Section):
     kubernetes: str = Field("1.35", description="Version of Kubernetes, `1.32` to `1.37`. `v1.35.2` is 1.35.")
     autoscaler: Autoscaler = Field(
         "none",
-        description="Autoscaler of the nodes: `cluster-autoscaler`, `karpenter`, `gke` (on gcp), `eks-auto` (on aws) or "
-        "`none`.",
+        description="Autoscaler of the nodes: `cluster-autoscaler`, `karpenter`, `gke` (on gcp), `eks-auto` (on aws), "
+        "or `none`.",
     )
     capacity_buffers: bool = Field(
         False,
