@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the help of the command line, exit codes, keys of files, and metrics of servers.
+"""Writes docs/reference.md from the help of the command line, exit codes, keys of files, metrics and lint rules.
 
 `make docs` runs it, and a test compares the result.
 
@@ -42,6 +42,9 @@ A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](bench.md#plans) 
 """
 METRICS = """\
 A star (*) marks metrics of embeddings and of reranking only. [What their names do not say](observability.md).
+"""
+RULES = """\
+The level is that of the clearest case. [The lint](deploy-lint.md#rules) names the rules that have two.
 """
 
 
@@ -111,6 +114,20 @@ def keys(root: type[BaseModel], hidden: Collection[str] = ()) -> str:
     return "\n".join(rows) + "\n"
 
 
+def rules() -> str:
+    """Return a table of the rules of the lint for each lesson."""
+    from inferctl.manifests import lint
+
+    parts = []
+    for key, lesson in lint.LESSONS.items():
+        found = [rule for rule in lint.RULES.values() if rule.lesson == key]
+        rows = [f"| `{rule.id}` | {rule.level} | {rule.finds} |".replace("<", "&lt;") for rule in found]
+        parts.append(
+            "\n".join([f"**{key.capitalize()}.** {lesson}\n", "| rule | level | finds |", "|---|---|---|", *rows])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
 def metrics() -> str:
     """Return a table of the metrics of servers, named as in `/metrics`."""
     from inferctl.serve.metrics import Metrics, RequestMetrics
@@ -154,7 +171,7 @@ def reference() -> str:
     parts += ["## Keys of inferctl.yaml\n", keys(Spec)]
     parts += ["## Keys of a clusters file\n", keys(Clusters)]
     parts += ["## Keys of a plan\n", PLANS, keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})]
-    parts += ["## Metrics of a server\n", METRICS, metrics()]
+    parts += ["## Metrics of a server\n", METRICS, metrics(), "## Rules of the lint\n", RULES, rules()]
     return "\n".join(parts)
 
 
