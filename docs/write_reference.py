@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the help of the command line, the exit codes in errors.py and the keys of the spec.
+"""Writes docs/reference.md from the help of the command line, exit codes, keys of files, metrics and lint rules.
 
 `make docs` runs it, and a test compares the result.
 
@@ -10,9 +10,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 TARGET = Path(__file__).resolve().parent / "reference.md"
 HEAD = """\
@@ -32,6 +36,15 @@ file one by one:
 
 If the reader of stdout is gone (`| head -1`) or stdout is closed, the command drops its output and keeps its exit code.
 A stderr that cannot be written never changes the exit code.
+"""
+PLANS = """\
+A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](bench.md#plans) has examples.
+"""
+METRICS = """\
+A star (*) marks metrics of embeddings and of reranking only. [What their names do not say](observability.md).
+"""
+RULES = """\
+The level is that of the clearest case. [The lint](deploy-lint.md#rules) names the rules that have two.
 """
 
 
@@ -69,33 +82,80 @@ def commands() -> list[tuple[str, ...]]:
     return found
 
 
-def settings() -> str:
-    """Return a table of all keys of inferctl.yaml."""
-    from pydantic import BaseModel
-
-    from inferctl.config.spec import Spec
-
+def keys(root: type[BaseModel], hidden: Collection[str] = ()) -> str:
+    """Return a table of all keys of a document, without those in `hidden`."""
     rows = ["| key | default | description |", "|---|---|---|"]
 
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, info in section.model_fields.items():
-            annotation = info.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                walk(annotation, f"{prefix}{name}.")
+    def section(annotation: Any) -> type[BaseModel] | None:
+        return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            key = prefix + name
+            if key in hidden:
                 continue
-            item = next(iter(typing.get_args(annotation)), None)
-            if isinstance(item, type) and issubclass(item, BaseModel):
-                rows.append(f"| `{prefix}{name}` | `[]` | {info.description} |")
-                walk(item, f"{prefix}{name}[].")
+            if inner := section(info.annotation):
+                walk(inner, f"{key}.")
                 continue
             default = (
                 "required"
                 if info.is_required()
-                else f"`{info.get_default(call_default_factory=True)}`".replace("`None`", "-")
+                else f"`{info.get_default(call_default_factory=True)}`".replace("`None`", "-").replace("``", "-")
             )
-            rows.append(f"| `{prefix}{name}` | {default} | {info.description} |")
+            inner = next(filter(None, map(section, typing.get_args(info.annotation))), None)
+            many = typing.get_origin(info.annotation) is list
+            if inner and not many and default != "-":
+                default = "below"
+            rows.append(f"| `{key}` | {default} | {info.description} |")
+            if inner:
+                walk(inner, f"{key}[]." if many else f"{key}.")
 
-    walk(Spec, "")
+    walk(root, "")
+    return "\n".join(rows) + "\n"
+
+
+def rules() -> str:
+    """Return a table of the rules of the lint for each lesson."""
+    from inferctl.manifests import lint
+
+    parts = []
+    for key, lesson in lint.LESSONS.items():
+        found = [rule for rule in lint.RULES.values() if rule.lesson == key]
+        rows = [f"| `{rule.id}` | {rule.level} | {rule.finds} |".replace("<", "&lt;") for rule in found]
+        parts.append(
+            "\n".join([f"**{key.capitalize()}.** {lesson}\n", "| rule | level | finds |", "|---|---|---|", *rows])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def metrics() -> str:
+    """Return a table of the metrics of servers, named as in `/metrics`."""
+    from inferctl.serve.metrics import Metrics, RequestMetrics
+
+    def families(server: RequestMetrics) -> dict[str, tuple[str, str, str]]:
+        """Return type, labels and description of each metric by its name."""
+        server.watch_outbox(typing.cast(Any, types.SimpleNamespace(depth=0, age=0, dropped=0)))
+        labels = {
+            getattr(collector, "_name", None): getattr(collector, "_labelnames", ())
+            for collector in server.registry._collector_to_names
+        }
+        return {
+            each.name + ("_total" if each.type == "counter" else ""): (
+                each.type,
+                ", ".join(f"`{name}`" for name in labels.get(each.name, getattr(each, "_labelnames", ()))),
+                each.documentation,
+            )
+            for each in server.registry.collect()
+        }
+
+    encoders = Metrics()
+    encoders.watch_capacity(dict)
+    every = families(RequestMetrics())
+    rows = ["| metric | type | labels | description |", "|---|---|---|---|"]
+    rows += [f"| `{name}` | {' | '.join(values)} |" for name, values in every.items()]
+    rows += [
+        f"| `{name}` * | {' | '.join(values)} |" for name, values in families(encoders).items() if name not in every
+    ]
     return "\n".join(rows) + "\n"
 
 
@@ -104,7 +164,14 @@ def reference() -> str:
     parts = [HEAD, exit_codes(), JSON_ERRORS, "## inferctl\n", f"```text\n{help_of()}```\n"]
     for command in commands():
         parts += [f"## inferctl {' '.join(command)}\n", f"```text\n{help_of(*command)}```\n"]
-    parts += ["## Keys of inferctl.yaml\n", settings()]
+    from inferctl.bench.plan.plan import Plan
+    from inferctl.config.spec import Spec
+    from inferctl.deploy.clusters import Clusters
+
+    parts += ["## Keys of inferctl.yaml\n", keys(Spec)]
+    parts += ["## Keys of a clusters file\n", keys(Clusters)]
+    parts += ["## Keys of a plan\n", PLANS, keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})]
+    parts += ["## Metrics of a server\n", METRICS, metrics(), "## Rules of the lint\n", RULES, rules()]
     return "\n".join(parts)
 
 

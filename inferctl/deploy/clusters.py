@@ -33,13 +33,20 @@ class Cluster(Section):
     region: OneLine | None = Field(None, description="Region of the cloud.")
     zones: list[OneLine] = Field(default_factory=list, description="Zones with GPU nodes.")
     kubernetes: str = Field("1.35", description="Version of Kubernetes, `1.32` to `1.37`. `v1.35.2` is 1.35.")
-    autoscaler: Autoscaler = Field("none", description="Autoscaler of the nodes.")
+    autoscaler: Autoscaler = Field(
+        "none",
+        description="Autoscaler of the nodes: `cluster-autoscaler`, `karpenter`, `gke` (on gcp), `eks-auto` (on aws), "
+        "or `none`.",
+    )
     capacity_buffers: bool = Field(
         False,
-        description="Whether CapacityBuffers are switched on in the autoscaler. If not, placeholder pods keep nodes.",
+        description="Whether CapacityBuffers are switched on in the autoscaler, where they are off by default. If not, "
+        "placeholder pods keep nodes.",
     )
     mig_strategy: Literal["mixed", "single"] = Field(
-        "mixed", description="MIG strategy of the device plugin: resource names with or without the profile."
+        "mixed",
+        description="MIG strategy of the device plugin. `mixed`: a slice is `nvidia.com/mig-3g.20gb`. `single`: it is "
+        "`nvidia.com/gpu`.",
     )
     gpu_labels: Literal["nvidia", "gke"] | None = Field(
         None,
@@ -50,10 +57,14 @@ class Cluster(Section):
         None, ge=0, le=1, description="Share of the traffic. Default: an equal part of what the others leave."
     )
     max_replicas: dict[str, Replicas] = Field(
-        default_factory=dict, description="Most replicas by hardware that this cluster can have."
+        default_factory=dict,
+        description="Most replicas by hardware (your own: the name of its file) that this cluster can have, for all "
+        "models together.",
     )
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels that the nodes must have as well.")
-    prometheus: Url | None = Field(None, description="URL of Prometheus in this cluster.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels that nodes must have as well.")
+    prometheus: Url | None = Field(
+        None, description="URL of Prometheus in this cluster. Default: `prometheus`, else `deploy.prometheus`."
+    )
 
     @property
     def minor(self) -> int:
@@ -145,7 +156,7 @@ class Clusters(Section):
     """The clusters file."""
 
     prometheus: Url | None = Field(None, description="URL of Prometheus, for clusters without their own.")
-    clusters: list[Cluster] = Field(min_length=1, max_length=100)
+    clusters: list[Cluster] = Field(min_length=1, max_length=100, description="The clusters.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

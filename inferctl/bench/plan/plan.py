@@ -30,20 +30,33 @@ class Plan(Section):
     none: they then come from the command line.
     """
 
-    name: Name
-    description: str = ""
-    configurations: list[Configuration] = Field(default_factory=list)
-    matrix: Matrix | None = None
-    hardware: list[str] = Field(default_factory=list)
-    search: Search | None = None
-    neighbours: int = Field(0, ge=0, le=64)
-    load: Load = Field(default_factory=lambda: Load.model_validate({}))
-    generate: GenerationPlan | None = None
-    corpus: str = "mixed"
-    seed: int = Field(0, ge=0, lt=2**63)
-    repeats: int = Field(1, ge=1, le=100)
-    error_budget_percent: float = Field(0.1, ge=0, le=100)
-    quality: Quality | None = Field(default_factory=lambda: Quality.model_validate({}))
+    name: Name = Field(description="Name of the plan, in files and reports.")
+    description: str = Field("", description="Text about the plan.")
+    configurations: list[Configuration] = Field(
+        default_factory=list, description="What to measure. Default: `--precision` or `--url`."
+    )
+    matrix: Matrix | None = Field(None, description="Instead of `configurations`: every combination of the values.")
+    hardware: list[str] = Field(
+        default_factory=list, description="Catalog keys to add as estimated rows, if no row ran on them."
+    )
+    search: Search | None = Field(None, description="Find the highest rate within an SLO.")
+    neighbours: int = Field(0, ge=0, le=64, description="Number of loaded neighbors on the same device.")
+    load: Load = Field(default_factory=lambda: Load.model_validate({}), description="The requests.")
+    generate: GenerationPlan | None = Field(None, description="The keys that differ for models of generation.")
+    corpus: str = Field(
+        "mixed",
+        description="`short` (queries, 6 to 19 tokens), `paragraphs` (47 to 180), `mixed` (log-normal, median 40), "
+        '`passages` (256 to 512), a `.jsonl` file (`{"text": ...}` per line) or a `.txt` file.',
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of texts and times.")
+    repeats: int = Field(1, ge=1, le=100, description="Runs per configuration.")
+    error_budget_percent: float = Field(
+        0.1, ge=0, le=100, description="Percentage of failed requests above which a configuration is invalid."
+    )
+    quality: Quality | None = Field(
+        default_factory=lambda: Quality.model_validate({}),
+        description="Comparison with fp32, and the limits below which a configuration cannot win. `null`: none.",
+    )
 
     @model_validator(mode="after")
     def _expand_matrix(self) -> Plan:

@@ -24,12 +24,14 @@ class Configuration(Section):
     relative to the file.
     """
 
-    name: Name
-    precision: Precision
-    checkpoint: Annotated[str, Field(min_length=1)] | None = None
-    max_batch_tokens: int | None = Field(None, ge=64, le=1_048_576)
-    corpus: str | None = None
-    load: Keys | None = None
+    name: Name = Field(description="Name of the row.")
+    precision: Precision = Field(description="Precision to serve in.")
+    checkpoint: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Generation: folder of a prepared checkpoint of the same model."
+    )
+    max_batch_tokens: int | None = Field(None, ge=64, le=1_048_576, description="The server's `--max-batch-tokens`.")
+    corpus: str | None = Field(None, description="Corpus, if it differs from the plan's.")
+    load: Keys | None = Field(None, description="Keys of the load that differ from the plan's.")
 
 
 class Quality(Section):
@@ -41,15 +43,22 @@ class Quality(Section):
     smallest share of equal most likely tokens.
     """
 
-    corpus: str = "mixed"
-    texts: int = Field(400, ge=20, le=100_000)
-    min_cosine_p1: float = Field(0.98, ge=-1, le=1)
-    min_recall: float = Field(0.9, ge=0, le=1)
-    min_kendall: float = Field(0.9, ge=-1, le=1)
-    max_score_difference: float = Field(0.1, ge=0, le=1)
-    tokens: int = Field(4096, ge=256, le=1_000_000)
-    max_kl: float = Field(0.1, ge=0, le=100)
-    min_top_1: float = Field(0.8, ge=0, le=1)
+    corpus: str = Field("mixed", description="Corpus of the comparison with fp32.")
+    texts: int = Field(400, ge=20, le=100_000, description="Number of texts.")
+    min_cosine_p1: float = Field(
+        0.98,
+        ge=-1,
+        le=1,
+        description="Embeddings: lowest 1st percentile of the cosine with which a configuration can win.",
+    )
+    min_recall: float = Field(0.9, ge=0, le=1, description="Embeddings: lowest recall@10.")
+    min_kendall: float = Field(0.9, ge=-1, le=1, description="Rerank: lowest tau.")
+    max_score_difference: float = Field(
+        0.1, ge=0, le=1, description="Rerank: largest score difference, as a share of the range of the fp32 scores."
+    )
+    tokens: int = Field(4096, ge=256, le=1_000_000, description="Generation: number of compared tokens.")
+    max_kl: float = Field(0.1, ge=0, le=100, description="Generation: largest mean KL divergence in nats.")
+    min_top_1: float = Field(0.8, ge=0, le=1, description="Generation: lowest share of equal most likely tokens.")
 
 
 class Matrix(Section):
@@ -58,11 +67,15 @@ class Matrix(Section):
     `load` maps a name to the keys in which that load differs from the plan's.
     """
 
-    precision: list[Precision] = Field(min_length=1)
-    max_batch_tokens: list[Annotated[int, Field(ge=64, le=1_048_576)]] = Field(default_factory=list)
-    corpus: list[str] = Field(default_factory=list)
-    load: dict[Name, Keys] = Field(default_factory=dict)
-    hardware: list[str] = Field(default_factory=list)
+    precision: list[Precision] = Field(min_length=1, description="Precisions.")
+    max_batch_tokens: list[Annotated[int, Field(ge=64, le=1_048_576)]] = Field(
+        default_factory=list, description="Values of `--max-batch-tokens`."
+    )
+    corpus: list[str] = Field(default_factory=list, description="Corpora.")
+    load: dict[Name, Keys] = Field(
+        default_factory=dict, description="Loads by name, each with the keys that differ from the plan's."
+    )
+    hardware: list[str] = Field(default_factory=list, description="As `hardware` of the plan.")
 
     def configurations(self) -> list[Configuration]:
         """Return one configuration per combination, named after the axes that have more than one value."""
@@ -77,14 +90,25 @@ class Matrix(Section):
 class Search(Section):
     """Settings of the search for the highest rate within the SLO (`inferctl/bench/measure/search.py`)."""
 
-    slo_p99_ms: float | None = Field(None, gt=0, le=3_600_000)
-    resolution: float = Field(0.05, gt=0, le=1)
-    probe_s: float = Field(8, ge=1, le=3600)
-    max_probe_s: float = Field(60, ge=1, le=86_400)
-    max_probes: int = Field(24, ge=3, le=200)
-    start_rate: float | None = Field(None, gt=0, le=100_000)
-    max_rate: float = Field(100_000, gt=0, le=100_000)
-    budget_s: float | None = Field(None, ge=1, le=604_800)
+    slo_p99_ms: float | None = Field(None, gt=0, le=3_600_000, description="The SLO. Default: the spec's `slo.p99_ms`.")
+    resolution: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Stop if the failing rate is less than this share above the rate that meets the SLO.",
+    )
+    probe_s: float = Field(8, ge=1, le=3600, description="Shortest probe in seconds.")
+    max_probe_s: float = Field(
+        60, ge=1, le=86_400, description="Longest probe in seconds. Raise it if samples are not enough."
+    )
+    max_probes: int = Field(24, ge=3, le=200, description="Limit of probes.")
+    start_rate: float | None = Field(
+        None, gt=0, le=100_000, description="First rate in requests/s. Default: a fifth of the ceiling."
+    )
+    max_rate: float = Field(100_000, gt=0, le=100_000, description="Highest rate in requests/s.")
+    budget_s: float | None = Field(
+        None, ge=1, le=604_800, description="Limit in seconds for the searches of all servers."
+    )
 
     def required_slo_ms(self, default_ms: float | None) -> float:
         """Return the p99 SLO: the search's own, else `default_ms`. Raises `UsageError` if there is none."""
@@ -101,9 +125,9 @@ class Search(Section):
 class GenerationPlan(Section):
     """The keys of a plan that have other values for generation. `load` has the keys of the load that differ."""
 
-    configurations: list[Configuration] | None = None
-    load: Keys = Field(default_factory=dict)
-    repeats: int | None = Field(None, ge=1, le=100)
+    configurations: list[Configuration] | None = Field(None, description="Replaces `configurations`.")
+    load: Keys = Field(default_factory=dict, description="Keys of the load that differ.")
+    repeats: int | None = Field(None, ge=1, le=100, description="Replaces `repeats`.")
 
 
 def combine(

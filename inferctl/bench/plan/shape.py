@@ -27,18 +27,19 @@ _SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike", "
 class Stage(Section):
     """A part of a load with its own rate (open loop, requests/s) or its own number of users (closed loop)."""
 
-    duration_s: float = Field(gt=0, le=86_400)
-    rate: Annotated[float, Field(ge=0, le=100_000)] | None = None
-    users: Annotated[int, Field(ge=0, le=10_000)] | None = None
-    name: Name | None = None
+    duration_s: float = Field(gt=0, le=86_400, description="Seconds of the stage.")
+    # Not `Field(None, ...)`, in which mypy sees no default.
+    rate: Annotated[float | None, Field(ge=0, le=100_000, description="Open loop: requests/s.")] = None
+    users: Annotated[int | None, Field(ge=0, le=10_000, description="Closed loop: number of users.")] = None
+    name: Annotated[Name | None, Field(description="Name of the stage.")] = None
 
 
 class Spike(Section):
     """A burst that starts at `at_s`, lasts `duration_s` and multiplies the rate or the users by `times`."""
 
-    at_s: float = Field(gt=0, le=86_400)
-    duration_s: float = Field(gt=0, le=86_400)
-    times: float = Field(gt=0, le=1000)
+    at_s: float = Field(gt=0, le=86_400, description="Second at which it starts.")
+    duration_s: float = Field(gt=0, le=86_400, description="Seconds that it lasts.")
+    times: float = Field(gt=0, le=1000, description="Factor on the rate or the users.")
 
 
 class Generation(Section):
@@ -50,13 +51,24 @@ class Generation(Section):
     and no gap between its events is longer than `itl_ms`.
     """
 
-    input_tokens: int = Field(128, ge=1, le=1_000_000)
-    output_tokens: int = Field(64, ge=1, le=1_000_000)
-    lengths: str | None = None
-    max_request_tokens: int | None = Field(None, ge=2, le=2_000_000)
-    common_prefix: float = Field(0.0, ge=0, le=0.95)
-    ttft_ms: float | None = Field(None, gt=0, le=3_600_000)
-    itl_ms: float | None = Field(None, gt=0, le=3_600_000)
+    input_tokens: int = Field(128, ge=1, le=1_000_000, description="Tokens of each prompt.")
+    output_tokens: int = Field(64, ge=1, le=1_000_000, description="Tokens of each output.")
+    lengths: str | None = Field(None, description="A distribution (`azure-llm-2023`) or a CSV file instead of both.")
+    max_request_tokens: int | None = Field(
+        None, ge=2, le=2_000_000, description="Leave out rows of `lengths` with more tokens in all."
+    )
+    common_prefix: float = Field(
+        0.0, ge=0, le=0.95, description="Share of the tokens of the shortest prompt with which all prompts start."
+    )
+    ttft_ms: float | None = Field(
+        None,
+        gt=0,
+        le=3_600_000,
+        description="Longest time to the first token of a good response. Default: the spec's `slo.ttft_ms`.",
+    )
+    itl_ms: float | None = Field(
+        None, gt=0, le=3_600_000, description="Longest gap of a good response. Default: the spec's `slo.itl_ms`."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Generation:
@@ -85,31 +97,55 @@ class Load(Section):
     For `generate`, `generation` describes the requests.
     """
 
-    task: Task = "embed"
-    mode: Literal["closed", "open"] = "closed"
-    users: int = Field(8, ge=1, le=10_000)
-    auto_users: bool = False
-    rate: float | None = Field(None, gt=0, le=100_000)
-    capacity_percent: float | None = Field(None, gt=0, le=100)
-    capacity_s: float = Field(5, ge=1, le=3600)
-    arrivals: Literal["poisson", "constant"] = "poisson"
-    stages: list[Stage] = Field(default_factory=list, max_length=1000)
-    spike: Spike | None = None
-    trace: str | None = None
-    duration_s: float = Field(15, ge=1, le=86_400)
-    emulated_s: float | None = Field(None, ge=1, le=86_400)
-    warmup_s: float = Field(15, ge=0, le=3600)
-    window_s: float = Field(1, ge=0.2, le=60)
-    timeout_s: float = Field(30, gt=0, le=3600)
-    max_outstanding: int = Field(1000, ge=1, le=100_000)
-    inputs_per_request: int = Field(1, ge=1, le=2048)
-    inputs: Literal["unique", "as-is", "zipf"] = "unique"
-    zipf_s: float = Field(1.0, ge=0, le=10)
-    zipf_share: float = Field(1.0, ge=0, le=1)
-    generation: Generation | None = None
-    workers: int = Field(1, ge=1, le=256)
-    remote_workers: int = Field(0, ge=0, le=256)
-    master_port: int = Field(5557, ge=1, le=65_535)
+    task: Task = Field("embed", description="Task of the models. Set by the benchmark.")
+    mode: Literal["closed", "open"] = Field(
+        "closed", description="`closed` or `open`. Follows from `rate: 60%`, `stages` or a `trace`."
+    )
+    users: int = Field(8, ge=1, le=10_000, description="Closed loop: number of users, or `auto`.")
+    auto_users: bool = Field(False, description="Set by `users: auto`.")
+    rate: float | None = Field(
+        None, gt=0, le=100_000, description="Open loop: requests/s, or a share of the capacity as in `60%`."
+    )
+    capacity_percent: float | None = Field(None, gt=0, le=100, description="Set by `rate: 60%`.")
+    capacity_s: float = Field(5, ge=1, le=3600, description="Seconds of the closed loop that measures the capacity.")
+    arrivals: Literal["poisson", "constant"] = Field("poisson", description="Open loop: `poisson` or `constant`.")
+    stages: list[Stage] = Field(
+        default_factory=list, max_length=1000, description="Parts of the load, one after the other."
+    )
+    spike: Spike | None = Field(None, description="A burst.")
+    trace: str | None = Field(None, description="JSONL file to replay in an open loop.")
+    duration_s: float = Field(
+        15, ge=1, le=86_400, description="Seconds of the measurement. A trace lasts as long as it is."
+    )
+    emulated_s: float | None = Field(
+        None,
+        ge=1,
+        le=86_400,
+        description="Embeddings in a closed loop: seconds of the measurement of an emulated precision, if less.",
+    )
+    warmup_s: float = Field(15, ge=0, le=3600, description="Limit of the warm-up in seconds.")
+    window_s: float = Field(1, ge=0.2, le=60, description="Window of the warm-up in seconds.")
+    timeout_s: float = Field(30, gt=0, le=3600, description="Limit of a request in seconds. For generation, 300.")
+    max_outstanding: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="Open loop: drop and count sends above this number of requests in flight; shared by the workers.",
+    )
+    inputs_per_request: int = Field(
+        1, ge=1, le=2048, description="Texts per request. For rerank: documents per request, 16 by default."
+    )
+    inputs: Literal["unique", "as-is", "zipf"] = Field(
+        "unique",
+        description="`unique` adds two numbers (about four tokens) to each text, so that no cache responds. `as-is` "
+        "adds nothing. `zipf` repeats popular texts.",
+    )
+    zipf_s: float = Field(1.0, ge=0, le=10, description="The k-th most popular text has weight 1 / k^s.")
+    zipf_share: float = Field(1.0, ge=0, le=1, description="Share of the requests that repeat. The others are unique.")
+    generation: Generation | None = Field(None, description="Requests to generation servers.")
+    workers: int = Field(1, ge=1, le=256, description="Load generator processes on this machine.")
+    remote_workers: int = Field(0, ge=0, le=256, description="Workers on other machines that the run waits for.")
+    master_port: int = Field(5557, ge=1, le=65_535, description="Port for workers on other machines.")
 
     @model_validator(mode="before")
     @classmethod

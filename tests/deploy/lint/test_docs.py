@@ -1,4 +1,4 @@
-"""docs/deploy-lint.md lists every rule, and explains the public manifests as the lint finds them."""
+"""docs/deploy-lint.md counts the rules, and explains the public manifests as the lint finds them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,6 @@ from tests.deploy.lint import seeded
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "deploy-lint.md"
 PUBLIC = ROOT / "docs" / "examples" / "lint"
-START, END = "<!-- rules: tests/deploy/lint/test_docs.py -->\n", "<!-- end of rules -->\n"
-
-
-def table() -> str:
-    """Return the rules by lesson, as in the page."""
-    parts = []
-    for key, lesson in lint.LESSONS.items():
-        rules = [rule for rule in lint.RULES.values() if rule.lesson == key]
-        parts += [f"### {key.capitalize()}", "", lesson, "", "| rule | level | finds | what goes wrong | fix |"]
-        parts += ["|---|---|---|---|---|"]
-        parts += [
-            f"| `{rule.id}` | {rule.level} | {rule.finds} | {rule.consequence} | {rule.fix} |".replace("<", "&lt;")
-            for rule in rules
-        ]
-        parts.append("")
-    return "\n".join(parts)
-
-
-def test_the_page_lists_the_rules(request: pytest.FixtureRequest) -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    listed, _, after = rest.partition(END)
-    if request.config.getoption("--update-golden"):
-        PAGE.write_text(f"{before}{START}{table()}{END}{after}", encoding="utf-8")
-        return
-    assert listed == table(), "`make golden` updates the page"
 
 
 def test_the_page_counts_rules_and_faults() -> None:
@@ -49,7 +24,7 @@ def test_the_page_counts_rules_and_faults() -> None:
 
 
 def test_the_page_names_the_rules_with_two_levels() -> None:
-    section = PAGE.read_text(encoding="utf-8").partition("\n## Rules\n")[2].partition(START)[0]
+    section = PAGE.read_text(encoding="utf-8").partition("\n## Rules\n")[2]
     levels = {rule.id for rule in lint.RULES.values() if "level=" in inspect.getsource(rule.check)}
     assert set(re.findall(r"`([a-z-]+-[a-z-]+|privileged)`", section)) == levels
 
@@ -60,7 +35,7 @@ def test_the_page_explains_what_the_lint_finds_in_public_manifests(name: str) ->
     found = {f.rule for f in lint.lint(manifests_file.read([PUBLIC / f"{name}.yaml"])) if f.level != "note"}
     section = re.search(rf"^### `{name}\.yaml`$(.*?)^##", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert section
-    assert set(re.findall(r"^\| `([a-z-]+)` \|", section[1], re.MULTILINE)) == found
+    assert set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", section[1])) == found
     assert found
 
 
