@@ -1,7 +1,8 @@
 """A server behind the gateway, for tests: `backend.py NAME PORT DELAY_S`, with the load report of the real server.
 
 It answers with its name and the request headers that it got. `/v1/chat/completions` streams five events. `/unready`
-makes `/readyz` fail, as a drain does. It handles at most four requests at a time, as an engine does.
+makes `/readyz` fail, as a drain does. `/status/N` answers with the status N, and `/statuses` with the number of such
+answers. It handles at most four requests at a time, as an engine does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from inferctl.serve.edge.request_context import UsageEvent
 
 async def main() -> None:
     name, port, delay_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    slots, ready = asyncio.Semaphore(4), True
+    slots, ready, statuses = asyncio.Semaphore(4), True, 0
     load = LoadReport(lambda: 4)
 
     def answer(status: str, body: bytes, *headers: str) -> bytes:
@@ -25,7 +26,7 @@ async def main() -> None:
         return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal ready
+        nonlocal ready, statuses
         while line := await reader.readline():
             path = line.split()[1].decode()
             headers: dict[str, str] = {}
@@ -44,6 +45,11 @@ async def main() -> None:
             elif path == "/unready":
                 ready = False
                 writer.write(answer("200 OK", b""))
+            elif path.startswith("/status/"):
+                statuses += 1
+                writer.write(answer(f"{path.rpartition('/')[2]} Any", b""))
+            elif path == "/statuses":
+                writer.write(answer("200 OK", str(statuses).encode()))
             elif path == "/v1/chat/completions":
                 writer.write(
                     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -282,6 +282,18 @@ def test_a_large_request_is_repeated_too(backends: Backends, start: Any) -> None
     assert asyncio.run(kill_one()) == [200] * 4
 
 
+def test_only_what_another_server_can_answer_is_repeated(backends: Backends, start: Any) -> None:
+    urls = [backends.start(name) for name in "ab"]
+    gateway = start(*(part for url in urls for part in ("--server", url)))
+    wait_for_servers(gateway.url, {"a", "b"})
+    requests = {}
+    for status in (429, 500, 503):
+        before = sum(int(httpx.get(f"{url}/statuses").text) for url in urls)
+        assert httpx.get(f"{gateway.url}/status/{status}").status_code == status
+        requests[status] = sum(int(httpx.get(f"{url}/statuses").text) for url in urls) - before
+    assert requests == {429: 1, 500: 1, 503: 3}
+
+
 def test_load_reports_send_most_requests_to_the_server_that_can_do_most(backends: Backends, start: Any) -> None:
     urls = [backends.start("slow", 0.3), backends.start("fast", 0.03)]
     gateway = start(*(part for url in urls for part in ("--server", url)), "--balancing", "load-reports")
@@ -301,6 +313,11 @@ def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_pat
     until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b")
     file.write_text("ftp://nowhere\n")
     until(lambda: "servers.txt:1: 'ftp://nowhere' is not the URL of a server" in gateway.log.read_text())
+    assert httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b"
+    # As if the name server failed.
+    file.write_text("http://unknown.invalid:80\n")
+    until(lambda: "no address found for unknown.invalid" in gateway.log.read_text())
+    time.sleep(1)  # Envoy would have read it by then
     assert httpx.post(f"{gateway.url}/v1/embeddings", json={}).json()["server"] == "b"
 
 
