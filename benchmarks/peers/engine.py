@@ -1,6 +1,10 @@
 """Compare the engine, in-process, with sentence-transformers and OpenVINO: texts/s and the cosine to fp32.
 
     python benchmarks/peers/engine.py [--texts 256] [--rounds 6] [--json FILE]
+    python benchmarks/peers/engine.py --decoder [--texts 32] [--rounds 4] [--json FILE]
+
+`--decoder` compares a decoder with the shape of Qwen3-Embedding-0.6B and random weights: it attends backwards, and the
+vector is that of the last token. Its vocabulary is that of SmolLM2, because speed does not depend on it.
 
 All contenders tokenize and embed the same texts of log-normal length (mean 55 tokens). Each runs in its own process,
 interleaved A B C C B A. CPU seconds are shown in addition, because other work on the machine affects them least.
@@ -8,10 +12,12 @@ interleaved A B C C B A. CPU seconds are shown in addition, because other work o
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,42 @@ CONTENDERS = (
     "openvino bf16",
     "openvino int8",
 )
+
+
+DECODER_CONTENDERS = ("inferctl bf16", "sentence-transformers bf16", "inferctl fp32", "sentence-transformers fp32")
+DECODER_SHAPE = {  # from the published config.json of Qwen3-Embedding-0.6B
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+}
+
+
+def write_decoder(folder: Path) -> None:
+    """Write the model of `--decoder` as sentence-transformers does."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+    tokenizer = AutoTokenizer.from_pretrained(peers.ROOT / "models" / "SmolLM2-135M-Instruct")
+    torch.manual_seed(0)
+    Qwen3Model(Qwen3Config(**DECODER_SHAPE, vocab_size=len(tokenizer))).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    modules = ("Transformer", "Pooling", "Normalize")
+    paths = ("", "1_Pooling", "2_Normalize")
+    listed = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{module}"}
+        for number, (module, path) in enumerate(zip(modules, paths, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8192}))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": DECODER_SHAPE["hidden_size"], "pooling_mode_lasttoken": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({**pooling, "pooling_mode_mean_tokens": False}))
 
 
 @dataclass
@@ -72,11 +114,22 @@ def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--decoder", action="store_true", help="a decoder of 0.6B parameters instead of MiniLM")
     parser.set_defaults(rounds=6)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = peers.MODEL
+        if options.decoder:
+            model = Path(folder) / "decoder"
+            write_decoder(model)
+        compare(model, DECODER_CONTENDERS if options.decoder else CONTENDERS, options, Path(folder) / "texts.json")
+
+
+def compare(model: Path, contenders: Sequence[str], options: argparse.Namespace, file: Path) -> None:
+    """Measure the contenders in turns, and print and write the figures."""
     texts = peers.texts(options.texts)
     completed = subprocess.run(
-        [sys.executable, "-m", "inferctl.serve.reference", str(peers.MODEL)],
+        [sys.executable, "-m", "inferctl.serve.reference", str(model)],
         input=json.dumps(texts),
         capture_output=True,
         text=True,
@@ -84,16 +137,14 @@ def main() -> None:
     )
     reference = np.array([peers.decode(row) for row in json.loads(completed.stdout)["embeddings"]])
     running: list[Contender] = []
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"texts": texts, "calibration": peers.texts(128, seed=8)}, file)
-        file.flush()
-        try:
-            running.extend(start(name, Path(file.name)) for name in CONTENDERS)
-            for contender in peers.order(running, options.rounds):
-                contender.measure()
-        finally:
-            for contender in running:
-                contender.process.kill()
+    file.write_text(json.dumps({"texts": texts, "calibration": peers.texts(128, seed=8)}))
+    try:
+        running.extend(start(name, file, model) for name in contenders)
+        for contender in peers.order(running, options.rounds):
+            contender.measure()
+    finally:
+        for contender in running:
+            contender.process.kill()
     baseline, rows, figures = running[0], [], {}
     for contender in running:
         cosines = (contender.vectors * reference).sum(1) / np.linalg.norm(contender.vectors, axis=1)
