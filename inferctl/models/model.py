@@ -28,6 +28,14 @@ SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinj
 IMAGE_FOLDER = "/model"
 # Ends of the class names of generative models.
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Kinds of models that no task computes, by the word of sentence-transformers or the class of `config.json`.
+_PER_TOKEN = "a multi-vector model, which has one vector per token"
+OTHER_KINDS = {
+    "SparseEncoder": "a sparse encoder, whose vectors have one weight per token of the vocabulary",
+    "MultiVectorEncoder": _PER_TOKEN,
+    "ColBERT": _PER_TOKEN,
+    "HF_ColBERT": _PER_TOKEN,
+}
 _MADE_FOR: dict[TaskSetting, str] = {
     "embed": "an embedding model",
     "rerank": "a cross-encoder",
@@ -55,6 +63,18 @@ class ModelFolder:
     def has_modules(self) -> bool:
         """Whether the folder has the `modules.json` of sentence-transformers, so it is an embedding model."""
         return (self.path / "modules.json").is_file()
+
+    @property
+    def library_type(self) -> str | None:
+        """What sentence-transformers says of a model that it saved, such as `CrossEncoder`; None if it says nothing."""
+        file = self.path / "config_sentence_transformers.json"
+        return str(_json(file).get("model_type", "")) or None if file.is_file() else None
+
+    def task(self, requested: TaskSetting, source: str) -> Task:
+        """Return the result of `resolve_task` for this folder."""
+        return resolve_task(
+            requested, self.config, source, has_modules=self.has_modules, library_type=self.library_type
+        )
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -169,29 +189,40 @@ def uses_alibi(config: Mapping[str, Any]) -> bool:
     )
 
 
-def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str, *, has_modules: bool = False) -> Task:
-    """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
+def resolve_task(
+    requested: TaskSetting,
+    config: Mapping[str, Any],
+    source: str,
+    *,
+    has_modules: bool = False,
+    library_type: str | None = None,
+) -> Task:
+    """Return the task of the model `source`: `requested`, or for `auto` the one that the files imply.
 
-    `has_modules`: whether the folder has `modules.json`, as embedding models of sentence-transformers do; some of them
-    have the architecture of a generative model. Raises `UsageError` if the model is made for another task, or is a
-    classifier with more labels than the one score of a cross-encoder.
+    `library_type`: what sentence-transformers says of it, which comes first (see `ModelFolder`). `has_modules`: whether
+    the folder has `modules.json`, as embedding models of sentence-transformers do; some of them have the architecture
+    of a generative model. Raises `UsageError` if the model is made for another task, or is a classifier with more
+    labels than the one score of a cross-encoder, and for kinds of models that no task computes.
     """
     name = architecture(config)
+    if kind := OTHER_KINDS.get(library_type or name):
+        raise UsageError(f"{source} is {kind}, which is not supported", "use a model with one dense vector per text")
     generative = name.endswith(GENERATIVE)
+    classifier = name.endswith("ForSequenceClassification")
     task: Task = "embed"
-    if name.endswith("ForSequenceClassification"):
+    if classifier or library_type == "CrossEncoder":
         task = "rerank"
     elif generative and not has_modules:
         task = "generate"
     labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)  # 2 is the default of transformers
-    if task == "rerank" and labels != 1:
+    if classifier and labels != 1:
         raise UsageError(
             f"{source} is a classifier with {labels} labels, not a cross-encoder",
             "choose a cross-encoder, which has one label, or an embedding model",
         )
     if requested in ("auto", task):
         return task
-    if generative and requested in ("embed", "generate"):
+    if generative and task != "rerank" and requested in ("embed", "generate"):
         return "embed" if requested == "embed" else "generate"
     requires, made_for = _MADE_FOR[requested], _MADE_FOR[task]
     raise UsageError(

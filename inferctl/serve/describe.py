@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import inferctl
@@ -12,6 +13,7 @@ from inferctl.models.model import ModelFolder
 from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
+from inferctl.serve.modules import Dense
 from inferctl.serve.task_config import TaskConfig
 
 
@@ -28,8 +30,13 @@ def document(
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
-        pooling = {"pooling": config.pooling, "pooling_assumed": config.assumed, "normalize": config.normalize}
-        output: dict[str, Any] = {"dimensions": info.dimensions, **pooling}
+        output: dict[str, Any] = {
+            "dimensions": info.dimensions,
+            "pooling": "+".join(config.pooling),
+            "pooling_assumed": config.assumed,
+            "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
+            "normalize": config.normalize,
+        }
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
         output = {"activation": config.activation}

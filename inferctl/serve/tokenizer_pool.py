@@ -18,8 +18,8 @@ from tokenizers import Encoding, Tokenizer
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
-from inferctl.serve.embedding_config import read_object
 from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.modules import read_object
 from inferctl.serve.task_config import TaskConfig
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
