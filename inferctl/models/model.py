@@ -205,7 +205,7 @@ def resolve_task(
     labels than the one score of a cross-encoder, and for kinds of models that no task computes.
     """
     name = architecture(config)
-    if kind := OTHER_KINDS.get(library_type or name):
+    if kind := OTHER_KINDS.get(library_type or "") or OTHER_KINDS.get(name):
         raise UsageError(f"{source} is {kind}, which is not supported", "use a model with one dense vector per text")
     generative = name.endswith(GENERATIVE)
     classifier = name.endswith("ForSequenceClassification")

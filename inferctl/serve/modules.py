@@ -27,8 +27,13 @@ _FLAGS: dict[str, PoolingMode] = {
     "pooling_mode_lasttoken": "last",
 }
 _MODES: dict[str, PoolingMode] = {
-    name.removeprefix("pooling_mode_").removesuffix("_token"): mode for name, mode in _FLAGS.items()
-} | {"mean": "mean", "max": "max", "mean_sqrt_len_tokens": "mean_sqrt_len", "weightedmean": "weightedmean"}
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weightedmean",
+    "lasttoken": "last",
+}
 # Classes of torch without parameters that map each number of a vector. Dense has one of them.
 ACTIVATIONS = frozenset(
     {"ELU", "GELU", "Hardtanh", "Identity", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid"}
@@ -179,6 +184,12 @@ def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task)
         raise UsageError(
             f"{folder} renders each text with a chat template, which is not supported", "use a model for plain text"
         )
+    method = (settings.get("modality_config") or {}).get("text") or {}
+    if task == "embed" and (
+        method.get("method", "forward") != "forward"
+        or method.get("method_output_name", "last_hidden_state") != "last_hidden_state"
+    ):
+        raise UsageError(f"{folder} takes {method} of its transformer, which is not supported", "use another model")
     output = settings.get("module_output_name") or "token_embeddings"
     if task == "embed" and output != "token_embeddings":
         raise UsageError(f"the transformer of {folder} returns {output}, not token_embeddings", "use another model")

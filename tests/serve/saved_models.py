@@ -76,10 +76,10 @@ def save(folder: Path, architecture: str, modules: Modules, options: dict[str, A
     return folder / "saved"
 
 
-def vectors(folder: Path, texts: list[str]) -> Any:
-    """Return what sentence-transformers computes in fp32 for the texts."""
+def vectors(folder: Path, texts: list[str], **options: Any) -> Any:
+    """Return what sentence-transformers computes in fp32 for the texts. `options` go to transformers."""
     import torch
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32, **options})
     return model.encode(texts, convert_to_numpy=True)

@@ -17,7 +17,7 @@ import pytest
 
 from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.serve import embedding_config
+from inferctl.serve import embedding_config, rerank_config
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Tokens, Vectors
 from inferctl.serve.modules import Normalize
@@ -426,8 +426,8 @@ def test_a_decoder_that_scores_pairs_keeps_no_keys_and_values(tmp_path: Path, mo
 
     monkeypatch.delattr(transformers.DynamicCache, "__init__")
     folder = tiny_models.make_cross_encoder(tmp_path, "qwen3")
-    model = reference.load_model(folder, task="rerank")
-    assert reference.score(model, [(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)
+    model = reference.Reference(folder, rerank_config.read(folder))
+    assert model.score([(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)
 
 
 def test_a_gpu_warms_up_on_the_thread_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,8 @@ class Forward:
 
     It returns vectors with an `EmbeddingConfig`, and the logits of a cross-encoder with a `RerankConfig`.
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
-    `vocabulary_size`: rows of the input embeddings. `warning`: what makes this model slower than it should be, or None.
+    `vocabulary_size`: rows of the input embeddings. `causal`: whether tokens attend only to those before them.
+    `warning`: what makes this model slower than it should be, or None.
     """
 
     def __init__(
@@ -104,11 +105,15 @@ class Forward:
         self._first_position = int(embeddings.padding_idx) + 1 if offset and embeddings is not None else 0
         self._padding_id = int(model.config.pad_token_id or 0)
         self._has_segments = plain.has_segments(model)
+        self._padded_attention = plain.attention(model)
+        self.causal = getattr(model.config, "is_causal", True) is not False and any(
+            getattr(module, "is_causal", False) is True for module in encoder.modules()
+        )
 
     def pack(self, on: bool = True) -> None:
         """Use packed attention, or padded attention if not `on`."""
         packed.register()
-        self._model.set_attn_implementation(packed.NAME if on else "sdpa")
+        self._model.set_attn_implementation(packed.NAME if on else self._padded_attention)
         self.packed = on
 
     @torch.inference_mode()
@@ -131,10 +136,10 @@ class Forward:
         total = sum(lengths)
         padding = np.zeros(onednn.round_up_rows(total) - total if self._uses_onednn else 0, dtype=np.int64)
         within = np.concatenate([*(np.arange(n) for n in lengths), padding])
-        inputs = {
-            "input_ids": np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64),
-            "position_ids": within + self._first_position,
-        }
+        ids = np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64)
+        if self._first_position and (ids[:total] == self._first_position - 1).any():
+            within = _places_without(ids == self._first_position - 1, within)
+        inputs = {"input_ids": ids, "position_ids": within + self._first_position}
         if self._has_segments and sequences.second_starts is not None:
             inputs["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])
         layout = (
@@ -166,6 +171,16 @@ class Forward:
 
     def _to_device(self, values: Integers) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integers:
+    """Return the places of tokens in their sequences (`within`), without padding tokens, whose place is -1.
+
+    RoBERTa-like models number positions like this, so that a text with the padding token has it in the middle.
+    """
+    real = np.cumsum(~padding)
+    before = (real - ~padding)[np.arange(len(within)) - within]  # of the sequence, counted at its first token
+    return np.where(padding, -1, real - before - 1)
 
 
 def split(lengths: list[int], batch_tokens: int) -> Iterator[range]:

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 
 from inferctl.config.spec import Task
+from inferctl.core.errors import UsageError
+from inferctl.serve import architecture
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
-from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode
+from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
+
+# Types with a decoder, which `AutoModel` would load with random weights if the folder has only the encoder.
+_WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
@@ -25,13 +31,32 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     Raises `UsageError` as `weights.load` does.
     """
     silence_libraries()
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
-    model = weights.load(AutoModelForSequenceClassification if task == "rerank" else AutoModel, folder, task, dtype)
+    settings, options = architecture.native_config(folder), dict[str, Any]()
+    if settings != read_object(folder / "config.json"):
+        kind = settings.get("model_type", "")
+        if kind not in CONFIG_MAPPING:
+            raise UsageError(
+                f"transformers {transformers.__version__} does not know {kind}", "use a newer transformers"
+            )
+        options["config"] = CONFIG_MAPPING[kind].from_dict(settings)
+    auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
+    if task == "rerank":
+        auto = AutoModelForSequenceClassification
+    model = weights.load(auto, folder, task, dtype, **options)
+    if attention(model) == "eager":
+        model.set_attn_implementation("eager")
     if task == "embed" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # sentence embeddings do not use it
     model.config.use_cache = False  # there is no next token, for which a decoder would keep all keys and values
     return model
+
+
+def attention(model: Any) -> str:
+    """Return the attention of transformers that computes this model exactly, with padding."""
+    # torch's own attention leaves out the soft cap of scores.
+    return "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def silence_libraries() -> None:
