@@ -132,13 +132,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     task: str = spec.model.task
     if isinstance(size, ModelSize):
         try:
-            task = resolve_task(
-                spec.model.task,
-                size.config,
-                spec.model.source,
-                has_modules=size.has_modules,
-                library_type=size.library_type,
-            )
+            task = resolve_task(spec.model.task, size, spec.model.source)
         except UsageError as error:
             general.append(Finding("error", "task", error.message, "the server does not start", error.hint))
     try:

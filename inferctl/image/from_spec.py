@@ -18,7 +18,7 @@ from inferctl.facts import catalog
 from inferctl.image import locks, render
 from inferctl.image.render import Provenance, Rendered
 from inferctl.models import model as models
-from inferctl.models.model import ModelFolder, is_hub_id
+from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
 
 
 def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
@@ -50,7 +50,7 @@ def check_task(spec: Spec, folder: ModelFolder | None) -> None:
     """
     task: str = spec.model.task
     if task == "auto" and folder is not None:
-        task = folder.task("auto", spec.model.source)
+        task = resolve_task("auto", folder, spec.model.source)
     base = catalog.base(spec.image.base)
     catalog.check_task(task, base, catalog.stack(base.stack))
 

@@ -27,4 +27,4 @@ def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
         return UnknownSize(error.message, error.hint or unknown.hint)
     if facts.parameters is None:
         return unknown
-    return ModelSize(facts.parameters, facts.config, facts.weights_bytes, facts.has_modules)
+    return ModelSize(facts.parameters, facts.config, facts.weights_bytes, facts.has_modules, facts.library_type)

@@ -52,7 +52,7 @@ def reference(
     Raises `UsageError` if the folder is not a model, or the inputs are not for its task.
     """
     folder = model.find(source)
-    found = folder.task(task, source)
+    found = model.resolve_task(task, folder, source)
     fits = {"embed": _is_text, "rerank": _is_pair, "generate": _is_prompt}[found]
     if not all(map(fits, inputs)):
         wanted = "pass texts to embed, pairs of texts to rerank, or texts and chat messages to continue"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from inferctl.config.spec import Spec, Task
 from inferctl.core import core_files, outputs
 from inferctl.core.errors import UsageError
-from inferctl.models import hub
+from inferctl.models import hub, model
 from inferctl.models.model import ModelFolder
 from inferctl.serve import logs
 from inferctl.serve.options import ServerOptions
@@ -49,7 +49,7 @@ def run(
         folder = hub.fetch(source, revision, hub.Lines(source, notify))
     else:
         folder = fetch(source, revision)
-    task = folder.task(spec.model.task, source)
+    task = model.resolve_task(spec.model.task, folder, source)
     with StopSignals() as signals:
         loop_factory = None
         with contextlib.suppress(ImportError):

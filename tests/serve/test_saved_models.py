@@ -159,17 +159,26 @@ def test_architectures_equal_sentence_transformers(saved: Any, name: str) -> Non
     check(saved(architecture, modules, None, **settings), attention)
 
 
-@pytest.mark.parametrize("part", ["_pool", "_Dense.forward"])
-def test_the_start_finds_a_fault_in_poolings_and_layers(saved: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "fault", "message"),
+    [
+        ("_pool", lambda vectors: vectors.roll(1, dims=1), "fp32 is inaccurate"),
+        ("_Dense.forward", lambda vectors: vectors.roll(1, dims=1), "fp32 is inaccurate"),
+        ("_Normalize.forward", lambda vectors: vectors * 1.1, "fp32 is inaccurate"),
+        ("_pool", lambda vectors: vectors * 0, "same result for all"),
+    ],
+)
+def test_the_start_finds_a_fault_in_poolings_and_layers(
+    with_dense: Path, monkeypatch: pytest.MonkeyPatch, part: str, fault: Callable[[Any], Any], message: str
+) -> None:
     from inferctl.serve.engines import pooling
 
-    folder = saved("bert", HEADS["Dense Tanh, as LaBSE"][0])
-    owner: Any = pooling if part == "_pool" else pooling._Dense
-    name = part.rpartition(".")[2]
-    original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *arguments: original(*arguments).roll(1, dims=1))
-    with pytest.raises(UsageError, match="fp32 is inaccurate"):
-        computed(folder)
+    owner, _, name = part.rpartition(".")
+    place: Any = getattr(pooling, owner) if owner else pooling
+    original = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *arguments: fault(original(*arguments)))
+    with pytest.raises(UsageError, match=message):
+        computed(with_dense)
 
 
 # Architecture, settings, attention ("either" if windows decide), modules.
@@ -285,7 +294,7 @@ def edit(file: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> 
 def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path: Path, architecture: str) -> None:
     from sentence_transformers import CrossEncoder
 
-    from inferctl.models.model import find
+    from inferctl.models.model import find, resolve_task
     from inferctl.serve.engines.encoder import EncoderEngine
 
     first = saved_models.transformer(tmp_path / "transformer", architecture)
@@ -296,7 +305,7 @@ def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path
     queries, documents = TEXTS[:8], TEXTS[:8][::-1]
     expected = CrossEncoder(str(folder), device="cpu").predict(list(zip(queries, documents, strict=True)))
 
-    assert find(str(folder)).task("auto", "m") == "rerank"
+    assert resolve_task("auto", find(str(folder)), "m") == "rerank"
     config = task_config.read("rerank", folder)
     assert isinstance(config, RerankConfig)
     pool = TokenizerPool(folder, config, threads=1)
@@ -524,10 +533,10 @@ def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_p
 
 def started(folder: Path) -> None:
     """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
-    from inferctl.models.model import find
+    from inferctl.models.model import find, resolve_task
     from inferctl.serve.engines.pooling import Layers
 
-    config = task_config.read(find(str(folder)).task("auto", "m"), folder)
+    config = task_config.read(resolve_task("auto", find(str(folder)), "m"), folder)
     TokenizerPool(folder, config, threads=1).close()
     Layers(folder, config.layers)
 
