@@ -44,7 +44,9 @@ def make(minilm: Path, folder: Path, architecture: str, pooling: str, normalize:
     ]
     (folder / "modules.json").write_text(json.dumps(listing))
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True})
+    )
     return folder
 
 
