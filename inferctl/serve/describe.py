@@ -43,6 +43,7 @@ def document(
             "sha256": folder.digest,
             "architecture": folder.architecture,
             "max_tokens": config.max_tokens,
+            "prompts": {"names": list(config.prompts.texts), "default": config.prompts.default},
             **output,
         },
         "precision": engine["precision"],

@@ -1,4 +1,4 @@
-"""The embedding configuration of a model folder: pooling, normalization, prompt, longest input. Read without torch.
+"""The embedding configuration of a model folder: pooling, normalization, prompts, longest input. Read without torch.
 
 The formats are those of the files that sentence-transformers writes (`modules.json`, `1_Pooling/config.json`,
 `sentence_bert_config.json`, `config_sentence_transformers.json`) and of transformers' `config.json` and
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inferctl.core.errors import UsageError
+from inferctl.serve import prompts
+from inferctl.serve.prompts import Prompts
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -29,43 +31,50 @@ _NO_LIMIT = 1_000_000
 class EmbeddingConfig:
     """How a model turns token vectors into an embedding.
 
-    `max_tokens` includes special tokens. `assumed`: the folder does not name a pooling, so mean pooling is used.
-    `matryoshka`: the dimensions that vectors can be truncated to, empty if the model was not trained for truncation,
-    None if any number is allowed.
+    `max_tokens` includes special tokens. `include_prompt`: whether the pooling includes the tokens of a prompt.
+    `assumed`: the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors can
+    be truncated to, empty if the model was not trained for truncation, None if any number is allowed.
     """
 
     pooling: Pooling
     normalize: bool
     max_tokens: int
-    prompt: str = ""
+    prompts: Prompts = Prompts()
     lower_case: bool = False
+    include_prompt: bool = True
     assumed: bool = False
     matryoshka: tuple[int, ...] | None = ()
 
 
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
-    pooling, normalize, assumed = _pooling(folder, read_list(folder / "modules.json"))
-    return EmbeddingConfig(
+    modules = read_list(folder / "modules.json")
+    pooling, normalize, assumed = _pooling(folder, modules)
+    config = EmbeddingConfig(
         pooling=pooling,
         normalize=normalize,
         assumed=assumed,
+        include_prompt=_includes_prompt(folder, modules),
         matryoshka=_matryoshka(read_object(folder / "config.json")),
         **input_settings(folder, max_input_tokens),
     )
+    if config.prompts.default_text and not config.include_prompt:
+        raise UsageError(
+            f"{folder} excludes its default prompt {config.prompts.default} from the pooling, which is not supported",
+            "use a model with `include_prompt: true` in `1_Pooling/config.json`",
+        )
+    return config
 
 
 def input_settings(folder: Path, max_input_tokens: int | None) -> dict[str, Any]:
-    """Return `max_tokens`, `prompt` and `lower_case` of a model folder of any task."""
+    """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task."""
     modules = read_list(folder / "modules.json")
     transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
     bert = read_object(transformer / "sentence_bert_config.json")
     longest = _longest(folder, read_object(folder / "config.json"), bert)
-    settings = read_object(folder / "config_sentence_transformers.json")
-    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "") or ""
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
-        "prompt": str(prompt),
+        "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json")),
         "lower_case": bool(bert.get("do_lower_case", False)),
     }
 
@@ -102,6 +111,11 @@ def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool
         )
     mode: Any = known[chosen[0]]
     return mode, normalize, False
+
+
+def _includes_prompt(folder: Path, modules: list[dict[str, Any]]) -> bool:
+    paths = [str(module.get("path", "")) for module in modules if _kind(module) == "Pooling"]
+    return all(read_object(folder / path / "config.json").get("include_prompt", True) for path in paths)
 
 
 def _longest(folder: Path, config: dict[str, Any], bert: dict[str, Any]) -> int:

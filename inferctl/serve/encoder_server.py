@@ -237,6 +237,8 @@ def _served_model(spec: Spec, task: Task, options: ServerOptions, config: TaskCo
         max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
         options.truncate,
         task,
+        prompts=config.prompts,
+        include_prompt=not isinstance(config, EmbeddingConfig) or config.include_prompt,
     )
     if isinstance(config, RerankConfig):
         served.activation = config.scores

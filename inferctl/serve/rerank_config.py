@@ -16,6 +16,7 @@ import numpy as np
 from inferctl.core.errors import UsageError
 from inferctl.serve.embedding_config import input_settings, read_list, read_object
 from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.prompts import Prompts
 
 
 def _sigmoid(logits: Vectors) -> Vectors:
@@ -33,13 +34,13 @@ _ACTIVATIONS: dict[str, Callable[[Vectors], Vectors]] = {
 class RerankConfig:
     """How a cross-encoder scores a pair of texts.
 
-    `max_tokens`: of a pair, with its special tokens. `prompt` precedes the first text. `activation` is the name of a
-    class of torch: Sigmoid, Identity or Tanh.
+    `max_tokens`: of a pair, with its special tokens. The default of `prompts` precedes the first text. `activation` is
+    the name of a class of torch: Sigmoid, Identity or Tanh.
     """
 
     activation: str
     max_tokens: int
-    prompt: str = ""
+    prompts: Prompts = Prompts()
     lower_case: bool = False
 
     def scores(self, logits: Vectors) -> Vectors:

@@ -1,0 +1,76 @@
+"""The prompts of a model: texts that precede the inputs, selected by the rules of sentence-transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from inferctl.core.errors import UsageError, shown
+
+# The words of Cohere and Voyage that do not depend on the model, and the first of these prompts that it has.
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+_WORDS = {"query": _QUERY, "search_query": _QUERY, "document": _DOCUMENT, "search_document": _DOCUMENT}
+# Words for which a model with prompts needs one of that name: without it, its vectors would be those of another use.
+_USES = ("classification", "clustering")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`texts`: by name, as in `config_sentence_transformers.json`. `default`: the name of the one without a choice."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    default: str | None = None
+
+    @cached_property
+    def default_text(self) -> str:
+        """The prompt of requests that select none."""
+        return self.texts.get(self.default or "", "")
+
+    @cached_property
+    def unused(self) -> bool:
+        """Whether the model has prompts, and requests that select none have none of them."""
+        return any(self.texts.values()) and not self.default_text
+
+    @property
+    def input_types(self) -> list[str]:
+        """The words that `select` accepts as `input_type`."""
+        return list(dict.fromkeys([*self.texts, *_WORDS, *(() if any(self.texts.values()) else _USES)]))
+
+    def select(self, prompt: str | None = None, name: str | None = None, input_type: str | None = None) -> str:
+        """Return the prompt of a request: `prompt`, else the one called `name`, else that of `input_type`.
+
+        An `input_type` is the name of a prompt, or a word of Cohere and Voyage. As in `encode_query` and
+        `encode_document`, a model without a prompt for queries or documents has an empty one. Raises `UsageError` for
+        an unknown name.
+        """
+        if prompt is not None:
+            return prompt
+        wanted = input_type if name is None else name
+        if wanted is None:
+            return self.default_text
+        if wanted in self.texts:
+            return self.texts[wanted]
+        if name is None and wanted in self.input_types:
+            return next((self.texts[each] for each in _WORDS.get(wanted, ()) if each in self.texts), "")
+        known = ", ".join(self.input_types if name is None else self.texts)
+        hint = f"use one of these: {known}" if known else "it has none: remove `prompt_name`"
+        raise UsageError(f"the model has no prompt {shown(wanted)}", hint)
+
+
+def read(settings: Mapping[str, Any]) -> Prompts:
+    """Return the prompts in the content of `config_sentence_transformers.json`. Raises `UsageError` for invalid ones.
+
+    sentence-transformers adds empty prompts for queries and documents, so each of them can be the default.
+    """
+    texts, default = settings.get("prompts") or {}, settings.get("default_prompt_name") or None
+    if not isinstance(texts, dict) or not all(isinstance(text, str | None) for text in texts.values()):
+        raise _invalid("`prompts` is not an object of texts")
+    if default is not None and default not in (*texts, "query", "document"):
+        raise _invalid(f"`default_prompt_name` is {default!r}, which is not in `prompts`")
+    return Prompts({name: text or "" for name, text in texts.items()}, default)
+
+
+def _invalid(problem: str) -> UsageError:
+    return UsageError(f"config_sentence_transformers.json: {problem}", "download the model again, or correct the file")
