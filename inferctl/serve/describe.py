@@ -12,6 +12,7 @@ from inferctl.models.model import ModelFolder
 from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 from inferctl.serve.task_config import TaskConfig
 
 
@@ -29,7 +30,9 @@ def document(
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
         pooling = {"pooling": config.pooling, "pooling_assumed": config.assumed, "normalize": config.normalize}
-        output: dict[str, Any] = {"dimensions": info.dimensions, **pooling}
+        names = list(config.prompts.texts) if config.include_prompt else []
+        prompts = {"names": names, "default": config.prompts.default}
+        output: dict[str, Any] = {"dimensions": info.dimensions, **pooling, "prompts": prompts}
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
         output = {"activation": config.activation}
@@ -43,7 +46,6 @@ def document(
             "sha256": folder.digest,
             "architecture": folder.architecture,
             "max_tokens": config.max_tokens,
-            "prompts": {"names": list(config.prompts.texts), "default": config.prompts.default},
             **output,
         },
         "precision": engine["precision"],
@@ -79,11 +81,17 @@ def admission_line(spec_ms: float | None, capacity_ms: float | None) -> str | No
 
 
 def lines(
-    info: EngineInfo, name: str, url: str, seconds: float, settings: Access, admission: str | None = None
+    info: EngineInfo,
+    name: str,
+    url: str,
+    seconds: float,
+    settings: Access,
+    admission: str | None = None,
+    prompts: Prompts = NO_PROMPTS,
 ) -> Iterator[str]:
     """Yield the lines printed when the server is ready.
 
-    `settings`: who may use it. `admission`: the result of `admission_line`.
+    `settings`: who may use it. `admission`: the result of `admission_line`. `prompts`: those that requests can select.
     """
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
@@ -98,6 +106,9 @@ def lines(
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
+    if any(prompts.texts.values()):
+        without = f"have `{prompts.default}`" if prompts.default_text else "have none"
+        yield f"prompts    {', '.join(prompts.texts)}: requests without `prompt_name` and `input_type` {without}"
     if admission:
         yield admission
     for warning in info.warnings:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from inferctl.core.errors import UsageError
 from inferctl.serve import prompts
-from inferctl.serve.prompts import Prompts
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -39,7 +39,7 @@ class EmbeddingConfig:
     pooling: Pooling
     normalize: bool
     max_tokens: int
-    prompts: Prompts = Prompts()
+    prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
     include_prompt: bool = True
     assumed: bool = False

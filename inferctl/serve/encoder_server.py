@@ -29,6 +29,7 @@ from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
+from inferctl.serve.prompts import NO_PROMPTS
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.task_config import TaskConfig
@@ -172,7 +173,9 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        for line in describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission):
+        prompts = self._model.prompts if self._model.task == "embed" and self._model.include_prompt else NO_PROMPTS
+        seconds = self._ready_seconds
+        for line in describe.lines(info, spec.name, self._url, seconds, spec.access, self._admission, prompts):
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")

@@ -59,6 +59,9 @@ class Prompts:
         raise UsageError(f"the model has no prompt {shown(wanted)}", hint)
 
 
+NO_PROMPTS = Prompts()
+
+
 def read(settings: Mapping[str, Any]) -> Prompts:
     """Return the prompts in the content of `config_sentence_transformers.json`. Raises `UsageError` for invalid ones.
 

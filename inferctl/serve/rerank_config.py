@@ -16,7 +16,7 @@ import numpy as np
 from inferctl.core.errors import UsageError
 from inferctl.serve.embedding_config import input_settings, read_list, read_object
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.prompts import Prompts
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
 def _sigmoid(logits: Vectors) -> Vectors:
@@ -40,7 +40,7 @@ class RerankConfig:
 
     activation: str
     max_tokens: int
-    prompts: Prompts = Prompts()
+    prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
 
     def scores(self, logits: Vectors) -> Vectors:

@@ -82,7 +82,8 @@ class Load(Section):
     `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
-    For `generate`, `generation` describes the requests.
+    For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those of
+    the share `query_share` are queries and the others documents.
     """
 
     task: Task = "embed"
@@ -106,6 +107,8 @@ class Load(Section):
     inputs: Literal["unique", "as-is", "zipf"] = "unique"
     zipf_s: float = Field(1.0, ge=0, le=10)
     zipf_share: float = Field(1.0, ge=0, le=1)
+    prompt_name: str | None = None
+    query_share: float | None = Field(None, ge=0, le=1)
     generation: Generation | None = None
     workers: int = Field(1, ge=1, le=256)
     remote_workers: int = Field(0, ge=0, le=256)
@@ -137,6 +140,8 @@ class Load(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Load:
+        if self.prompt_name is not None and self.query_share is not None:
+            raise ValueError("prompt_name and query_share cannot be combined: keep one of them")
         if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
             raise ValueError("stages, spike and trace cannot be combined: keep one of them")
         if self.trace and self.mode == "closed":

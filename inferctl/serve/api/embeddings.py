@@ -38,7 +38,7 @@ class EmbeddingsEndpoint:
         context = self.inference.admit(scope)
         request, prompt = await parsed_body(context, receive, self._parse)
         model = self.inference.model
-        if prompt is None and model.prompts.unused:
+        if prompt is None and model.prompts.unused and model.include_prompt and isinstance(request.items[0], str):
             self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
         vectors = await self.inference.run(context, receive, self._tokenize(request, prompt, context.tenant))
@@ -57,11 +57,10 @@ class EmbeddingsEndpoint:
                 raise ApiError(400, message, code="invalid_token", param="input")
         if request.prompt is request.prompt_name is request.input_type is None:
             return request, None
-        prompt = model.prompt_for(request.prompt, request.prompt_name, request.input_type)
-        if prompt and not isinstance(request.items[0], str):
-            message = "a prompt precedes texts: send texts, or the token ids of prompt and text without a prompt"
+        if not isinstance(request.items[0], str):
+            message = "a prompt precedes texts: send texts, or token ids without prompt, prompt_name and input_type"
             raise ApiError(400, message, code="prompt_without_text", param="input")
-        return request, prompt
+        return request, model.prompt_for(request.prompt, request.prompt_name, request.input_type)
 
     def _remind(self, key_id: str | None) -> None:
         """Log once for a key that it uses none of the prompts. Without keys, the line at the start is all."""

@@ -10,7 +10,7 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.prompts import Prompts
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ServedModel:
     truncate: bool
     task: Task = "embed"
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
-    prompts: Prompts = Prompts()
+    prompts: Prompts = NO_PROMPTS
     include_prompt: bool = True
     dimensions: int = 0
     vocabulary_size: int = 0
