@@ -94,7 +94,7 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
         else {**number, "enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
     )
     # Token ids have no prompt.
-    no_prompt: dict[str, Any] = dict.fromkeys(("prompt", "prompt_name", "input_type"), {"type": "null"})
+    no_prompt: dict[str, Any] = {key: {"type": "null"} for key in ("prompt", "prompt_name", "input_type")}
     for name, words in (("prompt_name", list(model.prompts.texts)), ("input_type", model.prompts.input_types)):
         if words and model.include_prompt:
             properties[name]["anyOf"][0] = {"type": "string", "enum": words}
