@@ -23,7 +23,7 @@ from inferctl.core.sizes import size
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
 from inferctl.image import locks
-from inferctl.models import generation_fit, hub
+from inferctl.models import generation_fit
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
     Finding,
@@ -38,9 +38,6 @@ from inferctl.models.fit import (
 )
 from inferctl.models.model import is_hub_id, resolve_task
 from inferctl.models.size import model_size
-from inferctl.serve import prompts
-from inferctl.serve.embedding_config import read_object
-from inferctl.serve.prompts import Prompts
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
 _NEEDS = {
@@ -93,17 +90,10 @@ def check(
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
     task, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
-    found = _prompts(resolved.spec) if task == "embed" else None
-    if found and any(found.texts.values()):
-        without = f"have `{found.default}`" if found.default_text else "have none"
-        why = f"requests that select none {without}"
-        hint = "send `prompt_name` or `input_type` (docs/serve.md)"
-        general.append(Finding("ok", "prompts", f"prompts of the model: {', '.join(found.texts)}", why, hint))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
-        document = _document(resolved.file, resolved.spec, task, findings, fits)
-        console.document(document | {"prompts": found and {"names": list(found.texts), "default": found.default}})
+        console.document(_document(resolved.file, resolved.spec, task, findings, fits))
     else:
         _report(resolved.file, resolved.spec, task, findings, fits)
     if failed:
@@ -164,12 +154,6 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
         general.append(check_slo(spec))
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
     return task, *_with_errors_of_all_hardware(general, fits)
-
-
-def _prompts(spec: Spec) -> Prompts | None:
-    """Return the prompts of an embedding model; None if it is not on this machine."""
-    folder = hub.cached(spec.model.source, spec.model.revision)
-    return folder and prompts.read(read_object(folder.path / "config_sentence_transformers.json"))
 
 
 def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tuple[list[Finding], list[Fit]]:

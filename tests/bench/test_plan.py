@@ -232,7 +232,7 @@ def test_the_prompt_of_a_load_is_one_that_the_server_reports() -> None:
         foreign.check_prompts(None, 0.5)
     with pytest.raises(ValueError, match="cannot be combined"):
         shape.Load.model_validate({"prompt_name": "query", "query_share": 0.5})
-    with pytest.raises(UsageError, match="`load.query_share` is for embeddings"):
+    with pytest.raises(UsageError, match=r"`load\.query_share` is for embeddings"):
         plan.Plan.model_validate({"name": "p", "load": {"query_share": 1}}).for_task("rerank")
 
 

@@ -282,14 +282,3 @@ def test_a_shorthand_is_answered_with_what_it_may_mean(capsys: Captured) -> None
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err == "error: hardware 'h100' not found\n\nhint: did you mean one of h100-nvl, h100-pcie, h100-sxm?\n"
-
-
-def test_the_prompts_of_a_model_are_named(here: Path, capsys: Captured) -> None:
-    assert json_of(["check"], capsys)["prompts"] == {"names": [], "default": None}
-    settings = {"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "document"}
-    (here / "model" / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    found = json_of(["check"], capsys)
-    assert found["prompts"] == {"names": ["query", "document"], "default": "document"}
-    assert [finding["what"] for finding in found["findings"] if finding["topic"] == "prompts"] == [
-        "prompts of the model: query, document"
-    ]
