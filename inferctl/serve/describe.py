@@ -30,8 +30,7 @@ def document(
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
         pooling = {"pooling": config.pooling, "pooling_assumed": config.assumed, "normalize": config.normalize}
-        names = list(config.prompts.texts) if config.include_prompt else []
-        prompts = {"names": names, "default": config.prompts.default}
+        prompts = {"names": config.prompts.names, "default": config.prompts.default}
         output: dict[str, Any] = {"dimensions": info.dimensions, **pooling, "prompts": prompts}
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
@@ -106,9 +105,9 @@ def lines(
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
-    if any(prompts.texts.values()):
+    if any(prompts.texts[name] for name in prompts.names):
         without = f"have `{prompts.default}`" if prompts.default_text else "have none"
-        yield f"prompts    {', '.join(prompts.texts)}: requests without `prompt_name` and `input_type` {without}"
+        yield f"prompts    {', '.join(prompts.names)}: requests without `prompt_name` and `input_type` {without}"
     if admission:
         yield admission
     for warning in info.warnings:

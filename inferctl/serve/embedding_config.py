@@ -8,7 +8,7 @@ The formats are those of the files that sentence-transformers writes (`modules.j
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +31,9 @@ _NO_LIMIT = 1_000_000
 class EmbeddingConfig:
     """How a model turns token vectors into an embedding.
 
-    `max_tokens` includes special tokens. `include_prompt`: whether the pooling includes the tokens of a prompt.
-    `assumed`: the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors can
-    be truncated to, empty if the model was not trained for truncation, None if any number is allowed.
+    `max_tokens` includes special tokens. `assumed`: the folder does not name a pooling, so mean pooling is used.
+    `matryoshka`: the dimensions that vectors can be truncated to, empty if the model was not trained for truncation,
+    None if any number is allowed.
     """
 
     pooling: Pooling
@@ -41,7 +41,6 @@ class EmbeddingConfig:
     max_tokens: int
     prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
-    include_prompt: bool = True
     assumed: bool = False
     matryoshka: tuple[int, ...] | None = ()
 
@@ -50,20 +49,16 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
     modules = read_list(folder / "modules.json")
     pooling, normalize, assumed = _pooling(folder, modules)
-    config = EmbeddingConfig(
+    settings = input_settings(folder, max_input_tokens)
+    settings["prompts"] = replace(settings["prompts"], pooled=_includes_prompt(folder, modules))
+    settings["prompts"].select()  # raises if the default is not supported
+    return EmbeddingConfig(
         pooling=pooling,
         normalize=normalize,
         assumed=assumed,
-        include_prompt=_includes_prompt(folder, modules),
         matryoshka=_matryoshka(read_object(folder / "config.json")),
-        **input_settings(folder, max_input_tokens),
+        **settings,
     )
-    if config.prompts.default_text and not config.include_prompt:
-        raise UsageError(
-            f"{folder} excludes its default prompt {config.prompts.default} from the pooling, which is not supported",
-            "use a model with `include_prompt: true` in `1_Pooling/config.json`",
-        )
-    return config
 
 
 def input_settings(folder: Path, max_input_tokens: int | None) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        prompts = self._model.prompts if self._model.task == "embed" and self._model.include_prompt else NO_PROMPTS
+        prompts = self._model.prompts if self._model.task == "embed" else NO_PROMPTS
         seconds = self._ready_seconds
         for line in describe.lines(info, spec.name, self._url, seconds, spec.access, self._admission, prompts):
             self._notify(line)
@@ -241,7 +241,6 @@ def _served_model(spec: Spec, task: Task, options: ServerOptions, config: TaskCo
         options.truncate,
         task,
         prompts=config.prompts,
-        include_prompt=not isinstance(config, EmbeddingConfig) or config.include_prompt,
     )
     if isinstance(config, RerankConfig):
         served.activation = config.scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,19 @@ _USES = ("classification", "clustering")
 
 @dataclass(frozen=True)
 class Prompts:
-    """`texts`: by name, as in `config_sentence_transformers.json`. `default`: the name of the one without a choice."""
+    """`texts`: by name, as in `config_sentence_transformers.json`. `default`: the name of the one without a choice.
+
+    `pooled`: whether the pooling includes the tokens of a prompt. If not, only empty prompts are supported.
+    """
 
     texts: Mapping[str, str] = field(default_factory=dict)
     default: str | None = None
+    pooled: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        """The names that a request can select."""
+        return [name for name, text in self.texts.items() if self.pooled or not text]
 
     @cached_property
     def default_text(self) -> str:
@@ -31,39 +40,48 @@ class Prompts:
     @cached_property
     def unused(self) -> bool:
         """Whether the model has prompts, and requests that select none have none of them."""
-        return any(self.texts.values()) and not self.default_text
+        return self.pooled and any(self.texts.values()) and not self.default_text
 
     @property
     def input_types(self) -> list[str]:
         """The words that `select` accepts as `input_type`."""
-        return list(dict.fromkeys([*self.texts, *_WORDS, *(() if any(self.texts.values()) else _USES)]))
+        words = [word for word, prompts in _WORDS.items() if self.pooled or not self._first(prompts)]
+        return list(dict.fromkeys([*self.names, *words, *(() if any(self.texts.values()) else _USES)]))
 
     def select(self, prompt: str | None = None, name: str | None = None, input_type: str | None = None) -> str:
         """Return the prompt of a request: `prompt`, else the one called `name`, else that of `input_type`.
 
         An `input_type` is the name of a prompt, or a word of Cohere and Voyage. As in `encode_query` and
         `encode_document`, a model without a prompt for queries or documents has an empty one. Raises `UsageError` for
-        an unknown name.
+        an unknown name, and for a prompt that the pooling excludes.
         """
-        if prompt is not None:
-            return prompt
         wanted = input_type if name is None else name
-        if wanted is None:
-            return self.default_text
-        if wanted in self.texts:
-            return self.texts[wanted]
-        if name is None and wanted in self.input_types:
-            return next((self.texts[each] for each in _WORDS.get(wanted, ()) if each in self.texts), "")
-        known = ", ".join(self.input_types if name is None else self.texts)
-        hint = f"use one of these: {known}" if known else "it has none: remove `prompt_name`"
-        raise UsageError(f"the model has no prompt {shown(wanted)}", hint)
+        if prompt is not None:
+            text = prompt
+        elif wanted is None:
+            text = self.default_text
+        elif wanted in self.texts:
+            text = self.texts[wanted]
+        elif name is None and wanted in (*_WORDS, *self.input_types):
+            text = self._first(_WORDS.get(wanted, ()))
+        else:
+            known = ", ".join(self.input_types if name is None else self.names)
+            hint = f"use one of these: {known}" if known else "it has none: remove `prompt_name`"
+            raise UsageError(f"the model has no prompt {shown(wanted)}", hint)
+        if text and not self.pooled:
+            message = "the pooling of the model excludes the tokens of a prompt, which is not supported"
+            raise UsageError(message, "use a model with `include_prompt: true`, or no prompt")
+        return text
+
+    def _first(self, names: Sequence[str]) -> str:
+        return next((self.texts[name] for name in names if name in self.texts), "")
 
 
 NO_PROMPTS = Prompts()
 
 
 def read(settings: Mapping[str, Any]) -> Prompts:
-    """Return the prompts in the content of `config_sentence_transformers.json`. Raises `UsageError` for invalid ones.
+    """Return the prompts in the content of `config_sentence_transformers.json`. Raises `UsageError` if it is invalid.
 
     sentence-transformers adds empty prompts for queries and documents, so each of them can be the default.
     """

@@ -174,11 +174,17 @@ def test_a_pooling_without_the_prompt_is_rejected_by_the_name_of_the_default(fol
         path = folder(**settings)
         pooling = json.loads((path / "1_Pooling" / "config.json").read_text())
         (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling | {"include_prompt": False}))
-        if served:
-            assert not embedding_config.read(path).include_prompt
-        else:
-            with pytest.raises(UsageError, match="excludes its default prompt document from the pooling"):
+        if not served:
+            with pytest.raises(UsageError, match="excludes the tokens of a prompt"):
                 embedding_config.read(path)
+            continue
+        found = embedding_config.read(path).prompts
+        assert found.select() == found.select("") == found.select(input_type="document") == ""
+        assert "query" not in found.names
+        for selected in ({"prompt": "p: "}, {"name": "query"}, {"input_type": "search_query"}):
+            if selected == {"prompt": "p: "} or settings:
+                with pytest.raises(UsageError, match="excludes the tokens of a prompt"):
+                    found.select(**selected)
 
 
 def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
@@ -218,11 +224,11 @@ SERVED = {"prompts": {"query": QUERY, "document": "", "clustering": "雨の日: 
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
-        ({"input": "a", "prompt_name": "Query"}, "unknown_prompt", "prompt_name"),
-        ({"input": "a", "prompt_name": ""}, "unknown_prompt", "prompt_name"),
-        ({"input": "a", "input_type": "classification"}, "unknown_prompt", "input_type"),
-        ({"input": "a", "input_type": "image"}, "unknown_prompt", "input_type"),
-        ({"input": "a", "input_type": "x" * 100_000}, "unknown_prompt", "input_type"),
+        ({"input": "a", "prompt_name": "Query"}, "invalid_prompt", "prompt_name"),
+        ({"input": "a", "prompt_name": ""}, "invalid_prompt", "prompt_name"),
+        ({"input": "a", "input_type": "classification"}, "invalid_prompt", "input_type"),
+        ({"input": "a", "input_type": "image"}, "invalid_prompt", "input_type"),
+        ({"input": "a", "input_type": "x" * 100_000}, "invalid_prompt", "input_type"),
         ({"input": "a", "prompt": "p" * 8193}, "invalid_value", "prompt"),
         ({"input": "a", "prompt": ["p"]}, "invalid_value", "prompt"),
         ({"input": "a", "prompt_name": 1}, "invalid_value", "prompt_name"),
@@ -234,7 +240,7 @@ def test_a_prompt_that_the_model_does_not_have_is_400(server: Any, body: Any, co
     response = server[0].embed(**body)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, code, param)
-    if code == "unknown_prompt":
+    if code == "invalid_prompt":
         assert all(name in error["message"] for name in SERVED["prompts"])
 
 

@@ -38,7 +38,7 @@ class EmbeddingsEndpoint:
         context = self.inference.admit(scope)
         request, prompt = await parsed_body(context, receive, self._parse)
         model = self.inference.model
-        if prompt is None and model.prompts.unused and model.include_prompt and isinstance(request.items[0], str):
+        if prompt is None and model.prompts.unused and isinstance(request.items[0], str):
             self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
         vectors = await self.inference.run(context, receive, self._tokenize(request, prompt, context.tenant))
@@ -67,7 +67,7 @@ class EmbeddingsEndpoint:
         if key_id is None or key_id in self.reminded or len(self.reminded) >= _MAX_REMINDED:
             return
         self.reminded.add(key_id)
-        names = ", ".join(self.inference.model.prompts.texts)
+        names = ", ".join(self.inference.model.prompts.names)
         message = "key %s sends texts without a prompt; the model has %s: send `prompt_name` or `input_type`"
         asyncio.get_running_loop().run_in_executor(None, log.warning, message, key_id, names)
 

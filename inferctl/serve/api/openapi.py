@@ -95,11 +95,10 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
     )
     # Token ids have no prompt.
     no_prompt: dict[str, Any] = {key: {"type": "null"} for key in ("prompt", "prompt_name", "input_type")}
-    for name, words in (("prompt_name", list(model.prompts.texts)), ("input_type", model.prompts.input_types)):
-        if words and model.include_prompt:
-            properties[name]["anyOf"][0] = {"type": "string", "enum": words}
-        else:
-            properties[name] |= {"anyOf": [{"type": "null"}]}
+    for name, words in (("prompt_name", model.prompts.names), ("input_type", model.prompts.input_types)):
+        properties[name]["anyOf"][0] = {"type": "string", "enum": words} if words else {"type": "null"}
+    if not model.prompts.pooled:
+        properties["prompt"]["anyOf"][0]["maxLength"] = 0
     schema["anyOf"] = [{"properties": {"input": {"anyOf": [text, texts]}}}, {"properties": no_prompt}]
 
 

@@ -15,7 +15,7 @@ from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 @dataclass
 class ServedModel:
-    """`aliases`: other accepted names. `matryoshka`, `prompts` and `include_prompt`: as in `EmbeddingConfig`.
+    """`aliases`: other accepted names. `matryoshka` and `prompts`: as in `EmbeddingConfig`.
 
     `max_inputs` and `max_tokens` limit one request.
 
@@ -32,7 +32,6 @@ class ServedModel:
     task: Task = "embed"
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
     prompts: Prompts = NO_PROMPTS
-    include_prompt: bool = True
     dimensions: int = 0
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
@@ -44,16 +43,12 @@ class ServedModel:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def prompt_for(self, prompt: str | None, name: str | None, input_type: str | None) -> str:
-        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not have it."""
+        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it."""
         try:
-            text = self.prompts.select(prompt, name, input_type)
+            return self.prompts.select(prompt, name, input_type)
         except UsageError as error:
-            param = "input_type" if name is None else "prompt_name"
-            raise ApiError(400, f"{error.message}; {error.hint}", code="unknown_prompt", param=param) from None
-        if text and not self.include_prompt:
-            message = f"model {self.name!r} excludes prompts from its pooling, which is not supported"
-            raise ApiError(400, message, code="unsupported_prompt", param="prompt")
-        return text
+            param = "prompt" if prompt is not None else "input_type" if name is None else "prompt_name"
+            raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
 
     def dimensions_for(self, wanted: int | None) -> int | None:
         """Return to how many dimensions vectors are truncated; None for full vectors.
