@@ -210,7 +210,7 @@ def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
 def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
     """A server with prompts, a cache and a request log, and its model folder."""
     place, path = tmp_path_factory.mktemp("prompted"), folder(**SERVED)
-    spec = {"name": "prompted", "model": {"source": str(path)}, "cache": {"size": "16MiB"}}
+    spec: dict[str, Any] = {"name": "prompted", "model": {"source": str(path)}, "cache": {"size": "16MiB"}}
     spec |= {"serve": {"precision": "fp32"}, "metering": {"mode": "on", "data": str(place / "usage")}}
     (place / "inferctl.yaml").write_text(json.dumps(spec))
     found = start(place, "--log", "json")
