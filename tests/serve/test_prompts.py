@@ -228,7 +228,7 @@ SERVED = {"prompts": {"query": QUERY, "document": "", "clustering": "雨の日: 
         ({"input": "a", "prompt_name": ""}, "invalid_prompt", "prompt_name"),
         ({"input": "a", "input_type": "classification"}, "invalid_prompt", "input_type"),
         ({"input": "a", "input_type": "image"}, "invalid_prompt", "input_type"),
-        ({"input": "a", "input_type": "x" * 100_000}, "invalid_prompt", "input_type"),
+        ({"input": "a", "input_type": "x" * 1_000_000}, "invalid_prompt", "input_type"),
         ({"input": "a", "prompt": "p" * 8193}, "invalid_value", "prompt"),
         ({"input": "a", "prompt": ["p"]}, "invalid_value", "prompt"),
         ({"input": "a", "prompt_name": 1}, "invalid_value", "prompt_name"),
