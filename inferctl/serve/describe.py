@@ -105,9 +105,8 @@ def lines(
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
-    if any(prompts.texts[name] for name in prompts.names):
-        without = f"have `{prompts.default}`" if prompts.default_text else "have none"
-        yield f"prompts    {', '.join(prompts.names)}: requests without `prompt_name` and `input_type` {without}"
+    if prompts.summary:
+        yield f"prompts    {prompts.summary}"
     if admission:
         yield admission
     for warning in info.warnings:

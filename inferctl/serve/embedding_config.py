@@ -8,7 +8,7 @@ The formats are those of the files that sentence-transformers writes (`modules.j
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,27 +49,24 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
     modules = read_list(folder / "modules.json")
     pooling, normalize, assumed = _pooling(folder, modules)
-    settings = input_settings(folder, max_input_tokens)
-    settings["prompts"] = replace(settings["prompts"], pooled=_includes_prompt(folder, modules))
-    settings["prompts"].select()  # raises if the default is not supported
     return EmbeddingConfig(
         pooling=pooling,
         normalize=normalize,
         assumed=assumed,
         matryoshka=_matryoshka(read_object(folder / "config.json")),
-        **settings,
+        **input_settings(folder, max_input_tokens, pooled=_includes_prompt(folder, modules)),
     )
 
 
-def input_settings(folder: Path, max_input_tokens: int | None) -> dict[str, Any]:
-    """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task."""
+def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool = True) -> dict[str, Any]:
+    """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
     modules = read_list(folder / "modules.json")
     transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
     bert = read_object(transformer / "sentence_bert_config.json")
     longest = _longest(folder, read_object(folder / "config.json"), bert)
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
-        "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json")),
+        "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json"), pooled=pooled),
         "lower_case": bool(bert.get("do_lower_case", False)),
     }
 

@@ -1,4 +1,11 @@
-"""The prompts of a model: texts that precede the inputs, selected by the rules of sentence-transformers."""
+"""The prompts of a model: texts that precede the inputs, selected by the rules of sentence-transformers.
+
+sentence-transformers 6.2 gives every model an empty `query` and an empty `document`. Here, a name is one in the model's
+files: a request with another `prompt_name` expects a prompt that no model has, so it is rejected. An `input_type` says
+only what the inputs are, and clients of Cohere always send one. So a model without a prompt for queries or documents
+embeds them without one. The empty `document` of the library also hides `passage` and `corpus`, which its documentation
+names next. Here, they precede documents.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +42,20 @@ class Prompts:
     @cached_property
     def default_text(self) -> str:
         """The prompt of requests that select none."""
-        return self.texts.get(self.default or "", "")
+        return self.texts[self.default] if self.default else ""
 
     @cached_property
     def unused(self) -> bool:
         """Whether the model has prompts, and requests that select none have none of them."""
         return self.pooled and any(self.texts.values()) and not self.default_text
+
+    @property
+    def summary(self) -> str:
+        """Which prompts requests can select, and which one the others have. Empty if all of them are empty."""
+        if not any(self.texts[name] for name in self.names):
+            return ""
+        without = f"have `{self.default}`" if self.default_text else "have none"
+        return f"{', '.join(self.names)}: requests without `prompt_name` and `input_type` {without}"
 
     @property
     def input_types(self) -> list[str]:
@@ -51,9 +66,8 @@ class Prompts:
     def select(self, prompt: str | None = None, name: str | None = None, input_type: str | None = None) -> str:
         """Return the prompt of a request: `prompt`, else the one called `name`, else that of `input_type`.
 
-        An `input_type` is the name of a prompt, or a word of Cohere and Voyage. As in `encode_query` and
-        `encode_document`, a model without a prompt for queries or documents has an empty one. Raises `UsageError` for
-        an unknown name, and for a prompt that the pooling excludes.
+        An `input_type` is the name of a prompt, or a word of Cohere and Voyage. Raises `UsageError` for an unknown name,
+        and for a prompt that the pooling excludes.
         """
         wanted = input_type if name is None else name
         if prompt is not None:
@@ -80,17 +94,20 @@ class Prompts:
 NO_PROMPTS = Prompts()
 
 
-def read(settings: Mapping[str, Any]) -> Prompts:
-    """Return the prompts in the content of `config_sentence_transformers.json`. Raises `UsageError` if it is invalid.
+def read(settings: Mapping[str, Any], *, pooled: bool = True) -> Prompts:
+    """Return the prompts in the content of `config_sentence_transformers.json`.
 
-    sentence-transformers adds empty prompts for queries and documents, so each of them can be the default.
+    Raises `UsageError` if it is invalid, or if `pooled` is false and there is a default prompt.
     """
     texts, default = settings.get("prompts") or {}, settings.get("default_prompt_name") or None
     if not isinstance(texts, dict) or not all(isinstance(text, str | None) for text in texts.values()):
         raise _invalid("`prompts` is not an object of texts")
     if default is not None and default not in (*texts, "query", "document"):
         raise _invalid(f"`default_prompt_name` is {default!r}, which is not in `prompts`")
-    return Prompts({name: text or "" for name, text in texts.items()}, default)
+    texts = {name: text or "" for name, text in texts.items()}
+    found = Prompts(texts, default if default in texts else None, pooled)
+    found.select()
+    return found
 
 
 def _invalid(problem: str) -> UsageError:

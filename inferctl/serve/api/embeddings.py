@@ -68,8 +68,9 @@ class EmbeddingsEndpoint:
             return
         self.reminded.add(key_id)
         names = ", ".join(self.inference.model.prompts.names)
-        message = "key %s sends texts without a prompt; the model has %s: send `prompt_name` or `input_type`"
-        asyncio.get_running_loop().run_in_executor(None, log.warning, message, key_id, names)
+        log.warning(
+            "key %s sends texts without a prompt; the model has %s: send `prompt_name` or `input_type`", key_id, names
+        )
 
     async def _tokenize(
         self, request: EmbeddingRequest, prompt: str | None, tenant: str | None
