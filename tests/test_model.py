@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import UsageError
 from inferctl.models import model
+from inferctl.models.fit import ModelSize
 
 
 def write_model(folder: Path, shapes: dict[str, list[int]]) -> Path:
@@ -41,32 +44,48 @@ def test_a_second_copy_of_the_weights_is_not_counted(tmp_path: Path) -> None:
     assert (found.parameters, [file.name for file in found.weight_files]) == (10, ["model.safetensors"])
 
 
+def task(requested: TaskSetting, config: dict[str, Any], **facts: Any) -> Task:
+    return model.resolve_task(requested, ModelSize(0, config, **facts), "m")
+
+
 def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
     encoder = {"architectures": ["BertModel"]}
     cross_encoder = {"architectures": ["XLMRobertaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    assert model.resolve_task("auto", encoder, "m") == model.resolve_task("embed", encoder, "m") == "embed"
-    assert (
-        model.resolve_task("auto", cross_encoder, "m") == model.resolve_task("rerank", cross_encoder, "m") == "rerank"
-    )
-    assert model.resolve_task("auto", {}, "m") == "embed"
+    assert task("auto", encoder) == task("embed", encoder) == "embed"
+    assert task("auto", cross_encoder) == task("rerank", cross_encoder) == "rerank"
+    assert task("auto", {}) == "embed"
     for name in ("LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForConditionalGeneration"):
         config = {"architectures": [name]}
-        assert model.resolve_task("auto", config, "m") == model.resolve_task("generate", config, "m") == "generate"
+        assert task("auto", config) == task("generate", config) == "generate"
         # Embedding models such as Qwen3-Embedding have the architecture of a generative model.
-        assert model.resolve_task("auto", config, "m", has_modules=True) == "embed"
-        assert model.resolve_task("embed", config, "m") == "embed"
+        assert task("auto", config, has_modules=True) == "embed"
+        assert task("embed", config) == "embed"
     with pytest.raises(UsageError, match=r"generate requires a generative model, but m is an embedding model"):
-        model.resolve_task("generate", encoder, "m")
+        task("generate", encoder)
     with pytest.raises(UsageError, match=r"m is an embedding model \(BertModel\)"):
-        model.resolve_task("rerank", encoder, "m")
+        task("rerank", encoder)
     with pytest.raises(UsageError, match=r"m is a cross-encoder \(XLMRobertaForSequenceClassification\)"):
-        model.resolve_task("embed", cross_encoder, "m")
+        task("embed", cross_encoder)
+
+
+def test_the_word_of_sentence_transformers_comes_before_the_architecture() -> None:
+    decoder = {"architectures": ["Qwen3ForCausalLM"]}
+    assert task("auto", decoder, has_modules=True, library_type="SentenceTransformer") == "embed"
+    for config in (decoder, {"architectures": ["ModernBertModel"]}):
+        assert task("auto", config, has_modules=True, library_type="CrossEncoder") == "rerank"
+        with pytest.raises(UsageError, match="m is a cross-encoder"):
+            task("embed", config, has_modules=True, library_type="CrossEncoder")
+        for kind in model.OTHER_KINDS:
+            with pytest.raises(UsageError, match="not supported"):
+                task("embed", config, has_modules=True, library_type=kind)
+    with pytest.raises(UsageError, match="multi-vector"):
+        task("auto", {"architectures": ["HF_ColBERT"]})
 
 
 @pytest.mark.parametrize("labels", [{"id2label": {"0": "bad", "1": "good"}}, {"num_labels": 2}, {}])
 def test_a_classifier_with_several_labels_has_no_task(labels: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="m is a classifier with 2 labels, not a cross-encoder"):
-        model.resolve_task("auto", {"architectures": ["BertForSequenceClassification"], **labels}, "m")
+        task("auto", {"architectures": ["BertForSequenceClassification"], **labels})
 
 
 def test_the_real_model_has_its_published_size(minilm: Path) -> None:

@@ -191,8 +191,7 @@ def _task(
     tasks = {name: server.task for name, server in servers.items()}
     if resolved and folder and len(servers) < len(targets):
         spec = resolved.spec.model
-        found = models.ModelFolder(folder)
-        task = models.resolve_task(spec.task, found.config, spec.source, has_modules=found.has_modules)
+        task = models.resolve_task(spec.task, models.ModelFolder(folder), spec.source)
         tasks |= {target.name: task for target in targets if not target.url}
     if len(set(tasks.values())) > 1:
         named = ", ".join(f"{name}: {task}" for name, task in tasks.items())

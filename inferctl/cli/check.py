@@ -133,7 +133,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     task: str = spec.model.task
     if isinstance(size, ModelSize):
         try:
-            task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
+            task = resolve_task(spec.model.task, size, spec.model.source)
         except UsageError as error:
             general.append(Finding("error", "task", error.message, "the server does not start", error.hint))
     if task == "embed":

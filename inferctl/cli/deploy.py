@@ -192,7 +192,7 @@ def _source(resolved: Resolved) -> SpecSource:
     except UsageError as error:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):
-        task = resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
+        task = resolve_task(spec.model.task, size, spec.model.source)
         local = hub.cached(spec.model.source, spec.model.revision)
         return SpecSource(spec, folder, size, task, (lambda: local.digest) if local else None, resolved.file)
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")

@@ -144,10 +144,7 @@ def _generates(source: str) -> bool:
         except InferctlError as error:
             console.warn(f"{error.message}. If the model is generative, pass `--base vllm-cuda13.0`")
     try:
-        return (
-            found is not None
-            and model.resolve_task("auto", found.config, source, has_modules=found.has_modules) == "generate"
-        )
+        return found is not None and model.resolve_task("auto", found, source) == "generate"
     except UsageError:  # a classifier
         return False
 

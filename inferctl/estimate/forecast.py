@@ -25,7 +25,7 @@ from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.facts.precision import best_precision
 from inferctl.models import fit
-from inferctl.models.model import architecture, resolve_task
+from inferctl.models.model import ModelFolder, architecture, resolve_task
 
 _ENGINE = "engine: the rows ran TensorRT; the speed of torch relative to TensorRT is not measured"
 # If the width or depth of a model, or the mean length of its inputs, differs by more than this factor from the rows,
@@ -269,7 +269,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error}", "pass the config.json of a model") from None
     if not isinstance(data, dict):
         raise UsageError(f"{file} is not a JSON object", "pass the config.json of a model")
-    task = resolve_task("auto", data, str(file), has_modules=(file.parent / "modules.json").is_file())
+    folder = ModelFolder(file.parent)
+    facts = fit.ModelSize(0, data, has_modules=folder.has_modules, library_type=folder.library_type)
+    task = resolve_task("auto", facts, str(file))
     if task != "embed":
         # Front end and output were measured for embeddings only.
         kind = "a cross-encoder" if task == "rerank" else "a generative model"

@@ -184,7 +184,7 @@ def _generates(settings: Model) -> bool:
         folder = model.find(settings.source, settings.revision)
     except InferctlError:
         return False
-    return model.resolve_task("auto", folder.config, settings.source, has_modules=folder.has_modules) == "generate"
+    return model.resolve_task("auto", folder, settings.source) == "generate"
 
 
 def _check_expected(expected: str | None, image: ImageInfo) -> None:

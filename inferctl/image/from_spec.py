@@ -50,7 +50,7 @@ def check_task(spec: Spec, folder: ModelFolder | None) -> None:
     """
     task: str = spec.model.task
     if task == "auto" and folder is not None:
-        task = resolve_task("auto", folder.config, spec.model.source, has_modules=folder.has_modules)
+        task = resolve_task("auto", folder, spec.model.source)
     base = catalog.base(spec.image.base)
     catalog.check_task(task, base, catalog.stack(base.stack))
 

@@ -88,13 +88,14 @@ class ModelSize:
     """The facts of a model for a memory estimate: its number of parameters and its `config.json`.
 
     `weights_bytes`: size of its safetensors files. `has_modules`: whether it has the `modules.json` of an embedding
-    model.
+    model. `library_type`: as in `ModelFolder`.
     """
 
     parameters: int
     config: Mapping[str, Any]
     weights_bytes: int = 0
     has_modules: bool = False
+    library_type: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ A model in the cache needs no network. Every failure is an `InferctlError` with 
 from __future__ import annotations
 
 import errno
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,13 +38,15 @@ _LINE_EVERY_S = 5.0
 class HubModel:
     """Facts about a model on a hub. `files` maps the files that inferctl loads to their bytes.
 
-    `parameters` is None if neither the hub nor the headers of the weights contain the number.
+    `parameters` is None if neither the hub nor the headers of the weights contain the number. `library_type` is that of
+    `ModelFolder`.
     """
 
     commit: str
     config: Mapping[str, Any]
     parameters: int | None
     files: Mapping[str, int]
+    library_type: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -107,15 +108,16 @@ def cached(source: str, revision: str | None) -> ModelFolder | None:
 
 
 def facts(source: str, revision: str | None) -> HubModel:
-    """Return the facts about `source` on the hub. Downloads its `config.json` into the hub's cache, but no weights.
+    """Return the facts about `source` on the hub. Downloads two small files into the hub's cache, but no weights.
 
     Raises `UsageError` for a model that does not exist, `NotReadyError` if the hub does not respond.
     """
     with _translate_errors(source, revision):
         info = _info(source, revision)
         sizes = _sizes(info)
-        config = json.loads((small_files(source, revision, ("config.json",)) / "config.json").read_text("utf-8"))
-        return HubModel(str(info.sha), config if isinstance(config, dict) else {}, _parameters(info), sizes)
+        names = ("config.json", *({model.LIBRARY_FILE} & sizes.keys()))
+        folder = ModelFolder(small_files(source, revision, names))
+        return HubModel(str(info.sha), folder.config, _parameters(info), sizes, folder.library_type)
 
 
 def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Path:

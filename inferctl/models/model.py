@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 from inferctl.config.spec import HUB_ID, Task, TaskSetting
 from inferctl.core.errors import UsageError
@@ -26,8 +26,18 @@ _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
 # Where an image has its weights, or expects them to be mounted.
 IMAGE_FOLDER = "/model"
+# Where sentence-transformers writes the kind of a model, its prompts and its similarity.
+LIBRARY_FILE = "config_sentence_transformers.json"
 # Ends of the class names of generative models.
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Kinds of models that no task computes, by the word of sentence-transformers or the class of `config.json`.
+_PER_TOKEN = "a multi-vector model, which has one vector per token"
+OTHER_KINDS = {
+    "SparseEncoder": "a sparse encoder, whose vectors have one weight per token of the vocabulary",
+    "MultiVectorEncoder": _PER_TOKEN,
+    "ColBERT": _PER_TOKEN,
+    "HF_ColBERT": _PER_TOKEN,
+}
 _MADE_FOR: dict[TaskSetting, str] = {
     "embed": "an embedding model",
     "rerank": "a cross-encoder",
@@ -55,6 +65,12 @@ class ModelFolder:
     def has_modules(self) -> bool:
         """Whether the folder has the `modules.json` of sentence-transformers, so it is an embedding model."""
         return (self.path / "modules.json").is_file()
+
+    @property
+    def library_type(self) -> str | None:
+        """What sentence-transformers says of a model that it saved, such as `CrossEncoder`; None if it says nothing."""
+        file = self.path / LIBRARY_FILE
+        return str(_json(file).get("model_type", "")) or None if file.is_file() else None
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -175,29 +191,46 @@ def uses_alibi(config: Mapping[str, Any]) -> bool:
     )
 
 
-def resolve_task(requested: TaskSetting, config: Mapping[str, Any], source: str, *, has_modules: bool = False) -> Task:
-    """Return the task of the model `source`: `requested`, or for `auto` the one that its `config.json` implies.
+class TaskFacts(Protocol):
+    """What decides the task of a model, in its folder or on a hub. The properties are those of `ModelFolder`."""
 
-    `has_modules`: whether the folder has `modules.json`, as embedding models of sentence-transformers do; some of them
-    have the architecture of a generative model. Raises `UsageError` if the model is made for another task, or is a
-    classifier with more labels than the one score of a cross-encoder.
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def has_modules(self) -> bool: ...
+
+    @property
+    def library_type(self) -> str | None: ...
+
+
+def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
+    """Return the task of the model `source`: `requested`, or for `auto` the one that its files imply.
+
+    sentence-transformers decides, if it wrote the files. With modules, an embedding model can have the architecture of
+    a generative one. Raises `UsageError` if the model is made for another task, or is a classifier with more labels
+    than the one score of a cross-encoder, and for kinds of models that no task computes.
     """
+    config = model.config
     name = architecture(config)
+    if kind := OTHER_KINDS.get(model.library_type or "") or OTHER_KINDS.get(name):
+        raise UsageError(f"{source} is {kind}, which is not supported", "use a model with one dense vector per text")
     generative = name.endswith(GENERATIVE)
+    classifier = name.endswith("ForSequenceClassification")
     task: Task = "embed"
-    if name.endswith("ForSequenceClassification"):
+    if classifier or model.library_type == "CrossEncoder":
         task = "rerank"
-    elif generative and not has_modules:
+    elif generative and not model.has_modules:
         task = "generate"
     labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)  # 2 is the default of transformers
-    if task == "rerank" and labels != 1:
+    if classifier and labels != 1:
         raise UsageError(
             f"{source} is a classifier with {labels} labels, not a cross-encoder",
             "choose a cross-encoder, which has one label, or an embedding model",
         )
     if requested in ("auto", task):
         return task
-    if generative and requested in ("embed", "generate"):
+    if generative and task != "rerank" and requested in ("embed", "generate"):
         return "embed" if requested == "embed" else "generate"
     requires, made_for = _MADE_FOR[requested], _MADE_FOR[task]
     raise UsageError(

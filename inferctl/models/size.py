@@ -17,7 +17,7 @@ def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
     folder = hub.cached(source, revision) if model.is_hub_id(source) else model.find(source)
     if folder is not None:
         weights_bytes = sum(file.stat().st_size for file in folder.weight_files)
-        return ModelSize(folder.parameters, folder.config, weights_bytes, folder.has_modules)
+        return ModelSize(folder.parameters, folder.config, weights_bytes, folder.has_modules, folder.library_type)
     unknown = UnknownSize("the size of the model is unknown", "pass `--model DIR` with a local copy of the model")
     if not ask:
         return unknown
@@ -27,4 +27,4 @@ def model_size(spec: Spec, ask: bool) -> ModelSize | UnknownSize:
         return UnknownSize(error.message, error.hint or unknown.hint)
     if facts.parameters is None:
         return unknown
-    return ModelSize(facts.parameters, facts.config, facts.weights_bytes, facts.has_modules)
+    return ModelSize(facts.parameters, facts.config, facts.weights_bytes, facts.has_modules, facts.library_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import inferctl
@@ -12,6 +13,7 @@ from inferctl.models.model import ModelFolder
 from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
+from inferctl.serve.modules import Dense
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 from inferctl.serve.task_config import TaskConfig
 
@@ -20,18 +22,26 @@ def document(
     spec: Spec,
     folder: ModelFolder,
     config: TaskConfig,
+    tokenizer: dict[str, Any],
     info: EngineInfo,
     truncate: bool,
     max_body_bytes: int,
     image: tuple[str, str | None] | None,
 ) -> dict[str, Any]:
-    """Return the part of `GET /info` that does not change while an engine process runs."""
+    """Return the part of `GET /info` that does not change while an engine process runs.
+
+    `tokenizer`: `facts` of the tokenizer.
+    """
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
-        pooling = {"pooling": config.pooling, "pooling_assumed": config.assumed, "normalize": config.normalize}
-        prompts = {"names": config.prompts.names, "default": config.prompts.default}
-        output: dict[str, Any] = {"dimensions": info.dimensions, **pooling, "prompts": prompts}
+        output: dict[str, Any] = {
+            "dimensions": info.dimensions,
+            "pooling_assumed": config.assumed,
+            "normalize": config.normalize,
+            "truncate_dim": config.truncate_dim,
+            "prompts": {"names": config.prompts.names, "default": config.prompts.default},
+        }
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
         output = {"activation": config.activation}
@@ -45,6 +55,10 @@ def document(
             "sha256": folder.digest,
             "architecture": folder.architecture,
             "max_tokens": config.max_tokens,
+            "pooling": "+".join(config.pooling) or None,
+            "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
+            "direction": None if info.causal is None else "causal" if info.causal else "bidirectional",
+            **tokenizer,
             **output,
         },
         "precision": engine["precision"],

@@ -1,25 +1,20 @@
-"""The embedding configuration of a model folder: pooling, normalization, prompts, longest input. Read without torch.
+"""The embedding configuration of a model folder: pooling, layers, prompts, longest input. Read without torch.
 
-The formats are those of the files that sentence-transformers writes (`modules.json`, `1_Pooling/config.json`,
-`sentence_bert_config.json`, `config_sentence_transformers.json`) and of transformers' `config.json` and
-`tokenizer_config.json`.
+The formats are those of the files that sentence-transformers writes (see `modules`, `config_sentence_transformers.json`)
+and of transformers' `config.json` and `tokenizer_config.json`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import prompts
+from inferctl.serve import modules, prompts
+from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
-Pooling = Literal["mean", "cls", "last"]
-
-_POOLING_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
-_POOLING_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 # RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
 _OFFSET_TYPES = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"}
@@ -31,91 +26,57 @@ _NO_LIMIT = 1_000_000
 class EmbeddingConfig:
     """How a model turns token vectors into an embedding.
 
-    `max_tokens` includes special tokens. `assumed`: the folder does not name a pooling, so mean pooling is used.
-    `matryoshka`: the dimensions that vectors can be truncated to, empty if the model was not trained for truncation,
-    None if any number is allowed.
+    `pooling`: modes whose vectors are concatenated. `layers`: applied to the pooled vector. `truncate_dim`: numbers that
+    remain of the result, without another normalization; None for all. `max_tokens` includes special tokens. `assumed`:
+    the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors can be
+    truncated to, empty if the model was not trained for truncation, None if any number is allowed.
     """
 
-    pooling: Pooling
-    normalize: bool
+    pooling: tuple[PoolingMode, ...]
     max_tokens: int
+    layers: tuple[Layer, ...] = ()
+    truncate_dim: int | None = None
     prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
     assumed: bool = False
     matryoshka: tuple[int, ...] | None = ()
 
+    @property
+    def normalize(self) -> bool:
+        """Whether the vectors have length 1, if they are not truncated."""
+        return self.layers[-1:] == (Normalize(),)
+
 
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
-    """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
-    modules = read_list(folder / "modules.json")
-    pooling, normalize, assumed = _pooling(folder, modules)
+    """Return the configuration of a model folder. Raises `UsageError` for what is not supported."""
+    found = modules.read(folder, "embed")
     return EmbeddingConfig(
-        pooling=pooling,
-        normalize=normalize,
-        assumed=assumed,
+        pooling=found.pooling if found else ("mean",),
+        layers=found.layers if found else (),
+        truncate_dim=_truncate_dim(folder),
+        assumed=found is None,
         matryoshka=_matryoshka(read_object(folder / "config.json")),
-        **input_settings(folder, max_input_tokens, pooled=_includes_prompt(folder, modules)),
+        **input_settings(folder, max_input_tokens, pooled=found is None or found.include_prompt),
     )
 
 
-def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool = True) -> dict[str, Any]:
+def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool) -> dict[str, Any]:
     """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
-    modules = read_list(folder / "modules.json")
-    transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
-    bert = read_object(transformer / "sentence_bert_config.json")
-    longest = _longest(folder, read_object(folder / "config.json"), bert)
+    transformer = modules.transformer_settings(folder)
+    longest = _longest(folder, read_object(folder / "config.json"), transformer)
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
         "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json"), pooled=pooled),
-        "lower_case": bool(bert.get("do_lower_case", False)),
+        "lower_case": bool(transformer.get("do_lower_case", False)),
     }
 
 
-def _kind(module: dict[str, Any]) -> str:
-    return str(module.get("type", "")).rsplit(".", 1)[-1]
-
-
-def _pooling(folder: Path, modules: list[dict[str, Any]]) -> tuple[Pooling, bool, bool]:
-    if not modules:
-        return "mean", False, True
-    unknown = [_kind(m) for m in modules if _kind(m) not in {"Transformer", "Pooling", "Normalize"}]
-    if unknown:
-        raise UsageError(
-            f"{folder} has a {unknown[0]} module, which is not supported",
-            "use a model with only Transformer, Pooling and Normalize modules",
-        )
-    module = next((m for m in modules if _kind(m) == "Pooling"), None)
-    normalize = any(_kind(m) == "Normalize" for m in modules)
-    if module is None:
-        return "mean", normalize, True
-    config = read_object(folder / str(module.get("path", "")) / "config.json")
-    mode_name = config.get("pooling_mode")
-    chosen = (
-        [str(mode_name)]
-        if isinstance(mode_name, str)
-        else [k for k, v in config.items() if k.startswith("pooling_mode_") and v]
-    )
-    known = {**_POOLING_FLAGS, **_POOLING_NAMES}
-    if len(chosen) != 1 or chosen[0] not in known:
-        raise UsageError(
-            f"pooling {' + '.join(chosen) or 'none'} of {folder} is not supported",
-            "use a model with mean, cls or last-token pooling",
-        )
-    mode: Any = known[chosen[0]]
-    return mode, normalize, False
-
-
-def _includes_prompt(folder: Path, modules: list[dict[str, Any]]) -> bool:
-    paths = [str(module.get("path", "")) for module in modules if _kind(module) == "Pooling"]
-    return all(read_object(folder / path / "config.json").get("include_prompt", True) for path in paths)
-
-
-def _longest(folder: Path, config: dict[str, Any], bert: dict[str, Any]) -> int:
+def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) -> int:
     tokenizer = read_object(folder / "tokenizer_config.json")
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and config.get("model_type") in _OFFSET_TYPES:
         positions -= int(config.get("pad_token_id") or 0) + 1
-    limits = [positions, bert.get("max_seq_length") or tokenizer.get("model_max_length")]
+    limits = [positions, transformer.get("max_seq_length") or tokenizer.get("model_max_length")]
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT]
     return min(known, default=512)
 
@@ -127,24 +88,8 @@ def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
     return None if config.get("is_matryoshka") else ()
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
-    data = _load(path)
-    return data if isinstance(data, dict) else {}
-
-
-def read_list(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in the list in a JSON file, as `read_object` does."""
-    data = _load(path)
-    return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", "the download may be incomplete; download the model again"
-        ) from None
+def _truncate_dim(folder: Path) -> int | None:
+    found = read_object(folder / "config_sentence_transformers.json").get("truncate_dim")
+    if found is not None and not (type(found) is int and found > 0):
+        raise UsageError(f"`truncate_dim` of {folder} is {found!r}, not a number of dimensions", "correct the file")
+    return found

@@ -154,6 +154,7 @@ class EncoderServer(ServerLifetime):
             self._spec,
             self._folder,
             self._config,
+            self._tokenizer.facts,
             info,
             self._options.truncate,
             self._edge_limits.max_body_bytes,

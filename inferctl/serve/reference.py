@@ -55,7 +55,7 @@ def reference(
     Raises `UsageError` if the folder is not a model, or the inputs are not for its task.
     """
     folder = model.find(source)
-    found = model.resolve_task(task, folder.config, source, has_modules=folder.has_modules)
+    found = model.resolve_task(task, folder, source)
     fits = {"embed": _is_input, "rerank": _is_pair, "generate": _is_prompt}[found]
     if not all(map(fits, inputs)):
         wanted = "pass texts to embed, pairs of texts to rerank, or texts and chat messages to continue"
@@ -67,12 +67,12 @@ def reference(
 
     from inferctl.serve.engines import plain
 
-    loaded = plain.load_model(folder.path, task=found)
+    loaded = plain.Reference(folder.path, config)
     document: dict[str, Any] = {"model_sha256": folder.digest}
     if isinstance(config, RerankConfig):
         pairs = pool.encode_pairs_now([pair[0] for pair in inputs], [pair[1] for pair in inputs], truncate=True)
         document["tokens"] = [len(ids) for ids, _ in pairs]
-        document["scores"] = config.scores(plain.score(loaded, pairs))[:, 0].tolist()
+        document["scores"] = config.scores(loaded.score(pairs))[:, 0].tolist()
     else:
         texts = [{"input": each} if _is_text(each) else each for each in inputs]
         selected = [config.prompts.select(*(each.get(key) for key in _PROMPT_KEYS)) for each in texts]
@@ -80,7 +80,7 @@ def reference(
             pool.encode_now([each["input"]], truncate=True, prompt=prompt)[0]
             for each, prompt in zip(texts, selected, strict=True)
         ]
-        vectors = plain.embed(loaded, sequences, config)
+        vectors = loaded.embed(sequences)
         document |= {"dimensions": int(vectors.shape[1]), "tokens": [len(ids) for ids in sequences]}
         document["embeddings"] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
     pool.close()

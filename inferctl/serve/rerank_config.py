@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from inferctl.core.errors import UsageError
-from inferctl.serve.embedding_config import input_settings, read_list, read_object
+from inferctl.serve import modules
+from inferctl.serve.embedding_config import input_settings
 from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.modules import Dense, Layer, PoolingMode, read_object
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
@@ -35,11 +37,14 @@ class RerankConfig:
     """How a cross-encoder scores a pair of texts.
 
     `max_tokens`: of a pair, with its special tokens. The default of `prompts` precedes the first text. `activation` is
-    the name of a class of torch: Sigmoid, Identity or Tanh.
+    the name of a class of torch: Sigmoid, Identity or Tanh. `pooling` and `layers` are those of `EmbeddingConfig`; the
+    last layer returns the logits. They are empty if the model of transformers has the head.
     """
 
     activation: str
     max_tokens: int
+    pooling: tuple[PoolingMode, ...] = ()
+    layers: tuple[Layer, ...] = ()
     prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
 
@@ -52,10 +57,7 @@ class RerankConfig:
 def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
     """Return the configuration of a model folder. Raises `UsageError` for a module or activation without support."""
     config = read_object(folder / "config.json")
-    if other := [m for m in read_list(folder / "modules.json") if not str(m.get("type", "")).endswith(".Transformer")]:
-        raise UsageError(
-            f"{folder} has a module {other[0].get('type')}, which is not supported", "use a model without it"
-        )
+    found = modules.read(folder, "rerank")
     name = str(
         read_object(folder / "config_sentence_transformers.json").get("activation_fn")
         or (config.get("sentence_transformers") or {}).get("activation_fn")
@@ -67,4 +69,11 @@ def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
         raise UsageError(
             f"the activation {name} of {folder} is not supported", f"use a model with {', '.join(_ACTIVATIONS)}"
         )
-    return RerankConfig(activation, **input_settings(folder, max_input_tokens))
+    pooled = found is None or found.include_prompt
+    settings = input_settings(folder, max_input_tokens, pooled=pooled)
+    if found is None:
+        return RerankConfig(activation, **settings)
+    *_, last = found.layers
+    if not isinstance(last, Dense) or last.out_features != 1:
+        raise UsageError(f"{folder} returns several scores for a pair", "use a cross-encoder with one score")
+    return RerankConfig(activation, pooling=found.pooling, layers=found.layers, **settings)

@@ -49,7 +49,7 @@ def run(
         folder = hub.fetch(source, revision, hub.Lines(source, notify))
     else:
         folder = fetch(source, revision)
-    task = model.resolve_task(spec.model.task, folder.config, source, has_modules=folder.has_modules)
+    task = model.resolve_task(spec.model.task, folder, source)
     with StopSignals() as signals:
         loop_factory = None
         with contextlib.suppress(ImportError):

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, normalizers
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
-from inferctl.serve.embedding_config import read_object
+from inferctl.serve import tokenizer_files
 from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.modules import read_object
+from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
@@ -95,13 +97,32 @@ class TokenizerPool:
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
         self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
-        tokenizer = self._tokenizer()
+        tokenizer = self._load()
+        tokenizer_files.check(folder, tokenizer)
+        self._eos = tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
+        if self._eos is not None and isinstance(config, RerankConfig):
+            raise UsageError(
+                f"{folder} asks for a token after each pair (add_eos_token), which is not supported",
+                "use another model",
+            )
+        self._local.tokenizer = self._prepared(tokenizer)
         # All ids are below it. Those of added tokens can have gaps before them.
         self.vocabulary_size = max(
             tokenizer.get_vocab_size(with_added_tokens=True),
             *(1 + id for id in tokenizer.get_added_tokens_decoder()),
             0,
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the tokenizer does to each text, for `/info`: its last special token, and lower case."""
+        tokenizer = self._tokenizer()
+        added = None if self._eos is None else tokenizer.id_to_token(self._eos)
+        return {
+            "eos": added or tokenizer_files.eos(tokenizer),
+            "eos_added_by": "add_eos_token" if added else "tokenizer.json" if tokenizer_files.eos(tokenizer) else None,
+            "lower_case": tokenizer_files.lowers_case(tokenizer),
+        }
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
@@ -166,7 +187,8 @@ class TokenizerPool:
             if encoding.overflowing:
                 self._allow_truncation(index, truncate)
                 truncated += 1
-            rows.append(_not_empty(_ids(encoding), index))
+            ids = _ids(encoding) if self._eos is None else np.append(_ids(encoding), np.int32(self._eos))
+            rows.append(_not_empty(ids, index))
         self._on_truncated(truncated)
         return rows
 
@@ -235,7 +257,7 @@ class TokenizerPool:
 
         Tokenizes longer and longer heads of a long text. Raises `InputError` if `_MAX_HEAD` is insufficient.
         """
-        texts = [(prompt + text).lower() if self._config.lower_case else prompt + text for text in texts]
+        texts = [prompt + text for text in texts]
         shortest = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * self._config.max_tokens)
         step, largest = max(1, _BATCH_CHARACTERS // shortest), max(_MAX_HEAD, 4 * shortest)
         for start in range(0, len(texts), step):
@@ -278,15 +300,23 @@ class TokenizerPool:
     def _tokenizer(self) -> Tokenizer:
         tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)
         if tokenizer is None:
-            try:
-                tokenizer = Tokenizer.from_file(str(self._file))
-            except Exception as error:  # noqa: BLE001  # the library raises bare Exception
-                raise UsageError(
-                    f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
-                ) from None
-            tokenizer.no_padding()
-            tokenizer.enable_truncation(self._config.max_tokens)
-            self._local.tokenizer = tokenizer
+            tokenizer = self._local.tokenizer = self._prepared(self._load())
+        return tokenizer
+
+    def _load(self) -> Tokenizer:
+        try:
+            return Tokenizer.from_file(str(self._file))
+        except Exception as error:  # noqa: BLE001  # the library raises bare Exception
+            raise UsageError(
+                f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
+            ) from None
+
+    def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self._config.max_tokens - (self._eos is not None))
+        if self._config.lower_case:  # unlike `str.lower`, it leaves special tokens in a text as they are
+            steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
+            tokenizer.normalizer = normalizers.Sequence(steps)
         return tokenizer
 
 

@@ -163,5 +163,5 @@ def _clusters(rows: list[dict[str, Any]]) -> tuple[Cluster, ...]:
 
 def _source(spec: Spec) -> SpecSource:
     size = GENERATE_SIZE if spec.model.task == "generate" else EMBED_SIZE
-    task = model.resolve_task(spec.model.task, size.config, spec.model.source, has_modules=size.has_modules)
+    task = model.resolve_task(spec.model.task, size, spec.model.source)
     return SpecSource(spec, Path(), size, task)

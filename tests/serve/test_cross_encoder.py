@@ -53,7 +53,7 @@ def engine_for(folder: Path, precision: str) -> tuple[Any, Any]:
 def reference(folder: Path, pairs: list[Pair]) -> Vectors:
     from inferctl.serve.engines import plain
 
-    return plain.score(plain.load_model(folder, task="rerank"), pairs)
+    return plain.Reference(folder, rerank_config.read(folder)).score(pairs)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "modernbert", "electra"])

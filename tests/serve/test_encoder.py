@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,8 +17,10 @@ import pytest
 
 from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.serve import embedding_config
+from inferctl.serve import embedding_config, rerank_config
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Tokens, Vectors
+from inferctl.serve.modules import Normalize
 from tests.serve import tiny_models
 
 EXACT = {
@@ -50,7 +50,7 @@ def batch(rows: list[Tokens]) -> Batch:
 def plain(folder: Path, rows: list[Tokens]) -> Vectors:
     from inferctl.serve.engines import plain
 
-    return plain.embed(plain.load_model(folder), rows, embedding_config.read(folder))
+    return plain.Reference(folder, embedding_config.read(folder)).embed(rows)
 
 
 @pytest.mark.parametrize("architecture", tiny_models.TINY)
@@ -166,41 +166,13 @@ def test_rows_with_nan_are_marked(tiny: Any) -> None:
     assert engine.run(batch(rows)).ok.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        (
-            "modules.json",
-            [{"path": "", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}],
-            "a Dense module",
-        ),
-        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling pooling_mode_max_tokens of"),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            "is not supported",
-        ),
-    ],
-)
-def test_an_unsupported_module_or_pooling_is_an_error(
-    minilm: Path, tmp_path: Path, file: str, content: Any, message: str
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / file).write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=message):
-        embedding_config.read(folder)
-
-
 def test_the_embedding_configuration_is_read_from_the_model_folder(minilm: Path, tmp_path: Path) -> None:
-    assert embedding_config.read(minilm) == embedding_config.EmbeddingConfig("mean", normalize=True, max_tokens=256)
+    assert embedding_config.read(minilm) == EmbeddingConfig(("mean",), 256, (Normalize(),))
     assert embedding_config.read(minilm, max_input_tokens=64).max_tokens == 64
     (tmp_path / "config.json").write_text(
         '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
     )
-    assert embedding_config.read(tmp_path) == embedding_config.EmbeddingConfig(
-        "mean", normalize=False, max_tokens=512, assumed=True
-    )
+    assert embedding_config.read(tmp_path) == EmbeddingConfig(("mean",), 512, assumed=True)
 
 
 @pytest.mark.gpu
@@ -454,8 +426,8 @@ def test_a_decoder_that_scores_pairs_keeps_no_keys_and_values(tmp_path: Path, mo
 
     monkeypatch.delattr(transformers.DynamicCache, "__init__")
     folder = tiny_models.make_cross_encoder(tmp_path, "qwen3")
-    model = reference.load_model(folder, task="rerank")
-    assert reference.score(model, [(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)
+    model = reference.Reference(folder, rerank_config.read(folder))
+    assert model.score([(np.array([5, 6, 7], dtype=np.int32), 2)]).shape == (1, 1)
 
 
 def test_a_gpu_warms_up_on_the_thread_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def reference(folder: Path) -> Any:
 
 
 def make(folder: Path, limit: int, **options: Any) -> TokenizerPool:
-    return TokenizerPool(folder, EmbeddingConfig("mean", True, limit), **options)
+    return TokenizerPool(folder, EmbeddingConfig(("mean",), limit), **options)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_pair_without_any_token_is_rejected(minilm: Path, tmp_path: Path) -> N
 
 def test_the_prompt_precedes_the_query(minilm: Path) -> None:
     prompts = Prompts({"query": "Query: "}, "query")
-    pool = TokenizerPool(minilm, EmbeddingConfig("mean", True, 64, prompts=prompts, lower_case=True))
+    pool = TokenizerPool(minilm, EmbeddingConfig(("mean",), 64, prompts=prompts, lower_case=True))
     plain = make(minilm, 64)
     found = pool.encode_pairs_now("A River", ["A Rock"], truncate=True)
     expected = plain.encode_pairs_now("query: a river", ["a rock"], truncate=True)

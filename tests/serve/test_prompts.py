@@ -109,7 +109,8 @@ def test_requests_tokenize_and_compute_what_sentence_transformers_does(folder: A
     from inferctl.serve.engines import plain
 
     path = folder(**MODELS[model])
-    config, weights = embedding_config.read(path), plain.load_model(path)
+    config = embedding_config.read(path)
+    model_reference = plain.Reference(path, config)
     pool = TokenizerPool(path, config)
     rejected = []
     for request, method, arguments in REQUESTS:
@@ -130,7 +131,7 @@ def test_requests_tokenize_and_compute_what_sentence_transformers_does(folder: A
         ids, vectors = oracle(MODELS[model], method, arguments)
         rows = pool.encode_now(TEXTS, truncate=True, prompt=prompt)
         assert [row.tolist() for row in rows] == ids, request
-        np.testing.assert_allclose(plain.embed(weights, rows, config), vectors, atol=1e-5, err_msg=str(request))
+        np.testing.assert_allclose(model_reference.embed(rows), vectors, atol=1e-5, err_msg=str(request))
     assert ({"prompt_name": "QUERY"} in rejected) and len(rejected) < len(REQUESTS) / 2
 
 

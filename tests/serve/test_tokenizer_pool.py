@@ -86,7 +86,7 @@ def test_only_the_start_of_a_huge_text_is_tokenized(pool: TokenizerPool, tokeniz
 
 
 def test_long_texts_are_not_all_tokenized_in_one_call(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, sizes = TokenizerPool(minilm, EmbeddingConfig("mean", True, 8192)), []
+    pool, sizes = TokenizerPool(minilm, EmbeddingConfig(("mean",), 8192)), []
     encode = pool._encode
 
     def spy(texts: list[str], special: bool) -> object:

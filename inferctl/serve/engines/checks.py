@@ -53,13 +53,13 @@ class Checks:
         if isinstance(config, EmbeddingConfig):
             self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))
             if small:
-                self.expected = plain.embed(plain.load_model(folder.path), self.texts.ids, config)
+                self.expected = plain.Reference(folder.path, config).embed(self.texts.ids)
         else:
             # Some texts are paired with themselves, so that not all scores are low.
             pairs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
             self.texts = Sequences.of_pairs(pairs)
             if small:
-                self.expected = plain.score(plain.load_model(folder.path, task="rerank"), pairs)
+                self.expected = plain.Reference(folder.path, config).score(pairs)
         pool.close()
         self.description = f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
         if small:
@@ -114,6 +114,8 @@ class Checks:
             message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}
             raise UsageError(message, hints.get(effective, "use `--precision bf16` or `--precision fp32`"))
+        if len({ids.tobytes() for ids in self.texts.ids}) > 1 and not np.ptp(results, axis=0).any():
+            raise UsageError("the model returns the same result for all check texts", "check the weights of the model")
         fields: dict[str, Any] = {"dimensions": results.shape[1], "check": self.description}
         if self.expected is None:
             return fields, None
@@ -158,10 +160,13 @@ class Checks:
         return np.concatenate([self._run_in_parts(forward, sequences.take(part)) for part in parts])
 
     def _errors(self, results: Vectors, expected: Vectors) -> Vectors:
-        """Return for each row 1 - its cosine with the expected one, or the error of logits, relative to the largest."""
+        """Return for each row its distance to the expected one, or the error of logits, relative to the largest.
+
+        The distance of vectors of equal length is 1 - cosine. A wrong length adds to it.
+        """
         if self._rerank:
             relative: Vectors = np.abs(results - expected).max(axis=1) / max(1e-12, float(np.abs(expected).max()))
             return relative
         norms = np.linalg.norm(results, axis=1) * np.linalg.norm(expected, axis=1)
-        distances: Vectors = 1 - (results * expected).sum(axis=1) / np.maximum(norms, 1e-12)
+        distances: Vectors = ((results - expected) ** 2).sum(axis=1) / np.maximum(2 * norms, 1e-12)
         return distances

@@ -134,6 +134,7 @@ class EncoderEngine:
             batch_tokens=batch_tokens,
             parallel=parallel,
             vocabulary_size=forward.vocabulary_size,
+            causal=forward.causal,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,

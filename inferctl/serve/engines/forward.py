@@ -15,6 +15,7 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Tokens, Vectors
 from inferctl.serve.engines import int8, onednn, packed, plain
 from inferctl.serve.engines.head import Head
+from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
 
@@ -61,7 +62,8 @@ class Forward:
 
     It returns vectors with an `EmbeddingConfig`, and the logits of a cross-encoder with a `RerankConfig`.
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
-    `vocabulary_size`: rows of the input embeddings. `warning`: what makes this model slower than it should be, or None.
+    `vocabulary_size`: rows of the input embeddings. `causal`: whether tokens attend only to those before them.
+    `warning`: what makes this model slower than it should be, or None.
     """
 
     def __init__(
@@ -77,13 +79,15 @@ class Forward:
     ) -> None:
         self.max_tokens, self.batch_tokens, self.packed = config.max_tokens, batch_tokens, False
         self._device, self._dtype, self._varlen = device, dtype, varlen
-        if isinstance(config, EmbeddingConfig):
-            model = plain.load_model(folder, dtype)
-            self._head, self._pooling, self._normalize = None, config.pooling, config.normalize
-        else:
+        head: Head | None = None
+        if config.pooling:
+            model, self._pooling = plain.load_model(folder, dtype), config.pooling
+        else:  # the model of transformers has the head
             model = plain.load_model(folder, dtype, task="rerank")
-            self._head = Head(model, device)
-            self._pooling, self._normalize = self._head.pooling, False
+            head = Head(model, device)
+            self._pooling = (head.pooling,)
+        self._head, self._layers = head, Layers(folder, config.layers).to(device)
+        self._dimensions = config.truncate_dim if isinstance(config, EmbeddingConfig) else None
         encoder = model.base_model
         self.vocabulary_size = int(encoder.get_input_embeddings().num_embeddings)
         pooler, encoder.pooler = getattr(encoder, "pooler", None), None  # part of the head
@@ -101,11 +105,15 @@ class Forward:
         self._first_position = int(embeddings.padding_idx) + 1 if offset and embeddings is not None else 0
         self._padding_id = int(model.config.pad_token_id or 0)
         self._has_segments = plain.has_segments(model)
+        self._padded_attention = plain.attention(model)
+        self.causal = getattr(model.config, "is_causal", True) is not False and any(
+            getattr(module, "is_causal", False) is True for module in encoder.modules()
+        )
 
     def pack(self, on: bool = True) -> None:
         """Use packed attention, or padded attention if not `on`."""
         packed.register()
-        self._model.set_attn_implementation(packed.NAME if on else "sdpa")
+        self._model.set_attn_implementation(packed.NAME if on else self._padded_attention)
         self.packed = on
 
     @torch.inference_mode()
@@ -118,8 +126,7 @@ class Forward:
         else:
             parts = split(ordered.lengths, self.batch_tokens)
             rows = torch.cat([self._run_padded(ordered.take(part)) for part in parts])
-        if self._normalize:
-            rows = torch.nn.functional.normalize(rows, dim=1)
+        rows = self._layers(rows)[:, : self._dimensions]
         out = np.empty(rows.shape, dtype=np.float32)
         out[order] = rows.cpu().numpy()
         return out
@@ -129,10 +136,10 @@ class Forward:
         total = sum(lengths)
         padding = np.zeros(onednn.round_up_rows(total) - total if self._uses_onednn else 0, dtype=np.int64)
         within = np.concatenate([*(np.arange(n) for n in lengths), padding])
-        inputs = {
-            "input_ids": np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64),
-            "position_ids": within + self._first_position,
-        }
+        ids = np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64)
+        if self._first_position and (ids[:total] == self._first_position - 1).any():
+            within = _places_without(ids == self._first_position - 1, within)
+        inputs = {"input_ids": ids, "position_ids": within + self._first_position}
         if self._has_segments and sequences.second_starts is not None:
             inputs["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])
         layout = (
@@ -142,13 +149,7 @@ class Forward:
         )
         on_device = {name: self._to_device(values)[None] for name, values in inputs.items()}
         hidden: torch.Tensor = self._encoder(**on_device, layout=layout).last_hidden_state[0, :total]
-        counts = self._to_device(np.array(lengths))
-        if self._pooling == "mean":
-            # Summed in fp32, because the 8 bits of bf16 are too few for a long sum.
-            rows = torch.segment_reduce(hidden.float(), "mean", lengths=counts, unsafe=True)
-        else:
-            ends = counts.cumsum(0)
-            rows = hidden[ends - counts if self._pooling == "cls" else ends - 1].float()
+        rows = pool(hidden, self._to_device(np.array(lengths)), self._pooling)
         return rows if self._head is None else self._head(rows)
 
     def _run_padded(self, sequences: Sequences) -> torch.Tensor:
@@ -164,16 +165,22 @@ class Forward:
         if self._head is not None:  # the whole cross-encoder has its own head
             logits: torch.Tensor = outputs.logits.float()
             return logits
-        hidden: torch.Tensor = outputs.last_hidden_state.float()
-        counts = self._to_device(lengths)
-        if self._pooling == "mean":
-            return (hidden * on_device["attention_mask"][..., None]).sum(dim=1) / counts[:, None]
-        last = counts - 1
-        index = torch.arange(len(last), device=self._device)
-        return hidden[index, torch.zeros_like(last) if self._pooling == "cls" else last]
+        tokens = self._to_device(np.flatnonzero(real))
+        hidden: torch.Tensor = outputs.last_hidden_state.flatten(0, 1).index_select(0, tokens)
+        return pool(hidden, self._to_device(lengths), self._pooling)
 
     def _to_device(self, values: Integers) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integers:
+    """Return the places of tokens in their sequences (`within`), without padding tokens, whose place is -1.
+
+    RoBERTa-like models number positions like this, so that a text with the padding token has it in the middle.
+    """
+    real = np.cumsum(~padding)
+    before = (real - ~padding)[np.arange(len(within)) - within]  # of the sequence, counted at its first token
+    return np.where(padding, -1, real - before - 1)
 
 
 def split(lengths: list[int], batch_tokens: int) -> Iterator[range]:

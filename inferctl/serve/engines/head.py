@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from inferctl.serve.embedding_config import Pooling
+from inferctl.serve.modules import PoolingMode
 
 
 class _Pooled(torch.nn.Module):
@@ -40,7 +40,7 @@ class Head:
             for name, child in model.named_children()
         }
         self._model.float().to(device)
-        self.pooling: Pooling = "cls"
+        self.pooling: PoolingMode = "cls"
         if hasattr(model, "score"):  # decoders
             self.pooling = "last"
         elif getattr(model.config, "classifier_pooling", None) == "mean":  # ModernBERT

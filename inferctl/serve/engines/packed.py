@@ -21,6 +21,8 @@ TOO_OLD = "variable-length attention needs torch"  # the start of a reason for p
 # On a CPU only attention is padded, to multiples of this: torch's softmax is three times slower on lengths that are not
 # multiples of a vector register, and fewer lengths need fewer calls.
 _BUCKET_STEP = 16
+# What transformers adds to the scores of some architectures: T5's distances, sinks of attention.
+_NOT_COMPUTED = ("position_bias", "s_aux")
 # Buckets keep the scores of all their sequences in memory. The fused kernel does not, and is better above this length.
 _MAX_BUCKET_LENGTH = 512
 
@@ -103,16 +105,23 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     layout: Layout | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return the attention, with the signature of transformers: [1, heads, tokens, size] -> [1, tokens, heads, size].
 
-    Raises `ValueError` without a layout.
+    Raises `ValueError` without a layout, and for what it does not compute.
     """
     if layout is None:
         raise ValueError("the architecture does not pass the packed layout to its attention")
-    causal = bool(getattr(module, "is_causal", False))
+    if named := [name for name in _NOT_COMPUTED if others.get(name) is not None]:
+        raise ValueError(f"packed attention does not compute {named[0]}")
+    # transformers passes `is_causal` of config.json, and then ignores that of the module.
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     if layout.offsets is not None:
+        if softcap is not None:
+            raise ValueError("variable-length attention has no soft cap")
         return _varlen(query, key, value, layout, scaling, causal, sliding_window), None
     size = query.shape[3]
     q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))
@@ -124,7 +133,7 @@ def attention(
     for first, count, length, mask in layout.groups:
         rows = slice(first, first + count * length)
         a, b, c = (t[rows].view(count, length, -1, size).transpose(1, 2) for t in (q, k, v))
-        result = _attend(a, b, c, mask, scaling, causal, sliding_window)
+        result = _attend(a, b, c, mask, scaling, causal, sliding_window, softcap)
         out[rows].view(count, length, -1, size).copy_(result.transpose(1, 2))
     if layout.collect is not None:
         out = out.index_select(0, layout.collect)
@@ -139,16 +148,22 @@ def _attend(
     scaling: float | None,
     causal: bool,
     window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Return the attention of sequences of equal length: [sequences, heads, length, size]."""
     length, size = q.shape[2:]
     grouped, windowed = q.shape[1] != k.shape[1], window is not None and length > window
-    if windowed or (causal and mask is not None):
+    if windowed or (causal and (mask is not None or softcap is not None)):
         distance = torch.arange(length)[:, None] - torch.arange(length)
         reach = window if windowed and window is not None else length
         hidden = (distance >= reach) | (distance < 0 if causal else distance <= -reach)
         mask = (torch.zeros(1, dtype=q.dtype) if mask is None else mask).masked_fill(hidden, float("-inf"))
         causal = False
+    if softcap is not None:
+        if grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        scores = softcap * torch.tanh(torch.matmul(q, k.transpose(2, 3)).float() * (scaling or size**-0.5) / softcap)
+        return torch.matmul((scores if mask is None else scores + mask).softmax(dim=-1).to(v.dtype), v)
     if q.dtype == torch.bfloat16 and length <= _MAX_BUCKET_LENGTH and not (grouped or causal):
         # On CPUs this is faster than the fused kernel for the usual lengths of encoders.
         scores = torch.matmul(q * (size**-0.5 if scaling is None else scaling), k.transpose(2, 3))

@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import transformers
 
 from inferctl.config.spec import Task
-from inferctl.serve.embedding_config import EmbeddingConfig, Pooling
+from inferctl.core.errors import UsageError
+from inferctl.serve import architecture
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
+from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
+from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
+
+# Types with a decoder, which `AutoModel` would load with random weights if the folder has only the encoder.
+_WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
@@ -22,13 +31,32 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     Raises `UsageError` as `weights.load` does.
     """
     silence_libraries()
-    from transformers import AutoModel, AutoModelForSequenceClassification
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
-    model = weights.load(AutoModelForSequenceClassification if task == "rerank" else AutoModel, folder, task, dtype)
+    settings, options = architecture.native_config(folder), dict[str, Any]()
+    if settings != read_object(folder / "config.json"):
+        kind = settings.get("model_type", "")
+        if kind not in CONFIG_MAPPING:
+            raise UsageError(
+                f"transformers {transformers.__version__} does not know {kind}", "use a newer transformers"
+            )
+        options["config"] = CONFIG_MAPPING[kind].from_dict(settings)
+    auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
+    if task == "rerank":
+        auto = AutoModelForSequenceClassification
+    model = weights.load(auto, folder, task, dtype, **options)
+    if attention(model) == "eager":
+        model.set_attn_implementation("eager")
     if task == "embed" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # sentence embeddings do not use it
     model.config.use_cache = False  # there is no next token, for which a decoder would keep all keys and values
     return model
+
+
+def attention(model: Any) -> str:
+    """Return the attention of transformers that computes this model exactly, with padding."""
+    # torch's own attention leaves out the soft cap of scores.
+    return "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def silence_libraries() -> None:
@@ -42,36 +70,74 @@ def silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def pool(hidden: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+class Reference:
+    """A model folder with one sequence at a time, in formulas that share no code with `pooling` and `Forward`.
+
+    It shares the configuration of the folder and the model of transformers with them, so errors in those do not show.
+    """
+
+    def __init__(self, folder: Path, config: TaskConfig) -> None:
+        """Raises `UsageError` as `load_model` does."""
+        self._folder, self._config = folder, config
+        task: Task = "embed" if config.pooling else "rerank"
+        self._model = load_model(folder, task=task)
+
+    @torch.inference_mode()
+    def embed(self, sequences: list[Tokens]) -> Vectors:
+        """Return float32 [sequences, dimensions]. Each sequence is a forward of its own with a mask of attention."""
+        assert isinstance(self._config, EmbeddingConfig)
+        return np.stack([self._vector({"input_ids": ids})[: self._config.truncate_dim] for ids in sequences])
+
+    @torch.inference_mode()
+    def score(self, pairs: list[Pair]) -> Vectors:
+        """Return the logits of a cross-encoder: float32 [pairs, labels]. Each pair is a forward of its own."""
+        rows = []
+        for ids, second_start in pairs:
+            inputs = {"input_ids": ids}
+            if has_segments(self._model):
+                inputs["token_type_ids"] = np.arange(len(ids)) >= second_start
+            rows.append(self._vector(inputs) if self._config.pooling else self._run(inputs).logits[0].float().numpy())
+        return np.stack(rows)
+
+    def _run(self, inputs: dict[str, npt.NDArray[Any]]) -> Any:
+        given = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in inputs.items()}
+        return self._model(**given, attention_mask=torch.ones_like(given["input_ids"]))
+
+    def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
+        states = self._run(inputs).last_hidden_state[0].double().numpy()
+        vector = np.concatenate([_pooled(states, mode) for mode in self._config.pooling])
+        for layer in self._config.layers:
+            vector = _applied(self._folder, layer, vector)
+        return vector.astype(np.float32)
+
+
+def _pooled(states: npt.NDArray[np.float64], mode: PoolingMode) -> npt.NDArray[np.float64]:
     """Return the pooled vector of one sequence: [tokens, dimensions] -> [dimensions]."""
-    if pooling == "cls":
-        return hidden[0]
-    return hidden[-1] if pooling == "last" else hidden.mean(dim=0)
+    count = len(states)
+    places = np.arange(1, count + 1)
+    weights_by_mode = {
+        "cls": places == 1,
+        "last": places == count,
+        "mean": np.full(count, 1 / count),
+        "mean_sqrt_len": np.full(count, count**-0.5),
+        "weightedmean": places / places.sum(),
+    }
+    found: npt.NDArray[np.float64] = states.max(axis=0) if mode == "max" else weights_by_mode[mode] @ states
+    return found
 
 
-@torch.inference_mode()
-def embed(model: Any, sequences: list[Tokens], config: EmbeddingConfig) -> Vectors:
-    """Return float32 [sequences, dimensions]. Each sequence is a forward of its own with an explicit attention mask."""
-    rows = []
-    for ids in sequences:
-        tokens = torch.from_numpy(ids.astype(np.int64))[None]
-        hidden = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[0].float()
-        vector = pool(hidden, config.pooling)
-        rows.append(torch.nn.functional.normalize(vector, dim=0) if config.normalize else vector)
-    return torch.stack(rows).numpy()
-
-
-@torch.inference_mode()
-def score(model: Any, pairs: list[Pair]) -> Vectors:
-    """Return the logits of a cross-encoder: float32 [pairs, labels]. Each pair is a forward of its own."""
-    rows = []
-    for ids, second_start in pairs:
-        tokens = torch.from_numpy(ids.astype(np.int64))[None]
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if has_segments(model):
-            inputs["token_type_ids"] = (torch.arange(len(ids)) >= second_start).long()[None]
-        rows.append(model(**inputs).logits[0].float())
-    return torch.stack(rows).numpy()
+def _applied(folder: Path, layer: Layer, vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if not isinstance(layer, Dense | LayerNorm):
+        return vector / max(1e-12, float(np.linalg.norm(vector)))
+    stored = {name: tensor.double().numpy() for name, tensor in weights.of_module(folder, layer.folder).items()}
+    if isinstance(layer, LayerNorm):
+        centered = (vector - vector.mean()) / np.sqrt(vector.var() + 1e-5)
+        return np.asarray(centered * stored["norm.weight"] + stored["norm.bias"])
+    linear = stored["linear.weight"] @ vector + stored.get("linear.bias", 0)
+    result = getattr(torch.nn, layer.activation)()(torch.from_numpy(linear)).numpy()
+    if layer.residual:
+        result = result + (stored["residual.weight"] @ vector if "residual.weight" in stored else vector)
+    return np.asarray(result)
 
 
 def has_segments(model: Any) -> bool:

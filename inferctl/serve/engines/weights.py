@@ -16,6 +16,7 @@ import torch
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder
+from inferctl.serve import modules
 from inferctl.serve.engine_process import failures
 
 _BUFFERS = (
@@ -86,6 +87,31 @@ def load(auto: Any, folder: Path, task: Task, dtype: torch.dtype, **options: Any
     _check_names(folder, task, found)
     _check_values(folder, model)
     return model.eval()
+
+
+def of_module(folder: Path, path: str) -> dict[str, torch.Tensor]:
+    """Return the weights, in fp32, in the folder `path` of a module of sentence-transformers, such as `2_Dense`.
+
+    Raises `UsageError` if there are none, or if they have NaN, infinity or 8-bit numbers.
+    """
+    from safetensors.torch import load_file
+
+    file = modules.inside(folder, f"{path}/model.safetensors")
+    if not file.is_file():
+        pickled = (folder / path / "pytorch_model.bin").is_file()
+        raise UsageError(
+            f"{folder / path} has no model.safetensors" + (" (only pickled weights, which can run code)" * pickled),
+            "save the model with `SentenceTransformer(folder).save(folder)`" if pickled else _HINT,
+        )
+    try:
+        found = load_file(file)
+    except Exception as error:  # noqa: BLE001  # the library raises its own exceptions
+        raise UsageError(f"{file} cannot be read: {error}", _HINT) from None
+    if unreadable := [name for name, values in found.items() if not values.is_floating_point() or values.itemsize < 2]:
+        raise UsageError(f"{file} has numbers that are not fp32, bf16 or fp16: {_listed(unreadable)}", _HINT)
+    if bad := [name for name, values in found.items() if not torch.isfinite(values).all()]:
+        raise UsageError(f"weights of {folder / path} have NaN or infinity: {_listed(bad)}", _HINT)
+    return {name: values.float() for name, values in found.items()}
 
 
 def _check_numbers(folder: Path) -> None:

@@ -1,0 +1,271 @@
+"""The modules of a model folder in the layout of sentence-transformers. Read without torch.
+
+`modules.json` lists them in the order in which they run. The first one, Transformer, has its files in the folder
+itself, and each other one has a folder of its own. Old and new releases of the library write different packages of the
+same classes, so the last part of a type decides.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from inferctl.config.spec import Task
+from inferctl.core.errors import UsageError
+
+PoolingMode: TypeAlias = Literal["cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last"]
+
+# In the order in which the old flags are concatenated.
+_FLAGS: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "last",
+}
+_MODES: dict[str, PoolingMode] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weightedmean",
+    "lasttoken": "last",
+}
+# Classes of torch without parameters that map each number of a vector. Dense has one of them.
+ACTIVATIONS = frozenset(
+    {"ELU", "GELU", "Hardtanh", "Identity", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid"}
+    | {"Softplus", "Softsign", "Tanh"}
+)
+# The files that hold the settings of Transformer: the newest name first.
+_SETTINGS_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_PACKAGE = "sentence_transformers"
+_HINT = "use a model with Transformer, Pooling, Dense, LayerNorm and Normalize modules"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear layer with an activation, and optionally its input, projected if the sizes differ, added to the result.
+
+    `folder`: of its weights, relative to the model folder. `activation`: a class of `torch.nn`.
+    """
+
+    folder: str
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str
+    residual: bool
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """Layer normalization with learned weights. `folder` is that of `Dense`."""
+
+    folder: str
+    dimension: int
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Division by the L2 norm."""
+
+
+Layer: TypeAlias = Dense | LayerNorm | Normalize
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What happens to the token vectors of the transformer.
+
+    `pooling`: modes whose vectors are concatenated. `include_prompt`: whether the tokens of the prompt are pooled.
+    `layers`: applied to the pooled vector, in order.
+    """
+
+    pooling: tuple[PoolingMode, ...]
+    include_prompt: bool = True
+    layers: tuple[Layer, ...] = ()
+
+
+def read(folder: Path, task: Task) -> Modules | None:
+    """Return the modules of a model folder; None if it lists none, or if the transformer alone computes the task.
+
+    Raises `UsageError` for what `task` does not compute: other modules, and other settings of modules.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    entries = _entries(folder)
+    names = [name for name, _ in entries]
+    _check_transformer(folder, entries, task)
+    if task == "rerank" and len(entries) == 1:
+        return None
+    if names[1:2] != ["Pooling"]:
+        found = f"no Pooling module after Transformer, but {names[1]}" if names[1:] else "no Pooling module"
+        raise UsageError(f"{folder} has {found}: its vectors are those of tokens", _HINT)
+    layers = tuple(_layer(folder, name, path) for name, path in entries[2:])
+    _check_outputs(folder, entries, task)
+    pooling, include_prompt = _pooling(folder, entries[1][1])
+    return Modules(pooling, include_prompt, layers)
+
+
+def transformer_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of the settings file of Transformer, under the name of any release; empty without one."""
+    return next((read_object(folder / name) for name in _SETTINGS_FILES if (folder / name).is_file()), {})
+
+
+def inside(folder: Path, path: str) -> Path:
+    """Return the file or folder `path` of a model folder. Raises `UsageError` if it is not inside.
+
+    A file may be a link into the `blobs` of the hub's cache, which keeps them next to the snapshots.
+    """
+    target, root = folder / path, folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    found = target.resolve()
+    hub = root.parent.name == "snapshots" and found.parent == blobs and found.is_file()
+    if Path(path).is_absolute() or ".." in Path(path).parts or not (found.is_relative_to(root) or hub):
+        raise UsageError(f"{folder} names {path}, which is outside of it", "use a model whose files are in its folder")
+    return target
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
+    data = _load(path)
+    return data if isinstance(data, dict) else {}
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} cannot be read: {error}", "the download may be incomplete; download the model again"
+        ) from None
+
+
+def _entries(folder: Path) -> list[tuple[str, str]]:
+    """Return class name and folder of each module."""
+    listed = _load(folder / "modules.json")
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
+        raise UsageError(f"{folder / 'modules.json'} is not a list of modules", "download the model again")
+    entries = []
+    for entry in listed:
+        package, _, name = str(entry.get("type", "")).rpartition(".")
+        if package.partition(".")[0] != _PACKAGE:
+            raise UsageError(
+                f"{folder} has a module {entry.get('type')}, whose code is not that of {_PACKAGE}",
+                "code of a model is not run; " + _HINT,
+            )
+        path = str(entry.get("path", ""))
+        inside(folder, path)
+        entries.append((name, path))
+    return entries
+
+
+def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task) -> None:
+    (name, path), *_ = entries
+    if name != "Transformer":
+        raise UsageError(f"{folder} has a {name} module first, which is not supported", _HINT)
+    if path not in ("", "."):
+        raise UsageError(
+            f"the Transformer module of {folder} is in {path}", "move its files into the model folder, with path ''"
+        )
+    settings = transformer_settings(folder)
+    tasks = {"feature-extraction", "sequence-classification"} if task == "rerank" else {"feature-extraction"}
+    if (found := settings.get("transformer_task", "feature-extraction")) not in tasks:
+        raise UsageError(f"the transformer of {folder} is made for {found}, not for {task}", "use another model")
+    if "message" in (settings.get("modality_config") or {}):
+        raise UsageError(
+            f"{folder} renders each text with a chat template, which is not supported", "use a model for plain text"
+        )
+    method = (settings.get("modality_config") or {}).get("text") or {}
+    if task == "embed" and (
+        method.get("method", "forward") != "forward"
+        or method.get("method_output_name", "last_hidden_state") != "last_hidden_state"
+    ):
+        raise UsageError(f"{folder} takes {method} of its transformer, which is not supported", "use another model")
+    output = settings.get("module_output_name") or "token_embeddings"
+    if task == "embed" and output != "token_embeddings":
+        raise UsageError(f"the transformer of {folder} returns {output}, not token_embeddings", "use another model")
+
+
+def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> None:
+    """Raise `UsageError` unless each Dense continues with the vector, and the last one of a cross-encoder scores it."""
+    for index, (name, path) in enumerate(entries):
+        if name != "Dense":
+            continue
+        settings = _settings(folder, path)
+        source = settings.get("module_input_name") or "sentence_embedding"
+        target = settings.get("module_output_name") or source
+        last = task == "rerank" and index == len(entries) - 1
+        if (source, target) != ("sentence_embedding", "scores" if last else "sentence_embedding"):
+            raise UsageError(
+                f"the Dense module in {path} of {folder} turns {source} into {target}", "use another model"
+            )
+    if task == "rerank" and entries[-1][0] != "Dense":
+        raise UsageError(f"the modules of {folder} return no scores", "use a cross-encoder whose last module is Dense")
+
+
+def _settings(folder: Path, path: str) -> dict[str, Any]:
+    return read_object(inside(folder, f"{path}/config.json"))
+
+
+def _pooling(folder: Path, path: str) -> tuple[tuple[PoolingMode, ...], bool]:
+    config = _settings(folder, path)
+    if not {"embedding_dimension", "word_embedding_dimension"} & config.keys():
+        raise UsageError(f"{folder / path} has no configuration of a Pooling module", "download the model again")
+    chosen = config.get("pooling_mode")
+    unknown = [flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on and flag not in _FLAGS]
+    if chosen is None:
+        names = [name for name in _FLAGS if config.get(name)] or ["pooling_mode_mean_tokens"]
+        modes = [_FLAGS[name] for name in names]
+    else:
+        listed = chosen if isinstance(chosen, list) else [chosen]
+        unknown = [str(mode) for mode in listed if mode not in _MODES]
+        modes = [_MODES[mode] for mode in listed if mode in _MODES]
+    if unknown or not modes:
+        raise UsageError(
+            f"pooling {' + '.join(unknown) or 'none'} of {folder} is not supported",
+            f"use a model with {', '.join(sorted(set(_MODES.values())))}",
+        )
+    return tuple(modes), config.get("include_prompt") is not False
+
+
+def _layer(folder: Path, name: str, path: str) -> Layer:
+    if name == "Normalize":
+        return Normalize()
+    settings = _settings(folder, path)
+    try:
+        if name == "LayerNorm":
+            return LayerNorm(path, int(settings["dimension"]))
+        if name == "Dense":
+            return Dense(
+                path,
+                int(settings["in_features"]),
+                int(settings["out_features"]),
+                bool(settings.get("bias", True)),
+                _activation(folder, settings),
+                bool(settings.get("use_residual", False)),
+            )
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"{folder / path / 'config.json'} has no sizes of a {name} module", "download the model again"
+        ) from None
+    raise UsageError(f"{folder} has a {name} module, which is not supported", _HINT)
+
+
+def _activation(folder: Path, settings: dict[str, Any]) -> str:
+    named = str(settings.get("activation_function", "torch.nn.Tanh"))
+    package, _, name = named.rpartition(".")
+    if name not in ACTIVATIONS or package not in ("torch.nn", "torch.nn.modules.activation", "torch.nn.modules.linear"):
+        raise UsageError(
+            f"the activation {named} of a Dense module of {folder} is not supported",
+            f"use a model with one of {', '.join(sorted(ACTIVATIONS))}",
+        )
+    return name

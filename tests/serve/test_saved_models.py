@@ -1,0 +1,590 @@
+"""Model folders compute what sentence-transformers computes with them, from raw text, or they do not start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+
+from inferctl.core.errors import UsageError
+from inferctl.serve import task_config
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.serve.reference import reference
+from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.tokenizer_pool import TokenizerPool
+from tests.serve import saved_models
+from tests.serve.saved_models import TEXTS, WIDTH, Modules
+
+
+def pooled(*modes: str, **options: Any) -> Any:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    return Pooling(WIDTH, modes, **options)
+
+
+def dense(inputs: int, outputs: int, activation: str = "Tanh", **options: Any) -> Any:
+    import torch
+    from sentence_transformers.base.modules import Dense
+
+    return Dense(inputs, outputs, activation_function=getattr(torch.nn, activation)(), **options)
+
+
+def layer_norm(size: int) -> Any:
+    import torch
+    from sentence_transformers.sentence_transformer.modules import LayerNorm
+
+    found = LayerNorm(size)
+    torch.nn.init.normal_(found.norm.weight)
+    torch.nn.init.normal_(found.norm.bias)
+    return found
+
+
+def normalized() -> Any:
+    from sentence_transformers.base.modules import Normalize
+
+    return Normalize()
+
+
+MEAN: Modules = lambda: [pooled("mean"), normalized()]  # noqa: E731
+LAST: Modules = lambda: [pooled("lasttoken"), normalized()]  # noqa: E731
+
+# Name: architecture, modules after the transformer, options of SentenceTransformer, settings of the architecture.
+HEADS: dict[str, tuple[Modules, dict[str, Any]]] = {
+    "cls": (lambda: [pooled("cls")], {}),
+    "max": (lambda: [pooled("max")], {}),
+    "mean": (lambda: [pooled("mean")], {}),
+    "root of length": (lambda: [pooled("mean_sqrt_len_tokens")], {}),
+    "weighted mean": (lambda: [pooled("weightedmean")], {}),
+    "last": (lambda: [pooled("lasttoken")], {}),
+    "cls + max": (lambda: [pooled("cls", "max")], {}),
+    "mean + cls, not in the order of the flags": (lambda: [pooled("mean", "cls"), normalized()], {}),
+    "all": (lambda: [pooled("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")], {}),
+    "prompt excluded, without a prompt": (lambda: [pooled("mean", include_prompt=False)], {}),
+    "Dense Tanh, as LaBSE": (lambda: [pooled("cls"), dense(WIDTH, WIDTH), normalized()], {}),
+    "Dense Identity without bias, as sentence-t5": (
+        lambda: [pooled("mean"), dense(WIDTH, 48, "Identity", bias=False), normalized()],
+        {},
+    ),
+    "two Dense, as embeddinggemma": (
+        lambda: [
+            pooled("mean"),
+            dense(WIDTH, 128, "Identity", bias=False),
+            dense(128, WIDTH, "Identity", bias=False),
+            normalized(),
+        ],
+        {},
+    ),
+    "Dense GELU": (lambda: [pooled("mean"), dense(WIDTH, 24, "GELU")], {}),
+    "Dense ReLU": (lambda: [pooled("mean"), dense(WIDTH, 24, "ReLU")], {}),
+    "Dense SiLU": (lambda: [pooled("mean"), dense(WIDTH, 24, "SiLU")], {}),
+    "Dense with a residual": (lambda: [pooled("mean"), dense(WIDTH, WIDTH, use_residual=True)], {}),
+    "Dense with a projected residual": (lambda: [pooled("mean"), dense(WIDTH, 12, use_residual=True)], {}),
+    "LayerNorm": (lambda: [pooled("mean"), layer_norm(WIDTH)], {}),
+    "three poolings, Dense, LayerNorm, Normalize": (
+        lambda: [
+            pooled("cls", "max", "mean"),
+            dense(96, 16, "Identity", bias=False),
+            layer_norm(16),
+            normalized(),
+        ],
+        {"truncate_dim": 8},
+    ),
+    "Normalize before Dense": (lambda: [pooled("mean"), normalized(), dense(WIDTH, 16)], {}),
+    "truncated": (MEAN, {"truncate_dim": 8}),
+    "truncated to more than there is": (MEAN, {"truncate_dim": 99}),
+}
+ARCHITECTURES: dict[str, tuple[str, Modules, dict[str, Any]]] = {
+    **{
+        name: (name, MEAN, {})
+        for name in (
+            *("bert", "distilbert", "electra", "roberta", "xlm-roberta", "mpnet", "modernbert", "nomic_bert"),
+            *("albert", "camembert", "deberta-v2", "eurobert", "gte"),
+        )
+    },
+    **{name: (name, LAST, {}) for name in ("qwen3", "mistral", "gemma3_text", "gemma", "llama", "phi3", "qwen2")},
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`saved("bert", modules, options, settings)` returns the folder of a model."""
+    return lambda architecture, modules=MEAN, options=None, **settings: saved_models.save(
+        tmp_path_factory.mktemp(architecture), architecture, modules, options or {}, **settings
+    )
+
+
+def computed(folder: Path, precision: str = "fp32", texts: list[str] = TEXTS) -> tuple[Vectors, Any]:
+    """Return what the engine computes for raw texts, and its info."""
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    config = EngineConfig(model=str(folder), precision=precision, device="cpu", max_batch_tokens=256)
+    engine = EncoderEngine(config)
+    info = engine.load()
+    pool = TokenizerPool(folder, task_config.read("embed", folder), threads=1)
+    rows = pool.encode_now(texts, truncate=True)
+    pool.close()
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    return engine.run(Batch(1, np.concatenate(rows), lengths)).vectors, info
+
+
+def check(folder: Path, attention: str = "packed", expected: Any = None) -> Any:
+    """Return the info in fp32. Raise unless the vectors equal those of sentence-transformers, and are close in bf16."""
+    expected = saved_models.vectors(folder, TEXTS) if expected is None else expected
+    found, exact = computed(folder)
+    assert found.shape == expected.shape
+    assert attention in (exact.attention, "either"), exact.attention_reason
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+    reduced, info = computed(folder, "bf16")
+    assert attention in (info.attention, "either"), info.attention_reason
+    norms = np.linalg.norm(reduced, axis=1) * np.linalg.norm(expected, axis=1)
+    assert ((reduced * expected).sum(axis=1) / norms).min() > 0.99
+    return exact
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_poolings_and_layers_equal_sentence_transformers(saved: Any, name: str) -> None:
+    modules, options = HEADS[name]
+    check(saved("bert", modules, options))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_equal_sentence_transformers(saved: Any, name: str) -> None:
+    architecture, modules, settings = ARCHITECTURES[name]
+    attention = "padded" if architecture in ("mpnet", "deberta-v2") else "packed"
+    check(saved(architecture, modules, None, **settings), attention)
+
+
+@pytest.mark.parametrize(
+    ("part", "fault", "message"),
+    [
+        ("_pool", lambda vectors: vectors.roll(1, dims=1), "fp32 is inaccurate"),
+        ("_Dense.forward", lambda vectors: vectors.roll(1, dims=1), "fp32 is inaccurate"),
+        ("_Normalize.forward", lambda vectors: vectors * 1.1, "fp32 is inaccurate"),
+        ("_pool", lambda vectors: vectors * 0, "same result for all"),
+    ],
+)
+def test_the_start_finds_a_fault_in_poolings_and_layers(
+    with_dense: Path, monkeypatch: pytest.MonkeyPatch, part: str, fault: Callable[[Any], Any], message: str
+) -> None:
+    from inferctl.serve.engines import pooling
+
+    owner, _, name = part.rpartition(".")
+    place: Any = getattr(pooling, owner) if owner else pooling
+    original = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *arguments: fault(original(*arguments)))
+    with pytest.raises(UsageError, match=message):
+        computed(with_dense)
+
+
+# Architecture, settings, attention ("either" if windows decide), modules.
+DIRECTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama in both directions": ("llama", {"is_causal": False}, "packed"),
+    "qwen2 in both directions": ("qwen2", {"is_causal": False}, "packed"),
+    "qwen3 in both directions": ("qwen3", {"is_causal": False}, "packed"),
+    "phi3 in both directions": ("phi3", {"is_causal": False}, "packed"),
+    "mistral in both directions": ("mistral", {"is_causal": False, "sliding_window": None}, "packed"),
+    "mistral in both directions, in a window": ("mistral", {"is_causal": False}, "either"),
+    "gemma3 in both directions, as BidirLM": ("gemma3_text", {"is_causal": False}, "either"),
+    "gemma3 with its flag, as embeddinggemma": ("gemma3_text", {"use_bidirectional_attention": True}, "packed"),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_of_attention_equal_sentence_transformers(saved: Any, name: str) -> None:
+    architecture, settings, attention = DIRECTIONS[name]
+    folder = saved(architecture, **settings)
+    info = check(folder, attention)
+    assert info.causal is False
+    causal = computed(saved(architecture, **settings | {"is_causal": True, "use_bidirectional_attention": False}))
+    assert causal[1].causal is True
+    assert np.abs(causal[0] - computed(folder)[0]).max() > 0.01  # so the direction matters to these weights
+
+
+def test_a_soft_cap_is_computed(saved: Any) -> None:
+    folder = saved("gemma2", LAST)
+    expected = saved_models.vectors(folder, TEXTS, attn_implementation="eager")
+    assert np.abs(expected - saved_models.vectors(folder, TEXTS, attn_implementation="sdpa")).max() > 0.01
+    check(folder, "packed", expected)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "mt5"])
+def test_the_encoder_of_t5_is_computed_alone(saved: Any, architecture: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(architecture)
+    check(folder, "padded")
+    weights = load_file(folder / "model.safetensors")
+    decoder = {f"decoder.{name}": tensor.clone() for name, tensor in weights.items() if "block" in name}
+    save_file(weights | decoder, folder / "model.safetensors", {"format": "pt"})
+    check(folder, "padded")
+
+
+def test_a_text_with_the_padding_token_has_the_positions_of_the_model(saved: Any) -> None:
+    texts = ["one <pad> two <pad><pad> three", "plain", "<pad> first"]
+    folder = saved("roberta")
+    found, info = computed(folder, texts=texts)
+    assert info.attention == "packed"
+    np.testing.assert_allclose(found, saved_models.vectors(folder, texts), atol=1e-5)
+
+
+# Changes of config.json after which transformers itself would compute something else, and the equal native settings.
+@pytest.mark.parametrize(
+    ("architecture", "foreign", "native"),
+    [
+        ("mistral", {"auto_map": {"AutoModel": "modeling_gritlm7b.MistralModel"}}, {"is_causal": False}),
+        (
+            "llama",
+            {
+                "model_type": "llama_bidirec",
+                "architectures": ["LlamaBidirectionalModel"],
+                "auto_map": {"AutoModel": "llama_bidirectional_model.LlamaBidirectionalModel"},
+                "pooling": "avg",
+            },
+            {"is_causal": False},
+        ),
+        (
+            "qwen2",
+            {"is_causal": False, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}},
+            {"is_causal": False},
+        ),
+        (
+            "gte",
+            {"model_type": "new", "auto_map": {"AutoModel": "Alibaba-NLP/new-impl--modeling.NewModel"}},
+            {},
+        ),
+        ("nomic_bert", {"auto_map": {"AutoModel": "nomic-ai/x--modeling_hf_nomic_bert.NomicBertModel"}}, {}),
+    ],
+)
+def test_known_code_of_a_model_is_replaced_by_what_computes_the_same(
+    saved: Any, architecture: str, foreign: dict[str, Any], native: dict[str, Any]
+) -> None:
+    folder = saved(architecture)
+    edit(folder / "config.json", native)
+    expected = saved_models.vectors(folder, TEXTS)
+    edit(folder / "config.json", foreign)
+    np.testing.assert_allclose(computed(folder)[0], expected, atol=1e-5)
+
+
+def test_rotary_embeddings_of_gte_scale_as_its_own_code_does(saved: Any) -> None:
+    import torch
+
+    from inferctl.serve.engines import plain
+
+    folder = saved("gte")
+    scaling = {"model_type": "new", "rope_theta": 20000, "rope_scaling": {"type": "ntk", "factor": 8.0}}
+    edit(folder / "config.json", scaling, without=("rope_parameters",))
+    size = 8  # of a head
+    found = plain.load_model(folder).rotary_emb.inv_freq
+    expected = 1 / (20000 * 8.0) ** (torch.arange(0, size, 2) / size) / 8.0 ** (2 / size)
+    torch.testing.assert_close(found, expected)
+
+
+def edit(file: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({key: value for key, value in (content | changes).items() if key not in without}))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "xlm-roberta"])
+def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path: Path, architecture: str) -> None:
+    from sentence_transformers import CrossEncoder
+
+    from inferctl.models.model import find, resolve_task
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    first = saved_models.transformer(tmp_path / "transformer", architecture)
+    scorer = dense(WIDTH, 1, "Identity", module_output_name="scores")
+    modules = [first, pooled("cls"), dense(WIDTH, WIDTH, "GELU", bias=False), layer_norm(WIDTH), scorer]
+    CrossEncoder(modules=modules, device="cpu").save_pretrained(str(tmp_path / "saved"))
+    folder = tmp_path / "saved"
+    queries, documents = TEXTS[:8], TEXTS[:8][::-1]
+    expected = CrossEncoder(str(folder), device="cpu").predict(list(zip(queries, documents, strict=True)))
+
+    assert resolve_task("auto", find(str(folder)), "m") == "rerank"
+    config = task_config.read("rerank", folder)
+    assert isinstance(config, RerankConfig)
+    pool = TokenizerPool(folder, config, threads=1)
+    pairs = pool.encode_pairs_now(queries, documents, truncate=True)
+    pool.close()
+    ids, starts = zip(*pairs, strict=True)
+    batch = Batch(
+        1,
+        np.concatenate(ids),
+        np.array([len(row) for row in ids], dtype=np.int32),
+        np.array(starts, dtype=np.int32),
+    )
+    engine = EncoderEngine(
+        EngineConfig(model=str(folder), task="rerank", precision="fp32", device="cpu", max_batch_tokens=256)
+    )
+    assert engine.load().attention == "packed"
+    scores = config.scores(engine.run(batch).vectors)[:, 0]
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    found = reference(str(folder), [list(pair) for pair in zip(queries, documents, strict=True)])
+    np.testing.assert_allclose(found["scores"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [4, 64])
+def test_a_token_that_the_configuration_asks_for_ends_each_text(saved: Any, longest: int) -> None:
+    from transformers import AutoTokenizer
+
+    folder = saved("qwen3", LAST)
+    file = folder / "tokenizer.json"
+    edit(file, {"post_processor": None})
+    texts = ["a", *TEXTS]
+    plain_ids = [ids[: longest - 1] for ids in AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]]
+    sep = json.loads(file.read_text())["model"]["vocab"]["[SEP]"]
+    edit(folder / "tokenizer_config.json", {"add_eos_token": True, "eos_token": "[SEP]"})
+    pool = TokenizerPool(folder, task_config.read("embed", folder, longest), threads=1)
+    found = [ids.tolist() for ids in pool.encode_now(texts, truncate=True)]
+    pool.close()
+    assert found == [[*ids, sep] for ids in plain_ids]
+    assert pool.facts == {"eos": "[SEP]", "eos_added_by": "add_eos_token", "lower_case": False}
+
+
+def test_a_token_that_the_tokenizer_adds_is_not_added_again(saved: Any) -> None:
+    folder = saved("qwen3", LAST)
+    edit(folder / "tokenizer_config.json", {"add_eos_token": True, "eos_token": "[SEP]"})
+    pool = TokenizerPool(folder, task_config.read("embed", folder), threads=1)
+    (ids,) = pool.encode_now(["a"], truncate=True)
+    assert len(set(ids.tolist()[-2:])) == 2
+    assert pool.facts["eos_added_by"] == "tokenizer.json"
+
+
+Change: TypeAlias = Callable[[Path], Any]
+
+
+def both(first: Change, second: Change) -> Change:
+    return lambda folder: (first(folder), second(folder))
+
+
+def changed(file: str, changes: dict[str, Any], without: tuple[str, ...] = ()) -> Change:
+    return lambda folder: edit(folder / file, changes, without)
+
+
+def modules_of(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text())
+    return found
+
+
+def module(name: str, position: int | None = None, package: str = "sentence_transformers.models") -> Change:
+    """Return a change that adds a module to the list."""
+
+    def change(folder: Path) -> None:
+        listed = modules_of(folder)
+        entry = {"idx": 9, "name": "9", "path": f"9_{name}", "type": f"{package}.{name}"}
+        listed.insert(len(listed) if position is None else position, entry)
+        (folder / "modules.json").write_text(json.dumps(listed))
+
+    return change
+
+
+def path(index: int, value: str) -> Change:
+    """Return a change of the folder of a module."""
+
+    def change(folder: Path) -> None:
+        listed = modules_of(folder)
+        listed[index]["path"] = value
+        (folder / "modules.json").write_text(json.dumps(listed))
+
+    return change
+
+
+def dense_weights(edit_tensor: Callable[[Any], Any]) -> Change:
+    def change(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        file = folder / "2_Dense" / "model.safetensors"
+        weights = load_file(file)
+        weights["linear.weight"] = edit_tensor(weights["linear.weight"])
+        save_file(weights, file)
+
+    return change
+
+
+def linked_out(folder: Path) -> None:
+    outside = folder.parent / "outside"
+    shutil.move(folder / "2_Dense", outside)
+    (folder / "2_Dense").symlink_to(outside)
+
+
+def weights_linked_out(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    shutil.move(folder / "2_Dense" / "model.safetensors", outside)
+    (folder / "2_Dense" / "model.safetensors").symlink_to(outside)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
+
+
+def json_keeps_case(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"]["lowercase"] = False
+    file.write_text(json.dumps(content))
+
+
+CUT = {"direction": "Left", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
+POOLING, DENSE, SETTINGS = "1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json"
+LIBRARY, CODE = "config_sentence_transformers.json", {"auto_map": {"AutoModel": "modeling_x.BertModel"}}
+
+BERT = {"tokenizer_class": "BertTokenizer"}
+# What would be computed in another way than the folder says: the change of a model with Dense, and a part of the error.
+HOLES: dict[str, tuple[Change, str]] = {
+    "sparse encoder": (changed(LIBRARY, {"model_type": "SparseEncoder"}), "sparse encoder"),
+    "multi-vector": (changed(LIBRARY, {"model_type": "MultiVectorEncoder"}), "multi-vector"),
+    "ColBERT of PyLate": (changed(LIBRARY, {"model_type": "ColBERT"}), "multi-vector"),
+    "ColBERT of Stanford": (changed("config.json", {"architectures": ["HF_ColBERT"]}), "multi-vector"),
+    "module of another package": (module("Dense", package="evil.models"), "not that of sentence_transformers"),
+    "unknown module": (module("LSTM"), "LSTM module"),
+    "module before pooling": (module("Normalize", 1), "no Pooling module"),
+    "module before the transformer": (module("Router", 0), "Router module first"),
+    "no pooling module": (
+        lambda folder: (folder / "modules.json").write_text(json.dumps(modules_of(folder)[:1])),
+        "no Pooling module",
+    ),
+    "modules are no list": (lambda folder: (folder / "modules.json").write_text("{}"), "not a list"),
+    "transformer in a folder": (path(0, "0_Transformer"), "0_Transformer"),
+    "pooling of another folder": (path(1, "2_Dense"), "no configuration of a Pooling"),
+    "pooling folder missing": (path(1, "7_Pooling"), "no configuration of a Pooling"),
+    "unknown pooling": (changed(POOLING, {"pooling_mode": "attention"}), "attention"),
+    "path outside": (path(2, "../outside"), "outside"),
+    "absolute path": (path(2, "/etc"), "outside"),
+    "folder linked outside": (linked_out, "outside"),
+    "weights linked outside": (weights_linked_out, "outside"),
+    "prompt excluded": (
+        both(
+            changed(POOLING, {"include_prompt": False}),
+            changed(LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
+        ),
+        "default prompt",
+    ),
+    "Dense with pickled weights": (pickled, "pickled"),
+    "Dense of other sizes": (changed(DENSE, {"out_features": 8}), "linear.weight"),
+    "Dense without its bias": (changed(DENSE, {"bias": False}), "linear.bias"),
+    "Dense with an activation of its own": (changed(DENSE, {"activation_function": "my.GELU"}), "my.GELU"),
+    "Dense with an unknown activation": (changed(DENSE, {"activation_function": "torch.nn.Softmax"}), "Softmax"),
+    "Dense of tokens": (changed(DENSE, {"module_input_name": "token_embeddings"}), "token_embeddings"),
+    "Dense with scores": (changed(DENSE, {"module_output_name": "scores"}), "scores"),
+    "Dense with NaN": (dense_weights(lambda tensor: tensor * float("nan")), "NaN"),
+    "truncated to nothing": (changed(LIBRARY, {"truncate_dim": 0}), "truncate_dim"),
+    "masked language model": (changed(SETTINGS, {"transformer_task": "fill-mask"}), "fill-mask"),
+    "chat template": (changed(SETTINGS, {"modality_config": {"message": {}}}), "chat template"),
+    "another method": (changed(SETTINGS, {"modality_config": {"text": {"method": "get_text_features"}}}), "features"),
+    "another output": (
+        changed(SETTINGS, {"modality_config": {"text": {"method_output_name": "pooler_output"}}}),
+        "pooler_output",
+    ),
+    "output of another name": (changed(SETTINGS, {"module_output_name": "pooled"}), "pooled"),
+    "code of its own": (changed("config.json", CODE), "code of its own"),
+    "code of a renamed class": (
+        changed("config.json", {"auto_map": {"AutoModel": "jina--modeling_bert.JinaBertModel"}}),
+        "code of its own",
+    ),
+    "adapter": (changed("adapter_config.json", {"peft_type": "LORA"}), "adapter"),
+    "tokenizer with code of its own": (
+        changed("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.XTokenizer", None]}}),
+        "x.XTokenizer",
+    ),
+    "tokenizer of another case": (
+        both(json_keeps_case, changed("tokenizer_config.json", BERT)),
+        "disagree",
+    ),
+    "configuration of another case": (
+        changed("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
+        "disagree",
+    ),
+    "tokenizer of other special tokens": (
+        both(changed("tokenizer.json", {"post_processor": None}), changed("tokenizer_config.json", BERT)),
+        "disagree",
+    ),
+    "truncation at the start": (
+        changed("tokenizer_config.json", {"truncation_side": "left"}),
+        "truncates at the start",
+    ),
+    "truncation at the start by tokenizer.json": (
+        changed("tokenizer.json", {"truncation": CUT}),
+        "truncates at the start",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def with_dense(saved: Any) -> Path:
+    return saved("bert", HEADS["Dense Tanh, as LaBSE"][0])
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_path: Path, name: str) -> None:
+    change, message = HOLES[name]
+    folder = tmp_path / "model"
+    shutil.copytree(with_dense, folder)
+    started(folder)
+    change(folder)
+    with pytest.raises(UsageError, match=message):
+        started(folder)
+
+
+def started(folder: Path) -> None:
+    """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
+    from inferctl.models.model import find, resolve_task
+    from inferctl.serve.engines.pooling import Layers
+
+    config = task_config.read(resolve_task("auto", find(str(folder)), "m"), folder)
+    TokenizerPool(folder, config, threads=1).close()
+    Layers(folder, config.layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "new", "position_embedding_type": "absolute"}, "position_embedding_type"),
+        ({"model_type": "new", "rope_scaling": {"type": "ntk", "factor": 2, "mixed_b": 0.1}}, "rope_scaling"),
+        ({"model_type": "nomic_bert", "rotary_scaling_factor": 2}, "rotary_scaling_factor"),
+        ({"model_type": "nomic_bert", "num_experts": 8}, "num_experts"),
+        (
+            {"model_type": "qwen2", "hidden_size": 1536, "is_causal": False}
+            | {"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}},
+            "another direction",
+        ),
+        ({"model_type": "llama_bidirec", "pooling": "cls"}, "pools in its own way"),
+        ({"model_type": "eurobert", "auto_map": {"AutoModel": "modeling_jina.JinaEmbeddingsV5Model"}}, "code of its"),
+        ({"model_type": "xlm-roberta", "auto_map": {"AutoModel": "x--modeling_lora.XLMRobertaLoRA"}}, "code of its"),
+    ],
+)
+def test_settings_that_only_code_of_the_model_computes_do_not_start(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(tmp_path / "config.json", changes)
+    with pytest.raises(UsageError, match=message):
+        task_config.read("embed", tmp_path)
+
+
+def test_settings_of_old_releases_have_other_file_names(with_dense: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_dense, folder := tmp_path / "model")
+    (folder / SETTINGS).unlink()
+    edit(folder / "sentence_roberta_config.json", {"max_seq_length": 77, "do_lower_case": True})
+    config = task_config.read("embed", folder)
+    assert (config.max_tokens, config.lower_case) == (77, True)
+
+
+def test_a_module_may_be_a_link_into_the_cache_of_the_hub(with_dense: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    shutil.copytree(with_dense, snapshot)
+    blobs.mkdir()
+    file = snapshot / "2_Dense" / "model.safetensors"
+    shutil.move(file, blobs / "digest")
+    file.symlink_to("../../../blobs/digest")
+    started(snapshot)
+
+
+def test_lower_case_of_a_model_leaves_special_tokens_of_a_text_as_they_are(saved: Any) -> None:
+    folder = saved("modernbert")
+    edit(folder / SETTINGS, {"do_lower_case": True})
+    np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)
