@@ -106,7 +106,11 @@ def read(settings: Mapping[str, Any], *, pooled: bool = True) -> Prompts:
         raise _invalid(f"`default_prompt_name` is {default!r}, which is not in `prompts`")
     texts = {name: text or "" for name, text in texts.items()}
     found = Prompts(texts, default if default in texts else None, pooled)
-    found.select()
+    if found.default_text and not pooled:
+        raise UsageError(
+            f"the pooling of the model excludes the tokens of its default prompt {default!r}, which is not supported",
+            "use a model with `include_prompt: true`, or without a default prompt",
+        )
     return found
 
 

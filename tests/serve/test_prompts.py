@@ -110,7 +110,7 @@ def test_requests_tokenize_and_compute_what_sentence_transformers_does(folder: A
 
     path = folder(**MODELS[model])
     config = embedding_config.read(path)
-    model_reference = plain.Reference(path, config)
+    computed = plain.Reference(path, config)
     pool = TokenizerPool(path, config)
     rejected = []
     for request, method, arguments in REQUESTS:
@@ -131,7 +131,7 @@ def test_requests_tokenize_and_compute_what_sentence_transformers_does(folder: A
         ids, vectors = oracle(MODELS[model], method, arguments)
         rows = pool.encode_now(TEXTS, truncate=True, prompt=prompt)
         assert [row.tolist() for row in rows] == ids, request
-        np.testing.assert_allclose(model_reference.embed(rows), vectors, atol=1e-5, err_msg=str(request))
+        np.testing.assert_allclose(computed.embed(rows), vectors, atol=1e-5, err_msg=str(request))
     assert ({"prompt_name": "QUERY"} in rejected) and len(rejected) < len(REQUESTS) / 2
 
 
@@ -176,7 +176,7 @@ def test_a_pooling_without_the_prompt_is_rejected_by_the_name_of_the_default(fol
         pooling = json.loads((path / "1_Pooling" / "config.json").read_text())
         (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling | {"include_prompt": False}))
         if not served:
-            with pytest.raises(UsageError, match="excludes the tokens of a prompt"):
+            with pytest.raises(UsageError, match="its default prompt 'document'"):
                 embedding_config.read(path)
             continue
         found = embedding_config.read(path).prompts
