@@ -29,7 +29,6 @@ from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
-from inferctl.serve.prompts import NO_PROMPTS
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.task_config import TaskConfig
@@ -174,9 +173,10 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        prompts = self._model.prompts if self._model.task == "embed" else NO_PROMPTS
-        seconds = self._ready_seconds
-        for line in describe.lines(info, spec.name, self._url, seconds, spec.access, self._admission, prompts):
+        lines = describe.lines(
+            info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._model.prompts
+        )
+        for line in lines:
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
@@ -241,8 +241,9 @@ def _served_model(spec: Spec, task: Task, options: ServerOptions, config: TaskCo
         max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
         options.truncate,
         task,
-        prompts=config.prompts,
     )
     if isinstance(config, RerankConfig):
         served.activation = config.scores
+    else:
+        served.prompts = config.prompts
     return served
