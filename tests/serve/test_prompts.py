@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tasks": {"prompts": {"query": "q: ", "classification": "c: ", "clustering": "雨の日: "}},
     "long": {"prompts": {"query": LONG, "document": "d"}},
 }
+SERVED = {"prompts": {"query": QUERY, "document": "", "clustering": "雨の日: "}}
 # What a request has, and the method of sentence-transformers that does the same. An `input_type` counts last.
 REQUESTS: list[tuple[dict[str, str], str, dict[str, str]]] = [
     ({}, "encode", {}),
@@ -149,6 +150,14 @@ def test_the_first_of_document_passage_and_corpus_precedes_documents(folder: Any
         assert config.prompts.select(input_type="query") == ""
 
 
+def test_models_whose_prompts_nobody_gets_without_a_choice_are_known() -> None:
+    found = {model: prompts.read(settings) for model, settings in MODELS.items()}
+    assert [model for model in MODELS if found[model].unused] == ["retrieval", "added default", "tasks", "long"]
+    assert [model for model in MODELS if not found[model].summary] == ["none", "null"]
+    assert "have `document`" in found["default"].summary
+    assert not prompts.read({"prompts": {"query": QUERY}}, pooled=False).unused
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -217,9 +226,6 @@ def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     found = start(place, "--log", "json")
     yield found, path
     found.kill()
-
-
-SERVED = {"prompts": {"query": QUERY, "document": "", "clustering": "雨の日: "}}
 
 
 @pytest.mark.parametrize(
