@@ -82,8 +82,8 @@ class Load(Section):
     `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
-    For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those of
-    the share `query_share` are queries and the others documents.
+    For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those
+    of the share `query_share` are queries and the others documents.
     """
 
     task: Task = "embed"
