@@ -88,7 +88,8 @@ def oracle(folder: Any) -> Callable[..., tuple[list[list[int]], np.ndarray[Any, 
         key = json.dumps(settings)
         if key not in loaded:
             loaded[key] = sentence_transformers.SentenceTransformer(str(folder(**settings)), device="cpu")
-        model, seen = loaded[key], []
+        model = loaded[key]
+        seen: list[list[int]] = []
         preprocess = type(model).preprocess
 
         def record(inputs: list[str], **options: Any) -> Any:
