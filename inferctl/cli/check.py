@@ -23,7 +23,7 @@ from inferctl.core.sizes import size
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
 from inferctl.image import locks
-from inferctl.models import generation_fit
+from inferctl.models import generation_fit, hub
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
     Finding,
@@ -38,6 +38,7 @@ from inferctl.models.fit import (
 )
 from inferctl.models.model import is_hub_id, resolve_task
 from inferctl.models.size import model_size
+from inferctl.serve import embedding_config
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
 _NEEDS = {
@@ -135,6 +136,8 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
             task = resolve_task(spec.model.task, size, spec.model.source)
         except UsageError as error:
             general.append(Finding("error", "task", error.message, "the server does not start", error.hint))
+    if task == "embed":
+        general += _prompts(spec)
     try:
         catalog.check_task(task, base, stack)
     except UsageError as error:
@@ -154,6 +157,19 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
         general.append(check_slo(spec))
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
     return task, *_with_errors_of_all_hardware(general, fits)
+
+
+def _prompts(spec: Spec) -> Iterator[Finding]:
+    """Yield what requests to an embedding model can select, if it is on this machine, or why no server starts it."""
+    if (folder := hub.cached(spec.model.source, spec.model.revision)) is None:
+        return
+    try:
+        summary = embedding_config.read(folder.path).prompts.summary
+    except UsageError as error:
+        yield Finding("error", "model", error.message, "the server does not start", error.hint)
+    else:
+        if summary:
+            yield Finding("ok", "prompts", summary, "set in the files of the model")
 
 
 def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tuple[list[Finding], list[Fit]]:

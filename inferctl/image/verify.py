@@ -12,7 +12,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,9 +137,17 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         task, name = str(info.get("task", "embed")), str(info["name"])
         rerank = task == "rerank"
         inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
+        # The texts use the prompts of the model in turn, first none.
+        names = [None, *(info["model"].get("prompts") or {}).get("names", ())]
+        selected = [names[number % len(names)] for number in range(len(TEXTS))]
+        if task == "embed":
+            inputs = [
+                text if name is None else {"input": text, "prompt_name": name}
+                for text, name in zip(TEXTS, selected, strict=True)
+            ]
         prompts = _continue(container, address, name) if task == "generate" else []
         scores = _score(container, address, name) if rerank else []
-        vectors = _embed(container, address, name) if task == "embed" else []
+        vectors = _embed(container, address, name, selected) if task == "embed" else []
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     longest = (info.get("limits") or {}).get("max_input_tokens")
     if task == "generate":
@@ -265,13 +273,20 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
         time.sleep(_POLL_SECONDS)
 
 
-def _embed(container: Container, address: tuple[str, int], model: str) -> list[list[float]]:
-    body = {"model": model, "input": list(TEXTS), "encoding_format": "base64"}
-    response = fetch(container, address, "/v1/embeddings", body)
-    found = sorted(response["data"], key=lambda item: item["index"])
-    if len(found) != len(TEXTS):
-        fail(f"the server returned {len(found)} vectors for {len(TEXTS)} texts")
-    return [decode(item["embedding"]) for item in found]
+def _embed(
+    container: Container, address: tuple[str, int], model: str, prompts: Sequence[str | None]
+) -> list[list[float]]:
+    """Return the vectors of the texts, in order. `prompts`: the name for each. All with the same are in one request."""
+    vectors: dict[int, list[float]] = {}
+    for name in dict.fromkeys(prompts):
+        numbers = [number for number, each in enumerate(prompts) if each == name]
+        body = {"model": model, "input": [TEXTS[number] for number in numbers], "encoding_format": "base64"}
+        response = fetch(container, address, "/v1/embeddings", body | ({} if name is None else {"prompt_name": name}))
+        found = sorted(response["data"], key=lambda item: item["index"])
+        if len(found) != len(numbers):
+            fail(f"the server returned {len(found)} vectors for {len(numbers)} texts")
+        vectors |= zip(numbers, (decode(item["embedding"]) for item in found), strict=True)
+    return [vectors[number] for number in range(len(TEXTS))]
 
 
 def _score(container: Container, address: tuple[str, int], model: str) -> list[float]:

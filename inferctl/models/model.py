@@ -146,6 +146,12 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
         path = snapshot
     folder = ModelFolder(path)
     if not (path / "config.json").is_file():
+        if (path / "router_config.json").is_file():
+            raise UsageError(
+                f"{path} is a Router of sentence-transformers, which has a model for queries and one for documents; it "
+                "is not supported",
+                "use a model without a Router",
+            )
         raise UsageError(
             f"{path} is not a model folder: config.json not found",
             "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",

@@ -14,6 +14,7 @@ from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.modules import Dense
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 from inferctl.serve.task_config import TaskConfig
 
 
@@ -39,6 +40,7 @@ def document(
             "pooling_assumed": config.assumed,
             "normalize": config.normalize,
             "truncate_dim": config.truncate_dim,
+            "prompts": {"names": config.prompts.names, "default": config.prompts.default},
         }
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
@@ -92,11 +94,17 @@ def admission_line(spec_ms: float | None, capacity_ms: float | None) -> str | No
 
 
 def lines(
-    info: EngineInfo, name: str, url: str, seconds: float, settings: Access, admission: str | None = None
+    info: EngineInfo,
+    name: str,
+    url: str,
+    seconds: float,
+    settings: Access,
+    admission: str | None = None,
+    prompts: Prompts = NO_PROMPTS,
 ) -> Iterator[str]:
     """Yield the lines printed when the server is ready.
 
-    `settings`: who may use it. `admission`: the result of `admission_line`.
+    `settings`: who may use it. `admission`: the result of `admission_line`. `prompts`: those that requests can select.
     """
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
@@ -111,6 +119,8 @@ def lines(
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
+    if prompts.summary:
+        yield f"prompts    {prompts.summary}"
     if admission:
         yield admission
     for warning in info.warnings:

@@ -1,4 +1,4 @@
-"""The embedding configuration of a model folder: pooling, layers, prompt, longest input. Read without torch.
+"""The embedding configuration of a model folder: pooling, layers, prompts, longest input. Read without torch.
 
 The formats are those of the files that sentence-transformers writes (see `modules`, `config_sentence_transformers.json`)
 and of transformers' `config.json` and `tokenizer_config.json`.
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import modules
+from inferctl.serve import modules, prompts
 from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 # RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
 _OFFSET_TYPES = frozenset(
@@ -35,7 +36,7 @@ class EmbeddingConfig:
     max_tokens: int
     layers: tuple[Layer, ...] = ()
     truncate_dim: int | None = None
-    prompt: str = ""
+    prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
     assumed: bool = False
     matryoshka: tuple[int, ...] | None = ()
@@ -49,31 +50,23 @@ class EmbeddingConfig:
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for what is not supported."""
     found = modules.read(folder, "embed")
-    settings = input_settings(folder, max_input_tokens)
-    if found is not None and not found.include_prompt and settings["prompt"]:
-        raise UsageError(
-            f"{folder} has a default prompt that its pooling leaves out, which is not supported",
-            "remove `default_prompt_name` from config_sentence_transformers.json, and send the prompt with the text",
-        )
     return EmbeddingConfig(
         pooling=found.pooling if found else ("mean",),
         layers=found.layers if found else (),
         truncate_dim=_truncate_dim(folder),
         assumed=found is None,
         matryoshka=_matryoshka(read_object(folder / "config.json")),
-        **settings,
+        **input_settings(folder, max_input_tokens, pooled=found is None or found.include_prompt),
     )
 
 
-def input_settings(folder: Path, max_input_tokens: int | None) -> dict[str, Any]:
-    """Return `max_tokens`, `prompt` and `lower_case` of a model folder of any task."""
+def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool) -> dict[str, Any]:
+    """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
     transformer = modules.transformer_settings(folder)
     longest = _longest(folder, read_object(folder / "config.json"), transformer)
-    settings = read_object(folder / "config_sentence_transformers.json")
-    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "", "") or ""
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
-        "prompt": str(prompt),
+        "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json"), pooled=pooled),
         "lower_case": bool(transformer.get("do_lower_case", False)),
     }
 

@@ -173,7 +173,10 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        for line in describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission):
+        lines = describe.lines(
+            info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._model.prompts
+        )
+        for line in lines:
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
@@ -241,4 +244,6 @@ def _served_model(spec: Spec, task: Task, options: ServerOptions, config: TaskCo
     )
     if isinstance(config, RerankConfig):
         served.activation = config.scores
+    else:
+        served.prompts = config.prompts
     return served

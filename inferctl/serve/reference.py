@@ -1,6 +1,6 @@
 """The reference implementation of what a model folder computes: transformers, fp32, one input at a time.
 
-    echo '["a text"]' | python -m inferctl.serve.reference MODEL_DIR
+    echo '["a text", {"input": "a text", "prompt_name": "query"}]' | python -m inferctl.serve.reference MODEL_DIR
     echo '[["a query", "a document"]]' | python -m inferctl.serve.reference CROSS_ENCODER_DIR
     echo '["a text", [{"role": "user", "content": "hi"}]]' | python -m inferctl.serve.reference LLM_DIR
 
@@ -39,6 +39,9 @@ from inferctl.serve.main import exit_with
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
+# What selects the prompt of an input for embeddings, as in a request.
+_PROMPT_KEYS = ("prompt", "prompt_name", "input_type")
+
 
 def reference(
     source: str,
@@ -53,7 +56,7 @@ def reference(
     """
     folder = model.find(source)
     found = model.resolve_task(task, folder, source)
-    fits = {"embed": _is_text, "rerank": _is_pair, "generate": _is_prompt}[found]
+    fits = {"embed": _is_input, "rerank": _is_pair, "generate": _is_prompt}[found]
     if not all(map(fits, inputs)):
         wanted = "pass texts to embed, pairs of texts to rerank, or texts and chat messages to continue"
         raise UsageError(f"{source} is a model for {found}", wanted)
@@ -71,7 +74,12 @@ def reference(
         document["tokens"] = [len(ids) for ids, _ in pairs]
         document["scores"] = config.scores(loaded.score(pairs))[:, 0].tolist()
     else:
-        sequences = [pool.encode_now([text], truncate=True)[0] for text in inputs]
+        texts = [{"input": each} if _is_text(each) else each for each in inputs]
+        selected = [config.prompts.select(*(each.get(key) for key in _PROMPT_KEYS)) for each in texts]
+        sequences = [
+            pool.encode_now([each["input"]], truncate=True, prompt=prompt)[0]
+            for each, prompt in zip(texts, selected, strict=True)
+        ]
         vectors = loaded.embed(sequences)
         document |= {"dimensions": int(vectors.shape[1]), "tokens": [len(ids) for ids in sequences]}
         document["embeddings"] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
@@ -109,6 +117,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_input(value: Any) -> bool:
+    return _is_text(value) or (
+        isinstance(value, dict)
+        and _is_text(value.get("input"))
+        and all(isinstance(value.get(key), str | None) for key in _PROMPT_KEYS)
+    )
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
 
@@ -136,7 +152,8 @@ def main() -> int:
         inputs = json.load(sys.stdin)
     except ValueError as error:
         raise UsageError(f"stdin is not JSON: {error}", hint) from None
-    if not isinstance(inputs, list) or not inputs or not (all(map(_is_prompt, inputs)) or all(map(_is_pair, inputs))):
+    kinds = (_is_input, _is_pair, _is_prompt)
+    if not isinstance(inputs, list) or not inputs or not any(all(map(kind, inputs)) for kind in kinds):
         raise UsageError("stdin is not a list of texts, of pairs of texts or of chat messages", hint)
     found = reference(options.source, inputs, options.max_input_tokens, options.task, options.max_tokens)
     sys.stdout.write(json.dumps(found) + "\n")

@@ -18,6 +18,7 @@ from inferctl.serve import modules
 from inferctl.serve.embedding_config import input_settings
 from inferctl.serve.engine_process.engine_protocol import Vectors
 from inferctl.serve.modules import Dense, Layer, PoolingMode, read_object
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
 def _sigmoid(logits: Vectors) -> Vectors:
@@ -35,16 +36,16 @@ _ACTIVATIONS: dict[str, Callable[[Vectors], Vectors]] = {
 class RerankConfig:
     """How a cross-encoder scores a pair of texts.
 
-    `max_tokens`: of a pair, with its special tokens. `prompt` precedes the first text. `activation` is the name of a
-    class of torch: Sigmoid, Identity or Tanh. `pooling` and `layers` are those of `EmbeddingConfig`; the last layer
-    returns the logits. They are empty if the model of transformers has the head.
+    `max_tokens`: of a pair, with its special tokens. The default of `prompts` precedes the first text. `activation` is
+    the name of a class of torch: Sigmoid, Identity or Tanh. `pooling` and `layers` are those of `EmbeddingConfig`; the
+    last layer returns the logits. They are empty if the model of transformers has the head.
     """
 
     activation: str
     max_tokens: int
     pooling: tuple[PoolingMode, ...] = ()
     layers: tuple[Layer, ...] = ()
-    prompt: str = ""
+    prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
 
     def scores(self, logits: Vectors) -> Vectors:
@@ -68,12 +69,11 @@ def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
         raise UsageError(
             f"the activation {name} of {folder} is not supported", f"use a model with {', '.join(_ACTIVATIONS)}"
         )
-    settings = input_settings(folder, max_input_tokens)
+    pooled = found is None or found.include_prompt
+    settings = input_settings(folder, max_input_tokens, pooled=pooled)
     if found is None:
         return RerankConfig(activation, **settings)
     *_, last = found.layers
     if not isinstance(last, Dense) or last.out_features != 1:
         raise UsageError(f"{folder} returns several scores for a pair", "use a cross-encoder with one score")
-    if not found.include_prompt and settings["prompt"]:
-        raise UsageError(f"the pooling of {folder} leaves out its prompt, which is not supported", "use another model")
     return RerankConfig(activation, pooling=found.pooling, layers=found.layers, **settings)

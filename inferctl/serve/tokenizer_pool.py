@@ -85,6 +85,7 @@ class TokenizerPool:
         `on_truncated` gets the number of truncated inputs of each request, on any thread.
         """
         self._file, self._config, self._on_truncated = folder / "tokenizer.json", config, on_truncated
+        self._prompt = config.prompts.default_text
         if not self._file.is_file():
             raise UsageError(
                 f"{folder} has no tokenizer.json",
@@ -133,16 +134,23 @@ class TokenizerPool:
         """Stop the threads."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def encode(self, texts: Sequence[str], *, truncate: bool, tenant: str | None = None) -> list[Tokens]:
-        """Return the token ids (int32) of each text. `tenant`: among whom the threads are shared; None if they are not.
+    async def encode(
+        self, texts: Sequence[str], *, truncate: bool, tenant: str | None = None, prompt: str | None = None
+    ) -> list[Tokens]:
+        """Return the token ids (int32) of each text after `prompt`; None is the default prompt of the model.
+
+        `tenant`: among whom the threads are shared; None if they are not.
 
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
         few tokens for its length, `TokenizerBusyError` and `TokenizerShareError`.
         """
-        if self._is_small(texts):
-            return self.encode_now(texts, truncate=truncate)
-        calls = [partial(self.encode_now, texts[i:j], truncate=truncate, first=i) for i, j in _slices(texts)]
-        return await self._run(calls, sum(map(len, texts)), tenant)
+        prompt = self._prompt if prompt is None else prompt
+        size = sum(map(len, texts)) + len(texts) * len(prompt)
+        if _is_small(size, len(texts)):
+            return self.encode_now(texts, truncate=truncate, prompt=prompt)
+        encode = partial(self.encode_now, truncate=truncate, prompt=prompt)
+        calls = [partial(encode, texts[i:j], first=i) for i, j in _slices(texts, len(prompt))]
+        return await self._run(calls, size, tenant)
 
     async def encode_pairs(
         self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, tenant: str | None = None
@@ -153,7 +161,9 @@ class TokenizerPool:
         transformers (`longest_first`): first the longer text, then both. If both are so long that only their heads are
         tokenized, the head with more tokens counts as the longer text. Raises `InputError` as `encode` does.
         """
-        if self._is_small(texts := [*_listed(query), *documents]):
+        queries = _listed(query)
+        size = sum(map(len, [*queries, *documents])) + len(queries) * len(self._prompt)
+        if _is_small(size, len(queries) + len(documents)):
             return self.encode_pairs_now(query, documents, truncate=truncate)
         calls = [
             partial(
@@ -165,12 +175,15 @@ class TokenizerPool:
             )
             for i, j in _slices(documents)
         ]
-        return await self._run(calls, sum(map(len, texts)), tenant)
+        return await self._run(calls, size, tenant)
 
-    def encode_now(self, texts: Sequence[str], *, truncate: bool, first: int = 0) -> list[Tokens]:
+    def encode_now(
+        self, texts: Sequence[str], *, truncate: bool, first: int = 0, prompt: str | None = None
+    ) -> list[Tokens]:
         """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
+        prompt = self._prompt if prompt is None else prompt
         rows, truncated = [], 0
-        for index, encoding in enumerate(self._encodings(texts, "input", self._config.prompt, first), first):
+        for index, encoding in enumerate(self._encodings(texts, "input", prompt, first), first):
             if encoding.overflowing:
                 self._allow_truncation(index, truncate)
                 truncated += 1
@@ -185,7 +198,7 @@ class TokenizerPool:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
         before, between, after, has_segments = self._pair_format()
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
-        queries = self._encodings(_listed(query), "query", self._config.prompt, first, add_special_tokens=False)
+        queries = self._encodings(_listed(query), "query", self._prompt, first, add_special_tokens=False)
         firsts = [(_ids(encoding), _size(encoding)) for encoding in queries]
         if isinstance(query, str):
             firsts *= len(documents)
@@ -210,10 +223,6 @@ class TokenizerPool:
             self._allow_truncation(long[0], truncate)
         self._on_truncated(len(long))
         return [np.array(row[:limit], dtype=np.int32) for row in ids]
-
-    def _is_small(self, texts: Sequence[str]) -> bool:
-        fixed = len(texts) * (_TEXT_CHARACTERS + len(self._config.prompt))
-        return sum(map(len, texts)) + fixed <= _INLINE_CHARACTERS
 
     async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int, tenant: str | None) -> list[T]:
         """Return the results of `calls`, run one after the other on the threads.
@@ -312,6 +321,10 @@ class TokenizerPool:
         return tokenizer
 
 
+def _is_small(characters: int, texts: int) -> bool:
+    return characters + texts * _TEXT_CHARACTERS <= _INLINE_CHARACTERS
+
+
 def _head(text: str, longest: int) -> str:
     """Return the start of a text: at most `longest` characters, at least half of them, if possible up to a word end."""
     if len(text) <= longest:
@@ -321,14 +334,18 @@ def _head(text: str, longest: int) -> str:
     return head if end < 0 else head[:end]
 
 
-def _slices(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of consecutive parts of `texts`, each of one text or of at most `_SLICE_CHARACTERS`."""
+def _slices(texts: Sequence[str], prompt: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive parts of `texts`, each of one text or of at most `_SLICE_CHARACTERS`.
+
+    `prompt`: the characters before each text.
+    """
     start = characters = 0
     for index, text in enumerate(texts):
-        if index > start and characters + len(text) > _SLICE_CHARACTERS:
+        size = prompt + len(text)
+        if index > start and characters + size > _SLICE_CHARACTERS:
             yield start, index
             start, characters = index, 0
-        characters += len(text)
+        characters += size
     yield start, len(texts)
 
 

@@ -218,6 +218,37 @@ def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
     assert not any(b"@SERIAL@" in body for body in plain)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_share_of_queries_is_exact_and_in_the_digest(share: float) -> None:
+    load = shape.Load.model_validate({"query_share": share})
+    drawn, without = (workload.draw(each, "mixed", 1) for each in (load, shape.Load.model_validate({})))
+    bodies = [json.loads(body) for body in drawn.bodies(target.Target("http://test", "m").body)]
+    queries = [body["input_type"] == "query" for body in bodies]
+    assert sum(queries) == int(len(bodies) * share)
+    assert {body["input_type"] for body in bodies} <= {"query", "document"}
+    assert drawn.digest != without.digest
+    assert drawn.groups == without.groups
+
+
+def test_the_prompt_of_a_load_is_one_that_the_server_reports() -> None:
+    load = shape.Load.model_validate({"prompt_name": "query"})
+    body = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)[0]
+    assert json.loads(body)["prompt_name"] == "query"
+    known = target.Target("http://test", "m", {"model": {"prompts": {"names": ["query"], "default": None}}})
+    known.check_prompts("query", None)
+    known.check_prompts(None, 0.5)
+    with pytest.raises(UsageError, match="no prompt 'passage'"):
+        known.check_prompts("passage", None)
+    foreign = target.Target("http://test", "m")
+    foreign.check_prompts(None, None)
+    with pytest.raises(UsageError, match="reports no prompts"):
+        foreign.check_prompts(None, 0.5)
+    with pytest.raises(ValueError, match="cannot be combined"):
+        shape.Load.model_validate({"prompt_name": "query", "query_share": 0.5})
+    with pytest.raises(UsageError, match=r"`load\.query_share` is for embeddings"):
+        plan.Plan.model_validate({"name": "p", "load": {"query_share": 1}}).for_task("rerank")
+
+
 def test_custom_corpora_are_accepted_and_invalid_lines_reported(tmp_path: Path) -> None:
     own = tmp_path / "own.txt"
     own.write_text("one\n\ntwo\n")

@@ -67,7 +67,7 @@ def test_a_plan_for_another_task_and_traces_are_rejected(tmp_path: Path) -> None
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"at_s": 0.5, "input": "text"}\n')
     traced = plan.Plan.model_validate({"name": "p", "load": {"trace": str(trace)}, "configurations": configurations})
-    with pytest.raises(UsageError, match="a trace has inputs for embeddings"):
+    with pytest.raises(UsageError, match=r"`load\.trace` is for embeddings"):
         traced.for_task("rerank")
 
 

@@ -244,6 +244,20 @@ def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None
     assert "not a complete safetensors file" in capsys.readouterr().out
 
 
+def test_the_prompts_of_a_model_are_named_and_invalid_ones_end_with_2(here: Path, capsys: Captured) -> None:
+    file, topics = here / "model" / "config_sentence_transformers.json", []
+    for settings in ({}, {"prompts": {"query": "q: "}}, {"prompts": {"query": ""}}):
+        file.write_text(json.dumps(settings))
+        topics.append(
+            [found["what"] for found in json_of(["check"], capsys)["findings"] if found["topic"] == "prompts"]
+        )
+    assert [len(found) for found in topics] == [0, 1, 0]
+    assert "query" in topics[1][0]
+    file.write_text('{"default_prompt_name": "passage"}')
+    assert run(["check"]) == 2
+    assert "`default_prompt_name` is 'passage'" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("what", ["bases", "stacks", "hardware"])
 def test_the_catalog_fits_80_columns(what: str, capsys: Captured, golden: Golden) -> None:
     assert run(["catalog", what]) == 0

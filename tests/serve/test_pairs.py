@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from inferctl.serve import embedding_config, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.prompts import Prompts
 from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
 
 CORPUS = ["A river runs through it, unbelievably slowly.", "The naïve \U0001f680 was a rock in 北京."] * 20
@@ -161,7 +162,8 @@ def test_a_pair_without_any_token_is_rejected(minilm: Path, tmp_path: Path) -> N
 
 
 def test_the_prompt_precedes_the_query(minilm: Path) -> None:
-    pool = TokenizerPool(minilm, EmbeddingConfig(("mean",), 64, prompt="Query: ", lower_case=True))
+    prompts = Prompts({"query": "Query: "}, "query")
+    pool = TokenizerPool(minilm, EmbeddingConfig(("mean",), 64, prompts=prompts, lower_case=True))
     plain = make(minilm, 64)
     found = pool.encode_pairs_now("A River", ["A Rock"], truncate=True)
     expected = plain.encode_pairs_now("query: a river", ["a rock"], truncate=True)

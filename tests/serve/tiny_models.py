@@ -40,13 +40,13 @@ def make(minilm: Path, folder: Path, architecture: str, pooling: str, normalize:
     shutil.copy(minilm / "tokenizer.json", folder)
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     listing = [
-        {"path": f"{i}_{m}" if i else "", "type": f"sentence_transformers.models.{m}"} for i, m in enumerate(modules)
+        {"idx": i, "name": str(i), "path": f"{i}_{m}" if i else "", "type": f"sentence_transformers.models.{m}"}
+        for i, m in enumerate(modules)
     ]
     (folder / "modules.json").write_text(json.dumps(listing))
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True})
-    )
+    modes = {"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
     return folder
 
 

@@ -59,8 +59,10 @@ class LoadResult:
 def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
     """Write all files that the load generator reads into `folder`. Return load.json, which describes them.
 
-    Raises `InferctlError` if a request has more tokens than the server accepts.
+    Raises `InferctlError` if a request has more tokens than the server accepts, and `UsageError` if it has no such
+    prompt.
     """
+    target.check_prompts(load.prompt_name, load.query_share)
     context = (target.info.get("limits") or {}).get("max_context_tokens")
     longest = max((sum(pair) for pair in zip(workload.input_tokens, workload.output_tokens, strict=True)), default=0)
     if context and longest > context:

@@ -86,6 +86,20 @@ class Target:
         encoding = {"encoding_format": "base64"} if self.base64 else {}
         return {"model": self.model, "input": texts} | encoding
 
+    def check_prompts(self, name: str | None, query_share: float | None) -> None:
+        """Raise `UsageError` if the model does not have the prompts of a load, or the server does not report them.
+
+        Such a server may ignore the keys of a request, so the receipt would not say what was measured.
+        """
+        if name is None and query_share is None:
+            return
+        names: list[str] = ((self.info.get("model") or {}).get("prompts") or {}).get("names") or []
+        if not names:
+            key = "query_share" if name is None else "prompt_name"
+            raise UsageError(f"{self.url} reports no prompts of its model", f"remove `load.{key}` from the plan")
+        if name is not None and name not in names:
+            raise UsageError(f"`load.prompt_name`: the model has no prompt {name!r}", f"use one of {', '.join(names)}")
+
     def request(self, texts: list[str], timeout_s: float = 120) -> Sequence[object]:
         """Request what `body(texts)` requests, and return the vectors, the scores or the chunks of a stream.
 

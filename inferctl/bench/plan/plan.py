@@ -111,11 +111,12 @@ class Plan(Section):
                 f"the plan {self.name} is for the task {self.load.task}, but the task of the model is {task}",
                 "remove `load.task` from the plan",
             )
-        traces = (self.load.trace, *((each.load or {}).get("trace") for each in self.configurations))
-        if task != "embed" and any(traces):
-            raise UsageError(
-                f"a trace has inputs for embeddings, but the task of the model is {task}", "use another load"
-            )
+        loads = [self.load.model_dump(exclude_none=True), *(each.load or {} for each in self.configurations)]
+        for key in ("trace", "prompt_name", "query_share") if task != "embed" else ():
+            if any(load.get(key) is not None for load in loads):
+                raise UsageError(
+                    f"`load.{key}` is for embeddings, but the task of the model is {task}", "remove it from the plan"
+                )
         if task == "generate":
             return self._for_generation()
         if found := next((each.name for each in self.configurations if each.checkpoint), None):

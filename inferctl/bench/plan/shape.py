@@ -94,7 +94,8 @@ class Load(Section):
     `emulated_s` is the duration of a closed loop on a server that emulates its precision, if it is shorter.
 
     `task` is that of the models (`Plan.for_task`). For `rerank`, the inputs of a request are the documents of a query.
-    For `generate`, `generation` describes the requests.
+    For `generate`, `generation` describes the requests. Embeddings requests select the prompt `prompt_name`, or those
+    of the share `query_share` are queries and the others documents.
     """
 
     task: Task = Field("embed", description="Task of the models. Set by the benchmark.")
@@ -142,6 +143,13 @@ class Load(Section):
     )
     zipf_s: float = Field(1.0, ge=0, le=10, description="The k-th most popular text has weight 1 / k^s.")
     zipf_share: float = Field(1.0, ge=0, le=1, description="Share of the requests that repeat. The others are unique.")
+    prompt_name: str | None = Field(None, description="Embeddings: the prompt of all requests, as in `/info`.")
+    query_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Embeddings: share of the requests whose `input_type` is `query`. The others are `document`.",
+    )
     generation: Generation | None = Field(None, description="Requests to generation servers.")
     workers: int = Field(1, ge=1, le=256, description="Load generator processes on this machine.")
     remote_workers: int = Field(0, ge=0, le=256, description="Workers on other machines that the run waits for.")
@@ -173,6 +181,8 @@ class Load(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Load:
+        if self.prompt_name is not None and self.query_share is not None:
+            raise ValueError("prompt_name and query_share cannot be combined: keep one of them")
         if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
             raise ValueError("stages, spike and trace cannot be combined: keep one of them")
         if self.trace and self.mode == "closed":

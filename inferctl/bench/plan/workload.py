@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +56,15 @@ class Workload:
     def digest(self) -> str:
         """sha256 (hex) of texts, order and times. Equal digests mean equal work."""
         marks = self.unique_from == 0 if self.unique_from in (0, len(self.groups)) else self.unique_from
-        requested = [list(self.output_tokens)] if self.output_tokens else []
+        requested: list[object] = [list(self.output_tokens)] if self.output_tokens else []
+        if any(prompts := [self._prompt(number) for number in range(len(self.groups))]):
+            requested.append(prompts)
         total = hashlib.sha256(json.dumps([self.groups, marks, *requested]).encode())
         for part in (self.order, self.schedule_ns, self.warmup_schedule_ns):
             total.update(part.tobytes())
         return total.hexdigest()
 
-    def bodies(self, body: Callable[..., object]) -> list[bytes]:
+    def bodies(self, body: Callable[..., Mapping[str, object]]) -> list[bytes]:
         """Return one JSON request body per group, each on one line.
 
         `body` makes a body from texts and, for generation, from the tokens of the output (`Target.body`).
@@ -74,7 +76,15 @@ class Workload:
             bodies = [body(group, tokens) for group, tokens in zip(marked, self.output_tokens, strict=True)]
         else:
             bodies = [body(group) for group in marked]
-        return [json.dumps(each).encode() for each in bodies]
+        return [json.dumps({**each, **self._prompt(number)}).encode() for number, each in enumerate(bodies)]
+
+    def _prompt(self, number: int) -> dict[str, str]:
+        """Return what the request of a group selects. The queries are spread evenly, so that their share is exact."""
+        if self.load.prompt_name is not None:
+            return {"prompt_name": self.load.prompt_name}
+        if (share := self.load.query_share) is None:
+            return {}
+        return {"input_type": "query" if int((number + 1) * share) > int(number * share) else "document"}
 
     def _marked(self, group: list[str]) -> list[str]:
         """Return a group with the mark of the prefix. A unique query makes each of its pairs unique.

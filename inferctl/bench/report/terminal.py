@@ -322,6 +322,10 @@ def describe_load(load: Load) -> str:
         text = f"open loop, {load.rate:g} requests/s offered ({load.arrivals})"
     if spike := load.spike:
         text += f", {spike.times:g}x that from {spike.at_s:g} s for {spike.duration_s:g} s"
+    if load.prompt_name is not None:
+        text += f", with the prompt {load.prompt_name}"
+    if load.query_share is not None:
+        text += f", {100 * load.query_share:g}% queries"
     return f"{text}, {len(load.stages)} stages" if load.stages else text
 
 

@@ -14,6 +14,7 @@ from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Usage
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_PROMPT_CHARACTERS = 8192
 
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
@@ -85,6 +86,17 @@ class EmbeddingRequest(ModelRequest):
     truncate: StrictBool | None = Field(
         None,
         description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting.",
+    )
+    prompt: Annotated[StrictStr, Field(max_length=_MAX_PROMPT_CHARACTERS)] | None = Field(
+        None, description="A text before each input, instead of a prompt of the model. Not for token ids."
+    )
+    prompt_name: StrictStr | None = Field(
+        None, description="The name of a prompt of the model, as in `GET /info`. Ignored with `prompt`."
+    )
+    input_type: StrictStr | None = Field(
+        None,
+        description="What the inputs are: the name of a prompt, or `query`, `search_query`, `document`, "
+        "`search_document`, `classification`, `clustering`. Ignored with `prompt` and `prompt_name`.",
     )
 
     @property

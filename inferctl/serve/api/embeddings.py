@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,12 @@ from inferctl.serve.api.inference import Inference, parsed_body, send_json
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
+log = logging.getLogger("inferctl.prompts")
+
 # More token ids than this are converted on another thread.
 _INLINE_IDS = 16_384
+# Keys that get a line in the log.
+_MAX_REMINDED = 1_000
 
 
 @dataclass(frozen=True)
@@ -26,34 +31,55 @@ class EmbeddingsEndpoint:
     """The application of `POST /v1/embeddings`."""
 
     inference: Inference
+    reminded: set[str] = field(default_factory=set, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         context = self.inference.admit(scope)
-        request = await parsed_body(context, receive, self._parse)
+        request, prompt = await parsed_body(context, receive, self._parse)
         model = self.inference.model
+        if prompt is None and model.prompts.unused and isinstance(request.items[0], str):
+            self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
-        vectors = await self.inference.run(context, receive, self._tokenize(request, context.tenant))
+        vectors = await self.inference.run(context, receive, self._tokenize(request, prompt, context.tenant))
         parts = embedding_schemas.response(
             _with_dimensions(vectors, dimensions), request.encoding_format, model.name, context.input_tokens
         )
         await send_json(send, parts, context)
 
-    def _parse(self, raw: bytes) -> EmbeddingRequest:
-        """Return the request. Raises `ApiError` 400 or 404."""
+    def _parse(self, raw: bytes) -> tuple[EmbeddingRequest, str | None]:
+        """Return the request and its prompt, None if it selects none. Raises `ApiError` 400 or 404."""
         model, request = self.inference.model, self.inference.parse(EmbeddingRequest, raw)
         for index, row in enumerate(() if isinstance(request.items[0], str) else request.items):
             if (largest := max(row)) >= model.vocabulary_size:
                 limit = model.vocabulary_size - 1
                 message = f"input[{index}] has token id {largest}; the largest of this model is {limit}"
                 raise ApiError(400, message, code="invalid_token", param="input")
-        return request
+        if request.prompt is request.prompt_name is request.input_type is None:
+            return request, None
+        if not isinstance(request.items[0], str):
+            message = "a prompt precedes texts: send texts, or token ids without prompt, prompt_name and input_type"
+            raise ApiError(400, message, code="prompt_without_text", param="input")
+        return request, model.prompt_for(request.prompt, request.prompt_name, request.input_type)
 
-    async def _tokenize(self, request: EmbeddingRequest, tenant: str | None) -> tuple[Sequence[Tokens], None]:
+    def _remind(self, key_id: str | None) -> None:
+        """Log once for a key that it uses none of the prompts. Without keys, the line at the start is all."""
+        if key_id is None or key_id in self.reminded or len(self.reminded) >= _MAX_REMINDED:
+            return
+        self.reminded.add(key_id)
+        names = ", ".join(self.inference.model.prompts.names)
+        log.warning(
+            "key %s sends texts without a prompt; the model has %s: send `prompt_name` or `input_type`", key_id, names
+        )
+
+    async def _tokenize(
+        self, request: EmbeddingRequest, prompt: str | None, tenant: str | None
+    ) -> tuple[Sequence[Tokens], None]:
         truncate = self.inference.model.truncate if request.truncate is None else request.truncate
         items: Any = request.items
         if isinstance(items[0], str):
-            return await self.inference.tokenizer.encode(items, truncate=truncate, tenant=tenant), None
+            found = await self.inference.tokenizer.encode(items, truncate=truncate, tenant=tenant, prompt=prompt)
+            return found, None
         call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)
         large = sum(map(len, items)) > _INLINE_IDS
         return (await asyncio.to_thread(call) if large else call()), None

@@ -71,7 +71,7 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
         models += [(operation.request, "validation"), (operation.response, "serialization")]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     if model.dimensions and "EmbeddingRequest" in schemas["$defs"]:
-        _add_limits(schemas["$defs"]["EmbeddingRequest"]["properties"], model)
+        _add_limits(schemas["$defs"]["EmbeddingRequest"], model)
     return {
         "openapi": "3.1.0",
         "info": {"title": model.name, "version": inferctl.__version__},
@@ -81,9 +81,10 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
     }
 
 
-def _add_limits(properties: dict[str, Any], model: ServedModel) -> None:
+def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
     """Add the limits to the schema of requests, so that the server accepts every request that matches the schema."""
-    _, texts, ids, rows = properties["input"]["anyOf"]
+    properties = schema["properties"]
+    text, texts, ids, rows = properties["input"]["anyOf"]
     texts["maxItems"] = rows["maxItems"] = model.max_inputs
     ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = model.vocabulary_size - 1
     number, sizes = {"type": "integer"}, model.matryoshka
@@ -92,6 +93,13 @@ def _add_limits(properties: dict[str, Any], model: ServedModel) -> None:
         if sizes is None
         else {**number, "enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
     )
+    # Token ids have no prompt.
+    no_prompt: dict[str, Any] = {key: {"type": "null"} for key in ("prompt", "prompt_name", "input_type")}
+    for name, words in (("prompt_name", model.prompts.names), ("input_type", model.prompts.input_types)):
+        properties[name]["anyOf"][0] = {"type": "string", "enum": words} if words else {"type": "null"}
+    if not model.prompts.pooled:
+        properties["prompt"]["anyOf"][0]["maxLength"] = 0
+    schema["anyOf"] = [{"properties": {"input": {"anyOf": [text, texts]}}}, {"properties": no_prompt}]
 
 
 def _get(path: str, name: str) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inferctl.config.spec import Task
+from inferctl.core.errors import UsageError
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
 @dataclass
 class ServedModel:
-    """`aliases`: other accepted names. `matryoshka`: as in `EmbeddingConfig`.
+    """`aliases`: other accepted names. `matryoshka` and `prompts`: as in `EmbeddingConfig`.
 
     `max_inputs` and `max_tokens` limit one request.
 
@@ -29,6 +31,7 @@ class ServedModel:
     truncate: bool
     task: Task = "embed"
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
+    prompts: Prompts = NO_PROMPTS
     dimensions: int = 0
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
@@ -38,6 +41,14 @@ class ServedModel:
         if wanted not in (None, self.name) and wanted not in self.aliases:
             message = f"model {wanted!r} not found; this server serves {self.name!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
+
+    def prompt_for(self, prompt: str | None, name: str | None, input_type: str | None) -> str:
+        """Return the prompt that a request selects. Raises `ApiError` 400 if the model does not support it."""
+        try:
+            return self.prompts.select(prompt, name, input_type)
+        except UsageError as error:
+            param = "prompt" if prompt is not None else "input_type" if name is None else "prompt_name"
+            raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
 
     def dimensions_for(self, wanted: int | None) -> int | None:
         """Return to how many dimensions vectors are truncated; None for full vectors.
