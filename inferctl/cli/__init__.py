@@ -34,6 +34,9 @@ class Root(LazyGroup):
         "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its output with fp32."),
         "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
+        "convert": Command(
+            "inferctl.cli.convert", "convert", "Convert pickled weights to safetensors, and a tokenizer."
+        ),
         "serve": Command("inferctl.cli.serve", "serve", "Serve a model with an OpenAI-compatible API."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),

@@ -174,9 +174,15 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
     try:
         if folder := model.find(source) if local else hub.cached(source, revision):
             return size_forecast.ImagePart("weights", folder.bytes, "the model folder")
-        return size_forecast.ImagePart("weights", hub.facts(source, revision).bytes, "the files on the hub")
+        found = hub.facts(source, revision)
     except InferctlError as error:
         return size_forecast.ImagePart("weights", None, error.message)
+    if found.pickled:
+        raise UsageError(
+            f"{source} has pickled weights, which a build does not convert",
+            f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
+        )
+    return size_forecast.ImagePart("weights", found.bytes, "the files on the hub")
 
 
 def _check(

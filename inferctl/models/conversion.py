@@ -1,0 +1,348 @@
+"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER`.
+
+Never runs code of the folder: pickles are read by torch's own unpickler, which only makes tensors (`weights_only`), and
+transformers gets no remote code. stdout has a JSON object per line: `done` (converted bytes), or at the end an error.
+
+`.conversion.json` in the new folder has the sha256 of what was read and written, and the versions of the libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import inferctl
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint, shown
+from inferctl.core.sizes import size
+from inferctl.models import untrusted
+from inferctl.models.convert import RECORD
+from inferctl.models.model import ModelFolder, weight_map
+
+if TYPE_CHECKING:
+    import torch
+
+# Address space for torch and tokenizers, besides their code and twice the largest file with weights.
+_EXTRA_BYTES = 4 * 2**30
+# The structure of the largest published models has 2 MB.
+_MAX_STRUCTURE_BYTES = 64 * 2**20
+# Tensors that share memory are written once for each name, unless transformers ties them again when it loads the model.
+# Without a limit, a small file could fill the disk.
+_MAX_GROWTH = 4
+_SMALL_BYTES = 64 * 2**20
+# Heads that transformers ties to the input embeddings (`_tied_weights_keys`), and embeddings that T5 and BART tie to
+# `shared`.
+_TIED_HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|generator_lm_head|vocab_projector|embed_out|cls\.predictions|predictions|lm_predictions"
+    r"|mlm_head|pred_layer)\b"
+)
+_TIED_EMBEDDING = re.compile(r"(?:^|\.)(?:encoder|decoder)\.embed_tokens\.weight$")
+_LIBRARIES = ("torch", "safetensors", "transformers", "tokenizers")
+# Keys of a tokenizer's configuration that make transformers read other files.
+_FILE_KEYS = re.compile(r"_file$|^name_or_path$|^auto_map$")
+
+
+def convert(source: Path, target: Path, report: Callable[[int], None]) -> None:
+    """Write the converted model of `source` into the empty folder `target`; config.json last.
+
+    Raises `UsageError` for a model that cannot be converted.
+    """
+    folder = ModelFolder(source)
+    untrusted.check(source, folder.files())
+    pickles = folder.pickled
+    read: dict[str, Any] = {}
+    tied: dict[str, str] = {}
+    done = 0
+    indexes: dict[Path, dict[str, str]] = {}
+    for file in pickles:
+        name = file.relative_to(source)
+        place = target / name.with_name(_new_name(name.name))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tensors, dropped = _tensors(file, _ties(folder.config))
+        index = indexes.setdefault(place.parent, {})
+        if repeated := sorted(index.keys() & tensors.keys()):
+            raise UsageError(f"{source} has {repeated[0]} in two files with weights", "download the model again")
+        index |= dict.fromkeys(tensors, place.name)
+        _save(tensors, place)
+        tied |= dropped
+        del tensors
+        read[name.as_posix()] = _digest(file)
+        done += file.stat().st_size
+        report(done)
+    for parent, index in indexes.items():
+        _write_index(source / parent.relative_to(target), parent, index, tied)
+    converted = {file.parent for file in pickles}
+    config = source / "config.json"
+    for file in [each for each in folder.files() if each != config] + [config]:
+        if file.suffix == ".gguf" or file.name == "pytorch_model.bin.index.json":
+            continue
+        if file.parent in converted and file.name == "model.safetensors.index.json":
+            continue  # of weights that are not there
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file == config and not (target / "tokenizer.json").is_file():
+            _make_tokenizer(source, target)
+        _copy(file, copy)
+    _record(target, read, tied, made_tokenizer=not (source / "tokenizer.json").is_file())
+
+
+def _copy(file: Path, copy: Path) -> None:
+    if untrusted.is_blob(file):  # which nobody changes
+        with contextlib.suppress(OSError):  # another file system, or one without hard links
+            os.link(os.path.realpath(file), copy)
+            return
+    shutil.copyfile(file, copy)
+
+
+def import_libraries() -> None:
+    """Import what the conversion needs, before the memory is limited. Raises `NotReadyError`."""
+    try:
+        for name in ("torch", "safetensors.torch", "transformers"):
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise NotReadyError(
+            f"`inferctl convert` requires the package {error.name}, not installed", install_hint("serve")
+        ) from None
+
+
+def bound_memory(largest: int) -> None:
+    """Limit the address space of this process to what it has, twice the bytes of the largest file, and 4 GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 2 * largest + _EXTRA_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _new_name(name: str) -> str:
+    """Return the name of the safetensors file: `model-00001-of-00002.safetensors` of the shard 1 of 2."""
+    return f"{name.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
+
+
+def _ties(config: dict[str, Any]) -> bool:
+    """Return whether transformers ties heads to the input embeddings when it loads a model of this `config.json`."""
+    inner = config.get("text_config")
+    found = inner if isinstance(inner, dict) and "tie_word_embeddings" in inner else config
+    return found.get("tie_word_embeddings", True) is not False
+
+
+def _tensors(file: Path, ties: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of a pickle to write, and the names that are left out, each with the name that it equals."""
+    loaded = _load(file)
+    groups: dict[object, list[str]] = {}
+    storages: dict[int, int] = {}
+    for name, tensor in loaded.items():
+        storage = tensor.untyped_storage().data_ptr()
+        storages[storage] = storages.get(storage, 0) + 1
+        alike = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        groups.setdefault(alike if tensor.numel() else name, []).append(name)
+    dropped = {}
+    for names in groups.values():
+        kept = min(names, key=lambda name: (_TIED_HEAD.search(name) is not None, name.count("."), len(name), name))
+        shared = kept.rpartition(".weight")[0].endswith("shared")
+        for name in names:
+            if ties and name != kept and (_TIED_HEAD.search(name) or (shared and _TIED_EMBEDDING.search(name))):
+                dropped[name] = kept
+    kept_tensors = {name: tensor for name, tensor in loaded.items() if name not in dropped}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in kept_tensors.values())
+    if total > _MAX_GROWTH * file.stat().st_size + _SMALL_BYTES:
+        raise UsageError(
+            f"{file} has {size(file.stat().st_size)}, but its tensors would have {size(total)}",
+            "do not use this file: weights that were trained do not repeat",
+        )
+    # A tensor that shares its memory with another one needs its own.
+    return {
+        name: tensor.clone(memory_format=_contiguous())
+        if storages[tensor.untyped_storage().data_ptr()] > 1
+        else tensor.contiguous()
+        for name, tensor in kept_tensors.items()
+    }, dropped
+
+
+def _contiguous() -> torch.memory_format:
+    import torch
+
+    return torch.contiguous_format
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pickle by name. Raises `UsageError` if it has anything else."""
+    import torch
+
+    with file.open("rb") as stream:
+        zipped = stream.read(4) == b"PK\x03\x04"
+    if zipped:
+        _check_archive(file)
+    try:
+        # Files of torch before 1.6 are not archives and cannot be mapped.
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|function) ([\w.]+)", str(error))
+        raise UsageError(
+            f"{file} is not only weights" + (f": it calls {named[1]}" if named else ""),
+            "do not load this file: it can run code. Use a model with *.safetensors",
+        ) from None
+    except (RuntimeError, ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, MemoryError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{file} cannot be read: {why}", "download the model again") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} is not a table of tensors, but a {type(found).__name__}", "export its weights again")
+    for name, tensor in found.items():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not plain or tensor.is_quantized or tensor.is_complex():
+            raise UsageError(
+                f"{file} has {shown(name)}, which is not a plain tensor", "export the weights with `save_pretrained`"
+            )
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _check_archive(file: Path) -> None:
+    """Raise `UsageError` for an archive that torch did not write: compressed, or with sizes that do not add up."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"{file} is not a complete archive: {error}", "download the model again") from None
+    structure = max((entry.file_size for entry in entries if entry.filename.endswith("data.pkl")), default=0)
+    if (
+        any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        or sum(entry.file_size for entry in entries) > file.stat().st_size
+        or structure > _MAX_STRUCTURE_BYTES
+    ):
+        raise UsageError(
+            f"{file} is not an archive of torch: its parts are compressed, or larger than the file",
+            "do not use this file: it was made to fill memory",
+        )
+
+
+def _save(tensors: dict[str, torch.Tensor], place: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, place, metadata={"format": "pt"})
+        os.umask(mask := os.umask(0))
+        place.chmod(0o666 & ~mask)  # the library gives it to its owner alone, but a container has another user
+    except SafetensorError as error:  # it wraps errors of the disk
+        number = re.search(r"os error (\d+)", str(error))
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(place)) from None
+        raise UsageError(f"{place.name} cannot be written: {error}", "export the weights again") from None
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{place.name} cannot be written: {error}", "export the weights again") from None
+
+
+def _write_index(source: Path, target: Path, index: dict[str, str], tied: dict[str, str]) -> None:
+    """Write the index of shards, if there are any. Raises `UsageError` if a tensor of the source's index is absent."""
+    if set(index.values()) == {"model.safetensors"}:
+        return
+    listed = weight_map(source / "pytorch_model.bin.index.json")
+    if missing := sorted(listed.keys() - index.keys() - tied.keys()):
+        raise UsageError(f"{source} is incomplete: no shard has {missing[0]}", "download the model again")
+    document = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+    (target / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_tokenizer(source: Path, target: Path) -> None:
+    """Write `tokenizer.json` from the vocabulary of the model. Raises `UsageError`, `NotReadyError`."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=target) as place:
+        staged = Path(place)
+        for file in ModelFolder(source).files():
+            if file.parent == source and file.suffix in (".json", ".txt", ".model"):
+                shutil.copyfile(file, staged / file.name)
+        for name in ("tokenizer_config.json", "config.json"):
+            if (staged / name).is_file() and isinstance(found := untrusted.read_json(staged / name), dict):
+                kept = {key: value for key, value in found.items() if not _FILE_KEYS.search(key)}
+                (staged / name).write_text(json.dumps(kept), encoding="utf-8")
+        hint = "save it with `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`, or use another model"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(staged, trust_remote_code=False, local_files_only=True)
+            tokenizer.save_pretrained(staged / "new")
+        except ImportError as error:
+            package = re.search(r"sentencepiece|tiktoken|protobuf", str(error), re.IGNORECASE)
+            name = package[0].lower() if package else str(error.name)
+            raise NotReadyError(
+                f"the tokenizer of {source} requires the package {name}, not installed", f"run `pip install {name}`"
+            ) from None
+        except Exception as error:  # transformers and tokenizers raise errors of many classes
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0].replace(place, str(source))
+            raise UsageError(f"no tokenizer.json can be made for {source}: {why}", hint) from None
+        made = staged / "new" / "tokenizer.json"
+        if not made.is_file():
+            raise UsageError(f"no tokenizer.json can be made for {source}: {type(tokenizer).__name__} has none", hint)
+        made.rename(target / "tokenizer.json")
+
+
+def _record(target: Path, read: dict[str, Any], tied: dict[str, str], made_tokenizer: bool) -> None:
+    written = {file.relative_to(target).as_posix(): _digest(file) for file in _new_files(target, read, made_tokenizer)}
+    versions = {name: importlib.import_module(name).__version__ for name in _LIBRARIES}
+    document = {
+        "read": read,
+        "written": written,
+        "tied": dict(sorted(tied.items())),
+        "versions": {"inferctl": inferctl.__version__, **versions},
+    }
+    (target / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _new_files(target: Path, read: dict[str, Any], made_tokenizer: bool) -> Iterator[Path]:
+    """Yield the files that the conversion made: those that are not copies."""
+    for name in sorted(read):
+        yield target / Path(name).with_name(_new_name(Path(name).name))
+    if made_tokenizer:
+        yield target / "tokenizer.json"
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def main() -> int:
+    """Convert, report on stdout, and return the exit code."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # output of libraries must not appear among the messages
+
+    def send(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    source, target = map(Path, sys.argv[1:])
+    try:
+        import_libraries()
+        bound_memory(max((file.stat().st_size for file in ModelFolder(source).pickled), default=0))
+        convert(source, target, lambda done: send({"done": done}))
+    except InferctlError as error:
+        send({"message": error.message, "hint": error.hint, "exit_code": error.exit_code})
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full" if full else (error.strerror or str(error)).lower()
+        where = f": {error.filename}" if error.filename else ""
+        hint = "free disk space, or name a folder on another disk" if full else "name a folder that is writable"
+        send({"message": f"the converted model cannot be written: {what}{where}", "hint": hint, "exit_code": 3})
+    except MemoryError:
+        message = "the model needs more memory than its files explain"
+        send({"message": message, "hint": "do not use these files", "exit_code": 2})
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
