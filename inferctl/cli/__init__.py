@@ -7,6 +7,7 @@ packages at its top: `inferctl --help` must cost little more than `import typer`
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from itertools import pairwise
@@ -104,6 +105,8 @@ _SYSTEM_ERROR_HINTS = {
 def main() -> None:
     """Run the command line and exit with a code of `inferctl.core.errors`."""
     streams.guard()
+    # Child processes start with `python -m`. They must not import modules from the current folder, which may be a model.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))

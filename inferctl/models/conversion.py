@@ -1,7 +1,7 @@
 """The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER`.
 
 Never runs code of the folder: pickles are read by torch's own unpickler, which only makes tensors (`weights_only`), and
-transformers gets no remote code. stdout has a JSON object per line: `done` (converted bytes), or at the end an error.
+transformers gets no remote code. If it fails, stdout is the error as JSON.
 
 `.conversion.json` in the new folder has the sha256 of what was read and written, and the versions of the libraries.
 """
@@ -9,6 +9,7 @@ transformers gets no remote code. stdout has a JSON object per line: `done` (con
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib
@@ -18,10 +19,11 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +52,13 @@ _TIED_HEAD = re.compile(
     r"|mlm_head|pred_layer)\b"
 )
 _TIED_EMBEDDING = re.compile(r"(?:^|\.)(?:encoder|decoder)\.embed_tokens\.weight$")
+_SET_SIGNAL_OF_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LIBRARIES = ("torch", "safetensors", "transformers", "tokenizers")
 # Keys of a tokenizer's configuration that make transformers read other files.
 _FILE_KEYS = re.compile(r"_file$|^name_or_path$|^auto_map$")
 
 
-def convert(source: Path, target: Path, report: Callable[[int], None]) -> None:
+def convert(source: Path, target: Path) -> None:
     """Write the converted model of `source` into the empty folder `target`; config.json last.
 
     Raises `UsageError` for a model that cannot be converted.
@@ -65,7 +68,6 @@ def convert(source: Path, target: Path, report: Callable[[int], None]) -> None:
     pickles = folder.pickled
     read: dict[str, Any] = {}
     tied: dict[str, str] = {}
-    done = 0
     indexes: dict[Path, dict[str, str]] = {}
     for file in pickles:
         name = file.relative_to(source)
@@ -80,8 +82,6 @@ def convert(source: Path, target: Path, report: Callable[[int], None]) -> None:
         tied |= dropped
         del tensors
         read[name.as_posix()] = _digest(file)
-        done += file.stat().st_size
-        report(done)
     for parent, index in indexes.items():
         _write_index(source / parent.relative_to(target), parent, index, tied)
     converted = {file.parent for file in pickles}
@@ -315,32 +315,27 @@ def _digest(file: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Convert, report on stdout, and return the exit code."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # output of libraries must not appear among the messages
-
-    def send(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
+    """Convert, write an error to stdout, and return the exit code."""
+    channel = os.dup(1)
+    os.dup2(2, 1)  # output of libraries must not appear next to the error
+    ctypes.CDLL(None).prctl(_SET_SIGNAL_OF_DEAD_PARENT, signal.SIGKILL)
     source, target = map(Path, sys.argv[1:])
     try:
         import_libraries()
         bound_memory(max((file.stat().st_size for file in ModelFolder(source).pickled), default=0))
-        convert(source, target, lambda done: send({"done": done}))
+        convert(source, target)
+        return 0
     except InferctlError as error:
-        send({"message": error.message, "hint": error.hint, "exit_code": error.exit_code})
+        found = error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else (error.strerror or str(error)).lower()
-        where = f": {error.filename}" if error.filename else ""
         hint = "free disk space, or name a folder on another disk" if full else "name a folder that is writable"
-        send({"message": f"the converted model cannot be written: {what}{where}", "hint": hint, "exit_code": 3})
+        found = NotReadyError(f"the converted model cannot be written: {what}", hint)
     except MemoryError:
-        message = "the model needs more memory than its files explain"
-        send({"message": message, "hint": "do not use these files", "exit_code": 2})
-    else:
-        return 0
+        found = UsageError("the model needs more memory than its files explain", "do not use these files")
+    message = {"message": found.message, "hint": found.hint, "exit_code": found.exit_code}
+    os.write(channel, json.dumps(message).encode())
     return 1
 
 

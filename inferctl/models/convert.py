@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from inferctl.core.sizes import size
 from inferctl.models import model, untrusted
 from inferctl.models.model import ModelFolder
 
-# Called with the converted bytes and all bytes to convert.
+# Called with the written bytes, and the bytes to write, estimated.
 Progress = Callable[[int, int], None]
 
 # The slowest import of torch and transformers took 40 s, on two cores with other load. Weights are read, written and
@@ -32,12 +32,17 @@ Progress = Callable[[int, int], None]
 _START_S, _BYTES_PER_S = 300, 10_000_000
 # Name of the record in a converted folder. Dotted files are not part of the model, so libraries may change in it.
 RECORD = ".conversion.json"
+_POLL_S = 0.5
 _PROGRAM = "inferctl.models.conversion"
 
 
 def needed(folder: ModelFolder) -> bool:
-    """Return whether a model has pickles instead of safetensors, or lacks `tokenizer.json`."""
-    return bool(folder.pickled) or not (folder.path / "tokenizer.json").is_file()
+    """Return whether a model has pickles instead of safetensors, or a vocabulary but no `tokenizer.json`."""
+    path = folder.path
+    vocabulary = [path / "vocab.txt", path / "vocab.json", *path.glob("*.model")]
+    return bool(folder.pickled) or (
+        not (path / "tokenizer.json").is_file() and any(file.is_file() for file in vocabulary)
+    )
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -53,13 +58,15 @@ def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
     for it. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or read-only disk, and
     if the conversion takes too long or too much memory.
     """
-    total = sum(file.stat().st_size for file in ModelFolder(source).pickled)
+    folder = ModelFolder(source)
+    total = folder.bytes + sum(file.stat().st_size for file in folder.pickled)
     try:
         with _reserved(target) as (partial, lock):
             if partial is not None:
                 _check_space(target.parent, total)
                 _run(source, partial, lock, total, progress)
                 partial.rename(target)
+                progress(total, total)
     except OSError as error:
         raise NotReadyError(
             f"{target} cannot be written: {(error.strerror or str(error)).lower()}",
@@ -108,57 +115,55 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 
 def _run(source: Path, partial: Path, lock: int, total: int, progress: Progress) -> None:
-    """Run the process. Raises its error."""
-    limit_s = _START_S + total / _BYTES_PER_S
+    """Run the process, and report the bytes that it has written. Raises its error."""
     # `-P`: the current folder, which may be the model's, is not searched for modules.
     command = [sys.executable, "-P", "-m", _PROGRAM, str(source.resolve()), str(partial.resolve())]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile() as stderr:
+    limit_s = _START_S + total / _BYTES_PER_S
+    deadline = time.monotonic() + limit_s
+    written = 0
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             env=os.environ | offline,
             pass_fds=(lock,),
             start_new_session=True,
         )
-        assert process.stdout
-        expired = threading.Event()
-
-        def end() -> None:
-            expired.set()
-            process.kill()
-
-        timer = threading.Timer(limit_s, end)
-        timer.start()
-        error = None
         try:
-            for line in process.stdout:
-                message = json.loads(line)
-                if "done" in message:
-                    progress(message["done"], total)
-                else:
-                    error = message
-            process.wait()
+            while process.poll() is None:
+                written = max(written, _written(partial))
+                progress(min(written, max(0, total - 1)), total)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+                if time.monotonic() > deadline:
+                    raise NotReadyError(
+                        f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
+                    )
         finally:
-            timer.cancel()
             process.kill()
             process.wait()
-            process.stdout.close()
-        if expired.is_set():
-            raise NotReadyError(
-                f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
-            )
-        if error:
-            kind = UsageError if error["exit_code"] == UsageError.exit_code else NotReadyError
-            raise kind(error["message"], error["hint"])
         if process.returncode:
+            stdout.seek(0)
             stderr.seek(0)
-            raise _crash(source, process.returncode, stderr.read()[-4000:].decode(errors="replace"))
+            raise _error(source, process.returncode, stdout.read(), stderr.read()[-4000:].decode(errors="replace"))
 
 
-def _crash(source: Path, code: int, stderr: str) -> InferctlError:
+def _written(folder: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in folder.rglob("*"))
+    except OSError:  # a temporary file that was removed
+        return 0
+
+
+def _error(source: Path, code: int, stdout: bytes, stderr: str) -> InferctlError:
+    """Return the error that the process wrote to stdout, or how it ended."""
+    if stdout:
+        found = json.loads(stdout)
+        kind = UsageError if found["exit_code"] == UsageError.exit_code else NotReadyError
+        return kind(found["message"], found["hint"])
     lines = [line for line in stderr.splitlines() if line.strip()]
     how = f"signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
     return NotReadyError(

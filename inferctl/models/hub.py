@@ -91,7 +91,7 @@ def fetch(
         return folder
     snapshot = download(source, revision, progress)
     found = ModelFolder(snapshot)
-    if not found.pickled and ((snapshot / "tokenizer.json").is_file() or _generates(found)):
+    if not convert.needed(found) or (_generates(found) and not found.pickled):
         return model.find(source, revision)
     target = snapshot.parent.parent / model.CONVERTED / snapshot.name
     return convert.convert(snapshot, target, convert_progress)

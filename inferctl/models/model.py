@@ -332,11 +332,15 @@ def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             header = json.loads(stream.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        if file.stat().st_size != 8 + length + end or not all(
-            isinstance(each["dtype"], str) and all(isinstance(n, int) and n >= 0 for n in each["shape"])
-            for each in tensors.values()
-        ):
+        if file.stat().st_size != 8 + length + end or not all(_is_tensor(**each) for each in tensors.values()):
             raise problem
         yield from tensors.items()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, struct.error):
         raise problem from None
+
+
+def _is_tensor(dtype: Any, shape: Any, data_offsets: Any) -> bool:
+    """Return whether an entry of a header can be a tensor. The smallest numbers have 4 bits."""
+    start, end = data_offsets
+    sized = all(isinstance(length, int) and length >= 0 for length in shape)
+    return isinstance(dtype, str) and sized and math.prod(shape) <= 2 * (end - start)

@@ -7,12 +7,12 @@ The formats are those of the files that sentence-transformers writes (`modules.j
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from inferctl.core.errors import UsageError
+from inferctl.models.untrusted import read_json
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -123,22 +123,11 @@ def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
-    data = _load(path)
+    data = read_json(path) if path.is_file() else None
     return data if isinstance(data, dict) else {}
 
 
 def read_list(path: Path) -> list[dict[str, Any]]:
     """Return the objects in the list in a JSON file, as `read_object` does."""
-    data = _load(path)
+    data = read_json(path) if path.is_file() else None
     return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", "the download may be incomplete; download the model again"
-        ) from None
