@@ -379,6 +379,10 @@ def test_a_hub_model_with_a_pickle_is_converted_when_it_is_fetched(source: Path,
     (source / "onnx" / "pytorch_model.bin").write_bytes(b"not the model")
     with serving({"org/m": source}) as hub:
         environment = online(hub, tmp_path / "home")
+        spec = tmp_path / "inferctl.yaml"
+        spec.write_text("name: m\nmodel: {source: org/m, weights: bake}\nimage: {base: cpu}\n")
+        build = ("build", "--dry-run", "--allow-floating", "--no-verify", "--spec", spec)
+        refused = [inferctl(*build, env=environment)]
         *progress, path = fetch(environment)
         assert hub.downloads()[-1] == "pytorch_model.bin"
         assert "onnx/pytorch_model.bin" not in hub.downloads()
@@ -389,6 +393,9 @@ def test_a_hub_model_with_a_pickle_is_converted_when_it_is_fetched(source: Path,
         hub.requests.clear()
         assert fetch(environment) == [path]
         assert hub.requests == []
+        # A build would download the pickle again.
+        refused.append(inferctl(*build, env=environment))
+        assert [(done.returncode, "inferctl convert org/m" in done.stderr) for done in refused] == [(2, True)] * 2
     # Without the hub, what was downloaded is sufficient.
     shutil.rmtree(path)
     assert fetch(environment | {"HF_HUB_OFFLINE": "1"})[-1] == path

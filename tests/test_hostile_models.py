@@ -142,6 +142,12 @@ def index(name: str, file: object) -> Callable[[Path], object]:
     return add
 
 
+def huge_generator(folder: Path) -> None:
+    (folder / "modules.json").unlink()
+    sizes = dict.fromkeys(("hidden_size", "vocab_size", "num_attention_heads", "max_position_embeddings"), 10**300)
+    changed(architectures=["LlamaForCausalLM"], num_hidden_layers=2, **sizes)(folder)
+
+
 ALL = ("check", "convert", "serve")
 DEEP = "[" * 200_000
 # Name -> what is wrong with the folder, and the commands that reject it.
@@ -188,6 +194,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "architecture-is-a-number": (changed(architectures=5), ()),
     "labels-are-a-number": (changed(architectures=["XForSequenceClassification"], id2label=5), ("check", "serve")),
+    "generator-sizes-are-huge": (huge_generator, ("check",)),
     "sizes-are-huge": (changed(hidden_size=10**300, vocab_size=10**300, max_position_embeddings=10**300), ()),
 }
 

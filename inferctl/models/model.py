@@ -114,6 +114,11 @@ class ModelFolder:
         return sum(file.stat().st_size for file in self.files())
 
     @property
+    def converted(self) -> bool:
+        """Whether it was made of a hub model that cannot be served as it is on the hub."""
+        return self.path.parent.name == CONVERTED and self.path.parent.parent.name.startswith("models--")
+
+    @property
     def modules(self) -> list[dict[str, Any]]:
         """The entries of `modules.json`; empty without one. Raises `UsageError` if a path leads out of the folder."""
         file = self.path / "modules.json"
