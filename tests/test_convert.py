@@ -86,7 +86,8 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", TIED)
 def test_tied_weights_are_written_once_and_transformers_loads_all_of_them(kind: str, tmp_path: Path) -> None:
     head, settings, base = TIED[kind]
-    config = transformers.AutoConfig.for_model(kind, vocab_size=60, max_position_embeddings=40, **settings)
+    common = {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(kind, **common, **settings)
     torch.manual_seed(0)
     original = getattr(transformers, head)(config).eval()
     source = folder_of(tmp_path / "source")

@@ -48,8 +48,8 @@ _SMALL_BYTES = 64 * 2**20
 # Heads that transformers ties to the input embeddings (`_tied_weights_keys`), and embeddings that T5 and BART tie to
 # `shared`.
 _TIED_HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|generator_lm_head|vocab_projector|embed_out|cls\.predictions|predictions|lm_predictions"
-    r"|mlm_head|pred_layer)\b"
+    r"(?:^|\.)(?:(?:lm_head|generator_lm_head|vocab_projector|embed_out|predictions|lm_predictions|mlm_head)\b"
+    r"|decoder\.(?:weight|bias)$)"
 )
 _TIED_EMBEDDING = re.compile(r"(?:^|\.)(?:encoder|decoder)\.embed_tokens\.weight$")
 _SET_SIGNAL_OF_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
