@@ -86,20 +86,18 @@ def convert(source: Path, target: Path) -> None:
         _write_index(source / parent.relative_to(target), parent, index, tied)
     converted = {file.parent for file in pickles}
     config = source / "config.json"
-    for file in [each for each in folder.files() if each != config] + [config]:
-        if file.suffix == ".gguf" or file.name == "pytorch_model.bin.index.json":
-            continue
-        if file.parent in converted and file.name == "model.safetensors.index.json":
-            continue  # of weights that are not there
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if file == config and not (target / "tokenizer.json").is_file():
-            _make_tokenizer(source, target)
-        _copy(file, copy)
-    _record(target, read, tied, made_tokenizer=not (source / "tokenizer.json").is_file())
+    for file in folder.files():
+        stale = file.parent in converted and file.name == "model.safetensors.index.json"  # its weights are not there
+        if not stale and file != config and file.suffix != ".gguf" and file.name != "pytorch_model.bin.index.json":
+            _copy(file, target / file.relative_to(source))
+    if made_tokenizer := not (target / "tokenizer.json").is_file():
+        _make_tokenizer(source, target)
+    _record(target, read, tied, made_tokenizer)
+    _copy(config, target / "config.json")  # without it, a folder is no model
 
 
 def _copy(file: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
     if untrusted.is_blob(file):  # which nobody changes
         with contextlib.suppress(OSError):  # another file system, or one without hard links
             os.link(os.path.realpath(file), copy)
