@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,40 +140,36 @@ def _ties(config: dict[str, Any]) -> bool:
 def _tensors(file: Path, ties: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors of a pickle to write, and the names that are left out, each with the name that it equals."""
     loaded = _load(file)
-    groups: dict[object, list[str]] = {}
-    storages: dict[int, int] = {}
-    for name, tensor in loaded.items():
-        storage = tensor.untyped_storage().data_ptr()
-        storages[storage] = storages.get(storage, 0) + 1
-        alike = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        groups.setdefault(alike if tensor.numel() else name, []).append(name)
-    dropped = {}
-    for names in groups.values():
-        kept = min(names, key=lambda name: (_TIED_HEAD.search(name) is not None, name.count("."), len(name), name))
-        shared = kept.rpartition(".weight")[0].endswith("shared")
-        for name in names:
-            if ties and name != kept and (_TIED_HEAD.search(name) or (shared and _TIED_EMBEDDING.search(name))):
-                dropped[name] = kept
-    kept_tensors = {name: tensor for name, tensor in loaded.items() if name not in dropped}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in kept_tensors.values())
+    dropped = _tied(loaded) if ties else {}
+    kept = {name: tensor for name, tensor in loaded.items() if name not in dropped}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
     if total > _MAX_GROWTH * file.stat().st_size + _SMALL_BYTES:
         raise UsageError(
             f"{file} has {size(file.stat().st_size)}, but its tensors would have {size(total)}",
             "do not use this file: weights that were trained do not repeat",
         )
-    # A tensor that shares its memory with another one needs its own.
-    return {
-        name: tensor.clone(memory_format=_contiguous())
-        if storages[tensor.untyped_storage().data_ptr()] > 1
-        else tensor.contiguous()
-        for name, tensor in kept_tensors.items()
-    }, dropped
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in kept.values())
+    for name, tensor in kept.items():
+        # A tensor that shares its memory with another one gets its own.
+        own = tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        kept[name] = own.contiguous()
+    return kept, dropped
 
 
-def _contiguous() -> torch.memory_format:
-    import torch
-
-    return torch.contiguous_format
+def _tied(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Return the names that transformers ties again when it loads a model, each with the name that it ties it to."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype)
+        groups.setdefault((*place, tensor.shape, tensor.stride()) if tensor.numel() else name, []).append(name)
+    found = {}
+    for names in groups.values():
+        kept = min(names, key=lambda name: (_TIED_HEAD.search(name) is not None, name.count("."), len(name), name))
+        shared = kept.endswith("shared.weight")
+        for name in set(names) - {kept}:
+            if _TIED_HEAD.search(name) or (shared and _TIED_EMBEDDING.search(name)):
+                found[name] = kept
+    return found
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
