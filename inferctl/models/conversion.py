@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -106,11 +106,13 @@ def _copy(file: Path, copy: Path) -> None:
     shutil.copyfile(file, copy)
 
 
-def import_libraries() -> None:
+def import_libraries(source: Path) -> None:
     """Import what the conversion needs, before the memory is limited. Raises `NotReadyError`."""
     try:
-        for name in ("torch", "safetensors.torch", "transformers"):
+        for name in ("torch", "safetensors.torch"):
             importlib.import_module(name)
+        if not (source / "tokenizer.json").is_file():
+            importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"`inferctl convert` requires the package {error.name}, not installed", install_hint("serve")
@@ -192,7 +194,7 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, MemoryError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"{file} cannot be read: {why}", "download the model again") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not found:
         raise UsageError(f"{file} is not a table of tensors, but a {type(found).__name__}", "export its weights again")
     for name, tensor in found.items():
         plain = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
@@ -230,12 +232,9 @@ def _save(tensors: dict[str, torch.Tensor], place: Path) -> None:
         save_file(tensors, place, metadata={"format": "pt"})
         os.umask(mask := os.umask(0))
         place.chmod(0o666 & ~mask)  # the library gives it to its owner alone, but a container has another user
-    except SafetensorError as error:  # it wraps errors of the disk
-        number = re.search(r"os error (\d+)", str(error))
-        if number:
+    except (SafetensorError, KeyError, ValueError) as error:
+        if number := re.search(r"os error (\d+)", str(error)):  # of the disk
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(place)) from None
-        raise UsageError(f"{place.name} cannot be written: {error}", "export the weights again") from None
-    except (KeyError, ValueError) as error:
         raise UsageError(f"{place.name} cannot be written: {error}", "export the weights again") from None
 
 
@@ -286,7 +285,7 @@ def _make_tokenizer(source: Path, target: Path) -> None:
 
 def _record(target: Path, read: dict[str, Any], tied: dict[str, str], made_tokenizer: bool) -> None:
     written = {file.relative_to(target).as_posix(): _digest(file) for file in _new_files(target, read, made_tokenizer)}
-    versions = {name: importlib.import_module(name).__version__ for name in _LIBRARIES}
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     document = {
         "read": read,
         "written": written,
@@ -316,7 +315,7 @@ def main() -> int:
     ctypes.CDLL(None).prctl(_SET_SIGNAL_OF_DEAD_PARENT, signal.SIGKILL)
     source, target = map(Path, sys.argv[1:])
     try:
-        import_libraries()
+        import_libraries(source)
         bound_memory(max((file.stat().st_size for file in ModelFolder(source).pickled), default=0))
         convert(source, target)
         return 0
