@@ -295,7 +295,8 @@ def torchscript() -> bytes:
 PICKLES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "calls-the-shell": (lambda mark: saved({"a": calls(os.system, f"touch {mark}")}), "system"),
     "calls-the-shell-legacy": (lambda mark: saved({"a": calls(os.system, f"touch {mark}")}, legacy=True), "system"),
-    "calls-the-shell-plain": (lambda mark: pickle.dumps(calls(os.system, f"touch {mark}")), "system"),
+    "calls-the-shell-plain": (lambda mark: pickle.dumps(calls(os.system, f"touch {mark}"), protocol=2), "system"),
+    "calls-the-shell-protocol-4": (lambda mark: pickle.dumps(calls(os.system, f"touch {mark}"), protocol=4), "weights"),
     "calls-eval": (lambda mark: saved({"a": calls(eval, f"open({str(mark)!r}, 'w')")}), "eval"),
     "calls-open": (lambda mark: saved({"a": calls(open, str(mark), "w")}), "open"),
     "calls-torch-load": (lambda mark: saved({"a": calls(torch.load, str(mark))}), "load"),
@@ -313,7 +314,7 @@ PICKLES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "nested-table": (lambda _: saved({"state_dict": {"a": torch.ones(3)}}), "not a plain tensor"),
     "number-as-name": (lambda _: saved({5: torch.ones(3)}), "not a plain tensor"),
     "list": (lambda _: saved([torch.ones(3)]), "table of tensors"),
-    "torchscript": (lambda _: torchscript(), "cannot be read"),
+    "torchscript": (lambda _: torchscript(), "not an archive of torch"),
     "tar": (lambda _: tar(), ""),
     "truncated": (lambda _: saved({"a": torch.ones(99)})[:-200], ""),
     "truncated-legacy": (lambda _: saved({"a": torch.ones(99)}, legacy=True)[:-20], ""),
@@ -328,7 +329,7 @@ def test_a_hostile_pickle_is_rejected_and_runs_nothing(name: str, folder: Path, 
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(make(outside.mark))
     (folder.parent / "new").mkdir()
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=message or None) as caught:
         conversion.convert(folder, folder.parent / "new")
     assert caught.value.hint
     assert not outside.mark.exists()
