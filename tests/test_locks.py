@@ -128,11 +128,13 @@ def copied(folder: Path, stack: str, change: Callable[[str], str] = str) -> Path
     return folder
 
 
-def test_the_lock_of_another_stack_is_rejected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("base", "python"), [("cuda12.8", "3.12"), ("cuda13.0", "3.11")])
+def test_the_lock_of_another_stack_or_python_is_rejected(base: str, python: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path, "torch2.13-cu130", lambda text: text.replace("Python 3.12", f"Python {python}"))
     with pytest.raises(UsageError) as caught:
-        locks.load(catalog.base("cuda12.8"), copied(tmp_path, "torch2.13-cu130"), int8=False)
-    assert "is a lock for torch2.13-cu130 and Python 3.12" in caught.value.message
-    assert "inferctl lock --base cuda12.8" in (caught.value.hint or "")
+        locks.load(catalog.base(base), folder, int8=False)
+    assert f"is a lock for torch2.13-cu130 and Python {python}" in caught.value.message
+    assert f"inferctl lock --base {base}" in (caught.value.hint or "")
 
 
 def test_a_lock_without_a_header_is_checked_by_its_torch(tmp_path: Path) -> None:

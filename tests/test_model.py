@@ -98,7 +98,7 @@ def test_a_hub_model_is_found_in_the_local_cache_at_its_revision(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "broken", ["no-config", "no-weights", "truncated", "lfs-pointer", "bad-config", "not-there", "hub"]
+    "broken", ["no-config", "no-weights", "no-shard", "truncated", "lfs-pointer", "bad-config", "not-there", "hub"]
 )
 def test_an_invalid_model_folder_is_rejected_with_a_hint(tmp_path: Path, broken: str) -> None:
     folder = write_model(tmp_path / "m", {"a": [100]})
@@ -108,6 +108,9 @@ def test_an_invalid_model_folder_is_rejected_with_a_hint(tmp_path: Path, broken:
             (folder / "config.json").unlink()
         case "no-weights":
             weights.rename(folder / "pytorch_model.bin")
+        case "no-shard":
+            names = {"a": weights.name, "b": "model-2.safetensors"}
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
         case "truncated":
             weights.write_bytes(weights.read_bytes()[:-1])
         case "lfs-pointer":

@@ -36,6 +36,7 @@ STEPS = {
     6: ("image", 5),
 }
 REPEATED = (1, 2, 3, 4)  # with every stack; the others only with the first
+_LEAST_S = 15.0  # less time is not enough to import torch
 _END_S = 20.0  # for the servers of a step, after its time limit
 
 
@@ -69,12 +70,13 @@ def main() -> None:
         for stack, python in _stacks(options, Path(work), record):
             first = first or stack
             numbers = [number for number in options.steps if stack == first or number in REPEATED]
+            later = len(options.stack) - options.stack.index(stack) - 1 if stack in options.stack else 0
             for number in numbers:
-                share = STEPS[number][1] / sum(STEPS[n][1] for n in numbers if n >= number)
-                left = end - time.time()
-                # Importing torch for the first time can take longer than the share of a short step.
-                limit = max(5.0, share * left, min(60.0, left / 8))
-                record(_step(number, stack, python, Path(work), options, limit))
+                limit = _limit(number, options.steps, numbers, later, end - time.time())
+                if limit:
+                    record(_step(number, stack, python, Path(work), options, limit))
+                else:
+                    record(_no_time(number, stack))
     failed = [f"{entry['step']} ({entry['stack']})" for entry in done if not entry["passed"]]
     ran = ", ".join(f"{entry['step']} {entry['title']}" for entry in done if entry["step"])
     print(f"\n{file}: steps {ran or 'none'}")
@@ -82,6 +84,23 @@ def main() -> None:
     if options.stand_in:
         print("This was the stand-in: no figure and no check is of a GPU.")
     sys.exit(1 if failed or not ran else 0)
+
+
+def _limit(number: int, steps: list[int], numbers: list[int], later: int, left: float) -> float | None:
+    """Return the seconds of a step when `left` seconds are left; None if they are too few for any result.
+
+    `steps` were chosen, `numbers` run with this stack, and `later` stacks follow.
+    """
+    repeated = later * sum(STEPS[n][1] for n in steps if n in REPEATED)
+    share = STEPS[number][1] / (sum(STEPS[n][1] for n in numbers if n >= number) + repeated)
+    # Importing torch for the first time can take longer than the share of a short step.
+    return max(share * left, min(60.0, left / 8)) if left >= _LEAST_S else None
+
+
+def _no_time(number: int, stack: str) -> dict[str, Any]:
+    check = {"name": "the step itself", "outcome": "failed", "detail": "no time was left: use a larger --minutes"}
+    title = STEPS[number][0]
+    return {"step": number, "stack": stack, "title": title, "passed": False, "seconds": 0.0, "checks": [check]}
 
 
 def _stacks(

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +133,23 @@ def _held(file: Path, leave: int) -> Iterator[None]:
     """Hold the memory of the GPU but for `leave` bytes. The stand-in's engine asks the file instead."""
     if STAND_IN:
         file.write_text("300")
-        yield
-        file.unlink()
+        try:
+            yield
+        finally:
+            file.unlink()
         return
     command = [sys.executable, str(Path(__file__).with_name("card.py")), str(leave)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin and process.stdout
-    process.stdout.readline()
-    yield
-    process.stdin.close()
-    process.wait(30)
+    try:
+        if not process.stdout.readline():
+            raise RuntimeError("the process that takes the memory of the GPU ended")
+        yield
+    finally:
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
 
 
 def _uuid() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from inferctl.bench.load import process_usage
 
 TEXTS = 200 if STAND_IN else 8000
 TOKENS = 32 if STAND_IN else 256  # of each generated answer
+END_S = 25.0  # a benchmark that is ended waits for its server, and writes what it measured
 
 
 def work(step: Step, settings: dict[str, Any]) -> None:
@@ -34,11 +37,25 @@ def work(step: Step, settings: dict[str, Any]) -> None:
     if STAND_IN or not (model / "model.safetensors").is_file():
         model = models.make(folder / "shape-minilm", "bert", **{"initializer_range": 0.02, **shape})
     cross = models.make(folder / "cross-minilm", "bert", task="rerank", **{"initializer_range": 0.02, **shape})
-    step.part("sentence-transformers", 40, _library, model)
+    step.part("sentence-transformers", 40, _apart, "sentence-transformers", _library, model)
     step.part("precisions of embeddings", 100, _bench, Path(settings["output"]), model, "embeddings")
     step.part("precisions of reranking", 100, _bench, Path(settings["output"]), cross, "reranking")
     step.part("API processes", 30, _api_processes, folder, model)
     step.part("generation", 150, _generation, folder, given / "SmolLM2-135M-Instruct")
+
+
+def _apart(step: Step, name: str, work: Callable[..., None], *arguments: Any) -> None:
+    """Run a part in a process of its own, which leaves the GPU at its end.
+
+    A benchmark is invalid if another process is on its GPU, and torch leaves the GPU only with its process.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        step.checks = pool.submit(_part, step, name, work, *arguments).result()
+
+
+def _part(step: Step, name: str, work: Callable[..., None], *arguments: Any) -> list[dict[str, Any]]:
+    step.part(name, 0, work, *arguments)
+    return step.checks
 
 
 def _library(step: Step, model: Path) -> None:
@@ -46,7 +63,6 @@ def _library(step: Step, model: Path) -> None:
     if importlib.util.find_spec("sentence_transformers") is None:
         step.skip("sentence-transformers", "it is not installed")
         return
-    sys.modules.pop("sklearn", None)  # hidden from transformers, but sentence-transformers needs it
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for both; one thread may be slower than a GPU
     import numpy as np
     import torch
@@ -57,6 +73,7 @@ def _library(step: Step, model: Path) -> None:
     from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.tokenizer_pool import TokenizerPool
 
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # before the engine turns it off in its process
     engine = EncoderEngine(EngineConfig(model=str(model), precision="bf16", device="cuda"))
     limit = engine.load().batch_tokens
     pool = TokenizerPool(model, task_config.read("embed", model, None), threads=1)
@@ -77,7 +94,10 @@ def _library(step: Step, model: Path) -> None:
         return np.concatenate(rows)
 
     def theirs() -> Any:
-        return peer.encode(texts, batch_size=128, convert_to_numpy=True, show_progress_bar=False)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        rows = peer.encode(texts, batch_size=128, convert_to_numpy=True, show_progress_bar=False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return rows
 
     contenders: dict[str, Callable[[], Any]] = {"inferctl": own, "sentence-transformers": theirs}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
@@ -96,7 +116,6 @@ def _library(step: Step, model: Path) -> None:
     step.check("same vectors as sentence-transformers", cosine > 0.99, f"cosine {cosine:.5f}")
     step.figure("texts/s in bf16, tokenization included", told, rates=rates, joules_per_text=energy, cosine=cosine)
     pool.close()
-    card.free()
 
 
 def _bench(step: Step, folder: Path, model: Path, name: str) -> None:
@@ -112,21 +131,43 @@ def _bench(step: Step, folder: Path, model: Path, name: str) -> None:
     options += [word for each in precisions for word in ("-p", each)]
     output = folder / f"gpu-check-{name}{'-stand-in' if STAND_IN else ''}"  # with receipts and report
     command = [sys.executable, "-m", "inferctl", "bench", "--model", str(model), "--output", str(output), *options]
-    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
-    try:
-        stdout, stderr = ran.communicate(timeout=max(60.0, step.left() - 30))
-    except subprocess.TimeoutExpired:
-        ran.send_signal(signal.SIGINT)  # it ends its server, which would use the GPU beside the next part
-        stdout, stderr = ran.communicate(timeout=20)
+    code, stdout, stderr = _ended(command, folder, max(60.0, step.left() - 45))
     if not stdout.strip():
-        step.check(f"precisions of {name}", False, f"exit code {ran.returncode}: {' '.join(stderr.split())[-400:]}")
+        step.check(f"precisions of {name}", False, f"exit code {code}: {' '.join(stderr.split())[-400:]}")
         return
     rows = json.loads(stdout)["rows"]
-    measured = sum(row["outcome"] == "measured" for row in rows)
-    told = f"{measured} of {len(precisions)} measured, exit code {ran.returncode}"
-    step.check(f"precisions of {name}", measured == len(precisions), told, output=str(output))
+    good, told = _judged(rows, len(precisions))
+    step.check(f"precisions of {name}", good, f"{told}, exit code {code}", output=str(output))
     for row in rows:
         step.figure(f"{name}, {row['configuration']}", _figures(row), row=row)
+
+
+def _ended(command: list[str], folder: Path, seconds: float) -> tuple[int, str, str]:
+    """Run a benchmark, and return its exit code, stdout and stderr. It is ended after `seconds`, with its server, which
+    would use the GPU beside the next part.
+    """
+    ran = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    try:
+        stdout, stderr = ran.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        family = {*process_usage.tree(ran.pid)}
+        ran.terminate()  # not SIGINT, which is ignored if the check was started in the background of a script
+        try:
+            stdout, stderr = ran.communicate(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            for pid in family | {*process_usage.tree(ran.pid)}:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            stdout, stderr = ran.communicate()
+    return ran.returncode, stdout, stderr
+
+
+def _judged(rows: list[dict[str, Any]], wanted: int) -> tuple[bool, str]:
+    """Return whether all `wanted` rows are measured and valid, and how many are, as text."""
+    measured = [row for row in rows if row["outcome"] == "measured"]
+    reasons = {reason for row in measured if not row["valid"] for reason in row["reasons"]}
+    told = f"{len(measured)} of {wanted} measured" + (f", invalid: {'; '.join(sorted(reasons))}" if reasons else "")
+    return len(measured) == wanted and not reasons, told
 
 
 def _figures(row: dict[str, Any]) -> str:
@@ -209,13 +250,16 @@ def _without_edge(step: Step, folder: Path, model: Path) -> None:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     server = servers.Server(f"http://127.0.0.1:{port}", process, log, 0)
     try:
-        if not servers.until(lambda: process.poll() is not None or server.get("/health") == "", 240):
+        ready = servers.until(lambda: process.poll() is not None or server.get("/health") == "", 240)
+        if not ready or process.poll() is not None:
             raise RuntimeError(f"vLLM was not ready: {servers.tail(log)}")
         step.figure("ready without the edge", f"{time.monotonic() - started:.0f} s")
         _tokens(step, "without the edge", server)
     finally:
         process.terminate()
-        process.wait(30)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
 
 
 def _tokens(step: Step, name: str, server: servers.Server, clients: int = 4 if STAND_IN else 64) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ def _end_with(parent: int) -> None:
     """End this step and its servers when the process that started it is gone. They would keep the GPU busy."""
     while os.getppid() == parent:
         time.sleep(1)
+    with suppress(ImportError):  # of psutil
+        from inferctl.bench.load import process_usage
+
+        for pid in process_usage.tree(os.getpid())[1:]:  # servers of benchmarks have sessions of their own
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "base-images" / "locks" / "torch2.13-cu130"
 EXTRAS = ("serve", "bench", "gpu")
+INSTALL_S = 600.0  # of one call of pip, which downloads 3 GB
 # Left out first if the wheels are too large: bitsandbytes is only for int8, and a machine with torch has the others.
 _DISPENSABLE = ("bitsandbytes", "numpy", "transformers", "tokenizers", "hf-xet", "safetensors", "regex")
 _NEVER = re.compile(r"(torch|triton|nvidia-(?!ml-py).*|cuda-.*)$")
@@ -127,7 +128,10 @@ def _pip(*arguments: str) -> str:
 
 
 def _run(*command: str) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=INSTALL_S)
+    except subprocess.TimeoutExpired:
+        raise CannotInstallError(f"`{' '.join(command[:5])} ...` took longer than {INSTALL_S:.0f} s") from None
     if ran.returncode:
         lines = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
         raise CannotInstallError(next((line for line in reversed(lines) if "ERROR" in line), lines[-1]).strip())

@@ -2,7 +2,7 @@
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
     components/NAME/       a capability that an overlay includes: monitoring, gateway, metering, ...
-    first/CLUSTER.yaml     Deployments that start from zero, with 0 replicas, for `kubectl create` before the first apply
+    first/CLUSTER.yaml     Deployments that start from zero, for `kubectl create` before the first apply
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
     bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
@@ -236,7 +236,7 @@ def _routed(model: ModelPlan, namespace: str) -> list[Object]:
 
 
 def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
-    """Return the Deployments whose autoscaler starts from zero, with 0 replicas and no more than `kubectl create` needs.
+    """Return the Deployments whose autoscaler starts from zero, with 0 replicas and what `kubectl create` needs.
 
     The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
     create` stores no last-applied configuration, so the apply after it keeps the 0, and the ones after that what the

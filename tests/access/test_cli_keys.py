@@ -80,6 +80,9 @@ def test_revoke_and_rotate(run: Run, tmp_path: Path) -> None:
     ends = [each.not_after for each in stored]
     assert ends[0] is None
     assert ends[1] and ends[2] and abs(ends[1] - ends[2]) < timedelta(minutes=1)
+    run("rotate", key_id, "--overlap", "7d")
+    later = [each.not_after for each in key_file.read(tmp_path / "keys.json").keys[0].digests]
+    assert later[2:] == ends[1:], "a longer overlap prolongs no earlier key"
     run("rotate", key_id, "--overlap", "0s")
     assert len(key_file.read(tmp_path / "keys.json").keys[0].digests) == 1
     done = run("revoke", "-", stdin=first)

@@ -200,9 +200,14 @@ def test_a_read_that_fails_once_is_repeated(
     eventually(lambda: table.find(secret.encode(), time.time()) is None)
 
 
-def test_a_key_ends_at_its_time(path: Path) -> None:
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_key_ends_at_its_time(path: Path, rotated: bool) -> None:
     end = datetime.now(UTC) + timedelta(hours=1)
-    _, secret = add(path, expires=end)
+    key, secret = add(path, expires=None if rotated else end)
+    if rotated:
+        with key_file.edit(path) as found:
+            old = key.digests[0].model_copy(update={"not_after": end})
+            found[key.id] = key.model_copy(update={"digests": [StoredDigest(sha256="0" * 64), old]})
     table = KeyTable(path, lambda _: None)
     assert table.find(secret.encode(), end.timestamp() - 1)
     assert table.find(secret.encode(), end.timestamp()) is None

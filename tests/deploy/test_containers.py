@@ -203,7 +203,7 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
         state = server.state()
         assert (state["ExitCode"], state["OOMKilled"], state["Running"]) == (0, False, False)
         # The sidecar ends after the server, so it stores the last events.
-        docker("stop", "--time", "20", relay.name)
+        docker("stop", "--time", str(pod["terminationGracePeriodSeconds"]), relay.name)
         assert relay.state()["ExitCode"] == 0, relay.logs()
         ledger = f"sqlite:///{volumes['metering']}/ledger.sqlite"
         rows = json.loads(run("usage", "--by", "key,status", "--ledger", ledger, "--format", "json"))["rows"]

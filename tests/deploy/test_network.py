@@ -23,8 +23,14 @@ from tests.deploy.conftest import parsed
         ("postgresql://usage@db/usage", [(5432, "inference")]),
         ("postgresql://one.example.com:5433,two.example.com/usage", [(5433, None), (5432, None)]),
         ("postgresql://usage@/usage?host=db.databases&port=6433", [(6433, "databases")]),
-        ("postgresql://usage@/usage?host=one.databases:5433&host=two.databases", [(5433, "databases"), (5432, "databases")]),
-        ("postgresql:///usage?host=one.databases,two.databases&port=5433,5434", [(5433, "databases"), (5434, "databases")]),
+        (
+            "postgresql://usage@/usage?host=one.databases:5433&host=two.databases",
+            [(5433, "databases"), (5432, "databases")],
+        ),
+        (
+            "postgresql:///usage?host=one.databases,two.databases&port=5433,5434",
+            [(5433, "databases"), (5434, "databases")],
+        ),
         ("postgresql:///usage?host=one.example.com,two.example.com&port=6432", [(6432, None)]),
         ("postgresql://[2001:db8::1]:6432/usage", [(6432, None)]),
         ("valkey://cache.caches", [(6379, "caches")]),
@@ -51,13 +57,23 @@ def test_an_address_without_a_valid_port(url: str) -> None:
     assert url not in str(caught.value)
 
 
-def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
+def policies(files: dict[str, str], name: str) -> list[dict[str, Any]]:
     documents = [each for text in files.values() if "NetworkPolicy" in text for each in parsed(text)]
-    (found,) = (each for each in documents if (each["kind"], each["metadata"]["name"]) == ("NetworkPolicy", name))
+    return [each["spec"] for each in documents if (each["kind"], each["metadata"]["name"]) == ("NetworkPolicy", name)]
+
+
+def test_what_no_policy_allows_is_denied() -> None:
+    found = policies(layout.files(plans.plan(plans.embed())), "default-deny")
+    assert found
+    assert all(each == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} for each in found)
+
+
+def egress(files: dict[str, str], name: str) -> set[tuple[str | None, int]]:
+    (found,) = policies(files, name)
     label = "kubernetes.io/metadata.name"
     return {
         (rule["to"][0]["namespaceSelector"]["matchLabels"][label] if "to" in rule else None, port["port"])
-        for rule in found["spec"]["egress"]
+        for rule in found["egress"]
         for port in rule["ports"]
     }
 

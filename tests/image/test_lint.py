@@ -88,12 +88,19 @@ def saved(*contents: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("compressed", [False, True])
 def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: bool) -> None:
     bottom = tar(
-        {"app/model.bin": 2_000_000, "app/kept": 10, "tmp/cache/a": 300_000, "tmp/cache/b": 200_000}, compressed
+        {
+            "app/model.bin": 2_000_000,
+            "app/kept": 10,
+            "tmp/cache/a": 300_000,
+            "tmp/cache/b": 200_000,
+            "tmp/cache.kept": 10,
+        },
+        compressed,
     )
     top = tar({"app/model.bin": 2_000_000, "tmp/.wh.cache": 0, "app/new": 5}, compressed)
     waste = layers.analyze(saved(bottom, top))
     assert waste.bytes == 2_500_000
-    assert waste.total == 4_500_015
+    assert waste.total == 4_500_025
     assert [(file.path, file.how, file.layer) for file in waste.files] == [
         ("/app/model.bin", "overwritten", 0),
         ("/tmp/cache/a", "deleted", 0),

@@ -103,7 +103,8 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
     with engine.begin() as connection:
         config.attributes |= {"connection": connection, "version_table": "usage_version"}
         command.upgrade(config, "0001")
-        row = "insert into usage_events (source, id, time_ms, day, status, {}) values ('old', {}, 0, '2026-01-01', 200, {})"
+        row = "insert into usage_events (source, id, time_ms, day, status, {}) "
+        row += "values ('old', {}, 0, '2026-01-01', 200, {})"
         sums = "inputs, input_tokens, cached_tokens, output_tokens, engine_ms"
         connection.exec_driver_sql(row.format(sums, 1, "1, 2, 0, 0, 1.5"))
     with pytest.raises(UsageError, match="has the version 0001") as caught:

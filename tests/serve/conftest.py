@@ -43,7 +43,7 @@ def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.fixture(scope="session")
 def minilm_server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with the real model in fp32. Its tests are in the group `minilm`, so that only one worker of xdist starts it."""
+    """A server with the real model in fp32. Its tests are the group `minilm`, so one worker of xdist starts it."""
     arguments = ("--model", str(minilm), "--precision", "fp32", "--name", "minilm")
     server = start(tmp_path_factory.mktemp("minilm"), *arguments)
     yield server

@@ -21,17 +21,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.serve.api import schemas
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.engines import echo
 from tests.processes import ServerProcess, start, until
 
-# Without the token ids for which the echo engine injects a fault.
-NUMBERS = st.integers().filter(lambda number: not 13 <= number <= 19)
-SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=20)
+
+def is_no_fault(number: float) -> bool:
+    """Return whether the echo engine injects no fault for this token id. The server reads 15.0 as 15."""
+    return not echo.NON_FINITE_TOKEN <= number <= echo.CLOSING_TOKEN
+
+
+NUMBERS = st.integers().filter(is_no_fault)
+SCALARS = st.none() | st.booleans() | NUMBERS | st.floats().filter(is_no_fault) | st.text(max_size=20)
 JSON = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=20,
 )
-IDS = st.integers(-2, 40_000).filter(lambda number: not 13 <= number <= 19)
+IDS = st.integers(-2, 40_000).filter(is_no_fault)
 INPUTS = st.text(max_size=200) | st.lists(st.text(max_size=20), max_size=6) | st.lists(IDS, max_size=6)
 BODIES = st.fixed_dictionaries(
     {"input": INPUTS | st.lists(st.lists(IDS, max_size=4), max_size=6) | JSON},

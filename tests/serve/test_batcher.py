@@ -83,6 +83,13 @@ def test_bulk_requests_do_not_starve_under_constant_interactive_load(bulk: list[
     assert served >= turn - len(bulk) - 1
 
 
+def test_overdue_bulk_requests_get_a_quarter_and_no_more() -> None:
+    queue = filled(batcher(64), [(True, [16] * 40), (False, [16] * 40)])
+    batches = [queue.next_batch(2.0) for _ in range(8)]
+    assert [sum(item.tokens for item in batch if item.bulk) for batch in batches] == [16] * 8
+    assert [sum(item.tokens for item in batch) for batch in batches] == [64] * 8
+
+
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(0, 0.1)), min_size=1, max_size=60))
 def test_requests_past_the_maximum_wait_run_in_arrival_order(arrivals: list[tuple[int, float]]) -> None:
     queue, now = batcher(64), 0.0

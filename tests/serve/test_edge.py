@@ -182,7 +182,7 @@ def test_requests_in_flight_are_limited_in_number_and_bytes(setting: Setting) ->
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        answers.append(await setting.send("/v1/embeddings", b"a"))
+        answers.append(await setting.send("/v1/embeddings", b"a" * 80))
         return answers
 
     many_bytes, many_requests, accepted = asyncio.run(run())

@@ -426,7 +426,8 @@ def test_the_port_answers_while_vllm_starts(start: Start) -> None:
         ),
         (
             "ValueError: Free memory on device cuda:0 (20.1/79.2 GiB) on startup is less than desired GPU memory "
-            "utilization (0.9, 71.28 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+            "utilization (0.9, 71.28 GiB). Decrease GPU memory utilization or reduce GPU memory used by other "
+            "processes.",
             "less than desired GPU memory utilization (0.9, 71.28 GiB)",
             "lower serve.gpu_memory_share",
         ),

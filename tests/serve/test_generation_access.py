@@ -169,7 +169,7 @@ def test_the_tokenizer_counts_towards_the_limit_and_is_shared(start: Start, tmp_
         {"messages": [{"role": "user", "content": "2"}], "model": "unknown", "max_tokens": 1, "x": "a" * 3000},
     ],
 )
-def test_bodies_that_are_rejected_count_as_work_in_vain(start: Start, tmp_path: Path, body: object) -> None:  # noqa: F811
+def test_rejected_bodies_count_as_work_in_vain(start: Start, tmp_path: Path, body: object) -> None:  # noqa: F811
     keys = tmp_path / "keys.json"
     _, secret = add(keys, tokens_per_minute=2000)
     server = start("--keys", str(keys))

@@ -66,6 +66,19 @@ def test_wrong_settings_are_named(deploy: str, message: str) -> None:
     assert message in error
 
 
+@pytest.mark.parametrize(
+    "deploy",
+    [
+        "flavors: [{hardware: l4, min_replicas: 2, max_replicas: 2}]",
+        "flavors: [{hardware: l4, sharing: mps, shared_by: 2}]",
+        "traffic: {base_rps: 5, peak_rps: 5}",
+        "overflow: 0",
+    ],
+)
+def test_settings_at_a_bound_are_accepted(deploy: str) -> None:
+    assert parse(f"{HEAD}deploy:\n  {deploy}\n").deploy.model_fields_set
+
+
 def test_a_deployment_changes_the_digest() -> None:
     assert parse(f"{HEAD}deploy: {{namespace: x}}\n").digest() != parse(HEAD).digest()
 

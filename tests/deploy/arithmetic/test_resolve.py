@@ -138,9 +138,10 @@ def test_a_model_on_this_machine_is_compared_with_its_receipts(
         assert any("was measured with another model" in each for each in warnings) is differs
 
 
-def test_an_altered_receipt_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new"), [("200.0", "900.0"), ('"seal":', '"removed":')])
+def test_an_altered_receipt_is_refused(old: str, new: str, tmp_path: Path) -> None:
     file = write_receipt(tmp_path / "r.json", "l4", 200.0)
-    file.write_text(file.read_text().replace("200.0", "900.0"))
+    file.write_text(file.read_text().replace(old, new))
     flavors = [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}]
     with pytest.raises(InvalidRunError, match="altered after it was sealed"):
         plan(spec({"flavors": flavors, "traffic": TRAFFIC}), tmp_path)
