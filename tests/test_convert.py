@@ -216,7 +216,7 @@ def test_a_tokenizer_of_a_vocabulary_gives_the_ids_of_the_published_one(minilm: 
     ignore = shutil.ignore_patterns("*.safetensors", "tokenizer.json")
     shutil.copytree(minilm, source, ignore=ignore)
     outside = tmp_path / "outside.txt"
-    outside.write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nsecret\n")
+    outside.write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nhidden-word\n")
     # Published configurations have paths of the machines that wrote them. They are not read.
     settings = json.loads((source / "tokenizer_config.json").read_text())
     names = {"vocab_file": str(outside), "tokenizer_file": str(outside), "name_or_path": str(tmp_path)}
@@ -228,7 +228,7 @@ def test_a_tokenizer_of_a_vocabulary_gives_the_ids_of_the_published_one(minilm: 
         tokenizer.no_truncation()
         tokenizer.no_padding()
     assert [found.encode(text).ids for text in TEXTS] == [expected.encode(text).ids for text in TEXTS]
-    assert b"secret" not in b"".join(content(target).values())
+    assert b"hidden-word" not in b"".join(content(target).values())
     assert (target / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     assert content(converted(source, "again")) == content(target)
 
@@ -241,7 +241,7 @@ def test_a_tokenizer_of_sentencepiece_gives_the_ids_of_sentencepiece(tmp_path: P
     (source / "config.json").write_text('{"architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"}')
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "XLMRobertaTokenizer"}')
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(source / "sentencepiece.bpe"), vocab_size=45, minloglevel=2
+        sentence_iterator=iter(texts), model_prefix=str(source / "sentencepiece.bpe"), vocab_size=26, minloglevel=2
     )
     (source / "sentencepiece.bpe.vocab").unlink()
     save({"w": torch.ones(2)}, source / "pytorch_model.bin")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inferctl.core.errors import UsageError
+from inferctl.models.model import ModelFolder
 from inferctl.models.untrusted import read_json
 
 Pooling = Literal["mean", "cls", "last"]
@@ -45,7 +46,7 @@ class EmbeddingConfig:
 
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for an unsupported module or pooling."""
-    pooling, normalize, assumed = _pooling(folder, read_list(folder / "modules.json"))
+    pooling, normalize, assumed = _pooling(folder, ModelFolder(folder).modules)
     return EmbeddingConfig(
         pooling=pooling,
         normalize=normalize,
@@ -57,7 +58,7 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
 
 def input_settings(folder: Path, max_input_tokens: int | None) -> dict[str, Any]:
     """Return `max_tokens`, `prompt` and `lower_case` of a model folder of any task."""
-    modules = read_list(folder / "modules.json")
+    modules = ModelFolder(folder).modules
     transformer = folder / next((str(m.get("path", "")) for m in modules if _kind(m) == "Transformer"), "")
     bert = read_object(transformer / "sentence_bert_config.json")
     longest = _longest(folder, read_object(folder / "config.json"), bert)
@@ -125,9 +126,3 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
     data = read_json(path) if path.is_file() else None
     return data if isinstance(data, dict) else {}
-
-
-def read_list(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in the list in a JSON file, as `read_object` does."""
-    data = read_json(path) if path.is_file() else None
-    return [item for item in data if isinstance(item, dict)] if isinstance(data, list) else []

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from inferctl.core.errors import UsageError
-from inferctl.serve.embedding_config import input_settings, read_list, read_object
+from inferctl.models.model import ModelFolder
+from inferctl.serve.embedding_config import input_settings, read_object
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 
@@ -51,7 +52,7 @@ class RerankConfig:
 def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
     """Return the configuration of a model folder. Raises `UsageError` for a module or activation without support."""
     config = read_object(folder / "config.json")
-    if other := [m for m in read_list(folder / "modules.json") if not str(m.get("type", "")).endswith(".Transformer")]:
+    if other := [m for m in ModelFolder(folder).modules if not str(m.get("type", "")).endswith(".Transformer")]:
         raise UsageError(
             f"{folder} has a module {other[0].get('type')}, which is not supported", "use a model without it"
         )
