@@ -46,6 +46,7 @@ TORCH = {
     "test_next_tokens",
     "test_onednn",
     "test_pairs",
+    "test_published_models",
     "test_rerank",
     "test_varlen",
 }
