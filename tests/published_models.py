@@ -275,9 +275,18 @@ PUBLISHED = {name: shape for shape in SHAPES for name in shape.scores}
 
 # Settings of a small model of any type. A class of transformers uses those that it knows.
 _SIZES = {
-    **{"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 130, "initializer_range": 0.4},
-    **{"sliding_window": 12, "local_attention": 16, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0},
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 130,
+    "initializer_range": 0.4,
+    "sliding_window": 12,
+    "local_attention": 16,
+    "query_pre_attn_scalar": 8,
+    "attn_logit_softcapping": 1.0,
 }
 _OTHER_SIZES = {
     "distilbert": {"dim": WIDTH, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
