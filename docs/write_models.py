@@ -56,7 +56,7 @@ def verdict(name: str, place: Path) -> Verdict:
             (place / "new").mkdir()
             conversion.convert(folder, place / "new")
             folder = place / "new"
-            steps.append("converted first")
+            steps.append("pickles, converted")
         found = model.find(str(folder))
         task = model.resolve_task(shape.task, found.config, name, has_modules=found.has_modules)
         if _implied(found.config, name, has_modules=found.has_modules) != task:
@@ -91,8 +91,8 @@ def page() -> str:
     best = [served for _, served in sorted(ranked, reverse=True)[:_BEST]]
     parts = [
         _HEAD,
-        f"Of the {len(best)} open models with the best scores in MMTEB (in parentheses, 20 August 2026), {sum(best)} are "
-        f"served. Of the {len(verdicts)} shapes below, {sum(each.served for each in verdicts)} are.\n",
+        f"Of the {len(best)} open models with the best scores in MMTEB (in parentheses, in percent, 20 August 2026), "
+        f"{sum(best)} are served.\nOf the {len(verdicts)} shapes below, {sum(each.served for each in verdicts)} are.\n",
     ]
     for task, title in _TITLES.items():
         parts.append(
