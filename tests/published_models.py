@@ -49,17 +49,20 @@ class Shape:
     files: dict[str, Json] = field(default_factory=dict)
 
 
+# The class that uses tokenizer.json as it is. transformers rebuilds those of XLM-R, MPNet and T5 from their vocabulary,
+# which that of the small tokenizers does not allow.
+_FAST = "PreTrainedTokenizerFast"
 # Tokenizer, and its class in tokenizer_config.json, by type of model. Decoders have that of qwen3.
 _TOKENIZERS = {
     "bert": ("bert", "BertTokenizer"),
     "nomic_bert": ("bert", "BertTokenizer"),
     "distilbert": ("bert", "DistilBertTokenizer"),
-    "xlm-roberta": ("xlm-roberta", "XLMRobertaTokenizer"),
-    "gte": ("xlm-roberta", "XLMRobertaTokenizer"),
-    "mpnet": ("mpnet", "MPNetTokenizer"),
-    "modernbert": ("modernbert", "PreTrainedTokenizerFast"),
-    "eurobert": ("modernbert", "PreTrainedTokenizerFast"),
-    "t5": ("xlm-roberta", "T5Tokenizer"),
+    "xlm-roberta": ("xlm-roberta", _FAST),
+    "gte": ("xlm-roberta", _FAST),
+    "mpnet": ("mpnet", _FAST),
+    "modernbert": ("modernbert", _FAST),
+    "eurobert": ("modernbert", _FAST),
+    "t5": ("xlm-roberta", _FAST),
 }
 _tokenizer = cache(make_tokenizer)  # it is trained
 _UNCASED = frozenset({"bert", "nomic_bert", "distilbert"})
@@ -345,7 +348,7 @@ def _model(shape: Shape) -> Any:
 
 def _write_tokenizer(shape: Shape, folder: Path) -> None:
     _tokenizer(shape.tokenizer).save_pretrained(folder)
-    settings = {"tokenizer_class": _TOKENIZERS.get(shape.kind, ("", "PreTrainedTokenizerFast"))[1]}
+    settings = {"tokenizer_class": _TOKENIZERS.get(shape.kind, ("", _FAST))[1]}
     if shape.tokenizer == "bert" and shape.kind == "gte":
         settings["tokenizer_class"] = "BertTokenizer"
     file = folder / "tokenizer.json"

@@ -118,7 +118,7 @@ def named_models() -> dict[str, str]:
         if "examples/lint" not in file.as_posix() and file != MODELS
         for pattern in patterns
         for name in re.findall(pattern, text)
-        if not name.startswith(("org/", "models/", "nvidia/cuda", "google/api"))
+        if not name.lower().startswith(("org/", "models/", "nvidia/cuda", "nvidia/gpu-operator", "google/api"))
     }
 
 
