@@ -1,4 +1,4 @@
-"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER`.
+"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER PARENT_PID`.
 
 Never runs code of the folder: pickles are read by torch's own unpickler, which only makes tensors (`weights_only`), and
 transformers gets no remote code. If it fails, stdout is the error as JSON.
@@ -313,7 +313,9 @@ def main() -> int:
     channel = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not appear next to the error
     ctypes.CDLL(None).prctl(_SET_SIGNAL_OF_DEAD_PARENT, signal.SIGKILL)
-    source, target = map(Path, sys.argv[1:])
+    source, target = map(Path, sys.argv[1:3])
+    if os.getppid() != int(sys.argv[3]):  # it died before it could be noticed
+        return 1
     try:
         import_libraries(source)
         bound_memory(max((file.stat().st_size for file in ModelFolder(source).pickled), default=0))

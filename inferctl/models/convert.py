@@ -117,7 +117,8 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 def _run(source: Path, partial: Path, lock: int, total: int, progress: Progress) -> None:
     """Run the process, and report the bytes that it has written. Raises its error."""
     # `-P`: the current folder, which may be the model's, is not searched for modules.
-    command = [sys.executable, "-P", "-m", _PROGRAM, str(source.resolve()), str(partial.resolve())]
+    folders = [str(source.resolve()), str(partial.resolve())]
+    command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid())]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     limit_s = _START_S + total / _BYTES_PER_S
     deadline = time.monotonic() + limit_s
