@@ -47,8 +47,9 @@ check: $(VENV)/.dev  ## run lint, format and type checks
 golden: $(VENV)/.dev model  ## update the golden files; read the diff before you commit it
 	$(PYTEST) -q --update-golden
 
-docs: $(VENV)/.dev  ## regenerate docs/reference.md from the help of the command line
+docs: $(VENV)/.dev  ## regenerate docs/reference.md from the help, and docs/models.md from the checks at a start
 	$(BIN)/python docs/write_reference.py
+	$(BIN)/python docs/write_models.py
 
 site: $(VENV)/.dev  ## build the documentation as a web site in .cache/site; a dead link is an error
 	$(BIN)/zensical build --clean --strict

@@ -37,13 +37,16 @@ EXPENSIVE = {"cached", "echo", "guarded", "postgres", "server", "tenants"}
 # worker runs them.
 TORCH = {
     "test_checkpoints",
+    "test_convert",
     "test_cores",
     "test_cross_encoder",
     "test_encoder",
     "test_generation_quality",
+    "test_hostile_models",
     "test_next_tokens",
     "test_onednn",
     "test_pairs",
+    "test_published_models",
     "test_rerank",
     "test_varlen",
 }

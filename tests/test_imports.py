@@ -35,8 +35,8 @@ ALLOWED = {
 BENCH_ORDER = ["", "loadgen", "plan", "load", "judge", "measure", "report"]
 # Third-party package -> the only modules that may import it.
 ONLY_IN = {
-    "torch": ("serve/engines/", "serve/reference.py"),
-    "transformers": ("serve/engines/", "serve/reference.py"),
+    "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
+    "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "docker": ("image/docker.py",),
     "jwt": ("tenancy/access/oidc.py",),
     "huggingface_hub": ("models/hub.py",),

@@ -7,6 +7,7 @@ packages at its top: `inferctl --help` must cost little more than `import typer`
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from itertools import pairwise
@@ -34,6 +35,9 @@ class Root(LazyGroup):
         "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its output with fp32."),
         "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
+        "convert": Command(
+            "inferctl.cli.convert", "convert", "Convert pickled weights to safetensors, and a tokenizer."
+        ),
         "serve": Command("inferctl.cli.serve", "serve", "Serve a model with an OpenAI-compatible API."),
         "keys": Command("inferctl.cli.keys", "app", "Create, list, revoke and rotate API keys."),
         "gateway": Command("inferctl.cli.gateway", "gateway", "Balance requests between several servers with Envoy."),
@@ -101,6 +105,8 @@ _SYSTEM_ERROR_HINTS = {
 def main() -> None:
     """Run the command line and exit with a code of `inferctl.core.errors`."""
     streams.guard()
+    # Child processes start with `python -m`. They must not import modules from the current folder, which may be a model.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))

@@ -18,7 +18,7 @@ from rich.text import Text
 from inferctl.cli import completion, console
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 from inferctl.config.spec import Spec
-from inferctl.core.errors import SpecError, UsageError
+from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_hint
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
@@ -36,9 +36,9 @@ from inferctl.models.fit import (
     check_slo,
     worst,
 )
-from inferctl.models.model import is_hub_id, resolve_task
-from inferctl.models.size import model_size
-from inferctl.serve import embedding_config
+from inferctl.models.hub import HubModel
+from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
+from inferctl.models.size import locate, size_of
 
 _MARK = {"ok": "note", "warn": "warn", "error": "error"}
 _NEEDS = {
@@ -90,13 +90,13 @@ def check(
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    task, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
+    task, summary, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
-        console.document(_document(resolved.file, resolved.spec, task, findings, fits))
+        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits))
     else:
-        _report(resolved.file, resolved.spec, task, findings, fits)
+        _report(resolved.file, resolved.spec, task, summary, findings, fits)
     if failed:
         raise typer.Exit(2)
 
@@ -113,8 +113,13 @@ def _major(driver: str | None) -> int | None:
     return int(match[1])
 
 
-def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, list[Finding], list[Fit]]:
-    """Return the task (`auto` if the model is not known), the general findings, and those of each hardware."""
+def _judge(
+    spec: Spec, all_hardware: bool, driver: int | None
+) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit]]:
+    """Return the task, how the model is used, the general findings, and those of each hardware.
+
+    If the model is not known, the task is `auto`. How it is used is None if it is not known or not supported.
+    """
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     parts = list(catalog.hardware_profiles()) if all_hardware else spec.hardware
@@ -126,18 +131,12 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
         hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
         general.append(Finding("warn", "hardware", "no hardware specified", why, hint))
     try:
-        size = model_size(spec, ask=bool(parts))
+        found = locate(spec)
     except UsageError as error:
         general.append(Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
-        size = UnknownSize("the model was not found", "fix the model first")
-    task: str = spec.model.task
-    if isinstance(size, ModelSize):
-        try:
-            task = resolve_task(spec.model.task, size, spec.model.source)
-        except UsageError as error:
-            general.append(Finding("error", "task", error.message, "the server does not start", error.hint))
-    if task == "embed":
-        general += _prompts(spec)
+        found = UnknownSize("the model was not found", "fix the model first")
+    size = size_of(found)
+    task, summary = _use(spec, found, general)
     try:
         catalog.check_task(task, base, stack)
     except UsageError as error:
@@ -156,20 +155,55 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> tuple[str, lis
     else:
         general.append(check_slo(spec))
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
-    return task, *_with_errors_of_all_hardware(general, fits)
+    return task, summary, *_with_errors_of_all_hardware(general, fits)
 
 
-def _prompts(spec: Spec) -> Iterator[Finding]:
-    """Yield what requests to an embedding model can select, if it is on this machine, or why no server starts it."""
-    if (folder := hub.cached(spec.model.source, spec.model.revision)) is None:
-        return
+def _use(
+    spec: Spec, found: ModelFolder | HubModel | UnknownSize, findings: list[Finding]
+) -> tuple[str, dict[str, Any] | None]:
+    """Return the task and how the server uses the model, from its small files. Adds to `findings`."""
+    source, revision = spec.model.source, spec.model.revision
+    if isinstance(found, UnknownSize):
+        return spec.model.task, None
     try:
-        summary = embedding_config.read(folder.path).prompts.summary
+        task = resolve_task(spec.model.task, found, source)
     except UsageError as error:
-        yield Finding("error", "model", error.message, "the server does not start", error.hint)
-    else:
-        if summary:
-            yield Finding("ok", "prompts", summary, "set in the files of the model")
+        findings.append(Finding("error", "task", error.message, "the server does not start", error.hint))
+        return spec.model.task, None
+    try:
+        from inferctl.serve import model_summary
+
+        if isinstance(found, HubModel):
+            if not found.weights_bytes:
+                raise UsageError(f"{source} has no weights that can be served", "choose a model with safetensors")
+            folder = hub.configuration(source, revision, found)
+        else:
+            folder = found.path
+        summary = model_summary.read(task, folder)
+    except ModuleNotFoundError as error:
+        what, hint = f"how the model is used was not checked: the package {error.name} is not installed", "serve"
+        findings.append(Finding("warn", "model", what, "it needs no weights, but that package", install_hint(hint)))
+        return task, None
+    except NotReadyError as error:
+        findings.append(Finding("warn", "model", error.message, "how it is used was not checked", error.hint))
+        return task, None
+    except UsageError as error:
+        findings.append(Finding("error", "architecture", error.message, "the server does not start", error.hint))
+        return task, None
+    if isinstance(found, HubModel) and found.pickled:
+        findings.append(
+            Finding(
+                "warn",
+                "weights",
+                "its weights are pickles",
+                "the first start converts them, without running their code; `inferctl build` does not bake them",
+                f"convert them once: `inferctl convert {source} NEW_FOLDER`",
+            )
+        )
+    if summary["own_code"] and task == "generate":
+        why = "it is never run: unless vLLM knows the model, the server does not start"
+        findings.append(Finding("warn", "code", "the model has code of its own (`auto_map` in config.json)", why))
+    return task, summary
 
 
 def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tuple[list[Finding], list[Fit]]:
@@ -201,7 +235,14 @@ def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
         yield Finding("error", "plan", f"bench.plan: file {plan} not found", "`inferctl bench` reads it", hint)
 
 
-def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> dict[str, Any]:
+def _document(
+    file: str | None,
+    spec: Spec,
+    task: str,
+    summary: dict[str, Any] | None,
+    findings: list[Finding],
+    fits: list[Fit],
+) -> dict[str, Any]:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     return {
@@ -231,6 +272,7 @@ def _document(file: str | None, spec: Spec, task: str, findings: list[Finding], 
         ],
         "findings": [vars(finding) for finding in findings],
         "problems": [],
+        "model": summary,
     }
 
 
@@ -243,7 +285,14 @@ def _capacity(capacity: KvCapacity) -> dict[str, Any]:
     return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
 
-def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fits: list[Fit]) -> None:
+def _report(
+    file: str | None,
+    spec: Spec,
+    task: str,
+    summary: dict[str, Any] | None,
+    findings: list[Finding],
+    fits: list[Fit],
+) -> None:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
@@ -252,18 +301,25 @@ def _report(file: str | None, spec: Spec, task: str, findings: list[Finding], fi
     for finding, parts in grouped:
         notes.add_row(Text(_MARK[finding.level], style=_STYLE[finding.level]), Text(_explained(finding, parts)))
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
-    summary = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
+    counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
     pieces: list[RenderableType] = [
         Text(f"{spec.name}: {task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
+        *([Text(f"model: {line}")] if (line := _line(summary)) else []),
         Text(),
     ]
     if fits:
         pieces += [*(_generation_table(fits) if task == "generate" else [_table(fits)]), Text()]
     pieces += [
         notes,
-        Text(f"\n{file or 'flags'}: {summary}" + (f"; {_runnable(fits)}" if fits else "")),
+        Text(f"\n{file or 'flags'}: {counts}" + (f"; {_runnable(fits)}" if fits else "")),
     ]
     console.report(Group(*pieces))
+
+
+def _line(summary: dict[str, Any] | None) -> str:
+    from inferctl.serve import model_summary
+
+    return console.plain(model_summary.line(summary)) if summary else ""
 
 
 def _runnable(fits: list[Fit]) -> str:

@@ -183,12 +183,12 @@ def _source(resolved: Resolved) -> SpecSource:
     from inferctl.deploy.resolve import SpecSource
     from inferctl.models import fit, hub
     from inferctl.models.model import resolve_task
-    from inferctl.models.size import model_size
+    from inferctl.models.size import locate, size_of
 
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()
     try:
-        size: fit.ModelSize | fit.UnknownSize = model_size(spec, ask=True)
+        size: fit.ModelSize | fit.UnknownSize = size_of(locate(spec))
     except UsageError as error:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):

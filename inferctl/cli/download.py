@@ -1,4 +1,4 @@
-"""Download a model for the commands that need its weights, with progress on stderr."""
+"""Download and convert a model for the commands that need its weights, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 
     Raises `UsageError` if the model does not exist, `NotReadyError` if the hub cannot be reached.
     """
-    with _shown(source) as progress:
-        return hub.fetch(source, revision, progress)
+    with shown(source) as progress, shown(source, "convert") as convert_progress:
+        return hub.fetch(source, revision, progress, convert_progress)
 
 
 @contextmanager
-def _shown(source: str) -> Iterator[hub.Progress]:
-    """Show a progress bar, or lines without a terminal. Shows nothing if no download starts."""
+def shown(source: str, verb: str = "download") -> Iterator[hub.Progress]:
+    """Show a progress bar, or lines without a terminal. Shows nothing if the work that `verb` names does not start."""
     if not sys.stderr.isatty():
-        yield hub.Lines(source, console.note)
+        yield hub.Lines(source, console.note, verb)
         return
 
     columns = (
@@ -37,8 +37,8 @@ def _shown(source: str) -> Iterator[hub.Progress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console.rich(stderr=True), transient=True) as bars:
-        bar = bars.add_task(f"downloading {source}", total=None, visible=False)
+        bar = bars.add_task(f"{verb}ing {source}", total=None, visible=False)
         yield lambda done, total: bars.update(bar, completed=done, total=total, visible=True)
         started = bars.tasks[bar].total is not None
     if started:
-        console.note(f"downloaded {source}")
+        console.note(f"{verb}ed {source}")

@@ -172,11 +172,16 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
     source, revision = spec.model.source, spec.model.revision
     local = not model.is_hub_id(source)
     try:
-        if folder := model.find(source) if local else hub.cached(source, revision):
-            return size_forecast.ImagePart("weights", folder.bytes, "the model folder")
-        return size_forecast.ImagePart("weights", hub.facts(source, revision).bytes, "the files on the hub")
+        folder = model.find(source) if local else hub.cached(source, revision)
+        found = folder or hub.facts(source, revision)
     except InferctlError as error:
         return size_forecast.ImagePart("weights", None, error.message)
+    if found.converted if isinstance(found, model.ModelFolder) else found.pickled:
+        raise UsageError(
+            f"{source} cannot be served as it is on the hub, and a build does not convert it",
+            f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
+        )
+    return size_forecast.ImagePart("weights", found.bytes, "the model folder" if folder else "the files on the hub")
 
 
 def _check(

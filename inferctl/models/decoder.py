@@ -80,6 +80,8 @@ _OTHER_STATE = (
 )
 _KV_HEADS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
 _MOST_LAYERS = 10_000
+# No size in a `config.json` is larger. Others write these files.
+_MAX_SIZE = 2**40
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "seq_len")
 
 
@@ -195,7 +197,7 @@ def describe(config: Mapping[str, Any]) -> Decoder | UnknownDecoder:
 
     def first(*names: str) -> int | None:
         found = (text.get(name) for name in names)
-        return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+        return next((value for value in found if type(value) is int and value < _MAX_SIZE), None)
 
     if found := [key for key in _OTHER_STATE if text.get(key) is not None]:
         return UnknownDecoder(f"its layers keep a state that is not estimated (`{found[0]}` in config.json)")

@@ -106,6 +106,10 @@ class UnknownSize:
     hint: str
 
 
+# No size in a `config.json` is larger. Others write these files.
+_MAX_SIZE = 2**32
+
+
 def worst(findings: tuple[Finding, ...] | list[Finding]) -> Verdict:
     """Return the most severe level of `findings`; ok without findings."""
     return max((finding.level for finding in findings), key=_WORST.index, default="ok")
@@ -194,7 +198,7 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
 
 
 def _first_int(config: Mapping[str, Any], *names: str) -> int:
-    return next((value for name in names if isinstance(value := config.get(name), int)), 0)
+    return next((value for name in names if isinstance(value := config.get(name), int) and value < _MAX_SIZE), 0)
 
 
 def _revision(spec: Spec) -> Iterator[Finding]:

@@ -10,14 +10,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.sizes import size
-from inferctl.models import model
-from inferctl.models.model import ModelFolder
+from inferctl.models import convert, model
+from inferctl.models.model import ModelFolder, PickledWeightsError
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -29,9 +29,10 @@ Fetch = Callable[[str, str | None], ModelFolder]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10.0
-# The server loads safetensors only: no pickles and no exports for other runtimes.
+# No exports for other runtimes. Pickles only where there are no safetensors.
 _SUFFIXES = model.SUFFIXES - {".gguf"}
 _LINE_EVERY_S = 5.0
+_MAX_CONFIGURATION_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -59,44 +60,84 @@ class HubModel:
         return "modules.json" in self.files
 
     @property
+    def pickled(self) -> bool:
+        """Whether some of its weights are pickles, which `fetch` converts."""
+        return any(map(_is_pickle, self.files))
+
+    @property
     def weights_bytes(self) -> int:
-        """Size in bytes of the safetensors files, without a second copy of the weights of a sharded model."""
+        """Size in bytes of the weights, without a second copy of the weights of a sharded model."""
         sharded = "model.safetensors.index.json" in self.files
         return sum(
             size_bytes
             for name, size_bytes in self.files.items()
-            if name.endswith(".safetensors") and "/" not in name and not (sharded and name.startswith("consolidated"))
+            if name.endswith((".safetensors", ".bin"))
+            and "/" not in name
+            and not (sharded and name.startswith("consolidated"))
         )
 
 
-def fetch(source: str, revision: str | None, progress: Progress) -> ModelFolder:
+def fetch(
+    source: str, revision: str | None, progress: Progress, convert_progress: Progress = lambda *_: None
+) -> ModelFolder:
     """Return the model `source`: a local folder, or a model in the hub's cache, downloaded if it is not there.
 
-    `progress` is called during a download only. An interrupted download keeps its complete files, and the next one
-    continues with the others. Raises `UsageError` for a model that does not exist or cannot be used, `NotReadyError`
-    if the hub does not provide it.
+    A hub model without safetensors or `tokenizer.json` is converted, next to its snapshot in the cache. `progress` is
+    called during a download only, `convert_progress` during a conversion. An interrupted download keeps its complete
+    files, and the next one continues with the others. Raises `UsageError` for a model that does not exist or cannot be
+    used, `NotReadyError` if the hub does not provide it.
     """
     if not model.is_hub_id(source):
         return model.find(source, revision)
     if (folder := cached(source, revision)) is not None:
         return folder
-    with _translate_errors(source, revision):
-        info = _info(source, revision)
-        sizes = _sizes(info)
-    if not any(PurePosixPath(name).suffix == ".safetensors" and "/" not in name for name in sizes):
+    snapshot = download(source, revision, progress)
+    found = ModelFolder(snapshot)
+    if not convert.needed(found) or (_generates(found) and not found.pickled):
+        return model.find(source, revision)
+    target = snapshot.parent.parent / model.CONVERTED / snapshot.name
+    return convert.convert(snapshot, target, convert_progress)
+
+
+def _generates(folder: ModelFolder) -> bool:
+    """Return whether a model is generative. vLLM reads tokenizers of other formats, too."""
+    return not folder.has_modules and folder.architecture.endswith(model.GENERATIVE)
+
+
+def download(source: str, revision: str | None, progress: Progress) -> Path:
+    """Return the snapshot of a hub model in the hub's cache, with pickles where there are no safetensors.
+
+    If the hub does not respond, a complete snapshot with pickles is sufficient. Raises the same errors as `fetch`.
+    """
+    try:
+        with _translate_errors(source, revision):
+            info = _info(source, revision)
+            sizes = _sizes(info)
+    except NotReadyError:
+        try:
+            return model.find(source, revision).path
+        except PickledWeightsError as found:
+            return found.folder
+        except UsageError:
+            pass
+        raise
+    if not any(_is_weights(name) and "/" not in name for name in sizes):
         raise UsageError(
-            f"{source} has no *.safetensors weights on the hub",
+            f"{source} has no weights on the hub that can be served: neither *.safetensors nor pytorch_model.bin",
             "choose a model or a `model.revision` with safetensors weights",
         )
     from huggingface_hub import hf_hub_download
 
     counter = _ByteCounter(sum(sizes.values()), progress)
+    root = None
     # One file at a time, so that Ctrl-C ends the download at once. Weights last: a cache with weights is complete.
-    for name in sorted(sizes, key=lambda name: (name.endswith(".safetensors"), name)):
+    for name in sorted(sizes, key=lambda name: (_is_weights(name), name)):
         with _translate_errors(source, revision):
-            hf_hub_download(source, name, revision=revision, tqdm_class=counter.bar(), etag_timeout=_TIMEOUT_S)
+            file = hf_hub_download(source, name, revision=revision, tqdm_class=counter.bar(), etag_timeout=_TIMEOUT_S)
+        root = root or Path(file).parents[name.count("/")]
         counter.complete(sizes[name])
-    return model.find(source, revision)
+    assert root
+    return root
 
 
 def cached(source: str, revision: str | None) -> ModelFolder | None:
@@ -117,7 +158,23 @@ def facts(source: str, revision: str | None) -> HubModel:
         sizes = _sizes(info)
         names = ("config.json", *({model.LIBRARY_FILE} & sizes.keys()))
         folder = ModelFolder(small_files(source, revision, names))
-        return HubModel(str(info.sha), folder.config, _parameters(info), sizes, folder.library_type)
+        found = HubModel(str(info.sha), folder.config, _parameters(info), sizes, folder.library_type)
+        return found if found.parameters or not found.pickled else replace(found, parameters=_parameters_of(found))
+
+
+def configuration(source: str, revision: str | None, found: HubModel) -> Path:
+    """Download the JSON files of a model that say how it is used, and return their folder in the hub's cache.
+
+    Raises the same errors as `facts`.
+    """
+    names = [
+        name
+        for name, size_bytes in found.files.items()
+        if name.endswith(".json")
+        and not name.endswith((".index.json", "tokenizer.json", "vocab.json"))
+        and size_bytes <= _MAX_CONFIGURATION_BYTES
+    ]
+    return small_files(source, revision, ("config.json", *(name for name in names if name != "config.json")))
 
 
 def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Path:
@@ -160,8 +217,8 @@ def commit(source: str, revision: str | None = None) -> str:
 class Lines:
     """A `Progress` that logs lines of text: one at the start, one every 5 s, one at the end."""
 
-    def __init__(self, source: str, log: Callable[[str], None]) -> None:
-        self._source, self._log = source, log
+    def __init__(self, source: str, log: Callable[[str], None], verb: str = "download") -> None:
+        self._source, self._log, self._verb = source, log, verb
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -171,11 +228,11 @@ class Lines:
         started = self._next > 0
         self._next = now + _LINE_EVERY_S
         if done >= total:
-            self._log(f"downloaded {self._source}: {size(total)}")
+            self._log(f"{self._verb}ed {self._source}: {size(total)}")
         elif not started:
-            self._log(f"downloading {self._source}: {size(total)}")
+            self._log(f"{self._verb}ing {self._source}: {size(total)}")
         else:
-            self._log(f"downloading {self._source}: {size(done)} of {size(total)} ({done / total:.0%})")
+            self._log(f"{self._verb}ing {self._source}: {size(done)} of {size(total)} ({done / total:.0%})")
 
 
 class _ByteCounter:
@@ -224,11 +281,22 @@ def _info(source: str, revision: str | None) -> ModelInfo:
 def _sizes(info: ModelInfo) -> dict[str, int]:
     """Return the bytes of each file that inferctl loads, by name."""
     found = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    safe = {PurePosixPath(name).parent for name in found if name.endswith(".safetensors")}
     return {
         name: bytes_
         for name, bytes_ in found.items()
-        if (path := PurePosixPath(name)).suffix in _SUFFIXES and model.is_loaded(path)
+        if model.is_loaded(path := PurePosixPath(name))
+        and (path.suffix in _SUFFIXES or (_is_pickle(name) and path.parent not in safe))
     }
+
+
+def _is_pickle(name: str) -> bool:
+    """Return whether a file has weights as a pickle: of the model or one of its modules."""
+    return re.fullmatch(r"(?:[^/]+/)?pytorch_model(?:-\d+-of-\d+)?\.bin", name) is not None
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors") or _is_pickle(name)
 
 
 def _parameters(info: ModelInfo) -> int | None:
@@ -241,6 +309,12 @@ def _parameters(info: ModelInfo) -> int | None:
         return sum(HfApi().get_safetensors_metadata(info.id, revision=info.sha).parameter_count.values())
     except (NotASafetensorsRepoError, SafetensorsParsingError):
         return None
+
+
+def _parameters_of(found: HubModel) -> int:
+    """Return the number of parameters of pickles, estimated from their size and the number format of the model."""
+    number_format = found.config.get("dtype") or found.config.get("torch_dtype")
+    return found.weights_bytes // (2 if number_format in ("float16", "bfloat16") else 4)
 
 
 @contextmanager

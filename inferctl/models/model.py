@@ -16,7 +16,8 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from inferctl.config.spec import HUB_ID, Task, TaskSetting
-from inferctl.core.errors import UsageError
+from inferctl.core.errors import UsageError, shown
+from inferctl.models import untrusted
 
 _READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
 # How long a start of vLLM may take, without reading the weights. The slowest took 423 s, on two cores with other load.
@@ -24,6 +25,8 @@ _START_S = 900
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
+# Folder next to `snapshots` in the hub's cache, with converted snapshots by commit.
+CONVERTED = "converted"
 # Where an image has its weights, or expects them to be mounted.
 IMAGE_FOLDER = "/model"
 # Where sentence-transformers writes the kind of a model, its prompts and its similarity.
@@ -43,6 +46,17 @@ _MADE_FOR: dict[TaskSetting, str] = {
     "rerank": "a cross-encoder",
     "generate": "a generative model",
 }
+
+
+class PickledWeightsError(UsageError):
+    """The model in `folder` is complete, but has weights only as pickles, which are never loaded by a server."""
+
+    def __init__(self, folder: Path, source: str, found: str) -> None:
+        super().__init__(
+            f"{folder} has no *.safetensors weights, only {found}: a pickle, which can run code when it is loaded",
+            f"convert it without running its code, and use the new folder: `inferctl convert {source} NEW_FOLDER`",
+        )
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -83,14 +97,17 @@ class ModelFolder:
     @property
     def shards(self) -> set[str]:
         """Names of the weight files in the index of a sharded model; empty without an index."""
-        index = self.path / "model.safetensors.index.json"
-        names = _json(index).get("weight_map") if index.is_file() else None
-        return set(names.values()) if isinstance(names, dict) else set()
+        return set(weight_map(self.path / "model.safetensors.index.json").values())
 
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, from the headers of the safetensors files."""
         return sum(math.prod(tensor["shape"]) for file in self.weight_files for _, tensor in _tensors(file))
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size in bytes of the safetensors files."""
+        return sum(file.stat().st_size for file in self.weight_files)
 
     @property
     def number_formats(self) -> dict[str, str]:
@@ -111,6 +128,31 @@ class ModelFolder:
     def bytes(self) -> int:
         """Total size of `files` in bytes."""
         return sum(file.stat().st_size for file in self.files())
+
+    @property
+    def converted(self) -> bool:
+        """Whether it was made of a hub model that cannot be served as it is on the hub."""
+        return self.path.parent.name == CONVERTED and self.path.parent.parent.name.startswith("models--")
+
+    @property
+    def modules(self) -> list[dict[str, Any]]:
+        """The entries of `modules.json`; empty without one. Raises `UsageError` if a path leads out of the folder."""
+        file = self.path / "modules.json"
+        found = untrusted.read_json(file) if file.is_file() else []
+        if not isinstance(found, list) or not all(isinstance(module, dict) for module in found):
+            raise UsageError(f"{file} is not a list of modules", "download the model again")
+        for module in found:
+            untrusted.inside(self.path, module.get("path", ""))
+        return found
+
+    @property
+    def pickled(self) -> list[Path]:
+        """The pickles with weights (`pytorch_model.bin` or its shards) in folders that have no safetensors.
+
+        These are the folder itself, and those of its modules. Raises `UsageError` if a shard is missing.
+        """
+        folders = dict.fromkeys([self.path, *(self.path / str(module.get("path", "")) for module in self.modules)])
+        return [file for folder in folders if not any(folder.glob("*.safetensors")) for file in _pickles(folder)]
 
     def files(self) -> list[Path]:
         """Return the files that determine what the model computes, sorted.
@@ -156,12 +198,13 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             f"{path} is not a model folder: config.json not found",
             "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
         )
+    untrusted.check(path, folder.files())
     _ = folder.config
+    if pickled := folder.pickled:
+        raise PickledWeightsError(path, source, pickled[0].relative_to(path).as_posix())
     if not folder.weight_files:
-        pickled = list(path.glob("pytorch_model*.bin"))
         raise UsageError(
-            f"{path} has no *.safetensors weights"
-            + (" (only pickled weights, which can run code when loaded)" if pickled else ""),
+            f"{path} has no *.safetensors weights",
             "save the model with `model.save_pretrained(folder)`, or download a revision with safetensors",
         )
     for file in folder.weight_files:
@@ -176,8 +219,21 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
 
 def architecture(config: Mapping[str, Any]) -> str:
     """Return the class name of a model from its `config.json`, else its model type."""
-    names = config.get("architectures") or [config.get("model_type", "unknown")]
-    return str(names[0])
+    names = config.get("architectures")
+    return str(names[0] if isinstance(names, list) and names else config.get("model_type", "unknown"))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor from an index of shards; empty without the index.
+
+    Raises `UsageError` if a name is not that of a file in the same folder.
+    """
+    names = _json(index).get("weight_map") if index.is_file() else None
+    found = {name: file for name, file in names.items() if isinstance(file, str)} if isinstance(names, dict) else {}
+    for file in set(found.values()):
+        if "/" in file:
+            raise UsageError(f"{index} names {shown(file)}, which is not a file next to it", "download the model again")
+    return found
 
 
 def uses_alibi(config: Mapping[str, Any]) -> bool:
@@ -222,7 +278,8 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
         task = "rerank"
     elif generative and not model.has_modules:
         task = "generate"
-    labels = len(config.get("id2label") or ()) or config.get("num_labels", 2)  # 2 is the default of transformers
+    names = config.get("id2label")
+    labels = len(names) if isinstance(names, Mapping) and names else config.get("num_labels", 2)  # as transformers
     if classifier and labels != 1:
         raise UsageError(
             f"{source} is a classifier with {labels} labels, not a cross-encoder",
@@ -278,20 +335,29 @@ def _cached_snapshot(source: str, revision: str | None, environment: Mapping[str
         return None
     ref = cache / "refs" / (revision or "main")
     commit = ref.read_text().strip() if ref.is_file() else revision
-    snapshot = cache / "snapshots" / (commit or "")
-    return snapshot if commit and snapshot.is_dir() else None
+    if not commit or "/" in commit:
+        return None
+    # What `hub.fetch` made of a snapshot without safetensors comes first.
+    places = (cache / CONVERTED / commit, cache / "snapshots" / commit)
+    return next((place for place in places if place.is_dir()), None)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", "the download may be incomplete: download the model again"
-        ) from None
+    data = untrusted.read_json(path)
     if not isinstance(data, dict):
         raise UsageError(f"{path} is not a JSON object", "the download may be incomplete: download the model again")
     return data
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """Return the file `pytorch_model.bin` of a folder, or the shards of its index."""
+    whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
+    found = [whole] if whole.is_file() else [folder / name for name in sorted(set(weight_map(index).values()))]
+    for file in found:
+        if not file.is_file():
+            raise UsageError(f"{folder} is incomplete: {file.name} not found", "download the model again")
+    untrusted.check(folder, found)
+    return found
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -311,10 +377,15 @@ def _tensors(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             header = json.loads(stream.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        if file.stat().st_size != 8 + length + end or not all(
-            {"shape", "dtype"} <= each.keys() for each in tensors.values()
-        ):
+        if file.stat().st_size != 8 + length + end or not all(_is_tensor(**each) for each in tensors.values()):
             raise problem
         yield from tensors.items()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError, struct.error):
         raise problem from None
+
+
+def _is_tensor(dtype: Any, shape: Any, data_offsets: Any) -> bool:
+    """Return whether an entry of a header can be a tensor. The smallest numbers have 4 bits."""
+    start, end = data_offsets
+    sized = all(isinstance(length, int) and length >= 0 for length in shape)
+    return isinstance(dtype, str) and sized and math.prod(shape) <= 2 * (end - start)

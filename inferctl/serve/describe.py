@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import inferctl
 from inferctl.config.spec import Access, Spec
 from inferctl.models.model import ModelFolder
+from inferctl.serve import model_summary
 from inferctl.serve.edge import access
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
-from inferctl.serve.modules import Dense
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 from inferctl.serve.task_config import TaskConfig
 
@@ -35,16 +34,10 @@ def document(
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
-        output: dict[str, Any] = {
-            "dimensions": info.dimensions,
-            "pooling_assumed": config.assumed,
-            "normalize": config.normalize,
-            "truncate_dim": config.truncate_dim,
-            "prompts": {"names": config.prompts.names, "default": config.prompts.default},
-        }
+        output: dict[str, Any] = {"dimensions": info.dimensions}
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
-        output = {"activation": config.activation}
+        output = {}
         fidelity |= {"logit_error": info.logit_error, "limit": info.logit_error_limit}
     return {
         "name": spec.name,
@@ -54,9 +47,7 @@ def document(
             "source": spec.model.source,
             "sha256": folder.digest,
             "architecture": folder.architecture,
-            "max_tokens": config.max_tokens,
-            "pooling": "+".join(config.pooling) or None,
-            "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
+            **model_summary.of_config(config),
             "direction": None if info.causal is None else "causal" if info.causal else "bidirectional",
             **tokenizer,
             **output,

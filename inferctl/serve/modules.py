@@ -7,13 +7,14 @@ same classes, so the last part of a type decides.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
+from inferctl.models.model import ModelFolder
+from inferctl.models.untrusted import inside, read_json
 
 PoolingMode: TypeAlias = Literal["cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last"]
 
@@ -119,42 +120,17 @@ def transformer_settings(folder: Path) -> dict[str, Any]:
     return next((read_object(folder / name) for name in _SETTINGS_FILES if (folder / name).is_file()), {})
 
 
-def inside(folder: Path, path: str) -> Path:
-    """Return the file or folder `path` of a model folder. Raises `UsageError` if it is not inside.
-
-    A file may be a link into the `blobs` of the hub's cache, which keeps them next to the snapshots.
-    """
-    target, root = folder / path, folder.resolve()
-    blobs = root.parent.parent / "blobs"
-    found = target.resolve()
-    hub = root.parent.name == "snapshots" and found.parent == blobs and found.is_file()
-    if Path(path).is_absolute() or ".." in Path(path).parts or not (found.is_relative_to(root) or hub):
-        raise UsageError(f"{folder} names {path}, which is outside of it", "use a model whose files are in its folder")
-    return target
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, empty if there is none. Raises `UsageError` if it cannot be read."""
-    data = _load(path)
+    data = read_json(path) if path.is_file() else None
     return data if isinstance(data, dict) else {}
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", "the download may be incomplete; download the model again"
-        ) from None
 
 
 def _entries(folder: Path) -> list[tuple[str, str]]:
     """Return class name and folder of each module."""
-    listed = _load(folder / "modules.json")
-    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
-        raise UsageError(f"{folder / 'modules.json'} is not a list of modules", "download the model again")
+    listed = ModelFolder(folder).modules
+    if not listed:
+        raise UsageError(f"{folder / 'modules.json'} lists no modules", "download the model again")
     entries = []
     for entry in listed:
         package, _, name = str(entry.get("type", "")).rpartition(".")
@@ -163,9 +139,7 @@ def _entries(folder: Path) -> list[tuple[str, str]]:
                 f"{folder} has a module {entry.get('type')}, whose code is not that of {_PACKAGE}",
                 "code of a model is not run; " + _HINT,
             )
-        path = str(entry.get("path", ""))
-        inside(folder, path)
-        entries.append((name, path))
+        entries.append((name, str(entry.get("path", ""))))
     return entries
 
 

@@ -46,7 +46,7 @@ def run(
         outputs.retract(options.announce)
     source, revision = spec.model.source, spec.model.revision
     if fetch is None or options.log == "json":
-        folder = hub.fetch(source, revision, hub.Lines(source, notify))
+        folder = hub.fetch(source, revision, hub.Lines(source, notify), hub.Lines(source, notify, "convert"))
     else:
         folder = fetch(source, revision)
     task = model.resolve_task(spec.model.task, folder, source)

@@ -89,7 +89,7 @@ class TokenizerPool:
         if not self._file.is_file():
             raise UsageError(
                 f"{folder} has no tokenizer.json",
-                "write one with transformers: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`",
+                f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
             )
         names = read_object(folder / "tokenizer_config.json").get("model_input_names")
         self._has_segments = not isinstance(names, list) or "token_type_ids" in names

@@ -182,7 +182,8 @@ def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
     assert run(["check", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert list(document) == [
-        *("ok", "verdict", "file", "name", "task", "precision", "base", "stack", "hardware", "findings", "problems")
+        *("ok", "verdict", "file", "name", "task", "precision", "base", "stack", "hardware", "findings", "problems"),
+        "model",
     ]
     t4 = document["hardware"][0]
     assert t4["precision"] == {

@@ -119,7 +119,9 @@ def make_tokenizer(architecture: str) -> Any:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(texts, trainer)
     else:
         splitter, normalizer = pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer()

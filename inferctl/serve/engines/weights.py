@@ -16,7 +16,7 @@ import torch
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder
-from inferctl.serve import modules
+from inferctl.models.untrusted import inside
 from inferctl.serve.engine_process import failures
 
 _BUFFERS = (
@@ -96,12 +96,12 @@ def of_module(folder: Path, path: str) -> dict[str, torch.Tensor]:
     """
     from safetensors.torch import load_file
 
-    file = modules.inside(folder, f"{path}/model.safetensors")
+    file = inside(folder, f"{path}/model.safetensors")
     if not file.is_file():
         pickled = (folder / path / "pytorch_model.bin").is_file()
         raise UsageError(
             f"{folder / path} has no model.safetensors" + (" (only pickled weights, which can run code)" * pickled),
-            "save the model with `SentenceTransformer(folder).save(folder)`" if pickled else _HINT,
+            f"convert the folder: `inferctl convert {folder} NEW_FOLDER`" if pickled else _HINT,
         )
     try:
         found = load_file(file)

@@ -1,0 +1,173 @@
+"""Converts a model whose weights are pickles, or that has no `tokenizer.json`, to a folder that can be served.
+
+`python -m inferctl.models.conversion` does the work in a process of its own, with bounded memory and time. The new
+folder gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.sizes import size
+from inferctl.models import model, untrusted
+from inferctl.models.model import ModelFolder
+
+# Called with the written bytes, and the bytes to write, estimated.
+Progress = Callable[[int, int], None]
+
+# The slowest import of torch and transformers took 40 s, on two cores with other load. Weights are read, written and
+# hashed at this rate at least.
+_START_S, _BYTES_PER_S = 300, 10_000_000
+# Name of the record in a converted folder. Dotted files are not part of the model, so libraries may change in it.
+RECORD = ".conversion.json"
+_POLL_S = 0.5
+_PROGRAM = "inferctl.models.conversion"
+
+
+def needed(folder: ModelFolder) -> bool:
+    """Return whether a model has pickles instead of safetensors, or a vocabulary but no `tokenizer.json`."""
+    path = folder.path
+    vocabulary = [path / "vocab.txt", path / "vocab.json", *path.glob("*.model")]
+    return bool(folder.pickled) or (
+        not (path / "tokenizer.json").is_file() and any(file.is_file() for file in vocabulary)
+    )
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Return what was read and written, from the record of a converted folder."""
+    found: dict[str, Any] = untrusted.read_json(folder / RECORD)
+    return found
+
+
+def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
+    """Write the converted model of the folder `source` to the new folder `target`, and return it.
+
+    An interrupted conversion leaves nothing with the name `target`. If another process writes the same folder, waits
+    for it. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or read-only disk, and
+    if the conversion takes too long or too much memory.
+    """
+    folder = ModelFolder(source)
+    total = folder.bytes + sum(file.stat().st_size for file in folder.pickled)
+    try:
+        with _reserved(target) as (partial, lock):
+            if partial is not None:
+                _check_space(target.parent, total)
+                _run(source, partial, lock, total, progress)
+                partial.rename(target)
+                progress(total, total)
+    except OSError as error:
+        raise NotReadyError(
+            f"{target} cannot be written: {(error.strerror or str(error)).lower()}",
+            "name a folder on a disk that is writable and has space",
+        ) from None
+    return model.find(str(target))
+
+
+@contextlib.contextmanager
+def _reserved(target: Path) -> Iterator[tuple[Path | None, int]]:
+    """Yield an empty folder next to `target` that only this process writes, and its lock; None if `target` exists.
+
+    The process that converts inherits the lock, in case this one is killed.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if target.exists() and any(target.iterdir()):
+                with contextlib.suppress(OSError):
+                    partial.rmdir()
+                yield None, descriptor
+                return
+            # Another process may have renamed or removed the folder while this one waited.
+            if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(descriptor)):
+                continue
+            for left in partial.iterdir():  # of a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                yield partial, descriptor
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed_bytes:
+        raise NotReadyError(
+            f"the disk is too full: the conversion needs {size(needed_bytes)}, and {folder} has {size(free)}",
+            "free disk space, or name a folder on another disk",
+        )
+
+
+def _run(source: Path, partial: Path, lock: int, total: int, progress: Progress) -> None:
+    """Run the process, and report the bytes that it has written. Raises its error."""
+    # `-P`: the current folder, which may be the model's, is not searched for modules.
+    folders = [str(source.resolve()), str(partial.resolve())]
+    command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid())]
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    limit_s = _START_S + total / _BYTES_PER_S
+    deadline = time.monotonic() + limit_s
+    written = 0
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=os.environ | offline,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None:
+                written = max(written, _written(partial))
+                progress(min(written, max(0, total - 1)), total)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+                if time.monotonic() > deadline:
+                    raise NotReadyError(
+                        f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
+                    )
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            stdout.seek(0)
+            stderr.seek(0)
+            raise _error(source, process.returncode, stdout.read(), stderr.read()[-4000:].decode(errors="replace"))
+
+
+def _written(folder: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in folder.rglob("*"))
+    except OSError:  # a temporary file that was removed
+        return 0
+
+
+def _error(source: Path, code: int, stdout: bytes, stderr: str) -> InferctlError:
+    """Return the error that the process wrote to stdout, or how it ended."""
+    if stdout:
+        found = json.loads(stdout)
+        kind = UsageError if found["exit_code"] == UsageError.exit_code else NotReadyError
+        return kind(found["message"], found["hint"])
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    how = f"signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
+    return NotReadyError(
+        f"the conversion of {source} failed: {how}",
+        "if the machine is out of memory, convert the model on a larger one",
+    )

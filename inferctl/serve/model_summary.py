@@ -1,0 +1,81 @@
+"""How the server uses a model, from its small files: no weights, no tokenizer, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from inferctl.config.spec import Task
+from inferctl.serve import architecture, task_config
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.modules import Dense, read_object
+from inferctl.serve.task_config import TaskConfig
+
+
+def read(task: Task, folder: Path) -> dict[str, Any]:
+    """Return how the server uses a model: `of_config`, and what its configuration does not have.
+
+    `direction`: causal or bidirectional, None if the type of the model decides. `add_eos_token`: what
+    `tokenizer_config.json` says, None if it matters not. `own_code`: classes of the repository, which are never run.
+    Raises `UsageError` with the reason if the model is not supported. For generation, vLLM decides.
+    """
+    code = read_object(folder / "config.json").get("auto_map")
+    own_code = sorted(map(str, code)) if isinstance(code, dict) else []
+    if task == "generate":
+        return {"own_code": own_code}
+    config = task_config.read(task, folder)
+    last = "last" in config.pooling
+    return {
+        **of_config(config),
+        "direction": _direction(architecture.native_config(folder)),
+        "add_eos_token": read_object(folder / "tokenizer_config.json").get("add_eos_token") if last else None,
+        "own_code": own_code,
+    }
+
+
+def of_config(config: TaskConfig) -> dict[str, Any]:
+    """Return what `GET /info` says of the configuration of a model folder, under `model`."""
+    found = {
+        "max_tokens": config.max_tokens,
+        "pooling": "+".join(config.pooling) or None,
+        "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
+    }
+    if not isinstance(config, EmbeddingConfig):
+        return found | {"activation": config.activation}
+    return found | {
+        "pooling_assumed": config.assumed,
+        "normalize": config.normalize,
+        "truncate_dim": config.truncate_dim,
+        "prompts": {"names": config.prompts.names, "default": config.prompts.default},
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return the line that describes what `read` returned; empty if there is nothing to say."""
+    parts = []
+    if found.get("pooling"):
+        parts.append(f"{found['pooling']} pooling" + (" (assumed)" if found.get("pooling_assumed") else ""))
+    parts += [f"dense {layer['in_features']} to {layer['out_features']}" for layer in found.get("dense", ())]
+    if "normalize" in found:
+        parts.append("normalized" if found["normalize"] else "not normalized")
+    if found.get("truncate_dim"):
+        parts.append(f"{found['truncate_dim']} dimensions")
+    if "activation" in found:
+        parts.append(f"scores by {found['activation']}")
+    if "max_tokens" in found:
+        parts.append(f"up to {found['max_tokens']:,} tokens")
+    if found.get("add_eos_token") is not None:
+        parts.append("EOS appended" if found["add_eos_token"] else "no EOS")
+    if found.get("direction"):
+        parts.append(f"{found['direction']} attention")
+    if names := found.get("prompts", {}).get("names"):
+        parts.append(f"prompts {', '.join(names)} (default: {found['prompts']['default'] or 'none'})")
+    return ", ".join(parts)
+
+
+def _direction(config: dict[str, Any]) -> str | None:
+    """Return what `config.json` says about the direction of attention; None if the type of the model decides."""
+    both = config.get("use_bidirectional_attention")
+    causal = config.get("is_causal", not both if isinstance(both, bool) else None)
+    return ("causal" if causal else "bidirectional") if isinstance(causal, bool) else None

@@ -1,0 +1,136 @@
+"""`inferctl check` of a hub model whose weights are not on this machine: how it is served, or why it is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub import Hub, online, serving
+from tests.published_models import write
+
+E5 = "intfloat/multilingual-e5-large-instruct"
+PROMPTS = {"prompts": {"query": "Q: ", "passage": "P: "}, "default_prompt_name": None}
+
+
+def added(name: str, value: Any) -> Callable[[Path], object]:
+    """Add keys to a JSON file of the model, or write it."""
+
+    def change(folder: Path) -> None:
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        data = json.loads(file.read_text()) if file.exists() and isinstance(value, dict) else {}
+        file.write_text(json.dumps(data | value if isinstance(value, dict) else value))
+
+    return change
+
+
+def shell(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.insert(2, {"path": "2_Shell", "type": "sentence_transformers.models.Shell"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "tf_model.h5").write_bytes(b"x")
+
+
+# Name of a repository -> the published model that it resembles, a change, and what `model` or a finding has.
+CASES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any] | str]] = {
+    "org/plain": (
+        E5,
+        lambda _: None,
+        {"pooling": "mean", "normalize": True, "max_tokens": 128, "direction": None, "own_code": []},
+    ),
+    "org/cls": ("BAAI/bge-base-en-v1.5", lambda _: None, {"pooling": "cls", "max_tokens": 128}),
+    "org/prompts": (
+        E5,
+        added("config_sentence_transformers.json", PROMPTS),
+        {"prompts": {"names": ["query", "passage"], "default": None}},
+    ),
+    "org/eos": (
+        E5,
+        added("tokenizer_config.json", {"add_eos_token": True}),
+        {"add_eos_token": None},
+    ),  # only the last token matters
+    "org/both-ways": (E5, added("config.json", {"is_causal": False}), {"direction": "bidirectional"}),
+    "org/shorter": (E5, added("sentence_bert_config.json", {"max_seq_length": 64}), {"max_tokens": 64}),
+    "org/own-code": (E5, added("config.json", {"auto_map": {"AutoModel": "m.M"}}), "code of its own"),
+    "org/pickled": ("BAAI/bge-m3", lambda _: None, {"pooling": "cls"}),
+    "org/rerank": ("cross-encoder/ms-marco-MiniLM-L6-v2", lambda _: None, {"activation": "Sigmoid", "max_tokens": 128}),
+    "org/generate": ("Qwen/Qwen2.5-1.5B-Instruct", lambda _: None, {"own_code": []}),
+    "org/unknown-module": (E5, shell, "Shell"),
+    "org/no-weights": (E5, without_weights, "no weights"),
+    "org/two-labels": (
+        "cross-encoder/ms-marco-MiniLM-L6-v2",
+        added("config.json", {"id2label": {"0": "a", "1": "b"}}),
+        "2 labels",
+    ),
+    "org/strange": (
+        E5,
+        added("config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": [1]}),
+        "type",
+    ),
+    "org/escape": (
+        E5,
+        added("modules.json", [{"path": "../x", "type": "sentence_transformers.models.Pooling"}]),
+        "outside",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    root = tmp_path_factory.mktemp("hub")
+    folders: dict[str, Any] = {}
+    for name, (published, change, _) in CASES.items():
+        folders[name] = write(published, root / name.replace("/", "-"))
+        change(folders[name])
+    with serving(folders) as running:
+        yield running
+
+
+def check(hub: Hub, folder: Path, name: str, *more: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "inferctl", "check", "--model", name, *more]
+    environment = online(hub, folder / "home")
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_check_says_how_a_hub_model_is_served_or_why_not(name: str, hub: Hub, tmp_path: Path) -> None:
+    expected = CASES[name][2]
+    hub.requests.clear()
+    code, out = check(hub, tmp_path, name, "--json")
+    document = json.loads(out)
+    weights = [file for file in hub.downloads() if file.endswith((".safetensors", ".bin", "tokenizer.json"))]
+    assert weights == [], "no weights and no vocabulary are downloaded"
+    # The default base image has no vLLM.
+    errors = [each for each in document["findings"] if each["level"] == "error" and each["topic"] != "base.task"]
+    if isinstance(expected, str):
+        assert (code, document["model"]) == (2, None)
+        assert any(expected in finding["what"] and finding["hint"] for finding in errors), errors
+        return
+    assert errors == []
+    assert code == 0 or document["task"] == "generate"
+    assert {key: document["model"][key] for key in expected} == expected
+    warned = {finding["topic"] for finding in document["findings"] if finding["level"] == "warn"}
+    assert ("weights" in warned) == (name == "org/pickled")
+
+
+def test_the_report_has_a_line_about_the_model(hub: Hub, tmp_path: Path) -> None:
+    code, out = check(hub, tmp_path, "org/prompts", "--hardware", "t4")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("model: ")]
+    assert all(word in line for word in ("mean pooling", "normalized", "128 tokens", "query, passage"))
+    code, out = check(hub, tmp_path, "org/unknown-module", "--hardware", "t4")
+    assert (code, "0 of 1 can run it" in out or "model: " not in out) == (2, True)
