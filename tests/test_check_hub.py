@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any] | str]] = {
     "org/strange": (
         E5,
         added("config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": [1]}),
-        "type",
+        "default_prompt_name",
     ),
     "org/escape": (
         E5,

@@ -136,7 +136,11 @@ def test_the_document_of_a_generative_model_has_stable_keys(llama: Path, capsys:
 
 
 def test_an_embedding_model_with_a_generative_architecture_is_recognized(llama: Path, capsys: Captured) -> None:
-    (llama / "modules.json").write_text("[]")
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    listed = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in modules]
+    (llama / "modules.json").write_text(json.dumps(listed))
+    (llama / "1_Pooling").mkdir()
+    (llama / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 8}')
     on_a_base_for_embeddings(llama.parent)
     document = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)
     assert document["task"] == "embed"
@@ -246,14 +250,9 @@ def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None
 
 
 def test_the_prompts_of_a_model_are_named_and_invalid_ones_end_with_2(here: Path, capsys: Captured) -> None:
-    file, topics = here / "model" / "config_sentence_transformers.json", []
-    for settings in ({}, {"prompts": {"query": "q: "}}, {"prompts": {"query": ""}}):
-        file.write_text(json.dumps(settings))
-        topics.append(
-            [found["what"] for found in json_of(["check"], capsys)["findings"] if found["topic"] == "prompts"]
-        )
-    assert [len(found) for found in topics] == [0, 1, 0]
-    assert "query" in topics[1][0]
+    file = here / "model" / "config_sentence_transformers.json"
+    file.write_text(json.dumps({"prompts": {"query": "q: "}}))
+    assert json_of(["check"], capsys)["model"]["prompts"] == {"names": ["query"], "default": None}
     file.write_text('{"default_prompt_name": "passage"}')
     assert run(["check"]) == 2
     assert "`default_prompt_name` is 'passage'" in " ".join(capsys.readouterr().out.split())
