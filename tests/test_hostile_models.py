@@ -76,14 +76,15 @@ def folder(tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
     found = write_model(tmp_path / "model", {"a": [2, 3]})
     (found / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     (found / "1_Pooling").mkdir()
-    (found / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    (found / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "word_embedding_dimension": 8}')
     write_modules(found, "1_Pooling")
     return found
 
 
 def write_modules(folder: Path, path: object, kind: str = "Pooling") -> None:
-    modules = [{"path": "", "type": "x.Transformer"}, {"path": path, "type": f"x.{kind}"}]
-    (folder / "modules.json").write_text(json.dumps(modules))
+    modules = [("Transformer", ""), (kind, path)]
+    listed = [{"path": where, "type": f"sentence_transformers.models.{name}"} for name, where in modules]
+    (folder / "modules.json").write_text(json.dumps(listed))
 
 
 def written(name: str, text: str) -> Callable[[Path], object]:

@@ -476,7 +476,7 @@ HOLES: dict[str, tuple[Change, str]] = {
         ),
         "default prompt",
     ),
-    "Dense with pickled weights": (pickled, "pickled"),
+    "Dense with pickled weights": (pickled, "a pickle"),
     "Dense of other sizes": (changed(DENSE, {"out_features": 8}), "linear.weight"),
     "Dense without its bias": (changed(DENSE, {"bias": False}), "linear.bias"),
     "Dense with an activation of its own": (changed(DENSE, {"activation_function": "my.GELU"}), "my.GELU"),
@@ -586,7 +586,7 @@ def test_settings_of_old_releases_have_other_file_names(with_dense: Path, tmp_pa
 
 
 def test_a_module_may_be_a_link_into_the_cache_of_the_hub(with_dense: Path, tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot, blobs = (tmp_path / "models--a--b" / name for name in ("snapshots/abc", "blobs"))
     shutil.copytree(with_dense, snapshot)
     blobs.mkdir()
     file = snapshot / "2_Dense" / "model.safetensors"
