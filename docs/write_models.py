@@ -8,6 +8,7 @@ python docs/write_models.py
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ _BEST = 30
 _HEAD = """\
 # Published models
 
-`make docs` writes this page, and a test compares it with the program. For each row, it makes a small folder of the same
-shape as the published model: the same settings, modules, prompts and names of weights, with random weights. Then it
+`make docs` writes this page, and a test compares it with the program. For each row, it makes a small folder with the
+architecture, modules, code and settings of the published model, and with random weights and other prompts. Then it
 loads the folder as a start of the server does. So the page says whether a model is supported and how it is computed. It
 says nothing about the quality of its vectors.
 
-Published files change. Check yours before you download the weights: `inferctl check --model ORG/NAME`.
-[serve.md](serve.md#choose-a-model) describes what is supported.
+The published files were not downloaded: `tests/published_models.py` has what is known of them, and they change. Check
+yours before you download the weights: `inferctl check --model ORG/NAME`. [serve.md](serve.md#choose-a-model) describes
+what is supported.
 """
 _TITLES = {"embed": "Embedding models", "rerank": "Cross-encoders and other rerankers"}
 
@@ -67,7 +69,7 @@ def verdict(name: str, place: Path) -> Verdict:
             steps.append(f"with `--task {task}`")
         summary = model_summary.read(task, folder)
         del summary["max_tokens"]  # of the small model
-        steps.append(model_summary.line(summary))
+        steps.append(re.sub(r"dense \d+ to \d+", "dense", model_summary.line(summary)))
         engine = EngineConfig(model=str(folder), task=task, precision="fp32", device="cpu", max_batch_tokens=256)
         steps.append(f"{EncoderEngine(engine).load().attention} attention")
     except UsageError as error:

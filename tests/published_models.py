@@ -177,8 +177,12 @@ SHAPES: tuple[Shape, ...] = (
     _embed("xlm-roberta", _CLS, {"BAAI/bge-m3": 59.7}, pickled=True),
     _embed("bert", _MEAN, _named("intfloat/e5-large-v2", "intfloat/e5-base-v2", "intfloat/e5-small-v2")),
     _embed(
-        "gte", _CLS, {"Alibaba-NLP/gte-multilingual-base": 58.3, "Snowflake/snowflake-arctic-embed-m-v2.0": None},
+        "gte", _CLS, {"Alibaba-NLP/gte-multilingual-base": 58.3},
         _code("Alibaba-NLP/new-impl--modeling.NewModel", model_type="new"),
+    ),
+    _embed(
+        "gte", _CLS, {"Snowflake/snowflake-arctic-embed-m-v2.0": None},
+        _code("modeling_hf_alibaba_nlp_gte.GteModel"), library=QUERY,
     ),
     _embed(
         "gte", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity"), "Normalize"), _named("NovaSearch/stella_en_400M_v5"),
@@ -204,7 +208,7 @@ SHAPES: tuple[Shape, ...] = (
     _embed("bert", _CLS, _named(*(f"BAAI/bge-{size}-en-v1.5" for size in ("small", "base", "large")))),
     _embed(
         "qwen2", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity"), "Normalize"), {"NovaSearch/stella_en_1.5B_v5": 56.7},
-        _code("modeling_qwen.Qwen2Model", is_causal=False), eos="flag", library=QUERY,
+        _code("modeling_qwen.Qwen2Model", is_causal=False, hidden_size=1536), eos="flag", library=QUERY,
     ),
     _embed(
         "modernbert", _CLS,

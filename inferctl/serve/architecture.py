@@ -14,8 +14,8 @@ from inferctl.core.errors import UsageError
 from inferctl.models.model import architecture
 from inferctl.serve.modules import read_object
 
-# Types that transformers computes as the code of their first repositories did, with the start of its class names.
-_ADOPTED = {"eurobert": "EuroBert", "gte": "New", "nomic_bert": "NomicBert"}
+# Types that transformers computes as the code of their first repositories did, with the starts of its class names.
+_ADOPTED = {"eurobert": ("EuroBert",), "gte": ("New", "Gte"), "nomic_bert": ("NomicBert",)}
 # Types of repositories for which transformers has the same model by another name.
 _RENAMED = {"new": "gte", "llama_bidirec": "llama"}
 # Decoders whose own code attends in both directions, and otherwise is that of their type.
@@ -85,7 +85,7 @@ def native_config(folder: Path) -> dict[str, Any]:
                 "find out which one is right, set `is_causal` in config.json, and remove `auto_map`",
             )
         return found
-    if code and not name.startswith(_ADOPTED.get(adopted, "\0")):
+    if code and not name.startswith(_ADOPTED.get(adopted, ())):
         raise UsageError(f"{folder} has code of its own ({code}), which is not run", _HINT)
     if adopted in _ONLY:
         _check_settings(folder, adopted, config)
