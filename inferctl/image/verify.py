@@ -19,12 +19,16 @@ from typing import Any, TypeVar
 
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import failures, next_tokens
+from inferctl.image import failures, library, next_tokens
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
+from inferctl.image.library import LibraryComparison
 from inferctl.image.next_tokens import Prompt
 from inferctl.image.output_checks import (
+    GENERATED,
     NO_VERIFY,
+    QUERY,
+    TEXTS,
     check_scores,
     check_vectors,
     decode,
@@ -45,30 +49,12 @@ _POLL_SECONDS = 0.2
 _LOG_LINES = 20
 T = TypeVar("T")
 
-# Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
-TEXTS: tuple[str, ...] = (
-    "hello",
-    "The quick brown fox jumps over the lazy dog.",
-    "How many replicas does a service need at 200 requests a second?",
-    "Die Straßenbahn fährt heute wegen Bauarbeiten nicht über die Brücke.",
-    "東京の天気は晴れ、気温は二十五度です。",
-    "def mean(values):\n    return sum(values) / len(values)",
-    "1234567890 -- 3.14159e+00; A/B? 50 % off!",
-    " ".join(
-        ["A container image is a list of layers, each a set of files, and a configuration that says what to run."] * 5
-    ),
-)
-
-
-# A reranker scores each text for this query. The last text is relevant.
-QUERY = "What does a container image consist of?"
-
-
 @dataclass(frozen=True)
 class VerifyOptions:
     """The options of `verify`. `model`: folder to mount at /model, None if the image contains or downloads its weights.
 
     `network`: None for the engine's bridge, or `host`. `compare`: whether to compute the fp32 reference and compare.
+    `library_model`: the folder that sentence-transformers loads to be compared, too; None for no such comparison.
     """
 
     model: Path | None
@@ -76,6 +62,7 @@ class VerifyOptions:
     gpu: bool = False
     ready_seconds: float = READY_SECONDS
     compare: bool = True
+    library_model: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +73,7 @@ class Verified:
     `score_difference`: the largest difference of the rerank scores, relative to the largest score (at least 1). `kl`:
     the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
     They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.
+    `library`: the comparison with sentence-transformers, None without one.
     """
 
     precision: str
@@ -102,6 +90,7 @@ class Verified:
     kl: float | None = None
     top_1: float | None = None
     tokens: int | None = None
+    library: LibraryComparison | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON data."""
@@ -109,9 +98,10 @@ class Verified:
 
 
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
-    """Start the image, embed, score or continue eight texts over HTTP and compare with the reference. Yields notes.
+    """Start the image, embed, score or continue texts over HTTP and compare with the reference. Yields notes.
 
-    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log. Removes its containers.
+    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotReadyError` if
+    sentence-transformers cannot load the model. Removes its containers.
     """
     started = time.monotonic()
     port = settings.listening_port(image.environment)
@@ -143,7 +133,7 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     longest = (info.get("limits") or {}).get("max_input_tokens")
     if task == "generate":
-        inputs.append(next_tokens.CHAT)
+        inputs = [*TEXTS[:GENERATED], next_tokens.CHAT]
     reference = _reference(engine, image, options, inputs, longest, task) if options.compare else None
     if isinstance(reference, str):
         yield Note(f"not compared with fp32: {reference}")
@@ -169,11 +159,16 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     tolerance = limit(precision, facts[1], rerank=rerank) if reference is not None else None
     if rerank:
         largest = check_scores(scores, reference["scores"] if reference is not None else None, tolerance)
-        return Verified(*facts, None, len(scores), None, tolerance, ready, sha256, "rerank", largest)
-    dimensions = int(info["model"]["dimensions"])
-    expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
-    lowest = check_vectors(vectors, expected, dimensions, tolerance)
-    return Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, sha256)
+        verified = Verified(*facts, None, len(scores), None, tolerance, ready, sha256, "rerank", largest)
+    else:
+        dimensions = int(info["model"]["dimensions"])
+        expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
+        lowest = check_vectors(vectors, expected, dimensions, tolerance)
+        verified = Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, sha256)
+    if options.library_model is None:
+        return verified
+    yield Note(f"comparing with {library.NAME}, from raw text")
+    return replace(verified, library=library.compare(scores or vectors, info, options.library_model))
 
 
 def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[ContainerOptions, int | None]:
@@ -284,7 +279,7 @@ def _score(container: Container, address: tuple[str, int], model: str) -> list[f
 
 
 def _continue(container: Container, address: tuple[str, int], model: str) -> list[Prompt]:
-    return _checked(lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS))
+    return _checked(lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS[:GENERATED]))
 
 
 def _checked(check: Callable[[], T]) -> T:

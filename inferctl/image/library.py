@@ -1,0 +1,139 @@
+"""Compares what a server returns for raw text with sentence-transformers, which runs in a process of its own.
+
+The fp32 reference shares the tokenizer and the configuration of a model folder with the server. The library reads the
+folder on its own, so that this comparison detects errors in those, too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inferctl.core.errors import NotReadyError
+from inferctl.image.output_checks import QUERY, TEXTS, decode, fail, limit
+from inferctl.models import reference_process
+
+NAME = "sentence-transformers"
+# Two computations in fp32 differ only by the order of sums. Relative to the largest number, at least 1.
+FP32_LIMIT = 1e-5
+_SECONDS = 600.0
+_HINT = (
+    "compare `model` of GET /info with the files of the model; `inferctl build --no-verify` builds without this test"
+)
+
+
+@dataclass(frozen=True)
+class LibraryComparison:
+    """How close a server is to the library, of which `library` is name and version.
+
+    `cosine_min`: the lowest cosine of the vectors, None for rerank. `difference`: the largest one of two numbers of
+    vectors, or of two scores, relative to the largest number of the library (at least 1). `tolerance` is the limit of
+    `difference` in fp32 and for rerank, else that of `cosine_min`.
+    """
+
+    library: str
+    texts: int
+    cosine_min: float | None
+    difference: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        cosine = "" if self.cosine_min is None else f"cosine at least {self.cosine_min:.6f}, "
+        return f"as {self.library}: {self.texts} texts, {cosine}largest relative difference {self.difference:.2g}"
+
+
+def installed() -> bool:
+    """Return whether the library is installed next to inferctl."""
+    return importlib.util.find_spec("sentence_transformers") is not None
+
+
+def require() -> None:
+    """Raise `NotReadyError` unless the library is installed."""
+    if not installed():
+        raise NotReadyError(f"{NAME} is not installed", f"install it next to inferctl: `pip install {NAME}`")
+
+
+def compare(
+    outputs: Sequence[Any], info: Mapping[str, Any], folder: Path, on_wait: Callable[[float], None] = lambda _: None
+) -> LibraryComparison:
+    """Compare the vectors, or for rerank the scores, that a server returned for `TEXTS` with those of the library.
+
+    `info`: the `GET /info` of the server. `folder`: what the library loads. Raises `InferctlError` if they differ by
+    more than the precision of the server explains, and `NotReadyError` if the library cannot compute them.
+    """
+    rerank = info.get("task") == "rerank"
+    inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
+    longest = (info.get("limits") or {}).get("max_input_tokens")
+    options = ["--library", "--task", "rerank" if rerank else "embed"]
+    options += ["--max-input-tokens", str(longest)] if longest else []
+    try:
+        found = reference_process.run(folder, inputs, options, lambda seconds: _wait(seconds, on_wait))
+    except reference_process.ReferenceFailedError as error:
+        raise NotReadyError(
+            f"not compared with {NAME}: {error.reason}",
+            "check that the library loads this folder, or compare the server with another folder: `--model DIR`",
+        ) from None
+    expected = [[score] for score in found["scores"]] if rerank else [decode(text) for text in found["embeddings"]]
+    rows = [[score] for score in outputs] if rerank else outputs
+    result = _check(rows, expected, info, f"{NAME} {found['library']}", rerank=rerank)
+    return result
+
+
+def _wait(seconds: float, on_wait: Callable[[float], None]) -> None:
+    if seconds > _SECONDS:
+        raise NotReadyError(f"not compared with {NAME}: it took longer than {_SECONDS:.0f} s", "use a faster machine")
+    on_wait(seconds)
+
+
+def _check(
+    rows: Sequence[Sequence[float]],
+    expected: Sequence[Sequence[float]],
+    info: Mapping[str, Any],
+    library: str,
+    *,
+    rerank: bool,
+) -> LibraryComparison:
+    for row, other in zip(rows, expected, strict=True):
+        if len(row) != len(other):
+            fail(f"the vectors have {len(row)} numbers, those of {library} have {len(other)}", _HINT)
+    precision = info.get("precision") or {}
+    effective = str(precision.get("effective"))
+    scale = max(1.0, *(abs(x) for other in expected for x in other))
+    differences = [
+        max(abs(x - y) for x, y in zip(row, other, strict=True)) / scale
+        for row, other in zip(rows, expected, strict=True)
+    ]
+    if effective == "fp32":
+        tolerance, errors, most = FP32_LIMIT, differences, FP32_LIMIT
+    else:
+        tolerance = limit(effective, str(precision.get("level", "")), rerank=rerank)
+        distances = [_distance(row, other) for row, other in zip(rows, expected, strict=True)]
+        errors, most = (differences, tolerance) if rerank else (distances, 1 - tolerance)
+    cosine = None if rerank else min(1 - _distance(_unit(a), _unit(b)) for a, b in zip(rows, expected, strict=True))
+    found = LibraryComparison(library, len(rows), cosine, max(differences), tolerance)
+    # `not` so that NaN fails.
+    if wrong := [number for number, error in enumerate(errors) if not error <= most]:
+        worst = max(wrong, key=lambda number: errors[number])
+        text = TEXTS[worst] if len(TEXTS[worst]) <= 40 else f"{TEXTS[worst][:39]}…"
+        what = "difference" if effective == "fp32" or rerank else "cosine"
+        fail(
+            f"{len(wrong)} of {len(rows)} texts are not computed {found}; the limit of the {what} in {effective} is "
+            f"{tolerance:g}; the worst text is {text!r}",
+            _HINT,
+        )
+    return found
+
+
+def _distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return 1 - cosine of vectors of equal length. A difference of the lengths adds to it."""
+    lengths = math.hypot(*a) * math.hypot(*b)
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (2 * lengths) if lengths else math.inf
+
+
+def _unit(vector: Sequence[float]) -> list[float]:
+    length = math.hypot(*vector) or 1.0
+    return [x / length for x in vector]
