@@ -24,6 +24,7 @@ def folder(tmp_path: Path) -> Path:
     """A tiny model with the other files of a hub repository: pickles, exports, a README."""
     found = write_model(tmp_path / "repository", {"a": [300, 1000]})
     (found / "tokenizer.json").write_text('{"version": "1.0"}')
+    (found / model.LIBRARY_FILE).write_text('{"model_type": "CrossEncoder"}')
     (found / "README.md").write_text("hello")
     (found / "pytorch_model.bin").write_bytes(b"pickle")
     for inner in ("onnx", "1_Pooling"):
@@ -65,7 +66,8 @@ def test_a_model_is_downloaded_once_with_its_bytes_counted_and_without_what_is_n
     assert counts[-1] == (total, total)
     assert counts == sorted(counts)
     assert hub.downloads()[-1] == "model.safetensors", "weights come last"
-    assert sorted(hub.downloads()) == ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
+    small = ["1_Pooling/config.json", "config.json", model.LIBRARY_FILE]
+    assert sorted(hub.downloads()) == [*small, "model.safetensors", "tokenizer.json"]
     hub.requests.clear()
     again = run(FETCH, online(hub, tmp_path / "home"))
     assert again.stdout.splitlines() == [path]
@@ -79,6 +81,7 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
     assert f"parameters={local.parameters}" in done.stdout, done
     assert f"commit={hub.repositories[SOURCE].commit!r}" in done.stdout
     assert "'architectures': ['BertModel']" in done.stdout
+    assert "library_type='CrossEncoder'" in done.stdout
     assert run(f"hub.commit({SOURCE!r}, 'main')", environment).stdout.strip() == hub.repositories[SOURCE].commit
     assert "model.safetensors" not in hub.downloads(), "the hub knows the parameters"
     # If the hub does not know the parameters, they come from the header of the weights.

@@ -99,7 +99,8 @@ def read(folder: Path, task: Task) -> Modules | None:
     """
     if not (folder / "modules.json").is_file():
         return None
-    entries = _entries(folder)
+    first, *others = _entries(folder)
+    entries = [first, *(entry for entry in others if entry[0] != "Dropout")]  # it does nothing after the training
     names = [name for name, _ in entries]
     _check_transformer(folder, entries, task)
     if task == "rerank" and len(entries) == 1:

@@ -44,6 +44,12 @@ def layer_norm(size: int) -> Any:
     return found
 
 
+def dropout() -> Any:
+    from sentence_transformers.sentence_transformer.modules import Dropout
+
+    return Dropout()
+
+
 def normalized() -> Any:
     from sentence_transformers.base.modules import Normalize
 
@@ -94,6 +100,7 @@ HEADS: dict[str, tuple[Modules, dict[str, Any]]] = {
         ],
         {"truncate_dim": 8},
     ),
+    "Dropout": (lambda: [pooled("mean"), dropout(), dense(WIDTH, 16)], {}),
     "Normalize before Dense": (lambda: [pooled("mean"), normalized(), dense(WIDTH, 16)], {}),
     "truncated": (MEAN, {"truncate_dim": 8}),
     "truncated to more than there is": (MEAN, {"truncate_dim": 99}),
@@ -156,7 +163,8 @@ def test_poolings_and_layers_equal_sentence_transformers(saved: Any, name: str) 
 def test_architectures_equal_sentence_transformers(saved: Any, name: str) -> None:
     architecture, modules, settings = ARCHITECTURES[name]
     attention = "padded" if architecture in ("mpnet", "deberta-v2") else "packed"
-    check(saved(architecture, modules, None, **settings), attention)
+    info = check(saved(architecture, modules, None, **settings), attention)
+    assert info.causal is (modules is LAST)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +225,8 @@ def test_the_encoder_of_t5_is_computed_alone(saved: Any, architecture: str) -> N
     from safetensors.torch import load_file, save_file
 
     folder = saved(architecture)
-    check(folder, "padded")
+    assert check(folder, "padded").causal is False
+    computed(folder, "int8")  # whose layers it asks for their format; the start compares it with fp32
     weights = load_file(folder / "model.safetensors")
     decoder = {f"decoder.{name}": tensor.clone() for name, tensor in weights.items() if "block" in name}
     save_file(weights | decoder, folder / "model.safetensors", {"format": "pt"})
@@ -445,6 +454,8 @@ HOLES: dict[str, tuple[Change, str]] = {
     "unknown module": (module("LSTM"), "LSTM module"),
     "module before pooling": (module("Normalize", 1), "no Pooling module"),
     "module before the transformer": (module("Router", 0), "Router module first"),
+    "static embeddings": (module("StaticEmbedding", 0), "StaticEmbedding module first"),
+    "weighted layers": (module("WeightedLayerPooling", 1), "WeightedLayerPooling"),
     "no pooling module": (
         lambda folder: (folder / "modules.json").write_text(json.dumps(modules_of(folder)[:1])),
         "no Pooling module",

@@ -47,6 +47,7 @@ class Linear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         self._gelu = gelu
+        self.weight = None  # T5 converts its input to the format of this, if it is a tensor
         self._bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
         self._pack_weight(linear.weight.detach())
 

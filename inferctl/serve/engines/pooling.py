@@ -20,19 +20,16 @@ def pool(hidden: torch.Tensor, counts: torch.Tensor, modes: Sequence[PoolingMode
 
     `hidden`: the states of all sequences, concatenated ([tokens, width]). `counts`: the tokens of each sequence.
     """
-    ends = counts.cumsum(0)
-    pooled = [_pool(hidden, counts, ends, mode) for mode in modes]
+    pooled = [_pool(hidden, counts, mode) for mode in modes]
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
 
 
-def _pool(hidden: torch.Tensor, counts: torch.Tensor, ends: torch.Tensor, mode: PoolingMode) -> torch.Tensor:
-    if mode == "cls":
-        return hidden[ends - counts].float()
-    if mode == "last":
-        return hidden[ends - 1].float()
+def _pool(hidden: torch.Tensor, counts: torch.Tensor, mode: PoolingMode) -> torch.Tensor:
+    if mode in ("cls", "last"):
+        return hidden[counts.cumsum(0) - (counts if mode == "cls" else 1)].float()
     states = hidden.float()
     if mode == "weightedmean":
-        starts = torch.repeat_interleave(ends - counts, counts, output_size=len(states))
+        starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts, output_size=len(states))
         places = torch.arange(1, len(states) + 1, device=states.device) - starts
         total = torch.segment_reduce(states * places[:, None], "sum", lengths=counts, unsafe=True)
         return total / (counts * (counts + 1) / 2)[:, None]
