@@ -296,14 +296,15 @@ class TokenizerPool:
 
     def _load(self) -> Tokenizer:
         try:
-            return Tokenizer.from_file(str(self._file))
+            tokenizer = Tokenizer.from_file(str(self._file))
         except Exception as error:  # noqa: BLE001  # the library raises bare Exception
             raise UsageError(
                 f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
             ) from None
+        tokenizer.no_padding()  # also for the checks of its special tokens: some files pad to a fixed length
+        return tokenizer
 
     def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:
-        tokenizer.no_padding()
         tokenizer.enable_truncation(self._config.max_tokens - (self._eos is not None))
         if self._config.lower_case:  # unlike `str.lower`, it leaves special tokens in a text as they are
             steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
