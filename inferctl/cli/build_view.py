@@ -189,3 +189,5 @@ def show_verified(result: Verified) -> None:
     console.note(
         f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
     )
+    if result.library:
+        console.note(f"verified {result.library}")

@@ -46,6 +46,10 @@ class LibraryComparison:
         return f"as {self.library}: {self.texts} texts, {cosine}largest relative difference {self.difference:.2g}"
 
 
+class NotComparedError(NotReadyError):
+    """The library cannot compute what the server is compared with."""
+
+
 def installed() -> bool:
     """Return whether the library is installed next to inferctl."""
     return importlib.util.find_spec("sentence_transformers") is not None
@@ -63,7 +67,7 @@ def compare(
     """Compare the vectors, or for rerank the scores, that a server returned for `TEXTS` with those of the library.
 
     `info`: the `GET /info` of the server. `folder`: what the library loads. Raises `InferctlError` if they differ by
-    more than the precision of the server explains, and `NotReadyError` if the library cannot compute them.
+    more than the precision of the server explains, and `NotComparedError` if the library cannot compute them.
     """
     rerank = info.get("task") == "rerank"
     inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
@@ -73,19 +77,20 @@ def compare(
     try:
         found = reference_process.run(folder, inputs, options, lambda seconds: _wait(seconds, on_wait))
     except reference_process.ReferenceFailedError as error:
-        raise NotReadyError(
+        raise NotComparedError(
             f"not compared with {NAME}: {error.reason}",
             "check that the library loads this folder, or compare the server with another folder: `--model DIR`",
         ) from None
     expected = [[score] for score in found["scores"]] if rerank else [decode(text) for text in found["embeddings"]]
     rows = [[score] for score in outputs] if rerank else outputs
-    result = _check(rows, expected, info, f"{NAME} {found['library']}", rerank=rerank)
-    return result
+    return _check(rows, expected, info, f"{NAME} {found['library']}", rerank=rerank)
 
 
 def _wait(seconds: float, on_wait: Callable[[float], None]) -> None:
     if seconds > _SECONDS:
-        raise NotReadyError(f"not compared with {NAME}: it took longer than {_SECONDS:.0f} s", "use a faster machine")
+        raise NotComparedError(
+            f"not compared with {NAME}: it took longer than {_SECONDS:.0f} s", "use a faster machine"
+        )
     on_wait(seconds)
 
 

@@ -49,12 +49,14 @@ _POLL_SECONDS = 0.2
 _LOG_LINES = 20
 T = TypeVar("T")
 
+
 @dataclass(frozen=True)
 class VerifyOptions:
     """The options of `verify`. `model`: folder to mount at /model, None if the image contains or downloads its weights.
 
     `network`: None for the engine's bridge, or `host`. `compare`: whether to compute the fp32 reference and compare.
     `library_model`: the folder that sentence-transformers loads to be compared, too; None for no such comparison.
+    `requires_library`: whether it is an error, instead of a note, if the library cannot load the folder.
     """
 
     model: Path | None
@@ -63,6 +65,7 @@ class VerifyOptions:
     ready_seconds: float = READY_SECONDS
     compare: bool = True
     library_model: Path | None = None
+    requires_library: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Verified:
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
     """Start the image, embed, score or continue texts over HTTP and compare with the reference. Yields notes.
 
-    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotReadyError` if
-    sentence-transformers cannot load the model. Removes its containers.
+    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotComparedError`
+    if sentence-transformers is required and cannot load the model. Removes its containers.
     """
     started = time.monotonic()
     port = settings.listening_port(image.environment)
@@ -168,7 +171,13 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     if options.library_model is None:
         return verified
     yield Note(f"comparing with {library.NAME}, from raw text")
-    return replace(verified, library=library.compare(scores or vectors, info, options.library_model))
+    try:
+        return replace(verified, library=library.compare(scores or vectors, info, options.library_model))
+    except library.NotComparedError as error:
+        if options.requires_library:
+            raise
+        yield Note(error.message)
+    return verified
 
 
 def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[ContainerOptions, int | None]:
@@ -279,7 +288,9 @@ def _score(container: Container, address: tuple[str, int], model: str) -> list[f
 
 
 def _continue(container: Container, address: tuple[str, int], model: str) -> list[Prompt]:
-    return _checked(lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS[:GENERATED]))
+    return _checked(
+        lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS[:GENERATED])
+    )
 
 
 def _checked(check: Callable[[], T]) -> T:
