@@ -209,6 +209,8 @@ def _verify_image(
     )
     with BuildView(live=sys.stderr.isatty()) as view:
         result = view.follow(verified(engine, image, checks))
+    if with_library and result.task == "generate":
+        raise UsageError(f"{reference} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
     show_verified(result)
     _print(reference, image.id, result, as_json)
 

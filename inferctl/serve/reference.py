@@ -28,6 +28,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,12 +67,10 @@ def reference(
     if found == "generate":
         return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens)
     if with_library:
-        import sentence_transformers
-
         compute = library(folder.path, found, max_input_tokens)
         rows = np.stack([compute(each, show_progress_bar=False) for each in inputs])
         output = {"scores": rows.tolist()} if found == "rerank" else {"embeddings": _base64(rows)}
-        return {"model_sha256": folder.digest, "library": sentence_transformers.__version__, **output}
+        return {"model_sha256": folder.digest, "library": version("sentence-transformers"), **output}
     config = task_config.read(found, folder.path, max_input_tokens)
     pool = TokenizerPool(folder.path, config, threads=1)
 
@@ -101,19 +100,19 @@ def library(
     Raises `UsageError` for a folder that the server does not accept, which is where code of a model ends, and
     `NotReadyError` if the library cannot load it.
     """
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    import sentence_transformers
+    import torch
+
     pool = TokenizerPool(folder, task_config.read(task, folder), threads=1)
     adds_eos = pool.facts["eos_added_by"] == "add_eos_token"
     pool.close()
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    import torch
-    from sentence_transformers import CrossEncoder, SentenceTransformer
-
     options: dict[str, Any] = {"device": device, "trust_remote_code": False, "local_files_only": True}
     if adds_eos:
         # transformers 5 does not read this from the file. Given one of the two, it would drop the other token.
         adds_bos = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").special_tokens_mask[0] == 1
         options["processor_kwargs"] = {"add_eos_token": True, "add_bos_token": adds_bos}
-    kind: Any = CrossEncoder if task == "rerank" else SentenceTransformer
+    kind = getattr(sentence_transformers, "CrossEncoder" if task == "rerank" else "SentenceTransformer")
     try:
         loaded = kind(str(folder), model_kwargs={"dtype": getattr(torch, dtype)}, **options)
     except Exception as error:  # the modules of a folder can fail in any way
