@@ -44,7 +44,7 @@ def verify(
     spec_file: options.SpecFile = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="SOURCE", help="Mount the weights of this model folder or hub id."),
+        typer.Option("--model", "-m", metavar="SOURCE", help="Use the weights of this model folder or hub id."),
     ] = None,
     against: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def verify(
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Compare this running server; --model is its folder here.")
+        str | None, typer.Option(metavar="URL", help="Compare this running server; --model names its folder on this machine.")
     ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to the --url server.")
@@ -72,10 +72,10 @@ def verify(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Start an image, compare its output for twelve texts with fp32, and print the image id.
+    """Start an image, compare its output with fp32, and print the image id.
 
     The image does not change. If it mounts its weights, they come from --model or from the spec. Without an image,
-    --against compares a running server (--url), or a server that this command starts for --model or the spec.
+    --against compares a running server (--url), or starts a server for --model or the spec.
     """
     from inferctl.image import library
 

@@ -306,7 +306,7 @@ def test_the_verification_of_an_image_compares_with_the_library(
     assert verified.library is None
     assert verified.cosine_min is not None
     assert "own.Model" in notes[-1]
-    with pytest.raises(library.NotComparedError, match="own.Model"):
+    with pytest.raises(library.NotComparedError, match=r"own\.Model"):
         ended(unloadable, requires=True)
 
 
