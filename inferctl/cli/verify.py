@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import completion, console, download, options
-from inferctl.cli.build_view import BuildView, show_verified
+from inferctl.cli.build_view import BuildView, show_compared, show_verified
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.models import model as models
 
@@ -55,7 +55,8 @@ def verify(
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Compare this running server; --model names its folder on this machine.")
+        str | None,
+        typer.Option(metavar="URL", help="Compare this running server; --model names its folder on this machine."),
     ] = None,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to the --url server.")
@@ -101,7 +102,7 @@ def verify(
     if as_json:
         console.document({"url": url, "library": asdict(found)})
     else:
-        console.data(f"verified {found}")
+        show_compared(found)
 
 
 def _compare_running(url: str, model: str | None, api_key_env: str | None) -> LibraryComparison:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import NotReadyError
-from inferctl.image.output_checks import QUERY, TEXTS, decode, fail, limit
+from inferctl.image.output_checks import QUERY, TEXTS, cosine, decode, fail, limit
 from inferctl.models import reference_process
 
 NAME = "sentence-transformers"
@@ -41,9 +41,11 @@ class LibraryComparison:
     difference: float
     tolerance: float
 
-    def __str__(self) -> str:
+    @property
+    def figures(self) -> str:
+        """The figures as text."""
         cosine = "" if self.cosine_min is None else f"cosine at least {self.cosine_min:.6f}, "
-        return f"as {self.library}: {self.texts} texts, {cosine}largest relative difference {self.difference:.2g}"
+        return f"{cosine}relative difference at most {self.difference:.2g}"
 
 
 class NotComparedError(NotReadyError):
@@ -61,9 +63,7 @@ def require() -> None:
         raise NotReadyError(f"{NAME} is not installed", f"install it next to inferctl: `pip install {NAME}`")
 
 
-def compare(
-    outputs: Sequence[Any], info: Mapping[str, Any], folder: Path, on_wait: Callable[[float], None] = lambda _: None
-) -> LibraryComparison:
+def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> LibraryComparison:
     """Compare the vectors, or for rerank the scores, that a server returned for `TEXTS` with those of the library.
 
     `info`: the `GET /info` of the server. `folder`: what the library loads. Raises `InferctlError` if they differ by
@@ -75,7 +75,7 @@ def compare(
     options = ["--library", "--task", "rerank" if rerank else "embed"]
     options += ["--max-input-tokens", str(longest)] if longest else []
     try:
-        found = reference_process.run(folder, inputs, options, lambda seconds: _wait(seconds, on_wait))
+        found = reference_process.run(folder, inputs, options, _check_time)
     except reference_process.ReferenceFailedError as error:
         raise NotComparedError(
             f"not compared with {NAME}: {error.reason}",
@@ -83,18 +83,17 @@ def compare(
         ) from None
     expected = [[score] for score in found["scores"]] if rerank else [decode(text) for text in found["embeddings"]]
     rows = [[score] for score in outputs] if rerank else outputs
-    return _check(rows, expected, info, f"{NAME} {found['library']}", rerank=rerank)
+    return _compared(rows, expected, info, f"{NAME} {found['library']}", rerank=rerank)
 
 
-def _wait(seconds: float, on_wait: Callable[[float], None]) -> None:
+def _check_time(seconds: float) -> None:
     if seconds > _SECONDS:
         raise NotComparedError(
             f"not compared with {NAME}: it took longer than {_SECONDS:.0f} s", "use a faster machine"
         )
-    on_wait(seconds)
 
 
-def _check(
+def _compared(
     rows: Sequence[Sequence[float]],
     expected: Sequence[Sequence[float]],
     info: Mapping[str, Any],
@@ -105,40 +104,33 @@ def _check(
     for row, other in zip(rows, expected, strict=True):
         if len(row) != len(other):
             fail(f"the vectors have {len(row)} numbers, those of {library} have {len(other)}", _HINT)
+    scale = max(1.0, *(abs(x) for other in expected for x in other))
+    pairs = list(zip(rows, expected, strict=True))
+    differences = [max(abs(x - y) for x, y in zip(row, other, strict=True)) / scale for row, other in pairs]
     precision = info.get("precision") or {}
     effective = str(precision.get("effective"))
-    scale = max(1.0, *(abs(x) for other in expected for x in other))
-    differences = [
-        max(abs(x - y) for x, y in zip(row, other, strict=True)) / scale
-        for row, other in zip(rows, expected, strict=True)
-    ]
+    tolerance = limit(effective, str(precision.get("level", "")), rerank=rerank)
+    errors, most = differences, tolerance
     if effective == "fp32":
-        tolerance, errors, most = FP32_LIMIT, differences, FP32_LIMIT
-    else:
-        tolerance = limit(effective, str(precision.get("level", "")), rerank=rerank)
-        distances = [_distance(row, other) for row, other in zip(rows, expected, strict=True)]
-        errors, most = (differences, tolerance) if rerank else (distances, 1 - tolerance)
-    cosine = None if rerank else min(1 - _distance(_unit(a), _unit(b)) for a, b in zip(rows, expected, strict=True))
-    found = LibraryComparison(library, len(rows), cosine, max(differences), tolerance)
+        tolerance = most = FP32_LIMIT
+    elif not rerank:
+        errors, most = [_distance(row, other) for row, other in pairs], 1 - tolerance
+    cosine_min = None if rerank else min(cosine(row, other) for row, other in pairs)
+    found = LibraryComparison(library, len(rows), cosine_min, max(differences), tolerance)
     # `not` so that NaN fails.
     if wrong := [number for number, error in enumerate(errors) if not error <= most]:
         worst = max(wrong, key=lambda number: errors[number])
         text = TEXTS[worst] if len(TEXTS[worst]) <= 40 else f"{TEXTS[worst][:39]}…"
-        what = "difference" if effective == "fp32" or rerank else "cosine"
+        allowed = f"a difference of {most:g}" if errors is differences else f"a cosine of {tolerance:g}"
         fail(
-            f"{len(wrong)} of {len(rows)} texts are not computed {found}; the limit of the {what} in {effective} is "
-            f"{tolerance:g}; the worst text is {text!r}",
+            f"{len(wrong)} of {len(rows)} texts differ from {library}: {found.figures}; the limit in {effective} is "
+            f"{allowed}; {text!r} differs most",
             _HINT,
         )
     return found
 
 
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return 1 - cosine of vectors of equal length. A difference of the lengths adds to it."""
+    """Return |a - b|^2 / (2 |a| |b|): 1 - cosine of vectors of equal length. A difference of the lengths adds to it."""
     lengths = math.hypot(*a) * math.hypot(*b)
-    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (2 * lengths) if lengths else math.inf
-
-
-def _unit(vector: Sequence[float]) -> list[float]:
-    length = math.hypot(*vector) or 1.0
-    return [x / length for x in vector]
+    return math.dist(a, b) ** 2 / (2 * lengths) if lengths else math.inf

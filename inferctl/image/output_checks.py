@@ -78,7 +78,7 @@ def check_vectors(
         return None
     if len(vectors) != len(expected) or any(len(v) != len(e) for v, e in zip(vectors, expected, strict=False)):
         fail("the fp32 reference and the served vectors have different shapes")
-    cosines = [_cosine(v, e) for v, e in zip(vectors, expected, strict=True)]
+    cosines = [cosine(v, e) for v, e in zip(vectors, expected, strict=True)]
     lowest = min(cosines)
     if lowest < tolerance:
         fail(
@@ -127,6 +127,7 @@ def fail(message: str, hint: str = NO_VERIFY) -> NoReturn:
     raise InferctlError(f"verification failed: {message}", hint)
 
 
-def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the cosine of two vectors, 0 if one is zero."""
     length = math.hypot(*a) * math.hypot(*b)
     return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0
