@@ -140,7 +140,8 @@ def _compare_started(resolved: Resolved) -> LibraryComparison:
 
 
 def _outputs(target: Target) -> Sequence[object]:
-    from inferctl.image.output_checks import QUERY, TEXTS
+    from inferctl.image.library import TEXTS
+    from inferctl.image.output_checks import QUERY
 
     if target.task == "generate":
         raise UsageError(f"{target.model} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")

@@ -31,15 +31,7 @@ TEXTS: tuple[str, ...] = (
     " ".join(
         ["A container image is a list of layers, each a set of files, and a configuration that says what to run."] * 5
     ),
-    # What implementations treat differently: case, special tokens in a text, a text without words (an empty one is
-    # rejected), and one with more than the 512 tokens of most models.
-    "WHICH RIVER FLOWS THROUGH VIENNA? Ångström, naïve café",
-    "the end [SEP] [CLS] [MASK] </s> <s> <|endoftext|> of it",
-    " ",
-    "Padding costs time, and each token costs memory. " * 60,
 )
-# The texts that a generation server continues.
-GENERATED = 8
 # A reranker scores each text for this query. The last text is relevant.
 QUERY = "What does a container image consist of?"
 NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"

@@ -115,7 +115,9 @@ class BuildPlan:
         scope = " (the engine's platform only)" if len(self.platforms) > 1 else ""
         return [
             f"build for {', '.join(self.platforms)} on {self.base.key} with {self.stack.key}",
-            f"verify: start the image, send texts, compare with fp32{scope}" if options.verify else "verify: skipped",
+            f"verify: start the image, send eight texts, compare with fp32{scope}"
+            if options.verify
+            else "verify: skipped",
             *(f"tag {reference}" for reference in self.references),
             *([f"write {options.oci}"] if options.oci else []),
             *(f"push to {host}" for host in dict.fromkeys(map(host_of, self.references)) if options.push),

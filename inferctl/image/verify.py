@@ -12,7 +12,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,6 @@ from inferctl.image.events import Note
 from inferctl.image.library import LibraryComparison
 from inferctl.image.next_tokens import Prompt
 from inferctl.image.output_checks import (
-    GENERATED,
     NO_VERIFY,
     QUERY,
     TEXTS,
@@ -101,7 +100,7 @@ class Verified:
 
 
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
-    """Start the image, embed, score or continue texts over HTTP and compare with the reference. Yields notes.
+    """Start the image, embed, score or continue eight texts over HTTP and compare with the reference. Yields notes.
 
     Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotComparedError`
     if sentence-transformers is required and cannot load the model. Removes its containers.
@@ -131,12 +130,13 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         rerank = task == "rerank"
         inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
         prompts = _continue(container, address, name) if task == "generate" else []
-        scores = _score(container, address, name) if rerank else []
-        vectors = _embed(container, address, name) if task == "embed" else []
+        texts = library.TEXTS if options.library_model else TEXTS  # it starts with these
+        scores = _score(container, address, name, texts) if rerank else []
+        vectors = _embed(container, address, name, texts) if task == "embed" else []
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     longest = (info.get("limits") or {}).get("max_input_tokens")
     if task == "generate":
-        inputs = [*TEXTS[:GENERATED], next_tokens.CHAT]
+        inputs.append(next_tokens.CHAT)
     reference = _reference(engine, image, options, inputs, longest, task) if options.compare else None
     if isinstance(reference, str):
         yield Note(f"not compared with fp32: {reference}")
@@ -161,13 +161,13 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=most)
     tolerance = limit(precision, facts[1], rerank=rerank) if reference is not None else None
     if rerank:
-        largest = check_scores(scores, reference["scores"] if reference is not None else None, tolerance)
-        verified = Verified(*facts, None, len(scores), None, tolerance, ready, sha256, "rerank", largest)
+        largest = check_scores(scores[: len(TEXTS)], reference["scores"] if reference is not None else None, tolerance)
+        verified = Verified(*facts, None, len(TEXTS), None, tolerance, ready, sha256, "rerank", largest)
     else:
         dimensions = int(info["model"]["dimensions"])
         expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
-        lowest = check_vectors(vectors, expected, dimensions, tolerance)
-        verified = Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, sha256)
+        lowest = check_vectors(vectors[: len(TEXTS)], expected, dimensions, tolerance)
+        verified = Verified(*facts, dimensions, len(TEXTS), lowest, tolerance, ready, sha256)
     if options.library_model is None:
         return verified
     yield Note(f"comparing with {library.NAME}, from raw text")
@@ -269,28 +269,26 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
         time.sleep(_POLL_SECONDS)
 
 
-def _embed(container: Container, address: tuple[str, int], model: str) -> list[list[float]]:
-    body = {"model": model, "input": list(TEXTS), "encoding_format": "base64"}
+def _embed(container: Container, address: tuple[str, int], model: str, texts: Sequence[str]) -> list[list[float]]:
+    body = {"model": model, "input": texts, "encoding_format": "base64"}
     response = fetch(container, address, "/v1/embeddings", body)
     found = sorted(response["data"], key=lambda item: item["index"])
-    if len(found) != len(TEXTS):
-        fail(f"the server returned {len(found)} vectors for {len(TEXTS)} texts")
+    if len(found) != len(texts):
+        fail(f"the server returned {len(found)} vectors for {len(texts)} texts")
     return [decode(item["embedding"]) for item in found]
 
 
-def _score(container: Container, address: tuple[str, int], model: str) -> list[float]:
-    body = {"model": model, "query": QUERY, "documents": list(TEXTS)}
+def _score(container: Container, address: tuple[str, int], model: str, texts: Sequence[str]) -> list[float]:
+    body = {"model": model, "query": QUERY, "documents": texts}
     results = fetch(container, address, "/v1/rerank", body)["results"]
     found = {int(item["index"]): float(item["relevance_score"]) for item in results}
-    if len(results) != len(TEXTS) or len(found) != len(TEXTS):
-        fail(f"the server returned {len(found)} scores for {len(TEXTS)} texts")
-    return [found[index] for index in range(len(TEXTS))]
+    if len(results) != len(texts) or len(found) != len(texts):
+        fail(f"the server returned {len(found)} scores for {len(texts)} texts")
+    return [found[index] for index in range(len(texts))]
 
 
 def _continue(container: Container, address: tuple[str, int], model: str) -> list[Prompt]:
-    return _checked(
-        lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS[:GENERATED])
-    )
+    return _checked(lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS))
 
 
 def _checked(check: Callable[[], T]) -> T:
