@@ -85,6 +85,9 @@ def verify(
     if reference is None and against is None:
         hint = f"name one, or compare a server or a model folder: `inferctl verify --model DIR --against {_LIBRARY}`"
         raise UsageError("`inferctl verify` has no image", hint)
+    if reference is not None and reference.startswith((".", "/")):
+        hint = f"compare a model folder with `inferctl verify --model {reference} --against {_LIBRARY}`"
+        raise UsageError(f"{reference} is a path, not the name of an image", hint)
     if reference is not None and url is not None:
         raise UsageError("an image and `--url` are two servers", "remove one of them")
     if precision is not None and (reference is not None or url is not None):

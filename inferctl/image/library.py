@@ -118,7 +118,7 @@ def _compared(
     pairs = list(zip(rows, expected, strict=True))
     differences = [max(abs(x - y) for x, y in zip(row, other, strict=True)) / scale for row, other in pairs]
     precision = info.get("precision") or {}
-    effective = str(precision.get("effective"))
+    effective = str(precision.get("effective", "an unknown precision"))
     # That of the check at the start of the server, which has none for large models.
     tolerance = (info.get("fidelity") or {}).get("limit") or limit(effective, precision.get("level", ""), rerank=rerank)
     errors, most = differences, tolerance

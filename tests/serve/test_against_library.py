@@ -221,6 +221,7 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
     [
         (["--against", "tei", "--model", "m"], "'tei'"),
         ([], "no image"),
+        (["./m", "--against", library.NAME], "`inferctl verify --model ./m"),
         (["a:b", "--url", "http://127.0.0.1:1", "--against", library.NAME], "two servers"),
         (["a:b", *FP32], "--precision"),
     ],
