@@ -17,7 +17,7 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
 
 Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For embed and
 rerank, it shares the tokenization and the configuration with the server, so the comparison does not detect errors in
-these. `--library` does: sentence-transformers computes everything, from the text on. `library` then is its version.
+these. With `--library`, sentence-transformers computes everything, from the text on, and `library` is its version.
 """
 
 from __future__ import annotations

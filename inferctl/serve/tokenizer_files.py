@@ -46,7 +46,7 @@ def check(folder: Path, tokenizer: Tokenizer) -> None:
     if name in _BERT_CLASSES or (not name and kind in _BERT_TYPES):
         _check_normalizer(folder, tokenizer, settings)
         _check_ends(folder, tokenizer, _token(settings, "cls_token", "[CLS]"), _token(settings, "sep_token", "[SEP]"))
-    elif name in _XLM_CLASSES or (not name and kind == "xlm-roberta"):
+    elif name in _XLM_CLASSES:
         _check_ends(folder, tokenizer, _token(settings, "bos_token", "<s>"), _token(settings, "eos_token", "</s>"))
 
 

@@ -301,7 +301,7 @@ class TokenizerPool:
             raise UsageError(
                 f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
             ) from None
-        tokenizer.no_padding()  # also for the checks of its special tokens: some files pad to a fixed length
+        tokenizer.no_padding()
         return tokenizer
 
     def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:

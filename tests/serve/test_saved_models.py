@@ -595,6 +595,14 @@ def test_a_module_may_be_a_link_into_the_cache_of_the_hub(with_dense: Path, tmp_
     started(snapshot)
 
 
+def test_padding_in_the_tokenizer_does_not_count(with_dense: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_dense, folder := tmp_path / "model")
+    padding = {"strategy": {"Fixed": 128}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    edit(folder / "tokenizer.json", {"padding": padding | {"pad_to_multiple_of": None}})
+    edit(folder / "tokenizer_config.json", BERT)
+    started(folder)
+
+
 def test_lower_case_of_a_model_leaves_special_tokens_of_a_text_as_they_are(saved: Any) -> None:
     folder = saved("modernbert")
     edit(folder / SETTINGS, {"do_lower_case": True})

@@ -179,7 +179,7 @@ def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integer
     RoBERTa-like models number positions like this, so that a text with the padding token has it in the middle.
     """
     real = np.cumsum(~padding)
-    before = (real - ~padding)[np.arange(len(within)) - within]  # of the sequence, counted at its first token
+    before: Integers = (real - ~padding)[np.arange(len(within)) - within]  # of the sequence, counted at its first token
     return np.where(padding, -1, real - before - 1)
 
 

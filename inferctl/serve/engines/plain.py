@@ -93,7 +93,7 @@ class Reference:
         """Return the logits of a cross-encoder: float32 [pairs, labels]. Each pair is a forward of its own."""
         rows = []
         for ids, second_start in pairs:
-            inputs = {"input_ids": ids}
+            inputs: dict[str, npt.NDArray[Any]] = {"input_ids": ids}
             if has_segments(self._model):
                 inputs["token_type_ids"] = np.arange(len(ids)) >= second_start
             rows.append(self._vector(inputs) if self._config.pooling else self._run(inputs).logits[0].float().numpy())
