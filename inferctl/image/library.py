@@ -54,8 +54,8 @@ class LibraryComparison:
     @property
     def figures(self) -> str:
         """The figures as text."""
-        cosine = "" if self.cosine_min is None else f"cosine at least {self.cosine_min:.6f}, "
-        return f"{cosine}relative difference at most {self.difference:.2g}"
+        cosine = "" if self.cosine_min is None else f"lowest cosine {self.cosine_min:.6f}, "
+        return f"{cosine}largest relative difference {self.difference:.2g}"
 
 
 class NotComparedError(NotReadyError):
@@ -93,7 +93,9 @@ def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> Li
         ) from None
     expected = [[score] for score in found["scores"]] if rerank else [decode(text) for text in found["embeddings"]]
     rows = [[score] for score in outputs] if rerank else outputs
-    return _compared(rows, expected, info, f"{NAME} {found['library']}", rerank=rerank)
+    same = found["model_sha256"] == (info.get("model") or {}).get("sha256")
+    others = "" if same else f"; the files of the server are not those of {folder}"
+    return _compared(rows, expected, info, f"{NAME} {found['library']}", others, rerank=rerank)
 
 
 def _check_time(seconds: float) -> None:
@@ -108,12 +110,13 @@ def _compared(
     expected: Sequence[Sequence[float]],
     info: Mapping[str, Any],
     library: str,
+    others: str,
     *,
     rerank: bool,
 ) -> LibraryComparison:
     for row, other in zip(rows, expected, strict=True):
         if len(row) != len(other):
-            fail(f"the vectors have {len(row)} numbers, those of {library} have {len(other)}", _HINT)
+            fail(f"the vectors have {len(row)} numbers, those of {library} have {len(other)}{others}", _HINT)
     scale = max(1.0, *(abs(x) for other in expected for x in other))
     pairs = list(zip(rows, expected, strict=True))
     differences = [max(abs(x - y) for x, y in zip(row, other, strict=True)) / scale for row, other in pairs]
@@ -122,7 +125,7 @@ def _compared(
     # That of the check at the start of the server, which has none for large models.
     tolerance = (info.get("fidelity") or {}).get("limit") or limit(effective, precision.get("level", ""), rerank=rerank)
     errors, most = differences, tolerance
-    if effective == "fp32":
+    if effective == "fp32" and not precision.get("tf32"):
         tolerance = most = FP32_LIMIT
     elif not rerank:
         errors, most = [_distance(row, other) for row, other in pairs], 1 - tolerance
@@ -135,7 +138,7 @@ def _compared(
         allowed = f"a difference of {most:g}" if errors is differences else f"a cosine of {tolerance:g}"
         fail(
             f"{len(wrong)} of {len(rows)} texts differ from {library}: {found.figures}; the limit in {effective} is "
-            f"{allowed}; {text!r} differs most",
+            f"{allowed}; {text!r} differs most{others}",
             _HINT,
         )
     return found

@@ -35,7 +35,8 @@ def run(
 
     The process works in `folder` (default: the current one). Raises `ReferenceFailedError` if it fails.
     """
-    arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *options]
+    # -P: Python files in the current folder, such as that of the model, are not imported.
+    arguments = [sys.executable, "-P", "-m", PROGRAM, str(model.resolve()), *options]
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(inputs).encode())
         stdin.seek(0)

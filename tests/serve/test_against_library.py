@@ -202,7 +202,8 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(right("embed"), folder)
-    (folder / "own.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Model: pass\n")
+    for name in ("own", "sentence_transformers"):
+        (folder / f"{name}.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Model: pass\n")
     if where == "module":
         modules = json.loads((folder / "modules.json").read_text())
         (folder / "modules.json").write_text(
@@ -210,7 +211,7 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
         )
     else:
         edit(folder / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
-    done = inferctl("--url", server.url, "--model", str(folder), "--against", library.NAME, cwd=tmp_path)
+    done = inferctl("--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder)
     assert done.returncode == 3
     assert "own.Model" in done.stderr
     assert not list(tmp_path.rglob("ran"))
