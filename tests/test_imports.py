@@ -37,6 +37,7 @@ BENCH_ORDER = ["", "loadgen", "plan", "load", "judge", "measure", "report"]
 ONLY_IN = {
     "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
+    "sentence_transformers": ("serve/reference.py",),
     "docker": ("image/docker.py",),
     "jwt": ("tenancy/access/oidc.py",),
     "huggingface_hub": ("models/hub.py",),

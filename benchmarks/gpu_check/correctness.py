@@ -58,12 +58,8 @@ def _case(step: Step, name: str, folder: Path, task: Any, precision: str, expect
     starts = [len(row) // 2 for row in ids] if task == "rerank" else None
     if not expected:
         config = task_config.read(task, folder, None)
-        reference = plain.load_model(folder, task=task)
-        expected["rows"] = (
-            plain.score(reference, list(zip(ids, starts, strict=True)))
-            if starts
-            else plain.embed(reference, ids, config)
-        )
+        reference = plain.Reference(folder, config)
+        expected["rows"] = reference.score(list(zip(ids, starts, strict=True))) if starts else reference.embed(ids)
     rows = _run(engine, ids, starts)
     alone = np.concatenate([_run(engine, [row], starts and [starts[i]]) for i, row in enumerate(ids)])
     wanted = "padded" if precision == "fp32" or float(info.device.compute_capability or 0) < 8 else "packed"

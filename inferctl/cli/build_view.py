@@ -27,6 +27,7 @@ from inferctl.image.events import (
 )
 
 if TYPE_CHECKING:
+    from inferctl.image.library import LibraryComparison
     from inferctl.image.verify import Verified
 
 Result = TypeVar("Result")
@@ -189,3 +190,10 @@ def show_verified(result: Verified) -> None:
     console.note(
         f"verified: {result.precision} ({result.level}) on {result.device}, {result.texts} texts, {output}, {closeness}"
     )
+    if result.library:
+        show_compared(result.library)
+
+
+def show_compared(result: LibraryComparison) -> None:
+    """Print the result of a comparison with sentence-transformers on stderr."""
+    console.note(f"equals {result.library}: {result.texts} texts, {result.figures}")

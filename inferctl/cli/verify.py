@@ -1,16 +1,25 @@
-"""`inferctl verify`: check an existing image in the same way as `inferctl build` checks a new one."""
+"""`inferctl verify`: check an existing image as `inferctl build` checks a new one, or a server or a model folder."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import console, download, options
-from inferctl.cli.build_view import BuildView, show_verified
+from inferctl.cli import completion, console, download, options
+from inferctl.cli.build_view import BuildView, show_compared, show_verified
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.models import model as models
 
 if TYPE_CHECKING:
+    from inferctl.bench.load.target import Target
+    from inferctl.config.settings import Resolved
+    from inferctl.image.library import LibraryComparison
     from inferctl.image.verify import Verified
 
 
@@ -20,18 +29,39 @@ Examples:
   inferctl verify registry.example.com/ml/minilm:bf16
   # Check an image that mounts its weights
   inferctl verify registry.example.com/ml/minilm:bf16 --model DIR
+  # Compare what a server of a model folder computes with sentence-transformers
+  inferctl verify --model DIR --precision fp32 --against sentence-transformers
+  # Compare a running server
+  inferctl verify --url http://10.0.0.7:8080 --against sentence-transformers
 """
+_LIBRARY = "sentence-transformers"
 
 
 def verify(
     reference: Annotated[
-        str, typer.Argument(metavar="REF", help="Name, name@digest or id of the image; pulled if absent.")
-    ],
+        str | None, typer.Argument(metavar="[REF]", help="Name, name@digest or id of the image; pulled if absent.")
+    ] = None,
     spec_file: options.SpecFile = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="SOURCE", help="Mount the weights of this model folder or hub id."),
+        typer.Option("--model", "-m", metavar="SOURCE", help="Use the weights of this model folder or hub id."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIBRARY",
+            autocompletion=completion.one_of(_LIBRARY),
+            help="Compare also with this library, from raw text: sentence-transformers.",
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Compare this running server; --model names its folder on this machine."),
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to the --url server.")
+    ] = None,
+    precision: options.PrecisionOption = None,
     ready_timeout: Annotated[
         float,
         typer.Option(
@@ -43,17 +73,106 @@ def verify(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Start an image, compare its output for eight texts with fp32, and print the image id.
+    """Start an image, compare its output with fp32, and print the image id.
 
-    The image does not change. If it mounts its weights, they come from --model or from the spec.
+    The image does not change. If it mounts its weights, they come from --model or from the spec. Without an image,
+    --against compares a running server (--url), or starts a server for --model or the spec.
     """
+    from inferctl.image import library
+
+    if against not in (None, _LIBRARY):
+        raise UsageError(f"--against {against!r} is not supported", f"pass `--against {_LIBRARY}`")
+    if reference is None and against is None:
+        hint = f"name one, or compare a server or a model folder: `inferctl verify --model DIR --against {_LIBRARY}`"
+        raise UsageError("`inferctl verify` has no image", hint)
+    if reference is not None and reference.startswith((".", "/")):
+        hint = f"compare a model folder with `inferctl verify --model {reference} --against {_LIBRARY}`"
+        raise UsageError(f"{reference} is a path, not the name of an image", hint)
+    if reference is not None and url is not None:
+        raise UsageError("an image and `--url` are two servers", "remove one of them")
+    if precision is not None and (reference is not None or url is not None):
+        raise UsageError("`--precision` applies only to a server that this command starts", "remove it")
+    if against:
+        library.require()
+    if reference is not None:
+        network = options.network_of(network)
+        _verify_image(reference, spec_file, model, ready_timeout, network, as_json, against is not None)
+        return
+    if url is not None:
+        found = _compare_running(url, model, api_key_env)
+    else:
+        found = _compare_started(options.load(spec_file, {"model.source": model, "serve.precision": precision}))
+    if as_json:
+        console.document({"url": url, "library": asdict(found)})
+    else:
+        show_compared(found)
+
+
+def _compare_running(url: str, model: str | None, api_key_env: str | None) -> LibraryComparison:
+    """Compare the server at `url` with `model`, or on the same machine with the folder that it reports."""
+    from inferctl.bench.load import target as targets
+    from inferctl.cli.bench_options import AccessOptions
+
+    target = targets.connect(url, access=AccessOptions(api_key_env=api_key_env).access())
+    try:
+        folder = models.find(model or str((target.info.get("model") or {}).get("source") or target.model))
+    except UsageError as error:
+        raise UsageError(error.message, f"pass the folder that {_LIBRARY} loads: `--model DIR`") from None
+    return _compare(_outputs(target), target, folder.path)
+
+
+def _compare_started(resolved: Resolved) -> LibraryComparison:
+    """Start a server of the spec, stop it after its output, and compare that with the model of the spec."""
+    from inferctl.bench.load import child_server
+
+    model = resolved.spec.model
+    folder = download.fetch(model.source, model.revision).path
+    command = child_server.serve_command(
+        str(folder.resolve()), resolved.spec.name, Path(resolved.file).resolve() if resolved.file else None
+    )
+    with tempfile.TemporaryDirectory(prefix="inferctl-verify-") as work, console.progress("starting the server"):
+        announce = Path(work) / "server.json"
+        arguments = command(resolved.spec.serve.precision, announce, None)
+        try:
+            with child_server.serve(arguments, announce, Path(work), lambda _: None) as server:
+                outputs = _outputs(server.target)
+        except child_server.ServerError as error:
+            hint = f"see its log: `inferctl serve --model {model.source}`"
+            raise InferctlError(f"the server did not start: {error.reason}", hint) from None
+    return _compare(outputs, server.target, folder)
+
+
+def _outputs(target: Target) -> Sequence[object]:
+    from inferctl.image.library import TEXTS
+    from inferctl.image.output_checks import QUERY
+
+    if target.task == "generate":
+        raise UsageError(f"{target.model} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
+    return target.request([QUERY, *TEXTS] if target.task == "rerank" else list(TEXTS))
+
+
+def _compare(outputs: Sequence[object], target: Target, folder: Path) -> LibraryComparison:
+    from inferctl.image import library
+
+    with console.progress(f"computing the texts with {_LIBRARY}"):
+        return library.compare(outputs, {**target.info, "task": target.task}, folder)
+
+
+def _verify_image(
+    reference: str,
+    spec_file: Path | None,
+    model: str | None,
+    ready_timeout: float,
+    network: str | None,
+    as_json: bool,
+    with_library: bool,
+) -> None:
     from inferctl.image import container, lint
     from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import raise_for
     from inferctl.image.verify import VerifyOptions
     from inferctl.image.verify import verify as verified
 
-    network = options.network_of(network)
     engine = DockerEngine.connect()
     image = container.get_or_pull(engine, reference, console.note)
     container.check_inferctl_image(image, reference)
@@ -63,25 +182,40 @@ def verify(
     raise_for([finding for finding in findings if finding.level == "error"])
     has_model = options.names_model(spec_file, {"model.source": model})
     spec = options.load(spec_file, {"model.source": model}).spec if has_model else None
-    folder = container.weights(
-        image,
-        container.ServeOptions(
-            address=container.Address("127.0.0.1", 0),
-            model=spec.model.source if spec else None,
-            revision=spec.model.revision if spec else None,
-            replaces_model=model is not None,
-        ),
-        download.fetch,
-    )
+    mounts = image.labels.get("io.inferctl.model.weights") == "mount"
+    folder = library_model = None
+    if with_library and not mounts:
+        # The image has its own weights, so the library gets those that the user names.
+        if spec is None:
+            raise UsageError(
+                f"{reference} contains or downloads its weights, and {_LIBRARY} needs them here", "pass `--model DIR`"
+            )
+        library_model = download.fetch(spec.model.source, spec.model.revision).path
+    else:
+        folder = container.weights(
+            image,
+            container.ServeOptions(
+                address=container.Address("127.0.0.1", 0),
+                model=spec.model.source if spec else None,
+                revision=spec.model.revision if spec else None,
+                replaces_model=model is not None,
+            ),
+            download.fetch,
+        )
+        library_model = folder if with_library else None
     checks = VerifyOptions(
         model=folder,
         network=network,
         gpu=engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment,
         ready_seconds=ready_timeout,
         compare=image.labels.get("io.inferctl.model.weights") != "download",
+        library_model=library_model,
+        requires_library=True,
     )
     with BuildView(live=sys.stderr.isatty()) as view:
         result = view.follow(verified(engine, image, checks))
+    if with_library and result.task == "generate":
+        raise UsageError(f"{reference} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
     show_verified(result)
     _print(reference, image.id, result, as_json)
 

@@ -18,7 +18,7 @@ from typing import Any
 from inferctl.config.spec import Model
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import size
-from inferctl.image import buildx, layers, lint
+from inferctl.image import buildx, layers, library, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
@@ -308,12 +308,16 @@ def _examine(
     )
     if downloads:
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
+    # Without its weights on this machine, or for generation, the library has nothing to load.
+    embeds = plan.model is not None and not downloads and not _generates(plan.spec.model)
+    library_model = plan.model if embeds and library.installed() else None
     verify_options = VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=options.network,
         gpu=gpu,
         ready_seconds=options.ready_seconds,
         compare=not downloads,
+        library_model=library_model,
     )
     return findings, (yield from verify(engine, image, verify_options))
 

@@ -19,6 +19,21 @@ TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, 
 EMULATED_INT8_TOLERANCE = 0.97
 # Maximum difference between a rerank score and the fp32 reference, relative to the largest score (at least 1).
 SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
+# Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
+TEXTS: tuple[str, ...] = (
+    "hello",
+    "The quick brown fox jumps over the lazy dog.",
+    "How many replicas does a service need at 200 requests a second?",
+    "Die Straßenbahn fährt heute wegen Bauarbeiten nicht über die Brücke.",
+    "東京の天気は晴れ、気温は二十五度です。",
+    "def mean(values):\n    return sum(values) / len(values)",
+    "1234567890 -- 3.14159e+00; A/B? 50 % off!",
+    " ".join(
+        ["A container image is a list of layers, each a set of files, and a configuration that says what to run."] * 5
+    ),
+)
+# A reranker scores each text for this query. The last text is relevant.
+QUERY = "What does a container image consist of?"
 NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"
 
 
@@ -55,7 +70,7 @@ def check_vectors(
         return None
     if len(vectors) != len(expected) or any(len(v) != len(e) for v, e in zip(vectors, expected, strict=False)):
         fail("the fp32 reference and the served vectors have different shapes")
-    cosines = [_cosine(v, e) for v, e in zip(vectors, expected, strict=True)]
+    cosines = [cosine(v, e) for v, e in zip(vectors, expected, strict=True)]
     lowest = min(cosines)
     if lowest < tolerance:
         fail(
@@ -104,6 +119,7 @@ def fail(message: str, hint: str = NO_VERIFY) -> NoReturn:
     raise InferctlError(f"verification failed: {message}", hint)
 
 
-def _cosine(a: Sequence[float], b: Sequence[float]) -> float:
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the cosine of two vectors, 0 if one is zero."""
     length = math.hypot(*a) * math.hypot(*b)
     return sum(x * y for x, y in zip(a, b, strict=True)) / length if length else 0.0

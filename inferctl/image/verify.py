@@ -19,12 +19,15 @@ from typing import Any, TypeVar
 
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import failures, next_tokens
+from inferctl.image import failures, library, next_tokens
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
+from inferctl.image.library import LibraryComparison
 from inferctl.image.next_tokens import Prompt
 from inferctl.image.output_checks import (
     NO_VERIFY,
+    QUERY,
+    TEXTS,
     check_scores,
     check_vectors,
     decode,
@@ -45,30 +48,14 @@ _POLL_SECONDS = 0.2
 _LOG_LINES = 20
 T = TypeVar("T")
 
-# Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
-TEXTS: tuple[str, ...] = (
-    "hello",
-    "The quick brown fox jumps over the lazy dog.",
-    "How many replicas does a service need at 200 requests a second?",
-    "Die Straßenbahn fährt heute wegen Bauarbeiten nicht über die Brücke.",
-    "東京の天気は晴れ、気温は二十五度です。",
-    "def mean(values):\n    return sum(values) / len(values)",
-    "1234567890 -- 3.14159e+00; A/B? 50 % off!",
-    " ".join(
-        ["A container image is a list of layers, each a set of files, and a configuration that says what to run."] * 5
-    ),
-)
-
-
-# A reranker scores each text for this query. The last text is relevant.
-QUERY = "What does a container image consist of?"
-
 
 @dataclass(frozen=True)
 class VerifyOptions:
     """The options of `verify`. `model`: folder to mount at /model, None if the image contains or downloads its weights.
 
     `network`: None for the engine's bridge, or `host`. `compare`: whether to compute the fp32 reference and compare.
+    `library_model`: the folder that sentence-transformers loads to be compared, too; None for no such comparison.
+    `requires_library`: whether it is an error, instead of a note, if the library cannot load the folder.
     """
 
     model: Path | None
@@ -76,6 +63,8 @@ class VerifyOptions:
     gpu: bool = False
     ready_seconds: float = READY_SECONDS
     compare: bool = True
+    library_model: Path | None = None
+    requires_library: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +75,7 @@ class Verified:
     `score_difference`: the largest difference of the rerank scores, relative to the largest score (at least 1). `kl`:
     the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
     They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.
+    `library`: the comparison with sentence-transformers, None without one.
     """
 
     precision: str
@@ -102,6 +92,7 @@ class Verified:
     kl: float | None = None
     top_1: float | None = None
     tokens: int | None = None
+    library: LibraryComparison | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON data."""
@@ -111,7 +102,8 @@ class Verified:
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
     """Start the image, embed, score or continue eight texts over HTTP and compare with the reference. Yields notes.
 
-    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log. Removes its containers.
+    Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotComparedError`
+    if sentence-transformers is required and cannot load the model. Removes its containers.
     """
     started = time.monotonic()
     port = settings.listening_port(image.environment)
@@ -146,8 +138,12 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
                 for text, name in zip(TEXTS, selected, strict=True)
             ]
         prompts = _continue(container, address, name) if task == "generate" else []
-        scores = _score(container, address, name) if rerank else []
-        vectors = _embed(container, address, name, selected) if task == "embed" else []
+        texts = library.TEXTS if options.library_model else TEXTS  # it starts with these
+        scores = _score(container, address, name, texts) if rerank else []
+        vectors = _embed(container, address, name, TEXTS, selected) if task == "embed" else []
+        plain = (
+            _embed(container, address, name, texts, [None] * len(texts)) if options.library_model and vectors else []
+        )
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     longest = (info.get("limits") or {}).get("max_input_tokens")
     if task == "generate":
@@ -176,12 +172,23 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=most)
     tolerance = limit(precision, facts[1], rerank=rerank) if reference is not None else None
     if rerank:
-        largest = check_scores(scores, reference["scores"] if reference is not None else None, tolerance)
-        return Verified(*facts, None, len(scores), None, tolerance, ready, sha256, "rerank", largest)
-    dimensions = int(info["model"]["dimensions"])
-    expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
-    lowest = check_vectors(vectors, expected, dimensions, tolerance)
-    return Verified(*facts, dimensions, len(vectors), lowest, tolerance, ready, sha256)
+        largest = check_scores(scores[: len(TEXTS)], reference["scores"] if reference is not None else None, tolerance)
+        verified = Verified(*facts, None, len(TEXTS), None, tolerance, ready, sha256, "rerank", largest)
+    else:
+        dimensions = int(info["model"]["dimensions"])
+        expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
+        lowest = check_vectors(vectors, expected, dimensions, tolerance)
+        verified = Verified(*facts, dimensions, len(TEXTS), lowest, tolerance, ready, sha256)
+    if options.library_model is None:
+        return verified
+    yield Note(f"comparing with {library.NAME}, from raw text")
+    try:
+        return replace(verified, library=library.compare(scores or plain, info, options.library_model))
+    except library.NotComparedError as error:
+        if options.requires_library:
+            raise
+        yield Note(error.message)
+    return verified
 
 
 def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[ContainerOptions, int | None]:
@@ -274,28 +281,28 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
 
 
 def _embed(
-    container: Container, address: tuple[str, int], model: str, prompts: Sequence[str | None]
+    container: Container, address: tuple[str, int], model: str, texts: Sequence[str], prompts: Sequence[str | None]
 ) -> list[list[float]]:
     """Return the vectors of the texts, in order. `prompts`: the name for each. All with the same are in one request."""
     vectors: dict[int, list[float]] = {}
     for name in dict.fromkeys(prompts):
         numbers = [number for number, each in enumerate(prompts) if each == name]
-        body = {"model": model, "input": [TEXTS[number] for number in numbers], "encoding_format": "base64"}
+        body = {"model": model, "input": [texts[number] for number in numbers], "encoding_format": "base64"}
         response = fetch(container, address, "/v1/embeddings", body | ({} if name is None else {"prompt_name": name}))
         found = sorted(response["data"], key=lambda item: item["index"])
         if len(found) != len(numbers):
             fail(f"the server returned {len(found)} vectors for {len(numbers)} texts")
         vectors |= zip(numbers, (decode(item["embedding"]) for item in found), strict=True)
-    return [vectors[number] for number in range(len(TEXTS))]
+    return [vectors[number] for number in range(len(texts))]
 
 
-def _score(container: Container, address: tuple[str, int], model: str) -> list[float]:
-    body = {"model": model, "query": QUERY, "documents": list(TEXTS)}
+def _score(container: Container, address: tuple[str, int], model: str, texts: Sequence[str]) -> list[float]:
+    body = {"model": model, "query": QUERY, "documents": texts}
     results = fetch(container, address, "/v1/rerank", body)["results"]
     found = {int(item["index"]): float(item["relevance_score"]) for item in results}
-    if len(results) != len(TEXTS) or len(found) != len(TEXTS):
-        fail(f"the server returned {len(found)} scores for {len(TEXTS)} texts")
-    return [found[index] for index in range(len(TEXTS))]
+    if len(results) != len(texts) or len(found) != len(texts):
+        fail(f"the server returned {len(found)} scores for {len(texts)} texts")
+    return [found[index] for index in range(len(texts))]
 
 
 def _continue(container: Container, address: tuple[str, int], model: str) -> list[Prompt]:

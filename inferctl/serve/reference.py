@@ -1,4 +1,4 @@
-"""The reference implementation of what a model folder computes: transformers, fp32, one input at a time.
+"""The reference implementations of what a model folder computes: fp32, one input at a time.
 
     echo '["a text", {"input": "a text", "prompt_name": "query"}]' | python -m inferctl.serve.reference MODEL_DIR
     echo '[["a query", "a document"]]' | python -m inferctl.serve.reference CROSS_ENCODER_DIR
@@ -17,7 +17,7 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
 
 Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For embed and
 rerank, it shares the tokenization and the configuration with the server, so the comparison does not detect errors in
-these.
+these. With `--library`, sentence-transformers computes everything, from the text on, and `library` is its version.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ import base64
 import json
 import os
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from inferctl.config.spec import TaskSetting
-from inferctl.core.errors import UsageError
+import numpy as np
+from tokenizers import Tokenizer
+
+from inferctl.config.spec import Task, TaskSetting
+from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.serve import task_config
 from inferctl.serve.engines import hide_scikit_learn
@@ -49,10 +54,12 @@ def reference(
     max_input_tokens: int | None = None,
     task: TaskSetting = "auto",
     max_tokens: int | None = None,
+    with_library: bool = False,
 ) -> dict[str, Any]:
     """Return what `python -m inferctl.serve.reference` prints. `auto` is the task that the folder implies.
 
-    Raises `UsageError` if the folder is not a model, or the inputs are not for its task.
+    Raises `UsageError` if the folder is not a model, or the inputs are not for its task, and `NotReadyError` if
+    sentence-transformers cannot load it.
     """
     folder = model.find(source)
     found = model.resolve_task(task, folder, source)
@@ -62,6 +69,11 @@ def reference(
         raise UsageError(f"{source} is a model for {found}", wanted)
     if found == "generate":
         return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens)
+    if with_library:
+        compute = library(folder.path, found, max_input_tokens)
+        rows = np.stack([compute(each, show_progress_bar=False) for each in inputs])
+        output = {"scores": rows.tolist()} if found == "rerank" else {"embeddings": _base64(rows)}
+        return {"model_sha256": folder.digest, "library": version("sentence-transformers"), **output}
     config = task_config.read(found, folder.path, max_input_tokens)
     pool = TokenizerPool(folder.path, config, threads=1)
 
@@ -82,9 +94,41 @@ def reference(
         ]
         vectors = loaded.embed(sequences)
         document |= {"dimensions": int(vectors.shape[1]), "tokens": [len(ids) for ids in sequences]}
-        document["embeddings"] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+        document["embeddings"] = _base64(vectors)
     pool.close()
     return document
+
+
+def library(
+    folder: Path, task: Task, max_input_tokens: int | None = None, device: str = "cpu", dtype: str = "float32"
+) -> Callable[..., Any]:
+    """Return the function with which sentence-transformers turns texts into vectors, or pairs into scores.
+
+    It loads the modules of the folder, from this machine alone, and truncates like a server with `max_input_tokens`.
+    Raises `UsageError` for a folder that the server does not accept, which is where code of a model ends, and
+    `NotReadyError` if the library cannot load it.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    import sentence_transformers
+    import torch
+
+    pool = TokenizerPool(folder, task_config.read(task, folder), threads=1)
+    adds_eos = pool.facts["eos_added_by"] == "add_eos_token"
+    pool.close()
+    options: dict[str, Any] = {"device": device, "trust_remote_code": False, "local_files_only": True}
+    if adds_eos:
+        # transformers 5 does not read this from the file. Given one of the two, it would drop the other token.
+        adds_bos = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").special_tokens_mask[0] == 1
+        options["processor_kwargs"] = {"add_eos_token": True, "add_bos_token": adds_bos}
+    kind = getattr(sentence_transformers, "CrossEncoder" if task == "rerank" else "SentenceTransformer")
+    try:
+        loaded = kind(str(folder), model_kwargs={"dtype": getattr(torch, dtype)}, **options)
+    except Exception as error:  # the modules of a folder can fail in any way
+        raise NotReadyError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
+    if max_input_tokens is not None:
+        loaded.max_seq_length = min(loaded.max_seq_length or max_input_tokens, max_input_tokens)
+    run: Callable[..., Any] = loaded.predict if task == "rerank" else loaded.encode
+    return run
 
 
 def _next_tokens(
@@ -104,12 +148,16 @@ def _next_tokens(
     return {"tokens": tokens, "texts": texts}
 
 
+def _base64(vectors: Any) -> list[str]:
+    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(
             f"invalid arguments: {message}",
             "run `python -m inferctl.serve.reference MODEL_DIR [--task TASK] [--max-input-tokens N] [--max-tokens N] "
-            "< inputs.json`",
+            "[--library] < inputs.json`",
         )
 
 
@@ -140,13 +188,15 @@ def main() -> int:
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # spare a server on the same cores; torch reads it when it loads
-    hide_scikit_learn()
     parser = _Parser(add_help=False)
     parser.add_argument("source")
     parser.add_argument("--task", choices=("auto", "embed", "rerank", "generate"), default="auto")
     parser.add_argument("--max-input-tokens", type=int)
     parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--library", action="store_true")
     options = parser.parse_args()
+    if not options.library:
+        hide_scikit_learn()
     hint = 'pass a JSON list of texts, such as `["first text", "second text"]`, of pairs of texts, or of chat messages'
     try:
         inputs = json.load(sys.stdin)
@@ -155,7 +205,8 @@ def main() -> int:
     kinds = (_is_input, _is_pair, _is_prompt)
     if not isinstance(inputs, list) or not inputs or not any(all(map(kind, inputs)) for kind in kinds):
         raise UsageError("stdin is not a list of texts, of pairs of texts or of chat messages", hint)
-    found = reference(options.source, inputs, options.max_input_tokens, options.task, options.max_tokens)
+    limits = options.max_input_tokens, options.task, options.max_tokens
+    found = reference(options.source, inputs, *limits, with_library=options.library)
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

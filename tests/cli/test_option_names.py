@@ -21,6 +21,7 @@ OTHER_PROGRAMS = {
     "--enable-force-include-usage": "vllm serve",
     "--enable-prompt-tokens-details": "vllm serve",
     "--field-selector": "kubectl get",
+    "--library": "python -m inferctl.serve.reference",
     "--link": "Dockerfile COPY",
     "--middleware": "vllm serve",
     "--max-tokens": "python -m inferctl.serve.reference",

@@ -152,7 +152,9 @@ def test_the_library_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
     )
     code = "import os, figures\n"
     code += "figures.models.make = lambda folder, *_, **__: folder\n"
-    code += "for name in ('_bench', '_api_processes', '_generation'): setattr(figures, name, lambda *_: None)\n"
+    code += (
+        "for name in ('_bench', '_api_processes', '_generation', '_vectors'): setattr(figures, name, lambda *_: None)\n"
+    )
     code += "figures.work(step, {'work': sys.argv[2], 'models': sys.argv[2], 'output': sys.argv[2]})\n"
     code += "step.figure('after', f'pid {os.getpid()}, {os.environ[\"TOKENIZERS_PARALLELISM\"]}')"
     found = run_code(tmp_path, code, str(tmp_path), TOKENIZERS_PARALLELISM="false")

@@ -17,6 +17,7 @@ import pytest
 from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.serve import progress
 from inferctl.serve.progress import StartProgress
+from tests.processes import ServerProcess
 
 # A module whose import ends in the middle of a start: a signal for the whole process group, as a terminal sends it.
 _SIGNALS = """
@@ -63,6 +64,17 @@ def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
     assert "error: " not in done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("starting ")]
     assert len(lines) <= 1, lines
+
+
+def test_the_engine_imports_no_files_of_the_current_folder(minilm: Path, tmp_path: Path) -> None:
+    """A user may start the server in the folder of a model, which may have code of its own."""
+    (tmp_path / "numpy.py").write_text("open('ran', 'w')\nraise ImportError\n")
+    command = ["inferctl", "serve", "--engine", "echo", "--port", "0", "--announce", "ready.json", "--model"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-P", "-m", *command, str(minilm)], cwd=tmp_path, stderr=log)
+    server = ServerProcess(process, tmp_path / "log", tmp_path / "ready.json")
+    server.wait_announced().stop()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_signal_ends_the_search_for_a_device(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from inferctl.bench import stats
 from inferctl.bench.load.target import Target
-from inferctl.bench.measure import reference_process
-from inferctl.models import divergence
+from inferctl.models import divergence, reference_process
 from inferctl.models.divergence import Divergence, Scored
 
 

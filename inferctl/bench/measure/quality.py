@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from inferctl.bench.load.target import Target
-from inferctl.bench.measure import generation_quality, reference_process
+from inferctl.bench.measure import generation_quality
 from inferctl.bench.measure.generation_quality import Agreement, KlDivergence, Perplexity, TokenReference
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.sections import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError
-from inferctl.models import divergence
+from inferctl.models import divergence, reference_process
 from inferctl.models import model as models
 from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
 

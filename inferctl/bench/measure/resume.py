@@ -28,7 +28,7 @@ import pydantic
 import inferctl
 from inferctl.bench.judge import summary
 from inferctl.bench.load import load_run
-from inferctl.bench.measure import digests, quality, reference_process
+from inferctl.bench.measure import digests, quality
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad, Outcome, WorkloadRecord
@@ -38,6 +38,7 @@ from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
 from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.models import reference_process
 from inferctl.receipts import receipt
 
 SCHEMA = "inferctl.run/1"

@@ -148,6 +148,7 @@ class EngineSupervisor:
     async def _spawn(self, child_socket: socket.socket) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # imports no Python files of the current folder, which may be that of the model
             "-m",
             "inferctl.serve.engine_process.main",
             str(child_socket.fileno()),

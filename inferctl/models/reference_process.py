@@ -16,6 +16,14 @@ from inferctl.core.errors import InferctlError
 PROGRAM = "inferctl.serve.reference"
 
 
+class ReferenceFailedError(InferctlError):
+    """The process failed. `reason` is one line, from its own error if it has one."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the computation of the fp32 reference failed: {reason}")
+        self.reason = reason
+
+
 def run(
     model: Path,
     inputs: Sequence[Any],
@@ -25,9 +33,10 @@ def run(
 ) -> dict[str, Any]:
     """Return the JSON output for `inputs`. `on_wait` receives the seconds passed.
 
-    The process works in `folder` (default: the current one). Raises `InferctlError` if it fails.
+    The process works in `folder` (default: the current one). Raises `ReferenceFailedError` if it fails.
     """
-    arguments = [sys.executable, "-m", PROGRAM, str(model.resolve()), *options]
+    # -P: Python files in the current folder, such as that of the model, are not imported.
+    arguments = [sys.executable, "-P", "-m", PROGRAM, str(model.resolve()), *options]
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(inputs).encode())
         stdin.seek(0)
@@ -48,8 +57,7 @@ def run(
         stdout.seek(0)
         stderr.seek(0)
         if process.returncode:
-            error = _error_line(stderr.read().decode(errors="replace"))
-            raise InferctlError(f"the computation of the fp32 reference failed: {error}")
+            raise ReferenceFailedError(_error_line(stderr.read().decode(errors="replace")))
         document: dict[str, Any] = json.loads(stdout.read())
     return document
 
