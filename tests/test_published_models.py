@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inferctl.serve.reference import reference
+from inferctl.serve.reference import library, reference
 from tests.published_models import PUBLISHED, SHAPES, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,11 +45,8 @@ def test_each_model_has_one_shape() -> None:
 
 @pytest.mark.parametrize("name", served())
 def test_what_is_served_equals_sentence_transformers_from_raw_text(name: str, tmp_path: Path) -> None:
-    import torch
-    from sentence_transformers import SentenceTransformer
-
     folder = write(name, tmp_path / "model")
-    expected = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32}).encode(TEXTS)
+    expected = library(folder, "embed")(TEXTS)
     document = reference(str(folder), TEXTS, task="embed")
     found = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in document["embeddings"]]
     np.testing.assert_allclose(np.stack(found), expected, atol=1e-5 * float(np.abs(expected).max()) + 1e-6)
