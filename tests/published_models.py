@@ -363,7 +363,7 @@ def _write_tokenizer(shape: Shape, folder: Path) -> None:
         content["normalizer"]["lowercase"] = not shape.cased
         settings |= {"do_lower_case": not shape.cased}
     if shape.eos == "flag":
-        settings |= {"add_eos_token": True, "eos_token": "[SEP]"}
+        settings |= {"add_eos_token": True, "eos_token": "[SEP]", "bos_token": "[CLS]"}
     file.write_text(json.dumps(content))
     _change(folder / "tokenizer_config.json", settings)
 
