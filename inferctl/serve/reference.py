@@ -41,6 +41,7 @@ from inferctl.models import model
 from inferctl.serve import task_config
 from inferctl.serve.engines import hide_scikit_learn
 from inferctl.serve.main import exit_with
+from inferctl.serve.modules import read_object
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
@@ -121,8 +122,11 @@ def library(
         adds_bos = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").special_tokens_mask[0] == 1
         options["processor_kwargs"] = {"add_eos_token": True, "add_bos_token": adds_bos}
     kind = getattr(sentence_transformers, "CrossEncoder" if task == "rerank" else "SentenceTransformer")
+    model_options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if read_object(folder / "config.json").get("attn_logit_softcapping"):
+        model_options["attn_implementation"] = "eager"  # SDPA, the default, leaves the soft cap out
     try:
-        loaded = kind(str(folder), model_kwargs={"dtype": getattr(torch, dtype)}, **options)
+        loaded = kind(str(folder), model_kwargs=model_options, **options)
     except Exception as error:  # the modules of a folder can fail in any way
         raise NotReadyError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     if max_input_tokens is not None:
