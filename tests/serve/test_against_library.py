@@ -289,7 +289,8 @@ def test_the_verification_of_an_image_compares_with_the_library(
     edit(unloadable / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
 
     def ended(model: Path, *, requires: bool = False) -> tuple[verify.Verified, list[str]]:
-        options = verify.VerifyOptions(None, library_model=model, requires_library=requires)
+        compare = model == right("embed")
+        options = verify.VerifyOptions(None, compare=compare, library_model=model, requires_library=requires)
         running, notes = verify.verify(engine, image, options), []
         while True:
             try:
@@ -300,13 +301,13 @@ def test_the_verification_of_an_image_compares_with_the_library(
     verified, _ = ended(right("embed"))
     assert verified.library is not None
     assert verified.library.difference < library.FP32_LIMIT
+    assert verified.cosine_min is not None
     assert (verified.texts, verified.document()["library"]["texts"]) == (8, 12)
     with pytest.raises(InferctlError, match="12 of 12 texts differ"):
         ended(wrong)
     # A build goes on with a note, because the library may be too old. A user who asks for it gets an error.
     verified, notes = ended(unloadable)
     assert verified.library is None
-    assert verified.cosine_min is not None
     assert "own.Model" in notes[-1]
     with pytest.raises(library.NotComparedError, match=r"own\.Model"):
         ended(unloadable, requires=True)

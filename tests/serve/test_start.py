@@ -69,7 +69,7 @@ def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
 def test_the_engine_imports_no_files_of_the_current_folder(minilm: Path, tmp_path: Path) -> None:
     """A user may start the server in the folder of a model, which may have code of its own."""
     (tmp_path / "numpy.py").write_text("open('ran', 'w')\nraise ImportError\n")
-    command = "inferctl serve --engine echo --port 0 --announce ready.json --model".split()
+    command = ["inferctl", "serve", "--engine", "echo", "--port", "0", "--announce", "ready.json", "--model"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-P", "-m", *command, str(minilm)], cwd=tmp_path, stderr=log)
     server = ServerProcess(process, tmp_path / "log", tmp_path / "ready.json")
