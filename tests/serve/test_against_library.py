@@ -170,6 +170,7 @@ def test_a_server_of_the_right_model_agrees(
     assert 0 < found.difference <= (found.tolerance if precision == "fp32" else 0.1)
 
 
+@pytest.mark.slow
 def test_the_limit_of_the_server_cuts_the_texts_of_the_library(
     right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
 ) -> None:
@@ -190,12 +191,14 @@ def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: Se
     assert found["cosine_min"] > 0.99999
 
 
+@pytest.mark.slow
 def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tmp_path: Path) -> None:
     done = inferctl("--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"equals {library.NAME} " in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["module", "architecture"])
 def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
     right: Callable[[str], Path], server: ServerProcess, tmp_path: Path, where: str
@@ -277,6 +280,7 @@ class HostEngine:
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_the_verification_of_an_image_compares_with_the_library(
     right: Callable[[str], Path], computed_once: None, server: ServerProcess, tmp_path: Path
 ) -> None:
@@ -313,6 +317,7 @@ def test_the_verification_of_an_image_compares_with_the_library(
         ended(unloadable, requires=True)
 
 
+@pytest.mark.slow
 def test_an_inaccurate_server_ends_unless_the_user_allows_it(
     right: Callable[[str], Path], serve: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
