@@ -170,6 +170,7 @@ def test_a_server_of_the_right_model_agrees(
     assert 0 < found.difference <= (found.tolerance if precision == "fp32" else 0.1)
 
 
+@pytest.mark.slow
 def test_the_limit_of_the_server_cuts_the_texts_of_the_library(
     right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
 ) -> None:
@@ -190,12 +191,14 @@ def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: Se
     assert found["cosine_min"] > 0.99999
 
 
+@pytest.mark.slow
 def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tmp_path: Path) -> None:
     done = inferctl("--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"equals {library.NAME} " in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["module", "architecture"])
 def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
     right: Callable[[str], Path], server: ServerProcess, tmp_path: Path, where: str
@@ -277,6 +280,7 @@ class HostEngine:
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_the_verification_of_an_image_compares_with_the_library(
     right: Callable[[str], Path], computed_once: None, server: ServerProcess, tmp_path: Path
 ) -> None:
@@ -289,7 +293,8 @@ def test_the_verification_of_an_image_compares_with_the_library(
     edit(unloadable / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
 
     def ended(model: Path, *, requires: bool = False) -> tuple[verify.Verified, list[str]]:
-        options = verify.VerifyOptions(None, library_model=model, requires_library=requires)
+        compare = model == right("embed")
+        options = verify.VerifyOptions(None, compare=compare, library_model=model, requires_library=requires)
         running, notes = verify.verify(engine, image, options), []
         while True:
             try:
@@ -300,18 +305,19 @@ def test_the_verification_of_an_image_compares_with_the_library(
     verified, _ = ended(right("embed"))
     assert verified.library is not None
     assert verified.library.difference < library.FP32_LIMIT
+    assert verified.cosine_min is not None
     assert (verified.texts, verified.document()["library"]["texts"]) == (8, 12)
     with pytest.raises(InferctlError, match="12 of 12 texts differ"):
         ended(wrong)
     # A build goes on with a note, because the library may be too old. A user who asks for it gets an error.
     verified, notes = ended(unloadable)
     assert verified.library is None
-    assert verified.cosine_min is not None
     assert "own.Model" in notes[-1]
     with pytest.raises(library.NotComparedError, match=r"own\.Model"):
         ended(unloadable, requires=True)
 
 
+@pytest.mark.slow
 def test_an_inaccurate_server_ends_unless_the_user_allows_it(
     right: Callable[[str], Path], serve: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
