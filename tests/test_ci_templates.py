@@ -314,19 +314,20 @@ def test_existing_ci_files_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 @pytest.mark.parametrize(
-    ("base", "free", "code"),
+    ("base", "free", "code", "engine"),
     [
-        ("cuda13.0", 14, 1),  # a standard runner of GitHub
-        ("cuda13.0", 24, 1),
-        ("cuda13.0", 25, 0),
-        ("vllm-cuda13.0", 14, 1),
-        ("./my-base.yaml", 14, 1),
-        ("cpu", 14, 0),
-        ("vllm-cpu", 14, 0),
-        ("cpu", 3, 1),
+        ("cuda13.0", 14, 1, "local"),  # a standard runner of GitHub
+        ("cuda13.0", 24, 1, "local"),
+        ("cuda13.0", 25, 0, "local"),
+        ("vllm-cuda13.0", 14, 1, "local"),
+        ("./my-base.yaml", 14, 1, "local"),
+        ("cpu", 14, 0, "local"),
+        ("vllm-cpu", 14, 0, "local"),
+        ("cpu", 3, 1, "local"),
+        # The disk is read in the same way for each base.
+        *(("cuda13.0", free, int(free < 25), engine) for free in (24, 25) for engine in ("remote", "absent")),
     ],
 )
-@pytest.mark.parametrize("engine", ["local", "remote", "absent"])
 def test_a_runner_with_too_little_disk_fails_before_the_build(
     written: Path, tmp_path: Path, path: str, base: str, free: int, code: int, engine: str
 ) -> None:

@@ -21,7 +21,8 @@ __all__ = ["serve"]
 
 
 def with_info_page(status: int) -> Callable[[str, Body | None], Answer]:
-    return lambda path, body: (status, {}, {}) if path == "/info" else vllm(path, body)
+    pages: dict[str, Answer] = {"/info": (status, {}, {}), "/v1/models": (200, {"data": [{"id": MODEL}]}, {})}
+    return lambda path, body: pages.get(path) or vllm(path, body)
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])

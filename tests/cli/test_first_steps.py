@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from inferctl import cli
 from inferctl.config import settings
 from inferctl.core.errors import NotReadyError
+from inferctl.estimate import forecast
 from inferctl.facts import catalog
 from inferctl.image import locks
 
@@ -254,6 +256,8 @@ def test_a_pipe_gets_whole_lines_without_padding(
 ) -> None:
     """Before, tables had 80 columns also in a pipe: cells were split over lines, and lines were padded with spaces."""
     monkeypatch.delenv("COLUMNS")
+    # A tenth of the requests that an estimate simulates.
+    monkeypatch.setattr(forecast, "Scenario", functools.partial(forecast.Scenario, count=forecast.REQUESTS // 10))
     mirror = f"registry.example.com/mirror/cuda@sha256:{'ab' * 32}"
     image = f"image: {{base_image: {mirror}}}\n" if command == "config" else ""
     (here / "inferctl.yaml").write_text(f"name: m\nmodel: {{source: {minilm}}}\nhardware: [t4]\n{image}")
