@@ -13,7 +13,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import pytest
 from inferctl import cli
 from inferctl.bench.load import http_json, target
 from inferctl.core.errors import NotReadyError, UsageError
+from tests.http_servers import serving
 
 KEY = "sk-7f3a9c-secret"
 VECTOR = [0.6, 0.8]
@@ -120,12 +120,7 @@ def serve() -> Iterator[Serve]:
                 def do_POST(self) -> None:
                     self.do_GET(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-            return f"http://127.0.0.1:{server.server_port}"
+            return f"http://127.0.0.1:{stack.enter_context(serving(Handler))}"
 
         yield start
 

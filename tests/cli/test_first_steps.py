@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from inferctl.core.errors import NotReadyError
 from inferctl.estimate import forecast
 from inferctl.facts import catalog
 from inferctl.image import locks
+from tests.http_servers import answering
 
 ROOT = Path(__file__).parents[2]
 Captured = pytest.CaptureFixture[str]
@@ -164,17 +163,8 @@ def test_a_failure_with_format_json_prints_a_document(here: Path, capsys: Captur
 @pytest.fixture
 def rejecting_server() -> Iterator[str]:
     """The address of a server that rejects every request with 401."""
-
-    class Rejects(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(401)
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Rejects) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(401) as host:
+        yield f"http://{host}"
 
 
 @pytest.mark.parametrize(

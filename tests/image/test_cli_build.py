@@ -24,6 +24,7 @@ import yaml
 from inferctl import cli
 from inferctl.core import assets
 from inferctl.image import buildx
+from tests.http_servers import serving
 
 HASH = f"--hash=sha256:{'0' * 64}"
 
@@ -276,16 +277,9 @@ def silent_index() -> Iterator[tuple[str, threading.Event]]:
             asked.set()
             over.wait()
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.block_on_close = False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/", asked
-    finally:
+    with serving(Handler) as port:
+        yield f"http://127.0.0.1:{port}/", asked
         over.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.docker
