@@ -252,6 +252,16 @@ def test_headers_are_sent_with_each_request_and_resume_requires_them_again(serve
     assert "--header 'authorization: ...' --header 'x-team: ...'" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--header", "no colon"), "not 'NAME: VALUE'"),
+        (("--header", f"X: {KEY}\r\nHost: b"), "characters that are not allowed"),
+        (("--header", "Content-Length: 3"), "the load generator sets the header Content-Length"),
+        (("--api-key-env", "NOT_SET_ANYWHERE"), "NOT_SET_ANYWHERE is not set"),
+        (("--api-key-env", "PATH", "--header", "Authorization: x"), "both"),
+    ],
+)
 def test_invalid_headers_are_usage_errors(
     capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:

@@ -106,6 +106,16 @@ def test_a_search_finds_the_rate_at_which_the_bounds_hold(server: str, tmp_path:
     assert "% of the bounds" in search["probes"][-1]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--search",), "a search requires an SLO"),
+        (("--search", "--slo-ttft", "500", "--budget", "1"), "the budget of 1 s is too short for a search"),
+        (("--search", "--slo", "5", "--slo-itl", "5"), "either a p99 SLO or bounds"),
+        (("--lengths", "azure"), "lengths 'azure' not found"),
+        (("--lengths", "3000000,1"), "load.generation.input_tokens cannot be 3000000"),
+    ],
+)
 def test_contradictory_options_are_errors(
     server: str, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
 ) -> None:

@@ -209,6 +209,16 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]
     return folder, digest
 
 
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("nan", "NaN or infinity"),
+        ("zeros", "vectors of zeros"),
+        ("shape", "of 31 dimensions; the reference has 32"),
+        ("ragged", "of 31 dimensions; the reference has 32"),
+        ("error", "returned 500"),
+    ],
+)
 def test_a_server_with_broken_vectors_fails_on_quality(
     answering: Callable[..., str], weights: tuple[Path, str], broken: str, reason: str
 ) -> None:
@@ -375,7 +385,7 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
         (f"{ONE} --rate 9 --budget 5m", "`--budget` requires a search", ""),
         ("--resume nowhere --repeats 3", "`--repeats` is not allowed with `--resume`", ""),
         ("--resume nowhere", "has no benchmark to resume", ""),
-        ("--header X-Team:search", "headers are for servers", "--url NAME=URL"),
+        ("--header X-Team:search", "apply only to the servers of `--url`", "--url NAME=URL"),
     ],
 )
 def test_mistakes_end_before_anything_is_started(

@@ -233,16 +233,6 @@ def test_names_of_ports_are_those_of_any_container_of_the_pods() -> None:
     assert "port-name-unknown" not in rules([service("http")])
 
 
-def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
-    item = server(resources={"limits": {"nvidia.com/mig-3g.40gb": 1}})
-    term: dict[str, Any] = {"topologyKey": "kubernetes.io/hostname"}
-    required = {"requiredDuringSchedulingIgnoredDuringExecution": [term]}
-    pod(item)["affinity"] = {"podAntiAffinity": required}
-    assert "hostname-anti-affinity" not in rules([item])
-    term["labelSelector"] = {"matchLabels": {"app": "server"}}
-    assert "hostname-anti-affinity" in rules([item])
-
-
 def test_a_quota_counts_only_requests_of_gpus() -> None:
     keys = ["limits.nvidia.com/gpu", "nvidia.com/gpu", "requests.nvidia.com/gpu", "requests.memory", "limits.cpu"]
     more = ["count/deployments.apps", "a.storageclass.storage.k8s.io/requests.storage", "pods"]

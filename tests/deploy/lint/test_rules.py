@@ -319,7 +319,12 @@ def test_node_affinity_is_that_of_the_scheduler(term: dict[str, Any], found: boo
 
 def test_anti_affinity_without_a_selector_keeps_no_pods_apart() -> None:
     term = "requiredDuringSchedulingIgnoredDuringExecution"
-    for selector, expected in ((None, set()), ({}, {"hostname-anti-affinity"})):
+    found = {"hostname-anti-affinity"}
+    for selector, expected in (
+        (None, set()),
+        ({}, found),
+        ({"matchLabels": {"app.kubernetes.io/name": "chat"}}, found),
+    ):
         terms = [{"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}]
         objects = changed("Deployment/chat", (*POD, "affinity"), {"podAntiAffinity": {term: terms}})
         context = lint.LintContext(nodes=tuple(seeded.located([L4_NODE, A100_NODE])))
