@@ -69,6 +69,30 @@ def commands(script: str) -> Iterator[list[str]]:
             yield words[:end]
 
 
+def yaml_items(file: Path) -> list[str]:
+    """Return the entries of a GitLab `script`."""
+    return [item for job in yaml.safe_load(file.read_text()).values() for item in job.get("script", [])]
+
+
+def step(written: Path, path: str, words: str) -> str:
+    """Return the script with `words` of a CI file."""
+    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
+    (script,) = (one for one in parts if words in one)
+    return script
+
+
+def run_step(
+    script: str, folder: Path, programs: dict[str, str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in `folder`. `programs` are shell scripts by name, which replace the programs of the machine."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    found = {"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin", **environment}
+    command = ["bash", "-eo", "pipefail", "-c", script]
+    return subprocess.run(command, cwd=folder, env=found, check=False, capture_output=True, text=True)
+
+
 def verb(words: list[str]) -> str:
     """Return the step of a command line: its command, and `--push` if it pushes."""
     return f"{words[0]} --push" if "--push" in words else words[0]
@@ -180,12 +204,8 @@ def test_every_repository_and_branch_makes_a_host_and_a_tag(
         (script,) = (step["run"] for step in document["runs"]["steps"] if step.get("id") == "names")
     else:
         script = document[".inferctl"]["before_script"][-1] + 'printf "host=%s\nbaseline=%s\n" "$host" "$BASELINE"'
-    program = tmp_path / "inferctl"
-    program.write_text('#!/bin/sh\necho \'{"model.source": {"value": "org/m"}, "model.revision": {"value": null}}\'\n')
-    program.chmod(0o755)
     output = tmp_path / "output"
     environment = {
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "REPOSITORY": repository,
         "BRANCH": branch,
         "CI_COMMIT_REF_NAME": branch,
@@ -195,9 +215,9 @@ def test_every_repository_and_branch_makes_a_host_and_a_tag(
         "SPEC": "inferctl.yaml",
         "LANG": "C.UTF-8",
     }
-    done = subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", script], env=environment, check=True, capture_output=True, text=True
-    )
+    config = """echo '{"model.source": {"value": "org/m"}, "model.revision": {"value": null}}'"""
+    done = run_step(script, tmp_path, {"inferctl": config}, **environment)
+    assert done.returncode == 0, done.stderr
     said = (output.read_text() if path == GITHUB[0] else done.stdout).splitlines()
     assert f"host={host}" in said
     assert f"baseline={baseline}" in said
@@ -214,21 +234,6 @@ def test_every_variable_that_a_script_reads_is_set(written: Path, path: str) -> 
             assert name in provided or name.startswith(("CI_", "GITHUB_", "RUNNER_", "REGISTRY_")), name
 
 
-def compare_step(written: Path, tmp_path: Path, code: int, policy: str) -> int:
-    """Run the script of the compare step with an `inferctl` that exits with `code`."""
-    (script,) = (one for one in scripts(written / GITHUB[0]) if "inferctl compare" in one)
-    program = tmp_path / "bin" / "inferctl"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nexit {code}\n")
-    program.chmod(0o755)
-    (tmp_path / "bench-results" / "one" / "receipts").mkdir(parents=True)
-    (tmp_path / "new.json").write_text("{}")
-    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "THRESHOLD": "", "OPEN": policy}
-    return subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False
-    ).returncode
-
-
 @pytest.mark.parametrize(
     ("code", "policy", "expected"),
     [(0, "fail", 0), (1, "fail", 1), (1, "pass", 1), (4, "fail", 4), (4, "pass", 0), (5, "pass", 5)],
@@ -236,7 +241,11 @@ def compare_step(written: Path, tmp_path: Path, code: int, policy: str) -> int:
 def test_the_verdict_determines_the_result_of_the_job(
     written: Path, tmp_path: Path, code: int, policy: str, expected: int
 ) -> None:
-    assert compare_step(written, tmp_path, code, policy) == expected
+    (tmp_path / "bench-results" / "one" / "receipts").mkdir(parents=True)
+    (tmp_path / "new.json").write_text("{}")
+    script = step(written, GITHUB[0], "inferctl compare")
+    done = run_step(script, tmp_path, {"inferctl": f"exit {code}"}, THRESHOLD="", OPEN=policy)
+    assert done.returncode == expected
 
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
@@ -244,18 +253,13 @@ def test_the_verdict_determines_the_result_of_the_job(
 def test_metrics_have_default_thresholds_unless_one_is_given(
     written: Path, tmp_path: Path, path: str, given: str | None, expected: list[str]
 ) -> None:
-    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
-    (script,) = (one for one in parts if "inferctl compare" in one)
     text = (written / path).read_text()
     default = re.search(r"^ +threshold:\n.*\n +default: \"(.*)\"$|^ +THRESHOLD: \"(.*)\"$", text, re.MULTILINE)
     assert default
-    program = tmp_path / "inferctl"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > arguments\n')
-    program.chmod(0o755)
     (tmp_path / "new.json").write_text("{}")
     threshold = (default[1] or default[2] or "") if given is None else given
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "THRESHOLD": threshold, "OPEN": "fail"}
-    subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=True)
+    script, record = f"set -u\n{step(written, path, 'inferctl compare')}", 'printf "%s\\n" "$@" > arguments'
+    assert run_step(script, tmp_path, {"inferctl": record}, THRESHOLD=threshold, OPEN="fail").returncode == 0
     arguments = (tmp_path / "arguments").read_text().splitlines()
     assert [one for one in arguments if one == "--threshold" or one.isdigit()] == expected
 
@@ -265,24 +269,16 @@ def test_metrics_have_default_thresholds_unless_one_is_given(
 def test_compare_reports_an_invalid_benchmark_and_other_failures_end_the_job(
     written: Path, tmp_path: Path, path: str, code: int, expected: int
 ) -> None:
-    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
-    (script,) = (one for one in parts if "inferctl bench" in one)
-    inferctl = f"""#!/bin/bash
+    inferctl = f"""
 if [ "$1" = pull ]; then echo r/m@sha256:0; exit; fi
 if [ "$1" = bench ]; then exit {code}; fi
 while [ "$1" != --announce ]; do shift; done
 echo '{{"url": "http://127.0.0.1:1"}}' > "$2"
 exec /bin/sleep 20
 """
-    programs = {"inferctl": inferctl, "sleep": "#!/bin/sh\nexec /bin/sleep 0.02\n"}
-    for name, text in programs.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    names = ("SPEC", "PLAN", "REPEATS", "BASELINE", "CANDIDATE")
-    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"}
-    environment |= dict.fromkeys(names, "x")
-    done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == expected
+    programs = {"inferctl": inferctl, "sleep": "exec /bin/sleep 0.02"}
+    environment = dict.fromkeys(("SPEC", "PLAN", "REPEATS", "BASELINE", "CANDIDATE"), "x")
+    assert run_step(step(written, path, "inferctl bench"), tmp_path, programs, **environment).returncode == expected
 
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
@@ -290,14 +286,8 @@ exec /bin/sleep 20
 def test_a_missing_baseline_passes_with_a_notice_and_a_registry_that_cannot_be_read_fails(
     written: Path, tmp_path: Path, path: str, code: int
 ) -> None:
-    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
-    (script,) = (one for one in parts if "inferctl pull" in one)
-    program = tmp_path / "inferctl"
-    program.write_text(f"#!/bin/sh\nexit {code}\n")
-    program.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BASELINE": "r/m:main"}
-    done = subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == code
+    script = step(written, path, "inferctl pull")
+    assert run_step(script, tmp_path, {"inferctl": f"exit {code}"}, BASELINE="r/m:main").returncode == code
     verdict = tmp_path / "verdict.md"
     assert "`r/m:main`" in verdict.read_text() if code == 0 else not verdict.exists()
 
@@ -314,37 +304,32 @@ def test_existing_ci_files_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
 @pytest.mark.parametrize(
-    ("base", "free", "code"),
+    ("base", "free", "code", "engine"),
     [
-        ("cuda13.0", 14, 1),  # a standard runner of GitHub
-        ("cuda13.0", 24, 1),
-        ("cuda13.0", 25, 0),
-        ("vllm-cuda13.0", 14, 1),
-        ("./my-base.yaml", 14, 1),
-        ("cpu", 14, 0),
-        ("vllm-cpu", 14, 0),
-        ("cpu", 3, 1),
+        ("cuda13.0", 14, 1, "local"),  # a standard runner of GitHub
+        ("cuda13.0", 24, 1, "local"),
+        ("cuda13.0", 25, 0, "local"),
+        ("vllm-cuda13.0", 14, 1, "local"),
+        ("./my-base.yaml", 14, 1, "local"),
+        ("cpu", 14, 0, "local"),
+        ("vllm-cpu", 14, 0, "local"),
+        ("cpu", 3, 1, "local"),
+        # The disk is read in the same way for each base.
+        *(("cuda13.0", free, int(free < 25), engine) for free in (24, 25) for engine in ("remote", "absent")),
     ],
 )
-@pytest.mark.parametrize("engine", ["local", "remote", "absent"])
 def test_a_runner_with_too_little_disk_fails_before_the_build(
     written: Path, tmp_path: Path, path: str, base: str, free: int, code: int, engine: str
 ) -> None:
     """Before, the build of a CUDA image filled the disk of the runner after half an hour."""
-    parts = scripts(written / path) if path == GITHUB[0] else yaml_items(written / path)
-    (script,) = (one for one in parts if "DockerRootDir" in one)
+    script = f"set -u\n{step(written, path, 'DockerRootDir')}"
     root = tmp_path if engine == "local" else tmp_path / "of-another-machine"
     programs = {
         "inferctl": f"""echo '{{"image.base": {{"value": "{base}"}}}}'""",
         "docker": "exit 1" if engine == "absent" else f"echo {root}",
         "df": f'echo "$@" > {tmp_path}/arguments; printf "Avail\n  {free}\n"',
     }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin", "SPEC": "inferctl.yaml"}
-    command = ["bash", "-euo", "pipefail", "-c", script]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    done = run_step(script, tmp_path, programs, SPEC="inferctl.yaml")
     assert done.returncode == code, done.stderr
     assert (f"error: {free} GB are free" in done.stderr and base in done.stderr) is bool(code)
     assert (tmp_path / "arguments").read_text().split()[-1] == (str(root) if engine == "local" else "/")
@@ -410,7 +395,7 @@ PLAN = {
     "repeats": 3,
     "quality": None,
 }
-SHIM = """#!/bin/bash
+SHIM = """
 if [ "$1" = pull ]; then echo r/m@sha256:0; exit; fi
 # Images cannot run here: `serve --image NAME` starts the answering server, slower for a NAME that says so: ten times,
 # so that the noise of a busy machine does not hide it.
@@ -428,10 +413,7 @@ exec {python} -m inferctl "$@"
 def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_path: Path, path: str) -> None:
     """Run the measure and compare steps with a real benchmark and local servers instead of images."""
     answering = Path(__file__).parent / "bench" / "answering.py"
-    programs = {"inferctl": SHIM.format(python=sys.executable, answering=answering), "docker": "#!/bin/sh\n"}
-    for name, text in programs.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+    programs = {"inferctl": SHIM.format(python=sys.executable, answering=answering), "docker": ""}
     shutil.copy(written / "inferctl.yaml", tmp_path)
     (tmp_path / "gate.yaml").write_text(yaml.safe_dump(PLAN))
     parts = [
@@ -441,7 +423,6 @@ def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_pat
         if "inferctl bench" in part or "inferctl compare" in part
     ]
     environment = {
-        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin",
         "SPEC": "inferctl.yaml",
         "PLAN": "./gate.yaml",
         "REPEATS": "3",
@@ -451,20 +432,12 @@ def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_pat
         "OPEN": "fail",
         "HOME": str(tmp_path),
     }
-    codes = [
-        subprocess.run(["bash", "-eo", "pipefail", "-c", part], cwd=tmp_path, env=environment, check=False).returncode
-        for part in dict.fromkeys(parts)
-    ]
+    codes = [run_step(part, tmp_path, programs, **environment).returncode for part in dict.fromkeys(parts)]
     assert codes == [0, 1]
     assert (tmp_path / "verdict.md").read_text().startswith("### Regression: p50 +")
     assert "<failure" in (tmp_path / "verdict.xml").read_text()
     left = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and runs_in(entry, tmp_path)]
     assert left == []
-
-
-def yaml_items(file: Path) -> list[str]:
-    """Return the entries of a GitLab `script`."""
-    return [item for job in yaml.safe_load(file.read_text()).values() for item in job.get("script", [])]
 
 
 def runs_in(process: Path, folder: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from inferctl import cli
 from inferctl.config import settings
 from inferctl.core.errors import UsageError
 from inferctl.facts.precision import best_precision
@@ -25,6 +26,7 @@ from inferctl.models.model import ModelFolder
 from inferctl.serve.engines import cpu
 from tests.cli.test_first_steps import small_llama
 from tests.hub import Hub, Repository, online, serving
+from tests.processes import free_port, until
 from tests.test_model import write_model
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
@@ -57,6 +59,11 @@ def here(tmp_path: Path) -> Path:
 def inferctl(here: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "inferctl", *arguments]
     return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def write_spec(here: Path) -> None:
+    """Write what `inferctl init` writes, in this process."""
+    assert cli.run(["init", str(here)]) == 0
 
 
 def weights(hub: Hub) -> list[str]:
@@ -102,7 +109,7 @@ def test_the_forecast_of_baked_weights_uses_the_sizes_on_the_hub(
 
 def test_check_estimates_the_memory_of_a_hub_model_without_its_weights(here: Path, hub: Hub, tmp_path: Path) -> None:
     environment = online(hub, tmp_path / "home")
-    inferctl(here, environment, "init")
+    write_spec(here)
     done = inferctl(here, environment, "check", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -129,7 +136,7 @@ def test_check_recognizes_an_embedding_model_with_a_generative_architecture_on_t
 
 
 def test_check_continues_without_the_hub_and_reports_unknown_memory(here: Path, hub: Hub, tmp_path: Path) -> None:
-    inferctl(here, online(hub, tmp_path / "home"), "init")
+    write_spec(here)
     done = inferctl(here, online("http://127.0.0.1:9", tmp_path / "home"), "check", "--json")
     assert done.returncode == 0, done.stderr
     found = [one for one in json.loads(done.stdout)["findings"] if one["topic"] == "memory"]
@@ -174,7 +181,7 @@ def test_estimate_needs_no_weights_and_no_hub_the_second_time(here: Path, hub: H
 @pytest.mark.parametrize("verb", ["serve", "bench", "estimate"])
 def test_without_network_there_is_one_error_with_a_hint(here: Path, tmp_path: Path, verb: str) -> None:
     environment = online("http://127.0.0.1:9", tmp_path / "home")
-    inferctl(here, environment, "init")
+    write_spec(here)
     done = inferctl(here, environment, verb)
     assert done.returncode == 3, done.stderr
     assert done.stdout == ""
@@ -249,6 +256,14 @@ def test_an_interrupted_download_ends_with_130_and_the_next_one_continues(here: 
     assert hub.downloads() == ["model.safetensors"], "what was complete is not sent again"
 
 
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_from_an_empty_directory_to_an_embedding_in_three_commands(here: Path, minilm: Path, tmp_path: Path) -> None:
     with serving({DEFAULT: minilm}) as hub:
@@ -256,7 +271,7 @@ def test_from_an_empty_directory_to_an_embedding_in_three_commands(here: Path, m
         for verb in ("init", "check"):
             done = inferctl(here, environment, verb)
             assert done.returncode == 0, done.stdout + done.stderr
-        url = f"http://127.0.0.1:{_free_port()}"
+        url = f"http://127.0.0.1:{free_port()}"
         environment["INFERCTL_SERVE_PORT"] = url.rpartition(":")[2]
         server = subprocess.Popen(
             [sys.executable, "-m", "inferctl", "serve"],
@@ -266,7 +281,8 @@ def test_from_an_empty_directory_to_an_embedding_in_three_commands(here: Path, m
             stdout=subprocess.PIPE,
         )
         try:
-            _until_ready(url, server)
+            until(lambda: server.poll() is not None or is_ready(url))
+            assert server.poll() is None, "the server ended"
             body = json.dumps({"model": "all-minilm-l6-v2", "input": "hello"}).encode()
             request = urllib.request.Request(f"{url}/v1/embeddings", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as response:
@@ -305,26 +321,6 @@ def test_a_bench_downloads_once_and_measures_the_real_server(here: Path, minilm:
         assert row["recall_at_10"] > 0.95
         assert row["tokens_per_s"] > row["requests_per_s"]
         assert row["server_peak_bytes"] > 50e6
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("the server was never ready")
 
 
 def test_a_generative_hub_model_gets_its_base_or_a_hint(here: Path, tmp_path: Path) -> None:

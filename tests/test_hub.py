@@ -1,6 +1,6 @@
 """Tests downloads from a small hub on 127.0.0.1.
 
-Each call runs in its own process, because `huggingface_hub` reads its environment only once.
+The calls run in another process, because `huggingface_hub` reads its environment only once.
 """
 
 from __future__ import annotations
@@ -41,14 +41,18 @@ def hub(folder: Path) -> Iterator[Hub]:
         yield running
 
 
-def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    script = (
-        "from inferctl.core import errors\nfrom inferctl.models import hub\n"
-        f"try:\n    print({code})\n"
-        "except errors.InferctlError as e:\n    print(type(e).__name__, e.message, '|', e.hint)\n"
-    )
+def run(environment: dict[str, str], *calls: str) -> list[str]:
+    """Return what each call of `hub` printed: its result, or its error. All run in one process."""
+    script = "from inferctl.core import errors\nfrom inferctl.models import hub\n"
+    for call in calls:
+        script += f"try:\n    print({call})\nexcept errors.InferctlError as e:\n"
+        script += "    print(type(e).__name__, e.message, '|', e.hint)\nprint('\\f', end='')\n"
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    found = done.stdout.split("\f")[:-1]
+    assert len(found) == len(calls), done
+    return found
 
 
 FETCH = f"hub.fetch({SOURCE!r}, None, lambda done, total: print(done, total)).path"
@@ -57,9 +61,8 @@ FETCH = f"hub.fetch({SOURCE!r}, None, lambda done, total: print(done, total)).pa
 def test_a_model_is_downloaded_once_with_its_bytes_counted_and_without_what_is_not_loaded(
     hub: Hub, tmp_path: Path
 ) -> None:
-    done = run(FETCH, online(hub, tmp_path / "home"))
-    assert done.stderr == ""
-    *steps, path = done.stdout.split("\n")[:-1]
+    (shown,) = run(online(hub, tmp_path / "home"), FETCH)
+    *steps, path = shown.splitlines()
     counts = [tuple(map(int, line.split())) for line in steps]
     total = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
     assert counts[0] == (0, total)
@@ -69,26 +72,25 @@ def test_a_model_is_downloaded_once_with_its_bytes_counted_and_without_what_is_n
     small = ["1_Pooling/config.json", "config.json", model.LIBRARY_FILE]
     assert sorted(hub.downloads()) == [*small, "model.safetensors", "tokenizer.json"]
     hub.requests.clear()
-    again = run(FETCH, online(hub, tmp_path / "home"))
-    assert again.stdout.splitlines() == [path]
+    assert run(online(hub, tmp_path / "home"), FETCH) == [f"{path}\n"]
     assert hub.requests == []
 
 
 def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: Path) -> None:
     environment = online(hub, tmp_path / "home")
-    done = run(f"hub.facts({SOURCE!r}, None)", environment)
+    facts, commit = run(environment, f"hub.facts({SOURCE!r}, None)", f"hub.commit({SOURCE!r}, 'main')")
     local = model.ModelFolder(folder)
-    assert f"parameters={local.parameters}" in done.stdout, done
-    assert f"commit={hub.repositories[SOURCE].commit!r}" in done.stdout
-    assert "'architectures': ['BertModel']" in done.stdout
-    assert "library_type='CrossEncoder'" in done.stdout
-    assert run(f"hub.commit({SOURCE!r}, 'main')", environment).stdout.strip() == hub.repositories[SOURCE].commit
+    assert f"parameters={local.parameters}" in facts
+    assert f"commit={hub.repositories[SOURCE].commit!r}" in facts
+    assert "'architectures': ['BertModel']" in facts
+    assert "library_type='CrossEncoder'" in facts
+    assert commit.strip() == hub.repositories[SOURCE].commit
     assert "model.safetensors" not in hub.downloads(), "the hub knows the parameters"
     # If the hub does not know the parameters, they come from the header of the weights.
-    assert f"parameters={local.parameters}" in run("hub.facts('org/old', None)", environment).stdout
+    assert f"parameters={local.parameters}" in run(environment, "hub.facts('org/old', None)")[0]
     assert hub.sent < (folder / "model.safetensors").stat().st_size / 5
     # The files that `facts` downloaded are not a complete model.
-    assert run(FETCH, environment).stdout.splitlines()[-1].endswith(hub.repositories[SOURCE].commit)
+    assert run(environment, FETCH)[0].splitlines()[-1].endswith(hub.repositories[SOURCE].commit)
 
 
 def test_facts_recognize_an_embedding_model_and_count_the_weights_once(tmp_path: Path) -> None:
@@ -102,46 +104,43 @@ def test_facts_recognize_an_embedding_model_and_count_the_weights_once(tmp_path:
     assert not HubModel("0", {}, 1, shards | {"1_Pooling/modules.json": 1}).has_modules
 
 
-@pytest.mark.parametrize(
-    ("call", "kind", "said"),
-    [
-        ("fetch('org/absent', None, print)", "UsageError", "hub has no public model of this name"),
-        ("fetch('org/m', 'v9', print)", "UsageError", "no revision 'v9'"),
-        ("fetch('org/gated', None, print)", "NotReadyError", "denies access to org/gated | accept its terms"),
-        ("commit('org/m', 'v9')", "UsageError", "no revision 'v9'"),
-        ("facts('org/absent', None)", "UsageError", "hub has no public model of this name"),
-        ("fetch('org/..--x', None, print)", "UsageError", "not a hub id"),
-    ],
-)
-def test_a_rejected_request_is_one_error_with_a_hint(hub: Hub, tmp_path: Path, call: str, kind: str, said: str) -> None:
-    done = run(f"hub.{call}", online(hub, tmp_path / "home"))
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith(kind), done
-    assert said in last
-    assert done.stderr == ""
+REJECTED = {
+    "fetch('org/absent', None, print)": ("UsageError", "hub has no public model of this name"),
+    "fetch('org/m', 'v9', print)": ("UsageError", "no revision 'v9'"),
+    "fetch('org/gated', None, print)": ("NotReadyError", "denies access to org/gated | accept its terms"),
+    "commit('org/m', 'v9')": ("UsageError", "no revision 'v9'"),
+    "facts('org/absent', None)": ("UsageError", "hub has no public model of this name"),
+    "fetch('org/..--x', None, print)": ("UsageError", "not a hub id"),
+}
+
+
+def test_a_rejected_request_is_one_error_with_a_hint(hub: Hub, tmp_path: Path) -> None:
+    found = run(online(hub, tmp_path / "home"), *(f"hub.{call}" for call in REJECTED))
+    for shown, (kind, said) in zip(found, REJECTED.values(), strict=True):
+        last = shown.splitlines()[-1]
+        assert last.startswith(kind) and said in last, shown
 
 
 def test_without_network_and_offline_the_error_has_a_hint(hub: Hub, tmp_path: Path) -> None:
-    nobody = online("http://127.0.0.1:9", tmp_path / "home")
-    for call in (FETCH, f"hub.facts({SOURCE!r}, None)", f"hub.commit({SOURCE!r})"):
-        done = run(call, nobody)
-        assert done.stdout.startswith("NotReadyError"), done
-        assert "http://127.0.0.1:9" in done.stdout
-        assert "check the network" in done.stdout
-        offline = run(call, {**online(hub, tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
-        assert "HF_HUB_OFFLINE" in offline.stdout, offline
+    calls = (FETCH, f"hub.facts({SOURCE!r}, None)", f"hub.commit({SOURCE!r})")
+    for shown in run(online("http://127.0.0.1:9", tmp_path / "home"), *calls):
+        assert shown.startswith("NotReadyError"), shown
+        assert "http://127.0.0.1:9" in shown
+        assert "check the network" in shown
+    for shown in run({**online(hub, tmp_path / "home"), "HF_HUB_OFFLINE": "1"}, *calls):
+        assert "HF_HUB_OFFLINE" in shown
     assert hub.requests == []
 
 
 def test_the_error_names_a_failing_hub(hub: Hub, tmp_path: Path) -> None:
     hub.status = 500
-    done = run(FETCH, online(hub, tmp_path / "home"))
-    assert done.stdout.startswith("NotReadyError"), done
-    assert hub.url in done.stdout
+    (shown,) = run(online(hub, tmp_path / "home"), FETCH)
+    assert shown.startswith("NotReadyError")
+    assert hub.url in shown
 
 
 def test_the_error_names_a_cache_that_is_not_writable(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = run(FETCH, online(hub, tmp_path / "file"))
-    assert "NotReadyError" in done.stdout, done
-    assert str(tmp_path / "file") in done.stdout
+    (shown,) = run(online(hub, tmp_path / "file"), FETCH)
+    assert "NotReadyError" in shown
+    assert str(tmp_path / "file") in shown

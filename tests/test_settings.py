@@ -42,12 +42,6 @@ def test_all_errors_are_reported_at_once_with_their_lines() -> None:
     assert found[4][1:] == ("hardware: 't5' not found", "did you mean t4?")
 
 
-def test_a_repeated_key_is_an_error_that_names_the_first_line() -> None:
-    with pytest.raises(SpecError) as caught:
-        settings.parse("name: a\nname: b\n")
-    assert [(p.line, p.message) for p in caught.value.problems] == [(2, "duplicate key name (first on line 1)")]
-
-
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
@@ -114,12 +108,6 @@ def test_without_a_file_the_name_comes_from_the_model() -> None:
     resolved = settings.resolve(None, {}, {"model.source": "sentence-transformers/all-MiniLM-L6-v2"})
     assert resolved.spec.name == "all-minilm-l6-v2"
     assert resolved.spec.repository == "inferctl/all-minilm-l6-v2"
-
-
-def test_the_error_for_a_missing_file_suggests_init(tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
-        settings.read(tmp_path / "inferctl.yaml")
-    assert "inferctl init" in (caught.value.hint or "")
 
 
 def test_only_equal_specs_have_equal_digests() -> None:

@@ -18,6 +18,7 @@ from inferctl.core.errors import UsageError
 from inferctl.tenancy.access import key_file, keys
 from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 from inferctl.tenancy.access.key_table import KeyTable
+from tests.processes import until
 
 
 def add(path: Path, name: str = "a", **fields: object) -> tuple[ApiKey, str]:
@@ -142,39 +143,32 @@ def table(path: Path, warnings: list[str]) -> Iterator[KeyTable]:
     found.close()
 
 
-def eventually(condition: object) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_the_table_follows_the_file(path: Path, table: KeyTable) -> None:
     assert not table.shared
     key, secret = add(path, "b")
-    eventually(lambda: table.find(secret.encode(), time.time()))
+    until(lambda: table.find(secret.encode(), time.time()))
     assert table.find(secret.encode(), time.time()) == key
     assert table.shared
     with key_file.edit(path) as found:
         found[key.id] = key.model_copy(update={"revoked": key_file.now()})
-    eventually(lambda: table.find(secret.encode(), time.time()) is None)
+    until(lambda: table.find(secret.encode(), time.time()) is None)
     assert not table.shared
 
 
 def test_a_broken_file_keeps_the_last_keys(path: Path, table: KeyTable, warnings: list[str]) -> None:
     key, secret = add(path, "b")
-    eventually(lambda: table.find(secret.encode(), time.time()))
+    until(lambda: table.find(secret.encode(), time.time()))
     good = path.read_text()
     path.write_text("{")
-    eventually(lambda: warnings)
+    until(lambda: warnings)
     assert "last valid keys stay in use" in warnings[-1]
     assert table.find(secret.encode(), time.time()) == key
     path.unlink()
-    eventually(lambda: len(warnings) == 2)
+    until(lambda: len(warnings) == 2)
     assert table.find(secret.encode(), time.time()) == key
     path.write_text(good.replace('"name": "b"', '"name": "c"'))
     path.chmod(0o600)
-    eventually(lambda: (found := table.find(secret.encode(), time.time())) and found.name == "c")
+    until(lambda: (found := table.find(secret.encode(), time.time())) and found.name == "c")
 
 
 def test_a_read_that_fails_once_is_repeated(
@@ -182,7 +176,7 @@ def test_a_read_that_fails_once_is_repeated(
 ) -> None:
     """As when the process has no descriptor left: the file does not change again after it."""
     key, secret = add(path, "b")
-    eventually(lambda: table.find(secret.encode(), time.time()))
+    until(lambda: table.find(secret.encode(), time.time()))
     read, attempts = key_file.read, []
 
     def fails(file: Path) -> key_file.KeyFile:
@@ -193,11 +187,11 @@ def test_a_read_that_fails_once_is_repeated(
     content = read(path)
     revoked = [each.model_copy(update={"revoked": key_file.now()}) for each in content.keys]
     path.write_text(content.model_copy(update={"keys": revoked}).model_dump_json(exclude_none=True))
-    eventually(lambda: len(attempts) >= 3)
+    until(lambda: len(attempts) >= 3)
     assert table.find(secret.encode(), time.time()) == key
     assert len(warnings) == 1, "one for each version of the file"
     monkeypatch.setattr(key_file, "read", read)
-    eventually(lambda: table.find(secret.encode(), time.time()) is None)
+    until(lambda: table.find(secret.encode(), time.time()) is None)
 
 
 @pytest.mark.parametrize("rotated", [False, True])

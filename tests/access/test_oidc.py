@@ -20,6 +20,7 @@ from inferctl.serve.edge import access
 from inferctl.serve.edge.errors import ApiError
 from inferctl.tenancy.access.key_table import BusyError, UnavailableError
 from inferctl.tenancy.access.oidc import TokenTable
+from tests.processes import until
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())
@@ -81,9 +82,7 @@ def provider() -> Iterator[Provider]:
 def table(provider: Provider) -> Iterator[TokenTable]:
     found = TokenTable(provider.url, "inferctl", None, lambda _: None)
     found.follow()
-    deadline = time.monotonic() + 30
-    while found._keys is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: found._keys is not None)
     yield found
     found.close()
 
@@ -201,9 +200,8 @@ def test_a_client_with_wrong_signatures_gets_429(provider: Provider) -> None:
     settings = spec.Access.model_validate({"oidc": {"issuer": provider.url, "audience": "inferctl"}})
     found = access.EdgeAccess(settings, ["m"])
     assert found._tokens
-    deadline = time.monotonic() + 30
-    while found._tokens._keys is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    tokens = found._tokens
+    until(lambda: tokens._keys is not None)
     codes, token = set(), provider.token()
     for number in range(2000):
         headers = [(b"authorization", b"Bearer " + forged(token, number))]
@@ -270,9 +268,7 @@ def test_keys_in_a_file(provider: Provider, tmp_path: Any) -> None:
     file.write_text(json.dumps({"keys": provider.keys}))
     table = TokenTable(provider.url, "inferctl", str(file), lambda _: None)
     table.follow()
-    deadline = time.monotonic() + 30
-    while table._keys is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: table._keys is not None)
     assert table.find(provider.token(), time.time())
     assert provider.fetched == 0
     table.close()

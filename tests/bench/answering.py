@@ -2,7 +2,7 @@
 
     python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5]
                         [--fail-after N] [--die-after N] [--slots N [--queue N]] [--drift 0.01]
-                        [--broken nan|shape|ragged|zeros|error] [--info-status 503] [--sha256 HEX]
+                        [--broken nan|shape|ragged|zeros|error] [--sha256 HEX]
                         [--model DIR --precision bf16 ...] [--task rerank [--broken nan|missing|unsorted]]
 
 Each request sleeps for the next drawn delay. `GET /truth` lists the actual times of the responses inside the server, in
@@ -119,9 +119,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def do_GET(self) -> None:
-        if self.path == "/info" and self.options.info_status:
-            self.respond(self.options.info_status, {"error": {"message": "no"}})
-            return
         pages = {"/truth": self.truth, "/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
         self.respond(200, pages[self.path]) if self.path in pages else self.respond(
             404, {"error": {"message": "not here"}}
@@ -215,7 +212,6 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=0)
     parser.add_argument("--drift", type=float, default=0.0)
     parser.add_argument("--broken", default="")
-    parser.add_argument("--info-status", type=int, default=0)
     parser.add_argument("--sha256", default=hashlib.sha256(b"test").hexdigest())
     parser.add_argument("--refuse", default="")
     parser.add_argument("--task", default="embed")

@@ -6,9 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from inferctl import cli
 from inferctl.batching.latency_model import Capacity
 from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.receipts import capacity, receipt
+from tests.processes import ServerProcess, start
 
 FOUND = {"slo_p99_ms": 100.0, "max_goodput_rps": 84.0, "first_failing_rps": 88.0, "limited_by": "p99"}
 
@@ -119,49 +117,29 @@ def test_no_rate_comes_from_a_search_without_a_result(tmp_path: Path) -> None:
         capacity.served_rate(without_answers)
 
 
-@contextlib.contextmanager
-def serving(model: Path, folder: Path, *more: str) -> Iterator[dict[str, Any]]:
-    """Start a server with the echo engine; yield its URL and its `GET /info`."""
-    announce = folder / f"ready-{time.monotonic_ns()}.json"
-    line = [sys.executable, "-m", "inferctl", "serve", "--model", str(model), "--engine", "echo", "--port", "0"]
-    process = subprocess.Popen([*line, "--announce", str(announce), *more], cwd=folder, stderr=subprocess.DEVNULL)
-    try:
-        while not announce.is_file():
-            assert process.poll() is None, "the server did not start"
-            time.sleep(0.05)
-        url = json.loads(announce.read_text())["url"]
-        with urllib.request.urlopen(f"{url}/info") as answer:
-            yield {"url": url, "info": json.loads(answer.read())}
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @pytest.mark.slow
 def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_path: Path) -> None:
     def inferctl(*arguments: str) -> str:
         line = [sys.executable, "-m", "inferctl", *arguments]
         return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
-    with serving(minilm, tmp_path) as first:
-        assert first["info"]["pace"]["tokens_per_s"] is None
-        document = json.loads(
-            inferctl(
-                "bench",
-                "--url",
-                f"echo={first['url']}",
-                "--plan",
-                SHORT_PLAN,
-                "--slo",
-                "80",
-                "--json",
-            )
-        )
-    made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()
-    found = Capacity.read(tmp_path / made)
-    assert found.tokens_per_s > 0
-    with serving(minilm, tmp_path, "--capacity", "capacity.json") as second:
-        pace = second["info"]["pace"]
-        assert second["info"]["limits"]["slo_p99_ms"] == 80
+    with contextlib.ExitStack() as servers:
+
+        def serve(*options: str) -> ServerProcess:
+            started = start(tmp_path, "--model", str(minilm), "--engine", "echo", *options)
+            servers.callback(started.kill)
+            return started
+
+        server = serve()
+        assert server.get("/info").json()["pace"]["tokens_per_s"] is None
+        line = ("bench", "--url", f"echo={server.url}", "--plan", SHORT_PLAN, "--slo", "80", "--json")
+        document = json.loads(inferctl(*line))
+        server.stop()
+        made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()
+        found = Capacity.read(tmp_path / made)
+        assert found.tokens_per_s > 0
+        info = serve("--capacity", "capacity.json").get("/info").json()
+    pace = info["pace"]
+    assert info["limits"]["slo_p99_ms"] == 80
     assert pace["fixed_s"] == pytest.approx(found.fixed_s, abs=1e-6)
     assert pace["tokens_per_s"] == pytest.approx(found.tokens_per_s, rel=1e-3)

@@ -13,7 +13,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,10 @@ from typing import Any
 
 import pytest
 
+from inferctl import cli
 from inferctl.bench.load import http_json, target
 from inferctl.core.errors import NotReadyError, UsageError
+from tests.http_servers import serving
 
 KEY = "sk-7f3a9c-secret"
 VECTOR = [0.6, 0.8]
@@ -119,12 +120,7 @@ def serve() -> Iterator[Serve]:
                 def do_POST(self) -> None:
                     self.do_GET(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
-            return f"http://127.0.0.1:{server.server_port}"
+            return f"http://127.0.0.1:{stack.enter_context(serving(Handler))}"
 
         yield start
 
@@ -215,22 +211,7 @@ def bench(folder: Path, *arguments: str, **variables: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("respond", [vllm, infinity, only_embed])
-def test_a_server_with_a_key_is_measured_and_no_file_has_the_key(serve: Serve, tmp_path: Path, respond: Any) -> None:
-    done = bench(tmp_path, "--url", f"peer={serve(respond, key=KEY)}", "--api-key-env", "PEER_KEY", PEER_KEY=KEY)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)["rows"]
-    assert row["requests_per_s"] > 0 and row["failed"] == 0
-    assert row["tokens_per_s"] == pytest.approx(7 * row["requests_per_s"], rel=0.01)
-    receipt = json.loads(Path(row["receipt"]).read_text())
-    assert receipt["server"]["api"]["path"] in target.PATHS["embed"]
-    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert any(file.name == "bench.json" for file in written)
-    assert [file for file in written if KEY.encode() in file.read_bytes()] == []
-    assert KEY not in done.stdout + done.stderr
-
-
-def test_the_key_is_in_no_command_line(serve: Serve, tmp_path: Path) -> None:
+def test_servers_with_a_key_are_measured_and_no_file_or_command_line_has_the_key(serve: Serve, tmp_path: Path) -> None:
     key = f"sk-{uuid.uuid4().hex}"  # another test has KEY on its command line at the same time
     seen: set[str] = set()
 
@@ -240,8 +221,21 @@ def test_the_key_is_in_no_command_line(serve: Serve, tmp_path: Path) -> None:
                 seen.add(line.read_bytes().decode(errors="replace"))
         return vllm(path, body)
 
-    done = bench(tmp_path, "--url", f"peer={serve(watched, key=key)}", "--api-key-env", "PEER_KEY", PEER_KEY=key)
+    servers = {"vllm": vllm, "infinity": infinity, "tei": only_embed, "watched": watched}
+    urls = [part for name, each in servers.items() for part in ("--url", f"{name}={serve(each, key=key)}")]
+    done = bench(tmp_path, *urls, "--api-key-env", "PEER_KEY", PEER_KEY=key)
     assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["configuration"] for row in rows] == list(servers)
+    for row in rows:
+        assert row["requests_per_s"] > 0 and row["failed"] == 0
+        assert row["tokens_per_s"] == pytest.approx(7 * row["requests_per_s"], rel=0.01)
+        receipt = json.loads(Path(row["receipt"]).read_text())
+        assert receipt["server"]["api"]["path"] in target.PATHS["embed"]
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(file.name == "bench.json" for file in written)
+    assert [file for file in written if key.encode() in file.read_bytes()] == []
+    assert key not in done.stdout + done.stderr
     assert any("locust" in line for line in seen)
     assert not [line for line in seen if key in line]
 
@@ -268,16 +262,13 @@ def test_headers_are_sent_with_each_request_and_resume_requires_them_again(serve
         (("--api-key-env", "PATH", "--header", "Authorization: x"), "both"),
     ],
 )
-def test_invalid_headers_are_usage_errors(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
-    done = bench(tmp_path, "--url", "peer=http://127.0.0.1:9", *options)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert KEY not in done.stderr
-
-
-def test_headers_without_a_url_are_a_usage_error(tmp_path: Path) -> None:
-    done = bench(tmp_path, "--header", "X-Team: search")
-    assert done.returncode == 2 and "--url NAME=URL" in done.stderr
+def test_invalid_headers_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    assert cli.run(["bench", "--url", "peer=http://127.0.0.1:9", *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert KEY not in told
 
 
 def test_an_invalid_url_with_a_path_is_a_usage_error() -> None:

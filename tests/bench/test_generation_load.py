@@ -59,6 +59,7 @@ def test_every_event_of_the_server_is_recorded_once_with_its_tokens(
     assert (found["output_tokens_per_request"], found["counted_percent"]) == (9, 100)
     assert found["ttft_ms"]["n"] == found["requests"]
     assert found["itl_ms"]["n"] == sum(len(truth[index]) - 1 for index in part.measured["index"].tolist())
+    assert "--pairs" not in options or found["itl_ms"]["min"] == 0, "two events of one read have one time"
 
 
 @pytest.mark.parametrize(
@@ -75,11 +76,6 @@ def test_the_load_goes_on_until_the_measured_streams_have_ended(harness: tuple[A
     assert set(part.rows["phase"].tolist()) <= {records.WARMUP, records.MEASURED}
     assert sorted(part.measured["index"].tolist()) == sorted(measured)
     assert (found["errors"], found["itl_ms"]["n"]) == ({}, 59 * len(measured))
-
-
-def test_two_events_of_one_read_have_one_time(harness: tuple[Any, Any]) -> None:
-    _, found, _ = run(harness, "--pairs")
-    assert found["itl_ms"]["min"] == 0
 
 
 def test_without_usage_in_each_event_an_event_counts_as_one_token(harness: tuple[Any, Any]) -> None:

@@ -6,7 +6,6 @@ import http.server
 import json
 import math
 import random
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from inferctl.bench.measure.resume import _decoded
 from inferctl.bench.plan.sections import Quality
 from inferctl.models import model as models
 from inferctl.serve.reference import reference
+from tests.http_servers import serving
 from tests.serve import tiny_models
 
 TOKENS = 300
@@ -67,11 +67,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def target(generator: Path) -> Iterator[Target]:
     texts = [json.loads(line)["text"] for line in tiny_models.CORPUS.with_name("mixed.jsonl").read_text().splitlines()]
     Handler.texts = {tuple(t["ids"]): t for t in reference(str(generator), texts, max_tokens=TOKENS)["texts"]}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        info = {"model": {"sha256": models.ModelFolder(generator).digest}}
-        yield Target(f"http://127.0.0.1:{server.server_port}", "m", info, task="generate")
-        server.shutdown()
+    info = {"model": {"sha256": models.ModelFolder(generator).digest}}
+    with serving(Handler) as port:
+        yield Target(f"http://127.0.0.1:{port}", "m", info, task="generate")
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ def test_a_spike_is_sent_as_drawn_and_shows_in_its_stage(answering: Callable[...
     _, part, work = measure(answering("--median-ms", "2"), tmp_path / "run", **shape)
     offsets = part.measured["intended_ns"].astype(np.int64) - part.start_ns
     assert offsets.tolist() == work.schedule_ns.astype(np.int64).tolist()
+    assert (part.measured["sent_ns"] >= part.measured["intended_ns"]).all()
     rows = stages.summarize([part], make_load(**shape))
     assert [(one["name"], one["requests"]) for one in rows] == [("before", 40), ("spike", 200), ("after", 40)]
     assert sum(one["latency_ms"]["n"] for one in rows) == 280

@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from inferctl.bench.load import load_run, records, target
 from inferctl.bench.load.worker import serve
 from inferctl.bench.plan import shape, workload
 from inferctl.core.errors import InferctlError
+from tests.processes import free_port, until
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
@@ -87,20 +86,13 @@ def is_running(pid: int) -> bool:
 def test_a_load_ends_with_the_benchmark_that_started_it(answering: Callable[..., str], tmp_path: Path) -> None:
     bench = subprocess.Popen([sys.executable, "-c", RUN, answering("--median-ms", "2"), str(tmp_path)])
     try:
-        wait_for(30, lambda: load_run.read_state(tmp_path).get("phase") == "measure")
+        until(lambda: load_run.read_state(tmp_path).get("phase") == "measure", 30)
         pid = writer(tmp_path / "requests-0.bin")
         assert is_running(pid)
     finally:
         bench.kill()
         bench.wait()
-    wait_for(10, lambda: not is_running(pid))
-
-
-def wait_for(seconds: float, condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it took too long"
-        time.sleep(0.05)
+    until(lambda: not is_running(pid), 10)
 
 
 def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> None:
@@ -159,21 +151,26 @@ def remote_worker(port: int, folder: Path) -> Iterator[bool]:
         process.wait()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-def test_a_remote_worker_serves_several_runs(answering: Callable[..., str], tmp_path: Path) -> None:
-    port, remote_folder, url = free_port(), tmp_path / "remote", answering("--median-ms", "2")
+def test_a_remote_worker_needs_only_the_address_and_serves_several_runs(
+    answering: Callable[..., str], tmp_path: Path
+) -> None:
+    """Its clock is compared."""
+    port, remote_folder = free_port(), tmp_path / "remote"
+    url = answering("--median-ms", "5", "--sigma", "0")
     remote_folder.mkdir()
-    settings = {"mode": "open", "rate": 50, "duration_s": 1, "remote_workers": 1, "master_port": port}
+    settings = {"mode": "open", "rate": 100, "duration_s": 1, "remote_workers": 1, "master_port": port}
     pids = []
-    with remote_worker(port, remote_folder):
+    with remote_worker(port, remote_folder) as own_clock:
         for number in range(2):
-            _, part, work = measure(url, tmp_path / f"run-{number}", **settings)
+            result, part, work = measure(url, tmp_path / f"run-{number}", **settings)
             assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
+            assert (records.latency_ms(part.measured) > 4.9).all()
             pids.append(writer(tmp_path / f"run-{number}" / "requests-0.bin"))
+            remote = [worker for worker in result.state["workers"] if not worker["here"]]
+            assert len(remote) == int(own_clock)
+            for worker in remote:
+                assert abs(worker["clock_offset_ns"] - 1000 * 10**9) <= worker["clock_uncertainty_ns"]
+                assert result.state["clock_uncertainty_ns"] == worker["clock_uncertainty_ns"]
     assert pids[0] != pids[1]
     assert not any(remote_folder.iterdir())
 
@@ -279,23 +276,3 @@ def test_a_remote_worker_ends_without_runs_and_after_a_failure(
     script = f'cd "{tmp_path}"; next=$(ls | head -n 1); rm "$next"; exit "${{next#*-}}"'
     assert serve(["sh", "-c", script], 1) == ends_with
     assert not any(tmp_path.iterdir())
-
-
-def test_a_remote_worker_needs_only_the_address_and_its_clock_is_compared(
-    answering: Callable[..., str], tmp_path: Path
-) -> None:
-    port, remote_folder = free_port(), tmp_path / "remote"
-    remote_folder.mkdir()
-    url = answering("--median-ms", "5", "--sigma", "0")
-    with remote_worker(port, remote_folder) as own_clock:
-        result, part, work = measure(
-            url, tmp_path / "run", mode="open", rate=100, duration_s=2, remote_workers=1, master_port=port
-        )
-    assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
-    assert (records.latency_ms(part.measured) > 4.9).all()
-    remote = [worker for worker in result.state["workers"] if not worker["here"]]
-    assert len(remote) == int(own_clock)
-    for worker in remote:
-        assert abs(worker["clock_offset_ns"] - 1000 * 10**9) <= worker["clock_uncertainty_ns"]
-        assert result.state["clock_uncertainty_ns"] == worker["clock_uncertainty_ns"]
-    assert not any(remote_folder.iterdir())

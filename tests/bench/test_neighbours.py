@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from bench_samples import ANSWERING, SECOND, row, table
 
+from inferctl import cli
 from inferctl.bench import stats
 from inferctl.bench.judge import interference, summary
 from inferctl.bench.judge.validity import Validity
@@ -281,14 +281,12 @@ def test_pairs_outlast_a_bench_that_was_killed(tmp_path: Path) -> None:
     assert dataclasses.asdict(again[0].measurements[0].run) == {"configuration": "fp32", "repeat": 0}
 
 
-def test_the_command_refuses_neighbours_of_a_running_server(tmp_path: Path, answering: Any) -> None:
-    url = answering("--median-ms", "5")
-    done = subprocess.run(
-        [sys.executable, "-m", "inferctl", "bench", "--url", f"mine={url}", "--plan", "quick", "--neighbours", "1"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "mine is already running" in done.stderr
+def test_the_command_refuses_neighbours_of_a_running_server(
+    tmp_path: Path, answering: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["bench", "--url", f"mine={answering()}", "--plan", "quick", "--neighbours", "1"]) == 2
+    assert "mine is already running" in capsys.readouterr().err
     assert not (tmp_path / "bench-results").exists()
 
 

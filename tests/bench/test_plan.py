@@ -145,12 +145,6 @@ def test_invalid_overrides_are_usage_errors(changes: dict[str, object]) -> None:
         plan.load("quick").with_overrides(**changes)  # type: ignore[arg-type]
 
 
-def test_an_unknown_plan_gets_a_suggestion() -> None:
-    with pytest.raises(UsageError) as caught:
-        plan.load("precison")
-    assert caught.value.hint == "did you mean precision?"
-
-
 def test_every_error_in_a_plan_has_its_line(tmp_path: Path) -> None:
     text = "name: mine\nconfigurations:\n  - {name: a, precision: fp4}\nload:\n  user: 3\n  duration_s: nine\n"
     with pytest.raises(SpecError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from inferctl.bench.load import child_server, process_usage, records, target
 from inferctl.bench.measure import environment, quality, runner
 from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan, shape, workload
+from inferctl.bench.plan import plan, sections, shape, workload
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
@@ -105,7 +106,7 @@ def document(work: Bench, outcomes: list[Outcome]) -> dict[str, Any]:
     return collected(work, outcomes).as_dict()
 
 
-def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path: Path) -> None:
+def test_runs_alternate_and_each_repeat_has_a_schedule_that_all_configurations_share(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def notify(progress: Progress) -> None:
@@ -113,40 +114,39 @@ def test_runs_alternate_and_are_pooled_into_one_receipt_a_configuration(tmp_path
             seen.append(f"{progress.name} {progress.number}")
 
     work = bench(tmp_path, "fp32", "bf16", repeats=2)
-    document(work, ran(work, notify))
-    assert seen == ["fp32 1", "bf16 2", "bf16 3", "fp32 4"]
-    sealed = receipt.load(tmp_path / "receipts" / "bf16.json").data
-    assert sealed["summary"]["runs"] == 2
-    assert sealed["summary"]["latency_ms"]["n"] == sum(run["summary"]["latency_ms"]["n"] for run in sealed["runs"])
-    for run in sealed["runs"]:
-        rows = records.read(tmp_path / run["records"][0]["path"])
-        assert int((rows["phase"] == records.MEASURED).sum()) == run["summary"]["requests"]
-    other = receipt.load(tmp_path / "receipts" / "fp32.json").data
-    assert sealed["workload"]["sha256"] == other["workload"]["sha256"]
-    assert list(rows.dtype.names or ()) == [name for name, _ in FIELDS]
-
-
-def test_each_repeat_has_a_schedule_of_its_own_that_all_configurations_share(tmp_path: Path) -> None:
-    work = bench(tmp_path, "fp32", "bf16", repeats=2)
     load = {"mode": "open", "rate": 40, "duration_s": 1, "warmup_s": 0}
     work = dataclasses.replace(work, plan=work.plan.model_copy(update={"load": shape.Load.model_validate(load)}))
-    document(work, ran(work))
+    outcomes = ran(work, notify)
+    document(work, outcomes)
+    assert seen == ["fp32 1", "bf16 2", "bf16 3", "fp32 4"]
     fp32, bf16 = (receipt.load(tmp_path / "receipts" / f"{name}.json") for name in ("fp32", "bf16"))
     sent = [
         [run["workload"] for run in sorted(one.data["runs"], key=lambda run: run["repeat"])] for one in (fp32, bf16)
     ]
     assert sent[0] == sent[1]
+    assert fp32.data["workload"]["sha256"] == bf16.data["workload"]["sha256"]
     assert len({one["sha256"] for one in sent[0]}) == len({one["seed"] for one in sent[0]}) == 2
     assert sent[0][0]["seed"] == work.plan.seed
     assert fp32.data["validity"]["reasons"] == []
     times = []
     for run in fp32.data["runs"]:
-        due = records.read(tmp_path / run["records"][0]["path"])["intended_ns"]
-        times.append((due - due.min()).tolist())
+        rows = records.read(tmp_path / run["records"][0]["path"])
+        assert list(rows.dtype.names or ()) == [name for name, _ in FIELDS]
+        assert int((rows["phase"] == records.MEASURED).sum()) == run["summary"]["requests"]
+        times.append((rows["intended_ns"] - rows["intended_ns"].min()).tolist())
     assert times[0] != times[1]
+    # The runs are pooled into one receipt.
+    summary = fp32.data["summary"]
+    assert summary["runs"] == 2
+    assert summary["latency_ms"]["n"] == sum(run["summary"]["latency_ms"]["n"] for run in fp32.data["runs"])
     pair = comparable.ReceiptPair(fp32, bf16)
     assert comparable.invalid_because(pair, ["precision"]) == []
     assert pair.interleaved
+    serials = [run.serial for outcome in outcomes for run in outcome.measurements]
+    assert len(set(serials)) == 4
+    assert all(serial % 2 == 0 and 100_000 <= serial < 1_000_000 for serial in serials)
+    for run in outcomes[0].measurements:
+        assert json.loads((run.folder / "load.json").read_text())["serial"] == run.serial
 
 
 def test_requests_that_a_server_rejects_are_counted_and_invalidate_a_closed_loop(tmp_path: Path) -> None:
@@ -194,12 +194,6 @@ def test_nothing_is_left_running_after_an_interrupt(tmp_path: Path) -> None:
     assert processes_in(tmp_path) == []
 
 
-def test_quality_is_not_checked_without_the_weights(tmp_path: Path) -> None:
-    work = bench(tmp_path, "fp32", check_quality=True)
-    (outcome,) = ran(work)
-    assert outcome.quality == quality.unchecked("no local model folder to compare with: pass `--model DIR`")
-
-
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """A model folder without weights, and its digest. Its fp32 reference is the vectors of the answering server."""
@@ -225,18 +219,23 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]
         ("error", "returned 500"),
     ],
 )
-def test_a_server_with_broken_vectors_fails_on_quality_and_its_results_can_be_shown(
-    tmp_path: Path, weights: tuple[Path, str], broken: str, reason: str
+def test_a_server_with_broken_vectors_fails_on_quality(
+    answering: Callable[..., str], weights: tuple[Path, str], broken: str, reason: str
 ) -> None:
     folder, digest = weights
-    options = ("--sha256", digest, "--broken", broken)
-    work = bench(tmp_path, "int8", options=options, check_quality=True, model=folder)
-    outcomes = ran(work)
-    result_ = collected(work, outcomes)
+    checker = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)
+    found = checker(target.connect(answering("--sha256", digest, "--broken", broken)), lambda passed: None)
+    assert (found.checked, found.passes) == (True, False)
+    assert reason in (found.reason or "")
+
+
+def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path, weights: tuple[Path, str]) -> None:
+    folder, digest = weights
+    work = bench(tmp_path, "int8", options=("--sha256", digest, "--broken", "nan"), check_quality=True, model=folder)
+    result_ = collected(work, ran(work))
     found = result_.as_dict()
     (row,) = found["rows"]
     assert (row["quality"]["checked"], row["quality"]["passes"]) == (True, False)
-    assert reason in row["quality"]["reason"]
     assert found["finding"] == "No configuration passes the quality check, so none is recommended."
     assert f"int8 fails the quality check: {row['quality']['reason']}; it is not recommended." in found["findings"]
     (measured,) = result_.rows
@@ -268,10 +267,10 @@ def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path,
     assert asked == [256, 512]
 
 
-def test_other_weights_are_not_compared(tmp_path: Path, weights: tuple[Path, str]) -> None:
-    work = bench(tmp_path, "fp32", options=("--sha256", "ab" * 32), check_quality=True, model=weights[0])
-    (outcome,) = ran(work)
-    assert outcome.quality == quality.unchecked(
+def test_other_weights_are_not_compared(weights: tuple[Path, str]) -> None:
+    checker = quality.QualityChecker(sections.Quality(corpus="short", texts=40), weights[0])
+    served = target.Target("http://127.0.0.1:9", "m", {"model": {"sha256": "ab" * 32}})
+    assert checker(served, lambda passed: None) == quality.unchecked(
         "the server's weights (abababababab…) are not those of the local folder: pass its model with `--model`"
     )
 
@@ -286,15 +285,6 @@ def test_the_reference_cuts_inputs_where_the_server_does(minilm: Path) -> None:
     assert not np.allclose(five, six, atol=1e-3)
     with pytest.raises(InferctlError, match="invalid arguments: "):
         quality.reference(minilm, [text], 8.5, lambda passed: None)  # type: ignore[arg-type]
-
-
-def test_each_run_draws_its_own_serial(tmp_path: Path) -> None:
-    (outcome,) = ran(bench(tmp_path, "fp32", repeats=2))
-    one, other = (run.serial for run in outcome.measurements)
-    assert one != other
-    assert all(serial % 2 == 0 and 100_000 <= serial < 1_000_000 for serial in (one, other))
-    for run in outcome.measurements:
-        assert json.loads((run.folder / "load.json").read_text())["serial"] == run.serial
 
 
 def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
@@ -344,6 +334,9 @@ def test_a_local_server_whose_process_is_not_known_is_not_blamed_on_others(
     assert "client_cpu_percent" in outcome.measurements[0].resources
 
 
+ONE = "--url a=http://127.0.0.1:9"
+
+
 def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "inferctl", "bench", *arguments]
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
@@ -376,45 +369,39 @@ def test_a_run_of_failures_ends_with_5_and_still_leaves_receipts(answering: Call
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message", "hint"),
+    ("arguments", "message", "hint"),
     [
-        (["--url", "nonsense"], 2, "--url 'nonsense' is not NAME=URL", "t4=http://10.0.0.7:8080"),
-        (["--url", "a=http://127.0.0.1:9"], 3, "cannot connect to http://127.0.0.1:9", "start the server first"),
-        (["--url", "a=http://127.0.0.1:9", "--plan", "quik"], 2, "'quik'", "did you mean quick"),
-        (
-            ["--url", "a=http://x", "--url", "a=http://y"],
-            2,
-            "two servers or configurations have the name 'a'",
-            "a name of its own",
-        ),
-        (["--model", "nowhere", "--plan", "quick"], 2, "model folder nowhere not found", "check the path"),
-        (["--url", f"{'a' * 41}=http://127.0.0.1:9"], 2, "has 41 characters", "a shorter name"),
-        (["--url", "a=http://127.0.0.1:9", "--users", "0"], 2, "load.users cannot be 0", "--help"),
-        (["--url", "a=http://127.0.0.1:9", "--hardware", "cpu,a10x"], 2, "hardware 'a10x' not found", "did you mean"),
-        (["--url", "a=http://127.0.0.1:9", "--search"], 2, "a search requires an SLO", "--slo 100"),
-        (["--url", "a=http://127.0.0.1:9", "--corpus", "shrt"], 2, "corpus 'shrt' not found", "did you mean short"),
-        (
-            ["--url", "a=http://127.0.0.1:9", "--batch-tokens", "4096"],
-            2,
-            "cannot change the running servers",
-            "--precision",
-        ),
-        (
-            ["--url", "a=http://127.0.0.1:9", "--search", "--slo", "9", "--repeats", "2"],
-            2,
-            "remove repeats",
-            "--help",
-        ),
+        ("--url a=http://x --url a=http://y", "two servers or configurations have the name 'a'", "a name of its own"),
+        ("--model nowhere --plan quick", "model folder nowhere not found", "check the path"),
+        (f"--url {'a' * 41}=http://127.0.0.1:9", "has 41 characters", "a shorter name"),
+        (f"{ONE} --users 0", "load.users cannot be 0", "--help"),
+        (f"{ONE} --hardware cpu,a10x", "hardware 'a10x' not found", "did you mean"),
+        (f"{ONE} --search", "a search requires an SLO", "--slo 100"),
+        (f"{ONE} --corpus shrt", "corpus 'shrt' not found", "did you mean short"),
+        (f"{ONE} --batch-tokens 4096", "cannot change the running servers", "--precision"),
+        (f"{ONE} --search --slo 9 --repeats 2", "remove repeats", "--help"),
+        (f"{ONE} --search --slo 9 --budget 20", "too short for a search", ""),
+        (f"{ONE} --budget 5m", "`--budget` requires a search", ""),
+        (f"{ONE} --rate 9 --budget 5m", "`--budget` requires a search", ""),
+        ("--resume nowhere --repeats 3", "`--repeats` is not allowed with `--resume`", ""),
+        ("--resume nowhere", "has no benchmark to resume", ""),
+        ("--header X-Team:search", "apply only to the servers of `--url`", "--url NAME=URL"),
     ],
 )
 def test_mistakes_end_before_anything_is_started(
-    tmp_path: Path, arguments: list[str], code: int, message: str, hint: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    message: str,
+    hint: str,
 ) -> None:
-    done = command(*arguments, folder=tmp_path)
-    assert done.returncode == code
-    assert message in done.stderr
-    assert hint in done.stderr.split("hint: ")[1]
-    assert done.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["bench", *arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert hint in err.split("hint: ")[1]
+    assert out == ""
     assert not (tmp_path / "bench-results").exists()
 
 
@@ -427,11 +414,11 @@ def test_the_command_interrupted_keeps_what_it_has_and_leaves_no_process(
     line += ["--plan", SHORT_PLAN, "--duration", "2"]
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    for told in process.stderr:
-        if "[2/2]" in told:
+    for line_of_progress in process.stderr:
+        if "[2/2]" in line_of_progress:
             break
     process.send_signal(sent)
-    shown, _ = process.communicate(timeout=60)
+    shown, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert processes_in(tmp_path / "bench-results") == []
     (folder,) = (tmp_path / "bench-results").iterdir()
@@ -444,6 +431,12 @@ def test_the_command_interrupted_keeps_what_it_has_and_leaves_no_process(
     ]
     assert (folder / "report.html").is_file()
     assert "second" in shown
+    assert f"to resume this benchmark: inferctl bench --resume bench-results/{folder.name}" in told
+    if sent == signal.SIGINT:
+        shutil.rmtree(folder / "receipts")
+        done = command("--resume", f"bench-results/{folder.name}", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert sorted(file.name for file in (folder / "receipts").iterdir()) == ["first.json", "second.json"]
 
 
 def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() -> None:
@@ -499,12 +492,14 @@ def test_a_running_server_is_measured_without_the_specs_weights_but_not_past_a_b
     assert command("--url", f"mine={url}", folder=tmp_path).returncode == 2
 
 
-def test_a_folder_that_cannot_be_made_is_named(answering: Callable[..., str], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(
+    answering: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("a file")
-    done = command("--url", f"mine={answering()}", "--output", "taken", folder=tmp_path)
-    assert done.returncode == 3
-    assert "taken" in done.stderr
-    assert "--output" in done.stderr
+    assert cli.run(["bench", "--url", f"mine={answering()}", "--output", "taken"]) == 3
+    told = capsys.readouterr().err
+    assert "taken" in told and "--output" in told
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_results(

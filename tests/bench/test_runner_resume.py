@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import pytest
 from answering import vector
 from bench_samples import ANSWERING
 
+from inferctl import cli
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, quality, resume, runner
 from inferctl.bench.measure.bench import Bench, Progress
@@ -56,15 +55,8 @@ def resumed(work: Bench) -> tuple[int, list[Outcome]]:
     return done, outcomes
 
 
-def command(*arguments: str, folder: Path) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "inferctl", "bench", *arguments]
-    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(*arguments: str, folder: Path) -> tuple[int, str, str]:
-    process = command(*arguments, folder=folder)
-    shown, told = process.communicate(timeout=120)
-    return process.returncode, shown, told
+def bench_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "inferctl", "bench", *arguments]
 
 
 PLAN = f"""name: mine
@@ -81,7 +73,8 @@ def killed(answering: Callable[..., str], tmp_path: Path) -> Path:
     """The folder of a benchmark of two servers and two repeats, killed by SIGKILL during its third run."""
     (tmp_path / "mine.yaml").write_text(PLAN)
     url = answering("--median-ms", "5")
-    process = command("--plan", "mine.yaml", "--url", f"one={url}", "--url", f"two={url}", folder=tmp_path)
+    line = bench_command("--plan", "mine.yaml", "--url", f"one={url}", "--url", f"two={url}")
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for told in process.stderr:
         if "[3/4] two · measure" in told:
@@ -93,11 +86,42 @@ def killed(answering: Callable[..., str], tmp_path: Path) -> Path:
     return folder
 
 
-def test_after_a_sigkill_no_run_is_lost_and_none_made_twice(killed: Path, tmp_path: Path) -> None:
+def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Try to resume, and return the error."""
+    assert cli.run(["bench", "--resume", str(folder)]) == 2
+    return capsys.readouterr().err
+
+
+def refuse_what_changed(killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(PLAN.replace("repeats: 2", "repeats: 3"))
+    assert "the plan file changed" in refused(killed, capsys)
+    (tmp_path / "mine.yaml").write_text(PLAN)
+    original = (killed / "bench.json").read_text()
+    manifest = json.loads(original)
+    manifest["identity"]["code"]["sha256"] = "0" * 64
+    (killed / "bench.json").write_text(json.dumps(manifest))
+    assert "was changed after the benchmark started" in refused(killed, capsys)
+    manifest["seal"] = receipt.seal_of(manifest)
+    (killed / "bench.json").write_text(json.dumps(manifest))
+    told = refused(killed, capsys)
+    assert "the code of inferctl changed (sha256: 000000000000… -> " in told
+    assert "start a new bench" in told
+    (killed / "bench.json").write_text(original)
+
+
+def test_after_a_sigkill_no_run_is_lost_and_none_made_twice(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What changed meanwhile is named and refused."""
     complete = {file.parent.name: file.read_bytes() for file in killed.glob("runs/*/run.json")}
     assert set(complete) == {"one-1", "two-1"}
+    monkeypatch.chdir(tmp_path)
+    refuse_what_changed(killed, tmp_path, capsys)
     assert (killed / "runs" / "two-2").is_dir()
-    code, shown, told = finished("--resume", str(killed), "--json", folder=tmp_path)
+    done = subprocess.run(
+        bench_command("--resume", str(killed), "--json"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    code, shown, told = done.returncode, done.stdout, done.stderr
     assert code == 0, told
     assert "2 of 4 runs are complete, 2 remain" in told
     measured = [line.split(" · ")[0] for line in told.splitlines() if "· measure ·" in line]
@@ -114,36 +138,6 @@ def test_after_a_sigkill_no_run_is_lost_and_none_made_twice(killed: Path, tmp_pa
             assert int((rows["phase"] == records.MEASURED).sum()) == run["summary"]["requests"]
         assert sealed["summary"]["requests"] == sum(run["summary"]["requests"] for run in sealed["runs"])
     assert [row["outcome"] for row in json.loads(shown)["rows"]] == ["measured", "measured"]
-
-
-def test_what_changed_meanwhile_is_named_and_refused(killed: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(PLAN.replace("repeats: 2", "repeats: 3"))
-    code, _, told = finished("--resume", str(killed), folder=tmp_path)
-    assert code == 2
-    assert "the plan file changed" in told
-    (tmp_path / "mine.yaml").write_text(PLAN)
-    manifest = json.loads((killed / "bench.json").read_text())
-    manifest["identity"]["code"]["sha256"] = "0" * 64
-    (killed / "bench.json").write_text(json.dumps(manifest))
-    code, _, told = finished("--resume", str(killed), folder=tmp_path)
-    assert code == 2
-    assert "was changed after the benchmark started" in told
-    manifest["seal"] = receipt.seal_of(manifest)
-    (killed / "bench.json").write_text(json.dumps(manifest))
-    code, _, told = finished("--resume", str(killed), folder=tmp_path)
-    assert code == 2
-    assert "the code of inferctl changed (sha256: 000000000000… -> " in told
-    assert "start a new bench" in told
-    assert len(list(killed.glob("runs/*/run.json"))) == 2
-
-
-def test_a_resumed_bench_takes_nothing_that_it_had_from_its_start(tmp_path: Path) -> None:
-    code, _, told = finished("--resume", "nowhere", "--repeats", "3", folder=tmp_path)
-    assert code == 2
-    assert "`--repeats` is not allowed with `--resume`" in told
-    code, _, told = finished("--resume", "nowhere", folder=tmp_path)
-    assert code == 2
-    assert "has no benchmark to resume" in told
 
 
 def test_everything_that_figures_depend_on_is_compared(tmp_path: Path) -> None:
@@ -297,22 +291,3 @@ def test_servers_that_a_killed_bench_left_are_ended(tmp_path: Path) -> None:
         for process in (server, shell):
             process.kill()
             process.wait()
-
-
-def test_the_interrupted_bench_says_how_to_go_on(answering: Callable[..., str], tmp_path: Path) -> None:
-    url = answering("--median-ms", "5")
-    (tmp_path / "mine.yaml").write_text(PLAN)
-    process = command("--plan", "mine.yaml", "--url", f"one={url}", folder=tmp_path)
-    assert process.stderr is not None
-    for told in process.stderr:
-        if "[2/2]" in told:
-            break
-    os.kill(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    (folder,) = (tmp_path / "bench-results").iterdir()
-    assert f"to resume this benchmark: inferctl bench --resume bench-results/{folder.name}" in told
-    shutil.rmtree(folder / "receipts")
-    code, _, told = finished("--resume", f"bench-results/{folder.name}", folder=tmp_path)
-    assert code == 0, told
-    assert receipt.load(folder / "receipts" / "one.json").data["summary"]["runs"] == 2

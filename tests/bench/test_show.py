@@ -60,14 +60,6 @@ def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], 
     golden("bench-view.txt", text)
 
 
-def test_reasons_against_a_row_stand_above_the_numbers(tmp_path: Path) -> None:
-    found, _ = made(tmp_path)
-    stream = io.StringIO()
-    Console(file=stream, width=200, highlight=False).print(terminal.render(found))
-    text = stream.getvalue()
-    assert text.index("INVALID remote-t4: the load generator used 97 %") < text.index("config")
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -211,13 +203,6 @@ def test_late_and_dropped_sends_of_an_open_loop_are_shown(tmp_path: Path) -> Non
     page = " ".join(html.render(found, receipts).split())
     assert "<th>late sends</th><th>dropped sends</th>" in page
     assert "<td>31</td><td>7</td>" in page
-
-
-def test_figures_are_ones_that_plotly_accepts(tmp_path: Path) -> None:
-    graph_objects = pytest.importorskip("plotly.graph_objects")
-    _, receipts = made(tmp_path)
-    for chart in charts.all_charts(receipts).values():
-        graph_objects.Figure({"data": chart.data, "layout": chart.layout})
 
 
 def in_browser(page: Path, width: int = 1280) -> str:

@@ -11,27 +11,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_foreign_servers import MODEL, Answer, Body, Serve, serve, vllm
 
 from inferctl.bench.load import process_usage, target
 from inferctl.bench.measure import environment
 from inferctl.core.errors import NotReadyError
 
+__all__ = ["serve"]
+
+
+def with_info_page(status: int) -> Callable[[str, Body | None], Answer]:
+    pages: dict[str, Answer] = {"/info": (status, {}, {}), "/v1/models": (200, {"data": [{"id": MODEL}]}, {})}
+    return lambda path, body: pages.get(path) or vllm(path, body)
+
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_a_server_without_an_info_page_is_measured(answering: Callable[..., str], status: int) -> None:
-    found = target.connect(answering("--info-status", str(status)))
-    api = {"path": "/v1/embeddings", "model": "test", "encoding_format": "base64"}
-    assert (found.info, found.model) == ({"api": api}, "test")
+def test_a_server_without_an_info_page_is_measured(serve: Serve, status: int) -> None:
+    found = target.connect(serve(with_info_page(status)))
+    api = {"path": "/v1/embeddings", "model": MODEL, "encoding_format": "base64"}
+    assert (found.info, found.model) == ({"api": api}, MODEL)
 
 
 @pytest.mark.parametrize(
     ("status", "hint"), [(503, "/readyz"), (429, "/readyz"), (401, "credentials"), (403, "credentials"), (500, "log")]
 )
 def test_a_server_that_rejects_requests_differs_from_one_without_an_info_page(
-    answering: Callable[..., str], status: int, hint: str
+    serve: Serve, status: int, hint: str
 ) -> None:
     with pytest.raises(NotReadyError, match=f"/info returned {status}") as caught:
-        target.connect(answering("--info-status", str(status)))
+        target.connect(serve(with_info_page(status)))
     assert hint in (caught.value.hint or "")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +16,10 @@ import pytest
 from inferctl import cli
 from inferctl.config import settings
 from inferctl.core.errors import NotReadyError
+from inferctl.estimate import forecast
 from inferctl.facts import catalog
 from inferctl.image import locks
+from tests.http_servers import answering
 
 ROOT = Path(__file__).parents[2]
 Captured = pytest.CaptureFixture[str]
@@ -162,17 +163,8 @@ def test_a_failure_with_format_json_prints_a_document(here: Path, capsys: Captur
 @pytest.fixture
 def rejecting_server() -> Iterator[str]:
     """The address of a server that rejects every request with 401."""
-
-    class Rejects(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(401)
-
-        def log_message(self, *_: object) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Rejects) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(401) as host:
+        yield f"http://{host}"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +246,8 @@ def test_a_pipe_gets_whole_lines_without_padding(
 ) -> None:
     """Before, tables had 80 columns also in a pipe: cells were split over lines, and lines were padded with spaces."""
     monkeypatch.delenv("COLUMNS")
+    # A tenth of the requests that an estimate simulates.
+    monkeypatch.setattr(forecast, "Scenario", functools.partial(forecast.Scenario, count=forecast.REQUESTS // 10))
     mirror = f"registry.example.com/mirror/cuda@sha256:{'ab' * 32}"
     image = f"image: {{base_image: {mirror}}}\n" if command == "config" else ""
     (here / "inferctl.yaml").write_text(f"name: m\nmodel: {{source: {minilm}}}\nhardware: [t4]\n{image}")

@@ -38,8 +38,11 @@ def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("command", PRINTING.values(), ids=PRINTING)
-@pytest.mark.parametrize("reader", ["true", "head -c 1"])
+@pytest.mark.parametrize(
+    ("command", "reader"),
+    # Only a long output is still written after `head` has read a part.
+    [*((command, "true") for command in PRINTING.values()), ("catalog hardware", "head -c 1"), ("schema", "head -c 1")],
+)
 def test_a_reader_that_is_gone_does_not_change_the_exit_code(command: str, reader: str, tmp_path: Path) -> None:
     done = shell(f"inferctl {command} | {reader} >/dev/null; exit ${{PIPESTATUS[0]}}", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import problems
 from tests.metering.parts import Part, Postgres
-from tests.processes import until
+from tests.processes import free_port, until
 
 Build = Callable[[dict[str, str], str], Objects]
 STORE = "postgresql://keys@db.databases:6432/keys"
@@ -265,9 +264,3 @@ async def exchanged(first: RunningPod, second: RunningPod) -> object:
     finally:
         for _, writer in servers:
             writer.close()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

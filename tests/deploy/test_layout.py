@@ -263,26 +263,6 @@ def test_clients_of_the_namespace_and_name_servers_are_reached(build: Build) -> 
         assert {port["port"] for port in rule["ports"]} == ports
 
 
-@pytest.mark.parametrize(
-    ("sharing", "hardware", "resource"),
-    [
-        ({"sharing": "whole"}, "l4", {"nvidia.com/gpu": 1}),
-        ({"sharing": "mig"}, "a100-40gb-mig-3g.20gb", {"nvidia.com/mig-3g.20gb": 1}),
-        ({"sharing": "time-slicing", "shared_by": 4}, "l4", {"nvidia.com/gpu.shared": 1}),
-        ({"sharing": "mps", "shared_by": 2}, "l4", {"nvidia.com/gpu.shared": 1}),
-    ],
-    ids=["whole", "mig", "time-slicing", "mps"],
-)
-def test_each_kind_of_sharing_has_its_resource(
-    sharing: dict[str, Any], hardware: str, resource: dict[str, int], build: Build
-) -> None:
-    flavor = {**plans.FLAVORS[1], "hardware": hardware, "name": "one", **sharing}
-    plan = plans.plan(plans.embed(flavors=[flavor]), clusters=plans.ONE_CLUSTER)
-    pod = named(build(layout.files(plan), OVERLAYS[0]), "Deployment", "embed-one")["spec"]["template"]["spec"]
-    limits = pod["containers"][0]["resources"]["limits"]
-    assert {name: count for name, count in limits.items() if "/" in name} == resource
-
-
 def test_dra_claims_the_first_available_device(build: Build) -> None:
     image = plans.FLAVORS[0]["image"]
     flavors = [

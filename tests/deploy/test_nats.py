@@ -53,7 +53,7 @@ def stateful_set(built: Objects) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])  # a field is in all from its first on
 def test_three_servers_keep_a_quorum(version: str, build: Build) -> None:
     built = build(layout.files(plans.plan(spec(), kubernetes=version)), OVERLAYS[0])
     assert [problem for each in built for problem in problems(each, version)] == []

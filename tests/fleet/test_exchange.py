@@ -130,28 +130,39 @@ def test_three_servers_apply_one_limit_with_and_without_the_broker(fleet: Fleet,
     until(lambda: fleet.shared(probe), 20)
     # What the servers admitted while they did not hear of each other counts everywhere now.
     assert fleet.offer(second, 5, 2) <= 0.1 * LIMIT
+
+    # The broker goes silent while a key is used; the connections stay open.
+    _, third = fleet.add(requests_per_minute=LIMIT)
+    threading.Timer(2, nats.signal, (signal.SIGSTOP,)).start()
+    admitted = fleet.offer(third, 10 * LIMIT / 60 / 3, 15)
+    nats.signal(signal.SIGCONT)
+    assert 0.6 * LIMIT <= admitted <= 1.05 * LIMIT
     logs = "".join(server.log.read_text() for server in fleet.servers)
     assert "the broker of limits and keys is lost" in logs
     assert secret not in logs
     assert "Traceback" not in logs
 
 
-@pytest.mark.slow
-def test_the_broker_goes_while_a_key_is_used(fleet: Fleet, nats: Nats) -> None:
-    """Silent, not closed: the connections stay open. Together, the servers stay below the limit at any time."""
-    _, probe = fleet.add(requests_per_minute=100_000)
-    until(lambda: fleet.shared(probe), 20)
-    _, secret = fleet.add(requests_per_minute=LIMIT)
-    timer = threading.Timer(2, nats.signal, (signal.SIGSTOP,))
-    timer.start()
-    admitted = fleet.offer(secret, 10 * LIMIT / 60 / 3, 15)
-    nats.signal(signal.SIGCONT)
-    assert 0.6 * LIMIT <= admitted <= 1.05 * LIMIT
+def test_a_revoked_key_ends_on_all_servers_and_a_message_that_is_not_valid_harms_nobody(
+    fleet: Fleet, nats: Nats
+) -> None:
+    """`benchmarks/peers/limits.py` measures how long a revocation takes."""
+    first, secret = fleet.add(requests_per_minute=100_000)
 
+    async def send() -> None:
+        connection = await client.connect(nats.url)
+        for subject in ("inferctl.limits.echo", "inferctl.keys"):
+            for content in (b"", b"{", b"[]", b"null", b'{"revoked": 5}', b'{"sender": 1}', b'{"revoked": [[1]]}'):
+                await connection.publish(subject, content + b"\n")
+            bad = {"sender": "x", "counted_by": "x", "counters": {"k": [[[1, "a", 2]], []]}}
+            await connection.publish(subject, json.dumps(bad).encode() + b"\n")
+        await connection.flush()
+        await connection.close()
 
-def test_a_revoked_key_ends_on_all_servers(fleet: Fleet, nats: Nats) -> None:
-    """`benchmarks/peers/limits.py` measures how long it takes."""
-    first, secret = fleet.add()
+    asyncio.run(send())
+    time.sleep(1)
+    until(lambda: [fleet.status(server, secret) for server in fleet.servers] == [200] * 3)
+    assert all(server.process.poll() is None for server in fleet.servers)
     fleet.keys("revoke", first, broker=nats.url)
     until(lambda: all(fleet.status(server, secret) == 401 for server in fleet.servers), 10)
     second, secret = fleet.add()
@@ -176,25 +187,6 @@ def test_servers_start_before_the_store_and_are_not_ready(
         assert CLIENT.get(f"{server.url}/v1/models", headers={"x-api-key": secret}).status_code == 200
     finally:
         server.kill()
-
-
-def test_a_message_that_is_not_valid_harms_nobody(fleet: Fleet, nats: Nats) -> None:
-    _, secret = fleet.add(requests_per_minute=100_000)
-
-    async def send() -> None:
-        connection = await client.connect(nats.url)
-        for subject in ("inferctl.limits.echo", "inferctl.keys"):
-            for content in (b"", b"{", b"[]", b"null", b'{"revoked": 5}', b'{"sender": 1}', b'{"revoked": [[1]]}'):
-                await connection.publish(subject, content + b"\n")
-            bad = {"sender": "x", "counted_by": "x", "counters": {"k": [[[1, "a", 2]], []]}}
-            await connection.publish(subject, json.dumps(bad).encode() + b"\n")
-        await connection.flush()
-        await connection.close()
-
-    asyncio.run(send())
-    time.sleep(1)
-    until(lambda: [fleet.status(server, secret) for server in fleet.servers] == [200] * 3)
-    assert all(server.process.poll() is None for server in fleet.servers)
 
 
 def test_a_folder_with_a_long_path_has_a_socket(tmp_path: Path) -> None:

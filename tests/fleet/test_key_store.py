@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 
+from inferctl import cli
 from inferctl.config.spec import Access, Metering
 from inferctl.core.errors import UsageError
 from inferctl.tenancy.access import key_file, keys
@@ -28,6 +29,7 @@ from inferctl.tenancy.fleet.key_store import KeyStore
 from inferctl.tenancy.metering import outbox
 from inferctl.tenancy.relay.access import AccessRelay, _Copy
 from inferctl.tenancy.relay.relay import Relay
+from tests.access.test_cli_keys import run as keys_command  # noqa: F401  # a fixture
 from tests.metering.parts import Postgres
 from tests.processes import until
 
@@ -44,14 +46,9 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def run(tmp_path: Path, address: str) -> Run:
-    def run(*arguments: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "inferctl", "keys", *arguments, "--keys", address]
-        done = subprocess.run(command, cwd=tmp_path, input=stdin, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        return done
-
-    return run
+def run(keys_command: Run, address: str) -> Run:  # noqa: F811  # the fixture
+    """`run(...)` runs `inferctl keys` for the store."""
+    return lambda *arguments, **options: keys_command(*arguments, "--keys", address, **options)
 
 
 @pytest.fixture
@@ -220,12 +217,14 @@ def test_a_store_that_went_back_is_logged(tmp_path: Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     "url", ["mysql://u:secret@h/d", "sqlite:///missing.sqlite", "postgresql://u:secret@127.0.0.1:1/d"]
 )
-def test_errors_show_no_password(url: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "inferctl", "keys", "list", "--keys", url]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode in (2, 3), done.stderr
-    assert "error:" in done.stderr
-    assert "secret" not in done.stderr
+def test_errors_show_no_password(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["keys", "list", "--keys", url]) in (2, 3)
+    told = capsys.readouterr().err
+    assert "error:" in told
+    assert "secret" not in told
     assert not (tmp_path / "missing.sqlite").exists()
 
 

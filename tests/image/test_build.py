@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.server
 import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,6 +27,7 @@ from inferctl.image.plan import BuildPlan
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.size_forecast import ImagePart, SizeForecast
 from inferctl.image.verify import exit_error
+from tests.http_servers import answering
 from tests.image import tiny
 
 pytestmark = pytest.mark.docker
@@ -306,37 +304,6 @@ def test_closing_a_build_stops_it_and_tags_nothing(docker: DockerEngine, base_im
     assert docker.image(made.reference) is None
 
 
-@contextlib.contextmanager
-def registry(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]:
-    """A registry that returns the same response to all requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def _answer(self) -> None:
-            self.send_response(status)
-            for name, value in {
-                "content-type": "application/json",
-                "content-length": str(len(body)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"localhost:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def test_an_image_above_the_size_limit_is_not_tagged(docker: DockerEngine, base_image: str) -> None:
     unknown = SizeForecast((ImagePart("base image", None, "not known"),))
     made = replace(tiny.plan(tiny.rendered(base_image)), forecast=unknown)
@@ -401,11 +368,11 @@ def confirm(host: str, digest: str) -> list[Event]:
 def test_another_image_in_the_registry_is_an_error_and_an_unreachable_registry_a_note(engine: None) -> None:
     body = json.dumps(INDEX).encode()
     digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
-    headers = {"content-type": str(INDEX["mediaType"]), "docker-content-digest": digest}
-    with registry(200, body, headers) as host, pytest.raises(InferctlError, match="has no image for linux/amd64"):
+    headers = {"content_type": str(INDEX["mediaType"]), "docker_content_digest": digest}
+    with answering(200, body, **headers) as host, pytest.raises(InferctlError, match="has no image for linux/amd64"):
         confirm(host, digest)
     gone = b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}'
-    with registry(404, gone, {}) as host, pytest.raises(NotReadyError, match="not found"):
+    with answering(404, gone) as host, pytest.raises(NotReadyError, match="not found"):
         confirm(host, digest)
     (note,) = confirm("localhost:1", digest)
     assert isinstance(note, Note)
@@ -414,7 +381,7 @@ def test_another_image_in_the_registry_is_an_error_and_an_unreachable_registry_a
 
 def test_a_push_without_login_fails_and_removes_the_tag(docker: DockerEngine, base_image: str) -> None:
     body = b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}'
-    with registry(401, body, {"www-authenticate": 'Basic realm="private"'}) as host:
+    with answering(401, body, www_authenticate='Basic realm="private"') as host:
         made = tiny.with_options(
             tiny.plan(tiny.rendered(base_image), name=f"{host}/inferctl-test/private:x"), push=True, verify=False
         )

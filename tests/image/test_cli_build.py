@@ -24,6 +24,7 @@ import yaml
 from inferctl import cli
 from inferctl.core import assets
 from inferctl.image import buildx
+from tests.http_servers import serving
 
 HASH = f"--hash=sha256:{'0' * 64}"
 
@@ -180,17 +181,6 @@ def test_an_image_above_the_size_limit_is_rejected_before_the_build(tmp_path: Pa
     assert "server dependencies" in done.stderr
 
 
-def test_without_an_engine_the_error_has_a_hint(tmp_path: Path) -> None:
-    nowhere = f"unix://{tmp_path}/none"
-    failed(
-        inferctl("build", "--spec", spec(tmp_path), DOCKER_HOST=nowhere),
-        3,
-        "Docker Engine not found",
-        "apt-get install",
-    )
-    failed(inferctl("push", "a:b", DOCKER_HOST=nowhere), 3, "Docker Engine not found", "apt-get install")
-
-
 def test_an_unpinned_hub_model_is_rejected_unless_it_is_allowed(tmp_path: Path) -> None:
     file = spec(tmp_path)
     content = yaml.safe_load(file.read_text())
@@ -218,22 +208,8 @@ def test_an_image_that_mounts_its_weights_can_be_built_without_them(tmp_path: Pa
     ("arguments", "message", "hint"),
     [
         (["--output", "tar=x"], "--output 'tar=x' is not an OCI archive", "oci=FILE"),
-        (
-            ["--output", "oci=none/x.tar"],
-            "none/x.tar cannot be written: no such file or directory",
-            "a folder that exists",
-        ),
-        (
-            ["--metadata-file", "none/x.json"],
-            "none/x.json cannot be written: no such file or directory",
-            "a folder that exists",
-        ),
-        (["--metadata-file", "/"], "/ cannot be written: it is a folder", "name another file"),
-        (["--metadata-file", "/proc/x"], "/proc/x cannot be written", "name another file"),
-        (["--tag", "Not A Name"], "'Not A Name' is not an image name", "lower case"),
         (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "lower case"),
         (["--push"], "--push requires a repository", "image.repository"),
-        (["--max-size", "big"], "'big' is not a valid max size", "6GB"),
         (["--dry-run", "--network", "zzz"], "--network 'zzz' is not supported", "--network host"),
         (["--dry-run", "--network", ""], "--network '' is not supported", "--network host"),
         (["--dry-run", "--platform", ","], "--platform ',': '' is not a platform", "linux/amd64,linux/arm64"),
@@ -276,16 +252,9 @@ def silent_index() -> Iterator[tuple[str, threading.Event]]:
             asked.set()
             over.wait()
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.block_on_close = False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/", asked
-    finally:
+    with serving(Handler) as port:
+        yield f"http://127.0.0.1:{port}/", asked
         over.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.docker

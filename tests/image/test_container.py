@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,31 +57,42 @@ def test_an_image_without_a_weights_label_gets_the_model_of_the_command_line(tmp
         container.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
 
 
-def inferctl(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", *arguments]
-    environment = {**os.environ, "DOCKER_HOST": f"unix://{folder}/none", **environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """`refused(...)` runs `inferctl serve --image a:b` without an engine, and returns its exit code and error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        return cli.run(["serve", "--image", "a:b", *arguments]), capsys.readouterr().err
+
+    return run
 
 
-def test_an_invalid_spec_variable_is_an_error_but_no_spec_is_not(tmp_path: Path) -> None:
-    wrong = inferctl(tmp_path, "serve", "--image", "a:b", INFERCTL_SPEC="nowhere.yaml")
-    assert wrong.returncode == 2
-    assert "spec file nowhere.yaml not found" in wrong.stderr
-    none = inferctl(tmp_path, "serve", "--image", "a:b")
-    assert none.returncode == 3
-    assert "Docker Engine not found" in none.stderr
+def test_an_invalid_spec_variable_is_an_error_but_no_spec_is_not(
+    refused: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, told = refused()
+    assert code == 3 and "Docker Engine not found" in told
+    monkeypatch.setenv("INFERCTL_SPEC", "nowhere.yaml")
+    code, told = refused()
+    assert code == 2 and "spec file nowhere.yaml not found" in told
 
 
-def test_invalid_settings_are_reported_without_an_engine(tmp_path: Path) -> None:
-    done = inferctl(tmp_path, "serve", "--image", "a:b", "--precision", "fp9")
-    assert done.returncode == 2
-    assert "'fp9' is not one of" in done.stderr
-
-
-def test_internal_options_of_the_container_are_rejected(tmp_path: Path) -> None:
-    done = inferctl(tmp_path, "serve", "--image", "a:b", "--image-reference", "c:d")
-    assert done.returncode == 2
-    assert "`--image-reference` is not allowed with `--image`" in done.stderr
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--precision", "fp9", "'fp9' is not one of"),
+        ("--image-reference", "c:d", "`--image-reference` is not allowed with `--image`"),  # internal
+    ],
+)
+def test_invalid_settings_and_internal_options_are_rejected_without_an_engine(
+    refused: Callable[..., tuple[int, str]], option: str, value: str, message: str
+) -> None:
+    code, told = refused(option, value)
+    assert code == 2 and message in told
 
 
 class Stoppable:

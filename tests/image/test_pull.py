@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import http.server
 import subprocess
 import sys
-import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from inferctl.core.errors import NotReadyError
 from inferctl.image import failures
+from tests.http_servers import answering
 
 REFERENCE = "localhost:5000/team/model:main"
 # Messages of Engine 26.1 with the classic and the containerd image store.
@@ -58,30 +55,6 @@ def pull(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-@contextmanager
-def answering(status: int, **headers: str) -> Iterator[str]:
-    """Run an HTTP server with the same response to all requests. Yields its host and port."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": "0", **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"localhost:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.docker
 def test_an_image_that_exists_is_pulled_and_its_digest_printed(base_image: str) -> None:
     done = pull("localhost:5000/base:trixie-python3.11", "--if-exists")
@@ -104,7 +77,7 @@ def test_an_image_that_does_not_exist_is_an_error_or_nothing_with_if_exists(base
 @pytest.mark.docker
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
 def test_a_registry_that_denies_or_fails_is_an_error_also_with_if_exists(engine: None, status: int) -> None:
-    with answering(status, WWW_Authenticate='Basic realm="registry"') as host:
+    with answering(status, www_authenticate='Basic realm="registry"') as host:
         done = pull(f"{host}/team/model:main", "--if-exists")
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
 

@@ -91,6 +91,8 @@ def test_a_deployment_changes_the_digest() -> None:
         ("clusters:\n  - name: a\n    region_: x\n", "3: unknown key 'region_'"),
         ("clusters:\n  - {name: a, cloud: gce}\n", "clusters.0.cloud"),
         ("clusters:\n  - {name: a, kubernetes: '1.31'}\n", "2: kubernetes: '1.31' is not supported"),
+        ("clusters:\n  - {name: a, autoscaler: gke, cloud: aws}\n", "autoscaler: gke, which needs cloud: gcp"),
+        ("clusters:\n  - {name: a, autoscaler: eks-auto}\n", "autoscaler: eks-auto, which needs cloud: aws"),
         ("clusters:\n  - {name: a}\n  - {name: a}\n", "the cluster a is listed twice"),
         ("clusters:\n  - {name: a, share: 0.6}\n  - {name: b, share: 0.6}\n", "add up to 1.2, not to 1"),
         ("clusters:\n  - {name: a, share: 0.6}\n", "add up to 0.6, not to 1"),

@@ -305,20 +305,6 @@ def test_a_version_may_have_a_patch_and_a_v(folder: Path, version: str, capsys: 
 @pytest.mark.parametrize(
     ("cluster", "message"),
     [
-        ("kubernetes: 1.31", "'1.31' is not supported: use a version from 1.32 to 1.37"),
-        ("autoscaler: gke, cloud: aws", "autoscaler: gke, which needs cloud: gcp"),
-        ("autoscaler: eks-auto", "autoscaler: eks-auto, which needs cloud: aws"),
-    ],
-)
-def test_wrong_clusters(folder: Path, cluster: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "clusters.yaml").write_text(f"clusters: [{{name: one, {cluster}}}]\n")
-    assert cli.run(["deploy", "--explain"]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize(
-    ("cluster", "message"),
-    [
         ("autoscaler: karpenter, cloud: gcp", "no NodePools are written for Karpenter on gcp"),
         ("autoscaler: none, capacity_buffers: true", "the autoscaler none has no CapacityBuffer"),
     ],

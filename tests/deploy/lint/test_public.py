@@ -12,6 +12,7 @@ import yaml
 
 from inferctl.manifests import lint, manifests_file
 from inferctl.manifests.manifests_file import Located
+from tests.deploy import kube
 
 PUBLIC = Path(__file__).parent / "public"
 # None of these manifests has a thought of the token.
@@ -87,12 +88,8 @@ def server(args: list[str] | None = None, kind: str = "Deployment", **more: Any)
         "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "64Gi"}},
         **more,
     }
-    template = {
-        "metadata": {"labels": {"app": "server"}},
-        "spec": {"containers": [container], "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}},
-    }
-    spec = {"replicas": 2, "selector": {"matchLabels": {"app": "server"}}, "template": template}
-    return {"apiVersion": "apps/v1", "kind": kind, "metadata": {"name": "server"}, "spec": spec}
+    pod = {"containers": [container], "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}}
+    return kube.deployment("server", {"app": "server"}, pod, 2) | {"kind": kind}
 
 
 def pod(item: dict[str, Any]) -> Any:
@@ -207,30 +204,21 @@ def test_who_may_take_gpus_without_the_device_plugin(kind: str, value: str, foun
 @pytest.mark.parametrize(("least", "found"), [("90%", True), ("50%", False), ("100%", True), (2, True), (1, False)])
 def test_a_budget_in_percent_is_rounded_up(least: object, found: bool) -> None:
     """90% of two pods are two pods, so that none may go."""
-    budget = {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": {"name": "server"},
-        "spec": {"minAvailable": least, "selector": {"matchLabels": {"app": "server"}}},
-    }
+    spec = {"minAvailable": least, "selector": {"matchLabels": {"app": "server"}}}
+    budget = kube.thing("PodDisruptionBudget", "server", spec)
     assert ("pdb-blocks-eviction" in rules([server(), budget])) == found
 
 
 @pytest.mark.parametrize(("address", "found"), [(None, True), ("None", False)])
 def test_a_headless_service_sets_no_environment(address: str | None, found: bool) -> None:
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "vllm"},
-        "spec": {"clusterIP": address, "selector": {"app": "server"}, "ports": [{"port": 8000}]},
-    }
-    assert ("service-links" in rules([server(), service])) == found
+    spec = {"clusterIP": address, "selector": {"app": "server"}, "ports": [{"port": 8000}]}
+    assert ("service-links" in rules([server(), kube.thing("Service", "vllm", spec)])) == found
 
 
 def service(target: object, **more: Any) -> dict[str, Any]:
     """Return a Service of `server`. `more`: of its spec."""
     spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": target}], **more}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "front"}, "spec": spec}
+    return kube.thing("Service", "front", spec)
 
 
 def test_names_of_ports_are_those_of_any_container_of_the_pods() -> None:
@@ -245,21 +233,11 @@ def test_names_of_ports_are_those_of_any_container_of_the_pods() -> None:
     assert "port-name-unknown" not in rules([service("http")])
 
 
-def test_a_term_without_a_selector_keeps_no_pod_away() -> None:
-    item = server(resources={"limits": {"nvidia.com/mig-3g.40gb": 1}})
-    term: dict[str, Any] = {"topologyKey": "kubernetes.io/hostname"}
-    required = {"requiredDuringSchedulingIgnoredDuringExecution": [term]}
-    pod(item)["affinity"] = {"podAntiAffinity": required}
-    assert "hostname-anti-affinity" not in rules([item])
-    term["labelSelector"] = {"matchLabels": {"app": "server"}}
-    assert "hostname-anti-affinity" in rules([item])
-
-
 def test_a_quota_counts_only_requests_of_gpus() -> None:
     keys = ["limits.nvidia.com/gpu", "nvidia.com/gpu", "requests.nvidia.com/gpu", "requests.memory", "limits.cpu"]
     more = ["count/deployments.apps", "a.storageclass.storage.k8s.io/requests.storage", "pods"]
     hard = dict.fromkeys([*keys, *more], 9)
-    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": {"hard": hard}}
+    quota = kube.thing("ResourceQuota", "gpus", {"hard": hard})
     found = [each for each in lint.lint([Located(quota)]) if each.rule == "gpu-quota-key"]
     assert [each.what for each in found] == [f"the key {key} without requests." for key in keys[:2]]
 
@@ -297,16 +275,10 @@ def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
 
 
 def test_an_activity_of_the_gpu_is_no_load() -> None:
-    hpa = {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": {"name": "server"},
-        "spec": {
-            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "server"},
-            "maxReplicas": 3,
-            "metrics": [{"type": "Pods", "pods": {"metric": {"name": "DCGM_FI_PROF_GR_ENGINE_ACTIVE"}}}],
-        },
-    }
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "server"}
+    metrics = [{"type": "Pods", "pods": {"metric": {"name": "DCGM_FI_PROF_GR_ENGINE_ACTIVE"}}}]
+    spec = {"scaleTargetRef": target, "maxReplicas": 3, "metrics": metrics}
+    hpa = kube.thing("HorizontalPodAutoscaler", "server", spec)
     assert "scale-on-gpu-utilization" in rules([server(), hpa])
 
 

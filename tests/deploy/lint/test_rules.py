@@ -16,6 +16,7 @@ from inferctl.manifests import lint, manifests_file
 from inferctl.manifests.lint import gpu, models, sarif
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
+from tests.deploy import kube
 from tests.deploy.lint import seeded
 
 FAULTS = seeded.faults()
@@ -318,7 +319,12 @@ def test_node_affinity_is_that_of_the_scheduler(term: dict[str, Any], found: boo
 
 def test_anti_affinity_without_a_selector_keeps_no_pods_apart() -> None:
     term = "requiredDuringSchedulingIgnoredDuringExecution"
-    for selector, expected in ((None, set()), ({}, {"hostname-anti-affinity"})):
+    found = {"hostname-anti-affinity"}
+    for selector, expected in (
+        (None, set()),
+        ({}, found),
+        ({"matchLabels": {"app.kubernetes.io/name": "chat"}}, found),
+    ):
         terms = [{"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}]
         objects = changed("Deployment/chat", (*POD, "affinity"), {"podAntiAffinity": {term: terms}})
         context = lint.LintContext(nodes=tuple(seeded.located([L4_NODE, A100_NODE])))
@@ -473,11 +479,8 @@ def _pool(name: str, *, ignore: str | None, namespace: str | None = None, **chan
     metadata: dict[str, Any] = {"name": name} | ({"namespace": namespace} if namespace else {})
     if ignore:
         metadata["annotations"] = {"inferctl.io/lint-ignore": ignore}
-    labels = {"app": name}
     pod = {"containers": [{"name": "server", "image": "vllm/vllm-openai:v1"}], "volumes": [{"name": "tmp"}]}
-    template = {"metadata": {"labels": labels}, "spec": pod}
-    spec = {"selector": {"matchLabels": labels}, "template": template}
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec, **changes}
+    return kube.deployment(name, {"app": name}, pod) | {"metadata": metadata} | changes
 
 
 RULE = "empty-dir-unbounded"

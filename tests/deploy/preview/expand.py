@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from tests.deploy import kube
+
 CASES = Path(__file__).parent / "cases"
 ZONE = "topology.kubernetes.io/zone"
 _START = datetime(2026, 11, 1, tzinfo=UTC)
@@ -37,13 +39,8 @@ def node(short: dict[str, Any]) -> dict[str, Any]:
     spec: dict[str, Any] = {"taints": [taint(each) for each in short.get("taints", [])]}
     if short.get("unschedulable"):
         spec["unschedulable"] = True
-    return {
-        "apiVersion": "v1",
-        "kind": "Node",
-        "metadata": {"name": short["name"], "labels": labels},
-        "spec": spec,
-        "status": {"allocatable": allocatable, "capacity": capacity},
-    }
+    status = {"allocatable": allocatable, "capacity": capacity}
+    return kube.thing("Node", short["name"], spec, labels=labels, status=status)
 
 
 def taint(text: str) -> dict[str, str]:

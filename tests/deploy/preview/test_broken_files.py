@@ -15,6 +15,8 @@ import yaml
 
 from inferctl.cli import deploy_preview
 from inferctl.core.errors import InferctlError
+from tests.deploy import kube
+from tests.deploy.kube import thing
 
 JUNK: list[Any] = [
     None, True, -1, 3.5, "", "text", "[/]", [], {}, [[]], [None], {"a": None}, [{}], {"name": []}, "9" * 400, 2**64,
@@ -62,93 +64,48 @@ def pod_spec(image: str) -> dict[str, Any]:
 
 def cluster() -> list[dict[str, Any]]:
     """Return what kubectl says about a cluster with one object of each kind that the preview reads."""
+    allocatable = {"cpu": "8", "memory": "32Gi", "pods": "110", "nvidia.com/gpu": "1"}
     nodes = [
-        {
-            "kind": "Node",
-            "metadata": {"name": f"n{n}", "labels": {HOST: f"n{n}", ZONE: "ab"[n % 2], "gpu": "l4", "rank": "2"}},
-            "spec": {"taints": [{"key": "gpu", "effect": "NoSchedule"}]},
-            "status": {"allocatable": {"cpu": "8", "memory": "32Gi", "pods": "110", "nvidia.com/gpu": "1"}},
-        }
+        thing(
+            "Node",
+            f"n{n}",
+            {"taints": [{"key": "gpu", "effect": "NoSchedule"}]},
+            labels={HOST: f"n{n}", ZONE: "ab"[n % 2], "gpu": "l4", "rank": "2"},
+            status={"allocatable": allocatable},
+        )
         for n in range(4)
     ]
-    pods = [
-        {
-            "kind": "Pod",
-            "metadata": {"name": f"p{n}", "namespace": "default", "labels": {"app": "overflow"}},
-            "spec": {**pod_spec("pause"), "nodeName": f"n{n}"},
-            "status": {"phase": "Running", "startTime": "2026-11-01T00:00:00Z", "nominatedNodeName": "n1"},
-        }
-        for n in range(3)
+    status = {"startTime": "2026-11-01T00:00:00Z", "nominatedNodeName": "n1", "namespace": "default"}
+    pods = [kube.running(f"p{n}", f"n{n}", {"app": "overflow"}, pod_spec("pause"), **status) for n in range(3)]
+    topology = {"matchLabelExpressions": [{"key": ZONE, "values": ["a"]}]}
+    claim: dict[str, Any] = {"storageClassName": "s", "accessModes": ["ReadWriteOnce"]}
+    budget = {"minAvailable": "50%", "selector": {"matchLabels": {"app": "overflow"}}}
+    quota = {"hard": {"requests.nvidia.com/gpu": "9"}, "scopeSelector": {"matchExpressions": []}}
+    used = {"used": {"requests.nvidia.com/gpu": "3"}}
+    return [
+        *nodes,
+        *pods,
+        thing("PriorityClass", "low", value=-10, globalDefault=True),
+        thing("PriorityClass", "high", value=10, preemptionPolicy="PreemptLowerPriority"),
+        thing("RuntimeClass", "nvidia", overhead={"podFixed": {"cpu": "10m"}}),
+        thing("PodDisruptionBudget", "b", budget, status={"disruptionsAllowed": 1, "disruptedPods": {}}),
+        thing("ResourceQuota", "q", quota, status=used),
+        thing("Namespace", "default", labels={"team": "a"}),
+        thing("PersistentVolumeClaim", "weights", {**claim, "resources": {"requests": {"storage": 1}}}),
+        thing("PersistentVolume", "pv", {**claim, "capacity": {"storage": "2"}}, labels={ZONE: "a"}),
+        thing("StorageClass", "s", volumeBindingMode="WaitForFirstConsumer", allowedTopologies=[topology]),
     ]
-    others = [
-        {"kind": "PriorityClass", "metadata": {"name": "low"}, "value": -10, "globalDefault": True},
-        {
-            "kind": "PriorityClass",
-            "metadata": {"name": "high"},
-            "value": 10,
-            "preemptionPolicy": "PreemptLowerPriority",
-        },
-        {"kind": "RuntimeClass", "metadata": {"name": "nvidia"}, "overhead": {"podFixed": {"cpu": "10m"}}},
-        {
-            "kind": "PodDisruptionBudget",
-            "metadata": {"name": "b"},
-            "spec": {"minAvailable": "50%", "selector": {"matchLabels": {"app": "overflow"}}},
-            "status": {"disruptionsAllowed": 1, "disruptedPods": {}},
-        },
-        {
-            "kind": "ResourceQuota",
-            "metadata": {"name": "q"},
-            "spec": {"hard": {"requests.nvidia.com/gpu": "9"}, "scopeSelector": {"matchExpressions": []}},
-            "status": {"used": {"requests.nvidia.com/gpu": "3"}},
-        },
-        {"kind": "Namespace", "metadata": {"name": "default", "labels": {"team": "a"}}},
-        {
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": "weights"},
-            "spec": {
-                "storageClassName": "s",
-                "accessModes": ["ReadWriteOnce"],
-                "resources": {"requests": {"storage": 1}},
-            },
-        },
-        {
-            "kind": "PersistentVolume",
-            "metadata": {"name": "pv", "labels": {ZONE: "a"}},
-            "spec": {"storageClassName": "s", "capacity": {"storage": "2"}, "accessModes": ["ReadWriteOnce"]},
-        },
-        {
-            "kind": "StorageClass",
-            "metadata": {"name": "s"},
-            "volumeBindingMode": "WaitForFirstConsumer",
-            "allowedTopologies": [{"matchLabelExpressions": [{"key": ZONE, "values": ["a"]}]}],
-        },
-    ]
-    return [{"apiVersion": "v1", **each} for each in [*nodes, *pods, *others]]
 
 
 def manifests() -> list[dict[str, Any]]:
     def deployment(name: str, image: str) -> dict[str, Any]:
-        template = {"metadata": {"labels": {"app": name}}, "spec": pod_spec(image)}
         annotations = {"inferctl.io/tokens-per-second": "100", "inferctl.io/load-seconds": "45"}
-        return {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": name, "annotations": annotations},
-            "spec": {"replicas": 2, "selector": {"matchLabels": {"app": name}}, "template": template},
-        }
+        return kube.deployment(name, {"app": name}, pod_spec(image), 2, annotations=annotations)
 
     scaled = {"scaleTargetRef": {"name": "embed"}, "minReplicaCount": 1, "maxReplicaCount": 3}
     annotations = {"inferctl.io/peak-tokens-per-second": "250"}
-    return [
-        deployment("embed", "server"),
-        deployment("overflow", "pause"),
-        {
-            "apiVersion": "keda.sh/v1alpha1",
-            "kind": "ScaledObject",
-            "metadata": {"name": "embed", "annotations": annotations},
-            "spec": scaled,
-        },
-    ]
+    scaler = thing("ScaledObject", "embed", scaled, annotations=annotations)
+    return [deployment("embed", "server"), deployment("overflow", "pause"), scaler]
 
 
 def preview(folder: Path, nodes: list[dict[str, Any]], objects: list[dict[str, Any]], as_json: bool) -> None:

@@ -10,6 +10,7 @@ import pytest
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import admission, filters, nodes_file, preemption, simulation, workloads
 from inferctl.manifests.preview.cluster import ClusterState, Pod
+from tests.deploy import kube
 from tests.deploy.preview import expand
 
 CASES = expand.load()
@@ -71,16 +72,8 @@ def check_preemption(
 def check_replicas(case: dict[str, Any], cluster: ClusterState) -> None:
     item = expand.pod(case["pod"])
     labels = item["metadata"]["labels"]
-    deployment = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "incoming", "namespace": "default"},
-        "spec": {
-            "replicas": case["replicas"],
-            "selector": {"matchLabels": labels or {"app": "incoming"}},
-            "template": {"metadata": {"labels": labels}, "spec": item["spec"]},
-        },
-    }
+    deployment = kube.deployment("incoming", labels, item["spec"], case["replicas"], namespace="default")
+    deployment["spec"]["selector"] = {"matchLabels": labels or {"app": "incoming"}}
     outcome = simulation.run(cluster, workloads.find([deployment]))
     placed = [attempt.node for attempt in outcome.rest if attempt.node]
     assert len(placed) == case["placed"], case["why"]

@@ -11,6 +11,7 @@ import yaml
 from inferctl import cli
 from inferctl.deploy import manifest
 from inferctl.deploy.objects import policy
+from tests.deploy import kube
 
 NODES = """
 nodes:
@@ -149,28 +150,14 @@ def test_servers_preempt_placeholders_and_no_pods_of_other_teams(
     priority: int, evicted: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu = {"requests": {"nvidia.com/gpu": 1}, "limits": {"nvidia.com/gpu": 1}}
-    other = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "other", "namespace": "team"},
-        "spec": {"nodeName": "g", "priority": priority, "containers": [{"name": "a", "resources": gpu}]},
-        "status": {"phase": "Running"},
-    }
+    spec = {"priority": priority, "containers": [{"name": "a", "resources": gpu}]}
+    other = kube.running("other", "g", {}, spec, namespace="team")
     nodes, file = tmp_path / "nodes.yaml", tmp_path / "all.yaml"
     node = {"name": "g", "allocatable": {"cpu": 4, "nvidia.com/gpu": 1}}
     nodes.write_text(yaml.safe_dump_all([{"nodes": [node]}, other]))
-    pod = {
-        "priorityClassName": policy.SERVING_PRIORITY,
-        "containers": [{"name": "a", "image": "s:1", "resources": gpu}],
-    }
-    labels = {"app": "embed"}
-    template = {"metadata": {"labels": labels}, "spec": pod}
-    deployment = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "embed"},
-        "spec": {"replicas": 1, "selector": {"matchLabels": labels}, "template": template},
-    }
+    server = {"name": "a", "image": "s:1", "resources": gpu}
+    pod = {"priorityClassName": policy.SERVING_PRIORITY, "containers": [server]}
+    deployment = kube.deployment("embed", {"app": "embed"}, pod, 1)
     file.write_text(yaml.safe_dump_all([*map(manifest.plain, policy.priority_classes()), deployment]))
     assert cli.run(["deploy", "--preview", str(nodes), str(file), "--json"]) == (0 if evicted else 1)
     (cluster,) = json.loads(capsys.readouterr().out)["clusters"]

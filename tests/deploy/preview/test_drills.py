@@ -10,58 +10,33 @@ from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import drills, nodes_file, report, simulation, workloads
 from inferctl.manifests.preview.drills import Loss
 from inferctl.manifests.preview.simulation import ClusterAtPeak
+from tests.deploy import kube
+from tests.deploy.kube import thing
 
 SLICE = "nvidia.com/mig-3g.20gb"
 
 
 def node(name: str, zone: str, slices: int = 2, region: str = "r") -> dict[str, Any]:
-    labels = {
-        "kubernetes.io/hostname": name,
-        "topology.kubernetes.io/zone": zone,
-        "topology.kubernetes.io/region": region,
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Node",
-        "metadata": {"name": name, "labels": labels},
-        "status": {"allocatable": {"cpu": "16", "pods": "110", SLICE: str(slices)}},
-    }
+    place = {"topology.kubernetes.io/zone": zone, "topology.kubernetes.io/region": region}
+    allocatable = {"cpu": "16", "pods": "110", SLICE: str(slices)}
+    return thing("Node", name, labels={"kubernetes.io/hostname": name, **place}, status={"allocatable": allocatable})
 
 
-def deployment(name: str, replicas: int | None = None, image: str = "server", **spec: Any) -> dict[str, Any]:
+def deployment(name: str, replicas: int | None = None, image: str = "server", **pod: Any) -> dict[str, Any]:
+    figures = {"tokens-per-second": 100, "peak-tokens-per-second": 500, "load-seconds": 45, "cold-start-seconds": 240}
+    annotations = {f"inferctl.io/{key}": str(value) for key, value in figures.items()}
     labels = {"app.kubernetes.io/name": "embed", "flavor": name}
-    container = {"name": "main", "image": image, "resources": {"limits": {SLICE: 1}}}
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {
-            "name": name,
-            "annotations": {
-                "inferctl.io/tokens-per-second": "100",
-                "inferctl.io/peak-tokens-per-second": "500",
-                "inferctl.io/load-seconds": "45",
-                "inferctl.io/cold-start-seconds": "240",
-            },
-        },
-        "spec": {
-            **({} if replicas is None else {"replicas": replicas}),
-            "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": {"containers": [container], **spec}},
-        },
-    }
+    pod = {"containers": [{"name": "main", "image": image, "resources": {"limits": {SLICE: 1}}}], **pod}
+    return kube.deployment(name, labels, pod, replicas, annotations=annotations)
 
 
 def scaled(name: str, least: int, most: int, peak: int | None = None) -> dict[str, Any]:
+    spec = {"scaleTargetRef": {"name": name}, "minReplicaCount": least, "maxReplicaCount": most}
     annotations = {"inferctl.io/peak-tokens-per-second": str(peak)} if peak else {}
-    return {
-        "apiVersion": "keda.sh/v1alpha1",
-        "kind": "ScaledObject",
-        "metadata": {"name": name, "annotations": annotations},
-        "spec": {"scaleTargetRef": {"name": name}, "minReplicaCount": least, "maxReplicaCount": most},
-    }
+    return thing("ScaledObject", name, spec, annotations=annotations)
 
 
-LOW = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "low"}, "value": -10}
+LOW = thing("PriorityClass", "low", value=-10)
 PAUSE = "registry.k8s.io/pause:3.10@sha256:0"
 FOUR = [node("a1", "a"), node("a2", "a"), node("b1", "b"), node("b2", "b")]
 
@@ -77,12 +52,8 @@ def lost(losses: list[Loss], place: str, model: str = "embed") -> Loss:
 
 
 def test_replicas_come_from_the_autoscaler() -> None:
-    hpa = {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": {"name": "x"},
-        "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "hpa"}, "maxReplicas": 4},
-    }
+    target = {"kind": "Deployment", "name": "hpa"}
+    hpa = thing("HorizontalPodAutoscaler", "x", {"scaleTargetRef": target, "maxReplicas": 4})
     found = workloads.find(
         [deployment("keda"), scaled("keda", 2, 6), deployment("hpa"), hpa, deployment("fixed", 3), deployment("one")]
     )
@@ -337,65 +308,38 @@ def test_gateways_do_not_count_next_to_servers_with_a_rate() -> None:
     assert {loss.before for loss in losses} == {400}
 
 
+ONE = {"containers": [{"name": "main", "resources": {"limits": {SLICE: 1}}}]}
+LABELS = {"app.kubernetes.io/name": "embed", "flavor": "embed"}
+
+
 def test_pods_that_run_count_as_replicas_and_stay() -> None:
-    labels = {"app.kubernetes.io/name": "embed", "flavor": "embed"}
-    running = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "embed-x-1", "namespace": "default", "labels": labels},
-        "spec": {"nodeName": "b2", "containers": [{"name": "main", "resources": {"limits": {SLICE: 1}}}]},
-        "status": {"phase": "Running"},
-    }
-    waiting = {
-        **running,
-        "metadata": {**running["metadata"], "name": "embed-x-2"},
-        "spec": {"containers": running["spec"]["containers"]},
-        "status": {"phase": "Pending"},
-    }
+    running = kube.running("embed-x-1", "b2", LABELS, ONE, namespace="default")
+    waiting = thing("Pod", "embed-x-2", ONE, labels=LABELS, namespace="default", status={"phase": "Pending"})
     outcome = simulate([*FOUR, running, waiting], deployment("embed", 3))
     assert outcome.existing == {"embed": 2}
     assert [attempt.pod.name for attempt in outcome.rest] == ["embed-x-2", "embed-3"]
 
 
 def test_new_pods_have_the_template_hash_of_the_newest_running_ones() -> None:
-    def running(name: str, template: str, start: str) -> dict[str, Any]:
-        labels = {"app.kubernetes.io/name": "embed", "flavor": "embed", "pod-template-hash": template}
-        return {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "labels": labels},
-            "spec": {"nodeName": "a1", "containers": [{"name": "main", "resources": {"limits": {SLICE: 1}}}]},
-            "status": {"phase": "Running", "startTime": start},
-        }
-
-    old, new = running("o", "zz", "2026-11-01T00:00:00Z"), running("n", "aa", "2026-11-02T00:00:00Z")
-    cluster = nodes_file.of_objects("c", [Located(each) for each in [*FOUR, old, new]])
-    outcome = simulation.run(cluster, workloads.find([deployment("embed", 3)]))
+    old, new = (
+        kube.running(name, "a1", {**LABELS, "pod-template-hash": name * 2}, ONE, startTime=f"2026-11-{day}T00:00:00Z")
+        for name, day in (("z", "01"), ("a", "02"))
+    )
+    outcome = simulate([*FOUR, old, new], deployment("embed", 3))
     assert [attempt.pod.labels["pod-template-hash"] for attempt in outcome.rest] == ["aa"]
 
 
 def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
-    manifests = [
-        LOW,
-        deployment("embed"),
-        scaled("embed", 2, 6),
-        deployment("overflow", 3, PAUSE, priorityClassName="low"),
-    ]
-    results = [report.document([outcome], drills.run([outcome])) for outcome in (simulate(FOUR, *manifests),)]
-    backwards = simulate(FOUR[::-1], *manifests)
-    results.append(report.document([backwards], drills.run([backwards])))
-    places = [[group["nodes"] for each in r["clusters"][0]["deployments"] for group in each["pods"]] for r in results]
+    overflow = deployment("overflow", 3, PAUSE, priorityClassName="low")
+    manifests = (LOW, deployment("embed"), scaled("embed", 2, 6), overflow)
+    places = []
+    for outcome in (simulate(FOUR, *manifests), simulate(FOUR[::-1], *manifests)):
+        (cluster,) = report.document([outcome], drills.run([outcome]))["clusters"]
+        places.append([group["nodes"] for each in cluster["deployments"] for group in each["pods"]])
     assert places[0] == places[1]
 
 
-@pytest.mark.parametrize(
-    ("image", "placeholder"),
-    [
-        ("registry.k8s.io/pause:3.10", True), ("localhost:5000/pause", True), ("pause@sha256:0", True),
-        ("gcr.io/google_containers/pause-amd64:3.1", True), ("server:1", False),
-        ("registry.k8s.io/pause/server", False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("image", "placeholder"), [(PAUSE, True), ("server:1", False)])
 def test_placeholders_are_known_by_their_image(image: str, placeholder: bool) -> None:
     (found,) = workloads.find([deployment("x", image=image)])
     assert found.placeholder is placeholder

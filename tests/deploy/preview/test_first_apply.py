@@ -11,36 +11,23 @@ import yaml
 
 from inferctl import cli
 from inferctl.deploy import layout
-from tests.deploy import plans
+from tests.deploy import kube, plans
 from tests.deploy.conftest import objects as built
 from tests.deploy.conftest import parsed, write
 
 
 def manifests(scaler: dict[str, Any] | None, replicas: int | None) -> list[dict[str, Any]]:
-    labels = {"app": "embed"}
-    container = {"name": "server", "image": "server:1.0", "resources": {"requests": {"nvidia.com/gpu": 1}}}
-    container["resources"]["limits"] = container["resources"]["requests"]  # type: ignore[index]
-    spec: dict[str, Any] = {"selector": {"matchLabels": labels}}
-    spec["template"] = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
-    if replicas is not None:
-        spec["replicas"] = replicas
-    metadata = {"name": "embed"}
-    found: list[dict[str, Any]] = [{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": spec}]
+    gpu = {"nvidia.com/gpu": 1}
+    container = {"name": "server", "image": "server:1.0", "resources": {"requests": gpu, "limits": gpu}}
+    found = [kube.deployment("embed", {"app": "embed"}, {"containers": [container]}, replicas)]
     if scaler:
-        api = "keda.sh/v1alpha1" if "maxReplicaCount" in scaler else "autoscaling/v2"
         kind = "ScaledObject" if "maxReplicaCount" in scaler else "HorizontalPodAutoscaler"
-        target = {"scaleTargetRef": {"name": "embed", **({} if kind == "ScaledObject" else {"kind": "Deployment"})}}
-        found.append({"apiVersion": api, "kind": kind, "metadata": metadata, "spec": {**target, **scaler}})
+        target = {"name": "embed"} if kind == "ScaledObject" else {"name": "embed", "kind": "Deployment"}
+        found.append(kube.thing(kind, "embed", {"scaleTargetRef": target, **scaler}))
     return found
 
 
-POD = {
-    "apiVersion": "v1",
-    "kind": "Pod",
-    "metadata": {"name": "embed-0", "labels": {"app": "embed"}},
-    "spec": {"nodeName": "g", "containers": [{"name": "server"}]},
-    "status": {"phase": "Running"},
-}
+POD = kube.running("embed-0", "g", {"app": "embed"}, {"containers": [{"name": "server"}]})
 
 
 @pytest.mark.parametrize(

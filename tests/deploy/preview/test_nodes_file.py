@@ -14,6 +14,7 @@ from inferctl.core.errors import InferctlError, SpecError, UsageError
 from inferctl.manifests.kubernetes import fields
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import admission, filters, nodes_file
+from tests.deploy import kube
 
 GROUPS = """
 nodes:
@@ -65,20 +66,17 @@ def kubectl_list(*items: dict[str, object]) -> str:
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
 
 
-NODE = {
-    "apiVersion": "v1",
-    "kind": "Node",
-    "metadata": {"name": "n1", "labels": {"kubernetes.io/hostname": "n1"}},
-    "spec": {"taints": [{"key": "k", "effect": "NoSchedule"}]},
-    "status": {"allocatable": {"cpu": "3920m", "memory": "15842Mi", "pods": "110"}, "capacity": {"cpu": "4"}},
-}
-POD = {
-    "apiVersion": "v1",
-    "kind": "Pod",
-    "metadata": {"name": "p1", "namespace": "a", "labels": {"app": "x"}},
-    "spec": {"nodeName": "n1", "priority": 7, "containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]},
-    "status": {"phase": "Running", "startTime": "2026-11-01T00:00:10Z"},
-}
+NODE = kube.thing(
+    "Node",
+    "n1",
+    {"taints": [{"key": "k", "effect": "NoSchedule"}]},
+    labels={"kubernetes.io/hostname": "n1"},
+    status={"allocatable": {"cpu": "3920m", "memory": "15842Mi", "pods": "110"}, "capacity": {"cpu": "4"}},
+)
+
+
+ONE_CORE = {"priority": 7, "containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]}
+POD = kube.running("p1", "n1", {"app": "x"}, ONE_CORE, namespace="a", startTime="2026-11-01T00:00:10Z")
 
 
 def test_the_output_of_kubectl_is_a_cluster_named_as_the_file(tmp_path: Path) -> None:
@@ -92,13 +90,8 @@ def test_the_output_of_kubectl_is_a_cluster_named_as_the_file(tmp_path: Path) ->
 
 
 def test_a_quota_counts_pods_that_are_not_listed(tmp_path: Path) -> None:
-    quota = {
-        "apiVersion": "v1",
-        "kind": "ResourceQuota",
-        "metadata": {"name": "q", "namespace": "a"},
-        "spec": {"hard": {"requests.cpu": "5"}},
-        "status": {"used": {"requests.cpu": "4"}},
-    }
+    hard, used = {"hard": {"requests.cpu": "5"}}, {"used": {"requests.cpu": "4"}}
+    quota = kube.thing("ResourceQuota", "q", hard, namespace="a", status=used)
     (cluster,) = nodes_file.read([write(tmp_path, kubectl_list(NODE, POD, quota))])
     assert admission.used_of(cluster, cluster.of_kind("ResourceQuota")[0])["requests.cpu"] == 4000
     fits, too_much = (
@@ -110,7 +103,7 @@ def test_a_quota_counts_pods_that_are_not_listed(tmp_path: Path) -> None:
 
 
 def test_the_manifests_replace_objects_of_the_cluster(tmp_path: Path) -> None:
-    old = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "c"}, "value": 1}
+    old = kube.thing("PriorityClass", "c", value=1)
     (cluster,) = nodes_file.read(
         [write(tmp_path, kubectl_list(NODE, old))], [Located({**old, "value": 2}), Located(POD)]
     )
@@ -195,10 +188,7 @@ def test_large_json_is_read_where_yaml_of_its_size_is_too_large(
 ) -> None:
     monkeypatch.setattr(document, "MAX_BYTES", 100)
     monkeypatch.setattr(document, "MAX_MANIFEST_BYTES", 200)
-    items = [
-        {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{i}"}, "status": {"allocatable": {"cpu": "3500m"}}}
-        for i in range(5)
-    ]
+    items = [kube.thing("Node", f"n{i}", status={"allocatable": {"cpu": "3500m"}}) for i in range(5)]
     listed = {"apiVersion": "v1", "kind": "List", "items": items}
     (cluster,) = nodes_file.read([write(tmp_path, json.dumps(listed), "one.json")])
     assert list(cluster.nodes) == ["n0", "n1", "n2", "n3", "n4"]

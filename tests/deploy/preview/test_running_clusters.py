@@ -13,52 +13,27 @@ from inferctl.core.errors import UsageError
 from inferctl.manifests.manifests_file import Located
 from inferctl.manifests.preview import drills, filters, nodes_file, report, simulation, workloads
 from inferctl.manifests.preview.simulation import ClusterAtPeak
+from tests.deploy import kube
+from tests.deploy.kube import thing
 
 GPU = "nvidia.com/gpu"
 ZONE = "topology.kubernetes.io/zone"
+CONTAINERS = {"containers": [{"name": "main", "image": "server", "resources": {"limits": {GPU: 1}}}]}
 
 
 def node(name: str, zone: str = "a", gpus: int = 8, **spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Node",
-        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, ZONE: zone}},
-        "spec": spec,
-        "status": {"allocatable": {"cpu": "32", "memory": "128Gi", "pods": "110", GPU: str(gpus)}},
-    }
+    allocatable = {"cpu": "32", "memory": "128Gi", "pods": "110", GPU: str(gpus)}
+    labels = {"kubernetes.io/hostname": name, ZONE: zone}
+    return thing("Node", name, spec, labels=labels, status={"allocatable": allocatable})
 
 
-def pod(name: str, on: str | None, labels: dict[str, str], **spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": "default", "labels": labels},
-        "spec": {
-            **({"nodeName": on} if on else {}),
-            "containers": [{"name": "main", "resources": {"limits": {GPU: 1}}}],
-            **spec,
-        },
-        "status": {"phase": "Running", "startTime": "2026-11-01T00:00:10Z"},
-    }
+def pod(name: str, on: str, labels: dict[str, str], **spec: Any) -> dict[str, Any]:
+    more = {"namespace": "default", "startTime": "2026-11-01T00:00:10Z"}
+    return kube.running(name, on, labels, {**CONTAINERS, **spec}, **more)
 
 
-def deployment(name: str, replicas: int, **spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": name},
-        "spec": {
-            "replicas": replicas,
-            "selector": {"matchLabels": {"app": name}},
-            "template": {
-                "metadata": {"labels": {"app": name}},
-                "spec": {
-                    "containers": [{"name": "main", "image": "server", "resources": {"limits": {GPU: 1}}}],
-                    **spec,
-                },
-            },
-        },
-    }
+def deployment(name: str, replicas: int, **pod: Any) -> dict[str, Any]:
+    return kube.deployment(name, {"app": name}, {**CONTAINERS, **pod}, replicas)
 
 
 def simulate(objects: list[dict[str, Any]], *manifests: dict[str, Any]) -> ClusterAtPeak:
@@ -87,20 +62,14 @@ def test_new_pods_are_of_the_revision_that_runs() -> None:
 
 def test_an_eviction_uses_up_a_budget() -> None:
     """One disruption is allowed: the second spike pod takes a node where it violates nothing, not the last victim."""
-    low = {"priority": -10}
-    budget = {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": {"name": "batch", "namespace": "default"},
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": {"app": "batch"}}},
-        "status": {"disruptionsAllowed": 1},
-    }
+    spec = {"maxUnavailable": 1, "selector": {"matchLabels": {"app": "batch"}}}
+    status = {"disruptionsAllowed": 1}
     objects = [
         *(node(name, gpus=1) for name in ("a", "b", "c")),
         pod("batch-1", "a", {"app": "batch"}, priority=-20),
         pod("batch-2", "b", {"app": "batch"}, priority=-20),
-        pod("other", "c", {"app": "other"}, **low),
-        budget,
+        pod("other", "c", {"app": "other"}, priority=-10),
+        thing("PodDisruptionBudget", "batch", spec, namespace="default", status=status),
     ]
     outcome = simulate(objects, deployment("embed", 2))
     assert [[victim.name for victim in attempt.evicted] for attempt in outcome.rest] == [["batch-1"], ["other"]]
@@ -127,7 +96,8 @@ def test_an_evicted_pod_may_go_to_another_node() -> None:
 
 
 def test_pods_on_nodes_that_are_not_listed_do_not_wait() -> None:
-    objects = [node("a"), pod("far", "elsewhere", {"app": "far"}), pod("waits", None, {"app": "waits"})]
+    waits = thing("Pod", "waits", CONTAINERS, labels={"app": "waits"}, namespace="default", status={"phase": "Running"})
+    objects = [node("a"), pod("far", "elsewhere", {"app": "far"}), waits]
     outcome = simulate(objects, deployment("embed", 1))
     (cluster,) = report.document([outcome], [])["clusters"]
     assert "1 pods are on nodes that the files do not have" in cluster["notes"]
