@@ -25,15 +25,16 @@ _HEAD = """\
 # Published models
 
 `make docs` writes this page, and a test compares it with the program. For each row, it makes a small folder with the
-architecture, modules, code and settings of the published model, and with random weights and other prompts. Then it
-loads the folder as a start of the server does. So the page says whether a model is supported and how it is computed. It
-says nothing about the quality of its vectors.
+architecture, modules, code and settings of the published model, and with random weights. Then it loads the folder as a
+start of the server does. So the page says whether a model is supported and how it is computed. It says nothing about
+the quality of its vectors, nor about prompts: e5, bge and nomic name theirs only in their model cards.
 
 The published files were not downloaded: `tests/published_models.py` has what is known of them, and they change. Check
 yours before you download the weights: `inferctl check --model ORG/NAME`. [serve.md](serve.md#choose-a-model) describes
 what is supported.
 """
 _TITLES = {"embed": "Embedding models", "rerank": "Cross-encoders and other rerankers"}
+_COLUMNS = {"embed": "model (MMTEB)", "rerank": "model"}
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,15 @@ def verdict(name: str, place: Path) -> Verdict:
         found = model.find(str(folder))
         task = model.resolve_task(shape.task, found, name)
         if _implied(found, name) != task:
-            steps.append(f"with `--task {task}`")
+            steps.append(f"with `model.task: {task}`")
         summary = model_summary.read(task, folder)
         del summary["max_tokens"]  # of the small model
+        summary.pop("prompts", None)  # not those of the published model
         steps.append(re.sub(r"dense \d+ to \d+", "dense", model_summary.line(summary)))
         engine = EngineConfig(model=str(folder), task=task, precision="fp32", device="cpu", max_batch_tokens=256)
         steps.append(f"{EncoderEngine(engine).load().attention} attention")
     except UsageError as error:
-        return Verdict(False, error.message.replace(str(folder), "it"))
+        return Verdict(False, error.message.replace(str(folder), "it").replace(name, "it"))
     return Verdict(True, ", ".join(step for step in steps if step))
 
 
@@ -97,12 +99,12 @@ def page() -> str:
     best = [served for _, served in sorted(ranked, reverse=True)[:_BEST]]
     parts = [
         _HEAD,
-        f"Of the {len(best)} open models with the best scores in MMTEB (in parentheses, in percent, 20 August 2026), "
-        f"{sum(best)} are served.\nOf the {len(verdicts)} shapes below, {sum(each.served for each in verdicts)} are.\n",
+        f"Of the {len(best)} open models on this page with the best scores in MMTEB (in parentheses, in percent, 20 August\n"
+        f"2026), {sum(best)} are served. Of the {len(verdicts)} shapes below, {sum(each.served for each in verdicts)} are.\n",
     ]
     for task, title in _TITLES.items():
         parts.append(
-            f"## {title}\n\n| model (MMTEB) | served | how, or why not |\n|---|---|---|\n{''.join(rows[task])}"
+            f"## {title}\n\n| {_COLUMNS[task]} | served | how, or why not |\n|---|---|---|\n{''.join(rows[task])}"
         )
     return "\n".join(parts)
 

@@ -66,6 +66,7 @@ _TOKENIZERS = {
 }
 _tokenizer = cache(make_tokenizer)  # it is trained
 _UNCASED = frozenset({"bert", "nomic_bert", "distilbert"})
+# Which prompts a published model has is not known here: most have some.
 QUERY = {"prompts": {"query": "Instruct: find passages\nQuery: ", "document": ""}, "default_prompt_name": None}
 _CODE = "AutoModel"
 
@@ -161,9 +162,10 @@ SHAPES: tuple[Shape, ...] = (
     ),
     _embed(
         "mistral", _LAST,
-        {"Linq-AI-Research/Linq-Embed-Mistral": 61.9, "Salesforce/SFR-Embedding-Mistral": 61.2, "intfloat/e5-mistral-7b-instruct": 60.2},
+        {"Linq-AI-Research/Linq-Embed-Mistral": 61.9, "intfloat/e5-mistral-7b-instruct": 60.2},
         _LM, eos="flag", library=QUERY,
     ),
+    _embed("mistral", ("lasttoken",), {"Salesforce/SFR-Embedding-Mistral": 61.2}, _LM, eos="flag"),
     _embed(
         "gemma3_text",
         ("mean_tokens", _dense(WIDTH, 4 * WIDTH, "Identity", bias=False), _dense(4 * WIDTH, WIDTH, "Identity", bias=False), "Normalize"),
@@ -173,7 +175,10 @@ SHAPES: tuple[Shape, ...] = (
         "xlm-roberta", _MEAN, {"Lajavaness/bilingual-embedding-large": 61.2},
         _code("modeling.BilingualModel", model_type="bilingual"),
     ),
-    _embed("mistral", ("mean_tokens", "Normalize"), {"GritLM/GritLM-7B": 61.0}, _code("modeling_gritlm7b.MistralForCausalLM"), eos=""),
+    _embed(
+        "mistral", None, {"GritLM/GritLM-7B": 61.0},
+        _code("modeling_gritlm7b.MistralModel") | {"architectures": ["MistralForCausalLM"]}, eos="",
+    ),
     _embed("xlm-roberta", _CLS, {"BAAI/bge-m3": 59.7}, pickled=True),
     _embed("bert", _MEAN, _named("intfloat/e5-large-v2", "intfloat/e5-base-v2", "intfloat/e5-small-v2")),
     _embed(
@@ -185,7 +190,7 @@ SHAPES: tuple[Shape, ...] = (
         _code("modeling_hf_alibaba_nlp_gte.GteModel"), library=QUERY,
     ),
     _embed(
-        "gte", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity"), "Normalize"), _named("NovaSearch/stella_en_400M_v5"),
+        "gte", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity")), _named("NovaSearch/stella_en_400M_v5"),
         _code("modeling.NewModel", model_type="new"), tokenizer="bert", cased=False, library=QUERY,
     ),
     _embed("nomic_bert", ("mean_tokens",), _named("nomic-ai/nomic-embed-text-v1.5"), _code("nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel")),
@@ -204,16 +209,15 @@ SHAPES: tuple[Shape, ...] = (
     ),
     _embed("qwen2", None, _named("jinaai/jina-embeddings-v4"), _code("modeling_jina_embeddings_v4.JinaEmbeddingsV4Model", model_type="qwen2_5_vl")),
     _embed("xlm-roberta", _CLS, {"Snowflake/snowflake-arctic-embed-l-v2.0": 57.2}, library=QUERY),
-    _embed("bert", _CLS, _named("Snowflake/snowflake-arctic-embed-m", "mixedbread-ai/mxbai-embed-large-v1"), library=QUERY),
+    _embed("bert", _CLS, _named("Snowflake/snowflake-arctic-embed-m"), library=QUERY),
+    _embed("bert", ("cls_token",), _named("mixedbread-ai/mxbai-embed-large-v1"), library=QUERY),
     _embed("bert", _CLS, _named(*(f"BAAI/bge-{size}-en-v1.5" for size in ("small", "base", "large")))),
     _embed(
-        "qwen2", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity"), "Normalize"), {"NovaSearch/stella_en_1.5B_v5": 56.7},
+        "qwen2", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity")), {"NovaSearch/stella_en_1.5B_v5": 56.7},
         _code("modeling_qwen.Qwen2Model", is_causal=False, hidden_size=1536), eos="flag", library=QUERY,
     ),
-    _embed(
-        "modernbert", _CLS,
-        {"ibm-granite/granite-embedding-311m-multilingual-r2": 56.0, "Alibaba-NLP/gte-modernbert-base": None},
-    ),
+    _embed("modernbert", _CLS, {"ibm-granite/granite-embedding-311m-multilingual-r2": 56.0}),
+    _embed("modernbert", ("cls_token",), _named("Alibaba-NLP/gte-modernbert-base")),
     _embed("modernbert", _MEAN, _named("nomic-ai/modernbert-embed-base")),
     _embed("bert", _MEAN, _named("sentence-transformers/all-MiniLM-L6-v2")),
     _embed("mpnet", _MEAN, _named("sentence-transformers/all-mpnet-base-v2")),
@@ -229,7 +233,10 @@ SHAPES: tuple[Shape, ...] = (
     _embed("gemma2", _LAST, _named("BAAI/bge-multilingual-gemma2"), {"architectures": ["Gemma2Model"]}, library=QUERY),
     _rerank("xlm-roberta", "BAAI/bge-reranker-v2-m3", _ONE_SCORE),
     _rerank("modernbert", "Alibaba-NLP/gte-reranker-modernbert-base", _ONE_SCORE),
-    _rerank("bert", "cross-encoder/ms-marco-MiniLM-L6-v2", _ONE_SCORE),
+    _rerank(
+        "bert", "cross-encoder/ms-marco-MiniLM-L6-v2",
+        _ONE_SCORE | {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+    ),
     _rerank(
         "modernbert", "cross-encoder/ettin-reranker-150m-v1", {},
         (

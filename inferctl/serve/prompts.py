@@ -87,6 +87,10 @@ class Prompts:
             raise UsageError(message, "use a model with `include_prompt: true`, or no prompt")
         return text
 
+    def misses_query(self, input_type: str | None) -> bool:
+        """Whether inputs are said to be queries, and no prompt is called so: those of the model have other names."""
+        return input_type is not None and _WORDS.get(input_type) is _QUERY and _QUERY[0] not in self.texts
+
     def _first(self, names: Sequence[str]) -> str:
         return next((self.texts[name] for name in names if name in self.texts), "")
 

@@ -156,6 +156,12 @@ def test_models_whose_prompts_nobody_gets_without_a_choice_are_known() -> None:
     assert [model for model in MODELS if found[model].unused] == ["retrieval", "added default", "tasks", "long"]
     assert [model for model in MODELS if not found[model].summary] == ["none", "null"]
     assert "have `document`" in found["default"].summary
+    other = prompts.read({"prompts": {"web_search_query": QUERY}})
+    assert [word for word in (None, "query", "search_query", "document") if other.misses_query(word)] == [
+        "query",
+        "search_query",
+    ]
+    assert not prompts.read({"prompts": {"query": ""}}).misses_query("query")
     assert not prompts.read({"prompts": {"query": QUERY}}, pooled=False).unused
 
 

@@ -38,7 +38,9 @@ class EmbeddingsEndpoint:
         context = self.inference.admit(scope)
         request, prompt = await parsed_body(context, receive, self._parse)
         model = self.inference.model
-        if prompt is None and model.prompts.unused and isinstance(request.items[0], str):
+        chosen = request.prompt is not None or request.prompt_name is not None
+        missing = prompt is None or (not chosen and model.prompts.misses_query(request.input_type))
+        if missing and model.prompts.unused and isinstance(request.items[0], str):
             self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
         vectors = await self.inference.run(context, receive, self._tokenize(request, prompt, context.tenant))
@@ -69,7 +71,7 @@ class EmbeddingsEndpoint:
         self.reminded.add(key_id)
         names = ", ".join(self.inference.model.prompts.names)
         log.warning(
-            "key %s sends texts without a prompt; the model has %s: send `prompt_name` or `input_type`", key_id, names
+            "key %s sends texts without a prompt; the model has %s: send its name as `prompt_name`", key_id, names
         )
 
     async def _tokenize(
