@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[], list[Any]], str, dict[str, Any], Callable[[P
     "of model2vec, quantized": (list, "bert", {}, lambda folder: store(folder, quantized)),
     "of model2vec, with a mapping": (
         list, "bert", {},
-        lambda folder: store(folder, lambda table: {**quantized(table), "weights": None} | {}),
+        lambda folder: store(folder, lambda table: {name: quantized(table)[name] for name in ("embeddings", "mapping")}),
     ),
     "in fp16": (list, "bert", {}, lambda folder: store(folder, lambda table: {"embedding.weight": table.half()})),
 }  # fmt: skip
@@ -147,15 +147,14 @@ def test_only_truncation_of_the_tokenizer_itself_counts(save: Save) -> None:
     assert task_config.read("embed", folder).max_tokens > 5_000
     cut = {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
     edit(folder / "tokenizer.json", {"truncation": cut})
-    config = task_config.read("embed", folder)
-    assert config.max_tokens == 7
     texts = ["one two three four five six seven eight nine"]
     np.testing.assert_allclose(computed(folder, texts=texts)[0], library(folder, "embed")(texts), atol=1e-5)
+    pool = TokenizerPool(folder, task_config.read("embed", folder))
+    assert pool.facts["max_tokens"] == 7
     with pytest.raises(InputError):
-        TokenizerPool(folder, config).encode_now(texts, truncate=False)
-    np.testing.assert_allclose(
-        computed(folder, texts=["one two"])[0], library(folder, "embed", max_input_tokens=2)(texts), atol=1e-5
-    )
+        pool.encode_now(texts, truncate=False)
+    pool.close()
+    np.testing.assert_allclose(library(folder, "embed", 2)(texts), library(folder, "embed")(["one two"]), atol=1e-5)
 
 
 def test_what_is_said_of_a_folder(save: Save) -> None:

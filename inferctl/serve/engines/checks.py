@@ -13,7 +13,7 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
 from inferctl.serve.engines import plain
-from inferctl.serve.engines.forward import Forward, Sequences
+from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
@@ -65,7 +65,7 @@ class Checks:
         if small:
             self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
 
-    def check_vocabulary(self, forward: Forward) -> None:
+    def check_vocabulary(self, forward: AnyForward) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
         if self._vocabulary_size > forward.vocabulary_size:
             raise UsageError(
@@ -74,7 +74,7 @@ class Checks:
                 "use the tokenizer.json that belongs to these weights",
             )
 
-    def run(self, forward: Forward) -> Vectors:
+    def run(self, forward: AnyForward) -> Vectors:
         """Return the vectors or logits of the check texts. Raises `NotReadyError` if memory is insufficient for one."""
         return self._run_in_parts(forward, self.texts)
 
@@ -143,7 +143,7 @@ class Checks:
             raise UsageError(problem, f"{fix}; `--allow-inaccurate` accepts it")
         return fields, f"{problem}. {fix}"
 
-    def _run_in_parts(self, forward: Forward, sequences: Sequences) -> Vectors:
+    def _run_in_parts(self, forward: AnyForward, sequences: Sequences) -> Vectors:
         """Return what `forward` returns, computed in halves if memory is insufficient for the whole."""
         try:
             return forward(sequences)

@@ -80,7 +80,10 @@ class Reference:
         """Raises `UsageError` as `load_model` does."""
         self._folder, self._config = folder, config
         task: Task = "embed" if config.pooling else "rerank"
-        self._model = load_model(folder, task=task)
+        static = config.static if isinstance(config, EmbeddingConfig) else None
+        if static is None:
+            self._model = load_model(folder, task=task)
+        self._table = None if static is None else weights.static_table(folder, static).double().numpy()
 
     @torch.inference_mode()
     def embed(self, sequences: list[Tokens]) -> Vectors:
@@ -104,7 +107,10 @@ class Reference:
         return self._model(**given, attention_mask=torch.ones_like(given["input_ids"]))
 
     def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
-        states = self._run(inputs).last_hidden_state[0].double().numpy()
+        if self._table is None:
+            states = self._run(inputs).last_hidden_state[0].double().numpy()
+        else:
+            states = self._table[inputs["input_ids"]]
         vector = np.concatenate([_pooled(states, mode) for mode in self._config.pooling])
         for layer in self._config.layers:
             vector = _applied(self._folder, layer, vector)
