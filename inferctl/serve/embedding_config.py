@@ -67,9 +67,7 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     )
 
 
-def input_settings(
-    folder: Path, max_input_tokens: int | None, *, pooled: bool, static: bool = False
-) -> dict[str, Any]:
+def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool, static: bool = False) -> dict[str, Any]:
     """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
     transformer = {} if static else modules.transformer_settings(folder)
     longest = _STATIC_TOKENS if static else _longest(folder, read_object(folder / "config.json"), transformer)

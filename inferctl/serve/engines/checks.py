@@ -53,7 +53,9 @@ class Checks:
         if isinstance(config, EmbeddingConfig):
             self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))
             if small:
-                self.expected = plain.Reference(folder.path, config).embed(self.texts.ids)
+                loaded = plain.Reference(folder.path, config)
+                self.check_vocabulary(loaded.vocabulary_size)
+                self.expected = loaded.embed(self.texts.ids)
         else:
             # Some texts are paired with themselves, so that not all scores are low.
             pairs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
@@ -65,12 +67,12 @@ class Checks:
         if small:
             self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
 
-    def check_vocabulary(self, forward: AnyForward) -> None:
+    def check_vocabulary(self, size: int) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
-        if self._vocabulary_size > forward.vocabulary_size:
+        if self._vocabulary_size > size:
             raise UsageError(
                 f"tokenizer.json has token ids up to {self._vocabulary_size - 1}, but the model has embeddings for "
-                f"{forward.vocabulary_size}, up to {forward.vocabulary_size - 1}",
+                f"{size}, up to {size - 1}",
                 "use the tokenizer.json that belongs to these weights",
             )
 

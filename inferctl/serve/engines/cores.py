@@ -61,7 +61,7 @@ class Cores:
         if parts < 2:
             return self._forward(sequences)
         groups = _balanced(sequences.lengths, parts)
-        rows = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
+        rows: Vectors = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
         out = np.empty_like(rows)
         out[np.concatenate(groups)] = rows
         return out

@@ -70,7 +70,7 @@ class EncoderEngine:
         folder = model.find(config.model)
         settings = task_config.read(config.task, folder.path, config.max_input_tokens)
         device, device_info, traits = devices.detect(config.device)
-        static = isinstance(settings, EmbeddingConfig) and settings.static is not None
+        static = settings if isinstance(settings, EmbeddingConfig) and settings.static is not None else None
         precision, dtype = devices.choose("fp32" if static else config.precision, traits)
         if static:
             reason = "static embeddings are sums of rows, which need no other precision"
@@ -85,7 +85,7 @@ class EncoderEngine:
         load_model: Callable[[int], AnyForward]
         load_model = partial(Forward, folder.path, settings, device, dtype, precision, varlen=varlen)
         if static:
-            load_model = partial(StaticForward, folder.path, settings, device)
+            load_model = partial(StaticForward, folder.path, static, device)
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
         if info and devices.equal(info.device, device_info) and info.precision == precision:
             forward = load_model(info.batch_tokens)
@@ -97,7 +97,7 @@ class EncoderEngine:
             check = Checks(folder, settings, self._memory_hint)
             on_phase(f"loading the weights in {precision.effective}")
             forward = load_model(config.max_batch_tokens)
-            check.check_vocabulary(forward)
+            check.check_vocabulary(forward.vocabulary_size)
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward

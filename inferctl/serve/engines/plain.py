@@ -74,6 +74,7 @@ class Reference:
     """A model folder with one sequence at a time, in formulas that share no code with `pooling` and `Forward`.
 
     It shares the configuration of the folder and the model of transformers with them, so errors in those do not show.
+    `vocabulary_size`: as in `Forward`.
     """
 
     def __init__(self, folder: Path, config: TaskConfig) -> None:
@@ -81,9 +82,13 @@ class Reference:
         self._folder, self._config = folder, config
         task: Task = "embed" if config.pooling else "rerank"
         static = config.static if isinstance(config, EmbeddingConfig) else None
+        self._table: npt.NDArray[np.float64] | None = None
         if static is None:
             self._model = load_model(folder, task=task)
-        self._table = None if static is None else weights.static_table(folder, static).double().numpy()
+            self.vocabulary_size = int(self._model.base_model.get_input_embeddings().num_embeddings)
+        else:
+            self._table = weights.static_table(folder, static).double().numpy()
+            self.vocabulary_size = len(self._table) - 1
 
     @torch.inference_mode()
     def embed(self, sequences: list[Tokens]) -> Vectors:

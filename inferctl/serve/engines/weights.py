@@ -129,7 +129,7 @@ def static_table(folder: Path, path: str) -> torch.Tensor:
 def _selects(mapping: torch.Tensor, rows: int) -> bool:
     """Return whether a mapping has an existing row for each token."""
     whole = mapping.dim() == 1 and len(mapping) > 0 and not mapping.is_floating_point()
-    return whole and 0 <= int(mapping.min()) and int(mapping.max()) < rows
+    return whole and int(mapping.min()) >= 0 and int(mapping.max()) < rows
 
 
 def _stored(folder: Path, path: str) -> dict[str, torch.Tensor]:
