@@ -71,7 +71,7 @@ class ModelFolder:
     def config(self) -> dict[str, Any]:
         """Content of `config.json`; for static embeddings without one, their class."""
         file = self.path / "config.json"
-        return {"architectures": [STATIC]} if self.static is not None and not file.is_file() else _json(file)
+        return {"architectures": [STATIC]} if not file.is_file() and self.static is not None else _json(file)
 
     @property
     def static(self) -> str | None:
