@@ -71,7 +71,8 @@ def verdict(name: str, place: Path) -> Verdict:
         del summary["max_tokens"]  # of the small model
         steps.append(re.sub(r"dense \d+ to \d+", "dense", model_summary.line(summary)))
         engine = EngineConfig(model=str(folder), task=task, precision="fp32", device="cpu", max_batch_tokens=256)
-        steps.append(f"{EncoderEngine(engine).load().attention} attention")
+        attention = EncoderEngine(engine).load().attention
+        steps.append("" if attention == "none" else f"{attention} attention")
     except UsageError as error:
         return Verdict(False, error.message.replace(str(folder), "it"))
     return Verdict(True, ", ".join(step for step in steps if step))
