@@ -73,7 +73,8 @@ def verdict(name: str, place: Path) -> Verdict:
         summary.pop("prompts", None)  # not those of the published model
         steps.append(re.sub(r"dense \d+ to \d+", "dense", model_summary.line(summary)))
         engine = EngineConfig(model=str(folder), task=task, precision="fp32", device="cpu", max_batch_tokens=256)
-        steps.append(f"{EncoderEngine(engine).load().attention} attention")
+        attention = EncoderEngine(engine).load().attention
+        steps.append("" if attention == "none" else f"{attention} attention")
     except UsageError as error:
         return Verdict(False, error.message.replace(str(folder), "it").replace(name, "it"))
     return Verdict(True, ", ".join(step for step in steps if step))

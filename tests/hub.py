@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder
 
 BRANCH = "main"
@@ -215,7 +216,11 @@ def _info(name: str, repository: Repository) -> dict[str, object]:
     gated = "manual" if repository.gated else False
     info = {"_id": name, "id": name, "modelId": name, "sha": repository.commit, "private": False, "gated": gated}
     if repository.counted:
-        info["safetensors"] = {"total": ModelFolder(repository.folder).parameters, "parameters": {}}
+        try:
+            total = ModelFolder(repository.folder).parameters
+        except UsageError:  # a hostile folder
+            total = 1
+        info["safetensors"] = {"total": total, "parameters": {}}
     return {**info, "siblings": siblings}
 
 

@@ -1,5 +1,7 @@
 """What the hub has of the models that people deploy: the files that decide how they are served.
 
+Those of static embeddings have the kind `static`. With `config`, they are models of model2vec.
+
 `write` makes a folder of the same shape: its small files as published, a small tokenizer of the same kind, and random
 weights with the names of the published ones. `docs/write_models.py` asks the gate of the server about each.
 
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from inferctl.config.spec import Task
+from inferctl.models.model import STATIC
 from tests.serve.tiny_models import make_tokenizer
 
 WIDTH = 32
@@ -230,6 +233,11 @@ SHAPES: tuple[Shape, ...] = (
         "t5", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity", bias=False), "Normalize"), _named("hkunlp/instructor-large"),
         pickled=True,
     ),
+    _embed(
+        "static", ("Normalize",), _named("minishlab/potion-base-8M"),
+        {"model_type": "model2vec", "architectures": ["StaticModel"]}, tokenizer="bert",
+    ),
+    _embed("static", (), _named("sentence-transformers/static-retrieval-mrl-en-v1"), tokenizer="bert"),
     _embed("gemma2", _LAST, _named("BAAI/bge-multilingual-gemma2"), {"architectures": ["Gemma2Model"]}, library=QUERY),
     _rerank("xlm-roberta", "BAAI/bge-reranker-v2-m3", _ONE_SCORE),
     _rerank("modernbert", "Alibaba-NLP/gte-reranker-modernbert-base", _ONE_SCORE),
@@ -315,13 +323,25 @@ def write(name: str, folder: Path) -> Path:
 
     shape = PUBLISHED[name]
     torch.manual_seed(0)
-    _model(shape).save_pretrained(folder)
-    _write_tokenizer(shape, folder)
-    _change(folder / "config.json", shape.config)
+    first = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    if shape.kind == "static":
+        first = {"path": "." if shape.config else "0_StaticEmbedding", "type": f"sentence_transformers.models.{STATIC}"}
+        place = folder / first["path"]
+        place.mkdir(parents=True)
+        _tokenizer(shape.tokenizer)._tokenizer.save(str(place / "tokenizer.json"))
+        table = {
+            "embeddings" if shape.config else "embedding.weight": torch.randn(len(_tokenizer(shape.tokenizer)), WIDTH)
+        }
+        save_file(table, place / "model.safetensors")
+    else:
+        _model(shape).save_pretrained(folder)
+        _write_tokenizer(shape, folder)
+    if shape.config or shape.kind != "static":
+        _change(folder / "config.json", shape.config)
     if shape.library:
         _change(folder / "config_sentence_transformers.json", shape.library)
     if shape.modules is not None:
-        listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+        listed: list[Json] = [{"idx": 0, "name": "0", **first}]
         for index, (kind, settings) in enumerate(_modules(shape.modules), 1):
             kind = kind if "." in kind else f"sentence_transformers.models.{kind}"
             path = f"{index}_{kind.rpartition('.')[2]}"

@@ -65,6 +65,12 @@ CASES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any] | str]] = {
     "org/pickled": ("BAAI/bge-m3", lambda _: None, {"pooling": "cls"}),
     "org/rerank": ("cross-encoder/ms-marco-MiniLM-L6-v2", lambda _: None, {"activation": "Sigmoid", "max_tokens": 128}),
     "org/generate": ("Qwen/Qwen2.5-1.5B-Instruct", lambda _: None, {"own_code": []}),
+    "org/static": (
+        "sentence-transformers/static-retrieval-mrl-en-v1",
+        lambda _: None,
+        {"static": True, "pooling": "mean", "normalize": False, "max_tokens": 32_768, "own_code": []},
+    ),
+    "org/model2vec": ("minishlab/potion-base-8M", lambda _: None, {"static": True, "normalize": True}),
     "org/unknown-module": (E5, shell, "Shell"),
     "org/no-weights": (E5, without_weights, "no weights"),
     "org/two-labels": (

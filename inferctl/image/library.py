@@ -129,7 +129,8 @@ def _compared(
         tolerance = most = FP32_LIMIT
     elif not rerank:
         errors, most = [_distance(row, other) for row, other in pairs], 1 - tolerance
-    cosine_min = None if rerank else min(cosine(row, other) for row, other in pairs)
+    # Static embeddings of a text without tokens are zero.
+    cosine_min = None if rerank else min(1.0 if row == other else cosine(row, other) for row, other in pairs)
     found = LibraryComparison(library, len(rows), cosine_min, max(differences), tolerance)
     # `not` so that NaN fails.
     if wrong := [number for number, error in enumerate(errors) if not error <= most]:
@@ -147,4 +148,4 @@ def _compared(
 def _distance(a: Sequence[float], b: Sequence[float]) -> float:
     """Return |a - b|^2 / (2 |a| |b|): 1 - cosine of vectors of equal length. A difference of the lengths adds to it."""
     lengths = math.hypot(*a) * math.hypot(*b)
-    return math.dist(a, b) ** 2 / (2 * lengths) if lengths else math.inf
+    return 0.0 if a == b else math.dist(a, b) ** 2 / (2 * lengths) if lengths else math.inf

@@ -66,6 +66,8 @@ def convert(source: Path, target: Path) -> None:
     """
     folder = ModelFolder(source)
     untrusted.check(source, folder.files())
+    if folder.static is not None:
+        raise UsageError(f"{source} has static embeddings as a pickle, which is not converted", "use safetensors")
     pickles = folder.pickled
     read: dict[str, Any] = {}
     tied: dict[str, str] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -66,13 +66,16 @@ class HubModel:
 
     @property
     def weights_bytes(self) -> int:
-        """Size in bytes of the weights, without a second copy of the weights of a sharded model."""
+        """Size in bytes of the weights, without a second copy of the weights of a sharded model.
+
+        Those of static embeddings can be in the folder of their module.
+        """
         sharded = "model.safetensors.index.json" in self.files
         return sum(
             size_bytes
             for name, size_bytes in self.files.items()
             if name.endswith((".safetensors", ".bin"))
-            and "/" not in name
+            and _may_be_of_model(name, self.files)
             and not (sharded and name.startswith("consolidated"))
         )
 
@@ -121,7 +124,7 @@ def download(source: str, revision: str | None, progress: Progress) -> Path:
         except UsageError:
             pass
         raise
-    if not any(_is_weights(name) and "/" not in name for name in sizes):
+    if not any(_is_weights(name) and _may_be_of_model(name, sizes) for name in sizes):
         raise UsageError(
             f"{source} has no weights on the hub that can be served: neither *.safetensors nor pytorch_model.bin",
             "choose a model or a `model.revision` with safetensors weights",
@@ -156,7 +159,8 @@ def facts(source: str, revision: str | None) -> HubModel:
     with _translate_errors(source, revision):
         info = _info(source, revision)
         sizes = _sizes(info)
-        names = ("config.json", *({model.LIBRARY_FILE} & sizes.keys()))
+        first = "config.json" if "config.json" in sizes or "modules.json" not in sizes else "modules.json"
+        names = (first, *({model.LIBRARY_FILE, "modules.json"} & sizes.keys() - {first}))
         folder = ModelFolder(small_files(source, revision, names))
         found = HubModel(str(info.sha), folder.config, _parameters(info), sizes, folder.library_type)
         return found if found.parameters or not found.pickled else replace(found, parameters=_parameters_of(found))
@@ -174,7 +178,8 @@ def configuration(source: str, revision: str | None, found: HubModel) -> Path:
         and not name.endswith((".index.json", "tokenizer.json", "vocab.json"))
         and size_bytes <= _MAX_CONFIGURATION_BYTES
     ]
-    return small_files(source, revision, ("config.json", *(name for name in names if name != "config.json")))
+    # The first one is required, and says where the folder is.
+    return small_files(source, revision, tuple(sorted(names, key=lambda name: ("/" in name, name != "config.json"))))
 
 
 def small_files(source: str, revision: str | None, names: tuple[str, ...]) -> Path:
@@ -293,6 +298,11 @@ def _sizes(info: ModelInfo) -> dict[str, int]:
 def _is_pickle(name: str) -> bool:
     """Return whether a file has weights as a pickle: of the model or one of its modules."""
     return re.fullmatch(r"(?:[^/]+/)?pytorch_model(?:-\d+-of-\d+)?\.bin", name) is not None
+
+
+def _may_be_of_model(name: str, files: Collection[str]) -> bool:
+    """Return whether weights may be those of the model itself: without config.json, it is a module's folder."""
+    return "/" not in name or "config.json" not in files
 
 
 def _is_weights(name: str) -> bool:

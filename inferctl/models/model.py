@@ -31,6 +31,8 @@ CONVERTED = "converted"
 IMAGE_FOLDER = "/model"
 # Where sentence-transformers writes the kind of a model, its prompts and its similarity.
 LIBRARY_FILE = "config_sentence_transformers.json"
+# The class of modules.json that looks up the vector of each token, without a transformer.
+STATIC = "StaticEmbedding"
 # Ends of the class names of generative models.
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Kinds of models that no task computes, by the word of sentence-transformers or the class of `config.json`.
@@ -61,14 +63,23 @@ class PickledWeightsError(UsageError):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local model: a folder with `config.json` and `*.safetensors`."""
+    """A local model: a folder with `*.safetensors` and `config.json`, which static embeddings can lack."""
 
     path: Path
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Content of `config.json`."""
-        return _json(self.path / "config.json")
+        """Content of `config.json`; for static embeddings without one, their class."""
+        file = self.path / "config.json"
+        return {"architectures": [STATIC]} if not file.is_file() and self.static is not None else _json(file)
+
+    @property
+    def static(self) -> str | None:
+        """The folder, relative to the model folder, of static embeddings; None for a transformer."""
+        for module in self.modules[:1]:
+            if str(module.get("type", "")).endswith(f".{STATIC}"):
+                return str(module.get("path", ""))
+        return None
 
     @property
     def architecture(self) -> str:
@@ -90,9 +101,11 @@ class ModelFolder:
     def weight_files(self) -> list[Path]:
         """The safetensors files at the top of the folder: those of the index of a sharded model, else all.
 
+        Those of static embeddings are in the folder of their module.
         Mistral's folders have the weights a second time, in `consolidated.safetensors`.
         """
-        return sorted(file for file in self.path.glob("*.safetensors") if not self.shards or file.name in self.shards)
+        top = self.path / (self.static or "")
+        return sorted(file for file in top.glob("*.safetensors") if not self.shards or file.name in self.shards)
 
     @property
     def shards(self) -> set[str]:
@@ -187,7 +200,7 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             )
         path = snapshot
     folder = ModelFolder(path)
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and folder.static is None:
         if (path / "router_config.json").is_file():
             raise UsageError(
                 f"{path} is a Router of sentence-transformers, which has a model for queries and one for documents; it "

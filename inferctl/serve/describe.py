@@ -62,7 +62,7 @@ def document(
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {
             "max_client_batch": spec.serve.max_client_batch,
-            "max_input_tokens": config.max_tokens,
+            "max_input_tokens": tokenizer["max_tokens"],
             "max_batch_tokens": info.batch_tokens,
             "max_queue_tokens": spec.serve.max_queue_tokens,
             "max_wait_seconds": spec.serve.max_wait_seconds,

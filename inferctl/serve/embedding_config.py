@@ -20,6 +20,8 @@ _OFFSET_TYPES = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"}
 )
 _NO_LIMIT = 1_000_000
+# Static embeddings have no longest text. The tokenizer needs 100 bytes per token of one.
+_STATIC_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class EmbeddingConfig:
     `pooling`: modes whose vectors are concatenated. `layers`: applied to the pooled vector. `truncate_dim`: numbers that
     remain of the result, without another normalization; None for all. `max_tokens` includes special tokens. `assumed`:
     the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors can be
-    truncated to, empty if the model was not trained for truncation, None if any number is allowed.
+    truncated to, empty if the model was not trained for truncation, None if any number is allowed. `static`: as in
+    `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
     """
 
     pooling: tuple[PoolingMode, ...]
@@ -40,6 +43,7 @@ class EmbeddingConfig:
     lower_case: bool = False
     assumed: bool = False
     matryoshka: tuple[int, ...] | None = ()
+    static: str | None = None
 
     @property
     def normalize(self) -> bool:
@@ -50,20 +54,23 @@ class EmbeddingConfig:
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for what is not supported."""
     found = modules.read(folder, "embed")
+    static = found.static if found else None
+    pooled = found is None or found.include_prompt
     return EmbeddingConfig(
         pooling=found.pooling if found else ("mean",),
         layers=found.layers if found else (),
         truncate_dim=_truncate_dim(folder),
         assumed=found is None,
         matryoshka=_matryoshka(read_object(folder / "config.json")),
-        **input_settings(folder, max_input_tokens, pooled=found is None or found.include_prompt),
+        static=static,
+        **input_settings(folder, max_input_tokens, pooled=pooled, static=static is not None),
     )
 
 
-def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool) -> dict[str, Any]:
+def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool, static: bool = False) -> dict[str, Any]:
     """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
-    transformer = modules.transformer_settings(folder)
-    longest = _longest(folder, read_object(folder / "config.json"), transformer)
+    transformer = {} if static else modules.transformer_settings(folder)
+    longest = _STATIC_TOKENS if static else _longest(folder, read_object(folder / "config.json"), transformer)
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
         "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json"), pooled=pooled),

@@ -44,6 +44,7 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
     if not isinstance(config, EmbeddingConfig):
         return found | {"activation": config.activation}
     return found | {
+        "static": config.static is not None,
         "pooling_assumed": config.assumed,
         "normalize": config.normalize,
         "truncate_dim": config.truncate_dim,
@@ -53,7 +54,7 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
 
 def line(found: dict[str, Any]) -> str:
     """Return the line that describes what `read` returned; empty if there is nothing to say."""
-    parts = []
+    parts = ["static embeddings"] if found.get("static") else []
     if found.get("pooling"):
         parts.append(f"{found['pooling']} pooling" + (" (assumed)" if found.get("pooling_assumed") else ""))
     parts += [f"dense {layer['in_features']} to {layer['out_features']}" for layer in found.get("dense", ())]

@@ -1,7 +1,7 @@
 """The modules of a model folder in the layout of sentence-transformers. Read without torch.
 
-`modules.json` lists them in the order in which they run. The first one, Transformer, has its files in the folder
-itself, and each other one has a folder of its own. Old and new releases of the library write different packages of the
+`modules.json` lists them in the order in which they run. The first one is Transformer, with its files in the folder
+itself, or StaticEmbedding. Each other one has a folder of its own. Old and new releases of the library write different packages of the
 same classes, so the last part of a type decides.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.models.model import ModelFolder
+from inferctl.models.model import STATIC, ModelFolder
 from inferctl.models.untrusted import inside, read_json
 
 PoolingMode: TypeAlias = Literal["cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last"]
@@ -46,7 +46,7 @@ _SETTINGS_FILES = tuple(
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 _PACKAGE = "sentence_transformers"
-_HINT = "use a model with Transformer, Pooling, Dense, LayerNorm and Normalize modules"
+_HINT = "use a model with Transformer, StaticEmbedding, Pooling, Dense, LayerNorm and Normalize modules"
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,16 @@ Layer: TypeAlias = Dense | LayerNorm | Normalize
 
 @dataclass(frozen=True)
 class Modules:
-    """What happens to the token vectors of the transformer.
+    """What happens to the token vectors of the transformer, or to static ones.
 
     `pooling`: modes whose vectors are concatenated. `include_prompt`: whether the tokens of the prompt are pooled.
-    `layers`: applied to the pooled vector, in order.
+    `layers`: applied to the pooled vector, in order. `static`: as in `ModelFolder`.
     """
 
     pooling: tuple[PoolingMode, ...]
     include_prompt: bool = True
     layers: tuple[Layer, ...] = ()
+    static: str | None = None
 
 
 def read(folder: Path, task: Task) -> Modules | None:
@@ -103,6 +104,10 @@ def read(folder: Path, task: Task) -> Modules | None:
     first, *others = _entries(folder)
     entries = [first, *(entry for entry in others if entry[0] != "Dropout")]  # it does nothing after the training
     names = [name for name, _ in entries]
+    if names[0] == STATIC and task == "embed":
+        _check_outputs(folder, entries, task)
+        layers = tuple(_layer(folder, name, path) for name, path in entries[1:])
+        return Modules(("mean",), layers=layers, static=first[1])
     _check_transformer(folder, entries, task)
     if task == "rerank" and len(entries) == 1:
         return None

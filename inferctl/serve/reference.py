@@ -129,8 +129,14 @@ def library(
         loaded = kind(str(folder), model_kwargs=model_options, **options)
     except Exception as error:  # the modules of a folder can fail in any way
         raise NotReadyError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
+    if dtype == "float32":
+        loaded.float()  # static embeddings keep the format of their file
     if max_input_tokens is not None:
-        loaded.max_seq_length = min(loaded.max_seq_length or max_input_tokens, max_input_tokens)
+        if (static := getattr(loaded[0], "tokenizer", None)) and isinstance(static, Tokenizer):
+            own = (static.truncation or {}).get("max_length", max_input_tokens)
+            static.enable_truncation(min(own, max_input_tokens))
+        else:
+            loaded.max_seq_length = min(loaded.max_seq_length or max_input_tokens, max_input_tokens)
     run: Callable[..., Any] = loaded.predict if task == "rerank" else loaded.encode
     return run
 

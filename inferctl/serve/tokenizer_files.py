@@ -29,9 +29,12 @@ _PROBE = "Aé机b"
 _HINT = "write tokenizer.json again with transformers: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
 
 
-def check(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raise `UsageError` if transformers would tokenize texts in another way than `tokenizer.json` says."""
-    settings = read_object(folder / "tokenizer_config.json")
+def check(folder: Path, tokenizer: Tokenizer, *, alone: bool = False) -> None:
+    """Raise `UsageError` if transformers would tokenize texts in another way than `tokenizer.json` says.
+
+    `alone`: no other file of the folder counts.
+    """
+    settings = {} if alone else read_object(folder / "tokenizer_config.json")
     code = (settings.get("auto_map") or {}).get("AutoTokenizer") or []
     if others := [name for name in ([code] if isinstance(code, str) else code) if name and name not in _KNOWN_CODE]:
         raise UsageError(f"the tokenizer of {folder} has code of its own ({others[0]}), which is not run", _HINT)
@@ -42,7 +45,7 @@ def check(folder: Path, tokenizer: Tokenizer) -> None:
             "set `truncation_side: right` in tokenizer_config.json if texts are not truncated",
         )
     name = str(settings.get("tokenizer_class") or "")
-    kind = read_object(folder / "config.json").get("model_type")
+    kind = None if alone else read_object(folder / "config.json").get("model_type")
     if name in _BERT_CLASSES or (not name and kind in _BERT_TYPES):
         _check_normalizer(folder, tokenizer, settings)
         _check_ends(folder, tokenizer, _token(settings, "cls_token", "[CLS]"), _token(settings, "sep_token", "[SEP]"))

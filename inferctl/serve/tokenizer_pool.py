@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer, normalizers
+from tokenizers import Encoding, Tokenizer, normalizers, processors
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
 from inferctl.serve import tokenizer_files
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.modules import read_object
 from inferctl.serve.rerank_config import RerankConfig
@@ -47,6 +48,8 @@ _WARM_UP_TIMEOUT_S = 60.0
 # The token ids of a pair of texts, and the index of the first token of the second segment: the number of ids if the
 # tokenizer gives no second segment.
 Pair: TypeAlias = tuple[Tokens, int]
+# A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
+_NO_TOKENS = np.array([-1], dtype=np.int32)
 T = TypeVar("T")
 
 
@@ -84,11 +87,13 @@ class TokenizerPool:
 
         `on_truncated` gets the number of truncated inputs of each request, on any thread.
         """
-        self._file, self._config, self._on_truncated = folder / "tokenizer.json", config, on_truncated
+        self._static = config.static if isinstance(config, EmbeddingConfig) else None
+        self._file, self._config = folder / (self._static or "") / "tokenizer.json", config
+        self._on_truncated = on_truncated
         self._prompt = config.prompts.default_text
         if not self._file.is_file():
             raise UsageError(
-                f"{folder} has no tokenizer.json",
+                f"{self._file.parent} has no tokenizer.json",
                 f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
             )
         names = read_object(folder / "tokenizer_config.json").get("model_input_names")
@@ -98,7 +103,10 @@ class TokenizerPool:
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
         self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
         tokenizer = self._load()
-        tokenizer_files.check(folder, tokenizer)
+        self.max_tokens = config.max_tokens
+        if self._static is not None:  # the library runs tokenizer.json alone
+            self.max_tokens = min(self.max_tokens, (tokenizer.truncation or {}).get("max_length", self.max_tokens))
+        tokenizer_files.check(folder, tokenizer, alone=self._static is not None)
         self._eos = tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
         if self._eos is not None and isinstance(config, RerankConfig):
             raise UsageError(
@@ -115,10 +123,11 @@ class TokenizerPool:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the tokenizer does to each text, for `/info`: its last special token, and lower case."""
+        """What the tokenizer does to each text, for `/info`: length, last special token, and lower case."""
         tokenizer = self._tokenizer()
         added = None if self._eos is None else tokenizer.id_to_token(self._eos)
         return {
+            "max_tokens": self.max_tokens,
             "eos": added or tokenizer_files.eos(tokenizer),
             "eos_added_by": "add_eos_token" if added else "tokenizer.json" if tokenizer_files.eos(tokenizer) else None,
             "lower_case": tokenizer_files.lowers_case(tokenizer),
@@ -188,7 +197,7 @@ class TokenizerPool:
                 self._allow_truncation(index, truncate)
                 truncated += 1
             ids = _ids(encoding) if self._eos is None else np.append(_ids(encoding), np.int32(self._eos))
-            rows.append(_not_empty(ids, index))
+            rows.append(_NO_TOKENS if not len(ids) and self._static is not None else _not_empty(ids, index))
         self._on_truncated(truncated)
         return rows
 
@@ -217,7 +226,7 @@ class TokenizerPool:
 
     def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
         """Return token ids as arrays of at most `max_tokens`. Raises `InputError` unless `truncate`."""
-        limit = self._config.max_tokens
+        limit = self.max_tokens
         long = [index for index, row in enumerate(ids) if len(row) > limit]
         if long:
             self._allow_truncation(long[0], truncate)
@@ -247,7 +256,7 @@ class TokenizerPool:
 
     def _allow_truncation(self, index: int, truncate: bool, field: str = "input") -> None:
         if not truncate:
-            message = f"has more than {self._config.max_tokens} tokens; set `truncate` to true to shorten it"
+            message = f"has more than {self.max_tokens} tokens; set `truncate` to true to shorten it"
             raise InputError(index, "context_length_exceeded", message, field)
 
     def _encodings(
@@ -311,10 +320,12 @@ class TokenizerPool:
                 f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
             ) from None
         tokenizer.no_padding()
+        if self._static is not None:
+            tokenizer.post_processor = processors.Sequence([])  # which adds the special tokens
         return tokenizer
 
     def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:
-        tokenizer.enable_truncation(self._config.max_tokens - (self._eos is not None))
+        tokenizer.enable_truncation(self.max_tokens - (self._eos is not None))
         if self._config.lower_case:  # unlike `str.lower`, it leaves special tokens in a text as they are
             steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
             tokenizer.normalizer = normalizers.Sequence(steps)

@@ -454,7 +454,7 @@ HOLES: dict[str, tuple[Change, str]] = {
     "unknown module": (module("LSTM"), "LSTM module"),
     "module before pooling": (module("Normalize", 1), "no Pooling module"),
     "module before the transformer": (module("Router", 0), "Router module first"),
-    "static embeddings": (module("StaticEmbedding", 0), "StaticEmbedding module first"),
+    "static embeddings before pooling": (module("StaticEmbedding", 0), "no .*safetensors weights"),
     "weighted layers": (module("WeightedLayerPooling", 1), "WeightedLayerPooling"),
     "no pooling module": (
         lambda folder: (folder / "modules.json").write_text(json.dumps(modules_of(folder)[:1])),

@@ -13,7 +13,7 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
 from inferctl.serve.engines import plain
-from inferctl.serve.engines.forward import Forward, Sequences
+from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
@@ -53,7 +53,9 @@ class Checks:
         if isinstance(config, EmbeddingConfig):
             self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))
             if small:
-                self.expected = plain.Reference(folder.path, config).embed(self.texts.ids)
+                loaded = plain.Reference(folder.path, config)
+                self.check_vocabulary(loaded.vocabulary_size)
+                self.expected = loaded.embed(self.texts.ids)
         else:
             # Some texts are paired with themselves, so that not all scores are low.
             pairs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
@@ -65,16 +67,16 @@ class Checks:
         if small:
             self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
 
-    def check_vocabulary(self, forward: Forward) -> None:
+    def check_vocabulary(self, size: int) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
-        if self._vocabulary_size > forward.vocabulary_size:
+        if self._vocabulary_size > size:
             raise UsageError(
                 f"tokenizer.json has token ids up to {self._vocabulary_size - 1}, but the model has embeddings for "
-                f"{forward.vocabulary_size}, up to {forward.vocabulary_size - 1}",
+                f"{size}, up to {size - 1}",
                 "use the tokenizer.json that belongs to these weights",
             )
 
-    def run(self, forward: Forward) -> Vectors:
+    def run(self, forward: AnyForward) -> Vectors:
         """Return the vectors or logits of the check texts. Raises `NotReadyError` if memory is insufficient for one."""
         return self._run_in_parts(forward, self.texts)
 
@@ -143,7 +145,7 @@ class Checks:
             raise UsageError(problem, f"{fix}; `--allow-inaccurate` accepts it")
         return fields, f"{problem}. {fix}"
 
-    def _run_in_parts(self, forward: Forward, sequences: Sequences) -> Vectors:
+    def _run_in_parts(self, forward: AnyForward, sequences: Sequences) -> Vectors:
         """Return what `forward` returns, computed in halves if memory is insufficient for the whole."""
         try:
             return forward(sequences)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.engines.forward import Forward, Sequences
+from inferctl.serve.engines.forward import AnyForward, Sequences
 
 # Larger batches only add latency: above about 1,000 tokens per core the throughput is constant, and it falls when the
 # caches overflow.
@@ -27,7 +27,7 @@ _TYPICAL_TOKENS = 64
 _MAX_RUNS, _MIN_RUNS, _MEASURE_S = 8, 4, 0.3
 
 
-def choose_threads(forward: Forward, cores: int) -> int:
+def choose_threads(forward: AnyForward, cores: int) -> int:
     """Return the threads per batch: measured with one text of typical length, at the current load of the cores."""
     text = Sequences([np.full(min(forward.max_tokens, _TYPICAL_TOKENS), 5, dtype=np.int32)])
     chosen, seconds = 1, math.inf
@@ -48,7 +48,7 @@ def choose_threads(forward: Forward, cores: int) -> int:
 class Cores:
     """Computes `parallel` batches at the same time, each on an equal share of the cores."""
 
-    def __init__(self, forward: Forward, cores: int, parallel: int) -> None:
+    def __init__(self, forward: AnyForward, cores: int, parallel: int) -> None:
         self._forward, self._threads = forward, cores // parallel
         # torch stores the number of threads per calling thread.
         self._pool = ThreadPoolExecutor(cores, "core", initializer=torch.set_num_threads, initargs=(1,))
@@ -61,7 +61,7 @@ class Cores:
         if parts < 2:
             return self._forward(sequences)
         groups = _balanced(sequences.lengths, parts)
-        rows = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
+        rows: Vectors = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
         out = np.empty_like(rows)
         out[np.concatenate(groups)] = rows
         return out

@@ -1,4 +1,4 @@
-"""The engine for encoders and cross-encoders of transformers: connects forward pass, checks, cores and warm-up."""
+"""The engine for encoders, cross-encoders and static embeddings: connects forward pass, checks, cores and warm-up."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import transformers
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.models import model
 from inferctl.serve import task_config
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
@@ -30,7 +31,7 @@ from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
-from inferctl.serve.engines.forward import Forward, Sequences
+from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
 from inferctl.serve.engines.warm_up import LOWERED, warm_up
 
 log = logging.getLogger("inferctl.engine")
@@ -43,7 +44,7 @@ class EncoderEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._compute: Forward | Cores | None = None
+        self._compute: AnyForward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
@@ -69,7 +70,11 @@ class EncoderEngine:
         folder = model.find(config.model)
         settings = task_config.read(config.task, folder.path, config.max_input_tokens)
         device, device_info, traits = devices.detect(config.device)
-        precision, dtype = devices.choose(config.precision, traits)
+        static = settings if isinstance(settings, EmbeddingConfig) and settings.static is not None else None
+        precision, dtype = devices.choose("fp32" if static else config.precision, traits)
+        if static:
+            reason = "a mean of static embeddings is as fast in fp32 as in any other precision"
+            precision = replace(precision, requested=config.precision, reason=reason)
         on_cpu, cores = device_info.kind == "cpu", max(1, (device_info.threads or 1) // config.engines)
         if on_cpu:
             self._memory_hint = "free memory on this machine, or raise the memory limit of the container"
@@ -77,18 +82,22 @@ class EncoderEngine:
             devices.avoid_cudnn()
         no_kernel = None if on_cpu else packed.missing_kernel(traits.compute_capability, dtype)
         varlen = not on_cpu and no_kernel is None
+        load_model: Callable[[int], AnyForward]
         load_model = partial(Forward, folder.path, settings, device, dtype, precision, varlen=varlen)
+        if static:
+            load_model = partial(StaticForward, folder.path, static, device)
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
         if info and devices.equal(info.device, device_info) and info.precision == precision:
             forward = load_model(info.batch_tokens)
-            forward.pack(info.attention == "packed")
+            if isinstance(forward, Forward):
+                forward.pack(info.attention == "packed")
         else:
             on_phase("computing the check texts in fp32")
             # Before the model is loaded: memory may be insufficient for both.
             check = Checks(folder, settings, self._memory_hint)
             on_phase(f"loading the weights in {precision.effective}")
             forward = load_model(config.max_batch_tokens)
-            check.check_vocabulary(forward)
+            check.check_vocabulary(forward.vocabulary_size)
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
@@ -105,7 +114,7 @@ class EncoderEngine:
     def _choose_settings(
         self,
         check: Checks,
-        forward: Forward,
+        forward: AnyForward,
         no_kernel: str | None,
         device: DeviceInfo,
         precision: PrecisionInfo,
@@ -113,13 +122,16 @@ class EncoderEngine:
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
         padded = None
-        if no_kernel:
+        if isinstance(forward, StaticForward):
+            reason, results = "static embeddings have none", check.run(forward)
+        elif no_kernel:
             reason, results = f"sorted by length; {no_kernel}", check.run(forward)
             padded = no_kernel if no_kernel.startswith(packed.TOO_OLD) else None
         else:
             reason, results, padded = check.choose_attention(forward, precision)
         if padded:
             padded = f"{PADDED}: {padded}"
+        attention = "none" if isinstance(forward, StaticForward) else "packed" if forward.packed else "padded"
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
         batch_tokens, parallel = self._config.max_batch_tokens, 1
         if device.kind == "cpu":
@@ -127,7 +139,7 @@ class EncoderEngine:
             batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
         unused_gpu = devices.unused_gpu(self._config.device)
         return EngineInfo(
-            attention="packed" if forward.packed else "padded",
+            attention=attention,
             attention_reason=reason,
             precision=precision,
             device=device,

@@ -13,7 +13,7 @@ import torch
 
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Tokens, Vectors
-from inferctl.serve.engines import int8, onednn, packed, plain
+from inferctl.serve.engines import int8, onednn, packed, plain, weights
 from inferctl.serve.engines.head import Head
 from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.task_config import TaskConfig
@@ -171,6 +171,30 @@ class Forward:
 
     def _to_device(self, values: Integers) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+class StaticForward:
+    """Static embeddings: rows of a table in fp32 -> one vector per sequence. Its attributes are those of `Forward`."""
+
+    packed, causal, warning = False, None, None
+
+    def __init__(self, folder: Path, config: EmbeddingConfig, device: torch.device, batch_tokens: int) -> None:
+        self.max_tokens, self.batch_tokens = config.max_tokens, batch_tokens
+        assert config.static is not None
+        self._table = weights.static_table(folder, config.static).to(device)
+        self._layers, self._dimensions = Layers(folder, config.layers).to(device), config.truncate_dim
+        self.vocabulary_size = len(self._table) - 1
+
+    @torch.inference_mode()
+    def __call__(self, sequences: Sequences) -> Vectors:
+        """Return float32 [sequences, dimensions]."""
+        ids = torch.from_numpy(np.concatenate(sequences.ids, dtype=np.int64)).to(self._table.device)
+        rows = pool(self._table[ids], torch.tensor(sequences.lengths).to(ids.device), ("mean",))
+        vectors: Vectors = self._layers(rows)[:, : self._dimensions].cpu().numpy()
+        return vectors
+
+
+AnyForward: TypeAlias = Forward | StaticForward
 
 
 def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integers:

@@ -74,13 +74,21 @@ class Reference:
     """A model folder with one sequence at a time, in formulas that share no code with `pooling` and `Forward`.
 
     It shares the configuration of the folder and the model of transformers with them, so errors in those do not show.
+    `vocabulary_size`: as in `Forward`.
     """
 
     def __init__(self, folder: Path, config: TaskConfig) -> None:
         """Raises `UsageError` as `load_model` does."""
         self._folder, self._config = folder, config
         task: Task = "embed" if config.pooling else "rerank"
-        self._model = load_model(folder, task=task)
+        static = config.static if isinstance(config, EmbeddingConfig) else None
+        self._table: npt.NDArray[np.float64] | None = None
+        if static is None:
+            self._model = load_model(folder, task=task)
+            self.vocabulary_size = int(self._model.base_model.get_input_embeddings().num_embeddings)
+        else:
+            self._table = weights.static_table(folder, static).double().numpy()
+            self.vocabulary_size = len(self._table) - 1
 
     @torch.inference_mode()
     def embed(self, sequences: list[Tokens]) -> Vectors:
@@ -104,7 +112,10 @@ class Reference:
         return self._model(**given, attention_mask=torch.ones_like(given["input_ids"]))
 
     def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
-        states = self._run(inputs).last_hidden_state[0].double().numpy()
+        if self._table is None:
+            states = self._run(inputs).last_hidden_state[0].double().numpy()
+        else:
+            states = self._table[inputs["input_ids"]]
         vector = np.concatenate([_pooled(states, mode) for mode in self._config.pooling])
         for layer in self._config.layers:
             vector = _applied(self._folder, layer, vector)

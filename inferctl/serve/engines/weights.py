@@ -50,6 +50,8 @@ _MAY_BE_UNEXPECTED: dict[Task, tuple[str, ...]] = {
 _MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,), "rerank": (), "generate": ()}
 # Of a message about wrong weights, which can be all of a model.
 _NAMED = 3
+# Numbers in a table of static embeddings, which a small file with a mapping can exceed.
+_MAX_TABLE = 2**31
 _SHOWN = 300  # characters of an error of transformers
 # Numbers of safetensors files that weights can have without scales of their own, and those of stored constants.
 _READABLE = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"})
@@ -94,9 +96,46 @@ def of_module(folder: Path, path: str) -> dict[str, torch.Tensor]:
 
     Raises `UsageError` if there are none, or if they have NaN, infinity or 8-bit numbers.
     """
+    return {name: values.float() for name, values in _checked(folder, path, _stored(folder, path)).items()}
+
+
+def static_table(folder: Path, path: str) -> torch.Tensor:
+    """Return the vectors of all tokens, from the folder `path` of static embeddings: fp32 [tokens + 1, dimensions].
+
+    The last row, of the id -1, is zero. model2vec stores rows that tokens share (`mapping`), and factors of tokens
+    (`weights`). Raises `UsageError` as `of_module` does, and for tensors of other names or shapes.
+    """
+    stored = _stored(folder, path)
+    mapping = stored.pop("mapping", None) if "embeddings" in stored else None
+    name, *others = sorted(_checked(folder, path, stored)) or [""]
+    rows, scale = stored.get(name, torch.empty(0)), stored.get("weights")
+    count = (rows if mapping is None else mapping).shape[:1].numel()
+    if (
+        (name, others) not in (("embedding.weight", []), ("embeddings", []), ("embeddings", ["weights"]))
+        or rows.dim() != 2
+        or count * rows.shape[1] > _MAX_TABLE
+        or (scale is not None and scale.shape != (count,))
+        or (mapping is not None and not _selects(mapping, len(rows)))
+    ):
+        listed = [f"{name} ({_shape(values.shape)})" for name, values in sorted(stored.items())]
+        listed += [] if mapping is None else [f"mapping ({_shape(mapping.shape)})"]
+        raise UsageError(f"the weights in {folder / path} are not static embeddings: {_listed(listed)}", _HINT)
+    rows = rows if mapping is None else rows[mapping.long()]
+    if scale is not None:  # in the format of the library: at least fp32
+        rows = (rows.float() * scale[:, None]).float()
+    return torch.cat([rows.float(), torch.zeros(1, rows.shape[1])])
+
+
+def _selects(mapping: torch.Tensor, rows: int) -> bool:
+    """Return whether a mapping has an existing row for each token."""
+    whole = mapping.dim() == 1 and len(mapping) > 0 and not mapping.is_floating_point()
+    return whole and int(mapping.min()) >= 0 and int(mapping.max()) < rows
+
+
+def _stored(folder: Path, path: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    file = inside(folder, f"{path}/model.safetensors")
+    file = inside(folder, f"{path or '.'}/model.safetensors")
     if not file.is_file():
         pickled = (folder / path / "pytorch_model.bin").is_file()
         raise UsageError(
@@ -104,14 +143,18 @@ def of_module(folder: Path, path: str) -> dict[str, torch.Tensor]:
             f"convert the folder: `inferctl convert {folder} NEW_FOLDER`" if pickled else _HINT,
         )
     try:
-        found = load_file(file)
+        return load_file(file)
     except Exception as error:  # noqa: BLE001  # the library raises its own exceptions
         raise UsageError(f"{file} cannot be read: {error}", _HINT) from None
+
+
+def _checked(folder: Path, path: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    file = folder / path / "model.safetensors"
     if unreadable := [name for name, values in found.items() if not values.is_floating_point() or values.itemsize < 2]:
         raise UsageError(f"{file} has numbers that are not fp32, bf16 or fp16: {_listed(unreadable)}", _HINT)
     if bad := [name for name, values in found.items() if not torch.isfinite(values).all()]:
         raise UsageError(f"weights of {folder / path} have NaN or infinity: {_listed(bad)}", _HINT)
-    return {name: values.float() for name, values in found.items()}
+    return found
 
 
 def _check_numbers(folder: Path) -> None:
