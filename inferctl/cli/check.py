@@ -317,9 +317,11 @@ def _report(
 
 
 def _line(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return ""
     from inferctl.serve import model_summary
 
-    return console.plain(model_summary.line(summary)) if summary else ""
+    return console.plain(model_summary.line(summary))
 
 
 def _runnable(fits: list[Fit]) -> str:

@@ -66,6 +66,14 @@ def native_config(folder: Path) -> dict[str, Any]:
             f"{folder} has an adapter (adapter_config.json), which is not supported",
             "merge it into the weights: `PeftModel.merge_and_unload()` of peft, then `save_pretrained(folder)`",
         )
+    if not isinstance(config.get("is_causal", False), bool):
+        raise UsageError(f"{folder} has `is_causal: {config['is_causal']}` in config.json", "write true or false")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(scaling, Mapping) and "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+        raise UsageError(
+            f"{folder} has positions (longrope) that depend on the longest text of a batch, which is not supported",
+            _HINT,
+        )
     code = _own_code(config)
     found = {key: value for key, value in config.items() if key != "auto_map"}
     kind = str(config.get("model_type", ""))

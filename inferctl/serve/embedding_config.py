@@ -80,12 +80,23 @@ def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool, 
 
 def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) -> int:
     tokenizer = read_object(folder / "tokenizer_config.json")
-    positions = config.get("max_position_embeddings")
+    positions = (
+        None if _rotates(config) and transformer.get("max_seq_length") else config.get("max_position_embeddings")
+    )
     if isinstance(positions, int) and config.get("model_type") in _OFFSET_TYPES:
         positions -= int(config.get("pad_token_id") or 0) + 1
-    limits = [positions, transformer.get("max_seq_length") or tokenizer.get("model_max_length")]
+    tokenizer_limit = tokenizer.get("model_max_length") or tokenizer.get("max_len")  # the old name
+    limits = [positions, transformer.get("max_seq_length") or tokenizer_limit]
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT]
     return min(known, default=512)
+
+
+def _rotates(config: dict[str, Any]) -> bool:
+    """Return whether positions are angles that exist for texts of any length, as sentence-transformers uses them."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fixed = scaling.get("rope_type") or scaling.get("type") or "default"
+    known = ("rope_theta", "rope_parameters", "rotary_emb_base", "global_rope_theta")
+    return any(config.get(name) for name in known) and fixed not in ("dynamic", "longrope")
 
 
 def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:

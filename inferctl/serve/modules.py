@@ -7,6 +7,7 @@ same classes, so the last part of a type decides.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -39,6 +40,17 @@ _MODES: dict[str, PoolingMode] = {
 ACTIVATIONS = frozenset(
     {"ELU", "GELU", "Hardtanh", "Identity", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid"}
     | {"Softplus", "Softsign", "Tanh"}
+)
+# Settings of Transformer for the tokenizer, config.json and the weights, in old and new releases, and the ones among them
+# that do not change what is computed.
+_KWARGS = tuple(
+    f"{name}_{end}"
+    for name in ("processing", "processor", "tokenizer", "config", "model")
+    for end in ("kwargs", "args")
+)
+_HARMLESS = frozenset(
+    {"attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "padding", "return_tensors", "torch_dtype"}
+    | {"trust_remote_code", "truncation", "use_safetensors"}
 )
 # The files that hold the settings of Transformer: the newest name first.
 _SETTINGS_FILES = tuple(
@@ -122,7 +134,7 @@ def read(folder: Path, task: Task) -> Modules | None:
 
 def transformer_settings(folder: Path) -> dict[str, Any]:
     """Return the content of the settings file of Transformer, under the name of any release; empty without one."""
-    return next((read_object(folder / name) for name in _SETTINGS_FILES if (folder / name).is_file()), {})
+    return next((found for name in _SETTINGS_FILES if (found := read_object(folder / name))), {})
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -136,8 +148,11 @@ def _entries(folder: Path) -> list[tuple[str, str]]:
     listed = ModelFolder(folder).modules
     if not listed:
         raise UsageError(f"{folder / 'modules.json'} lists no modules", "download the model again")
-    entries = []
-    for entry in listed:
+    entries, names = [], set()
+    for number, entry in enumerate(listed):
+        if (key := str(entry.get("name", number))) in names:
+            raise UsageError(f"{folder} has two modules with the name {key}", "give them different names")
+        names.add(key)
         package, _, name = str(entry.get("type", "")).rpartition(".")
         if package.partition(".")[0] != _PACKAGE:
             raise UsageError(
@@ -160,6 +175,11 @@ def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task)
     tasks = {"feature-extraction", "sequence-classification"} if task == "rerank" else {"feature-extraction"}
     if (found := settings.get("transformer_task", "feature-extraction")) not in tasks:
         raise UsageError(f"the transformer of {folder} is made for {found}, not for {task}", "use another model")
+    if changed := sorted(_changes(settings)):
+        raise UsageError(
+            f"{folder} sets {', '.join(changed)} in the settings of its Transformer module, which is not supported",
+            "write these settings into config.json and the files of the tokenizer, and remove them there",
+        )
     if "message" in (settings.get("modality_config") or {}):
         raise UsageError(
             f"{folder} renders each text with a chat template, which is not supported", "use a model for plain text"
@@ -175,18 +195,27 @@ def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task)
         raise UsageError(f"the transformer of {folder} returns {output}, not token_embeddings", "use another model")
 
 
+def _changes(settings: dict[str, Any]) -> Iterator[str]:
+    """Yield the settings of Transformer for its tokenizer, config.json and weights that change what is computed."""
+    for name in _KWARGS:
+        found = settings.get(name) or {}
+        kinds = found.values() if name == "processing_kwargs" else [found]  # by modality, and `common`
+        for values in kinds:
+            yield from (f"{name}.{key}" for key in (values or {}) if key not in _HARMLESS)
+
+
 def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> None:
     """Raise `UsageError` unless each Dense continues with the vector, and the last one of a cross-encoder scores it."""
     for index, (name, path) in enumerate(entries):
-        if name != "Dense":
+        if name not in ("Dense", "Normalize"):
             continue
         settings = _settings(folder, path)
         source = settings.get("module_input_name") or "sentence_embedding"
         target = settings.get("module_output_name") or source
-        last = task == "rerank" and index == len(entries) - 1
+        last = name == "Dense" and task == "rerank" and index == len(entries) - 1
         if (source, target) != ("sentence_embedding", "scores" if last else "sentence_embedding"):
             raise UsageError(
-                f"the Dense module in {path} of {folder} turns {source} into {target}", "use another model"
+                f"the {name} module in {path} of {folder} turns {source} into {target}", "use another model"
             )
     if task == "rerank" and entries[-1][0] != "Dense":
         raise UsageError(f"the modules of {folder} return no scores", "use a cross-encoder whose last module is Dense")
@@ -214,7 +243,7 @@ def _pooling(folder: Path, path: str) -> tuple[tuple[PoolingMode, ...], bool]:
             f"pooling {' + '.join(unknown) or 'none'} of {folder} is not supported",
             f"use a model with {', '.join(sorted(set(_MODES.values())))}",
         )
-    return tuple(modes), config.get("include_prompt") is not False
+    return tuple(modes), bool(config.get("include_prompt", True))
 
 
 def _layer(folder: Path, name: str, path: str) -> Layer:

@@ -246,6 +246,7 @@ def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         ({"input": "a", "prompt": "p" * 8193}, "invalid_value", "prompt"),
         ({"input": "a", "prompt": ["p"]}, "invalid_value", "prompt"),
         ({"input": "a", "prompt_name": 1}, "invalid_value", "prompt_name"),
+        ({"input": ["a"] * 2048, "prompt": "p" * 8192}, "prompt_too_long", "input"),
         ({"input": [5, 6], "prompt_name": "query"}, "prompt_without_text", "input"),
         ({"input": [[5, 6]], "prompt": "p"}, "prompt_without_text", "input"),
     ],

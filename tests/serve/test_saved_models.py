@@ -353,7 +353,8 @@ def test_a_token_that_the_configuration_asks_for_ends_each_text(saved: Any, long
     found = [ids.tolist() for ids in pool.encode_now(texts, truncate=True)]
     pool.close()
     assert found == [[*ids, sep] for ids in plain_ids]
-    assert pool.facts == {"eos": "[SEP]", "eos_added_by": "add_eos_token", "lower_case": False}
+    expected = {"eos": "[SEP]", "eos_added_by": "add_eos_token", "lower_case": False, "max_tokens": longest}
+    assert pool.facts == expected
 
 
 def test_a_token_that_the_tokenizer_adds_is_not_added_again(saved: Any) -> None:
@@ -399,6 +400,15 @@ def path(index: int, value: str) -> Change:
     def change(folder: Path) -> None:
         listed = modules_of(folder)
         listed[index]["path"] = value
+        (folder / "modules.json").write_text(json.dumps(listed))
+
+    return change
+
+
+def renamed(index: int, value: str) -> Change:
+    def change(folder: Path) -> None:
+        listed = modules_of(folder)
+        listed[index]["name"] = value
         (folder / "modules.json").write_text(json.dumps(listed))
 
     return change
@@ -476,6 +486,29 @@ HOLES: dict[str, tuple[Change, str]] = {
         ),
         "default prompt",
     ),
+    "prompt excluded by null": (
+        both(
+            changed(POOLING, {"include_prompt": None}),
+            changed(LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
+        ),
+        "default prompt",
+    ),
+    "settings for the tokenizer": (
+        changed(SETTINGS, {"processing_kwargs": {"text": {"add_special_tokens": False}}}),
+        "processing_kwargs.add_special_tokens",
+    ),
+    "old settings for the tokenizer": (
+        changed(SETTINGS, {"tokenizer_args": {"do_lower_case": False}}),
+        "do_lower_case",
+    ),
+    "settings for config.json": (changed(SETTINGS, {"config_kwargs": {"num_hidden_layers": 1}}), "num_hidden_layers"),
+    "two modules of a name": (renamed(2, "1"), "two modules with the name 1"),
+    "Normalize of another output": (
+        changed("3_Normalize/config.json", {"module_output_name": "other"}),
+        "Normalize module",
+    ),
+    "no direction of attention": (changed("config.json", {"is_causal": None}), "is_causal"),
+    "positions of the batch": (changed("config.json", {"rope_parameters": {"rope_type": "longrope"}}), "longrope"),
     "Dense with pickled weights": (pickled, "a pickle"),
     "Dense of other sizes": (changed(DENSE, {"out_features": 8}), "linear.weight"),
     "Dense without its bias": (changed(DENSE, {"bias": False}), "linear.bias"),
@@ -583,6 +616,15 @@ def test_settings_of_old_releases_have_other_file_names(with_dense: Path, tmp_pa
     edit(folder / "sentence_roberta_config.json", {"max_seq_length": 77, "do_lower_case": True})
     config = task_config.read("embed", folder)
     assert (config.max_tokens, config.lower_case) == (77, True)
+
+
+def test_positions_that_are_angles_end_where_the_transformer_module_says(saved: Any) -> None:
+    folder = saved("qwen3", LAST)
+    edit(folder / SETTINGS, {"max_seq_length": 300})  # config.json says 130
+    texts = ["word " * 400, "a text"]
+    np.testing.assert_allclose(
+        computed(folder, texts=texts)[0], saved_models.vectors(folder, texts), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_module_may_be_a_link_into_the_cache_of_the_hub(with_dense: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ log = logging.getLogger("inferctl.prompts")
 
 # More token ids than this are converted on another thread.
 _INLINE_IDS = 16_384
+# As in the longest body. A short body could otherwise mean minutes of tokenization.
+_MAX_PROMPT_CHARACTERS = 4 * 2**20
 # Keys that get a line in the log.
 _MAX_REMINDED = 1_000
 
@@ -62,7 +64,11 @@ class EmbeddingsEndpoint:
         if not isinstance(request.items[0], str):
             message = "a prompt precedes texts: send texts, or token ids without prompt, prompt_name and input_type"
             raise ApiError(400, message, code="prompt_without_text", param="input")
-        return request, model.prompt_for(request.prompt, request.prompt_name, request.input_type)
+        prompt = model.prompt_for(request.prompt, request.prompt_name, request.input_type)
+        if (length := len(prompt) * len(request.items)) > _MAX_PROMPT_CHARACTERS:
+            message = f"the prompt has {length} characters in all inputs; the limit is {_MAX_PROMPT_CHARACTERS}"
+            raise ApiError(400, message, code="prompt_too_long", param="input")
+        return request, prompt
 
     def _remind(self, key_id: str | None) -> None:
         """Log once for a key that it uses none of the prompts. Without keys, the line at the start is all."""
