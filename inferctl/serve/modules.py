@@ -148,11 +148,11 @@ def _entries(folder: Path) -> list[tuple[str, str]]:
     listed = ModelFolder(folder).modules
     if not listed:
         raise UsageError(f"{folder / 'modules.json'} lists no modules", "download the model again")
-    entries, names = [], set()
-    for number, entry in enumerate(listed):
-        if (key := str(entry.get("name", number))) in names:
-            raise UsageError(f"{folder} has two modules with the name {key}", "give them different names")
-        names.add(key)
+    names = [entry["name"] for entry in listed if "name" in entry]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{folder} has two modules with the name {repeated[0]}", "give them different names")
+    entries = []
+    for entry in listed:
         package, _, name = str(entry.get("type", "")).rpartition(".")
         if package.partition(".")[0] != _PACKAGE:
             raise UsageError(
