@@ -264,21 +264,6 @@ def test_one_key_can_have_the_whole_traffic_of_the_example(
             assert least * limit / 2 >= 60 * peak * size * cluster["share"]
 
 
-def test_the_figures_in_the_docs_are_those_of_the_example(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (EXAMPLE.parents[1] / "deploy.md").read_text()
-    shown = text.partition("the example has these figures")[2].split("```")[1].removeprefix("text").strip()
-    monkeypatch.chdir(shutil.copytree(EXAMPLE, tmp_path / "example"))
-    half = document(capsys, "-f", "embed.yaml", "-f", "generate.yaml")["models"][0]["flavors"][0]
-    (cluster,) = (each for each in half["clusters"] if each["name"] == "aws-eu-central-1")
-    lines = {
-        " ".join(f"{each['name']} {each['value']:,} {each['unit']} {each['formula']}".split())
-        for each in cluster["figures"]
-    }
-    assert {" ".join(line.split()) for line in shown.splitlines()} <= lines
-
-
 def test_the_sample_receipts_are_those_of_their_script(tmp_path: Path) -> None:
     import importlib.util
 
