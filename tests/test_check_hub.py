@@ -63,7 +63,11 @@ CASES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any] | str]] = {
     "org/shorter": (E5, added("sentence_bert_config.json", {"max_seq_length": 64}), {"max_tokens": 64}),
     "org/own-code": (E5, added("config.json", {"auto_map": {"AutoModel": "m.M"}}), "code of its own"),
     "org/pickled": ("BAAI/bge-m3", lambda _: None, {"pooling": "cls"}),
-    "org/rerank": ("cross-encoder/ms-marco-MiniLM-L6-v2", lambda _: None, {"activation": "Identity", "max_tokens": 128}),
+    "org/rerank": (
+        "cross-encoder/ms-marco-MiniLM-L6-v2",
+        lambda _: None,
+        {"activation": "Identity", "max_tokens": 128},
+    ),
     "org/generate": ("Qwen/Qwen2.5-1.5B-Instruct", lambda _: None, {"own_code": []}),
     "org/static": (
         "sentence-transformers/static-retrieval-mrl-en-v1",
