@@ -109,7 +109,6 @@ def library(
     Raises `UsageError` for a folder that the server does not accept, which is where code of a model ends, and
     `NotReadyError` if the library cannot load it.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     import sentence_transformers
     import torch
 
@@ -205,7 +204,9 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--library", action="store_true")
     options = parser.parse_args()
-    if not options.library:
+    if options.library:
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    else:
         hide_scikit_learn()
     hint = 'pass a JSON list of texts, such as `["first text", "second text"]`, of pairs of texts, or of chat messages'
     try:
