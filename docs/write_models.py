@@ -100,8 +100,9 @@ def page() -> str:
     best = [served for _, served in sorted(ranked, reverse=True)[:_BEST]]
     parts = [
         _HEAD,
-        f"Of the {len(best)} open models on this page with the best scores in MMTEB (in parentheses, in percent, 20 August\n"
-        f"2026), {sum(best)} are served. Of the {len(verdicts)} shapes below, {sum(each.served for each in verdicts)} are.\n",
+        f"Of the {len(best)} open models on this page with the best scores in MMTEB (in parentheses, in percent, 20 "
+        f"August\n2026), {sum(best)} are served. Of the {len(verdicts)} shapes below, "
+        f"{sum(each.served for each in verdicts)} are.\n",
     ]
     for task, title in _TITLES.items():
         parts.append(

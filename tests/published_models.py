@@ -138,7 +138,8 @@ SHAPES: tuple[Shape, ...] = (
     ),
     _embed(
         "qwen3", _LAST,
-        {"bflhc/Octen-Embedding-8B": 67.8, "ICT-TIME-and-Querit/ICT-TIME-Querit": 64.0, "ICT-TIME-and-Querit/BOOM_4B_v1": 63.7},
+        {"bflhc/Octen-Embedding-8B": 67.8, "ICT-TIME-and-Querit/ICT-TIME-Querit": 64.0,
+            "ICT-TIME-and-Querit/BOOM_4B_v1": 63.7},
         library=QUERY,
     ),
     _embed(
@@ -154,7 +155,8 @@ SHAPES: tuple[Shape, ...] = (
         _code("modeling_bidirlm.BidirLMModel"), eos="",
     ),
     _embed("gemma3_text", _MEAN, {"BidirLM/BidirLM-1B": 63.1}, _code("modeling_bidirlm.BidirLMModel"), eos=""),
-    _embed("xlm-roberta", _MEAN, {"intfloat/multilingual-e5-large-instruct": 63.2, "intfloat/multilingual-e5-large": 58.9}),
+    _embed("xlm-roberta", _MEAN, {"intfloat/multilingual-e5-large-instruct": 63.2,
+        "intfloat/multilingual-e5-large": 58.9}),
     _embed(
         "qwen2", _LAST, {"Alibaba-NLP/gte-Qwen2-7B-instruct": 62.6},
         _code("modeling_qwen.Qwen2Model", is_causal=False), eos="flag", library=QUERY,
@@ -171,7 +173,8 @@ SHAPES: tuple[Shape, ...] = (
     _embed("mistral", ("lasttoken",), {"Salesforce/SFR-Embedding-Mistral": 61.2}, _LM, eos="flag"),
     _embed(
         "gemma3_text",
-        ("mean_tokens", _dense(WIDTH, 4 * WIDTH, "Identity", bias=False), _dense(4 * WIDTH, WIDTH, "Identity", bias=False), "Normalize"),
+        ("mean_tokens", _dense(WIDTH, 4 * WIDTH, "Identity", bias=False), _dense(4 * WIDTH, WIDTH, "Identity",
+            bias=False), "Normalize"),
         {"google/embeddinggemma-300m": 61.5}, {"use_bidirectional_attention": True}, library=QUERY,
     ),
     _embed(
@@ -196,7 +199,8 @@ SHAPES: tuple[Shape, ...] = (
         "gte", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity")), _named("NovaSearch/stella_en_400M_v5"),
         _code("modeling.NewModel", model_type="new"), tokenizer="bert", cased=False, library=QUERY,
     ),
-    _embed("nomic_bert", ("mean_tokens",), _named("nomic-ai/nomic-embed-text-v1.5"), _code("nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel")),
+    _embed("nomic_bert", ("mean_tokens",), _named("nomic-ai/nomic-embed-text-v1.5"),
+        _code("nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel")),
     _embed(
         "nomic_bert", ("mean_tokens", "Normalize"), {"nomic-ai/nomic-embed-text-v2-moe": 58.1},
         _code("nomic-ai/nomic-bert-2048--modeling_hf_nomic_bert.NomicBertModel", num_experts=8, moe_every_n_layers=2),
@@ -210,7 +214,8 @@ SHAPES: tuple[Shape, ...] = (
         "bert", ("mean_tokens",), _named("jinaai/jina-embeddings-v2-base-en"),
         _code("jinaai/jina-bert-implementation--modeling_bert.JinaBertModel", position_embedding_type="alibi"),
     ),
-    _embed("qwen2", None, _named("jinaai/jina-embeddings-v4"), _code("modeling_jina_embeddings_v4.JinaEmbeddingsV4Model", model_type="qwen2_5_vl")),
+    _embed("qwen2", None, _named("jinaai/jina-embeddings-v4"),
+        _code("modeling_jina_embeddings_v4.JinaEmbeddingsV4Model", model_type="qwen2_5_vl")),
     _embed("xlm-roberta", _CLS, {"Snowflake/snowflake-arctic-embed-l-v2.0": 57.2}, library=QUERY),
     _embed("bert", _CLS, _named("Snowflake/snowflake-arctic-embed-m"), library=QUERY),
     _embed("bert", ("cls_token",), _named("mixedbread-ai/mxbai-embed-large-v1"), library=QUERY),
@@ -224,13 +229,15 @@ SHAPES: tuple[Shape, ...] = (
     _embed("modernbert", _MEAN, _named("nomic-ai/modernbert-embed-base")),
     _embed("bert", _MEAN, _named("sentence-transformers/all-MiniLM-L6-v2")),
     _embed("mpnet", _MEAN, _named("sentence-transformers/all-mpnet-base-v2")),
-    _embed("bert", ("cls_token", _dense(WIDTH, WIDTH, "Tanh"), "Normalize"), _named("sentence-transformers/LaBSE"), cased=True),
+    _embed("bert", ("cls_token", _dense(WIDTH, WIDTH, "Tanh"), "Normalize"), _named("sentence-transformers/LaBSE"),
+        cased=True),
     _embed(
         "t5", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity", bias=False), "Normalize"),
         _named("sentence-transformers/sentence-t5-base", "sentence-transformers/gtr-t5-base"),
     ),
     _embed(
-        "t5", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity", bias=False), "Normalize"), _named("hkunlp/instructor-large"),
+        "t5", ("mean_tokens", _dense(WIDTH, WIDTH, "Identity", bias=False), "Normalize"),
+            _named("hkunlp/instructor-large"),
         pickled=True,
     ),
     _embed(
@@ -258,7 +265,11 @@ SHAPES: tuple[Shape, ...] = (
     _rerank("gemma", "BAAI/bge-reranker-v2-gemma", {"architectures": ["GemmaForCausalLM"]}),
     _rerank(
         "xlm-roberta", "jinaai/jina-reranker-v2-base-multilingual",
-        _ONE_SCORE | {"auto_map": {"AutoModelForSequenceClassification": "modeling_xlm_roberta.XLMRobertaForSequenceClassification"}},
+        _ONE_SCORE | {
+            "auto_map": {
+                "AutoModelForSequenceClassification": "modeling_xlm_roberta.XLMRobertaForSequenceClassification"
+            }
+        },
     ),
     _rerank(
         "llama", "BAAI/bge-reranker-v2-minicpm-layerwise",
@@ -269,10 +280,13 @@ SHAPES: tuple[Shape, ...] = (
         "gte", "Alibaba-NLP/gte-multilingual-reranker-base",
         _ONE_SCORE | {
             "model_type": "new", "architectures": ["NewForSequenceClassification"],
-            "auto_map": {"AutoModelForSequenceClassification": "Alibaba-NLP/new-impl--modeling.NewForSequenceClassification"},
+            "auto_map": {
+                "AutoModelForSequenceClassification": "Alibaba-NLP/new-impl--modeling.NewForSequenceClassification"
+            },
         },
     ),
-    _embed("bert", None, _named("colbert-ir/colbertv2.0", "answerdotai/answerai-colbert-small-v1"), {"architectures": ["HF_ColBERT"]}),
+    _embed("bert", None, _named("colbert-ir/colbertv2.0", "answerdotai/answerai-colbert-small-v1"),
+        {"architectures": ["HF_ColBERT"]}),
     _embed(
         "modernbert", (("pylate.models.Dense.Dense", {"in_features": WIDTH, "out_features": 16, "bias": False}),),
         _named("lightonai/GTE-ModernColBERT-v1", "lightonai/LateOn"), library={"model_type": "ColBERT"},

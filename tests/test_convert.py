@@ -36,7 +36,11 @@ TIED: dict[str, tuple[str, dict[str, Any], str]] = {
     "albert": ("AlbertForMaskedLM", SIZES | {"embedding_size": 32}, "AlbertModel"),
     "deberta-v2": ("DebertaV2ForMaskedLM", SIZES, "DebertaV2Model"),
     "modernbert": ("ModernBertForMaskedLM", SIZES, "ModernBertModel"),
-    "distilbert": ("DistilBertForMaskedLM", {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2}, "DistilBertModel"),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
+        "DistilBertModel",
+    ),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "GPT2Model"),
     "opt": ("OPTForCausalLM", {"hidden_size": 32, "ffn_dim": 64, **SIZES, "word_embed_proj_dim": 32}, "OPTModel"),
     "qwen3": (
@@ -51,7 +55,12 @@ TIED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "bart": (
         "BartForConditionalGeneration",
-        {"d_model": 32, **{f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 4))}},
+        {
+            "d_model": 32,
+            **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+            **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+            **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+        },
         "BartModel",
     ),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """The embedding configuration of a model folder: pooling, layers, prompts, longest input. Read without torch.
 
-The formats are those of the files that sentence-transformers writes (see `modules`, `config_sentence_transformers.json`)
-and of transformers' `config.json` and `tokenizer_config.json`.
+The formats are those of the files that sentence-transformers writes (see `modules`,
+`config_sentence_transformers.json`) and of transformers' `config.json` and `tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _STATIC_TOKENS = 32_768
 class EmbeddingConfig:
     """How a model turns token vectors into an embedding.
 
-    `pooling`: modes whose vectors are concatenated. `layers`: applied to the pooled vector. `truncate_dim`: numbers that
-    remain of the result, without another normalization; None for all. `max_tokens` includes special tokens. `assumed`:
-    the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors can be
-    truncated to, empty if the model was not trained for truncation, None if any number is allowed. `static`: as in
-    `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
+    `pooling`: modes whose vectors are concatenated. `layers`: applied to the pooled vector. `truncate_dim`: numbers
+    that remain of the result, without another normalization; None for all. `max_tokens` includes special tokens.
+    `assumed`: the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors
+    can be truncated to, empty if the model was not trained for truncation, None if any number is allowed. `static`: as
+    in `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
     """
 
     pooling: tuple[PoolingMode, ...]

@@ -1,8 +1,8 @@
 """The modules of a model folder in the layout of sentence-transformers. Read without torch.
 
 `modules.json` lists them in the order in which they run. The first one is Transformer, with its files in the folder
-itself, or StaticEmbedding. Each other one has a folder of its own. Old and new releases of the library write different packages of the
-same classes, so the last part of a type decides.
+itself, or StaticEmbedding. Each other one has a folder of its own. Old and new releases of the library write different
+packages of the same classes, so the last part of a type decides.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ACTIVATIONS = frozenset(
     {"ELU", "GELU", "Hardtanh", "Identity", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid"}
     | {"Softplus", "Softsign", "Tanh"}
 )
-# Settings of Transformer for the tokenizer, config.json and the weights, in old and new releases, and the ones among them
-# that do not change what is computed.
+# Settings of Transformer for the tokenizer, config.json and the weights, in old and new releases, and the ones among
+# them that do not change what is computed.
 _KWARGS = tuple(
     f"{name}_{end}"
     for name in ("processing", "processor", "tokenizer", "config", "model")

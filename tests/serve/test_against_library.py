@@ -321,7 +321,7 @@ def test_the_verification_of_an_image_compares_with_the_library(
 def test_an_inaccurate_server_ends_unless_the_user_allows_it(
     right: Callable[[str], Path], serve: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
-    """bf16 has steps of 0.5 at the size of these embeddings. The normalization after them takes it out again in fp32."""
+    """bf16 has steps of 0.5 at the size of these embeddings. The normalization after them removes it in fp32."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"

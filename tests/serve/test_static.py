@@ -102,7 +102,9 @@ CASES: dict[str, tuple[Callable[[], list[Any]], str, dict[str, Any], Callable[[P
     "of model2vec, quantized": (list, "bert", {}, lambda folder: store(folder, quantized)),
     "of model2vec, with a mapping": (
         list, "bert", {},
-        lambda folder: store(folder, lambda table: {name: quantized(table)[name] for name in ("embeddings", "mapping")}),
+        lambda folder: store(
+            folder, lambda table: {name: quantized(table)[name] for name in ("embeddings", "mapping")}
+        ),
     ),
     "in fp16": (list, "bert", {}, lambda folder: store(folder, lambda table: {"embedding.weight": table.half()})),
 }  # fmt: skip

@@ -23,7 +23,7 @@ log = logging.getLogger("inferctl.prompts")
 # More token ids than this are converted on another thread.
 _INLINE_IDS = 16_384
 # As in the longest body. A short body could otherwise mean minutes of tokenization.
-_MAX_PROMPT_CHARACTERS = 4 * 2**20
+_MAX_ADDED_CHARACTERS = 4 * 2**20
 # Keys that get a line in the log.
 _MAX_REMINDED = 1_000
 
@@ -40,10 +40,10 @@ class EmbeddingsEndpoint:
         context = self.inference.admit(scope)
         request, prompt = await parsed_body(context, receive, self._parse)
         model = self.inference.model
-        chosen = request.prompt is not None or request.prompt_name is not None
-        missing = prompt is None or (not chosen and model.prompts.misses_query(request.input_type))
-        if missing and model.prompts.unused and isinstance(request.items[0], str):
-            self._remind(context.key_id)
+        if model.prompts.unused and isinstance(request.items[0], str):
+            chosen = request.prompt is not None or request.prompt_name is not None
+            if prompt is None or (not chosen and model.prompts.misses_query(request.input_type)):
+                self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
         vectors = await self.inference.run(context, receive, self._tokenize(request, prompt, context.tenant))
         parts = embedding_schemas.response(
@@ -65,8 +65,8 @@ class EmbeddingsEndpoint:
             message = "a prompt precedes texts: send texts, or token ids without prompt, prompt_name and input_type"
             raise ApiError(400, message, code="prompt_without_text", param="input")
         prompt = model.prompt_for(request.prompt, request.prompt_name, request.input_type)
-        if (length := len(prompt) * len(request.items)) > _MAX_PROMPT_CHARACTERS:
-            message = f"the prompt has {length} characters in all inputs; the limit is {_MAX_PROMPT_CHARACTERS}"
+        if (length := len(prompt) * len(request.items)) > _MAX_ADDED_CHARACTERS:
+            message = f"the prompt has {length} characters in all inputs; the limit is {_MAX_ADDED_CHARACTERS}"
             raise ApiError(400, message, code="prompt_too_long", param="input")
         return request, prompt
 
