@@ -59,14 +59,18 @@ def cache(folder: Path) -> Feature:
 FEATURES: dict[str, Callable[[Path], Feature]] = {"keys": keys, "metering": metering, "cache": cache}
 
 
-def start(folder: Path, port: int, name: str, sections: dict[str, Any]) -> peers.Server:
-    """Start a server with the echo engine and these sections of the spec."""
+def start(
+    folder: Path, port: int, name: str, sections: dict[str, Any], checkout: Path = peers.ROOT
+) -> peers.Server:
+    """Start a server with the echo engine and these sections of the spec, of this or another checkout."""
     file = folder / "inferctl.yaml"
     file.write_text(json.dumps({"name": "echo", "model": {"source": str(peers.MODEL)}, **sections}))
-    return peers.inferctl(port, "--engine", "echo", "--spec", str(file), name=name)
+    return peers.inferctl(port, "--engine", "echo", "--spec", str(file), name=name, checkout=checkout)
 
 
-def serve(folder: Path, port: int, name: str, features: Sequence[str]) -> tuple[peers.Server, dict[str, str]]:
+def serve(
+    folder: Path, port: int, name: str, features: Sequence[str], checkout: Path = peers.ROOT
+) -> tuple[peers.Server, dict[str, str]]:
     """Start a server with these features, and return it with the headers that its requests need."""
     folder.mkdir()
     spec: dict[str, Any] = {}
@@ -75,7 +79,7 @@ def serve(folder: Path, port: int, name: str, features: Sequence[str]) -> tuple[
         sections, more = FEATURES[feature](folder)
         spec |= sections
         headers |= more
-    return start(folder, port, name, spec), headers
+    return start(folder, port, name, spec, checkout), headers
 
 
 def main() -> None:
