@@ -181,6 +181,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pins = shipped.versions()
     # Resolving also requires the packages that the locks leave out.
     wanted = [f"torch=={pins['torch']}", *locks.declared_requirements("serve")]
+    wanted += locks.declared_requirements("wordpiece")
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"

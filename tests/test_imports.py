@@ -51,6 +51,7 @@ ONLY_IN = {
     "alembic": ("tenancy/database.py", "tenancy/metering/migrations/", "tenancy/fleet/migrations/"),
     "psycopg": (),
     "nats": ("tenancy/metering/broker.py", "tenancy/fleet/broker.py"),
+    "nanotoken": ("serve/word_piece.py",),
     "moka_py": ("serve/vector_cache/store.py",),
     "valkey": ("serve/vector_cache/shared.py",),
     "promql_parser": ("manifests/lint/promql.py",),

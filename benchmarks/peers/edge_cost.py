@@ -59,9 +59,7 @@ def cache(folder: Path) -> Feature:
 FEATURES: dict[str, Callable[[Path], Feature]] = {"keys": keys, "metering": metering, "cache": cache}
 
 
-def start(
-    folder: Path, port: int, name: str, sections: dict[str, Any], checkout: Path = peers.ROOT
-) -> peers.Server:
+def start(folder: Path, port: int, name: str, sections: dict[str, Any], checkout: Path = peers.ROOT) -> peers.Server:
     """Start a server with the echo engine and these sections of the spec, of this or another checkout."""
     file = folder / "inferctl.yaml"
     file.write_text(json.dumps({"name": "echo", "model": {"source": str(peers.MODEL)}, **sections}))

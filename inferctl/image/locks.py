@@ -172,7 +172,7 @@ def resolve(
     if target.stack.index and target.stack.cuda is None:
         # Without `+cpu`, uv could select the wheel of the same release on PyPI, which includes CUDA.
         torch_pin += "+cpu"
-    requirements = server_requirements()
+    requirements = server_requirements(target.stack)
     before = "".join(text or "" for text in vars(previous).values()) if previous else ""
     vllm, int8 = [target.stack.vllm] if target.stack.vllm else [], _int8(target.stack)
     everything = _compile([torch_pin, *requirements, *vllm, *int8], [], target, before, upgrade)
@@ -233,9 +233,10 @@ def declared_requirements(extra: str) -> list[str]:
     return found
 
 
-def server_requirements() -> list[str]:
-    """Return the dependencies of inferctl that a server imports."""
-    return [line for line in declared_requirements("serve") if normalize(name_of(line)) not in LEFT_OUT]
+def server_requirements(stack: Stack) -> list[str]:
+    """Return the dependencies of inferctl that a server imports. vLLM tokenizes by itself."""
+    found = dict.fromkeys(declared_requirements("serve") + ([] if stack.vllm else declared_requirements("wordpiece")))
+    return [line for line in found if normalize(name_of(line)) not in LEFT_OUT]
 
 
 def name_of(requirement: str) -> str:

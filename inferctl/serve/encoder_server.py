@@ -201,6 +201,7 @@ class EncoderServer(ServerLifetime):
         return {
             **self._info,
             "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
+            "tokenizer": self._tokenizer.library,
             "engines": {**engines, "out_of_memory": self._dispatcher.out_of_memory},
             "restarts": engines["restarts"],
             "pace": self._batcher.latency.to_json(),

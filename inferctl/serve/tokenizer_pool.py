@@ -1,15 +1,18 @@
 """Turns texts into token ids with the model's own `tokenizer.json`.
 
-Each thread has its own tokenizer, because the library does not allow two threads to use one at the same time.
+The library tokenizers does, or nanotoken where both give equal ids. Each thread has its own tokenizer of the former,
+because that library does not allow two threads to use one at the same time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,16 +21,20 @@ from tokenizers import Encoding, Tokenizer, normalizers, processors
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
-from inferctl.serve import tokenizer_files
+from inferctl.serve import tokenizer_files, word_piece
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.modules import read_object
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
+from inferctl.serve.word_piece import TokenizedText, is_panic
+
+log = logging.getLogger("inferctl.tokenizer")
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
-# many characters take 0.3 ms, and at most 3 ms (benchmarks/peers/tokenising.py). Each text adds its fixed cost.
-_INLINE_CHARACTERS = 1_000
+# many characters take 0.3 ms with tokenizers and 0.9 ms with nanotoken, and at most 3 ms
+# (benchmarks/peers/tokenising.py). Each text adds its fixed cost.
+_INLINE_CHARACTERS, _INLINE_CHARACTERS_WORD_PIECE = 1_000, 20_000
 _TEXT_CHARACTERS = 40
 # The most characters per call of the tokenizer, which takes 100 bytes per token, until the call ends.
 _BATCH_CHARACTERS = 250_000
@@ -114,6 +121,7 @@ class TokenizerPool:
                 "use another model",
             )
         self._local.tokenizer = self._prepared(tokenizer)
+        self._word_piece, self._reason = word_piece.create(self._tokenizer(), self._encode_slowly)
         # All ids are below it. Those of added tokens can have gaps before them.
         self.vocabulary_size = max(
             tokenizer.get_vocab_size(with_added_tokens=True),
@@ -133,8 +141,16 @@ class TokenizerPool:
             "lower_case": tokenizer_files.lowers_case(tokenizer),
         }
 
+    @property
+    def library(self) -> dict[str, str]:
+        """The library that tokenizes, and why that one, for `/info`."""
+        name = "tokenizers" if self._word_piece is None else "nanotoken"
+        return {"library": f"{name} {metadata.version(name)}", "reason": self._reason}
+
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
+        if self._word_piece is not None:
+            return
         barrier = threading.Barrier(self._threads)
         for _ in range(self._threads):
             self._executor.submit(lambda: (self._tokenizer(), barrier.wait(_WARM_UP_TIMEOUT_S)))
@@ -155,7 +171,7 @@ class TokenizerPool:
         """
         prompt = self._prompt if prompt is None else prompt
         size = sum(map(len, texts)) + len(texts) * len(prompt)
-        if _is_small(size, len(texts)):
+        if self._is_small(size, len(texts)):
             return self.encode_now(texts, truncate=truncate, prompt=prompt)
         encode = partial(self.encode_now, truncate=truncate, prompt=prompt)
         calls = [partial(encode, texts[i:j], first=i) for i, j in _slices(texts, len(prompt))]
@@ -172,7 +188,7 @@ class TokenizerPool:
         """
         queries = _listed(query)
         size = sum(map(len, [*queries, *documents])) + len(queries) * len(self._prompt)
-        if _is_small(size, len(queries) + len(documents)):
+        if self._is_small(size, len(queries) + len(documents)):
             return self.encode_pairs_now(query, documents, truncate=truncate)
         calls = [
             partial(
@@ -192,11 +208,12 @@ class TokenizerPool:
         """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
         prompt = self._prompt if prompt is None else prompt
         rows, truncated = [], 0
-        for index, encoding in enumerate(self._encodings(texts, "input", prompt, first), first):
-            if encoding.overflowing:
+        for index, (ids, size) in enumerate(self._encodings(texts, "input", prompt, first), first):
+            if size > len(ids):
                 self._allow_truncation(index, truncate)
                 truncated += 1
-            ids = _ids(encoding) if self._eos is None else np.append(_ids(encoding), np.int32(self._eos))
+            if self._eos is not None:
+                ids = np.append(ids, np.int32(self._eos))
             rows.append(_NO_TOKENS if not len(ids) and self._static is not None else _not_empty(ids, index))
         self._on_truncated(truncated)
         return rows
@@ -208,17 +225,19 @@ class TokenizerPool:
         before, between, after, has_segments = self._pair_format()
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
         queries = self._encodings(_listed(query), "query", self._prompt, first, add_special_tokens=False)
-        firsts = [(_ids(encoding), _size(encoding)) for encoding in queries]
+        firsts = list(queries)
         if isinstance(query, str):
             firsts *= len(documents)
         seconds = self._encodings(documents, "documents", "", first, add_special_tokens=False)
         pairs, truncated = [], 0
-        for index, ((first_ids, first_size), second) in enumerate(zip(firsts, seconds, strict=True), first):
-            first_kept, second_kept = _longest_first(first_size, _size(second), limit)
-            if first_kept + second_kept < first_size + _size(second):
+        for index, ((first_ids, first_size), (second_ids, second_size)) in enumerate(
+            zip(firsts, seconds, strict=True), first
+        ):
+            first_kept, second_kept = _longest_first(first_size, second_size, limit)
+            if first_kept + second_kept < first_size + second_size:
                 self._allow_truncation(index, truncate, "documents")
                 truncated += 1
-            ids = np.concatenate((before, first_ids[:first_kept], between, _ids(second)[:second_kept], after))
+            ids = np.concatenate((before, first_ids[:first_kept], between, second_ids[:second_kept], after))
             second_start = len(before) + first_kept + len(between) if has_segments else len(ids)
             pairs.append((_not_empty(ids, index, "documents"), second_start))
         self._on_truncated(truncated)
@@ -261,8 +280,8 @@ class TokenizerPool:
 
     def _encodings(
         self, texts: Sequence[str], field: str, prompt: str, first: int, *, add_special_tokens: bool = True
-    ) -> Iterator[Encoding]:
-        """Yield the encoding of the prompt and each text, up to a head with more tokens than the model accepts.
+    ) -> Iterator[TokenizedText]:
+        """Yield the ids of the prompt and each text, up to a head with more tokens than the model accepts.
 
         Tokenizes longer and longer heads of a long text. Raises `InputError` if `_MAX_HEAD` is insufficient.
         """
@@ -273,30 +292,52 @@ class TokenizerPool:
             part = texts[start : start + step]
             heads = [_head(text, shortest) for text in part]
             found = self._encode(heads, add_special_tokens)
-            for index, (text, head, encoding) in enumerate(zip(part, heads, found, strict=True), start + first):
+            for index, (text, head, tokenized) in enumerate(zip(part, heads, found, strict=True), start + first):
                 size = shortest
-                while len(head) < len(text) and not encoding.overflowing:
+                while len(head) < len(text) and tokenized.size == len(tokenized.ids):
                     if size >= largest:
                         message = f"is too long: {len(text)} characters with very few tokens"
                         only_query = field == "query" and len(texts) == 1
                         raise InputError(None if only_query else index, "text_too_long", message, field)
                     size = min(4 * size, largest)
                     head = _head(text, size)
-                    encoding = self._encode([head], add_special_tokens)[0]
-                yield encoding
+                    tokenized = self._encode([head], add_special_tokens)[0]
+                yield tokenized
 
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> Sequence[Encoding]:
-        """Return the encodings of texts. A panic of the library is raised as a `RuntimeError`.
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:
+        """Return the ids of texts, by nanotoken as long as it raises nothing."""
+        if (found := self._word_piece) is not None:
+            try:
+                return found.encode(texts, add_special_tokens)
+            except BaseException as error:
+                if not isinstance(error, Exception) and not is_panic(error):
+                    raise
+                self._word_piece, self._reason = None, f"nanotoken raised {type(error).__name__}"
+                log.warning("tokenizers replaces nanotoken, which raised %s", type(error).__name__)
+        return self._encode_slowly(texts, add_special_tokens)
+
+    def _encode_slowly(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:
+        """Return the ids of texts by tokenizers. A panic of it is raised as a `RuntimeError`.
 
         A panic is not an `Exception`. It would end a thread and leave a request without a response.
         """
+        tokenizer = self._tokenizer()
         try:
             # It computes no offsets and takes 10% to 20% less time than `encode`, also for a single text.
-            return self._tokenizer().encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            found = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":
+            if not is_panic(error):
                 raise
             raise RuntimeError(f"the tokenizer panicked: {error}") from error
+        added = tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+        return [
+            TokenizedText(_ids(encoding), len(encoding) + sum(len(part) - added for part in encoding.overflowing))
+            for encoding in found
+        ]
+
+    def _is_small(self, characters: int, texts: int) -> bool:
+        most = _INLINE_CHARACTERS if self._word_piece is None else _INLINE_CHARACTERS_WORD_PIECE
+        return characters + texts * _TEXT_CHARACTERS <= most
 
     def _pair_format(self) -> tuple[Tokens, Tokens, Tokens, bool]:
         """Return the special tokens before, between and after both texts of a pair, and whether it has two segments."""
@@ -332,10 +373,6 @@ class TokenizerPool:
         return tokenizer
 
 
-def _is_small(characters: int, texts: int) -> bool:
-    return characters + texts * _TEXT_CHARACTERS <= _INLINE_CHARACTERS
-
-
 def _head(text: str, longest: int) -> str:
     """Return the start of a text: at most `longest` characters, at least half of them, if possible up to a word end."""
     if len(text) <= longest:
@@ -366,11 +403,6 @@ def _listed(query: str | Sequence[str]) -> Sequence[str]:
 
 def _ids(encoding: Encoding) -> Tokens:
     return np.array(encoding.ids, dtype=np.int32)
-
-
-def _size(encoding: Encoding) -> int:
-    """Return the number of tokens, with the truncated ones."""
-    return len(encoding) + sum(map(len, encoding.overflowing))
 
 
 def _not_empty(ids: Tokens, index: int, field: str = "input") -> Tokens:

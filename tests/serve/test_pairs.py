@@ -175,11 +175,11 @@ def test_small_requests_do_not_wait_for_large_ones(minilm: Path) -> None:
     pool._executor.submit(released.wait)
 
     async def ask() -> bool:
-        large = asyncio.ensure_future(pool.encode_pairs("a river", ["rock"] * 100, truncate=True))
+        large = asyncio.ensure_future(pool.encode_pairs("a river", ["rock"] * 1000, truncate=True))
         small = await asyncio.wait_for(pool.encode_pairs("a river", ["rock"], truncate=True), 60)
         waited = not large.done()
         released.set()
-        return waited and len(await large) == 100 and len(small) == 1
+        return waited and len(await large) == 1000 and len(small) == 1
 
     try:
         assert asyncio.run(ask())

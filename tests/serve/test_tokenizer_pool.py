@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -24,9 +26,13 @@ WORDS = st.sampled_from(
 )
 
 
-@pytest.fixture(scope="module")
-def pool(minilm: Path) -> Iterator[TokenizerPool]:
-    pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT))
+@pytest.fixture(scope="module", params=["nanotoken", "tokenizers"])
+def pool(minilm: Path, request: pytest.FixtureRequest) -> Iterator[TokenizerPool]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tokenizers":
+            patch.setitem(sys.modules, "nanotoken", None)
+        pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT))
+    assert pool.library["library"].startswith(request.param)
     yield pool
     pool.close()
 
@@ -155,6 +161,8 @@ def test_truncated_inputs_are_counted(minilm: Path) -> None:
 def test_only_small_requests_are_tokenized_on_the_event_loop(
     pool: TokenizerPool, tokenized: list[tuple[str, str]], texts: list[str], inline: bool
 ) -> None:
+    scale = 20 if pool.library["library"].startswith("nanotoken") else 1
+    texts = texts * scale if len(texts) > 1 else [texts[0] * scale]
     asyncio.run(pool.encode(texts, truncate=True))
     assert {thread == threading.current_thread().name for _, thread in tokenized} == {inline}
 
@@ -180,7 +188,7 @@ def test_requests_take_turns_on_the_threads(pool: TokenizerPool) -> None:
             done.append(name)
 
         large = ["word " * 60_000] * 10
-        await asyncio.gather(*(encode("large", large) for _ in range(1)), encode("medium", ["word " * 300]))
+        await asyncio.gather(*(encode("large", large) for _ in range(1)), encode("medium", ["word " * 4_500]))
         return done
 
     assert asyncio.run(run()) == ["medium", "large"]
@@ -193,25 +201,25 @@ def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, monkeypat
         first = asyncio.create_task(pool.encode(["word " * 10_000], truncate=True))  # alone, any size is accepted
         await asyncio.sleep(0)
         with pytest.raises(TokenizerBusyError):
-            await pool.encode(["word " * 300], truncate=True)
+            await pool.encode(["word " * 4_500], truncate=True)
         assert len(await pool.encode(["small"], truncate=True)) == 1
         await first
-        assert len(await pool.encode(["word " * 300], truncate=True)) == 1
+        assert len(await pool.encode(["word " * 4_500], truncate=True)) == 1
 
     asyncio.run(run())
 
 
 def test_a_tenant_leaves_room_for_the_others(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_shares", Shares(10_000))
+    monkeypatch.setattr(pool, "_shares", Shares(200_000))
 
     async def run() -> None:
-        first = asyncio.create_task(pool.encode(["word " * 1_600], truncate=True, tenant="a"))
+        first = asyncio.create_task(pool.encode(["word " * 32_000], truncate=True, tenant="a"))
         await asyncio.sleep(0)
         with pytest.raises(TokenizerShareError):
-            await pool.encode(["word " * 300], truncate=True, tenant="a")
-        assert len(await pool.encode(["word " * 300], truncate=True, tenant="b")) == 1
+            await pool.encode(["word " * 4_500], truncate=True, tenant="a")
+        assert len(await pool.encode(["word " * 4_500], truncate=True, tenant="b")) == 1
         await first
-        assert len(await pool.encode(["word " * 300], truncate=True, tenant="a")) == 1
+        assert len(await pool.encode(["word " * 4_500], truncate=True, tenant="a")) == 1
 
     asyncio.run(run())
 
@@ -224,7 +232,7 @@ def test_a_cancelled_request_is_not_tokenized_further(pool: TokenizerPool, token
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await pool.encode(["word " * 300], truncate=True)
+        await pool.encode(["word " * 4_500], truncate=True)
 
     asyncio.run(run())
     assert len(tokenized) < 10
@@ -239,6 +247,7 @@ def test_requests_on_several_threads_get_their_own_tokens(pool: TokenizerPool, w
 
 
 def test_each_thread_has_its_tokenizer_before_the_first_request(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nanotoken", None)  # whose tokenizer is for all threads
     loaded: list[str] = []
 
     class Counted:
@@ -260,6 +269,7 @@ class PanicException(BaseException):  # the name that the Rust library uses
 
 @pytest.mark.parametrize("size", [1, 300])
 def test_a_panic_fails_only_its_request(minilm: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setitem(sys.modules, "nanotoken", None)
     pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT))
 
     class Panicking:
@@ -270,6 +280,9 @@ def test_a_panic_fails_only_its_request(minilm: Path, monkeypatch: pytest.Monkey
             if any("panic" in text for text in texts):
                 raise PanicException("index out of bounds")
             return self._inner.encode_batch_fast(texts, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
 
     tokenizer = pool._tokenizer
     monkeypatch.setattr(pool, "_tokenizer", lambda: Panicking(tokenizer()))

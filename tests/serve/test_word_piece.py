@@ -1,0 +1,201 @@
+"""nanotoken instead of tokenizers: equal ids, sizes and pairs, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nanotoken
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+
+from inferctl.serve import embedding_config
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+
+# Texts per tokenizer.
+COUNT = int(os.environ.get("INFERCTL_TOKENIZER_TEXTS", "400"))
+CORPUS = Path(__file__).parent.parent.parent / "benchmarks" / "corpora" / "paragraphs.jsonl"
+LIMIT = 64
+BLOCKS = [(0x20, 0x7E), (0xA0, 0x24F), (0x250, 0x2AF), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x52F), (0x590, 0x5FF)]
+BLOCKS += [(0x600, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF), (0x1E00, 0x1FFF), (0x2000, 0x2BFF)]
+BLOCKS += [
+    (0x3040, 0x30FF),
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A3),
+    (0xF900, 0xFFFD),
+    (0x1F000, 0x1FAFF),
+    (0x2F800, 0x2FA1F),
+]
+
+
+def texts(count: int, seed: int) -> Iterator[str]:
+    """Yield prose, mixtures of scripts, special tokens and long words, and random characters."""
+    random_ = random.Random(seed)
+    words = " ".join(json.loads(line)["text"] for line in CORPUS.read_text().splitlines()).split()
+
+    def word() -> str:
+        first, last = random_.choice(BLOCKS)
+        found = "".join(chr(random_.randint(first, last)) for _ in range(random_.randint(1, 12)))
+        return unicodedata.normalize("NFD", found) if random_.random() < 0.2 else found
+
+    def long_word() -> str:
+        return random_.choice("aé北\u0301.") * random_.choice((99, 100, 101, 199, 200, 201))
+
+    def special() -> str:
+        return random_.choice(("[CLS]", "[SEP]", "[MASK]", "[UNK]", "[PAD]", "[mask]", "<new>", "[MASK", "##s"))
+
+    for index in range(count):
+        kind, start = index % 10, random_.randrange(len(words) - 200)
+        if kind < 3:
+            yield " ".join(words[start : start + random_.randint(1, 120)])
+        elif kind < 8:
+            makers = random_.choices((word, long_word, special, lambda: random_.choice(words)), (6, 1, 2, 3), k=8)
+            yield random_.choice((" ", "", "\n", "\u00a0")).join(make() for make in makers)
+        else:
+            letters = (chr(random_.randrange(0x30000)) for _ in range(random_.randint(0, 80)))
+            yield "".join(letter for letter in letters if not "\ud800" <= letter <= "\udfff")
+
+
+def cased(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+
+
+def accented(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=False, strip_accents=False)
+
+
+def other_steps(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+
+def more_tokens(tokenizer: Tokenizer) -> None:
+    tokenizer.add_tokens([AddedToken("<new>", lstrip=True), AddedToken("river", single_word=True, rstrip=True)])
+
+
+def unchanged(_: Tokenizer) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", [unchanged, cased, accented, other_steps, more_tokens])
+@pytest.mark.parametrize("lower_case", [False, True])
+def test_ids_and_pairs_equal_those_of_tokenizers(
+    minilm: Path, tmp_path: Path, change: Callable[[Tokenizer], None], lower_case: bool
+) -> None:
+    whole = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    whole.no_padding()
+    whole.no_truncation()
+    change(whole)
+    whole.save(str(tmp_path / "tokenizer.json"))
+    pool = TokenizerPool(tmp_path, EmbeddingConfig(("mean",), LIMIT, lower_case=lower_case))
+    assert pool.library["library"].startswith("nanotoken")
+    if lower_case:
+        whole.normalizer = normalizers.Sequence([normalizers.Lowercase(), whole.normalizer])
+    whole.enable_truncation(LIMIT)
+    given = list(texts(COUNT, seed=LIMIT))
+    expected = whole.encode_batch(given)
+    for text, ids, encoding in zip(given, pool.encode_now(given, truncate=True), expected, strict=True):
+        assert ids.tolist() == encoding.ids, ascii(text)
+        assert ids.dtype == np.int32
+        if encoding.overflowing:
+            with pytest.raises(InputError):
+                pool.encode_now([text], truncate=False)
+        else:
+            assert len(pool.encode_now([text], truncate=False)) == 1
+    query, documents = given[0][:120], given[1:]
+    pairs = whole.encode_batch([(query, document) for document in documents])
+    found = pool.encode_pairs_now(query, documents, truncate=True)
+    for document, (ids, second_start), pair in zip(documents, found, pairs, strict=True):
+        assert (ids.tolist(), second_start) == (pair.ids, pair.type_ids.index(1)), ascii(document)
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Replaces nanotoken by a module whose tokenizer gives what `encode_batch(tokenizer, texts, ...)` does."""
+
+    def replace(encode_batch: Any) -> None:
+        class Faulty:
+            def __init__(self, inner: Any) -> None:
+                self.inner, self.suffix_ids = inner, inner.suffix_ids
+
+            @classmethod
+            def from_json(cls, data: str) -> Faulty:
+                return cls(nanotoken.WordPieceTokenizer.from_json(data))
+
+            def encode_batch(self, texts: list[str], **options: Any) -> Any:
+                return encode_batch(self.inner, texts, **options)
+
+        names = {name: getattr(nanotoken, name) for name in ("set_cache_entries", "UnsupportedTokenizerError")}
+        monkeypatch.setitem(sys.modules, "nanotoken", SimpleNamespace(WordPieceTokenizer=Faulty, **names))
+
+    return replace
+
+
+class PanicException(BaseException):  # the name that Rust libraries use
+    """A panic of the library."""
+
+
+def differs(inner: Any, given: list[str], **options: Any) -> Any:
+    ids, offsets = inner.encode_batch(given, **options)
+    return ids + (len(ids) > 1000), offsets
+
+
+def raises(error: BaseException, on: str) -> Callable[..., Any]:
+    def encode_batch(inner: Any, given: list[str], **options: Any) -> Any:
+        if on in "".join(given):
+            raise error
+        return inner.encode_batch(given, **options)
+
+    return encode_batch
+
+
+@pytest.mark.parametrize(
+    ("encode_batch", "starts", "reason"),
+    [
+        (differs, False, "other ids"),
+        (raises(ValueError("a"), "[MASK]"), False, "ValueError"),
+        (raises(PanicException("a"), "[MASK]"), False, "PanicException"),
+        (raises(ValueError("a"), "a rare text"), True, "ValueError"),
+        (raises(PanicException("a"), "a rare text"), True, "PanicException"),
+    ],
+)
+def test_tokenizers_replaces_a_faulty_nanotoken(
+    minilm: Path, replaced: Callable[[Any], None], encode_batch: Any, starts: bool, reason: str
+) -> None:
+    expected = TokenizerPool(minilm, embedding_config.read(minilm)).encode_now(["a text", "a rare text"], truncate=True)
+    replaced(encode_batch)
+    pool = TokenizerPool(minilm, embedding_config.read(minilm))
+    assert pool.library["library"].startswith("nanotoken" if starts else "tokenizers")
+    rows = [pool.encode_now([text], truncate=True)[0].tolist() for text in ("a text", "a rare text")]
+    assert rows == [ids.tolist() for ids in expected]
+    assert pool.library["library"].startswith("tokenizers")
+    assert reason in pool.library["reason"]
+
+
+def test_tokenizers_replaces_a_nanotoken_that_is_not_installed(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nanotoken", None)
+    pool = TokenizerPool(minilm, embedding_config.read(minilm))
+    assert pool.library["library"].startswith("tokenizers")
+    assert "not installed" in pool.library["reason"]
+
+
+def test_other_kinds_of_tokenizers_stay_with_the_library(tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    pool = TokenizerPool(tmp_path, EmbeddingConfig(("mean",), LIMIT))
+    assert pool.library["library"].startswith("tokenizers")
+    assert [ids.tolist() for ids in pool.encode_now(["ab", "a"], truncate=True)] == [[2], [0]]
+
+
+def test_no_words_are_remembered(minilm: Path) -> None:
+    TokenizerPool(minilm, embedding_config.read(minilm)).close()
+    assert nanotoken.get_cache_entries() <= 1  # what 0 sets
