@@ -92,7 +92,7 @@ class TokenizerPool:
     ) -> None:
         """Raises `UsageError` if the folder has no usable `tokenizer.json`.
 
-        `on_truncated` gets the number of truncated inputs of each request, on any thread.
+        `on_truncated` gets the number of truncated inputs of each request that has some, on any thread.
         """
         self._static = config.static if isinstance(config, EmbeddingConfig) else None
         self._file, self._config = folder / (self._static or "") / "tokenizer.json", config
@@ -215,7 +215,8 @@ class TokenizerPool:
             if self._eos is not None:
                 ids = np.append(ids, np.int32(self._eos))
             rows.append(_NO_TOKENS if not len(ids) and self._static is not None else _not_empty(ids, index))
-        self._on_truncated(truncated)
+        if truncated:
+            self._on_truncated(truncated)
         return rows
 
     def encode_pairs_now(
@@ -240,7 +241,8 @@ class TokenizerPool:
             ids = np.concatenate((before, first_ids[:first_kept], between, second_ids[:second_kept], after))
             second_start = len(before) + first_kept + len(between) if has_segments else len(ids)
             pairs.append((_not_empty(ids, index, "documents"), second_start))
-        self._on_truncated(truncated)
+        if truncated:
+            self._on_truncated(truncated)
         return pairs
 
     def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
@@ -249,7 +251,7 @@ class TokenizerPool:
         long = [index for index, row in enumerate(ids) if len(row) > limit]
         if long:
             self._allow_truncation(long[0], truncate)
-        self._on_truncated(len(long))
+            self._on_truncated(len(long))
         return [np.array(row[:limit], dtype=np.int32) for row in ids]
 
     async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int, tenant: str | None) -> list[T]:
