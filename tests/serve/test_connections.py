@@ -22,6 +22,7 @@ import uvloop
 
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.listener import HttpServer, listen
+from inferctl.serve.edge.middleware import ClientDisconnectedError, unless_disconnected
 from inferctl.serve.edge.request_context import REJECTION
 from tests.processes import until
 
@@ -73,6 +74,13 @@ class App:
             await receive()
             self.disconnected.append(path)
             return
+        if path == "/work":
+            try:
+                await unless_disconnected(asyncio.get_running_loop().create_future, scope)
+            except ClientDisconnectedError:
+                self.rejected += filter(None, [scope["state"].get(REJECTION)])
+                self.disconnected.append(path)
+                return
         parts = 0
         if path == "/events":
             events = {"disconnected": self.disconnected, "rejected": self.rejected, "large": self.large}
@@ -379,19 +387,23 @@ def test_a_client_that_ends_its_side_gets_the_response_that_is_written(server: S
         assert rejection(read_all(connection)) == (400, "invalid_http")
 
 
-def test_the_application_learns_that_a_client_disconnected(server: Served) -> None:
-    waiting = OK.replace(b"/a", b"/wait")
-    half = HEAD + b"content-length: 10\r\n\r\nabc"
-    for sent, end in ((half, "close"), (waiting, "close"), (waiting, "reset"), (half, "half"), (waiting, "half")):
-        before = len(server.events()["disconnected"])
-        with server.connect(sent) as connection:
-            time.sleep(0.05)
-            if end == "reset":
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            elif end == "half":  # the same packet as of a client that left
-                connection.shutdown(socket.SHUT_WR)
-                assert read_all(connection) == b""
-        until(lambda before=before: len(server.events()["disconnected"]) == before + 1, 20)  # type: ignore[misc]
+@pytest.mark.parametrize("kind", ["half", "wait", "work", "large"])
+@pytest.mark.parametrize("ends", ["close", "reset", "half"])
+def test_the_application_learns_that_a_client_disconnected(server: Served, kind: str, ends: str) -> None:
+    sent = HEAD + b"content-length: 10\r\n\r\nabc"
+    if kind == "large":  # reading was paused
+        sent = HEAD.replace(b"/a", b"/work") + b"content-length: 4000000\r\n\r\n" + b"a" * 4_000_000
+    elif kind != "half":
+        sent = OK.replace(b"/a", b"/" + kind.encode())
+    before = len(server.events()["disconnected"])
+    with server.connect(sent) as connection:
+        time.sleep(0.05)
+        if ends == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif ends == "half":  # the same packet as of a client that left
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection) == b""
+    until(lambda: len(server.events()["disconnected"]) == before + 1, 20)
 
 
 @pytest.mark.parametrize("token", [b"h2c", b"websocket"])

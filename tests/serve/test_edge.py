@@ -56,13 +56,19 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/bug":
         raise KeyError("bug")
     if scope["path"] == "/wait":
-        await unless_disconnected(asyncio.get_running_loop().create_future(), receive)
+        await unless_disconnected(asyncio.get_running_loop().create_future, scope)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
     if scope["path"] == "/late-bug":
         raise KeyError("bug")
     for _ in range(5 if scope["path"] == "/parts" else 0):
         await send({"type": "http.response.body", "body": b"a part" * 4000, "more_body": True})
     await send({"type": "http.response.body", "body": b"x" * size})
+
+
+def disconnect(state: dict[str, Any]) -> None:
+    """Do what the connection does if its client disconnects."""
+    state[request_context.DISCONNECTED] = True
+    state.get(request_context.ON_DISCONNECT, lambda: None)()
 
 
 class Setting:
@@ -89,13 +95,14 @@ class Setting:
         *body: bytes,
         method: str = "POST",
         leaves: bool = False,
-        state: dict[str, object] | None = None,
+        state: dict[str, Any] | None = None,
         on_part: Callable[[], object] = lambda: None,
         **headers: str,
     ) -> Answer:
         """Send a request whose body has these parts. `leaves`: the client disconnects after the last one."""
+        state = {} if state is None else state
         scope = {
-            "state": state or {},
+            "state": state,
             "type": "http",
             "method": method,
             "path": path,
@@ -107,6 +114,8 @@ class Setting:
 
         async def receive() -> Message:
             if messages:
+                if leaves and len(messages) == 1:
+                    asyncio.get_running_loop().call_soon(disconnect, state)
                 return messages.pop(0)
             if not leaves:
                 await asyncio.Event().wait()
@@ -155,6 +164,64 @@ def test_a_failure_has_an_envelope_and_one_event(setting: Setting, path: str, st
 def test_the_event_has_the_status_of_a_rejection_by_the_connection(setting: Setting, path: str) -> None:
     asyncio.run(setting.send(path, leaves=True, state={request_context.REJECTION: (431, "headers_too_large")}))
     assert [(event.status, event.code) for event in setting.events] == [(431, "headers_too_large")]
+
+
+@pytest.mark.parametrize(
+    ("disconnects", "drains", "error"),
+    [
+        ("before", False, ClientDisconnectedError),
+        ("during", False, ClientDisconnectedError),
+        ("with the result", False, ClientDisconnectedError),
+        ("after", False, None),
+        ("never", True, asyncio.CancelledError),
+        ("during", True, asyncio.CancelledError),
+    ],
+)
+def test_work_ends_if_the_client_disconnects(disconnects: str, drains: bool, error: type[BaseException] | None) -> None:
+    async def run() -> None:
+        state: dict[str, Any] = {}
+        loop, result = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        begun: list[str] = []
+
+        async def work() -> int:
+            begun.append("work")
+            return int(await result)
+
+        async def request() -> int:
+            found = await unless_disconnected(work, {"state": state})
+            if disconnects == "after":
+                disconnect(state)
+            await asyncio.sleep(0)  # a late cancellation would end the response
+            return found
+
+        async def event() -> str:
+            try:
+                return str(await request())
+            except ClientDisconnectedError:
+                await asyncio.sleep(0)  # what the edge waits for afterwards is not cancelled
+                return "disconnected"
+
+        if disconnects == "before":
+            disconnect(state)
+        task = asyncio.create_task(event())
+        await asyncio.sleep(0)
+        if disconnects == "during":
+            loop.call_soon(disconnect, state)
+        if disconnects in ("after", "with the result"):
+            result.set_result(1)
+        if disconnects == "with the result":
+            disconnect(state)
+        if drains:
+            loop.call_soon(task.cancel)
+        if error is asyncio.CancelledError:
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            assert await task == ("disconnected" if error else "1")
+        assert begun == ([] if disconnects == "before" else ["work"])
+        assert result.cancelled() == (disconnects in ("during", "never"))
+
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_an_error_after_the_start_of_a_response_reaches_the_connection(setting: Setting) -> None:

@@ -45,7 +45,7 @@ class EmbeddingsEndpoint:
             if prompt is None or (not chosen and model.prompts.misses_query(request.input_type)):
                 self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
-        vectors = await self.inference.run(context, receive, self._tokenize(request, prompt, context.tenant))
+        vectors = await self.inference.run(scope, partial(self._tokenize, request, prompt, context.tenant))
         parts = embedding_schemas.response(
             _with_dimensions(vectors, dimensions), request.encoding_format, model.name, context.input_tokens
         )

@@ -72,20 +72,19 @@ class Inference:
 
     async def run(
         self,
-        context: RequestContext,
-        receive: Receive,
-        tokenize: Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]],
+        scope: Scope,
+        tokenize: Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]],
     ) -> Vectors:
         """Return the vectors ([sequences, dimensions]) of the sequences, and store counts and times in the context.
 
         `tokenize` gives the sequences, and for pairs where their second segments start. Raises `ApiError`, `LimitError`
         if the tokens exceed a limit of the key, and `ClientDisconnectedError` if the client disconnects first.
         """
-        started = time.monotonic()
+        context, started = context_of(scope), time.monotonic()
 
         async def compute() -> tuple[RequestResult, float]:
             try:
-                sequences, second_starts = await tokenize
+                sequences, second_starts = await tokenize()
             except (InputError, asyncio.CancelledError):
                 _in_vain(context, context.body_bytes // BYTES_PER_TOKEN)
                 raise
@@ -108,7 +107,7 @@ class Inference:
             return result, tokenized
 
         try:
-            result, tokenized = await unless_disconnected(asyncio.ensure_future(compute()), receive)
+            result, tokenized = await unless_disconnected(compute, scope)
         except TokenizerBusyError as error:
             raise at_capacity(str(error), "tokenizer_full", 1) from None
         except TokenizerShareError:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api.inference import Inference, parsed_body, send_json
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
-from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
 
@@ -28,7 +28,7 @@ class RerankEndpoint:
         inference = self.inference
         context = inference.admit(scope)
         request = await parsed_body(context, receive, partial(inference.parse, RerankRequest))
-        scores = await _scores(inference, context, receive, request.query, request.texts, request.truncate)
+        scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
         # A stable sort, so documents with equal scores keep their order.
         order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
         results = [{"index": index, "relevance_score": float(scores[index])} for index in order]
@@ -48,27 +48,28 @@ class ScoreEndpoint:
         inference = self.inference
         context = inference.admit(scope)
         request = await parsed_body(context, receive, partial(inference.parse, ScoreRequest))
-        scores = await _scores(inference, context, receive, *request.pairs, request.truncate)
+        scores = await _scores(inference, scope, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
 
 async def _scores(
     inference: Inference,
-    context: RequestContext,
-    receive: Receive,
+    scope: Scope,
     first: str | list[str],
     second: list[str],
     truncate: bool | None,
 ) -> Vectors:
     """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
 
+    tenant = context_of(scope).tenant
+
     async def tokenize() -> tuple[list[Tokens], list[int]]:
         allowed = inference.model.truncate if truncate is None else truncate
-        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=context.tenant)
+        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
-    logits = await inference.run(context, receive, tokenize())
+    logits = await inference.run(scope, tokenize)
     return inference.model.activation(logits[:, 0])
 
 

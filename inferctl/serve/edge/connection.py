@@ -17,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inferctl.serve.edge.errors import ApiError, at_capacity
-from inferctl.serve.edge.request_context import HEADER_LINES, REJECTION
+from inferctl.serve.edge.request_context import DISCONNECTED, HEADER_LINES, ON_DISCONNECT, REJECTION
 
 # With less to read, a connection does not check the limit of all. `HttpServer` checks it every `interval_s` anyway.
 _FEW_BYTES = 64 * 1024
@@ -71,6 +71,8 @@ class Connection(HttpToolsProtocol):
         """Forget the connection. Called by the transport."""
         self._readers.discard(self)
         super().connection_lost(exc)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._disconnect()
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrives, and reject a request that is invalid or has too many or too large headers."""
@@ -150,6 +152,7 @@ class Connection(HttpToolsProtocol):
             self._receiving, self._deadline = False, math.inf
             self.cycle.keep_alive = self._keep_alive and not self.cycle.response_started
             super().on_message_complete()
+            self.flow.resume_reading()  # a large body paused it, and only reading detects that the client disconnects
 
     def on_response_complete(self) -> None:
         """Start the deadline of the next request. Called by uvicorn."""
@@ -258,6 +261,15 @@ class Connection(HttpToolsProtocol):
         self._socket.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         self._socket.abort()
 
+    def _disconnect(self) -> None:
+        """Tell the application that has the request that its client gets no response."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        state = self.cycle.scope["state"]
+        state[DISCONNECTED] = True
+        if (cancel := state.get(ON_DISCONNECT)) is not None:
+            cancel()
+
     def _headers_too_large(self) -> ApiError:
         limits = f"{self.max_headers} headers or {self.max_header_bytes} bytes of headers"
         return ApiError(431, f"the request has more than {limits}", code="headers_too_large")
@@ -269,8 +281,7 @@ class Connection(HttpToolsProtocol):
             self._on_rejected(error.status, error.code or "")
         else:
             cycle.scope["state"][REJECTION] = (error.status, error.code)
-            cycle.disconnected = True
-            cycle.message_event.set()
+            self._disconnect()
         if new or not cycle.response_started:
             body = error.body()
             headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}

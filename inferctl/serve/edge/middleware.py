@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,15 @@ from inferctl.serve.edge import access as edge_access
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, HEADER_LINES, REJECTION, RequestContext, UsageEvent
+from inferctl.serve.edge.request_context import (
+    CLIENT_DISCONNECTED,
+    DISCONNECTED,
+    HEADER_LINES,
+    ON_DISCONNECT,
+    REJECTION,
+    RequestContext,
+    UsageEvent,
+)
 from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.edge")
@@ -41,22 +49,30 @@ class ClientDisconnectedError(Exception):
         self.code = "usage_estimated" if estimated else "client_disconnected"
 
 
-async def unless_disconnected(future: asyncio.Future[T], receive: Receive) -> T:
-    """Return the result of `future`. If the client disconnects first, cancel it and raise `ClientDisconnectedError`.
+async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) -> T:
+    """Return the result of `work()`. If the client disconnects first, cancel it and raise `ClientDisconnectedError`.
 
-    The body of the request must be complete.
+    It runs in the task of the request: a task for it and one that waits for the disconnect would take 7 us.
     """
-    watcher = asyncio.ensure_future(receive())
-    watcher.add_done_callback(lambda _: future.cancel())
+    state, task, disconnected = scope["state"], asyncio.current_task(), False
+    assert task is not None
+    if DISCONNECTED in state:
+        raise ClientDisconnectedError
+
+    def cancel() -> None:
+        nonlocal disconnected
+        disconnected = True
+        task.cancel()
+
+    state[ON_DISCONNECT] = cancel
     try:
-        return await future
+        return await work()
     except asyncio.CancelledError:
-        if future.cancelled() and watcher.done() and not watcher.cancelled():
+        if disconnected and not task.uncancel():  # else the drain cancelled it too
             raise ClientDisconnectedError from None
-        future.cancel()
         raise
     finally:
-        watcher.cancel()
+        del state[ON_DISCONNECT]
 
 
 async def read_body(context: RequestContext, receive: Receive) -> bytes:

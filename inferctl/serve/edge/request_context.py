@@ -18,6 +18,9 @@ log = logging.getLogger("inferctl.usage")
 CLIENT_DISCONNECTED = 499
 # If the connection rejects a request in progress, it stores (status, code) under this key of the scope's `state`.
 REJECTION = "inferctl.rejection"
+# What the connection calls if the client disconnects, or if it rejects a request in progress, is under this key of the
+# scope's `state`. Afterwards, `DISCONNECTED` is a key of it.
+ON_DISCONNECT, DISCONNECTED = "inferctl.on_disconnect", "inferctl.disconnected"
 # Complete lines under this key of the scope's `state` join the headers of the response. uvicorn would check each header
 # with two regular expressions: 8 headers of limits took 6 us, 3% of a small request.
 HEADER_LINES = "inferctl.headers"
