@@ -18,10 +18,12 @@ from inferctl.serve import describe, task_config
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge import access, listener
+from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.edge import access, key_limits, listener
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
+from inferctl.serve.edge.pages import Pages
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
@@ -70,6 +72,8 @@ class EncoderServer(ServerLifetime):
             progress.phase,
         )
         self._cache = vector_cache.create(spec.cache, task, metrics)
+        self._limits = key_limits.create(spec.access, spec.name, self._access)
+        self._backend = LocalBackend(self._dispatcher, metrics, self._cache, self._limits)
         self._tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
         self._model = _served_model(spec, task, options, self._config)
         self._lifecycle = Lifecycle(
@@ -80,17 +84,16 @@ class EncoderServer(ServerLifetime):
         self._edge_limits = EdgeLimits()
         load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
         self._edge = Edge(
-            app.create(Inference(self._model, self._tokenizer, self._dispatcher, metrics, self._cache)),
+            app.create(Inference(self._model, self._tokenizer, self._backend)),
             self._lifecycle,
             emit=self._emitter(metrics, *([load.record] if load else [])),
-            info=self._describe,
-            metrics=metrics.exposition,
+            page=Pages(self._lifecycle, self._describe, metrics.exposition, app.served(task)).answer,
             endpoints=app.ENDPOINTS,
             limits=self._edge_limits,
             access=self._access,
+            charge=self._backend.charge,
             check_metering=self._metering.check,
             load_line=load.line if load else None,
-            served=app.served(task),
         )
         self._http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected)
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
@@ -104,8 +107,8 @@ class EncoderServer(ServerLifetime):
         self._metering.watch(self._metrics)
         self._engines = asyncio.create_task(self._pool.run())
         sharing = [asyncio.create_task(self._cache.shared.run())] if self._cache and self._cache.shared else []
-        if self._access:
-            sharing.append(asyncio.create_task(self._access.exchange()))
+        if self._limits:
+            sharing.append(asyncio.create_task(self._limits.exchange()))
         serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         await asyncio.wait((serving, self._engines), return_when=asyncio.FIRST_COMPLETED)
         if self._engines.done():

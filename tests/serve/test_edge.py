@@ -18,6 +18,7 @@ from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
+from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge.request_context import UsageEvent, context_of
 from inferctl.serve.metrics import Metrics
 from tests.access.test_keys import add
@@ -82,8 +83,12 @@ class Setting:
             application,
             self.lifecycle,
             emit=self.events.append,
-            info=lambda: {"name": "m"} if self.ready else None,
-            metrics=lambda: (b"metrics", "text/plain"),
+            page=Pages(
+                self.lifecycle,
+                lambda: {"name": "m"} if self.ready else None,
+                lambda: (b"metrics", "text/plain"),
+                ["/v1/embeddings"],
+            ).answer,
             endpoints={"/v1/embeddings": "embeddings"},
             limits=limits,
             access=access,

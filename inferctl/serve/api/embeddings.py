@@ -37,7 +37,7 @@ class EmbeddingsEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
-        context = self.inference.admit(scope)
+        context = await self.inference.admit(scope)
         request, prompt = await parsed_body(context, receive, self._parse)
         model = self.inference.model
         if model.prompts.unused and isinstance(request.items[0], str):

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from inferctl.batching.batcher import AdmissionError
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.backend.backend import Backend
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.metrics import Metrics
-from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
-from inferctl.serve.scheduling.engine_use import EngineUse
+from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
-from inferctl.serve.vector_cache.vector_cache import VectorCache
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
@@ -37,15 +32,13 @@ _large_body = threading.Lock()
 
 @dataclass(frozen=True)
 class Inference:
-    """What the endpoints share: the model, its tokenizer, the queue in front of its engines and the cache."""
+    """What the endpoints share: the model, its tokenizer, and the backend that computes."""
 
     model: ServedModel
     tokenizer: TokenizerPool
-    dispatcher: Dispatcher
-    metrics: Metrics
-    cache: VectorCache | None = None
+    backend: Backend
 
-    def admit(self, scope: Scope) -> RequestContext:
+    async def admit(self, scope: Scope) -> RequestContext:
         """Return the context of a request.
 
         Raises `ApiError` or `LimitError` if its headers, a limit of its key or a full queue rule it out.
@@ -55,13 +48,7 @@ class Inference:
         if context.priority not in (b"", b"interactive", b"bulk"):
             message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
-        if context.charge is not None:  # before the body is read
-            context.charge.check_size(context.content_length, time.time())
-        if self.cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
-            try:
-                self.dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
-            except AdmissionError as error:
-                raise _rejection(error) from None
+        await self.backend.admit(context, context.content_length)  # before the body is read
         return context
 
     def parse(self, kind: type[schemas.Request], raw: bytes) -> schemas.Request:
@@ -93,18 +80,8 @@ class Inference:
                 _in_vain(context, tokens)
                 message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
-            if context.charge is not None:
-                context.charge.tokens(tokens, time.time())
             tokenized = time.monotonic()
-            context.use = use = EngineUse()
-            result = await self._vectors(context, use, sequences, second_starts)
-            context.input_tokens, context.cached_tokens, context.engine_seconds = (
-                tokens,
-                tokens - use.tokens,
-                use.seconds,
-            )
-            context.use = None
-            return result, tokenized
+            return await self.backend.compute(context, sequences, second_starts), tokenized
 
         try:
             result, tokenized = await unless_disconnected(compute, scope)
@@ -114,31 +91,10 @@ class Inference:
             raise key_share("characters that wait to be tokenized") from None
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param=error.field) from None
-        except AdmissionError as error:
-            raise _rejection(error) from None
-        except EngineUnavailableError as error:
-            raise ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"}) from None
-        except EngineFailedError as error:
-            raise ApiError(500, f"the engine could not compute this request: {error}", code="engine_failed") from None
-        if result.non_finite:
-            self.metrics.non_finite.inc(len(result.non_finite))
-            message = f"the model returned NaN or infinity for input {min(result.non_finite)}"
-            raise ApiError(500, message, code="non_finite")
         context.model = self.model.name
         times = (tokenized - started, result.queue_seconds, result.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
         return result.vectors
-
-    async def _vectors(
-        self, context: RequestContext, use: EngineUse, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
-    ) -> RequestResult:
-        """Return the vectors of the sequences, from the cache if there is one. Pairs are not cached."""
-        bulk = context.priority == b"bulk"
-        submit = partial(self.dispatcher.submit, bulk=bulk, tenant=context.tenant)
-        if self.cache is None or second_starts is not None:
-            return await submit(sequences, second_starts, use=use)
-        directives = context.cache_control
-        return await self.cache.run(context.key_id, sequences, submit, use, bulk=bulk, directives=directives)
 
 
 async def parsed_body(context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
@@ -188,7 +144,3 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
 def _in_vain(context: RequestContext, tokens: int) -> None:
     if context.charge is not None:
         context.charge.in_vain(tokens, time.time())
-
-
-def _rejection(error: AdmissionError) -> ApiError:
-    return at_capacity(str(error), error.reason, max(1, math.ceil(error.retry_after)))

@@ -26,7 +26,7 @@ class RerankEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = inference.admit(scope)
+        context = await inference.admit(scope)
         request = await parsed_body(context, receive, partial(inference.parse, RerankRequest))
         scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
         # A stable sort, so documents with equal scores keep their order.
@@ -46,7 +46,7 @@ class ScoreEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = inference.admit(scope)
+        context = await inference.admit(scope)
         request = await parsed_body(context, receive, partial(inference.parse, ScoreRequest))
         scores = await _scores(inference, scope, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]

@@ -17,11 +17,10 @@ from starlette.types import Scope
 from inferctl.config import spec
 from inferctl.core.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import BusyError, KeyTable, UnavailableError
-from inferctl.tenancy.access.limits import PERIOD_S, Charge, KeyUsage, Limiter, LimitError
+from inferctl.tenancy.access.limits import PERIOD_S, KeyUsage, LimitError
 
 if TYPE_CHECKING:
     from inferctl.tenancy.access.oidc import TokenTable
@@ -44,7 +43,7 @@ _PROXY_HEADER, _MAX_CALLER = b"x-inferctl-key-id", 200
 
 
 class EdgeAccess:
-    """Who may use one server. `names`: of its model, first that of the server. `settings`: of the spec."""
+    """Who may use one server. `names`: of its model. `settings`: of the spec."""
 
     def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
         """Raises `UsageError` if the key file is missing or not valid, `NotReadyError` without PyJWT for tokens."""
@@ -54,11 +53,7 @@ class EdgeAccess:
         self._tokens = _tokens(settings.oidc)
         self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
-        limits = settings.requests_per_minute, settings.tokens_per_minute
-        self._limiter = Limiter(*limits, settings.replicas, exchanges=settings.broker is not None)
-        first, *_ = names = list(names)
         self._names, self._open = frozenset(names), frozenset(settings.open)
-        self._exchange = Exchange(self._limiter, Path(settings.data), first, self._revoke) if settings.broker else None
         if self._table:
             self._table.follow()
         if self._tokens:
@@ -68,11 +63,6 @@ class EdgeAccess:
     def ready(self) -> bool:
         """Whether the keys are known."""
         return self._table is None or self._table.ready
-
-    async def exchange(self) -> None:
-        """Share limits with other servers, and hear of revoked keys, until this is cancelled."""
-        if self._exchange:
-            await self._exchange.run()
 
     def authenticate(self, scope: Scope, context: RequestContext) -> ApiKey | None:
         """Return the key of a request, and write it to the context; None for an open page. Raises `ApiError`."""
@@ -98,13 +88,6 @@ class EdgeAccess:
         page = _PAGES.get(scope["path"])
         if page and page not in self._open and not self._find(scope).admin:
             raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
-
-    def charge(self, key: ApiKey, context: RequestContext) -> None:
-        """Charge one request. Raises `LimitError`."""
-        now = time.time()
-        context.usage = self._limiter.usage(key, now)
-        if context.usage is not None:
-            context.charge = Charge(context.usage, now)
 
     def _find(self, scope: Scope) -> ApiKey:
         named: list[bytes] = []
@@ -134,7 +117,8 @@ class EdgeAccess:
             return self._tokens.find(credential, time.time(), self._address(scope))
         return self._table.find(credential, time.time()) if self._table else None
 
-    def _revoke(self, ids: Iterable[str]) -> None:
+    def revoke(self, ids: Iterable[str]) -> None:
+        """Refuse keys from now on, before the key file says so."""
         if self._table:
             self._table.revoke(ids)
 

@@ -11,19 +11,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import inferctl
 from inferctl.batching.fairness import Shares
 from inferctl.serve.edge import access as edge_access
+from inferctl.serve.edge import pages
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import (
     CLIENT_DISCONNECTED,
     DISCONNECTED,
@@ -33,6 +33,7 @@ from inferctl.serve.edge.request_context import (
     RequestContext,
     UsageEvent,
 )
+from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.edge")
@@ -106,12 +107,11 @@ class EdgeLimits:
 class Edge:
     """The middleware around `app`.
 
-    `emit` receives the events. `info()` returns the document of `GET /info`, None before it is known. `metrics()`
-    returns the body and the media type of `GET /metrics`. `endpoints`: path -> name in events, for the paths of tasks.
-    `access`: who may use the server; None for everyone, without limits.
+    `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
+    events, for the paths of tasks. `access`: who may use the server; None for everyone. `charge` charges a request to
+    its key, and raises `LimitError`.
     `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
-    header with the load of the server as a line, for a gateway. `served`: the paths that the task of this server has,
-    None for all.
+    header with the load of the server as a line, for a gateway.
     """
 
     def __init__(
@@ -120,14 +120,13 @@ class Edge:
         lifecycle: Lifecycle,
         *,
         emit: Callable[[UsageEvent], None],
-        info: Callable[[], dict[str, Any] | None],
-        metrics: Callable[[], tuple[bytes, str]],
+        page: Callable[[str], Awaitable[Page]],
         endpoints: Mapping[str, str],
         limits: EdgeLimits | None = None,
         access: EdgeAccess | None = None,
+        charge: Callable[[ApiKey, RequestContext], None] = lambda _key, _context: None,
         check_metering: Callable[[], None] = lambda: None,
         load_line: Callable[[], bytes] | None = None,
-        served: Sequence[str] | None = None,
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -138,23 +137,14 @@ class Edge:
         # All requests with bodies of this size are within `max_bytes`, so these are not shared.
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
-        self._info, self._endpoints, self._access = info, endpoints, access
-        self._served = list(endpoints if served is None else served)
+        self._page, self._endpoints, self._access, self._charge = page, endpoints, access, charge
         self._check_metering, self.load_line = check_metering, load_line
-        self._probes: dict[str, Callable[[], tuple[int, bytes, str]]] = {
-            "/": self._root,
-            "/livez": self._livez,
-            "/readyz": self._readyz,
-            "/health": self._readyz,  # of TEI and vLLM, whose probes users bring along
-            "/info": self._info_page,
-            "/metrics": lambda: (200, *metrics()),
-        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"] in self._probes:
+        elif scope["path"] in pages.PATHS:
             await self._probe(scope, send)
         else:
             await self._request(scope, receive, send)
@@ -176,8 +166,8 @@ class Edge:
                 if not self._requests.take(context.tenant):
                     raise key_share("requests in flight")
                 counted = context.tenant
-            if self._access and key and scope["method"] == "POST":
-                self._access.charge(key, context)
+            if key and scope["method"] == "POST":
+                self._charge(key, context)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
             stopped = True
@@ -252,29 +242,7 @@ class Edge:
         except ApiError as error:
             await _respond(send, error.status, error.body(), "application/json", error.headers)
             return
-        await _respond(send, *self._probes[scope["path"]]())
-
-    def _livez(self) -> tuple[int, bytes, str]:
-        status, line = (200, b"ok\n") if self._lifecycle.live() else (503, b"the engine fails to start\n")
-        return status, line, "text/plain"
-
-    def _readyz(self) -> tuple[int, bytes, str]:
-        phase = self._lifecycle.phase
-        return (200, b"ok\n", "text/plain") if phase == "ready" else (503, f"{phase}\n".encode(), "text/plain")
-
-    def _root(self) -> tuple[int, bytes, str]:
-        known = self._info() or {}
-        document = {name: known.get(name) for name in ("name", "task")}
-        document |= {"inferctl": inferctl.__version__, "phase": self._lifecycle.phase, "endpoints": self._served}
-        document |= {"documentation": "/docs", "openapi": "/openapi.json", "info": "/info", "health": "/health"}
-        return 200, orjson.dumps(document), "application/json"
-
-    def _info_page(self) -> tuple[int, bytes, str]:
-        document = self._info()
-        if document is None:
-            error = self._lifecycle.unavailable()
-            return error.status, error.body(), "application/json"
-        return 200, orjson.dumps({**document, "phase": self._lifecycle.phase}), "application/json"
+        await _respond(send, *await self._page(scope["path"]))
 
 
 class _EdgeRequest:

@@ -20,11 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config import spec
 from inferctl.serve import logs, metering
-from inferctl.serve.edge import access, listener
+from inferctl.serve.edge import access, key_limits, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
+from inferctl.serve.edge.pages import Pages
 from inferctl.serve.generate import control, endpoint
 from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import RequestMetrics
@@ -83,6 +84,7 @@ class _EdgeServer:
         self._metering.open()
         self._metering.watch(metrics)
         self._access = access.create(access_settings, settings.models)
+        limits_of_keys = key_limits.create(access_settings, settings.name, self._access)
         self._lifecycle = Lifecycle(
             ready=lambda: self._healthy, live=lambda: True, keys_known=lambda: access.known(self._access)
         )
@@ -104,10 +106,10 @@ class _EdgeServer:
             self._generation,
             self._lifecycle,
             emit=metering.emitter(metrics, self._metering, settings.log, settings.traces, settings.name, *more),
-            info=lambda: settings.info,
-            metrics=metrics.exposition,
+            page=Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(endpoint.ENDPOINTS)).answer,
             endpoints=endpoint.ENDPOINTS,
             access=self._access,
+            charge=limits_of_keys.charge if limits_of_keys else lambda _key, _context: None,
             check_metering=self._metering.check,
             load_line=load.line if load else None,
         )
@@ -116,7 +118,7 @@ class _EdgeServer:
         self._channel = control.connect(folder)
         self._channel.send("ready")
         self._socket = self._channel.receive_listener()
-        work = [self._serve, self._beat, self._follow, *([self._access.exchange] if self._access else [])]
+        work = [self._serve, self._beat, self._follow, *([limits_of_keys.exchange] if limits_of_keys else [])]
         self._tasks = [asyncio.create_task(each()) for each in work]
 
     async def _serve(self) -> None:

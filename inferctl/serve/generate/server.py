@@ -25,6 +25,7 @@ from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
+from inferctl.serve.edge.pages import Pages
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.generate import command, control, endpoint, probe
 from inferctl.serve.generate.command import VllmModel
@@ -88,8 +89,7 @@ class GenerationServer(ServerLifetime):
             _no_engine,
             self._lifecycle,
             emit=self._emitter(metrics),
-            info=lambda: None,
-            metrics=metrics.exposition,
+            page=Pages(self._lifecycle, lambda: None, metrics.exposition, list(endpoint.ENDPOINTS)).answer,
             endpoints=endpoint.ENDPOINTS,
             access=self._access,
             check_metering=self._metering.check,

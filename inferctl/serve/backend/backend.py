@@ -1,0 +1,30 @@
+"""The interface of the backend: what decides about requests and computes them, in this process or in another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.scheduling.dispatcher import RequestResult
+from inferctl.tenancy.access.key_file import ApiKey
+
+
+class Backend(Protocol):
+    """Limits of keys, queue, cache and engines. Everything that must be exact for the whole server is decided here."""
+
+    def charge(self, key: ApiKey, context: RequestContext) -> None:
+        """Charge one request of a key, and set `charge` and `usage` of its context. Raises `LimitError`."""
+
+    async def admit(self, context: RequestContext, size: int) -> None:
+        """Raise `ApiError` or `LimitError` if a body of `size` bytes need not be read or tokenized."""
+
+    async def compute(
+        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+    ) -> RequestResult:
+        """Charge the tokens of a request and return its vectors, which are finite.
+
+        Sets the counts of the context, and `use` while it computes. `second_starts`: for pairs, as in `Batch`. Raises
+        `ApiError`, and `LimitError` if the tokens exceed a limit of the key. Cancelling it cancels the request.
+        """

@@ -1,0 +1,258 @@
+"""The frames between an API process and the backend, over a stream socket. They do not use pickle.
+
+    u32 length of the rest | u8 kind | body
+
+Rare frames have JSON bodies. Those of each request have fixed fields, then arrays; all numbers are little-endian. The
+ids of requests count per API process. Both ends are processes of one server, so they always have the same version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.scheduling.dispatcher import RequestResult
+from inferctl.tenancy.access.limits import Quota
+
+_HEAD = struct.Struct("<IB")
+_SUBMIT = struct.Struct("<IIBHI")  # id, key, flags, bytes of the cache directives, sequences
+_RESULT = struct.Struct("<IBIIIddd")  # id, flags, rows, dimensions, cached tokens, seconds: engine, queue, inference
+_QUOTAS = struct.Struct("<6i")
+_BULK, _TENANT, _PAIRS = 1, 2, 4
+_REQUESTS, _TOKENS = 1, 2  # which quotas a result has
+# Unsent bytes above which a sender waits for nothing, but is told so.
+_MAX_FRAME = 1 << 30
+
+
+class Kind(IntEnum):
+    """The kind of a frame, which determines its body. `id`, `key` and `size` are u32."""
+
+    # To the backend.
+    HELLO = 1  # the API process can take connections: empty
+    KEY = 2  # {"index", "id", "requests", "tokens"}: a key of later frames, and its limits
+    SUBMIT = 3  # a request
+    ADMIT = 4  # id, key, flags, size: may a body of this size be read?
+    CANCEL = 5  # id: the client left
+    CLOSE = 6  # id, give_back, computed: the end of a cancelled request
+    CHARGE = 7  # key, tokens: a request that was rejected before SUBMIT, and its tokens in vain
+    PAGE = 8  # id, then a path: what to answer
+    STATS = 9  # the samples of the metrics, as JSON
+    TAKEN = 10  # id: a connection was taken over
+    GONE = 11  # count: connections that ended
+    ALIVE = 12  # the event loop runs: empty
+    # To the API process.
+    WELCOME = 32  # what it needs to start, as JSON
+    RESULT = 33
+    REJECT = 34  # {"id", "status", "message", "code", "param", "headers", "quotas"}
+    ADMITTED = 35  # id
+    ENDED = 36  # id, tokens (u32), seconds (f64): what engines computed for a cancelled request
+    STATE = 37  # the state of the server, as JSON
+    REVOKED = 38  # ids of revoked keys, as JSON
+    DRAIN = 39  # take no more connections, and end after the responses in flight: empty
+    SCRAPE = 40  # send STATS: empty
+    ANSWER = 41  # id (u32), status (u16), bytes of the media type (u16), media type, body
+
+
+Quotas = tuple[Quota | None, Quota | None]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The body of a SUBMIT frame: one request whose inputs are tokenized. `key`: 0 for none."""
+
+    id: int
+    key: int
+    bulk: bool
+    shared: bool  # whether the key is a tenant, among whom the queue is shared
+    directives: bytes
+    sequences: list[Tokens]
+    second_starts: list[int] | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The body of a RESULT frame."""
+
+    id: int
+    result: RequestResult
+    cached_tokens: int
+    engine_seconds: float
+    quotas: Quotas | None
+
+
+def pack(kind: Kind, body: bytes = b"") -> bytes:
+    """Return a frame."""
+    return _HEAD.pack(len(body) + 1, kind) + body
+
+
+def pack_json(kind: Kind, value: Any) -> bytes:
+    """Return a frame with a JSON body."""
+    return pack(kind, json.dumps(value).encode())
+
+
+def pack_numbers(kind: Kind, *values: int) -> bytes:
+    """Return a frame whose body is numbers (u32)."""
+    return pack(kind, struct.pack(f"<{len(values)}I", *values))
+
+
+def unpack_numbers(body: bytes) -> tuple[int, ...]:
+    """Return the numbers in the body of a frame."""
+    return struct.unpack(f"<{len(body) // 4}I", body)
+
+
+def pack_submit(submission: Submission) -> bytes:
+    """Return a SUBMIT frame."""
+    each, starts = submission, submission.second_starts
+    flags = _BULK * each.bulk | _TENANT * each.shared | _PAIRS * (starts is not None)
+    head = _SUBMIT.pack(each.id, each.key, flags, len(each.directives), len(each.sequences))
+    lengths = np.array([len(sequence) for sequence in each.sequences], dtype="<i4")
+    arrays = [lengths, *([] if starts is None else [np.array(starts, dtype="<i4")]), *each.sequences]
+    return pack(Kind.SUBMIT, b"".join([head, each.directives, *(array.tobytes() for array in arrays)]))
+
+
+def unpack_submit(body: bytes) -> Submission:
+    """Return what `pack_submit` packed."""
+    number, key, flags, size, count = _SUBMIT.unpack_from(body)
+    start = _SUBMIT.size + size
+    values = np.frombuffer(body[start:], dtype="<i4")
+    lengths, rest = values[:count], values[count:]
+    starts = None
+    if flags & _PAIRS:
+        starts, rest = rest[:count].tolist(), rest[count:]
+    sequences = [rest] if count == 1 else np.split(rest, np.cumsum(lengths)[:-1])
+    directives = body[_SUBMIT.size : start]
+    return Submission(number, key, bool(flags & _BULK), bool(flags & _TENANT), directives, sequences, starts)
+
+
+def pack_result(reply: Reply) -> bytes:
+    """Return a RESULT frame."""
+    vectors: Vectors = np.ascontiguousarray(reply.result.vectors, dtype="<f4")
+    rows, width = vectors.shape
+    requests, tokens = reply.quotas or (None, None)
+    flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
+    times = reply.engine_seconds, reply.result.queue_seconds, reply.result.inference_seconds
+    head = _RESULT.pack(reply.id, flags, rows, width, reply.cached_tokens, *times)
+    quotas = _QUOTAS.pack(*(requests or (0, 0, 0)), *(tokens or (0, 0, 0))) if flags else b""
+    size = 1 + len(head) + len(quotas) + vectors.nbytes
+    return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, vectors.data))
+
+
+def unpack_result(body: bytes) -> Reply:
+    """Return what `pack_result` packed."""
+    number, flags, rows, width, cached, engine_s, queue_s, inference_s = _RESULT.unpack_from(body)
+    start, quotas = _RESULT.size, None
+    if flags:
+        values = _QUOTAS.unpack_from(body, start)
+        start += _QUOTAS.size
+        quotas = _quota(flags & _REQUESTS, values[:3]), _quota(flags & _TOKENS, values[3:])
+    vectors = np.frombuffer(body, dtype="<f4", count=rows * width, offset=start).reshape(rows, width)
+    return Reply(number, RequestResult(vectors, (), queue_s, inference_s), cached, engine_s, quotas)
+
+
+def pack_reject(number: int, error: ApiError, quotas: Quotas | None) -> bytes:
+    """Return a REJECT frame."""
+    fields = {"status": error.status, "message": error.message, "code": error.code, "param": error.param}
+    return pack_json(Kind.REJECT, {"id": number, "headers": error.headers, "quotas": quotas, **fields})
+
+
+def unpack_reject(body: bytes) -> tuple[int, ApiError, Quotas | None]:
+    """Return the id, the error and the quotas of a REJECT frame."""
+    found = json.loads(body)
+    number, quotas = found.pop("id"), found.pop("quotas")
+    error = ApiError(
+        found["status"], found["message"], code=found["code"], param=found["param"], headers=found["headers"]
+    )
+    return number, error, quotas and tuple(quota and tuple(quota) for quota in quotas)
+
+
+def pack_ended(number: int, tokens: int, seconds: float) -> bytes:
+    """Return an ENDED frame."""
+    return pack(Kind.ENDED, struct.pack("<IId", number, tokens, seconds))
+
+
+def unpack_ended(body: bytes) -> tuple[int, int, float]:
+    """Return the id, the tokens and the seconds of an ENDED frame."""
+    number, tokens, seconds = struct.unpack("<IId", body)
+    return number, tokens, seconds
+
+
+def pack_answer(number: int, status: int, body: bytes, media_type: str) -> bytes:
+    """Return an ANSWER frame."""
+    media = media_type.encode()
+    return pack(Kind.ANSWER, struct.pack("<IHH", number, status, len(media)) + media + body)
+
+
+def unpack_answer(body: bytes) -> tuple[int, tuple[int, bytes, str]]:
+    """Return the id of an ANSWER frame, and its status, body and media type."""
+    number, status, size = struct.unpack_from("<IHH", body)
+    return number, (status, body[8 + size :], body[8 : 8 + size].decode())
+
+
+class Link(asyncio.Protocol):
+    """One end of the socket. Frames of one turn of the event loop are sent together.
+
+    `on_frame(kind, body)` gets each frame, and `on_lost` is called when the other process ended.
+    """
+
+    def __init__(self, on_frame: Callable[[Kind, bytes], None], on_lost: Callable[[], None]) -> None:
+        self._on_frame, self._on_lost = on_frame, on_lost
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._unsent: list[bytes] = []
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame at the end of this turn of the event loop. After the end of the link, it is dropped."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._unsent.append(frame)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        if self._unsent and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(self._unsent))
+        self._unsent = []
+
+    def close(self) -> None:
+        """End the link after what was sent."""
+        self.flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of `asyncio.Protocol`."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Part of `asyncio.Protocol`."""
+        received = self._received
+        received += data
+        start = 0
+        while len(received) - start >= _HEAD.size:
+            size, kind = _HEAD.unpack_from(received, start)
+            if size > _MAX_FRAME:
+                raise ValueError(f"invalid frame of {size} bytes")
+            end = start + 4 + size
+            if len(received) < end:
+                break
+            self._on_frame(Kind(kind), bytes(received[start + _HEAD.size : end]))
+            start = end
+        del received[:start]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Part of `asyncio.Protocol`."""
+        self._on_lost()
+
+
+def _quota(known: int, values: Sequence[int]) -> Quota | None:
+    limit, left, seconds = values
+    return (limit, left, seconds) if known else None

@@ -1,0 +1,86 @@
+"""The backend in this process."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from inferctl.batching.batcher import AdmissionError
+from inferctl.serve.edge.errors import ApiError, at_capacity
+from inferctl.serve.edge.key_limits import KeyLimits
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.metrics import Metrics
+from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
+from inferctl.serve.scheduling.engine_use import EngineUse
+from inferctl.serve.vector_cache.vector_cache import VectorCache
+from inferctl.tenancy.access.key_file import ApiKey
+
+
+class LocalBackend:
+    """It is a `Backend`. Runs on the event loop. `limits`: None for a server that asks for no key."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        cache: VectorCache | None = None,
+        limits: KeyLimits | None = None,
+    ) -> None:
+        self._dispatcher, self._metrics, self._cache, self._limits = dispatcher, metrics, cache, limits
+
+    def charge(self, key: ApiKey, context: RequestContext) -> None:
+        """Charge one request. Part of `Backend`."""
+        if self._limits is not None:
+            self._limits.charge(key, context)
+
+    async def admit(self, context: RequestContext, size: int) -> None:
+        """Rule a request out before its body is read. Part of `Backend`."""
+        if context.charge is not None:
+            context.charge.check_size(size, time.time())
+        if self._cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
+            try:
+                self._dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)
+            except AdmissionError as error:
+                raise _rejection(error) from None
+
+    async def compute(
+        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+    ) -> RequestResult:
+        """Return the vectors of a request. Part of `Backend`."""
+        tokens = sum(map(len, sequences))
+        if context.charge is not None:
+            context.charge.tokens(tokens, time.time())
+        context.use = use = EngineUse()
+        try:
+            result = await self._vectors(context, use, sequences, second_starts)
+        except AdmissionError as error:
+            raise _rejection(error) from None
+        except EngineUnavailableError as error:
+            raise ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"}) from None
+        except EngineFailedError as error:
+            raise ApiError(500, f"the engine could not compute this request: {error}", code="engine_failed") from None
+        context.input_tokens, context.cached_tokens = tokens, tokens - use.tokens
+        context.engine_seconds, context.use = use.seconds, None
+        if result.non_finite:
+            self._metrics.non_finite.inc(len(result.non_finite))
+            message = f"the model returned NaN or infinity for input {min(result.non_finite)}"
+            raise ApiError(500, message, code="non_finite")
+        return result
+
+    async def _vectors(
+        self, context: RequestContext, use: EngineUse, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+    ) -> RequestResult:
+        """Return the vectors of the sequences, from the cache if there is one. Pairs are not cached."""
+        bulk = context.priority == b"bulk"
+        submit = partial(self._dispatcher.submit, bulk=bulk, tenant=context.tenant)
+        if self._cache is None or second_starts is not None:
+            return await submit(sequences, second_starts, use=use)
+        directives = context.cache_control
+        return await self._cache.run(context.key_id, sequences, submit, use, bulk=bulk, directives=directives)
+
+
+def _rejection(error: AdmissionError) -> ApiError:
+    return at_capacity(str(error), error.reason, max(1, math.ceil(error.retry_after)))
