@@ -18,7 +18,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,44 +43,42 @@ LOADS: dict[str, tuple[Sequence[str], list[dict[str, Any]]]] = {
 
 @dataclass
 class Api:
-    """A server, and what was measured of its API process."""
+    """A server whose API process is measured."""
 
     name: str
     server: peers.Server
     headers: dict[str, str]
-    cpu_us: list[float] = field(default_factory=list)
-    pss_mb: list[float] = field(default_factory=list)
+    started_mb: float = 0.0
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of all threads of the API process so far, also of threads that ended."""
         return time.clock_gettime(~self.server.process.pid << 3 | 2)  # as clock_getcpuclockid(3) does
 
-    def measure(self, bodies: list[dict[str, Any]], seconds: float) -> int:
-        """Measure the CPU time per request in a closed loop, and return the number of requests."""
+    def requests(self, bodies: list[dict[str, Any]], seconds: float) -> tuple[int, float]:
+        """Send requests in a closed loop. Return their number, and the CPU time of each (us)."""
         ready = requests(self.server.url, self.server.path, bodies, self.headers)
         before = self.cpu_seconds()
         outcome = run_closed(self.server.url, ready, CLIENTS, seconds, warm=0)
         assert not outcome.failures, f"{self.name} rejected requests: {outcome.statuses}"
-        self.cpu_us.append(1e6 * (self.cpu_seconds() - before) / outcome.statuses[200])
-        return outcome.statuses[200]
+        return outcome.statuses[200], 1e6 * (self.cpu_seconds() - before) / outcome.statuses[200]
 
-    def measure_memory(self) -> None:
-        """Measure the memory of the API process (PSS)."""
+    def memory(self) -> float:
+        """Return the memory of the API process (PSS, MB)."""
         lines = Path(f"/proc/{self.server.process.pid}/smaps_rollup").read_text().splitlines()
-        self.pss_mb.append(next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6)
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
 
 
-def start(folder: Path, checkouts: Sequence[Path], features: Sequence[str]) -> list[Api]:
+def start(folder: Path, checkouts: Sequence[tuple[str, Path]], features: Sequence[str]) -> list[Api]:
     """Start a server of each checkout with these features, and warm it up."""
     found: list[Api] = []
     try:
-        for name, checkout in zip(("before", "after"), checkouts, strict=True):
-            label, port = f"{name} {'+'.join(features)}".strip(), peers.free_port()
-            server, headers = edge_cost.serve(folder / label, port, label, features, checkout)
+        for name, checkout in checkouts:
+            label = f"{name} {' '.join(features)}".strip()
+            server, headers = edge_cost.serve(folder / name, peers.free_port(), label, features, checkout)
             found.append(Api(name, server, headers))
-            found[-1].measure_memory()
-            found[-1].measure(LOADS["1 text"][1], 1)
-            found[-1].cpu_us.clear()
+        for api in found:
+            api.started_mb = api.memory()
+            api.requests(LOADS["1 text"][1], 1)
     except BaseException:
         for api in found:
             api.server.end()
@@ -90,10 +88,11 @@ def start(folder: Path, checkouts: Sequence[Path], features: Sequence[str]) -> l
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
-    parser.set_defaults(rounds=5, seconds=3)
+    parser.set_defaults(rounds=5, seconds=2)
     parser.add_argument("before", type=Path, help="folder of the checkout to compare with")
     parser.add_argument("after", type=Path, help="folder of the checkout to measure")
     parser.add_argument("--loads", default=",".join(LOADS), help="loads to measure, with commas")
+    parser.add_argument("--starts", type=int, default=2, help="how often the servers start again, in reverse order")
     parser.add_argument("--requests", type=int, default=0, help="requests before the first measurement")
     options = parser.parse_args()
     checkouts = [options.before.resolve(), options.after.resolve()]
@@ -101,37 +100,35 @@ def main() -> None:
     rows = []
     for load in options.loads.split(","):
         features, bodies = LOADS[load]
-        # The relay may still write when its server was killed.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            apis = start(Path(folder), checkouts, features)
-            try:
-                for api in apis:
-                    done = 0
-                    while done < options.requests:
-                        done += api.measure(bodies, options.seconds)
-                    api.cpu_us.clear()
-                for api in peers.order(apis, options.rounds):
-                    api.measure(bodies, options.seconds)
-                for api in apis:
-                    api.measure_memory()
-            finally:
-                for api in apis:
-                    api.server.end()
-        before, after = apis
-        ratios = [b / a for a, b in zip(before.cpu_us, after.cpu_us, strict=True)]
+        cpu_us: dict[str, list[float]] = {"before": [], "after": []}
+        pss_mb: dict[str, list[tuple[float, float]]] = {"before": [], "after": []}
+        for turn in range(options.starts):
+            order = peers.order(list(zip(cpu_us, checkouts, strict=True)), 2)[2 * (turn % 2) :][:2]
+            # The relay may still write when its server was killed.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                apis = start(Path(folder), order, features)
+                try:
+                    for api in apis:
+                        done = 0
+                        while done < options.requests:
+                            done += api.requests(bodies, options.seconds)[0]
+                    for api in peers.order(apis, options.rounds):
+                        cpu_us[api.name].append(api.requests(bodies, options.seconds)[1])
+                    for api in apis:
+                        pss_mb[api.name].append((api.started_mb, api.memory()))
+                finally:
+                    for api in apis:
+                        api.server.end()
+        # Both lists are in the order of the rounds.
+        ratios = [b / a for a, b in zip(*cpu_us.values(), strict=True)]
+        memory_mb = [peers.median(values) for found in pss_mb.values() for values in zip(*found, strict=True)]
         rows.append(
-            (
-                load,
-                *(peers.median(api.cpu_us) for api in apis),
-                peers.median(ratios),
-                min(ratios),
-                max(ratios),
-                *(mb for api in apis for mb in api.pss_mb),
-            )
+            (load, *map(peers.median, cpu_us.values()), peers.median(ratios), min(ratios), max(ratios), *memory_mb)
         )
-        figures[load] = {api.name: {"cpu_us": api.cpu_us, "pss_mb": api.pss_mb} for api in apis} | {"ratios": ratios}
+        figures[load] = {"cpu_us": cpu_us, "ratios": ratios, "pss_mb": pss_mb}
     memory = ("before MB", "then", "after MB", "then")
-    print(f"CPU (us) of the API process per request, {CLIENTS} clients, {options.rounds} rounds of {options.seconds} s")
+    rounds = f"{options.starts} starts, {options.rounds} rounds of {options.seconds} s"
+    print(f"CPU (us) of the API process per request, {CLIENTS} clients, {rounds}")
     peers.table(("load", "before", "after", "ratio (median)", "lowest", "highest", *memory), rows)
     peers.write(options.json, {"clients": CLIENTS, "seconds": options.seconds, "loads": figures})
 

@@ -173,6 +173,8 @@ class EncoderServer(ServerLifetime):
         self._ready_seconds = time.monotonic() - self._started
         gc.collect()
         gc.freeze()
+        # By default, 700 new objects start a collection, which is more often than once per batch.
+        gc.set_threshold(50_000, 20, 100)
         if lifecycle.draining:
             return
         spec = self._spec
