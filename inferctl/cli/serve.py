@@ -65,6 +65,12 @@ def serve(
             metavar="N", help="Limit the queue to N tokens; reject further requests with HTTP 429. [default: 262144]"
         ),
     ] = None,
+    api_processes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="Read requests and write responses in N processes, or `auto`. [default: in one]"
+        ),
+    ] = None,
     max_context_tokens: Annotated[
         int | None,
         typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -103,6 +103,11 @@ class Serve(Section):
         description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
+    api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="Embeddings and reranking: processes for HTTP, parsing and tokenization, beside one for limits, "
+        "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4.",
+    )
     max_context_tokens: int | None = Field(
         None,
         ge=16,

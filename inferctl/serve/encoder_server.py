@@ -6,8 +6,9 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from inferctl.batching.batcher import Batcher, QueueLimits
@@ -16,29 +17,30 @@ from inferctl.config.spec import Spec, Task
 from inferctl.models.model import ModelFolder
 from inferctl.serve import describe, task_config
 from inferctl.serve.api import app
-from inferctl.serve.api.inference import Inference
-from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.backend.api_processes import ApiProcesses
 from inferctl.serve.backend.local import LocalBackend
-from inferctl.serve.edge import access, key_limits, listener
+from inferctl.serve.edge import access
+from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
-from inferctl.serve.edge.middleware import Edge, EdgeLimits
-from inferctl.serve.edge.pages import Pages
+from inferctl.serve.edge.middleware import EdgeLimits
+from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
+from inferctl.serve.engines.cpu import usable_cores
+from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
-from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.prompts import NO_PROMPTS
 from inferctl.serve.scheduling.dispatcher import Dispatcher
-from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from inferctl.serve.vector_cache import keys, vector_cache
 
-# Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
-_MAX_REQUEST_TOKENS = 262_144
+# `serve.api_processes: auto`. One API process does not keep a GPU busy with small models; a CPU needs its cores itself.
+_CORES_PER_API_PROCESS, _MOST_AUTO = 4, 4
 
 
 class EncoderServer(ServerLifetime):
@@ -72,30 +74,50 @@ class EncoderServer(ServerLifetime):
             progress.phase,
         )
         self._cache = vector_cache.create(spec.cache, task, metrics)
-        self._limits = key_limits.create(spec.access, spec.name, self._access)
+        self._limits = KeyLimits(spec.access, spec.name, self._revoke) if self._access else None
         self._backend = LocalBackend(self._dispatcher, metrics, self._cache, self._limits)
         self._tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
-        self._model = _served_model(spec, task, options, self._config)
         self._lifecycle = Lifecycle(
             ready=lambda: self._dispatcher.ready,
-            live=lambda: not self._pool.crash_looping,
+            live=lambda: not self._crash_looping,
             keys_known=lambda: access.known(self._access),
         )
-        self._edge_limits = EdgeLimits()
-        load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
-        self._edge = Edge(
-            app.create(Inference(self._model, self._tokenizer, self._backend)),
-            self._lifecycle,
-            emit=self._emitter(metrics, *([load.record] if load else [])),
-            page=Pages(self._lifecycle, self._describe, metrics.exposition, app.served(task)).answer,
-            endpoints=app.ENDPOINTS,
-            limits=self._edge_limits,
-            access=self._access,
-            charge=self._backend.charge,
-            check_metering=self._metering.check,
-            load_line=load.line if load else None,
-        )
-        self._http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected)
+        self._sizes = {"dimensions": 0, "vocabulary_size": 0}
+        self._device: dict[str, Any] | None = None  # known when an engine was ready
+        self._processes = processes = _api_processes(spec)
+        self._api: ApiProcesses | None = None
+        self._front: FrontEnd | ApiProcesses
+        self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(task))
+        if processes == 1:
+            load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
+            self._front = FrontEnd(
+                spec,
+                task,
+                self._config,
+                self._tokenizer,
+                self._backend,
+                self._lifecycle,
+                self._pages.answer,
+                partial(self._emitter, metrics),
+                self._metering.check,
+                self._access,
+                load,
+                truncate=options.truncate,
+            )
+        else:
+            welcome = {
+                "spec": _without_passwords(spec),
+                "task": task,
+                "folder": str(folder.path),
+                "processes": processes,
+                "truncate": options.truncate,
+                "log": options.log,
+                "traces": options.traces,
+                "slo": objectives(spec.slo, slo_ms),
+            }
+            self._front = self._api = ApiProcesses(
+                processes, welcome, self._backend, self._page, self._state, spec.serve.drain_seconds
+            )
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         metrics.watch_capacity(self._rates)
         self._engines: asyncio.Task[None] | None = None
@@ -103,37 +125,38 @@ class EncoderServer(ServerLifetime):
         self._ready_seconds = 0.0
 
     async def _serve(self) -> int:
-        self._tokenizer.warm()
-        self._metering.watch(self._metrics)
+        if self._processes == 1:  # else nothing is metered here
+            self._metering.watch(self._metrics)
         self._engines = asyncio.create_task(self._pool.run())
         sharing = [asyncio.create_task(self._cache.shared.run())] if self._cache and self._cache.shared else []
         if self._limits:
             sharing.append(asyncio.create_task(self._limits.exchange()))
-        serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+        serving = asyncio.create_task(self._front.serve([self._socket]))
         await asyncio.wait((serving, self._engines), return_when=asyncio.FIRST_COMPLETED)
         if self._engines.done():
             self._dispatcher.fail_all("the server ends because of an error")
-        self._http.close()
+        self._front.close()
         await serving
         for task in sharing:
             task.cancel()
             await asyncio.wait((task,))
-        return self._edge.unfinished_responses
+        return self._front.unfinished_responses
 
     async def _end(self) -> None:
         self._pool.stop()
         if self._engines:
             await self._engines
-        self._tokenizer.close()
 
     def _drain(self) -> str:
-        return f"requests in flight: {self._edge.in_flight}; "
+        return f"requests in flight: {self._front.in_flight}; "
 
     def _close(self, seconds: float) -> None:
-        self._http.close()
+        self._front.close()
 
     def _kill(self) -> None:
         self._pool.kill()
+        if self._api:
+            self._api.kill()
 
     def _expected_wait(self) -> float:
         """Return the predicted wait of a request, as a share of the longest one that is accepted."""
@@ -148,8 +171,11 @@ class EncoderServer(ServerLifetime):
     def _engine_ready(self, info: EngineInfo) -> None:
         lifecycle = self._lifecycle
         self._metering.ready(asdict(info.device), self._folder.digest)
-        self._model.dimensions = info.dimensions
-        self._model.vocabulary_size = info.vocabulary_size or self._tokenizer.vocabulary_size
+        self._device = asdict(info.device)
+        size = info.vocabulary_size or self._tokenizer.vocabulary_size
+        self._sizes = {"dimensions": info.dimensions, "vocabulary_size": size}
+        if isinstance(self._front, FrontEnd):
+            self._front.set_sizes(self._sizes)
         if self._cache and isinstance(self._config, EmbeddingConfig):
             self._cache.model_loaded(keys.identity(self._folder.digest, self._config, info), info.dimensions)
         self._info = describe.document(
@@ -159,7 +185,7 @@ class EncoderServer(ServerLifetime):
             self._tokenizer.facts,
             info,
             self._options.truncate,
-            self._edge_limits.max_body_bytes,
+            EdgeLimits().max_body_bytes,
             self._options.image,
         )
         self._metrics.describe_model(self._info)
@@ -178,14 +204,46 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        lines = describe.lines(
-            info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._model.prompts
-        )
+        prompts = self._config.prompts if isinstance(self._config, EmbeddingConfig) else NO_PROMPTS
+        lines = describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, prompts)
         for line in lines:
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         self._announce()
+
+    @property
+    def _crash_looping(self) -> bool:
+        return self._pool.crash_looping or (self._api is not None and self._api.crash_looping)
+
+    def _revoke(self, ids: Iterable[str]) -> None:
+        if self._access:
+            self._access.revoke(ids)
+        if self._api:
+            self._api.revoke(list(ids))
+
+    async def _page(self, path: str) -> Page:
+        """Return what the whole server answers, with what all API processes counted."""
+        if path == "/metrics" and self._api:
+            await self._api.scrape()
+        return await self._pages.answer(path)
+
+    def _exposition(self) -> tuple[bytes, str]:
+        return self._metrics.exposition(self._api.totals.collect if self._api else None)
+
+    def _state(self) -> dict[str, Any]:
+        """Return what API processes need to know of this server."""
+        lifecycle = self._lifecycle
+        state: dict[str, Any] = {
+            "ready": self._dispatcher.ready,
+            "device": self._device,
+            "digest": self._folder.digest,
+            **self._sizes,
+        }
+        state |= {name: getattr(lifecycle, name) for name in ("started", "draining", "closed")}
+        if self._spec.serve.load_reports:
+            state |= {"slots": self._batcher.slots, "waiting": round(self._expected_wait(), 2)}
+        return state
 
     def _rates(self) -> dict[str, float]:
         """Return the tokens per second of this server by source; without those that are not known."""
@@ -202,12 +260,14 @@ class EncoderServer(ServerLifetime):
         if self._info is None:
             return None
         engines, limits = self._pool.counts(), self._batcher.limits
+        up, restarts = (self._api.up, self._api.restarts) if self._api else (1, 0)
         slo_ms = None if limits.slo_s is None else limits.slo_s * 1000
         return {
             **self._info,
             "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
             "tokenizer": self._tokenizer.library,
             "engines": {**engines, "out_of_memory": self._dispatcher.out_of_memory},
+            "api_processes": {"count": self._processes, "up": up, "restarts": restarts},
             "restarts": engines["restarts"],
             "pace": self._batcher.latency.to_json(),
             "ready_seconds": round(self._ready_seconds, 3),
@@ -238,18 +298,17 @@ def _engine_config(spec: Spec, task: Task, options: ServerOptions, folder: Model
     )
 
 
-def _served_model(spec: Spec, task: Task, options: ServerOptions, config: TaskConfig) -> ServedModel:
-    served = ServedModel(
-        spec.name,
-        frozenset({spec.model.source}),
-        config.matryoshka if isinstance(config, EmbeddingConfig) else (),
-        spec.serve.max_client_batch,
-        max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
-        options.truncate,
-        task,
-    )
-    if isinstance(config, RerankConfig):
-        served.activation = config.scores
-    else:
-        served.prompts = config.prompts
-    return served
+def _api_processes(spec: Spec) -> int:
+    """Return how many API processes the server has. With one, this process is it."""
+    if spec.serve.api_processes != "auto":
+        return spec.serve.api_processes
+    return max(1, min(_MOST_AUTO, usable_cores() // _CORES_PER_API_PROCESS))
+
+
+def _without_passwords(spec: Spec) -> dict[str, Any]:
+    """Return a spec for API processes, which connect to no store and no broker."""
+    document = spec.model_dump(mode="json")
+    document["access"] |= {"keys": spec.access.public_key_store or spec.access.keys, "broker": None}
+    document["metering"] |= dict.fromkeys(("ledger", "broker", "sink"))
+    document["cache"]["shared"] = None
+    return document

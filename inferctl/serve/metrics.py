@@ -206,9 +206,18 @@ class RequestMetrics:
         dropped = self._gauge("outbox_dropped_events", "Usage events lost because the outbox could not be written.")
         dropped.set_function(lambda: recorder.dropped)
 
-    def exposition(self) -> tuple[bytes, str]:
-        """Return the text that Prometheus scrapes, and its media type."""
-        return b"".join(generate_latest(registry) for registry in self._registries), CONTENT_TYPE_LATEST
+    def exposition(
+        self, with_others: Callable[[CollectorRegistry], Iterator[Metric]] | None = None
+    ) -> tuple[bytes, str]:
+        """Return the text that Prometheus scrapes, and its media type.
+
+        `with_others` adds what other processes counted to the metrics of a registry.
+        """
+        text = b"".join(
+            generate_latest(_Collected(list(with_others(registry))) if with_others else registry)
+            for registry in self._registries
+        )
+        return text, CONTENT_TYPE_LATEST
 
     def _counter(self, name: str, description: str, *labels: str) -> Family[Total]:
         return self._registered(Family(f"inferctl_{name}", description, "counter", Total, labels))
@@ -261,6 +270,18 @@ class Metrics(RequestMetrics):
     def watch_capacity(self, rates: Callable[[], Mapping[str, float]]) -> None:
         """Report the tokens per second of this server in full batches, by source."""
         self.registry.register(_Capacity(rates))
+
+
+class _Collected(CollectorRegistry):
+    """Metrics that were collected before."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        yield from self._metrics
 
 
 class _Capacity(Collector):

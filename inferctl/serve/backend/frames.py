@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -185,6 +185,16 @@ def unpack_ended(body: bytes) -> tuple[int, int, float]:
     return number, tokens, seconds
 
 
+def pack_page(number: int, path: str) -> bytes:
+    """Return a PAGE frame."""
+    return pack(Kind.PAGE, struct.pack("<I", number) + path.encode())
+
+
+def unpack_page(body: bytes) -> tuple[int, str]:
+    """Return the id and the path of a PAGE frame."""
+    return int.from_bytes(body[:4], "little"), body[4:].decode()
+
+
 def pack_answer(number: int, status: int, body: bytes, media_type: str) -> bytes:
     """Return an ANSWER frame."""
     media = media_type.encode()
@@ -229,8 +239,7 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of `asyncio.Protocol`."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # that of uvloop has no base class
 
     def data_received(self, data: bytes) -> None:
         """Part of `asyncio.Protocol`."""

@@ -17,10 +17,10 @@ from starlette.types import Scope
 from inferctl.config import spec
 from inferctl.core.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.edge.request_context import RequestContext, Usage
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import BusyError, KeyTable, UnavailableError
-from inferctl.tenancy.access.limits import PERIOD_S, KeyUsage, LimitError
+from inferctl.tenancy.access.limits import PERIOD_S, LimitError
 
 if TYPE_CHECKING:
     from inferctl.tenancy.access.oidc import TokenTable
@@ -197,7 +197,7 @@ def limit_exceeded(error: LimitError) -> ApiError:
     return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
 
 
-def limit_lines(usage: KeyUsage) -> bytes:
+def limit_lines(usage: Usage) -> bytes:
     """Return the headers of limits as lines: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy`."""
     requests, tokens = usage.quotas(time.time())
     if requests and tokens:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from inferctl.config import spec
-from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.tenancy.access.key_file import ApiKey
@@ -29,12 +28,18 @@ class KeyLimits:
         if context.usage is not None:
             context.charge = Charge(context.usage, now)
 
+    def check(self, key: ApiKey, size: int) -> None:
+        """Raise `LimitError` if a request with a body of `size` bytes cannot be charged now."""
+        now = time.time()
+        if usage := self._limiter.usage(key, now):
+            usage.check(0, 1, now)
+            usage.check_size(size, now)
+
+    def limits_of(self, key: ApiKey) -> tuple[int | None, int | None]:
+        """Return the limits of a key, per minute: requests and tokens."""
+        return self._limiter.limits_of(key)
+
     async def exchange(self) -> None:
         """Share limits with other servers, and hear of revoked keys, until this is cancelled."""
         if self._exchange:
             await self._exchange.run()
-
-
-def create(settings: spec.Access, name: str, access: EdgeAccess | None) -> KeyLimits | None:
-    """Return the limits of the keys of a server, None without keys. `name`: of the server. `access`: of its edge."""
-    return KeyLimits(settings, name, access.revoke) if access is not None else None

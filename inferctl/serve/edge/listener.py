@@ -110,6 +110,12 @@ class HttpServer(uvicorn.Server):
         finally:
             checks.cancel()
 
+    async def adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere."""
+        factory = cast(Any, self.config.http_protocol_class)
+        protocol = functools.partial(factory, config=self.config, server_state=self.server_state, app_state={})
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+
     def close(self) -> None:
         """Accept no more connections. `serve` returns after the requests in flight are complete."""
         self.should_exit = True

@@ -20,7 +20,8 @@ class LoadReport:
 
     Utilization is the larger one of two shares, the time that engines compute and the CPU time of this process, plus
     `waiting`. `slots`: batches that engines run at the same time. `waiting`: the predicted wait of a new request, as a
-    share of the longest one that is accepted.
+    share of the longest one that is accepted. `processes`: API processes of the server, each with an equal part of the
+    requests.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class LoadReport:
         slots: Callable[[], int] = lambda: 1,
         waiting: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
+        processes: int = 1,
     ) -> None:
-        self._slots, self._waiting, self._clock = slots, waiting, clock
+        self._slots, self._waiting, self._clock, self._processes = slots, waiting, clock, processes
         self._requests = self._engine_s = self._cpu_s = 0.0
         self._decayed = clock()
         self._cpu = time.process_time()
@@ -47,11 +49,11 @@ class LoadReport:
         now = self._clock()
         if now - self._made >= _REFRESH_S:
             self._decay()
-            busy = max(self._engine_s / max(1, self._slots()), self._cpu_s) / _WINDOW_S
+            busy = max(self._processes * self._engine_s / max(1, self._slots()), self._cpu_s) / _WINDOW_S
             utilization = max(_MIN_UTILIZATION, busy + self._waiting())
             self._line = b'endpoint-load-metrics: JSON {"application_utilization":%.4f,"rps_fractional":%.3f}\r\n' % (
                 utilization,
-                self._requests / _WINDOW_S,
+                self._processes * self._requests / _WINDOW_S,
             )
             self._made = now
         return self._line

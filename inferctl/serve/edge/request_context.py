@@ -11,7 +11,7 @@ from typing import Protocol
 
 from starlette.types import Scope
 
-from inferctl.tenancy.access.limits import Charge, KeyUsage
+from inferctl.tenancy.access.limits import Charge, Quota
 
 log = logging.getLogger("inferctl.usage")
 
@@ -35,6 +35,12 @@ class Use(Protocol):
     seconds: float
 
     async def settled(self) -> None: ...
+
+
+class Usage(Protocol):
+    """What the key of a request used."""
+
+    def quotas(self, now: float) -> tuple[Quota | None, Quota | None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,8 @@ class RequestContext:
 
     `use`: what counts if the request does not complete, as when its client disconnects.
 
-    `usage`: what the key used, None without limits; `charge`: what this request was charged. `tenant`: among whom the
+    `usage`: what the key used, None without limits; `charge`: what this request was charged. `key_index`: the number of
+    the key for a backend in another process, 0 without a key. `tenant`: among whom the
     queue is shared; None for a client without a key, and if there is one key only.
     """
 
@@ -99,8 +106,9 @@ class RequestContext:
     started: float = field(default_factory=time.monotonic)
     key_id: str | None = None
     cached_tokens: int = 0
-    usage: KeyUsage | None = None
+    usage: Usage | None = None
     charge: Charge | None = None
+    key_index: int = 0
     tenant: str | None = None
     shared_bytes: int = 0  # bytes of the body that count in the share of the tenant
     engine_seconds: float = 0.0

@@ -20,8 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config import spec
 from inferctl.serve import logs, metering
-from inferctl.serve.edge import access, key_limits, listener
+from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
@@ -84,7 +85,7 @@ class _EdgeServer:
         self._metering.open()
         self._metering.watch(metrics)
         self._access = access.create(access_settings, settings.models)
-        limits_of_keys = key_limits.create(access_settings, settings.name, self._access)
+        limits_of_keys = KeyLimits(access_settings, settings.name, self._access.revoke) if self._access else None
         self._lifecycle = Lifecycle(
             ready=lambda: self._healthy, live=lambda: True, keys_known=lambda: access.known(self._access)
         )

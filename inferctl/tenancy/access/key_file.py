@@ -171,6 +171,13 @@ def is_caller_id(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=10_000)
+def limits_alone(id: str, requests: int | None, tokens: int | None) -> ApiKey:
+    """Return a key of which only the id and the limits are known, for a process that does not read the key file."""
+    return ApiKey.model_construct(
+        id=id, name=id, digests=[], created=_NEVER, requests_per_minute=requests, tokens_per_minute=tokens
+    )
+
+
 def caller(caller_id: str) -> ApiKey:
     """Return a caller that is not in the file, but known by a token or a proxy. It has the limits of the server."""
     return ApiKey.model_construct(id=caller_id, name=caller_id, digests=[], created=_NEVER)

@@ -1,0 +1,244 @@
+"""An API process: the front end of a server whose backend is another process, its parent.
+
+    python -m inferctl.serve.api_process FD CONTROL_FD
+
+FD is a stream socket that carries `backend.frames`; descriptors of connections arrive at CONTROL_FD. The process ends
+when the backend says so, or ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from inferctl.config.spec import Spec
+from inferctl.serve import logs, metering, task_config
+from inferctl.serve.backend import frames, samples
+from inferctl.serve.backend.frames import Kind, Link
+from inferctl.serve.backend.remote import RemoteBackend
+from inferctl.serve.edge import access, listener
+from inferctl.serve.edge.connection import Connection
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.load_report import LoadReport
+from inferctl.serve.edge.pages import Page
+from inferctl.serve.front_end import FrontEnd
+from inferctl.serve.metering import ServerMetering
+from inferctl.serve.metrics import Metrics
+from inferctl.serve.tokenizer_pool import TokenizerPool
+
+_ALIVE_S = 0.1
+_FLUSH_S = 1.0  # for the last usage events
+_MOST_AT_ONCE = 64
+
+
+class ApiProcess:
+    """One front end. Runs on the event loop."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self.link = Link(self._on_frame, self._on_lost)
+        self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.Event()  # the backend ended, or wants no more
+        self._state: dict[str, Any] = {}
+        self._adopting: set[asyncio.Task[None]] = set()
+        self._unfinished = 0
+
+    async def run(self) -> None:
+        """Serve until the drain or the end of the backend."""
+        welcome = await self._welcome
+        spec, task, processes = Spec.model_validate(welcome["spec"]), welcome["task"], welcome["processes"]
+        logs.configure(welcome["log"])
+        logs.notifier(welcome["log"], lambda _: None)
+        listener.raise_file_limit()
+        folder, config = Path(welcome["folder"]), None
+        config = task_config.read(task, folder, spec.serve.max_input_tokens)
+        self._metrics = metrics = Metrics(welcome["slo"])
+        self._access = access.create(spec.access, (spec.name, spec.model.source))
+        self._lifecycle = Lifecycle(
+            ready=lambda: self._state["ready"], live=lambda: True, keys_known=lambda: access.known(self._access)
+        )
+        self._metering = ServerMetering(spec.metering, spec.name, task, known_callers=spec.access.required)
+        self._metering.open()
+        self._metering.watch(metrics)
+        limits = spec.access.requests_per_minute, spec.access.tokens_per_minute
+        self._backend = RemoteBackend(
+            self.link, lambda key: (key.requests_per_minute or limits[0], key.tokens_per_minute or limits[1])
+        )
+        self._connections = _counting(self.link, Connection.max_connections // processes)
+        load = None
+        if spec.serve.load_reports:
+            load = LoadReport(lambda: self._state["slots"], lambda: self._state["waiting"], processes=processes)
+        self._front = FrontEnd(
+            spec,
+            task,
+            config,
+            TokenizerPool(folder, config, on_truncated=metrics.truncated.inc),
+            self._backend,
+            self._lifecycle,
+            self._page,
+            lambda *more: metering.emitter(
+                metrics, self._metering, welcome["log"], welcome["traces"], spec.name, *more
+            ),
+            self._metering.check,
+            self._access,
+            load,
+            truncate=welcome["truncate"],
+            processes=processes,
+            connection=self._connections,
+        )
+        self._set_state(welcome["state"])
+        serving = asyncio.create_task(self._front.serve([]))
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._control.fileno(), self._take)
+        gc.collect()
+        gc.freeze()
+        self.link.send(frames.pack_numbers(Kind.HELLO))
+        beating = asyncio.create_task(self._beat())
+        ended = asyncio.create_task(self._ended.wait())
+        await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
+        loop.remove_reader(self._control.fileno())
+        beating.cancel()
+        if not serving.done():  # the backend ended: the requests in flight have failed
+            self._front.http.config.timeout_graceful_shutdown = 0
+            self._front.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(serving), spec.serve.drain_seconds + _FLUSH_S)
+        await asyncio.sleep(0.05)  # cancelled requests send their last event
+        await self._metering.close(_FLUSH_S)
+        self._send_stats(unfinished=self._front.unfinished_responses)
+        self.link.close()
+        await asyncio.sleep(0)
+
+    async def _page(self, path: str) -> Page:
+        """Return the page of the whole server, which no process is ready for without the keys."""
+        if path in ("/readyz", "/health") and not access.known(self._access):
+            return 503, f"{self._lifecycle.phase}\n".encode(), "text/plain"
+        return await self._backend.page(path)
+
+    def _on_frame(self, kind: Kind, body: bytes) -> None:
+        if kind is Kind.WELCOME:
+            self._welcome.set_result(json.loads(body))
+        elif not self._welcome.done() or not hasattr(self, "_front"):
+            return  # what it says is in the frame of the welcome, or comes again
+        elif kind is Kind.STATE:
+            self._set_state(json.loads(body))
+        elif kind is Kind.REVOKED:
+            if self._access:
+                self._access.revoke(json.loads(body))
+        elif kind is Kind.DRAIN:
+            self._lifecycle.closed = True
+            self._front.close()
+        elif kind is Kind.SCRAPE:
+            self._send_stats()
+        else:
+            self._backend.on_frame(kind, body)
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        self._state, lifecycle = state, self._lifecycle
+        lifecycle.started, lifecycle.draining = state["started"], state["draining"]
+        lifecycle.closed |= state["closed"]
+        if state["device"]:
+            self._front.set_sizes(state)
+            self._metering.ready(state["device"], state["digest"])
+
+    def _on_lost(self) -> None:
+        self._ended.set()
+        if hasattr(self, "_backend"):
+            self._backend.lost()
+
+    def _take(self) -> None:
+        """Take the connections that the backend passes on."""
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, 4, 1)
+            except (BlockingIOError, ConnectionError):
+                return
+            if not descriptors:  # the backend ended
+                asyncio.get_running_loop().remove_reader(self._control.fileno())
+                return
+            connection = socket.socket(fileno=descriptors[0])
+            connection.setblocking(False)
+            # Before its first byte is read: from now on, nobody else can answer.
+            self.link.send(frames.pack_numbers(Kind.TAKEN, int.from_bytes(data, "little")))
+            self.link.flush()
+            task = asyncio.get_running_loop().create_task(self._adopt(connection))
+            self._adopting.add(task)
+            task.add_done_callback(self._adopting.discard)
+
+    async def _adopt(self, connection: socket.socket) -> None:
+        try:
+            await self._front.http.adopt(connection)
+        except OSError:  # the client is gone
+            connection.close()
+            self.link.send(frames.pack_numbers(Kind.GONE, 1))
+
+    async def _beat(self) -> None:
+        """Say that the event loop runs."""
+        while True:
+            self.link.send(frames.pack_numbers(Kind.ALIVE))
+            await asyncio.sleep(_ALIVE_S)
+
+    def _send_stats(self, **more: int) -> None:
+        found = {"samples": samples.of(self._metrics.registry), **more}
+        self.link.send(frames.pack_json(Kind.STATS, found))
+
+
+def _counting(link: Link, most: int) -> type[Connection]:
+    """Return the class of connections that tells the backend when one ends. `most`: connections of this process."""
+
+    class Counted(Connection):
+        max_connections = most
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """Forget the connection."""
+            super().connection_lost(exc)
+            link.send(frames.pack_numbers(Kind.GONE, 1))
+
+    return Counted
+
+
+def _end_with(parent: int) -> None:
+    """End this process some time after its parent was killed, also if the event loop is blocked."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(3 * _FLUSH_S)
+    os._exit(1)
+
+
+async def _main() -> None:
+    link_socket, control = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    for each in (link_socket, control):
+        each.setblocking(False)
+    process = ApiProcess(control)
+    await asyncio.get_running_loop().create_connection(lambda: process.link, sock=link_socket)
+    await process.run()
+
+
+def main() -> None:
+    """Run the API process."""
+    # Someone may send these to all processes. The backend decides when this one ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    loop_factory = None
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(_main())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The backend's side of one API process: runs its requests, and knows what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from inferctl.serve.backend import frames
+from inferctl.serve.backend.frames import Kind, Link, Quotas, Reply, Submission
+from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.edge.access import limit_exceeded
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.pages import Page
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.tenancy.access.key_file import ApiKey, limits_alone
+from inferctl.tenancy.access.limits import LimitError
+
+log = logging.getLogger("inferctl.api_processes")
+
+_INTERNAL = ApiError(500, "internal error; see the server log", code="internal_error")
+
+
+class ApiProcessLink:
+    """Runs the requests of one API process. `page(path)` answers for the whole server.
+
+    `on_control(kind, numbers)` gets the frames about connections and life. `stats`: the samples of its last STATS frame.
+    """
+
+    def __init__(
+        self,
+        backend: LocalBackend,
+        page: Callable[[str], Awaitable[Page]],
+        on_control: Callable[[Kind, tuple[int, ...]], None],
+        on_stats: Callable[[Any], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._backend, self._page = backend, page
+        self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
+        self._keys: dict[int, ApiKey] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
+        self._ended = False
+        self.link = Link(self._on_frame, self._lost)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests the backend computes for the API process."""
+        return len(self._tasks)
+
+    def _on_frame(self, kind: Kind, body: bytes) -> None:
+        if kind is Kind.SUBMIT:
+            submission = frames.unpack_submit(body)
+            self._start(submission.id, self._run(submission))
+        elif kind is Kind.ADMIT:
+            number, key, flags, size = frames.unpack_numbers(body)
+            self._admit(number, key, flags, size)
+        elif kind is Kind.CANCEL:
+            (number,) = frames.unpack_numbers(body)
+            if task := self._tasks.get(number):
+                task.cancel()
+            else:  # its result is on the way
+                self.link.send(frames.pack_ended(number, 0, 0.0))
+        elif kind is Kind.CLOSE:
+            number, give_back, computed = frames.unpack_numbers(body)
+            if (context := self._cancelled.pop(number, None)) and context.charge is not None:
+                context.charge.close(give_back=bool(give_back), computed=computed)
+        elif kind is Kind.CHARGE:
+            self._charge(*frames.unpack_numbers(body))
+        elif kind is Kind.KEY:
+            found = json.loads(body)
+            self._keys[found["index"]] = limits_alone(found["id"], found["requests"], found["tokens"])
+        elif kind is Kind.PAGE:
+            number, path = frames.unpack_page(body)
+            self._start(number, self._answer(number, path))
+        elif kind is Kind.STATS:
+            self._on_stats(json.loads(body))
+        else:
+            self._on_control(kind, frames.unpack_numbers(body))
+
+    def _start(self, number: int, work: Any) -> None:
+        task = self._tasks[number] = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(lambda _: self._tasks.pop(number, None))
+
+    def _context(self, key: int, bulk: bool, shared: bool) -> RequestContext:
+        """Return the context of a request of a key."""
+        context = RequestContext("", priority=b"bulk" if bulk else b"")
+        if found := self._keys.get(key):
+            context.key_id = found.id
+            context.tenant = found.id if shared else None
+        return context
+
+    async def _run(self, submission: Submission) -> None:
+        """Compute a request, and send its result."""
+        context = self._context(submission.key, submission.bulk, submission.shared)
+        context.cache_control = submission.directives
+        error: ApiError | None = None
+        try:
+            if key := self._keys.get(submission.key):
+                self._backend.charge(key, context)
+            result = await self._backend.compute(context, submission.sequences, submission.second_starts)
+        except asyncio.CancelledError:
+            await self._end(submission.id, context)
+            return
+        except ApiError as raised:
+            error = raised
+        except LimitError as raised:
+            error = limit_exceeded(raised)
+        except Exception:
+            log.exception("a request of an API process")
+            error = _INTERNAL
+        quotas = _quotas(context)
+        if error is None:
+            self.link.send(
+                frames.pack_result(Reply(submission.id, result, context.cached_tokens, context.engine_seconds, quotas))
+            )
+            return
+        computed = 0
+        if context.use is not None:
+            await context.use.settled()
+            computed = context.use.tokens
+        if context.charge is not None:
+            context.charge.close(give_back=error.status == 429 or error.status >= 500, computed=computed)
+        self.link.send(frames.pack_reject(submission.id, error, quotas))
+
+    async def _end(self, number: int, context: RequestContext) -> None:
+        """Say what engines computed for a request whose client left, or whose API process ended."""
+        tokens, seconds = 0, 0.0
+        if (use := context.use) is not None:
+            await use.settled()
+            tokens, seconds = use.tokens, use.seconds
+        if self._ended:
+            return  # its charge stays
+        if context.charge is not None:
+            self._cancelled[number] = context
+        self.link.send(frames.pack_ended(number, tokens, seconds))
+
+    def _admit(self, number: int, key: int, flags: int, size: int) -> None:
+        context = self._context(key, bool(flags & 1), bool(flags & 2))
+        try:
+            self._backend.check(self._keys.get(key), context, size)
+        except ApiError as error:
+            self.link.send(frames.pack_reject(number, error, None))
+        except LimitError as error:
+            self.link.send(frames.pack_reject(number, limit_exceeded(error), None))
+        else:
+            self.link.send(frames.pack_numbers(Kind.ADMITTED, number))
+
+    def _charge(self, key: int, in_vain: int) -> None:
+        """Charge a request that the API process rejected."""
+        context = RequestContext("")
+        if found := self._keys.get(key):
+            try:
+                self._backend.charge(found, context)
+            except LimitError:
+                return
+            if context.charge is not None:
+                context.charge.in_vain(in_vain, time.time())
+                context.charge.close(give_back=False)
+
+    async def _answer(self, number: int, path: str) -> None:
+        self.link.send(frames.pack_answer(number, *await self._page(path)))
+
+    def _lost(self) -> None:
+        self._ended = True
+        for task in list(self._tasks.values()):
+            task.cancel()
+        self._cancelled.clear()
+        self._on_lost()
+
+
+def _quotas(context: RequestContext) -> Quotas | None:
+    return context.usage.quotas(time.time()) if context.usage is not None else None

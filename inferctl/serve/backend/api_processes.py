@@ -1,0 +1,349 @@
+"""Starts the API processes of a server, shares its connections among them, and replaces those that end or hang.
+
+    clients -> listening socket, here -> the API process with the fewest connections
+    API process <-> `ApiProcessLink`, here
+
+A connection is passed on as a descriptor, and kept until the API process says that it took it. If that ends or hangs
+before, another one gets the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from inferctl.core.errors import NotReadyError
+from inferctl.serve.backend import frames, samples
+from inferctl.serve.backend.api_process_link import ApiProcessLink
+from inferctl.serve.backend.frames import Kind
+from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.edge.pages import Page
+
+log = logging.getLogger("inferctl.api_processes")
+
+_MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
+# A process that was silent for this long gets no connections; after `_HUNG_S`, it is killed.
+_SLOW_S, _HUNG_S = 1.0, 10.0
+_START_S = 120.0  # until the first sign of life
+_TICK_S = 0.1
+_SCRAPE_S = 0.2  # after which the last samples of a process are used
+_EXIT_S = 3.0  # to end after the drain
+_BACKLOG = 256
+_ACCEPTED_AT_ONCE = 64
+_CRASH_LOOP_STARTS = 5
+
+
+class ApiProcesses:
+    """All API processes of a server, behind the interface of `HttpServer`: `serve` and `close`.
+
+    `welcome`: what each of them needs to start. `state()`: what they need to know of the server, sent when it changes.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        welcome: dict[str, Any],
+        backend: LocalBackend,
+        page: Callable[[str], Awaitable[Page]],
+        state: Callable[[], dict[str, Any]],
+        drain_seconds: float,
+    ) -> None:
+        self.restarts = 0
+        self.unfinished_responses = 0
+        self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
+        self._drain_seconds = drain_seconds
+        self._processes = [_ApiProcess(self) for _ in range(count)]
+        self._ids = itertools.count(1)
+        self._unassigned: deque[socket.socket] = deque()  # while no process can take connections
+        self._listener: socket.socket | None = None
+        self._closing = asyncio.Event()
+        self._sent_state: dict[str, Any] = {}
+        self.totals = samples.Totals()
+
+    @property
+    def up(self) -> int:
+        """How many processes take connections."""
+        return sum(process.ready for process in self._processes)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests the backend computes."""
+        return sum(process.in_flight for process in self._processes)
+
+    @property
+    def crash_looping(self) -> bool:
+        """Whether some process failed to start again and again, and none takes connections."""
+        return not self.up and any(process.failures >= _CRASH_LOOP_STARTS for process in self._processes)
+
+    async def serve(self, sockets: list[socket.socket]) -> None:
+        """Serve until `close` is called, then until the requests in flight are complete or `drain_seconds` passed.
+
+        Raises `NotReadyError` if the processes cannot start.
+        """
+        (self._listener,) = sockets
+        self._listener.listen(_BACKLOG)
+        running = [asyncio.create_task(process.run()) for process in self._processes]
+        closing = asyncio.create_task(self._closing.wait())
+        self._watch(True)
+        try:
+            while not closing.done():
+                await asyncio.wait((closing, *running), timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in running:
+                    if task.done():
+                        task.result()  # raises why it cannot start
+                self.update()
+                self._place()
+        finally:
+            self._watch(False)
+            closing.cancel()
+            self._listener.close()
+            for each in self._unassigned:
+                each.close()
+            for process in self._processes:
+                process.drain()
+            await asyncio.wait(running, timeout=self._drain_seconds + _EXIT_S)
+            for process in self._processes:
+                process.kill()
+            await asyncio.wait(running, timeout=_EXIT_S)
+
+    def close(self) -> None:
+        """Accept no more connections. `serve` returns after the requests in flight are complete."""
+        self._closing.set()
+
+    def kill(self) -> None:
+        """Kill all processes, because this one ends now."""
+        for process in self._processes:
+            process.kill()
+
+    def update(self) -> None:
+        """Send the state of the server to all processes, if it changed."""
+        state = self._state()
+        if state != self._sent_state:
+            self._sent_state = state
+            for process in self._processes:
+                process.send(frames.pack_json(Kind.STATE, state))
+
+    def revoke(self, ids: list[str]) -> None:
+        """Let all processes refuse these keys."""
+        for process in self._processes:
+            process.send(frames.pack_json(Kind.REVOKED, ids))
+
+    async def scrape(self) -> None:
+        """Get the samples of all processes into `totals`."""
+        waiting = [future for process in self._processes if (future := process.scrape())]
+        if waiting:
+            await asyncio.wait(waiting, timeout=_SCRAPE_S)
+
+    def place(self, connection: socket.socket) -> None:
+        """Give a connection to the process with the fewest, or keep it until one can take it."""
+        if self._closing.is_set():
+            connection.close()
+            return
+        self._unassigned.append(connection)
+        self._place()
+
+    def _watch(self, on: bool) -> None:
+        assert self._listener is not None
+        loop = asyncio.get_running_loop()
+        if on:
+            loop.add_reader(self._listener.fileno(), self._accept)
+        else:
+            loop.remove_reader(self._listener.fileno())
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:  # no descriptors are left, or the client is gone already
+                log.warning("a connection cannot be accepted: %s", error)
+                break
+            connection.setblocking(False)
+            self._unassigned.append(connection)
+        self._place()
+
+    def _place(self) -> None:
+        """Give the connections that wait to processes, and accept no more while many wait."""
+        while self._unassigned:
+            now = time.monotonic()
+            able = [process for process in self._processes if process.ready and now - process.alive < _SLOW_S]
+            if not able:
+                break
+            process = min(able, key=lambda each: each.connections)
+            number = next(self._ids)
+            if not process.take(number, self._unassigned[0]):
+                break  # its socket is full: at the next tick
+            self._unassigned.popleft()
+        if self._listener is not None and self._listener.fileno() >= 0 and not self._closing.is_set():
+            self._watch(len(self._unassigned) < _BACKLOG)
+
+    def welcome(self) -> bytes:
+        """Return the frames with which a process starts."""
+        return frames.pack_json(Kind.WELCOME, self._welcome | {"state": self._state()})
+
+    def link(self, process: _ApiProcess) -> ApiProcessLink:
+        """Return the link of a process that starts."""
+        return ApiProcessLink(self._backend, self._page, process.on_control, process.on_stats, process.on_lost)
+
+
+class _ApiProcess:
+    """One API process, and its successors. `connections`: which it has, `alive`: its last sign of life."""
+
+    def __init__(self, owner: ApiProcesses) -> None:
+        self.ready, self.connections, self.alive, self.failures = False, 0, 0.0, 0
+        self._owner = owner
+        self._link: ApiProcessLink | None = None
+        self._control: socket.socket | None = None  # for descriptors
+        self._process: asyncio.subprocess.Process | None = None
+        self._kept: dict[int, socket.socket] = {}  # connections that it has not taken yet
+        self._scraped: asyncio.Future[None] | None = None
+        self._lost = asyncio.Event()
+        self._draining = False
+
+    @property
+    def in_flight(self) -> int:
+        """How many of its requests the backend computes."""
+        return self._link.in_flight if self._link else 0
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, if the process runs."""
+        if self._link is not None:
+            self._link.link.send(frame)
+
+    async def run(self) -> None:
+        """Keep the process running until the drain. Raises `NotReadyError` if it cannot start and never could."""
+        served = False
+        while True:
+            served |= await self._run_once()
+            if self._draining:
+                return
+            if not served:
+                raise NotReadyError("an API process cannot start", "see the log above")
+            self._owner.restarts += 1
+            pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
+            log.error("an API process ended unexpectedly; restarting it in %.2g s", pause)
+            await asyncio.sleep(pause)
+
+    async def _run_once(self) -> bool:
+        """Run one process until it ends. Return whether it took connections."""
+        loop = asyncio.get_running_loop()
+        self._lost.clear()
+        ours, theirs = socket.socketpair()
+        self._control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for each in (ours, self._control):
+            each.setblocking(False)
+        with theirs, their_control:
+            descriptors = theirs.fileno(), their_control.fileno()
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "inferctl.serve.api_process",
+                *map(str, descriptors),
+                pass_fds=descriptors,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,  # Ctrl-C in a terminal is for this process only
+            )
+        self._link = link = self._owner.link(self)
+        await loop.create_connection(lambda: link.link, sock=ours)
+        link.link.send(self._owner.welcome())
+        self.alive = time.monotonic() + _START_S
+        watch = asyncio.create_task(self._kill_if_hung())
+        await self._lost.wait()
+        watch.cancel()
+        served, self.ready, self.connections = self.ready, False, 0
+        self.failures = 0 if served else self.failures + 1
+        self._link = None
+        self._control.close()
+        self._owner.totals.retire(self)
+        if self._scraped and not self._scraped.done():
+            self._scraped.set_result(None)
+        # It may take time to end, but it takes nothing more. Its descriptor of a connection that it did not take ends
+        # with it, so it must be gone before another process answers.
+        await self._gone()
+        kept, self._kept = list(self._kept.values()), {}
+        for connection in kept:
+            self._owner.place(connection)
+        return served
+
+    async def _gone(self) -> None:
+        assert self._process is not None
+        for _ in range(2):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _EXIT_S)
+                return
+            self.kill()
+
+    async def _kill_if_hung(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            if time.monotonic() - self.alive > _HUNG_S:
+                log.error("an API process did not respond for %.3g s; killing it", _HUNG_S)
+                self.kill()
+                self.alive = time.monotonic()
+
+    def take(self, number: int, connection: socket.socket) -> bool:
+        """Pass a connection on. Return whether that was possible."""
+        assert self._control is not None
+        try:
+            socket.send_fds(self._control, [number.to_bytes(4, "little")], [connection.fileno()])
+        except OSError:
+            return False
+        self._kept[number] = connection
+        self.connections += 1
+        return True
+
+    def scrape(self) -> asyncio.Future[None] | None:
+        """Ask for the samples of the metrics, and return the future of their arrival."""
+        if self._link is None or not self.ready:
+            return None
+        if self._scraped is None or self._scraped.done():
+            self._scraped = asyncio.get_running_loop().create_future()
+            self.send(frames.pack(Kind.SCRAPE))
+        return self._scraped
+
+    def drain(self) -> None:
+        """Let the process end after the responses in flight."""
+        self._draining = True
+        self.send(frames.pack(Kind.DRAIN))
+
+    def kill(self) -> None:
+        """Kill the process."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    def on_control(self, kind: Kind, numbers: tuple[int, ...]) -> None:
+        """Take a frame about connections or life."""
+        self.alive = time.monotonic()
+        if kind is Kind.HELLO:
+            self.ready = True
+            self._owner.update()
+        elif kind is Kind.TAKEN:
+            for number in numbers:
+                if connection := self._kept.pop(number, None):
+                    connection.close()
+        elif kind is Kind.GONE:
+            self.connections -= sum(numbers)
+
+    def on_stats(self, found: Any) -> None:
+        """Take the samples of the metrics. The last ones come with the number of unfinished responses."""
+        self._owner.totals.set(self, found["samples"])
+        self._owner.unfinished_responses += found.get("unfinished", 0)
+        if self._scraped and not self._scraped.done():
+            self._scraped.set_result(None)
+
+    def on_lost(self) -> None:
+        """Note that the process closed its end."""
+        self._lost.set()

@@ -1,0 +1,207 @@
+"""The backend in another process, as an API process sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from inferctl.serve.backend import frames
+from inferctl.serve.backend.frames import Kind, Link, Quotas, Reply, Submission
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.pages import Page
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.scheduling.dispatcher import RequestResult
+from inferctl.tenancy.access.key_file import ApiKey
+from inferctl.tenancy.access.limits import Charge
+
+# For larger bodies, the backend is asked before they are read. A smaller one is tokenized in less time than that takes.
+_ASKED_BYTES = 64 * 1024
+_GONE = ApiError(503, "the server ends because of an error", code="engine_unavailable", headers={"retry-after": "1"})
+
+
+class RemoteBackend:
+    """It is a `Backend`. Runs on the event loop. `limits_of(key)`: the limits of a key, requests and tokens."""
+
+    def __init__(self, link: Link, limits_of: Callable[[ApiKey], tuple[int | None, int | None]]) -> None:
+        self._link, self._limits_of = link, limits_of
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._contexts: dict[int, RequestContext] = {}
+        self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
+        self._keys: dict[str, tuple[ApiKey, int]] = {}
+
+    def charge(self, key: ApiKey, context: RequestContext) -> None:
+        """Note that a request has a key. It is charged with its tokens. Part of `Backend`."""
+        context.key_index = self._index(key)
+        if self._limits_of(key) != (None, None):
+            context.charge = RemoteCharge(self._link, context.key_index)
+
+    async def admit(self, context: RequestContext, size: int) -> None:
+        """Ask for a large body. Part of `Backend`."""
+        if size > _ASKED_BYTES:
+            flags = (context.priority == b"bulk") + 2 * (context.tenant is not None)
+            await self._ask(context, lambda id: frames.pack_numbers(Kind.ADMIT, id, context.key_index, flags, size))
+
+    async def compute(
+        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+    ) -> RequestResult:
+        """Send a request to the backend, and return its result. Part of `Backend`."""
+        number = next(self._ids)
+        submission = Submission(
+            number,
+            context.key_index,
+            context.priority == b"bulk",
+            context.tenant is not None,
+            context.cache_control,
+            list(sequences),
+            None if second_starts is None else list(second_starts),
+        )
+        charge = context.charge
+        if isinstance(charge, RemoteCharge):
+            charge.submitted = True
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting[number], self._contexts[number] = future, context
+        self._link.send(frames.pack_submit(submission))
+        try:
+            reply = await future
+        except asyncio.CancelledError:
+            if number in self._waiting:
+                context.use = self._uses[number] = RemoteUse()
+                if isinstance(charge, RemoteCharge):
+                    charge.cancelled = number
+                self._link.send(frames.pack_numbers(Kind.CANCEL, number))
+            raise
+        finally:
+            self._waiting.pop(number, None)
+            self._contexts.pop(number, None)
+        context.input_tokens, context.cached_tokens = sum(map(len, sequences)), reply.cached_tokens
+        context.engine_seconds = reply.engine_seconds
+        return reply.result
+
+    async def page(self, path: str) -> Page:
+        """Return what the server answers at a path of `pages.PATHS`."""
+        try:
+            page: Page = await self._ask(None, lambda id: frames.pack_page(id, path))
+        except ApiError as error:
+            return error.status, error.body(), "application/json"
+        return page
+
+    def on_frame(self, kind: Kind, body: bytes) -> None:
+        """Take a frame that answers a request."""
+        if kind is Kind.RESULT:
+            reply = frames.unpack_result(body)
+            self._set_usage(reply.id, reply.quotas)
+            self._resolve(reply.id, reply)
+        elif kind is Kind.REJECT:
+            number, error, quotas = frames.unpack_reject(body)
+            self._set_usage(number, quotas)
+            if (future := self._waiting.get(number)) and not future.done():
+                future.set_exception(error)
+        elif kind is Kind.ADMITTED:
+            (number,) = frames.unpack_numbers(body)
+            self._resolve(number, None)
+        elif kind is Kind.ANSWER:
+            number, page = frames.unpack_answer(body)
+            self._resolve(number, page)
+        elif kind is Kind.ENDED:
+            number, tokens, seconds = frames.unpack_ended(body)
+            if (use := self._uses.pop(number, None)) is not None:
+                use.end(tokens, seconds)
+
+    def lost(self) -> None:
+        """Fail all requests: the backend ended."""
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(_GONE)
+        for use in self._uses.values():
+            use.end(0, 0.0)
+
+    async def _ask(self, context: RequestContext | None, frame: Callable[[int], bytes]) -> Any:
+        number = next(self._ids)
+        future = self._waiting[number] = asyncio.get_running_loop().create_future()
+        if context is not None:
+            self._contexts[number] = context
+        self._link.send(frame(number))
+        try:
+            return await future
+        finally:
+            del self._waiting[number]
+            self._contexts.pop(number, None)
+
+    def _resolve(self, number: int, value: Any) -> None:
+        if (future := self._waiting.get(number)) and not future.done():
+            future.set_result(value)
+
+    def _set_usage(self, number: int, quotas: Quotas | None) -> None:
+        if quotas is not None and (context := self._contexts.get(number)):
+            context.usage = RemoteUsage(quotas)
+
+    def _index(self, key: ApiKey) -> int:
+        """Return the number of a key in frames, which the backend is told first."""
+        known = self._keys.get(key.id)
+        if known is not None and known[0] is key:
+            return known[1]
+        index = known[1] if known else len(self._keys) + 1
+        self._keys[key.id] = key, index
+        fields = {"index": index, "id": key.id, "requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
+        self._link.send(frames.pack_json(Kind.KEY, fields))
+        return index
+
+
+class RemoteUsage:
+    """What a key used, as the backend said with the response."""
+
+    def __init__(self, quotas: Quotas) -> None:
+        self._quotas = quotas
+
+    def quotas(self, now: float) -> Quotas:
+        """Return the state of the limits of requests and of tokens; None for no limit."""
+        return self._quotas
+
+
+class RemoteCharge(Charge):
+    """What a request is charged, in the backend. `submitted`: the backend charges and closes it itself.
+
+    `cancelled`: the id of a submitted request whose client left.
+    """
+
+    __slots__ = ("_in_vain", "_key_index", "_link", "cancelled", "submitted")
+
+    def __init__(self, link: Link, key_index: int) -> None:
+        self._link, self._key_index = link, key_index
+        self._in_vain = 0
+        self.submitted, self.cancelled = False, 0
+
+    def check_size(self, size: int, now: float) -> None:
+        """Do nothing: `RemoteBackend.admit` asks."""
+
+    def in_vain(self, amount: int, now: float) -> None:
+        """Count tokens of a request that was rejected after its texts were tokenized."""
+        self._in_vain += amount
+
+    def close(self, *, give_back: bool, computed: int = 0) -> None:
+        """End the request."""
+        if self.cancelled:
+            self._link.send(frames.pack_numbers(Kind.CLOSE, self.cancelled, give_back, computed))
+        elif not self.submitted and not give_back:
+            self._link.send(frames.pack_numbers(Kind.CHARGE, self._key_index, self._in_vain))
+
+
+class RemoteUse:
+    """What engines computed for a cancelled request: known when the backend says so. It is a `Use`."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._ended = asyncio.Event()
+
+    def end(self, tokens: int, seconds: float) -> None:
+        """Set what was computed."""
+        self.tokens, self.seconds = tokens, seconds
+        self._ended.set()
+
+    async def settled(self) -> None:
+        """Return when engines compute nothing more for the request."""
+        await self._ended.wait()

@@ -1,0 +1,114 @@
+"""The front end of one process: HTTP, keys, parsing, tokenization and responses, in front of a backend."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from inferctl.config.spec import Spec, Task
+from inferctl.serve.api import app
+from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.backend.backend import Backend
+from inferctl.serve.edge import listener
+from inferctl.serve.edge.access import EdgeAccess
+from inferctl.serve.edge.connection import Connection
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.load_report import LoadReport
+from inferctl.serve.edge.middleware import Edge, EdgeLimits
+from inferctl.serve.edge.pages import Page
+from inferctl.serve.edge.request_context import UsageEvent
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.task_config import TaskConfig
+from inferctl.serve.tokenizer_pool import TokenizerPool
+
+# Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
+_MAX_REQUEST_TOKENS = 262_144
+
+
+class FrontEnd:
+    """`model`: what the endpoints know of it; its sizes are set when an engine is ready.
+
+    `emitter(*sinks)` returns what gets the usage events. `processes`: how many front ends the server has, which share
+    what it can hold. `load`: the load report, None without one.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        task: Task,
+        config: TaskConfig,
+        tokenizer: TokenizerPool,
+        backend: Backend,
+        lifecycle: Lifecycle,
+        page: Callable[[str], Awaitable[Page]],
+        emitter: Callable[..., Callable[[UsageEvent], None]],
+        check_metering: Callable[[], None],
+        access: EdgeAccess | None,
+        load: LoadReport | None,
+        *,
+        truncate: bool,
+        processes: int = 1,
+        connection: type[Connection] = Connection,
+    ) -> None:
+        self.model = _served_model(spec, task, truncate, config)
+        self._tokenizer = tokenizer
+        whole = EdgeLimits()
+        limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)
+        self._edge = Edge(
+            app.create(Inference(self.model, tokenizer, backend)),
+            lifecycle,
+            emit=emitter(*([load.record] if load else [])),
+            page=page,
+            endpoints=app.ENDPOINTS,
+            limits=limits,
+            access=access,
+            charge=backend.charge,
+            check_metering=check_metering,
+            load_line=load.line if load else None,
+        )
+        self.http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected, connection)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests have no response yet."""
+        return self._edge.in_flight
+
+    @property
+    def unfinished_responses(self) -> int:
+        """How many complete requests were still running when the drain ended."""
+        return self._edge.unfinished_responses
+
+    async def serve(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve until `close` is called, then until the requests in flight are complete, or the drain takes too long."""
+        self._tokenizer.warm()
+        try:
+            await self.http.serve(sockets=list(sockets))
+        finally:
+            self._tokenizer.close()
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        self.http.close()
+
+    def set_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Set what is known when an engine is ready: `dimensions` and `vocabulary_size` of the model."""
+        self.model.dimensions, self.model.vocabulary_size = sizes["dimensions"], sizes["vocabulary_size"]
+
+
+def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) -> ServedModel:
+    served = ServedModel(
+        spec.name,
+        frozenset({spec.model.source}),
+        config.matryoshka if isinstance(config, EmbeddingConfig) else (),
+        spec.serve.max_client_batch,
+        max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
+        truncate,
+        task,
+    )
+    if isinstance(config, RerankConfig):
+        served.activation = config.scores
+    else:
+        served.prompts = config.prompts
+    return served
