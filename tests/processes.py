@@ -113,5 +113,7 @@ class ServerProcess:
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> ServerProcess:
-    """Start `inferctl serve` on a free port, and wait until it is ready."""
+    """Start `inferctl serve` on a free port, and wait until it is ready. `TEST_API_PROCESSES`: how many it has."""
+    if processes := os.environ.get("TEST_API_PROCESSES"):
+        environment = {"INFERCTL_SERVE_API_PROCESSES": processes, **environment}
     return ServerProcess.launch(folder, "inferctl", "serve", "--port", "0", *arguments, **environment).wait_announced()

@@ -103,6 +103,7 @@ class ApiProcess:
         loop.add_reader(self._control.fileno(), self._take)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         self.link.send(frames.pack_numbers(Kind.HELLO))
         beating = asyncio.create_task(self._beat())
         ended = asyncio.create_task(self._ended.wait())

@@ -78,12 +78,13 @@ class EncoderServer(ServerLifetime):
         self._backend = LocalBackend(self._dispatcher, metrics, self._cache, self._limits)
         self._tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
         self._lifecycle = Lifecycle(
-            ready=lambda: self._dispatcher.ready,
+            ready=lambda: self._dispatcher.ready and self._front.up > 0,
             live=lambda: not self._crash_looping,
             keys_known=lambda: access.known(self._access),
         )
         self._sizes = {"dimensions": 0, "vocabulary_size": 0}
-        self._device: dict[str, Any] | None = None  # known when an engine was ready
+        self._engine: EngineInfo | None = None  # the first one that was ready
+        self._device: dict[str, Any] | None = None  # that of the last one
         self._processes = processes = _api_processes(spec)
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
@@ -116,7 +117,7 @@ class EncoderServer(ServerLifetime):
                 "slo": objectives(spec.slo, slo_ms),
             }
             self._front = self._api = ApiProcesses(
-                processes, welcome, self._backend, self._page, self._state, spec.serve.drain_seconds
+                processes, welcome, self._backend, self._page, self._state, self._start, spec.serve.drain_seconds
             )
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         metrics.watch_capacity(self._rates)
@@ -169,7 +170,6 @@ class EncoderServer(ServerLifetime):
         return max(self._options.hang_seconds, 20 * self._batcher.latency.seconds(largest))
 
     def _engine_ready(self, info: EngineInfo) -> None:
-        lifecycle = self._lifecycle
         self._metering.ready(asdict(info.device), self._folder.digest)
         self._device = asdict(info.device)
         size = info.vocabulary_size or self._tokenizer.vocabulary_size
@@ -189,10 +189,18 @@ class EncoderServer(ServerLifetime):
             self._options.image,
         )
         self._metrics.describe_model(self._info)
-        if lifecycle.started:
+        if self._lifecycle.started:
             engines = self._pool.counts()
             counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"
             self._notify(f"an engine is ready; {counts}")
+            return
+        self._engine = info
+        self._start()
+
+    def _start(self) -> None:
+        """Say that the server is ready, once an engine and an API process are."""
+        lifecycle, info = self._lifecycle, self._engine
+        if info is None or lifecycle.started or not self._front.up:
             return
         lifecycle.started = True
         self._progress.stop()
@@ -260,14 +268,13 @@ class EncoderServer(ServerLifetime):
         if self._info is None:
             return None
         engines, limits = self._pool.counts(), self._batcher.limits
-        up, restarts = (self._api.up, self._api.restarts) if self._api else (1, 0)
         slo_ms = None if limits.slo_s is None else limits.slo_s * 1000
         return {
             **self._info,
             "limits": {**self._info["limits"], "max_batch_tokens": limits.batch_tokens, "slo_p99_ms": slo_ms},
             "tokenizer": self._tokenizer.library,
             "engines": {**engines, "out_of_memory": self._dispatcher.out_of_memory},
-            "api_processes": {"count": self._processes, "up": up, "restarts": restarts},
+            "api_processes": {"count": self._processes, "up": self._front.up, "restarts": self._front.restarts},
             "restarts": engines["restarts"],
             "pace": self._batcher.latency.to_json(),
             "ready_seconds": round(self._ready_seconds, 3),

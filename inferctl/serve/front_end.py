@@ -52,6 +52,7 @@ class FrontEnd:
         processes: int = 1,
         connection: type[Connection] = Connection,
     ) -> None:
+        self.up, self.restarts = 1, 0  # as of `ApiProcesses`
         self.model = _served_model(spec, task, truncate, config)
         self._tokenizer = tokenizer
         whole = EdgeLimits()

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api import embedding_schemas
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
-from inferctl.serve.api.inference import Inference, parsed_body, send_json
+from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
@@ -38,7 +38,7 @@ class EmbeddingsEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         context = await self.inference.admit(scope)
-        request, prompt = await parsed_body(context, receive, self._parse)
+        request, prompt = await self.inference.parsed_body(context, receive, self._parse)
         model = self.inference.model
         if model.prompts.unused and isinstance(request.items[0], str):
             chosen = request.prompt is not None or request.prompt_name is not None

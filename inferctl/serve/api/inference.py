@@ -57,6 +57,20 @@ class Inference:
         self.model.check_name(request.model)
         return request
 
+    async def parsed_body(self, context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
+        """Return `parse(body)`, run on another thread for a large body.
+
+        Raises what `read_body` raises, and the `ApiError` of `parse`.
+        """
+        raw = await read_body(context, receive)
+        if not context.content_length:  # the client did not declare the size before
+            await self.backend.admit(context, len(raw))
+        try:
+            return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+        except ApiError:
+            _in_vain(context, len(raw) // BYTES_PER_TOKEN)
+            raise
+
     async def run(
         self,
         scope: Scope,
@@ -95,19 +109,6 @@ class Inference:
         times = (tokenized - started, result.queue_seconds, result.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
         return result.vectors
-
-
-async def parsed_body(context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
-    """Return `parse(body)`, run on another thread for a large body.
-
-    Raises what `read_body` raises, and the `ApiError` of `parse`.
-    """
-    raw = await read_body(context, receive)
-    try:
-        return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
-    except ApiError:
-        _in_vain(context, len(raw) // BYTES_PER_TOKEN)
-        raise
 
 
 def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve.api.inference import Inference, parsed_body, send_json
+from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
@@ -27,7 +27,7 @@ class RerankEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context = await inference.admit(scope)
-        request = await parsed_body(context, receive, partial(inference.parse, RerankRequest))
+        request = await inference.parsed_body(context, receive, partial(inference.parse, RerankRequest))
         scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
         # A stable sort, so documents with equal scores keep their order.
         order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
@@ -47,7 +47,7 @@ class ScoreEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context = await inference.admit(scope)
-        request = await parsed_body(context, receive, partial(inference.parse, ScoreRequest))
+        request = await inference.parsed_body(context, receive, partial(inference.parse, ScoreRequest))
         scores = await _scores(inference, scope, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})

@@ -118,13 +118,13 @@ class ApiProcessLink:
                 frames.pack_result(Reply(submission.id, result, context.cached_tokens, context.engine_seconds, quotas))
             )
             return
-        computed = 0
         if context.use is not None:
             await context.use.settled()
-            computed = context.use.tokens
+            context.input_tokens, context.engine_seconds = context.use.tokens, context.use.seconds
+        tokens, cached = context.input_tokens, context.cached_tokens
         if context.charge is not None:
-            context.charge.close(give_back=error.status == 429 or error.status >= 500, computed=computed)
-        self.link.send(frames.pack_reject(submission.id, error, quotas))
+            context.charge.close(give_back=error.status == 429 or error.status >= 500, computed=tokens - cached)
+        self.link.send(frames.pack_reject(submission.id, error, quotas, (tokens, cached, context.engine_seconds)))
 
     async def _end(self, number: int, context: RequestContext) -> None:
         """Say what engines computed for a request whose client left, or whose API process ended."""

@@ -45,6 +45,7 @@ class ApiProcesses:
     """All API processes of a server, behind the interface of `HttpServer`: `serve` and `close`.
 
     `welcome`: what each of them needs to start. `state()`: what they need to know of the server, sent when it changes.
+    `on_up` is called when one takes connections. `up`: how many do.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class ApiProcesses:
         backend: LocalBackend,
         page: Callable[[str], Awaitable[Page]],
         state: Callable[[], dict[str, Any]],
+        on_up: Callable[[], None],
         drain_seconds: float,
     ) -> None:
         self.restarts = 0
         self.unfinished_responses = 0
         self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
-        self._drain_seconds = drain_seconds
+        self.on_up, self._drain_seconds = on_up, drain_seconds
         self._processes = [_ApiProcess(self) for _ in range(count)]
         self._ids = itertools.count(1)
         self._unassigned: deque[socket.socket] = deque()  # while no process can take connections
@@ -186,6 +188,10 @@ class ApiProcesses:
             self._unassigned.popleft()
         if self._listener is not None and self._listener.fileno() >= 0 and not self._closing.is_set():
             self._watch(len(self._unassigned) < _BACKLOG)
+
+    def state(self) -> bytes:
+        """Return the frame with the state of the server."""
+        return frames.pack_json(Kind.STATE, self._state())
 
     def welcome(self) -> bytes:
         """Return the frames with which a process starts."""
@@ -329,7 +335,8 @@ class _ApiProcess:
         self.alive = time.monotonic()
         if kind is Kind.HELLO:
             self.ready = True
-            self._owner.update()
+            self.send(self._owner.state())
+            self._owner.on_up()
         elif kind is Kind.TAKEN:
             for number in numbers:
                 if connection := self._kept.pop(number, None):

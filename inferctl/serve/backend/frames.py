@@ -158,20 +158,21 @@ def unpack_result(body: bytes) -> Reply:
     return Reply(number, RequestResult(vectors, (), queue_s, inference_s), cached, engine_s, quotas)
 
 
-def pack_reject(number: int, error: ApiError, quotas: Quotas | None) -> bytes:
-    """Return a REJECT frame."""
+def pack_reject(
+    number: int, error: ApiError, quotas: Quotas | None, computed: tuple[int, int, float] = (0, 0, 0.0)
+) -> bytes:
+    """Return a REJECT frame. `computed`: input tokens, cached tokens, and seconds of engines."""
     fields = {"status": error.status, "message": error.message, "code": error.code, "param": error.param}
-    return pack_json(Kind.REJECT, {"id": number, "headers": error.headers, "quotas": quotas, **fields})
+    more = {"headers": error.headers, "quotas": quotas, "computed": computed}
+    return pack_json(Kind.REJECT, {"id": number, **fields, **more})
 
 
-def unpack_reject(body: bytes) -> tuple[int, ApiError, Quotas | None]:
-    """Return the id, the error and the quotas of a REJECT frame."""
+def unpack_reject(body: bytes) -> tuple[int, ApiError, Quotas | None, tuple[int, int, float]]:
+    """Return the id of a REJECT frame, and what `pack_reject` packed."""
     found = json.loads(body)
-    number, quotas = found.pop("id"), found.pop("quotas")
-    error = ApiError(
-        found["status"], found["message"], code=found["code"], param=found["param"], headers=found["headers"]
-    )
-    return number, error, quotas and tuple(quota and tuple(quota) for quota in quotas)
+    number, quotas, computed = found.pop("id"), found.pop("quotas"), found.pop("computed")
+    error = ApiError(found.pop("status"), found.pop("message"), **found)
+    return number, error, quotas and tuple(quota and tuple(quota) for quota in quotas), tuple(computed)
 
 
 def pack_ended(number: int, tokens: int, seconds: float) -> bytes:

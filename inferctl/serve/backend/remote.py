@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge
 
-# For larger bodies, the backend is asked before they are read. A smaller one is tokenized in less time than that takes.
-_ASKED_BYTES = 64 * 1024
+# For larger bodies, the backend is asked before they are read. A smaller one is tokenized in about the time that takes.
+_ASKED_BYTES = 16 * 1024
+# For this long (s) after a key exceeded a limit, or had texts tokenized in vain, the backend is asked for each request.
+_ASKED_S = 60.0
 _GONE = ApiError(503, "the server ends because of an error", code="engine_unavailable", headers={"retry-after": "1"})
 
 
@@ -32,16 +35,23 @@ class RemoteBackend:
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
         self._keys: dict[str, tuple[ApiKey, int]] = {}
+        self._suspects: dict[int, float] = {}  # until when the backend is asked for each request of a key
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
         """Note that a request has a key. It is charged with its tokens. Part of `Backend`."""
         context.key_index = self._index(key)
-        if self._limits_of(key) != (None, None):
-            context.charge = RemoteCharge(self._link, context.key_index)
+        if (limits := self._limits_of(key)) != (None, None):
+            context.charge = RemoteCharge(self._link, context.key_index, limits[1], self._suspect)
 
     async def admit(self, context: RequestContext, size: int) -> None:
         """Ask for a large body. Part of `Backend`."""
-        if size > _ASKED_BYTES:
+        most, charge = _ASKED_BYTES, context.charge
+        if isinstance(charge, RemoteCharge):
+            if charge.token_limit is not None:  # what does not fit for sure
+                most = min(most, charge.token_limit)
+            if self._suspects.get(context.key_index, 0.0) > time.monotonic():
+                most = -1
+        if size > most:
             flags = (context.priority == b"bulk") + 2 * (context.tenant is not None)
             await self._ask(context, lambda id: frames.pack_numbers(Kind.ADMIT, id, context.key_index, flags, size))
 
@@ -96,8 +106,12 @@ class RemoteBackend:
             self._set_usage(reply.id, reply.quotas)
             self._resolve(reply.id, reply)
         elif kind is Kind.REJECT:
-            number, error, quotas = frames.unpack_reject(body)
+            number, error, quotas, computed = frames.unpack_reject(body)
             self._set_usage(number, quotas)
+            if context := self._contexts.get(number):
+                context.input_tokens, context.cached_tokens, context.engine_seconds = computed
+                if error.code == "rate_limit_exceeded":
+                    self._suspect(context.key_index)
             if (future := self._waiting.get(number)) and not future.done():
                 future.set_exception(error)
         elif kind is Kind.ADMITTED:
@@ -130,6 +144,9 @@ class RemoteBackend:
         finally:
             del self._waiting[number]
             self._contexts.pop(number, None)
+
+    def _suspect(self, key_index: int) -> None:
+        self._suspects[key_index] = time.monotonic() + _ASKED_S
 
     def _resolve(self, number: int, value: Any) -> None:
         if (future := self._waiting.get(number)) and not future.done():
@@ -168,10 +185,10 @@ class RemoteCharge(Charge):
     `cancelled`: the id of a submitted request whose client left.
     """
 
-    __slots__ = ("_in_vain", "_key_index", "_link", "cancelled", "submitted")
+    __slots__ = ("_in_vain", "_key_index", "_link", "_suspect", "cancelled", "submitted", "token_limit")
 
-    def __init__(self, link: Link, key_index: int) -> None:
-        self._link, self._key_index = link, key_index
+    def __init__(self, link: Link, key_index: int, token_limit: int | None, suspect: Callable[[int], None]) -> None:
+        self.token_limit, self._link, self._key_index, self._suspect = token_limit, link, key_index, suspect
         self._in_vain = 0
         self.submitted, self.cancelled = False, 0
 
@@ -181,6 +198,7 @@ class RemoteCharge(Charge):
     def in_vain(self, amount: int, now: float) -> None:
         """Count tokens of a request that was rejected after its texts were tokenized."""
         self._in_vain += amount
+        self._suspect(self._key_index)
 
     def close(self, *, give_back: bool, computed: int = 0) -> None:
         """End the request."""
