@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -58,6 +58,7 @@ Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
 T = TypeVar("T")
+_version = cache(metadata.version)  # it searches the folders of all packages
 
 
 class InputError(Exception):
@@ -145,10 +146,12 @@ class TokenizerPool:
     def library(self) -> dict[str, str]:
         """The library that tokenizes, and why that one, for `/info`."""
         name = "tokenizers" if self._word_piece is None else "nanotoken"
-        return {"library": f"{name} {metadata.version(name)}", "reason": self._reason}
+        return {"library": f"{name} {_version(name)}", "reason": self._reason}
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
+        if isinstance(self._config, RerankConfig):
+            self._pair_format  # noqa: B018  # else a thread of nanotoken would load tokenizers for it
         if self._word_piece is not None:
             return
         barrier = threading.Barrier(self._threads)
@@ -223,7 +226,7 @@ class TokenizerPool:
         self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, first: int = 0
     ) -> list[Pair]:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
-        before, between, after, has_segments = self._pair_format()
+        before, between, after, has_segments = self._pair_format
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
         queries = self._encodings(_listed(query), "query", self._prompt, first, add_special_tokens=False)
         firsts = list(queries)
@@ -341,8 +344,9 @@ class TokenizerPool:
         most = _INLINE_CHARACTERS if self._word_piece is None else _INLINE_CHARACTERS_WORD_PIECE
         return characters + texts * _TEXT_CHARACTERS <= most
 
+    @cached_property
     def _pair_format(self) -> tuple[Tokens, Tokens, Tokens, bool]:
-        """Return the special tokens before, between and after both texts of a pair, and whether it has two segments."""
+        """The special tokens before, between and after both texts of a pair, and whether it has two segments."""
         pair = self._tokenizer().encode("a", "a")
         ids, sides = _ids(pair), pair.sequence_ids
         first, second = sides.index(0), sides.index(1)

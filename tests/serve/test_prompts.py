@@ -218,9 +218,9 @@ def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
         return await run(waiting, characters, tenant)
 
     monkeypatch.setattr(pool, "_run", recorded)
-    rows = asyncio.run(pool.encode(["word"] * 8, truncate=True, prompt="p " * 248))
-    assert calls == [4, 8 * 500]
-    assert [row.tolist() for row in rows] == [pool.encode_now(["p " * 248 + "word"], truncate=True)[0].tolist()] * 8
+    rows = asyncio.run(pool.encode(["word"] * 48, truncate=True, prompt="p " * 248))
+    assert calls == [24, 48 * 500]
+    assert [row.tolist() for row in rows] == [pool.encode_now(["p " * 248 + "word"], truncate=True)[0].tolist()] * 48
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def test_a_cancelled_request_is_not_tokenized_further(pool: TokenizerPool, token
 
 
 def test_requests_on_several_threads_get_their_own_tokens(pool: TokenizerPool, whole: Tokenizer) -> None:
-    requests = [[f"number {i} {j}" for j in range(1 + 37 * (i % 4))] for i in range(60)]
+    requests = [[f"number {i} {j}" for j in range(1 + 160 * (i % 4))] for i in range(60)]
     for texts, rows in zip(requests, results(pool, *requests), strict=True):
         found = [row.tolist() for row in rows]  # type: ignore[attr-defined]
         assert found == [whole.encode(text).ids for text in texts]
