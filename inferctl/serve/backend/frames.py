@@ -12,9 +12,8 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -65,8 +64,7 @@ class Kind(IntEnum):
 Quotas = tuple[Quota | None, Quota | None]
 
 
-@dataclass(frozen=True)
-class Submission:
+class Submission(NamedTuple):
     """The body of a SUBMIT frame: one request whose inputs are tokenized. `key`: 0 for none."""
 
     id: int
@@ -78,8 +76,7 @@ class Submission:
     second_starts: list[int] | None
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """The body of a RESULT frame."""
 
     id: int

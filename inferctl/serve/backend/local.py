@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -59,18 +61,44 @@ class LocalBackend:
         self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
     ) -> RequestResult:
         """Return the vectors of a request. Part of `Backend`."""
+        future = self.start(context, sequences, second_starts)
+        with contextlib.suppress(Exception):  # `finish` raises it
+            await future
+        return self.finish(context, future, sum(map(len, sequences)))
+
+    def start(
+        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+    ) -> asyncio.Future[RequestResult]:
+        """Do the first half of `compute`: return the future of the result. Cancelling it cancels the request."""
         tokens = sum(map(len, sequences))
         if context.charge is not None:
             context.charge.tokens(tokens, time.time())
         context.use = use = EngineUse()
+        bulk = context.priority == b"bulk"
+        submit = partial(self._dispatcher.submit, bulk=bulk, tenant=context.tenant)
         try:
-            result = await self._vectors(context, use, sequences, second_starts)
+            if self._cache is None or second_starts is not None:  # pairs are not cached
+                return submit(sequences, second_starts, use=use)
         except AdmissionError as error:
             raise _rejection(error) from None
         except EngineUnavailableError as error:
-            raise ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"}) from None
+            raise _unavailable(error) from None
+        directives = context.cache_control
+        run = self._cache.run(context.key_id, sequences, submit, use, bulk=bulk, directives=directives)
+        return asyncio.get_running_loop().create_task(run)
+
+    def finish(self, context: RequestContext, future: asyncio.Future[RequestResult], tokens: int) -> RequestResult:
+        """Do the second half of `compute`: return the result of a future that is done. `tokens`: of the request."""
+        try:
+            result = future.result()
+        except AdmissionError as error:
+            raise _rejection(error) from None
+        except EngineUnavailableError as error:
+            raise _unavailable(error) from None
         except EngineFailedError as error:
             raise ApiError(500, f"the engine could not compute this request: {error}", code="engine_failed") from None
+        use = context.use
+        assert use is not None
         context.input_tokens, context.cached_tokens = tokens, tokens - use.tokens
         context.engine_seconds, context.use = use.seconds, None
         if result.non_finite:
@@ -79,16 +107,9 @@ class LocalBackend:
             raise ApiError(500, message, code="non_finite")
         return result
 
-    async def _vectors(
-        self, context: RequestContext, use: EngineUse, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
-    ) -> RequestResult:
-        """Return the vectors of the sequences, from the cache if there is one. Pairs are not cached."""
-        bulk = context.priority == b"bulk"
-        submit = partial(self._dispatcher.submit, bulk=bulk, tenant=context.tenant)
-        if self._cache is None or second_starts is not None:
-            return await submit(sequences, second_starts, use=use)
-        directives = context.cache_control
-        return await self._cache.run(context.key_id, sequences, submit, use, bulk=bulk, directives=directives)
+
+def _unavailable(error: EngineUnavailableError) -> ApiError:
+    return ApiError(503, str(error), code="engine_unavailable", headers={"retry-after": "1"})
 
 
 def _rejection(error: AdmissionError) -> ApiError:
