@@ -1,4 +1,4 @@
-"""Run the fp32 reference in a process of its own: `python -m inferctl.serve.reference`."""
+"""Run the fp32 reference, or with `--library` sentence-transformers, in a process: `python -m inferctl.serve.reference`."""
 
 from __future__ import annotations
 
