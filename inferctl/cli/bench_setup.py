@@ -16,7 +16,7 @@ from pydantic import ValidationError
 import inferctl
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
-from inferctl.bench.load.target import Target, connect
+from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.bench.measure import digests, environment, neighbors, resume, runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
@@ -179,13 +179,13 @@ def _settings_sha256(resolved: Resolved | None) -> str | None:
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
 
-def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, Target]:
+def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, ServerConnection]:
     """Return the servers of `--url` by the names of their targets. Sends requests to them."""
     return {target.name: connect(target.url, access=access) for target in targets if target.url}
 
 
 def _task(
-    resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, Target]
+    resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, ServerConnection]
 ) -> Task:
     """Return the task of all targets. Raises `UsageError` if they differ, or if the model is made for another task."""
     tasks = {name: server.task for name, server in servers.items()}
@@ -199,7 +199,7 @@ def _task(
     return next(iter(tasks.values()), "embed")
 
 
-def _identity(definition: _Definition, machine: Environment, servers: dict[str, Target]) -> dict[str, Any]:
+def _identity(definition: _Definition, machine: Environment, servers: dict[str, ServerConnection]) -> dict[str, Any]:
     """Return the inputs that the figures depend on."""
     stated = {
         name: [(server.info.get(section) or {}).get(key) for section, key in _STATED]

@@ -16,7 +16,7 @@ import pytest
 from bench_samples import ANSWERING
 
 from inferctl.bench.judge import summary
-from inferctl.bench.load.target import Target
+from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
 from inferctl.bench.measure.bench import Bench, started
 from inferctl.bench.measure.concurrency import Concurrency, Step
@@ -168,7 +168,9 @@ def test_an_emulated_precision_does_not_set_the_users_of_the_others(
     @contextlib.contextmanager
     def ready(work: Bench, target: BenchTarget, folder: Path, notify: object) -> Iterator[Any]:
         info = {"precision": {"level": levels[target.name]}}
-        server = MeasuredServer(Target("http://127.0.0.1:9", "m", info), None, cast(Any, None), cast(Any, notify))
+        server = MeasuredServer(
+            ServerConnection("http://127.0.0.1:9", "m", info), None, cast(Any, None), cast(Any, notify)
+        )
         yield server
 
     def find(measure: object) -> Concurrency:

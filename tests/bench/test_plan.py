@@ -201,13 +201,13 @@ def test_constant_arrivals_are_evenly_spaced() -> None:
 
 def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
     load = shape.Load.model_validate({"inputs_per_request": 3})
-    bodies = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)
+    bodies = workload.draw(load, "mixed", 1).bodies(target.ServerConnection("http://test", "m").body)
     first = json.loads(bodies[0])
     assert len(first["input"]) == 3
     assert first["input"][0].startswith("@SERIAL@ ")
     assert not any(b"\n" in body for body in bodies)
     plain = workload.draw(load.model_copy(update={"inputs": "as-is"}), "mixed", 1).bodies(
-        target.Target("http://test", "m").body
+        target.ServerConnection("http://test", "m").body
     )
     assert not any(b"@SERIAL@" in body for body in plain)
 
@@ -216,7 +216,7 @@ def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
 def test_the_share_of_queries_is_exact_and_in_the_digest(share: float) -> None:
     load = shape.Load.model_validate({"query_share": share})
     drawn, without = (workload.draw(each, "mixed", 1) for each in (load, shape.Load.model_validate({})))
-    bodies = [json.loads(body) for body in drawn.bodies(target.Target("http://test", "m").body)]
+    bodies = [json.loads(body) for body in drawn.bodies(target.ServerConnection("http://test", "m").body)]
     queries = [body["input_type"] == "query" for body in bodies]
     assert sum(queries) == int(len(bodies) * share)
     assert {body["input_type"] for body in bodies} <= {"query", "document"}
@@ -226,14 +226,14 @@ def test_the_share_of_queries_is_exact_and_in_the_digest(share: float) -> None:
 
 def test_the_prompt_of_a_load_is_one_that_the_server_reports() -> None:
     load = shape.Load.model_validate({"prompt_name": "query"})
-    body = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)[0]
+    body = workload.draw(load, "mixed", 1).bodies(target.ServerConnection("http://test", "m").body)[0]
     assert json.loads(body)["prompt_name"] == "query"
-    known = target.Target("http://test", "m", {"model": {"prompts": {"names": ["query"], "default": None}}})
+    known = target.ServerConnection("http://test", "m", {"model": {"prompts": {"names": ["query"], "default": None}}})
     known.check_prompts("query", None)
     known.check_prompts(None, 0.5)
     with pytest.raises(UsageError, match="no prompt 'passage'"):
         known.check_prompts("passage", None)
-    foreign = target.Target("http://test", "m")
+    foreign = target.ServerConnection("http://test", "m")
     foreign.check_prompts(None, None)
     with pytest.raises(UsageError, match="reports no prompts"):
         foreign.check_prompts(None, 0.5)

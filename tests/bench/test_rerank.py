@@ -54,7 +54,7 @@ def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() 
         assert len(documents) == 5
         assert sum(text.startswith(query) for text in documents) >= 1
         assert len(query.split()) <= 12
-    bodies = work.bodies(target.Target("http://test", "m", task="rerank").body)
+    bodies = work.bodies(target.ServerConnection("http://test", "m", task="rerank").body)
     first = json.loads(bodies[0])
     assert (first["query"], first["documents"]) == (f"@SERIAL@ {work.groups[0][0]}", work.groups[0][1:])
 

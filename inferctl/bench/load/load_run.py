@@ -16,7 +16,7 @@ import numpy.typing as npt
 from inferctl.bench import stats
 from inferctl.bench.load import locust, records
 from inferctl.bench.load.child_server import last_error
-from inferctl.bench.load.target import Target
+from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.workload import Workload
 from inferctl.core.errors import InferctlError
@@ -56,21 +56,21 @@ class LoadResult:
     events: records.Rows | None = None
 
 
-def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
+def prepare(load: Load, workload: Workload, server: ServerConnection, serial: int, folder: Path) -> Path:
     """Write all files that the load generator reads into `folder`. Return load.json, which describes them.
 
     Raises `InferctlError` if a request has more tokens than the server accepts, and `UsageError` if it has no such
     prompt.
     """
-    target.check_prompts(load.prompt_name, load.query_share)
-    context = (target.info.get("limits") or {}).get("max_context_tokens")
+    server.check_prompts(load.prompt_name, load.query_share)
+    context = (server.info.get("limits") or {}).get("max_context_tokens")
     longest = max((sum(pair) for pair in zip(workload.input_tokens, workload.output_tokens, strict=True)), default=0)
     if context and longest > context:
         raise InferctlError(
             f"a request has {longest} tokens (input and output), but the server accepts {context}",
             "use shorter `--lengths`, or set `max_request_tokens` in the plan",
         )
-    (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.body)) + b"\n")
+    (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(server.body)) + b"\n")
     parts: dict[str, npt.NDArray[Any]] = {
         "order": workload.order,
         "schedule": workload.schedule_ns,
@@ -82,7 +82,7 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
     description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace", "lengths", "bounds"})
     description |= {name: str(folder / f"{name}.bin") for name in parts}
     description |= {
-        "url": target.endpoint_url,
+        "url": server.endpoint_url,
         "bodies": str(folder / "bodies.jsonl"),
         "output": str(folder),
         "serial": serial,

@@ -70,7 +70,7 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress, emulate
         notify(Progress(target.name, 0, total, f"finding users: {step_name}", *details, **more))
 
     with ready_server(bench, target, folder, notify_phase) as server:
-        if server.target.emulated and not emulated:
+        if server.connection.emulated and not emulated:
             return None
 
         def measure(users: int, seconds: float) -> concurrency.Step:

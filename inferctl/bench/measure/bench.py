@@ -122,7 +122,7 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
         # The monitor starts first, so that its first sample shows the processes that were on a GPU before.
         monitor = stack.enter_context(MachineMonitor())
         child = None if target.url else stack.enter_context(started(bench, target, folder, notify))
-        connection = child.target if child else connect(target.url or "", access=bench.access)
+        connection = child.connection if child else connect(target.url or "", access=bench.access)
         yield MeasuredServer(connection, child, monitor, notify)
 
 

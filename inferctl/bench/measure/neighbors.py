@@ -153,7 +153,7 @@ def _under_load(
     """Keep a neighbor under load until the block ends. The block begins after its first response."""
     load = background(measured.load)
     work = workload.draw(load, measured.corpus, measured.seed + number)
-    description = load_run.prepare(load, work, server.target, measured_server.new_serial(), folder)
+    description = load_run.prepare(load, work, server.connection, measured_server.new_serial(), folder)
     loader = NeighborLoader(number, server, folder, description, load)
     loader.thread.start()
     try:

@@ -99,7 +99,7 @@ def _measure(
         if run.repeat == 0:
             notify("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
-            outcome.quality = checker(server.target, lambda passed: notify("computing the fp32 reference", passed))
+            outcome.quality = checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             if server.child:
                 server.child.check()
             outcome.check_done = not checker.failed
@@ -113,7 +113,7 @@ def _measure_load(
 ) -> Measurement:
     """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
     load, corpus = bench.load_of(target), bench.corpus_of(target)
-    load = load.for_emulated() if server.target.emulated else load
+    load = load.for_emulated() if server.connection.emulated else load
     seed, closed_loop = _seed(bench, load, run), None
     if load.capacity_percent is not None:
         closed_loop = throughput.measure(server, load, corpus, seed, run, folder, bench.tokenizer)
@@ -158,7 +158,7 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 
     def request() -> object:
         first = f"{next(numbers)} {secrets.token_hex(4)} {text}"
-        return server.target.request([first] if server.target.task == "embed" else [first, text], 30)
+        return server.connection.request([first] if server.connection.task == "embed" else [first, text], 30)
 
     def measure_load(work: workload.Workload, place: Path, check: Callable[[], None]) -> Measurement:
         # The folder of a probe has a name such as 03-bisect-48.5.

@@ -13,7 +13,7 @@ import inferctl
 from inferctl.bench import privacy
 from inferctl.bench.judge import efficiency, stages, summary
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.load import target as servers
+from inferctl.bench.load.target import is_local
 from inferctl.bench.measure import digests, neighbors, throughput
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.judgment import judge
@@ -135,7 +135,7 @@ def _configuration(target: BenchTarget) -> dict[str, Any]:
         "max_batch_tokens": target.max_batch_tokens,
         "checkpoint": target.checkpoint and privacy.name_of(target.checkpoint),
         "url": target.url,
-        "this_machine": target.url is None or servers.is_local(target.url),
+        "this_machine": target.url is None or is_local(target.url),
     }
 
 
@@ -204,7 +204,7 @@ def hardware_of(info: JsonObject, target: BenchTarget, environment: Environment)
     device = info.get("device") or {}
     if device.get("name"):
         key = device.get("hardware") or ("cpu" if device.get("kind") == "cpu" else None)
-        local = target.url is None or servers.is_local(target.url)
+        local = target.url is None or is_local(target.url)
         name = environment.cpu_model if device["name"].lower() == "cpu" and local else device["name"]
         return {"key": key, "name": name, "kind": device.get("kind"), "detected_by": "server"}
     # On a machine with a GPU, a server that reports no device may run on CPU or GPU.
