@@ -32,7 +32,7 @@ from inferctl.config.spec import Task
 from inferctl.core import validation
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import hub
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 
 # What a server of `--url` states and must not change before a benchmark is resumed.
 _STATED = (("model", "sha256"), ("precision", "effective"))
@@ -70,7 +70,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         )
     access = bench_options.access.access()
     # Absolute, so that the benchmark can be resumed from another working directory.
-    if bench_options.model and models.is_folder(Path(bench_options.model)):
+    if bench_options.model and model_folder.is_folder(Path(bench_options.model)):
         bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
     name = bench_options.plan
@@ -191,7 +191,7 @@ def _task(
     tasks = {name: server.task for name, server in servers.items()}
     if resolved and folder and len(servers) < len(targets):
         spec = resolved.spec.model
-        task = models.resolve_task(spec.task, models.ModelFolder(folder), spec.source)
+        task = model_folder.resolve_task(spec.task, model_folder.ModelFolder(folder), spec.source)
         tasks |= {target.name: task for target in targets if not target.url}
     if len(set(tasks.values())) > 1:
         named = ", ".join(f"{name}: {task}" for name, task in tasks.items())
@@ -209,7 +209,7 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
         definition.plan,
         definition.targets,
         machine,
-        models.ModelFolder(definition.folder).digest if definition.folder else None,
+        model_folder.ModelFolder(definition.folder).digest if definition.folder else None,
         bench_checks.check_checkpoints(definition.targets, definition.folder),
         _settings_sha256(definition.resolved),
         stated,
@@ -316,5 +316,5 @@ def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
     if resolved is None:
         return None
     source, revision = resolved.spec.model.source, resolved.spec.model.revision
-    model_folder = download.fetch(source, revision) if needed else hub.cached(source, revision)
-    return model_folder.path.resolve() if model_folder else None
+    folder = download.fetch(source, revision) if needed else hub.cached(source, revision)
+    return folder.path.resolve() if folder else None

@@ -14,7 +14,7 @@ import typer
 from inferctl.cli import completion, console, download, options
 from inferctl.cli.build_view import BuildView, show_compared, show_verified
 from inferctl.core.errors import InferctlError, UsageError
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 
 if TYPE_CHECKING:
     from inferctl.bench.load.target import ServerConnection
@@ -115,7 +115,7 @@ def _compare_running(url: str, model: str | None, api_key_env: str | None) -> Li
 
     server = connect(url, access=AccessOptions(api_key_env=api_key_env).access())
     try:
-        folder = models.find(model or str((server.info.get("model") or {}).get("source") or server.model))
+        folder = model_folder.find(model or str((server.info.get("model") or {}).get("source") or server.model))
     except UsageError as error:
         raise UsageError(error.message, f"pass the folder that {_LIBRARY} loads: `--model DIR`") from None
     return _compare(_outputs(server), server, folder.path)
@@ -167,15 +167,15 @@ def _verify_image(
     as_json: bool,
     with_library: bool,
 ) -> None:
-    from inferctl.image import container, lint
+    from inferctl.image import lint, serve_image
     from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import raise_for
     from inferctl.image.verify import VerifyOptions
     from inferctl.image.verify import verify as verified
 
     engine = DockerEngine.connect()
-    image = container.get_or_pull(engine, reference, console.note)
-    container.check_inferctl_image(image, reference)
+    image = serve_image.get_or_pull(engine, reference, console.note)
+    serve_image.check_inferctl_image(image, reference)
     findings = lint.check_built_image(image.environment, image.user, None)
     for finding in findings:
         console.warn(finding.text())
@@ -192,10 +192,10 @@ def _verify_image(
             )
         library_model = download.fetch(spec.model.source, spec.model.revision).path
     else:
-        folder = container.weights(
+        folder = serve_image.weights(
             image,
-            container.ServeOptions(
-                address=container.Address("127.0.0.1", 0),
+            serve_image.ServeOptions(
+                address=serve_image.Address("127.0.0.1", 0),
                 model=spec.model.source if spec else None,
                 revision=spec.model.revision if spec else None,
                 replaces_model=model is not None,

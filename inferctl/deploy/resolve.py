@@ -18,7 +18,8 @@ from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, TrafficPlan, Warned, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
-from inferctl.models import fit, generation_fit, model
+from inferctl.models import fit, generation_fit
+from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
 
 T = TypeVar("T")
@@ -225,7 +226,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     memory, capacity = effective.memory, effective.capacity
     generate = source.task == "generate"
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
-    period, failures = sizing.startup(load, model.longest_start_s(weights) if generate else None)
+    period, failures = sizing.startup(load, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
     return FlavorPlan(
@@ -297,7 +298,7 @@ def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) ->
 def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     isolated = sharing not in ("time-slicing", "mps")
-    if not isolated and isinstance(source.size, ModelSize) and model.uses_alibi(source.size.config):
+    if not isolated and isinstance(source.size, ModelSize) and model_folder.uses_alibi(source.size.config):
         raise UsageError(
             f"{where}: {source.spec.name} uses ALiBi, and sharing: {sharing} does not isolate memory. Its attention "
             "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError
-from inferctl.models import hub, model
+from inferctl.models import hub
+from inferctl.models import model as model_folder
 from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder
@@ -18,8 +19,8 @@ def locate(spec: Spec) -> ModelFolder | HubModel | UnknownSize:
     Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
     """
     source, revision = spec.model.source, spec.model.revision
-    if not model.is_hub_id(source):
-        return model.find(source)
+    if not model_folder.is_hub_id(source):
+        return model_folder.find(source)
     if folder := hub.cached(source, revision):
         return folder
     try:

@@ -24,7 +24,7 @@ from inferctl.bench.stats import rank
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError
 from inferctl.models import divergence, reference_process
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
 
 NEIGHBORS = 10
@@ -112,7 +112,7 @@ class QualityChecker:
     def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
         self._limits = limits
         self._folder = folder
-        self._model = models.ModelFolder(model) if model else None
+        self._model = model_folder.ModelFolder(model) if model else None
         self._references: dict[tuple[Task, int | None], Reference | TokenReference | str] = {}
         self.failed = False
 
