@@ -23,7 +23,7 @@ from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
-from inferctl.bench.report.receipts import Context
+from inferctl.bench.report.receipts import ReceiptContext
 from inferctl.cli import bench_checks, console, download, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
 from inferctl.config import spec
@@ -42,8 +42,8 @@ _STATED = (("model", "sha256"), ("precision", "effective"))
 class PreparedBench:
     """A benchmark that passed every check and can run."""
 
-    work: Bench
-    context: Context
+    bench: Bench
+    context: ReceiptContext
     outcomes: list[Outcome]
 
 
@@ -117,8 +117,8 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         "reach": bench_options.access.as_dict(),
     }
     resume.write_manifest(output, resume.Manifest(identity, original_options))
-    work, context = _bench(definition, machine, output)
-    return PreparedBench(work, context, runner.outcomes(work))
+    benchmark, context = _bench(definition, machine, output)
+    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
 
 
 def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedBench:
@@ -147,8 +147,8 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
     machine = environment.detect()
     servers = _servers(targets, definition.access)
     resume.check_unchanged(saved, _identity(definition, machine, servers), output)
-    work, context = _bench(definition, machine, output)
-    return PreparedBench(work, context, runner.outcomes(work))
+    benchmark, context = _bench(definition, machine, output)
+    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
 
 
 def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> AccessOptions:
@@ -217,13 +217,13 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
     )
 
 
-def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, Context]:
+def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, ReceiptContext]:
     resolved, plan, command = definition.resolved, definition.plan, None
     if resolved and definition.folder:
         file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(definition.folder), resolved.spec.name, file)
     mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
-    work = Bench(
+    benchmark = Bench(
         plan,
         definition.targets,
         command,
@@ -234,7 +234,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         definition.access,
     )
     hardware = [*plan.hardware, *(resolved.spec.hardware if resolved else [])]
-    context = Context(
+    context = ReceiptContext(
         plan=plan,
         environment=machine,
         model_source=resolved.spec.model.source if resolved else None,
@@ -244,7 +244,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         targets=definition.targets,
         model=definition.folder,
     )
-    return work, context
+    return benchmark, context
 
 
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:

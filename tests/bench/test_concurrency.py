@@ -17,8 +17,8 @@ from bench_samples import ANSWERING
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load.target import ServerConnection
-from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
-from inferctl.bench.measure.bench import Bench, started
+from inferctl.bench.measure import auto_users, closed_loop, concurrency, environment, resume, runner
+from inferctl.bench.measure.bench import Bench, started_server
 from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.measure.measured_server import MeasuredServer
 from inferctl.bench.measure.outcome import BenchTarget
@@ -96,7 +96,7 @@ def test_requests_at_the_ends_of_a_window_count_by_their_share() -> None:
         rows["intended_ns"] = np.repeat(np.arange(10) * 0.8e9, 2).astype(np.uint64)
         rows["end_ns"] = rows["intended_ns"] + np.uint64(800_000_000)
         part = summary.RunRecords(rows, int(start * 1e9), int((start + 2) * 1e9), 1, None)
-        assert throughput.weighted_rate(part) == pytest.approx(2.5)
+        assert closed_loop.weighted_rate(part) == pytest.approx(2.5)
 
 
 def test_a_busy_load_generator_is_no_saturated_server() -> None:
@@ -233,7 +233,7 @@ def test_a_server_whose_capacity_is_measured_rejects_no_request(
     if search:
         wanted = wanted.with_overrides(search=search)
     work = dataclasses.replace(made, plan=wanted, command=lambda *_: [sys.executable, "-c", show])
-    with pytest.raises(InferctlError), started(work, work.targets[0], tmp_path, lambda *_: None):
+    with pytest.raises(InferctlError), started_server(work, work.targets[0], tmp_path, lambda *_: None):
         pass
     variables = json.loads((tmp_path / "variables.json").read_text())
     served = settings.resolve(settings.read(spec), variables, {}).spec
@@ -294,7 +294,7 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     outcomes = runner.outcomes(work)
     told: list[str] = []
     runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
-    context = result.Context(work.plan, environment.detect(), "test", [], None, tmp_path)
+    context = result.ReceiptContext(work.plan, environment.detect(), "test", [], None, tmp_path)
     found = result.collect(context, outcomes, write_all(context, outcomes), tmp_path / "report.html").as_dict()
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"

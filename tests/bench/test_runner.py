@@ -93,8 +93,8 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def context_of(work: Bench) -> result.Context:
-    return result.Context(work.plan, environment.detect(), "test", [], None, work.output)
+def context_of(work: Bench) -> result.ReceiptContext:
+    return result.ReceiptContext(work.plan, environment.detect(), "test", [], None, work.output)
 
 
 def collected(work: Bench, outcomes: list[Outcome]) -> result.Result:

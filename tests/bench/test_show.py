@@ -44,7 +44,7 @@ def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     machine = environment.Environment(
         "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
     )
-    context = result.Context(
+    context = result.ReceiptContext(
         plan.load("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
     )
     found = result.collect(context, outcomes, receipts, folder / "report.html")
@@ -173,7 +173,7 @@ def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
         "cpu", "Laptop CPU", "Laptop CPU", (), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
     )
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
-    context = result.Context(opened, machine, None, [], None, folder)
+    context = result.ReceiptContext(opened, machine, None, [], None, folder)
     return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
 
 

@@ -121,13 +121,13 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
     with contextlib.ExitStack() as stack:
         # The monitor starts first, so that its first sample shows the processes that were on a GPU before.
         monitor = stack.enter_context(MachineMonitor())
-        child = None if target.url else stack.enter_context(started(bench, target, folder, notify))
+        child = None if target.url else stack.enter_context(started_server(bench, target, folder, notify))
         connection = child.connection if child else connect(target.url or "", access=bench.access)
         yield MeasuredServer(connection, child, monitor, notify)
 
 
 @contextlib.contextmanager
-def started(
+def started_server(
     bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase, number: int = 0
 ) -> Iterator[child_server.ChildServer]:
     """Start a server of a target in `folder`. Server 0 is measured, the others are its neighbors.

@@ -19,8 +19,6 @@ from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.workload import Workload
 from inferctl.core.errors import NotReadyError
 
-INPUT_FILES = ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin")
-
 
 class NotifyPhase(Protocol):
     """Receives the phase of a run; `done` is a line on what has ended."""
@@ -37,12 +35,6 @@ def new_serial() -> int:
     digits the inputs of all runs have the same length.
     """
     return 100_000 + 4 * secrets.randbelow(225_000)
-
-
-def delete_inputs(folder: Path) -> None:
-    """Delete the files that the load generator reads. They are large, and the plan can draw them again."""
-    for name in INPUT_FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class MeasuredServer:
                     self.connection.access.headers,
                 )
             finally:
-                delete_inputs(folder)
+                load_run.delete_inputs(folder)
         start, end = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
         resources = sampler.between(start, end)
         if pid is None and is_local(self.connection.url):

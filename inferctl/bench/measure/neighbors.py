@@ -163,7 +163,7 @@ def _under_load(
     finally:
         loader.ended.set()
         loader.thread.join()
-        measured_server.delete_inputs(folder)
+        load_run.delete_inputs(folder)
 
 
 def background(load: Load) -> Load:
@@ -215,7 +215,7 @@ def _validity(loads: Sequence[Measurement], cores: int, together: validity.Valid
     """
     reasons, cautions = list(together.reasons), list(together.cautions)
     for loaded in loads:
-        found, run = loaded.judge(cores), f"run {loaded.run.repeat + 1}"
+        found, run = loaded.validity_on(cores), f"run {loaded.run.repeat + 1}"
         reasons += found.labeled(run).reasons
         cautions += found.cautions
         for other in loaded.neighbors:

@@ -40,6 +40,7 @@ class Plan(Section):
         default_factory=list, description="Catalog keys to add as estimated rows, if no row ran on them."
     )
     search: Search | None = Field(None, description="Find the highest rate within an SLO.")
+    # The British spelling of plans, receipts and file names. Modules and functions have `neighbors`.
     neighbours: int = Field(0, ge=0, le=64, description="Number of loaded neighbors on the same device.")
     load: Load = Field(default_factory=lambda: Load.model_validate({}), description="The requests.")
     generate: GenerationPlan | None = Field(None, description="The keys that differ for models of generation.")
