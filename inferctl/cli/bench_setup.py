@@ -76,7 +76,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     name = bench_options.plan
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
-    plan = plans.load(name)
+    plan = plans.read_plan(name)
     if not bench_options.precisions:
         bench_checks.check_configurations(plan, running_servers=bool(url_targets))
     plan = plan.with_overrides(bench_options.precisions, **bench_options.overrides)

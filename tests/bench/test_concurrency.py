@@ -206,7 +206,7 @@ def test_an_emulated_precision_is_measured_for_a_shorter_time(load: dict[str, An
     shorter = shape.Load.model_validate(load).for_emulated()
     assert shorter.duration_s == seconds == shorter.for_emulated().duration_s
     # An option of the command line applies to all.
-    assert plan.load("quick").with_overrides(duration_s=30).load.for_emulated().duration_s == 30
+    assert plan.read_plan("quick").with_overrides(duration_s=30).load.for_emulated().duration_s == 30
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_server_that_answers_nothing_is_an_error() -> None:
 
 
 def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
-    made = plan.load("precision")
+    made = plan.read_plan("precision")
     assert made.load.auto_users
     assert not made.with_overrides(users=4).load.auto_users
     assert not made.with_overrides(rate=9).load.auto_users

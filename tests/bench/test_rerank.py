@@ -43,9 +43,9 @@ QUALITY = {
 
 
 def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() -> None:
-    found = plan.load("quick").for_task("rerank")
+    found = plan.read_plan("quick").for_task("rerank")
     assert (found.load.task, found.load.inputs_per_request) == ("rerank", 16)
-    assert plan.load("quick").for_task("embed") == plan.load("quick")
+    assert plan.read_plan("quick").for_task("embed") == plan.read_plan("quick")
     own = plan.Plan.model_validate(
         {"name": "own", "load": {"inputs_per_request": 5}, "configurations": [{"name": "a", "precision": "bf16"}]}
     )

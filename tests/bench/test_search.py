@@ -540,7 +540,7 @@ def test_a_search_that_ran_out_of_time_does_not_say_that_no_rate_meets_the_slo()
 
 
 def test_a_search_says_what_its_time_buys() -> None:
-    settings, load = plan.load("search").search, plan.load("search").load
+    settings, load = plan.read_plan("search").search, plan.read_plan("search").load
     assert settings is not None
     whole = search.forecast(settings, load)
     assert whole.resolution == settings.resolution

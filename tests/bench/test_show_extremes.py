@@ -43,7 +43,7 @@ def shown(
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
     outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
     context = result.ReceiptContext(
-        plan.load("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder
+        plan.read_plan("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder
     )
     found = result.collect(context, outcomes, receipts, folder / "report.html")
     more = [guess("t4", 24.0, True), guess("a100-40gb-sxm-mig-3g.20gb", 9.0)] if estimated else []

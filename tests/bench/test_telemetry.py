@@ -415,7 +415,7 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
         telemetry=Telemetry(gpus=(shared,)), workload=WorkloadRecord(corpus="short", seed=1, sha256="ab"),
     )  # fmt: skip
     outcome = Outcome(BenchTarget("fp16", "fp16"), [measured])
-    context = result.ReceiptContext(plan.load("quick"), environment.detect(), None, [], None, tmp_path)
+    context = result.ReceiptContext(plan.read_plan("quick"), environment.detect(), None, [], None, tmp_path)
     sealed = write_all(context, [outcome])
     found = result.collect(context, [outcome], sealed, tmp_path / "report.html")
     problem = result.problem(found)

@@ -752,7 +752,7 @@ def context(folder: Path, **changes: Any) -> result.ReceiptContext:
     )
     given: dict[str, Any] = {"model_source": "test", "hardware_wanted": ["cpu", "t4"], "slo_p99_ms": None}
     return result.ReceiptContext(
-        **{"plan": plan.load("quick"), "environment": machine, "output": folder, **given, **changes}
+        **{"plan": plan.read_plan("quick"), "environment": machine, "output": folder, **given, **changes}
     )
 
 
@@ -803,7 +803,7 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
     home = Path.home()
     info = {"model": {"source": f"{home}/models/mini", "sha256": "a"}, "note": f"below {home}/models"}
     outcome = outcome_of(tmp_path, steady(100, 10), **info)
-    chosen = plan.load("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
+    chosen = plan.read_plan("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
     (tmp_path / "own.txt").write_text("a text\n")
     for source, shown in (("org/mini", "org/mini"), (f"{home}/models/mini", "mini"), (str(tmp_path), tmp_path.name)):
         (written,) = write_all(context(tmp_path, plan=chosen, model_source=source), [outcome])

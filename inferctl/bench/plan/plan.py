@@ -246,7 +246,7 @@ def names() -> list[str]:
     return sorted(file.stem for file in _folder().glob("*.yaml"))
 
 
-def load(name: str) -> Plan:
+def read_plan(name: str) -> Plan:
     """Return the plan called `name`, or the plan in the YAML file `name`.
 
     Raises `UsageError` if there is no such plan, and `SpecError` with every error and its line.
