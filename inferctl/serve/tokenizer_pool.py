@@ -105,8 +105,15 @@ class TokenizerPool:
         tokenizer = self._load()
         self.max_tokens = config.max_tokens
         if self._static is not None:  # the library runs tokenizer.json alone
-            self.max_tokens = min(self.max_tokens, (tokenizer.truncation or {}).get("max_length", self.max_tokens))
-        tokenizer_files.check(folder, tokenizer, alone=self._static is not None)
+            cut = tokenizer.truncation or {}
+            if cut.get("direction") == "left":
+                raise UsageError(
+                    f"the tokenizer of {folder} truncates at the start of a text, which is not supported",
+                    'set "direction" of "truncation" in tokenizer.json to "Right" if texts are not truncated',
+                )
+            self.max_tokens = min(self.max_tokens, cut.get("max_length", self.max_tokens))
+        else:
+            tokenizer_files.refuse_code(folder)
         self._eos = tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
         if self._eos is not None and isinstance(config, RerankConfig):
             raise UsageError(
@@ -132,6 +139,27 @@ class TokenizerPool:
             "eos_added_by": "add_eos_token" if added else "tokenizer.json" if tokenizer_files.eos(tokenizer) else None,
             "lower_case": tokenizer_files.lowers_case(tokenizer),
         }
+
+    @property
+    def transformers_options(self) -> dict[str, bool]:
+        """Options with which `AutoTokenizer` adds the token that the pool adds after each text.
+
+        transformers 5 does not read `add_eos_token` from the file. Given one of the two, it would drop the other token.
+        """
+        if self._eos is None:
+            return {}
+        return {"add_eos_token": True, "add_bos_token": self._tokenizer().encode("a").special_tokens_mask[:1] == [1]}
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that the tokenizer finds in a text before all else."""
+        return [token.content for token in self._tokenizer().get_added_tokens_decoder().values()]
+
+    def pieces(self, count: int) -> list[str]:
+        """Return the texts of at most `count` tokens from all over the vocabulary."""
+        tokenizer = self._tokenizer()
+        size = tokenizer.get_vocab_size()
+        return [tokenizer.decode([id]) for id in range(0, size, -(-size // count))]
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""

@@ -442,11 +442,25 @@ def pickled(folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
 
-def json_keeps_case(folder: Path) -> None:
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    content["normalizer"]["lowercase"] = False
-    file.write_text(json.dumps(content))
+def tokenizer_json(*path: str, value: Any, settings: dict[str, Any] | None = None) -> Change:
+    """Change one value of tokenizer.json, which the class in `tokenizer_config.json` sets in its own way."""
+
+    def change(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        inner = content
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value(inner[path[-1]]) if callable(value) else value
+        file.write_text(json.dumps(content))
+        edit(folder / "tokenizer_config.json", BERT if settings is None else settings)
+
+    return change
+
+
+def third_token(processor: dict[str, Any]) -> dict[str, Any]:
+    first = processor["single"][0]
+    return processor | {"single": [first, first, *processor["single"][1:]]}
 
 
 CUT = {"direction": "Left", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
@@ -536,25 +550,47 @@ HOLES: dict[str, tuple[Change, str]] = {
         changed("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.XTokenizer", None]}}),
         "x.XTokenizer",
     ),
-    "tokenizer of another case": (
-        both(json_keeps_case, changed("tokenizer_config.json", BERT)),
+    "tokenizer of another case": (tokenizer_json("normalizer", "lowercase", value=False), "disagree"),
+    "tokenizer that keeps controls": (tokenizer_json("normalizer", "clean_text", value=False), "disagree"),
+    "tokenizer with NFKC": (
+        tokenizer_json("normalizer", value=lambda old: {"type": "Sequence", "normalizers": [{"type": "NFKC"}, old]}),
         "disagree",
     ),
+    "tokenizer that splits at blanks alone": (
+        tokenizer_json("pre_tokenizer", value={"type": "WhitespaceSplit"}),
+        "disagree",
+    ),
+    "tokenizer with another prefix": (tokenizer_json("model", "continuing_subword_prefix", value="@@"), "disagree"),
+    "tokenizer of shorter words": (tokenizer_json("model", "max_input_chars_per_word", value=10), "disagree"),
+    "tokenizer with another unknown token": (tokenizer_json("model", "unk_token", value="[MASK]"), "disagree"),
+    "tokenizer with a third special token": (tokenizer_json("post_processor", value=third_token), "disagree"),
+    "tokenizer of MobileBERT that keeps case": (
+        tokenizer_json("normalizer", "lowercase", value=False, settings={"tokenizer_class": "MobileBertTokenizer"}),
+        "disagree",
+    ),
+    **{
+        f"tokenizer that is of {kind}": (
+            changed("tokenizer_config.json", {"tokenizer_class": f"{kind}Tokenizer"}),
+            "disagree|cannot load",
+        )
+        for kind in ("MPNet", "Llama", "T5", "Gemma", "XLMRoberta", "Roberta", "GPT2", "Albert")
+    },
+    "special tokens that are text": (changed("tokenizer_config.json", {"split_special_tokens": True}), "disagree"),
     "configuration of another case": (
         changed("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
         "disagree",
     ),
     "tokenizer of other special tokens": (
-        both(changed("tokenizer.json", {"post_processor": None}), changed("tokenizer_config.json", BERT)),
+        tokenizer_json("post_processor", value=None),
         "disagree",
     ),
     "truncation at the start": (
         changed("tokenizer_config.json", {"truncation_side": "left"}),
-        "truncates at the start",
+        "disagree",
     ),
     "truncation at the start by tokenizer.json": (
         changed("tokenizer.json", {"truncation": CUT}),
-        "truncates at the start",
+        "disagree",
     ),
 }
 
@@ -578,10 +614,13 @@ def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_p
 def started(folder: Path) -> None:
     """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
     from inferctl.models.model import find, resolve_task
+    from inferctl.serve.engines import tokenizer_check
     from inferctl.serve.engines.pooling import Layers
 
     config = task_config.read(resolve_task("auto", find(str(folder)), "m"), folder)
-    TokenizerPool(folder, config, threads=1).close()
+    pool = TokenizerPool(folder, config, threads=1)
+    pool.close()
+    tokenizer_check.check(folder, config, pool)
     Layers(folder, config.layers)
 
 
