@@ -52,6 +52,8 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # The width of gte-Qwen2-1.5B and its descendants, whose own code and config.json contradict each other.
 _CONTRADICTION = 1536
+# Types whose vectors depend on the texts that were computed before.
+_SPARSE = ("big_bird", "bigbird_pegasus")
 _HINT = "use a model that transformers computes itself; a copy of this one for it may exist"
 
 
@@ -73,6 +75,11 @@ def native_config(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder} has positions (longrope) that depend on the longest text of a batch, which is not supported",
             _HINT,
+        )
+    if config.get("model_type") in _SPARSE and config.get("attention_type", "block_sparse") != "original_full":
+        raise UsageError(
+            f"{folder} has sparse attention, which the library turns off after the first short text; it is not supported",
+            "use a model with full attention, or set `attention_type: original_full` in config.json, if it was trained so",
         )
     code = _own_code(config)
     found = {key: value for key, value in config.items() if key != "auto_map"}
