@@ -51,6 +51,17 @@ Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
 T = TypeVar("T")
+# Classes of tokenizers that return the segments of texts unless `model_input_names` says otherwise, without their end
+# `Tokenizer` or `TokenizerFast`, and types of models that have one of them if no file names a class.
+_SEGMENT_CLASSES = frozenset(
+    {"Bert", "Canine", "ConvBert", "DPRContextEncoder", "DPRQuestionEncoder", "Deberta", "DebertaV2", "Electra", "FNet"}
+    | {"LayoutLM", "LayoutLMv2", "Lxmert", "MarkupLM", "MobileBert", "SqueezeBert", "Tapas"}
+)
+_SEGMENT_TYPES = frozenset(
+    {"bert", "bros", "canine", "convbert", "deberta", "deberta-v2", "distilbert", "dpr", "electra", "ernie", "fnet"}
+    | {"layoutlm", "layoutlmv2", "lxmert", "markuplm", "megatron-bert", "mobilebert", "nezha", "nomic_bert", "qdqbert"}
+    | {"retribert", "squeezebert", "tapas", "visual_bert"}
+)
 
 
 class InputError(Exception):
@@ -96,8 +107,7 @@ class TokenizerPool:
                 f"{self._file.parent} has no tokenizer.json",
                 f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
             )
-        names = read_object(folder / "tokenizer_config.json").get("model_input_names")
-        self._has_segments = not isinstance(names, list) or "token_type_ids" in names
+        self._has_segments = returns_segments(folder)
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
@@ -112,6 +122,12 @@ class TokenizerPool:
             raise UsageError(
                 f"{folder} asks for a token after each pair (add_eos_token), which is not supported",
                 "use another model",
+            )
+        pairs = isinstance(config, RerankConfig)
+        if self.max_tokens <= (special := tokenizer.num_special_tokens_to_add(pairs) + (self._eos is not None)):
+            raise UsageError(
+                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special: no text fits",
+                "raise `serve.max_input_tokens`, or the limit in the files of the model",
             )
         self._local.tokenizer = self._prepared(tokenizer)
         # All ids are below it. Those of added tokens can have gaps before them.
@@ -330,6 +346,22 @@ class TokenizerPool:
             steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
             tokenizer.normalizer = normalizers.Sequence(steps)
         return tokenizer
+
+
+def returns_segments(folder: Path) -> bool:
+    """Return whether transformers 5 passes the segments of texts (`token_type_ids`) to the model of a folder."""
+    settings, config = read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json")
+    names = settings.get("model_input_names", [])
+    if not isinstance(names, list) or (not names and "model_input_names" in settings):
+        raise UsageError(
+            f"`model_input_names` of {folder} is {names!r}, not a list of names", "correct tokenizer_config.json"
+        )
+    if names:
+        return "token_type_ids" in names
+    if name := settings.get("tokenizer_class") or config.get("tokenizer_class"):
+        kind = str(name).removesuffix("Fast").removesuffix("Tokenizer")
+        return kind in _SEGMENT_CLASSES or (kind == "CodeGen" and bool(settings.get("return_token_type_ids")))
+    return config.get("model_type") in _SEGMENT_TYPES
 
 
 def _is_small(characters: int, texts: int) -> bool:
