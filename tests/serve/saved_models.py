@@ -33,6 +33,7 @@ MORE: dict[str, dict[str, Any]] = {
     "llama": _DECODER,
     "longformer": {"attention_window": 16, "pad_token_id": 1},
     "mt5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "nystromformer": {"num_landmarks": 64, "segment_means_seq_len": 64},
     "phi3": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "t5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
