@@ -21,8 +21,8 @@ from inferctl.core.errors import UsageError
 from inferctl.serve import tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.modules import read_object
 from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
@@ -51,17 +51,6 @@ Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
 T = TypeVar("T")
-# Classes of tokenizers that return the segments of texts unless `model_input_names` says otherwise, without their end
-# `Tokenizer` or `TokenizerFast`, and types of models that have one of them if no file names a class.
-_SEGMENT_CLASSES = frozenset(
-    {"Bert", "Canine", "ConvBert", "DPRContextEncoder", "DPRQuestionEncoder", "Deberta", "DebertaV2", "Electra", "FNet"}
-    | {"LayoutLM", "LayoutLMv2", "Lxmert", "MarkupLM", "MobileBert", "SqueezeBert", "Tapas"}
-)
-_SEGMENT_TYPES = frozenset(
-    {"bert", "bros", "canine", "convbert", "deberta", "deberta-v2", "distilbert", "dpr", "electra", "ernie", "fnet"}
-    | {"layoutlm", "layoutlmv2", "lxmert", "markuplm", "megatron-bert", "mobilebert", "nezha", "nomic_bert", "qdqbert"}
-    | {"retribert", "squeezebert", "tapas", "visual_bert"}
-)
 
 
 class InputError(Exception):
@@ -346,22 +335,6 @@ class TokenizerPool:
             steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
             tokenizer.normalizer = normalizers.Sequence(steps)
         return tokenizer
-
-
-def returns_segments(folder: Path) -> bool:
-    """Return whether transformers 5 passes the segments of texts (`token_type_ids`) to the model of a folder."""
-    settings, config = read_object(folder / "tokenizer_config.json"), read_object(folder / "config.json")
-    names = settings.get("model_input_names", [])
-    if not isinstance(names, list) or (not names and "model_input_names" in settings):
-        raise UsageError(
-            f"`model_input_names` of {folder} is {names!r}, not a list of names", "correct tokenizer_config.json"
-        )
-    if names:
-        return "token_type_ids" in names
-    if name := settings.get("tokenizer_class") or config.get("tokenizer_class"):
-        kind = str(name).removesuffix("Fast").removesuffix("Tokenizer")
-        return kind in _SEGMENT_CLASSES or (kind == "CodeGen" and bool(settings.get("return_token_type_ids")))
-    return config.get("model_type") in _SEGMENT_TYPES
 
 
 def _is_small(characters: int, texts: int) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import rerank_config, task_config, tokenizer_pool
+from inferctl.serve import rerank_config, task_config
+from inferctl.serve import segments as segments_of
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference as scores_of
 from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
@@ -313,12 +314,10 @@ def test_classes_of_tokenizers_return_the_segments_that_those_of_transformers_re
         for name in classes
     }
     assert {name for name, given in segments.items() if given} == {
-        name
-        for name in classes
-        if name.removesuffix("Fast").removesuffix("Tokenizer") in tokenizer_pool._SEGMENT_CLASSES
+        name for name in classes if name.removesuffix("Fast").removesuffix("Tokenizer") in segments_of._SEGMENT_CLASSES
     }
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     types = {kind for kind, name in auto.TOKENIZER_MAPPING_NAMES.items() if name and segments[name]}
-    assert types >= tokenizer_pool._SEGMENT_TYPES
-    assert types & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) <= tokenizer_pool._SEGMENT_TYPES
+    assert types >= segments_of._SEGMENT_TYPES
+    assert types & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) <= segments_of._SEGMENT_TYPES

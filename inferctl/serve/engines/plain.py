@@ -19,8 +19,9 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
 from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
+from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import Pair, returns_segments
+from inferctl.serve.tokenizer_pool import Pair
 
 # Types with a decoder, which `AutoModel` would load with random weights if the folder has only the encoder.
 _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
