@@ -21,6 +21,7 @@ from inferctl.facts.catalog import Hardware
 from inferctl.models import fit, generation_fit
 from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
+from inferctl.models.size import uses_alibi
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -298,7 +299,7 @@ def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) ->
 def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     isolated = sharing not in ("time-slicing", "mps")
-    if not isolated and isinstance(source.size, ModelSize) and model_folder.uses_alibi(source.size.config):
+    if not isolated and isinstance(source.size, ModelSize) and uses_alibi(source.size.config):
         raise UsageError(
             f"{where}: {source.spec.name} uses ALiBi, and sharing: {sharing} does not isolate memory. Its attention "
             "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "

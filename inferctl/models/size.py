@@ -1,6 +1,9 @@
-"""Finds a spec's model and its size: in its folder, the cache, or on the hub."""
+"""Finds a spec's model and its size: in its folder, the cache, or on the hub. And whether its memory is bounded."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError
@@ -36,3 +39,14 @@ def size_of(found: ModelFolder | HubModel | UnknownSize) -> ModelSize | UnknownS
     if found.parameters is None:
         return _UNKNOWN
     return ModelSize(found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type)
+
+
+def uses_alibi(config: Mapping[str, Any]) -> bool:
+    """Return whether a model adds a bias by distance to its attention scores (ALiBi), from its `config.json`."""
+    attention = config.get("attn_config")
+    return (
+        config.get("model_type") == "bloom"
+        or bool(config.get("alibi"))
+        or config.get("position_embedding_type") == "alibi"
+        or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
+    )

@@ -21,8 +21,8 @@ from inferctl.core.errors import UsageError
 from inferctl.serve import tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.modules import read_object
 from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
@@ -96,8 +96,7 @@ class TokenizerPool:
                 f"{self._file.parent} has no tokenizer.json",
                 f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
             )
-        names = read_object(folder / "tokenizer_config.json").get("model_input_names")
-        self._has_segments = not isinstance(names, list) or "token_type_ids" in names
+        self._has_segments = returns_segments(folder)
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
@@ -119,6 +118,12 @@ class TokenizerPool:
             raise UsageError(
                 f"{folder} asks for a token after each pair (add_eos_token), which is not supported",
                 "use another model",
+            )
+        pairs = isinstance(config, RerankConfig)
+        if self.max_tokens <= (special := tokenizer.num_special_tokens_to_add(pairs) + (self._eos is not None)):
+            raise UsageError(
+                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special: no text fits",
+                "raise `serve.max_input_tokens`, or the limit in the files of the model",
             )
         self._local.tokenizer = self._prepared(tokenizer)
         # All ids are below it. Those of added tokens can have gaps before them.

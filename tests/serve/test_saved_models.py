@@ -110,7 +110,7 @@ ARCHITECTURES: dict[str, tuple[str, Modules, dict[str, Any]]] = {
         name: (name, MEAN, {})
         for name in (
             *("bert", "distilbert", "electra", "roberta", "xlm-roberta", "mpnet", "modernbert", "nomic_bert"),
-            *("albert", "camembert", "deberta-v2", "eurobert", "gte"),
+            *("albert", "camembert", "deberta-v2", "eurobert", "gte", "longformer", "big_bird"),
         )
     },
     **{name: (name, LAST, {}) for name in ("qwen3", "mistral", "gemma3_text", "gemma", "llama", "phi3", "qwen2")},
@@ -162,9 +162,83 @@ def test_poolings_and_layers_equal_sentence_transformers(saved: Any, name: str) 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_equal_sentence_transformers(saved: Any, name: str) -> None:
     architecture, modules, settings = ARCHITECTURES[name]
-    attention = "padded" if architecture in ("mpnet", "deberta-v2") else "packed"
+    padded = ("mpnet", "deberta-v2", "longformer", "big_bird")
+    attention = "padded" if architecture in padded else "packed"
     info = check(saved(architecture, modules, None, **settings), attention)
     assert info.causal is (modules is LAST)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("fnet", {}, "fp32 is inaccurate"),
+        ("canine", {}, "CanineModel cannot be computed"),
+        ("big_bird", {"attention_type": "block_sparse"}, "earlier ones"),
+        ("nystromformer", {}, "other texts"),
+    ],
+)
+def test_architectures_that_are_not_computed_exactly_do_not_start(
+    saved: Any, architecture: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = saved(architecture, **settings)
+    with pytest.raises(UsageError, match=message):
+        computed(folder)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "codegen", "ctrl"])
+def test_segments_that_a_model_looks_up_as_words_do_not_start(saved: Any, architecture: str) -> None:
+    folder = saved(architecture)
+    np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)
+    edit(folder / "tokenizer_config.json", {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]})
+    for changes in ({}, {"type_vocab_size": 2}):
+        edit(folder / "config.json", changes)
+        with pytest.raises(UsageError, match="segments"):
+            computed(folder)
+
+
+# Changes of config.json, and why the model does not start; None if they change nothing.
+ODD: dict[str, tuple[dict[str, Any], str | None]] = {
+    "no padding token": ({"pad_token_id": None}, None),
+    "negative padding token": ({"pad_token_id": -1}, None),
+    "padding token outside of the vocabulary": ({"pad_token_id": 99_999}, "cannot load"),
+    "heads that do not divide the width": ({"num_attention_heads": 5}, "cannot load"),
+    "chunks of one token": ({"chunk_size_feed_forward": 1}, None),
+    "chunks that do not divide a text": ({"chunk_size_feed_forward": 3}, "BertModel cannot be computed"),
+    "a decoder": ({"is_decoder": True}, "same result"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_change_nothing_or_do_not_start(with_dense: Path, tmp_path: Path, name: str) -> None:
+    changes, message = ODD[name]
+    shutil.copytree(with_dense, folder := tmp_path / "model")
+    edit(folder / "config.json", changes)
+    if message is None:
+        np.testing.assert_allclose(computed(folder)[0], computed(with_dense)[0], atol=1e-6)
+        return
+    with pytest.raises(UsageError, match=message) as error:
+        computed(folder)
+    assert error.value.hint
+
+
+# Architecture, and changes of config.json.
+BARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "encoder": ("bert", {}),
+    "decoder": ("llama", {"architectures": ["LlamaModel"]}),
+    "generative decoder": ("llama", {"architectures": ["LlamaForCausalLM"]}),
+    "generative decoder in both directions": ("llama", {"architectures": ["LlamaForCausalLM"], "is_causal": False}),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_without_modules_the_library_reads_none_of_its_own_files(saved: Any, name: str) -> None:
+    architecture, changes = BARE[name]
+    folder = saved(architecture, LAST)
+    (folder / "modules.json").unlink()
+    edit(folder / LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q", "truncate_dim": 8})
+    edit(folder / SETTINGS, {"max_seq_length": 20, "do_lower_case": True})
+    edit(folder / "config.json", changes)
+    np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -516,6 +590,18 @@ HOLES: dict[str, tuple[Change, str]] = {
         "do_lower_case",
     ),
     "settings for config.json": (changed(SETTINGS, {"config_kwargs": {"num_hidden_layers": 1}}), "num_hidden_layers"),
+    "settings of another tokenizer": (changed(SETTINGS, {"tokenizer_name_or_path": "x"}), "tokenizer_name_or_path"),
+    "settings of queries": (changed(SETTINGS, {"query_length": 8}), "query_length"),
+    "modules of another class": (changed(LIBRARY, {"model_type": "Other"}), "those of a Other"),
+    **{
+        f"longest text {value!r}": (changed(SETTINGS, {"max_seq_length": value}), message)
+        for value, message in [
+            *((value, "not a number of tokens") for value in (0, -1, True, "512", 20.5)),
+            *((value, "no text fits") for value in (1, 2)),
+        ]
+    },
+    "longest text of the tokenizer": (changed("tokenizer_config.json", {"model_max_length": -1}), "model_max_length"),
+    "positions that are text": (changed("config.json", {"max_position_embeddings": "130"}), "max_position_embeddings"),
     "two modules of a name": (renamed(2, "1"), "two modules with the name 1"),
     "Normalize of another output": (
         changed("3_Normalize/config.json", {"module_output_name": "other"}),
