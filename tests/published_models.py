@@ -392,6 +392,8 @@ def _model(shape: Shape) -> Any:
 
 
 def _write_tokenizer(shape: Shape, folder: Path) -> None:
+    import transformers
+
     _tokenizer(shape.tokenizer).save_pretrained(folder)
     settings = {"tokenizer_class": _TOKENIZERS.get(shape.kind, ("", _FAST))[1]}
     if shape.tokenizer == "bert" and shape.kind == "gte":
@@ -403,6 +405,9 @@ def _write_tokenizer(shape: Shape, folder: Path) -> None:
     if shape.tokenizer == "bert":
         content["normalizer"]["lowercase"] = not shape.cased
         settings |= {"do_lower_case": not shape.cased}
+    if shape.kind == "qwen2":  # as published: transformers uses its class for folders with code of their own
+        published = json.loads(transformers.Qwen2Tokenizer().backend_tokenizer.to_str())
+        content |= {name: published[name] for name in ("normalizer", "pre_tokenizer")}
     if shape.eos == "flag":
         settings |= {"add_eos_token": True, "eos_token": "[SEP]", "bos_token": "[CLS]"}
     file.write_text(json.dumps(content))

@@ -21,7 +21,7 @@ from inferctl import cli
 from inferctl.config import settings
 from inferctl.core.errors import UsageError
 from inferctl.facts.precision import best_precision
-from inferctl.image.from_spec import check_task
+from inferctl.image.from_spec import check_model_task
 from inferctl.models.model import ModelFolder
 from inferctl.serve.engines import cpu
 from tests.cli.test_first_steps import small_llama
@@ -336,6 +336,6 @@ def test_a_generative_hub_model_gets_its_base_or_a_hint(here: Path, tmp_path: Pa
     told = " ".join(inferctl(here, offline, "check").stdout.split())
     assert "hint: if it is generative, set `model.task: generate` and `image.base: vllm-cuda13.0`" in told
     unknown = settings.resolve(settings.read(here / "inferctl.yaml"), {}, {}, {}).spec
-    check_task(unknown, None)
+    check_model_task(unknown, None)
     with pytest.raises(UsageError, match=r"the base cuda13\.0 is without vLLM"):  # `build`, after the download
-        check_task(unknown, ModelFolder(model))
+        check_model_task(unknown, ModelFolder(model))

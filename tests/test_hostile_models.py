@@ -109,6 +109,16 @@ def linked(name: str, target: str) -> Callable[[Path], object]:
     return link
 
 
+def pipe(name: str) -> Callable[[Path], object]:
+    """Replace a file by a pipe, which a reader waits for without an end."""
+
+    def make(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return make
+
+
 def modules_in(path: object) -> Callable[[Path], object]:
     return lambda folder: write_modules(folder, path)
 
@@ -168,7 +178,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "weights-are-a-link": (linked("model.safetensors", "../outside/model.safetensors"), ALL),
     "vocabulary-is-a-link": (linked("vocab.txt", "../outside/secret.txt"), ALL),
     "template-is-a-link": (linked("chat_template.jinja", "/etc/passwd"), ALL),
-    "tokenizer-is-a-device": (linked("tokenizer.json", "/dev/zero"), ("serve",)),
+    "tokenizer-is-a-device": (linked("tokenizer.json", "/dev/zero"), ALL),
+    "tokenizer-is-a-pipe": (pipe("tokenizer.json"), ALL),
+    "modules-are-a-device": (linked("modules.json", "/dev/zero"), ALL),
+    "modules-are-a-pipe": (pipe("modules.json"), ALL),
+    "pooling-is-a-pipe": (pipe("1_Pooling/config.json"), ALL),
+    "library-file-is-a-pipe": (pipe("config_sentence_transformers.json"), ALL),
+    "config-is-a-pipe": (pipe("config.json"), ALL),
+    "weights-are-a-pipe": (pipe("model.safetensors"), ALL),
     "config-is-deep": (written("config.json", DEEP), ALL),
     "config-is-a-list": (written("config.json", "[1]"), ALL),
     "config-is-large": (hole("config.json", 17 * 2**20), ALL),

@@ -253,7 +253,7 @@ def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, 
         "spec": lambda: settings.read(file),
         "hardware": lambda: catalog.hardware(str(file)),
         "base": lambda: catalog.base(str(file)),
-        "plan": lambda: plan.load(str(file)),
+        "plan": lambda: plan.read_plan(str(file)),
     }[reader]
     with pytest.raises(UsageError, match=words):
         read()

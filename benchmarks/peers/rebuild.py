@@ -222,7 +222,7 @@ def download(folder: Path) -> Path:
     from inferctl.facts import catalog
     from inferctl.image import locks
 
-    wanted = [f"torch=={catalog.stack(catalog.base('cpu').stack).torch}", *locks.declared("serve")]
+    wanted = [f"torch=={catalog.stack(catalog.base('cpu').stack).torch}", *locks.declared_requirements("serve")]
     run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, *wanted)
     return folder
 

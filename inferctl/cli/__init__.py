@@ -1,4 +1,4 @@
-"""The command line: one module per command, imported only if that command runs.
+"""The command line. `Root.table` names the module of each command, which is imported only if that command runs.
 
 This module turns an `InferctlError` into a message and an exit code. Only `console.py` prints. No module imports heavy
 packages at its top: `inferctl --help` must cost little more than `import typer`.

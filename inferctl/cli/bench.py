@@ -15,7 +15,7 @@ from inferctl.core.errors import NotReadyError, UsageError, install_hint
 if TYPE_CHECKING:
     from inferctl.bench.measure.outcome import Outcome
     from inferctl.bench.plan.overrides import Overrides
-    from inferctl.bench.report.receipts import Context
+    from inferctl.bench.report.receipts import ReceiptContext
     from inferctl.bench.report.result import Result
     from inferctl.cli.bench_setup import PreparedBench
 
@@ -280,22 +280,22 @@ def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
     from inferctl.bench.report import result as results
     from inferctl.cli import bench_progress
 
-    work, context, outcomes = prepared.work, prepared.context, prepared.outcomes
-    page = (report or work.output / "report.html").resolve()
-    resume_command = f"inferctl bench --resume {_relative(work.output)}"
-    with resume.lock(work.output):
-        done = resume.restore(work.output, work.order, outcomes)
-        total = len(work.order)
+    benchmark, context, outcomes = prepared.bench, prepared.context, prepared.outcomes
+    page = (report or benchmark.output / "report.html").resolve()
+    resume_command = f"inferctl bench --resume {_relative(benchmark.output)}"
+    with resume.lock(benchmark.output):
+        done = resume.restore(benchmark.output, benchmark.order, outcomes)
+        total = len(benchmark.order)
         console.note(
             f"{done} of {total} runs are complete, {total - done} remain"
             if done
-            else f"writing results to {_relative(work.output)}; to resume after an interruption: {resume_command}"
+            else f"writing results to {_relative(benchmark.output)}; to resume after an interruption: {resume_command}"
         )
         if not done:
-            console.note(bench_progress.forecast(work, context.environment))
+            console.note(bench_progress.forecast(benchmark, context.environment))
         try:
-            with bench_progress.ProgressView(bench_progress.expected(work), done) as view:
-                runner.run(work, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
+            with bench_progress.ProgressView(bench_progress.expected(benchmark), done) as view:
+                runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
         except BaseException:
             try:
                 if any(outcome.measurements for outcome in outcomes):
@@ -308,7 +308,7 @@ def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
             raise problem
 
 
-def _write_results(context: Context, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
+def _write_results(context: ReceiptContext, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
     """Write receipts, result.json and the report, print the result, and return it."""
     from inferctl.bench.report import html, receipts, terminal
     from inferctl.bench.report import result as results

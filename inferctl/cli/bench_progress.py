@@ -39,37 +39,39 @@ class RunForecast(NamedTuple):
     other_s: float
 
 
-def expected(work: Bench) -> list[RunForecast]:
+def expected(benchmark: Bench) -> list[RunForecast]:
     """Return the forecast of each run, in the order of the runs. `ProgressView` corrects them as runs end."""
-    loads = {target.name: work.load_of(target) for target in work.targets}
-    settings = work.plan.search
+    loads = {target.name: benchmark.load_of(target) for target in benchmark.targets}
+    settings = benchmark.plan.search
 
     def load_s(name: str) -> float:
         load = loads[name]
         if settings:
-            return search.forecast(settings, load, work.search_s).seconds
+            return search.forecast(settings, load, benchmark.search_s).seconds
         closed = load.warmup_s / 2 + load.capacity_s + BEFORE_S / 2 if load.capacity_percent else 0.0
-        return (closed + load.warmup_s / 2 + load.duration_s) * (2 if work.plan.neighbours else 1)
+        return (closed + load.warmup_s / 2 + load.duration_s) * (2 if benchmark.plan.neighbours else 1)
 
-    reference_s = REFERENCE_S if work.plan.quality and work.model else 0.0
+    reference_s = REFERENCE_S if benchmark.plan.quality and benchmark.model else 0.0
     return [
         RunForecast(load_s(run.configuration), BEFORE_S + AFTER_S + (0.0 if number else reference_s))
-        for number, run in enumerate(work.order)
+        for number, run in enumerate(benchmark.order)
     ]
 
 
-def forecast(work: Bench, machine: Environment) -> str:
+def forecast(benchmark: Bench, machine: Environment) -> str:
     """Return how long the benchmark will take and, for a search, how close its rates will be.
 
     The forecast is for a machine without other load, and says so on a busy one.
     """
     busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
-    total = duration(sum(map(sum, expected(work)))).removeprefix("~")
-    settings = work.plan.search
+    total = duration(sum(map(sum, expected(benchmark)))).removeprefix("~")
+    settings = benchmark.plan.search
     if not settings:
-        finding = any(work.load_of(target).auto_users for target in work.targets)
+        finding = any(benchmark.load_of(target).auto_users for target in benchmark.targets)
         return f"this benchmark takes about {total}{' and the search for the number of users' * finding}{busy}"
-    forecasts = [search.forecast(settings, work.load_of(target), work.search_s) for target in work.targets]
+    forecasts = [
+        search.forecast(settings, benchmark.load_of(target), benchmark.search_s) for target in benchmark.targets
+    ]
     resolution = f"{max(each.resolution for each in forecasts):.0%}"
     if settings.budget_s is None:
         return f"this search takes about {total}; near the limit, its rates differ by about {resolution}{busy}"

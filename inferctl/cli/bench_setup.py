@@ -16,14 +16,14 @@ from pydantic import ValidationError
 import inferctl
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
-from inferctl.bench.load.target import Target, connect
+from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.bench.measure import digests, environment, neighbors, resume, runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
-from inferctl.bench.report.receipts import Context
+from inferctl.bench.report.receipts import ReceiptContext
 from inferctl.cli import bench_checks, console, download, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
 from inferctl.config import spec
@@ -32,7 +32,7 @@ from inferctl.config.spec import Task
 from inferctl.core import validation
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import hub
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 
 # What a server of `--url` states and must not change before a benchmark is resumed.
 _STATED = (("model", "sha256"), ("precision", "effective"))
@@ -42,8 +42,8 @@ _STATED = (("model", "sha256"), ("precision", "effective"))
 class PreparedBench:
     """A benchmark that passed every check and can run."""
 
-    work: Bench
-    context: Context
+    bench: Bench
+    context: ReceiptContext
     outcomes: list[Outcome]
 
 
@@ -70,13 +70,13 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         )
     access = bench_options.access.access()
     # Absolute, so that the benchmark can be resumed from another working directory.
-    if bench_options.model and models.is_folder(Path(bench_options.model)):
+    if bench_options.model and model_folder.is_folder(Path(bench_options.model)):
         bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
     name = bench_options.plan
     if name is None:
         name = resolved.spec.bench.plan if resolved else "precision"
-    plan = plans.load(name)
+    plan = plans.read_plan(name)
     if not bench_options.precisions:
         bench_checks.check_configurations(plan, running_servers=bool(url_targets))
     plan = plan.with_overrides(bench_options.precisions, **bench_options.overrides)
@@ -117,8 +117,8 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         "reach": bench_options.access.as_dict(),
     }
     resume.write_manifest(output, resume.Manifest(identity, original_options))
-    work, context = _bench(definition, machine, output)
-    return PreparedBench(work, context, runner.outcomes(work))
+    benchmark, context = _bench(definition, machine, output)
+    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
 
 
 def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedBench:
@@ -147,8 +147,8 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
     machine = environment.detect()
     servers = _servers(targets, definition.access)
     resume.check_unchanged(saved, _identity(definition, machine, servers), output)
-    work, context = _bench(definition, machine, output)
-    return PreparedBench(work, context, runner.outcomes(work))
+    benchmark, context = _bench(definition, machine, output)
+    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
 
 
 def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> AccessOptions:
@@ -179,19 +179,19 @@ def _settings_sha256(resolved: Resolved | None) -> str | None:
     return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
 
-def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, Target]:
+def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, ServerConnection]:
     """Return the servers of `--url` by the names of their targets. Sends requests to them."""
     return {target.name: connect(target.url, access=access) for target in targets if target.url}
 
 
 def _task(
-    resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, Target]
+    resolved: Resolved | None, folder: Path | None, targets: list[BenchTarget], servers: dict[str, ServerConnection]
 ) -> Task:
     """Return the task of all targets. Raises `UsageError` if they differ, or if the model is made for another task."""
     tasks = {name: server.task for name, server in servers.items()}
     if resolved and folder and len(servers) < len(targets):
         spec = resolved.spec.model
-        task = models.resolve_task(spec.task, models.ModelFolder(folder), spec.source)
+        task = model_folder.resolve_task(spec.task, model_folder.ModelFolder(folder), spec.source)
         tasks |= {target.name: task for target in targets if not target.url}
     if len(set(tasks.values())) > 1:
         named = ", ".join(f"{name}: {task}" for name, task in tasks.items())
@@ -199,7 +199,7 @@ def _task(
     return next(iter(tasks.values()), "embed")
 
 
-def _identity(definition: _Definition, machine: Environment, servers: dict[str, Target]) -> dict[str, Any]:
+def _identity(definition: _Definition, machine: Environment, servers: dict[str, ServerConnection]) -> dict[str, Any]:
     """Return the inputs that the figures depend on."""
     stated = {
         name: [(server.info.get(section) or {}).get(key) for section, key in _STATED]
@@ -209,7 +209,7 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
         definition.plan,
         definition.targets,
         machine,
-        models.ModelFolder(definition.folder).digest if definition.folder else None,
+        model_folder.ModelFolder(definition.folder).digest if definition.folder else None,
         bench_checks.check_checkpoints(definition.targets, definition.folder),
         _settings_sha256(definition.resolved),
         stated,
@@ -217,13 +217,13 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
     )
 
 
-def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, Context]:
+def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, ReceiptContext]:
     resolved, plan, command = definition.resolved, definition.plan, None
     if resolved and definition.folder:
         file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(definition.folder), resolved.spec.name, file)
     mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
-    work = Bench(
+    benchmark = Bench(
         plan,
         definition.targets,
         command,
@@ -234,7 +234,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         definition.access,
     )
     hardware = [*plan.hardware, *(resolved.spec.hardware if resolved else [])]
-    context = Context(
+    context = ReceiptContext(
         plan=plan,
         environment=machine,
         model_source=resolved.spec.model.source if resolved else None,
@@ -244,7 +244,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         targets=definition.targets,
         model=definition.folder,
     )
-    return work, context
+    return benchmark, context
 
 
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
@@ -316,5 +316,5 @@ def _model_folder(resolved: Resolved | None, needed: bool) -> Path | None:
     if resolved is None:
         return None
     source, revision = resolved.spec.model.source, resolved.spec.model.revision
-    model_folder = download.fetch(source, revision) if needed else hub.cached(source, revision)
-    return model_folder.path.resolve() if model_folder else None
+    folder = download.fetch(source, revision) if needed else hub.cached(source, revision)
+    return folder.path.resolve() if folder else None

@@ -18,9 +18,9 @@ from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size, size
 from inferctl.facts import catalog
 from inferctl.image import render
-from inferctl.image.from_spec import check_task, rendered_image
+from inferctl.image.from_spec import check_model_task, rendered_image, task_of
 from inferctl.image.image_name import full_reference
-from inferctl.models import model
+from inferctl.models import model as model_folder
 from inferctl.models.model import is_hub_id
 
 if TYPE_CHECKING:
@@ -234,12 +234,12 @@ def _run(build_plan: BuildPlan) -> Built:
 
     source, revision = build_plan.spec.model.source, build_plan.spec.model.revision
     if build_plan.needs_model and not is_hub_id(source):
-        build_plan = replace(build_plan, model=model.find(source).path)
+        build_plan = replace(build_plan, model=model_folder.find(source).path)
     engine = DockerEngine.connect()
     if build_plan.needs_model and build_plan.model is None:
         folder = download.fetch(source, revision)
-        check_task(build_plan.spec, folder)  # before, the task of the model was unknown
-        build_plan = replace(build_plan, model=folder.path)
+        check_model_task(build_plan.spec, folder)  # before, the task of the model was unknown
+        build_plan = replace(build_plan, model=folder.path, task=task_of(build_plan.spec, folder))
     with BuildView(live=sys.stderr.isatty()) as view:
         return view.follow(building.run(build_plan, engine, engine.info()))
 

@@ -12,7 +12,8 @@ from inferctl.cli.options import Json
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.models import convert as conversion
-from inferctl.models import hub, model
+from inferctl.models import hub
+from inferctl.models import model as model_folder
 from inferctl.models.model import ModelFolder
 
 EPILOG = """\b
@@ -38,7 +39,7 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} already exists", "name a new folder")
     outputs.check_folder(folder, "NEW_FOLDER")
-    if model.is_hub_id(source):
+    if model_folder.is_hub_id(source):
         with download.shown(source) as progress:
             place = hub.download(source, revision, progress)
     else:
@@ -59,8 +60,8 @@ def convert(
 def _local(source: str) -> Path:
     """Return the folder `source`. Raises `UsageError` if it is not a model."""
     try:
-        return model.find(source).path
-    except model.PickledWeightsError as error:
+        return model_folder.find(source).path
+    except model_folder.PickledWeightsError as error:
         return error.folder
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from inferctl.config.settings import Resolved
     from inferctl.deploy.clusters import Cluster
     from inferctl.deploy.plan import DeploymentPlan
-    from inferctl.deploy.resolve import SpecSource
+    from inferctl.deploy.planning import SpecSource
 
 EPILOG = """\b
 Examples:
@@ -159,12 +159,12 @@ def _preview(
 def _plan(
     spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
 ) -> DeploymentPlan:
-    from inferctl.deploy import resolve
+    from inferctl.deploy import planning
 
     files: list[Path | None] = [*spec_files] if spec_files else [None]
     found = [options.load(file, {}) for file in files]
     sources = [_source(each) for each in found]
-    return resolve.resolve(sources, _clusters(sources, clusters_file), _checked(version), images=images)
+    return planning.make_plan(sources, _clusters(sources, clusters_file), _checked(version), images=images)
 
 
 def _checked(version: str | None) -> str | None:
@@ -180,7 +180,7 @@ def _checked(version: str | None) -> str | None:
 def _source(resolved: Resolved) -> SpecSource:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
     from inferctl.core.errors import UsageError
-    from inferctl.deploy.resolve import SpecSource
+    from inferctl.deploy.planning import SpecSource
     from inferctl.models import fit, hub
     from inferctl.models.model import resolve_task
     from inferctl.models.size import locate, size_of

@@ -22,7 +22,7 @@ from inferctl.estimate.cost import Cost
 from inferctl.estimate.document import Question
 from inferctl.estimate.forecast import Scenario
 from inferctl.models import hub
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 
 _STANDARD = "t4,l4,a100-40gb-sxm,h100-sxm"
 _TEXTS = "mixed"
@@ -153,12 +153,12 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
     spec = options.load(spec_file, {"model.source": model}).spec
     folder = Path(spec.model.source)
     # The weights are not needed, so the folder may lack them.
-    if models.is_folder(folder) and (folder / "config.json").is_file():
+    if model_folder.is_folder(folder) and (folder / "config.json").is_file():
         return spec, folder / "config.json"
-    if (model_folder := hub.cached(spec.model.source, spec.model.revision)) is not None:
-        return spec, model_folder.path / "config.json"
-    if not models.is_hub_id(spec.model.source):
-        return spec, models.find(spec.model.source).path / "config.json"
+    if (found := hub.cached(spec.model.source, spec.model.revision)) is not None:
+        return spec, found.path / "config.json"
+    if not model_folder.is_hub_id(spec.model.source):
+        return spec, model_folder.find(spec.model.source).path / "config.json"
     names = ("config.json", "tokenizer.json", "modules.json")
     return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
 

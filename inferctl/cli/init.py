@@ -16,7 +16,8 @@ from inferctl.core import assets, document, outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
-from inferctl.models import hub, model
+from inferctl.models import hub
+from inferctl.models import model as model_folder
 from inferctl.models.model import find, is_hub_id
 
 _EXAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # an embedding model
@@ -137,14 +138,14 @@ def _generates(source: str) -> bool:
     """Return whether a model is for generation; False if unknown. Asks the hub for one that is not on this machine."""
     if source == _EXAMPLE_MODEL:
         return False  # known without the hub
-    found: model.ModelFolder | hub.HubModel | None = hub.cached(source, None)
-    if found is None and model.is_hub_id(source):
+    found: model_folder.ModelFolder | hub.HubModel | None = hub.cached(source, None)
+    if found is None and model_folder.is_hub_id(source):
         try:
             found = hub.facts(source, None)
         except InferctlError as error:
             console.warn(f"{error.message}. If the model is generative, pass `--base vllm-cuda13.0`")
     try:
-        return found is not None and model.resolve_task("auto", found, source) == "generate"
+        return found is not None and model_folder.resolve_task("auto", found, source) == "generate"
     except UsageError:  # a classifier
         return False
 

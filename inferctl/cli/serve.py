@@ -188,7 +188,7 @@ def _command_line_options(context: typer.Context) -> dict[str, Any]:
 def _serve_image(
     image: str, spec_file: Path | None, flags: dict[str, Any], command_line: dict[str, Any], announce: Path | None
 ) -> int:
-    from inferctl.image import container
+    from inferctl.image import serve_image
 
     # Rejects a reference that is no image name or id before the engine is called.
     full_reference(image)
@@ -199,8 +199,8 @@ def _serve_image(
     has_model = options.names_model(spec_file, flags)
     # A spec requires a model, but an image needs none. The image name serves as a placeholder, which is not read.
     spec = options.load(spec_file, flags if has_model else {**flags, "model.source": image}).spec
-    container_options = container.ServeOptions(
-        address=container.Address(spec.serve.host, spec.serve.port),
+    container_options = serve_image.ServeOptions(
+        address=serve_image.Address(spec.serve.host, spec.serve.port),
         model=spec.model.source if has_model else None,
         revision=spec.model.revision if has_model else None,
         replaces_model="model" in command_line,
@@ -208,4 +208,4 @@ def _serve_image(
         drain_seconds=spec.serve.grace_seconds + spec.serve.drain_seconds,
         arguments=main.arguments(command_line),
     )
-    return container.run_server(image, container_options, console.note, announce, download.fetch)
+    return serve_image.run_server(image, container_options, console.note, announce, download.fetch)

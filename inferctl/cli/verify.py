@@ -14,10 +14,10 @@ import typer
 from inferctl.cli import completion, console, download, options
 from inferctl.cli.build_view import BuildView, show_compared, show_verified
 from inferctl.core.errors import InferctlError, UsageError
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 
 if TYPE_CHECKING:
-    from inferctl.bench.load.target import Target
+    from inferctl.bench.load.target import ServerConnection
     from inferctl.config.settings import Resolved
     from inferctl.image.library import LibraryComparison
     from inferctl.image.verify import Verified
@@ -110,15 +110,15 @@ def verify(
 
 def _compare_running(url: str, model: str | None, api_key_env: str | None) -> LibraryComparison:
     """Compare the server at `url` with `model`, or on the same machine with the folder that it reports."""
-    from inferctl.bench.load import target as targets
+    from inferctl.bench.load.target import connect
     from inferctl.cli.bench_options import AccessOptions
 
-    target = targets.connect(url, access=AccessOptions(api_key_env=api_key_env).access())
+    server = connect(url, access=AccessOptions(api_key_env=api_key_env).access())
     try:
-        folder = models.find(model or str((target.info.get("model") or {}).get("source") or target.model))
+        folder = model_folder.find(model or str((server.info.get("model") or {}).get("source") or server.model))
     except UsageError as error:
         raise UsageError(error.message, f"pass the folder that {_LIBRARY} loads: `--model DIR`") from None
-    return _compare(_outputs(target), target, folder.path)
+    return _compare(_outputs(server), server, folder.path)
 
 
 def _compare_started(resolved: Resolved) -> LibraryComparison:
@@ -135,27 +135,27 @@ def _compare_started(resolved: Resolved) -> LibraryComparison:
         arguments = command(resolved.spec.serve.precision, announce, None)
         try:
             with child_server.serve(arguments, announce, Path(work), lambda _: None) as server:
-                outputs = _outputs(server.target)
+                outputs = _outputs(server.connection)
         except child_server.ServerError as error:
             hint = f"see its log: `inferctl serve --model {model.source}`"
             raise InferctlError(f"the server did not start: {error.reason}", hint) from None
-    return _compare(outputs, server.target, folder)
+    return _compare(outputs, server.connection, folder)
 
 
-def _outputs(target: Target) -> Sequence[object]:
+def _outputs(server: ServerConnection) -> Sequence[object]:
     from inferctl.image.library import TEXTS
     from inferctl.image.output_checks import QUERY
 
-    if target.task == "generate":
-        raise UsageError(f"{target.model} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
-    return target.request([QUERY, *TEXTS] if target.task == "rerank" else list(TEXTS))
+    if server.task == "generate":
+        raise UsageError(f"{server.model} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
+    return server.request([QUERY, *TEXTS] if server.task == "rerank" else list(TEXTS))
 
 
-def _compare(outputs: Sequence[object], target: Target, folder: Path) -> LibraryComparison:
+def _compare(outputs: Sequence[object], server: ServerConnection, folder: Path) -> LibraryComparison:
     from inferctl.image import library
 
     with console.progress(f"computing the texts with {_LIBRARY}"):
-        return library.compare(outputs, {**target.info, "task": target.task}, folder)
+        return library.compare(outputs, {**server.info, "task": server.task}, folder)
 
 
 def _verify_image(
@@ -167,15 +167,15 @@ def _verify_image(
     as_json: bool,
     with_library: bool,
 ) -> None:
-    from inferctl.image import container, lint
+    from inferctl.image import lint, serve_image
     from inferctl.image.docker import DockerEngine
     from inferctl.image.plan import raise_for
     from inferctl.image.verify import VerifyOptions
     from inferctl.image.verify import verify as verified
 
     engine = DockerEngine.connect()
-    image = container.get_or_pull(engine, reference, console.note)
-    container.check_inferctl_image(image, reference)
+    image = serve_image.get_or_pull(engine, reference, console.note)
+    serve_image.check_inferctl_image(image, reference)
     findings = lint.check_built_image(image.environment, image.user, None)
     for finding in findings:
         console.warn(finding.text())
@@ -192,10 +192,10 @@ def _verify_image(
             )
         library_model = download.fetch(spec.model.source, spec.model.revision).path
     else:
-        folder = container.weights(
+        folder = serve_image.weights(
             image,
-            container.ServeOptions(
-                address=container.Address("127.0.0.1", 0),
+            serve_image.ServeOptions(
+                address=serve_image.Address("127.0.0.1", 0),
                 model=spec.model.source if spec else None,
                 revision=spec.model.revision if spec else None,
                 replaces_model=model is not None,

@@ -19,7 +19,7 @@ from inferctl.deploy.plan import FlavorPlan, Warned
 _NAME = "servers that divide the limit of a key"
 # The setting of the server ends here.
 _MOST = 10_000
-# A server hears at most 2 x replicas + 16 others (`access/limits.py`), so that nobody can make up any number of them.
+# A server hears at most 2 x replicas + 16 others (`tenancy/access/limits.py`), so that nobody can invent any number.
 _MORE_OTHERS = 16
 
 

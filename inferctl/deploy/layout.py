@@ -85,7 +85,7 @@ class Folder:
         if self.components:
             kustomization["components"] = self.components
         # Not several in one file: the kustomize of kubectl 1.32 and 1.33 panics then.
-        inline = [{"patch": manifest.patch(_deletion(each))} for each in self.deleted]
+        inline = [{"patch": manifest.document(_deletion(each))} for each in self.deleted]
         if inline or patches:
             kustomization["patches"] = [*inline, *({"path": name} for name in patches)]
         found = {name: manifest.dump(objects) for name, objects in {**resources, **patches}.items()}

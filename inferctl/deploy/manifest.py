@@ -27,12 +27,19 @@ def dump(objects: Sequence[Mapping[str, Any]]) -> str:
 
     A value of type `Noted` becomes its plain value, with its note as a comment at the end of the line.
     """
-    return HEADER + "---\n".join(_document(each) for each in objects)
+    return HEADER + "---\n".join(document(each) for each in objects)
 
 
-def patch(value: Mapping[str, Any]) -> str:
-    """Return a patch as text for the `patches` of a kustomization."""
-    return _document(value)
+def document(value: Mapping[str, Any]) -> str:
+    """Return one object, or a patch of a kustomization, as YAML. `dump` describes the comments."""
+    # A folded line would lose its comment.
+    text: str = yaml.dump(value, Dumper=_Dumper, width=2**30, sort_keys=False, allow_unicode=True)
+    if not _has_note(value):
+        return text
+    lines = text.split("\n")
+    for number, note in _notes(value, yaml.compose(text, Loader=_SafeLoader)):
+        lines[number] += f" # {' '.join(note.split())}"
+    return "\n".join(lines)
 
 
 def plain(value: Any) -> Any:
@@ -44,17 +51,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     return value
-
-
-def _document(value: Mapping[str, Any]) -> str:
-    # A folded line would lose its comment.
-    text: str = yaml.dump(value, Dumper=_Dumper, width=2**30, sort_keys=False, allow_unicode=True)
-    if not _has_note(value):
-        return text
-    lines = text.split("\n")
-    for number, note in _notes(value, yaml.compose(text, Loader=_SafeLoader)):
-        lines[number] += f" # {' '.join(note.split())}"
-    return "\n".join(lines)
 
 
 def _has_note(value: Any) -> bool:

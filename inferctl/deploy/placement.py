@@ -26,7 +26,7 @@ _KARPENTER = ("karpenter", "eks-auto")
 def place(
     spec: Spec,
     flavors: Sequence[Flavor],
-    made: Sequence[FlavorPlan],
+    planned: Sequence[FlavorPlan],
     traffic: TrafficPlan | None,
     cluster: Cluster,
 ) -> Warned[list[Placement]]:
@@ -40,13 +40,13 @@ def place(
             flavor.max_replicas,
             cluster.max_replicas.get(each.hardware.key),
         )
-        for flavor, each in zip(flavors, made, strict=True)
+        for flavor, each in zip(flavors, planned, strict=True)
     ]
     scaled = settings.scaling != "none"
     zero = settings.scaling != "hpa" or versions.works("hpa-scale-to-zero", cluster.kubernetes)
     lowest = 0 if zero else 1
     sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
-    _refuse_too_many(made, sized, cluster)
+    _refuse_too_many(planned, sized, cluster)
     warnings = _uncovered_peak(spec, chain, sized, traffic, cluster)
     if scaled and any(each.most.value for each in sized) and not any(each.least.value for each in sized):
         warnings.append(
@@ -55,7 +55,7 @@ def place(
         )
     first = _first_with_room(sized, settings.overflow)
     found = []
-    for index, (each, counts) in enumerate(zip(made, sized, strict=True)):
+    for index, (each, counts) in enumerate(zip(planned, sized, strict=True)):
         spare = None
         if index == first:
             room = int(counts.most.value - counts.least.value) if scaled else 0
@@ -91,8 +91,8 @@ def place(
     return Warned(found, tuple(warnings))
 
 
-def _refuse_too_many(made: Sequence[FlavorPlan], sized: Sequence[sizing.Replicas], cluster: Cluster) -> None:
-    for flavor, counts in zip(made, sized, strict=True):
+def _refuse_too_many(planned: Sequence[FlavorPlan], sized: Sequence[sizing.Replicas], cluster: Cluster) -> None:
+    for flavor, counts in zip(planned, sized, strict=True):
         for figure in (counts.at_peak, counts.most):
             if figure and figure.value > _MOST_REPLICAS:
                 raise UsageError(

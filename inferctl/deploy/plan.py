@@ -1,6 +1,6 @@
 """What `inferctl deploy` renders: models with their flavors, and the clusters, with every derived number resolved.
 
-`resolve.py` makes a `DeploymentPlan` from specs, the clusters file and receipts. The object builders only read it.
+`planning.py` makes a `DeploymentPlan` from specs, the clusters file and receipts. The object builders only read it.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def traffic(settings: Traffic, tokens: float, tokens_source: str) -> TrafficPlan
 
 def replicas(
     chain: Sequence[Demand],
-    load: TrafficPlan | None,
+    traffic: TrafficPlan | None,
     share: float,
     utilization: float,
     *,
@@ -100,7 +100,7 @@ def replicas(
     arithmetic, and needs its own `min_replicas` and `max_replicas`.
     """
     found: list[Replicas] = []
-    base, peak = (load.base, load.peak) if load else (None, None)
+    base, peak = (traffic.base, traffic.peak) if traffic else (None, None)
     first = next((index for index, each in enumerate(chain) if each.limit != 0 and each.max_replicas != 0), 0)
     for index, demand in enumerate(chain):
         earlier = list(zip(chain[:index], found, strict=True))
@@ -123,18 +123,18 @@ def _at_most(earlier: list[tuple[Demand, Replicas]]) -> list[tuple[int, Rate]]:
 def _needed(
     when: str,
     demand: Demand,
-    load: Figure | None,
+    demand_tps: Figure | None,
     share: float,
     utilization: float,
     earlier: list[tuple[int, Rate]],
 ) -> Figure | None:
-    if demand.rate is None or load is None:
+    if demand.rate is None or demand_tps is None:
         return None
     rate = demand.rate.tokens_per_second
-    offered = load.value * share
+    offered = demand_tps.value * share
     served = sum(count * utilization * each.tokens_per_second for count, each in earlier)
     value = ceil(max(0.0, offered - served) / (utilization * rate))
-    total = shown(load.value) if share == 1 else f"{shown(share)} x {shown(load.value)}"
+    total = shown(demand_tps.value) if share == 1 else f"{shown(share)} x {shown(demand_tps.value)}"
     left = total
     for count, each in earlier:
         left += f" - {count} x {shown(utilization)} x {shown(each.tokens_per_second)}"
@@ -186,7 +186,7 @@ def _equal(demand: Demand, least: Figure) -> Figure:
 
 def overflow(
     setting: str | int,
-    load: TrafficPlan | None,
+    traffic: TrafficPlan | None,
     share: float,
     rise_s: float,
     cold_start: Figure,
@@ -200,11 +200,11 @@ def overflow(
     """
     if isinstance(setting, int):
         return Figure("overflow", setting, "replicas", "", "spec deploy.overflow") if setting else None
-    if setting == "none" or load is None or rate is None:
+    if setting == "none" or traffic is None or rate is None:
         return None
     seconds = min(float(cold_start.value), rise_s)
-    needed = ceil(load.slope.value * share * seconds / rate.tokens_per_second)
-    slope = shown(load.slope.value) if share == 1 else f"{shown(share)} x {shown(load.slope.value)}"
+    needed = ceil(traffic.slope.value * share * seconds / rate.tokens_per_second)
+    slope = shown(traffic.slope.value) if share == 1 else f"{shown(share)} x {shown(traffic.slope.value)}"
     during = f"min({shown(cold_start.value)}, {shown(rise_s)})"
     formula = f"ceil({slope} x {during} / {shown(rate.tokens_per_second)})"
     if room < needed:
@@ -226,17 +226,17 @@ def load_s(flavor: float | None, deploy: float | None, rate: Rate | None) -> Fig
     return Figure(name, _ASSUMED_LOAD_S, "s", "", "assumed: neither load_s nor a receipt")
 
 
-def startup(load: Figure, longest_s: float | None = None) -> tuple[Figure, Figure]:
+def startup(load_time: Figure, longest_s: float | None = None) -> tuple[Figure, Figure]:
     """Return the period of the startup probe and the failures that it allows.
 
     `longest_s`: when the server itself ends a start and reports the reason. A probe that kills it earlier hides that.
     """
-    least, source = float(_LEAST_START_S), f"load time: {load.source}"
+    least, source = float(_LEAST_START_S), f"load time: {load_time.source}"
     if longest_s is not None:
         least = math.ceil(longest_s) + _BEFORE_ENGINE_S
         source += f"; the server ends a start itself after {shown(math.ceil(longest_s))} s"
-    failures = ceil(max(least, _START_FACTOR * float(load.value)) / _PROBE_PERIOD_S)
-    formula = f"ceil(max({shown(least)}, {_START_FACTOR} x {shown(load.value)}) / {_PROBE_PERIOD_S})"
+    failures = ceil(max(least, _START_FACTOR * float(load_time.value)) / _PROBE_PERIOD_S)
+    formula = f"ceil(max({shown(least)}, {_START_FACTOR} x {shown(load_time.value)}) / {_PROBE_PERIOD_S})"
     return (
         Figure("period of the startup probe", _PROBE_PERIOD_S, "s", "", "own choice"),
         Figure("failures of the startup probe", failures, "probes", formula, source),

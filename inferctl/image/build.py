@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inferctl.config.spec import Model
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import size
 from inferctl.image import buildx, layers, library, lint
@@ -23,11 +22,10 @@ from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
-from inferctl.image.publish import Publication, build_once, publish
+from inferctl.image.publish import Publication, publish
 from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
-from inferctl.models import model
 from inferctl.models.fit import Finding
 
 # Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
@@ -104,7 +102,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
     if cache_to != options.cache_to:
         yield Note(f"the build cache is not exported: {builder.describe()} cannot export one")
     clock = _PhaseClock()
-    with staged(plan.rendered, plan.server) as (context, contexts):
+    with staged(plan.rendered, plan.server_files) as (context, contexts):
         request = buildx.BuildRequest(
             context=context,
             contexts=contexts,
@@ -123,14 +121,14 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         if builder.checks:
             for warning in buildx.check(request):
                 yield Note(f"Dockerfile check: {warning}")
-        steps, metadata = yield from build_once(request)
+        steps, metadata = yield from buildx.build_once(request)
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
             _check_expected(options.expected, image)
             yield from check_size(plan, info, image)
             yield from note_unverified(plan, native)
-            findings, checked = yield from _examine(plan, engine, info, image, steps)
+            findings, checked = yield from _lint_and_verify(plan, engine, info, image, steps)
             clock.lap("verify")
             publication = yield from publish(
                 plan, engine, builder, request, explicit_platforms, image, _config_digest(metadata, image)
@@ -169,22 +167,11 @@ def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.B
             f"cannot verify an image for {plan.platforms[0]}: this engine runs {info.platform}",
             "build it on a machine of that platform, or pass `--no-verify`",
         )
-    if plan.options.verify and plan.stack.cuda and not info.gpu and _generates(plan.spec.model):
+    if plan.options.verify and plan.stack.cuda and not info.gpu and plan.task == "generate":
         raise NotReadyError(
             "cannot verify this image here: vLLM for GPUs does not run on a CPU, and the engine passes no GPU through",
             "build it on a machine with a GPU; or pass `--no-verify`, and run `inferctl verify` on such a machine",
         )
-
-
-def _generates(settings: Model) -> bool:
-    """Return whether the task is generate, by the spec or by the model folder if there is one."""
-    if settings.task != "auto":
-        return settings.task == "generate"
-    try:
-        folder = model.find(settings.source, settings.revision)
-    except InferctlError:
-        return False
-    return model.resolve_task("auto", folder, settings.source) == "generate"
 
 
 def _check_expected(expected: str | None, image: ImageInfo) -> None:
@@ -285,9 +272,13 @@ def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
     return str(metadata.get("containerimage.config.digest") or image.id)
 
 
-def _examine(
+def _lint_and_verify(
     plan: BuildPlan, engine: DockerEngine, info: DockerInfo, image: ImageInfo, steps: list[StepFinished]
 ) -> Generator[Event, None, tuple[list[Finding], Verified | None]]:
+    """Check the layers of the untagged image, start it and compare its output with fp32.
+
+    Returns the findings, and the verification or None without one. Raises `InferctlError` if one of them fails.
+    """
     options = plan.options
     waste = None
     # Cached layers were analyzed when they were built.
@@ -309,7 +300,7 @@ def _examine(
     if downloads:
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
     # Without its weights on this machine, or for generation, the library has nothing to load.
-    embeds = plan.model is not None and not downloads and not _generates(plan.spec.model)
+    embeds = plan.model is not None and not downloads and plan.task != "generate"
     library_model = plan.model if embeds and library.installed() else None
     verify_options = VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image.events import BuildEvent
+from inferctl.image import failures
+from inferctl.image.events import BuildEvent, StepFinished
 from inferctl.image.image_name import host_of
 from inferctl.image.rawjson import Reader
 
@@ -244,6 +245,25 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
                 "buildx wrote no metadata", "install a newer buildx; `docker buildx version` shows the version"
             )
         return found
+
+
+def build_once(request: BuildRequest) -> Generator[BuildEvent, None, tuple[list[StepFinished], dict[str, Any]]]:
+    """Run one build: yield its events, return its finished steps and the metadata of buildx.
+
+    Raises `InferctlError` with a hint if the build fails.
+    """
+    steps: list[StepFinished] = []
+    with closing(run(request)) as running:
+        try:
+            while True:
+                event = next(running)
+                if isinstance(event, StepFinished):
+                    steps.append(event)
+                yield event
+        except StopIteration as end:
+            return steps, end.value
+        except BuildFailedError as error:
+            raise failures.build_error(error.text, error.step, error.log) from None
 
 
 def check(request: BuildRequest) -> list[str]:

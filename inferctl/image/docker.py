@@ -22,8 +22,9 @@ from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import failures
 from inferctl.image.events import PushEvent
 from inferctl.image.image_name import familiar, normalized, split
-from inferctl.image.push import ATTEMPTS, Pushed, push
+from inferctl.image.push import Pushed, push
 from inferctl.image.records import (
+    ATTEMPTS,
     CDI_ALL_GPUS,
     ContainerOptions,
     ContainerState,

@@ -17,7 +17,7 @@ from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
 from inferctl.image import locks, render
 from inferctl.image.render import Provenance, Rendered
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
 
 
@@ -26,8 +26,8 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     spec = resolved.spec
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
-    model = _local_model(spec)
-    check_task(spec, model)
+    model = local_model(spec)
+    check_model_task(spec, model)
     folder = Path(spec.image.locks) if spec.image.locks else None
     package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
@@ -35,24 +35,25 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     return render.render(spec, base, stack, package_locks, provenance, baked, labels, model.bytes if model else None)
 
 
-def _local_model(spec: Spec) -> ModelFolder | None:
+def local_model(spec: Spec) -> ModelFolder | None:
     """Return the folder of the model, or its snapshot in the hub's cache; None if it is not on this machine."""
     try:
-        return models.find(spec.model.source, spec.model.revision)
+        return model_folder.find(spec.model.source, spec.model.revision)
     except UsageError:
         return None
 
 
-def check_task(spec: Spec, folder: ModelFolder | None) -> None:
-    """Raise `UsageError` if images on the base of the spec cannot serve its task.
+def task_of(spec: Spec, folder: ModelFolder | None) -> str:
+    """Return the task of the spec, for `auto` that of the model `folder`. It stays `auto` without a folder."""
+    if spec.model.task == "auto" and folder is not None:
+        return resolve_task("auto", folder, spec.model.source)
+    return spec.model.task
 
-    For the task `auto`, it is that of the model, or accepted if the model is not on this machine.
-    """
-    task: str = spec.model.task
-    if task == "auto" and folder is not None:
-        task = resolve_task("auto", folder, spec.model.source)
+
+def check_model_task(spec: Spec, folder: ModelFolder | None) -> None:
+    """Raise `UsageError` if images on the base of the spec cannot serve its task. `auto` is accepted."""
     base = catalog.base(spec.image.base)
-    catalog.check_task(task, base, catalog.stack(base.stack))
+    catalog.check_task(task_of(spec, folder), base, catalog.stack(base.stack))
 
 
 def _provenance(folder: Path) -> Provenance:

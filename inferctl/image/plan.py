@@ -12,9 +12,9 @@ from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import size
 from inferctl.image import lint, locks, size_forecast
+from inferctl.image.from_spec import local_model, task_of
 from inferctl.image.image_name import host_of
-from inferctl.image.push import ATTEMPTS
-from inferctl.image.verify import READY_SECONDS
+from inferctl.image.records import ATTEMPTS, READY_SECONDS
 from inferctl.models import fit
 
 if TYPE_CHECKING:
@@ -60,16 +60,18 @@ class BuildOptions:
 class BuildPlan:
     """The plan of a build.
 
-    `references`: at least one name of the image, with tag. `model`: folder of the weights that the verification mounts.
-    `plan` sets None, because a dry run needs no weights.
+    `references`: at least one name of the image, with tag. `task` is `auto` while the model is not on this machine.
+    `server_files`: the server's own files, by their path in the image. `model`: folder of the weights that the image
+    bakes or that the verification mounts. `plan` sets None, because a dry run needs no weights.
     """
 
     references: tuple[str, ...]
     spec: Spec
     base: BaseImage
     stack: Stack
+    task: str
     rendered: Rendered
-    server: Mapping[str, Path]
+    server_files: Mapping[str, Path]
     model: Path | None
     forecast: size_forecast.SizeForecast
     findings: tuple[fit.Finding, ...]
@@ -102,7 +104,7 @@ class BuildPlan:
             "base": {"key": self.base.key, "reference": mirror or self.base.reference, "digest": digest},
             "stack": self.stack.key,
             "dockerfile": self.rendered.dockerfile,
-            "files": sorted([*self.rendered.files, *self.server]),
+            "files": sorted([*self.rendered.files, *self.server_files]),
             "labels": self.rendered.labels,
             "forecast": self.forecast.document(),
             "findings": [vars(finding) for finding in self.findings],
@@ -130,7 +132,12 @@ def platforms_of(spec: Spec, options: BuildOptions) -> tuple[str, ...]:
 
 
 def plan(
-    spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, server: Mapping[str, Path], options: BuildOptions
+    spec: Spec,
+    base: BaseImage,
+    stack: Stack,
+    rendered: Rendered,
+    server_files: Mapping[str, Path],
+    options: BuildOptions,
 ) -> BuildPlan:
     """Plan a build, without the engine and without weights.
 
@@ -156,27 +163,31 @@ def plan(
         ),
         wheels=wheel_sizes(rendered, Path(spec.image.wheels)) if spec.image.wheels else None,
         weights=_weights(spec) if baked else None,
-        server=sum(file.stat().st_size for file in server.values()),
+        server=sum(file.stat().st_size for file in server_files.values()),
     )
     if options.max_bytes is not None:
         size_forecast.check_limit(forecast, options.max_bytes, stack.cuda)
         findings += [] if forecast.complete else [_incomplete_forecast(forecast)]
     references = options.references or (f"{spec.repository}:{rendered.tag}",)
-    return BuildPlan(references, spec, base, stack, rendered, server, None, forecast, tuple(findings), options)
+    task = task_of(spec, local_model(spec))
+    return BuildPlan(
+        references, spec, base, stack, task, rendered, server_files, None, forecast, tuple(findings), options
+    )
 
 
 def _weights(spec: Spec) -> size_forecast.ImagePart:
     """Return the size of the baked weights: of the folder, in the hub's cache, or as listed by the hub."""
-    from inferctl.models import hub, model
+    from inferctl.models import hub
+    from inferctl.models import model as model_folder
 
     source, revision = spec.model.source, spec.model.revision
-    local = not model.is_hub_id(source)
+    local = not model_folder.is_hub_id(source)
     try:
-        folder = model.find(source) if local else hub.cached(source, revision)
+        folder = model_folder.find(source) if local else hub.cached(source, revision)
         found = folder or hub.facts(source, revision)
     except InferctlError as error:
         return size_forecast.ImagePart("weights", None, error.message)
-    if found.converted if isinstance(found, model.ModelFolder) else found.pickled:
+    if found.converted if isinstance(found, model_folder.ModelFolder) else found.pickled:
         raise UsageError(
             f"{source} cannot be served as it is on the hub, and a build does not convert it",
             f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",

@@ -11,7 +11,7 @@ from typing import Any
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import BuildEvent, Event, Note, Phase, StepFinished
+from inferctl.image.events import Event, Note, Phase
 from inferctl.image.image_name import split
 from inferctl.image.plan import BuildPlan
 from inferctl.image.push import PushFailedError, retrying
@@ -42,22 +42,6 @@ class Publication:
             "compressed_bytes": self.compressed,
             "pushed_bytes": self.pushed,
         }
-
-
-def build_once(request: buildx.BuildRequest) -> Generator[BuildEvent, None, tuple[list[StepFinished], dict[str, Any]]]:
-    """Run one build: yield its events, return its finished steps and the metadata of buildx."""
-    steps: list[StepFinished] = []
-    with contextlib.closing(buildx.run(request)) as running:
-        try:
-            while True:
-                event = next(running)
-                if isinstance(event, StepFinished):
-                    steps.append(event)
-                yield event
-        except StopIteration as end:
-            return steps, end.value
-        except buildx.BuildFailedError as error:
-            raise failures.build_error(error.text, error.step, error.log) from None
 
 
 def push_named(engine: DockerEngine, reference: str, attempts: int) -> Generator[Event, None, Publication]:
@@ -157,7 +141,7 @@ def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator
 def _export(request: buildx.BuildRequest, target: Path) -> Generator[Event, None, None]:
     partial = target.with_name(f".{target.name}.partial")
     try:
-        yield from build_once(replace(request, outputs=(f"type=oci,dest={partial}",)))
+        yield from buildx.build_once(replace(request, outputs=(f"type=oci,dest={partial}",)))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

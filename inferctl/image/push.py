@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from inferctl.core.errors import InferctlError
 from inferctl.image import failures
 from inferctl.image.events import LayerPush, LayerStatus, PushEvent, Retry
+from inferctl.image.records import ATTEMPTS
 
 Step = TypeVar("Step")
 Result = TypeVar("Result")
-ATTEMPTS = 4
 _FIRST_DELAY = 1.0
 _STATUS: dict[str, LayerStatus] = {
     "Preparing": "waiting",

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Defaults of a build and of its verification: seconds until the server in a container is ready, and pushes of a name.
+READY_SECONDS = 900.0
+ATTEMPTS = 4
 _CDI_GPU = "nvidia.com/gpu"
 # Name of the container toolkit for all NVIDIA GPUs of the machine.
 CDI_ALL_GPUS = f"{_CDI_GPU}=all"

@@ -7,7 +7,8 @@ The layers of the image, each a separate `COPY --link`, with large and stable on
 
     base | python | torch closure | vLLM | server dependencies | int8 | weights | server | config
 
-A change in one part changes only its own layer, so a new config or new weights push one layer.
+An image that downloads its weights has an empty folder for them (`cache`) in place of the weights. A change in one part
+changes only its own layer, so a new config or new weights push one layer.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +24,6 @@ from inferctl.image.events import Note
 from inferctl.image.library import LibraryComparison
 from inferctl.image.next_tokens import Prompt
 from inferctl.image.output_checks import (
-    NO_VERIFY,
     QUERY,
     TEXTS,
     check_scores,
@@ -34,18 +32,17 @@ from inferctl.image.output_checks import (
     fail,
     limit,
 )
-from inferctl.image.records import ContainerOptions, ImageInfo
+from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH
+from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, with_log
 from inferctl.models import divergence
-from inferctl.models.model import IMAGE_FOLDER, ModelFolder
+from inferctl.models.model import IMAGE_FOLDER
 
-READY_SECONDS = 900.0
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.
 _CHANCE = 1000.0
 _REFERENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 120.0
 _POLL_SECONDS = 0.2
-_LOG_LINES = 20
 T = TypeVar("T")
 
 
@@ -217,50 +214,6 @@ def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple
     ), free
 
 
-def mounts_of(folder: Path) -> dict[str, str]:
-    """Return the mounts (path in the container -> host path) that put `folder` at /model.
-
-    A snapshot in a hub cache has links to files outside of its folder, so its files are mounted one by one.
-    """
-    folder = folder.resolve()
-    files = ModelFolder(folder).files()
-    if not any(path.is_symlink() for path in files):
-        return {IMAGE_FOLDER: str(folder)}
-    return {f"{IMAGE_FOLDER}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
-
-
-def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
-    """Return an error with the reason why the container exited, None if it runs.
-
-    `hint`: for an exit whose reason is only in the log.
-    """
-    state = container.state()
-    if state.running:
-        return None
-    log = container.log(_LOG_LINES)
-    if state.out_of_memory or (state.exit_code == 137 and "illed" in log):
-        return NotReadyError(
-            _with_log("the container ran out of memory (OOM-killed)", log),
-            "give the engine more memory, or use a smaller model",
-        )
-    if f"Permission denied: '{IMAGE_FOLDER}" in log:
-        return NotReadyError(
-            _with_log("the container cannot read its weights: it runs as another user (10001)", log),
-            "make the mounted folder readable: `chmod -R a+rX DIR`",
-        )
-    known = {
-        1: "failed",
-        2: "invalid configuration",
-        3: "a dependency is not ready",
-        137: "killed",
-        139: "crashed",
-    }
-    summary = f"the container ended with exit code {state.exit_code}"
-    if state.exit_code in known:
-        summary += f" ({known[state.exit_code]})"
-    return InferctlError(_with_log(summary, log or state.error), hint)
-
-
 def _wait_ready(container: Container, address: tuple[str, int], started: float, seconds: float) -> None:
     while True:
         if error := exit_error(container):
@@ -272,9 +225,9 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
         else:
             return
         if time.monotonic() - started > seconds:
-            log = container.log(_LOG_LINES)
+            log = container.log(LOG_LINES)
             fail(
-                _with_log(f"/readyz was not ready within {seconds:.0f} s", log),
+                with_log(f"/readyz was not ready within {seconds:.0f} s", log),
                 "wait longer with `--ready-timeout SECONDS`",
             )
         time.sleep(_POLL_SECONDS)
@@ -340,11 +293,11 @@ def _reference(
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         return lines[0].removeprefix("error: ") if lines else "the reference rejects the model"
     if code:
-        fail(_with_log(f"the fp32 reference ended with exit code {code}", err))
+        fail(with_log(f"the fp32 reference ended with exit code {code}", err))
     try:
         return dict(json.loads(out))
     except ValueError:
-        fail(_with_log("the fp32 reference wrote no JSON", err))
+        fail(with_log("the fp32 reference wrote no JSON", err))
 
 
 def fetch(
@@ -355,25 +308,11 @@ def fetch(
         return dict(json.loads(request(address, "POST" if body else "GET", path, body, _REQUEST_SECONDS)))
     except urllib.error.HTTPError as error:
         text = error.read().decode("utf-8", "replace")
-        fail(_with_log(f"{path} returned {error.code}: {text[:500]}", container.log(_LOG_LINES)))
+        fail(with_log(f"{path} returned {error.code}: {text[:500]}", container.log(LOG_LINES)))
     except (OSError, http.client.HTTPException, ValueError) as error:
         if ended := exit_error(container):
             fail(f"no response from {path}: {ended.message}")
-        fail(_with_log(f"no response from {path}: {error}", container.log(_LOG_LINES)))
-
-
-def request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:
-    """Send one HTTP request to a container and return the body. Raises `OSError`, `HTTPError` or `HTTPException`."""
-    http_request = urllib.request.Request(
-        f"http://{address[0]}:{address[1]}{path}",
-        data=json.dumps(body).encode() if body is not None else None,
-        headers={"content-type": "application/json"},
-        method=method,
-    )
-    # Without the proxy settings of the environment: the container is local.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(http_request, timeout=timeout) as response:
-        return bytes(response.read())
+        fail(with_log(f"no response from {path}: {error}", container.log(LOG_LINES)))
 
 
 def _published(container: Container, port: int) -> int:
@@ -389,15 +328,3 @@ def _published(container: Container, port: int) -> int:
 def _scratch(image: ImageInfo) -> tuple[str, ...]:
     """Return the folders in memory for the image: the folder of downloaded weights if the image downloads them."""
     return (CACHE_PATH,) if image.environment.get("HF_HOME") == CACHE_PATH else ()
-
-
-def free_port() -> int:
-    """Return a free TCP port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _with_log(message: str, log: str) -> str:
-    lines = "\n".join(f"  | {line}" for line in log.splitlines()[-_LOG_LINES:])
-    return f"{message}\n{lines}" if lines else f"{message}; the log is empty"

@@ -21,7 +21,8 @@ from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.sizes import size
-from inferctl.models import model, untrusted
+from inferctl.models import model as model_folder
+from inferctl.models import untrusted
 from inferctl.models.model import ModelFolder
 
 # Called with the written bytes, and the bytes to write, estimated.
@@ -72,7 +73,7 @@ def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
             f"{target} cannot be written: {(error.strerror or str(error)).lower()}",
             "name a folder on a disk that is writable and has space",
         ) from None
-    return model.find(str(target))
+    return model_folder.find(str(target))
 
 
 @contextlib.contextmanager

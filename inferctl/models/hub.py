@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.sizes import size
-from inferctl.models import convert, model
+from inferctl.models import convert
+from inferctl.models import model as model_folder
 from inferctl.models.model import ModelFolder, PickledWeightsError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ Fetch = Callable[[str, str | None], ModelFolder]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10.0
 # No exports for other runtimes. Pickles only where there are no safetensors.
-_SUFFIXES = model.SUFFIXES - {".gguf"}
+_SUFFIXES = model_folder.SUFFIXES - {".gguf"}
 _LINE_EVERY_S = 5.0
 _MAX_CONFIGURATION_BYTES = 1_000_000
 
@@ -90,21 +91,21 @@ def fetch(
     files, and the next one continues with the others. Raises `UsageError` for a model that does not exist or cannot be
     used, `NotReadyError` if the hub does not provide it.
     """
-    if not model.is_hub_id(source):
-        return model.find(source, revision)
+    if not model_folder.is_hub_id(source):
+        return model_folder.find(source, revision)
     if (folder := cached(source, revision)) is not None:
         return folder
     snapshot = download(source, revision, progress)
     found = ModelFolder(snapshot)
     if not convert.needed(found) or (_generates(found) and not found.pickled):
-        return model.find(source, revision)
-    target = snapshot.parent.parent / model.CONVERTED / snapshot.name
+        return model_folder.find(source, revision)
+    target = snapshot.parent.parent / model_folder.CONVERTED / snapshot.name
     return convert.convert(snapshot, target, convert_progress)
 
 
 def _generates(folder: ModelFolder) -> bool:
     """Return whether a model is generative. vLLM reads tokenizers of other formats, too."""
-    return not folder.has_modules and folder.architecture.endswith(model.GENERATIVE)
+    return not folder.has_modules and folder.architecture.endswith(model_folder.GENERATIVE)
 
 
 def download(source: str, revision: str | None, progress: Progress) -> Path:
@@ -118,7 +119,7 @@ def download(source: str, revision: str | None, progress: Progress) -> Path:
             sizes = _sizes(info)
     except NotReadyError:
         try:
-            return model.find(source, revision).path
+            return model_folder.find(source, revision).path
         except PickledWeightsError as found:
             return found.folder
         except UsageError:
@@ -146,7 +147,7 @@ def download(source: str, revision: str | None, progress: Progress) -> Path:
 def cached(source: str, revision: str | None) -> ModelFolder | None:
     """Return the model in the hub's cache; None if it is missing or incomplete."""
     try:
-        return model.find(source, revision)
+        return model_folder.find(source, revision)
     except UsageError:
         return None
 
@@ -160,7 +161,7 @@ def facts(source: str, revision: str | None) -> HubModel:
         info = _info(source, revision)
         sizes = _sizes(info)
         first = "config.json" if "config.json" in sizes or "modules.json" not in sizes else "modules.json"
-        names = (first, *({model.LIBRARY_FILE, "modules.json"} & sizes.keys() - {first}))
+        names = (first, *({model_folder.LIBRARY_FILE, "modules.json"} & sizes.keys() - {first}))
         folder = ModelFolder(small_files(source, revision, names))
         found = HubModel(str(info.sha), folder.config, _parameters(info), sizes, folder.library_type)
         return found if found.parameters or not found.pickled else replace(found, parameters=_parameters_of(found))
@@ -290,7 +291,7 @@ def _sizes(info: ModelInfo) -> dict[str, int]:
     return {
         name: bytes_
         for name, bytes_ in found.items()
-        if model.is_loaded(path := PurePosixPath(name))
+        if model_folder.is_loaded(path := PurePosixPath(name))
         and (path.suffix in _SUFFIXES or (_is_pickle(name) and path.parent not in safe))
     }
 

@@ -172,7 +172,7 @@ class ModelFolder:
 
         Files in dotted, `onnx/` and `openvino/` folders are not part of the model.
         """
-        found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        found = (p for p in self.path.rglob("*") if p.suffix in SUFFIXES and p.exists() and not p.is_dir())
         return sorted(p for p in found if is_loaded(p.relative_to(self.path)))
 
 
@@ -247,17 +247,6 @@ def weight_map(index: Path) -> dict[str, str]:
         if "/" in file:
             raise UsageError(f"{index} names {shown(file)}, which is not a file next to it", "download the model again")
     return found
-
-
-def uses_alibi(config: Mapping[str, Any]) -> bool:
-    """Return whether a model adds a bias by distance to its attention scores (ALiBi), from its `config.json`."""
-    attention = config.get("attn_config")
-    return (
-        config.get("model_type") == "bloom"
-        or bool(config.get("alibi"))
-        or config.get("position_embedding_type") == "alibi"
-        or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
-    )
 
 
 class TaskFacts(Protocol):

@@ -1,4 +1,7 @@
-"""Run the fp32 reference in a process of its own: `python -m inferctl.serve.reference`."""
+"""Run the fp32 reference in a process of its own, or with `--library` sentence-transformers.
+
+The process is `python -m inferctl.serve.reference`.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""Finds a spec's model and its size: in its folder, the cache, or on the hub."""
+"""Finds a spec's model and its size: in its folder, the cache, or on the hub. And whether its memory is bounded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError
-from inferctl.models import hub, model
+from inferctl.models import hub
+from inferctl.models import model as model_folder
 from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder
@@ -18,8 +22,8 @@ def locate(spec: Spec) -> ModelFolder | HubModel | UnknownSize:
     Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
     """
     source, revision = spec.model.source, spec.model.revision
-    if not model.is_hub_id(source):
-        return model.find(source)
+    if not model_folder.is_hub_id(source):
+        return model_folder.find(source)
     if folder := hub.cached(source, revision):
         return folder
     try:
@@ -35,3 +39,14 @@ def size_of(found: ModelFolder | HubModel | UnknownSize) -> ModelSize | UnknownS
     if found.parameters is None:
         return _UNKNOWN
     return ModelSize(found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type)
+
+
+def uses_alibi(config: Mapping[str, Any]) -> bool:
+    """Return whether a model adds a bias by distance to its attention scores (ALiBi), from its `config.json`."""
+    attention = config.get("attn_config")
+    return (
+        config.get("model_type") == "bloom"
+        or bool(config.get("alibi"))
+        or config.get("position_embedding_type") == "alibi"
+        or (isinstance(attention, Mapping) and bool(attention.get("alibi")))
+    )

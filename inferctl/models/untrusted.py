@@ -51,7 +51,10 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def check(folder: Path, files: Iterable[Path]) -> None:
-    """Raise `UsageError` if one of the `files` of a model leads out of `folder` or is larger than any published one."""
+    """Raise `UsageError` if one of the `files` of a model leads out of `folder` or is larger than any published one.
+
+    Also for devices and pipes, which would end the reader's memory or its patience.
+    """
     root = folder.resolve()
     for file in files:
         if file.is_symlink() and not _stays(file, root):
@@ -59,6 +62,8 @@ def check(folder: Path, files: Iterable[Path]) -> None:
                 f"{file} is a link to {shown(str(file.readlink()))}, outside of the model folder",
                 "replace the link by a copy of the file, if you trust who made this folder",
             )
+        if not file.is_file():
+            raise UsageError(f"{file} is not a file, but a device, a pipe or a socket", "download the model again")
         if file.suffix not in _WEIGHTS and file.stat().st_size > _MAX_OTHER_BYTES:
             raise _too_large(file, _MAX_OTHER_BYTES)
 

@@ -52,6 +52,9 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # The width of gte-Qwen2-1.5B and its descendants, whose own code and config.json contradict each other.
 _CONTRADICTION = 1536
+# Types whose vectors depend on padding or chance, and those that turn sparse attention off after the first short text.
+_MIXING = ("nystromformer", "yoso")
+_SPARSE = ("big_bird", "bigbird_pegasus")
 _HINT = "use a model that transformers computes itself; a copy of this one for it may exist"
 
 
@@ -74,9 +77,15 @@ def native_config(folder: Path) -> dict[str, Any]:
             f"{folder} has positions (longrope) that depend on the longest text of a batch, which is not supported",
             _HINT,
         )
+    kind = str(config.get("model_type", ""))
+    if kind in _MIXING or (kind in _SPARSE and config.get("attention_type", "block_sparse") != "original_full"):
+        raise UsageError(
+            f"the attention of {folder} ({kind}) depends on the other texts of a batch, or on earlier ones; it is not "
+            "supported",
+            "use a model with full attention, or set `attention_type: original_full` if BigBird was trained so",
+        )
     code = _own_code(config)
     found = {key: value for key, value in config.items() if key != "auto_map"}
-    kind = str(config.get("model_type", ""))
     module, _, name = code.rpartition("--")[2].rpartition(".")
     if kind in _RENAMED:
         found["model_type"] = _RENAMED[kind]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import modules, prompts
+from inferctl.models import model
+from inferctl.serve import architecture, modules, prompts
 from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
@@ -30,7 +31,7 @@ class EmbeddingConfig:
 
     `pooling`: modes whose vectors are concatenated. `layers`: applied to the pooled vector. `truncate_dim`: numbers
     that remain of the result, without another normalization; None for all. `max_tokens` includes special tokens.
-    `assumed`: the folder does not name a pooling, so mean pooling is used. `matryoshka`: the dimensions that vectors
+    `assumed`: the folder does not name a pooling, so that of its kind is used. `matryoshka`: the dimensions that vectors
     can be truncated to, empty if the model was not trained for truncation, None if any number is allowed. `static`: as
     in `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
     """
@@ -57,7 +58,7 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     static = found.static if found else None
     pooled = found is None or found.include_prompt
     return EmbeddingConfig(
-        pooling=found.pooling if found else ("mean",),
+        pooling=found.pooling if found else _assumed_pooling(folder),
         layers=found.layers if found else (),
         truncate_dim=_truncate_dim(folder),
         assumed=found is None,
@@ -67,28 +68,45 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     )
 
 
+def _assumed_pooling(folder: Path) -> tuple[PoolingMode, ...]:
+    """Return the pooling that sentence-transformers chooses for a folder without modules."""
+    config = architecture.native_config(folder)
+    causal = model.architecture(config).endswith("ForCausalLM") and config.get("is_causal", True)
+    return ("last",) if causal else ("mean",)
+
+
 def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool, static: bool = False) -> dict[str, Any]:
     """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
     transformer = {} if static else modules.transformer_settings(folder)
     longest = _STATIC_TOKENS if static else _longest(folder, read_object(folder / "config.json"), transformer)
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
-        "prompts": prompts.read(read_object(folder / "config_sentence_transformers.json"), pooled=pooled),
+        "prompts": prompts.read(modules.library_settings(folder), pooled=pooled),
         "lower_case": bool(transformer.get("do_lower_case", False)),
     }
 
 
 def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) -> int:
     tokenizer = read_object(folder / "tokenizer_config.json")
-    positions = (
-        None if _rotates(config) and transformer.get("max_seq_length") else config.get("max_position_embeddings")
-    )
-    if isinstance(positions, int) and config.get("model_type") in _OFFSET_TYPES:
+    own = _limit(folder, transformer, "max_seq_length")
+    positions = None
+    if not (own and _rotates(config)) and config.get("max_position_embeddings") != -1:  # XLNet has no limit
+        positions = _limit(folder, config, "max_position_embeddings")
+    if positions and config.get("model_type") in _OFFSET_TYPES:
         positions -= int(config.get("pad_token_id") or 0) + 1
-    tokenizer_limit = tokenizer.get("model_max_length") or tokenizer.get("max_len")  # the old name
-    limits = [positions, transformer.get("max_seq_length") or tokenizer_limit]
-    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT]
-    return min(known, default=512)
+    if own is None:
+        own = _limit(folder, tokenizer, "max_len" if tokenizer.get("model_max_length") is None else "model_max_length")
+    return min((limit for limit in (positions, own) if limit is not None and limit < _NO_LIMIT), default=512)
+
+
+def _limit(folder: Path, settings: dict[str, Any], name: str) -> int | None:
+    """Return a number of tokens, None if there is none. Raises `UsageError` for what no tokenizer can truncate to."""
+    value = settings.get(name)
+    if value is None or (type(value) is float and value >= _NO_LIMIT):
+        return None
+    if type(value) is not int or value < 1:
+        raise UsageError(f"`{name}` of {folder} is {value!r}, not a number of tokens", "correct the file")
+    return value
 
 
 def _rotates(config: dict[str, Any]) -> bool:
@@ -107,7 +125,7 @@ def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:
 
 
 def _truncate_dim(folder: Path) -> int | None:
-    found = read_object(folder / "config_sentence_transformers.json").get("truncate_dim")
+    found = modules.library_settings(folder).get("truncate_dim")
     if found is not None and not (type(found) is int and found > 0):
         raise UsageError(f"`truncate_dim` of {folder} is {found!r}, not a number of dimensions", "correct the file")
     return found

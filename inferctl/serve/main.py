@@ -67,7 +67,7 @@ def arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `python -m inferctl.serve`. Options that are not given are absent from the result."""
     options = _Parser(prog="python -m inferctl.serve", argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    options.description = "Serve embeddings over HTTP, OpenAI-compatible. `inferctl serve --help` explains the options."
+    options.description = "Serve a model over HTTP, OpenAI-compatible. `inferctl serve --help` explains the options."
     options.add_argument("--spec", metavar="FILE", type=Path)
     for name in SETTINGS.keys() - {"allow_inaccurate"}:
         number = name == "port" or name.startswith("max_")

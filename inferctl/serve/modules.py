@@ -2,7 +2,8 @@
 
 `modules.json` lists them in the order in which they run. The first one is Transformer, with its files in the folder
 itself, or StaticEmbedding. Each other one has a folder of its own. Old and new releases of the library write different
-packages of the same classes, so the last part of a type decides.
+packages of the same classes, so the last part of a type decides. Without `modules.json`, the library reads none of its
+own files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.models.model import STATIC, ModelFolder
+from inferctl.models.model import LIBRARY_FILE, STATIC, ModelFolder
 from inferctl.models.untrusted import inside, read_json
 
 PoolingMode: TypeAlias = Literal["cls", "max", "mean", "mean_sqrt_len", "weightedmean", "last"]
@@ -41,6 +42,7 @@ ACTIVATIONS = frozenset(
     {"ELU", "GELU", "Hardtanh", "Identity", "LeakyReLU", "Mish", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid"}
     | {"Softplus", "Softsign", "Tanh"}
 )
+ACTIVATION_PACKAGES = ("torch.nn", "torch.nn.modules.activation", "torch.nn.modules.linear")
 # Settings of Transformer for the tokenizer, config.json and the weights, in old and new releases, and the ones among
 # them that do not change what is computed.
 _KWARGS = tuple(
@@ -52,6 +54,17 @@ _HARMLESS = frozenset(
     {"attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "padding", "return_tensors", "torch_dtype"}
     | {"trust_remote_code", "truncation", "use_safetensors"}
 )
+# Its other settings that are supported.
+_SETTINGS = frozenset(
+    {"do_lower_case", "max_seq_length", "modality_config", "module_output_name", "transformer_task", "unpad_inputs"}
+)
+# What each task of Transformer takes of the model, and its name for the next module.
+_OUTPUTS = {
+    "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "sequence-classification": ("logits", "scores"),
+}
+# The class of sentence-transformers for each task. It would replace the modules that another class saved.
+_CLASSES = {"embed": "SentenceTransformer", "rerank": "CrossEncoder"}
 # The files that hold the settings of Transformer: the newest name first.
 _SETTINGS_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -113,6 +126,11 @@ def read(folder: Path, task: Task) -> Modules | None:
     """
     if not (folder / "modules.json").is_file():
         return None
+    if (saved := library_settings(folder).get("model_type", "SentenceTransformer")) != _CLASSES[task]:
+        raise UsageError(
+            f"the modules of {folder} are those of a {saved}, not of a {_CLASSES[task]}",
+            f"save the model with {_CLASSES[task]} of {_PACKAGE}, or remove modules.json if the transformer is enough",
+        )
     first, *others = _entries(folder)
     entries = [first, *(entry for entry in others if entry[0] != "Dropout")]  # it does nothing after the training
     names = [name for name, _ in entries]
@@ -134,7 +152,16 @@ def read(folder: Path, task: Task) -> Modules | None:
 
 def transformer_settings(folder: Path) -> dict[str, Any]:
     """Return the content of the settings file of Transformer, under the name of any release; empty without one."""
-    return next((found for name in _SETTINGS_FILES if (found := read_object(folder / name))), {})
+    return next((found for name in _SETTINGS_FILES if (found := _library_file(folder, name))), {})
+
+
+def library_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of `config_sentence_transformers.json`; empty without one."""
+    return _library_file(folder, LIBRARY_FILE)
+
+
+def _library_file(folder: Path, name: str) -> dict[str, Any]:
+    return read_object(folder / name) if (folder / "modules.json").is_file() else {}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -172,9 +199,9 @@ def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task)
             f"the Transformer module of {folder} is in {path}", "move its files into the model folder, with path ''"
         )
     settings = transformer_settings(folder)
-    tasks = {"feature-extraction", "sequence-classification"} if task == "rerank" else {"feature-extraction"}
-    if (found := settings.get("transformer_task", "feature-extraction")) not in tasks:
-        raise UsageError(f"the transformer of {folder} is made for {found}, not for {task}", "use another model")
+    wanted = "sequence-classification" if task == "rerank" and len(entries) == 1 else "feature-extraction"
+    if (found := settings.get("transformer_task", "feature-extraction")) != wanted:
+        raise UsageError(f"the transformer of {folder} is made for {found}, not for {wanted}", "use another model")
     if changed := sorted(_changes(settings)):
         raise UsageError(
             f"{folder} sets {', '.join(changed)} in the settings of its Transformer module, which is not supported",
@@ -185,18 +212,16 @@ def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task)
             f"{folder} renders each text with a chat template, which is not supported", "use a model for plain text"
         )
     method = (settings.get("modality_config") or {}).get("text") or {}
-    if task == "embed" and (
-        method.get("method", "forward") != "forward"
-        or method.get("method_output_name", "last_hidden_state") != "last_hidden_state"
-    ):
+    taken, name = _OUTPUTS[wanted]
+    if (method.get("method", "forward"), method.get("method_output_name", taken)) != ("forward", taken):
         raise UsageError(f"{folder} takes {method} of its transformer, which is not supported", "use another model")
-    output = settings.get("module_output_name") or "token_embeddings"
-    if task == "embed" and output != "token_embeddings":
-        raise UsageError(f"the transformer of {folder} returns {output}, not token_embeddings", "use another model")
+    if (output := settings.get("module_output_name") or name) != name:
+        raise UsageError(f"the transformer of {folder} returns {output}, not {name}", "use another model")
 
 
 def _changes(settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the settings of Transformer for its tokenizer, config.json and weights that change what is computed."""
+    """Yield the settings of Transformer that change what is computed, and that the server does not read."""
+    yield from (name for name, value in settings.items() if value is not None and name not in {*_SETTINGS, *_KWARGS})
     for name in _KWARGS:
         found = settings.get(name) or {}
         kinds = found.values() if name == "processing_kwargs" else [found]  # by modality, and `common`
@@ -272,7 +297,7 @@ def _layer(folder: Path, name: str, path: str) -> Layer:
 def _activation(folder: Path, settings: dict[str, Any]) -> str:
     named = str(settings.get("activation_function", "torch.nn.Tanh"))
     package, _, name = named.rpartition(".")
-    if name not in ACTIVATIONS or package not in ("torch.nn", "torch.nn.modules.activation", "torch.nn.modules.linear"):
+    if name not in ACTIVATIONS or package not in ACTIVATION_PACKAGES:
         raise UsageError(
             f"the activation {named} of a Dense module of {folder} is not supported",
             f"use a model with one of {', '.join(sorted(ACTIVATIONS))}",

@@ -113,13 +113,10 @@ def library(
     import torch
 
     pool = TokenizerPool(folder, task_config.read(task, folder), threads=1)
-    adds_eos = pool.facts["eos_added_by"] == "add_eos_token"
     pool.close()
     options: dict[str, Any] = {"device": device, "trust_remote_code": False, "local_files_only": True}
-    if adds_eos:
-        # transformers 5 does not read this from the file. Given one of the two, it would drop the other token.
-        adds_bos = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").special_tokens_mask[0] == 1
-        options["processor_kwargs"] = {"add_eos_token": True, "add_bos_token": adds_bos}
+    if pool.transformers_options:
+        options["processor_kwargs"] = pool.transformers_options
     kind = getattr(sentence_transformers, "CrossEncoder" if task == "rerank" else "SentenceTransformer")
     model_options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if read_object(folder / "config.json").get("attn_logit_softcapping"):

@@ -2,7 +2,7 @@
 
 The formats are those of transformers' `config.json` and of the files that `CrossEncoder` of sentence-transformers
 writes: `sentence_transformers.activation_fn` (before version 4 `sbert_ce_default_activation_function`) in `config.json`
-or `activation_fn` in `config_sentence_transformers.json`.
+or, if there are modules, `activation_fn` in `config_sentence_transformers.json`.
 """
 
 from __future__ import annotations
@@ -56,16 +56,10 @@ class RerankConfig:
 
 def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
     """Return the configuration of a model folder. Raises `UsageError` for a module or activation without support."""
-    config = read_object(folder / "config.json")
     found = modules.read(folder, "rerank")
-    name = str(
-        read_object(folder / "config_sentence_transformers.json").get("activation_fn")
-        or (config.get("sentence_transformers") or {}).get("activation_fn")
-        or config.get("sbert_ce_default_activation_function")
-        or "torch.nn.Sigmoid"
-    )
-    activation = name.rpartition(".")[2]
-    if not name.startswith("torch.") or activation not in _ACTIVATIONS:
+    name = _activation_name(folder)
+    package, _, activation = name.rpartition(".")
+    if package not in modules.ACTIVATION_PACKAGES or activation not in _ACTIVATIONS:
         raise UsageError(
             f"the activation {name} of {folder} is not supported", f"use a model with {', '.join(_ACTIVATIONS)}"
         )
@@ -77,3 +71,13 @@ def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
     if not isinstance(last, Dense) or last.out_features != 1:
         raise UsageError(f"{folder} returns several scores for a pair", "use a cross-encoder with one score")
     return RerankConfig(activation, pooling=found.pooling, layers=found.layers, **settings)
+
+
+def _activation_name(folder: Path) -> str:
+    """Return the class that `CrossEncoder` applies to the logits. A null in the newer key hides the older one."""
+    config = read_object(folder / "config.json")
+    found = modules.library_settings(folder).get("activation_fn")
+    if found is None:
+        own = config.get("sentence_transformers", {})
+        found = own["activation_fn"] if "activation_fn" in own else config.get("sbert_ce_default_activation_function")
+    return "torch.nn.Sigmoid" if found is None else str(found)

@@ -24,8 +24,8 @@ from inferctl.core.errors import UsageError
 from inferctl.serve import tokenizer_files, word_piece
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.modules import read_object
 from inferctl.serve.rerank_config import RerankConfig
+from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.word_piece import TokenizedText, is_panic
 
@@ -104,8 +104,7 @@ class TokenizerPool:
                 f"{self._file.parent} has no tokenizer.json",
                 f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
             )
-        names = read_object(folder / "tokenizer_config.json").get("model_input_names")
-        self._has_segments = not isinstance(names, list) or "token_type_ids" in names
+        self._has_segments = returns_segments(folder)
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
@@ -113,13 +112,26 @@ class TokenizerPool:
         tokenizer = self._load()
         self.max_tokens = config.max_tokens
         if self._static is not None:  # the library runs tokenizer.json alone
-            self.max_tokens = min(self.max_tokens, (tokenizer.truncation or {}).get("max_length", self.max_tokens))
-        tokenizer_files.check(folder, tokenizer, alone=self._static is not None)
+            cut = tokenizer.truncation or {}
+            if cut.get("direction") == "left":
+                raise UsageError(
+                    f"the tokenizer of {folder} truncates at the start of a text, which is not supported",
+                    'set "direction" of "truncation" in tokenizer.json to "Right" if texts are not truncated',
+                )
+            self.max_tokens = min(self.max_tokens, cut.get("max_length", self.max_tokens))
+        else:
+            tokenizer_files.refuse_code(folder)
         self._eos = tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
         if self._eos is not None and isinstance(config, RerankConfig):
             raise UsageError(
                 f"{folder} asks for a token after each pair (add_eos_token), which is not supported",
                 "use another model",
+            )
+        pairs = isinstance(config, RerankConfig)
+        if self.max_tokens <= (special := tokenizer.num_special_tokens_to_add(pairs) + (self._eos is not None)):
+            raise UsageError(
+                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special: no text fits",
+                "raise `serve.max_input_tokens`, or the limit in the files of the model",
             )
         self._local.tokenizer = self._prepared(tokenizer)
         self._word_piece, self._reason = word_piece.create(self._tokenizer(), self._encode_slowly)
@@ -147,6 +159,27 @@ class TokenizerPool:
         """The library that tokenizes, and why that one, for `/info`."""
         name = "tokenizers" if self._word_piece is None else "nanotoken"
         return {"library": f"{name} {_version(name)}", "reason": self._reason}
+
+    @property
+    def transformers_options(self) -> dict[str, bool]:
+        """Options with which `AutoTokenizer` adds the token that the pool adds after each text.
+
+        transformers 5 does not read `add_eos_token` from the file. Given one of the two, it would drop the other token.
+        """
+        if self._eos is None:
+            return {}
+        return {"add_eos_token": True, "add_bos_token": self._tokenizer().encode("a").special_tokens_mask[:1] == [1]}
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that the tokenizer finds in a text before all else."""
+        return [token.content for token in self._tokenizer().get_added_tokens_decoder().values()]
+
+    def pieces(self, count: int) -> list[str]:
+        """Return the texts of at most `count` tokens from all over the vocabulary."""
+        tokenizer = self._tokenizer()
+        size = tokenizer.get_vocab_size()
+        return [tokenizer.decode([id]) for id in range(0, size, -(-size // count))]
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""

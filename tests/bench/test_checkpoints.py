@@ -57,22 +57,22 @@ def test_a_plan_names_a_checkpoint_relative_to_its_file(folders: tuple[Path, Pat
     model, prepared = folders
     file = plan_of(prepared.parent, "int8")
     done = bench_setup.prepare_new(BenchOptions(None, str(model), str(file), output=tmp_path))
-    targets = {target.name: target.checkpoint for target in done.work.targets}
+    targets = {target.name: target.checkpoint for target in done.bench.targets}
     assert targets == {"bf16": None, "int8": str(prepared)}
-    assert done.work.command
-    commands = [list(done.work.command("int8", tmp_path / "a", checkpoint)) for checkpoint in targets.values()]
+    assert done.bench.command
+    commands = [list(done.bench.command("int8", tmp_path / "a", checkpoint)) for checkpoint in targets.values()]
     assert [command[command.index("--model") + 1] for command in commands] == [str(model), str(prepared)]
-    saved = json.loads((done.work.output / "bench.json").read_text())["identity"]["checkpoints"]
+    saved = json.loads((done.bench.output / "bench.json").read_text())["identity"]["checkpoints"]
     assert saved == {"int8": ModelFolder(prepared).digest}
 
-    resumed = bench_setup.prepare_resumed(done.work.output)
-    assert resumed.work.targets == done.work.targets
+    resumed = bench_setup.prepare_resumed(done.bench.output)
+    assert resumed.bench.targets == done.bench.targets
     config = prepared / "config.json"
     original = config.read_text()
     config.write_text(original + "\n")
     try:
         with pytest.raises(UsageError, match="a checkpoint changed"):
-            bench_setup.prepare_resumed(done.work.output)
+            bench_setup.prepare_resumed(done.bench.output)
     finally:
         config.write_text(original)
 
@@ -125,7 +125,7 @@ def test_a_receipt_has_the_name_of_the_checkpoint_and_its_digest(tmp_path: Path)
     work = Bench(plan, [target], command, None, tmp_path)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
-    context = receipts.Context(plan, environment.detect(), "m", [], None, tmp_path, work.targets)
+    context = receipts.ReceiptContext(plan, environment.detect(), "m", [], None, tmp_path, work.targets)
     receipts.write_all(context, outcomes)
     found = receipt.load(tmp_path / "receipts" / "int8.json")
     assert seen == ["/srv/somebody/models/int8"]

@@ -16,9 +16,9 @@ import pytest
 from bench_samples import ANSWERING
 
 from inferctl.bench.judge import summary
-from inferctl.bench.load.target import Target
-from inferctl.bench.measure import auto_users, concurrency, environment, resume, runner, throughput
-from inferctl.bench.measure.bench import Bench, started
+from inferctl.bench.load.target import ServerConnection
+from inferctl.bench.measure import auto_users, closed_loop, concurrency, environment, resume, runner
+from inferctl.bench.measure.bench import Bench, started_server
 from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.measure.measured_server import MeasuredServer
 from inferctl.bench.measure.outcome import BenchTarget
@@ -96,7 +96,7 @@ def test_requests_at_the_ends_of_a_window_count_by_their_share() -> None:
         rows["intended_ns"] = np.repeat(np.arange(10) * 0.8e9, 2).astype(np.uint64)
         rows["end_ns"] = rows["intended_ns"] + np.uint64(800_000_000)
         part = summary.RunRecords(rows, int(start * 1e9), int((start + 2) * 1e9), 1, None)
-        assert throughput.weighted_rate(part) == pytest.approx(2.5)
+        assert closed_loop.weighted_rate(part) == pytest.approx(2.5)
 
 
 def test_a_busy_load_generator_is_no_saturated_server() -> None:
@@ -168,7 +168,9 @@ def test_an_emulated_precision_does_not_set_the_users_of_the_others(
     @contextlib.contextmanager
     def ready(work: Bench, target: BenchTarget, folder: Path, notify: object) -> Iterator[Any]:
         info = {"precision": {"level": levels[target.name]}}
-        server = MeasuredServer(Target("http://127.0.0.1:9", "m", info), None, cast(Any, None), cast(Any, notify))
+        server = MeasuredServer(
+            ServerConnection("http://127.0.0.1:9", "m", info), None, cast(Any, None), cast(Any, notify)
+        )
         yield server
 
     def find(measure: object) -> Concurrency:
@@ -204,7 +206,7 @@ def test_an_emulated_precision_is_measured_for_a_shorter_time(load: dict[str, An
     shorter = shape.Load.model_validate(load).for_emulated()
     assert shorter.duration_s == seconds == shorter.for_emulated().duration_s
     # An option of the command line applies to all.
-    assert plan.load("quick").with_overrides(duration_s=30).load.for_emulated().duration_s == 30
+    assert plan.read_plan("quick").with_overrides(duration_s=30).load.for_emulated().duration_s == 30
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_a_server_whose_capacity_is_measured_rejects_no_request(
     if search:
         wanted = wanted.with_overrides(search=search)
     work = dataclasses.replace(made, plan=wanted, command=lambda *_: [sys.executable, "-c", show])
-    with pytest.raises(InferctlError), started(work, work.targets[0], tmp_path, lambda *_: None):
+    with pytest.raises(InferctlError), started_server(work, work.targets[0], tmp_path, lambda *_: None):
         pass
     variables = json.loads((tmp_path / "variables.json").read_text())
     served = settings.resolve(settings.read(spec), variables, {}).spec
@@ -245,7 +247,7 @@ def test_a_server_that_answers_nothing_is_an_error() -> None:
 
 
 def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
-    made = plan.load("precision")
+    made = plan.read_plan("precision")
     assert made.load.auto_users
     assert not made.with_overrides(users=4).load.auto_users
     assert not made.with_overrides(rate=9).load.auto_users
@@ -292,7 +294,7 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     outcomes = runner.outcomes(work)
     told: list[str] = []
     runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
-    context = result.Context(work.plan, environment.detect(), "test", [], None, tmp_path)
+    context = result.ReceiptContext(work.plan, environment.detect(), "test", [], None, tmp_path)
     found = result.collect(context, outcomes, write_all(context, outcomes), tmp_path / "report.html").as_dict()
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"

@@ -37,7 +37,7 @@ def bench(folder: Path, *options: str) -> dict[str, Any]:
 
 
 def test_a_rate_in_percent_is_a_share_of_a_capacity_that_is_measured_first() -> None:
-    gate = plan.load("gate")
+    gate = plan.read_plan("gate")
     assert (gate.load.mode, gate.load.capacity_percent, gate.load.rate) == ("open", 50, None)
     assert plan.Plan.model_validate(gate.model_dump(mode="json", exclude_unset=True)) == gate
     at = gate.load.at(333.33)
@@ -70,7 +70,7 @@ def test_a_share_that_means_nothing_is_refused(load: dict[str, Any], tmp_path: P
 
 def test_neighbours_need_a_rate_in_requests_per_second() -> None:
     with pytest.raises(UsageError, match="neighbours need a rate in requests/s"):
-        plan.load("gate").with_overrides(neighbours=1)
+        plan.read_plan("gate").with_overrides(neighbours=1)
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def test_contradictory_options_are_errors(
 
 
 def test_a_plan_has_other_keys_for_generation_and_options_replace_them() -> None:
-    quick = plan.load("quick")
+    quick = plan.read_plan("quick")
     own = quick.for_task("generate")
     assert [each.precision for each in own.configurations] == ["bf16"]
     assert own.load.generation is not None
@@ -143,13 +143,13 @@ def test_a_plan_has_other_keys_for_generation_and_options_replace_them() -> None
 
 @pytest.mark.parametrize("name", ["precision", "quick", "gate", "search", "spike"])
 def test_every_plan_works_for_generation(name: str) -> None:
-    load = plan.load(name).for_task("generate").load
-    assert (load.task, load.auto_users, load.mode) == ("generate", False, plan.load(name).load.mode)
+    load = plan.read_plan(name).for_task("generate").load
+    assert (load.task, load.auto_users, load.mode) == ("generate", False, plan.read_plan(name).load.mode)
     assert workload.draw(load.model_copy(update={"rate": 2.0}), "mixed", 1).output_tokens
 
 
 def test_a_plan_for_generation_is_rejected_for_embeddings() -> None:
-    changed = plan.load("quick").with_overrides(generation={"ttft_ms": 5})
+    changed = plan.read_plan("quick").with_overrides(generation={"ttft_ms": 5})
     with pytest.raises(UsageError, match="is for generation"):
         changed.for_task("embed")
 

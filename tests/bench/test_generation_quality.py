@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from inferctl.bench import stats
-from inferctl.bench.load.target import Target
+from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure.quality import QualityChecker, QualityResult
 from inferctl.bench.measure.resume import _decoded
 from inferctl.bench.plan.sections import Quality
@@ -64,12 +64,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def target(generator: Path) -> Iterator[Target]:
+def target(generator: Path) -> Iterator[ServerConnection]:
     texts = [json.loads(line)["text"] for line in tiny_models.CORPUS.with_name("mixed.jsonl").read_text().splitlines()]
     Handler.texts = {tuple(t["ids"]): t for t in reference(str(generator), texts, max_tokens=TOKENS)["texts"]}
     info = {"model": {"sha256": models.ModelFolder(generator).digest}}
     with serving(Handler) as port:
-        yield Target(f"http://127.0.0.1:{port}", "m", info, task="generate")
+        yield ServerConnection(f"http://127.0.0.1:{port}", "m", info, task="generate")
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,12 @@ def checker(generator: Path) -> QualityChecker:
     return QualityChecker(Quality(tokens=TOKENS), generator)
 
 
-def check(checker: QualityChecker, target: Target, mode: str) -> QualityResult:
+def check(checker: QualityChecker, target: ServerConnection, mode: str) -> QualityResult:
     Handler.mode = mode
     return checker(target, lambda _: None)
 
 
-def test_a_server_that_equals_fp32_has_no_divergence(checker: QualityChecker, target: Target) -> None:
+def test_a_server_that_equals_fp32_has_no_divergence(checker: QualityChecker, target: ServerConnection) -> None:
     found = check(checker, target, "")
     assert (found.checked, found.passes, found.reason) == (True, True, None)
     assert found.kl and found.agreement and found.perplexity
@@ -94,7 +94,7 @@ def test_a_server_that_equals_fp32_has_no_divergence(checker: QualityChecker, ta
     assert _decoded(QualityResult, json.loads(json.dumps(found.as_dict()))) == found
 
 
-def test_another_distribution_fails_the_check(checker: QualityChecker, target: Target) -> None:
+def test_another_distribution_fails_the_check(checker: QualityChecker, target: ServerConnection) -> None:
     found = check(checker, target, "drift")
     assert (found.checked, found.passes) == (True, False)
     assert found.kl and found.kl.mean > 0.1 and found.kl.p99 > found.kl.mean
@@ -112,19 +112,21 @@ def test_another_distribution_fails_the_check(checker: QualityChecker, target: T
     ],
 )
 def test_a_server_without_log_probabilities_is_not_measured_and_a_broken_one_fails(
-    checker: QualityChecker, target: Target, mode: str, checked: bool, reason: str
+    checker: QualityChecker, target: ServerConnection, mode: str, checked: bool, reason: str
 ) -> None:
     found = check(checker, target, mode)
     assert (found.checked, found.passes) == (checked, False if checked else None)
     assert reason in (found.reason or "")
 
 
-def test_other_weights_are_not_compared(checker: QualityChecker, target: Target) -> None:
+def test_other_weights_are_not_compared(checker: QualityChecker, target: ServerConnection) -> None:
     found = check(checker, replace(target, info={"model": {"sha256": "0" * 64}}), "")
     assert "are not those of the local folder" in (found.reason or "")
 
 
-def test_a_quantized_checkpoint_is_compared_with_its_original_weights(checker: QualityChecker, target: Target) -> None:
+def test_a_quantized_checkpoint_is_compared_with_its_original_weights(
+    checker: QualityChecker, target: ServerConnection
+) -> None:
     digests = {"sha256": "0" * 64, "original_sha256": target.info["model"]["sha256"]}
     assert check(checker, replace(target, info={"model": digests}), "").passes
 

@@ -19,7 +19,7 @@ def measure(
     load = shape.Load.model_validate({"warmup_s": 0, "timeout_s": 10, **settings})
     work = workload.draw(load, "short", seed=3)
     folder.mkdir(exist_ok=True)
-    description = load_run.prepare(load, work, target.Target(url, "test"), 100, folder)
+    description = load_run.prepare(load, work, target.ServerConnection(url, "test"), 100, folder)
     result = load_run.run(load, description, lambda live: None, lambda: None)
     offered = len(work.schedule_ns) if load.mode == "open" else None
     part = summary.RunRecords(result.rows, result.state["measure_start_ns"], result.state["measure_end_ns"], 1, offered)

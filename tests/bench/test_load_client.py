@@ -141,7 +141,7 @@ def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypa
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "other.pem"))
         load = shape.Load.model_validate({"users": 1, "duration_s": 1, "warmup_s": 0})
         work = workload.draw(load, "short", 1)
-        description = load_run.prepare(load, work, target.Target(url, "m"), 100_000, tmp_path)
+        description = load_run.prepare(load, work, target.ServerConnection(url, "m"), 100_000, tmp_path)
         rejected = load_run.run(load, description, lambda live: None, lambda: None)
     assert set(rejected.rows["error"].tolist()) == {records.CONNECTION}
 

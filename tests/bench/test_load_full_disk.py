@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_at_the_start_ends_the_load(answering: Callable[...,
 def test_a_disk_that_fills_up_during_a_load_ends_it(answering: Callable[..., str], disk: Path) -> None:
     load = shape.Load.model_validate({"users": 2, "duration_s": 2, "warmup_s": 0})
     work = workload.draw(load, "short", 1)
-    description = load_run.prepare(load, work, target.Target(answering(), "test"), 100_000, disk)
+    description = load_run.prepare(load, work, target.ServerConnection(answering(), "test"), 100_000, disk)
 
     def on_progress(live: load_run.LoadProgress) -> None:
         if live.phase == "measure" and not (disk / "filler").exists():

@@ -92,7 +92,7 @@ def test_zipf_inputs_repeat_by_rank_and_the_rest_is_unique() -> None:
     harmonic = np.sum(1 / np.arange(1, half + 1))
     assert share[0] == pytest.approx(1 / harmonic, rel=0.1)
     assert share[0] / share[9] == pytest.approx(10, rel=0.3)
-    bodies = work.bodies(target.Target("http://test", "m").body)
+    bodies = work.bodies(target.ServerConnection("http://test", "m").body)
     assert not any(b"@SERIAL@" in body for body in bodies[:half])
     assert all(b"@SERIAL@" in body for body in bodies[half:])
     assert workload.draw(make_load(), "short", 1).unique_from == 0

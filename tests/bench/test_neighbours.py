@@ -21,7 +21,7 @@ from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, neighbors, runner
 from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad
 from inferctl.bench.plan import plan
 from inferctl.bench.plan.shape import Load
@@ -206,7 +206,7 @@ def receipt_of(work: Bench) -> dict[str, Any]:
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
     assert outcomes[0].failure is None
-    context = result.Context(work.plan, environment.detect(), "test", [], None, work.output)
+    context = result.ReceiptContext(work.plan, environment.detect(), "test", [], None, work.output)
     write_all(context, outcomes)
     return receipt.load(work.output / "receipts" / "fp32.json").data
 
@@ -238,7 +238,7 @@ def test_a_neighbour_that_did_not_outlive_the_run_makes_it_invalid(tmp_path: Pat
 
     def judged(run: Measurement) -> Validity:
         made.measurements[:] = [dataclasses.replace(measured, with_neighbors=run)]
-        return judge(made, 2, 0.1).validity
+        return judge_outcome(made, 2, 0.1).validity
 
     assert judged(loaded(False)).reasons == (
         "with loaded neighbors: run 1: neighbor 1 did not stay under load (no response came after the end of the run): "

@@ -53,7 +53,7 @@ def test_every_key_of_a_plan_is_described(section: type[Section]) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
-    shipped = plan.load(name)
+    shipped = plan.read_plan(name)
     assert shipped.name == name
     assert workload.draw(shipped.load, shipped.corpus, shipped.seed).groups
     assert shipped.quality is not None
@@ -61,7 +61,7 @@ def test_shipped_plans_load_and_their_corpora_exist(name: str) -> None:
 
 
 def test_repeats_alternate_in_direction() -> None:
-    names = [run.name for run in plan.load("precision").with_overrides(["fp32", "int8"], repeats=3).runs()]
+    names = [run.name for run in plan.read_plan("precision").with_overrides(["fp32", "int8"], repeats=3).runs()]
     assert names == ["fp32-1", "int8-1", "int8-2", "fp32-2", "fp32-3", "int8-3"]
 
 
@@ -77,7 +77,7 @@ load: {users: 8, duration_s: 3}
 hardware: [cpu]
 repeats: 2
 """
-    loaded = plan.load(write_plan(tmp_path, text))
+    loaded = plan.read_plan(write_plan(tmp_path, text))
     names = [one.name for one in loaded.configurations]
     assert names[:4] == ["bf16-4096-light", "bf16-4096-steady", "bf16-16384-light", "bf16-16384-steady"]
     assert len(names) == 8
@@ -93,14 +93,14 @@ repeats: 2
 
 
 def test_the_command_line_multiplies_configurations() -> None:
-    loaded = plan.load("quick").with_overrides(["bf16"], batch_tokens=[4096, 8192], corpora=["short", "mixed"])
+    loaded = plan.read_plan("quick").with_overrides(["bf16"], batch_tokens=[4096, 8192], corpora=["short", "mixed"])
     assert [one.name for one in loaded.configurations] == [
         "bf16-4096-short",
         "bf16-4096-mixed",
         "bf16-8192-short",
         "bf16-8192-mixed",
     ]
-    one = plan.load("quick").with_overrides(["bf16"], batch_tokens=[4096]).configurations
+    one = plan.read_plan("quick").with_overrides(["bf16"], batch_tokens=[4096]).configurations
     assert [(c.name, c.max_batch_tokens) for c in one] == [("bf16", 4096)]
 
 
@@ -119,21 +119,21 @@ def test_the_command_line_multiplies_configurations() -> None:
 )
 def test_errors_in_a_matrix_are_reported(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SpecError) as caught:
-        plan.load(write_plan(tmp_path, text))
+        plan.read_plan(write_plan(tmp_path, text))
     assert message in caught.value.message
 
 
 def test_a_search_can_be_requested_for_any_plan() -> None:
-    loaded = plan.load("precision").with_overrides(search={"slo_p99_ms": 50})
+    loaded = plan.read_plan("precision").with_overrides(search={"slo_p99_ms": 50})
     assert loaded.search is not None
     assert (loaded.search.slo_p99_ms, loaded.repeats) == (50, 1)
-    own = plan.load("search").with_overrides(slo_p99_ms=70)
+    own = plan.read_plan("search").with_overrides(slo_p99_ms=70)
     assert own.search is not None
     assert (own.search.slo_p99_ms, own.search.probe_s) == (70, 8)
 
 
 def test_a_rate_makes_the_loop_open() -> None:
-    changed = plan.load("quick").with_overrides(rate=50, users=2, duration_s=3)
+    changed = plan.read_plan("quick").with_overrides(rate=50, users=2, duration_s=3)
     assert (changed.load.mode, changed.load.rate, changed.load.users, changed.load.duration_s) == ("open", 50, 2, 3)
 
 
@@ -142,13 +142,13 @@ def test_a_rate_makes_the_loop_open() -> None:
 )
 def test_invalid_overrides_are_usage_errors(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError):
-        plan.load("quick").with_overrides(**changes)  # type: ignore[arg-type]
+        plan.read_plan("quick").with_overrides(**changes)  # type: ignore[arg-type]
 
 
 def test_every_error_in_a_plan_has_its_line(tmp_path: Path) -> None:
     text = "name: mine\nconfigurations:\n  - {name: a, precision: fp4}\nload:\n  user: 3\n  duration_s: nine\n"
     with pytest.raises(SpecError) as caught:
-        plan.load(write_plan(tmp_path, text))
+        plan.read_plan(write_plan(tmp_path, text))
     lines = [(problem.line, problem.hint) for problem in caught.value.problems]
     assert [line for line, _ in lines] == [3, 5, 6]
     assert "did you mean users?" in [hint for _, hint in lines]
@@ -157,12 +157,12 @@ def test_every_error_in_a_plan_has_its_line(tmp_path: Path) -> None:
 def test_contradictions_are_rejected(tmp_path: Path) -> None:
     text = "name: m\nconfigurations: [{name: a, precision: fp32}, {name: a, precision: bf16}]\nload: {mode: open}\n"
     with pytest.raises(SpecError) as caught:
-        plan.load(write_plan(tmp_path, text))
+        plan.read_plan(write_plan(tmp_path, text))
     assert len(caught.value.problems) == 2
 
 
 def test_the_command_line_sets_the_error_budget() -> None:
-    quick = plan.load("quick")
+    quick = plan.read_plan("quick")
     assert quick.error_budget_percent == 0.1
     assert quick.with_overrides(error_budget_percent=2.5).error_budget_percent == 2.5
     with pytest.raises(UsageError):
@@ -201,13 +201,13 @@ def test_constant_arrivals_are_evenly_spaced() -> None:
 
 def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
     load = shape.Load.model_validate({"inputs_per_request": 3})
-    bodies = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)
+    bodies = workload.draw(load, "mixed", 1).bodies(target.ServerConnection("http://test", "m").body)
     first = json.loads(bodies[0])
     assert len(first["input"]) == 3
     assert first["input"][0].startswith("@SERIAL@ ")
     assert not any(b"\n" in body for body in bodies)
     plain = workload.draw(load.model_copy(update={"inputs": "as-is"}), "mixed", 1).bodies(
-        target.Target("http://test", "m").body
+        target.ServerConnection("http://test", "m").body
     )
     assert not any(b"@SERIAL@" in body for body in plain)
 
@@ -216,7 +216,7 @@ def test_bodies_are_one_line_each_and_mark_the_place_of_the_prefix() -> None:
 def test_the_share_of_queries_is_exact_and_in_the_digest(share: float) -> None:
     load = shape.Load.model_validate({"query_share": share})
     drawn, without = (workload.draw(each, "mixed", 1) for each in (load, shape.Load.model_validate({})))
-    bodies = [json.loads(body) for body in drawn.bodies(target.Target("http://test", "m").body)]
+    bodies = [json.loads(body) for body in drawn.bodies(target.ServerConnection("http://test", "m").body)]
     queries = [body["input_type"] == "query" for body in bodies]
     assert sum(queries) == int(len(bodies) * share)
     assert {body["input_type"] for body in bodies} <= {"query", "document"}
@@ -226,14 +226,14 @@ def test_the_share_of_queries_is_exact_and_in_the_digest(share: float) -> None:
 
 def test_the_prompt_of_a_load_is_one_that_the_server_reports() -> None:
     load = shape.Load.model_validate({"prompt_name": "query"})
-    body = workload.draw(load, "mixed", 1).bodies(target.Target("http://test", "m").body)[0]
+    body = workload.draw(load, "mixed", 1).bodies(target.ServerConnection("http://test", "m").body)[0]
     assert json.loads(body)["prompt_name"] == "query"
-    known = target.Target("http://test", "m", {"model": {"prompts": {"names": ["query"], "default": None}}})
+    known = target.ServerConnection("http://test", "m", {"model": {"prompts": {"names": ["query"], "default": None}}})
     known.check_prompts("query", None)
     known.check_prompts(None, 0.5)
     with pytest.raises(UsageError, match="no prompt 'passage'"):
         known.check_prompts("passage", None)
-    foreign = target.Target("http://test", "m")
+    foreign = target.ServerConnection("http://test", "m")
     foreign.check_prompts(None, None)
     with pytest.raises(UsageError, match="reports no prompts"):
         foreign.check_prompts(None, 0.5)

@@ -43,9 +43,9 @@ QUALITY = {
 
 
 def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() -> None:
-    found = plan.load("quick").for_task("rerank")
+    found = plan.read_plan("quick").for_task("rerank")
     assert (found.load.task, found.load.inputs_per_request) == ("rerank", 16)
-    assert plan.load("quick").for_task("embed") == plan.load("quick")
+    assert plan.read_plan("quick").for_task("embed") == plan.read_plan("quick")
     own = plan.Plan.model_validate(
         {"name": "own", "load": {"inputs_per_request": 5}, "configurations": [{"name": "a", "precision": "bf16"}]}
     )
@@ -54,7 +54,7 @@ def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() 
         assert len(documents) == 5
         assert sum(text.startswith(query) for text in documents) >= 1
         assert len(query.split()) <= 12
-    bodies = work.bodies(target.Target("http://test", "m", task="rerank").body)
+    bodies = work.bodies(target.ServerConnection("http://test", "m", task="rerank").body)
     first = json.loads(bodies[0])
     assert (first["query"], first["documents"]) == (f"@SERIAL@ {work.groups[0][0]}", work.groups[0][1:])
 

@@ -32,10 +32,10 @@ def test_a_bench_goes_on_whatever_named_its_model_and_plan(here: Path, monkeypat
             given = BenchOptions(model=model, plan=plan, output=here / "bench-results")
             begun = bench_setup.prepare_new(given)
             monkeypatch.chdir(here / "elsewhere")
-            again = bench_setup.prepare_resumed(begun.work.output)
+            again = bench_setup.prepare_resumed(begun.bench.output)
             monkeypatch.chdir(here)
-            assert again.work.plan == begun.work.plan
-            assert again.work.model == begun.work.model == here / "model"
+            assert again.bench.plan == begun.bench.plan
+            assert again.bench.model == begun.bench.model == here / "model"
             assert again.context.slo_p99_ms is begun.context.slo_p99_ms is None
 
 
@@ -43,10 +43,10 @@ def test_a_bench_goes_on_with_a_spec_that_names_another_plan(here: Path) -> None
     spec = here / "inferctl.yaml"
     spec.write_text("name: m\nmodel: {source: model}\nslo: {p99_ms: 50}\nbench: {plan: precision}\n")
     begun = bench_setup.prepare_new(BenchOptions(plan="quick"))
-    assert bench_setup.prepare_resumed(begun.work.output).work.plan.name == "quick"
+    assert bench_setup.prepare_resumed(begun.bench.output).bench.plan.name == "quick"
     spec.write_text(spec.read_text().replace("50", "60"))
     with pytest.raises(UsageError, match="the settings changed"):
-        bench_setup.prepare_resumed(begun.work.output)
+        bench_setup.prepare_resumed(begun.bench.output)
 
 
 LOADS: dict[str, dict[str, Any]] = {
@@ -60,8 +60,8 @@ def test_loads_that_say_by_themselves_how_long_they_last_go_on(here: Path, name:
     (here / "recorded.jsonl").write_text('{"at_s": 0, "input": "a"}\n{"at_s": 6.5, "input": "b"}\n')
     matrix = {"precision": ["fp32"], "load": {"steady": {"rate": 50}, name: LOADS[name]}}
     (here / "mine.yaml").write_text(json.dumps({"name": "mine", "matrix": matrix}))
-    begun = bench_setup.prepare_new(BenchOptions(model="model", plan="mine.yaml")).work
-    again = bench_setup.prepare_resumed(begun.output).work
+    begun = bench_setup.prepare_new(BenchOptions(model="model", plan="mine.yaml")).bench
+    again = bench_setup.prepare_resumed(begun.output).bench
     for one, other in zip(begun.targets, again.targets, strict=True):
         assert begun.load_of(one) == again.load_of(other)
     assert again.load_of(again.targets[1]).duration_s == 7
@@ -74,7 +74,7 @@ def test_a_trace_that_changed_is_named_and_refused(here: Path, where: str) -> No
     plan: dict[str, Any] = {"name": "mine", "configurations": [{"name": "fp32", "precision": "fp32"}]}
     (plan if where == "plan" else plan["configurations"][0])["load"] = LOADS["recorded"]
     (here / "mine.yaml").write_text(json.dumps(plan))
-    place = bench_setup.prepare_new(BenchOptions(model="model", plan="mine.yaml")).work.output
+    place = bench_setup.prepare_new(BenchOptions(model="model", plan="mine.yaml")).bench.output
     bench_setup.prepare_resumed(place)
     trace.write_text(trace.read_text().replace('"b"', '"c"'))
     with pytest.raises(UsageError, match=r"a trace changed \(recorded\.jsonl: "):

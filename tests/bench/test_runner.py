@@ -93,8 +93,8 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def context_of(work: Bench) -> result.Context:
-    return result.Context(work.plan, environment.detect(), "test", [], None, work.output)
+def context_of(work: Bench) -> result.ReceiptContext:
+    return result.ReceiptContext(work.plan, environment.detect(), "test", [], None, work.output)
 
 
 def collected(work: Bench, outcomes: list[Outcome]) -> result.Result:
@@ -263,13 +263,13 @@ def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path,
     checker = quality.QualityChecker(work.plan.quality, folder)
     for limit in (256, 512, 256):
         info = {"model": {"sha256": digest}, "limits": {"max_input_tokens": limit}}
-        checker(target.Target("http://127.0.0.1:9", "m", info), lambda passed: None)
+        checker(target.ServerConnection("http://127.0.0.1:9", "m", info), lambda passed: None)
     assert asked == [256, 512]
 
 
 def test_other_weights_are_not_compared(weights: tuple[Path, str]) -> None:
     checker = quality.QualityChecker(sections.Quality(corpus="short", texts=40), weights[0])
-    served = target.Target("http://127.0.0.1:9", "m", {"model": {"sha256": "ab" * 32}})
+    served = target.ServerConnection("http://127.0.0.1:9", "m", {"model": {"sha256": "ab" * 32}})
     assert checker(served, lambda passed: None) == quality.unchecked(
         "the server's weights (abababababab…) are not those of the local folder: pass its model with `--model`"
     )

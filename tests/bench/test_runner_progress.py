@@ -51,7 +51,7 @@ def test_the_time_left_is_of_the_whole_bench_and_learns_from_the_runs_that_ended
 
 
 def test_the_plan_quick_says_that_it_takes_two_minutes(tmp_path: Path) -> None:
-    quick = plan.load("quick")
+    quick = plan.read_plan("quick")
     targets = [BenchTarget(one.name, one.precision) for one in quick.configurations]
     work = Bench(quick, targets, None, tmp_path, tmp_path)
     idle = replace(environment.detect(), cores=2, load_1m=0.9)

@@ -23,7 +23,7 @@ from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.load import records
 from inferctl.bench.measure import judgment, resume, search
-from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import plan, sections, shape, workload
 from inferctl.bench.report import search_findings
@@ -224,7 +224,7 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert measured.search is not None
     best = [probe for probe in measured.search["probes"] if probe["rate"] == measured.search["max_goodput_rps"]][-1]
     assert best["runs"] == len(measured.all_records) > 1
-    judged = judgment.judge(Outcome(BenchTarget("a"), [measured]), 2, 0.1).summary
+    judged = judgment.judge_outcome(Outcome(BenchTarget("a"), [measured]), 2, 0.1).summary
     p99 = judged["latency_ms"]["p99"]
     assert (p99["value"], [p99["low"], p99["high"]]) == (best["p99_ms"], list(best["p99_interval_ms"]))
     assert judged["latency_ms"]["n"] == best["n"]
@@ -397,7 +397,7 @@ def test_a_search_that_found_its_server_behind_at_every_rate_is_an_answer_and_no
         made = Measurement(
             plan.Run("a", 0), 0.0, part, {"steady": True}, resources, tmp_path, {"name": "x"}, 1, search=found
         )
-        return judge(Outcome(BenchTarget("a"), [made]), 2, 0.1).validity
+        return judge_outcome(Outcome(BenchTarget("a"), [made]), 2, 0.1).validity
 
     behind = "of 500 offered requests were completed in time"
     assert behind in judged(None).reasons[0]
@@ -540,7 +540,7 @@ def test_a_search_that_ran_out_of_time_does_not_say_that_no_rate_meets_the_slo()
 
 
 def test_a_search_says_what_its_time_buys() -> None:
-    settings, load = plan.load("search").search, plan.load("search").load
+    settings, load = plan.read_plan("search").search, plan.read_plan("search").load
     assert settings is not None
     whole = search.forecast(settings, load)
     assert whole.resolution == settings.resolution

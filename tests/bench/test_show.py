@@ -44,8 +44,8 @@ def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     machine = environment.Environment(
         "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
     )
-    context = result.Context(
-        plan.load("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
+    context = result.ReceiptContext(
+        plan.read_plan("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
     )
     found = result.collect(context, outcomes, receipts, folder / "report.html")
     return dataclasses.replace(found, report="report.html", output="."), receipts
@@ -168,12 +168,12 @@ def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     t4["configuration"] = {"name": "t4", "precision": None, "url": "http://10.0.0.7:8080", "this_machine": False}
     t4["summary"] = {**t4["summary"], "late": 31, "dropped": 7}
     receipts = sealed(folder, t4, document("fp32", 50, 20))
-    opened = plan.load("quick").with_overrides(rate=100)
+    opened = plan.read_plan("quick").with_overrides(rate=100)
     machine = environment.Environment(
         "cpu", "Laptop CPU", "Laptop CPU", (), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
     )
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
-    context = result.Context(opened, machine, None, [], None, folder)
+    context = result.ReceiptContext(opened, machine, None, [], None, folder)
     return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
 
 

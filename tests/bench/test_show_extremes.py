@@ -42,7 +42,9 @@ def shown(
     receipts = sealed(folder, *documents)
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
     outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
-    context = result.Context(plan.load("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder)
+    context = result.ReceiptContext(
+        plan.read_plan("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder
+    )
     found = result.collect(context, outcomes, receipts, folder / "report.html")
     more = [guess("t4", 24.0, True), guess("a100-40gb-sxm-mig-3g.20gb", 9.0)] if estimated else []
     return dataclasses.replace(found, rows=[*found.rows, *more]), receipts

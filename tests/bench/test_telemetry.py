@@ -49,7 +49,7 @@ def recorded(count: int = 10, **changes: Any) -> list[GpuSample]:
 def judged(samples: list[GpuSample], device: GpuDevice = T4, ours: set[int] | None = None, earlier: Any = ()) -> Any:
     found = telemetry.of_gpu(device, samples, {10} if ours is None else ours, earlier)
     assert found is not None
-    return telemetry.judge(Telemetry(gpus=(found,)))
+    return telemetry.gpu_validity(Telemetry(gpus=(found,)))
 
 
 def test_a_quiet_gpu_of_our_own_is_valid() -> None:
@@ -157,7 +157,7 @@ def test_what_a_part_does_not_tell_stays_unknown() -> None:
         "joules",
     ):
         assert getattr(found, key) is None
-    assert telemetry.judge(Telemetry(gpus=(found,))).valid
+    assert telemetry.gpu_validity(Telemetry(gpus=(found,))).valid
 
 
 def test_energy_is_the_parts_own_counter_else_power_over_time() -> None:
@@ -203,7 +203,7 @@ def test_the_gpu_that_the_server_is_on_is_the_one_that_counts() -> None:
     others = [dataclasses.replace(SAMPLE, processes=(GpuProcess(4_000_001),))]
     found = watched(Played(two, [others, ours]))
     assert [gpu.name for gpu in found.gpus] == ["Other T4"]
-    assert telemetry.judge(found).valid
+    assert telemetry.gpu_validity(found).valid
 
 
 def test_gpus_are_no_business_of_a_server_on_the_cpu_or_elsewhere() -> None:
@@ -415,7 +415,7 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
         telemetry=Telemetry(gpus=(shared,)), workload=WorkloadRecord(corpus="short", seed=1, sha256="ab"),
     )  # fmt: skip
     outcome = Outcome(BenchTarget("fp16", "fp16"), [measured])
-    context = result.Context(plan.load("quick"), environment.detect(), None, [], None, tmp_path)
+    context = result.ReceiptContext(plan.read_plan("quick"), environment.detect(), None, [], None, tmp_path)
     sealed = write_all(context, [outcome])
     found = result.collect(context, [outcome], sealed, tmp_path / "report.html")
     problem = result.problem(found)

@@ -18,7 +18,7 @@ from bench_samples import FIELDS, SECOND, document, harness, row, sealed, steady
 from inferctl.bench import privacy, stats
 from inferctl.bench.judge import comparable, slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
-from inferctl.bench.measure import environment, quality, throughput
+from inferctl.bench.measure import closed_loop, environment, quality
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
 from inferctl.bench.plan import plan, sections, shape
 from inferctl.bench.report import caveats, findings, ranking, receipts, result, rows
@@ -164,7 +164,7 @@ def test_a_closed_loop_that_rejects_most_requests_shows_no_capacity(tmp_path: Pa
     server.labeled = lambda _: server
     load = shape.Load.model_validate({"mode": "open", "rate": "50%", "users": 4})
     with pytest.raises(InferctlError, match=r"closed loop with 4 users: .*429, 100%, .*raise `slo\.p99_ms`"):
-        throughput.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path)
+        closed_loop.measure(cast(Any, server), load, "short", 1, plan.Run("a", 0), tmp_path)
 
 
 def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
@@ -734,7 +734,7 @@ def test_broken_vectors_cannot_win_and_are_said(tmp_path: Path) -> None:
     assert said in found[1:]
 
 
-def context(folder: Path, **changes: Any) -> result.Context:
+def context(folder: Path, **changes: Any) -> result.ReceiptContext:
     machine = environment.Environment(
         "t4",
         "Tesla T4",
@@ -751,7 +751,9 @@ def context(folder: Path, **changes: Any) -> result.Context:
         0,
     )
     given: dict[str, Any] = {"model_source": "test", "hardware_wanted": ["cpu", "t4"], "slo_p99_ms": None}
-    return result.Context(**{"plan": plan.load("quick"), "environment": machine, "output": folder, **given, **changes})
+    return result.ReceiptContext(
+        **{"plan": plan.read_plan("quick"), "environment": machine, "output": folder, **given, **changes}
+    )
 
 
 def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
@@ -801,7 +803,7 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
     home = Path.home()
     info = {"model": {"source": f"{home}/models/mini", "sha256": "a"}, "note": f"below {home}/models"}
     outcome = outcome_of(tmp_path, steady(100, 10), **info)
-    chosen = plan.load("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
+    chosen = plan.read_plan("quick").model_copy(update={"corpus": str(tmp_path / "own.txt")})
     (tmp_path / "own.txt").write_text("a text\n")
     for source, shown in (("org/mini", "org/mini"), (f"{home}/models/mini", "mini"), (str(tmp_path), tmp_path.name)):
         (written,) = write_all(context(tmp_path, plan=chosen, model_source=source), [outcome])

@@ -44,6 +44,14 @@ def model_folder(path: Path, rows: int, width: int = 384, config: dict[str, Any]
         file.truncate(8 + len(header) + size)
 
 
+def add_pooling(folder: Path) -> None:
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    listed = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in modules]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 8}')
+
+
 def json_of(command: list[str], capsys: Captured) -> dict[str, Any]:
     assert run([*command, "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -136,11 +144,7 @@ def test_the_document_of_a_generative_model_has_stable_keys(llama: Path, capsys:
 
 
 def test_an_embedding_model_with_a_generative_architecture_is_recognized(llama: Path, capsys: Captured) -> None:
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    listed = [{"type": f"sentence_transformers.models.{name}", "path": path} for name, path in modules]
-    (llama / "modules.json").write_text(json.dumps(listed))
-    (llama / "1_Pooling").mkdir()
-    (llama / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 8}')
+    add_pooling(llama)
     on_a_base_for_embeddings(llama.parent)
     document = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)
     assert document["task"] == "embed"
@@ -228,6 +232,7 @@ def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None
 
 def test_the_prompts_of_a_model_are_named_and_invalid_ones_end_with_2(here: Path, capsys: Captured) -> None:
     file = here / "model" / "config_sentence_transformers.json"
+    add_pooling(here / "model")
     file.write_text(json.dumps({"prompts": {"query": "q: "}}))
     assert json_of(["check"], capsys)["model"]["prompts"] == {"names": ["query"], "default": None}
     file.write_text('{"default_prompt_name": "passage"}')

@@ -10,7 +10,7 @@ from inferctl.config.spec import Spec
 from inferctl.deploy import layout
 from inferctl.deploy.clusters import Cluster, Clusters
 from inferctl.deploy.plan import DeploymentPlan
-from inferctl.deploy.resolve import SpecSource, resolve
+from inferctl.deploy.planning import SpecSource, make_plan
 from inferctl.models import model
 from inferctl.models.fit import ModelSize
 
@@ -144,7 +144,7 @@ def generate(**deploy: Any) -> Spec:
 def plan(*specs: Spec, clusters: list[dict[str, Any]] | None = None, kubernetes: str | None = None) -> DeploymentPlan:
     """Return the plan of `specs`; of an embedding and a generation model in three clusters without any."""
     sources = [_source(spec) for spec in specs or (embed(), generate())]
-    return resolve(sources, _clusters(CLUSTERS if clusters is None else clusters), kubernetes)
+    return make_plan(sources, _clusters(CLUSTERS if clusters is None else clusters), kubernetes)
 
 
 @functools.cache

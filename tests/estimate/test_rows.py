@@ -121,7 +121,7 @@ def test_rows_of_a_bench_keep_estimates_out_of_measured_columns(model: Path, tmp
     from inferctl.bench.report import result
 
     subjects = [BenchTarget("fp16", "fp16"), BenchTarget("int8", "int8")]
-    context = result.Context(plan(), environment.detect(), None, ["t4", "cpu"], None, tmp_path, subjects, model)
+    context = result.ReceiptContext(plan(), environment.detect(), None, ["t4", "cpu"], None, tmp_path, subjects, model)
     measured = MeasuredRow("a", "measured", hardware={"key": "cpu", "name": "a CPU"})
     rows = result.other_hardware(context, [measured])
     assert [(row.configuration, row.outcome) for row in rows] == [

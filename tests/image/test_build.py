@@ -25,8 +25,8 @@ from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
 from inferctl.image.plan import BuildPlan
 from inferctl.image.records import ContainerOptions, ImageInfo
+from inferctl.image.running_container import exit_error
 from inferctl.image.size_forecast import ImagePart, SizeForecast
-from inferctl.image.verify import exit_error
 from tests.http_servers import answering
 from tests.image import tiny
 

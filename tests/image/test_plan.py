@@ -13,7 +13,7 @@ import pytest
 
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import buildx, context, output_checks, verify
+from inferctl.image import buildx, context, output_checks, running_container, verify
 from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
@@ -237,13 +237,13 @@ def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> N
     (snapshot_ / "README.md").symlink_to(blob)
     (snapshot_ / "onnx").mkdir()
     (snapshot_ / "onnx" / "config.json").symlink_to(blob)
-    assert verify.mounts_of(snapshot_) == {
+    assert running_container.mounts_of(snapshot_) == {
         "/model/1_Pooling/config.json": str(blob),
         "/model/vocab.txt": str(blob),
     }
     plain = tmp_path / "plain"
     plain.mkdir()
-    assert verify.mounts_of(plain) == {"/model": str(plain)}
+    assert running_container.mounts_of(plain) == {"/model": str(plain)}
 
 
 def test_on_the_hosts_network_the_server_uses_a_free_port() -> None:

@@ -12,25 +12,34 @@ Modules: TypeAlias = Callable[[], list[Any]]
 
 WIDTH = 32
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 130}
 _DECODER = {"num_key_value_heads": 2, "head_dim": 8}
 # Settings of architectures with random weights, next to those of `tiny_models.TINY`.
 MORE: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": WIDTH, "initializer_range": 0.25},
+    "big_bird": {"attention_type": "original_full", "block_size": 4, "num_random_blocks": 1},
     "camembert": {"pad_token_id": 1},
+    "canine": {"num_hash_buckets": 64, "downsampling_rate": 2, "upsampling_kernel_size": 2},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "ctrl": {**_GPT, "dff": 64},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "eurobert": {"num_key_value_heads": 2},
+    "fnet": {},
     "gemma": _DECODER,
     "gemma2": {**_DECODER, "query_pre_attn_scalar": 8, "sliding_window": 12, "attn_logit_softcapping": 1.0},
-    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 130},
+    "gpt2": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 4},
     "gte": {},
     "llama": _DECODER,
+    "longformer": {"attention_window": 16, "pad_token_id": 1},
     "mt5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "nystromformer": {"num_landmarks": 64, "segment_means_seq_len": 64},
     "phi3": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "t5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }
 # Whose kind of tokenizer an architecture has, if not its own; without either, that of BERT.
-_TOKENIZERS = {"camembert": "roberta", "eurobert": "modernbert"} | dict.fromkeys(
+_TOKENIZERS = {"camembert": "roberta", "longformer": "roberta", "eurobert": "modernbert"} | dict.fromkeys(
     ("gemma", "gemma2", "llama", "phi3", "qwen2"), "qwen3"
 )
 # Each is one case of raw text that implementations treat differently.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import rerank_config
+from inferctl.serve import rerank_config, task_config
+from inferctl.serve import segments as segments_of
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.serve.reference import reference as scores_of
 from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import tiny_models
@@ -180,28 +183,91 @@ def test_weights_without_a_head_are_rejected(tmp_path: Path) -> None:
         engine_for(folder, "fp32")
 
 
-ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "max_position_embeddings": 512}
+def changed(file: str, **settings: Any) -> Callable[[Path], Any]:
+    """Return a change of a JSON file. A setting without a value (`...`) is removed."""
+
+    def change(folder: Path) -> None:
+        path = folder / file
+        content = (json.loads(path.read_text()) if path.is_file() else {}) | settings
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+    return change
 
 
-@pytest.mark.parametrize(
-    ("config", "settings", "expected"),
-    [
-        ({}, {}, [0.5, 0.880797]),
-        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, {}, [0, 2]),
-        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, {}, [0, 2]),
-        ({}, {"activation_fn": "torch.nn.modules.activation.Tanh"}, [0, 0.964028]),
-    ],
-)
-def test_the_activation_is_read_from_the_model_folder(
-    tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], expected: list[float]
+def several(*changes: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    return lambda folder: [change(folder) for change in changes]
+
+
+CONFIG, LIBRARY, SETTINGS = "config.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+TANH, IDENTITY = "torch.nn.modules.activation.Tanh", "torch.nn.Identity"
+PROMPT = {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}
+
+
+def named(name: Any, config_name: Any = ...) -> Callable[[Path], Any]:
+    """Leave it to the class of the tokenizer whether it returns segments."""
+    tokenizer = changed("tokenizer_config.json", model_input_names=..., tokenizer_class=name)
+    return several(tokenizer, changed(CONFIG, tokenizer_class=config_name))
+
+
+# Changes of a folder that transformers saved, and of one that sentence-transformers saved.
+BARE: dict[str, Callable[[Path], Any]] = {
+    **{
+        f"class {name}": named(name)
+        for name in ("BertTokenizer", "BertTokenizerFast", "ElectraTokenizer", "PreTrainedTokenizerFast", "Unknown")
+    },
+    "no class": named(...),
+    "class in config.json": named(..., "PreTrainedTokenizerFast"),
+    "identity": changed(CONFIG, sentence_transformers={"activation_fn": IDENTITY}),
+    "old identity": changed(CONFIG, sbert_ce_default_activation_function=IDENTITY),
+    "null": changed(CONFIG, sentence_transformers={"activation_fn": None}),
+    "null hides the old key": changed(
+        CONFIG, sentence_transformers={"activation_fn": None}, sbert_ce_default_activation_function=IDENTITY
+    ),
+    "the new key hides the old one": changed(
+        CONFIG, sentence_transformers={"activation_fn": IDENTITY}, sbert_ce_default_activation_function=TANH
+    ),
+    "another new key": changed(
+        CONFIG, sentence_transformers={"version": "6"}, sbert_ce_default_activation_function=TANH
+    ),
+    "activation without modules": changed(LIBRARY, activation_fn=TANH, model_type="CrossEncoder"),
+    "prompt without modules": changed(LIBRARY, model_type="CrossEncoder", **PROMPT),
+    "limit without modules": changed(SETTINGS, max_seq_length=20),
+}
+SAVED: dict[str, Callable[[Path], Any]] = {
+    "as saved": lambda _: None,
+    "activation": several(
+        changed(LIBRARY, activation_fn=TANH), changed(CONFIG, sentence_transformers={"activation_fn": IDENTITY})
+    ),
+    "null leaves it to config.json": several(
+        changed(LIBRARY, activation_fn=None), changed(CONFIG, sentence_transformers={"activation_fn": IDENTITY})
+    ),
+    "prompt": changed(LIBRARY, **PROMPT),
+    "limit": changed(SETTINGS, max_seq_length=20),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One cross-encoder, saved by transformers (`bare`) and by sentence-transformers (`saved`)."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    bare = tiny_models.make_cross_encoder(tmp_path_factory.mktemp("bare"), "bert")
+    saved = tmp_path_factory.mktemp("saved")
+    sentence_transformers.CrossEncoder(str(bare), device="cpu").save_pretrained(str(saved))
+    return {"bare": bare, "saved": saved}
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("bare", name) for name in BARE), *(("saved", name) for name in SAVED)])
+def test_files_mean_what_they_mean_to_sentence_transformers(
+    folders: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(ONE_LABEL | config))
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    found = rerank_config.read(tmp_path)
-    assert found.max_tokens == 512
-    scores = found.scores(np.array([[0], [2]], dtype=np.float32))
-    assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-6)
+    from sentence_transformers import CrossEncoder
+
+    shutil.copytree(folders[kind], folder := tmp_path / "model")
+    {"bare": BARE, "saved": SAVED}[kind][name](folder)
+    expected = CrossEncoder(str(folder), device="cpu").predict(texts())
+    found = scores_of(str(folder), [list(pair) for pair in texts()])["scores"]
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_sigmoid_of_large_logits_is_finite() -> None:
@@ -210,14 +276,48 @@ def test_the_sigmoid_of_large_logits_is_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "message"),
+    ("change", "message"),
     [
-        ("config.json", {**ONE_LABEL, "sentence_transformers": {"activation_fn": "my.Code"}}, "activation my.Code"),
-        ("modules.json", [{"type": "sentence_transformers.models.Transformer"}, {"type": "x.Dense"}], "module x.Dense"),
+        (changed(LIBRARY, activation_fn="my.Code"), r"activation my\.Code"),
+        (changed(LIBRARY, activation_fn="torch.special.Tanh"), r"torch\.special\.Tanh"),
+        (several(changed(LIBRARY, activation_fn=None), changed(CONFIG, sentence_transformers=5)), "wrong type"),
+        (changed("tokenizer_config.json", model_input_names="token_type_ids"), "model_input_names"),
+        (changed(LIBRARY, model_type=...), "those of a SentenceTransformer"),
+        (changed(LIBRARY, model_type=None), "those of a None"),
+        (changed(SETTINGS, transformer_task=...), "feature-extraction"),
+        (changed(SETTINGS, modality_config={"text": {"method_output_name": "hidden_states"}}), "hidden_states"),
+        (changed(SETTINGS, module_output_name="other"), "returns other"),
+        (
+            lambda folder: (folder / "modules.json").write_text(
+                '[{"type": "sentence_transformers.T"}, {"type": "x.D"}]'
+            ),
+            r"module x\.D",
+        ),
     ],
 )
-def test_a_cross_encoder_without_support_is_an_error(tmp_path: Path, file: str, content: Any, message: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(ONE_LABEL))
-    (tmp_path / file).write_text(json.dumps(content))
+def test_a_cross_encoder_without_support_is_an_error(
+    folders: dict[str, Path], tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
+    shutil.copytree(folders["saved"], folder := tmp_path / "model")
+    TokenizerPool(folder, task_config.read("rerank", folder), threads=1).close()
+    change(folder)
     with pytest.raises(UsageError, match=message):
-        rerank_config.read(tmp_path)
+        TokenizerPool(folder, task_config.read("rerank", folder), threads=1)
+
+
+def test_classes_of_tokenizers_return_the_segments_that_those_of_transformers_return() -> None:
+    from transformers.models.auto import tokenization_auto as auto
+
+    classes = {name for name in auto.TOKENIZER_MAPPING_NAMES.values() if name}
+    segments = {
+        name: "token_type_ids" in getattr(auto.tokenizer_class_from_name(name), "model_input_names", ())
+        for name in classes
+    }
+    assert {name for name, given in segments.items() if given} == {
+        name for name in classes if name.removesuffix("Fast").removesuffix("Tokenizer") in segments_of._SEGMENT_CLASSES
+    }
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    types = {kind for kind, name in auto.TOKENIZER_MAPPING_NAMES.items() if name and segments[name]}
+    assert types >= segments_of._SEGMENT_TYPES
+    assert types & set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) <= segments_of._SEGMENT_TYPES

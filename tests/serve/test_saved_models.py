@@ -110,7 +110,7 @@ ARCHITECTURES: dict[str, tuple[str, Modules, dict[str, Any]]] = {
         name: (name, MEAN, {})
         for name in (
             *("bert", "distilbert", "electra", "roberta", "xlm-roberta", "mpnet", "modernbert", "nomic_bert"),
-            *("albert", "camembert", "deberta-v2", "eurobert", "gte"),
+            *("albert", "camembert", "deberta-v2", "eurobert", "gte", "longformer", "big_bird"),
         )
     },
     **{name: (name, LAST, {}) for name in ("qwen3", "mistral", "gemma3_text", "gemma", "llama", "phi3", "qwen2")},
@@ -162,9 +162,83 @@ def test_poolings_and_layers_equal_sentence_transformers(saved: Any, name: str) 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_equal_sentence_transformers(saved: Any, name: str) -> None:
     architecture, modules, settings = ARCHITECTURES[name]
-    attention = "padded" if architecture in ("mpnet", "deberta-v2") else "packed"
+    padded = ("mpnet", "deberta-v2", "longformer", "big_bird")
+    attention = "padded" if architecture in padded else "packed"
     info = check(saved(architecture, modules, None, **settings), attention)
     assert info.causal is (modules is LAST)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("fnet", {}, "fp32 is inaccurate"),
+        ("canine", {}, "CanineModel cannot be computed"),
+        ("big_bird", {"attention_type": "block_sparse"}, "earlier ones"),
+        ("nystromformer", {}, "other texts"),
+    ],
+)
+def test_architectures_that_are_not_computed_exactly_do_not_start(
+    saved: Any, architecture: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = saved(architecture, **settings)
+    with pytest.raises(UsageError, match=message):
+        computed(folder)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "codegen", "ctrl"])
+def test_segments_that_a_model_looks_up_as_words_do_not_start(saved: Any, architecture: str) -> None:
+    folder = saved(architecture)
+    np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)
+    edit(folder / "tokenizer_config.json", {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]})
+    for changes in ({}, {"type_vocab_size": 2}):
+        edit(folder / "config.json", changes)
+        with pytest.raises(UsageError, match="segments"):
+            computed(folder)
+
+
+# Changes of config.json, and why the model does not start; None if they change nothing.
+ODD: dict[str, tuple[dict[str, Any], str | None]] = {
+    "no padding token": ({"pad_token_id": None}, None),
+    "negative padding token": ({"pad_token_id": -1}, None),
+    "padding token outside of the vocabulary": ({"pad_token_id": 99_999}, "cannot load"),
+    "heads that do not divide the width": ({"num_attention_heads": 5}, "cannot load"),
+    "chunks of one token": ({"chunk_size_feed_forward": 1}, None),
+    "chunks that do not divide a text": ({"chunk_size_feed_forward": 3}, "BertModel cannot be computed"),
+    "a decoder": ({"is_decoder": True}, "same result"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_values_change_nothing_or_do_not_start(with_dense: Path, tmp_path: Path, name: str) -> None:
+    changes, message = ODD[name]
+    shutil.copytree(with_dense, folder := tmp_path / "model")
+    edit(folder / "config.json", changes)
+    if message is None:
+        np.testing.assert_allclose(computed(folder)[0], computed(with_dense)[0], atol=1e-6)
+        return
+    with pytest.raises(UsageError, match=message) as error:
+        computed(folder)
+    assert error.value.hint
+
+
+# Architecture, and changes of config.json.
+BARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "encoder": ("bert", {}),
+    "decoder": ("llama", {"architectures": ["LlamaModel"]}),
+    "generative decoder": ("llama", {"architectures": ["LlamaForCausalLM"]}),
+    "generative decoder in both directions": ("llama", {"architectures": ["LlamaForCausalLM"], "is_causal": False}),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_without_modules_the_library_reads_none_of_its_own_files(saved: Any, name: str) -> None:
+    architecture, changes = BARE[name]
+    folder = saved(architecture, LAST)
+    (folder / "modules.json").unlink()
+    edit(folder / LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q", "truncate_dim": 8})
+    edit(folder / SETTINGS, {"max_seq_length": 20, "do_lower_case": True})
+    edit(folder / "config.json", changes)
+    np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -442,11 +516,25 @@ def pickled(folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
 
-def json_keeps_case(folder: Path) -> None:
-    file = folder / "tokenizer.json"
-    content = json.loads(file.read_text())
-    content["normalizer"]["lowercase"] = False
-    file.write_text(json.dumps(content))
+def tokenizer_json(*path: str, value: Any, settings: dict[str, Any] | None = None) -> Change:
+    """Change one value of tokenizer.json, which the class in `tokenizer_config.json` sets in its own way."""
+
+    def change(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        inner = content
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value(inner[path[-1]]) if callable(value) else value
+        file.write_text(json.dumps(content))
+        edit(folder / "tokenizer_config.json", BERT if settings is None else settings)
+
+    return change
+
+
+def third_token(processor: dict[str, Any]) -> dict[str, Any]:
+    first = processor["single"][0]
+    return processor | {"single": [first, first, *processor["single"][1:]]}
 
 
 CUT = {"direction": "Left", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
@@ -502,6 +590,18 @@ HOLES: dict[str, tuple[Change, str]] = {
         "do_lower_case",
     ),
     "settings for config.json": (changed(SETTINGS, {"config_kwargs": {"num_hidden_layers": 1}}), "num_hidden_layers"),
+    "settings of another tokenizer": (changed(SETTINGS, {"tokenizer_name_or_path": "x"}), "tokenizer_name_or_path"),
+    "settings of queries": (changed(SETTINGS, {"query_length": 8}), "query_length"),
+    "modules of another class": (changed(LIBRARY, {"model_type": "Other"}), "those of a Other"),
+    **{
+        f"longest text {value!r}": (changed(SETTINGS, {"max_seq_length": value}), message)
+        for value, message in [
+            *((value, "not a number of tokens") for value in (0, -1, True, "512", 20.5)),
+            *((value, "no text fits") for value in (1, 2)),
+        ]
+    },
+    "longest text of the tokenizer": (changed("tokenizer_config.json", {"model_max_length": -1}), "model_max_length"),
+    "positions that are text": (changed("config.json", {"max_position_embeddings": "130"}), "max_position_embeddings"),
     "two modules of a name": (renamed(2, "1"), "two modules with the name 1"),
     "Normalize of another output": (
         changed("3_Normalize/config.json", {"module_output_name": "other"}),
@@ -536,25 +636,47 @@ HOLES: dict[str, tuple[Change, str]] = {
         changed("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.XTokenizer", None]}}),
         "x.XTokenizer",
     ),
-    "tokenizer of another case": (
-        both(json_keeps_case, changed("tokenizer_config.json", BERT)),
+    "tokenizer of another case": (tokenizer_json("normalizer", "lowercase", value=False), "disagree"),
+    "tokenizer that keeps controls": (tokenizer_json("normalizer", "clean_text", value=False), "disagree"),
+    "tokenizer with NFKC": (
+        tokenizer_json("normalizer", value=lambda old: {"type": "Sequence", "normalizers": [{"type": "NFKC"}, old]}),
         "disagree",
     ),
+    "tokenizer that splits at blanks alone": (
+        tokenizer_json("pre_tokenizer", value={"type": "WhitespaceSplit"}),
+        "disagree",
+    ),
+    "tokenizer with another prefix": (tokenizer_json("model", "continuing_subword_prefix", value="@@"), "disagree"),
+    "tokenizer of shorter words": (tokenizer_json("model", "max_input_chars_per_word", value=10), "disagree"),
+    "tokenizer with another unknown token": (tokenizer_json("model", "unk_token", value="[MASK]"), "disagree"),
+    "tokenizer with a third special token": (tokenizer_json("post_processor", value=third_token), "disagree"),
+    "tokenizer of MobileBERT that keeps case": (
+        tokenizer_json("normalizer", "lowercase", value=False, settings={"tokenizer_class": "MobileBertTokenizer"}),
+        "disagree",
+    ),
+    **{
+        f"tokenizer that is of {kind}": (
+            changed("tokenizer_config.json", {"tokenizer_class": f"{kind}Tokenizer"}),
+            "disagree|cannot load",
+        )
+        for kind in ("MPNet", "Llama", "T5", "Gemma", "XLMRoberta", "Roberta", "GPT2", "Albert")
+    },
+    "special tokens that are text": (changed("tokenizer_config.json", {"split_special_tokens": True}), "disagree"),
     "configuration of another case": (
         changed("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
         "disagree",
     ),
     "tokenizer of other special tokens": (
-        both(changed("tokenizer.json", {"post_processor": None}), changed("tokenizer_config.json", BERT)),
+        tokenizer_json("post_processor", value=None),
         "disagree",
     ),
     "truncation at the start": (
         changed("tokenizer_config.json", {"truncation_side": "left"}),
-        "truncates at the start",
+        "disagree",
     ),
     "truncation at the start by tokenizer.json": (
         changed("tokenizer.json", {"truncation": CUT}),
-        "truncates at the start",
+        "disagree",
     ),
 }
 
@@ -578,10 +700,13 @@ def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_p
 def started(folder: Path) -> None:
     """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
     from inferctl.models.model import find, resolve_task
+    from inferctl.serve.engines import tokenizer_check
     from inferctl.serve.engines.pooling import Layers
 
     config = task_config.read(resolve_task("auto", find(str(folder)), "m"), folder)
-    TokenizerPool(folder, config, threads=1).close()
+    pool = TokenizerPool(folder, config, threads=1)
+    pool.close()
+    tokenizer_check.check(folder, config, pool)
     Layers(folder, config.layers)
 
 

@@ -1,0 +1,1 @@
+"""Sends a load: starts Locust's processes, reads their records, and connects to a server or starts one."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from inferctl.bench.load.target import Target, connect
+from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError
 
@@ -35,9 +35,9 @@ class ServerError(InferctlError):
 class ChildServer:
     """A running child server. `process.pid` leads a process group of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], target: Target, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], connection: ServerConnection, log: Path) -> None:
         self.process = process
-        self.target = target
+        self.connection = connection
         self.log = log
 
     def check(self) -> None:

@@ -16,13 +16,15 @@ import numpy.typing as npt
 from inferctl.bench import stats
 from inferctl.bench.load import locust, records
 from inferctl.bench.load.child_server import last_error
-from inferctl.bench.load.target import Target
+from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.plan.workload import Workload
 from inferctl.core.errors import InferctlError
 
 # The content of state-0.json: the phase of the run and, at its end, the figures of the load generator itself.
 LoadState = dict[str, Any]
+# The large input files of the load generator: the bodies, and an array in each `NAME.bin`.
+_BODIES, _PARTS = "bodies.jsonl", ("order", "schedule", "warmup_schedule")
 
 
 @dataclass(frozen=True)
@@ -56,34 +58,30 @@ class LoadResult:
     events: records.Rows | None = None
 
 
-def prepare(load: Load, workload: Workload, target: Target, serial: int, folder: Path) -> Path:
+def prepare(load: Load, workload: Workload, server: ServerConnection, serial: int, folder: Path) -> Path:
     """Write all files that the load generator reads into `folder`. Return load.json, which describes them.
 
     Raises `InferctlError` if a request has more tokens than the server accepts, and `UsageError` if it has no such
     prompt.
     """
-    target.check_prompts(load.prompt_name, load.query_share)
-    context = (target.info.get("limits") or {}).get("max_context_tokens")
+    server.check_prompts(load.prompt_name, load.query_share)
+    context = (server.info.get("limits") or {}).get("max_context_tokens")
     longest = max((sum(pair) for pair in zip(workload.input_tokens, workload.output_tokens, strict=True)), default=0)
     if context and longest > context:
         raise InferctlError(
             f"a request has {longest} tokens (input and output), but the server accepts {context}",
             "use shorter `--lengths`, or set `max_request_tokens` in the plan",
         )
-    (folder / "bodies.jsonl").write_bytes(b"\n".join(workload.bodies(target.body)) + b"\n")
-    parts: dict[str, npt.NDArray[Any]] = {
-        "order": workload.order,
-        "schedule": workload.schedule_ns,
-        "warmup_schedule": workload.warmup_schedule_ns,
-    }
-    for name, values in parts.items():
+    (folder / _BODIES).write_bytes(b"\n".join(workload.bodies(server.body)) + b"\n")
+    arrays: tuple[npt.NDArray[Any], ...] = (workload.order, workload.schedule_ns, workload.warmup_schedule_ns)
+    for name, values in zip(_PARTS, arrays, strict=True):
         (folder / f"{name}.bin").write_bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
     closed = load.mode == "closed"
     description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace", "lengths", "bounds"})
-    description |= {name: str(folder / f"{name}.bin") for name in parts}
+    description |= {name: str(folder / f"{name}.bin") for name in _PARTS}
     description |= {
-        "url": target.endpoint_url,
-        "bodies": str(folder / "bodies.jsonl"),
+        "url": server.endpoint_url,
+        "bodies": str(folder / _BODIES),
         "output": str(folder),
         "serial": serial,
         "events": load.task == "generate",
@@ -93,6 +91,12 @@ def prepare(load: Load, workload: Workload, target: Target, serial: int, folder:
     file = folder / "load.json"
     file.write_text(json.dumps(description, indent=1))
     return file
+
+
+def delete_inputs(folder: Path) -> None:
+    """Delete the files that the load generator reads. They are large, and the plan can draw them again."""
+    for name in (_BODIES, *(f"{part}.bin" for part in _PARTS)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run(

@@ -42,8 +42,8 @@ _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
-class Target:
-    """A server that is measured.
+class ServerConnection:
+    """The connection to a server that is measured: its address, what it reports, and the form of its requests.
 
     `info` is its `GET /info`, or the known facts under the same keys for servers other than inferctl. `model` is the
     name of its model in the API. `path` is the endpoint for the task. `base64` is whether it can encode vectors in
@@ -179,7 +179,11 @@ class Target:
             raise
 
 
-def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None) -> Target:
+# The name that tests/serve/test_against_library.py uses.
+Target = ServerConnection
+
+
+def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None) -> ServerConnection:
     """Return the server at `url`. The URL may include the endpoint for the task.
 
     A server other than inferctl receives a request with one text. Its response shows the endpoint, and that the
@@ -196,7 +200,7 @@ def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None)
     task = _task(info, path)
     if info.get("name"):
         name = access.model or str(info["name"])
-        known = Target(url, name, info, path or PATHS[task][0], access=access, task=task)
+        known = ServerConnection(url, name, info, path or PATHS[task][0], access=access, task=task)
         return _with_api(_probe(known, path)) if task == "generate" else known
     listed = _first_model(url, timeout_s, access)
     model = access.model or info.get("model_id") or listed.get("id")
@@ -205,7 +209,7 @@ def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None)
             f"{url} responds, but none of GET /info, /v1/models and /models names a model",
             "check that it serves a model, and pass the name of its model with `--served-model NAME`",
         )
-    described = Target(url, str(model), _describe(info), access=access, task=task)
+    described = ServerConnection(url, str(model), _describe(info), access=access, task=task)
     if isinstance(context := listed.get("max_model_len"), int):
         described.info["limits"] = {"max_context_tokens": context}
     try:
@@ -220,7 +224,7 @@ def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None)
             raise error from None
 
 
-def _with_api(server: Target) -> Target:
+def _with_api(server: ServerConnection) -> ServerConnection:
     """Return `server` with the form of its requests as the `api` key of its information."""
     api: dict[str, Any] = {"path": server.path, "model": server.model}
     if server.task == "embed":
@@ -264,7 +268,7 @@ def _describe(info: Mapping[str, Any]) -> Info:
     return known
 
 
-def _probe(server: Target, path: str | None) -> Target:
+def _probe(server: ServerConnection, path: str | None) -> ServerConnection:
     """Return `server` with the first path and form of a request that it accepts. Raises `NotReadyError`."""
     absent: list[StatusError] = []
     for candidate in (path,) if path else PATHS[server.task]:
@@ -285,7 +289,7 @@ def _probe(server: Target, path: str | None) -> Target:
     )
 
 
-def _check(server: Target) -> Target:
+def _check(server: ServerConnection) -> ServerConnection:
     """Return `server` with a form of a request that it accepts.
 
     For embeddings, this is the encoding base64, else float. For reranking, it is the key of the documents. For
@@ -304,7 +308,7 @@ def _check(server: Target) -> Target:
     return server
 
 
-def _check_generation(server: Target) -> Target:
+def _check_generation(server: ServerConnection) -> ServerConnection:
     """Return `server` with the extensions that it accepts. Raises what its last response is, if it accepts none."""
     for api in (server.generation, *server.generation.smaller()):
         server = replace(server, generation=api)

@@ -1,1 +1,1 @@
-"""The load generator. It runs in Locust's process, under gevent; inferctl does not import it."""
+"""The load generator. It runs in Locust's processes, under gevent. inferctl imports only `recorder`, for records."""

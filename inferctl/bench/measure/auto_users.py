@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from inferctl.bench.measure import concurrency, resume, throughput
+from inferctl.bench.measure import closed_loop, concurrency, resume
 from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_server
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
@@ -70,7 +70,7 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress, emulate
         notify(Progress(target.name, 0, total, f"finding users: {step_name}", *details, **more))
 
     with ready_server(bench, target, folder, notify_phase) as server:
-        if server.target.emulated and not emulated:
+        if server.connection.emulated and not emulated:
             return None
 
         def measure(users: int, seconds: float) -> concurrency.Step:
@@ -82,7 +82,7 @@ def _find_one(bench: Bench, target: BenchTarget, notify: NotifyProgress, emulate
             shutil.rmtree(place, ignore_errors=True)
             return concurrency.Step(
                 users,
-                round(throughput.weighted_rate(measurement.records), 3),
+                round(closed_loop.weighted_rate(measurement.records), 3),
                 measurement.resources.get("client_cpu_percent"),
                 measurement.summary["rejected_percent"],
             )

@@ -121,16 +121,15 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
     with contextlib.ExitStack() as stack:
         # The monitor starts first, so that its first sample shows the processes that were on a GPU before.
         monitor = stack.enter_context(MachineMonitor())
-        child = None if target.url else stack.enter_context(started(bench, target, folder, notify))
-        connection = child.target if child else connect(target.url or "", access=bench.access)
+        child = None if target.url else stack.enter_context(started_server(bench, target, folder, notify))
+        connection = child.connection if child else connect(target.url or "", access=bench.access)
         yield MeasuredServer(connection, child, monitor, notify)
 
 
-@contextlib.contextmanager
-def started(
+def started_server(
     bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase, number: int = 0
-) -> Iterator[child_server.ChildServer]:
-    """Start a server of a target in `folder`. Server 0 is measured, the others are its neighbors.
+) -> contextlib.AbstractContextManager[child_server.ChildServer]:
+    """Return a context with a server of a target, started in `folder`. Server 0 is measured, the others are neighbors.
 
     If its load has a closed loop, which looks for its capacity, the server rejects no request. Other loads show how it
     behaves with its own limits.
@@ -146,5 +145,4 @@ def started(
     load = bench.load_of(target)
     has_closed_loop = not bench.plan.search and (load.mode == "closed" or load.capacity_percent is not None)
     variables = settings.WITHOUT_ADMISSION if has_closed_loop else {}
-    with child_server.serve(arguments, announce, folder, lambda passed: notify(phase, passed), variables) as child:
-        yield child
+    return child_server.serve(arguments, announce, folder, lambda passed: notify(phase, passed), variables)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inferctl.bench import stats
-from inferctl.bench.load.target import Target
+from inferctl.bench.load.target import ServerConnection
 from inferctl.models import divergence, reference_process
 from inferctl.models.divergence import Divergence, Scored
 
@@ -66,13 +66,13 @@ def reference(
     return TokenReference(scored, str(document["model_sha256"]))
 
 
-def measure(target: Target, expected: TokenReference) -> Divergence:
-    """Send the tokens of the reference to `target` and return its divergence.
+def measure(server: ServerConnection, expected: TokenReference) -> Divergence:
+    """Send the tokens of the reference to `server` and return its divergence.
 
     Raises `NoLogprobsError` if the server does not report log-probabilities of a prompt, and `InferctlError` if it
     fails or they are invalid.
     """
-    return divergence.compare(expected.texts, [target.score(text.ids) for text in expected.texts])
+    return divergence.compare(expected.texts, [server.score(text.ids) for text in expected.texts])
 
 
 def figures(found: Divergence) -> tuple[KlDivergence, Agreement, Perplexity]:

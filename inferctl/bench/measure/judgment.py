@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.measure import neighbors, throughput
+from inferctl.bench.measure import closed_loop, neighbors
 from inferctl.bench.measure.outcome import Outcome, WorkloadRecord
 
 
@@ -21,7 +21,7 @@ class JudgedOutcome:
     validity: Validity
 
 
-def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
+def judge_outcome(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     """Return the pooled summary and the validity of an outcome that has at least one run.
 
     `cores` is the number of cores of the machine, `budget_percent` the share of requests that may fail.
@@ -29,9 +29,9 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
     runs = outcome.measurements
     searched = any(run.search is not None for run in runs)
     each = [
-        validity.merge(run.judge(cores), run.closed_loop.judge(cores).labeled("closed loop"))
+        validity.merge(run.validity_on(cores), run.closed_loop.validity_on(cores).labeled("closed loop"))
         if run.closed_loop
-        else run.judge(cores)
+        else run.validity_on(cores)
         for run in runs
     ]
     pooled = summary.summarize([part for run in runs for part in run.all_records])
@@ -42,7 +42,7 @@ def judge(outcome: Outcome, cores: int, budget_percent: float) -> JudgedOutcome:
         approximate = next((run.workload.approximate for run in runs if run.workload.approximate), None)
         judged = validity.judge_generation(pooled, load.generation.common_prefix, unique, approximate)
         found = validity.merge(found, judged)
-    if closed := throughput.pooled(runs):
+    if closed := closed_loop.pooled(runs):
         found = validity.merge(found, validity.judge_requests(closed["summary"], budget_percent).labeled("closed loop"))
     reasons = [*found.reasons, *validity.judge_identity([run.info for run in runs]).reasons]
     cautions = list(found.cautions)

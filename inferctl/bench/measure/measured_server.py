@@ -12,14 +12,12 @@ from typing import Any, Protocol
 from inferctl.bench import privacy
 from inferctl.bench.judge import summary
 from inferctl.bench.load import child_server, load_run, process_usage
-from inferctl.bench.load import target as targets
+from inferctl.bench.load.target import ServerConnection, connect, is_local, local_pid
 from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.workload import Workload
 from inferctl.core.errors import NotReadyError
-
-INPUT_FILES = ("bodies.jsonl", "order.bin", "schedule.bin", "warmup_schedule.bin")
 
 
 class NotifyPhase(Protocol):
@@ -39,20 +37,14 @@ def new_serial() -> int:
     return 100_000 + 4 * secrets.randbelow(225_000)
 
 
-def delete_inputs(folder: Path) -> None:
-    """Delete the files that the load generator reads. They are large, and the plan can draw them again."""
-    for name in INPUT_FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class MeasuredServer:
-    """A ready server at `target`; `child` is its process if inferctl started it.
+    """A ready server and the `connection` to it; `child` is its process if inferctl started it.
 
     `monitor` sampled the machine before the server started.
     """
 
-    target: targets.Target
+    connection: ServerConnection
     child: child_server.ChildServer | None
     monitor: MachineMonitor
     notify: NotifyPhase
@@ -60,7 +52,7 @@ class MeasuredServer:
     @property
     def on_this_machine(self) -> bool:
         """Whether the server shares this machine with the load generator."""
-        return self.child is not None or targets.is_local(self.target.url)
+        return self.child is not None or is_local(self.connection.url)
 
     def labeled(self, label: str) -> MeasuredServer:
         """Return this server with a label for each phase that it reports; `label` contains `{phase}`."""
@@ -75,8 +67,8 @@ class MeasuredServer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         load, serial = work.load, new_serial()
-        description = load_run.prepare(load, work, self.target, serial, folder)
-        pid = self.child.process.pid if self.child else targets.local_pid(self.target.url)
+        description = load_run.prepare(load, work, self.connection, serial, folder)
+        pid = self.child.process.pid if self.child else local_pid(self.connection.url)
         self.monitor.process_roots |= {pid} if pid else set()
 
         def check_running() -> None:
@@ -91,13 +83,13 @@ class MeasuredServer:
                     description,
                     lambda live: self.notify(live.phase, 0.0, live),
                     check_running,
-                    self.target.access.headers,
+                    self.connection.access.headers,
                 )
             finally:
-                delete_inputs(folder)
+                load_run.delete_inputs(folder)
         start, end = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
         resources = sampler.between(start, end)
-        if pid is None and targets.is_local(self.target.url):
+        if pid is None and is_local(self.connection.url):
             # The cores of an unknown local server cannot be told apart from those of other processes.
             resources.pop("other_cores", None)
         if (client := summary.client_cpu_percent(measured.state)) is not None:
@@ -121,12 +113,12 @@ class MeasuredServer:
             state=measured.state,
             resources=resources,
             folder=folder,
-            info=self.target.info,
+            info=self.connection.info,
             serial=serial,
             telemetry=self.monitor.window(
                 start,
                 end,
-                self.target.info,
+                self.connection.info,
                 on_this_machine=self.on_this_machine,
                 started_by_bench=self.child is not None,
             ),
@@ -144,10 +136,10 @@ class MeasuredServer:
 
     def _pace(self) -> Mapping[str, Any] | None:
         """Return the server's batch latency model (seconds per batch, tokens/s); None if it does not report one."""
-        if "pace" not in self.target.info:
+        if "pace" not in self.connection.info:
             return None
         with contextlib.suppress(NotReadyError):
-            info = targets.connect(self.target.url, access=self.target.access).info
+            info = connect(self.connection.url, access=self.connection.access).info
             pace: Mapping[str, Any] | None = info.get("pace")
             return pace
         return None

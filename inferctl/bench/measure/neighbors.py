@@ -153,7 +153,7 @@ def _under_load(
     """Keep a neighbor under load until the block ends. The block begins after its first response."""
     load = background(measured.load)
     work = workload.draw(load, measured.corpus, measured.seed + number)
-    description = load_run.prepare(load, work, server.target, measured_server.new_serial(), folder)
+    description = load_run.prepare(load, work, server.connection, measured_server.new_serial(), folder)
     loader = NeighborLoader(number, server, folder, description, load)
     loader.thread.start()
     try:
@@ -163,7 +163,7 @@ def _under_load(
     finally:
         loader.ended.set()
         loader.thread.join()
-        measured_server.delete_inputs(folder)
+        load_run.delete_inputs(folder)
 
 
 def background(load: Load) -> Load:
@@ -215,7 +215,7 @@ def _validity(loads: Sequence[Measurement], cores: int, together: validity.Valid
     """
     reasons, cautions = list(together.reasons), list(together.cautions)
     for loaded in loads:
-        found, run = loaded.judge(cores), f"run {loaded.run.repeat + 1}"
+        found, run = loaded.validity_on(cores), f"run {loaded.run.repeat + 1}"
         reasons += found.labeled(run).reasons
         cautions += found.cautions
         for other in loaded.neighbors:

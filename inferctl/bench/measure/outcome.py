@@ -143,12 +143,12 @@ class Measurement:
         emulated = bool((self.info.get("precision") or {}).get("level") == "emulated")
         return emulated and self.load is not None and self.load.duration_s == self.load.emulated_s
 
-    def judge(self, cores: int) -> Validity:
+    def validity_on(self, cores: int) -> Validity:
         """Return the validity of this load by its figures and by the state of a machine with `cores` cores."""
         searched = self.search is not None
         state = {**self.state, "steady": True} if self.shortened else self.state
         found = validity.judge(self.summary, self.resources, state, cores, searched)
-        return validity.merge(found, telemetry.judge(self.telemetry))
+        return validity.merge(found, telemetry.gpu_validity(self.telemetry))
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Outcome:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """`GET /info` of the first run. `judge` compares the other runs with it."""
+        """`GET /info` of the first run. `judgment.judge_outcome` compares the other runs with it."""
         return self.measurements[0].info if self.measurements else {}
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.bench.load.target import Target
+from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import generation_quality
 from inferctl.bench.measure.generation_quality import Agreement, KlDivergence, Perplexity, TokenReference
 from inferctl.bench.plan import workload
@@ -24,7 +24,7 @@ from inferctl.bench.stats import rank
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError
 from inferctl.models import divergence, reference_process
-from inferctl.models import model as models
+from inferctl.models import model as model_folder
 from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
 
 NEIGHBORS = 10
@@ -112,11 +112,11 @@ class QualityChecker:
     def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
         self._limits = limits
         self._folder = folder
-        self._model = models.ModelFolder(model) if model else None
+        self._model = model_folder.ModelFolder(model) if model else None
         self._references: dict[tuple[Task, int | None], Reference | TokenReference | str] = {}
         self.failed = False
 
-    def __call__(self, target: Target, on_wait: Callable[[float], None]) -> QualityResult:
+    def __call__(self, server: ServerConnection, on_wait: Callable[[float], None]) -> QualityResult:
         """Return the result for one server; `on_wait` receives the seconds passed while the reference is computed.
 
         If the server fails during the check, the result is a failure and not an unchecked server.
@@ -126,7 +126,7 @@ class QualityChecker:
             return unchecked("the plan requests no quality check: set `quality` in it")
         if self._model is None:
             return unchecked("no local model folder to compare with: pass `--model DIR`")
-        model = target.info.get("model") or {}
+        model = server.info.get("model") or {}
         served = model.get("sha256")
         if not served:
             return unchecked("the server does not report the digest of its weights")
@@ -135,8 +135,8 @@ class QualityChecker:
                 f"the server's weights ({served[:12]}…) are not those of the local folder: "
                 "pass its model with `--model`"
             )
-        max_input_tokens = (target.info.get("limits") or {}).get("max_input_tokens")
-        key = (target.task, max_input_tokens)
+        max_input_tokens = (server.info.get("limits") or {}).get("max_input_tokens")
+        key = (server.task, max_input_tokens)
         if key not in self._references:
             self._references[key] = self._compute(self._model.path, self._limits, *key, on_wait)
         expected = self._references[key]
@@ -144,7 +144,7 @@ class QualityChecker:
             self.failed = True
             return unchecked(expected)
         try:
-            return check(target, expected, self._limits)
+            return check(server, expected, self._limits)
         except NoLogprobsError as error:
             return unchecked(error.message)
         except InferctlError as error:
@@ -192,21 +192,21 @@ def reference(
     return Reference(inputs, values, str(document["model_sha256"]))
 
 
-def check(target: Target, expected: Reference | TokenReference, limits: Quality) -> QualityResult:
-    """Send the inputs of the reference to `target` and compare the vectors, the scores or the log-probabilities.
+def check(server: ServerConnection, expected: Reference | TokenReference, limits: Quality) -> QualityResult:
+    """Send the inputs of the reference to `server` and compare the vectors, the scores or the log-probabilities.
 
     Raises `InferctlError` if the server fails or returns outputs that cannot be compared.
     """
     if isinstance(expected, TokenReference):
-        found = generation_quality.measure(target, expected)
+        found = generation_quality.measure(server, expected)
         return replace(compare_tokens(found, limits), corpus_sha256=expected.corpus_sha256)
-    if target.task == "rerank":
-        scores = np.asarray([target.rerank(list(request)) for request in expected.inputs], np.float32)
+    if server.task == "rerank":
+        scores = np.asarray([server.rerank(list(request)) for request in expected.inputs], np.float32)
         return replace(compare_scores(expected.values, scores, limits), corpus_sha256=expected.corpus_sha256)
     rows: list[Sequence[float]] = []
     texts = [str(text) for text in expected.inputs]
     for start in range(0, len(texts), _BATCH):
-        rows += target.embed(texts[start : start + _BATCH])
+        rows += server.embed(texts[start : start + _BATCH])
     size = expected.values.shape[1]
     if wrong := [len(row) for row in rows if len(row) != size]:
         raise InferctlError(f"the server returned vectors of {wrong[0]} dimensions; the reference has {size}")

@@ -90,6 +90,7 @@ def identity(
     return {
         "plan": plan.model_dump(mode="json"),
         "plan_file": digests.of_file(file) if file and file.is_file() else None,
+        # The key has an older word for targets: benchmarks with it can be resumed.
         "subjects": [dataclasses.asdict(target) for target in targets],
         "corpora": {name: workload.read_corpus(name)[1] for name in sorted(corpora)},
         "traces": {name: _trace_sha256(name) for name in sorted(filter(None, traces))},

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.measure import auto_users, neighbors, quality, resume, search, throughput
+from inferctl.bench.measure import auto_users, closed_loop, neighbors, quality, resume, search
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
     find_tokenizer,
     phase_notifier,
     ready_server,
-    started,
+    started_server,
 )
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
@@ -99,7 +99,7 @@ def _measure(
         if run.repeat == 0:
             notify("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
-            outcome.quality = checker(server.target, lambda passed: notify("computing the fp32 reference", passed))
+            outcome.quality = checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             if server.child:
                 server.child.check()
             outcome.check_done = not checker.failed
@@ -113,15 +113,15 @@ def _measure_load(
 ) -> Measurement:
     """Measure a run of one load, after a closed loop if the rate is a share of the capacity."""
     load, corpus = bench.load_of(target), bench.corpus_of(target)
-    load = load.for_emulated() if server.target.emulated else load
-    seed, closed_loop = _seed(bench, load, run), None
+    load = load.for_emulated() if server.connection.emulated else load
+    seed, loop = _seed(bench, load, run), None
     if load.capacity_percent is not None:
-        closed_loop = throughput.measure(server, load, corpus, seed, run, folder, bench.tokenizer)
+        loop = closed_loop.measure(server, load, corpus, seed, run, folder, bench.tokenizer)
         # All targets receive the same rate, so that their latencies can be compared.
-        capacity_rps = capacity_rps or closed_loop.summary["requests_per_s"]
+        capacity_rps = capacity_rps or loop.summary["requests_per_s"]
         load = load.at(capacity_rps)
     measurement = server.measure(workload.draw(load, corpus, seed, bench.tokenizer), run, folder)
-    return replace(measurement, closed_loop=closed_loop, capacity_rps=capacity_rps)
+    return replace(measurement, closed_loop=loop, capacity_rps=capacity_rps)
 
 
 def _capacity(outcomes: Sequence[Outcome]) -> float | None:
@@ -142,7 +142,7 @@ def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run
         server,
         workload.draw(load, bench.corpus_of(target), _seed(bench, load, run), bench.tokenizer),
         bench.plan.neighbours,
-        start=lambda number, place: started(bench, target, place, server.notify, number),
+        start=lambda number, place: started_server(bench, target, place, server.notify, number),
     )
     return neighbors.measure(setup, run, folder)
 
@@ -158,7 +158,7 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 
     def request() -> object:
         first = f"{next(numbers)} {secrets.token_hex(4)} {text}"
-        return server.target.request([first] if server.target.task == "embed" else [first, text], 30)
+        return server.connection.request([first] if server.connection.task == "embed" else [first, text], 30)
 
     def measure_load(work: workload.Workload, place: Path, check: Callable[[], None]) -> Measurement:
         # The folder of a probe has a name such as 03-bisect-48.5.

@@ -164,7 +164,7 @@ def counted_joules(counters: Sequence[Sequence[int | None]], ranges_uj: Sequence
     return round(total / 1e6, 3)
 
 
-def judge(telemetry: Telemetry) -> Validity:
+def gpu_validity(telemetry: Telemetry) -> Validity:
     """Return the validity of a run by its telemetry.
 
     A run is invalid if another process was on its GPU, or if heat or a lowered power limit reduced the clocks.

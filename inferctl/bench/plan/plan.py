@@ -40,6 +40,7 @@ class Plan(Section):
         default_factory=list, description="Catalog keys to add as estimated rows, if no row ran on them."
     )
     search: Search | None = Field(None, description="Find the highest rate within an SLO.")
+    # The British spelling of plans, receipts and file names. Modules and functions have `neighbors`.
     neighbours: int = Field(0, ge=0, le=64, description="Number of loaded neighbors on the same device.")
     load: Load = Field(default_factory=lambda: Load.model_validate({}), description="The requests.")
     generate: GenerationPlan | None = Field(None, description="The keys that differ for models of generation.")
@@ -245,7 +246,7 @@ def names() -> list[str]:
     return sorted(file.stem for file in _folder().glob("*.yaml"))
 
 
-def load(name: str) -> Plan:
+def read_plan(name: str) -> Plan:
     """Return the plan called `name`, or the plan in the YAML file `name`.
 
     Raises `UsageError` if there is no such plan, and `SpecError` with every error and its line.

@@ -67,7 +67,7 @@ class Workload:
     def bodies(self, body: Callable[..., Mapping[str, object]]) -> list[bytes]:
         """Return one JSON request body per group, each on one line.
 
-        `body` makes a body from texts and, for generation, from the tokens of the output (`Target.body`).
+        `body` makes a body from texts and, for generation, from the tokens of the output (`ServerConnection.body`).
         """
         marked = [
             self._marked(group) if number >= self.unique_from else group for number, group in enumerate(self.groups)

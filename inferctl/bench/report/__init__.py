@@ -1,0 +1,1 @@
+"""Writes what was measured: receipts, result, findings, charts, HTML, terminal, JUnit."""

@@ -13,10 +13,10 @@ import inferctl
 from inferctl.bench import privacy
 from inferctl.bench.judge import efficiency, stages, summary
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.load import target as servers
-from inferctl.bench.measure import digests, neighbors, throughput
+from inferctl.bench.load.target import is_local
+from inferctl.bench.measure import closed_loop, digests, neighbors
 from inferctl.bench.measure.environment import Environment
-from inferctl.bench.measure.judgment import judge
+from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
@@ -25,7 +25,7 @@ from inferctl.receipts.receipt import JsonObject
 
 
 @dataclass(frozen=True)
-class Context:
+class ReceiptContext:
     """The properties of a benchmark that all its receipts share.
 
     - `model_source`: the source of the weights in the spec.
@@ -44,7 +44,7 @@ class Context:
     model: Path | None = None
 
 
-def write_all(context: Context, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
+def write_all(context: ReceiptContext, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
     """Write one receipt for each outcome that has at least one run."""
     return [
         receipt.write(
@@ -56,10 +56,10 @@ def write_all(context: Context, outcomes: Sequence[Outcome]) -> list[receipt.Rec
     ]
 
 
-def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
+def _document(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
     """Return a receipt (docs/receipts.md describes each key)."""
     budget, cores = context.plan.error_budget_percent, context.environment.machine_cores
-    judged = judge(outcome, cores, budget)
+    judged = judge_outcome(outcome, cores, budget)
     info, target, runs = _without_paths(outcome.info), outcome.target, outcome.measurements
     first, parts = runs[0], [part for run in runs for part in run.all_records]
     hardware = hardware_of(info, target, context.environment)
@@ -93,13 +93,13 @@ def _document(context: Context, outcome: Outcome) -> dict[str, Any]:
         "stages": stages.summarize(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
         "neighbours": privacy.without_folders(neighbors.document(runs, cores, budget)),
-        "closed_loop": throughput.pooled(runs),
+        "closed_loop": closed_loop.pooled(runs),
         "concurrency": first.concurrency and first.concurrency.as_dict(),
         "runs": [_run(context, run, validity) for run, validity in zip(runs, judged.runs, strict=True)],
     }
 
 
-def _run(context: Context, run: Measurement, validity: Validity) -> dict[str, Any]:
+def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[str, Any]:
     """Return an element of the `runs` key of a receipt."""
     load = run.load
     folder = run.folder.relative_to(context.output)
@@ -111,7 +111,7 @@ def _run(context: Context, run: Measurement, validity: Validity) -> dict[str, An
         "workload": {"seed": run.workload.seed, "sha256": run.workload.sha256},
         "server": _without_paths(run.info),
         "summary": summary.summarize([run.records]),
-        "closed_loop": throughput.of_run(run),
+        "closed_loop": closed_loop.of_run(run),
         "resources": run.resources,
         "pace": run.pace,
         "telemetry": run.telemetry.as_dict(),
@@ -135,7 +135,7 @@ def _configuration(target: BenchTarget) -> dict[str, Any]:
         "max_batch_tokens": target.max_batch_tokens,
         "checkpoint": target.checkpoint and privacy.name_of(target.checkpoint),
         "url": target.url,
-        "this_machine": target.url is None or servers.is_local(target.url),
+        "this_machine": target.url is None or is_local(target.url),
     }
 
 
@@ -150,7 +150,7 @@ def load_without_folder(load: Load | None) -> dict[str, Any]:
     return privacy.without_trace_folder(load.model_dump(mode="json")) if load else {}
 
 
-def _plan(context: Context, outcome: Outcome) -> dict[str, Any]:
+def _plan(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
     """Return the plan with the measured targets as its configurations, and the load and corpus of this target."""
     plan = context.plan.model_dump(mode="json")
     plan["load"] = load_without_folder(outcome.measurements[0].load)
@@ -171,7 +171,7 @@ def _plan(context: Context, outcome: Outcome) -> dict[str, Any]:
     return plan
 
 
-def _source(context: Context, info: JsonObject, target: BenchTarget) -> str | None:
+def _source(context: ReceiptContext, info: JsonObject, target: BenchTarget) -> str | None:
     """Return the source of the weights.
 
     A server that inferctl starts reports the folder of the weights, so the source in the spec is used instead.
@@ -204,7 +204,7 @@ def hardware_of(info: JsonObject, target: BenchTarget, environment: Environment)
     device = info.get("device") or {}
     if device.get("name"):
         key = device.get("hardware") or ("cpu" if device.get("kind") == "cpu" else None)
-        local = target.url is None or servers.is_local(target.url)
+        local = target.url is None or is_local(target.url)
         name = environment.cpu_model if device["name"].lower() == "cpu" and local else device["name"]
         return {"key": key, "name": name, "kind": device.get("kind"), "detected_by": "server"}
     # On a machine with a GPU, a server that reports no device may run on CPU or GPU.

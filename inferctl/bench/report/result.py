@@ -15,7 +15,7 @@ from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import estimated, findings, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats
-from inferctl.bench.report.receipts import Context, load_without_folder
+from inferctl.bench.report.receipts import ReceiptContext, load_without_folder
 from inferctl.bench.report.rows import Row
 from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.facts import catalog
@@ -55,7 +55,7 @@ class Result:
         }
 
 
-def collect(context: Context, outcomes: Sequence[Outcome], receipts: Sequence[Receipt], report: Path) -> Result:
+def collect(context: ReceiptContext, outcomes: Sequence[Outcome], receipts: Sequence[Receipt], report: Path) -> Result:
     """Return the result of all outcomes and their receipts; `report` is the path of the HTML file."""
     plan = _with_found_users(context.plan, outcomes)
     by_name = {receipt.name: receipt for receipt in receipts}
@@ -88,7 +88,7 @@ def write(path: Path, result: Result) -> None:
     path.write_text(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def other_hardware(context: Context, measured: Sequence[Row]) -> list[Row]:
+def other_hardware(context: ReceiptContext, measured: Sequence[Row]) -> list[Row]:
     """Return rows for the requested hardware that no measured row ran on.
 
     A GPU of this machine that no server used was not measured.
@@ -105,7 +105,7 @@ def other_hardware(context: Context, measured: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _estimated_rows(context: Context, key: str, name: str, reason: str) -> list[Row]:
+def _estimated_rows(context: ReceiptContext, key: str, name: str, reason: str) -> list[Row]:
     """Return the rows of hardware that was not measured: estimated, else one for each reason why not."""
     hardware = {"key": key, "name": name}
     found: list[Row] = []

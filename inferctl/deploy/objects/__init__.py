@@ -1,0 +1,1 @@
+"""Builders: the deployment plan to Kubernetes objects, which are plain dicts."""

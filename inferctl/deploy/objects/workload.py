@@ -30,7 +30,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(flavor.name, namespace, labels, capacity(model, flavor)),
+        "metadata": metadata(flavor.name, namespace, labels, capacity_annotations(model, flavor)),
         "spec": {
             "revisionHistoryLimit": 3,
             "progressDeadlineSeconds": _progress_deadline(flavor),
@@ -53,7 +53,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     }
 
 
-def capacity(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
+def capacity_annotations(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
     """Return the annotations that say what a replica can do, for `inferctl deploy --preview`."""
     found: dict[str, str | Noted] = {
         label_keys.PREFERENCE: str([each.name for each in model.flavors].index(flavor.name) + 1),

@@ -1,0 +1,1 @@
+"""Alerts and dashboards of a model: templates in YAML, whose `<names>` `watched.py` fills in."""

@@ -1,0 +1,1 @@
+"""The ASGI application of the encoder tasks: endpoints, schemas and the OpenAPI document."""

@@ -1,0 +1,1 @@
+"""Starts, watches and restarts engine processes, and the frames between both processes."""

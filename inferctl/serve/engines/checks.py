@@ -12,7 +12,7 @@ from inferctl.models.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
-from inferctl.serve.engines import plain
+from inferctl.serve.engines import plain, tokenizer_check
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
@@ -49,6 +49,7 @@ class Checks:
         self.expected: Vectors | None = None
         small = folder.parameters <= _MAX_CHECKED_PARAMETERS
         pool = TokenizerPool(folder.path, config, threads=1)
+        tokenizer_check.check(folder.path, config, pool)
         self._vocabulary_size = pool.vocabulary_size
         if isinstance(config, EmbeddingConfig):
             self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.serve import task_config
 from inferctl.serve.embedding_config import EmbeddingConfig
@@ -50,6 +50,8 @@ class EncoderEngine:
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory.
 
+        Architectures and odd values in `config.json` fail in any way, at any place: all that is a `UsageError`.
+
         If the configuration has the info of an earlier engine on an equal device, the comparison is skipped, because
         clients wait for a restart.
         """
@@ -58,10 +60,16 @@ class EncoderEngine:
         except InferctlError:
             raise
         except Exception as error:
-            if not failures.out_of_memory(error):
+            if failures.out_of_memory(error):
+                message = f"insufficient memory to load the model: {failures.summary(error)}"
+                raise NotReadyError(message, self._memory_hint) from error
+            # It ran before, the GPU is gone, or the API process ended: not a fault of the model.
+            if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
                 raise
-            raise NotReadyError(
-                f"insufficient memory to load the model: {failures.summary(error)}", self._memory_hint
+            name = model.find(self._config.model).architecture
+            raise UsageError(
+                f"{name} cannot be computed: {type(error).__name__}: {failures.summary(error)}",
+                "correct config.json if it has an odd value, use a model of another architecture, or try `--precision fp32`",
             ) from error
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:

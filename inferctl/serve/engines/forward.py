@@ -103,7 +103,8 @@ class Forward:
         # RoBERTa-like models number positions from the padding index + 1.
         offset = hasattr(embeddings, "create_position_ids_from_input_ids")
         self._first_position = int(embeddings.padding_idx) + 1 if offset and embeddings is not None else 0
-        self._padding_id = int(model.config.pad_token_id or 0)
+        padding_id = int(model.config.pad_token_id or 0)
+        self._padding_id = padding_id if 0 <= padding_id < self.vocabulary_size else 0  # LLaMA has -1
         self._has_segments = plain.has_segments(model)
         self._padded_attention = plain.attention(model)
         self.causal = getattr(model.config, "is_causal", True) is not False and any(

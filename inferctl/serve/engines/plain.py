@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
 from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
+from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
 
@@ -28,7 +30,7 @@ _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
     """Return the encoder of a model folder, or for `rerank` the whole cross-encoder, in evaluation mode.
 
-    Raises `UsageError` as `weights.load` does.
+    Raises `UsageError` as `weights.load` does, and for segments that the server does not compute.
     """
     silence_libraries()
     from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
@@ -45,6 +47,13 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     if task == "rerank":
         auto = AutoModelForSequenceClassification
     model = weights.load(auto, folder, task, dtype, **options)
+    if returns_segments(folder) and _embeds_segments_as_words(model):
+        raise UsageError(
+            f"{folder} has a tokenizer that returns segments (token_type_ids), for which {type(model).__name__} adds the "
+            "vectors of words; this is not supported",
+            "if the model was trained without them, remove `token_type_ids` from `model_input_names` in "
+            "tokenizer_config.json",
+        )
     if attention(model) == "eager":
         model.set_attn_implementation("eager")
     if task == "embed" and getattr(model, "pooler", None) is not None:
@@ -55,8 +64,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
 
 def attention(model: Any) -> str:
     """Return the attention of transformers that computes this model exactly, with padding."""
-    # torch's own attention leaves out the soft cap of scores.
-    return "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
+    # torch's own attention leaves out the soft cap of scores, and some architectures do not have it.
+    soft_cap = getattr(model.config, "attn_logit_softcapping", None)
+    return "eager" if soft_cap or not getattr(model, "_supports_sdpa", True) else "sdpa"
 
 
 def silence_libraries() -> None:
@@ -151,6 +161,13 @@ def _applied(folder: Path, layer: Layer, vector: npt.NDArray[np.float64]) -> npt
     return np.asarray(result)
 
 
+def _embeds_segments_as_words(model: Any) -> bool:
+    """Return whether the model adds something for segments that it has no embeddings for: GPT-2 looks up words."""
+    accepted = inspect.signature(model.base_model.forward).parameters
+    return "token_type_ids" in accepted and not hasattr(type(model.config), "type_vocab_size")
+
+
 def has_segments(model: Any) -> bool:
     """Return whether the model distinguishes the segments of a pair."""
-    return int(getattr(model.config, "type_vocab_size", None) or 0) > 1
+    known = hasattr(type(model.config), "type_vocab_size")  # config.json can name it for any architecture
+    return known and int(model.config.type_vocab_size or 0) > 1

@@ -269,7 +269,7 @@ class _Call:
             return
         self.failed = stream.error is not None
         if not more and not stream.done:
-            return  # `_generate` ends the stream with an error event
+            return  # `_run` ends the stream with an error event
         if passed or not more:
             await self._begin()
             self.complete = not more

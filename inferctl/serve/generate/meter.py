@@ -1,4 +1,4 @@
-"""Reads what a generation used from vLLM's responses, and gives the client what it request for.
+"""Reads what a generation used from vLLM's responses, and gives the client what it asked for.
 
 With `--enable-force-include-usage`, vLLM puts `usage` into every event of a stream. So the count is exact for a client
 that leaves in mid-stream too. A client that did not ask for it gets the stream without it.

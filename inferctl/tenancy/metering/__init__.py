@@ -1,0 +1,1 @@
+"""Usage events from a server to the ledger: recorder, outbox, broker and sink, and the report with prices."""

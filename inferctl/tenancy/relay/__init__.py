@@ -1,0 +1,1 @@
+"""The process next to a server that carries usage events, limit counters and keys."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from inferctl.config import settings
 from inferctl.config.spec import Spec, Task
-from inferctl.deploy import resolve
+from inferctl.deploy import planning
 from inferctl.deploy.clusters import Cluster, Clusters
 from inferctl.deploy.plan import DeploymentPlan
 from inferctl.models.fit import ModelSize, UnknownSize
@@ -63,7 +63,7 @@ def plan(
 ) -> DeploymentPlan:
     """Return the plan of one spec. `clusters`: their keys in the clusters file."""
     found = Clusters.model_validate({"clusters": clusters or [{"name": "default"}]}).resolved()
-    return resolve.resolve([resolve.SpecSource(made, folder, size, task)], found)
+    return planning.make_plan([planning.SpecSource(made, folder, size, task)], found)
 
 
 def cluster(**keys: Any) -> Cluster:

@@ -1,4 +1,4 @@
-"""Among how many servers the limit of a key is divided, with a broker. Without one: test_resolve.py."""
+"""Among how many servers the limit of a key is divided, with a broker. Without one: test_planning.py."""
 
 from __future__ import annotations
 

@@ -18,8 +18,10 @@ from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, TrafficPlan, Warned, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
-from inferctl.models import fit, generation_fit, model
+from inferctl.models import fit, generation_fit
+from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
+from inferctl.models.size import uses_alibi
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +48,7 @@ class SpecSource:
     file: str | None = None
 
 
-def resolve(
+def make_plan(
     sources: Sequence[SpecSource], clusters: Sequence[Cluster], kubernetes: str | None = None, *, images: bool = True
 ) -> DeploymentPlan:
     """Return the plan. `kubernetes`: version of all clusters, instead of theirs.
@@ -142,22 +144,22 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
         f"deploy.flavors[{index}]" if settings.flavors else f"hardware {flavor.hardware}"
         for index, flavor in enumerate(flavors)
     ]
-    made = _each(zip(flavors, wheres, strict=True), lambda each: _flavor(source, name, *each, images=images))
-    labels = [each.label for each in made]
+    planned = _each(zip(flavors, wheres, strict=True), lambda each: _flavor(source, name, *each, images=images))
+    labels = [each.label for each in planned]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UsageError(f"two flavors of {name} have the name {twice}", "set `name` of one of them")
-    rates = [each.rate for each in made]
+    rates = [each.rate for each in planned]
     traffic = _traffic(spec, rates)
-    for flavor, each, where in zip(flavors, made, wheres, strict=True):
+    for flavor, each, where in zip(flavors, planned, wheres, strict=True):
         _check_limits(flavor, each, where, traffic.value)
-    placed = [placement.place(spec, flavors, made, traffic.value, cluster) for cluster in clusters]
+    placed = [placement.place(spec, flavors, planned, traffic.value, cluster) for cluster in clusters]
     complete = tuple(
         replace(each, placements=tuple(of_cluster.value[index] for of_cluster in placed))
-        for index, each in enumerate(made)
+        for index, each in enumerate(planned)
     )
     servers = key_limits.servers(spec, complete, clusters)
     placing = [warning for each in placed for warning in each.warnings]
-    warnings = [*(warning for each in made for warning in each.warnings), *traffic.warnings, *placing]
+    warnings = [*(warning for each in planned for warning in each.warnings), *traffic.warnings, *placing]
     warnings += servers.warnings
     if 0 < spec.serve.port < 1024:
         warnings.append(
@@ -221,11 +223,11 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             f"measure {precision}, or set `precision: {measured_precision}`",
         )
     effective = _fit(source, flavor, hardware, measured_precision or precision, sharing, where)
-    load = sizing.load_s(flavor.load_s, settings.load_s, rate)
+    load_time = sizing.load_s(flavor.load_s, settings.load_s, rate)
     memory, capacity = effective.memory, effective.capacity
     generate = source.task == "generate"
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
-    period, failures = sizing.startup(load, model.longest_start_s(weights) if generate else None)
+    period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
     return FlavorPlan(
@@ -240,7 +242,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
         fit=effective,
         resource=gpu.resource(hardware, sharing, gpus, shared_by=flavor.shared_by),
         placements=(),
-        load_s=load,
+        load_s=load_time,
         cold_start_s=_cold_start(spec, flavor),
         startup_period_s=period,
         startup_failures=failures,
@@ -297,7 +299,7 @@ def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) ->
 def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
     isolated = sharing not in ("time-slicing", "mps")
-    if not isolated and isinstance(source.size, ModelSize) and model.uses_alibi(source.size.config):
+    if not isolated and isinstance(source.size, ModelSize) and uses_alibi(source.size.config):
         raise UsageError(
             f"{where}: {source.spec.name} uses ALiBi, and sharing: {sharing} does not isolate memory. Its attention "
             "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "
@@ -380,13 +382,13 @@ def _traffic(spec: Spec, rates: Sequence[Rate | None]) -> Warned[TrafficPlan | N
     return Warned(sizing.traffic(settings, tokens, source), tuple(warnings))
 
 
-def _check_limits(flavor: Flavor, made: FlavorPlan, where: str, traffic: TrafficPlan | None) -> None:
+def _check_limits(flavor: Flavor, planned: FlavorPlan, where: str, traffic: TrafficPlan | None) -> None:
     """Raise `UsageError` for a flavor whose replicas cannot be computed and are not set."""
-    if made.rate is not None and traffic is not None:
+    if planned.rate is not None and traffic is not None:
         return
     missing = [key for key in ("min_replicas", "max_replicas") if getattr(flavor, key) is None]
     if missing:
-        lacks = "a rate (receipt or tokens_per_second)" if made.rate is None else "deploy.traffic"
+        lacks = "a rate (receipt or tokens_per_second)" if planned.rate is None else "deploy.traffic"
         raise UsageError(
             f"{where if where.endswith(flavor.hardware) else f'{where} ({flavor.hardware})'} has no "
             f"{' and no '.join(missing)}, and without {lacks} they cannot be computed",

@@ -19,8 +19,9 @@ from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH, KEYS_PATH
-from inferctl.image.verify import exit_error, free_port, mounts_of, request
-from inferctl.models import hub, model
+from inferctl.image.running_container import exit_error, free_port, mounts_of, request
+from inferctl.models import hub
+from inferctl.models import model as model_folder
 
 # The volume that keeps the weights that containers download.
 _CACHE_VOLUME = "inferctl-models"
@@ -61,7 +62,7 @@ def run_server(
     serve_options: ServeOptions,
     log: Callable[[str], None],
     announce: Path | None = None,
-    fetch: hub.Fetch = model.find,
+    fetch: hub.Fetch = model_folder.find,
 ) -> int:
     """Run the image `reference` until it ends and return its exit code. SIGINT and SIGTERM drain it.
 
@@ -135,7 +136,7 @@ def check_readable(keys: Path) -> None:
         )
 
 
-def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model.find) -> Path | None:
+def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model_folder.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
     kind = image.labels.get("io.inferctl.model.weights", "mount" if serve_options.replaces_model else "bake")

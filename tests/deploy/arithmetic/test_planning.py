@@ -300,17 +300,17 @@ def test_a_cpu_has_no_gpu() -> None:
 
 
 def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) -> None:
-    from inferctl.deploy import resolve
+    from inferctl.deploy import planning
     from inferctl.deploy.clusters import Clusters
 
     sources = [
-        resolve.SpecSource(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
+        planning.SpecSource(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
         for name in ("first", "second")
     ]
 
     def resolved(limit: int) -> list[str]:
         found = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": limit}}]}).resolved()
-        return list(resolve.resolve(sources, found).warnings)
+        return list(planning.make_plan(sources, found).warnings)
 
     assert not any("add up" in warning for warning in resolved(8))
     assert any("the maxima of first-l4 and second-l4 add up to 8" in warning for warning in resolved(6))
@@ -348,12 +348,12 @@ def test_rollouts_and_overflow_stay_within_the_limit_of_a_cluster() -> None:
 
 
 def test_two_models_share_what_a_cluster_has_for_overflow(tmp_path: Path) -> None:
-    from inferctl.deploy import resolve
+    from inferctl.deploy import planning
     from inferctl.deploy.clusters import Clusters
 
-    sources = [resolve.SpecSource(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
+    sources = [planning.SpecSource(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
     clusters = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": 22}}]}).resolved()
-    first, second = (each.flavors[0].placements[0] for each in resolve.resolve(sources, clusters).models)
+    first, second = (each.flavors[0].placements[0] for each in planning.make_plan(sources, clusters).models)
     # 8 + 8 are the maxima, so 6 are left: 5 for the first, 1 for the second.
     assert first.overflow
     assert second.overflow

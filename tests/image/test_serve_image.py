@@ -18,9 +18,9 @@ import pytest
 from inferctl import cli
 from inferctl.config.spec import Access
 from inferctl.core.errors import UsageError
-from inferctl.image import container
-from inferctl.image.container import Address, ServeOptions
+from inferctl.image import serve_image
 from inferctl.image.records import ImageInfo
+from inferctl.image.serve_image import Address, ServeOptions
 from inferctl.serve.edge import access, listener
 from tests.image import tiny
 
@@ -33,28 +33,28 @@ def image(weights: str | None) -> ImageInfo:
 
 
 def test_options_override_those_of_the_image() -> None:
-    made = container.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
+    made = serve_image.options(image("bake"), None, HERE, False, ("--precision", "bf16"))
     told = ("--published", "127.0.0.1:0", "--image-reference", "sha256:0")
     assert made.command == ("serve", "--x", *told, "--precision", "bf16")
 
 
 def test_an_image_that_mounts_its_weights_requires_a_model() -> None:
     with pytest.raises(UsageError, match="this image mounts its weights") as caught:
-        container.weights(image("mount"), ServeOptions(HERE))
+        serve_image.weights(image("mount"), ServeOptions(HERE))
     assert caught.value.hint == "pass `--model DIR`"
 
 
 @pytest.mark.parametrize(("weights", "verb"), [("bake", "contains"), ("download", "downloads")])
 def test_an_image_with_weights_rejects_a_model_option_but_not_a_model_in_the_spec(weights: str, verb: str) -> None:
     with pytest.raises(UsageError, match=f"this image {verb} its own weights"):
-        container.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
-    assert container.weights(image(weights), ServeOptions(HERE, model="./m")) is None
+        serve_image.weights(image(weights), ServeOptions(HERE, model="./m", replaces_model=True))
+    assert serve_image.weights(image(weights), ServeOptions(HERE, model="./m")) is None
 
 
 def test_an_image_without_a_weights_label_gets_the_model_of_the_command_line(tmp_path: Path) -> None:
-    assert container.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
+    assert serve_image.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
     with pytest.raises(UsageError, match=r"model folder .* not found"):
-        container.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
+        serve_image.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ class Stoppable:
 def test_a_stop_has_the_exit_code_of_a_server_and_the_command_prints_no_address(sent: int, code: int) -> None:
     lines: list[str] = []
     made: Any = Stoppable(sent)
-    assert container._run_to_end(made, replace(HERE, port=8080), lines.append, None, 30) == code
+    assert serve_image._run_to_end(made, replace(HERE, port=8080), lines.append, None, 30) == code
     assert made.stopped
     assert not any("http" in line for line in lines)
 
@@ -187,14 +187,14 @@ def test_the_folder_of_the_key_file_is_mounted(tmp_path: Path) -> None:
     keys = tmp_path / "keys" / "k.json"
     keys.parent.mkdir()
     keys.write_text("{}")
-    made = container.options(image("bake"), None, HERE, False, keys=keys)
+    made = serve_image.options(image("bake"), None, HERE, False, keys=keys)
     assert made.mounts == {"/keys": str(keys.parent)}
     assert made.environment and made.environment["INFERCTL_ACCESS_KEYS"] == "/keys/k.json"
     keys.chmod(0o600)
     with pytest.raises(UsageError, match="user of the container cannot read"):
-        container.check_readable(keys)
+        serve_image.check_readable(keys)
     keys.chmod(0o644)
     keys.parent.chmod(0o755)
-    container.check_readable(keys)
+    serve_image.check_readable(keys)
     with pytest.raises(UsageError, match="cannot be read: no such file"):
-        container.check_readable(tmp_path / "none.json")
+        serve_image.check_readable(tmp_path / "none.json")

@@ -1,0 +1,88 @@
+"""What a verification and `inferctl serve --image` do with a container: mounts, a port, requests, why it ended."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.image.docker import Container
+from inferctl.image.output_checks import NO_VERIFY
+from inferctl.models.model import IMAGE_FOLDER, ModelFolder
+
+# The last lines of a log that an error shows.
+LOG_LINES = 20
+
+
+def mounts_of(folder: Path) -> dict[str, str]:
+    """Return the mounts (path in the container -> host path) that put `folder` at /model.
+
+    A snapshot in a hub cache has links to files outside of its folder, so its files are mounted one by one.
+    """
+    folder = folder.resolve()
+    files = ModelFolder(folder).files()
+    if not any(path.is_symlink() for path in files):
+        return {IMAGE_FOLDER: str(folder)}
+    return {f"{IMAGE_FOLDER}/{path.relative_to(folder).as_posix()}": str(path.resolve()) for path in files}
+
+
+def exit_error(container: Container, hint: str = NO_VERIFY) -> InferctlError | None:
+    """Return an error with the reason why the container exited, None if it runs.
+
+    `hint`: for an exit whose reason is only in the log.
+    """
+    state = container.state()
+    if state.running:
+        return None
+    log = container.log(LOG_LINES)
+    if state.out_of_memory or (state.exit_code == 137 and "illed" in log):
+        return NotReadyError(
+            with_log("the container ran out of memory (OOM-killed)", log),
+            "give the engine more memory, or use a smaller model",
+        )
+    if f"Permission denied: '{IMAGE_FOLDER}" in log:
+        return NotReadyError(
+            with_log("the container cannot read its weights: it runs as another user (10001)", log),
+            "make the mounted folder readable: `chmod -R a+rX DIR`",
+        )
+    known = {
+        1: "failed",
+        2: "invalid configuration",
+        3: "a dependency is not ready",
+        137: "killed",
+        139: "crashed",
+    }
+    summary = f"the container ended with exit code {state.exit_code}"
+    if state.exit_code in known:
+        summary += f" ({known[state.exit_code]})"
+    return InferctlError(with_log(summary, log or state.error), hint)
+
+
+def request(address: tuple[str, int], method: str, path: str, body: Any = None, timeout: float = 10.0) -> bytes:
+    """Send one HTTP request to a container and return the body. Raises `OSError`, `HTTPError` or `HTTPException`."""
+    http_request = urllib.request.Request(
+        f"http://{address[0]}:{address[1]}{path}",
+        data=json.dumps(body).encode() if body is not None else None,
+        headers={"content-type": "application/json"},
+        method=method,
+    )
+    # Without the proxy settings of the environment: the container is local.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(http_request, timeout=timeout) as response:
+        return bytes(response.read())
+
+
+def free_port() -> int:
+    """Return a free TCP port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def with_log(message: str, log: str) -> str:
+    """Return a message with the last lines of a log below it."""
+    lines = "\n".join(f"  | {line}" for line in log.splitlines()[-LOG_LINES:])
+    return f"{message}\n{lines}" if lines else f"{message}; the log is empty"
