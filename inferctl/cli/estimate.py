@@ -99,6 +99,10 @@ def estimate(
         ),
     ] = None,
     inputs: Annotated[int, typer.Option(metavar="N", min=1, max=2048, help="Set the number of texts per request.")] = 1,
+    api_processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=64, help="Assume N API processes. [default: the spec's, else 1]"),
+    ] = None,
     capacity: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Add a row for a measured server, from an `inferctl capacity` file."),
@@ -124,7 +128,10 @@ def estimate(
     max_tokens = _max_tokens(data)
     calibration_data = calibration.load()
     tokens, token_source = _tokens(corpus, length, file, max_tokens, calibration_data.mean_length, seed)
-    work = forecast.Scenario(tokens, inputs, spec.serve.max_batch_tokens if spec else 16_384, seed)
+    own = spec.serve.api_processes if spec else 1
+    processes = api_processes or (1 if own == "auto" else own)
+    batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
+    work = forecast.Scenario(tokens, inputs, batch_tokens, seed, api_processes=processes)
     question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
     keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
     with console.progress("estimating"):
@@ -282,11 +289,13 @@ def lines(result: dict[str, Any]) -> list[str]:
         output += ["", "only bounds, because of", *(f"- {reason}" for reason in because)]
     front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
     if capped:
+        count = front["api_processes"]
+        processes = "one API process" if count == 1 else f"{count} API processes"
         output.append(
-            f"limited by the front end: {', '.join(capped)}. Their rates are at most what one API process serves"
+            f"limited by the front end: {', '.join(capped)}. Their rates are at most what {processes} can serve"
             f" behind this front end: {_short(front['texts_per_s'])} texts/s in requests of"
-            f" {front['texts_per_request']} (measured: {front['machine']}). A faster CPU or a second replica serves"
-            " more"
+            f" {front['texts_per_request']} (measured: {front['machine']}). More API processes"
+            " (`--api-processes`, `serve.api_processes`), a faster CPU or a second replica serve more"
         )
     if priced := _prices(rows):
         output += ["", *priced]
@@ -304,7 +313,7 @@ def _no_difference(rows: list[dict[str, Any]]) -> list[str]:
         return []
     names = ", ".join(map(_named, capped))
     who = names if len(capped) < len(rows) else "Both" if len(rows) == 2 else "All"
-    return [f"{who} are limited by the API process, so this estimate shows no difference in throughput.", ""]
+    return [f"{who} are limited by the front end, so this estimate shows no difference in throughput.", ""]
 
 
 def _prices(rows: list[dict[str, Any]]) -> list[str]:

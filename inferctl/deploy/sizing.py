@@ -284,14 +284,21 @@ def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, *, c
     return Figure("host memory", value, "bytes", formula + added, source)
 
 
-def cores(rate: Rate | None, other_cores: float = 0.0, gpus: int = 1) -> Figure:
-    """Return the CPU cores of a server. `other_cores`: cores of the other containers in its pod. `gpus`: of the pod."""
+def cores(rate: Rate | None, other_cores: float = 0.0, gpus: int = 1, api_processes: int = 1) -> Figure:
+    """Return the CPU cores of a server.
+
+    `other_cores`: cores of the other containers in its pod. `gpus`: of the pod. `api_processes`: of the server; the
+    first one is in the assumed cores.
+    """
     if rate and rate.cores:
         return Figure("cores", max(1, ceil(1.2 * rate.cores)), "cores", f"ceil(1.2 x {shown(rate.cores)})", rate.origin)
-    terms = [f"{gpus} x {_ASSUMED_POD_CORES}"] if gpus > 1 else [f"{_ASSUMED_POD_CORES}"] if other_cores else []
-    formula = " - ".join([*terms, *([shown(other_cores)] if other_cores else [])])
+    more = api_processes - 1
+    plain = [f"{_ASSUMED_POD_CORES}"] if other_cores or more else []
+    terms = [f"{gpus} x {_ASSUMED_POD_CORES}"] if gpus > 1 else plain
+    terms += [f"+ {more} for more API processes"] if more else []
+    formula = " ".join([*terms, *([f"- {shown(other_cores)}"] if other_cores else [])])
     source = f"assumed: a pod fits 4 vCPUs{' per GPU' if gpus > 1 else ''}; no receipt with cores"
-    return Figure("cores", round(gpus * _ASSUMED_POD_CORES - other_cores, 3), "cores", formula, source)
+    return Figure("cores", round(gpus * _ASSUMED_POD_CORES + more - other_cores, 3), "cores", formula, source)
 
 
 def relay_cores(spec: Spec) -> float:

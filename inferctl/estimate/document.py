@@ -84,7 +84,7 @@ def build(
         "slo_p99_ms": question.slo_p99_ms,
         "against": question.against,
         "batch_tokens": scenario.batch_tokens,
-        "front_end": front_end.load().as_dict(scenario.inputs),
+        "front_end": front_end.load().as_dict(scenario.inputs, scenario.api_processes),
         "seed": scenario.seed,
         "source": calibrations.source,
         "rows": rows,

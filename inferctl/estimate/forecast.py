@@ -90,7 +90,7 @@ class Scenario:
 
     `tokens`: length of each input. `inputs`: number of inputs per request. `batch_tokens`: limit of the batcher.
     `count`: number of requests. `slots`: number of batches that the engine runs at a time. `front`: seconds of the
-    front end per request, None for the measured time.
+    front end per request, None for the measured time of `api_processes`.
     """
 
     tokens: Sequence[int]
@@ -100,11 +100,12 @@ class Scenario:
     count: int = REQUESTS
     slots: int = 1
     front: float | None = None
+    api_processes: int = 1
 
     @property
     def front_seconds(self) -> float:
         """Seconds of the front end per request."""
-        return front_end.load().seconds(self.inputs) if self.front is None else self.front
+        return front_end.load().seconds(self.inputs, self.api_processes) if self.front is None else self.front
 
     @property
     def front_rate(self) -> float:

@@ -10,7 +10,7 @@ from inferctl.core import assets
 from inferctl.estimate import front_end
 from inferctl.estimate.front_end import FILE, FrontEnd
 
-TWO = FrontEnd(((1, 0.001), (9, 0.003)), "a machine")
+TWO = FrontEnd(((1, 0.001), (9, 0.003)), "a machine", hop=1.1, backend_s=0.0002)
 
 
 def test_measured_sizes_have_their_measured_times() -> None:
@@ -29,3 +29,12 @@ def test_sizes_between_and_beyond_the_measured_ones() -> None:
 def test_larger_requests_serve_more_texts_per_second() -> None:
     rates = [front_end.load().texts_per_s(size) for size in (1, 2, 8, 32, 128, 500)]
     assert rates == sorted(rates)
+
+
+@pytest.mark.parametrize(
+    ("processes", "seconds"),
+    [(1, 0.001), (2, 0.00055), (4, 0.000275), (8, 0.0002)],  # eight would be faster than the backend
+)
+def test_several_processes_share_the_work_until_the_backend_is_full(processes: int, seconds: float) -> None:
+    assert TWO.seconds(1, processes) == pytest.approx(seconds)
+    assert TWO.as_dict(1, processes)["texts_per_s"] == pytest.approx(1 / seconds)

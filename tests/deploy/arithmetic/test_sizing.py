@@ -184,6 +184,8 @@ def test_memory_and_cores_are_measured_or_called_assumed() -> None:
     # A pod of 3 cores, also with a relay or a load generator, fits the 4 vCPUs of a g6.xlarge.
     assert (sizing.cores(None).value, "assumed" in sizing.cores(None).source) == (3, True)
     assert (sizing.cores(None, 0.1).value, sizing.cores(None, 0.1).formula) == (2.9, "3 - 0.1")
+    assert sizing.cores(None, api_processes=3).value == 5
+    assert sizing.cores(None, 0.1, 2, api_processes=3).value == 7.9
 
 
 def test_the_memory_of_a_generator_on_a_cpu_has_its_kv_cache() -> None:
