@@ -141,8 +141,8 @@ def test_parts_are_compared_by_their_bounds_and_prices(
 @pytest.mark.parametrize(
     ("hardware", "length", "start"),
     [
-        ("a100-40gb-sxm,h100-sxm", "20", "Both are limited by the API process, "),
-        ("a100-40gb-sxm,h100-sxm,l4", "20", "All are limited by the API process, "),
+        ("a100-40gb-sxm,h100-sxm", "20", "Both are limited by the front end, "),
+        ("a100-40gb-sxm,h100-sxm,l4", "20", "All are limited by the front end, "),
         ("a100-40gb-sxm", "20", None),
         ("t4,l4", "512", None),
     ],
