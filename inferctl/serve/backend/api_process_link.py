@@ -42,6 +42,7 @@ class ApiProcessLink:
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
         self._keys: dict[int, ApiKey] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._computing: set[int] = set()  # requests that can be cancelled
         self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
         self._ended = False
         self.link = Link(self._on_frame, self._lost)
@@ -59,11 +60,8 @@ class ApiProcessLink:
             number, key, flags, size = frames.unpack_numbers(body)
             self._admit(number, key, flags, size)
         elif kind is Kind.CANCEL:
-            (number,) = frames.unpack_numbers(body)
-            if task := self._tasks.get(number):
-                task.cancel()
-            else:  # its result is on the way
-                self.link.send(frames.pack_ended(number, 0, 0.0))
+            # Its SUBMIT may have arrived just now. A task that is cancelled before its first step does nothing at all.
+            asyncio.get_running_loop().call_soon(self._cancel, *frames.unpack_numbers(body))
         elif kind is Kind.CLOSE:
             number, give_back, computed = frames.unpack_numbers(body)
             if (context := self._cancelled.pop(number, None)) and context.charge is not None:
@@ -85,6 +83,10 @@ class ApiProcessLink:
         task = self._tasks[number] = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
+    def _cancel(self, number: int) -> None:
+        if number in self._computing:  # else its RESULT or REJECT is sent, or will be
+            self._tasks[number].cancel()
+
     def _context(self, key: int, bulk: bool, shared: bool) -> RequestContext:
         """Return the context of a request of a key."""
         context = RequestContext("", priority=b"bulk" if bulk else b"")
@@ -98,11 +100,13 @@ class ApiProcessLink:
         context = self._context(submission.key, submission.bulk, submission.shared)
         context.cache_control = submission.directives
         error: ApiError | None = None
+        self._computing.add(submission.id)
         try:
             if key := self._keys.get(submission.key):
                 self._backend.charge(key, context)
             result = await self._backend.compute(context, submission.sequences, submission.second_starts)
         except asyncio.CancelledError:
+            self._computing.discard(submission.id)
             await self._end(submission.id, context)
             return
         except ApiError as raised:
@@ -112,6 +116,7 @@ class ApiProcessLink:
         except Exception:
             log.exception("a request of an API process")
             error = _INTERNAL
+        self._computing.discard(submission.id)
         quotas = _quotas(context)
         if error is None:
             self.link.send(
