@@ -214,7 +214,7 @@ class _ApiProcess:
         self._kept: dict[int, socket.socket] = {}  # connections that it has not taken yet
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
-        self._draining = False
+        self._draining = asyncio.Event()
 
     @property
     def in_flight(self) -> int:
@@ -231,14 +231,16 @@ class _ApiProcess:
         served = False
         while True:
             served |= await self._run_once()
-            if self._draining:
+            if self._draining.is_set():
                 return
             if not served:
                 raise NotReadyError("an API process cannot start", "see the log above")
             self._owner.restarts += 1
             pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
             log.error("an API process ended unexpectedly; restarting it in %.2g s", pause)
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), pause)
+                return
 
     async def _run_once(self) -> bool:
         """Run one process until it ends. Return whether it took connections."""
@@ -320,9 +322,12 @@ class _ApiProcess:
         return self._scraped
 
     def drain(self) -> None:
-        """Let the process end after the responses in flight."""
-        self._draining = True
-        self.send(frames.pack(Kind.DRAIN))
+        """Let the process end after the responses in flight. One that starts has none."""
+        self._draining.set()
+        if self.ready:
+            self.send(frames.pack(Kind.DRAIN))
+        else:
+            self.kill()
 
     def kill(self) -> None:
         """Kill the process."""
@@ -333,7 +338,9 @@ class _ApiProcess:
     def on_control(self, kind: Kind, numbers: tuple[int, ...]) -> None:
         """Take a frame about connections or life."""
         self.alive = time.monotonic()
-        if kind is Kind.HELLO:
+        if kind is Kind.HELLO and self._draining.is_set():
+            self.kill()
+        elif kind is Kind.HELLO:
             self.ready = True
             self.send(self._owner.state())
             self._owner.on_up()
