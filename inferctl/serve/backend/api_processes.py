@@ -355,7 +355,7 @@ class _ApiProcess:
         """Take the samples of the metrics. The last ones come with the number of unfinished responses."""
         self._owner.totals.set(self, found["samples"])
         self._owner.unfinished_responses += found.get("unfinished", 0)
-        if self._scraped and not self._scraped.done():
+        if found.get("scraped") and self._scraped and not self._scraped.done():
             self._scraped.set_result(None)
 
     def on_lost(self) -> None:

@@ -45,7 +45,7 @@ class Kind(IntEnum):
     CLOSE = 6  # id, give_back, computed: the end of a cancelled request
     CHARGE = 7  # key, tokens: a request that was rejected before SUBMIT, and its tokens in vain
     PAGE = 8  # id, then a path: what to answer
-    STATS = 9  # the samples of the metrics, as JSON
+    STATS = 9  # the samples of the metrics, as JSON: each second, and after SCRAPE
     TAKEN = 10  # id: a connection was taken over
     GONE = 11  # count: connections that ended
     ALIVE = 12  # the event loop runs: empty
