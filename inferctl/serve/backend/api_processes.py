@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import socket
 import sys
@@ -63,7 +62,7 @@ class ApiProcesses:
         self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
         self.on_up, self._drain_seconds = on_up, drain_seconds
         self._processes = [_ApiProcess(self) for _ in range(count)]
-        self._ids = itertools.count(1)
+        self._ids = frames.ids()
         self._unassigned: deque[socket.socket] = deque()  # while no process can take connections
         self._listener: socket.socket | None = None
         self._closing = asyncio.Event()

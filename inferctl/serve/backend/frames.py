@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, cast
@@ -87,6 +87,15 @@ class Reply:
     cached_tokens: int
     engine_seconds: float
     quotas: Quotas | None
+
+
+def ids() -> Iterator[int]:
+    """Yield the ids of requests or connections: 1, 2, ..., and 1 again before one needs more than a u32.
+
+    At 10,000 requests/s, that is after five days. No request takes as long.
+    """
+    while True:
+        yield from range(1, 1 << 32)
 
 
 def pack(kind: Kind, body: bytes = b"") -> bytes:

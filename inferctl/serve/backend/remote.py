@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ class RemoteBackend:
 
     def __init__(self, link: Link, limits_of: Callable[[ApiKey], tuple[int | None, int | None]]) -> None:
         self._link, self._limits_of = link, limits_of
-        self._ids = itertools.count(1)
+        self._ids = frames.ids()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
