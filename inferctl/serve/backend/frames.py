@@ -26,11 +26,12 @@ from inferctl.tenancy.access.limits import Quota
 _HEAD = struct.Struct("<IB")
 _SUBMIT = struct.Struct("<IIBHI")  # id, key, flags, bytes of the cache directives, sequences
 _RESULT = struct.Struct("<IBIIIddd")  # id, flags, rows, dimensions, cached tokens, seconds: engine, queue, inference
-_QUOTAS = struct.Struct("<6i")
+_QUOTAS = struct.Struct("<6q")  # a limit can be any number
 _BULK, _TENANT, _PAIRS = 1, 2, 4
 _REQUESTS, _TOKENS = 1, 2  # which quotas a result has
 # Unsent bytes above which a sender waits for nothing, but is told so.
 _MAX_FRAME = 1 << 30
+_MOST_ID = (1 << 32) - 1
 
 
 class Kind(IntEnum):
@@ -95,7 +96,7 @@ def ids() -> Iterator[int]:
     At 10,000 requests/s, that is after five days. No request takes as long.
     """
     while True:
-        yield from range(1, 1 << 32)
+        yield from range(1, _MOST_ID + 1)
 
 
 def pack(kind: Kind, body: bytes = b"") -> bytes:
