@@ -148,9 +148,9 @@ class ApiProcessLink:
         try:
             self._backend.check(self._keys.get(key), context, size)
         except ApiError as error:
-            self.link.send(frames.pack_reject(number, error, None))
+            self.link.send(frames.pack_reject(number, error, _quotas(context)))
         except LimitError as error:
-            self.link.send(frames.pack_reject(number, limit_exceeded(error), None))
+            self.link.send(frames.pack_reject(number, limit_exceeded(error), _quotas(context)))
         else:
             self.link.send(frames.pack_numbers(Kind.ADMITTED, number))
 
