@@ -36,7 +36,7 @@ from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
-_ALIVE_S = 0.1
+_ALIVE_S, _STATS_S = 0.1, 1.0
 _FLUSH_S = 1.0  # for the last usage events
 _MOST_AT_ONCE = 64
 
@@ -141,7 +141,7 @@ class ApiProcess:
             self._lifecycle.closed = True
             self._front.close()
         elif kind is Kind.SCRAPE:
-            self._send_stats()
+            self._send_stats(scraped=1)
         else:
             self._backend.on_frame(kind, body)
 
@@ -185,10 +185,12 @@ class ApiProcess:
             self.link.send(frames.pack_numbers(Kind.GONE, 1))
 
     async def _beat(self) -> None:
-        """Say that the event loop runs."""
+        """Say that the event loop runs. If this process is killed, what it counted is known up to `_STATS_S` before."""
         while True:
-            self.link.send(frames.pack_numbers(Kind.ALIVE))
-            await asyncio.sleep(_ALIVE_S)
+            self._send_stats()
+            for _ in range(round(_STATS_S / _ALIVE_S)):
+                self.link.send(frames.pack_numbers(Kind.ALIVE))
+                await asyncio.sleep(_ALIVE_S)
 
     def _send_stats(self, **more: int) -> None:
         found = {"samples": samples.of(self._metrics.registry), **more}

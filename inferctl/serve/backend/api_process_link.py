@@ -64,8 +64,7 @@ class ApiProcessLink:
             (number,) = frames.unpack_numbers(body)
             if future := self._computing.get(number):
                 future.cancel()
-            else:  # its result is on the way, or it failed
-                self.link.send(frames.pack_ended(number, 0, 0.0))
+            # Else its RESULT or REJECT is sent, or will be.
         elif kind is Kind.CLOSE:
             number, give_back, computed = frames.unpack_numbers(body)
             if (context := self._cancelled.pop(number, None)) and context.charge is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import socket
 import sys
@@ -63,7 +62,7 @@ class ApiProcesses:
         self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
         self.on_up, self._drain_seconds = on_up, drain_seconds
         self._processes = [_ApiProcess(self) for _ in range(count)]
-        self._ids = itertools.count(1)
+        self._ids = frames.ids()
         self._unassigned: deque[socket.socket] = deque()  # while no process can take connections
         self._listener: socket.socket | None = None
         self._closing = asyncio.Event()
@@ -214,7 +213,7 @@ class _ApiProcess:
         self._kept: dict[int, socket.socket] = {}  # connections that it has not taken yet
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
-        self._draining = False
+        self._draining = asyncio.Event()
 
     @property
     def in_flight(self) -> int:
@@ -231,14 +230,16 @@ class _ApiProcess:
         served = False
         while True:
             served |= await self._run_once()
-            if self._draining:
+            if self._draining.is_set():
                 return
             if not served:
                 raise NotReadyError("an API process cannot start", "see the log above")
             self._owner.restarts += 1
             pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
             log.error("an API process ended unexpectedly; restarting it in %.2g s", pause)
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), pause)
+                return
 
     async def _run_once(self) -> bool:
         """Run one process until it ends. Return whether it took connections."""
@@ -320,9 +321,12 @@ class _ApiProcess:
         return self._scraped
 
     def drain(self) -> None:
-        """Let the process end after the responses in flight."""
-        self._draining = True
-        self.send(frames.pack(Kind.DRAIN))
+        """Let the process end after the responses in flight. One that starts has none."""
+        self._draining.set()
+        if self.ready:
+            self.send(frames.pack(Kind.DRAIN))
+        else:
+            self.kill()
 
     def kill(self) -> None:
         """Kill the process."""
@@ -333,7 +337,9 @@ class _ApiProcess:
     def on_control(self, kind: Kind, numbers: tuple[int, ...]) -> None:
         """Take a frame about connections or life."""
         self.alive = time.monotonic()
-        if kind is Kind.HELLO:
+        if kind is Kind.HELLO and self._draining.is_set():
+            self.kill()
+        elif kind is Kind.HELLO:
             self.ready = True
             self.send(self._owner.state())
             self._owner.on_up()
@@ -348,7 +354,7 @@ class _ApiProcess:
         """Take the samples of the metrics. The last ones come with the number of unfinished responses."""
         self._owner.totals.set(self, found["samples"])
         self._owner.unfinished_responses += found.get("unfinished", 0)
-        if self._scraped and not self._scraped.done():
+        if found.get("scraped") and self._scraped and not self._scraped.done():
             self._scraped.set_result(None)
 
     def on_lost(self) -> None:

@@ -47,7 +47,7 @@ class LocalBackend:
     def check(self, key: ApiKey | None, context: RequestContext, size: int) -> None:
         """Do what `charge` and `admit` do without charging anything."""
         if self._limits is not None and key is not None:
-            self._limits.check(key, size)
+            self._limits.check(key, context, size)
         self._check_queue(context)
 
     def _check_queue(self, context: RequestContext) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ class RemoteBackend:
 
     def __init__(self, link: Link, limits_of: Callable[[ApiKey], tuple[int | None, int | None]]) -> None:
         self._link, self._limits_of = link, limits_of
-        self._ids = itertools.count(1)
+        self._ids = frames.ids()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
@@ -78,17 +77,19 @@ class RemoteBackend:
         try:
             reply = await future
         except asyncio.CancelledError:
-            if number in self._waiting:
-                context.use = self._uses[number] = RemoteUse()
+            future = self._waiting[number]
+            if future.cancelled():
+                context.use = self._uses[number] = RemoteUse(sum(map(len, sequences)))
                 if isinstance(charge, RemoteCharge):
                     charge.cancelled = number
                 self._link.send(frames.pack_numbers(Kind.CANCEL, number))
+            elif not future.exception():  # the result arrived at the same time
+                _count(context, sequences, future.result())
             raise
         finally:
             self._waiting.pop(number, None)
             self._contexts.pop(number, None)
-        context.input_tokens, context.cached_tokens = sum(map(len, sequences)), reply.cached_tokens
-        context.engine_seconds = reply.engine_seconds
+        _count(context, sequences, reply)
         return reply.result
 
     async def page(self, path: str) -> Page:
@@ -105,6 +106,7 @@ class RemoteBackend:
             reply = frames.unpack_result(body)
             self._set_usage(reply.id, reply.quotas)
             self._resolve(reply.id, reply)
+            self._end_use(reply.id, None, reply.cached_tokens, reply.engine_seconds)
         elif kind is Kind.REJECT:
             number, error, quotas, computed = frames.unpack_reject(body)
             self._set_usage(number, quotas)
@@ -112,8 +114,8 @@ class RemoteBackend:
                 context.input_tokens, context.cached_tokens, context.engine_seconds = computed
                 if error.code == "rate_limit_exceeded":
                     self._suspect(context.key_index)
-            if (future := self._waiting.get(number)) and not future.done():
-                future.set_exception(error)
+            self._resolve(number, error)
+            self._end_use(number, *computed)
         elif kind is Kind.ADMITTED:
             (number,) = frames.unpack_numbers(body)
             self._resolve(number, None)
@@ -122,14 +124,12 @@ class RemoteBackend:
             self._resolve(number, page)
         elif kind is Kind.ENDED:
             number, tokens, seconds = frames.unpack_ended(body)
-            if (use := self._uses.pop(number, None)) is not None:
-                use.end(tokens, seconds)
+            self._end_use(number, tokens, 0, seconds)
 
     def lost(self) -> None:
         """Fail all requests: the backend ended."""
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(_GONE)
+        for number in self._waiting:
+            self._resolve(number, _GONE)
         for use in self._uses.values():
             use.end(0, 0.0)
 
@@ -145,11 +145,25 @@ class RemoteBackend:
             del self._waiting[number]
             self._contexts.pop(number, None)
 
+    def _end_use(self, number: int, tokens: int | None, cached_tokens: int, seconds: float) -> None:
+        """Set what a cancelled request used, also if its result was on the way. `tokens`: None for all of it."""
+        if (use := self._uses.pop(number, None)) is not None:
+            use.end((use.submitted if tokens is None else tokens) - cached_tokens, seconds)
+
     def _suspect(self, key_index: int) -> None:
         self._suspects[key_index] = time.monotonic() + _ASKED_S
 
     def _resolve(self, number: int, value: Any) -> None:
-        if (future := self._waiting.get(number)) and not future.done():
+        if (future := self._waiting.get(number)) is None:
+            return
+        if future.cancelled():  # its task has not run since, and needs to know that nothing more will arrive
+            future = self._waiting[number] = asyncio.get_running_loop().create_future()
+        if future.done():
+            return
+        if isinstance(value, ApiError):
+            future.set_exception(value)
+            future.exception()  # if its task is cancelled, nobody reads it
+        else:
             future.set_result(value)
 
     def _set_usage(self, number: int, quotas: Quotas | None) -> None:
@@ -209,10 +223,10 @@ class RemoteCharge(Charge):
 
 
 class RemoteUse:
-    """What engines computed for a cancelled request: known when the backend says so. It is a `Use`."""
+    """What engines computed for a cancelled request of `submitted` tokens: known when the backend says so. A `Use`."""
 
-    def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
+    def __init__(self, submitted: int) -> None:
+        self.submitted, self.tokens, self.seconds = submitted, 0, 0.0
         self._ended = asyncio.Event()
 
     def end(self, tokens: int, seconds: float) -> None:
@@ -223,3 +237,8 @@ class RemoteUse:
     async def settled(self) -> None:
         """Return when engines compute nothing more for the request."""
         await self._ended.wait()
+
+
+def _count(context: RequestContext, sequences: Sequence[Tokens], reply: Reply) -> None:
+    context.input_tokens, context.cached_tokens = sum(map(len, sequences)), reply.cached_tokens
+    context.engine_seconds = reply.engine_seconds

@@ -28,10 +28,11 @@ class KeyLimits:
         if context.usage is not None:
             context.charge = Charge(context.usage, now)
 
-    def check(self, key: ApiKey, size: int) -> None:
-        """Raise `LimitError` if a request with a body of `size` bytes cannot be charged now."""
+    def check(self, key: ApiKey, context: RequestContext, size: int) -> None:
+        """Raise `LimitError` if a request with a body of `size` bytes cannot be charged now. Sets its `usage`."""
         now = time.time()
-        if usage := self._limiter.usage(key, now):
+        context.usage = usage = self._limiter.usage(key, now)
+        if usage is not None:
             usage.check(0, 1, now)
             usage.check_size(size, now)
 

@@ -1,0 +1,603 @@
+"""Servers with several API processes: limits, cache, counts and events are those of one server, and no process stays.
+
+Real processes, the echo engine. Most tests share one server with four API processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from inferctl.core.errors import EXIT_INTERRUPTED
+from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
+from inferctl.serve.signals import EXIT_TERMINATED
+from inferctl.tenancy.metering.ledger import Ledger
+from tests.access.test_keys import add
+from tests.metering.test_metered_server import Load
+from tests.processes import CLIENT, ServerProcess, start, until
+
+PROCESSES = 4
+BATCH_TOKENS, QUEUE_TOKENS = 256, 4096
+# Of keys: name -> fields. Each is used by one test, so that its events are those of the test.
+KEYS: dict[str, dict[str, Any]] = {
+    "admin": {"admin": True},
+    "plain": {},
+    "requests": {"requests_per_minute": 600},
+    "tokens": {"tokens_per_minute": 6000},
+    "few tokens": {"tokens_per_minute": 10},
+    "counted": {},
+    "killed": {},
+    "left": {},
+    "queued": {},
+}
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+    @property
+    def code(self) -> str:
+        return str(json.loads(self.content)["error"]["code"])
+
+
+class Client:
+    """A connection that stays open. `port`: its own."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.port = int(writer.get_extra_info("sockname")[1])
+
+    @classmethod
+    async def open(cls, url: str) -> Self:
+        address = urlsplit(url)
+        return cls(*await asyncio.open_connection(address.hostname, address.port))
+
+    def send(self, body: Any = None, key: str | None = None, path: str = "/v1/embeddings", **headers: str) -> None:
+        """Send a request: a POST, unless `body` is None. A text as body is sent in one chunk, without its size."""
+        lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "host: a", "content-type: application/json"]
+        lines += [f"authorization: Bearer {key}"] if key else []
+        if isinstance(body, str):
+            content = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body.encode())
+            lines.append("transfer-encoding: chunked")
+        else:
+            content = b"" if body is None else json.dumps(body).encode()
+            headers = {"content_length": str(len(content))} | headers
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self._writer.write("\r\n".join([*lines, "\r\n"]).encode() + content)
+
+    async def answer(self) -> Answer:
+        """Return the next response. Raises `ConnectionError` or `IncompleteReadError` after a reset."""
+        head, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        return Answer(int(head.split()[1]), headers, await self._reader.readexactly(int(headers["content-length"])))
+
+    async def ask(self, body: Any = None, key: str | None = None, **more: str) -> Answer:
+        self.send(body, key, **more)
+        return await self.answer()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@dataclass
+class Pool:
+    """A server with several API processes. `secrets` and `ids` of its keys: by name."""
+
+    server: ServerProcess
+    folder: Path
+    secrets: dict[str, str]
+    ids: dict[str, str]
+
+    @property
+    def pids(self) -> list[int]:
+        return processes_of(self.server, "inferctl.serve.api_process")
+
+    async def clients(self, count: int) -> list[Client]:
+        """Open connections, and return them when API processes have them."""
+        found = await asyncio.gather(*(Client.open(self.server.url) for _ in range(count)))
+        await asyncio.to_thread(until, lambda: {client.port for client in found} <= self.owners().keys())
+        return list(found)
+
+    def owners(self) -> dict[int, int]:
+        """The process of each connection, by the port of its client."""
+        ports = {}
+        for pid in self.pids:
+            for each in psutil.Process(pid).net_connections("tcp"):
+                if each.raddr:
+                    ports[each.raddr.port] = pid
+        return ports
+
+    def info(self) -> dict[str, Any]:
+        headers = {"authorization": f"Bearer {self.secrets['admin']}"}
+        found: dict[str, Any] = CLIENT.get(f"{self.server.url}/info", headers=headers).json()["api_processes"]
+        return found
+
+    def wait_complete(self) -> None:
+        until(lambda: self.info()["up"] == PROCESSES)
+
+    def recorded(self, key: str) -> dict[int, tuple[int, int]]:
+        """What the ledger has of a key: status -> requests, and input tokens that no cache had."""
+        ledger = Ledger.read(f"sqlite:///{self.folder}/metering/ledger.sqlite")
+        try:
+            rows = ledger.usage(["key", "status"], 0, 2**62)
+        finally:
+            ledger.close()
+        return {
+            int(row["status"]): (row["requests"], row["input_tokens"] - row["cached_tokens"])
+            for row in rows
+            if row["key"] == self.ids[key]
+        }
+
+
+def processes_of(server: ServerProcess, module: str) -> list[int]:
+    found = []
+    for pid in server.children():
+        command = Path(f"/proc/{pid}/cmdline")
+        if command.exists() and module.encode() in command.read_bytes().split(b"\0"):
+            found.append(pid)
+    return found
+
+
+def counters(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """The counters and histograms of a scrape. Fails if one appears twice."""
+    found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if family.type in ("counter", "histogram") and not sample.name.endswith("_created"):
+                key = sample.name, frozenset(sample.labels.items())
+                assert key not in found
+                found[key] = sample.value
+    return found
+
+
+def sum_of(found: dict[Any, float], name: str, **labels: str) -> float:
+    return sum(value for (each, with_), value in found.items() if each == name and labels.items() <= set(with_))
+
+
+@pytest.fixture(scope="module")
+def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    folder = tmp_path_factory.mktemp("pool")
+    added = {name: add(folder / "keys.json", name, **fields) for name, fields in KEYS.items()}
+    spec = {
+        "name": "echo",
+        "model": {"source": str(minilm)},
+        "access": {"keys": "keys.json", "open": ["metrics"]},
+        "metering": {"mode": "on"},
+        "cache": {"size": "16MiB"},
+        "serve": {"max_batch_tokens": BATCH_TOKENS, "max_queue_tokens": QUEUE_TOKENS},
+    }
+    (folder / "inferctl.yaml").write_text(json.dumps(spec))
+    server = start(folder, "--spec", "inferctl.yaml", "--engine", "echo", "--api-processes", str(PROCESSES))
+    yield Pool(
+        server,
+        folder,
+        {name: secret for name, (_, secret) in added.items()},
+        {name: key.id for name, (key, _) in added.items()},
+    )
+    server.kill()
+
+
+@pytest.fixture
+def pool(shared: Pool) -> Pool:
+    """The shared server, with all its processes."""
+    shared.server.wait_ready()
+    shared.wait_complete()
+    return shared
+
+
+async def load(pool: Pool, clients: int, each: int, body: Callable[[int], Any], key: str) -> list[Answer]:
+    """Let clients send `each` requests, one after the other, and return all answers."""
+
+    async def run(client: Client, first: int) -> list[Answer]:
+        return [await client.ask(body(number), pool.secrets[key]) for number in range(first, first + each)]
+
+    opened = await pool.clients(clients)
+    found = await asyncio.gather(*(run(client, each * number) for number, client in enumerate(opened)))
+    for client in opened:
+        client.close()
+    return [answer for answers in found for answer in answers]
+
+
+@pytest.mark.parametrize("key", ["requests", "tokens"])
+def test_a_limit_of_a_key_is_exact_for_all_processes(pool: Pool, key: str) -> None:
+    answers = asyncio.run(load(pool, 64, 12, lambda _: {"input": [[5] * 10]}, key))
+    assert Counter(answer.status for answer in answers) == {200: 600, 429: 768 - 600}
+    assert {answer.code for answer in answers if answer.status == 429} == {"rate_limit_exceeded"}
+    assert min(int(answer.headers[f"x-ratelimit-remaining-{key}"]) for answer in answers) == 0
+
+
+def test_equal_requests_in_all_processes_are_computed_once(pool: Pool) -> None:
+    misses, batches = (
+        pool.server.metric(name) for name in ("inferctl_cache_misses_total", "inferctl_batch_tokens_sum")
+    )
+    answers = asyncio.run(load(pool, 500, 1, lambda _: {"input": [[SLOW_TOKEN, 7]] * 2}, "plain"))
+    answers += asyncio.run(load(pool, 500, 1, lambda _: {"input": [[SLOW_TOKEN, 7]] * 2}, "plain"))
+    assert {answer.status for answer in answers} == {200}
+    assert len({json.dumps(json.loads(answer.content)["data"]) for answer in answers}) == 1
+    assert pool.server.metric("inferctl_cache_misses_total") - misses == 1
+    assert pool.server.metric("inferctl_batch_tokens_sum") - batches == 2
+
+
+def test_metrics_are_those_of_the_whole_server_and_never_fall(pool: Pool) -> None:
+    def seen_by(answers: Iterable[Answer]) -> dict[str, float]:
+        found = Counter(f"status {answer.status}" for answer in answers)
+        good = [json.loads(answer.content) for answer in answers if answer.status == 200]
+        found["tokens"] = sum(each["usage"]["total_tokens"] for each in good)
+        found["inputs"] = sum(len(each["data"]) for each in good)
+        return dict(found)
+
+    def counted(now: dict[Any, float], before: dict[Any, float]) -> dict[str, float]:
+        statuses = {f"status {status}": {"status": str(status)} for status in (200, 400, 401, 500)}
+        found = {
+            name: sum_of(now, "inferctl_requests_total", **labels) - sum_of(before, "inferctl_requests_total", **labels)
+            for name, labels in statuses.items()
+        }
+        for name in ("tokens", "inputs"):
+            found[name] = sum_of(now, f"inferctl_{name}_total") - sum_of(before, f"inferctl_{name}_total")
+        return found
+
+    async def scrapes() -> list[dict[Any, float]]:
+        clients = await pool.clients(PROCESSES)
+        assert len({pool.owners()[client.port] for client in clients}) == PROCESSES
+        return [counters((await client.ask(path="/metrics")).content.decode()) for client in clients]
+
+    def body(number: int) -> Any:
+        kinds = ([[101, number]], [[5, number], [6, 7, number]], [[FAILING_TOKEN, number]], [])
+        return {"input": kinds[number % 4]}
+
+    def scrape_on() -> None:
+        last: dict[Any, float] = {}
+        while not stopping.is_set():
+            try:
+                text = pool.server.get("/metrics").text
+            except httpx.HTTPError:  # a killed process had this connection
+                continue
+            now = counters(text)
+            fallen.extend(key for key, value in last.items() if now.get(key, -1) < value)
+            last = now
+
+    stopping, fallen = threading.Event(), []  # type: ignore[var-annotated]
+    before = asyncio.run(scrapes())[0]
+    answers = asyncio.run(load(pool, 16, 20, body, "plain"))
+    pool.secrets["unknown"] = "ik_live_unknown"
+    answers += asyncio.run(load(pool, 8, 2, body, "unknown"))
+    found = asyncio.run(scrapes())
+    assert all(each == found[0] for each in found)
+    assert counted(found[0], before) == seen_by(answers)
+
+    # Of what a process counted, the last second may be missing after its end.
+    restarts = pool.info()["restarts"]
+    answers += asyncio.run(load(pool, 16, 20, body, "plain"))
+    time.sleep(1.5)
+    scraper = threading.Thread(target=scrape_on)
+    scraper.start()
+    try:
+        os.kill(pool.pids[0], signal.SIGKILL)
+        until(lambda: pool.info() == {"count": PROCESSES, "up": PROCESSES - 1, "restarts": restarts + 1})
+        assert pool.server.get("/readyz").status_code == 200
+        pool.wait_complete()
+        answers += asyncio.run(load(pool, 8, 4, body, "plain"))
+    finally:
+        stopping.set()
+        scraper.join()
+    assert not fallen
+    assert [counted(each, before) for each in asyncio.run(scrapes())] == [seen_by(answers)] * PROCESSES
+
+
+def test_connections_are_shared_evenly(pool: Pool) -> None:
+    async def largest(count: int) -> float:
+        clients = await pool.clients(count)
+        owners = pool.owners()
+        shares = Counter(owners[client.port] for client in clients)
+        for client in clients:
+            client.close()
+        ports = {client.port for client in clients}
+        await asyncio.to_thread(until, lambda: not ports & pool.owners().keys())
+        return max(shares.values()) / (count / PROCESSES)
+
+    assert [asyncio.run(largest(count)) for count in (8, 64, 512)] == [pytest.approx(1, abs=0.05)] * 3
+
+
+def test_a_killed_process_takes_only_its_own_connections_along(pool: Pool) -> None:
+    """And of the events of its requests, those of the last moment."""
+    backend, restarts = psutil.Process(pool.server.process.pid), pool.info()["restarts"]
+    open_files, answered, broken = backend.num_fds(), [], set()  # type: ignore[var-annotated]
+
+    async def run(client: Client, number: int, end: asyncio.Event) -> None:
+        try:
+            while not end.is_set():
+                number += 64
+                answer = await client.ask({"input": [[5, number]]}, pool.secrets["killed"])
+                assert answer.status == 200
+                answered.append((time.monotonic(), client.port))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            broken.add(client.port)
+
+    async def kill_one() -> None:
+        nonlocal killed_at, lost
+        end, clients = asyncio.Event(), await pool.clients(64)
+        running = [asyncio.create_task(run(client, number, end)) for number, client in enumerate(clients, 1)]
+        await asyncio.sleep(1)
+        victim = pool.pids[1]
+        lost = {port for port, pid in pool.owners().items() if pid == victim}
+        os.kill(victim, signal.SIGKILL)
+        killed_at = time.monotonic()
+        await asyncio.sleep(0.5)
+        late = await asyncio.wait_for(asyncio.gather(*(Client.open(pool.server.url) for _ in range(8))), 5)
+        for each in late:
+            assert (await asyncio.wait_for(each.ask({"input": [[5]]}, pool.secrets["plain"]), 5)).status == 200
+        end.set()
+        await asyncio.gather(*running)
+        for each in (*clients, *late):
+            each.close()
+
+    killed_at, lost = 0.0, set[int]()
+    asyncio.run(kill_one())
+    assert broken == lost & {port for _, port in answered}
+    assert len(broken) == 64 / PROCESSES
+    pool.wait_complete()
+    assert pool.info()["restarts"] == restarts + 1
+    until(lambda: backend.num_fds() == open_files, 20)
+
+    # Events are on disk after 20 ms. A busy machine needs longer.
+    last = sum(port in broken and at > killed_at - 0.2 for at, port in answered)
+    until(lambda: len(answered) - last <= pool.recorded("killed").get(200, (0, 0))[0], 30)
+    assert pool.recorded("killed")[200][0] <= len(answered) + len(broken)
+
+
+@pytest.mark.slow
+def test_a_hung_process_is_replaced_and_others_answer_what_it_did_not_take(pool: Pool) -> None:
+    async def run() -> None:
+        taken, victim = await pool.clients(8), pool.pids[2]
+        owners = pool.owners()
+        os.kill(victim, signal.SIGSTOP)
+        body, key = {"input": [[5, 6]]}, pool.secrets["plain"]
+        early = await asyncio.gather(*(Client.open(pool.server.url) for _ in range(8)))
+        waiting = [asyncio.create_task(client.ask(body, key)) for client in early]
+        _, hanging = await asyncio.wait(waiting, timeout=2)
+        assert len(hanging) == 2, "those that were passed to it"
+        for _ in range(8):  # it is known to be silent
+            client = await Client.open(pool.server.url)
+            assert (await asyncio.wait_for(client.ask(body, key), 2)).status == 200
+        await asyncio.wait(hanging, timeout=30)
+        assert {task.result().status for task in waiting} == {200}
+        for client in taken:
+            if owners[client.port] != victim:
+                assert (await client.ask(body, key)).status == 200
+            else:
+                with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                    await client.ask(body, key)
+
+    restarts, began = pool.info()["restarts"], time.monotonic()
+    asyncio.run(run())
+    assert time.monotonic() - began > 10
+    assert pool.info()["restarts"] == restarts + 1
+    pool.wait_complete()
+
+
+def test_each_process_answers_what_is_rejected(pool: Pool) -> None:
+    plain = pool.secrets["plain"]
+    large = json.dumps({"input": "word " * 2000, "truncate": True})
+
+    async def run() -> None:
+        clients = await pool.clients(PROCESSES)
+        assert len({pool.owners()[client.port] for client in clients}) == PROCESSES
+        for client in clients:
+            for body, key, status, code in (
+                ({"input": "a"}, None, 401, "invalid_api_key"),
+                ({"input": "a"}, "ik_live_unknown", 401, "invalid_api_key"),
+                ({"input": [[FAILING_TOKEN, 1]]}, plain, 500, "engine_failed"),
+                (large, pool.secrets["few tokens"], 429, "rate_limit_exceeded"),
+            ):
+                answer = await asyncio.wait_for(client.ask(body, key), 10)
+                assert (answer.status, answer.code) == (status, code)
+        for client in clients:
+            client.send({}, plain, content_length=str(5 * 1024 * 1024))
+            answer = await asyncio.wait_for(client.answer(), 10)
+            assert (answer.status, answer.code) == (413, "body_too_large")
+
+    asyncio.run(run())
+
+
+def test_work_of_clients_that_leave_is_cancelled_and_metered(pool: Pool) -> None:
+    server = pool.server
+    rows = [[SLOW_TOKEN, *[5] * (BATCH_TOKENS - 10), number] for number in range(1, 16)]
+
+    async def run() -> None:
+        (filling,), queued = await pool.clients(1), await pool.clients(PROCESSES)
+        filling.send({"input": rows}, pool.secrets["left"])
+        await asyncio.to_thread(until, lambda: server.metric("inferctl_queue_tokens") > QUEUE_TOKENS / 2)
+        for client in queued:  # a full queue rejects, for each process
+            answer = await client.ask({"input": [[5] * 250] * 7}, pool.secrets["plain"], cache_control="no-store")
+            assert (answer.status, answer.code) == (429, "queue_full")
+        for client in queued:
+            client.send({"input": [[8, 9]]}, pool.secrets["queued"], cache_control="no-store")
+        await asyncio.to_thread(until, lambda: server.metric("inferctl_requests_in_flight") == 1 + PROCESSES)
+        for client in queued:
+            client.close()
+        await asyncio.to_thread(until, lambda: server.metric("inferctl_requests_in_flight") == 1)
+        filling.close()
+
+    until(lambda: server.metric("inferctl_requests_in_flight") == 0)
+    before = server.metric("inferctl_batch_tokens_sum")
+    asyncio.run(run())
+    until(lambda: server.metric("inferctl_queue_tokens") == 0, 3)
+    until(lambda: server.metric("inferctl_requests_in_flight") == 0)
+    until(lambda: set(pool.recorded("left")) == set(pool.recorded("queued")) == {499}, 30)
+    until(lambda: pool.recorded("queued") == {499: (PROCESSES, 0)}, 30)
+    ((requests, tokens),) = pool.recorded("left").values()
+    assert requests == 1
+    assert 0 < tokens == server.metric("inferctl_batch_tokens_sum") - before < sum(map(len, rows)) / 2
+
+
+def test_the_outboxes_of_all_processes_have_each_request(pool: Pool) -> None:
+    """An engine is killed meanwhile."""
+
+    def body(number: int) -> Any:
+        return {"input": [[FAILING_TOKEN, number]] if number % 50 == 7 else [[5, number], [6, number, 9]]}
+
+    killer = threading.Timer(0.5, os.kill, (processes_of(pool.server, "inferctl.serve.engine_process.main")[0], 9))
+    killer.start()
+    answers = asyncio.run(load(pool, 32, 50, body, "counted"))
+    killer.join()
+    seen = Counter(answer.status for answer in answers)
+    until(lambda: {status: count for status, (count, _) in pool.recorded("counted").items()} == seen, 30)
+    assert pool.recorded("counted")[200][1] == 5 * seen[200]
+    assert seen[200] > 1400
+
+
+def left(folder: Path) -> list[str]:
+    """The processes that work in a folder: those of the servers that were started there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def metered(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a server with two API processes and a relay."""
+    monkeypatch.setenv("INFERCTL_METERING_MODE", "on")
+    started: list[ServerProcess] = []
+
+    def run(processes: int = 2, **settings: str) -> ServerProcess:
+        arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--api-processes", str(processes))
+        started.append(start(tmp_path, *arguments, **settings))
+        return started[-1]
+
+    yield run
+    for server in started:
+        server.kill()
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("the backend is killed", -signal.SIGKILL),
+        ("an API process is killed, then SIGTERM", 0),
+        ("SIGINT", EXIT_INTERRUPTED),
+        ("two SIGTERMs", EXIT_TERMINATED),
+    ],
+)
+def test_no_process_is_left_after_the_end(
+    metered: Callable[..., ServerProcess], tmp_path: Path, end: str, code: int
+) -> None:
+    server = metered()
+    api = processes_of(server, "inferctl.serve.api_process")
+    assert len(api) == 2
+    assert len(left(tmp_path)) >= 5, "backend, API processes, engine and relay"
+    clients = Load(server.url)
+    until(lambda: clients.statuses[200] > 50)
+    if end == "the backend is killed":
+        server.kill()
+    elif end == "SIGINT":
+        os.killpg(server.process.pid, signal.SIGINT)
+    else:
+        if "API process" in end:
+            os.kill(api[0], signal.SIGKILL)
+            until(lambda: "restarting it" in server.log.read_text())
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(server.embed, input=[[SLOW_TOKEN]] * 20)
+                until(lambda: server.metric("inferctl_queue_tokens") or server.metric("inferctl_engine_busy") or True)
+                time.sleep(0.3)
+                server.process.send_signal(signal.SIGTERM)
+                until(lambda: "shutting down" in server.log.read_text())
+                server.process.send_signal(signal.SIGTERM)
+                server.process.wait(10)
+        server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == code, server.log.read_text()
+    clients.stop()
+    until(lambda: not left(tmp_path), 10)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_drain_completes_requests_in_all_processes(metered: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server = metered()
+    with ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(server.embed, input=[SLOW_TOKEN, number]) for number in range(1, 5)]
+        until(lambda: server.metric("inferctl_requests_in_flight") == 4)
+        server.process.send_signal(signal.SIGTERM)
+        address = urlsplit(server.url)
+
+        def refused() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex((address.hostname, address.port)) != 0
+
+        until(refused, 20)
+        assert [each.result().status_code for each in slow] == [200] * 4
+    assert server.process.wait(20) == 0, server.log.read_text()
+    until(lambda: not left(tmp_path), 10)
+
+
+def test_a_drain_that_takes_too_long_says_how_many_requests_have_no_response(
+    metered: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    server = metered(INFERCTL_SERVE_DRAIN_SECONDS="1", INFERCTL_SERVE_GRACE_SECONDS="0")
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(server.embed, input=[[SLOW_TOKEN, number]] * 4) for number in range(1, 4)]
+        until(lambda: server.metric("inferctl_requests_in_flight") == 3)
+        assert server.stop() == 1
+        assert [each.result().status_code for each in slow] == [503] * 3
+    assert "requests without a response: 3" in server.log.read_text()
+    until(lambda: not left(tmp_path), 10)
+
+
+@pytest.mark.parametrize("cause", ["no tokenizer", "port in use"])
+def test_a_start_that_fails_says_so_and_leaves_no_process(minilm: Path, tmp_path: Path, cause: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(minilm, model, ignore=shutil.ignore_patterns("tokenizer*", "vocab*") if cause[0] == "n" else None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1] if cause == "port in use" else 0)
+        command = [sys.executable, "-m", "inferctl", "serve", "--model", str(model), "--engine", "echo", "--port", port]
+
+        def end(processes: int) -> tuple[int, str]:
+            more = ["--name", "echo", "--api-processes", str(processes)]
+            done = subprocess.run(
+                [*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+            )
+            return done.returncode, done.stderr
+
+        code, said = end(2)
+        assert (code, said) == end(1)
+    assert code in (2, 3)
+    assert "error: " in said
+    assert "hint: " in said
+    assert not left(tmp_path)
+
+
+def test_one_api_process_is_the_server_itself(metered: Callable[..., ServerProcess]) -> None:
+    server = metered(1)
+    assert not processes_of(server, "inferctl.serve.api_process")
+    assert server.embed(input="a").status_code == 200
+    assert server.get("/info").json()["api_processes"] == {"count": 1, "up": 1, "restarts": 0}
