@@ -27,6 +27,7 @@ from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
+from inferctl.serve.text_parts import head_of, longest_first, slices
 from inferctl.serve.word_piece import TokenizedText, is_panic
 
 log = logging.getLogger("inferctl.tokenizer")
@@ -45,8 +46,6 @@ _CHARACTERS_PER_TOKEN = 8
 _MIN_HEAD = 1_024
 # A text that has not enough tokens in this many characters is blanks or one very long word. It is rejected.
 _MAX_HEAD = 250_000
-# Long requests are tokenized in slices of about this many characters, so that they take turns on the threads.
-_SLICE_CHARACTERS = 250_000
 # The most characters that wait for the threads. They take 1 to 2 s.
 _MAX_WAITING_CHARACTERS = 4_000_000
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
@@ -134,7 +133,7 @@ class TokenizerPool:
                 "raise `serve.max_input_tokens`, or the limit in the files of the model",
             )
         self._local.tokenizer = self._prepared(tokenizer)
-        self._word_piece, self._reason = word_piece.create(self._tokenizer(), self._encode_slowly)
+        self._word_piece, self._reason = word_piece.create(self.own_tokenizer(), self._encode_slowly)
         # All ids are below it. Those of added tokens can have gaps before them.
         self.vocabulary_size = max(
             tokenizer.get_vocab_size(with_added_tokens=True),
@@ -145,7 +144,7 @@ class TokenizerPool:
     @property
     def facts(self) -> dict[str, Any]:
         """What the tokenizer does to each text, for `/info`: length, last special token, and lower case."""
-        tokenizer = self._tokenizer()
+        tokenizer = self.own_tokenizer()
         added = None if self._eos is None else tokenizer.id_to_token(self._eos)
         return {
             "max_tokens": self.max_tokens,
@@ -168,18 +167,7 @@ class TokenizerPool:
         """
         if self._eos is None:
             return {}
-        return {"add_eos_token": True, "add_bos_token": self._tokenizer().encode("a").special_tokens_mask[:1] == [1]}
-
-    @property
-    def special_tokens(self) -> list[str]:
-        """The tokens that the tokenizer finds in a text before all else."""
-        return [token.content for token in self._tokenizer().get_added_tokens_decoder().values()]
-
-    def pieces(self, count: int) -> list[str]:
-        """Return the texts of at most `count` tokens from all over the vocabulary."""
-        tokenizer = self._tokenizer()
-        size = tokenizer.get_vocab_size()
-        return [tokenizer.decode([id]) for id in range(0, size, -(-size // count))]
+        return {"add_eos_token": True, "add_bos_token": self.own_tokenizer().encode("a").special_tokens_mask[:1] == [1]}
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
@@ -189,7 +177,7 @@ class TokenizerPool:
             return
         barrier = threading.Barrier(self._threads)
         for _ in range(self._threads):
-            self._executor.submit(lambda: (self._tokenizer(), barrier.wait(_WARM_UP_TIMEOUT_S)))
+            self._executor.submit(lambda: (self.own_tokenizer(), barrier.wait(_WARM_UP_TIMEOUT_S)))
 
     def close(self) -> None:
         """Stop the threads."""
@@ -210,7 +198,7 @@ class TokenizerPool:
         if self._is_small(size, len(texts)):
             return self.encode_now(texts, truncate=truncate, prompt=prompt)
         encode = partial(self.encode_now, truncate=truncate, prompt=prompt)
-        calls = [partial(encode, texts[i:j], first=i) for i, j in _slices(texts, len(prompt))]
+        calls = [partial(encode, texts[i:j], first=i) for i, j in slices(texts, len(prompt))]
         return await self._run(calls, size, tenant)
 
     async def encode_pairs(
@@ -234,7 +222,7 @@ class TokenizerPool:
                 truncate=truncate,
                 first=i,
             )
-            for i, j in _slices(documents)
+            for i, j in slices(documents)
         ]
         return await self._run(calls, size, tenant)
 
@@ -270,7 +258,7 @@ class TokenizerPool:
         for index, ((first_ids, first_size), (second_ids, second_size)) in enumerate(
             zip(firsts, seconds, strict=True), first
         ):
-            first_kept, second_kept = _longest_first(first_size, second_size, limit)
+            first_kept, second_kept = longest_first(first_size, second_size, limit)
             if first_kept + second_kept < first_size + second_size:
                 self._allow_truncation(index, truncate, "documents")
                 truncated += 1
@@ -328,7 +316,7 @@ class TokenizerPool:
         step, largest = max(1, _BATCH_CHARACTERS // shortest), max(_MAX_HEAD, 4 * shortest)
         for start in range(0, len(texts), step):
             part = texts[start : start + step]
-            heads = [_head(text, shortest) for text in part]
+            heads = [head_of(text, shortest) for text in part]
             found = self._encode(heads, add_special_tokens)
             for index, (text, head, tokenized) in enumerate(zip(part, heads, found, strict=True), start + first):
                 size = shortest
@@ -338,7 +326,7 @@ class TokenizerPool:
                         only_query = field == "query" and len(texts) == 1
                         raise InputError(None if only_query else index, "text_too_long", message, field)
                     size = min(4 * size, largest)
-                    head = _head(text, size)
+                    head = head_of(text, size)
                     tokenized = self._encode([head], add_special_tokens)[0]
                 yield tokenized
 
@@ -359,7 +347,7 @@ class TokenizerPool:
 
         A panic is not an `Exception`. It would end a thread and leave a request without a response.
         """
-        tokenizer = self._tokenizer()
+        tokenizer = self.own_tokenizer()
         try:
             # It computes no offsets and takes 10% to 20% less time than `encode`, also for a single text.
             found = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -380,13 +368,14 @@ class TokenizerPool:
     @cached_property
     def _pair_format(self) -> tuple[Tokens, Tokens, Tokens, bool]:
         """The special tokens before, between and after both texts of a pair, and whether it has two segments."""
-        pair = self._tokenizer().encode("a", "a")
+        pair = self.own_tokenizer().encode("a", "a")
         ids, sides = _ids(pair), pair.sequence_ids
         first, second = sides.index(0), sides.index(1)
         has_segments = self._has_segments and 1 in pair.type_ids
         return ids[:first], ids[first + sides.count(0) : second], ids[second + sides.count(1) :], has_segments
 
-    def _tokenizer(self) -> Tokenizer:
+    def own_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the calling thread."""
         tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)
         if tokenizer is None:
             tokenizer = self._local.tokenizer = self._prepared(self._load())
@@ -412,30 +401,6 @@ class TokenizerPool:
         return tokenizer
 
 
-def _head(text: str, longest: int) -> str:
-    """Return the start of a text: at most `longest` characters, at least half of them, if possible up to a word end."""
-    if len(text) <= longest:
-        return text
-    head = text[:longest]
-    end = max(head.rfind(space, longest // 2) for space in " \n\t")
-    return head if end < 0 else head[:end]
-
-
-def _slices(texts: Sequence[str], prompt: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of consecutive parts of `texts`, each of one text or of at most `_SLICE_CHARACTERS`.
-
-    `prompt`: the characters before each text.
-    """
-    start = characters = 0
-    for index, text in enumerate(texts):
-        size = prompt + len(text)
-        if index > start and characters + size > _SLICE_CHARACTERS:
-            yield start, index
-            start, characters = index, 0
-        characters += size
-    yield start, len(texts)
-
-
 def _listed(query: str | Sequence[str]) -> Sequence[str]:
     return [query] if isinstance(query, str) else query
 
@@ -448,11 +413,3 @@ def _not_empty(ids: Tokens, index: int, field: str = "input") -> Tokens:
     if not len(ids):
         raise InputError(index, "empty_input", "has no tokens", field)
     return ids
-
-
-def _longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
-    """Return how many tokens of two texts remain, if they are truncated to `limit` as the tokenizers library does."""
-    if first + second <= limit:
-        return first, second
-    shorter = min(first, second, limit // 2)
-    return (shorter, limit - shorter) if first <= second else (limit - shorter, shorter)

@@ -284,8 +284,8 @@ def test_a_panic_fails_only_its_request(minilm: Path, monkeypatch: pytest.Monkey
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-    tokenizer = pool._tokenizer
-    monkeypatch.setattr(pool, "_tokenizer", lambda: Panicking(tokenizer()))
+    tokenizer = pool.own_tokenizer
+    monkeypatch.setattr(pool, "own_tokenizer", lambda: Panicking(tokenizer()))
     first, panicked, last = results(pool, ["a text"], ["panic"] * size, ["another"])
     assert isinstance(panicked, RuntimeError)
     assert "panicked: index out of bounds" in str(panicked)

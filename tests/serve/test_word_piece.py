@@ -96,6 +96,7 @@ def test_ids_and_pairs_equal_those_of_tokenizers(
     whole.no_truncation()
     change(whole)
     whole.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')  # it has segments
     pool = TokenizerPool(tmp_path, EmbeddingConfig(("mean",), LIMIT, lower_case=lower_case))
     assert pool.library["library"].startswith("nanotoken")
     if lower_case:

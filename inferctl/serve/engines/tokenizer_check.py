@@ -132,7 +132,10 @@ def _shown(texts: Sequence[str]) -> str:
 
 def _own_probes(pool: TokenizerPool, special: Sequence[str]) -> list[str]:
     """Return texts of pieces of the vocabulary, and of the special tokens that the pool or transformers knows."""
-    pieces = pool.pieces(_PIECES)
+    tokenizer = pool.own_tokenizer()
+    size = tokenizer.get_vocab_size()
+    pieces = [tokenizer.decode([id]) for id in range(0, size, -(-size // _PIECES))]
     batches = [" ".join(pieces[at : at + _PIECES_PER_TEXT]) for at in range(0, len(pieces), _PIECES_PER_TEXT)]
-    tokens = dict.fromkeys([*special[:_SPECIAL], *pool.special_tokens[:_SPECIAL]])
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    tokens = dict.fromkeys([*special[:_SPECIAL], *added[:_SPECIAL]])
     return [*batches, *(f"a {token} b{token}c" for token in tokens)]

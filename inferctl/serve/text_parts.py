@@ -1,0 +1,40 @@
+"""How long texts are cut before they are tokenized, and pairs afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+# Long requests are tokenized in slices of about this many characters, so that they take turns on the threads.
+_SLICE_CHARACTERS = 250_000
+
+
+def head_of(text: str, longest: int) -> str:
+    """Return the start of a text: at most `longest` characters, at least half of them, if possible up to a word end."""
+    if len(text) <= longest:
+        return text
+    head = text[:longest]
+    end = max(head.rfind(space, longest // 2) for space in " \n\t")
+    return head if end < 0 else head[:end]
+
+
+def slices(texts: Sequence[str], prompt: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive parts of `texts`, each of one text or of at most `_SLICE_CHARACTERS`.
+
+    `prompt`: the characters before each text.
+    """
+    start = characters = 0
+    for index, text in enumerate(texts):
+        size = prompt + len(text)
+        if index > start and characters + size > _SLICE_CHARACTERS:
+            yield start, index
+            start, characters = index, 0
+        characters += size
+    yield start, len(texts)
+
+
+def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
+    """Return how many tokens of two texts remain, if they are truncated to `limit` as the tokenizers library does."""
+    if first + second <= limit:
+        return first, second
+    shorter = min(first, second, limit // 2)
+    return (shorter, limit - shorter) if first <= second else (limit - shorter, shorter)
