@@ -216,6 +216,8 @@ class EncoderServer(ServerLifetime):
         lines = describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, prompts)
         for line in lines:
             self._notify(line)
+        if self._api:
+            self._notify(f"processes  {self._processes} API processes, {self._front.up} of them ready")
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         self._announce()
