@@ -214,10 +214,10 @@ class EncoderServer(ServerLifetime):
         spec = self._spec
         prompts = self._config.prompts if isinstance(self._config, EmbeddingConfig) else NO_PROMPTS
         lines = describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, prompts)
+        if self._api:
+            self._notify(f"processes  {self._processes} API processes beside this one")
         for line in lines:
             self._notify(line)
-        if self._api:
-            self._notify(f"processes  {self._processes} API processes, {self._front.up} of them ready")
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
         self._announce()
