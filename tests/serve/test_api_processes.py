@@ -114,7 +114,7 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        return processes_of(self.server, "inferctl.serve.api_process")
+        return self.server.api_pids()
 
     async def clients(self, count: int) -> list[Client]:
         """Open connections, and return them when API processes have them."""
@@ -151,15 +151,6 @@ class Pool:
             for row in rows
             if row["key"] == self.ids[key]
         }
-
-
-def processes_of(server: ServerProcess, module: str) -> list[int]:
-    found = []
-    for pid in server.children():
-        command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and module.encode() in command.read_bytes().split(b"\0"):
-            found.append(pid)
-    return found
 
 
 def counters(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -460,7 +451,7 @@ def test_the_outboxes_of_all_processes_have_each_request(pool: Pool) -> None:
     def body(number: int) -> Any:
         return {"input": [[FAILING_TOKEN, number]] if number % 50 == 7 else [[5, number], [6, number, 9]]}
 
-    killer = threading.Timer(0.5, os.kill, (processes_of(pool.server, "inferctl.serve.engine_process.main")[0], 9))
+    killer = threading.Timer(0.5, os.kill, (pool.server.children("inferctl.serve.engine_process.main")[0], 9))
     killer.start()
     answers = asyncio.run(load(pool, 32, 50, body, "counted"))
     killer.join()
@@ -515,7 +506,7 @@ def test_no_process_is_left_after_the_end(
     two: Callable[..., ServerProcess], tmp_path: Path, end: str, code: int
 ) -> None:
     server = two()
-    api = processes_of(server, "inferctl.serve.api_process")
+    api = server.api_pids()
     assert len(api) == 2
     assert len(left(tmp_path)) == 4, "backend, API processes, engine"
     clients = Load(server.url)
@@ -601,6 +592,6 @@ def test_a_start_that_fails_says_so_and_leaves_no_process(minilm: Path, tmp_path
 
 def test_one_api_process_is_the_server_itself(two: Callable[..., ServerProcess]) -> None:
     server = two(1)
-    assert not processes_of(server, "inferctl.serve.api_process")
+    assert not server.api_pids()
     assert server.embed(input="a").status_code == 200
     assert server.get("/info").json()["api_processes"] == {"count": 1, "up": 1, "restarts": 0}
