@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -104,12 +105,22 @@ class ServerProcess:
     def wait_ready(self) -> None:
         until(lambda: self.get("/readyz").status_code == 200)
 
-    def children(self) -> list[int]:
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in found.split()]
+    def children(self, module: str = "") -> list[int]:
+        """Return the processes that the server started, the oldest first; with `module`, those that run it."""
+        pids = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        found = []
+        for pid in map(int, pids.split()):
+            with contextlib.suppress(OSError):  # it ended
+                if not module or module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                    found.append(pid)
+        return found
+
+    def api_pids(self) -> list[int]:
+        return self.children("inferctl.serve.api_process")
 
     def engine_pid(self) -> int:
-        return self.children()[0]
+        api = self.api_pids()
+        return next(pid for pid in self.children() if pid not in api)
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> ServerProcess:

@@ -234,8 +234,10 @@ class EncoderServer(ServerLifetime):
 
     async def _page(self, path: str) -> Page:
         """Return what the whole server answers, with what all API processes counted."""
-        if path == "/metrics" and self._api:
-            await self._api.scrape()
+        if self._api:
+            self._api.update()  # who reads here that the server is ready is not rejected by a process that does not know
+            if path == "/metrics":
+                await self._api.scrape()
         return await self._pages.answer(path)
 
     def _exposition(self) -> tuple[bytes, str]:

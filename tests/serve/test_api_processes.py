@@ -6,6 +6,7 @@ Real processes, the echo engine. Most tests share one server with four API proce
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from inferctl.core.errors import EXIT_INTERRUPTED
+from inferctl.core.errors import EXIT_INTERRUPTED, UsageError
 from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
@@ -113,7 +114,7 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        return processes_of(self.server, "inferctl.serve.api_process")
+        return self.server.api_pids()
 
     async def clients(self, count: int) -> list[Client]:
         """Open connections, and return them when API processes have them."""
@@ -140,25 +141,16 @@ class Pool:
 
     def recorded(self, key: str) -> dict[int, tuple[int, int]]:
         """What the ledger has of a key: status -> requests, and input tokens that no cache had."""
-        ledger = Ledger.read(f"sqlite:///{self.folder}/metering/ledger.sqlite")
-        try:
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(UsageError):  # on a busy machine, the relay makes the ledger later
+            ledger = Ledger.read(f"sqlite:///{self.folder}/metering/ledger.sqlite")
             rows = ledger.usage(["key", "status"], 0, 2**62)
-        finally:
             ledger.close()
         return {
             int(row["status"]): (row["requests"], row["input_tokens"] - row["cached_tokens"])
             for row in rows
             if row["key"] == self.ids[key]
         }
-
-
-def processes_of(server: ServerProcess, module: str) -> list[int]:
-    found = []
-    for pid in server.children():
-        command = Path(f"/proc/{pid}/cmdline")
-        if command.exists() and module.encode() in command.read_bytes().split(b"\0"):
-            found.append(pid)
-    return found
 
 
 def counters(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -364,7 +356,7 @@ def test_a_killed_process_takes_only_its_own_connections_along(pool: Pool) -> No
 
     # Events are on disk after 20 ms. A busy machine needs longer.
     last = sum(port in broken and at > killed_at - 0.2 for at, port in answered)
-    until(lambda: len(answered) - last <= pool.recorded("killed").get(200, (0, 0))[0], 30)
+    until(lambda: len(answered) - last <= pool.recorded("killed").get(200, (0, 0))[0])
     assert pool.recorded("killed")[200][0] <= len(answered) + len(broken)
 
 
@@ -446,8 +438,8 @@ def test_work_of_clients_that_leave_is_cancelled_and_metered(pool: Pool) -> None
     asyncio.run(run())
     until(lambda: server.metric("inferctl_queue_tokens") == 0, 3)
     until(lambda: server.metric("inferctl_requests_in_flight") == 0)
-    until(lambda: set(pool.recorded("left")) == set(pool.recorded("queued")) == {499}, 30)
-    until(lambda: pool.recorded("queued") == {499: (PROCESSES, 0)}, 30)
+    until(lambda: set(pool.recorded("left")) == set(pool.recorded("queued")) == {499})
+    until(lambda: pool.recorded("queued") == {499: (PROCESSES, 0)})
     ((requests, tokens),) = pool.recorded("left").values()
     assert requests == 1
     assert 0 < tokens == server.metric("inferctl_batch_tokens_sum") - before < sum(map(len, rows)) / 2
@@ -459,14 +451,19 @@ def test_the_outboxes_of_all_processes_have_each_request(pool: Pool) -> None:
     def body(number: int) -> Any:
         return {"input": [[FAILING_TOKEN, number]] if number % 50 == 7 else [[5, number], [6, number, 9]]}
 
-    killer = threading.Timer(0.5, os.kill, (processes_of(pool.server, "inferctl.serve.engine_process.main")[0], 9))
+    killer = threading.Timer(0.5, os.kill, (pool.server.children("inferctl.serve.engine_process.main")[0], 9))
     killer.start()
     answers = asyncio.run(load(pool, 32, 50, body, "counted"))
     killer.join()
     seen = Counter(answer.status for answer in answers)
-    until(lambda: {status: count for status, (count, _) in pool.recorded("counted").items()} == seen, 30)
+    until(lambda: {status: count for status, (count, _) in pool.recorded("counted").items()} == seen)
     assert pool.recorded("counted")[200][1] == 5 * seen[200]
-    assert seen[200] > 1400
+    assert seen[200] > 500
+
+
+def _send_in_vain(server: ServerProcess, rows: list[list[int]]) -> None:
+    with pytest.raises(httpx.HTTPError):
+        server.embed(input=rows)
 
 
 def left(folder: Path) -> list[str]:
@@ -482,9 +479,8 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def metered(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts a server with two API processes and a relay."""
-    monkeypatch.setenv("INFERCTL_METERING_MODE", "on")
+def two(minilm: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a server with two API processes, and settings as variables of the environment."""
     started: list[ServerProcess] = []
 
     def run(processes: int = 2, **settings: str) -> ServerProcess:
@@ -507,31 +503,29 @@ def metered(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     ],
 )
 def test_no_process_is_left_after_the_end(
-    metered: Callable[..., ServerProcess], tmp_path: Path, end: str, code: int
+    two: Callable[..., ServerProcess], tmp_path: Path, end: str, code: int
 ) -> None:
-    server = metered()
-    api = processes_of(server, "inferctl.serve.api_process")
+    server = two()
+    api = server.api_pids()
     assert len(api) == 2
-    assert len(left(tmp_path)) >= 5, "backend, API processes, engine and relay"
+    assert len(left(tmp_path)) == 4, "backend, API processes, engine"
     clients = Load(server.url)
     until(lambda: clients.statuses[200] > 50)
     if end == "the backend is killed":
-        server.kill()
+        server.process.kill()
     elif end == "SIGINT":
         os.killpg(server.process.pid, signal.SIGINT)
+    elif end == "two SIGTERMs":
+        slow = threading.Thread(target=_send_in_vain, args=(server, [[SLOW_TOKEN]] * 20))
+        slow.start()
+        until(lambda: server.metric("inferctl_queue_tokens") > 0)  # of `clients`, behind it
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "shutting down" in server.log.read_text())
+        server.process.send_signal(signal.SIGTERM)
+        slow.join()
     else:
-        if "API process" in end:
-            os.kill(api[0], signal.SIGKILL)
-            until(lambda: "restarting it" in server.log.read_text())
-        else:
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(server.embed, input=[[SLOW_TOKEN]] * 20)
-                until(lambda: server.metric("inferctl_queue_tokens") or server.metric("inferctl_engine_busy") or True)
-                time.sleep(0.3)
-                server.process.send_signal(signal.SIGTERM)
-                until(lambda: "shutting down" in server.log.read_text())
-                server.process.send_signal(signal.SIGTERM)
-                server.process.wait(10)
+        os.kill(api[0], signal.SIGKILL)
+        until(lambda: "restarting it" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == code, server.log.read_text()
     clients.stop()
@@ -542,8 +536,8 @@ def test_no_process_is_left_after_the_end(
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_drain_completes_requests_in_all_processes(metered: Callable[..., ServerProcess], tmp_path: Path) -> None:
-    server = metered()
+def test_a_drain_completes_requests_in_all_processes(two: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server = two()
     with ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.embed, input=[SLOW_TOKEN, number]) for number in range(1, 5)]
         until(lambda: server.metric("inferctl_requests_in_flight") == 4)
@@ -561,9 +555,9 @@ def test_a_drain_completes_requests_in_all_processes(metered: Callable[..., Serv
 
 
 def test_a_drain_that_takes_too_long_says_how_many_requests_have_no_response(
-    metered: Callable[..., ServerProcess], tmp_path: Path
+    two: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
-    server = metered(INFERCTL_SERVE_DRAIN_SECONDS="1", INFERCTL_SERVE_GRACE_SECONDS="0")
+    server = two(INFERCTL_SERVE_DRAIN_SECONDS="1", INFERCTL_SERVE_GRACE_SECONDS="0")
     with ThreadPoolExecutor(3) as pool:
         slow = [pool.submit(server.embed, input=[[SLOW_TOKEN, number]] * 4) for number in range(1, 4)]
         until(lambda: server.metric("inferctl_requests_in_flight") == 3)
@@ -596,8 +590,8 @@ def test_a_start_that_fails_says_so_and_leaves_no_process(minilm: Path, tmp_path
     assert not left(tmp_path)
 
 
-def test_one_api_process_is_the_server_itself(metered: Callable[..., ServerProcess]) -> None:
-    server = metered(1)
-    assert not processes_of(server, "inferctl.serve.api_process")
+def test_one_api_process_is_the_server_itself(two: Callable[..., ServerProcess]) -> None:
+    server = two(1)
+    assert not server.api_pids()
     assert server.embed(input="a").status_code == 200
     assert server.get("/info").json()["api_processes"] == {"count": 1, "up": 1, "restarts": 0}
