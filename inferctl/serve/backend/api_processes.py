@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import sys
 import time
@@ -36,6 +37,7 @@ _TICK_S = 0.1
 _SCRAPE_S = 0.2  # after which the last samples of a process are used
 _EXIT_S = 3.0  # to end after the drain
 _BACKLOG = 256
+_WARN_S = 30.0
 _ACCEPTED_AT_ONCE = 64
 _CRASH_LOOP_STARTS = 5
 
@@ -67,6 +69,7 @@ class ApiProcesses:
         self._listener: socket.socket | None = None
         self._closing = asyncio.Event()
         self._sent_state: dict[str, Any] = {}
+        self._warned = -math.inf  # when it was logged that connections cannot be accepted
         self.totals = samples.Totals()
 
     @property
@@ -166,9 +169,14 @@ class ApiProcesses:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 break
-            except OSError as error:  # no descriptors are left, or the client is gone already
-                log.warning("a connection cannot be accepted: %s", error)
-                break
+            except ConnectionError:  # the client is gone already
+                continue
+            except OSError as error:  # no descriptors are left: accept none until the next tick
+                if time.monotonic() > self._warned + _WARN_S:
+                    self._warned = time.monotonic()
+                    log.warning("connections cannot be accepted: %s", error)
+                self._watch(False)
+                return
             connection.setblocking(False)
             self._unassigned.append(connection)
         self._place()
@@ -180,10 +188,10 @@ class ApiProcesses:
             able = [process for process in self._processes if process.ready and now - process.alive < _SLOW_S]
             if not able:
                 break
-            process = min(able, key=lambda each: each.connections)
-            number = next(self._ids)
-            if not process.take(number, self._unassigned[0]):
-                break  # its socket is full: at the next tick
+            number, connection = next(self._ids), self._unassigned[0]
+            # The socket of one that does not read may be full.
+            if not any(each.take(number, connection) for each in sorted(able, key=lambda each: each.connections)):
+                break
             self._unassigned.popleft()
         if self._listener is not None and self._listener.fileno() >= 0 and not self._closing.is_set():
             self._watch(len(self._unassigned) < _BACKLOG)
@@ -229,7 +237,11 @@ class _ApiProcess:
         """Keep the process running until the drain. Raises `NotReadyError` if it cannot start and never could."""
         served = False
         while True:
-            served |= await self._run_once()
+            try:
+                served |= await self._run_once()
+            except OSError as error:  # no memory or descriptors are left
+                log.error("an API process cannot be started: %s", error)
+                self.failures += 1
             if self._draining.is_set():
                 return
             if not served:
