@@ -770,7 +770,12 @@ def test_padding_in_the_tokenizer_does_not_count(with_dense: Path, tmp_path: Pat
     started(folder)
 
 
-def test_lower_case_of_a_model_leaves_special_tokens_of_a_text_as_they_are(saved: Any) -> None:
+@pytest.mark.parametrize("own", [None, "Lowercase", "Strip"])
+def test_lower_case_of_a_model_precedes_the_steps_of_its_tokenizer(saved: Any, own: str | None) -> None:
     folder = saved("modernbert")
     edit(folder / SETTINGS, {"do_lower_case": True})
+    if own:
+        replace = {"type": "Replace", "pattern": {"String": "SHOUTED"}, "content": "river"}
+        last = {"type": own, "strip_left": True, "strip_right": True}
+        tokenizer_json("normalizer", value={"type": "Sequence", "normalizers": [replace, last]}, settings={})(folder)
     np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
-from tokenizers import normalizers
 
 from inferctl.core.errors import UsageError
+from inferctl.serve import tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import plain
 from inferctl.serve.modules import read_object
@@ -70,9 +70,8 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
             f"{type(error).__name__}: {error}",
             "correct `tokenizer_class` in tokenizer_config.json: `PreTrainedTokenizerFast` uses tokenizer.json as it is",
         ) from None
-    if config.lower_case and library.is_fast:  # as sentence-transformers does it
-        steps = [normalizers.Lowercase(), *filter(None, [library.backend_tokenizer.normalizer])]
-        library.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    if config.lower_case and library.is_fast:
+        library.backend_tokenizer.normalizer = tokenizer_files.with_lower_case(library.backend_tokenizer.normalizer)
     texts = [*_PROBES, *_own_probes(pool, library.all_special_tokens), "start " + "a " * pool.max_tokens + "end"]
     pairs = isinstance(config, RerankConfig)
     has_segments = pairs and (read_object(folder / "config.json").get("type_vocab_size") or 0) > 1
