@@ -168,14 +168,14 @@ def facts(source: str, revision: str | None) -> HubModel:
 
 
 def configuration(source: str, revision: str | None, found: HubModel) -> Path:
-    """Download the JSON files of a model that say how it is used, and return their folder in the hub's cache.
+    """Download the small files of a model that say how it is used, and return their folder in the hub's cache.
 
     Raises the same errors as `facts`.
     """
     names = [
         name
         for name, size_bytes in found.files.items()
-        if name.endswith(".json")
+        if name.endswith((".json", ".jinja"))  # chat templates too
         and not name.endswith((".index.json", "tokenizer.json", "vocab.json"))
         and size_bytes <= _MAX_CONFIGURATION_BYTES
     ]

@@ -125,6 +125,7 @@ def read(folder: Path, task: Task) -> Modules | None:
     Raises `UsageError` for what `task` does not compute: other modules, and other settings of modules.
     """
     if not (folder / "modules.json").is_file():
+        _refuse_chat_template(folder)
         return None
     if (saved := library_settings(folder).get("model_type", "SentenceTransformer")) != _CLASSES[task]:
         raise UsageError(
@@ -148,6 +149,17 @@ def read(folder: Path, task: Task) -> Modules | None:
     _check_outputs(folder, entries, task)
     pooling, include_prompt = _pooling(folder, entries[1][1])
     return Modules(pooling, include_prompt, layers)
+
+
+def _refuse_chat_template(folder: Path) -> None:
+    """Raise `UsageError` for a chat template, with which the library renders each text if there are no modules."""
+    names = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    if read_object(folder / "tokenizer_config.json").get("chat_template") or any((folder / n).exists() for n in names):
+        raise UsageError(
+            f"{folder} has a chat template and no modules.json, so {_PACKAGE} renders each text with the template, which "
+            "is not supported",
+            "remove the chat template if the model was trained with plain text",
+        )
 
 
 def transformer_settings(folder: Path) -> dict[str, Any]:

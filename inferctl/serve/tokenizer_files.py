@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
+from tokenizers.normalizers import Normalizer
 
 from inferctl.core.errors import UsageError
 from inferctl.serve.modules import PoolingMode, read_object
@@ -51,6 +52,18 @@ def missing_eos(folder: Path, tokenizer: Tokenizer, pooling: Sequence[PoolingMod
             "set `eos_token` to that of the model, or `add_eos_token: false`",
         )
     return found
+
+
+def with_lower_case(normalizer: Normalizer | None) -> Normalizer:
+    """Return what `do_lower_case` of sentence-transformers makes of the normalizer of a tokenizer.
+
+    Lower case comes first, unless one of its own steps is Lowercase. Special tokens in a text remain as they are.
+    """
+    steps: list[Normalizer] = [normalizer] if normalizer else []
+    if isinstance(normalizer, normalizers.Sequence):
+        steps = [normalizer[index] for index in range(len(normalizer))]
+    has_lowercase = any(isinstance(step, normalizers.Lowercase) for step in steps)
+    return normalizers.Sequence(steps if has_lowercase else [normalizers.Lowercase(), *steps])
 
 
 def lowers_case(tokenizer: Tokenizer) -> bool:

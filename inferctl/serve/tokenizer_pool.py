@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer, normalizers, processors
+from tokenizers import Encoding, Tokenizer, processors
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
@@ -395,9 +395,8 @@ class TokenizerPool:
 
     def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:
         tokenizer.enable_truncation(self.max_tokens - (self._eos is not None))
-        if self._config.lower_case:  # unlike `str.lower`, it leaves special tokens in a text as they are
-            steps = [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])]
-            tokenizer.normalizer = normalizers.Sequence(steps)
+        if self._config.lower_case:
+            tokenizer.normalizer = tokenizer_files.with_lower_case(tokenizer.normalizer)
         return tokenizer
 
 

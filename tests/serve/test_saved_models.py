@@ -17,7 +17,7 @@ from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, V
 from inferctl.serve.reference import reference
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
-from tests.serve import saved_models
+from tests.serve import saved_models, tiny_models
 from tests.serve.saved_models import TEXTS, WIDTH, Modules
 
 
@@ -412,6 +412,36 @@ def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path
     np.testing.assert_allclose(found["scores"], expected, atol=1e-5)
 
 
+def test_segments_of_pairs_are_compared_if_the_size_of_their_table_is_the_default(tmp_path: Path) -> None:
+    tiny_models.make_cross_encoder(folder := tmp_path / "model", "bert")
+    edit(folder / "config.json", {}, without=("type_vocab_size",))
+    started(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["pair"][2]["SpecialToken"]["type_id"] = 1  # the token between the texts
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="segments"):
+        started(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "texts"),
+    [
+        ("esm", {"mask_token_id": 4}, ["a [MASK] b", "a river"]),  # scaled by the share of masks in a text
+        ("phimoe", {"sliding_window": 1500, "max_position_embeddings": 4000}, ["the river " * 2000, "a"]),
+        ("llama4_text", {"attention_chunk_size": 1500, "max_position_embeddings": 4000}, ["the river " * 2000, "a"]),
+    ],
+)
+def test_what_only_padding_computes_is_padded(
+    saved: Any, architecture: str, settings: dict[str, Any], texts: list[str]
+) -> None:
+    folder = saved(architecture, **settings)
+    edit(folder / SETTINGS, {"max_seq_length": settings.get("max_position_embeddings", 128)})
+    expected = np.concatenate([saved_models.vectors(folder, [text]) for text in texts])
+    found, info = computed(folder, texts=texts)
+    assert info.attention == "padded"
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("longest", [4, 64])
 def test_a_token_that_the_configuration_asks_for_ends_each_text(saved: Any, longest: int) -> None:
     from transformers import AutoTokenizer
@@ -537,6 +567,26 @@ def third_token(processor: dict[str, Any]) -> dict[str, Any]:
     return processor | {"single": [first, first, *processor["single"][1:]]}
 
 
+def without_modules(folder: Path) -> None:
+    (folder / "modules.json").unlink()
+
+
+def hundred_tokens(folder: Path) -> None:
+    """Add tokens to tokenizer.json, the last of which strips blanks in `tokenizer_config.json` alone."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    added = {id: ADDED | {"id": id, "content": name} for name, id in content["model"]["vocab"].items() if id >= 1000}
+    content["added_tokens"] += added.values()
+    file.write_text(json.dumps(content))
+    last = max(added)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    edit(
+        folder / "tokenizer_config.json",
+        settings | {"added_tokens_decoder": {str(last): added[last] | {"single_word": True}}},
+    )
+
+
+ADDED = {"content": "foo", **dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)}
 CUT = {"direction": "Left", "max_length": 128, "strategy": "LongestFirst", "stride": 0}
 POOLING, DENSE, SETTINGS = "1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json"
 LIBRARY, CODE = "config_sentence_transformers.json", {"auto_map": {"AutoModel": "modeling_x.BertModel"}}
@@ -670,6 +720,21 @@ HOLES: dict[str, tuple[Change, str]] = {
         tokenizer_json("post_processor", value=None),
         "disagree",
     ),
+    **{
+        f"token in {file} alone": (changed(file, content), "disagree")
+        for file, content in [
+            ("tokenizer_config.json", {"added_tokens_decoder": {"1100": ADDED}}),
+            ("added_tokens.json", {"foo": 1100}),
+        ]
+    },
+    "the hundredth added token strips": (hundred_tokens, "disagree"),
+    **{
+        f"chat template in {file} without modules": (
+            both(changed(file, {"chat_template": "{{ messages }}"}), without_modules),
+            "chat template",
+        )
+        for file in ("tokenizer_config.json", "chat_template.jinja")
+    },
     "truncation at the start": (
         changed("tokenizer_config.json", {"truncation_side": "left"}),
         "disagree",
@@ -770,7 +835,12 @@ def test_padding_in_the_tokenizer_does_not_count(with_dense: Path, tmp_path: Pat
     started(folder)
 
 
-def test_lower_case_of_a_model_leaves_special_tokens_of_a_text_as_they_are(saved: Any) -> None:
+@pytest.mark.parametrize("own", [None, "Lowercase", "Strip"])
+def test_lower_case_of_a_model_precedes_the_steps_of_its_tokenizer(saved: Any, own: str | None) -> None:
     folder = saved("modernbert")
     edit(folder / SETTINGS, {"do_lower_case": True})
+    if own:
+        replace = {"type": "Replace", "pattern": {"String": "SHOUTED"}, "content": "river"}
+        last = {"type": own, "strip_left": True, "strip_right": True}
+        tokenizer_json("normalizer", value={"type": "Sequence", "normalizers": [replace, last]}, settings={})(folder)
     np.testing.assert_allclose(computed(folder)[0], saved_models.vectors(folder, TEXTS), atol=1e-5)

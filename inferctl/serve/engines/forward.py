@@ -112,7 +112,18 @@ class Forward:
         )
 
     def pack(self, on: bool = True) -> None:
-        """Use packed attention, or padded attention if not `on`."""
+        """Use packed attention, or padded attention if not `on`.
+
+        Raises `ValueError` for what the texts of the check are too short to show: Llama 4 has chunks and PhiMoE has
+        windows in the mask alone. ESM scales a text by its share of mask tokens, which moves vectors a little.
+        """
+        config = self._model.config.get_text_config()
+        if on and (
+            getattr(config, "attention_chunk_size", None)
+            or getattr(config, "token_dropout", False)
+            or (config.model_type == "phimoe" and config.sliding_window)
+        ):
+            raise ValueError(f"{config.model_type} depends on the mask or on the other texts of a row")
         packed.register()
         self._model.set_attn_implementation(packed.NAME if on else self._padded_attention)
         self.packed = on

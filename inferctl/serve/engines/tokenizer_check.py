@@ -6,14 +6,14 @@ many tokenizers from their class, `tokenizer_config.json` and other files, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
-from tokenizers import normalizers
 
 from inferctl.core.errors import UsageError
+from inferctl.serve import tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import plain
 from inferctl.serve.modules import read_object
@@ -47,8 +47,8 @@ _PROBES = (
     "the end [SEP] [CLS] [PAD] [UNK] [MASK] </s> <s> <pad> <unk> <mask> <|endoftext|> <bos> <eos> <|im_end|>",
     "[sep] <S> [mask]. a[SEP]b a <mask> b <mask>, c",
 )
-# Pieces of the vocabulary, in texts of so many, and special tokens: at most so many of each.
-_PIECES, _PIECES_PER_TEXT, _SPECIAL = 256, 32, 64
+# At most so many pieces of the vocabulary, in texts of so many.
+_PIECES, _PIECES_PER_TEXT = 256, 32
 _SHOWN, _LONGEST = 8, 60  # tokens and characters in errors
 
 
@@ -70,12 +70,11 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
             f"{type(error).__name__}: {error}",
             "correct `tokenizer_class` in tokenizer_config.json: `PreTrainedTokenizerFast` uses tokenizer.json as it is",
         ) from None
-    if config.lower_case and library.is_fast:  # as sentence-transformers does it
-        steps = [normalizers.Lowercase(), *filter(None, [library.backend_tokenizer.normalizer])]
-        library.backend_tokenizer.normalizer = normalizers.Sequence(steps)
-    texts = [*_PROBES, *_own_probes(pool, library.all_special_tokens), "start " + "a " * pool.max_tokens + "end"]
+    if config.lower_case and library.is_fast:
+        library.backend_tokenizer.normalizer = tokenizer_files.with_lower_case(library.backend_tokenizer.normalizer)
+    texts = [*_PROBES, *_own_probes(pool, library.get_added_vocab()), "start " + "a " * pool.max_tokens + "end"]
     pairs = isinstance(config, RerankConfig)
-    has_segments = pairs and (read_object(folder / "config.json").get("type_vocab_size") or 0) > 1
+    has_segments = pairs and (read_object(folder / "config.json").get("type_vocab_size", 2) or 0) > 1  # as BertConfig
     inputs = list(zip(texts, [*texts[1:], texts[0]], strict=True)) if pairs else [(text,) for text in texts]
     found = library(  # a list of lists, since a pair with an empty text alone counts as one text
         inputs if pairs else texts, truncation="longest_first", max_length=pool.max_tokens, return_attention_mask=False
@@ -130,12 +129,11 @@ def _shown(texts: Sequence[str]) -> str:
     return " and ".join(repr(text if len(text) <= _LONGEST else text[:_LONGEST] + "…") for text in texts)
 
 
-def _own_probes(pool: TokenizerPool, special: Sequence[str]) -> list[str]:
-    """Return texts of pieces of the vocabulary, and of the special tokens that the pool or transformers knows."""
+def _own_probes(pool: TokenizerPool, added: Iterable[str]) -> list[str]:
+    """Return texts of pieces of the vocabulary, and of the added tokens that the pool or transformers knows."""
     tokenizer = pool.own_tokenizer()
     size = tokenizer.get_vocab_size()
     pieces = [tokenizer.decode([id]) for id in range(0, size, -(-size // _PIECES))]
     batches = [" ".join(pieces[at : at + _PIECES_PER_TEXT]) for at in range(0, len(pieces), _PIECES_PER_TEXT)]
-    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    tokens = dict.fromkeys([*special[:_SPECIAL], *added[:_SPECIAL]])
-    return [*batches, *(f"a {token} b{token}c" for token in tokens)]
+    own = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    return [*batches, *(f"a {token} b{token}c {token.upper()}" for token in dict.fromkeys([*added, *own]))]
