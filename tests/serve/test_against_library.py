@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from inferctl.bench.load.target import Target, connect
+from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.core.errors import InferctlError
 from inferctl.image import library, verify
 from inferctl.image.output_checks import QUERY, decode
@@ -140,11 +140,11 @@ def server(right: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
     running.kill()
 
 
-def outputs(target: Target) -> Sequence[object]:
+def outputs(target: ServerConnection) -> Sequence[object]:
     return target.request([QUERY, *library.TEXTS] if target.task == "rerank" else list(library.TEXTS))
 
 
-def compared(target: Target, folder: Path) -> library.LibraryComparison:
+def compared(target: ServerConnection, folder: Path) -> library.LibraryComparison:
     return library.compare(outputs(target), {**target.info, "task": target.task}, folder)
 
 

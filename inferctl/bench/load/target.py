@@ -179,10 +179,6 @@ class ServerConnection:
             raise
 
 
-# The name that tests/serve/test_against_library.py uses.
-Target = ServerConnection
-
-
 def connect(url: str, timeout_s: float = 10, access: ServerAccess | None = None) -> ServerConnection:
     """Return the server at `url`. The URL may include the endpoint for the task.
 
