@@ -38,6 +38,8 @@ def make(minilm: Path, folder: Path, architecture: str, pooling: str, normalize:
     # Random positions and tokens of a size that attention notices: near-zero weights would hide a wrong mask.
     model.save_pretrained(folder)
     shutil.copy(minilm / "tokenizer.json", folder)
+    # Else transformers takes the class of the architecture, which makes other tokens of MiniLM's vocabulary.
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     listing = [
         {"idx": i, "name": str(i), "path": f"{i}_{m}" if i else "", "type": f"sentence_transformers.models.{m}"}
