@@ -74,7 +74,7 @@ class ApiProcess:
         self._backend = RemoteBackend(
             self.link, lambda key: (key.requests_per_minute or limits[0], key.tokens_per_minute or limits[1])
         )
-        self._connections = _counting(self.link, Connection.max_connections // processes)
+        self._connections = _counting(self.link, processes)
         load = None
         if spec.serve.load_reports:
             load = LoadReport(lambda: self._state["slots"], lambda: self._state["waiting"], processes=processes)
@@ -119,7 +119,8 @@ class ApiProcess:
         await self._metering.close(_FLUSH_S)
         self._send_stats(unfinished=self._front.unfinished_responses)
         self.link.close()
-        await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):  # until the last frames are sent
+            await asyncio.wait_for(self._ended.wait(), _FLUSH_S)
 
     async def _page(self, path: str) -> Page:
         """Return the page of the whole server, which no process is ready for without the keys."""
@@ -154,6 +155,8 @@ class ApiProcess:
             self._metering.ready(state["device"], state["digest"])
 
     def _on_lost(self) -> None:
+        if not self._welcome.done():  # the backend ended before it said what to do
+            os._exit(1)
         self._ended.set()
         if hasattr(self, "_backend"):
             self._backend.lost()
@@ -165,9 +168,12 @@ class ApiProcess:
                 data, descriptors, _, _ = socket.recv_fds(self._control, 4, 1)
             except (BlockingIOError, ConnectionError):
                 return
-            if not descriptors:  # the backend ended
+            if not data:  # the backend ended
                 asyncio.get_running_loop().remove_reader(self._control.fileno())
                 return
+            if not descriptors:  # this process has too many
+                self.link.send(frames.pack_numbers(Kind.REFUSED, int.from_bytes(data, "little")))
+                continue
             connection = socket.socket(fileno=descriptors[0])
             connection.setblocking(False)
             # Before its first byte is read: from now on, nobody else can answer.
@@ -179,6 +185,8 @@ class ApiProcess:
 
     async def _adopt(self, connection: socket.socket) -> None:
         try:
+            if self._lifecycle.closed:  # it was passed on just before the drain
+                raise ConnectionAbortedError
             await self._front.http.adopt(connection)
         except OSError:  # the client is gone
             connection.close()
@@ -197,11 +205,13 @@ class ApiProcess:
         self.link.send(frames.pack_json(Kind.STATS, found))
 
 
-def _counting(link: Link, most: int) -> type[Connection]:
-    """Return the class of connections that tells the backend when one ends. `most`: connections of this process."""
+def _counting(link: Link, processes: int) -> type[Connection]:
+    """Return the class of connections that tells the backend when one ends. They share what a server can hold."""
+    most, unread = Connection.max_connections // processes, Connection.max_unread_bytes // processes
 
     class Counted(Connection):
         max_connections = most
+        max_unread_bytes = unread
 
         def connection_lost(self, exc: Exception | None) -> None:
             """Forget the connection."""

@@ -64,7 +64,7 @@ class Inference:
         """
         raw = await read_body(context, receive)
         if not context.content_length:  # the client did not declare the size before
-            await self.backend.admit(context, len(raw))
+            await self.backend.admit(context, len(raw), read=True)
         try:
             return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
         except ApiError:

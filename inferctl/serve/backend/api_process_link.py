@@ -43,6 +43,8 @@ class ApiProcessLink:
         self._backend, self._page = backend, page
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
         self._keys: dict[int, ApiKey] = {}
+        self._earlier_keys: dict[int, ApiKey] = {}  # of requests that began before the last FORGET
+        self._closes: dict[int, tuple[bool, int]] = {}  # CLOSE frames that arrived before the end of their request
         self._computing: dict[int, asyncio.Future[RequestResult]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
@@ -69,11 +71,15 @@ class ApiProcessLink:
             number, give_back, computed = frames.unpack_numbers(body)
             if (context := self._cancelled.pop(number, None)) and context.charge is not None:
                 context.charge.close(give_back=bool(give_back), computed=computed)
+            elif number in self._tasks or number in self._computing:
+                self._closes[number] = bool(give_back), computed
         elif kind is Kind.CHARGE:
             self._charge(*frames.unpack_numbers(body))
         elif kind is Kind.KEY:
             found = json.loads(body)
-            self._keys[found["index"]] = limits_alone(found["id"], found["requests"], found["tokens"])
+            self._keys[found["index"]] = limits_alone(*found["fields"])
+        elif kind is Kind.FORGET:
+            self._earlier_keys, self._keys = self._keys, {}
         elif kind is Kind.PAGE:
             number, path = frames.unpack_page(body)
             self._start(number, self._answer(number, path))
@@ -94,17 +100,26 @@ class ApiProcessLink:
             context.tenant = key.id if shared else None
         return context
 
+    def _key(self, index: int) -> ApiKey | None:
+        return self._keys.get(index) or self._earlier_keys.get(index)
+
     def _submit(self, submission: Submission) -> None:
         """Start a request. There is no task for it: that would take a fifth of its time here."""
-        key = self._keys.get(submission.key)
+        key = self._key(submission.key)
         context = self._context(key, submission.bulk, submission.shared)
         context.cache_control = submission.directives
         try:
             if key is not None:
                 self._backend.charge(key, context)
+            elif submission.key:
+                raise ValueError("the key of the request is not known any more")
             future = self._backend.start(context, submission.sequences, submission.second_starts)
         except (ApiError, LimitError) as error:
             self._reject(submission.id, context, error)
+            return
+        except Exception:  # it must not end the link, with all other requests
+            log.exception("a request of an API process")
+            self._reject(submission.id, context, _INTERNAL)
             return
         self._computing[submission.id] = future
         tokens = sum(map(len, submission.sequences))
@@ -118,14 +133,13 @@ class ApiProcessLink:
             return
         try:
             result = self._backend.finish(context, future, tokens)
+            reply = Reply(number, result, context.cached_tokens, context.engine_seconds, _quotas(context))
+            self.link.send(frames.pack_result(reply))
         except ApiError as error:
             self._start(number, self._fail(number, context, error))
         except Exception:
             log.exception("a request of an API process")
             self._start(number, self._fail(number, context, _INTERNAL))
-        else:
-            reply = Reply(number, result, context.cached_tokens, context.engine_seconds, _quotas(context))
-            self.link.send(frames.pack_result(reply))
 
     async def _fail(self, number: int, context: RequestContext, error: ApiError) -> None:
         """Send the error of a request when engines compute nothing more for it."""
@@ -138,6 +152,7 @@ class ApiProcessLink:
         if isinstance(error, LimitError):
             error = limit_exceeded(error)
         tokens, cached = context.input_tokens, context.cached_tokens
+        self._closes.pop(number, None)
         if context.charge is not None:
             context.charge.close(give_back=error.status == 429 or error.status >= 500, computed=tokens - cached)
         computed = tokens, cached, context.engine_seconds
@@ -152,23 +167,29 @@ class ApiProcessLink:
         if self._ended:
             return  # its charge stays
         if context.charge is not None:
-            self._cancelled[number] = context
+            if (close := self._closes.pop(number, None)) is not None:
+                context.charge.close(give_back=close[0], computed=close[1])
+            else:
+                self._cancelled[number] = context
         self.link.send(frames.pack_ended(number, tokens, seconds))
 
     def _admit(self, number: int, key: int, flags: int, size: int) -> None:
-        found = self._keys.get(key)
+        found = self._key(key)
         context = self._context(found, bool(flags & 1), bool(flags & 2))
         try:
             self._backend.check(found, context, size)
         except (ApiError, LimitError) as error:
             self._reject(number, context, error)
+        except Exception:
+            log.exception("a request of an API process")
+            self._reject(number, context, _INTERNAL)
         else:
             self.link.send(frames.pack_numbers(Kind.ADMITTED, number))
 
     def _charge(self, key: int, in_vain: int) -> None:
         """Charge a request that the API process rejected."""
         context = RequestContext("")
-        if found := self._keys.get(key):
+        if found := self._key(key):
             try:
                 self._backend.charge(found, context)
             except LimitError:
@@ -178,7 +199,12 @@ class ApiProcessLink:
                 context.charge.close(give_back=False)
 
     async def _answer(self, number: int, path: str) -> None:
-        self.link.send(frames.pack_answer(number, *await self._page(path)))
+        try:
+            page = await self._page(path)
+        except Exception:
+            log.exception("the page %s", path)
+            page = 500, _INTERNAL.body(), "application/json"
+        self.link.send(frames.pack_answer(number, *page))
 
     def _lost(self) -> None:
         self._ended = True

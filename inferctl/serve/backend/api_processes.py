@@ -38,6 +38,7 @@ _SCRAPE_S = 0.2  # after which the last samples of a process are used
 _EXIT_S = 3.0  # to end after the drain
 _BACKLOG = 256
 _WARN_S = 30.0
+_MANY_REVOKED = 10_000
 _ACCEPTED_AT_ONCE = 64
 _CRASH_LOOP_STARTS = 5
 
@@ -69,6 +70,8 @@ class ApiProcesses:
         self._listener: socket.socket | None = None
         self._closing = asyncio.Event()
         self._sent_state: dict[str, Any] = {}
+        self._revoked: dict[str, None] = {}
+        self.served = False  # whether any process ever took connections
         self._warned = -math.inf  # when it was logged that connections cannot be accepted
         self.totals = samples.Totals()
 
@@ -135,8 +138,15 @@ class ApiProcesses:
             for process in self._processes:
                 process.send(frames.pack_json(Kind.STATE, state))
 
+    def revoked(self) -> bytes:
+        """Return the frame with the keys that were revoked lately, for a process that starts."""
+        return frames.pack_json(Kind.REVOKED, list(self._revoked))
+
     def revoke(self, ids: list[str]) -> None:
         """Let all processes refuse these keys."""
+        self._revoked |= dict.fromkeys(ids)
+        while len(self._revoked) > _MANY_REVOKED:
+            del self._revoked[next(iter(self._revoked))]
         for process in self._processes:
             process.send(frames.pack_json(Kind.REVOKED, ids))
 
@@ -234,17 +244,16 @@ class _ApiProcess:
             self._link.link.send(frame)
 
     async def run(self) -> None:
-        """Keep the process running until the drain. Raises `NotReadyError` if it cannot start and never could."""
-        served = False
+        """Keep the process running until the drain. Raises `NotReadyError` if it cannot start and none ever could."""
         while True:
             try:
-                served |= await self._run_once()
+                await self._run_once()
             except OSError as error:  # no memory or descriptors are left
                 log.error("an API process cannot be started: %s", error)
                 self.failures += 1
             if self._draining.is_set():
                 return
-            if not served:
+            if not self._owner.served:
                 raise NotReadyError("an API process cannot start", "see the log above")
             self._owner.restarts += 1
             pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
@@ -253,8 +262,8 @@ class _ApiProcess:
                 await asyncio.wait_for(self._draining.wait(), pause)
                 return
 
-    async def _run_once(self) -> bool:
-        """Run one process until it ends. Return whether it took connections."""
+    async def _run_once(self) -> None:
+        """Run one process until it ends."""
         loop = asyncio.get_running_loop()
         self._lost.clear()
         ours, theirs = socket.socketpair()
@@ -294,7 +303,6 @@ class _ApiProcess:
         kept, self._kept = list(self._kept.values()), {}
         for connection in kept:
             self._owner.place(connection)
-        return served
 
     async def _gone(self) -> None:
         assert self._process is not None
@@ -306,7 +314,10 @@ class _ApiProcess:
 
     async def _kill_if_hung(self) -> None:
         while True:
+            before = time.monotonic()
             await asyncio.sleep(_TICK_S)
+            # While this process did not run, as in a paused container, it heard nothing.
+            self.alive += max(0.0, time.monotonic() - before - _TICK_S)
             if time.monotonic() - self.alive > _HUNG_S:
                 log.error("an API process did not respond for %.3g s; killing it", _HUNG_S)
                 self.kill()
@@ -352,15 +363,23 @@ class _ApiProcess:
         if kind is Kind.HELLO and self._draining.is_set():
             self.kill()
         elif kind is Kind.HELLO:
-            self.ready = True
+            self.ready = self._owner.served = True
             self.send(self._owner.state())
-            self._owner.on_up()
+            self.send(self._owner.revoked())
+            # Not here: an error in it would end the link.
+            asyncio.get_running_loop().call_soon(self._owner.on_up)
         elif kind is Kind.TAKEN:
             for number in numbers:
                 if connection := self._kept.pop(number, None):
                     connection.close()
         elif kind is Kind.GONE:
             self.connections -= sum(numbers)
+        elif kind is Kind.REFUSED:
+            for number in numbers:
+                if connection := self._kept.pop(number, None):
+                    self.connections -= 1
+                    # It has the fewest, so it could be chosen again at once.
+                    asyncio.get_running_loop().call_later(_TICK_S, self._owner.place, connection)
 
     def on_stats(self, found: Any) -> None:
         """Take the samples of the metrics. The last ones come with the number of unfinished responses."""

@@ -17,8 +17,11 @@ class Backend(Protocol):
     def charge(self, key: ApiKey, context: RequestContext) -> None:
         """Charge one request of a key, and set `charge` and `usage` of its context. Raises `LimitError`."""
 
-    async def admit(self, context: RequestContext, size: int) -> None:
-        """Raise `ApiError` or `LimitError` if a body of `size` bytes need not be read or tokenized."""
+    async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
+        """Raise `ApiError` or `LimitError` if a body of `size` bytes need not be read or tokenized.
+
+        `read`: it was read, because the client did not declare its size. `read_body` asked the charge already.
+        """
 
     async def compute(
         self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None

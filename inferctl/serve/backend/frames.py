@@ -23,12 +23,12 @@ from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.limits import Quota
 
 _HEAD = struct.Struct("<IB")
-_SUBMIT = struct.Struct("<IIBHI")  # id, key, flags, bytes of the cache directives, sequences
+_SUBMIT = struct.Struct("<IIBII")  # id, key, flags, bytes of the cache directives, sequences
 _RESULT = struct.Struct("<IBIIIddd")  # id, flags, rows, dimensions, cached tokens, seconds: engine, queue, inference
-_QUOTAS = struct.Struct("<6q")  # a limit can be any number
+_QUOTAS = struct.Struct("<6q")
+_MOST = (1 << 63) - 1  # a limit can be any number
 _BULK, _TENANT, _PAIRS = 1, 2, 4
 _REQUESTS, _TOKENS = 1, 2  # which quotas a result has
-# Unsent bytes above which a sender waits for nothing, but is told so.
 _MAX_FRAME = 1 << 30
 _MOST_ID = (1 << 32) - 1
 
@@ -49,6 +49,8 @@ class Kind(IntEnum):
     TAKEN = 10  # id: a connection was taken over
     GONE = 11  # count: connections that ended
     ALIVE = 12  # the event loop runs: empty
+    REFUSED = 13  # id: a connection could not be taken over
+    FORGET = 14  # the keys before the last FORGET are not in later frames: empty
     # To the API process.
     WELCOME = 32  # what it needs to start, as JSON
     RESULT = 33
@@ -148,7 +150,8 @@ def pack_result(reply: Reply) -> bytes:
     flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
     times = reply.engine_seconds, reply.result.queue_seconds, reply.result.inference_seconds
     head = _RESULT.pack(reply.id, flags, rows, width, reply.cached_tokens, *times)
-    quotas = _QUOTAS.pack(*(requests or (0, 0, 0)), *(tokens or (0, 0, 0))) if flags else b""
+    numbers = (*(requests or (0, 0, 0)), *(tokens or (0, 0, 0)))
+    quotas = _QUOTAS.pack(*(min(number, _MOST) for number in numbers)) if flags else b""
     size = 1 + len(head) + len(quotas) + vectors.nbytes
     return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, vectors.data))
 

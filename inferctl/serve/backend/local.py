@@ -38,8 +38,10 @@ class LocalBackend:
         if self._limits is not None:
             self._limits.charge(key, context)
 
-    async def admit(self, context: RequestContext, size: int) -> None:
+    async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
         """Rule a request out before its body is read. Part of `Backend`."""
+        if read:
+            return
         if context.charge is not None:
             context.charge.check_size(size, time.time())
         self._check_queue(context)

@@ -19,6 +19,8 @@ from inferctl.tenancy.access.limits import Charge
 
 # For larger bodies, the backend is asked before they are read. A smaller one is tokenized in about the time that takes.
 _ASKED_BYTES = 16 * 1024
+# Keys that are remembered. Behind a proxy, callers can have any number of ids.
+_MANY_KEYS = 10_000
 # For this long (s) after a key exceeded a limit, or had texts tokenized in vain, the backend is asked for each request.
 _ASKED_S = 60.0
 _GONE = ApiError(503, "the server ends because of an error", code="engine_unavailable", headers={"retry-after": "1"})
@@ -33,7 +35,8 @@ class RemoteBackend:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
-        self._keys: dict[str, tuple[ApiKey, int]] = {}
+        self._keys: dict[tuple[str, int | None, int | None], int] = {}  # id and limits -> number in frames
+        self._key_numbers = frames.ids()
         self._suspects: dict[int, float] = {}  # until when the backend is asked for each request of a key
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
@@ -42,8 +45,8 @@ class RemoteBackend:
         if (limits := self._limits_of(key)) != (None, None):
             context.charge = RemoteCharge(self._link, context.key_index, limits[1], self._suspect)
 
-    async def admit(self, context: RequestContext, size: int) -> None:
-        """Ask for a large body. Part of `Backend`."""
+    async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
+        """Ask for a large body, also after it was read if the client did not declare its size. Part of `Backend`."""
         most, charge = _ASKED_BYTES, context.charge
         if isinstance(charge, RemoteCharge):
             if charge.token_limit is not None:  # what does not fit for sure
@@ -68,12 +71,12 @@ class RemoteBackend:
             list(sequences),
             None if second_starts is None else list(second_starts),
         )
-        charge = context.charge
+        frame, charge = frames.pack_submit(submission), context.charge
         if isinstance(charge, RemoteCharge):
             charge.submitted = True
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number], self._contexts[number] = future, context
-        self._link.send(frames.pack_submit(submission))
+        self._link.send(frame)
         try:
             reply = await future
         except asyncio.CancelledError:
@@ -172,13 +175,14 @@ class RemoteBackend:
 
     def _index(self, key: ApiKey) -> int:
         """Return the number of a key in frames, which the backend is told first."""
-        known = self._keys.get(key.id)
-        if known is not None and known[0] is key:
-            return known[1]
-        index = known[1] if known else len(self._keys) + 1
-        self._keys[key.id] = key, index
-        fields = {"index": index, "id": key.id, "requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
-        self._link.send(frames.pack_json(Kind.KEY, fields))
+        fields = key.id, key.requests_per_minute, key.tokens_per_minute
+        if (index := self._keys.get(fields)) is None:
+            if len(self._keys) >= _MANY_KEYS:
+                self._keys.clear()
+                self._suspects.clear()
+                self._link.send(frames.pack(Kind.FORGET))
+            index = self._keys[fields] = next(self._key_numbers)  # never that of another key
+            self._link.send(frames.pack_json(Kind.KEY, {"index": index, "fields": fields}))
         return index
 
 

@@ -62,8 +62,9 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
 
     def cancel() -> None:
         nonlocal disconnected
-        disconnected = True
-        task.cancel()
+        if not disconnected:  # the connection can notice it twice
+            disconnected = True
+            task.cancel()
 
     state[ON_DISCONNECT] = cancel
     try:
