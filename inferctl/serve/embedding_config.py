@@ -94,6 +94,12 @@ def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) 
         positions = _limit(folder, config, "max_position_embeddings")
     if positions and config.get("model_type") in _OFFSET_TYPES:
         positions -= int(config.get("pad_token_id") or 0) + 1
+    if own and positions and own > positions and _rope_type(config) == "dynamic":
+        raise UsageError(
+            f"`max_seq_length` of {folder} is {own}, above max_position_embeddings ({positions}): with dynamic RoPE, the "
+            "vector of a longer text depends on the other texts of its batch",
+            f"set `max_seq_length` to {positions} in sentence_bert_config.json",
+        )
     if own is None:
         own = _limit(folder, tokenizer, "max_len" if tokenizer.get("model_max_length") is None else "model_max_length")
     return min((limit for limit in (positions, own) if limit is not None and limit < _NO_LIMIT), default=512)
@@ -111,10 +117,13 @@ def _limit(folder: Path, settings: dict[str, Any], name: str) -> int | None:
 
 def _rotates(config: dict[str, Any]) -> bool:
     """Return whether positions are angles that exist for texts of any length, as sentence-transformers uses them."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    fixed = scaling.get("rope_type") or scaling.get("type") or "default"
     known = ("rope_theta", "rope_parameters", "rotary_emb_base", "global_rope_theta")
-    return any(config.get(name) for name in known) and fixed not in ("dynamic", "longrope")
+    return any(config.get(name) for name in known) and _rope_type(config) not in ("dynamic", "longrope")
+
+
+def _rope_type(config: dict[str, Any]) -> str:
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
 def _matryoshka(config: dict[str, Any]) -> tuple[int, ...] | None:

@@ -659,6 +659,13 @@ HOLES: dict[str, tuple[Change, str]] = {
     ),
     "no direction of attention": (changed("config.json", {"is_causal": None}), "is_causal"),
     "positions of the batch": (changed("config.json", {"rope_parameters": {"rope_type": "longrope"}}), "longrope"),
+    "positions that grow with the batch": (
+        both(
+            changed("config.json", {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+            changed(SETTINGS, {"max_seq_length": 500}),
+        ),
+        "dynamic RoPE",
+    ),
     "Dense with pickled weights": (pickled, "a pickle"),
     "Dense of other sizes": (changed(DENSE, {"out_features": 8}), "linear.weight"),
     "Dense without its bias": (changed(DENSE, {"bias": False}), "linear.bias"),
