@@ -23,10 +23,12 @@ from inferctl.image import build, buildx, publish
 from inferctl.image.build import Built
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
+from inferctl.image.from_spec import task_of
 from inferctl.image.plan import BuildPlan
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.running_container import exit_error
 from inferctl.image.size_forecast import ImagePart, SizeForecast
+from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
 from tests.image import tiny
 
@@ -94,7 +96,8 @@ def test_an_image_of_vllm_for_gpus_is_not_verified_without_a_gpu(
     made = tiny.plan(tiny.rendered(base_image))
     model = made.spec.model.model_copy(update={"task": task, "source": str(tmp_path)})
     gpu_stack = catalog.stack(catalog.base("cuda13.0").stack)
-    made = replace(made, spec=made.spec.model_copy(update={"model": model}), stack=gpu_stack)
+    spec = made.spec.model_copy(update={"model": model})
+    made = replace(made, spec=spec, stack=gpu_stack, task=task_of(spec, ModelFolder(tmp_path)))
     without_gpu = replace(docker.info(), runtimes=(), cdi_gpu=False)
     with pytest.raises(NotReadyError, match="cannot verify this image here: vLLM for GPUs does not run on a CPU"):
         for _ in build.run(made, docker, without_gpu):
