@@ -105,7 +105,7 @@ _SYSTEM_ERROR_HINTS = {
 def main() -> None:
     """Run the command line and exit with a code of `inferctl.core.errors`."""
     streams.guard()
-    # Child processes start with `python -m`. They must not import modules from the current folder, which may be a model.
+    # Child processes start with `python -m`. They must not import modules from the current folder, maybe a model.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)

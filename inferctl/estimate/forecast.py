@@ -127,8 +127,8 @@ class Scenario:
 class Estimate:
     """Estimated latency (ms) and requests/s under one load, and the data source of the estimate.
 
-    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds. `saturated`:
-    the offered rate exceeds the capacity, so latency is None.
+    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds.
+    `saturated`: the offered rate exceeds the capacity, so latency is None.
     """
 
     hardware: str

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Spec
-from inferctl.serve import logs, metering, task_config
+from inferctl.serve import event_loop, logs, metering, task_config
 from inferctl.serve.backend import frames, samples
 from inferctl.serve.backend.frames import Kind, Link
 from inferctl.serve.backend.remote import RemoteBackend
@@ -35,6 +34,7 @@ from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.tenancy.access.limits import Limiter
 
 _ALIVE_S, _STATS_S = 0.1, 1.0
 _FLUSH_S = 1.0  # for the last usage events
@@ -48,10 +48,10 @@ class ApiProcess:
         self._control = control
         self.link = Link(self._on_frame, self._on_lost)
         self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._ended = asyncio.Event()  # the backend ended, or wants no more
+        self._ended = asyncio.Event()  # the backend ended
+        self._built = False  # whether there is a front end, which frames are for
         self._state: dict[str, Any] = {}
         self._adopting: set[asyncio.Task[None]] = set()
-        self._unfinished = 0
 
     async def run(self) -> None:
         """Serve until the drain or the end of the backend."""
@@ -60,7 +60,7 @@ class ApiProcess:
         logs.configure(welcome["log"])
         logs.notifier(welcome["log"], lambda _: None)
         listener.raise_file_limit()
-        folder, config = Path(welcome["folder"]), None
+        folder = Path(welcome["folder"])
         config = task_config.read(task, folder, spec.serve.max_input_tokens)
         self._metrics = metrics = Metrics(welcome["slo"])
         self._access = access.create(spec.access, (spec.name, spec.model.source))
@@ -70,11 +70,8 @@ class ApiProcess:
         self._metering = ServerMetering(spec.metering, spec.name, task, known_callers=spec.access.required)
         self._metering.open()
         self._metering.watch(metrics)
-        limits = spec.access.requests_per_minute, spec.access.tokens_per_minute
-        self._backend = RemoteBackend(
-            self.link, lambda key: (key.requests_per_minute or limits[0], key.tokens_per_minute or limits[1])
-        )
-        self._connections = _counting(self.link, processes)
+        limits = Limiter(spec.access.requests_per_minute, spec.access.tokens_per_minute)
+        self._backend = RemoteBackend(self.link, limits.limits_of)
         load = None
         if spec.serve.load_reports:
             load = LoadReport(lambda: self._state["slots"], lambda: self._state["waiting"], processes=processes)
@@ -94,16 +91,15 @@ class ApiProcess:
             load,
             truncate=welcome["truncate"],
             processes=processes,
-            connection=self._connections,
+            connection=_counting(self.link, processes),
         )
+        self._built = True
         self._set_state(welcome["state"])
         serving = asyncio.create_task(self._front.serve([]))
         await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._control.fileno(), self._take)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
+        event_loop.freeze_garbage()
         self.link.send(frames.pack_numbers(Kind.HELLO))
         beating = asyncio.create_task(self._beat())
         ended = asyncio.create_task(self._ended.wait())
@@ -131,8 +127,8 @@ class ApiProcess:
     def _on_frame(self, kind: Kind, body: bytes) -> None:
         if kind is Kind.WELCOME:
             self._welcome.set_result(json.loads(body))
-        elif not self._welcome.done() or not hasattr(self, "_front"):
-            return  # what it says is in the frame of the welcome, or comes again
+        elif not self._built:
+            return  # after HELLO, it gets all that again
         elif kind is Kind.STATE:
             self._set_state(json.loads(body))
         elif kind is Kind.REVOKED:
@@ -158,7 +154,7 @@ class ApiProcess:
         if not self._welcome.done():  # the backend ended before it said what to do
             os._exit(1)
         self._ended.set()
-        if hasattr(self, "_backend"):
+        if self._built:
             self._backend.lost()
 
     def _take(self) -> None:
@@ -244,12 +240,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    loop_factory = None
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with event_loop.runner() as runner:
         runner.run(_main())
 
 

@@ -31,9 +31,9 @@ class EmbeddingConfig:
 
     `pooling`: modes whose vectors are concatenated. `layers`: applied to the pooled vector. `truncate_dim`: numbers
     that remain of the result, without another normalization; None for all. `max_tokens` includes special tokens.
-    `assumed`: the folder does not name a pooling, so that of its kind is used. `matryoshka`: the dimensions that vectors
-    can be truncated to, empty if the model was not trained for truncation, None if any number is allowed. `static`: as
-    in `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
+    `assumed`: the folder does not name a pooling, so that of its kind is used. `matryoshka`: the dimensions that
+    vectors can be truncated to, empty if the model was not trained for truncation, None if any number is allowed.
+    `static`: as in `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
     """
 
     pooling: tuple[PoolingMode, ...]
@@ -96,8 +96,8 @@ def _longest(folder: Path, config: dict[str, Any], transformer: dict[str, Any]) 
         positions -= int(config.get("pad_token_id") or 0) + 1
     if own and positions and own > positions and _rope_type(config) == "dynamic":
         raise UsageError(
-            f"`max_seq_length` of {folder} is {own}, above max_position_embeddings ({positions}): with dynamic RoPE, the "
-            "vector of a longer text depends on the other texts of its batch",
+            f"`max_seq_length` of {folder} is {own}, above max_position_embeddings ({positions}): with dynamic RoPE, "
+            "the vector of a longer text depends on the other texts of its batch",
             f"set `max_seq_length` to {positions} in sentence_bert_config.json",
         )
     if own is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
 from inferctl.models.model import ModelFolder
-from inferctl.serve import describe, task_config
+from inferctl.serve import describe, event_loop, task_config
 from inferctl.serve.api import app
 from inferctl.serve.backend.api_processes import ApiProcesses
 from inferctl.serve.backend.local import LocalBackend
@@ -31,6 +30,7 @@ from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.engines.cpu import usable_cores
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
+from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
@@ -61,6 +61,10 @@ class EncoderServer(ServerLifetime):
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
         self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
         super().__init__(spec, task, options, notify, progress)
+        self._processes = processes = _api_processes(spec)
+        if processes > 1:  # each of them records its own requests
+            off = spec.metering.model_copy(update={"mode": "off"})
+            self._metering = ServerMetering(off, spec.name, task, known_callers=spec.access.required)
         # Each part gets those that it passes a request on to, so the first ones are the last that a request meets.
         self._metrics = metrics = Metrics(objectives(spec.slo, slo_ms))
         self._batcher = Batcher(_queue_limits(spec, slo_ms), LatencyModel(self._capacity))
@@ -85,7 +89,6 @@ class EncoderServer(ServerLifetime):
         self._sizes = {"dimensions": 0, "vocabulary_size": 0}
         self._engine: EngineInfo | None = None  # the first one that was ready
         self._device: dict[str, Any] | None = None  # that of the last one
-        self._processes = processes = _api_processes(spec)
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
         self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(task))
@@ -107,7 +110,7 @@ class EncoderServer(ServerLifetime):
             )
         else:
             welcome = {
-                "spec": _without_passwords(spec),
+                "spec": _without_stores(spec),
                 "task": task,
                 "folder": str(folder.path),
                 "processes": processes,
@@ -126,8 +129,7 @@ class EncoderServer(ServerLifetime):
         self._ready_seconds = 0.0
 
     async def _serve(self) -> int:
-        if self._processes == 1:  # else nothing is metered here
-            self._metering.watch(self._metrics)
+        self._metering.watch(self._metrics)
         self._engines = asyncio.create_task(self._pool.run())
         sharing = [asyncio.create_task(self._cache.shared.run())] if self._cache and self._cache.shared else []
         if self._limits:
@@ -205,10 +207,7 @@ class EncoderServer(ServerLifetime):
         lifecycle.started = True
         self._progress.stop()
         self._ready_seconds = time.monotonic() - self._started
-        gc.collect()
-        gc.freeze()
-        # By default, 700 new objects start a collection, which is more often than once per batch.
-        gc.set_threshold(50_000, 20, 100)
+        event_loop.freeze_garbage()
         if lifecycle.draining:
             return
         spec = self._spec
@@ -235,7 +234,7 @@ class EncoderServer(ServerLifetime):
     async def _page(self, path: str) -> Page:
         """Return what the whole server answers, with what all API processes counted."""
         if self._api:
-            self._api.update()  # who reads here that the server is ready is not rejected by a process that does not know
+            self._api.update()  # else a process that does not know it yet could reject who reads here that it is ready
             if path == "/metrics":
                 await self._api.scrape()
         return await self._pages.answer(path)
@@ -316,8 +315,11 @@ def _api_processes(spec: Spec) -> int:
     return max(1, min(_MOST_AUTO, usable_cores() // _CORES_PER_API_PROCESS))
 
 
-def _without_passwords(spec: Spec) -> dict[str, Any]:
-    """Return a spec for API processes, which connect to no store and no broker."""
+def _without_stores(spec: Spec) -> dict[str, Any]:
+    """Return a spec for API processes, which connect to no store and no broker, so they need no password.
+
+    The name of their key file follows from the address of the database with the keys.
+    """
     document = spec.model_dump(mode="json")
     document["access"] |= {"keys": spec.access.public_key_store or spec.access.keys, "broker": None}
     document["metering"] |= dict.fromkeys(("ledger", "broker", "sink"))

@@ -82,7 +82,7 @@ class FrontEnd:
         return self._edge.unfinished_responses
 
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
-        """Serve until `close` is called, then until the requests in flight are complete, or the drain takes too long."""
+        """Serve until `close` is called, then until the responses are complete, or the drain takes too long."""
         self._tokenizer.warm()
         try:
             await self.http.serve(sockets=list(sockets))

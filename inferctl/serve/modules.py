@@ -156,8 +156,8 @@ def _refuse_chat_template(folder: Path) -> None:
     names = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     if read_object(folder / "tokenizer_config.json").get("chat_template") or any((folder / n).exists() for n in names):
         raise UsageError(
-            f"{folder} has a chat template and no modules.json, so {_PACKAGE} renders each text with the template, which "
-            "is not supported",
+            f"{folder} has a chat template and no modules.json, so {_PACKAGE} renders each text with the template, "
+            "which is not supported",
             "remove the chat template if the model was trained with plain text",
         )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,7 +11,7 @@ from inferctl.core import core_files, outputs
 from inferctl.core.errors import UsageError
 from inferctl.models import hub, model
 from inferctl.models.model import ModelFolder
-from inferctl.serve import logs
+from inferctl.serve import event_loop, logs
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import Spinner, StartProgress
 from inferctl.serve.signals import StopSignals
@@ -51,16 +49,11 @@ def run(
         folder = fetch(source, revision)
     task = model.resolve_task(spec.model.task, folder, source)
     with StopSignals() as signals:
-        loop_factory = None
-        with contextlib.suppress(ImportError):
-            import uvloop
-
-            loop_factory = uvloop.new_event_loop
         progress = StartProgress(notify, None if options.log == "json" else spinner)
         progress.phase(f"loading {spec.name} for the task {task}")
         try:
             server = _server(spec, task, options, notify, folder, progress, signals)
-            with asyncio.Runner(loop_factory=loop_factory) as runner:
+            with event_loop.runner() as runner:
                 return runner.run(server.run(signals))
         finally:
             progress.stop()

@@ -29,7 +29,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.config.spec import Spec
 from inferctl.core.errors import EXIT_INTERRUPTED, UsageError
+from inferctl.serve.encoder_server import _without_stores
 from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
@@ -605,3 +607,22 @@ def test_one_api_process_is_the_server_itself(two: Callable[..., ServerProcess])
     assert not server.api_pids()
     assert server.embed(input="a").status_code == 200
     assert server.get("/info").json()["api_processes"] == {"count": 1, "up": 1, "restarts": 0}
+
+
+def test_api_processes_get_no_password_and_the_same_key_file() -> None:
+    secret = "password1"
+    access = {
+        "keys": f"postgresql://user:{secret}@db.example.com/keys",
+        "broker": f"nats://user:{secret}@nats.example.com",
+    }
+    stores = {
+        "access": access | {"requests_per_minute": 5},
+        "metering": {"mode": "on", "ledger": f"postgresql://user:{secret}@db.example.com/ledger"},
+        "cache": {"size": "1MiB", "shared": f"redis://:{secret}@valkey.example.com"},
+    }
+    whole = Spec.model_validate({"name": "m", "model": {"source": "a/b"}, **stores})
+    sent = json.loads(json.dumps(_without_stores(whole)))
+    assert secret not in str(sent)
+    read = Spec.model_validate(sent)
+    assert read.access.key_file == whole.access.key_file
+    assert (read.access.requests_per_minute, read.metering.mode) == (5, "on")

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.backend import frames
+from inferctl.serve.backend import frames, remote
 from inferctl.serve.backend.frames import Kind, Link, Reply, Submission
 from inferctl.serve.backend.remote import RemoteBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.scheduling.dispatcher import RequestResult
+from inferctl.tenancy.access.key_file import limits_alone
 
 U32 = st.integers(0, 2**32 - 1)
 I32 = st.integers(-(2**31), 2**31 - 1)
@@ -168,6 +169,25 @@ def test_a_client_that_leaves_at_any_moment_ends_with_what_was_computed(
         return context.input_tokens - context.cached_tokens, context.engine_seconds
 
     assert asyncio.run(run()) == used
+
+
+def test_a_limit_above_64_bits_is_sent_as_the_largest_number() -> None:
+    frame = frames.pack_result(
+        Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, ((2**70, 2**70, 60), None))
+    )
+    assert frames.unpack_result(body(frame)).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
+
+
+def test_keys_are_told_once_and_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_MANY_KEYS", 2)
+    link = Sent()
+    backend, found = RemoteBackend(link, lambda _: (None, None)), []
+    for name, limit in (("a", None), ("a", None), ("a", 5), ("b", None), ("a", None)):
+        context = RequestContext("")
+        backend.charge(limits_alone(name, limit, None), context)  # a proxy makes a new object for each request
+        found.append(context.key_index)
+    assert found == [1, 1, 2, 3, 4], "a number is never that of another key"
+    assert [Kind(frame[4]) for frame in link.frames] == [Kind.KEY, Kind.KEY, Kind.FORGET, Kind.KEY, Kind.KEY]
 
 
 def test_ids_need_32_bits_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:

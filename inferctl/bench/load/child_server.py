@@ -74,8 +74,8 @@ def serve(
 ) -> Iterator[ChildServer]:
     """Start a server, wait until it announces its URL, and yield it. The server has ended when the context ends.
 
-    `on_wait` receives the seconds since the start. `variables` are added to the environment. Raises `ServerError` with the server's own reason if the server
-    ends, or after 15 minutes.
+    `on_wait` receives the seconds since the start. `variables` are added to the environment. Raises `ServerError` with
+    the server's own reason if the server ends, or after 15 minutes.
     """
     log = folder / "server.log"
     announce.unlink(missing_ok=True)

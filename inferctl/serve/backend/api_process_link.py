@@ -29,7 +29,7 @@ _INTERNAL = ApiError(500, "internal error; see the server log", code="internal_e
 class ApiProcessLink:
     """Runs the requests of one API process. `page(path)` answers for the whole server.
 
-    `on_control(kind, numbers)` gets the frames about connections and life. `stats`: the samples of its last STATS frame.
+    `on_control(kind, numbers)` gets the frames about connections and life, `on_stats` the content of STATS frames.
     """
 
     def __init__(

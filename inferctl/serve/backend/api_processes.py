@@ -26,6 +26,7 @@ from inferctl.serve.backend.api_process_link import ApiProcessLink
 from inferctl.serve.backend.frames import Kind
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.pages import Page
+from inferctl.serve.engine_process.supervisor import reap
 
 log = logging.getLogger("inferctl.api_processes")
 
@@ -234,6 +235,7 @@ class _ApiProcess:
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
         self._draining = asyncio.Event()
+        self._how = ""  # how it ended last
 
     @property
     def in_flight(self) -> int:
@@ -251,15 +253,14 @@ class _ApiProcess:
             try:
                 await self._run_once()
             except OSError as error:  # no memory or descriptors are left
-                log.error("an API process cannot be started: %s", error)
-                self.failures += 1
+                self._how, self.failures = f"it cannot be started: {error}", self.failures + 1
             if self._draining.is_set():
                 return
             if not self._owner.served:
-                raise NotReadyError("an API process cannot start", "see the log above")
+                raise NotReadyError(f"an API process cannot start ({self._how})", "see the log above")
             self._owner.restarts += 1
             pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
-            log.error("an API process ended unexpectedly; restarting it in %.2g s", pause)
+            log.error("an API process ended unexpectedly (%s); restarting it in %.2g s", self._how, pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), pause)
                 return
@@ -301,18 +302,10 @@ class _ApiProcess:
             self._scraped.set_result(None)
         # It may take time to end, but it takes nothing more. Its descriptor of a connection that it did not take ends
         # with it, so it must be gone before another process answers.
-        await self._gone()
+        self._how = await reap(self._process, _EXIT_S)
         kept, self._kept = list(self._kept.values()), {}
         for connection in kept:
             self._owner.place(connection)
-
-    async def _gone(self) -> None:
-        assert self._process is not None
-        for _ in range(2):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _EXIT_S)
-                return
-            self.kill()
 
     async def _kill_if_hung(self) -> None:
         while True:

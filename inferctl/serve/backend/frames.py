@@ -38,7 +38,7 @@ class Kind(IntEnum):
 
     # To the backend.
     HELLO = 1  # the API process can take connections: empty
-    KEY = 2  # {"index", "id", "requests", "tokens"}: a key of later frames, and its limits
+    KEY = 2  # {"index", "fields"}: the number of a key in later frames; its id, and its limits per minute
     SUBMIT = 3  # a request
     ADMIT = 4  # id, key, flags, size: may a body of this size be read?
     CANCEL = 5  # id: the client left
@@ -54,13 +54,13 @@ class Kind(IntEnum):
     # To the API process.
     WELCOME = 32  # what it needs to start, as JSON
     RESULT = 33
-    REJECT = 34  # {"id", "status", "message", "code", "param", "headers", "quotas"}
+    REJECT = 34  # the error of a request as JSON, see `pack_reject`
     ADMITTED = 35  # id
     ENDED = 36  # id, tokens (u32), seconds (f64): what engines computed for a cancelled request
     STATE = 37  # the state of the server, as JSON
     REVOKED = 38  # ids of revoked keys, as JSON
     DRAIN = 39  # take no more connections, and end after the responses in flight: empty
-    SCRAPE = 40  # send STATS: empty
+    SCRAPE = 40  # send STATS now: empty
     ANSWER = 41  # id (u32), status (u16), bytes of the media type (u16), media type, body
 
 

@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 Samples: TypeAlias = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 _Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
 
-# Gauges of API processes; the other gauges are of the backend. The age of the oldest event is that of the oldest of all.
+# Gauges of API processes; the other gauges are of the backend. The age of the oldest event is the highest of all.
 _GAUGES = "inferctl_outbox_"
 _OLDEST = "inferctl_outbox_age_seconds"
 

@@ -36,10 +36,6 @@ class KeyLimits:
             usage.check(0, 1, now)
             usage.check_size(size, now)
 
-    def limits_of(self, key: ApiKey) -> tuple[int | None, int | None]:
-        """Return the limits of a key, per minute: requests and tokens."""
-        return self._limiter.limits_of(key)
-
     async def exchange(self) -> None:
         """Share limits with other servers, and hear of revoked keys, until this is cancelled."""
         if self._exchange:

@@ -140,7 +140,7 @@ class EngineSupervisor:
                 self._listener.engine_lost(self)
             else:
                 self._failures += 1
-            how = await _reap(self._process, _EXIT_TIMEOUT_S if self._stopping.is_set() else _STOP_TIMEOUT_S)
+            how = await reap(self._process, _EXIT_TIMEOUT_S if self._stopping.is_set() else _STOP_TIMEOUT_S)
         return fatal or EngineStartError(
             f"the engine process ended unexpectedly ({how})", "see the engine log above", 1
         )
@@ -212,7 +212,7 @@ class EngineSupervisor:
         self._writer.transport.abort()  # `_listen` then ends at once, also if the process does not
 
 
-async def _reap(process: asyncio.subprocess.Process, timeout: float) -> str:
+async def reap(process: asyncio.subprocess.Process, timeout: float) -> str:
     """Wait for a process to end, kill it after `timeout` seconds, and return how it ended."""
     for seconds in (timeout, _STOP_TIMEOUT_S):
         with contextlib.suppress(TimeoutError):

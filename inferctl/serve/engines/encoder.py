@@ -69,7 +69,8 @@ class EncoderEngine:
             name = model.find(self._config.model).architecture
             raise UsageError(
                 f"{name} cannot be computed: {type(error).__name__}: {failures.summary(error)}",
-                "correct config.json if it has an odd value, use a model of another architecture, or try `--precision fp32`",
+                "correct config.json if it has an odd value, use a model of another architecture, or try "
+                "`--precision fp32`",
             ) from error
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:

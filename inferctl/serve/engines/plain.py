@@ -49,8 +49,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     model = weights.load(auto, folder, task, dtype, **options)
     if returns_segments(folder) and _embeds_segments_as_words(model):
         raise UsageError(
-            f"{folder} has a tokenizer that returns segments (token_type_ids), for which {type(model).__name__} adds the "
-            "vectors of words; this is not supported",
+            f"{folder} has a tokenizer that returns segments (token_type_ids), for which {type(model).__name__} adds "
+            "the vectors of words; this is not supported",
             "if the model was trained without them, remove `token_type_ids` from `model_input_names` in "
             "tokenizer_config.json",
         )

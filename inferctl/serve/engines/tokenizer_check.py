@@ -1,7 +1,8 @@
 """The check at the start that the server tokenizes as transformers does with the same folder.
 
-The API process runs `tokenizer.json` alone. transformers, with which the model was trained and is used elsewhere, builds
-many tokenizers from their class, `tokenizer_config.json` and other files, and takes only the vocabulary from there.
+The API process runs `tokenizer.json` alone. transformers, with which the model was trained and is used elsewhere,
+builds many tokenizers from their class, `tokenizer_config.json` and other files, and takes only the vocabulary from
+there.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
         raise UsageError(
             f"transformers {transformers.__version__} cannot load the tokenizer of {folder}: "
             f"{type(error).__name__}: {error}",
-            "correct `tokenizer_class` in tokenizer_config.json: `PreTrainedTokenizerFast` uses tokenizer.json as it is",
+            "correct `tokenizer_class` in tokenizer_config.json: `PreTrainedTokenizerFast` uses tokenizer.json alone",
         ) from None
     if config.lower_case and library.is_fast:
         library.backend_tokenizer.normalizer = tokenizer_files.with_lower_case(library.backend_tokenizer.normalizer)
@@ -118,8 +119,8 @@ def _fail(folder: Path, library: Any, texts: Sequence[str], ids: list[int], expe
         for row in (ids, expected)
     )
     raise UsageError(
-        f"tokenizer.json of {folder} and its other files disagree about {_shown(texts)}: the server makes {ours} of it from "
-        f"token {start} on, transformers {transformers.__version__} makes {theirs}",
+        f"tokenizer.json of {folder} and its other files disagree about {_shown(texts)}: the server makes {ours} of it "
+        f"from token {start} on, transformers {transformers.__version__} makes {theirs}",
         "if tokenizer.json is right, set `tokenizer_class` in tokenizer_config.json to `PreTrainedTokenizerFast`; else "
         "write it again: `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`",
     )
