@@ -92,6 +92,7 @@ def test_forwarded_options_arrive_unchanged_in_the_container() -> None:
         "log": "json",
         "engine": "echo",
         "engines": 1,
+        "api_processes": "2",
         "truncate": False,
     }
     assert set(given) == set(main.FORWARDED)

@@ -16,7 +16,7 @@ import pytest
 from inferctl.core.errors import UsageError
 from inferctl.image import verify
 from inferctl.models import model as models
-from inferctl.serve import embedding_config, prompts, tokenizer_pool
+from inferctl.serve import embedding_config, prompts, text_parts
 from inferctl.serve.reference import reference
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from tests.access.test_keys import add
@@ -209,7 +209,7 @@ def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
 ) -> None:
     path = folder()
     pool = TokenizerPool(path, embedding_config.read(path))
-    monkeypatch.setattr(tokenizer_pool, "_SLICE_CHARACTERS", 1_000)
+    monkeypatch.setattr(text_parts, "_SLICE_CHARACTERS", 1_000)
     calls: list[int] = []
     run = pool._run
 
