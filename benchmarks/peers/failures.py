@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import sys
 import tempfile
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.4, help="share of the measured capacity")
     parser.add_argument("--slo", type=float, default=1000, help="p99 SLO of the server, in ms")
     parser.add_argument("--hang", type=float, default=5, help="`--hang-seconds` of the server")
+    parser.add_argument("--serve", type=shlex.split, default=[], help="more options of `inferctl serve`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "failures.yaml"
@@ -109,6 +111,7 @@ def main() -> None:
             "18522",
             "--hang-seconds",
             f"{options.hang:g}",
+            *options.serve,
         ]
         server = peers.start("inferctl-failures", command, 18522, "/v1/embeddings", "/readyz", pausable=False)
     large: list[int] = []

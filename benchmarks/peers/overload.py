@@ -9,6 +9,7 @@ shares the machine with the server.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import peers
 from load import requests, run_closed
-from recorder import OpenLoop, engine, latencies, memory, quantile, statuses
+from recorder import OpenLoop, latencies, memory, processes, quantile, statuses
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--slo", type=float, default=500, help="p99 SLO of the server, in ms; 0: none")
     parser.add_argument("--engine", default="encoder", help="encoder, or echo (no model)")
     parser.add_argument("--clients", type=int, default=48, help="clients of the closed loop")
+    parser.add_argument("--serve", type=shlex.split, default=[], help="more options of `inferctl serve`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spec = Path(folder) / "overload.yaml"
@@ -42,12 +44,13 @@ def main() -> None:
             options.engine,
             "--port",
             "18521",
+            *options.serve,
         ]
         server = peers.start("inferctl-overload", command, 18521, "/v1/embeddings", "/readyz", pausable=False)
     try:
         ready = requests(server.url, server.path, [{"input": text} for text in peers.texts(2000)])
         peaks = [run_closed(server.url, ready, options.clients, 10, warm=20)]
-        pids = {"server": server.process.pid, "engine": engine(server.process.pid)}
+        pids = processes(server.process.pid)
         samples: list[dict[str, float]] = []
         with OpenLoop(
             server.url, [("single", r) for r in ready], options.times * peaks[0].rate, options.seconds

@@ -159,10 +159,22 @@ def latencies(records: Iterable[Record]) -> list[float]:
     return [1000 * (record.ended - record.intended) for record in records if record.status == 200 and record.ended]
 
 
+def processes(pid: int) -> dict[str, int]:
+    """Return the processes of a server by name, its own included."""
+    found = {"server": pid}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        try:
+            module = Path(f"/proc/{child}/cmdline").read_bytes().decode()
+        except OSError:  # it has ended
+            continue
+        name = next((name for name in ("api_process", "relay") if name in module), "engine").replace("_", " ")
+        found[name if name not in found else f"{name} {len(found)}"] = int(child)
+    return found
+
+
 def engine(pid: int) -> int | None:
-    """Return the process of the engine, a child of the server's process."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(found[0]) if found else None
+    """Return the process of the first engine of a server."""
+    return processes(pid).get("engine")
 
 
 def memory(pid: int | None) -> float:

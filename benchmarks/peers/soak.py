@@ -10,13 +10,14 @@ of a least squares fit to the rest, in percent over its whole duration.
 from __future__ import annotations
 
 import random
+import shlex
 import statistics
 import sys
 import time
 
 import peers
 from load import requests, run_closed
-from recorder import OpenLoop, engine, memory, quantile, slope, statuses
+from recorder import OpenLoop, memory, processes, quantile, slope, statuses
 
 WINDOW = 15.0
 
@@ -48,8 +49,9 @@ def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--load", type=float, default=0.5, help="share of the measured capacity")
+    parser.add_argument("--serve", type=shlex.split, default=[], help="more options of `inferctl serve`")
     options = parser.parse_args()
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", peers.MODEL, "--port", "18523"]
+    command = [sys.executable, "-m", "inferctl", "serve", "--model", peers.MODEL, "--port", "18523", *options.serve]
     server = peers.start("inferctl-soak", command, 18523, "/v1/embeddings", "/readyz", pausable=False)
     try:
         bodies = mixed(2000)
@@ -57,7 +59,7 @@ def main() -> None:
         ready = [(kind, request) for (kind, _), request in zip(bodies, raw, strict=True)]
         peak = run_closed(server.url, raw, 16, 10, warm=20)
         rate = sum(peak.statuses.values()) / peak.seconds
-        pids = {"server": server.process.pid, "engine": engine(server.process.pid)}
+        pids = processes(server.process.pid)
         samples: list[tuple[float, dict[str, float]]] = []
         with OpenLoop(server.url, ready, options.load * rate, 60 * options.minutes) as load:
             while (now := time.monotonic() - load.start_s) < 60 * options.minutes:

@@ -1,64 +1,100 @@
-"""Compare the server of this checkout with that of another one, such as a worktree of an older commit.
+"""Compare the server of this checkout with that of another one: rate, latency, CPU, memory and time to start.
 
     git worktree add ../older COMMIT
-    python benchmarks/peers/versions.py ../older [--seconds 8] [--rounds 4] [--json FILE]
+    python benchmarks/peers/versions.py ../older [--engine encoder] [--serve="--api-processes 2"] [--json FILE]
 
-Both serve the same model in bf16, then the echo engine, which has no model. A closed loop measures requests/s, in the
-order A B B A A B B A. An open loop at 60% of the older rate measures the p99, with equal arrival times for both.
+Each round measures both, in alternating order: 64 clients in a closed loop, then an open loop at 60% of the first rate.
+Requests are single texts of log-normal length, mean 55 tokens. CPU and memory (PSS) are those of the main process, so
+not of engines and other API processes. `--serve`: more options for the server of this checkout. The older one may be
+this one too, to compare options.
 """
 
 from __future__ import annotations
 
+import shlex
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import peers
 from load import requests, run_closed, run_open
 
-LOADS = {"single texts": ([{"input": text} for text in peers.texts(2000)], 64)}
-LOADS["32 texts"] = ([{"input": peers.texts(32, seed=seed), "encoding_format": "base64"} for seed in range(40)], 8)
-ENGINES = {"bf16": ("--precision", "bf16"), "echo": ("--engine", "echo")}
+CLIENTS, OPEN_SHARE = 64, 0.6
 
 
-def compare(older: Path, engine: str, load: str, seconds: float, rounds: int) -> dict[str, float]:
-    """Return the medians of requests/s and p99 (ms) of both servers."""
-    bodies, clients = LOADS[load]
-    checkouts = {"older": older.resolve(), "this": peers.ROOT}
-    running: dict[str, peers.Server] = {}
-    rates: dict[str, list[float]] = {name: [] for name in checkouts}
-    p99: dict[str, list[float]] = {name: [] for name in checkouts}
-    try:
-        for index, (name, checkout) in enumerate(checkouts.items()):
-            running[name] = peers.inferctl(18530 + index, *ENGINES[engine], name=f"inferctl {name}", checkout=checkout)
-        ready = {name: requests(server.url, server.path, bodies) for name, server in running.items()}
-        for name in peers.order(list(running), rounds):
-            outcome = run_closed(running[name].url, ready[name], clients, seconds)
-            assert not outcome.failures, f"{name} rejected requests: {outcome.statuses}"
-            rates[name].append(outcome.rate)
-        rate = 0.6 * peers.median(rates["older"])
-        for turn, name in enumerate(peers.order(list(running), rounds)):
-            p99[name].append(run_open(running[name].url, ready[name], rate, seconds, seed=turn // 2).quantile(0.99))
-    finally:
-        for server in running.values():
-            server.end()
-    figures = {f"{name}, requests/s": peers.median(values) for name, values in rates.items()}
-    return figures | {f"{name}, p99 (ms)": peers.median(values) for name, values in p99.items()}
+@dataclass
+class Checkout:
+    """A checkout, the options of its server, and what was measured."""
+
+    name: str
+    folder: Path
+    arguments: list[str]
+    figures: dict[str, list[float]] = field(default_factory=dict)
+
+    def serve(self) -> peers.Server:
+        began = time.perf_counter()
+        server = peers.inferctl(peers.free_port(), *self.arguments, name=self.name, checkout=self.folder)
+        self.add("start s", time.perf_counter() - began)
+        return server
+
+    def add(self, name: str, value: float) -> None:
+        self.figures.setdefault(name, []).append(value)
+
+
+def memory_mb(server: peers.Server) -> float:
+    """Return the memory of the main process (PSS, MB)."""
+    lines = Path(f"/proc/{server.process.pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
 
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
+    parser.set_defaults(rounds=6, seconds=6)
     parser.add_argument("older", type=Path, help="folder of the other checkout")
-    parser.set_defaults(rounds=4)
+    parser.add_argument("--engine", default="encoder", help="encoder, or echo (no model)")
+    parser.add_argument("--starts", type=int, default=3, help="how often the servers start")
+    parser.add_argument("--serve", type=shlex.split, default=[], help="more options of the server of this checkout")
     options = parser.parse_args()
-    rows, figures = [], {}
-    for engine in ENGINES:
-        for load in LOADS:
-            found = compare(options.older, engine, load, options.seconds, options.rounds)
-            ratios = [found[f"this, {unit}"] / found[f"older, {unit}"] for unit in ("requests/s", "p99 (ms)")]
-            rows.append((f"{engine}, {load}", *found.values(), *ratios))
-            figures[f"{engine}, {load}"] = found
-    head = ("load", "older, req/s", "this, req/s", "older, p99 (ms)", "this, p99 (ms)", "req/s", "p99")
-    peers.table(head, rows)
-    peers.write(options.json, {"versions": figures})
+    both = [
+        Checkout("older", options.older.resolve(), ["--engine", options.engine]),
+        Checkout("this", peers.ROOT, ["--engine", options.engine, *options.serve]),
+    ]
+    bodies = [{"input": text} for text in peers.texts(2000)]
+    for turn in range(options.starts - 1):
+        for checkout in both[:: -1 if turn % 2 else 1]:
+            checkout.serve().end()
+    servers: dict[str, peers.Server] = {}
+    try:
+        for checkout in both[:: 1 if options.starts % 2 else -1]:
+            servers[checkout.name] = checkout.serve()
+        rate = 0.0
+        for checkout in peers.order(both, options.rounds):
+            server = servers[checkout.name]
+            ready = requests(server.url, server.path, bodies)
+            before = server.cpu_seconds()
+            closed = run_closed(server.url, ready, CLIENTS, options.seconds, warm=0)
+            checkout.add("requests/s", closed.rate)
+            checkout.add("CPU ms/request", 1000 * (server.cpu_seconds() - before) / closed.statuses[200])
+            checkout.add("closed p99 ms", closed.quantile(0.99))
+            if not rate:
+                rate = OPEN_SHARE * closed.rate
+            opened = run_open(server.url, ready, rate, options.seconds)
+            assert not closed.failures + opened.failures, f"{checkout.name}: {closed.statuses} {opened.statuses}"
+            checkout.add("open p50 ms", opened.quantile(0.5))
+            checkout.add("open p99 ms", opened.quantile(0.99))
+        for checkout in both:
+            checkout.add("memory MB", memory_mb(servers[checkout.name]))
+    finally:
+        for server in servers.values():
+            server.end()
+    rows = []
+    for name in both[0].figures:
+        older, this = (checkout.figures[name] for checkout in both)
+        ratios = [b / a for a, b in zip(older, this, strict=True)]
+        rows.append((name, *map(peers.median, (older, this, ratios)), min(ratios), max(ratios)))
+    print(f"{CLIENTS} clients; open loop at {rate:.0f} requests/s; {options.rounds} rounds of {options.seconds:g} s")
+    peers.table(("", "older", "this", "ratio (median)", "lowest", "highest"), rows)
+    peers.write(options.json, {"clients": CLIENTS, "rate": rate, **{found.name: found.figures for found in both}})
 
 
 if __name__ == "__main__":
