@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Spec
+from inferctl.models import vector_format
 from inferctl.serve import event_loop, logs, metering, task_config
 from inferctl.serve.backend import frames, samples
 from inferctl.serve.backend.frames import Kind, Link
@@ -90,6 +91,7 @@ class ApiProcess:
             self._access,
             load,
             truncate=welcome["truncate"],
+            ranges=vector_format.read(folder) if task == "embed" else {},
             processes=processes,
             connection=_counting(self.link, processes),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import inferctl
 from inferctl.config.spec import Access, Spec
+from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.serve import model_summary
 from inferctl.serve.edge import access
@@ -34,7 +35,13 @@ def document(
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
-        output: dict[str, Any] = {"dimensions": info.dimensions}
+        ranges = sorted(vector_format.read(folder.path))
+        formats = [name for name in vector_format.FORMATS if ranges or name not in vector_format.CALIBRATED]
+        output: dict[str, Any] = {
+            "dimensions": info.dimensions,
+            "output_dtypes": formats,
+            "calibrated_dimensions": ranges,
+        }
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:
         output = {}

@@ -13,6 +13,7 @@ from typing import Any
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
+from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.serve import describe, event_loop, task_config
 from inferctl.serve.api import app
@@ -92,6 +93,7 @@ class EncoderServer(ServerLifetime):
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
         self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(task))
+        ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
         if processes == 1:
             load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
             self._front = FrontEnd(
@@ -107,6 +109,7 @@ class EncoderServer(ServerLifetime):
                 self._access,
                 load,
                 truncate=options.truncate,
+                ranges=ranges,
             )
         else:
             welcome = {

@@ -137,9 +137,12 @@ class ServerConnection:
             raise InferctlError(f"{self.endpoint_url} returned results that are not sorted by score")
         return [scores[index] for index in range(count)]
 
-    def embed(self, texts: list[str], timeout_s: float = 120) -> list[tuple[float, ...]]:
-        """Return one vector per text. Raises `InferctlError` if the request is rejected or the response is invalid."""
-        response = post(self.endpoint_url, timeout_s, self.body(texts), self.access)
+    def embed(self, texts: list[str], timeout_s: float = 120, **more: object) -> list[tuple[float, ...]]:
+        """Return one vector per text. `more`: other keys of the request.
+
+        Raises `InferctlError` if the request is rejected or the response is invalid.
+        """
+        response = post(self.endpoint_url, timeout_s, self.body(texts) | more, self.access)
         try:
             if self.path == "/embed":
                 vectors = [_vector(row) for row in response]

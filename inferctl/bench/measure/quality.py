@@ -23,9 +23,10 @@ from inferctl.bench.plan.sections import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError
-from inferctl.models import divergence, reference_process
+from inferctl.models import divergence, reference_process, vector_format
 from inferctl.models import model as model_folder
 from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
+from inferctl.models.vector_format import Ranges
 
 NEIGHBORS = 10
 _BATCH = 16
@@ -73,9 +74,10 @@ class QualityResult:
     `checked` is False if the outputs were not compared; `reason` then says why. If `passes` is False, `reason` says why
     the server returned no usable outputs, or a figure exceeds its limit. `limits` maps figures to limits.
 
-    Embeddings have `cosine` and `recall_at_10`. Rerank scores have `score_difference`, `kendall` (mean of Kendall's tau
-    over the requests) and `top_1` (share of the requests with the same best document). Generation has `kl`,
-    `agreement`, `perplexity` and `positions`, the number of predicted tokens. `texts` counts the texts or the pairs.
+    Embeddings have `cosine`, `recall_at_10`, and what the function `compact` returns. Rerank scores have
+    `score_difference`, `kendall` (mean of Kendall's tau over the requests) and `top_1` (share of the requests with the
+    same best document). Generation has `kl`, `agreement`, `perplexity` and `positions`, the number of predicted tokens.
+    `texts` counts the texts or the pairs.
     """
 
     checked: bool
@@ -84,6 +86,7 @@ class QualityResult:
     texts: int | None = None
     cosine: CosineSimilarity | None = None
     recall_at_10: float | None = None
+    compact: Sequence[Mapping[str, Any]] | None = None
     score_difference: ScoreDifference | None = None
     kendall: float | None = None
     top_1: float | None = None
@@ -230,6 +233,7 @@ def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
         texts=len(expected),
         cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
         recall_at_10=round(recall, 4),
+        compact=compact(expected, found, Ranges.of(found)),
         limits={"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
     )
 
@@ -296,18 +300,45 @@ def recall_at(expected: Matrix, found: Matrix, k: int) -> float:
 
     The distance is the cosine. A row is not its own neighbor.
     """
-    near, got = _nearest(expected, k), _nearest(found, k)
+    return _shared(_nearest(expected, k), _nearest(found, k))
+
+
+def compact(expected: Matrix, found: Matrix, ranges: Ranges) -> list[dict[str, Any]]:
+    """Return bytes and recall@10 of the vectors in each number format of responses.
+
+    The distance of bits is the number of different ones, that of numbers the cosine.
+    """
+    near, rows = _nearest(expected, NEIGHBORS), []
+    for name in vector_format.FORMATS:
+        if name == "binary":  # the same bits as ubinary
+            continue
+        converted = vector_format.convert(found, name, ranges)
+        if name == "ubinary":
+            bits = np.unpackbits(converted, axis=1, count=found.shape[1]).astype(np.float32)
+            got = _closest(-(bits @ (1 - bits).T) - (1 - bits) @ bits.T, NEIGHBORS)
+        else:
+            got = _nearest(converted, NEIGHBORS)
+        size = vector_format.size(found.shape[1], name)
+        rows.append({"output_dtype": name, "bytes": size, "recall_at_10": round(_shared(near, got), 4)})
+    return rows
+
+
+def _nearest(vectors: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
+    unit = _unit(vectors)
+    return _closest(unit @ unit.T, k)
+
+
+def _closest(similarity: npt.NDArray[Any], k: int) -> npt.NDArray[np.intp]:
+    """Return the k most similar rows of each row, without itself."""
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(similarity) - 1)]
+
+
+def _shared(near: npt.NDArray[np.intp], got: npt.NDArray[np.intp]) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(near.tolist(), got.tolist(), strict=True)]))
 
 
-def _nearest(vectors: Matrix, k: int) -> npt.NDArray[np.intp]:
-    unit = _unit(vectors)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, -np.inf)
-    return np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(vectors) - 1)]
-
-
-def _unit(vectors: Matrix) -> npt.NDArray[np.float64]:
+def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     unit: npt.NDArray[np.float64] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     return unit

@@ -34,7 +34,7 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
     sentences += _slo([row for row in measured if row.slo and not row.search])
     sentences += [text for row in measured if (text := _burst(row))]
     sentences += [_with_neighbors(row.configuration, row.neighbours) for row in measured if row.neighbours]
-    return sentences + _memory(measured)
+    return sentences + _compact(measured) + _memory(measured)
 
 
 def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
@@ -280,6 +280,17 @@ def _with_neighbors(name: str, found: JsonObject) -> str:
 def count_of_neighbors(count: int) -> str:
     """Return `1 loaded neighbor`, or `N loaded neighbors`."""
     return "1 loaded neighbor" if count == 1 else f"{count} loaded neighbors"
+
+
+def _compact(rows: Sequence[MeasuredRow]) -> list[str]:
+    """Return what each number format of vectors costs, for the first configuration that was compared with fp32."""
+    for row in rows:
+        if found := row.quality.get("compact"):
+            figures = ", ".join(
+                f"{one['output_dtype']} {one['recall_at_10']:.3f} at {one['bytes']:,} bytes" for one in found
+            )
+            return [f"Smaller vectors (`output_dtype`) of {row.configuration}, recall@10 to fp32: {figures}."]
+    return []
 
 
 def _memory(rows: Sequence[MeasuredRow]) -> list[str]:

@@ -6,10 +6,13 @@ import base64
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import orjson
 from pydantic import BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from inferctl.models import vector_format
+from inferctl.models.vector_format import Ranges, VectorFormat
 from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Usage
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
@@ -77,7 +80,12 @@ class EmbeddingRequest(ModelRequest):
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="`float` (default): a list of numbers. `base64`: little-endian float32."
+        None, description="`float` (default): a list of numbers. `base64`: their bytes, little-endian."
+    )
+    output_dtype: VectorFormat | None = Field(
+        None,
+        description="The numbers of the vectors: `float` (default, 32 bits), `float16`, `int8` and `uint8` if the "
+        "model is calibrated, `binary` and `ubinary` (signed and unsigned bytes, each of 8 dimensions).",
     )
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
@@ -111,7 +119,7 @@ class Embedding(BaseModel):
 
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | list[int] | str
 
 
 class EmbeddingResponse(BaseModel):
@@ -123,13 +131,20 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
-def response(vectors: Vectors, encoding: str | None, model: str, tokens: int) -> Iterator[bytes]:
+def response(
+    vectors: Vectors,
+    encoding: str | None,
+    model: str,
+    tokens: int,
+    wanted: VectorFormat = "float",
+    ranges: Ranges | None = None,
+) -> Iterator[bytes]:
     """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
-    if encoding == "base64":
-        vectors = vectors.astype("<f4", copy=False)
     separator = b'{"object":"list","data":['
     for start in range(0, len(vectors), PART_VECTORS):
-        rows = vectors[start : start + PART_VECTORS]
+        rows = vector_format.convert(vectors[start : start + PART_VECTORS], wanted, ranges)
+        if encoding == "base64":
+            rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         data = [
             {
                 "object": "embedding",

@@ -26,6 +26,7 @@ _INLINE_IDS = 16_384
 _MAX_ADDED_CHARACTERS = 4 * 2**20
 # Keys that get a line in the log.
 _MAX_REMINDED = 1_000
+_MAX_FLOAT16 = np.finfo(np.float16).max
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class EmbeddingsEndpoint:
             if prompt is None or (not chosen and model.prompts.misses_query(request.input_type)):
                 self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
+        wanted, ranges = model.format_for(request.output_dtype, dimensions)
         vectors = await self.inference.run(scope, partial(self._tokenize, request, prompt, context.tenant))
+        vectors = _with_dimensions(vectors, dimensions)
+        if wanted == "float16" and np.abs(vectors).max() > _MAX_FLOAT16:
+            raise ApiError(400, "a vector has a number beyond float16", code="out_of_range", param="output_dtype")
         parts = embedding_schemas.response(
-            _with_dimensions(vectors, dimensions), request.encoding_format, model.name, context.input_tokens
+            vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges
         )
         await send_json(send, parts, context)
 

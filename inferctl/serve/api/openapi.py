@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import inferctl
+from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve import docs_page
 from inferctl.serve.api.schemas import ErrorResponse
 from inferctl.serve.api.served_model import ServedModel
@@ -93,6 +94,9 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
         if sizes is None
         else {**number, "enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
     )
+    if not model.ranges:
+        formats = properties["output_dtype"]["anyOf"][0]
+        formats["enum"] = [name for name in formats["enum"] if name not in CALIBRATED]
     # Token ids have no prompt.
     no_prompt: dict[str, Any] = {key: {"type": "null"} for key in ("prompt", "prompt_name", "input_type")}
     for name, words in (("prompt_name", model.prompts.names), ("input_type", model.prompts.input_types)):
