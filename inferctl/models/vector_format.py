@@ -63,7 +63,7 @@ def convert(vectors: Matrix, wanted: VectorFormat, ranges: Ranges | None = None)
     if wanted in CALIBRATED:
         assert ranges is not None
         steps = np.clip(np.floor((vectors - ranges.low) / ranges.step), 0, _STEPS)
-        return steps.astype(np.uint8) if wanted == "uint8" else (steps - 128).astype(np.int8)
+        return np.asarray(steps if wanted == "uint8" else steps - 128, np.uint8 if wanted == "uint8" else np.int8)
     packed = np.packbits(vectors > 0, axis=-1)
     return packed if wanted == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
 
