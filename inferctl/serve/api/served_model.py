@@ -19,7 +19,7 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `activation` turns the logits of a cross-encoder into scores. `dimensions` and `vocabulary_size` are 0 until an
+    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and `vocabulary_size` are 0 until an
     engine is ready.
     """
 
@@ -31,6 +31,7 @@ class ServedModel:
     truncate: bool
     task: Task = "embed"
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
+    labels: tuple[str, ...] = ()
     prompts: Prompts = NO_PROMPTS
     dimensions: int = 0
     vocabulary_size: int = 0
