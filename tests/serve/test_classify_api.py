@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from inferctl.serve.api import schemas
 from inferctl.serve.api.classify_schemas import ClassifyRequest, PredictRequest
 from inferctl.serve.edge.errors import ApiError
+from tests.access.test_keys import add
 from tests.processes import ServerProcess, start
 from tests.serve.test_rerank_api import JSON, post
 
@@ -35,7 +37,7 @@ def classifier(minilm: Path, folder: Path, **more: Any) -> Path:
 def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("classify")
     model = classifier(minilm, folder / "model")
-    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "moods", "--max-client-batch", "256")
+    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "moods")
     yield running
     running.kill()
 
@@ -120,16 +122,16 @@ def test_inputs_are_texts_pairs_or_a_list_of_both(server: ServerProcess, name: s
 LONG = "word " * 999
 ERRORS: list[tuple[str, dict[str, object], int, str]] = [
     ("/classify", {}, 400, "missing_field"),
-    ("/classify", {"input": []}, 400, "invalid_value"),
-    ("/classify", {"input": ""}, 400, "invalid_value"),
-    ("/classify", {"input": ["a", ""]}, 400, "invalid_value"),
-    ("/classify", {"input": ["a", 1]}, 400, "invalid_value"),
-    ("/classify", {"input": [["a", "b"]]}, 400, "invalid_value"),
-    ("/classify", {"input": ["a"] * 257}, 400, "too_many_inputs"),
+    ("/classify", {"input": []}, 400, "empty_input"),
+    ("/classify", {"input": ""}, 400, "empty_input"),
+    ("/classify", {"input": ["a", ""]}, 400, "empty_input"),
+    ("/classify", {"input": ["a", 1]}, 400, "invalid_type"),
+    ("/classify", {"input": [["a", "b"]]}, 400, "invalid_type"),
+    ("/classify", {"input": ["a"] * 2049}, 400, "too_many_inputs"),
     ("/classify", {"input": "a", "use_activation": 1}, 400, "invalid_value"),
     ("/classify", {"input": "a", "model": "other"}, 404, "model_not_found"),
     ("/classify", {"input": ["a", LONG], "truncate": False}, 400, "context_length_exceeded"),
-    ("/classify", {"input": ["a " * 3000] * 256}, 200, ""),
+    ("/classify", {"input": ["a " * 3000]}, 200, ""),
     ("/v1/embeddings", {"input": "a"}, 404, "unsupported_task"),
     ("/v1/rerank", {"query": "a", "documents": ["b"]}, 404, "unsupported_task"),
     ("/predict", {}, 400, "validation"),
@@ -140,7 +142,7 @@ ERRORS: list[tuple[str, dict[str, object], int, str]] = [
     ("/predict", {"inputs": ["a", "b", "c"]}, 400, "validation"),
     ("/predict", {"inputs": [["a"], "b"]}, 400, "validation"),
     ("/predict", {"inputs": [["a", "b", "c"]]}, 400, "validation"),
-    ("/predict", {"inputs": [["a"]] * 257}, 400, "validation"),
+    ("/predict", {"inputs": [["a"]] * 2049}, 400, "validation"),
     ("/predict", {"inputs": "a", "raw_scores": None}, 400, "validation"),
     ("/predict", {"inputs": "a", "truncation_direction": "Left"}, 400, "validation"),
     ("/predict", {"inputs": LONG, "truncate": False}, 400, "tokenizer"),
@@ -194,14 +196,49 @@ def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProces
     assert "/predict" in server.get("/docs").text
 
 
-@pytest.fixture
-def guarded(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> tuple[ServerProcess, Path]:
-    """A server with keys and a cache, and its key file."""
-    model, file = classifier(minilm, tmp_path / "model"), tmp_path / "keys.json"
-    (tmp_path / "inferctl.yaml").write_text(
-        f"name: moods\nmodel: {{source: {model}}}\naccess: {{keys: {file}}}\ncache: {{size: 1 MB}}\n"
+def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
+) -> None:
+    """Texts are cached, pairs are not; both are charged with their tokens."""
+    key_file, ledger = tmp_path / "keys.json", tmp_path / "usage" / "ledger.sqlite"
+    _, limited = add(key_file, "limited", tokens_per_minute=40)
+    _, free = add(key_file, "free")
+    _, other = add(key_file, "other", endpoints=["predict"])
+    settings = {"access": {"keys": str(key_file)}, "cache": {"size": "1 MB"}}
+    settings["metering"] = {"mode": "required", "data": str(tmp_path / "usage")}
+    spec = {"name": "moods", "model": {"source": str(classifier(minilm, tmp_path / "model"))}, **settings}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
+
+    def send(path: str, key: str, **body: object) -> httpx.Response:
+        return httpx.post(f"{server.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+
+    refused = send("/predict", "wrong", inputs="a")
+    assert (refused.status_code, refused.json()["error_type"]) == (401, "validation")
+    assert send("/classify", other, input="a").status_code == 403
+    texts = [["one two"], ["three four five"]]
+    first = send("/predict", free, inputs=texts)
+    assert first.headers["x-inferctl-tokens"] == "9"
+    again = send("/classify", free, input=[text for (text,) in texts])
+    assert (again.headers["x-inferctl-tokens"], again.headers["x-inferctl-cached-tokens"]) == ("9", "9")
+    assert [max(entry["probs"]) for entry in again.json()["data"]] == pytest.approx(
+        [row[0]["score"] for row in first.json()]
     )
-    return serve("--config", str(tmp_path / "inferctl.yaml"), "--engine", "echo"), file
+    for _ in range(2):
+        pair = send("/predict", free, inputs=[["one", "two"], ["one two"]])
+        assert (pair.headers["x-inferctl-tokens"], "x-inferctl-cached-tokens" in pair.headers) == ("9", False)
+    assert send("/classify", limited, input="word " * 30).status_code == 200
+    above = send("/predict", limited, inputs="word " * 30)
+    assert (above.status_code, above.json()["error_type"]) == (429, "overloaded")
+    assert int(above.headers["retry-after"]) > 0
+
+    assert server.stop() == 0
+    with sqlite3.connect(ledger) as database:
+        rows = database.execute(
+            "select endpoint, status, sum(requests), sum(input_tokens), sum(cached_tokens) from usage_events "
+            "where status = 200 group by endpoint order by endpoint"
+        ).fetchall()
+    assert rows == [("classify", 200, 2, 9 + 32, 9), ("predict", 200, 3, 9 + 9 + 9, 0)]
 
 
 @given(JSON)

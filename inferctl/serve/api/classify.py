@@ -27,7 +27,7 @@ class ClassifyEndpoint:
         inference = self.inference
         context = await inference.admit(scope)
         request = await inference.parsed_body(context, receive, partial(inference.parse, ClassifyRequest))
-        logits = await _logits(inference, scope, request.items, request.truncate, "input")
+        logits = await _logits(inference, scope, request.input, request.truncate, "input")
         scores = logits if request.use_activation is False else inference.model.activation(logits)
         model, tokens = inference.model, context.input_tokens
         parts = classify_schemas.classify_response(scores, model.labels, context.id.decode(), model.name, tokens)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
+from pydantic import BaseModel, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Usage, limit_items
@@ -23,50 +23,57 @@ Item = tuple[str] | tuple[str, str]
 _TRUNCATE = Field(
     None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
 )
+_TextsSchema = Text | Annotated[list[Text], Field(min_length=1)]
 _TextOrPair = Annotated[list[Text], Field(min_length=1, max_length=2)]
 _InputsSchema = Text | _TextOrPair | Annotated[list[_TextOrPair], Field(min_length=1)]
+
+
+def _validate_texts(value: Any, info: ValidationInfo) -> list[Item]:
+    """Return one text or a list of texts as items. Raises `PydanticCustomError` for anything else."""
+    listed = [value] if isinstance(value, str) else limit_items(value, info)
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise PydanticCustomError("invalid_type", "input must be a text or a list of texts")
+    return [_item([text], "input") for text in listed] or _raise_empty("input")
+
+
+def _validate_inputs(value: Any, info: ValidationInfo) -> list[Item] | Item:
+    """Return one item, or a list of items. Raises `PydanticCustomError` for anything else."""
+    if isinstance(value, str):
+        return _item([value], "inputs")
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return _item(value, "inputs")
+    if not isinstance(limit_items(value, info), list):
+        raise _wrong_type()
+    return [_item(each, "inputs") for each in value] or _raise_empty("inputs")
+
+
+def _item(texts: Any, field: str) -> Item:
+    if not isinstance(texts, list) or not 0 < len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+        raise _wrong_type()
+    if not all(texts):
+        _raise_empty(f"a text of {field}")
+    return (texts[0],) if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _raise_empty(what: str) -> NoReturn:
+    raise PydanticCustomError("empty_input", "{what} is empty", {"what": what})
+
+
+def _wrong_type() -> PydanticCustomError:
+    message = "inputs must be a text, a pair [text, text], or a list of [text] and [text, text]"
+    return PydanticCustomError("invalid_type", message)
 
 
 class ClassifyRequest(ModelRequest):
     """The body of `POST /classify`."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)] = Field(
+    input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
         description="A text, or a list of texts."
     )
     use_activation: StrictBool | None = Field(
         None, description="False: return the logits of the model instead of probabilities."
     )
     truncate: StrictBool | None = _TRUNCATE
-
-    @property
-    def items(self) -> list[Item]:
-        """The texts."""
-        return [(text,) for text in ([self.input] if isinstance(self.input, str) else self.input)]
-
-
-def _validate_inputs(value: Any, info: ValidationInfo) -> list[Item] | Item:
-    """Return the inputs: one text or pair, or a list of them. Raises `PydanticCustomError` for anything else."""
-    if isinstance(value, str):
-        return _item([value])
-    if not isinstance(value, list) or not value:
-        raise _wrong_type() if value != [] else PydanticCustomError("empty_input", "inputs is empty")
-    if isinstance(value[0], str):
-        return _item(value)
-    limit_items(value, info)
-    return [_item(each) for each in value]
-
-
-def _item(texts: Any) -> Item:
-    if not isinstance(texts, list) or not 0 < len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-        raise _wrong_type()
-    if not all(texts):
-        raise PydanticCustomError("empty_input", "inputs has an empty text")
-    return (texts[0],) if len(texts) == 1 else (texts[0], texts[1])
-
-
-def _wrong_type() -> PydanticCustomError:
-    message = "inputs must be a text, a pair [text, text], or a list of [text] and [text, text]"
-    return PydanticCustomError("invalid_type", message)
 
 
 class PredictRequest(ModelRequest):
@@ -139,9 +146,9 @@ def predict_response(scores: Vectors, labels: Sequence[str], *, several: bool) -
         orders = np.argsort(-rows, axis=1, kind="stable")
         found = [
             [{"score": row[number], "label": labels[number]} for number in order]
-            for row, order in zip(rows.tolist(), orders.tolist(), strict=True)
+            for row, order in zip(rows, orders.tolist(), strict=True)
         ]
-        yield separator + orjson.dumps(found)[1:-1]
+        yield separator + orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
         separator = b","
     if several:
         yield b"]"
