@@ -37,6 +37,7 @@ EXPENSIVE = {"cached", "echo", "guarded", "postgres", "server", "tenants"}
 # worker runs them.
 TORCH = {
     "test_checkpoints",
+    "test_classifier",
     "test_convert",
     "test_cores",
     "test_cross_encoder",

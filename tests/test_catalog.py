@@ -283,8 +283,8 @@ def test_a_base_can_be_based_on_another_and_replaces_facts_with_their_sources(tm
 def test_generation_needs_a_base_with_vllm_and_other_tasks_one_without(base: str) -> None:
     entry = catalog.base(base)
     stack = catalog.stack(entry.stack)
-    wrong = ["embed", "rerank"] if stack.vllm else ["generate"]
-    for task in {"auto", "embed", "rerank", "generate"} - set(wrong):
+    wrong = ["embed", "rerank", "classify"] if stack.vllm else ["generate"]
+    for task in {"auto", "embed", "rerank", "classify", "generate"} - set(wrong):
         catalog.check_task(task, entry, stack)
     for task in wrong:
         with pytest.raises(UsageError, match=f"the base {base} is") as caught:

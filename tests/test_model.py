@@ -83,9 +83,30 @@ def test_the_word_of_sentence_transformers_comes_before_the_architecture() -> No
 
 
 @pytest.mark.parametrize("labels", [{"id2label": {"0": "bad", "1": "good"}}, {"num_labels": 2}, {}])
-def test_a_classifier_with_several_labels_has_no_task(labels: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match="m is a classifier with 2 labels, not a cross-encoder"):
-        task("auto", {"architectures": ["BertForSequenceClassification"], **labels})
+def test_a_classifier_with_several_labels_classifies(labels: dict[str, object]) -> None:
+    config = {"architectures": ["BertForSequenceClassification"], **labels}
+    assert task("auto", config) == task("classify", config) == "classify"
+    # As `CrossEncoder` of sentence-transformers saves it.
+    assert task("auto", config, has_modules=True, library_type="CrossEncoder") == "classify"
+    for other in ("rerank", "embed", "generate"):
+        with pytest.raises(UsageError, match="m is a classifier with 2 labels"):
+            task(other, config)
+    assert task("classify", {**config, "id2label": {"0": "score"}}) == "classify"
+    with pytest.raises(UsageError, match=r"classify requires a classifier, but m is an embedding model \(BertModel\)"):
+        task("classify", {"architectures": ["BertModel"]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, "none with the key '1'"),
+        ({"id2label": {"1": "a", "2": "b"}}, "none with the key '0'"),
+        *(({"num_labels": number}, "num_labels") for number in (0, -1, 10**12, "2", True, None, 2.0)),
+    ],
+)
+def test_labels_that_no_output_has_are_an_error(config: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        task("auto", {"architectures": ["BertForSequenceClassification"], **config})
 
 
 def test_the_real_model_has_its_published_size(minilm: Path) -> None:

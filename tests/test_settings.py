@@ -176,7 +176,10 @@ def test_weights_are_downloaded_from_a_hub_only() -> None:
 
 
 def test_an_unknown_task_is_rejected() -> None:
-    assert problems(GOOD + "  task: chat\n")[0][1] == "model.task: 'chat' is not one of auto, embed, rerank, generate"
+    assert (
+        problems(GOOD + "  task: chat\n")[0][1]
+        == "model.task: 'chat' is not one of auto, embed, rerank, classify, generate"
+    )
 
 
 def test_an_empty_section_means_its_defaults() -> None:

@@ -184,7 +184,7 @@ def show_verified(result: Verified) -> None:
         closeness = f"relative score difference to fp32 at most {result.score_difference:.2g}"
     elif result.kl is not None:
         closeness = f"KL divergence from fp32 at least {result.kl:.2g} nats, top-1 agreement {result.top_1:.1%}"
-    output = {"rerank": "scores", "generate": f"{result.tokens} tokens"}.get(
+    output = {"rerank": "scores", "classify": "scores", "generate": f"{result.tokens} tokens"}.get(
         result.task, f"{result.dimensions} dimensions"
     )
     console.note(
@@ -195,5 +195,5 @@ def show_verified(result: Verified) -> None:
 
 
 def show_compared(result: LibraryComparison) -> None:
-    """Print the result of a comparison with sentence-transformers on stderr."""
+    """Print the result of a comparison with a library on stderr."""
     console.note(f"equals {result.library}: {result.texts} texts, {result.figures}")

@@ -198,7 +198,8 @@ def _source(resolved: Resolved) -> SpecSource:
     console.warn(f"{spec.name}: whether the model fits was not checked: {size.why}")
     if spec.model.task == "auto":
         raise UsageError(
-            f"the task of {spec.name} is not known, because {size.why}", "set model.task: embed, rerank or generate"
+            f"the task of {spec.name} is not known, because {size.why}",
+            "set model.task: embed, rerank, classify or generate",
         )
     return SpecSource(spec, folder, size, spec.model.task, file=resolved.file)
 

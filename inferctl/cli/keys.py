@@ -19,6 +19,7 @@ from inferctl.core.errors import UsageError, did_you_mean, shown
 from inferctl.tenancy.access import key_file, keys
 from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
+_ENDPOINTS = ("embeddings", "rerank", "score", "classify", "predict", "chat", "completions")
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _KeysOption = Annotated[
@@ -86,8 +87,8 @@ def create(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=completion.one_of("embeddings", "rerank", "score", "chat", "completions"),
-            help="Limit the key to embeddings, rerank, score, chat or completions; repeatable. [default: all]",
+            autocompletion=completion.one_of(*_ENDPOINTS),
+            help=f"Limit the key to {', '.join(_ENDPOINTS[:-1])} or {_ENDPOINTS[-1]}; repeatable. [default: all]",
         ),
     ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow /metrics, /info, /docs and /openapi.json too.")] = False,
@@ -127,10 +128,10 @@ def create(
     if not name.isprintable() or not 0 < len(name.strip()) == len(name) <= 100 or name == "-" or keys.parse(name):
         message = "the name of a key must have 1 to 100 printable characters, and must not be `-` or a key"
         raise UsageError(message, "use a name such as team-a")
-    known = ("embeddings", "rerank", "score", "chat", "completions")
     for each in endpoint or ():
-        if each not in known:
-            raise UsageError(f"unknown endpoint {each!r}", did_you_mean(each, known) or f"known: {', '.join(known)}")
+        if each not in _ENDPOINTS:
+            known = f"known: {', '.join(_ENDPOINTS)}"
+            raise UsageError(f"unknown endpoint {each!r}", did_you_mean(each, _ENDPOINTS) or known)
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     key_id = keys.new_id()
     secret = keys.generate(key_id, environment)

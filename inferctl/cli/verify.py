@@ -15,6 +15,7 @@ from inferctl.cli import completion, console, download, options
 from inferctl.cli.build_view import BuildView, show_compared, show_verified
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.models import model as model_folder
+from inferctl.models.reference_process import LIBRARIES
 
 if TYPE_CHECKING:
     from inferctl.bench.load.target import ServerConnection
@@ -34,7 +35,7 @@ Examples:
   # Compare a running server
   inferctl verify --url http://10.0.0.7:8080 --against sentence-transformers
 """
-_LIBRARY = "sentence-transformers"
+_LIBRARIES = tuple(dict.fromkeys(LIBRARIES.values()))
 
 
 def verify(
@@ -50,8 +51,8 @@ def verify(
         str | None,
         typer.Option(
             metavar="LIBRARY",
-            autocompletion=completion.one_of(_LIBRARY),
-            help="Compare also with this library, from raw text: sentence-transformers.",
+            autocompletion=completion.one_of(*_LIBRARIES),
+            help="Compare also with this library, from raw text: sentence-transformers, or transformers for a classifier.",
         ),
     ] = None,
     url: Annotated[
@@ -80,35 +81,38 @@ def verify(
     """
     from inferctl.image import library
 
-    if against not in (None, _LIBRARY):
-        raise UsageError(f"--against {against!r} is not supported", f"pass `--against {_LIBRARY}`")
+    if against not in (None, *_LIBRARIES):
+        raise UsageError(f"--against {against!r} is not supported", f"pass one of {', '.join(_LIBRARIES)}")
     if reference is None and against is None:
-        hint = f"name one, or compare a server or a model folder: `inferctl verify --model DIR --against {_LIBRARY}`"
+        hint = (
+            f"name one, or compare a server or a model folder: `inferctl verify --model DIR --against {_LIBRARIES[0]}`"
+        )
         raise UsageError("`inferctl verify` has no image", hint)
     if reference is not None and reference.startswith((".", "/")):
-        hint = f"compare a model folder with `inferctl verify --model {reference} --against {_LIBRARY}`"
+        hint = f"compare a model folder with `inferctl verify --model {reference} --against {_LIBRARIES[0]}`"
         raise UsageError(f"{reference} is a path, not the name of an image", hint)
     if reference is not None and url is not None:
         raise UsageError("an image and `--url` are two servers", "remove one of them")
     if precision is not None and (reference is not None or url is not None):
         raise UsageError("`--precision` applies only to a server that this command starts", "remove it")
     if against:
-        library.require()
+        library.require(against)
     if reference is not None:
         network = options.network_of(network)
-        _verify_image(reference, spec_file, model, ready_timeout, network, as_json, against is not None)
+        _verify_image(reference, spec_file, model, ready_timeout, network, as_json, against)
         return
     if url is not None:
-        found = _compare_running(url, model, api_key_env)
+        found = _compare_running(url, model, api_key_env, against)
     else:
-        found = _compare_started(options.load(spec_file, {"model.source": model, "serve.precision": precision}))
+        spec = options.load(spec_file, {"model.source": model, "serve.precision": precision})
+        found = _compare_started(spec, against)
     if as_json:
         console.document({"url": url, "library": asdict(found)})
     else:
         show_compared(found)
 
 
-def _compare_running(url: str, model: str | None, api_key_env: str | None) -> LibraryComparison:
+def _compare_running(url: str, model: str | None, api_key_env: str | None, against: str | None) -> LibraryComparison:
     """Compare the server at `url` with `model`, or on the same machine with the folder that it reports."""
     from inferctl.bench.load.target import connect
     from inferctl.cli.bench_options import AccessOptions
@@ -117,11 +121,11 @@ def _compare_running(url: str, model: str | None, api_key_env: str | None) -> Li
     try:
         folder = model_folder.find(model or str((server.info.get("model") or {}).get("source") or server.model))
     except UsageError as error:
-        raise UsageError(error.message, f"pass the folder that {_LIBRARY} loads: `--model DIR`") from None
-    return _compare(_outputs(server), server, folder.path)
+        raise UsageError(error.message, f"pass the folder that {against} loads: `--model DIR`") from None
+    return _compare(_outputs(server, against), server, folder.path)
 
 
-def _compare_started(resolved: Resolved) -> LibraryComparison:
+def _compare_started(resolved: Resolved, against: str | None) -> LibraryComparison:
     """Start a server of the spec, stop it after its output, and compare that with the model of the spec."""
     from inferctl.bench.load import child_server
 
@@ -135,26 +139,34 @@ def _compare_started(resolved: Resolved) -> LibraryComparison:
         arguments = command(resolved.spec.serve.precision, announce, None)
         try:
             with child_server.serve(arguments, announce, Path(work), lambda _: None) as server:
-                outputs = _outputs(server.connection)
+                outputs = _outputs(server.connection, against)
         except child_server.ServerError as error:
             hint = f"see its log: `inferctl serve --model {model.source}`"
             raise InferctlError(f"the server did not start: {error.reason}", hint) from None
     return _compare(outputs, server.connection, folder)
 
 
-def _outputs(server: ServerConnection) -> Sequence[object]:
+def _check_library(task: str, against: str | None) -> None:
+    """Raise `UsageError` unless the library computes the task."""
+    wanted = LIBRARIES.get(task)
+    if wanted is None:
+        raise UsageError(f"no library computes the task {task} for a comparison", "remove `--against`")
+    if wanted != against:
+        raise UsageError(f"{against} does not compute the task {task}", f"pass `--against {wanted}`")
+
+
+def _outputs(server: ServerConnection, against: str | None) -> Sequence[object]:
     from inferctl.image.library import TEXTS
     from inferctl.image.output_checks import QUERY
 
-    if server.task == "generate":
-        raise UsageError(f"{server.model} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
+    _check_library(server.task, against)
     return server.request([QUERY, *TEXTS] if server.task == "rerank" else list(TEXTS))
 
 
 def _compare(outputs: Sequence[object], server: ServerConnection, folder: Path) -> LibraryComparison:
     from inferctl.image import library
 
-    with console.progress(f"computing the texts with {_LIBRARY}"):
+    with console.progress(f"computing the texts with {LIBRARIES[server.task]}"):
         return library.compare(outputs, {**server.info, "task": server.task}, folder)
 
 
@@ -165,7 +177,7 @@ def _verify_image(
     ready_timeout: float,
     network: str | None,
     as_json: bool,
-    with_library: bool,
+    against: str | None,
 ) -> None:
     from inferctl.image import lint, serve_image
     from inferctl.image.docker import DockerEngine
@@ -184,11 +196,11 @@ def _verify_image(
     spec = options.load(spec_file, {"model.source": model}).spec if has_model else None
     mounts = image.labels.get("io.inferctl.model.weights") == "mount"
     folder = library_model = None
-    if with_library and not mounts:
+    if against and not mounts:
         # The image has its own weights, so the library gets those that the user names.
         if spec is None:
             raise UsageError(
-                f"{reference} contains or downloads its weights, and {_LIBRARY} needs them here", "pass `--model DIR`"
+                f"{reference} contains or downloads its weights, and {against} needs them here", "pass `--model DIR`"
             )
         library_model = download.fetch(spec.model.source, spec.model.revision).path
     else:
@@ -202,7 +214,7 @@ def _verify_image(
             ),
             download.fetch,
         )
-        library_model = folder if with_library else None
+        library_model = folder if against else None
     checks = VerifyOptions(
         model=folder,
         network=network,
@@ -214,8 +226,8 @@ def _verify_image(
     )
     with BuildView(live=sys.stderr.isatty()) as view:
         result = view.follow(verified(engine, image, checks))
-    if with_library and result.task == "generate":
-        raise UsageError(f"{reference} generates text: {_LIBRARY} has nothing to compare", "remove `--against`")
+    if against:
+        _check_library(result.task, against)
     show_verified(result)
     _print(reference, image.id, result, as_json)
 

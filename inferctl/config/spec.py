@@ -53,9 +53,9 @@ class Model(Section):
     task: TaskSetting = Field(
         "auto",
         description="Task of the server. `embed`: embeddings. `rerank`: scores of a cross-encoder. "
-        "`generate`: chat and completions with vLLM. `auto`: rerank if config.json names a "
-        "`...ForSequenceClassification`, generate if it names a `...ForCausalLM`, `...LMHeadModel` or "
-        "`...ForConditionalGeneration` and the folder has no modules.json, else embed.",
+        "`classify`: scores of each label. `generate`: chat and completions with vLLM. `auto`: for a "
+        "`...ForSequenceClassification` in config.json rerank if it has one label, else classify; generate for a "
+        "`...ForCausalLM`, `...LMHeadModel` or `...ForConditionalGeneration` without modules.json; else embed.",
     )
     weights: Weights = Field(
         "mount",

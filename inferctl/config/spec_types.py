@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
-Task = Literal["embed", "rerank", "generate"]
-TaskSetting = Literal["auto", "embed", "rerank", "generate"]
+Task = Literal["embed", "rerank", "classify", "generate"]
+TaskSetting = Literal["auto", "embed", "rerank", "classify", "generate"]
+# The tasks whose results are cached. Those of pairs of texts are not.
+CACHED: tuple[Task, ...] = ("embed", "classify")
 Weights = Literal["mount", "bake", "download"]
 # One path component of an image name, as Docker accepts it.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from inferctl.config.deploy_spec import Flavor, Sharing
 from inferctl.config.spec import Spec, Task
+from inferctl.config.spec_types import CACHED
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.deploy import cluster_limits, gpu, key_limits, measured, placement, sizing
@@ -253,7 +254,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             rate,
             memory.weights if memory else None,
             memory.total + kv_cache if memory and hardware.kind == "cpu" else None,
-            cache=parse_size(spec.cache.size) if spec.cache.size and source.task == "embed" else 0,
+            cache=parse_size(spec.cache.size) if spec.cache.size and source.task in CACHED else 0,
             gpus=gpus if hardware.kind == "cuda" else 1,
         ),
         cpu=sizing.cores(

@@ -275,10 +275,10 @@ def read_config(path: Path) -> dict[str, Any]:
     task = resolve_task("auto", facts, str(file))
     if task != "embed":
         # Front end and output were measured for embeddings only.
-        kind = "a cross-encoder" if task == "rerank" else "a generative model"
+        kind = {"rerank": "a cross-encoder", "classify": "a classifier"}.get(task, "a generative model")
         also = (
             ""
-            if task == "rerank"
+            if task != "generate"
             else ", and see with `inferctl check` where it fits; an embedding model has a modules.json in its folder"
         )
         raise UsageError(

@@ -27,6 +27,7 @@ from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
 from inferctl.models.fit import Finding
+from inferctl.models.reference_process import LIBRARIES
 
 # Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
 _MAX_ANALYZED_BYTES = 4_000_000_000
@@ -301,7 +302,7 @@ def _lint_and_verify(
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
     # Without its weights on this machine, or for generation, the library has nothing to load.
     embeds = plan.model is not None and not downloads and plan.task != "generate"
-    library_model = plan.model if embeds and library.installed() else None
+    library_model = plan.model if embeds and library.installed(LIBRARIES[plan.task]) else None
     verify_options = VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=options.network,

@@ -1,4 +1,4 @@
-"""Compares what a server returns for raw text with sentence-transformers, which runs in a process of its own.
+"""Compares what a server returns for raw text with the library of its task, which runs in a process of its own.
 
 The fp32 reference shares the tokenizer and the configuration of a model folder with the server. The library reads the
 folder on its own, so that this comparison detects errors in those, too.
@@ -17,6 +17,7 @@ from inferctl.core.errors import NotReadyError
 from inferctl.image import output_checks
 from inferctl.image.output_checks import QUERY, cosine, decode, fail, limit
 from inferctl.models import reference_process
+from inferctl.models.reference_process import LIBRARIES
 
 NAME = "sentence-transformers"
 # What implementations treat differently: case, special tokens in a text, a text without words (servers reject an empty
@@ -40,9 +41,9 @@ _HINT = (
 class LibraryComparison:
     """How close a server is to the library, of which `library` is name and version.
 
-    `cosine_min`: the lowest cosine of the vectors, None for rerank. `difference`: the largest one of two numbers of
+    `cosine_min`: the lowest cosine of the vectors, None for scores. `difference`: the largest one of two numbers of
     vectors, or of two scores, relative to the largest number of the library (at least 1). `tolerance` is the limit of
-    `difference` in fp32 and for rerank, else that of `cosine_min`.
+    `difference` in fp32 and for scores, else that of `cosine_min`.
     """
 
     library: str
@@ -62,46 +63,50 @@ class NotComparedError(NotReadyError):
     """The library cannot compute what the server is compared with."""
 
 
-def installed() -> bool:
-    """Return whether the library is installed next to inferctl."""
-    return importlib.util.find_spec("sentence_transformers") is not None
+def installed(name: str = NAME) -> bool:
+    """Return whether a library is installed next to inferctl."""
+    return importlib.util.find_spec(name.replace("-", "_")) is not None
 
 
-def require() -> None:
-    """Raise `NotReadyError` unless the library is installed."""
-    if not installed():
-        raise NotReadyError(f"{NAME} is not installed", f"install it next to inferctl: `pip install {NAME}`")
+def require(name: str) -> None:
+    """Raise `NotReadyError` unless a library is installed."""
+    if not installed(name):
+        raise NotReadyError(f"{name} is not installed", f"install it next to inferctl: `pip install {name}`")
 
 
 def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> LibraryComparison:
-    """Compare the vectors, or for rerank the scores, that a server returned for `TEXTS` with those of the library.
+    """Compare the vectors or the scores that a server returned for `TEXTS` with those of the library of its task.
 
     `info`: the `GET /info` of the server. `folder`: what the library loads. Raises `InferctlError` if they differ by
     more than the precision of the server explains, and `NotComparedError` if the library cannot compute them.
     """
-    rerank = info.get("task") == "rerank"
-    inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
+    task = info.get("task", "embed")
+    name = LIBRARIES[task]
+    inputs: list[Any] = [[QUERY, text] for text in TEXTS] if task == "rerank" else list(TEXTS)
     longest = (info.get("limits") or {}).get("max_input_tokens")
-    options = ["--library", "--task", "rerank" if rerank else "embed"]
+    options = ["--library", "--task", task]
     options += ["--max-input-tokens", str(longest)] if longest else []
     try:
         found = reference_process.run(folder, inputs, options, _check_time)
     except reference_process.ReferenceFailedError as error:
         raise NotComparedError(
-            f"not compared with {NAME}: {error.reason}",
+            f"not compared with {name}: {error.reason}",
             "check that the library loads this folder, or compare the server with another folder: `--model DIR`",
         ) from None
-    expected = [[score] for score in found["scores"]] if rerank else [decode(text) for text in found["embeddings"]]
-    rows = [[score] for score in outputs] if rerank else outputs
+    expected, rows = found.get("scores", []), outputs
+    if task == "embed":
+        expected = [decode(text) for text in found["embeddings"]]
+    elif task == "rerank":
+        expected, rows = [[score] for score in found["scores"]], [[score] for score in outputs]
     same = found["model_sha256"] == (info.get("model") or {}).get("sha256")
     others = "" if same else f"; the files of the server are not those of {folder}"
-    return _compared(rows, expected, info, f"{NAME} {found['library']}", others, rerank=rerank)
+    return _compared(rows, expected, info, f"{name} {found['library']}", others, scores=task != "embed")
 
 
 def _check_time(seconds: float) -> None:
     if seconds > _SECONDS:
         raise NotComparedError(
-            f"not compared with {NAME}: it took longer than {_SECONDS:.0f} s", "use a faster machine"
+            f"not compared with the library: it took longer than {_SECONDS:.0f} s", "use a faster machine"
         )
 
 
@@ -112,7 +117,7 @@ def _compared(
     library: str,
     others: str,
     *,
-    rerank: bool,
+    scores: bool,
 ) -> LibraryComparison:
     for row, other in zip(rows, expected, strict=True):
         if len(row) != len(other):
@@ -123,14 +128,14 @@ def _compared(
     precision = info.get("precision") or {}
     effective = str(precision.get("effective", "an unknown precision"))
     # That of the check at the start of the server, which has none for large models.
-    tolerance = (info.get("fidelity") or {}).get("limit") or limit(effective, precision.get("level", ""), rerank=rerank)
+    tolerance = (info.get("fidelity") or {}).get("limit") or limit(effective, precision.get("level", ""), scores=scores)
     errors, most = differences, tolerance
     if effective == "fp32" and not precision.get("tf32"):
         tolerance = most = FP32_LIMIT
-    elif not rerank:
+    elif not scores:
         errors, most = [_distance(row, other) for row, other in pairs], 1 - tolerance
     # Static embeddings of a text without tokens are zero.
-    cosine_min = None if rerank else min(1.0 if row == other else cosine(row, other) for row, other in pairs)
+    cosine_min = None if scores else min(1.0 if row == other else cosine(row, other) for row, other in pairs)
     found = LibraryComparison(library, len(rows), cosine_min, max(differences), tolerance)
     # `not` so that NaN fails.
     if wrong := [number for number, error in enumerate(errors) if not error <= most]:

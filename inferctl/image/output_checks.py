@@ -17,7 +17,7 @@ from inferctl.core.errors import InferctlError
 TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
 # On CPUs without VNNI or AMX, where int8 is emulated, the server has 7-bit weights.
 EMULATED_INT8_TOLERANCE = 0.97
-# Maximum difference between a rerank score and the fp32 reference, relative to the largest score (at least 1).
+# Maximum difference between a score of rerank or classify and the fp32 reference, relative to the largest score (at least 1).
 SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
 # Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
 TEXTS: tuple[str, ...] = (
@@ -37,12 +37,12 @@ QUERY = "What does a container image consist of?"
 NO_VERIFY = "see the log above, or pass `--no-verify` to build without this test"
 
 
-def limit(precision: str, level: str, *, rerank: bool) -> float:
+def limit(precision: str, level: str, *, scores: bool) -> float:
     """Return the minimum cosine of vectors, or the maximum difference of scores.
 
     `level`: whether the precision is native or emulated on the hardware.
     """
-    if rerank:
+    if scores:
         return SCORE_TOLERANCE.get(precision, SCORE_TOLERANCE["int8"])
     if (precision, level) == ("int8", "emulated"):
         return EMULATED_INT8_TOLERANCE
@@ -80,15 +80,17 @@ def check_vectors(
     return lowest
 
 
-def check_scores(scores: Sequence[float], expected: Sequence[float] | None, tolerance: float | None) -> float | None:
+def check_scores(
+    scores: Sequence[float], expected: Sequence[float] | None, tolerance: float | None, per_text: int = 1
+) -> float | None:
     """Return the largest difference of `scores` to `expected`, None without `expected`.
 
-    It is relative to the largest expected score, at least 1. Raises `InferctlError` for NaN, infinity, or a difference
+    It is relative to the largest expected score, at least 1. `per_text`: how many scores a text has. Raises `InferctlError` for NaN, infinity, or a difference
     above `tolerance`.
     """
     for index, value in enumerate(scores):
         if not math.isfinite(value):
-            fail(f"the score of text {index + 1} is NaN or infinity")
+            fail(f"the score of text {index // per_text + 1} is NaN or infinity")
     if expected is None or tolerance is None:
         return None
     if len(scores) != len(expected):
@@ -100,7 +102,7 @@ def check_scores(scores: Sequence[float], expected: Sequence[float] | None, tole
     if not largest <= tolerance:
         index = differences.index(largest)
         fail(
-            f"the score of text {index + 1} differs from the fp32 reference of the same weights: {scores[index]:.5f} "
+            f"the score of text {index // per_text + 1} differs from the fp32 reference of the same weights: {scores[index]:.5f} "
             f"instead of {expected[index]:.5f}, the limit is {tolerance * scale:.3g}"
         )
     return largest

@@ -37,6 +37,7 @@ from inferctl.image.render import CACHE_PATH
 from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, with_log
 from inferctl.models import divergence
 from inferctl.models.model import IMAGE_FOLDER
+from inferctl.models.reference_process import LIBRARIES
 
 # SmolLM2 has a perplexity of 14 for the texts. With the token ids of another tokenizer, it has 100,000 and more.
 _CHANCE = 1000.0
@@ -68,8 +69,8 @@ class VerifyOptions:
 class Verified:
     """The result of a verification.
 
-    `dimensions`: of the vectors, None for rerank. `cosine_min`: the lowest cosine of the vectors to the fp32 reference.
-    `score_difference`: the largest difference of the rerank scores, relative to the largest score (at least 1). `kl`:
+    `dimensions`: of the vectors, None for other tasks. `cosine_min`: the lowest cosine of the vectors to the fp32 reference.
+    `score_difference`: the largest difference of scores, relative to the largest score (at least 1). `kl`:
     the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
     They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.
     `library`: the comparison with sentence-transformers, None without one.
@@ -136,7 +137,9 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
             ]
         prompts = _continue(container, address, name) if task == "generate" else []
         texts = library.TEXTS if options.library_model else TEXTS  # it starts with these
-        scores = _score(container, address, name, texts) if rerank else []
+        scores: list[Any] = _score(container, address, name, texts) if rerank else []
+        if task == "classify":
+            scores = _classify(container, address, name, texts)
         vectors = _embed(container, address, name, TEXTS, selected) if task == "embed" else []
         plain = (
             _embed(container, address, name, texts, [None] * len(texts)) if options.library_model and vectors else []
@@ -167,10 +170,12 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
             )
         most = divergence.limits_of(precision).kl
         return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=most)
-    tolerance = limit(precision, facts[1], rerank=rerank) if reference is not None else None
-    if rerank:
-        largest = check_scores(scores[: len(TEXTS)], reference["scores"] if reference is not None else None, tolerance)
-        verified = Verified(*facts, None, len(TEXTS), None, tolerance, ready, sha256, "rerank", largest)
+    tolerance = limit(precision, facts[1], scores=task != "embed") if reference is not None else None
+    if task != "embed":
+        served = _flat(scores[: len(TEXTS)])
+        wanted = _flat(reference["scores"]) if reference is not None else None
+        largest = check_scores(served, wanted, tolerance, len(served) // len(TEXTS))
+        verified = Verified(*facts, None, len(TEXTS), None, tolerance, ready, sha256, task, largest)
     else:
         dimensions = int(info["model"]["dimensions"])
         expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
@@ -178,7 +183,7 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         verified = Verified(*facts, dimensions, len(TEXTS), lowest, tolerance, ready, sha256)
     if options.library_model is None:
         return verified
-    yield Note(f"comparing with {library.NAME}, from raw text")
+    yield Note(f"comparing with {LIBRARIES[task]}, from raw text")
     try:
         return replace(verified, library=library.compare(scores or plain, info, options.library_model))
     except library.NotComparedError as error:
@@ -255,6 +260,20 @@ def _score(container: Container, address: tuple[str, int], model: str, texts: Se
     found = {int(item["index"]): float(item["relevance_score"]) for item in results}
     if len(results) != len(texts) or len(found) != len(texts):
         fail(f"the server returned {len(found)} scores for {len(texts)} texts")
+    return [found[index] for index in range(len(texts))]
+
+
+def _flat(scores: Sequence[Any]) -> list[float]:
+    """Return the scores of texts, of which each has one or a list, in one list."""
+    return [score for each in scores for score in (each if isinstance(each, list) else [each])]
+
+
+def _classify(container: Container, address: tuple[str, int], model: str, texts: Sequence[str]) -> list[list[float]]:
+    """Return the scores of all labels for each text."""
+    rows = fetch(container, address, "/classify", {"model": model, "input": texts})["data"]
+    found = {int(row["index"]): [float(score) for score in row["probs"]] for row in rows}
+    if len(rows) != len(texts) or set(found) != set(range(len(texts))):
+        fail(f"the server returned scores for {len(found)} of {len(texts)} texts")
     return [found[index] for index in range(len(texts))]
 
 

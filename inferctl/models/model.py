@@ -45,9 +45,12 @@ OTHER_KINDS = {
     "ColBERT": _PER_TOKEN,
     "HF_ColBERT": _PER_TOKEN,
 }
+# Of a classifier. The largest published ones have some thousands.
+_MAX_LABELS = 1_000_000
 _MADE_FOR: dict[TaskSetting, str] = {
     "embed": "an embedding model",
     "rerank": "a cross-encoder",
+    "classify": "a classifier",
     "generate": "a generative model",
 }
 
@@ -240,6 +243,26 @@ def architecture(config: Mapping[str, Any]) -> str:
     return str(names[0] if isinstance(names, list) and names else config.get("model_type", "unknown"))
 
 
+def labels(config: Mapping[str, Any]) -> list[str]:
+    """Return the labels of a classifier in the order of its outputs, from its `config.json` as transformers reads it.
+
+    Raises `UsageError` if the keys of `id2label` are not 0, 1, 2 and so on.
+    """
+    names = config.get("id2label")
+    count = config.get("num_labels", len(names) if isinstance(names, Mapping) and names else 2)
+    if not isinstance(names, Mapping) or len(names) != count:  # the number counts, if they disagree
+        if type(count) is not int or not 0 < count <= _MAX_LABELS:
+            raise UsageError(f"`num_labels` of config.json is {shown(count)}", "correct the file")
+        return [f"LABEL_{number}" for number in range(count)]
+    by_number = {str(key): str(name) for key, name in names.items()}
+    if missing := [str(number) for number in range(len(names)) if str(number) not in by_number]:
+        raise UsageError(
+            f"`id2label` of config.json has {len(names)} labels, but none with the key {shown(missing[0])}",
+            "correct the file: the keys are 0, 1, 2 and so on",
+        )
+    return [by_number[str(number)] for number in range(len(names))]
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Return the file name of each tensor from an index of shards; empty without the index.
 
@@ -270,8 +293,8 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
     """Return the task of the model `source`: `requested`, or for `auto` the one that its files imply.
 
     sentence-transformers decides, if it wrote the files. With modules, an embedding model can have the architecture of
-    a generative one. Raises `UsageError` if the model is made for another task, or is a classifier with more labels
-    than the one score of a cross-encoder, and for kinds of models that no task computes.
+    a generative one. A classifier with one label is a cross-encoder, unless `classify` is requested. Raises
+    `UsageError` if the model is made for another task, and for kinds of models that no task computes.
     """
     config = model.config
     name = architecture(config)
@@ -280,22 +303,21 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
     generative = name.endswith(GENERATIVE)
     classifier = name.endswith("ForSequenceClassification")
     task: Task = "embed"
-    if classifier or model.library_type == "CrossEncoder":
+    if classifier:
+        task = "rerank" if len(labels(config)) == 1 else "classify"
+    elif model.library_type == "CrossEncoder":
         task = "rerank"
     elif generative and not model.has_modules:
         task = "generate"
-    names = config.get("id2label")
-    labels = len(names) if isinstance(names, Mapping) and names else config.get("num_labels", 2)  # as transformers
-    if classifier and labels != 1:
-        raise UsageError(
-            f"{source} is a classifier with {labels} labels, not a cross-encoder",
-            "choose a cross-encoder, which has one label, or an embedding model",
-        )
     if requested in ("auto", task):
         return task
+    if classifier and requested == "classify":
+        return "classify"
     if generative and task != "rerank" and requested in ("embed", "generate"):
         return "embed" if requested == "embed" else "generate"
     requires, made_for = _MADE_FOR[requested], _MADE_FOR[task]
+    if task == "classify":
+        made_for += f" with {len(labels(config))} labels"
     raise UsageError(
         f"model.task: {requested} requires {requires}, but {source} is {made_for} ({name})",
         f"set `model.task: auto`, or choose {requires}",

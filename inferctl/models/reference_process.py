@@ -1,4 +1,4 @@
-"""Run the fp32 reference in a process of its own, or with `--library` sentence-transformers.
+"""Run the fp32 reference in a process of its own, or with `--library` the library of the task.
 
 The process is `python -m inferctl.serve.reference`.
 """
@@ -10,12 +10,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import InferctlError
 
+# What computes each task from raw text, for comparison.
+LIBRARIES: Mapping[str, str] = {
+    "embed": "sentence-transformers",
+    "rerank": "sentence-transformers",
+    "classify": "transformers",
+}
 PROGRAM = "inferctl.serve.reference"
 
 

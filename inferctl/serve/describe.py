@@ -48,7 +48,7 @@ def document(
         fidelity |= {"logit_error": info.logit_error, "limit": info.logit_error_limit}
     return {
         "name": spec.name,
-        "task": "embed" if isinstance(config, EmbeddingConfig) else "rerank",
+        "task": config.task,
         "inferctl": inferctl.__version__,
         "model": {
             "source": spec.model.source,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models import model
 from inferctl.serve import architecture, modules, prompts
@@ -36,6 +37,9 @@ class EmbeddingConfig:
     `static`: as in `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
     """
 
+    task: ClassVar[Task] = "embed"
+    takes_texts: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = False
     pooling: tuple[PoolingMode, ...]
     max_tokens: int
     layers: tuple[Layer, ...] = ()

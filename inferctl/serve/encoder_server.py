@@ -45,7 +45,7 @@ _CORES_PER_API_PROCESS, _MOST_AUTO = 4, 4
 
 
 class EncoderServer(ServerLifetime):
-    """One running server of embeddings or scores."""
+    """One running server of an encoder task."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class EncoderServer(ServerLifetime):
         self._sizes = {"dimensions": info.dimensions, "vocabulary_size": size}
         if isinstance(self._front, FrontEnd):
             self._front.set_sizes(self._sizes)
-        if self._cache and isinstance(self._config, EmbeddingConfig):
+        if self._cache:
             self._cache.model_loaded(keys.identity(self._folder.digest, self._config, info), info.dimensions)
         self._info = describe.document(
             self._spec,

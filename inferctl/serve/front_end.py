@@ -11,6 +11,7 @@ from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.backend.backend import Backend
+from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.edge import listener
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.connection import Connection
@@ -20,7 +21,6 @@ from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
@@ -66,6 +66,7 @@ class FrontEnd:
             emit=emitter(*([load.record] if load else [])),
             page=page,
             endpoints=app.ENDPOINTS,
+            error_bodies=app.ERROR_BODIES,
             limits=limits,
             access=access,
             charge=backend.charge,
@@ -111,8 +112,10 @@ def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) ->
         truncate,
         task,
     )
-    if isinstance(config, RerankConfig):
-        served.activation = config.scores
-    else:
+    if isinstance(config, EmbeddingConfig):
         served.prompts = config.prompts
+    else:
+        served.activation = config.scores
+    if isinstance(config, ClassifyConfig):
+        served.labels = config.labels
     return served

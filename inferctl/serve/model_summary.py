@@ -8,6 +8,7 @@ from typing import Any
 
 from inferctl.config.spec import Task
 from inferctl.serve import architecture, task_config
+from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.modules import Dense, read_object
 from inferctl.serve.task_config import TaskConfig
@@ -42,7 +43,8 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
         "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
     }
     if not isinstance(config, EmbeddingConfig):
-        return found | {"activation": config.activation}
+        labels = {"labels": config.labels} if isinstance(config, ClassifyConfig) else {}
+        return found | {"activation": config.activation, **labels}
     return found | {
         "static": config.static is not None,
         "pooling_assumed": config.assumed,
@@ -63,7 +65,8 @@ def line(found: dict[str, Any]) -> str:
     if found.get("truncate_dim"):
         parts.append(f"{found['truncate_dim']} dimensions")
     if "activation" in found:
-        parts.append(f"scores by {found['activation']}")
+        labels = f" of {len(found['labels'])} labels" if "labels" in found else ""
+        parts.append(f"scores{labels} by {found['activation']}")
     if "max_tokens" in found:
         parts.append(f"up to {found['max_tokens']:,} tokens")
     if found.get("add_eos_token") is not None:

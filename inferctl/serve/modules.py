@@ -64,7 +64,7 @@ _OUTPUTS = {
     "sequence-classification": ("logits", "scores"),
 }
 # The class of sentence-transformers for each task. It would replace the modules that another class saved.
-_CLASSES = {"embed": "SentenceTransformer", "rerank": "CrossEncoder"}
+_CLASSES = {"embed": "SentenceTransformer", "rerank": "CrossEncoder", "classify": "CrossEncoder"}
 # The files that hold the settings of Transformer: the newest name first.
 _SETTINGS_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -140,7 +140,7 @@ def read(folder: Path, task: Task) -> Modules | None:
         layers = tuple(_layer(folder, name, path) for name, path in entries[1:])
         return Modules(("mean",), layers=layers, static=first[1])
     _check_transformer(folder, entries, task)
-    if task == "rerank" and len(entries) == 1:
+    if task != "embed" and len(entries) == 1:
         return None
     if names[1:2] != ["Pooling"]:
         found = f"no Pooling module after Transformer, but {names[1]}" if names[1:] else "no Pooling module"
@@ -211,7 +211,7 @@ def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task)
             f"the Transformer module of {folder} is in {path}", "move its files into the model folder, with path ''"
         )
     settings = transformer_settings(folder)
-    wanted = "sequence-classification" if task == "rerank" and len(entries) == 1 else "feature-extraction"
+    wanted = "sequence-classification" if task != "embed" and len(entries) == 1 else "feature-extraction"
     if (found := settings.get("transformer_task", "feature-extraction")) != wanted:
         raise UsageError(f"the transformer of {folder} is made for {found}, not for {wanted}", "use another model")
     if changed := sorted(_changes(settings)):
@@ -249,12 +249,12 @@ def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> 
         settings = _settings(folder, path)
         source = settings.get("module_input_name") or "sentence_embedding"
         target = settings.get("module_output_name") or source
-        last = name == "Dense" and task == "rerank" and index == len(entries) - 1
+        last = name == "Dense" and task != "embed" and index == len(entries) - 1
         if (source, target) != ("sentence_embedding", "scores" if last else "sentence_embedding"):
             raise UsageError(
                 f"the {name} module in {path} of {folder} turns {source} into {target}", "use another model"
             )
-    if task == "rerank" and entries[-1][0] != "Dense":
+    if task != "embed" and entries[-1][0] != "Dense":
         raise UsageError(f"the modules of {folder} return no scores", "use a cross-encoder whose last module is Dense")
 
 

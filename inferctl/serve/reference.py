@@ -8,6 +8,7 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
 
 - embed: `dimensions` and `embeddings` (base64 of little-endian float32).
 - rerank, for pairs: `scores` (after the activation).
+- classify, for texts or pairs: `labels`, and `scores` with the scores of all labels for each input.
 - generate, for texts or lists of chat messages: `texts`, one object per input. `ids` are its tokens. The lists
   `logprobs` (of the next token), `top_ids` and `top_logprobs` (of the 64 most likely tokens) have one entry per token
   but the last. It is null for chat messages without a chat template.
@@ -15,9 +16,10 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
 `--max-input-tokens N` truncates like a server with that limit. For generate, an input has at most 256 tokens, and with
 `--max-tokens N` the output ends with the input that reaches N tokens in all.
 
-Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For embed and
-rerank, it shares the tokenization and the configuration with the server, so the comparison does not detect errors in
-these. With `--library`, sentence-transformers computes everything, from the text on, and `library` is its version.
+Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For all tasks but
+generate, it shares the tokenization and the configuration with the server, so the comparison does not detect errors in
+these. With `--library`, another library computes everything, from the text on, and `library` is its version: the
+pipeline of transformers for classify, else sentence-transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,12 +40,14 @@ from tokenizers import Tokenizer
 from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import model
+from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve import task_config
+from inferctl.serve.classify_config import ClassifyConfig
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import hide_scikit_learn
 from inferctl.serve.main import exit_with
 from inferctl.serve.modules import read_object
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
 
 # What selects the prompt of an input for embeddings, as in a request.
 _PROMPT_KEYS = ("prompt", "prompt_name", "input_type")
@@ -64,17 +68,18 @@ def reference(
     """
     folder = model.find(source)
     found = model.resolve_task(task, folder, source)
-    fits = {"embed": _is_input, "rerank": _is_pair, "generate": _is_prompt}[found]
-    if not all(map(fits, inputs)):
-        wanted = "pass texts to embed, pairs of texts to rerank, or texts and chat messages to continue"
+    if not all(map(_FITS[found], inputs)):
+        wanted = (
+            "pass texts to embed, pairs of texts to rerank, both to classify, or texts and chat messages to continue"
+        )
         raise UsageError(f"{source} is a model for {found}", wanted)
     if found == "generate":
         return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens)
     if with_library:
         compute = library(folder.path, found, max_input_tokens)
         rows = np.stack([compute(each, show_progress_bar=False) for each in inputs])
-        output = {"scores": rows.tolist()} if found == "rerank" else {"embeddings": _base64(rows)}
-        return {"model_sha256": folder.digest, "library": version("sentence-transformers"), **output}
+        output = {"embeddings": _base64(rows)} if found == "embed" else {"scores": rows.tolist()}
+        return {"model_sha256": folder.digest, "library": version(LIBRARIES[found]), **output}
     config = task_config.read(found, folder.path, max_input_tokens)
     pool = TokenizerPool(folder.path, config, threads=1)
 
@@ -82,10 +87,14 @@ def reference(
 
     loaded = plain.Reference(folder.path, config)
     document: dict[str, Any] = {"model_sha256": folder.digest}
-    if isinstance(config, RerankConfig):
-        pairs = pool.encode_pairs_now([pair[0] for pair in inputs], [pair[1] for pair in inputs], truncate=True)
-        document["tokens"] = [len(ids) for ids, _ in pairs]
-        document["scores"] = config.scores(loaded.score(pairs))[:, 0].tolist()
+    if not isinstance(config, EmbeddingConfig):
+        encoded = [_encoded(pool, each) for each in inputs]
+        document["tokens"] = [len(ids) for ids, _ in encoded]
+        scores = config.scores(loaded.score(encoded))
+        if isinstance(config, ClassifyConfig):
+            document |= {"labels": config.labels, "scores": scores.tolist()}
+        else:
+            document["scores"] = scores[:, 0].tolist()
     else:
         texts = [{"input": each} if _is_text(each) else each for each in inputs]
         selected = [config.prompts.select(*(each.get(key) for key in _PROMPT_KEYS)) for each in texts]
@@ -103,14 +112,18 @@ def reference(
 def library(
     folder: Path, task: Task, max_input_tokens: int | None = None, device: str = "cpu", dtype: str = "float32"
 ) -> Callable[..., Any]:
-    """Return the function with which sentence-transformers turns texts into vectors, or pairs into scores.
+    """Return the function with which the library of a task turns a text into a vector, or texts or pairs into scores.
 
-    It loads the modules of the folder, from this machine alone, and truncates like a server with `max_input_tokens`.
-    Raises `UsageError` for a folder that the server does not accept, which is where code of a model ends, and
-    `NotReadyError` if the library cannot load it.
+    It loads the folder, from this machine alone, and truncates like a server with `max_input_tokens`. Raises
+    `UsageError` for a folder that the server does not accept, which is where code of a model ends, and `NotReadyError`
+    if the library cannot load it.
     """
-    import sentence_transformers
     import torch
+
+    if task == "classify":
+        task_config.read(task, folder)
+        return _pipeline(folder, max_input_tokens, device, getattr(torch, dtype))
+    import sentence_transformers
 
     pool = TokenizerPool(folder, task_config.read(task, folder), threads=1)
     pool.close()
@@ -135,6 +148,39 @@ def library(
             loaded.max_seq_length = min(loaded.max_seq_length or max_input_tokens, max_input_tokens)
     run: Callable[..., Any] = loaded.predict if task == "rerank" else loaded.encode
     return run
+
+
+def _pipeline(folder: Path, max_input_tokens: int | None, device: str, dtype: Any) -> Callable[..., Any]:
+    """Return the scores of transformers' pipeline `text-classification` for a text or a pair, by the labels' numbers."""
+    import transformers
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        loaded: Any = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, **options)
+        run: Any = transformers.pipeline("text-classification", model=loaded, tokenizer=tokenizer, device=device)
+    except Exception as error:  # the files of a folder can fail in any way
+        raise NotReadyError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
+    names = list(loaded.config.id2label.values())
+    if len(set(names)) < len(names):
+        raise NotReadyError(f"{folder} has two labels of the same name, which the pipeline returns without a number")
+    longest = min(tokenizer.model_max_length, max_input_tokens or tokenizer.model_max_length)
+
+    def scores(item: Any, **_: Any) -> Any:
+        given = item if _is_text(item) else {"text": item[0], "text_pair": item[1]}
+        found = run([given], top_k=None, truncation="longest_first", max_length=longest)[0]
+        by_label = {entry["label"]: entry["score"] for entry in found}
+        return np.array([by_label[name] for _, name in sorted(loaded.config.id2label.items())])
+
+    return scores
+
+
+def _encoded(pool: TokenizerPool, item: Any) -> Pair:
+    """Return the ids of a text or of a pair, and where its second segment starts."""
+    if not _is_text(item):
+        return pool.encode_pairs_now(item[:1], item[1:], truncate=True)[0]
+    (ids,) = pool.encode_now([item], truncate=True)
+    return ids, len(ids)
 
 
 def _next_tokens(
@@ -189,6 +235,18 @@ def _is_prompt(value: Any) -> bool:
     )
 
 
+def _is_text_or_pair(value: Any) -> bool:
+    return _is_text(value) or _is_pair(value)
+
+
+_FITS: Mapping[Task, Callable[[Any], bool]] = {
+    "embed": _is_input,
+    "rerank": _is_pair,
+    "classify": _is_text_or_pair,
+    "generate": _is_prompt,
+}
+
+
 def main() -> int:
     """Read the inputs from stdin, write the output of the model to stdout, and return the exit code."""
     os.environ.setdefault(
@@ -196,7 +254,7 @@ def main() -> int:
     )  # spare a server on the same cores; torch reads it when it loads
     parser = _Parser(add_help=False)
     parser.add_argument("source")
-    parser.add_argument("--task", choices=("auto", "embed", "rerank", "generate"), default="auto")
+    parser.add_argument("--task", choices=("auto", *_FITS), default="auto")
     parser.add_argument("--max-input-tokens", type=int)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--library", action="store_true")
@@ -210,8 +268,7 @@ def main() -> int:
         inputs = json.load(sys.stdin)
     except ValueError as error:
         raise UsageError(f"stdin is not JSON: {error}", hint) from None
-    kinds = (_is_input, _is_pair, _is_prompt)
-    if not isinstance(inputs, list) or not inputs or not any(all(map(kind, inputs)) for kind in kinds):
+    if not isinstance(inputs, list) or not inputs or not any(all(map(fits, inputs)) for fits in _FITS.values()):
         raise UsageError("stdin is not a list of texts, of pairs of texts or of chat messages", hint)
     limits = options.max_input_tokens, options.task, options.max_tokens
     found = reference(options.source, inputs, *limits, with_library=options.library)

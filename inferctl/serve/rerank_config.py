@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
+from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.serve import modules
 from inferctl.serve.embedding_config import input_settings
@@ -21,13 +23,14 @@ from inferctl.serve.modules import Dense, Layer, PoolingMode, read_object
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
-def _sigmoid(logits: Vectors) -> Vectors:
+def sigmoid(logits: Vectors) -> Vectors:
+    """Return 1 / (1 + e^-x) of each logit, without loss of precision by fp32."""
     return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))), dtype=np.float32)
 
 
 _ACTIVATIONS: dict[str, Callable[[Vectors], Vectors]] = {
     "Identity": lambda logits: logits,
-    "Sigmoid": _sigmoid,
+    "Sigmoid": sigmoid,
     "Tanh": np.tanh,
 }
 
@@ -41,6 +44,9 @@ class RerankConfig:
     last layer returns the logits. They are empty if the model of transformers has the head.
     """
 
+    task: ClassVar[Task] = "rerank"
+    takes_texts: ClassVar[bool] = False
+    takes_pairs: ClassVar[bool] = True
     activation: str
     max_tokens: int
     pooling: tuple[PoolingMode, ...] = ()

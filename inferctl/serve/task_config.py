@@ -1,26 +1,42 @@
-"""The configuration of a model folder for its task."""
+"""The configuration of a model folder for its task: the part of a head that needs no torch.
+
+All encoder tasks share tokenization, queue, batches and the packed forward pass. A head is what differs:
+
+- `task`; `takes_texts` and `takes_pairs`: whether one of its sequences can be a text, or a pair of texts.
+- `max_tokens`, `prompts` and `lower_case`: how texts become token ids.
+- `pooling` and `layers`: what follows the transformer. Without a pooling, the model of transformers has the head
+  (`engines/head.py`). A sequence gives one row of numbers, as many for each (`EngineInfo.dimensions`).
+- `scores(rows)`, if the rows are logits: what clients get of them.
+
+`api/app.py` has the endpoints of each task, which make the responses. `reference.py` has its oracles.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.serve import architecture, embedding_config, rerank_config
+from inferctl.serve import architecture, classify_config, embedding_config, rerank_config
+from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.rerank_config import RerankConfig
 
-TaskConfig: TypeAlias = EmbeddingConfig | RerankConfig
+TaskConfig: TypeAlias = EmbeddingConfig | RerankConfig | ClassifyConfig
+_READ: Mapping[Task, Callable[[Path, int | None], TaskConfig]] = {
+    "embed": embedding_config.read,
+    "rerank": rerank_config.read,
+    "classify": classify_config.read,
+}
 
 
 def read(task: Task, folder: Path, max_input_tokens: int | None = None) -> TaskConfig:
     """Return the configuration of a model folder. Raises `UsageError` for a model that is not supported."""
     try:
         architecture.native_config(folder)
-        if task == "rerank":
-            return rerank_config.read(folder, max_input_tokens)
-        return embedding_config.read(folder, max_input_tokens)
+        return _READ[task](folder, max_input_tokens)
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:  # others wrote these files
         raise UsageError(
             f"a JSON file of {folder} has a value of a wrong type: {error}", "download the model again"

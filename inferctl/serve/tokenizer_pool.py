@@ -24,7 +24,6 @@ from inferctl.core.errors import UsageError
 from inferctl.serve import tokenizer_files, word_piece
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.text_parts import head_of, longest_first, slices
@@ -64,12 +63,12 @@ class InputError(Exception):
     """Text `index` of a request (None: its only query) cannot be tokenized.
 
     `code` is stable: `context_length_exceeded`, `empty_input` or `text_too_long`. `field` names the argument: `input`,
-    `query` or `documents`.
+    `query` or `documents`. `problem` is what is wrong with the text.
     """
 
     def __init__(self, index: int | None, code: str, message: str, field: str = "input") -> None:
         super().__init__(f"{field} {message}" if index is None else f"{field}[{index}] {message}")
-        self.code, self.field = code, field
+        self.index, self.code, self.problem, self.field = index, code, message, field
 
 
 class TokenizerBusyError(Exception):
@@ -121,13 +120,13 @@ class TokenizerPool:
         else:
             tokenizer_files.refuse_code(folder)
         self._eos = tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
-        if self._eos is not None and isinstance(config, RerankConfig):
+        if self._eos is not None and config.takes_pairs:
             raise UsageError(
                 f"{folder} asks for a token after each pair (add_eos_token), which is not supported",
                 "use another model",
             )
-        pairs = isinstance(config, RerankConfig)
-        if self.max_tokens <= (special := tokenizer.num_special_tokens_to_add(pairs) + (self._eos is not None)):
+        special = tokenizer.num_special_tokens_to_add(config.takes_pairs) + (self._eos is not None)
+        if self.max_tokens <= special:
             raise UsageError(
                 f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special: no text fits",
                 "raise `serve.max_input_tokens`, or the limit in the files of the model",
@@ -171,7 +170,7 @@ class TokenizerPool:
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
-        if isinstance(self._config, RerankConfig):
+        if self._config.takes_pairs:
             self._pair_format  # noqa: B018  # else a thread of nanotoken would load tokenizers for it
         if self._word_piece is not None:
             return

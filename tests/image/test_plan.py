@@ -195,7 +195,7 @@ def test_invalid_vectors_have_different_errors(vectors: list[list[float]], what:
 
 
 @pytest.mark.parametrize(
-    ("precision", "level", "rerank", "expected"),
+    ("precision", "level", "scores", "expected"),
     [
         ("bf16", "emulated", False, 0.999),
         ("int8", "native", False, 0.99),
@@ -205,9 +205,9 @@ def test_invalid_vectors_have_different_errors(vectors: list[list[float]], what:
     ],
 )
 def test_the_limit_depends_on_what_the_precision_is_on_this_hardware(
-    precision: str, level: str, rerank: bool, expected: float
+    precision: str, level: str, scores: bool, expected: float
 ) -> None:
-    assert output_checks.limit(precision, level, rerank=rerank) == expected
+    assert output_checks.limit(precision, level, scores=scores) == expected
 
 
 def test_the_difference_of_scores_is_relative_to_the_largest_one() -> None:

@@ -32,9 +32,15 @@ from inferctl.models.divergence import NoLogprobsError, Scored
 PATHS: Mapping[Task, tuple[str, ...]] = {
     "embed": ("/v1/embeddings", "/embeddings", "/embed"),
     "rerank": ("/v1/rerank", "/rerank"),
+    "classify": ("/classify",),
     "generate": ("/v1/chat/completions", "/v1/completions"),
 }
-_SERVES: Mapping[Task, str] = {"embed": "embeddings", "rerank": "reranking", "generate": "generation"}
+_SERVES: Mapping[Task, str] = {
+    "embed": "embeddings",
+    "rerank": "reranking",
+    "classify": "classification",
+    "generate": "generation",
+}
 # HTTP statuses of a server that rejects an unknown key of a request.
 _INVALID = (400, 415, 422)
 _PROBE_S = 60.0
@@ -81,6 +87,8 @@ class ServerConnection:
         if self.task == "rerank":
             options = {"truncate": True} if self.documents_key == "texts" else {"model": self.model}
             return {"query": texts[0], self.documents_key: texts[1:]} | options
+        if self.task == "classify":
+            return {"model": self.model, "input": texts}
         if self.path == "/embed":
             return {"inputs": texts, "truncate": True}
         encoding = {"encoding_format": "base64"} if self.base64 else {}
@@ -107,6 +115,8 @@ class ServerConnection:
         """
         if self.task == "generate":
             return self.generate(texts, timeout_s)
+        if self.task == "classify":
+            return self.classify(texts, timeout_s)
         return self.rerank(texts, timeout_s) if self.task == "rerank" else self.embed(texts, timeout_s)
 
     def generate(self, texts: list[str], timeout_s: float = 120, output_tokens: int = 1) -> list[Body]:
@@ -136,6 +146,18 @@ class ServerConnection:
         if any(before < after for (_, before), (_, after) in itertools.pairwise(results)):
             raise InferctlError(f"{self.endpoint_url} returned results that are not sorted by score")
         return [scores[index] for index in range(count)]
+
+    def classify(self, texts: list[str], timeout_s: float = 120) -> list[list[float]]:
+        """Return the scores of all labels for each text. Raises `InferctlError` as `embed` does."""
+        response = post(self.endpoint_url, timeout_s, self.body(texts), self.access)
+        try:
+            rows = sorted(response["data"], key=lambda row: row["index"])
+            scores = [[float(score) for score in row["probs"]] for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InferctlError(f"the response of {self.endpoint_url} is not a list of scores: {error}") from None
+        if len(scores) != len(texts):
+            raise InferctlError(f"{self.endpoint_url} returned the scores of {len(scores)} texts for {len(texts)}")
+        return scores
 
     def embed(self, texts: list[str], timeout_s: float = 120, **more: object) -> list[tuple[float, ...]]:
         """Return one vector per text. `more`: other keys of the request.
@@ -237,8 +259,8 @@ def _task(info: Info, path: str | None) -> Task:
     """Return the task of the endpoint `path`, else the one that the server reports: embed if it reports none."""
     if path:
         return next(task for task, paths in PATHS.items() if path in paths)
-    if info.get("task") == "generate":
-        return "generate"
+    if (task := info.get("task")) in ("classify", "generate"):
+        return "classify" if task == "classify" else "generate"
     # The second one is that of text-embeddings-inference.
     return "rerank" if info.get("task") == "rerank" or "reranker" in (info.get("model_type") or ()) else "embed"
 

@@ -25,7 +25,7 @@ _NODE_CLASSES = {
     "azure": ("karpenter.azure.com", "AKSNodeClass", "karpenter.azure.com/sku-gpu-name"),
 }
 # Gateways stop a request after 15 s by default; a stream of generation has no limit of its own.
-_TIMEOUT = {"embed": "60s", "rerank": "60s", "generate": "0s"}
+_TIMEOUT = {"embed": "60s", "rerank": "60s", "classify": "60s", "generate": "0s"}
 
 
 def node_pools(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:

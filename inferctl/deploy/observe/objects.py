@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from inferctl.config.spec_types import CACHED
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
 from inferctl.deploy.observe.alerts import groups
@@ -66,8 +67,8 @@ def watched(plan: DeploymentPlan, model: ModelPlan) -> Watched:
         task=model.task,
         flavors=tuple(_flavor(flavor, plan.clusters) for flavor in model.flavors),
         backlog_s=spec.deploy.backlog_s,
-        cache=model.task == "embed" and spec.cache.size is not None,
-        shared_cache=model.task == "embed" and spec.cache.size is not None and spec.cache.shared is not None,
+        cache=model.task in CACHED and spec.cache.size is not None,
+        shared_cache=model.task in CACHED and spec.cache.size is not None and spec.cache.shared is not None,
         metering=spec.metering.mode != "off",
         keda=spec.deploy.scaling == "keda",
         gpu=any(flavor.hardware.kind == "cuda" for flavor in model.flavors),

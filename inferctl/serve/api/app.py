@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -14,53 +16,111 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inferctl.config.spec import Task
 from inferctl.serve.api import openapi
+from inferctl.serve.api.classify import ClassifyEndpoint, PredictEndpoint
+from inferctl.serve.api.classify_schemas import ClassifyRequest, ClassifyResponse, PredictRequest, PredictResponse
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResponse
 from inferctl.serve.api.embeddings import EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
 from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint
 from inferctl.serve.api.rerank_schemas import RerankRequest, RerankResponse, ScoreRequest, ScoreResponse
-from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.api.schemas import TeiErrorResponse
+from inferctl.serve.edge.errors import ApiError, tei_body
 
-# The paths of the tasks, and their names in usage events. Cohere's clients use /v2/rerank, Jina's /v1/rerank.
-ENDPOINTS = {
-    "/v1/embeddings": "embeddings",
-    "/v1/rerank": "rerank",
-    "/v2/rerank": "rerank",
-    "/rerank": "rerank",
-    "/v1/score": "score",
-}
-_NAMES: dict[Task, tuple[str, ...]] = {"embed": ("embeddings",), "rerank": ("rerank", "score")}
-_EMBED = [
-    Operation(
-        "/v1/embeddings",
-        "Compute the embeddings of texts: one vector per input, in order.",
-        EmbeddingRequest,
-        EmbeddingResponse,
-        {"input": ["first text", "second text"]},
-    )
-]
-_RERANK = [
-    Operation(
-        "/v1/rerank",
-        "Order documents by their relevance to a query.",
-        RerankRequest,
-        RerankResponse,
-        {"query": "a question", "documents": ["first text", "second text"]},
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What one task answers at some paths, of which `operation` documents the first.
+
+    `name`: in usage events and the scopes of keys. `application`: makes it, once for a server. `error_body`: the shape
+    of its errors.
+    """
+
+    name: str
+    task: Task
+    operation: Operation
+    application: Callable[[Inference], ASGIApp]
+    aliases: tuple[str, ...] = ()
+    error_body: Callable[[ApiError], bytes] = ApiError.body
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All paths."""
+        return self.operation.path, *self.aliases
+
+
+_ALL = (
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/v1/embeddings",
+            "Compute the embeddings of texts: one vector per input, in order.",
+            EmbeddingRequest,
+            EmbeddingResponse,
+            {"input": ["first text", "second text"]},
+        ),
+        EmbeddingsEndpoint,
     ),
-    Operation(
-        "/v1/score",
-        "Compute the relevance of pairs of texts, in order.",
-        ScoreRequest,
-        ScoreResponse,
-        {"text_1": "a question", "text_2": ["first text", "second text"]},
+    Endpoint(
+        "rerank",
+        "rerank",
+        Operation(
+            "/v1/rerank",
+            "Order documents by their relevance to a query.",
+            RerankRequest,
+            RerankResponse,
+            {"query": "a question", "documents": ["first text", "second text"]},
+        ),
+        RerankEndpoint,
+        ("/v2/rerank", "/rerank"),  # of Cohere's clients and of Jina's first
     ),
-]
+    Endpoint(
+        "score",
+        "rerank",
+        Operation(
+            "/v1/score",
+            "Compute the relevance of pairs of texts, in order.",
+            ScoreRequest,
+            ScoreResponse,
+            {"text_1": "a question", "text_2": ["first text", "second text"]},
+        ),
+        ScoreEndpoint,
+    ),
+    Endpoint(
+        "classify",
+        "classify",
+        Operation(
+            "/classify",
+            "Compute the scores of all labels for texts, in order.",
+            ClassifyRequest,
+            ClassifyResponse,
+            {"input": ["first text", "second text"]},
+        ),
+        ClassifyEndpoint,
+    ),
+    Endpoint(
+        "predict",
+        "classify",
+        Operation(
+            "/predict",
+            "Order the labels of texts or pairs of texts by their scores.",
+            PredictRequest,
+            PredictResponse,
+            {"inputs": [["a text"], ["first text of a pair", "second text"]]},
+            TeiErrorResponse,
+        ),
+        PredictEndpoint,
+        error_body=tei_body,
+    ),
+)
+ENDPOINTS = {path: endpoint.name for endpoint in _ALL for path in endpoint.paths}
+ERROR_BODIES = {path: endpoint.error_body for endpoint in _ALL for path in endpoint.paths}
 
 
 def served(task: Task) -> list[str]:
     """Return the paths that a server of this task has."""
-    return [path for path, name in ENDPOINTS.items() if name in _NAMES[task]]
+    return [path for endpoint in _ALL if endpoint.task == task for path in endpoint.paths]
 
 
 def create(inference: Inference) -> ASGIApp:
@@ -71,11 +131,11 @@ def create(inference: Inference) -> ASGIApp:
         message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
         raise ApiError(404, message, code="unsupported_task")
 
-    supported: dict[str, ASGIApp] = {"embeddings": EmbeddingsEndpoint(inference)}
-    if model.task == "rerank":
-        supported = {"rerank": RerankEndpoint(inference), "score": ScoreEndpoint(inference)}
-    operations = _RERANK if model.task == "rerank" else _EMBED
-    endpoints = {path: supported.get(name, unsupported) for path, name in ENDPOINTS.items()}
+    operations = [endpoint.operation for endpoint in _ALL if endpoint.task == model.task]
+    endpoints: dict[str, ASGIApp] = {}
+    for each in _ALL:
+        application = each.application(inference) if each.task == model.task else unsupported
+        endpoints |= dict.fromkeys(each.paths, application)
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [entry]})

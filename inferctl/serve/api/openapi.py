@@ -56,20 +56,22 @@ _GET_ROUTES = {
 
 @dataclass(frozen=True)
 class Operation:
-    """A POST endpoint: its path, what it does, the models of its bodies, and an example of a request."""
+    """A POST endpoint: its path, what it does, an example of a request, and the models of its bodies."""
 
     path: str
     summary: str
     request: type[BaseModel]
     response: type[BaseModel]
     example: dict[str, Any]
+    error: type[BaseModel] = ErrorResponse
 
 
 def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of this server. The limits of the model are part of it once it is loaded."""
     models: list[tuple[Any, Any]] = [(ErrorResponse, "serialization")]
     for operation in operations:
-        models += [(operation.request, "validation"), (operation.response, "serialization")]
+        models += [(operation.request, "validation")]
+        models += [(kind, "serialization") for kind in (operation.response, operation.error)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     if model.dimensions and "EmbeddingRequest" in schemas["$defs"]:
         _add_limits(schemas["$defs"]["EmbeddingRequest"], model)
@@ -143,14 +145,14 @@ def _post(operation: Operation, name: str) -> dict[str, Any]:
         },
         "responses": {
             "200": {"description": "Success.", "headers": headers, "content": {_JSON: response}},
-            **{status: _error(text) for status, text in _ERRORS.items()},
-            "429": {**_error(_ERRORS["429"]), "headers": {"retry-after": wait}},
+            **{status: _error(text, operation.error) for status, text in _ERRORS.items()},
+            "429": {**_error(_ERRORS["429"], operation.error), "headers": {"retry-after": wait}},
         },
     }
 
 
-def _error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {_JSON: {"schema": _reference(ErrorResponse)}}}
+def _error(description: str, body: type[BaseModel] = ErrorResponse) -> dict[str, Any]:
+    return {"description": description, "content": {_JSON: {"schema": _reference(body)}}}
 
 
 def _reference(kind: type[BaseModel]) -> dict[str, str]:

@@ -11,29 +11,15 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
-    StrictStr,
-    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import ModelRequest, Usage
+from inferctl.serve.api.schemas import ModelRequest, Text, Usage, limit_items
 
-_Text = Annotated[StrictStr, Field(min_length=1)]
 _TRUNCATE = Field(
     None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
 )
-
-
-def _limit(value: object, info: ValidationInfo) -> object:
-    """Return a list unchanged. Raises `PydanticCustomError` if it has too many items, before they are validated."""
-    limit = (info.context or {}).get("max_inputs")
-    if isinstance(value, list) and limit is not None and len(value) > limit:
-        detail = {"count": len(value), "limit": limit}
-        raise PydanticCustomError(
-            "too_many_inputs", f"{info.field_name} has {{count}} items; the limit is {{limit}}", detail
-        )
-    return value
 
 
 class Document(BaseModel):
@@ -41,15 +27,15 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    text: _Text
+    text: Text
 
 
 class RerankRequest(ModelRequest):
     """The body of `POST /v1/rerank`."""
 
-    query: _Text = Field(description="The text that the documents are compared with.")
-    documents: Annotated[list[_Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(_limit)] = Field(
-        description="The documents: texts, or objects with a `text`."
+    query: Text = Field(description="The text that the documents are compared with.")
+    documents: Annotated[list[Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)] = (
+        Field(description="The documents: texts, or objects with a `text`.")
     )
     top_n: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Return only this many results. Default: all."
@@ -63,14 +49,14 @@ class RerankRequest(ModelRequest):
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
-_Texts = Annotated[list[_Text], Field(min_length=1, fail_fast=True), BeforeValidator(_limit)]
+_Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
 
 
 class ScoreRequest(ModelRequest):
     """The body of `POST /v1/score`: one text with several, or two lists of the same length."""
 
-    text_1: _Text | _Texts = Field(description="A text, or a list of texts.")
-    text_2: _Text | _Texts = Field(description="A text, or a list of as many texts as `text_1` has.")
+    text_1: Text | _Texts = Field(description="A text, or a list of texts.")
+    text_2: Text | _Texts = Field(description="A text, or a list of as many texts as `text_1` has.")
     truncate: StrictBool | None = _TRUNCATE
 
     @model_validator(mode="after")

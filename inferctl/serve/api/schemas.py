@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from inferctl.serve.edge.errors import ApiError
 
@@ -23,7 +24,19 @@ class ModelRequest(BaseModel):
     model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
 
 
+Text = Annotated[StrictStr, Field(min_length=1)]
 Request = TypeVar("Request", bound=ModelRequest)
+
+
+def limit_items(value: object, info: ValidationInfo) -> object:
+    """Return a list unchanged. Raises `PydanticCustomError` if it has too many items, before they are validated."""
+    limit = (info.context or {}).get("max_inputs")
+    if isinstance(value, list) and limit is not None and len(value) > limit:
+        detail = {"count": len(value), "limit": limit}
+        raise PydanticCustomError(
+            "too_many_inputs", f"{info.field_name} has {{count}} items; the limit is {{limit}}", detail
+        )
+    return value
 
 
 class Usage(BaseModel):
@@ -46,6 +59,13 @@ class ErrorResponse(BaseModel):
     """The body of every error response."""
 
     error: ErrorDetail
+
+
+class TeiErrorResponse(BaseModel):
+    """The body of error responses of endpoints with the shape of text-embeddings-inference."""
+
+    error: str
+    error_type: Literal["backend", "empty", "overloaded", "tokenizer", "unhealthy", "validation"]
 
 
 def parse(kind: type[Request], raw: bytes, *, max_inputs: int) -> Request:

@@ -22,7 +22,7 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `activation` turns the logits of a cross-encoder into scores. `dimensions` and `vocabulary_size` are 0 until an
+    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and `vocabulary_size` are 0 until an
     engine is ready.
     """
 
@@ -34,6 +34,7 @@ class ServedModel:
     truncate: bool
     task: Task = "embed"
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
+    labels: tuple[str, ...] = ()
     prompts: Prompts = NO_PROMPTS
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     dimensions: int = 0

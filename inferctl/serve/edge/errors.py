@@ -1,4 +1,4 @@
-"""Error responses in OpenAI's envelope."""
+"""Error responses, in OpenAI's envelope or the shape of another API."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import orjson
 
 _MAX_MESSAGE_LENGTH = 1000
+_TEI_TYPES = {"context_length_exceeded": "tokenizer", "empty_input": "empty", "text_too_long": "tokenizer"}
 
 
 class ApiError(Exception):
@@ -30,6 +31,19 @@ class ApiError(Exception):
         """Return the envelope as JSON."""
         error = {"message": self.message, "type": _error_type(self.status), "param": self.param, "code": self.code}
         return orjson.dumps({"error": error})
+
+
+def tei_body(error: ApiError) -> bytes:
+    """Return the body of an error in the shape of text-embeddings-inference: `error` and `error_type`.
+
+    The types are those of `ErrorType` in its `router/src/lib.rs`.
+    """
+    kind = _TEI_TYPES.get(error.code or "", "validation")
+    if error.status == 429:
+        kind = "overloaded"
+    elif error.status >= 500:
+        kind = "unhealthy" if error.status == 503 else "backend"
+    return orjson.dumps({"error": error.message, "error_type": kind})
 
 
 def at_capacity(reason: str, code: str, seconds: int) -> ApiError:

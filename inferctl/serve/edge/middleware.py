@@ -1,7 +1,7 @@
 """The edge: an ASGI middleware in front of every task. It knows neither the model nor the engine.
 
 It gives each request an id, checks its key and the limits of the key, limits what one and all of them can hold, answers
-the probes, turns errors into OpenAI's envelope, rejects requests while the server starts or shuts down, and emits one
+the probes, turns errors into responses, rejects requests while the server starts or shuts down, and emits one
 `UsageEvent` per request.
 """
 
@@ -109,7 +109,7 @@ class Edge:
     """The middleware around `app`.
 
     `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
-    events, for the paths of tasks. `access`: who may use the server; None for everyone. `charge` charges a request to
+    events, for the paths of tasks. `error_bodies`: path -> the shape of errors, if it is not OpenAI's. `access`: who may use the server; None for everyone. `charge` charges a request to
     its key, and raises `LimitError`.
     `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
     header with the load of the server as a line, for a gateway.
@@ -123,6 +123,7 @@ class Edge:
         emit: Callable[[UsageEvent], None],
         page: Callable[[str], Awaitable[Page]],
         endpoints: Mapping[str, str],
+        error_bodies: Mapping[str, Callable[[ApiError], bytes]] | None = None,
         limits: EdgeLimits | None = None,
         access: EdgeAccess | None = None,
         charge: Callable[[ApiKey, RequestContext], None] = lambda _key, _context: None,
@@ -139,6 +140,7 @@ class Edge:
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._page, self._endpoints, self._access, self._charge = page, endpoints, access, charge
+        self._error_bodies = error_bodies or {}
         self._check_metering, self.load_line = check_metering, load_line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -232,6 +234,10 @@ class Edge:
         context.body_bytes += size
         self._body_bytes += size
 
+    def error_body(self, path: str, error: ApiError) -> bytes:
+        """Return the body of an error response at `path`."""
+        return self._error_bodies.get(path, ApiError.body)(error)
+
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             error = ApiError(405, "method not allowed", headers={"allow": "GET, HEAD"})
@@ -297,7 +303,8 @@ class _EdgeRequest:
         self._context.status = error.status
         headers = {**error.headers, "x-request-id": self._context.id.decode()}
         self._add_lines()
-        await _respond(self._send, error.status, error.body(), "application/json", headers)
+        body = self._edge.error_body(self._scope["path"], error)
+        await _respond(self._send, error.status, body, "application/json", headers)
 
 
 async def _respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str] | None = None) -> None:

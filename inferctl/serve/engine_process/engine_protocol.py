@@ -28,9 +28,9 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. With the task
-    `rerank`, the model is a cross-encoder: each sequence is a pair of texts with its special tokens, batches have
-    `second_starts`, and their vectors are logits ([pairs, 1]), without the activation.
+    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task
+    decides what the rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one
+    logit for each pair of texts, `classify` one for each label.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"
@@ -87,7 +87,7 @@ class EngineInfo:
     `causal`: whether tokens attend only to those before them, else to all of their sequence; None if unknown.
     `cosine_min`, `cosine_mean`: similarity to a plain padded fp32 forward of the same weights, lower than the cosine if
     lengths differ; None without that comparison (`check` gives the reason). `cosine_limit`: the lowest expected `cosine_min` of this precision.
-    Cross-encoders have `logit_error` instead: the largest difference to fp32 logits, relative to the largest of these.
+    Other tasks than `embed` have `logit_error` instead: the largest difference to fp32 logits, relative to the largest of these.
     `dimensions` is then the number of labels.
     `warnings`: problems of this start, for the user.
     """
@@ -134,8 +134,8 @@ class EngineInfo:
 class Batch:
     """The sequences of one forward pass.
 
-    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `second_starts`: for rerank, the index in
-    each sequence at which its second segment begins; None without segments.
+    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `second_starts`: the index in each
+    sequence at which its second segment begins, the length for a text; None if there are no pairs.
     """
 
     id: int

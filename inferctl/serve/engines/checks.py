@@ -14,7 +14,6 @@ from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
 from inferctl.serve.engines import plain, tokenizer_check
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
-from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
@@ -40,12 +39,12 @@ _TEXTS = (
 class Checks:
     """The check texts and their fp32 results. Create it before the model is loaded: memory may not suffice for both.
 
-    For a cross-encoder, the texts are paired. `expected` is None if the model is too large to be loaded
+    For a head that takes pairs, the texts are paired. `expected` is None if the model is too large to be loaded
     in fp32. `description` says what is compared. `hint` is that of errors about insufficient memory.
     """
 
     def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str) -> None:
-        self._rerank, self._hint = isinstance(config, RerankConfig), hint
+        self._logits, self._hint = config.task != "embed", hint
         self.expected: Vectors | None = None
         small = folder.parameters <= _MAX_CHECKED_PARAMETERS
         pool = TokenizerPool(folder.path, config, threads=1)
@@ -59,14 +58,18 @@ class Checks:
                 self.expected = loaded.embed(self.texts.ids)
         else:
             # Some texts are paired with themselves, so that not all scores are low.
-            pairs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
-            self.texts = Sequences.of_pairs(pairs)
+            inputs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
+            if config.takes_texts:
+                inputs += [(ids, len(ids)) for ids in pool.encode_now(_TEXTS, truncate=True)]
+            self.texts = Sequences.of_pairs(inputs)
             if small:
-                self.expected = plain.Reference(folder.path, config).score(pairs)
+                self.expected = plain.Reference(folder.path, config).score(inputs)
         pool.close()
         self.description = f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
         if small:
-            self.description = f"{len(self.texts)} {'pairs' if self._rerank else 'texts'} compared with padded fp32"
+            kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
+            what = " and ".join(kind for kind, taken in kinds.items() if taken)
+            self.description = f"{len(self.texts)} {what} compared with padded fp32"
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
@@ -96,12 +99,12 @@ class Checks:
                 raise
             reason = f"{type(error).__name__}: {failures.summary(error)}"
         else:
-            limits = _MAX_LOGIT_ERROR if self._rerank else _MAX_COSINE_DISTANCE
+            limits = _MAX_LOGIT_ERROR if self._logits else _MAX_COSINE_DISTANCE
             errors = self._errors(batched, padded), self._errors(batched, isolated)
             if errors[0].max() <= limits[precision.effective] and errors[1].max() <= limits["isolated"]:
                 return "no padding; equals the padded result", batched, None
             worst = float(np.concatenate(errors).max())
-            measure = f"relative logit error {worst:.4f}" if self._rerank else f"cosine {1 - worst:.4f}"
+            measure = f"relative logit error {worst:.4f}" if self._logits else f"cosine {1 - worst:.4f}"
             reason = f"packed differs from padded ({measure})"
         forward.pack(False)
         return f"sorted by length; {reason}", self.run(forward), reason  # what serves is what is compared with fp32
@@ -124,7 +127,7 @@ class Checks:
             return fields, None
         errors = self._errors(results, self.expected)
         worst = float(errors.max())
-        if self._rerank:
+        if self._logits:
             limit = _MAX_LOGIT_ERROR[effective]
             fields |= {"logit_error": worst, "logit_error_limit": limit}
             problem = f"relative error of logits {worst:.5f}, expected at most {limit}"
@@ -167,7 +170,7 @@ class Checks:
 
         The distance of vectors of equal length is 1 - cosine. A wrong length adds to it.
         """
-        if self._rerank:
+        if self._logits:
             relative: Vectors = np.abs(results - expected).max(axis=1) / max(1e-12, float(np.abs(expected).max()))
             return relative
         norms = np.linalg.norm(results, axis=1) * np.linalg.norm(expected, axis=1)

@@ -1,4 +1,4 @@
-"""The engine for encoders, cross-encoders and static embeddings: connects forward pass, checks, cores and warm-up."""
+"""The engine for encoders, classification models and static embeddings: connects forward pass, checks, cores and warm-up."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class EncoderEngine:
         )
 
     def run(self, batch: Batch) -> BatchResult:
-        """Return the vectors of a batch, or the logits of its pairs ([pairs, labels]).
+        """Return the vectors of a batch, or the logits of its sequences ([sequences, labels]).
 
         The calling thread uses the threads of one batch.
         """

@@ -1,4 +1,4 @@
-"""The forward pass: token ids -> one vector per sequence, or the logits of each pair. Packed or padded, then pooled."""
+"""The forward pass: token ids -> one vector or the logits of each sequence. Packed or padded, then pooled."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Sequences:
 class Forward:
     """The model on its device. It starts with padded attention; `pack` changes that.
 
-    It returns vectors with an `EmbeddingConfig`, and the logits of a cross-encoder with a `RerankConfig`.
+    It returns vectors with an `EmbeddingConfig`, else logits.
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
     `vocabulary_size`: rows of the input embeddings. `causal`: whether tokens attend only to those before them.
     `warning`: what makes this model slower than it should be, or None.
@@ -83,7 +83,7 @@ class Forward:
         if config.pooling:
             model, self._pooling = plain.load_model(folder, dtype), config.pooling
         else:  # the model of transformers has the head
-            model = plain.load_model(folder, dtype, task="rerank")
+            model = plain.load_model(folder, dtype, task=config.task)
             head = Head(model, device)
             self._pooling = (head.pooling,)
         self._head, self._layers = head, Layers(folder, config.layers).to(device)
@@ -174,7 +174,7 @@ class Forward:
             inputs["token_type_ids"][real] = np.concatenate(sequences.token_type_ids())
         on_device = {name: self._to_device(values) for name, values in inputs.items()}
         outputs = self._model(**on_device)
-        if self._head is not None:  # the whole cross-encoder has its own head
+        if self._head is not None:  # the whole model has its own head
             logits: torch.Tensor = outputs.logits.float()
             return logits
         tokens = self._to_device(np.flatnonzero(real))

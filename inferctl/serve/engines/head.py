@@ -1,4 +1,4 @@
-"""The head of a cross-encoder: pooled states of the encoder -> logits, computed by the model's own code."""
+"""The head of a classification model: pooled states of the encoder -> logits, computed by the model's own code."""
 
 from __future__ import annotations
 

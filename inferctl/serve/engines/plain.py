@@ -28,7 +28,7 @@ _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
-    """Return the encoder of a model folder, or for `rerank` the whole cross-encoder, in evaluation mode.
+    """Return the encoder of a model folder, or for other tasks the whole model with its head, in evaluation mode.
 
     Raises `UsageError` as `weights.load` does, and for segments that the server does not compute.
     """
@@ -44,7 +44,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
             )
         options["config"] = CONFIG_MAPPING[kind].from_dict(settings)
     auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
-    if task == "rerank":
+    if task != "embed":
         auto = AutoModelForSequenceClassification
     model = weights.load(auto, folder, task, dtype, **options)
     if returns_segments(folder) and _embeds_segments_as_words(model):
@@ -90,7 +90,7 @@ class Reference:
     def __init__(self, folder: Path, config: TaskConfig) -> None:
         """Raises `UsageError` as `load_model` does."""
         self._folder, self._config = folder, config
-        task: Task = "embed" if config.pooling else "rerank"
+        task: Task = "embed" if config.pooling else config.task
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
         if static is None:
@@ -107,10 +107,10 @@ class Reference:
         return np.stack([self._vector({"input_ids": ids})[: self._config.truncate_dim] for ids in sequences])
 
     @torch.inference_mode()
-    def score(self, pairs: list[Pair]) -> Vectors:
-        """Return the logits of a cross-encoder: float32 [pairs, labels]. Each pair is a forward of its own."""
+    def score(self, sequences: list[Pair]) -> Vectors:
+        """Return the logits of texts or pairs: float32 [sequences, labels]. Each is a forward of its own."""
         rows = []
-        for ids, second_start in pairs:
+        for ids, second_start in sequences:
             inputs: dict[str, npt.NDArray[Any]] = {"input_ids": ids}
             if has_segments(self._model):
                 inputs["token_type_ids"] = np.arange(len(ids)) >= second_start

@@ -18,7 +18,6 @@ from inferctl.serve import tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import plain
 from inferctl.serve.modules import read_object
-from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
 
@@ -74,11 +73,21 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
     if config.lower_case and library.is_fast:
         library.backend_tokenizer.normalizer = tokenizer_files.with_lower_case(library.backend_tokenizer.normalizer)
     texts = [*_PROBES, *_own_probes(pool, library.get_added_vocab()), "start " + "a " * pool.max_tokens + "end"]
-    pairs = isinstance(config, RerankConfig)
+    if config.takes_texts:
+        _compare(folder, pool, library, [(text,) for text in texts])
+    if config.takes_pairs:
+        _compare(folder, pool, library, list(zip(texts, [*texts[1:], texts[0]], strict=True)))
+
+
+def _compare(folder: Path, pool: TokenizerPool, library: Any, inputs: Sequence[tuple[str, ...]]) -> None:
+    """Compare texts, or pairs of texts."""
+    pairs = len(inputs[0]) == 2
     has_segments = pairs and (read_object(folder / "config.json").get("type_vocab_size", 2) or 0) > 1  # as BertConfig
-    inputs = list(zip(texts, [*texts[1:], texts[0]], strict=True)) if pairs else [(text,) for text in texts]
     found = library(  # a list of lists, since a pair with an empty text alone counts as one text
-        inputs if pairs else texts, truncation="longest_first", max_length=pool.max_tokens, return_attention_mask=False
+        inputs if pairs else [text for (text,) in inputs],
+        truncation="longest_first",
+        max_length=pool.max_tokens,
+        return_attention_mask=False,
     )
     expected_segments = found.get("token_type_ids") or [[0] * len(row) for row in found["input_ids"]]
     for given, expected, kinds in zip(inputs, found["input_ids"], expected_segments, strict=True):

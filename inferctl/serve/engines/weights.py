@@ -44,10 +44,11 @@ _OTHER_INPUTS = r"(model\.)?(vision_tower|visual|audio_tower|multi_modal_project
 _MAY_BE_UNEXPECTED: dict[Task, tuple[str, ...]] = {
     "embed": (*_BUFFERS, *_PRETRAINING, _POOLER, _HEADS),
     "rerank": (*_BUFFERS, *_PRETRAINING, _POOLER),
+    "classify": (*_BUFFERS, *_PRETRAINING, _POOLER),
     "generate": (*_BUFFERS, _OTHER_INPUTS),
 }
 # Embeddings are pooled from the last layer, without the model's own pooler.
-_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,), "rerank": (), "generate": ()}
+_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,), "rerank": (), "classify": (), "generate": ()}
 # Of a message about wrong weights, which can be all of a model.
 _NAMED = 3
 # Numbers in a table of static embeddings, which a small file with a mapping can exceed.

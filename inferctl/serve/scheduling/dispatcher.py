@@ -117,7 +117,7 @@ class Dispatcher:
     ) -> asyncio.Future[RequestResult]:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
-        `second_starts`: as in `Batch`; all requests of a server have them, or none. `tenant`: as in `Batcher.submit`.
+        `second_starts`: as in `Batch`. `tenant`: as in `Batcher.submit`.
         `on_vector` gets each vector when its batch completes. `use` counts what engines compute. Raises
         `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError`
         or `EngineFailedError`.
@@ -244,8 +244,11 @@ class Dispatcher:
         attempt.uses = [request.use for request, _ in found]
         parts = [request.sequences[position] for request, position in found]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
-        starts = [request.second_starts[position] for request, position in found if request.second_starts is not None]
-        second_starts = np.array(starts, dtype=np.int32) if starts else None
+        second_starts = None
+        if any(request.second_starts is not None for request, _ in found):
+            starts = [None if request.second_starts is None else request.second_starts[at] for request, at in found]
+            whole = [len(part) if at is None else at for part, at in zip(parts, starts, strict=True)]
+            second_starts = np.array(whole, dtype=np.int32)
         return Batch(next(self._ids), np.concatenate(parts), lengths, second_starts)
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:

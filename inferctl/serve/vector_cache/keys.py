@@ -10,15 +10,15 @@ from hashlib import blake2b
 from typing import Any
 
 import inferctl
-from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo, Tokens
+from inferctl.serve.task_config import TaskConfig
 
 KEY_BYTES = 16
 # Scopes whose seeds are kept. Another one costs one more hash per request.
 _SCOPES = 16_384
 
 
-def identity(model_sha256: str, config: EmbeddingConfig, info: EngineInfo) -> dict[str, Any]:
+def identity(model_sha256: str, config: TaskConfig, info: EngineInfo) -> dict[str, Any]:
     """Return all that determines a vector except its token ids.
 
     The device is not part of it: servers on different GPUs share entries if they compute in the same precision. The

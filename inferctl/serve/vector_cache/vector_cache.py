@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from inferctl.config.spec import Cache, Task
+from inferctl.config.spec_types import CACHED
 from inferctl.core.sizes import parse_size
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.metrics import Metrics
@@ -76,7 +77,7 @@ def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
 
     Raises `NotReadyError` if a package is missing, `UsageError` for a bad size or URL.
     """
-    if task != "embed" or not settings.size:
+    if task not in CACHED or not settings.size:
         return None
     shared = SharedLevel(settings.shared, metrics.cache_shared_failures.inc) if settings.shared else None
     store = VectorStore(parse_size(settings.size))

@@ -86,7 +86,7 @@ class Origin:
     """What all requests of a server process have in common. `hardware` and `model_sha256`: None before it is ready."""
 
     model: str
-    task: Literal["embed", "rerank", "generate"]
+    task: Literal["embed", "rerank", "classify", "generate"]
     model_sha256: str | None = None
     hardware: str | None = None
 

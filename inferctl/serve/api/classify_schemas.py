@@ -1,0 +1,154 @@
+"""The request and response schemas of `POST /classify` and `POST /predict`, and their responses.
+
+The former is that of vLLM (`vllm/entrypoints/pooling/classify/protocol.py`), the latter that of
+text-embeddings-inference (`PredictRequest` and `PredictResponse` in its `router/src/http/types.rs`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Usage, limit_items
+from inferctl.serve.engine_process.engine_protocol import Vectors
+
+# A text, or a pair of texts.
+Item = tuple[str] | tuple[str, str]
+_TRUNCATE = Field(
+    None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
+)
+_TextsSchema = Text | Annotated[list[Text], Field(min_length=1)]
+_TextOrPair = Annotated[list[Text], Field(min_length=1, max_length=2)]
+_InputsSchema = Text | _TextOrPair | Annotated[list[_TextOrPair], Field(min_length=1)]
+
+
+def _validate_texts(value: Any, info: ValidationInfo) -> list[Item]:
+    """Return one text or a list of texts as items. Raises `PydanticCustomError` for anything else."""
+    listed = [value] if isinstance(value, str) else limit_items(value, info)
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise PydanticCustomError("invalid_type", "input must be a text or a list of texts")
+    return [_item([text], "input") for text in listed] or _raise_empty("input")
+
+
+def _validate_inputs(value: Any, info: ValidationInfo) -> list[Item] | Item:
+    """Return one item, or a list of items. Raises `PydanticCustomError` for anything else."""
+    if isinstance(value, str):
+        return _item([value], "inputs")
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return _item(value, "inputs")
+    if not isinstance(limit_items(value, info), list):
+        raise _wrong_type()
+    return [_item(each, "inputs") for each in value] or _raise_empty("inputs")
+
+
+def _item(texts: Any, field: str) -> Item:
+    if not isinstance(texts, list) or not 0 < len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+        raise _wrong_type()
+    if not all(texts):
+        _raise_empty(f"a text of {field}")
+    return (texts[0],) if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _raise_empty(what: str) -> NoReturn:
+    raise PydanticCustomError("empty_input", "{what} is empty", {"what": what})
+
+
+def _wrong_type() -> PydanticCustomError:
+    message = "inputs must be a text, a pair [text, text], or a list of [text] and [text, text]"
+    return PydanticCustomError("invalid_type", message)
+
+
+class ClassifyRequest(ModelRequest):
+    """The body of `POST /classify`."""
+
+    input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
+        description="A text, or a list of texts."
+    )
+    use_activation: StrictBool | None = Field(
+        None, description="False: return the logits of the model instead of probabilities."
+    )
+    truncate: StrictBool | None = _TRUNCATE
+
+
+class PredictRequest(ModelRequest):
+    """The body of `POST /predict`."""
+
+    inputs: Annotated[list[Item] | Item, PlainValidator(_validate_inputs, json_schema_input_type=_InputsSchema)] = (
+        Field(description="A text, a pair of texts as a list of two, or a list of lists of one or two texts.")
+    )
+    raw_scores: StrictBool = Field(False, description="True: return the logits of the model instead of probabilities.")
+    truncate: StrictBool | None = _TRUNCATE
+    truncation_direction: Literal["Right", "right"] = Field("Right", description="Long inputs lose their end.")
+
+    @property
+    def items(self) -> list[Item]:
+        """The texts and pairs."""
+        return [self.inputs] if isinstance(self.inputs, tuple) else self.inputs
+
+
+class Classification(BaseModel):
+    """The scores of one input, in the order of the model's labels. `label` is that of the highest score."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyResponse(BaseModel):
+    """The successful response of `POST /classify`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: Usage
+
+
+class Prediction(BaseModel):
+    """The score of one label."""
+
+    score: float
+    label: str
+
+
+class PredictResponse(RootModel[list[Prediction] | list[list[Prediction]]]):
+    """The successful response of `POST /predict`: the labels by score for one input, or such a list for each."""
+
+
+def classify_response(scores: Vectors, labels: Sequence[str], id_: str, model: str, tokens: int) -> Iterator[bytes]:
+    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
+    head = {"id": id_, "object": "list", "created": int(time.time()), "model": model}
+    separator = orjson.dumps(head)[:-1] + b',"data":['
+    for start in range(0, len(scores), PART_VECTORS):
+        data = [
+            {"index": index, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(row)}
+            for index, row in enumerate(scores[start : start + PART_VECTORS], start)
+        ]
+        yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    yield b"]," + orjson.dumps({"usage": {"prompt_tokens": tokens, "total_tokens": tokens}})[1:]
+
+
+def predict_response(scores: Vectors, labels: Sequence[str], *, several: bool) -> Iterator[bytes]:
+    """Yield the JSON of a successful response in parts. `several`: whether the request had a list of inputs."""
+    separator = b"[" if several else b""
+    for start in range(0, len(scores), PART_VECTORS):
+        rows = scores[start : start + PART_VECTORS]
+        # A stable sort, so labels with equal scores keep their order.
+        orders = np.argsort(-rows, axis=1, kind="stable")
+        found = [
+            [{"score": row[number], "label": labels[number]} for number in order]
+            for row, order in zip(rows, orders.tolist(), strict=True)
+        ]
+        yield separator + orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    if several:
+        yield b"]"

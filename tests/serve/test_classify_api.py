@@ -1,0 +1,253 @@
+"""`/classify` and `/predict` with the echo engine, whose first two logits depend on the ids and the number of tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from inferctl.serve.api import schemas
+from inferctl.serve.api.classify_schemas import ClassifyRequest, PredictRequest
+from inferctl.serve.edge.errors import ApiError
+from tests.access.test_keys import add
+from tests.processes import ServerProcess, start
+from tests.serve.test_rerank_api import JSON, post
+
+LABELS = [f"mood {number}" for number in range(8)]  # as many as the echo engine returns numbers
+
+
+def classifier(minilm: Path, folder: Path, **more: Any) -> Path:
+    """Write a folder that the echo engine serves as a classifier."""
+    shutil.copytree(minilm, folder, symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
+    config = json.loads((minilm / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(LABELS)), **more}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("classify")
+    model = classifier(minilm, folder / "model")
+    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "moods")
+    yield running
+    running.kill()
+
+
+def classify(server: ServerProcess, texts: list[str], **more: object) -> list[list[float]]:
+    answer = post(server, "/classify", input=texts, **more)
+    assert answer.status_code == 200, answer.text
+    return [entry["probs"] for entry in answer.json()["data"]]
+
+
+def predict(server: ServerProcess, inputs: object, **more: object) -> Any:
+    answer = post(server, "/predict", inputs=inputs, **more)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_classify_returns_the_scores_in_the_order_of_texts_and_labels(server: ServerProcess) -> None:
+    answer = post(server, "/classify", input=["one", "one two three four"], model="moods")
+    body = answer.json()
+    assert {key: body[key] for key in ("id", "object", "model")} == {
+        "id": answer.headers["x-request-id"],
+        "object": "list",
+        "model": "moods",
+    }
+    assert body["created"] > 1_700_000_000
+    assert body["usage"]["total_tokens"] == int(answer.headers["x-inferctl-tokens"]) == 3 + 6
+    assert [entry["index"] for entry in body["data"]] == [0, 1]
+    for entry in body["data"]:
+        assert (entry["num_classes"], len(entry["probs"])) == (8, 8)
+        assert sum(entry["probs"]) == pytest.approx(1)
+        assert entry["label"] == LABELS[int(np.argmax(entry["probs"]))] == "mood 0"
+    (single,) = classify(server, ["one"])
+    assert post(server, "/classify", input="one").json()["data"][0]["probs"] == single == body["data"][0]["probs"]
+
+
+def test_the_scores_are_a_softmax_of_the_logits(server: ServerProcess) -> None:
+    (scores,), (logits,) = classify(server, ["one"]), classify(server, ["one"], use_activation=False)
+    assert np.linalg.norm(logits) == pytest.approx(1)  # as the echo engine returns them
+    np.testing.assert_allclose(scores, np.exp(logits) / np.exp(logits).sum(), atol=1e-6)
+    assert classify(server, ["one"], use_activation=True) == classify(server, ["one"], use_activation=None) == [scores]
+    raw = {entry["label"]: entry["score"] for entry in predict(server, "one", raw_scores=True)}
+    assert [raw[label] for label in LABELS] == pytest.approx(logits)
+
+
+def test_predict_returns_the_labels_by_score(server: ServerProcess) -> None:
+    (scores,) = classify(server, ["one"])
+    found = predict(server, "one")
+    assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(dict(zip(LABELS, scores, strict=True)))
+    assert [entry["score"] for entry in found] == sorted(scores, reverse=True)
+    ties = [entry["label"] for entry in found if entry["score"] == found[-1]["score"]]
+    assert len(ties) > 1 and ties == sorted(ties)  # equal scores keep the order of the labels
+
+
+# `inputs` of /predict, and the texts and pairs that they are.
+INPUTS: dict[str, tuple[object, list[tuple[str, ...]]]] = {
+    "a text": ("one two", [("one two",)]),
+    "a text in a list": (["one two"], [("one two",)]),
+    "a pair": (["one", "two"], [("one", "two")]),
+    "a list of one text": ([["one"]], [("one",)]),
+    "texts": ([["one"], ["two three"]], [("one",), ("two three",)]),
+    "pairs": ([["one", "two"], ["three", "four five"]], [("one", "two"), ("three", "four five")]),
+    "both": ([["one", "two"], ["three"], ["four", "five six"], ["seven eight"]],
+             [("one", "two"), ("three",), ("four", "five six"), ("seven eight",)]),
+    "many of both": ([["one", "two"], ["three"]] * 100, [("one", "two"), ("three",)] * 100),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_texts_pairs_or_a_list_of_both(server: ServerProcess, name: str) -> None:
+    inputs, items = INPUTS[name]
+    found = predict(server, inputs, raw_scores=True)
+    single = not isinstance(inputs, list) or isinstance(inputs[0], str)
+    rows = [found] if single else found
+    expected = {item: predict(server, item[0] if len(item) == 1 else list(item), raw_scores=True) for item in {*items}}
+    assert rows == [expected[item] for item in items]
+    lengths = [len(item) + 1 + sum(len(text.split()) for text in item) for item in items]
+    for row, length in zip(rows, lengths, strict=True):  # [CLS] and a [SEP] after each text
+        scores = {entry["label"]: entry["score"] for entry in row}
+        assert scores["mood 1"] / scores["mood 2"] == pytest.approx(length, rel=1e-4)
+
+
+LONG = "word " * 999
+ERRORS: list[tuple[str, dict[str, object], int, str]] = [
+    ("/classify", {}, 400, "missing_field"),
+    ("/classify", {"input": []}, 400, "empty_input"),
+    ("/classify", {"input": ""}, 400, "empty_input"),
+    ("/classify", {"input": ["a", ""]}, 400, "empty_input"),
+    ("/classify", {"input": ["a", 1]}, 400, "invalid_type"),
+    ("/classify", {"input": [["a", "b"]]}, 400, "invalid_type"),
+    ("/classify", {"input": ["a"] * 2049}, 400, "too_many_inputs"),
+    ("/classify", {"input": "a", "use_activation": 1}, 400, "invalid_value"),
+    ("/classify", {"input": "a", "model": "other"}, 404, "model_not_found"),
+    ("/classify", {"input": ["a", LONG], "truncate": False}, 400, "context_length_exceeded"),
+    ("/classify", {"input": ["a " * 3000]}, 200, ""),
+    ("/v1/embeddings", {"input": "a"}, 404, "unsupported_task"),
+    ("/v1/rerank", {"query": "a", "documents": ["b"]}, 404, "unsupported_task"),
+    ("/predict", {}, 400, "validation"),
+    ("/predict", {"inputs": []}, 400, "empty"),
+    ("/predict", {"inputs": ""}, 400, "empty"),
+    ("/predict", {"inputs": [[]]}, 400, "validation"),
+    ("/predict", {"inputs": ["a", ""]}, 400, "empty"),
+    ("/predict", {"inputs": ["a", "b", "c"]}, 400, "validation"),
+    ("/predict", {"inputs": [["a"], "b"]}, 400, "validation"),
+    ("/predict", {"inputs": [["a", "b", "c"]]}, 400, "validation"),
+    ("/predict", {"inputs": [["a"]] * 2049}, 400, "validation"),
+    ("/predict", {"inputs": "a", "raw_scores": None}, 400, "validation"),
+    ("/predict", {"inputs": "a", "truncation_direction": "Left"}, 400, "validation"),
+    ("/predict", {"inputs": LONG, "truncate": False}, 400, "tokenizer"),
+    ("/predict", {"inputs": [["a"], ["b", LONG]], "truncate": False}, 400, "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "kind"), ERRORS)
+def test_errors_have_the_shape_of_their_api(
+    server: ServerProcess, path: str, body: dict[str, object], status: int, kind: str
+) -> None:
+    answer = post(server, path, **body)
+    assert answer.status_code == status
+    if path == "/predict":
+        assert set(answer.json()) == {"error", "error_type"}
+        assert answer.json()["error_type"] == kind
+    elif status != 200:
+        assert answer.json()["error"]["code"] == kind
+
+
+def test_errors_name_the_input(server: ServerProcess) -> None:
+    inputs = [["a", "b"], ["c"], ["d", LONG], [LONG]]
+    answer = post(server, "/predict", inputs=inputs, truncate=False)
+    assert answer.json()["error"].startswith("inputs[3] ")
+    assert post(server, "/predict", inputs=inputs[:3], truncate=False).json()["error"].startswith("inputs[2] ")
+    assert post(server, "/classify", input=["a", LONG], truncate=False).json()["error"]["param"] == "input"
+
+
+def test_errors_of_the_edge_have_the_shape_of_the_path(server: ServerProcess) -> None:
+    for path, shape in (("/predict", {"error", "error_type"}), ("/classify", {"error"})):
+        broken = httpx.post(f"{server.url}{path}", content=b"{", headers={"content-type": "application/json"})
+        large = httpx.post(f"{server.url}{path}", content=b"0" * (5 * 2**20))
+        assert (broken.status_code, large.status_code) == (400, 413)
+        assert set(broken.json()) == set(large.json()) == shape
+
+
+def test_other_servers_say_that_they_cannot_classify(echo: ServerProcess) -> None:
+    assert post(echo, "/classify", input="a").json()["error"]["code"] == "unsupported_task"
+    answer = post(echo, "/predict", inputs="a")
+    assert (answer.status_code, answer.json()["error_type"]) == (404, "validation")
+
+
+def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
+    document = server.get("/openapi.json").json()
+    assert {path for path, entry in document["paths"].items() if "post" in entry} == {"/classify", "/predict"}
+    shapes = {
+        path: document["paths"][path]["post"]["responses"]["400"]["content"]["application/json"]["schema"]["$ref"]
+        for path in ("/classify", "/predict")
+    }
+    assert [ref.rpartition("/")[2] for ref in shapes.values()] == ["ErrorResponse", "TeiErrorResponse"]
+    assert "/predict" in server.get("/docs").text
+
+
+def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
+) -> None:
+    """Texts are cached, pairs are not; both are charged with their tokens."""
+    key_file, ledger = tmp_path / "keys.json", tmp_path / "usage" / "ledger.sqlite"
+    _, limited = add(key_file, "limited", tokens_per_minute=40)
+    _, free = add(key_file, "free")
+    _, other = add(key_file, "other", endpoints=["predict"])
+    settings = {"access": {"keys": str(key_file)}, "cache": {"size": "1 MB"}}
+    settings["metering"] = {"mode": "required", "data": str(tmp_path / "usage")}
+    spec = {"name": "moods", "model": {"source": str(classifier(minilm, tmp_path / "model"))}, **settings}
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
+
+    def send(path: str, key: str, **body: object) -> httpx.Response:
+        return httpx.post(f"{server.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=60)
+
+    refused = send("/predict", "wrong", inputs="a")
+    assert (refused.status_code, refused.json()["error_type"]) == (401, "validation")
+    assert send("/classify", other, input="a").status_code == 403
+    texts = [["one two"], ["three four five"]]
+    first = send("/predict", free, inputs=texts)
+    assert first.headers["x-inferctl-tokens"] == "9"
+    again = send("/classify", free, input=[text for (text,) in texts])
+    assert (again.headers["x-inferctl-tokens"], again.headers["x-inferctl-cached-tokens"]) == ("9", "9")
+    assert [max(entry["probs"]) for entry in again.json()["data"]] == pytest.approx(
+        [row[0]["score"] for row in first.json()]
+    )
+    for _ in range(2):
+        pair = send("/predict", free, inputs=[["one", "two"], ["one two"]])
+        assert (pair.headers["x-inferctl-tokens"], "x-inferctl-cached-tokens" in pair.headers) == ("9", False)
+    assert send("/classify", limited, input="word " * 30).status_code == 200
+    above = send("/predict", limited, inputs="word " * 30)
+    assert (above.status_code, above.json()["error_type"]) == (429, "overloaded")
+    assert int(above.headers["retry-after"]) > 0
+
+    assert server.stop() == 0
+    with sqlite3.connect(ledger) as database:
+        rows = database.execute(
+            "select endpoint, status, sum(requests), sum(input_tokens), sum(cached_tokens) from usage_events "
+            "where status = 200 group by endpoint order by endpoint"
+        ).fetchall()
+    assert rows == [("classify", 200, 2, 9 + 32, 9), ("predict", 200, 3, 9 + 9 + 9, 0)]
+
+
+@given(JSON)
+@settings(max_examples=50)
+def test_any_json_is_accepted_or_rejected_with_400(value: object) -> None:
+    bodies = [(ClassifyRequest, {"input": value, "use_activation": value}), (ClassifyRequest, value)]
+    bodies += [(PredictRequest, {"inputs": value}), (PredictRequest, {"inputs": "a", "raw_scores": value})]
+    for kind, body in bodies:
+        try:
+            schemas.parse(kind, json.dumps(body).encode(), max_inputs=3)
+        except ApiError as error:
+            assert error.status == 400
