@@ -65,8 +65,8 @@ class FrontEnd:
             lifecycle,
             emit=emitter(*([load.record] if load else [])),
             page=page,
-            endpoints=app.ENDPOINTS,
-            error_bodies=app.ERROR_BODIES,
+            endpoints=app.names(task),
+            error_bodies=app.error_bodies(task),
             limits=limits,
             access=access,
             charge=backend.charge,
@@ -114,6 +114,7 @@ def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) ->
     )
     if isinstance(config, EmbeddingConfig):
         served.prompts = config.prompts
+        served.normalized = config.normalize and config.truncate_dim is None
     else:
         served.activation = config.scores
     if isinstance(config, ClassifyConfig):

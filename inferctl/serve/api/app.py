@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -18,14 +19,32 @@ from inferctl.config.spec import Task
 from inferctl.serve.api import openapi
 from inferctl.serve.api.classify import ClassifyEndpoint, PredictEndpoint
 from inferctl.serve.api.classify_schemas import ClassifyRequest, ClassifyResponse, PredictRequest, PredictResponse
+from inferctl.serve.api.cohere import CohereEmbed, CohereEmbedRequest, CohereEmbedResponse
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResponse
 from inferctl.serve.api.embeddings import EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
-from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint
-from inferctl.serve.api.rerank_schemas import RerankRequest, RerankResponse, ScoreRequest, ScoreResponse
-from inferctl.serve.api.schemas import TeiErrorResponse
-from inferctl.serve.edge.errors import ApiError, tei_body
+from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint, TeiRerankEndpoint, VoyageRerankEndpoint
+from inferctl.serve.api.rerank_schemas import (
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+    TeiRerankRequest,
+    TeiRerankResponse,
+    VoyageRerankRequest,
+    VoyageRerankResponse,
+)
+from inferctl.serve.api.schemas import CohereErrorResponse, TeiErrorResponse, VoyageErrorResponse
+from inferctl.serve.api.tei import (
+    EmbedRequest,
+    EmbedResponse,
+    SimilarityRequest,
+    SimilarityResponse,
+    TeiEmbed,
+    TeiSimilarity,
+)
+from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,63 @@ _ALL = (
         EmbeddingsEndpoint,
     ),
     Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/embed",
+            "Compute the embeddings of texts, as text-embeddings-inference does.",
+            EmbedRequest,
+            EmbedResponse,
+            {"inputs": ["first text", "second text"]},
+            TeiErrorResponse,
+        ),
+        partial(EmbeddingsEndpoint, api=TeiEmbed()),
+        ("/",),
+        tei_body,
+    ),
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/similarity",
+            "Compute the cosines of a text and others, as text-embeddings-inference does.",
+            SimilarityRequest,
+            SimilarityResponse,
+            {"inputs": {"source_sentence": "a text", "sentences": ["first text", "second text"]}},
+            TeiErrorResponse,
+        ),
+        partial(EmbeddingsEndpoint, api=TeiSimilarity()),
+        error_body=tei_body,
+    ),
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/voyage/embeddings",
+            "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage.",
+            EmbeddingRequest,
+            EmbeddingResponse,
+            {"input": ["first text", "second text"], "output_dtype": "float"},
+            VoyageErrorResponse,
+        ),
+        EmbeddingsEndpoint,
+        error_body=voyage_body,
+    ),
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/v2/embed",
+            "Compute the embeddings of texts in one or several number formats, as Cohere does.",
+            CohereEmbedRequest,
+            CohereEmbedResponse,
+            {"texts": ["first text", "second text"], "embedding_types": ["float"]},
+            CohereErrorResponse,
+        ),
+        partial(EmbeddingsEndpoint, api=CohereEmbed()),
+        error_body=cohere_body,
+    ),
+    Endpoint(
         "rerank",
         "rerank",
         Operation(
@@ -73,7 +149,49 @@ _ALL = (
             {"query": "a question", "documents": ["first text", "second text"]},
         ),
         RerankEndpoint,
-        ("/v2/rerank", "/rerank"),  # of Cohere's clients and of Jina's first
+    ),
+    Endpoint(
+        "rerank",
+        "rerank",
+        Operation(
+            "/rerank",
+            "Order texts by their relevance to a query, as text-embeddings-inference does; `documents` as /v1/rerank.",
+            TeiRerankRequest,
+            TeiRerankResponse,
+            {"query": "a question", "texts": ["first text", "second text"]},
+            TeiErrorResponse,
+        ),
+        TeiRerankEndpoint,
+        ("/",),
+        tei_body,
+    ),
+    Endpoint(
+        "rerank",
+        "rerank",
+        Operation(
+            "/voyage/rerank",
+            "Order documents by their relevance to a query, as Voyage does.",
+            VoyageRerankRequest,
+            VoyageRerankResponse,
+            {"query": "a question", "documents": ["first text", "second text"]},
+            VoyageErrorResponse,
+        ),
+        VoyageRerankEndpoint,
+        error_body=voyage_body,
+    ),
+    Endpoint(
+        "rerank",
+        "rerank",
+        Operation(
+            "/v2/rerank",
+            "Order documents by their relevance to a query, with the errors of Cohere.",
+            RerankRequest,
+            RerankResponse,
+            {"query": "a question", "documents": ["first text", "second text"]},
+            CohereErrorResponse,
+        ),
+        RerankEndpoint,
+        error_body=cohere_body,
     ),
     Endpoint(
         "score",
@@ -111,16 +229,29 @@ _ALL = (
             TeiErrorResponse,
         ),
         PredictEndpoint,
-        error_body=tei_body,
+        ("/",),
+        tei_body,
     ),
 )
-ENDPOINTS = {path: endpoint.name for endpoint in _ALL for path in endpoint.paths}
-ERROR_BODIES = {path: endpoint.error_body for endpoint in _ALL for path in endpoint.paths}
 
 
 def served(task: Task) -> list[str]:
     """Return the paths that a server of this task has."""
     return [path for endpoint in _ALL if endpoint.task == task for path in endpoint.paths]
+
+
+def names(task: Task) -> dict[str, str]:
+    """Return the names of all paths of tasks. A path of several tasks has the name in this one."""
+    return {path: endpoint.name for endpoint in _of_task_last(task) for path in endpoint.paths}
+
+
+def error_bodies(task: Task) -> dict[str, Callable[[ApiError], bytes]]:
+    """Return the shapes of the errors of all paths of tasks."""
+    return {path: endpoint.error_body for endpoint in _of_task_last(task) for path in endpoint.paths}
+
+
+def _of_task_last(task: Task) -> list[Endpoint]:
+    return sorted(_ALL, key=lambda endpoint: endpoint.task == task)
 
 
 def create(inference: Inference) -> ASGIApp:
@@ -133,7 +264,7 @@ def create(inference: Inference) -> ASGIApp:
 
     operations = [endpoint.operation for endpoint in _ALL if endpoint.task == model.task]
     endpoints: dict[str, ASGIApp] = {}
-    for each in _ALL:
+    for each in _of_task_last(model.task):
         application = each.application(inference) if each.task == model.task else unsupported
         endpoints |= dict.fromkeys(each.paths, application)
 

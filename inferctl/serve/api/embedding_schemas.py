@@ -1,63 +1,69 @@
-"""OpenAI's request and response schemas of `POST /v1/embeddings`."""
+"""OpenAI's request and response schemas of `POST /v1/embeddings`, with the names of Voyage's API too."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
+from pydantic import AliasChoices, BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
 from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Usage
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PROMPT_CHARACTERS = 8192
+_MAX_FLOAT16 = np.finfo(np.float16).max
 
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]], Field(min_length=1)]
-_InputSchema = (
+InputSchema = (
     _Text | Annotated[list[_Text], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
 )
 
 
-def _validate_input(value: Any, info: ValidationInfo) -> Input:
+def validate_input(value: Any, info: ValidationInfo) -> Input:
     """Return the input of a request. Raises `PydanticCustomError` for an invalid one.
 
     pydantic would try each type of list in turn and keep one error per item: 4 MiB of numbers took 17 s and 3 GB.
     """
+    name = info.field_name or "input"
     if not isinstance(value, str | list):
-        raise _wrong_type()
+        raise _wrong_type(name)
     if not value:
-        raise _empty("input")
+        raise _empty(name)
     if isinstance(value, str):
         return value
     kind, limit = type(value[0]), (info.context or {}).get("max_inputs")
     if kind in (str, list) and limit is not None and len(value) > limit:
         detail = {"count": len(value), "limit": limit}
-        raise PydanticCustomError("too_many_inputs", "input has {count} items; the limit is {limit}", detail)
+        raise PydanticCustomError("too_many_inputs", f"{name} has {{count}} items; the limit is {{limit}}", detail)
     if kind not in (str, list):
-        return _token_ids(value)
+        return _token_ids(value, name)
     if set(map(type, value)) != {kind}:
-        raise _wrong_type()
+        raise _wrong_type(name)
     if not all(value):
-        raise _empty(f"input[{next(index for index, item in enumerate(value) if not item)}]")
-    return [_token_ids(row) for row in value] if kind is list else value
+        raise _empty(f"{name}[{next(index for index, item in enumerate(value) if not item)}]")
+    return [_token_ids(row, name) for row in value] if kind is list else value
 
 
-def _token_ids(row: list[Any]) -> list[int]:
+def _token_ids(row: list[Any], name: str) -> list[int]:
     """Return token ids as integers. 5.0 is an integer in JSON Schema, so it is valid here."""
     kinds = set(map(type, row))
     if kinds != {int}:
         whole = list(map(int, row)) if kinds <= {int, float} else []
         if whole != row:
-            raise _wrong_type()
+            raise _wrong_type(name)
         row = whole
     if min(row) < 0 or max(row) > _MAX_TOKEN_ID:
         raise PydanticCustomError("invalid_token", f"token ids must be from 0 to {_MAX_TOKEN_ID}")
@@ -68,15 +74,15 @@ def _empty(what: str) -> PydanticCustomError:
     return PydanticCustomError("empty_input", "{what} is empty", {"what": what})
 
 
-def _wrong_type() -> PydanticCustomError:
-    message = "input must be a text, a list of texts, a list of token ids or a list of lists of token ids"
+def _wrong_type(name: str) -> PydanticCustomError:
+    message = f"{name} must be a text, a list of texts, a list of token ids or a list of lists of token ids"
     return PydanticCustomError("invalid_type", message)
 
 
 class EmbeddingRequest(ModelRequest):
     """The body of `POST /v1/embeddings`."""
 
-    input: Annotated[Input, PlainValidator(_validate_input, json_schema_input_type=_InputSchema)] = Field(
+    input: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
@@ -88,11 +94,14 @@ class EmbeddingRequest(ModelRequest):
         "model is calibrated, `binary` and `ubinary` (signed and unsigned bytes, each of 8 dimensions).",
     )
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
+        None,
+        validation_alias=AliasChoices("dimensions", "output_dimension"),
+        description="Truncate the vectors to this many dimensions; only for models that are trained for it.",
     )
     user: StrictStr | None = Field(None, description="Ignored.")
     truncate: StrictBool | None = Field(
         None,
+        validation_alias=AliasChoices("truncate", "truncation"),
         description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting.",
     )
     prompt: Annotated[StrictStr, Field(max_length=_MAX_PROMPT_CHARACTERS)] | None = Field(
@@ -129,6 +138,33 @@ class EmbeddingResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
+
+
+@dataclass(frozen=True)
+class OpenAi:
+    """It is an `EmbeddingApi`."""
+
+    field: str = "input"
+    request: type[ModelRequest] = EmbeddingRequest
+
+    def embedding(self, request: EmbeddingRequest, _: ServedModel) -> EmbeddingRequest:
+        """Return the request. Part of `EmbeddingApi`."""
+        return request
+
+    def response(
+        self, request: EmbeddingRequest, vectors: Vectors, model: ServedModel, context: RequestContext
+    ) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `EmbeddingApi`."""
+        wanted = request.output_dtype or "float"
+        ranges = model.ranges_for(wanted, vectors.shape[1])
+        check_range(vectors, wanted)
+        return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges)
+
+
+def check_range(vectors: Vectors, wanted: VectorFormat) -> None:
+    """Raise `ApiError` 400 if vectors have a number that a format does not have."""
+    if wanted == "float16" and np.abs(vectors).max() > _MAX_FLOAT16:
+        raise ApiError(400, "a vector has a number beyond float16", code="out_of_range", param="output_dtype")
 
 
 def response(

@@ -1,13 +1,13 @@
-"""`POST /v1/embeddings`, as a plain ASGI application."""
+"""`POST /v1/embeddings` and the endpoints of other APIs for embeddings, as plain ASGI applications."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from starlette.types import Receive, Scope, Send
@@ -15,7 +15,10 @@ from starlette.types import Receive, Scope, Send
 from inferctl.serve.api import embedding_schemas
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.api.inference import Inference, send_json
+from inferctl.serve.api.schemas import ModelRequest
+from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
 log = logging.getLogger("inferctl.prompts")
@@ -26,46 +29,78 @@ _INLINE_IDS = 16_384
 _MAX_ADDED_CHARACTERS = 4 * 2**20
 # Keys that get a line in the log.
 _MAX_REMINDED = 1_000
-_MAX_FLOAT16 = np.finfo(np.float16).max
+
+
+class EmbeddingApi(Protocol):
+    """The shape of an API for embeddings. `field`: what it calls the inputs. `request`: its requests."""
+
+    @property
+    def field(self) -> str: ...
+
+    @property
+    def request(self) -> type[ModelRequest]: ...
+
+    def embedding(self, request: Any, model: ServedModel) -> EmbeddingRequest:
+        """Return a request in the shape of OpenAI's. Raises `ApiError` 400 for what the model does not support."""
+
+    def response(self, request: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterable[bytes]:
+        """Return the JSON of a successful response in parts. Raises `ApiError`."""
 
 
 @dataclass(frozen=True)
 class EmbeddingsEndpoint:
-    """The application of `POST /v1/embeddings`."""
+    """The application of an endpoint for embeddings."""
 
     inference: Inference
+    api: EmbeddingApi = field(default_factory=embedding_schemas.OpenAi)
     reminded: set[str] = field(default_factory=set, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
+        try:
+            await self._respond(scope, receive, send)
+        except ApiError as error:
+            if error.param != "input" or self.api.field == "input":
+                raise
+            message = error.message
+            if message.startswith("input"):
+                message = message.replace("input", self.api.field, 1)
+            raise ApiError(
+                error.status, message, code=error.code, param=self.api.field, headers=error.headers
+            ) from None
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = await self.inference.admit(scope)
-        request, prompt = await self.inference.parsed_body(context, receive, self._parse)
+        given, request, prompt = await self.inference.parsed_body(context, receive, self._parse)
         model = self.inference.model
         if model.prompts.unused and isinstance(request.items[0], str):
             chosen = request.prompt is not None or request.prompt_name is not None
             if prompt is None or (not chosen and model.prompts.misses_query(request.input_type)):
                 self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
-        wanted, ranges = model.format_for(request.output_dtype, dimensions)
+        model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
         vectors = await self.inference.run(scope, partial(self._tokenize, request, prompt, context.tenant))
         vectors = _with_dimensions(vectors, dimensions)
-        if wanted == "float16" and np.abs(vectors).max() > _MAX_FLOAT16:
-            raise ApiError(400, "a vector has a number beyond float16", code="out_of_range", param="output_dtype")
-        parts = embedding_schemas.response(
-            vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges
-        )
-        await send_json(send, parts, context)
+        await send_json(send, self.api.response(given, vectors, model, context), context)
 
-    def _parse(self, raw: bytes) -> tuple[EmbeddingRequest, str | None]:
-        """Return the request and its prompt, None if it selects none. Raises `ApiError` 400 or 404."""
-        model, request = self.inference.model, self.inference.parse(EmbeddingRequest, raw)
+    def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
+        """Return the request, also in OpenAI's shape, and its prompt, None if it selects none.
+
+        Raises `ApiError` 400 or 404.
+        """
+        given = self.inference.parse(self.api.request, raw)
+        request = self.api.embedding(given, self.inference.model)
+        return given, request, self._prompt(request)
+
+    def _prompt(self, request: EmbeddingRequest) -> str | None:
+        model = self.inference.model
         for index, row in enumerate(() if isinstance(request.items[0], str) else request.items):
             if (largest := max(row)) >= model.vocabulary_size:
                 limit = model.vocabulary_size - 1
                 message = f"input[{index}] has token id {largest}; the largest of this model is {limit}"
                 raise ApiError(400, message, code="invalid_token", param="input")
         if request.prompt is request.prompt_name is request.input_type is None:
-            return request, None
+            return None
         if not isinstance(request.items[0], str):
             message = "a prompt precedes texts: send texts, or token ids without prompt, prompt_name and input_type"
             raise ApiError(400, message, code="prompt_without_text", param="input")
@@ -73,7 +108,7 @@ class EmbeddingsEndpoint:
         if (length := len(prompt) * len(request.items)) > _MAX_ADDED_CHARACTERS:
             message = f"the prompt has {length} characters in all inputs; the limit is {_MAX_ADDED_CHARACTERS}"
             raise ApiError(400, message, code="prompt_too_long", param="input")
-        return request, prompt
+        return prompt
 
     def _remind(self, key_id: str | None) -> None:
         """Log once for a key that it uses none of the prompts. Without keys, the line at the start is all."""

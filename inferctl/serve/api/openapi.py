@@ -73,8 +73,10 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
         models += [(operation.request, "validation")]
         models += [(kind, "serialization") for kind in (operation.response, operation.error)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    if model.dimensions and "EmbeddingRequest" in schemas["$defs"]:
-        _add_limits(schemas["$defs"]["EmbeddingRequest"], model)
+    if model.dimensions and model.task == "embed":
+        for name in [operation.request.__name__ for operation in operations]:
+            _add_limits(schemas["$defs"][name], model)
+        schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
     return {
         "openapi": "3.1.0",
         "info": {"title": model.name, "version": inferctl.__version__},
@@ -87,25 +89,36 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
 def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
     """Add the limits to the schema of requests, so that the server accepts every request that matches the schema."""
     properties = schema["properties"]
-    text, texts, ids, rows = properties["input"]["anyOf"]
-    texts["maxItems"] = rows["maxItems"] = model.max_inputs
-    ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = model.vocabulary_size - 1
-    number, sizes = {"type": "integer"}, model.matryoshka
-    properties["dimensions"]["anyOf"][0] = (
-        {**number, "minimum": 1, "maximum": model.dimensions}
-        if sizes is None
-        else {**number, "enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
-    )
-    if not model.ranges:
-        formats = properties["output_dtype"]["anyOf"][0]
-        formats["enum"] = [name for name in formats["enum"] if name not in CALIBRATED]
-    # Token ids have no prompt.
-    no_prompt: dict[str, Any] = {key: {"type": "null"} for key in ("prompt", "prompt_name", "input_type")}
-    for name, words in (("prompt_name", model.prompts.names), ("input_type", model.prompts.input_types)):
-        properties[name]["anyOf"][0] = {"type": "string", "enum": words} if words else {"type": "null"}
-    if not model.prompts.pooled:
-        properties["prompt"]["anyOf"][0]["maxLength"] = 0
-    schema["anyOf"] = [{"properties": {"input": {"anyOf": [text, texts]}}}, {"properties": no_prompt}]
+    prompts = {"prompt_name": model.prompts.names, "input_type": model.prompts.input_types}
+    for name, found in properties.items():
+        first = found.get("anyOf", [found])[0]
+        if name in ("dimensions", "output_dimension"):
+            found["anyOf"][0] = {"type": "integer", **_sizes(model)}
+        elif name == "texts":
+            found["maxItems"] = model.max_inputs
+        elif name == "normalize" and model.normalized:
+            found["enum"] = [True]
+        elif name in prompts:
+            found["anyOf"][0] = {"type": "string", "enum": prompts[name]} if prompts[name] else {"type": "null"}
+        elif name == "prompt" and not model.prompts.pooled:
+            first["maxLength"] = 0
+        elif name in ("output_dtype", "embedding_types"):
+            formats = first if name == "output_dtype" else first["items"]
+            if not model.ranges:
+                formats["enum"] = [each for each in formats["enum"] if each not in CALIBRATED]
+        elif name in ("input", "inputs") and "anyOf" in found:
+            text, texts, ids, rows = found["anyOf"]
+            texts["maxItems"] = rows["maxItems"] = model.max_inputs
+            ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = model.vocabulary_size - 1
+            # Token ids have no prompt.
+            no_prompt = {key: {"type": "null"} for key in ("prompt", *prompts) if key in properties}
+            schema["anyOf"] = [{"properties": {name: {"anyOf": [text, texts]}}}, {"properties": no_prompt}]
+
+
+def _sizes(model: ServedModel) -> dict[str, Any]:
+    if (sizes := model.matryoshka) is None:
+        return {"minimum": 1, "maximum": model.dimensions}
+    return {"enum": sorted({*(d for d in sizes if d < model.dimensions), model.dimensions})}
 
 
 def _get(path: str, name: str) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""`POST /v1/rerank` (the shape of Cohere and Jina) and `POST /v1/score` (the shape of vLLM), for cross-encoders."""
+"""Endpoints for cross-encoders, in the shapes of several APIs.
+
+`POST /v1/rerank`: Cohere and Jina. `/rerank`: also text-embeddings-inference. `/voyage/rerank`: Voyage. `/v1/score`:
+vLLM.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api.inference import Inference, send_json
-from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
+from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest, TeiRerankRequest, VoyageRerankRequest
+from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
@@ -28,13 +33,59 @@ class RerankEndpoint:
         inference = self.inference
         context = await inference.admit(scope)
         request = await inference.parsed_body(context, receive, partial(inference.parse, RerankRequest))
-        scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
-        # A stable sort, so documents with equal scores keep their order.
-        order = np.argsort(-scores, kind="stable")[: request.top_n].tolist()
-        results = [{"index": index, "relevance_score": float(scores[index])} for index in order]
+        await _rerank(inference, scope, send, request)
+
+
+@dataclass(frozen=True)
+class TeiRerankEndpoint:
+    """The application of `POST /rerank`: as `POST /v1/rerank`, or with `texts` as text-embeddings-inference."""
+
+    inference: Inference
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond to one request. Raises `ApiError`, which the edge sends."""
+        inference = self.inference
+        context = await inference.admit(scope)
+        request = await inference.parsed_body(context, receive, self._parse)
+        if isinstance(request, RerankRequest):
+            await _rerank(inference, scope, send, request)
+            return
+        logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
+        scores = logits if request.raw_scores else inference.model.activation(logits)
+        results: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in _order(scores)]
+        if request.return_text:
+            results = [entry | {"text": request.texts[entry["index"]]} for entry in results]
+        await send_json(send, [orjson.dumps(results)], context)
+
+    def _parse(self, raw: bytes) -> RerankRequest | TeiRerankRequest:
+        try:
+            return self.inference.parse(RerankRequest, raw)
+        except ApiError as error:
+            if (error.code, error.param) != ("missing_field", "documents"):
+                raise
+            without_documents = error
+        try:
+            return self.inference.parse(TeiRerankRequest, raw)
+        except ApiError as error:
+            raise (without_documents if error.code == "missing_field" else error) from None
+
+
+@dataclass(frozen=True)
+class VoyageRerankEndpoint:
+    """The application of `POST /voyage/rerank`: documents in the order of their relevance to a query."""
+
+    inference: Inference
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond to one request. Raises `ApiError`, which the edge sends."""
+        inference = self.inference
+        context = await inference.admit(scope)
+        given = await inference.parsed_body(context, receive, partial(inference.parse, VoyageRerankRequest))
+        request = given.rerank
+        results = await _results(inference, scope, request)
         if request.return_documents:
-            results = [{**entry, "document": {"text": request.texts[entry["index"]]}} for entry in results]
-        await _respond(send, context, inference.model.name, {"id": context.id.decode()}, {"results": results})
+            results = [entry | {"document": request.texts[entry["index"]]} for entry in results]
+        await _respond(send, context, inference.model.name, {"object": "list"}, {"data": results})
 
 
 @dataclass(frozen=True)
@@ -53,6 +104,24 @@ class ScoreEndpoint:
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
 
+async def _rerank(inference: Inference, scope: Scope, send: Send, request: RerankRequest) -> None:
+    context, results = context_of(scope), await _results(inference, scope, request)
+    if request.return_documents:
+        results = [entry | {"document": {"text": request.texts[entry["index"]]}} for entry in results]
+    await _respond(send, context, inference.model.name, {"id": context.id.decode()}, {"results": results})
+
+
+async def _results(inference: Inference, scope: Scope, request: RerankRequest) -> list[dict[str, Any]]:
+    """Return the index and the score of the most relevant documents."""
+    scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
+    return [{"index": index, "relevance_score": float(scores[index])} for index in _order(scores)[: request.top_n]]
+
+
+def _order(scores: Vectors) -> list[int]:
+    """Return the indices of scores, the highest first. Equal scores keep their order."""
+    return list(np.argsort(-scores, kind="stable").tolist())
+
+
 async def _scores(
     inference: Inference,
     scope: Scope,
@@ -61,7 +130,17 @@ async def _scores(
     truncate: bool | None,
 ) -> Vectors:
     """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
+    return inference.model.activation(await _logits(inference, scope, first, second, truncate))
 
+
+async def _logits(
+    inference: Inference,
+    scope: Scope,
+    first: str | list[str],
+    second: list[str],
+    truncate: bool | None,
+) -> Vectors:
+    """Return the logit of each pair: float32, [pairs]."""
     tenant = context_of(scope).tenant
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
@@ -70,7 +149,7 @@ async def _scores(
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run(scope, tokenize)
-    return inference.model.activation(logits[:, 0])
+    return logits[:, 0]
 
 
 async def _respond(

@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     StrictBool,
     StrictInt,
     model_validator,
@@ -30,16 +31,16 @@ class Document(BaseModel):
     text: Text
 
 
+_Documents = Annotated[list[Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
+_Count = Annotated[StrictInt, Field(ge=1)]
+
+
 class RerankRequest(ModelRequest):
     """The body of `POST /v1/rerank`."""
 
     query: Text = Field(description="The text that the documents are compared with.")
-    documents: Annotated[list[Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)] = (
-        Field(description="The documents: texts, or objects with a `text`.")
-    )
-    top_n: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Return only this many results. Default: all."
-    )
+    documents: _Documents = Field(description="The documents: texts, or objects with a `text`.")
+    top_n: _Count | None = Field(None, description="Return only this many results. Default: all.")
     return_documents: StrictBool | None = Field(None, description="Return the text of each document too.")
     truncate: StrictBool | None = _TRUNCATE
 
@@ -49,7 +50,39 @@ class RerankRequest(ModelRequest):
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
+class VoyageRerankRequest(ModelRequest):
+    """The body of `POST /voyage/rerank`."""
+
+    query: Text = Field(description="The text that the documents are compared with.")
+    documents: _Documents = Field(description="The documents.")
+    top_k: _Count | None = Field(None, description="Return only this many results. Default: all.")
+    return_documents: StrictBool | None = Field(None, description="Return the text of each document too.")
+    truncation: StrictBool | None = _TRUNCATE
+
+    @property
+    def rerank(self) -> RerankRequest:
+        """The request in the shape of `POST /v1/rerank`."""
+        return RerankRequest.model_construct(
+            query=self.query,
+            documents=self.documents,
+            top_n=self.top_k,
+            return_documents=self.return_documents,
+            truncate=self.truncation,
+        )
+
+
 _Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
+
+
+class TeiRerankRequest(ModelRequest):
+    """The body of `POST /rerank` in the shape of text-embeddings-inference, which has `texts`."""
+
+    query: Text = Field(description="The text that the others are compared with.")
+    texts: _Texts = Field(description="The texts to rank.")
+    raw_scores: StrictBool = Field(False, description="True: return the logits of the model.")
+    return_text: StrictBool = Field(False, description="Return each text too.")
+    truncate: StrictBool | None = _TRUNCATE
+    truncation_direction: Literal["Right", "right"] | None = Field(None, description="Long pairs lose their end.")
 
 
 class ScoreRequest(ModelRequest):
@@ -93,6 +126,35 @@ class RerankResponse(BaseModel):
     id: str
     model: str
     results: list[RerankResult]
+    usage: Usage
+
+
+class TeiRank(BaseModel):
+    """One text, by its index in the request."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class TeiRerankResponse(RootModel[list[TeiRank]]):
+    """The successful response of `POST /rerank` with `texts`: the highest scores first."""
+
+
+class VoyageRerankResult(BaseModel):
+    """One document, by its index in the request."""
+
+    index: int
+    relevance_score: float
+    document: str | None = None
+
+
+class VoyageRerankResponse(BaseModel):
+    """The successful response of `POST /voyage/rerank`: the results with the highest scores first."""
+
+    object: Literal["list"] = "list"
+    data: list[VoyageRerankResult]
+    model: str
     usage: Usage
 
 

@@ -61,6 +61,18 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+class VoyageErrorResponse(BaseModel):
+    """The body of error responses of endpoints with the shape of Voyage's API."""
+
+    detail: str
+
+
+class CohereErrorResponse(BaseModel):
+    """The body of error responses of endpoints with the shape of Cohere's API."""
+
+    message: str
+
+
 class TeiErrorResponse(BaseModel):
     """The body of error responses of endpoints with the shape of text-embeddings-inference."""
 

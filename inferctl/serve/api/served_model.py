@@ -36,6 +36,7 @@ class ServedModel:
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
     labels: tuple[str, ...] = ()
     prompts: Prompts = NO_PROMPTS
+    normalized: bool = True
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     dimensions: int = 0
     vocabulary_size: int = 0
@@ -70,8 +71,8 @@ class ServedModel:
         message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
         raise ApiError(400, message, code="invalid_dimensions", param="dimensions")
 
-    def format_for(self, wanted: VectorFormat | None, dimensions: int | None) -> tuple[VectorFormat, Ranges | None]:
-        """Return the number format of the vectors of a response, and the ranges of vectors of so many dimensions.
+    def ranges_for(self, wanted: VectorFormat | None, dimensions: int | None) -> Ranges | None:
+        """Return the ranges that a number format of vectors of so many dimensions needs.
 
         Raises `ApiError` 400 for int8 or uint8 if the model is not calibrated for them.
         """
@@ -84,4 +85,4 @@ class ServedModel:
                 else f"`output_dtype` {wanted!r} needs a calibrated model: run `inferctl calibrate` on its folder"
             )
             raise ApiError(400, message, code="not_calibrated", param="output_dtype")
-        return wanted or "float", ranges
+        return ranges

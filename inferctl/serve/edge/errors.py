@@ -46,6 +46,16 @@ def tei_body(error: ApiError) -> bytes:
     return orjson.dumps({"error": error.message, "error_type": kind})
 
 
+def cohere_body(error: ApiError) -> bytes:
+    """Return the body of an error in the shape of Cohere's API: `message`."""
+    return orjson.dumps({"message": error.message})
+
+
+def voyage_body(error: ApiError) -> bytes:
+    """Return the body of an error in the shape of Voyage's API: `detail`."""
+    return orjson.dumps({"detail": error.message})
+
+
 def at_capacity(reason: str, code: str, seconds: int) -> ApiError:
     """Return a 429 with `Retry-After`. It is not a 503, because proxies stop using a server that returns those."""
     message = f"the server is at capacity: {reason}; retry after {seconds} s"

@@ -147,7 +147,7 @@ class Edge:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"] in pages.PATHS:
+        elif scope["path"] in pages.PATHS and not (scope["method"] == "POST" and scope["path"] in self._endpoints):
             await self._probe(scope, send)
         else:
             await self._request(scope, receive, send)

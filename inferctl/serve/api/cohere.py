@@ -1,0 +1,110 @@
+"""Cohere's API for embeddings, version 2: `POST /v2/embed`.
+
+Source: https://docs.cohere.com/reference/embed
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
+
+from inferctl.models import vector_format
+from inferctl.models.vector_format import CALIBRATED
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, limit_items
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.engine_process.engine_protocol import Vectors
+
+EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+
+
+class CohereEmbedRequest(ModelRequest):
+    """The body of `POST /v2/embed`. Images and mixed inputs are not supported."""
+
+    texts: Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)] = Field(
+        description="The texts."
+    )
+    input_type: StrictStr | None = Field(
+        None, description="What the texts are: `search_query`, `search_document`, `classification`, `clustering`."
+    )
+    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6)] | None = Field(
+        None, description="The numbers of the vectors, one or several: int8 and uint8 if the model is calibrated."
+    )
+    output_dimension: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
+    )
+    truncate: Literal["NONE", "END"] | None = Field(
+        None, description="`END`: long texts lose their end. `NONE`: 400. Default: the server's setting."
+    )
+
+
+class ByType(BaseModel):
+    """The vectors of all texts, for each type of the request."""
+
+    float: list[list[float]] | None = None
+    int8: list[list[int]] | None = None
+    uint8: list[list[int]] | None = None
+    binary: list[list[int]] | None = None
+    ubinary: list[list[int]] | None = None
+    base64: list[str] | None = None
+
+
+class CohereEmbedResponse(BaseModel):
+    """The successful response of `POST /v2/embed`."""
+
+    id: str
+    response_type: Literal["embeddings_by_type"] = "embeddings_by_type"
+    embeddings: ByType
+    texts: list[str]
+    meta: dict[str, object]
+
+
+@dataclass(frozen=True)
+class CohereEmbed:
+    """It is an `EmbeddingApi`."""
+
+    field: str = "texts"
+    request: type[ModelRequest] = CohereEmbedRequest
+
+    def embedding(self, request: CohereEmbedRequest, model: ServedModel) -> EmbeddingRequest:
+        """Return the request in OpenAI's shape. Part of `EmbeddingApi`.
+
+        Its `output_dtype` is one that the model may not support, so that nothing is computed then.
+        """
+        calibrated = [name for name in request.embedding_types or () if name in CALIBRATED]
+        return EmbeddingRequest.model_construct(
+            input=request.texts,
+            dimensions=request.output_dimension,
+            input_type=request.input_type,
+            truncate=None if request.truncate is None else request.truncate == "END",
+            output_dtype=calibrated[0] if calibrated else None,
+        )
+
+    def response(
+        self, request: CohereEmbedRequest, vectors: Vectors, model: ServedModel, context: RequestContext
+    ) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `EmbeddingApi`."""
+        ranges = model.ranges.get(vectors.shape[1])
+        head = {"id": context.id.decode(), "response_type": "embeddings_by_type"}
+        yield orjson.dumps(head)[:-1] + b',"embeddings":{'
+        for number, name in enumerate(dict.fromkeys(request.embedding_types or ("float",))):
+            separator = b'%s"%s":[' % (b"," if number else b"", name.encode())
+            for start in range(0, len(vectors), PART_VECTORS):
+                rows = vectors[start : start + PART_VECTORS]
+                if name == "base64":
+                    part = orjson.dumps([base64.b64encode(row).decode() for row in rows.astype("<f4", copy=False)])
+                else:
+                    converted = np.ascontiguousarray(vector_format.convert(rows, name, ranges))
+                    part = orjson.dumps(converted, option=orjson.OPT_SERIALIZE_NUMPY)
+                yield separator + part[1:-1]
+                separator = b","
+            yield b"]"
+        billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": "2"}}
+        yield b"}," + orjson.dumps({"texts": request.texts, "meta": billed})[1:]

@@ -1,0 +1,121 @@
+"""The API of text-embeddings-inference for embeddings: `POST /embed` and `POST /similarity`.
+
+The names are those of `router/src/http/types.rs` of its version 1.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictInt, StrictStr
+
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, limit_items
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.engine_process.engine_protocol import Vectors
+
+
+class _TeiRequest(ModelRequest):
+    """What the requests of both endpoints have."""
+
+    truncate: StrictBool | None = Field(
+        None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
+    )
+    truncation_direction: Literal["Right", "right"] | None = Field(None, description="Long inputs lose their end.")
+    prompt_name: StrictStr | None = Field(None, description="The name of a prompt of the model, as in `GET /info`.")
+
+
+class EmbedRequest(_TeiRequest):
+    """The body of `POST /embed`."""
+
+    inputs: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
+        description="A text, a list of texts, one list of token ids, or a list of such lists."
+    )
+    normalize: StrictBool = Field(True, description="False: vectors of the length that the model gives them.")
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
+    )
+
+
+class EmbedResponse(RootModel[list[list[float]]]):
+    """The successful response of `POST /embed`: one vector per input, in order."""
+
+
+class Sentences(BaseModel):
+    """A text, and those that it is compared with."""
+
+    source_sentence: Text
+    sentences: Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
+
+
+class SimilarityRequest(_TeiRequest):
+    """The body of `POST /similarity`."""
+
+    inputs: Sentences
+
+
+class SimilarityResponse(RootModel[list[float]]):
+    """The successful response of `POST /similarity`: the cosine of the first text and each other one."""
+
+
+@dataclass(frozen=True)
+class TeiEmbed:
+    """It is an `EmbeddingApi`."""
+
+    field: str = "inputs"
+    request: type[ModelRequest] = EmbedRequest
+
+    def embedding(self, request: EmbedRequest, model: ServedModel) -> EmbeddingRequest:
+        """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
+        if model.normalized and not request.normalize:
+            message = f"model {model.name!r} normalizes its vectors: `normalize` must be true"
+            raise ApiError(400, message, code="invalid_value", param="normalize")
+        return _embedding(request, request.inputs, dimensions=request.dimensions)
+
+    def response(
+        self, request: EmbedRequest, vectors: Vectors, model: ServedModel, _: RequestContext
+    ) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `EmbeddingApi`."""
+        separator = b"["
+        for start in range(0, len(vectors), PART_VECTORS):
+            rows = vectors[start : start + PART_VECTORS]
+            if request.normalize and not model.normalized:
+                rows = _unit(rows)
+            yield separator + orjson.dumps(np.ascontiguousarray(rows), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            separator = b","
+        yield b"]"
+
+
+@dataclass(frozen=True)
+class TeiSimilarity:
+    """It is an `EmbeddingApi`."""
+
+    field: str = "inputs"
+    request: type[ModelRequest] = SimilarityRequest
+
+    def embedding(self, request: SimilarityRequest, _: ServedModel) -> EmbeddingRequest:
+        """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
+        return _embedding(request, [request.inputs.source_sentence, *request.inputs.sentences])
+
+    def response(self, _: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `EmbeddingApi`."""
+        unit = _unit(vectors)
+        yield orjson.dumps(unit[1:] @ unit[0], option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _embedding(request: _TeiRequest, inputs: Input, dimensions: int | None = None) -> EmbeddingRequest:
+    return EmbeddingRequest.model_construct(
+        input=inputs, truncate=request.truncate, prompt_name=request.prompt_name, dimensions=dimensions
+    )
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
+    return unit
