@@ -33,8 +33,8 @@ The published files were not downloaded: `tests/published_models.py` has what is
 yours before you download the weights: `inferctl check --model ORG/NAME`. [serve.md](serve.md#choose-a-model) describes
 what is supported.
 """
-_TITLES = {"embed": "Embedding models", "rerank": "Cross-encoders and other rerankers"}
-_COLUMNS = {"embed": "model (MMTEB)", "rerank": "model"}
+_TITLES = {"embed": "Embedding models", "rerank": "Cross-encoders and other rerankers", "classify": "Classifiers"}
+_COLUMNS = {"embed": "model (MMTEB)", "rerank": "model", "classify": "model"}
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,9 @@ _TOKENIZERS = {
     "modernbert": ("modernbert", _FAST),
     "eurobert": ("modernbert", _FAST),
     "t5": ("xlm-roberta", _FAST),
+    "roberta": ("roberta", _FAST),
+    "bart": ("roberta", _FAST),
+    "deberta-v2": ("deberta-v2", _FAST),
 }
 _tokenizer = cache(make_tokenizer)  # it is trained
 _UNCASED = frozenset({"bert", "nomic_bert", "distilbert"})
@@ -86,6 +89,14 @@ def _embed(
 
 def _rerank(kind: str, name: str, config: Json, modules: tuple[Module, ...] | None = None, **more: Any) -> Shape:
     return _shape("rerank", kind, modules, {name: None}, config, more)
+
+
+def _classify(kind: str, name: str, *labels: str, **config: Any) -> Shape:
+    return _shape("classify", kind, None, {name: None}, {"id2label": dict(_numbered(labels)), **config}, {})
+
+
+def _numbered(labels: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    return ((str(number), label) for number, label in enumerate(labels))
 
 
 def _shape(
@@ -285,6 +296,15 @@ SHAPES: tuple[Shape, ...] = (
             },
         },
     ),
+    _classify("distilbert", "distilbert/distilbert-base-uncased-finetuned-sst-2-english", "NEGATIVE", "POSITIVE"),
+    _classify("roberta", "cardiffnlp/twitter-roberta-base-sentiment-latest", "negative", "neutral", "positive"),
+    _classify(
+        "bert", "unitary/toxic-bert", "toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate",
+        problem_type="multi_label_classification",
+    ),
+    _classify("deberta-v2", "MoritzLaurer/deberta-v3-large-zeroshot-v2.0", "entailment", "not_entailment"),
+    _classify("deberta-v2", "cross-encoder/nli-deberta-v3-base", "contradiction", "entailment", "neutral"),
+    _classify("bart", "facebook/bart-large-mnli", "contradiction", "neutral", "entailment"),
     _embed("bert", None, _named("colbert-ir/colbertv2.0", "answerdotai/answerai-colbert-small-v1"),
         {"architectures": ["HF_ColBERT"]}),
     _embed(

@@ -33,6 +33,16 @@ _ENGINE = "engine: the rows ran TensorRT; the speed of torch relative to TensorR
 MAX_SIZE_RATIO = 2.0
 WITHOUT_NETWORK = "network time and clock changes of the device are not included"
 _SEQUENCES = 250_000
+# Models of other tasks, and what to do with them.
+_OTHERS = {
+    "rerank": ("a cross-encoder", "measure a cross-encoder with `inferctl bench`"),
+    "classify": ("a classifier", "serve it: under load, `pace` in GET /info has its tokens per second"),
+    "generate": (
+        "a generative model",
+        "measure a generative model with `inferctl bench`, and see with `inferctl check` where it fits; an embedding "
+        "model has a modules.json in its folder",
+    ),
+}
 Bound = Literal["at most", "at least"]
 
 
@@ -275,16 +285,8 @@ def read_config(path: Path) -> dict[str, Any]:
     task = resolve_task("auto", facts, str(file))
     if task != "embed":
         # Front end and output were measured for embeddings only.
-        kind = {"rerank": "a cross-encoder", "classify": "a classifier"}.get(task, "a generative model")
-        also = (
-            ""
-            if task != "generate"
-            else ", and see with `inferctl check` where it fits; an embedding model has a modules.json in its folder"
-        )
-        raise UsageError(
-            f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})",
-            f"measure {kind} with `inferctl bench`{also}",
-        )
+        kind, hint = _OTHERS[task]
+        raise UsageError(f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})", hint)
     return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ EMBED_SIZE = ModelSize(
     },
     90_868_376,
 )
+_LABELS = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "no", "1": "yes"}}
+CLASSIFY_SIZE = replace(EMBED_SIZE, config=EMBED_SIZE.config | _LABELS)
 GENERATE_SIZE = ModelSize(
     134_515_008,
     {
@@ -162,6 +165,6 @@ def _clusters(rows: list[dict[str, Any]]) -> tuple[Cluster, ...]:
 
 
 def _source(spec: Spec) -> SpecSource:
-    size = GENERATE_SIZE if spec.model.task == "generate" else EMBED_SIZE
+    size = {"generate": GENERATE_SIZE, "classify": CLASSIFY_SIZE}.get(spec.model.task, EMBED_SIZE)
     task = model.resolve_task(spec.model.task, size, spec.model.source)
     return SpecSource(spec, Path(), size, task)

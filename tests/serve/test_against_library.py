@@ -21,6 +21,7 @@ from inferctl.image.output_checks import QUERY, decode
 from inferctl.image.records import ContainerState, ImageInfo
 from inferctl.models import reference_process
 from inferctl.models.model import IMAGE_FOLDER
+from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve.reference import reference
 from tests.processes import ServerProcess, start
 from tests.serve import saved_models, tiny_models
@@ -96,6 +97,8 @@ FAULTS: dict[str, tuple[str, Change, str, str]] = {
         "bf16",
         "of 12 texts",
     ),
+    "noise in a classifier": ("classify", noise(0.01), "fp32", "of 12 texts"),
+    "another problem": ("classify", changed("config.json", {"problem_type": "regression"}), "bf16", "of 12 texts"),
 }
 
 
@@ -108,6 +111,8 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         folder = tmp_path_factory.mktemp(task)
         if task == "rerank":
             return tiny_models.make_cross_encoder(folder, "bert")
+        if task == "classify":
+            return tiny_models.make_cross_encoder(folder, "bert", num_labels=3)
         return saved_models.save(folder, "bert", MEAN, {})
 
     return make
@@ -161,12 +166,15 @@ def test_a_server_of_another_model_is_found(
         compared(target, right(task))
 
 
-@pytest.mark.parametrize(("task", "precision"), [("embed", "fp32"), ("embed", "bf16"), ("rerank", "fp32")])
+@pytest.mark.parametrize(
+    ("task", "precision"), [("embed", "fp32"), ("embed", "bf16"), ("rerank", "fp32"), ("classify", "fp32")]
+)
 def test_a_server_of_the_right_model_agrees(
     right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess], task: str, precision: str
 ) -> None:
     found = compared(connect(serve("--model", str(right(task)), "--precision", precision).url), right(task))
-    assert (found.texts, found.cosine_min is None) == (12, task == "rerank")
+    assert (found.texts, found.cosine_min is None) == (12, task != "embed")
+    assert found.library.startswith(f"{LIBRARIES[task]} ")
     assert 0 < found.difference <= (found.tolerance if precision == "fp32" else 0.1)
 
 
@@ -199,6 +207,15 @@ def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tm
 
 
 @pytest.mark.slow
+def test_each_task_has_its_library(right: Callable[[str], Path], server: ServerProcess, tmp_path: Path) -> None:
+    done = inferctl("--model", str(right("classify")), *FP32, "--against", "transformers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "equals transformers " in done.stderr
+    done = inferctl("--url", server.url, "--against", "transformers", cwd=tmp_path)
+    assert (done.returncode, f"--against {library.NAME}" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["module", "architecture"])
 def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
     right: Callable[[str], Path], server: ServerProcess, tmp_path: Path, where: str
@@ -228,6 +245,7 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
         (["./m", "--against", library.NAME], "`inferctl verify --model ./m"),
         (["a:b", "--url", "http://127.0.0.1:1", "--against", library.NAME], "two servers"),
         (["a:b", *FP32], "--precision"),
+        (["--against", "torch", "--model", "m"], "'torch'"),
     ],
 )
 def test_options_that_do_not_fit_are_usage_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -315,6 +333,23 @@ def test_the_verification_of_an_image_compares_with_the_library(
     assert "own.Model" in notes[-1]
     with pytest.raises(library.NotComparedError, match=r"own\.Model"):
         ended(unloadable, requires=True)
+
+
+@pytest.mark.slow
+def test_the_verification_of_an_image_compares_the_scores_of_a_classifier(
+    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
+) -> None:
+    model = right("classify")
+    engine: Any = HostEngine(serve("--model", str(model), *FP32), model)
+    image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
+    running = verify.verify(engine, image, verify.VerifyOptions(None, library_model=model))
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(running)
+    verified: verify.Verified = end.value.value
+    assert (verified.task, verified.texts, verified.dimensions, verified.cosine_min) == ("classify", 8, None, None)
+    assert verified.score_difference is not None and verified.score_difference < 1e-5
+    assert verified.library is not None and verified.library.difference < library.FP32_LIMIT
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tests.serve.test_rerank_api import JSON, post
 LABELS = [f"mood {number}" for number in range(8)]  # as many as the echo engine returns numbers
 
 
-def classifier(minilm: Path, folder: Path, **more: Any) -> Path:
+def write_classifier(minilm: Path, folder: Path, **more: Any) -> Path:
     """Write a folder that the echo engine serves as a classifier."""
     shutil.copytree(minilm, folder, symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
     config = json.loads((minilm / "config.json").read_text())
@@ -36,7 +36,7 @@ def classifier(minilm: Path, folder: Path, **more: Any) -> Path:
 @pytest.fixture(scope="module")
 def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("classify")
-    model = classifier(minilm, folder / "model")
+    model = write_classifier(minilm, folder / "model")
     running = start(folder, "--model", str(model), "--engine", "echo", "--name", "moods")
     yield running
     running.kill()
@@ -206,7 +206,7 @@ def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
     _, other = add(key_file, "other", endpoints=["predict"])
     settings = {"access": {"keys": str(key_file)}, "cache": {"size": "1 MB"}}
     settings["metering"] = {"mode": "required", "data": str(tmp_path / "usage")}
-    spec = {"name": "moods", "model": {"source": str(classifier(minilm, tmp_path / "model"))}, **settings}
+    spec = {"name": "moods", "model": {"source": str(write_classifier(minilm, tmp_path / "model"))}, **settings}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
 

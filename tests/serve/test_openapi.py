@@ -5,33 +5,50 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes import ServerProcess, until
+from tests.processes import ServerProcess, start, until
+from tests.serve.test_classify_api import write_classifier
 
 MINILM = pytest.mark.xdist_group("minilm")
 
 
+@pytest.fixture(scope="module")
+def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("classifier")
+    model = write_classifier(minilm, folder / "model")
+    server = start(folder, "--model", str(model), "--engine", "echo")
+    yield server
+    server.kill()
+
+
 def answers(server: ServerProcess) -> dict[str, float]:
-    """Return the number of responses of POST /v1/embeddings by status."""
+    """Return the number of responses of the task's endpoints by status."""
     families = text_string_to_metric_families(server.get("/metrics").text)
     samples = [sample for family in families for sample in family.samples]
     return {s.labels["status"]: s.value for s in samples if s.name == "inferctl_requests_total"}
 
 
 @pytest.mark.parametrize(
-    ("fixture", "options", "examples"),
+    ("fixture", "options", "examples", "operations"),
     [
-        pytest.param("minilm_server", (), 30, marks=MINILM),
-        ("echo", ("--exclude-checks", "not_a_server_error"), 30),
-        pytest.param("minilm_server", (), 1000, marks=[MINILM, pytest.mark.slow_measurement]),
+        pytest.param("minilm_server", (), 30, 10, marks=MINILM),
+        ("echo", ("--exclude-checks", "not_a_server_error"), 30, 10),
+        ("classifier", (), 30, 11),
+        pytest.param("minilm_server", (), 1000, 10, marks=[MINILM, pytest.mark.slow_measurement]),
     ],
 )
 def test_schemathesis_finds_no_failures(
-    request: pytest.FixtureRequest, tmp_path: Path, fixture: str, options: tuple[str, ...], examples: int
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    fixture: str,
+    options: tuple[str, ...],
+    examples: int,
+    operations: int,
 ) -> None:
     server: ServerProcess = request.getfixturevalue(fixture)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
@@ -47,7 +64,7 @@ def test_schemathesis_finds_no_failures(
     ]
     done = subprocess.run([*command, *bounds, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout
-    assert "10 selected / 10 total" in done.stdout
+    assert f"{operations} selected / {operations} total" in done.stdout
     generated = re.search(r"(\d+) generated", done.stdout)
     assert generated
     assert int(generated[1]) > 8 * examples / 2
@@ -55,5 +72,5 @@ def test_schemathesis_finds_no_failures(
     statuses = answers(server)
     assert statuses["200"] > 0
     assert statuses["400"] > 0
-    if fixture == "minilm_server":
+    if fixture != "echo":
         assert not [status for status in statuses if status.startswith("5")], statuses
