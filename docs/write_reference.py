@@ -43,6 +43,10 @@ A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](bench.md#plans) 
 METRICS = """\
 A star (*) marks metrics of embeddings and of reranking only. [What their names do not say](observability.md).
 """
+ENDPOINTS = """\
+All are POST, and have the same keys, limits, metering, cache and admission. `GET /openapi.json` of a server describes
+its own. [Clients](serve.md#use-a-client-library).
+"""
 RULES = """\
 The level is that of the clearest case. [The lint](deploy-lint.md#rules) names the rules that have two.
 """
@@ -159,6 +163,19 @@ def metrics() -> str:
     return "\n".join(rows) + "\n"
 
 
+def endpoints() -> str:
+    """Return the table of the endpoints of the encoder tasks."""
+    from inferctl.serve.api.app import ALL
+
+    rows = ["| task | endpoint | what it does | errors |", "|---|---|---|---|"]
+    for endpoint in ALL:
+        paths = ", ".join(f"`{path}`" for path in endpoint.paths)
+        shape = endpoint.operation.error.__name__.removesuffix("ErrorResponse") or "OpenAI"
+        shape = {"Tei": "text-embeddings-inference"}.get(shape, shape)
+        rows.append(f"| {endpoint.task} | {paths} | {endpoint.operation.summary} | {shape} |")
+    return "\n".join(rows) + "\n"
+
+
 def reference() -> str:
     """Return the whole page."""
     parts = [HEAD, exit_codes(), JSON_ERRORS, "## inferctl\n", f"```text\n{help_of()}```\n"]
@@ -171,6 +188,7 @@ def reference() -> str:
     parts += ["## Keys of inferctl.yaml\n", keys(Spec)]
     parts += ["## Keys of a clusters file\n", keys(Clusters)]
     parts += ["## Keys of a plan\n", PLANS, keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})]
+    parts += ["## Endpoints of a server\n", ENDPOINTS, endpoints()]
     parts += ["## Metrics of a server\n", METRICS, metrics(), "## Rules of the lint\n", RULES, rules()]
     return "\n".join(parts)
 

@@ -58,6 +58,34 @@ def test_results_are_ordered_by_score(server: ServerProcess, path: str) -> None:
     ]
 
 
+def test_clients_of_other_apis_rank_as_v1_rerank_does(server: ServerProcess) -> None:
+    import cohere
+    import voyageai
+
+    documents = ["one", "one two three four", "one two"]
+    ranked = post(server, "/v1/rerank", query="a query", documents=documents).json()["results"]
+    expected = [(result["index"], pytest.approx(result["relevance_score"])) for result in ranked]
+    client = cohere.ClientV2(api_key="unused", base_url=server.url)
+    found = client.rerank(model="ranker", query="a query", documents=documents).results
+    assert [(result.index, result.relevance_score) for result in found] == expected
+    with pytest.raises(cohere.NotFoundError, match="this server serves 'ranker'"):
+        client.rerank(model="other", query="a query", documents=documents)
+    voyage = voyageai.Client(api_key="unused", base_url=f"{server.url}/voyage")
+    best = voyage.rerank("a query", documents, model="ranker", top_k=2).results
+    assert [(result.index, result.relevance_score) for result in best] == expected[:2]
+    assert best[0].document == documents[best[0].index]
+    with pytest.raises(voyageai.error.InvalidRequestError, match="documents"):
+        voyage.rerank("a query", [], model="ranker")
+    for path in ("/rerank", "/"):  # of text-embeddings-inference
+        rows = post(server, path, query="a query", texts=documents, return_text=True).json()
+        assert [(row["index"], row["score"]) for row in rows] == expected
+        assert [row["text"] for row in rows] == [documents[row["index"]] for row in rows]
+    raw = post(server, "/rerank", query="a query", texts=documents, raw_scores=True).json()
+    assert [row["index"] for row in raw] == [row["index"] for row in rows]
+    neither = post(server, "/rerank", query="a query")
+    assert (neither.status_code, neither.json()["error_type"]) == (400, "validation")
+
+
 def test_scores_have_the_order_of_the_request_and_equal_those_of_rerank(server: ServerProcess) -> None:
     documents = ["one", "one two three four", "one two"]
     ranked = post(server, "/v1/rerank", query="a query", documents=documents).json()["results"]

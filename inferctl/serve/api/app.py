@@ -68,7 +68,7 @@ class Endpoint:
         return self.operation.path, *self.aliases
 
 
-_ALL = (
+ALL = (
     Endpoint(
         "embeddings",
         "embed",
@@ -237,7 +237,7 @@ _ALL = (
 
 def served(task: Task) -> list[str]:
     """Return the paths that a server of this task has."""
-    return [path for endpoint in _ALL if endpoint.task == task for path in endpoint.paths]
+    return [path for endpoint in ALL if endpoint.task == task for path in endpoint.paths]
 
 
 def names(task: Task) -> dict[str, str]:
@@ -251,7 +251,7 @@ def error_bodies(task: Task) -> dict[str, Callable[[ApiError], bytes]]:
 
 
 def _of_task_last(task: Task) -> list[Endpoint]:
-    return sorted(_ALL, key=lambda endpoint: endpoint.task == task)
+    return sorted(ALL, key=lambda endpoint: endpoint.task == task)
 
 
 def create(inference: Inference) -> ASGIApp:
@@ -262,7 +262,7 @@ def create(inference: Inference) -> ASGIApp:
         message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
         raise ApiError(404, message, code="unsupported_task")
 
-    operations = [endpoint.operation for endpoint in _ALL if endpoint.task == model.task]
+    operations = [endpoint.operation for endpoint in ALL if endpoint.task == model.task]
     endpoints: dict[str, ASGIApp] = {}
     for each in _of_task_last(model.task):
         application = each.application(inference) if each.task == model.task else unsupported
