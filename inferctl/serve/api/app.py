@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,7 @@ from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_b
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What one task answers at some paths, of which `operation` documents the first.
+    """What one task answers at the path of `operation` and at its `aliases`.
 
     `name`: in usage events and the scopes of keys. `application`: makes it, once for a server. `error_body`: the shape
     of its errors.
@@ -262,7 +262,8 @@ def create(inference: Inference) -> ASGIApp:
         message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
         raise ApiError(404, message, code="unsupported_task")
 
-    operations = [endpoint.operation for endpoint in ALL if endpoint.task == model.task]
+    own = [endpoint for endpoint in ALL if endpoint.task == model.task]
+    operations = [replace(endpoint.operation, path=path) for endpoint in own for path in endpoint.paths]
     endpoints: dict[str, ASGIApp] = {}
     for each in _of_task_last(model.task):
         application = each.application(inference) if each.task == model.task else unsupported

@@ -45,14 +45,19 @@ class CohereEmbedRequest(ModelRequest):
     )
 
 
+# A field that is called `float` would hide the type.
+_Floats = list[list[float]]
+_Integers = list[list[int]]
+
+
 class ByType(BaseModel):
     """The vectors of all texts, for each type of the request."""
 
-    float: list[list[float]] | None = None
-    int8: list[list[int]] | None = None
-    uint8: list[list[int]] | None = None
-    binary: list[list[int]] | None = None
-    ubinary: list[list[int]] | None = None
+    float: _Floats | None = None
+    int8: _Integers | None = None
+    uint8: _Integers | None = None
+    binary: _Integers | None = None
+    ubinary: _Integers | None = None
     base64: list[str] | None = None
 
 

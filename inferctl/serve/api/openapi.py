@@ -77,11 +77,13 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
         for name in [operation.request.__name__ for operation in operations]:
             _add_limits(schemas["$defs"][name], model)
         schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
+    paths = {path: {"get": _get(path, model.name)} for path in _GET_ROUTES}
+    for operation in operations:
+        paths.setdefault(operation.path, {})["post"] = _post(operation, model.name)
     return {
         "openapi": "3.1.0",
         "info": {"title": model.name, "version": inferctl.__version__},
-        "paths": {operation.path: {"post": _post(operation, model.name)} for operation in operations}
-        | {path: {"get": _get(path, model.name)} for path in _GET_ROUTES},
+        "paths": paths,
         "components": {"schemas": schemas["$defs"]},
     }
 

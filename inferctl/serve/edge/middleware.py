@@ -240,7 +240,8 @@ class Edge:
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
-            error = ApiError(405, "method not allowed", headers={"allow": "GET, HEAD"})
+            allowed = "GET, HEAD, POST" if scope["path"] in self._endpoints else "GET, HEAD"
+            error = ApiError(405, "method not allowed", headers={"allow": allowed})
             await _respond(send, error.status, error.body(), "application/json", error.headers)
             return
         try:
