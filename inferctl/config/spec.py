@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from inferctl.config.deploy_spec import Deploy
 from inferctl.config.sharing_spec import Access as Access
@@ -147,6 +156,20 @@ class Serve(Section):
         description="Add the header endpoint-load-metrics (ORCA) to responses, for `inferctl gateway --balancing "
         "load-reports`, which removes it.",
     )
+
+    @property
+    def least_api_processes(self) -> int:
+        """The number of API processes; with `auto`, that of a server with few cores."""
+        return 1 if self.api_processes == "auto" else self.api_processes
+
+    @field_validator("api_processes", mode="wrap")
+    @classmethod
+    def _one_error(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Report one error, where pydantic has one for each kind of value."""
+        with contextlib.suppress(ValidationError):
+            if not isinstance(value, bool):
+                return validate(value)
+        raise PydanticCustomError("count_or_auto", "must be a number from 1 to 64, or `auto`")
 
     @field_validator("vllm_options")
     @classmethod

@@ -63,6 +63,7 @@ class ApiProcess:
         folder = Path(welcome["folder"])
         config = task_config.read(task, folder, spec.serve.max_input_tokens)
         self._metrics = metrics = Metrics(welcome["slo"])
+        metrics.watch_event_loop("api")
         self._access = access.create(spec.access, (spec.name, spec.model.source))
         self._lifecycle = Lifecycle(
             ready=lambda: self._state["ready"], live=lambda: True, keys_known=lambda: access.known(self._access)

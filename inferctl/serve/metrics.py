@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
@@ -185,6 +188,10 @@ class RequestMetrics:
         self._waiting.set_function(waiting)
         self._in_flight.set_function(in_flight)
 
+    def watch_event_loop(self, process: Literal["api", "backend"]) -> None:
+        """Report how busy the event loop is, which runs on the calling thread of a process of this kind."""
+        self.registry.register(_EventLoop(process))
+
     def describe_model(self, info: Mapping[str, Any]) -> None:
         """Report the served model. `info`: the document of `GET /info`."""
         self._model.clear()  # an engine may start again with another precision
@@ -296,6 +303,25 @@ class _Capacity(Collector):
         family = GaugeMetricFamily("inferctl_capacity_tokens_per_second", description, labels=["source"])
         for source, rate in self._rates().items():
             family.add_metric([source], rate)
+        yield family
+
+
+class _EventLoop(Collector):
+    """Collects the time of a thread that does not sleep, from Linux's scheduler; nothing if that does not count it.
+
+    A thread that never sleeps is saturated, also if it waits for a core for a part of the time.
+    """
+
+    def __init__(self, process: str) -> None:
+        self._process, self._file = process, Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric."""
+        description = "Time of the event loop by kind of process: running, or ready and waiting for a core."
+        family = CounterMetricFamily("inferctl_event_loop_seconds", description, labels=["process", "state"])
+        with contextlib.suppress(OSError):
+            for state, nanoseconds in zip(("running", "waiting"), self._file.read_text().split(), strict=False):
+                family.add_metric([self._process, state], int(nanoseconds) / 1e9)
         yield family
 
 
