@@ -168,11 +168,13 @@ def _cores(spec: Spec, parts: Sequence[str]) -> Finding:
         why = "with that many, `auto` is one API process: it is one per 4 cores, at most 4"
         return Finding("ok", "cores", what, why, "for more, give the server more cores, or set their number")
     if count == 1:
-        why = "one API process, and the rest for an engine process" + (" per GPU" if on_gpu else " or more")
+        why = "one API process, one engine process, and one for all others"
         hint = "`inferctl estimate` says when one API process is the limit: then set `serve.api_processes`"
         return Finding("ok", "cores", what, why, hint if on_gpu else None)
     why = f"{count} API processes, the backend and an engine process"
-    why += "; the smallest machines with a GPU have 4 vCPUs" if on_gpu else ", which computes with what the others leave"
+    why += (
+        "; the smallest machines with a GPU have 4 vCPUs" if on_gpu else ", which computes with what the others leave"
+    )
     return Finding("ok", "cores", what, why, hint)
 
 

@@ -32,6 +32,7 @@ from inferctl.config.spec_types import TaskSetting as TaskSetting
 
 DEFAULT_FILE = "inferctl.yaml"
 DEFAULT_PORT = 8080
+MOST_API_PROCESSES = 64
 # The hub accepts at most 96 characters. A longer name is a path.
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
@@ -112,7 +113,7 @@ class Serve(Section):
         description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
-    api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+    api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(
         1,
         description="Embeddings and reranking: processes for HTTP, parsing and tokenization, beside one for limits, "
         "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4.",
@@ -169,7 +170,7 @@ class Serve(Section):
         with contextlib.suppress(ValidationError):
             if not isinstance(value, bool):
                 return validate(value)
-        raise PydanticCustomError("count_or_auto", "must be a number from 1 to 64, or `auto`")
+        raise PydanticCustomError("count_or_auto", f"must be a number from 1 to {MOST_API_PROCESSES}, or `auto`")
 
     @field_validator("vllm_options")
     @classmethod

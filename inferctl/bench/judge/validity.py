@@ -9,6 +9,7 @@ from typing import Any
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
+from inferctl.config.spec import MOST_API_PROCESSES
 from inferctl.receipts import rejections, shares
 from inferctl.receipts.receipt import JsonObject
 
@@ -132,19 +133,20 @@ def judge_front_end(resources: Mapping[str, float], info: JsonObject) -> Validit
     if process is None or (engines is not None and engines > BUSY_LIMIT):
         return Validity()
     busy, waiting = resources[f"{process}_busy_percent"], resources[f"{process}_waiting_percent"]
-    count = (info.get("api_processes") or {}).get("count")
+    count, who = (info.get("api_processes") or {}).get("count"), "the event loop of the backend process was"
     hint = "use a faster CPU or a second replica"
-    if waiting > WAITING_LIMIT:
-        hint = "give the server more CPU cores, of its own if the load generator shares them"
-    elif process == "api" and count:
-        hint = f"set `serve.api_processes: {2 * count}`, with a core for each, or {hint}"
-    loops = "the event loop of the backend process" if process == "backend" else "the event loop of the API process"
-    loops = f"the event loops of {count} API processes" if process == "api" and (count or 1) > 1 else loops
+    if process == "api":
+        several = count is not None and count > 1
+        who = f"the event loops of {count} API processes were" if several else "the event loop of the API process was"
+        if count and 2 * count <= MOST_API_PROCESSES:
+            hint = f"set `serve.api_processes: {2 * count}`, with a core for each, or {hint}"
     figures = f"{busy:.0f}% of the time (limit {BUSY_LIMIT:.0f}%)"
-    figures += f", {waiting:.0f}% waiting for a core" if waiting > WAITING_LIMIT else ""
-    figures += "" if engines is None else f", and the engines {engines:.0f}%"
-    verb = "were" if loops.startswith("the event loops") else "was"
-    return Validity(cautions=(f"the front end limited the server: {loops} {verb} busy {figures}: {hint}",))
+    if waiting > WAITING_LIMIT:
+        figures += f", {waiting:.0f}% waiting for a core"
+        hint = "give the server more CPU cores, of its own if the load generator shares them"
+    if engines is not None:
+        figures += f", and the engines {engines:.0f}%"
+    return Validity(cautions=(f"the front end limited the server: {who} busy {figures}: {hint}",))
 
 
 def judge_requests(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:

@@ -73,6 +73,4 @@ class ServerActivity:
 
 def read(text: str) -> dict[str, float]:
     """Return the values of an exposition that show how busy a server is, such as `api running`, in seconds."""
-    return {
-        name or f"{process} {state}": float(value) for process, state, name, value in _SAMPLE.findall(text)
-    }
+    return {name or f"{process} {state}": float(value) for process, state, name, value in _SAMPLE.findall(text)}
