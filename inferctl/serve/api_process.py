@@ -63,7 +63,6 @@ class ApiProcess:
         folder = Path(welcome["folder"])
         config = task_config.read(task, folder, spec.serve.max_input_tokens)
         self._metrics = metrics = Metrics(welcome["slo"])
-        metrics.watch_event_loop("api")
         self._access = access.create(spec.access, (spec.name, spec.model.source))
         self._lifecycle = Lifecycle(
             ready=lambda: self._state["ready"], live=lambda: True, keys_known=lambda: access.known(self._access)
@@ -73,6 +72,8 @@ class ApiProcess:
         self._metering.watch(metrics)
         limits = Limiter(spec.access.requests_per_minute, spec.access.tokens_per_minute)
         self._backend = RemoteBackend(self.link, limits.limits_of)
+        tokenizer = TokenizerPool(folder, config, on_truncated=metrics.truncated.inc)
+        metrics.watch_threads("api", tokenizer.threads)
         load = None
         if spec.serve.load_reports:
             load = LoadReport(lambda: self._state["slots"], lambda: self._state["waiting"], processes=processes)
@@ -80,7 +81,7 @@ class ApiProcess:
             spec,
             task,
             config,
-            TokenizerPool(folder, config, on_truncated=metrics.truncated.inc),
+            tokenizer,
             self._backend,
             self._lifecycle,
             self._page,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -20,6 +20,8 @@ from inferctl.serve.totals import Distribution, Family, Total
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 T = TypeVar("T", Total, Distribution)
+# The native ids of threads so far, and how many there can be.
+Threads: TypeAlias = tuple[Sequence[int], int]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -188,9 +190,10 @@ class RequestMetrics:
         self._waiting.set_function(waiting)
         self._in_flight.set_function(in_flight)
 
-    def watch_event_loop(self, process: Literal["api", "backend"]) -> None:
-        """Report how busy the event loop is, which runs on the calling thread of a process of this kind."""
-        self.registry.register(_EventLoop(process))
+    def watch_threads(self, process: Literal["api", "backend"], tokenizers: Threads | None = None) -> None:
+        """Report the times of the event loop, which runs on the calling thread, and of threads that tokenize."""
+        threads = {"event_loop": ([threading.get_native_id()], 1)} | ({"tokenizer": tokenizers} if tokenizers else {})
+        self.registry.register(_ThreadTimes(process, threads))
 
     def describe_model(self, info: Mapping[str, Any]) -> None:
         """Report the served model. `info`: the document of `GET /info`."""
@@ -306,22 +309,25 @@ class _Capacity(Collector):
         yield family
 
 
-class _EventLoop(Collector):
-    """Collects the time of a thread that does not sleep, from Linux's scheduler; nothing if that does not count it.
+class _ThreadTimes(Collector):
+    """Collects the times of threads that Linux's scheduler counts; nothing where it does not.
 
     A thread that never sleeps is saturated, also if it waits for a core for a part of the time.
     """
 
-    def __init__(self, process: str) -> None:
-        self._process, self._file = process, Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+    def __init__(self, process: str, threads: Mapping[str, Threads]) -> None:
+        self._process, self._threads = process, threads
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metric."""
-        description = "Time of the event loop by kind of process: running, or ready and waiting for a core."
-        family = CounterMetricFamily("inferctl_event_loop_seconds", description, labels=["process", "state"])
+        description = "Time of a thread, on average over those of its kind: running, or ready and waiting for a core."
+        family = CounterMetricFamily("inferctl_thread_seconds", description, labels=["process", "thread", "state"])
         with contextlib.suppress(OSError):
-            for state, nanoseconds in zip(("running", "waiting"), self._file.read_text().split(), strict=False):
-                family.add_metric([self._process, state], int(nanoseconds) / 1e9)
+            for name, (ids, count) in self._threads.items():
+                times = [Path(f"/proc/self/task/{number}/schedstat").read_text().split() for number in ids]
+                for column, state in enumerate(("running", "waiting")):
+                    total = sum(int(each[column]) for each in times)
+                    family.add_metric([self._process, name, state], total / count / 1e9)
         yield family
 
 

@@ -140,7 +140,7 @@ def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_pat
         # Nothing takes as little time as this engine.
         assert resources["engine_busy_percent"] < resources["api_busy_percent"]
         assert any(
-            "front end limited the server: the event loop of the API process" in text for text in row["cautions"]
+            "front end limited the server: the event loop of the API process had" in text for text in row["cautions"]
         )
         server.stop()
         made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()

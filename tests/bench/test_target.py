@@ -128,12 +128,12 @@ def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
 
 
 def exposition(created: float = 5, **seconds: float) -> str:
-    """`/metrics` of a server: `api_running=1.5` is its time so far."""
-    lines = ["# HELP inferctl_event_loop_seconds_total Time.", f"inferctl_tokens_created {created}"]
+    """`/metrics` of a server: `api_event_loop_running=1.5` is its time so far."""
+    lines = ["# HELP inferctl_thread_seconds_total Time.", f"inferctl_tokens_created {created}"]
     for name, value in seconds.items():
-        process, _, state = name.partition("_")
-        labels = f'{{process="{process}",state="{state}"}}'
-        metric = f"event_loop_seconds_total{labels}" if process != "engine" else "batch_duration_seconds_sum"
+        process, thread, state = name.partition("_")[0], name.partition("_")[2].rpartition("_")[0], name.split("_")[-1]
+        labels = f'{{process="{process}",state="{state}",thread="{thread}"}}'
+        metric = f"thread_seconds_total{labels}" if process != "engine" else "batch_duration_seconds_sum"
         lines.append(f"inferctl_{metric} {value}")
     return "\n".join(lines) + "\n"
 
@@ -143,10 +143,20 @@ def share(api: float, waiting: float, engine: float) -> dict[str, float]:
 
 
 SERVER = {"inferctl": "1", "api_processes": {"count": 1}, "engines": {"count": 1}, "parallel_batches": 1}
-EARLY = exposition(api_running=3, api_waiting=1, engine_=7)
+EARLY = exposition(api_event_loop_running=3, api_event_loop_waiting=1, engine_busy=7)
 # Two seconds later.
-LATER = exposition(api_running=4.5, api_waiting=1.25, engine_=7.5)
-TWO = exposition(api_running=3, api_waiting=1, backend_running=4, backend_waiting=1, engine_=7)
+LATER = exposition(api_event_loop_running=4.5, api_event_loop_waiting=1.25, engine_busy=7.5)
+FOUR = {
+    "api_event_loop_running": (3, 5),
+    "api_event_loop_waiting": (1, 3),
+    "api_tokenizer_running": (0, 0.8),
+    "api_tokenizer_waiting": (0, 0.08),
+    "backend_event_loop_running": (4, 5),
+    "backend_event_loop_waiting": (1, 1),
+    "backend_tokenizer_running": (0, 0),
+    "backend_tokenizer_waiting": (0, 0),
+    "engine_busy": (7, 9.1),
+}
 
 
 @pytest.mark.parametrize(
@@ -156,11 +166,13 @@ TWO = exposition(api_running=3, api_waiting=1, backend_running=4, backend_waitin
         (SERVER | {"parallel_batches": 2, "engines": {"count": 5}}, (EARLY, LATER), share(87.5, 12.5, 2.5)),
         (
             SERVER | {"api_processes": {"count": 4}},
-            (TWO, exposition(api_running=5, api_waiting=3, backend_running=5, backend_waiting=1, engine_=9.1)),
-            share(50, 25, 100) | {"backend_busy_percent": 50, "backend_waiting_percent": 0},
+            [exposition(**{name: values[at] for name, values in FOUR.items()}) for at in (0, 1)],
+            share(50, 25, 100)
+            | {"tokenizer_busy_percent": 11, "tokenizer_waiting_percent": 1}
+            | {"backend_busy_percent": 50, "backend_waiting_percent": 0},
         ),
         ({"inferctl": "1"}, (EARLY, LATER), {"api_busy_percent": 87.5, "api_waiting_percent": 12.5}),
-        (SERVER, (exposition(engine_=7), exposition(engine_=8)), {"engine_busy_percent": 50}),
+        (SERVER, (exposition(engine_busy=7), exposition(engine_busy=8)), {"engine_busy_percent": 50}),
         (SERVER, (EARLY, LATER.replace("created 5", "created 6")), {}),  # another replica, or a restart
         (SERVER, (EARLY, ""), {}),
         (SERVER, ("", ""), {}),

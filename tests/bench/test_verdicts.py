@@ -190,20 +190,23 @@ def busy(api: float = 50, engine: float | None = 20, waiting: float = 2, **more:
 
 
 BACKEND = {"backend_busy_percent": 96.0, "backend_waiting_percent": 1.0}
+TOKENIZER = {"tokenizer_busy_percent": 95.0, "tokenizer_waiting_percent": 1.0}
 
 
 @pytest.mark.parametrize(
     ("resources", "processes", "words"),
     [
-        (busy(97), 1, ("API process was busy 97%", "engines 20%", "serve.api_processes: 2", "second replica")),
-        (busy(97), 4, ("event loops of 4 API processes were", "serve.api_processes: 8")),
-        (busy(97, **BACKEND), 4, ("backend process was busy 96%", "faster CPU")),
-        (busy(70, **BACKEND), 4, ("backend process was busy 96%", "faster CPU")),
-        (busy(97, waiting=40), 1, ("busy 97%", "40% waiting for a core", "more CPU cores")),
-        (busy(97, engine=None), None, ("API process was busy 97%", "faster CPU")),
+        (busy(97), 1, ("loop of the API process", "work 97%", "engines 20%", "serve.api_processes: 2", "replica")),
+        (busy(97), 4, ("loop of 4 API processes", "serve.api_processes: 8")),
+        (busy(60, **TOKENIZER), 1, ("tokenizer threads of the API process", "work 95%", "serve.api_processes: 2")),
+        (busy(97, **BACKEND), 4, ("loop of the backend", "work 96%", "faster CPU")),
+        (busy(70, **BACKEND), 4, ("loop of the backend", "work 96%", "faster CPU")),
+        (busy(97, waiting=40), 1, ("work 97%", "40% waiting for a core", "more CPU cores")),
+        (busy(97, engine=None), None, ("loop of the API process", "work 97%", "faster CPU")),
         (busy(97), 64, ("64 API processes", "faster CPU")),
         (busy(97, engine=95), 1, ()),
         (busy(70, engine=95, **BACKEND), 4, ()),
+        (busy(60, engine=95, **TOKENIZER), 1, ()),
         (busy(89), 1, ()),
         (busy(60, engine=60), 1, ()),
         ({"client_cpu_percent": 20.0}, 1, ()),

@@ -179,7 +179,7 @@ def counters(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 
 def _without_time(found: dict[Any, float]) -> dict[Any, float]:
     """The counters that stand still without requests."""
-    return {key: value for key, value in found.items() if key[0] != "inferctl_event_loop_seconds_total"}
+    return {key: value for key, value in found.items() if key[0] != "inferctl_thread_seconds_total"}
 
 
 def sum_of(found: dict[Any, float], name: str, **labels: str) -> float:
@@ -626,12 +626,12 @@ def loop_times_are_of(server: ServerProcess, **pids: list[int]) -> bool:
     columns = {(process, state): column for process in pids for column, state in enumerate(("running", "waiting"))}
     before = {key: seconds(key[0], column) for key, column in columns.items()}
     found = counters(server.get("/metrics").text)
+    labels = ({"process": process, "state": state, "thread": "event_loop"} for process, state in columns)
+    seen = [sum_of(found, "inferctl_thread_seconds_total", **each) for each in labels]
     # The scheduler counts what runs now up to its last tick.
     return all(
-        before[key] - 0.05
-        <= sum_of(found, "inferctl_event_loop_seconds_total", process=key[0], state=key[1])
-        <= seconds(key[0], column) + 0.05
-        for key, column in columns.items()
+        before[key] - 0.05 <= value <= seconds(key[0], column) + 0.05
+        for value, (key, column) in zip(seen, columns.items(), strict=True)
     )
 
 

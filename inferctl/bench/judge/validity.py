@@ -125,28 +125,30 @@ def judge(
 def judge_front_end(resources: Mapping[str, float], info: JsonObject) -> Validity:
     """Return a warning if a run was limited by the backend or the API processes of the server, and not by the engines.
 
-    Then their event loops hardly slept, although the engines had time left. A server that does not report how busy its
-    engines are (generation) is judged by the event loop. `info`: `GET /info` of the server.
+    Then an event loop or the threads that tokenize hardly slept, although the engines had time left. A server that does
+    not report how busy its engines are (generation) is judged by the former. `info`: `GET /info` of the server.
     """
     engines = resources.get("engine_busy_percent")
-    process = next((each for each in ("backend", "api") if resources.get(f"{each}_busy_percent", 0) > BUSY_LIMIT), None)
-    if process is None or (engines is not None and engines > BUSY_LIMIT):
+    names = ("backend", "api", "tokenizer")
+    name = next((name for name in names if resources.get(f"{name}_busy_percent", 0.0) > BUSY_LIMIT), None)
+    if name is None or (engines is not None and engines > BUSY_LIMIT):
         return Validity()
-    busy, waiting = resources[f"{process}_busy_percent"], resources[f"{process}_waiting_percent"]
-    count, who = (info.get("api_processes") or {}).get("count"), "the event loop of the backend process was"
+    busy, waiting = resources[f"{name}_busy_percent"], resources[f"{name}_waiting_percent"]
+    count = (info.get("api_processes") or {}).get("count") or 1
+    processes = "the backend" if name == "backend" else "the API process" if count == 1 else f"{count} API processes"
+    threads = "tokenizer threads" if name == "tokenizer" else "event loop"
     hint = "use a faster CPU or a second replica"
-    if process == "api":
-        several = count is not None and count > 1
-        who = f"the event loops of {count} API processes were" if several else "the event loop of the API process was"
-        if count and 2 * count <= MOST_API_PROCESSES:
-            hint = f"set `serve.api_processes: {2 * count}`, with a core for each, or {hint}"
+    if name != "backend" and "api_processes" in info and 2 * count <= MOST_API_PROCESSES:
+        hint = f"set `serve.api_processes: {2 * count}`, with a core for each, or {hint}"
     figures = f"{busy:.0f}% of the time (limit {BUSY_LIMIT:.0f}%)"
     if waiting > WAITING_LIMIT:
         figures += f", {waiting:.0f}% waiting for a core"
         hint = "give the server more CPU cores, of its own if the load generator shares them"
     if engines is not None:
         figures += f", and the engines {engines:.0f}%"
-    return Validity(cautions=(f"the front end limited the server: {who} busy {figures}: {hint}",))
+    return Validity(
+        cautions=(f"the front end limited the server: the {threads} of {processes} had work {figures}: {hint}",)
+    )
 
 
 def judge_requests(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:

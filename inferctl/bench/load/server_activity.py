@@ -13,7 +13,7 @@ from inferctl.core.errors import InferctlError
 # In the order of the labels in an exposition of Prometheus. The last metric differs after a restart, and between the
 # replicas behind one address.
 _SAMPLE = re.compile(
-    r'^inferctl_(?:event_loop_seconds_total\{process="(\w+)",state="(\w+)"\}'
+    r'^inferctl_(?:thread_seconds_total\{process="(\w+)",state="(\w+)",thread="(\w+)"\}'
     r"|(batch_duration_seconds_sum|tokens_created)) (\S+)$",
     re.MULTILINE,
 )
@@ -42,9 +42,9 @@ class ServerActivity:
     def between(self, start_ns: int, end_ns: int) -> dict[str, float]:
         """Return shares of the time between two times (CLOCK_MONOTONIC), in percent; empty if the scrapes show none.
 
-        `api_busy_percent` and `backend_busy_percent`: the event loop did not sleep, on average over the API processes.
-        `api_waiting_percent` and `backend_waiting_percent`: the part of it in which it waited for a core.
-        `engine_busy_percent`: engines computed, on average over what they can run at the same time.
+        `api_busy_percent` and `backend_busy_percent`: the event loop did not sleep. `tokenizer_busy_percent`: threads of
+        API processes that tokenize did not. `*_waiting_percent`: the part of it in which they waited for a core.
+        `engine_busy_percent`: engines computed. All are means: over API processes, or what engines can run at a time.
         """
         inside = [sample for sample in self._samples if start_ns <= sample[0] <= end_ns]
         if len(inside) < 2:
@@ -57,13 +57,14 @@ class ServerActivity:
 
     def _shares(self, seconds: float, first: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:
         used = {key: 100 * (last[key] - first[key]) / seconds for key in first.keys() & last.keys()}
-        processes = {"api": (self._info.get("api_processes") or {}).get("count", 1), "backend": 1}
-        shares = {}
-        for process, count in processes.items():
-            if f"{process} running" in used:
-                waiting = used[f"{process} waiting"] / count
-                shares[f"{process}_busy_percent"] = min(100.0, used[f"{process} running"] / count + waiting)
-                shares[f"{process}_waiting_percent"] = waiting
+        processes, shares = (self._info.get("api_processes") or {}).get("count", 1), {}
+        threads = {"api": "api event_loop", "tokenizer": "api tokenizer", "backend": "backend event_loop"}
+        for name, thread in threads.items():
+            if f"{thread} running" in used:
+                count = 1 if name == "backend" else processes
+                waiting = used[f"{thread} waiting"] / count
+                shares[f"{name}_busy_percent"] = min(100.0, used[f"{thread} running"] / count + waiting)
+                shares[f"{name}_waiting_percent"] = waiting
         engines = (self._info.get("engines") or {}).get("count")
         if engines and "batch_duration_seconds_sum" in used:
             batches = engines * self._info.get("parallel_batches", 1)
@@ -72,5 +73,6 @@ class ServerActivity:
 
 
 def read(text: str) -> dict[str, float]:
-    """Return the values of an exposition that show how busy a server is, such as `api running`, in seconds."""
-    return {name or f"{process} {state}": float(value) for process, state, name, value in _SAMPLE.findall(text)}
+    """Return the seconds in an exposition that show how busy a server is, such as `api event_loop running`."""
+    found = _SAMPLE.findall(text)
+    return {name or f"{process} {thread} {state}": float(value) for process, state, thread, name, value in found}
