@@ -164,6 +164,20 @@ def test_values_that_would_fail_later_are_rejected_with_their_line(text: str, wo
     assert caught.value.problems[0].line == 4
 
 
+@pytest.mark.parametrize("written", ["0", "65", "bad", "1.5", "yes", "[1]"])
+def test_a_setting_that_takes_a_number_or_a_word_has_one_error(written: str) -> None:
+    ((line, message, hint),) = problems(f"{GOOD}serve: {{api_processes: {written}}}\n")
+    assert line == 4
+    assert message.startswith("serve.api_processes: must be a number from 1 to 64, or `auto`")
+    assert hint
+
+
+@pytest.mark.parametrize(("written", "least"), [("4", 4), ("'4'", 4), ("auto", 1)])
+def test_the_number_of_api_processes_is_known_unless_the_machine_decides(written: str, least: int) -> None:
+    document = settings.parse(f"{GOOD}serve: {{api_processes: {written}}}\n")
+    assert settings.resolve(document, {}, {}).spec.serve.least_api_processes == least
+
+
 @pytest.mark.parametrize("name", ["a..b", "a.-b", "-a", "a-", "A", "a_b"])
 def test_an_invalid_image_name_is_rejected(name: str) -> None:
     (found,) = problems(f"name: {name}\nmodel: {{source: org/m}}\n")

@@ -29,7 +29,12 @@ OPTIONS = {
     "push localhost:5000/a:b": "--attempts",
 }
 # Numbers in text.
-TEXTS = {"compare A B": "--threshold", "check --model org/m --hardware t4": "--driver", "estimate -m ./m": "--length"}
+TEXTS = {
+    "compare A B": "--threshold",
+    "check --model org/m --hardware t4": "--driver",
+    "estimate -m ./m": "--length",
+    "serve --model ./absent": "--api-processes",
+}
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
 # Errors of the plan name its key.
 PLAN_KEYS = {"--neighbors": "neighbours"}
