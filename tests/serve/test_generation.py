@@ -510,3 +510,6 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     assert "serve.vllm_options has --uds, which inferctl sets" in refused("--spec", str(spec))
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-tp=2"]}}))
     assert "serve.vllm_options has -tp: set serve.gpus instead" in refused("--spec", str(spec))
+    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-asc", "2"]}}))
+    assert "serve.vllm_options has -asc, which inferctl sets" in refused("--spec", str(spec))
+    assert "--stream-interval" in refused("--model", str(llama), "--api-processes", "2")
