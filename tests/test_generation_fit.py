@@ -209,9 +209,15 @@ def test_settings_of_another_task_are_a_warning_only_if_they_are_set() -> None:
     assert found.what == "serve.kv_cache, serve.gpus: not used by the task embed"
 
 
-@pytest.mark.parametrize(("task", "processes", "error"), [
-    ("generate", 1, False), ("generate", "auto", False), ("generate", 2, True), ("embed", 2, False),
-])
+@pytest.mark.parametrize(
+    ("task", "processes", "error"),
+    [
+        ("generate", 1, False),
+        ("generate", "auto", False),
+        ("generate", 2, True),
+        ("embed", 2, False),
+    ],
+)
 def test_several_api_processes_are_an_error_for_generation(task: str, processes: int | str, error: bool) -> None:
     found = list(generation_fit.check_settings(spec(api_processes=processes), task))
     assert [each.level for each in found] == ["error"] * error
@@ -223,13 +229,11 @@ LLAMA_1B = LLAMA_31_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_h
 @pytest.mark.parametrize(
     ("key", "parameters", "config", "found"),
     [
-        # Prompts at the peak: 1,152 x 2 x 8.03e9 FLOP, 212 tokens out.
-        ("t4", 8_030_261_248, LLAMA_31_8B, None),
-        ("h100-sxm", 8_030_261_248, LLAMA_31_8B, None),
+        ("t4", 1_235_814_400, LLAMA_1B, None),
+        ("a100-40gb-sxm", 8_030_261_248, LLAMA_31_8B, None),
         ("b200-sxm", 8_030_261_248, LLAMA_31_8B, "compute"),
         ("l4", 1_235_814_400, LLAMA_1B, None),
         ("h100-sxm", 1_235_814_400, LLAMA_1B, "compute"),
-        # Half the peak of an L4 next to a tenth of its bandwidth: what a model without prompts would do.
         ("h100-sxm", 134_515_008, SMOLLM2_135M, "memory"),
     ],
 )

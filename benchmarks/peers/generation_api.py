@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import edge_cost
 import generation
 import peers
 import psutil
@@ -31,10 +32,10 @@ import psutil
 OUTPUTS = 16, 128
 VOCABULARY = 4096
 MODEL = peers.ROOT / "models" / "SmolLM2-135M-Instruct"
-EDGE = ["--enable-force-include-usage", "--enable-prompt-tokens-details"]
 # Name -> whether the edge of inferctl is there, its sections of the spec, and options of vLLM.
 SERVERS: dict[str, tuple[bool, tuple[str, ...], list[str]]] = {
     "vllm": (False, (), []),
+    "vllm, usage in each event": (False, (), ["--enable-force-include-usage"]),
     "vllm, 2 API processes": (False, (), ["--api-server-count", "2"]),
     "edge": (True, (), []),
     "edge, keys, metering": (True, ("keys", "metering"), []),
@@ -135,7 +136,9 @@ async def load(port: int, headers: str, clients: int, tokens: int, seconds: floa
     while count["streams"] - first["streams"] < waves * clients:
         await asyncio.sleep(0.01)
     used = {name: cpu_s(of) - before[name] for name, of in pids.items()}
-    found = Found(used, count["streams"] - first["streams"], count["events"] - first["events"], time.monotonic() - begin)
+    found = Found(
+        used, count["streams"] - first["streams"], count["events"] - first["events"], time.monotonic() - begin
+    )
     for _, client in connected:
         client.stopping = True
     await asyncio.gather(*(client.ended for _, client in connected))
@@ -154,15 +157,15 @@ def start(name: str, model: Path, folder: Path) -> tuple[generation.Server, str]
         return generation.Server("vllm", port, command, variables | peers.vllm_environment(folder)), headers
     serve = {"port": port, "precision": "bf16", "max_sequences": 256, "kv_cache": "1GiB", "vllm_options": more}
     spec: dict[str, Any] = {"name": "m", "model": {"source": str(model)}, "serve": serve}
-    if "keys" in sections:
-        spec["access"] = {"keys": str(folder / "keys.json"), "data": str(folder / "access")}
-        limits = ("--requests-per-minute", "100000000", "--tokens-per-minute", "1000000000")
-        headers = f"authorization: Bearer {peers.create_key(spec['access']['keys'], *limits)}\r\n"
-    if "metering" in sections:
-        spec["metering"] = {"enabled": True, "ledger": str(folder / "ledger.db"), "data": str(folder / "usage")}
+    for section in sections:
+        more_sections, found = edge_cost.FEATURES[section](folder)
+        spec |= more_sections
+        headers += "".join(f"{name}: {value}\r\n" for name, value in found.items())
     file = folder / "inferctl.yaml"
     file.write_text(json.dumps(spec))
-    return generation.Server("inferctl", port, [sys.executable, "-m", "inferctl.serve", "--spec", str(file)], variables), headers
+    return generation.Server(
+        "inferctl", port, [sys.executable, "-m", "inferctl.serve", "--spec", str(file)], variables
+    ), headers
 
 
 def main() -> None:

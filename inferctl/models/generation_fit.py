@@ -227,10 +227,8 @@ class _Need:
         experts, all are computed.
         """
         sequences, cell, gpus = self.capacity(part).typical_sequences, self._cell_bytes(part), self._gpus(part)
-        low_bits = self.precision in ("fp8", "int8")
-        peak = part.peaks["int8" if low_bits and part.peaks["int8"] else generation_dtype(
-            self.precision, part.traits, self.checkpoint
-        )]
+        dtype = generation_dtype(self.precision, part.traits, self.checkpoint)
+        peak = part.peaks["int8" if self.precision in ("fp8", "int8") else dtype]
         if not (sequences and peak and part.bandwidth_gbs):
             return None
         prompt, answer = decoder.TYPICAL_PROMPT, decoder.TYPICAL_ANSWER

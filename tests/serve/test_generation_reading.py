@@ -54,7 +54,10 @@ def test_the_most_that_a_request_can_generate(endpoint: str, raw: bytes, sequenc
 
 @pytest.mark.parametrize(("asked", "passed"), [(None, None), (1, 1), (16, 16), (17, 16), (10**9, 16)])
 def test_a_client_cannot_hide_many_tokens_in_one_event(asked: int | None, passed: int | None) -> None:
-    for endpoint, raw in (("chat", chat(stream_interval=asked)), ("completions", completion("a", stream_interval=asked))):
+    for endpoint, raw in (
+        ("chat", chat(stream_interval=asked)),
+        ("completions", completion("a", stream_interval=asked)),
+    ):
         assert orjson.loads(vllm_request.generation(endpoint, raw, CONTEXT).body)["stream_interval"] == passed
 
 

@@ -51,7 +51,12 @@ def test_settings_become_options_of_vllm() -> None:
 def test_vllm_gets_the_edge_and_no_address_of_a_store(tmp_path: Path) -> None:
     spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}})
     names = ("METERING_LEDGER", "METERING_BROKER", "METERING_SINK", "ACCESS_KEYS", "ACCESS_BROKER", "CACHE_SHARED")
-    base = {"PGPASSWORD": "geheim", "PATH": "/bin", "VLLM_USE_RUST_FRONTEND": "1", **{f"INFERCTL_{name}": "postgresql://u:geheim@h" for name in names}}
+    base = {
+        "PGPASSWORD": "geheim",
+        "PATH": "/bin",
+        "VLLM_USE_RUST_FRONTEND": "1",
+        **{f"INFERCTL_{name}": "postgresql://u:geheim@h" for name in names},
+    }
     model = VllmModel(Path("/model"), 8192, BF16, "bf16")
     found = command.environment(spec, model, A100, tmp_path, "text", base)
     assert "geheim" not in str(found) and found["PATH"] == "/bin"
