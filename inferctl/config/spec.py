@@ -37,7 +37,16 @@ MOST_API_PROCESSES = 64
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
 # Options of `vllm serve` that the edge depends on, or that a setting is for. With them, `GET /info` would be wrong.
-_EDGE_OPTIONS = ("--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds")
+_EDGE_OPTIONS = (
+    "--api-server-count",
+    "-asc",
+    "--grpc",
+    "--headless",
+    "--host",
+    "--port",
+    "--served-model-name",
+    "--uds",
+)
 _SETTING_OF_OPTION = {
     "--dtype": "serve.precision",
     "--quantization": "serve.precision",
@@ -116,7 +125,8 @@ class Serve(Section):
     api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(
         1,
         description="Embeddings and reranking: processes for HTTP, parsing and tokenization, beside one for limits, "
-        "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4.",
+        "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4. Generation has one, and rejects "
+        "a number above 1.",
     )
     max_context_tokens: int | None = Field(
         None,

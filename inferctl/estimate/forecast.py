@@ -279,7 +279,8 @@ def read_config(path: Path) -> dict[str, Any]:
         also = (
             ""
             if task == "rerank"
-            else ", and see with `inferctl check` where it fits; an embedding model has a modules.json in its folder"
+            else ", and see with `inferctl check` where it fits and one API process suffices; "
+            "an embedding model has a modules.json in its folder"
         )
         raise UsageError(
             f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})",

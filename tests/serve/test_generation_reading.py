@@ -52,6 +52,15 @@ def test_the_most_that_a_request_can_generate(endpoint: str, raw: bytes, sequenc
     assert asked.tokens >= sequences * answer
 
 
+@pytest.mark.parametrize(("asked", "passed"), [(None, None), (1, 1), (16, 16), (17, 16), (10**9, 16)])
+def test_a_client_cannot_hide_many_tokens_in_one_event(asked: int | None, passed: int | None) -> None:
+    for endpoint, raw in (
+        ("chat", chat(stream_interval=asked)),
+        ("completions", completion("a", stream_interval=asked)),
+    ):
+        assert orjson.loads(vllm_request.generation(endpoint, raw, CONTEXT).body)["stream_interval"] == passed
+
+
 def test_the_tokens_of_a_prompt() -> None:
     assert vllm_request.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT).prompt_tokens == 12
     text = completion("word " * 100)
@@ -87,6 +96,8 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(n=100.0), "invalid_value"),
         ("chat", chat(n=0), "invalid_value"),
         ("chat", chat(n=2000), "too_many_sequences"),
+        ("chat", chat(stream_interval=0), "invalid_value"),
+        ("chat", chat(stream_interval="4"), "invalid_value"),
         ("chat", chat(priority=-1), "invalid_value"),
         ("chat", chat(priority="-1"), "invalid_value"),
         # A field that vLLM ignores is no image.
