@@ -38,32 +38,6 @@ _NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
 
 
 @rule(
-    "gpu-request-limit",
-    "error",
-    "neighbors",
-    finds="a GPU request that differs from its limit, or has no limit",
-    consequence="extended resources cannot be overcommitted: the API server refuses the pod",
-    fix="set the same number as limit and request, or only the limit",
-)
-def _request_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        for each in workload.all_containers:
-            limits = mapping(each.data, "resources", "limits")
-            for name in mapping(each.data, "resources", "requests"):
-                if name not in each.gpus:
-                    continue
-                request = get(each.data, "resources", "requests", name)
-                path = (*each.path, "resources", "requests", name)
-                if name not in limits:
-                    what = f"container {each.name} requests {name}: {request} without a limit"
-                    yield Hit(workload.object, path, what)
-                elif as_float(request) != as_float(limits[name]):
-                    yield Hit(
-                        workload.object, path, f"container {each.name} requests {name}: {request}, limit {limits[name]}"
-                    )
-
-
-@rule(
     "gpu-and-claim",
     "error",
     "neighbors",
