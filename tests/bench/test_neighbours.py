@@ -44,22 +44,8 @@ def figures_of(found: interference.Inflation, key: str) -> interference.Figures:
     return figures
 
 
-@pytest.mark.parametrize("pairs", [3, 4])
-def test_the_factor_between_two_known_distributions_lies_in_its_interval(pairs: int) -> None:
-    found = interference.inflation(
-        [drawn(2 * i, 2000, 10) for i in range(pairs)], [drawn(2 * i + 1, 2000, 25) for i in range(pairs)]
-    )
-    for key in ("p50", "p90", "p99"):
-        figures = figures_of(found, key)
-        assert figures.low is not None
-        assert figures.high is not None
-        assert figures.low < 2.5 < figures.high
-        assert figures.factor == pytest.approx(figures.with_ms / figures.without_ms, abs=1e-3)
-    assert "order statistics" in found.interval
-
-
-@pytest.mark.parametrize("pairs", [1, 2])
-def test_one_or_two_pairs_have_a_factor_and_no_interval(pairs: int) -> None:
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_less_than_five_pairs_have_a_factor_and_no_interval(pairs: int) -> None:
     found = interference.inflation(
         [drawn(2 * i, 2000, 10) for i in range(pairs)], [drawn(2 * i + 1, 2000, 25) for i in range(pairs)]
     ).as_dict()
@@ -67,22 +53,6 @@ def test_one_or_two_pairs_have_a_factor_and_no_interval(pairs: int) -> None:
     for figures in found["percentiles"].values():
         assert (figures["low"], figures["high"]) == (None, None)
         assert figures["factor"] == pytest.approx(2.5, rel=0.2)
-
-
-def test_an_interval_of_few_pairs_contains_the_true_factor() -> None:
-    """Runs differ by 10%. With three pairs, 95% of the intervals or more contain the true factor."""
-    random, within = np.random.default_rng(1), 0
-
-    def runs(scale: float) -> list[summary.RunRecords]:
-        scales = [scale * math.exp(random.normal(0, 0.1)) for _ in range(3)]
-        return [drawn(int(random.integers(1 << 30)), 600, each) for each in scales]
-
-    for _ in range(40):
-        figures = figures_of(interference.inflation(runs(10), runs(20)), "p50")
-        assert figures.low is not None
-        assert figures.high is not None
-        within += figures.low <= 2 <= figures.high
-    assert within >= 38
 
 
 def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -> None:
@@ -106,10 +76,9 @@ def test_with_five_pairs_the_interval_is_over_runs_and_knows_how_they_differ() -
 
 
 def test_a_percentile_that_n_does_not_support_has_no_factor() -> None:
-    found = interference.inflation([drawn(1, 400, 10)], [drawn(2, 4000, 25)]).as_dict()["percentiles"]
+    found = interference.inflation([drawn(1, 300, 10)], [drawn(2, 4000, 25)]).as_dict()["percentiles"]
     assert found["p99"]["factor"] is None
-    # The two intervals share one confidence level, so each needs more than 368 samples.
-    assert (found["p99"]["n"], found["p99"]["needed"]) == (400, stats.needed(0.99, 0.975))
+    assert (found["p99"]["n"], found["p99"]["needed"]) == (300, 368)
     assert found["p50"]["factor"] is not None
 
 
@@ -288,13 +257,3 @@ def test_the_command_refuses_neighbours_of_a_running_server(
     assert cli.run(["bench", "--url", f"mine={answering()}", "--plan", "quick", "--neighbours", "1"]) == 2
     assert "mine is already running" in capsys.readouterr().err
     assert not (tmp_path / "bench-results").exists()
-
-
-def test_three_pairs_that_disagree_are_not_given_a_narrow_interval() -> None:
-    without = [drawn(1, 4000, 10), drawn(2, 4000, 30), drawn(5, 4000, 20)]
-    loaded = [drawn(3, 4000, 20), drawn(4, 4000, 21), drawn(6, 4000, 25)]
-    figures = figures_of(interference.inflation(without, loaded), "p50")
-    assert figures.low is not None
-    assert figures.high is not None
-    assert figures.low < 0.75
-    assert figures.high > 1.9
