@@ -27,7 +27,6 @@ from inferctl.bench.plan import plan
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import result
 from inferctl.bench.report.receipts import write_all
-from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
 
 
@@ -142,12 +141,6 @@ def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
     busy = neighbors.background(load)
     assert (busy.mode, busy.users) == ("closed", 3)
     assert busy.duration_s > load.duration_s + load.warmup_s + load.timeout_s
-
-
-def test_a_server_that_runs_already_cannot_be_given_neighbours() -> None:
-    neighbors.reject_running_servers([])
-    with pytest.raises(UsageError, match="mine is already running"):
-        neighbors.reject_running_servers(["mine"])
 
 
 def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> Bench:
