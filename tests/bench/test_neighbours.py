@@ -19,7 +19,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge import interference, summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load import records
-from inferctl.bench.measure import environment, neighbors, runner
+from inferctl.bench.measure import environment, neighbors, resume, runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad
@@ -231,8 +231,6 @@ def _command(entry: Path) -> bytes:
 
 
 def test_pairs_outlast_a_bench_that_was_killed(tmp_path: Path) -> None:
-    from inferctl.bench.measure import resume
-
     work = bench(tmp_path, 1, 1)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)

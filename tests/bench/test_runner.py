@@ -29,6 +29,7 @@ from inferctl.bench.plan import plan, sections, shape, workload
 from inferctl.bench.report import html, result, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
+from inferctl.cli import bench_setup
 from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.models import model as models
 from inferctl.receipts import receipt
@@ -460,8 +461,6 @@ def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() ->
 
 
 def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
-    from inferctl.cli import bench_setup
-
     places = [bench_setup._create_folder(tmp_path, "quick") for _ in range(3)]
     assert len(set(places)) == 3
     assert all(place.is_dir() for place in places)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import UsageError
+from inferctl.models.model import find, resolve_task
 from inferctl.serve import task_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference
@@ -377,7 +378,6 @@ def edit(file: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> 
 def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path: Path, architecture: str) -> None:
     from sentence_transformers import CrossEncoder
 
-    from inferctl.models.model import find, resolve_task
     from inferctl.serve.engines.encoder import EncoderEngine
 
     first = saved_models.transformer(tmp_path / "transformer", architecture)
@@ -745,7 +745,6 @@ def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_p
 
 def started(folder: Path) -> None:
     """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
-    from inferctl.models.model import find, resolve_task
     from inferctl.serve.engines import tokenizer_check
     from inferctl.serve.engines.pooling import Layers
 
