@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
+import bench_samples
 import numpy as np
 import pytest
-from bench_samples import ANSWERING, SECOND, row, table
+from bench_samples import SECOND, row, table
 
 from inferctl import cli
 from inferctl.bench import stats
@@ -22,7 +22,7 @@ from inferctl.bench.load import records
 from inferctl.bench.measure import environment, neighbors, resume, runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.judgment import judge_outcome
-from inferctl.bench.measure.outcome import BenchTarget, Measurement, NeighborLoad
+from inferctl.bench.measure.outcome import Measurement, NeighborLoad
 from inferctl.bench.plan import plan
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import result
@@ -145,23 +145,11 @@ def test_the_background_outlasts_the_run_and_is_a_closed_loop() -> None:
 
 def bench(folder: Path, count: int, repeats: int, *options: str, only: str = "") -> Bench:
     """Return a benchmark of pairs on the answering server; `options` are for the server in the folder `only`."""
-    wanted = plan.Plan.model_validate(
-        {
-            "name": "test",
-            "configurations": [{"name": "fp32", "precision": "fp32"}],
-            "load": {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5},
-            "corpus": "short",
-            "repeats": repeats,
-            "neighbours": count,
-            "quality": None,
-        }
-    )
 
-    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
-        more = list(options) if only in announce.parts else []
-        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--median-ms", "4", *more]
+    def given(_: str, announce: Path) -> list[str]:
+        return ["--median-ms", "4", *(options if only in announce.parts else ())]
 
-    return Bench(wanted, [BenchTarget("fp32", "fp32")], command, None, folder)
+    return bench_samples.bench(folder, "fp32", options=given, repeats=repeats, neighbours=count)
 
 
 def receipt_of(work: Bench) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from answering import vector
-from bench_samples import ANSWERING, FIELDS, SHORT_PLAN
+from bench_samples import FIELDS, SHORT, SHORT_PLAN, bench
 
 from inferctl import cli
 from inferctl.bench.judge import comparable
@@ -25,7 +25,7 @@ from inferctl.bench.load import child_server, process_usage, records, target
 from inferctl.bench.measure import environment, quality, runner
 from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan, sections, shape, workload
+from inferctl.bench.plan import sections, shape, workload
 from inferctl.bench.report import html, result, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
@@ -34,42 +34,7 @@ from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.models import model as models
 from inferctl.receipts import receipt
 
-SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
-
-
-def bench(
-    folder: Path,
-    *names: str,
-    repeats: int = 1,
-    options: Sequence[str] = (),
-    check_quality: bool = False,
-    model: Path | None = None,
-) -> Bench:
-    wanted = plan.Plan.model_validate(
-        {
-            "name": "test",
-            "configurations": [{"name": name, "precision": name} for name in names],
-            "load": SHORT,
-            "corpus": "short",
-            "repeats": repeats,
-            "quality": {"corpus": "short", "texts": 40} if check_quality else None,
-        }
-    )
-
-    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
-        return [
-            sys.executable,
-            str(ANSWERING),
-            "--announce",
-            str(announce),
-            "--precision",
-            precision,
-            "--median-ms",
-            "5",
-            *options,
-        ]
-
-    return Bench(wanted, [BenchTarget(name, name) for name in names], command, model, folder)
+CHECKED = {"corpus": "short", "texts": 40}
 
 
 def ran(
@@ -232,7 +197,7 @@ def test_a_server_with_broken_vectors_fails_on_quality(
 
 def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
-    work = bench(tmp_path, "int8", options=("--sha256", digest, "--broken", "nan"), check_quality=True, model=folder)
+    work = bench(tmp_path, "int8", options=("--sha256", digest, "--broken", "nan"), quality=CHECKED, model=folder)
     result_ = collected(work, ran(work))
     found = result_.as_dict()
     (row,) = found["rows"]
@@ -248,7 +213,7 @@ def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path
 
 def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
-    work = bench(tmp_path, "fp32", options=("--sha256", digest), check_quality=True, model=folder)
+    work = bench(tmp_path, "fp32", options=("--sha256", digest), quality=CHECKED, model=folder)
     (outcome,) = ran(work)
     assert outcome.quality.passes
     assert outcome.quality.corpus_sha256 == workload.read_corpus("short")[1]
