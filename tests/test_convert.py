@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -334,8 +335,6 @@ def test_an_interrupted_conversion_ends_its_process(source: Path, tmp_path: Path
 
 
 def limit_files() -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 

@@ -12,8 +12,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.bench.plan import plan
+from inferctl.cli import run
+from inferctl.cli.init import _rendered
 from inferctl.config import settings, spec
 from inferctl.core.errors import SpecError, UsageError
+from inferctl.facts import catalog
 from inferctl.models import model
 
 VOCABULARY = {"hardware": ["t4", "l4"], "image.base": ["cuda12.8", "cpu"], "bench.plan": ["precision"]}
@@ -258,9 +262,6 @@ MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
 )
 @pytest.mark.parametrize("reader", ["spec", "hardware", "base", "plan"])
 def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, reader: str) -> None:
-    from inferctl.bench.plan import plan
-    from inferctl.facts import catalog
-
     file = tmp_path / "x.yaml"
     file.write_text(text)
     read = {
@@ -369,8 +370,6 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 @hypothesis.settings(deadline=None)
 @given(TEXTS | st.sampled_from(["./my #1", "no", "1e3", "a: b", "- x", "*a", "&a", "!x", "'", "2024-01-01"]))
 def test_a_spec_from_init_has_the_given_values(text: str) -> None:
-    from inferctl.cli.init import _rendered
-
     values = {
         "name": "1e3",
         "source": text,
@@ -387,8 +386,6 @@ def test_a_spec_from_init_has_the_given_values(text: str) -> None:
 def test_init_in_another_directory_writes_a_relative_model_path(
     tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inferctl.cli import run
-
     (tmp_path / "my #1").symlink_to(minilm)
     monkeypatch.chdir(tmp_path)
     assert run(["init", "services/a", "--model", "./my #1", "--name", "m"]) == 0

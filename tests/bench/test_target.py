@@ -94,22 +94,6 @@ def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
         process.communicate(b"\n")
 
 
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, None),
-        ({}, None),
-    ],
-)
-def test_cpu_quotas_are_read_in_both_versions(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert environment._quota(tmp_path) == quota
-
-
 def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from inferctl.bench.report import caveats, findings, ranking, receipts, result, 
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
-from inferctl.core.errors import InferctlError, InvalidRunError, UsageError
+from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.receipts import capacity, receipt
 
 LIMITS = sections.Quality.model_validate({})
@@ -688,14 +688,6 @@ def test_layout_of_a_receipts_file_is_not_sealed(tmp_path: Path) -> None:
     assert receipt.load(written.path).name == "bf16"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "inferctl.receipt/9"}'])
-def test_what_is_no_receipt_of_this_version_is_a_usage_error(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "x.json"
-    file.write_text(text)
-    with pytest.raises(UsageError):
-        receipt.load(file)
-
-
 @pytest.mark.parametrize(
     ("rows", "kind"),
     [
@@ -806,7 +798,7 @@ def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
         ("bf16", "measured"),
         ("t4", "not measured here"),
     ]
-    assert found[1].reason == "the hardware measured is Test CPU"
+    assert "the hardware measured is Test CPU; `inferctl estimate`" in (found[1].reason or "")
 
 
 def test_what_a_silent_server_ran_on_is_not_guessed(tmp_path: Path) -> None:

@@ -52,8 +52,11 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configuration of a generative model. The stand-in does not read the weights."""
-    folder = tmp_path_factory.mktemp("llama")
+    return stand_in(tmp_path_factory.mktemp("llama"))
+
+
+def stand_in(folder: Path) -> Path:
+    """Write the configuration of a generative model to `folder`. The stand-in for vLLM does not read the weights."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)

@@ -9,6 +9,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.generate import vllm_request
@@ -221,7 +222,6 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
 
 def generated(endpoint: str, body: bytes) -> tuple[int, int, int] | None:
     """Return how many prompts, sequences and tokens vLLM's classes read; None if they reject the body."""
-    from pydantic import ValidationError
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.serve.utils.api_utils import get_max_tokens

@@ -31,7 +31,6 @@ class ReceiptContext:
     - `model_source`: the source of the weights in the spec.
     - `hardware_wanted`: the catalog keys that spec and plan request.
     - `targets`: the benchmark targets, if they are not the configurations of the plan.
-    - `model`: the model folder; estimates read the sizes of the model from it.
     """
 
     plan: Plan
@@ -41,7 +40,6 @@ class ReceiptContext:
     slo_p99_ms: float | None
     output: Path
     targets: Sequence[BenchTarget] = ()
-    model: Path | None = None
 
 
 def write_all(context: ReceiptContext, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
@@ -101,7 +99,6 @@ def _document(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
 
 def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[str, Any]:
     """Return an element of the `runs` key of a receipt."""
-    load = run.load
     folder = run.folder.relative_to(context.output)
     return {
         "repeat": run.run.repeat,
@@ -120,7 +117,6 @@ def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[
         "locust_percentiles_ms": run.state.get("locust_percentiles_ms"),
         "timeline": summary.timeline(run.records),
         "latency_over_time": summary.over_time(run.records),
-        "recovery": stages.recovery(run.records, load).as_dict() if load and len(load.timeline) > 2 else None,
         "records": [
             {"path": (folder / name).as_posix(), "sha256": digest}
             for name, digest in digests.of_records(run.folder).items()
