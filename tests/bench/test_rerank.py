@@ -21,7 +21,7 @@ from inferctl.bench.measure import quality, resume
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, sections, workload
-from inferctl.bench.report import comparison, html, terminal
+from inferctl.bench.report import charts, comparison, html, terminal
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts.precision import best_precision
@@ -198,6 +198,9 @@ def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: P
     assert restored[0].quality == outcomes[0].quality
     sealed = [receipt.load(Path(str(row.receipt)))]
     assert (sealed[0].task, sealed[0].data["plan"]["load"]["inputs_per_request"]) == ("rerank", 16)
+    assert charts.distance(sealed, charts.colors_of(sealed)).data[0]["x"][0] > 0
+    # A chart of one configuration would have single points.
+    assert "quality" not in charts.all_charts(sealed)
     page = html.render(found, sealed)
     assert "<th>pairs/s</th><th>score difference</th><th>Kendall's tau</th>" in page
     assert f"{row.score_difference:.3g}" in page and "documents per request: 16" in page

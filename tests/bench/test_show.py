@@ -133,7 +133,7 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
     assert page.loaded == []
     figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
     assert set(figures) == set(page.ids)
-    assert set(figures) == {"percentiles", "throughput", "memory", "timeline"}
+    assert set(figures) == {"percentiles", "throughput", "quality", "memory", "timeline"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from inferctl.receipts.receipt import Receipt
 _PRECISIONS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7"}
 _OTHERS = ("#56b4e9", "#d55e00", "#8c8c8c", "#b2a100")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_LOWEST_ERROR = 1e-7
 # Pixels of a bar and of the space around all bars; the number of bars in a chart of the usual height.
 _BAR, _AROUND, _FITS = 34, 74, 7
 
@@ -51,15 +52,29 @@ ITL = Distribution(
 )
 
 
+# By task: the key of the quality, the axis of the distance to fp32, and its text.
+_DISTANCES = {
+    "embed": ("cosine", "1 - cosine", "1 - cosine between each vector and the fp32 vector of the same text"),
+    "rerank": (
+        "score_difference",
+        "absolute score difference",
+        "Difference of each score and the fp32 score of the same pair",
+    ),
+    "generate": ("kl", "KL divergence (nats)", "KL divergence of the next tokens from fp32, a lower bound"),
+}
+
+
 def all_charts(receipts: Sequence[Receipt]) -> dict[str, Chart]:
     """Return the charts that have data, by id, in the order of the page."""
     colors = colors_of(receipts)
     charts = {
         "goodput": load_charts.goodput(receipts, colors),
+        "neighbours": load_charts.neighbors(receipts, colors),
         "ttft": percentiles(receipts, colors, TTFT),
         "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
         "throughput": throughput(receipts, colors),
+        "quality": distance(receipts, colors),
         "memory": memory(receipts, colors),
         "timeline": timeline(receipts, colors),
         "latency": load_charts.latency_over_time(receipts, colors),
@@ -202,6 +217,41 @@ def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
         "array": [above for _, above in ends],
         "color": GREY,
     }
+
+
+def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return the distance to fp32: of vectors, of scores or of the next tokens of generation."""
+    task = _task(receipts)
+    section, title, what = _DISTANCES[task]
+    checked = [receipt for receipt in receipts if section in receipt.data["quality"]]
+    marks = [("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up")]
+    if task == "rerank":
+        marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
+    if task == "generate":
+        marks = [("mean", "mean", "circle"), ("p99", "worst 1%", "diamond")]
+    if task == "embed" and all(
+        one.data["quality"][section]["min"] == one.data["quality"][section]["p1"] for one in checked
+    ):
+        marks = [("mean", "mean", "circle"), ("min", "worst", "diamond")]
+    data: list[Json] = []
+    for key, name, symbol in marks if checked else ():
+        marker = {"symbol": symbol, "size": 12}
+        values = [receipt.data["quality"][section][key] for receipt in checked]
+        # The legend explains the shapes, so an empty trace in a neutral color draws it.
+        legend = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": GREY}}
+        points = {
+            "showlegend": False,
+            "marker": {**marker, "color": [colors[receipt.name] for receipt in checked]},
+            "y": [short(label(receipt)) for receipt in checked],
+            "x": [max(_LOWEST_ERROR, 1 - value if task == "embed" else value) for value in values],
+            "customdata": values,
+            "hovertemplate": f"%{{y}}: {section.replace('_', ' ')} %{{customdata:.6f}}<extra>{name}</extra>",
+        }
+        data += [{"type": "scatter", "mode": "markers", **trace} for trace in (points, legend)]
+    axis = {"type": "log", "title": {"text": title}, "exponentformat": "power", "dtick": 1}
+    layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
+    text = f"{what}; lower is closer. At 1e-7 and below, the difference is float rounding."
+    return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
 
 
 def _task(receipts: Sequence[Receipt]) -> str:
