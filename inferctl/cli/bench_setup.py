@@ -242,6 +242,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         slo_p99_ms=definition.slo_p99_ms,
         output=output,
         targets=definition.targets,
+        model=definition.folder,
     )
     return benchmark, context
 

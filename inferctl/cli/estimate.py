@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -130,11 +131,7 @@ def estimate(
     processes = api_processes or (spec.serve.least_api_processes if spec else 1)
     batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
     work = forecast.Scenario(tokens, inputs, batch_tokens, seed, api_processes=processes)
-    question = document.Question(
-        forecast.OfferedLoad(users, rate) if users or rate else None,
-        slo or (spec.slo.p99_ms if spec else None),
-        against,
-    )
+    question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
     keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
     with console.progress("estimating"):
         result = document.build(
@@ -194,6 +191,13 @@ def _tokens(
     texts, _ = workload.read_corpus(_TEXTS if corpus is None else corpus)
     token_counts, method = lengths.of_texts(texts, config.parent / "tokenizer.json", max_tokens)
     return token_counts, f"corpus {corpus or _TEXTS}, {method}"
+
+
+def _load(rate: float | None, users: int | None, inputs: int) -> Any:
+    if not rate and not users:
+        return None
+    mode = "open" if rate else "closed"
+    return SimpleNamespace(mode=mode, users=users or 1, rate=rate, arrivals="poisson", inputs_per_request=inputs)
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -114,7 +114,8 @@ def row(
         "notes": notes_for(calibrated, config, scenario.batch_tokens),
     }
     if question.load is not None:
-        result["load"] = under_load(calibrated, model, scenario, question.load)
+        estimate = under_load(calibrated, model, scenario, question.load).as_dict()
+        result["load"] = {key: estimate[key] for key in ("requests_per_s", "p50_ms", "p90_ms", "p99_ms", "saturated")}
     if question.slo_p99_ms is not None:
         rate = server.highest_rate(question.slo_p99_ms / 1000)
         most = min(rate, most)
@@ -160,7 +161,7 @@ def measured_row(cost: Cost, name: str, scenario: Scenario, question: Question) 
     }
     if question.load is not None:
         done = simulate(server, question.load)
-        rate = offline if done is None else question.load.rate or done.per_second
+        rate = offline if done is None else question.load.rate if question.load.mode == "open" else done.per_second
         result["load"] = {
             "requests_per_s": _exact(rate),
             **{f"p{q * 100:g}_ms": done and _exact(done.percentile(q) * 1000) for q in (0.5, 0.9, 0.99)},
@@ -211,5 +212,4 @@ def _exact(value: float | None) -> dict[str, Any]:
 
 
 def _load(load: OfferedLoad) -> dict[str, Any]:
-    mode = "closed" if load.rate is None else "open"
-    return {"mode": mode, "users": load.users or 1, "rate": load.rate, "arrivals": "poisson"}
+    return {"mode": load.mode, "users": load.users, "rate": load.rate, "arrivals": load.arrivals}

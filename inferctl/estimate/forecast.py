@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from inferctl.batching.batcher import QueueLimits
 from inferctl.core.errors import UsageError
@@ -23,6 +23,7 @@ from inferctl.estimate.search import REQUESTS, SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, SimulationResult, percentile
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
+from inferctl.facts.precision import best_precision
 from inferctl.models import fit
 from inferctl.models.model import ModelFolder, architecture, resolve_task
 
@@ -35,12 +36,19 @@ _SEQUENCES = 250_000
 Bound = Literal["at most", "at least"]
 
 
-@dataclass(frozen=True)
-class OfferedLoad:
-    """The load of an estimate: a closed loop of `users`, or an open loop (Poisson) with `rate` requests/s."""
+class OfferedLoad(Protocol):
+    """The load of an estimate. `inferctl.bench.plan.shape.Load` implements it."""
 
-    users: int | None = None
-    rate: float | None = None
+    @property
+    def mode(self) -> str: ...
+    @property
+    def users(self) -> int: ...
+    @property
+    def rate(self) -> float | None: ...
+    @property
+    def arrivals(self) -> str: ...
+    @property
+    def inputs_per_request(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,11 @@ class Range:
     def at_least(cls, low: float) -> Range:
         """Return a lower bound."""
         return cls(None, low, None, "at least")
+
+    def times(self, factor: float) -> Range:
+        """Return the range multiplied by `factor`."""
+        value, low, high = (None if end is None else end * factor for end in (self.value, self.low, self.high))
+        return Range(value, low, high, self.bound)
 
 
 @dataclass(frozen=True)
@@ -110,22 +123,97 @@ class Scenario:
         return SimulatedServer(cost, QueueLimits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
 
 
-def under_load(calibrated: CalibratedPart, model: Transformer, scenario: Scenario, load: OfferedLoad) -> dict[str, Any]:
-    """Return requests/s and latencies (ms) under one load. Above the capacity, latencies are None."""
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated latency (ms) and requests/s under one load, and the data source of the estimate.
+
+    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds.
+    `saturated`: the offered rate exceeds the capacity, so latency is None.
+    """
+
+    hardware: str
+    name: str
+    precision: str
+    basis: str
+    rests_on: str
+    band: tuple[float, float]
+    requests_per_s: Range
+    p50_ms: Range | None
+    p90_ms: Range | None
+    p99_ms: Range | None
+    saturated: bool
+    bounded_by: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    outcome: str = field(default="estimated", init=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the estimate as plain data."""
+        return {
+            **asdict(self),
+            "band": {"low": self.band[0], "high": self.band[1]},
+            "bounded_by": list(self.bounded_by),
+            "notes": list(self.notes),
+        }
+
+
+def rows(
+    config: Path,
+    precision: str,
+    hardware: str,
+    load: OfferedLoad,
+    tokens: Sequence[int],
+    batch_tokens: int = 16_384,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate `inferctl serve` on the part `hardware` under `load`.
+
+    `config`: the `config.json` of the model, or its folder. `tokens`: lengths of the inputs. Raises `UsageError` if no
+    rows support the estimate, which includes int8 on GPUs: no row ran LLM.int8.
+    """
+    part = catalog.hardware(hardware)
+    effective = best_precision(part.traits) if precision == "auto" else precision
+    if effective == "int8" and part.kind == "cuda":
+        raise UsageError(
+            f"cannot estimate int8 on {part.key}: the rows ran TensorRT INT8, but the server runs LLM.int8",
+            "estimate fp16: LLM.int8 was slower in every measurement; `inferctl estimate -p int8` shows TensorRT INT8",
+        )
+    data = read_config(config)
+    calibrated = calibration.load().of(part.key, effective)
+    scenario = Scenario(tokens, load.inputs_per_request, batch_tokens, seed)
+    return under_load(calibrated, Transformer.of(data), scenario, load, notes_for(calibrated, data, batch_tokens))
+
+
+def under_load(
+    calibrated: CalibratedPart, model: Transformer, scenario: Scenario, load: OfferedLoad, notes: Sequence[str] = ()
+) -> Estimate:
+    """Return the estimate for one load."""
     most = capacity(calibrated, model, scenario)
-    over = load.rate is not None and load.rate >= most
+    over = load.mode == "open" and (load.rate or 1.0) >= most
     result = None if over else simulate(scenario.server(calibrated.fastest(model)), load)
     requests = Range.at_most(most if result is None else min(result.per_second, most))
-    if result is not None and load.rate is not None:
+    if result is not None and load.mode == "open" and load.rate:
         requests = Range.exactly(load.rate)
-    return {
-        "requests_per_s": asdict(requests),
-        **{
-            f"p{q * 100:g}_ms": None if result is None else asdict(at_least_ms(result.latencies, q))
-            for q in (0.5, 0.9, 0.99)
-        },
-        "saturated": result is None,
-    }
+    if requests.high == scenario.front_rate:
+        notes = [
+            *notes,
+            f"requests/s is at most {scenario.front_rate:.0f} behind this front end: {front_end.load().machine}",
+        ]
+    p50, p90, p99 = (None if result is None else at_least_ms(result.latencies, q) for q in (0.5, 0.9, 0.99))
+    return Estimate(
+        hardware=calibrated.part.key,
+        name=calibrated.part.name,
+        precision=calibrated.precision,
+        basis=calibrated.basis,
+        rests_on=calibrated.rests_on,
+        band=calibrated.band_for(model).throughput,
+        requests_per_s=requests,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        saturated=result is None,
+        bounded_by=tuple(differences(model, scenario)),
+        notes=tuple(notes),
+    )
 
 
 def differences(model: Transformer, scenario: Scenario) -> list[str]:
@@ -156,9 +244,10 @@ def at_least_ms(latencies: Sequence[float], q: float) -> Range:
 
 def simulate(server: SimulatedServer, load: OfferedLoad) -> SimulationResult | None:
     """Simulate a load. Return None if an open loop exceeds the capacity of the server."""
-    if load.rate is None:
-        return server.closed(load.users or 1)
-    return None if load.rate >= server.offline().per_second else server.open(load.rate)
+    if load.mode != "open":
+        return server.closed(load.users)
+    rate = load.rate or 1.0
+    return None if rate >= server.offline().per_second else server.open(rate, load.arrivals)
 
 
 def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:

@@ -450,7 +450,7 @@ def test_a_running_server_is_measured_without_the_specs_weights_but_not_past_a_b
     rows = json.loads(done.stdout)["rows"]
     assert [(row["configuration"], row["outcome"]) for row in rows] == [
         ("mine", "measured"),
-        ("t4", "not measured here"),
+        ("t4: mine", "not measured here"),
     ]
     spec.write_text("nam: m\n")
     assert command("--url", f"mine={url}", folder=tmp_path).returncode == 2

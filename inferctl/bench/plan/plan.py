@@ -37,7 +37,7 @@ class Plan(Section):
     )
     matrix: Matrix | None = Field(None, description="Instead of `configurations`: every combination of the values.")
     hardware: list[str] = Field(
-        default_factory=list, description="Catalog keys that the result names as not measured, if no row ran on them."
+        default_factory=list, description="Catalog keys to add as estimated rows, if no row ran on them."
     )
     search: Search | None = Field(None, description="Find the highest rate within an SLO.")
     # The British spelling of plans, receipts and file names. Modules and functions have `neighbors`.

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from inferctl.bench.report import load_charts
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
+from inferctl.bench.report.rows import Row
+from inferctl.estimate.forecast import Range
 from inferctl.receipts.receipt import Receipt
 
 # Colors by Okabe and Ito: distinct with each kind of color vision, on white and on black.
@@ -64,16 +66,20 @@ _DISTANCES = {
 }
 
 
-def all_charts(receipts: Sequence[Receipt]) -> dict[str, Chart]:
-    """Return the charts that have data, by id, in the order of the page."""
+def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[str, Chart]:
+    """Return the charts that have data, by id, in the order of the page.
+
+    `rows` are those of the result. Estimated figures have hatched bars and the label `estimated`.
+    """
     colors = colors_of(receipts)
+    estimated = [row for row in rows if row.estimate]
     charts = {
         "goodput": load_charts.goodput(receipts, colors),
         "neighbours": load_charts.neighbors(receipts, colors),
         "ttft": percentiles(receipts, colors, TTFT),
         "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
-        "throughput": throughput(receipts, colors),
+        "throughput": throughput(receipts, colors, estimated),
         "quality": distance(receipts, colors),
         "memory": memory(receipts, colors),
         "timeline": timeline(receipts, colors),
@@ -189,8 +195,8 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribu
     return Chart(distribution.title, text, data, layout)
 
 
-def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return requests/s; output tokens/s of generation."""
+def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Sequence[Row] = ()) -> Chart:
+    """Return measured requests/s (generation: output tokens/s), and those of the estimated `rows`."""
     generates = _task(receipts) == "generate"
     key, unit = ("output_tokens_per_s", "output tokens/s") if generates else ("requests_per_s", "requests/s")
     values = [receipt.data["summary"][key] for receipt in receipts]
@@ -203,9 +209,43 @@ def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
         ]
     )
     data = [bars] if receipts else []
+    estimated = [(row, found) for row in rows if row.estimate and (found := row.estimate.ranges.get("requests_per_s"))]
+    with_bar = [(row, found) for row, found in estimated if _bar_end(found) is not None]
+    if with_bar:
+        data.append(_estimated_bars(with_bar))
     what = "Output tokens of successful responses" if generates else "Successful responses"
-    text = f"{what} per second in the measured window, with 95% intervals. Filled and hatched: emulated precision."
-    return Chart("Throughput", text, data, _bar_layout(len(receipts), unit))
+    text = f"{what} per second in the measured window, with 95% intervals. Filled and hatched: emulated precision." + (
+        " Outlines are estimated upper bounds." if rows else ""
+    )
+    return Chart("Throughput", text, data, _bar_layout(len(receipts) + len(with_bar), unit))
+
+
+def _bar_end(found: Range) -> float | None:
+    """Return an estimated figure, or its upper bound."""
+    return found.high if found.bound else found.value
+
+
+def _estimated_bars(rows: Sequence[tuple[Row, Range]]) -> Json:
+    """Return the bars of estimates: hollow, hatched and labeled."""
+    values = [_bar_end(found) or 0.0 for _, found in rows]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [f"{short(row.configuration)}, estimated<br>{(row.hardware or {}).get('key')}" for row, _ in rows],
+        "x": values,
+        "text": [
+            f"{found.bound} {_figure(value)}" if found.bound else f"~{_figure(value)}"
+            for value, (_, found) in zip(values, rows, strict=True)
+        ],
+        "textposition": "none",
+        "width": 0.6,
+        "marker": {
+            "color": "rgba(0,0,0,0)",
+            "line": {"color": GREY, "width": 1.5},
+            "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
+        },
+        "hovertemplate": "%{y}: %{text} requests/s<extra></extra>",
+    }
 
 
 def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:

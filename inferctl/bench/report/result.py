@@ -13,7 +13,7 @@ from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
-from inferctl.bench.report import findings, rows, search_findings
+from inferctl.bench.report import estimated, findings, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats
 from inferctl.bench.report.receipts import ReceiptContext, load_without_folder
 from inferctl.bench.report.rows import Row
@@ -99,14 +99,41 @@ def other_hardware(context: ReceiptContext, measured: Sequence[Row]) -> list[Row
     known = catalog.hardware_profiles()
     missing = [key for key in context.hardware_wanted if key not in {hardware["key"] for hardware in used}]
     return [
-        Row(
-            key,
-            rows.NOT_MEASURED_HERE,
-            f"{reason}; `inferctl estimate` computes bounds",
-            hardware={"key": key, "name": known[key].name if key in known else key},
-        )
+        row
         for key in missing
+        for row in _estimated_rows(context, key, known[key].name if key in known else key, reason)
     ]
+
+
+def _estimated_rows(context: ReceiptContext, key: str, name: str, reason: str) -> list[Row]:
+    """Return the rows of hardware that was not measured: estimated, else one for each reason why not."""
+    hardware = {"key": key, "name": name}
+    found: list[Row] = []
+    targets_by_reason: dict[str, list[str]] = {}
+    for target, figures in estimated.each(context.plan, context.targets, context.model, key):
+        if isinstance(figures, str):
+            targets_by_reason.setdefault(figures, []).append(target.name)
+            continue
+        found.append(
+            Row(
+                target.name,
+                rows.ESTIMATED,
+                f"{reason}; estimated from {figures.rests_on}",
+                precision={"requested": target.precision, "effective": figures.precision},
+                hardware=hardware,
+                estimate=figures,
+            )
+        )
+    found += [
+        Row(
+            f"{key}: {', '.join(names)}",
+            rows.NOT_MEASURED_HERE,
+            f"{reason}; not estimated: {why}",
+            hardware=hardware,
+        )
+        for why, names in targets_by_reason.items()
+    ]
+    return found or [Row(key, rows.NOT_MEASURED_HERE, reason, hardware=hardware)]
 
 
 def problem(result: Result) -> InferctlError | None:
@@ -114,7 +141,7 @@ def problem(result: Result) -> InferctlError | None:
 
     It is an error if nothing was measured, if a measured row is invalid, or if no search has a result.
     """
-    requested = [row for row in result.rows if row.outcome != rows.NOT_MEASURED_HERE]
+    requested = [row for row in result.rows if row.outcome not in (rows.NOT_MEASURED_HERE, rows.ESTIMATED)]
     measured = [row for row in requested if row.receipt]
     if not measured:
         reasons = "; ".join(f"{row.configuration}: {row.reason}" for row in requested)
