@@ -134,7 +134,7 @@ def through_inferctl(folder: Path, *flags: str) -> Callable[[str], None]:
             "--tag",
             reference,
         ]
-        run(*command, "--network", "host", *flags)
+        run(*command, "--network", "host", "--no-lint", *flags)
 
     return build
 

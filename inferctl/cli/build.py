@@ -59,7 +59,9 @@ def build(
             metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
         ),
     ] = 900.0,
-    _lint: Annotated[bool, typer.Option("--lint/--no-lint", hidden=True, help="Has no effect.")] = True,
+    lint_layers: Annotated[
+        bool, typer.Option("--lint/--no-lint", help="Look for wasted bytes in the layers of the image.")
+    ] = True,
     platform: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +138,7 @@ def build(
     options = BuildOptions(
         push=push,
         verify=verify,
+        lint_layers=lint_layers,
         platforms=parse_platforms(platform) if platform is not None else (),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),

@@ -33,6 +33,7 @@ class BuildOptions:
 
     push: bool = False
     verify: bool = True
+    lint_layers: bool = True
     platforms: tuple[str, ...] = ()
     cache_to: tuple[str, ...] = ()
     cache_from: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ import pytest
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, context, output_checks, running_container, verify
-from inferctl.image.build import check_size, named_layers, note_unverified
+from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
 from inferctl.image.plan import BuildOptions
@@ -334,3 +334,4 @@ def test_link_steps_of_a_containerd_store_are_not_layers() -> None:
     steps = [StepFinished(name, name, 1.0, "1/2" in name) for name in names]
     history = [LayerInfo("COPY a / # buildkit", 5_000_000), LayerInfo("COPY b / # buildkit", 3_000_000)]
     assert [layer.created_by for layer in named_layers(history, steps)] == ["COPY a /", "COPY b /"]
+    assert new_bytes(history, steps) == 3_000_000
