@@ -25,7 +25,6 @@ from inferctl.models import conversion, model
 from tests.serve.tiny_models import make_tokenizer
 from tests.test_model import write_model
 
-
 if TYPE_CHECKING:
     import torch
 
