@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
@@ -24,6 +22,21 @@ from inferctl.models import conversion, convert, model
 from tests.hub import online, serving
 from tests.processes import until
 from tests.serve.tiny_models import CROSS_ENCODERS, make_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    """Import what takes seconds when the first test runs, not in each process that collects tests."""
+    global torch, transformers, load_file
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Model type -> class with a head, settings, and the class that an embeddings server loads.
@@ -334,8 +347,6 @@ def test_an_interrupted_conversion_ends_its_process(source: Path, tmp_path: Path
 
 
 def limit_files() -> None:
-    import resource
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 

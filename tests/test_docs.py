@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
+from inferctl import cli
 from tests.published_models import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +56,6 @@ def test_the_python_files_a_page_names_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_a_page_shows_exist(page: Path) -> None:
-    from typer.main import get_command
-
-    from inferctl import cli
-
     known = set(get_command(cli.app).commands)  # type: ignore[attr-defined]  # the root is a group
     for verb in re.findall(r"(?:^ {4}|`|\$ )inferctl ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE):
         assert verb in known, f"{page.name} shows `inferctl {verb}`"
@@ -133,10 +131,6 @@ def test_each_model_that_is_named_is_served() -> None:
 
 
 def test_the_help_of_every_command_has_an_example() -> None:
-    from typer.main import get_command
-
-    from inferctl import cli
-
     for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]  # the root is a group
         for one in getattr(command, "commands", {name: command}).values():
             said = f"{one.help} {one.epilog}"

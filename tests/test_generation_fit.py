@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from inferctl.config.spec import Spec
-from inferctl.facts import catalog
+from inferctl.facts import catalog, vllm_api
 from inferctl.models import fit, generation_fit
+from tests.conftest import ROOT
 from tests.test_decoder import DOLLY_12B, FALCON_7B, GEMMA3_12B, LLAMA_2_7B, LLAMA_31_8B, SMOLLM2_135M
 
 LLAMA = fit.ModelSize(8_030_261_248, LLAMA_31_8B | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"})
@@ -205,3 +207,77 @@ def test_settings_of_another_task_are_a_warning_only_if_they_are_set() -> None:
     assert (found.level, found.what) == ("warn", "serve.max_client_batch: not used by the task generate")
     (found,) = generation_fit.check_settings(spec(gpus=2, kv_cache="4GB"), "embed")
     assert found.what == "serve.kv_cache, serve.gpus: not used by the task embed"
+
+
+@pytest.mark.parametrize(
+    ("task", "processes", "error"),
+    [
+        ("generate", 1, False),
+        ("generate", "auto", False),
+        ("generate", 2, True),
+        ("embed", 2, False),
+    ],
+)
+def test_several_api_processes_are_an_error_for_generation(task: str, processes: int | str, error: bool) -> None:
+    found = list(generation_fit.check_settings(spec(api_processes=processes), task))
+    assert [each.level for each in found] == ["error"] * error
+
+
+LLAMA_1B = LLAMA_31_8B | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("key", "parameters", "config", "found"),
+    [
+        ("t4", 1_235_814_400, LLAMA_1B, None),
+        ("a100-40gb-sxm", 8_030_261_248, LLAMA_31_8B, None),
+        ("b200-sxm", 8_030_261_248, LLAMA_31_8B, "compute"),
+        ("l4", 1_235_814_400, LLAMA_1B, None),
+        ("h100-sxm", 1_235_814_400, LLAMA_1B, "compute"),
+        ("h100-sxm", 134_515_008, SMOLLM2_135M, "memory"),
+    ],
+)
+def test_the_api_process_is_named_where_the_gpu_could_do_more(
+    key: str, parameters: int, config: dict[str, Any], found: str | None
+) -> None:
+    model = fit.ModelSize(parameters, config | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"})
+    judged, part = on(key, model, max_context_tokens=2048), catalog.hardware(key)
+    limit = vllm_api.tokens_per_s(212)
+    compute = 212 / (1152 * 2 * parameters / ((part.peaks["bf16"] or part.peaks["fp16"] or 0) * 1e12))
+    assert judged.capacity and part.bandwidth_gbs
+    sequences = judged.capacity.typical_sequences
+    # 1,258 tokens in mid-answer are 79 blocks of 16.
+    read = parameters * 2 / sequences + judged.capacity.kv_bytes_per_token * 79 * 16
+    memory = part.bandwidth_gbs * 1e9 / read
+    most = min(compute, memory)
+    assert {"compute": compute, "memory": memory, None: 0}[found] in (most, 0)
+    assert (most > limit) == (found is not None)
+    told = [each for each in judged.findings if each.topic == "processes"]
+    assert [each.what for each in told] == (
+        [f"up to {most:,.0f} tokens/s, but vLLM's API process sends about {limit:,.0f} on one core, estimated"]
+        if found
+        else []
+    )
+    assert judged.verdict != "error" and all(each.level == "ok" for each in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "advised"),
+    [([], 1, True), (["--stream-interval", "2"], 2, True), (["--stream_interval=16"], 16, False)],
+)
+def test_the_limit_of_the_api_process_is_that_of_the_options(options: list[str], tokens: int, advised: bool) -> None:
+    model = fit.ModelSize(134_515_008, SMOLLM2_135M | {"architectures": ["LlamaForCausalLM"]})
+    judged = on("h100-sxm", model, max_context_tokens=2048, vllm_options=options)
+    told = finding(judged, "processes")
+    assert f"about {vllm_api.tokens_per_s(212, tokens):,.0f} on one core" in told.what
+    assert ("--stream-interval" in (told.hint or "")) == advised
+
+
+def test_the_cost_of_the_api_process_is_the_measured_one() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "peers-generation-api.json").read_text())["cost_us"]
+    assert measured["stream"] == pytest.approx(vllm_api.STREAM_US, rel=0.01)
+    assert measured["token"] == pytest.approx(vllm_api.TOKEN_US, abs=0.06)
+    assert measured["event"] == pytest.approx(vllm_api.EVENT_US, abs=0.06)
+    assert vllm_api.tokens_per_s(100, 10) == pytest.approx(
+        100 / (1e-6 * (vllm_api.STREAM_US + 100 * vllm_api.TOKEN_US + 10 * vllm_api.EVENT_US))
+    )

@@ -15,16 +15,25 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.models import conversion, model
 from tests.serve.tiny_models import make_tokenizer
 from tests.test_model import write_model
+
+if TYPE_CHECKING:
+    import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    """Import what takes seconds when the first test runs, not in each process that collects tests."""
+    global torch
+    import torch
 
 
 @dataclass

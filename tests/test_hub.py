@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.models import model
+from inferctl.models.hub import HubModel
 from tests.hub import Hub, Repository, online, serving
 from tests.test_model import write_model
 
@@ -94,8 +95,6 @@ def test_facts_and_the_commit_need_no_weights(hub: Hub, folder: Path, tmp_path: 
 
 
 def test_facts_recognize_an_embedding_model_and_count_the_weights_once(tmp_path: Path) -> None:
-    from inferctl.models.hub import HubModel
-
     shards = {"model-1.safetensors": 5, "model-2.safetensors": 3, "onnx/model.safetensors": 9, "config.json": 1}
     assert HubModel("0", {}, 1, shards).weights_bytes == 8
     sharded = shards | {"model.safetensors.index.json": 1, "consolidated.safetensors": 8, "modules.json": 1}

@@ -12,8 +12,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.bench.plan import plan
+from inferctl.cli import run
+from inferctl.cli.init import _rendered
 from inferctl.config import settings, spec
 from inferctl.core.errors import SpecError, UsageError
+from inferctl.facts import catalog
 from inferctl.models import model
 
 VOCABULARY = {"hardware": ["t4", "l4"], "image.base": ["cuda12.8", "cpu"], "bench.plan": ["precision"]}
@@ -164,6 +168,20 @@ def test_values_that_would_fail_later_are_rejected_with_their_line(text: str, wo
     assert caught.value.problems[0].line == 4
 
 
+@pytest.mark.parametrize("written", ["0", "65", "bad", "1.5", "yes", "[1]"])
+def test_a_setting_that_takes_a_number_or_a_word_has_one_error(written: str) -> None:
+    ((line, message, hint),) = problems(f"{GOOD}serve: {{api_processes: {written}}}\n")
+    assert line == 4
+    assert message.startswith("serve.api_processes: must be a number from 1 to 64, or `auto`")
+    assert hint
+
+
+@pytest.mark.parametrize(("written", "least"), [("4", 4), ("'4'", 4), ("auto", 1)])
+def test_the_number_of_api_processes_is_known_unless_the_machine_decides(written: str, least: int) -> None:
+    document = settings.parse(f"{GOOD}serve: {{api_processes: {written}}}\n")
+    assert settings.resolve(document, {}, {}).spec.serve.least_api_processes == least
+
+
 @pytest.mark.parametrize("name", ["a..b", "a.-b", "-a", "a-", "A", "a_b"])
 def test_an_invalid_image_name_is_rejected(name: str) -> None:
     (found,) = problems(f"name: {name}\nmodel: {{source: org/m}}\n")
@@ -247,9 +265,6 @@ MERGE_BOMB = "a: &a {k: 1}\n" + "".join(
 )
 @pytest.mark.parametrize("reader", ["spec", "hardware", "base", "plan"])
 def test_all_yaml_files_have_size_limits(tmp_path: Path, text: str, words: str, reader: str) -> None:
-    from inferctl.bench.plan import plan
-    from inferctl.facts import catalog
-
     file = tmp_path / "x.yaml"
     file.write_text(text)
     read = {
@@ -358,8 +373,6 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 @hypothesis.settings(deadline=None)
 @given(TEXTS | st.sampled_from(["./my #1", "no", "1e3", "a: b", "- x", "*a", "&a", "!x", "'", "2024-01-01"]))
 def test_a_spec_from_init_has_the_given_values(text: str) -> None:
-    from inferctl.cli.init import _rendered
-
     values = {
         "name": "1e3",
         "source": text,
@@ -376,8 +389,6 @@ def test_a_spec_from_init_has_the_given_values(text: str) -> None:
 def test_init_in_another_directory_writes_a_relative_model_path(
     tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from inferctl.cli import run
-
     (tmp_path / "my #1").symlink_to(minilm)
     monkeypatch.chdir(tmp_path)
     assert run(["init", "services/a", "--model", "./my #1", "--name", "m"]) == 0

@@ -73,6 +73,11 @@ class Server:
             command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True
         )
 
+    @property
+    def pid(self) -> int:
+        """The id of its first process."""
+        return self._process.pid
+
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of all its processes so far."""
         ticks = 0

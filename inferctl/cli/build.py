@@ -12,7 +12,7 @@ import typer
 
 from inferctl.cli import completion, console, download
 from inferctl.cli.build_view import BuildView, short, show_verified
-from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load, network_of
+from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load, network_of
 from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size, size
@@ -32,17 +32,8 @@ def build(
     spec_file: SpecFile = None,
     model: ModelSource = None,
     precision: PrecisionOption = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            autocompletion=completion.BASES,
-            help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
-        ),
-    ] = None,
-    base_image: Annotated[
-        str | None, typer.Option(metavar="REF", help="Pull the base from your mirror; add a digest to pin it.")
-    ] = None,
+    base: BaseKey = None,
+    base_image: BaseMirror = None,
     tag: Annotated[
         list[str] | None,
         typer.Option(

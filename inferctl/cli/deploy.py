@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from inferctl.cli import console, options
-
-if TYPE_CHECKING:
-    from inferctl.config.settings import Resolved
-    from inferctl.deploy.clusters import Cluster
-    from inferctl.deploy.plan import DeploymentPlan
-    from inferctl.deploy.planning import SpecSource
+from inferctl.cli import console, deploy_explain, deploy_files, deploy_lint, deploy_preview, options
+from inferctl.config.settings import Resolved
+from inferctl.core.errors import UsageError
+from inferctl.deploy import clusters, planning
+from inferctl.deploy.clusters import Cluster
+from inferctl.deploy.explain import document
+from inferctl.deploy.plan import DeploymentPlan
+from inferctl.deploy.planning import SpecSource
+from inferctl.manifests import versions
+from inferctl.models import fit, hub
+from inferctl.models.model import resolve_task
+from inferctl.models.size import locate, size_of
 
 EPILOG = """\b
 Examples:
@@ -79,11 +84,7 @@ def deploy(
     as_json: options.Json = False,
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
-    from inferctl.core.errors import UsageError
-
     if lint:
-        from inferctl.cli import deploy_lint
-
         if nodes or explain or output:
             raise UsageError("--lint with another mode", "run `--preview`, `--output` and `--explain` without `--lint`")
         if not manifests:
@@ -109,17 +110,11 @@ def deploy(
         console.warn(warning)
     written: list[str] = []
     if output is not None:
-        from inferctl.cli import deploy_files
-
         written = deploy_files.write(plan, output)
     if as_json:
-        from inferctl.deploy.explain import document
-
         console.document(document(plan) | ({"output": str(output), "files": written} if output else {}))
         return
     if explain:
-        from inferctl.cli import deploy_explain
-
         deploy_explain.report(plan)
     if output is not None:
         names = [cluster.name for cluster in plan.clusters]
@@ -139,9 +134,6 @@ def _preview(
     as_json: bool,
 ) -> None:
     """Print the preview of `manifests`, else of those of the specs. Raises `typer.Exit` with its exit code."""
-    from inferctl.cli import deploy_preview
-    from inferctl.core.errors import UsageError
-
     if not nodes:
         name = manifests[0] if manifests else ""
         raise UsageError(f"{name} is read only with --lint or --preview", "pass `--lint`, or `--preview NODES`")
@@ -159,7 +151,6 @@ def _preview(
 def _plan(
     spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
 ) -> DeploymentPlan:
-    from inferctl.deploy import planning
 
     files: list[Path | None] = [*spec_files] if spec_files else [None]
     found = [options.load(file, {}) for file in files]
@@ -168,9 +159,6 @@ def _plan(
 
 
 def _checked(version: str | None) -> str | None:
-    from inferctl.core.errors import UsageError
-    from inferctl.manifests import versions
-
     try:
         return versions.tested(version) if version is not None else None
     except UsageError as error:
@@ -179,12 +167,6 @@ def _checked(version: str | None) -> str | None:
 
 def _source(resolved: Resolved) -> SpecSource:
     """Return a spec with what is known about its model. Raises `UsageError` if its task is not known."""
-    from inferctl.core.errors import UsageError
-    from inferctl.deploy.planning import SpecSource
-    from inferctl.models import fit, hub
-    from inferctl.models.model import resolve_task
-    from inferctl.models.size import locate, size_of
-
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()
     try:
@@ -206,9 +188,6 @@ def _source(resolved: Resolved) -> SpecSource:
 
 def _clusters(sources: list[SpecSource], file: Path | None) -> tuple[Cluster, ...]:
     """Return the clusters of `--clusters`, else of the specs, else one on-premises cluster."""
-    from inferctl.core.errors import UsageError
-    from inferctl.deploy import clusters
-
     if file is not None:
         return clusters.read(file)
     named = {

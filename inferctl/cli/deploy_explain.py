@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from inferctl.cli import console
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from inferctl.deploy.figure import Figure
-    from inferctl.deploy.plan import DeploymentPlan, ModelPlan
+from inferctl.core.sizes import size
+from inferctl.deploy import explain, sizing
+from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.placement import running_at_peak
+from inferctl.deploy.plan import DeploymentPlan, ModelPlan
 
 
 def report(plan: DeploymentPlan) -> None:
     """Print each figure of the plan with its formula and source, and the cost."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from inferctl.deploy import explain, sizing
-
     pieces: list[RenderableType] = [
         piece for model in plan.models for piece in (_title(model), _table(model, plan), Text())
     ]
@@ -44,20 +42,11 @@ def report(plan: DeploymentPlan) -> None:
 
 
 def _title(model: ModelPlan) -> RenderableType:
-    from rich.text import Text
-
     flavors = ", then ".join(f"{flavor.hardware.key} in {flavor.precision}" for flavor in model.flavors)
     return Text(f"{model.name}: {model.task} on {flavors}", style="bold")
 
 
 def _table(model: ModelPlan, plan: DeploymentPlan) -> RenderableType:
-    from rich import box
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    from inferctl.deploy import explain
-
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     # Formula and source share a column: side by side, they would leave a few letters per line on a narrow terminal.
     for heading in ("figure", "value", "formula and source"):
@@ -75,11 +64,6 @@ def _table(model: ModelPlan, plan: DeploymentPlan) -> RenderableType:
 
 
 def _summary(plan: DeploymentPlan) -> RenderableType:
-    from rich import box
-    from rich.table import Table
-
-    from inferctl.deploy.placement import running_at_peak
-
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("flavor", "cluster"):
         table.add_column(heading, overflow="fold")
@@ -101,9 +85,6 @@ def _summary(plan: DeploymentPlan) -> RenderableType:
 
 
 def _value(figure: Figure) -> str:
-    from inferctl.core.sizes import size
-    from inferctl.deploy.figure import shown
-
     if figure.unit == "bytes":
         return size(int(figure.value), 1)
     if figure.unit == "USD/month":

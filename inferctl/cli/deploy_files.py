@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from inferctl.deploy.plan import DeploymentPlan
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError
+from inferctl.deploy import layout, manifest
+from inferctl.deploy.plan import DeploymentPlan
 
 
 def write(plan: DeploymentPlan, folder: Path) -> list[str]:
@@ -15,10 +16,6 @@ def write(plan: DeploymentPlan, folder: Path) -> list[str]:
     Manifests that an earlier run wrote, and that the plan no longer has, are removed: an overlay would include them.
     Raises `UsageError` if the folder cannot be written, or if a file there is not from an earlier run.
     """
-    from inferctl.core import outputs
-    from inferctl.core.errors import UsageError
-    from inferctl.deploy import layout
-
     outputs.check_folder(folder, "--output")
     files = layout.files(plan)
     for name in files:
@@ -38,8 +35,6 @@ def write(plan: DeploymentPlan, folder: Path) -> list[str]:
 
 def _written_before(file: Path) -> bool:
     """Return whether `inferctl deploy` wrote `file`. JSON has no comments, but alerts and dashboards have names."""
-    from inferctl.deploy import manifest
-
     starts = {
         ".yaml": [manifest.HEADER],
         ".json": ['{\n "groups": [\n  {\n   "name": "inferctl.', '{\n "uid": "inferctl-'],

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inferctl.cli import console
+from inferctl.core import document, outputs
 from inferctl.core.errors import InferctlError, SpecError, UsageError
-
-if TYPE_CHECKING:
-    from inferctl.deploy.plan import DeploymentPlan
-    from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts
-    from inferctl.manifests.manifests_file import Located
+from inferctl.deploy.plan import DeploymentPlan
+from inferctl.manifests import lint, manifests_file, versions
+from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts, sarif
+from inferctl.manifests.manifests_file import KUSTOMIZATIONS, Located, kustomization
+from inferctl.manifests.preview import nodes_file, overlays
 
 _STDIN = "-"
 _HELM = "`helm template CHART | inferctl deploy --lint -`"
@@ -37,12 +39,6 @@ def run(
 
     `nodes`: a file with the nodes of the cluster. `plan`: what the specs say about the models.
     """
-    import json
-
-    from inferctl.core import outputs
-    from inferctl.manifests import lint, versions
-    from inferctl.manifests.lint import sarif
-
     if sarif_file is not None:
         outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
     known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
@@ -83,8 +79,6 @@ def _read(paths: Sequence[Path], left_out: list[str]) -> list[list[Located]]:
 
     Adds the places of what is no object to `left_out`.
     """
-    from inferctl.manifests import manifests_file
-
     common: list[Located] = []
     overlays: list[list[Located]] = []
     for path in paths:
@@ -107,8 +101,6 @@ def _read(paths: Sequence[Path], left_out: list[str]) -> list[list[Located]]:
 
 def _objects(path: Path, left_out: list[str]) -> list[Located]:
     """Return the objects of a file or a folder. Raises `UsageError` for a chart of Helm: its files are templates."""
-    from inferctl.manifests import manifests_file
-
     if (path / "Chart.yaml").is_file():
         raise UsageError(f"{path} is a chart of Helm: its files are templates, not Kubernetes objects", f"run {_HELM}")
     try:
@@ -120,8 +112,6 @@ def _objects(path: Path, left_out: list[str]) -> list[Located]:
 
 
 def _standard_input() -> str:
-    from inferctl.core import document
-
     hint = "pipe YAML or JSON, such as the output of `helm template`"
     try:
         text = sys.stdin.read(document.MAX_MANIFEST_BYTES + 1)
@@ -134,8 +124,6 @@ def _standard_input() -> str:
 
 def _overlays(folder: Path) -> list[Path]:
     """Return the folders in `folder` that kustomize builds: one for each overlay, which may be in groups."""
-    from inferctl.manifests.manifests_file import KUSTOMIZATIONS, kustomization
-
     found = []
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
         below = sorted({file.parent for name in KUSTOMIZATIONS for file in each.rglob(name)})
@@ -145,17 +133,11 @@ def _overlays(folder: Path) -> list[Path]:
 
 def _built(folder: Path) -> list[Located]:
     """Return the objects that kustomize builds. They are in no file, so they have no lines."""
-    from inferctl.manifests.manifests_file import Located, kustomization
-    from inferctl.manifests.preview import overlays
-
     return [Located(each.data, str(kustomization(folder) or folder)) for each in overlays.build(folder)]
 
 
 def _nodes(file: Path) -> list[Located]:
     """Return the nodes of a nodes file, which may be that of `--preview`, as Kubernetes objects."""
-    from inferctl.manifests.manifests_file import Located
-    from inferctl.manifests.preview import nodes_file
-
     return [
         Located(
             {
@@ -174,8 +156,6 @@ def _nodes(file: Path) -> list[Located]:
 
 def _models(plan: DeploymentPlan | None) -> tuple[ModelFacts, ...]:
     """Return what the plan says about each flavor of each model. Assumed times are facts too: the pods have them."""
-    from inferctl.manifests.lint import ModelFacts
-
     return tuple(
         ModelFacts(
             flavor.name,

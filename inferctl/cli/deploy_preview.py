@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from inferctl.cli import console
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from inferctl.deploy.plan import DeploymentPlan
+from inferctl.cli import console, deploy_files
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.deploy.plan import DeploymentPlan
+from inferctl.manifests.preview import drills, nodes_file, overlays, report, simulation, workloads
+from inferctl.manifests.preview.simulation import natural
 
 _SHOWN_NAMES = 4
 _SHOWN_NODES = 12
@@ -24,9 +29,6 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
 
     Raises `InferctlError` (exit code 1) if pods do not fit at rest, `UsageError` and `SpecError`.
     """
-    from inferctl.core.errors import InferctlError, UsageError
-    from inferctl.manifests.preview import drills, report
-
     outcomes = _simulate(nodes, manifests)
     if not any(outcome.workloads for outcome in outcomes):
         raise UsageError("the manifests have no Deployment", "name files or folders with Deployments")
@@ -34,8 +36,6 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
     if as_json:
         console.document(result)
     else:
-        from rich.console import Group
-
         console.report(Group(*_pieces(result)))
     if result["fits_at_rest"]:
         return 0
@@ -55,19 +55,12 @@ def preview(nodes: Sequence[Path], manifests: Sequence[Path], *, as_json: bool) 
 
 def of_plan(plan: DeploymentPlan, nodes: Sequence[Path], *, as_json: bool) -> int:
     """Print the preview of the manifests of `plan`, and return the exit code of `preview`."""
-    import tempfile
-
-    from inferctl.cli import deploy_files
-
     with tempfile.TemporaryDirectory(prefix="inferctl-deploy-") as folder:
         deploy_files.write(plan, Path(folder))
         return preview(nodes, [Path(folder)], as_json=as_json)
 
 
 def _simulate(nodes: Sequence[Path], manifests: Sequence[Path]) -> list[Any]:
-    from inferctl.core.errors import UsageError
-    from inferctl.manifests.preview import nodes_file, overlays, simulation, workloads
-
     names = [cluster.name for cluster in nodes_file.read(nodes)]
     objects = overlays.read(manifests, names)
     outcomes = []
@@ -83,8 +76,6 @@ def _simulate(nodes: Sequence[Path], manifests: Sequence[Path]) -> list[Any]:
 
 
 def _pieces(result: Mapping[str, Any]) -> Iterator[RenderableType]:
-    from rich.text import Text
-
     for cluster in result["clusters"]:
         yield Text(f"Cluster {cluster['name']}: {_count(cluster['nodes'], 'node')}", style="bold")
         for deployment in cluster["deployments"]:
@@ -113,9 +104,6 @@ def _title(deployment: Mapping[str, Any]) -> str:
 
 def _table(deployment: Mapping[str, Any]) -> RenderableType:
     """Return one row for each group of pods with the same result: when, which pods, and where they fit."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in ("indent", "when", "pods"):
         table.add_column(no_wrap=True)
@@ -145,7 +133,6 @@ def _decisive(infeasible: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         reasons = lasting or each["reasons"]
         key = tuple(reason["text"] for reason in reasons)
         found.setdefault(key, {"nodes": [], "reasons": reasons})["nodes"] += each["nodes"]
-    from inferctl.manifests.preview.simulation import natural
 
     return [{**each, "nodes": sorted(each["nodes"], key=natural)} for each in found.values()]
 
@@ -194,12 +181,6 @@ def _evictions(cluster: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _drills(losses: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from inferctl.manifests.preview import report
-
     of = sorted({loss["share"]["of"] for loss in losses})
     yield Text(f"Losses at the peak: share of {' or '.join(of)} that is still served", style="bold")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -128,8 +128,7 @@ def estimate(
     max_tokens = _max_tokens(data)
     calibration_data = calibration.load()
     tokens, token_source = _tokens(corpus, length, file, max_tokens, calibration_data.mean_length, seed)
-    own = spec.serve.api_processes if spec else 1
-    processes = api_processes or (1 if own == "auto" else own)
+    processes = api_processes or (spec.serve.least_api_processes if spec else 1)
     batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
     work = forecast.Scenario(tokens, inputs, batch_tokens, seed, api_processes=processes)
     question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)

@@ -43,6 +43,9 @@ _Output = Annotated[
         "--output", "-o", metavar="FILE", help="Write the key to this file, with mode 600, and not to stdout."
     ),
 ]
+_Environment = Annotated[
+    str, typer.Option(metavar="NAME", help="Set the second part of the key, such as live or test.")
+]
 _Force = Annotated[bool, typer.Option("--force", help="Replace the file of `--output`.")]
 
 app = typer.Typer(
@@ -107,9 +110,7 @@ def create(
     tokens_per_minute: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Limit the tokens per minute. [default: the server's limit]")
     ] = None,
-    environment: Annotated[
-        str, typer.Option(metavar="NAME", help="Set the second part of the key, such as live or test.")
-    ] = "live",
+    environment: _Environment = "live",
     output: _Output = None,
     force: _Force = False,
     as_json: options.Json = False,
@@ -227,9 +228,7 @@ def rotate(
     overlap: Annotated[
         str, typer.Option(metavar="TIME", help="Accept the old key for this long, such as 0s, 12h or 7d.")
     ] = "24h",
-    environment: Annotated[
-        str, typer.Option(metavar="NAME", help="Set the second part of the key, such as live or test.")
-    ] = "live",
+    environment: _Environment = "live",
     output: _Output = None,
     force: _Force = False,
     as_json: options.Json = False,

@@ -36,6 +36,17 @@ PrecisionOption = Annotated[
         help="Set the precision: auto, fp32, fp16, bf16, int8 or fp8 (generation). [default: the spec's, else auto]",
     ),
 ]
+BaseKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        autocompletion=completion.BASES,
+        help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
+    ),
+]
+BaseMirror = Annotated[
+    str | None, typer.Option(metavar="REF", help="Pull the base from your mirror; add a digest to pin it.")
+]
 LedgerUrl = Annotated[
     str | None,
     typer.Option(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from inferctl.cli import completion, console
-from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
+from inferctl.cli import console
+from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.image.from_spec import rendered_image
@@ -20,17 +20,8 @@ def render(
     spec_file: SpecFile = None,
     model: ModelSource = None,
     precision: PrecisionOption = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            autocompletion=completion.BASES,
-            help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
-        ),
-    ] = None,
-    base_image: Annotated[
-        str | None, typer.Option(metavar="REF", help="Pull the base from your mirror; add a digest to pin it.")
-    ] = None,
+    base: BaseKey = None,
+    base_image: BaseMirror = None,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -229,6 +229,7 @@ _HINTS = {
     "image.platform": "use a platform such as linux/amd64 or linux/arm/v7",
     "image.max_size": "write a size such as 6GB, 800MB or 2GiB",
     "metering.outbox_size": "write a size such as 1GiB or 256MB",
+    "serve.api_processes": "`auto` takes one per 4 cores, at most 4",
     "model.revision": "set a commit, a branch or a tag of the model",
     "model": "set model.source to a hub id, or set `weights: mount` or `weights: bake` for a local folder",
 }
@@ -288,7 +289,7 @@ def _hint_for(kind: str, path: str, value: object) -> str | None:
         return f"add `{example}`, or pass `--model SOURCE`"
     if kind == "string_pattern_mismatch" and path == "name":
         return f"use lower case, digits, '-' and '.', as in {slug(str(value))}"
-    return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error") else None
+    return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error", "count_or_auto") else None
 
 
 def _unknown_names(

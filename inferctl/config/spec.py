@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from inferctl.config.deploy_spec import Deploy
 from inferctl.config.sharing_spec import Access as Access
@@ -23,11 +32,21 @@ from inferctl.config.spec_types import TaskSetting as TaskSetting
 
 DEFAULT_FILE = "inferctl.yaml"
 DEFAULT_PORT = 8080
+MOST_API_PROCESSES = 64
 # The hub accepts at most 96 characters. A longer name is a path.
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
 # Options of `vllm serve` that the edge depends on, or that a setting is for. With them, `GET /info` would be wrong.
-_EDGE_OPTIONS = ("--api-server-count", "--grpc", "--headless", "--host", "--port", "--served-model-name", "--uds")
+_EDGE_OPTIONS = (
+    "--api-server-count",
+    "-asc",
+    "--grpc",
+    "--headless",
+    "--host",
+    "--port",
+    "--served-model-name",
+    "--uds",
+)
 _SETTING_OF_OPTION = {
     "--dtype": "serve.precision",
     "--quantization": "serve.precision",
@@ -103,10 +122,11 @@ class Serve(Section):
         description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
-    api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+    api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(
         1,
         description="Embeddings and reranking: processes for HTTP, parsing and tokenization, beside one for limits, "
-        "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4.",
+        "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4. Generation has one, and rejects "
+        "a number above 1.",
     )
     max_context_tokens: int | None = Field(
         None,
@@ -147,6 +167,20 @@ class Serve(Section):
         description="Add the header endpoint-load-metrics (ORCA) to responses, for `inferctl gateway --balancing "
         "load-reports`, which removes it.",
     )
+
+    @property
+    def least_api_processes(self) -> int:
+        """The number of API processes; with `auto`, that of a server with few cores."""
+        return 1 if self.api_processes == "auto" else self.api_processes
+
+    @field_validator("api_processes", mode="wrap")
+    @classmethod
+    def _one_error(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Report one error, where pydantic has one for each kind of value."""
+        with contextlib.suppress(ValidationError):
+            if not isinstance(value, bool):
+                return validate(value)
+        raise PydanticCustomError("count_or_auto", f"must be a number from 1 to {MOST_API_PROCESSES}, or `auto`")
 
     @field_validator("vllm_options")
     @classmethod

@@ -261,7 +261,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             rate,
             sizing.relay_cores(spec),
             gpus if hardware.kind == "cuda" else 1,
-            1 if spec.serve.api_processes == "auto" else spec.serve.api_processes,
+            spec.serve.least_api_processes,
         ),
         warnings=warnings + image.warnings,
     )

@@ -7,7 +7,6 @@ plan() --> run(): stage context --> buildx --> lint --> verify --> tag --> push 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import size
 from inferctl.image import buildx, layers, library, lint
@@ -320,12 +320,9 @@ def _write_metadata(
     document = {**metadata, "image.name": ",".join(references), "image.id": image.id}
     if publication.digest:
         document["containerimage.digest"] = publication.digest.partition("@")[2]
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        outputs.replace(file, json.dumps(document, indent=2) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise NotReadyError(
             f"{publication.digest or references[0]} is built, but {file} cannot be written: {error.strerror}",
             "pass another `--metadata-file`; the next build uses the cache",

@@ -8,14 +8,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from inferctl.core.errors import InferctlError
 from inferctl.image.failures import raising_disk_full
+from inferctl.image.render import Rendered
 from inferctl.models.model import ModelFolder
-
-if TYPE_CHECKING:
-    from inferctl.image.render import Rendered
 
 # For a context with the same base name as an earlier one, BuildKit sends only the changed files, also of named contexts
 # such as a wheel folder. It compares sizes and modification times, so files keep the time when they were written. The

@@ -6,21 +6,21 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import size
+from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image import lint, locks, size_forecast
 from inferctl.image.from_spec import local_model, task_of
 from inferctl.image.image_name import host_of
 from inferctl.image.records import ATTEMPTS, READY_SECONDS
-from inferctl.models import fit
-
-if TYPE_CHECKING:
-    from inferctl.config.spec import Spec
-    from inferctl.facts.catalog import BaseImage, Stack
-    from inferctl.image.render import Rendered
+from inferctl.image.render import Rendered
+from inferctl.models import fit, hub
+from inferctl.models import model as model_folder
+from inferctl.models.model import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,6 @@ def plan(
     Raises `UsageError` for an unavailable platform or a file that cannot be written, `InferctlError` for an unpinned
     revision, a secret in the Dockerfile, or a forecast above the size limit.
     """
-    from inferctl.models.model import is_hub_id
 
     _check_outputs(options)
     if options.push and not options.references and not spec.image.repository:
@@ -177,8 +176,6 @@ def plan(
 
 def _weights(spec: Spec) -> size_forecast.ImagePart:
     """Return the size of the baked weights: of the folder, in the hub's cache, or as listed by the hub."""
-    from inferctl.models import hub
-    from inferctl.models import model as model_folder
 
     source, revision = spec.model.source, spec.model.revision
     local = not model_folder.is_hub_id(source)

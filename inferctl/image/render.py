@@ -20,20 +20,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
 
-from inferctl.config.spec import DEFAULT_PORT
+from inferctl.config.spec import DEFAULT_PORT, Spec
 from inferctl.core import assets
 from inferctl.core.errors import UsageError
+from inferctl.facts.catalog import BaseImage, Stack
+from inferctl.image.locks import Locks
 from inferctl.models.model import IMAGE_FOLDER, SUFFIXES, is_hub_id, longest_start_s
-
-if TYPE_CHECKING:
-    from inferctl.config.spec import Spec
-    from inferctl.facts.catalog import BaseImage, Stack
-    from inferctl.image.locks import Locks
 
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
 EPOCH = 315532800

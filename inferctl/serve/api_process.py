@@ -73,6 +73,8 @@ class ApiProcess:
         self._metering.watch(metrics)
         limits = Limiter(spec.access.requests_per_minute, spec.access.tokens_per_minute)
         self._backend = RemoteBackend(self.link, limits.limits_of)
+        tokenizer = TokenizerPool(folder, config, on_truncated=metrics.truncated.inc)
+        metrics.watch_threads("api", tokenizer.threads)
         load = None
         if spec.serve.load_reports:
             load = LoadReport(lambda: self._state["slots"], lambda: self._state["waiting"], processes=processes)
@@ -80,7 +82,7 @@ class ApiProcess:
             spec,
             task,
             config,
-            TokenizerPool(folder, config, on_truncated=metrics.truncated.inc),
+            tokenizer,
             self._backend,
             self._lifecycle,
             self._page,

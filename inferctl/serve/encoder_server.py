@@ -127,6 +127,7 @@ class EncoderServer(ServerLifetime):
             )
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         metrics.watch_capacity(self._rates)
+        metrics.watch_threads("api" if processes == 1 else "backend", self._tokenizer.threads)
         self._engines: asyncio.Task[None] | None = None
         self._info: dict[str, Any] | None = None
         self._ready_seconds = 0.0

@@ -31,24 +31,10 @@ SETTINGS = {
     "kv_cache": "serve.kv_cache",
     "keys": "access.keys",
 }
-# Options that `inferctl serve --image` passes on. Host, port and model belong to the container.
+# Options that `inferctl serve --image` passes on. Host, port, model and keys belong to the container.
 FORWARDED = (
-    "precision",
-    "allow_inaccurate",
-    "name",
-    "max_batch_tokens",
-    "max_input_tokens",
-    "max_queue_tokens",
-    "api_processes",
-    "max_context_tokens",
-    "max_sequences",
-    "kv_cache",
-    "device",
-    "hang_seconds",
-    "log",
-    "engine",
-    "engines",
-    "truncate",
+    *(name for name in SETTINGS if name not in ("model", "host", "port", "keys")),
+    *("device", "hang_seconds", "log", "engine", "engines", "truncate"),
 )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
@@ -17,6 +20,8 @@ from inferctl.serve.totals import Distribution, Family, Total
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 T = TypeVar("T", Total, Distribution)
+# The native ids of threads so far, and how many there can be.
+Threads: TypeAlias = tuple[Sequence[int], int]
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -185,6 +190,11 @@ class RequestMetrics:
         self._waiting.set_function(waiting)
         self._in_flight.set_function(in_flight)
 
+    def watch_threads(self, process: Literal["api", "backend"], tokenizers: Threads | None = None) -> None:
+        """Report the times of the event loop, which runs on the calling thread, and of threads that tokenize."""
+        threads = {"event_loop": ([threading.get_native_id()], 1)} | ({"tokenizer": tokenizers} if tokenizers else {})
+        self.registry.register(_ThreadTimes(process, threads))
+
     def describe_model(self, info: Mapping[str, Any]) -> None:
         """Report the served model. `info`: the document of `GET /info`."""
         self._model.clear()  # an engine may start again with another precision
@@ -296,6 +306,28 @@ class _Capacity(Collector):
         family = GaugeMetricFamily("inferctl_capacity_tokens_per_second", description, labels=["source"])
         for source, rate in self._rates().items():
             family.add_metric([source], rate)
+        yield family
+
+
+class _ThreadTimes(Collector):
+    """Collects the times of threads that Linux's scheduler counts; nothing where it does not.
+
+    A thread that never sleeps is saturated, also if it waits for a core for a part of the time.
+    """
+
+    def __init__(self, process: str, threads: Mapping[str, Threads]) -> None:
+        self._process, self._threads = process, threads
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric."""
+        description = "Time of a thread, on average over those of its kind: running, or ready and waiting for a core."
+        family = CounterMetricFamily("inferctl_thread_seconds", description, labels=["process", "thread", "state"])
+        with contextlib.suppress(OSError):
+            for name, (ids, count) in self._threads.items():
+                times = [Path(f"/proc/self/task/{number}/schedstat").read_text().split() for number in ids]
+                for column, state in enumerate(("running", "waiting")):
+                    total = sum(int(each[column]) for each in times)
+                    family.add_metric([self._process, name, state], total / count / 1e9)
         yield family
 
 

@@ -106,7 +106,9 @@ class TokenizerPool:
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
-        self._threads, self._executor = threads, ThreadPoolExecutor(threads, "tokenize")
+        ids: list[int] = []
+        self._executor = ThreadPoolExecutor(threads, "tokenize", lambda: ids.append(threading.get_native_id()))
+        self.threads = ids, threads  # those that started, and how many there can be
         tokenizer = self._load()
         self.max_tokens = config.max_tokens
         if self._static is not None:  # the library runs tokenizer.json alone
@@ -174,8 +176,8 @@ class TokenizerPool:
             self._pair_format  # noqa: B018  # else a thread of nanotoken would load tokenizers for it
         if self._word_piece is not None:
             return
-        barrier = threading.Barrier(self._threads)
-        for _ in range(self._threads):
+        barrier = threading.Barrier(self.threads[1])
+        for _ in range(barrier.parties):
             self._executor.submit(lambda: (self.own_tokenizer(), barrier.wait(_WARM_UP_TIMEOUT_S)))
 
     def close(self) -> None:

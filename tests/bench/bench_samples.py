@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import numpy as np
 from inferctl.bench.judge import summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import MEASURED, OK, WARMUP
+from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.outcome import BenchTarget
+from inferctl.bench.plan.plan import Plan
 from inferctl.receipts import receipt
 
 FIELDS = [
@@ -32,7 +37,36 @@ FIELDS = [
 SECOND = 1_000_000_000
 ANSWERING = Path(__file__).with_name("answering.py")
 SHORT_PLAN = str(Path(__file__).with_name("short.yaml"))
+SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
+
+
+def bench(
+    folder: Path,
+    *names: str,
+    options: Sequence[str] | Callable[[str, Path], Sequence[str]] = (),
+    model: Path | None = None,
+    **changes: Any,
+) -> Bench:
+    """Return a benchmark of the answering server, with a configuration for each precision in `names`.
+
+    `options`: those of the server, also by precision and by the file in which it announces itself. `changes`: other
+    values in the plan.
+    """
+    plan = {
+        "name": "test",
+        "configurations": [{"name": name, "precision": name} for name in names],
+        "load": SHORT,
+        "corpus": "short",
+        "quality": None,
+        **changes,
+    }
+
+    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
+        more = options(precision, announce) if callable(options) else options
+        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision, *more]
+
+    return Bench(Plan.model_validate(plan), [BenchTarget(name, name) for name in names], command, model, folder)
 
 
 def harness(name: str) -> Any:

@@ -132,8 +132,16 @@ def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_pat
 
         server = serve()
         assert server.get("/info").json()["pace"]["tokens_per_s"] is None
-        line = ("bench", "--url", f"echo={server.url}", "--plan", SHORT_PLAN, "--slo", "80", "--json")
+        load = ("--plan", SHORT_PLAN, "--slo", "80", "--users", "64", "--duration", "3")
+        line = ("bench", "--url", f"echo={server.url}", *load, "--json")
         document = json.loads(inferctl(*line))
+        (row,) = document["rows"]
+        resources = receipt.load(Path(row["receipt"])).data["resources"]
+        # Nothing takes as little time as this engine.
+        assert resources["engine_busy_percent"] < resources["api_busy_percent"]
+        assert any(
+            "front end limited the server: the event loop of the API process had" in text for text in row["cautions"]
+        )
         server.stop()
         made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()
         found = Capacity.read(tmp_path / made)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import bench_samples
 import numpy as np
 import pytest
-from bench_samples import ANSWERING
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load.target import ServerConnection
@@ -264,23 +264,12 @@ def test_auto_is_for_closed_loops_and_the_command_line_wins() -> None:
 
 
 def bench(folder: Path, *names: str, slots: int = 12) -> Bench:
-    wanted = plan.Plan.model_validate(
-        {
-            "name": "test",
-            "configurations": [{"name": name, "precision": name} for name in names],
-            "load": AUTO,
-            "corpus": "short",
-            "quality": None,
-        }
-    )
-
-    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
-        line = [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision]
+    def options(precision: str, _: Path) -> list[str]:
         # bf16 needs twice the users of fp32, so both receive the load of bf16.
         room = slots * (2 if precision == "bf16" else 1)
-        return [*line, "--median-ms", "60", "--sigma", "0", "--slots", str(room), "--refuse", "int8"]
+        return ["--median-ms", "60", "--sigma", "0", "--slots", str(room), "--refuse", "int8"]
 
-    return Bench(wanted, [BenchTarget(name, name) for name in names], command, None, folder)
+    return bench_samples.bench(folder, *names, options=options, load=AUTO)
 
 
 @pytest.mark.slow

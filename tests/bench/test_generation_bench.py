@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from bench_samples import harness
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from inferctl import cli
 from inferctl.bench.judge import slo, summary, validity
+from inferctl.bench.measure import resume, runner
 from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, prompts, shape, tokens, workload
 from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
@@ -157,8 +160,6 @@ def test_a_plan_for_generation_is_rejected_for_embeddings() -> None:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokens.FileTokenizer:
     """Return a tokenizer like that of most generative models: bytes, merges within a word, single digits."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     found = Tokenizer(models.BPE())
     digits, by_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.pre_tokenizer = pre_tokenizers.Sequence([digits, by_bytes])
@@ -233,9 +234,6 @@ def test_lengths_come_from_a_distribution() -> None:
 
 
 def test_a_resumed_benchmark_of_generation_keeps_its_figures(measured: dict[str, Any]) -> None:
-    from inferctl.bench.measure import resume, runner
-    from inferctl.bench.measure.outcome import BenchTarget
-
     folder = Path(measured["output"])
     manifest = resume.read_manifest(folder)
     targets = [BenchTarget(**target) for target in manifest.identity["subjects"]]

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_samples import SECOND, row, table
 from pydantic import ValidationError
 from test_load import measure
 
-from inferctl.bench.judge import stages, summary
-from inferctl.bench.load import records, target
+from inferctl.bench.judge import stages
+from inferctl.bench.load import target
 from inferctl.bench.plan import shape, workload
 from inferctl.core.errors import UsageError
 
@@ -151,76 +150,3 @@ def test_the_users_of_a_closed_loop_follow_its_stages(answering: Callable[..., s
     assert most[1] == 6
     # Users with a request in flight at the change still receive its response, but send no further request.
     assert max(count for at, count in at_once.items() if at > 2.5) == 1
-
-
-def disturbed(calm_after_s: float, rate: int = 100) -> summary.RunRecords:
-    """Return a run of 30 s: latencies of 10 to 20 ms, a burst of 1 s after 10 s, then 100 ms for `calm_after_s`."""
-
-    def latency(number: int) -> float:
-        at = number / rate
-        usual = 10 + 10 * ((number * 37) % 100) / 100
-        return usual if at < 10 or at >= 11 + calm_after_s else 100.0
-
-    return summary.RunRecords(
-        table(*[row(1000 / rate * n, latency(n)) for n in range(30 * rate)]), 0, 30 * SECOND, 1, 30 * rate
-    )
-
-
-BURST = {"mode": "open", "rate": 100, "duration_s": 30, "spike": {"at_s": 10, "duration_s": 1, "times": 5}}
-
-
-@pytest.mark.parametrize("seconds", [0.0, 4.0, 9.3])
-def test_the_recovery_time_of_latency_is_found(seconds: float) -> None:
-    found = stages.recovery(disturbed(seconds), make_load(**BURST))
-    assert found.seconds is not None
-    assert found.resolution_s is not None
-    assert seconds <= found.seconds + found.resolution_s
-    assert found.seconds <= seconds + 1.1 * found.resolution_s
-    assert found.limit_ms == pytest.approx(19.9, abs=0.2)
-
-
-def test_latency_that_does_not_recover_has_no_time_and_a_reason() -> None:
-    found = stages.recovery(disturbed(100), make_load(**BURST))
-    assert found.seconds is None
-    assert "did not recover" in found.reason
-    few = disturbed(0, rate=3)
-    assert "not enough samples" in stages.recovery(few, make_load(**{**BURST, "rate": 3})).reason
-    flat = make_load(mode="open", rate=100, duration_s=30)
-    assert stages.recovery(few, flat).seconds is None
-    assert stages.summarize([few], flat) == []
-
-
-def test_few_responses_are_judged_by_a_lower_percentile() -> None:
-    found = stages.recovery(disturbed(5, rate=20), make_load(**{**BURST, "rate": 20}))
-    assert found.percentile == "p95"
-    assert found.seconds is not None
-    assert found.resolution_s is not None
-    assert abs(found.seconds - 5) <= 1.1 * found.resolution_s
-    assert stages.recovery(disturbed(5), make_load(**BURST)).percentile == "p99"
-
-
-def test_failures_after_a_spike_are_no_recovery() -> None:
-    part = disturbed(0)
-    failed = part.rows.copy()
-    failed["error"][(failed["intended_ns"] >= 11 * SECOND) & (failed["intended_ns"] < 14 * SECOND)] = records.HTTP_ERROR
-    found = stages.recovery(summary.RunRecords(failed, 0, 30 * SECOND, 1, len(failed)), make_load(**BURST))
-    assert found.seconds is not None
-    assert found.seconds >= 2.9
-
-
-def test_a_queue_without_a_disturbance_recovers_at_once() -> None:
-    """Waits of a queue at 70% load are autocorrelated. 29 of 240 such runs had a false recovery time, now 15."""
-    spike = {"at_s": 20, "duration_s": 6, "times": 1.0001}
-    shape, late = make_load(mode="open", rate=40, duration_s=60, spike=spike), 0
-    for seed in range(60):
-        random = np.random.default_rng(seed)
-        arrivals = np.cumsum(random.exponential(1 / 40, 3700))
-        arrivals = arrivals[arrivals < 60]
-        ends, free = np.empty_like(arrivals), 0.0
-        for number, at in enumerate(arrivals):
-            free = ends[number] = max(free, at) + 0.0175
-        rows = table(*(row(at * 1e3, (end - at) * 1e3) for at, end in zip(arrivals, ends, strict=True)))
-        found = stages.recovery(summary.RunRecords(rows, 0, 60 * SECOND, 1, len(arrivals)), shape)
-        assert found.seconds is not None
-        late += found.seconds > 0
-    assert late <= 3

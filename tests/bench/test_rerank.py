@@ -13,7 +13,7 @@ from answering import score
 from bench_samples import SHORT_PLAN
 from compare_samples import receipts_of, run_values
 from test_foreign_servers import MODEL, Answer, Body, Serve, serve, tei, vllm
-from test_runner import bench, collected, command, ran
+from test_runner import CHECKED, bench, collected, command, ran
 
 from inferctl.bench.judge import comparable, compare
 from inferctl.bench.load import target
@@ -174,7 +174,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]
 def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
     options = ("--task", "rerank", "--sha256", digest, "--drift", "0.001")
-    work = bench(tmp_path, "bf16", options=options, check_quality=True, model=folder)
+    work = bench(tmp_path, "bf16", options=options, quality=CHECKED, model=folder)
     work = Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
     outcomes = ran(work)
     found = collected(work, outcomes)
@@ -209,7 +209,7 @@ def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: P
 def test_a_server_with_wrong_scores_cannot_win(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
     options = ("--task", "rerank", "--sha256", digest, "--drift", "3")
-    work = bench(tmp_path, "int8", options=options, check_quality=True, model=folder)
+    work = bench(tmp_path, "int8", options=options, quality=CHECKED, model=folder)
     work = Bench(work.plan.for_task("rerank"), work.targets, work.command, work.model, work.output)
     found = collected(work, ran(work))
     assert found.findings[0] == "No configuration passes the quality check, so none is recommended."

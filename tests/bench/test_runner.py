@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from answering import vector
-from bench_samples import ANSWERING, FIELDS, SHORT_PLAN
+from bench_samples import FIELDS, SHORT, SHORT_PLAN, bench
 
 from inferctl import cli
 from inferctl.bench.judge import comparable
@@ -25,50 +25,16 @@ from inferctl.bench.load import child_server, process_usage, records, target
 from inferctl.bench.measure import environment, quality, runner
 from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan, sections, shape, workload
+from inferctl.bench.plan import sections, shape, workload
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
+from inferctl.cli import bench_setup
 from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.models import model as models
 from inferctl.receipts import receipt
 
-SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
-
-
-def bench(
-    folder: Path,
-    *names: str,
-    repeats: int = 1,
-    options: Sequence[str] = (),
-    check_quality: bool = False,
-    model: Path | None = None,
-) -> Bench:
-    wanted = plan.Plan.model_validate(
-        {
-            "name": "test",
-            "configurations": [{"name": name, "precision": name} for name in names],
-            "load": SHORT,
-            "corpus": "short",
-            "repeats": repeats,
-            "quality": {"corpus": "short", "texts": 40} if check_quality else None,
-        }
-    )
-
-    def command(precision: str, announce: Path, checkpoint: str | None) -> list[str]:
-        return [
-            sys.executable,
-            str(ANSWERING),
-            "--announce",
-            str(announce),
-            "--precision",
-            precision,
-            "--median-ms",
-            "5",
-            *options,
-        ]
-
-    return Bench(wanted, [BenchTarget(name, name) for name in names], command, model, folder)
+CHECKED = {"corpus": "short", "texts": 40}
 
 
 def ran(
@@ -231,7 +197,7 @@ def test_a_server_with_broken_vectors_fails_on_quality(
 
 def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
-    work = bench(tmp_path, "int8", options=("--sha256", digest, "--broken", "nan"), check_quality=True, model=folder)
+    work = bench(tmp_path, "int8", options=("--sha256", digest, "--broken", "nan"), quality=CHECKED, model=folder)
     result_ = collected(work, ran(work))
     found = result_.as_dict()
     (row,) = found["rows"]
@@ -248,7 +214,7 @@ def test_the_results_of_a_server_with_broken_vectors_can_be_shown(tmp_path: Path
 
 def test_the_same_weights_are_compared_once_for_each_input_limit(tmp_path: Path, weights: tuple[Path, str]) -> None:
     folder, digest = weights
-    work = bench(tmp_path, "fp32", options=("--sha256", digest), check_quality=True, model=folder)
+    work = bench(tmp_path, "fp32", options=("--sha256", digest), quality=CHECKED, model=folder)
     (outcome,) = ran(work)
     assert outcome.quality.passes
     assert outcome.quality.corpus_sha256 == workload.read_corpus("short")[1]
@@ -461,8 +427,6 @@ def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() ->
 
 
 def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
-    from inferctl.cli import bench_setup
-
     places = [bench_setup._create_folder(tmp_path, "quick") for _ in range(3)]
     assert len(set(places)) == 3
     assert all(place.is_dir() for place in places)

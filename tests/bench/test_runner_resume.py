@@ -8,44 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from answering import vector
-from bench_samples import ANSWERING
+from bench_samples import ANSWERING, SHORT, bench
 
 from inferctl import cli
 from inferctl.bench.load import records
 from inferctl.bench.measure import environment, quality, resume, runner
 from inferctl.bench.measure.bench import Bench, Progress
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
-from inferctl.bench.plan import plan, sections
+from inferctl.bench.measure.outcome import Outcome
+from inferctl.bench.plan import sections
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model as models
 from inferctl.receipts import receipt
-
-LOAD = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
-
-
-def bench(folder: Path, *names: str, repeats: int = 1, options: Sequence[str] = ()) -> Bench:
-    wanted = plan.Plan.model_validate(
-        {
-            "name": "test",
-            "configurations": [{"name": name, "precision": name} for name in names],
-            "load": LOAD,
-            "corpus": "short",
-            "repeats": repeats,
-            "quality": None,
-        }
-    )
-
-    def command(precision: str, announce: Path, checkpoint: str | None) -> Sequence[str]:
-        return [sys.executable, str(ANSWERING), "--announce", str(announce), "--precision", precision, *options]
-
-    return Bench(wanted, [BenchTarget(name, name) for name in names], command, None, folder)
 
 
 def resumed(work: Bench) -> tuple[int, list[Outcome]]:
@@ -61,7 +41,7 @@ def bench_command(*arguments: str) -> list[str]:
 
 PLAN = f"""name: mine
 configurations: [{{name: a, precision: fp32}}]
-load: {json.dumps(LOAD)}
+load: {json.dumps(SHORT)}
 corpus: short
 quality: null
 repeats: 2

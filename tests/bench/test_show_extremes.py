@@ -97,7 +97,6 @@ def burst() -> dict[str, Any]:
         {"mode": "open", "rate": 80, "duration_s": 20, "spike": {"at_s": 8, "duration_s": 5, "times": 3}}
     )
     made = document("bf16", 100, 10, stages=stages.summarize([part], load))
-    made["runs"][0]["recovery"] = stages.recovery(part, load).as_dict()
     made["summary"], made["curve"] = summary.summarize([part]), summary.latency_curve([part])
     made["runs"][0]["latency_over_time"] = summary.over_time(part)
     return made
@@ -300,8 +299,7 @@ def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> N
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:
     found, receipts = shown(tmp_path, burst(), rate=80)
-    (sentence,) = [one for one in found.findings if one.startswith("bf16 at 3x the rate: p99 ")]
-    assert "; recovered at once" in sentence
+    assert any(one.startswith("bf16 at 3x the rate: p99 ") for one in found.findings)
     row_ = found.rows[0]
     assert isinstance(row_, MeasuredRow) and row_.stages
     before, spike, after = row_.stages

@@ -7,13 +7,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from test_foreign_servers import MODEL, Answer, Body, Serve, serve, vllm
 
-from inferctl.bench.load import process_usage, target
+from inferctl.bench.load import process_usage, server_activity, target
+from inferctl.bench.load.http_json import ServerAccess
+from inferctl.bench.load.server_activity import ServerActivity
 from inferctl.bench.measure import environment
 from inferctl.core.errors import NotReadyError
 
@@ -92,22 +94,6 @@ def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
         process.communicate(b"\n")
 
 
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n"}, 0.5),
-        ({"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, None),
-        ({}, None),
-    ],
-)
-def test_cpu_quotas_are_read_in_both_versions(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert environment._quota(tmp_path) == quota
-
-
 def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,3 +109,77 @@ def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
     assert environment.cores() == 1
     (tmp_path / "a" / "cpu.max").unlink()
     assert environment.cores() == len(os.sched_getaffinity(0))
+
+
+def exposition(created: float = 5, **seconds: float) -> str:
+    """`/metrics` of a server: `api_event_loop_running=1.5` is its time so far."""
+    lines = ["# HELP inferctl_thread_seconds_total Time.", f"inferctl_tokens_created {created}"]
+    for name, value in seconds.items():
+        process, thread, state = name.partition("_")[0], name.partition("_")[2].rpartition("_")[0], name.split("_")[-1]
+        labels = f'{{process="{process}",state="{state}",thread="{thread}"}}'
+        metric = f"thread_seconds_total{labels}" if process != "engine" else "batch_duration_seconds_sum"
+        lines.append(f"inferctl_{metric} {value}")
+    return "\n".join(lines) + "\n"
+
+
+def share(api: float, waiting: float, engine: float) -> dict[str, float]:
+    return {"api_busy_percent": api, "api_waiting_percent": waiting, "engine_busy_percent": engine}
+
+
+SERVER = {"inferctl": "1", "api_processes": {"count": 1}, "engines": {"count": 1}, "parallel_batches": 1}
+EARLY = exposition(api_event_loop_running=3, api_event_loop_waiting=1, engine_busy=7)
+# Two seconds later.
+LATER = exposition(api_event_loop_running=4.5, api_event_loop_waiting=1.25, engine_busy=7.5)
+FOUR = {
+    "api_event_loop_running": (3, 5),
+    "api_event_loop_waiting": (1, 3),
+    "api_tokenizer_running": (0, 0.8),
+    "api_tokenizer_waiting": (0, 0.08),
+    "backend_event_loop_running": (4, 5),
+    "backend_event_loop_waiting": (1, 1),
+    "backend_tokenizer_running": (0, 0),
+    "backend_tokenizer_waiting": (0, 0),
+    "engine_busy": (7, 9.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("info", "pages", "found"),
+    [
+        (SERVER, (EARLY, LATER), share(87.5, 12.5, 25)),
+        (SERVER | {"parallel_batches": 2, "engines": {"count": 5}}, (EARLY, LATER), share(87.5, 12.5, 2.5)),
+        (
+            SERVER | {"api_processes": {"count": 4}},
+            [exposition(**{name: values[at] for name, values in FOUR.items()}) for at in (0, 1)],
+            share(50, 25, 100)
+            | {"tokenizer_busy_percent": 11, "tokenizer_waiting_percent": 1}
+            | {"backend_busy_percent": 50, "backend_waiting_percent": 0},
+        ),
+        ({"inferctl": "1"}, (EARLY, LATER), {"api_busy_percent": 87.5, "api_waiting_percent": 12.5}),
+        (SERVER, (exposition(engine_busy=7), exposition(engine_busy=8)), {"engine_busy_percent": 50}),
+        (SERVER, (EARLY, LATER.replace("created 5", "created 6")), {}),  # another replica, or a restart
+        (SERVER, (EARLY, ""), {}),
+        (SERVER, ("", ""), {}),
+        ({}, (EARLY, LATER), {}),  # not a server of inferctl
+    ],
+)
+def test_the_shares_of_the_time_are_from_both_ends_of_the_window(
+    info: dict[str, object], pages: Sequence[str], found: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, scraped = [0.0], []  # type: ignore[var-annotated]
+
+    def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
+        scraped.append(now[0])
+        return pages[now[0] > 3].encode()
+
+    monkeypatch.setattr(server_activity, "get", get)
+    monkeypatch.setattr(server_activity.time, "monotonic_ns", lambda: int(now[0] * 1e9))
+    activity = ServerActivity("http://127.0.0.1:9", info, ServerAccess())
+    for at, phase, left_s in ((0, "warm-up", 9), (2, "measure", 2.5), (3, "measure", 1.5), (4, "measure", 0.5)):
+        now[0] = at
+        activity.follow(phase, left_s)
+    now[0] = 5
+    activity.follow("drain", 0)
+    assert scraped == ([2, 4] if info else [])
+    assert activity.between(int(1.9e9), int(4.5e9)) == found
+    assert activity.between(int(2.1e9), int(4.5e9)) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import time
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import Any
 
 import pytest
 from bench_samples import steady
+from rich.console import Console
 
 from inferctl.bench.judge import efficiency, summary, validity
-from inferctl.bench.measure import nvml, sensors, telemetry
+from inferctl.bench.measure import environment, nvml, sensors, telemetry
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
-from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
+from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
 from inferctl.bench.measure.telemetry import Telemetry
+from inferctl.bench.plan import plan
+from inferctl.bench.report import html, result, terminal
+from inferctl.bench.report.receipts import write_all
+from inferctl.bench.report.rows import MeasuredRow
 from inferctl.facts import catalog
 
 SECOND = 10**9
@@ -397,17 +403,6 @@ def test_nothing_answered_costs_nothing_that_could_be_said() -> None:
 
 
 def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) -> None:
-    import io
-
-    from rich.console import Console
-
-    from inferctl.bench.measure import environment
-    from inferctl.bench.measure.outcome import WorkloadRecord
-    from inferctl.bench.plan import plan
-    from inferctl.bench.report import html, result, terminal
-    from inferctl.bench.report.receipts import write_all
-    from inferctl.bench.report.rows import MeasuredRow
-
     shared = telemetry.of_gpu(T4, recorded(processes=(GpuProcess(10), GpuProcess(4_000_001))), {10}, ())
     assert shared is not None
     measured = Measurement(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from inferctl import cli
+from inferctl.core.errors import Problem, SpecError
 from inferctl.receipts import receipt
 
 SPEC = "name: m\nmodel: {source: org/m}\n"
@@ -256,8 +257,6 @@ def test_a_bad_input_is_an_error_with_a_hint_at_once(
 
 
 def test_a_file_with_thousands_of_errors_names_the_first_and_their_number(tmp_path: Path) -> None:
-    from inferctl.core.errors import Problem, SpecError
-
     error = SpecError("x.yaml", [Problem(f"k{n}", f"unknown key k{n}", n) for n in range(1, 1001)])
     assert len(error.problems) == 1000
     assert error.message.splitlines()[0].startswith("1000 ")

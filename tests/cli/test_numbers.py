@@ -10,6 +10,8 @@ import pytest
 from typer.main import get_command
 
 from inferctl import cli
+from inferctl.estimate import forecast
+from inferctl.estimate.cost import Cost
 
 Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
@@ -29,7 +31,12 @@ OPTIONS = {
     "push localhost:5000/a:b": "--attempts",
 }
 # Numbers in text.
-TEXTS = {"compare A B": "--threshold", "check --model org/m --hardware t4": "--driver", "estimate -m ./m": "--length"}
+TEXTS = {
+    "compare A B": "--threshold",
+    "check --model org/m --hardware t4": "--driver",
+    "estimate -m ./m": "--length",
+    "serve --model ./absent": "--api-processes",
+}
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
 # Errors of the plan name its key.
 PLAN_KEYS = {"--neighbors": "neighbours"}
@@ -97,9 +104,6 @@ def test_no_number_is_missing_in_the_table() -> None:
 
 
 def test_the_largest_request_is_estimated_with_fewer_of_them() -> None:
-    from inferctl.estimate import forecast
-    from inferctl.estimate.cost import Cost
-
     cost = Cost(0.001, 1e-6)
     few, many = (forecast.Scenario([128], inputs).server(cost).requests for inputs in (1, 2048))
     assert len(few) == forecast.REQUESTS

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from inferctl import cli
 
 PACKAGE = Path(__file__).resolve().parents[2] / "inferctl"
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.parts)
@@ -45,10 +48,6 @@ def options_of(command: Any) -> set[str]:
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    from typer.main import get_command
-
-    from inferctl import cli
-
     return options_of(get_command(cli.app)) | OTHER_PROGRAMS.keys()
 
 

@@ -23,7 +23,6 @@ import yaml
 
 from inferctl import cli
 from inferctl.core import assets
-from inferctl.image import buildx
 from tests.http_servers import serving
 
 HASH = f"--hash=sha256:{'0' * 64}"
@@ -314,12 +313,3 @@ def test_a_missing_builder_is_an_error(engine: None, tmp_path: Path) -> None:
     done = inferctl("build", "--no-verify", "--builder", "nowhere", "--spec", spec(tmp_path))
     assert done.returncode == 2
     assert "error: builder 'nowhere' not found\n\nhint: pass one of `docker buildx ls`" in done.stderr
-
-
-def test_builder_cache_and_base_options_are_passed_to_buildx(tmp_path: Path) -> None:
-    request = buildx.BuildRequest(context=tmp_path, builder="mine", no_cache=True, pull=True)
-    made = buildx.command(request, tmp_path / "metadata.json")
-    assert made[made.index("--builder") + 1] == "mine"
-    assert {"--no-cache", "--pull"} <= set(made)
-    plain = buildx.command(buildx.BuildRequest(context=tmp_path), tmp_path / "metadata.json")
-    assert {"--builder", "--no-cache", "--pull"}.isdisjoint(plain)

@@ -145,6 +145,9 @@ def test_the_command_line(tmp_path: Path) -> None:
         cache_to=("r/cache:x", "type=inline"),
         cache_from=("r/cache:x",),
         network="host",
+        builder="mine",
+        no_cache=True,
+        pull=True,
     )
     command = buildx.command(request, Path("/m.json"))
     assert command[:4] == ["docker", "buildx", "build", "--progress=rawjson"]
@@ -158,20 +161,20 @@ def test_the_command_line(tmp_path: Path) -> None:
         ("--cache-to", "type=inline"),
         ("--cache-from", "type=registry,ref=r/cache:x"),
         ("--network", "host"),
+        ("--builder", "mine"),
     ):
         assert pair in pairs
-    assert "--provenance=false" in command
+    assert {"--provenance=false", "--no-cache", "--pull"} <= set(command)
+    plain = buildx.command(buildx.BuildRequest(tmp_path), Path("/m.json"))
+    assert {"--builder", "--no-cache", "--pull"}.isdisjoint(plain)
     assert not any(part.startswith(("-t", "--tag")) for part in command), "an image is named only once it is verified"
 
 
 GOOD = [[0.6, 0.8], [1.0, 0.0]]
 
 
-def test_equal_vectors_have_cosine_one() -> None:
-    assert output_checks.check_vectors(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
-
-
 def test_the_lowest_cosine_counts() -> None:
+    assert output_checks.check_vectors(GOOD, GOOD, 2, 0.999) == pytest.approx(1.0)
     assert output_checks.check_vectors([[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.8, 0.6]], 2, 0.9) == pytest.approx(
         0.96
     )

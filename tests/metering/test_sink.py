@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from inferctl.config.spec import Access, Metering
 from inferctl.core.addresses import WebAddress
 from inferctl.tenancy.metering import cloud_event, sink
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.metering.parts import batch, end
+from inferctl.tenancy.metering.outbox import Outbox
+from inferctl.tenancy.metering.recorder import EventRecorder
+from inferctl.tenancy.relay.relay import Relay
+from tests.metering.parts import ORIGIN, batch, end, event
 
 
 class Product(ThreadingHTTPServer):
@@ -109,14 +114,6 @@ def test_an_error_of_a_sink_has_no_query(ledger: Ledger) -> None:
 
 
 def test_a_relay_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
-    import asyncio
-
-    from inferctl.config.spec import Access, Metering
-    from inferctl.tenancy.metering.outbox import Outbox
-    from inferctl.tenancy.metering.recorder import EventRecorder
-    from inferctl.tenancy.relay.relay import Relay
-    from tests.metering.parts import ORIGIN, event
-
     recorder = EventRecorder(Outbox.create(tmp_path / "m", 1 << 20), ORIGIN)
     for _ in range(10):
         recorder.record(event())

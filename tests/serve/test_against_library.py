@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 
@@ -25,14 +25,9 @@ from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve.reference import reference
 from tests.processes import ServerProcess, start
 from tests.serve import saved_models, tiny_models
-from tests.serve.test_saved_models import LAST, MEAN, edit
+from tests.serve.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed
 
-Change: TypeAlias = Callable[[Path], None]
 FP32 = ("--precision", "fp32")
-
-
-def changed(file: str, changes: dict[str, Any]) -> Change:
-    return lambda folder: edit(folder / file, changes)
 
 
 def noise(share: float) -> Change:
@@ -71,11 +66,6 @@ def without_a_special_token(content: dict[str, Any]) -> None:
     content["added_tokens"] = [each for each in content["added_tokens"] if each["content"] != "[MASK]"]
 
 
-def not_normalized(folder: Path) -> None:
-    modules = json.loads((folder / "modules.json").read_text())
-    (folder / "modules.json").write_text(json.dumps(modules[:-1]))
-
-
 # What is wrong with the folder that a server has: its task, a change of the right folder, precision, part of the error.
 FAULTS: dict[str, tuple[str, Change, str, str]] = {
     "noise in a layer": ("embed", noise(1e-3), "fp32", "12 of 12 texts"),
@@ -83,7 +73,7 @@ FAULTS: dict[str, tuple[str, Change, str, str]] = {
     "another pooling": ("embed", changed("1_Pooling/config.json", {"pooling_mode": "cls"}), "fp32", "of 12 texts"),
     "case is kept": ("embed", tokenizer(keep_case), "fp32", "of 12 texts"),
     "a special token is text": ("embed", tokenizer(without_a_special_token), "fp32", "1 of 12 texts.*'the end"),
-    "not normalized": ("embed", not_normalized, "bf16", "12 of 12 texts"),
+    "not normalized": ("embed", modules_changed(list.pop), "bf16", "12 of 12 texts"),
     "fewer dimensions": (
         "embed",
         changed("config_sentence_transformers.json", {"truncate_dim": 8}),
@@ -225,10 +215,8 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
     for name in ("own", "sentence_transformers"):
         (folder / f"{name}.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Model: pass\n")
     if where == "module":
-        modules = json.loads((folder / "modules.json").read_text())
-        (folder / "modules.json").write_text(
-            json.dumps([*modules, {"idx": 9, "name": "9", "path": "", "type": "own.Model"}])
-        )
+        entry = {"idx": 9, "name": "9", "path": "", "type": "own.Model"}
+        modules_changed(lambda listed: listed.append(entry))(folder)
     else:
         edit(folder / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
     done = inferctl("--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder)

@@ -17,9 +17,10 @@ import pytest
 
 from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.serve import embedding_config, rerank_config
+from inferctl.facts import precision
+from inferctl.serve import describe, embedding_config, rerank_config
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig, Tokens, Vectors
 from inferctl.serve.modules import Normalize
 from tests.serve import tiny_models
 
@@ -53,12 +54,16 @@ def plain(folder: Path, rows: list[Tokens]) -> Vectors:
     return plain.Reference(folder, embedding_config.read(folder)).embed(rows)
 
 
+def encoder_engine(config: EngineConfig) -> Any:
+    from inferctl.serve.engines.encoder import EncoderEngine  # it imports torch, which only one test worker does
+
+    return EncoderEngine(config)
+
+
 @pytest.mark.parametrize("architecture", tiny_models.TINY)
 def test_every_architecture_equals_the_reference(tiny: Any, architecture: str) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     folder = tiny(architecture, "mean_tokens", normalize=False)
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
+    engine = encoder_engine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
     info = engine.load()
     rows = sequences()
     result = engine.run(batch(rows))
@@ -70,10 +75,8 @@ def test_every_architecture_equals_the_reference(tiny: Any, architecture: str) -
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_every_pooling_equals_the_reference_packed_and_padded(tiny: Any, architecture: str, pooling: str) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     folder = tiny(architecture, pooling)
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
+    engine = encoder_engine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
     engine.load()
     rows = sequences()
     np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
@@ -81,7 +84,6 @@ def test_every_pooling_equals_the_reference_packed_and_padded(tiny: Any, archite
 
 def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from inferctl.serve.engines import packed
-    from inferctl.serve.engines.encoder import EncoderEngine
 
     layout = packed.layout
 
@@ -90,7 +92,7 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
 
     monkeypatch.setattr(packed, "layout", leaking)
     folder = tiny("bert", "mean_tokens")
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
+    engine = encoder_engine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
     info = engine.load()
     assert info.attention == "padded"
     assert "differs from padded" in info.attention_reason
@@ -99,7 +101,6 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
 
 
 def test_the_comparison_with_fp32_is_of_the_attention_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.engines.forward import Forward, Sequences
 
     pack, call, rejected = Forward.pack, Forward.__call__, []
@@ -118,15 +119,13 @@ def test_the_comparison_with_fp32_is_of_the_attention_that_serves(tiny: Any, mon
     monkeypatch.setattr(Forward, "__call__", damaged)
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu", allow_inaccurate=True)
     with pytest.raises(UsageError, match=r"fp32 is inaccurate: cosine to fp32 -?0\.[0-8]"):
-        EncoderEngine(config).load()
+        encoder_engine(config).load()
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.99999), ("bf16", 0.999), ("fp16", 0.9999), ("int8", 0.98)])
 def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, precision: str, least: float) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     # Small batches: emulated formats need seconds for the largest batch, which the engine runs first.
-    engine = EncoderEngine(EngineConfig(model=str(minilm), precision=precision, device="cpu", max_batch_tokens=256))
+    engine = encoder_engine(EngineConfig(model=str(minilm), precision=precision, device="cpu", max_batch_tokens=256))
     info = engine.load()
     rows = sequences(8, 200)
     cosines = (engine.run(batch(rows)).vectors * plain(minilm, rows)).sum(axis=1)
@@ -138,7 +137,6 @@ def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, pre
 
 
 def test_an_emulated_format_is_reported_as_emulated() -> None:
-    from inferctl.facts import precision
     from inferctl.serve.engines import device
 
     old_cpu = precision.DeviceTraits("cpu", cpu_flags=frozenset({"avx2"}))
@@ -149,16 +147,12 @@ def test_an_emulated_format_is_reported_as_emulated() -> None:
     assert device.choose("auto", precision.DeviceTraits("cuda", compute_capability=(8, 0)))[0].effective == "bf16"
     with pytest.raises(NotReadyError, match=r"int8 is not supported on this device"):
         device.choose("int8", precision.DeviceTraits("cuda", compute_capability=(7, 0)))
-    with pytest.raises(NotReadyError, match=r"fp8 is for generation; embeddings and reranking do not have it"):
-        device.choose("fp8", t4)
 
 
 def test_rows_with_nan_are_marked(tiny: Any) -> None:
     import torch
 
-    from inferctl.serve.engines.encoder import EncoderEngine
-
-    engine = EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu"))
+    engine = encoder_engine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device="cpu"))
     engine.load()
     with torch.no_grad():
         engine._compute._forward._model.embeddings.word_embeddings.weight[777] = float("nan")
@@ -179,10 +173,8 @@ def test_the_embedding_configuration_is_read_from_the_model_folder(minilm: Path,
 @pytest.mark.parametrize("architecture", ["bert", "modernbert", "qwen3"])
 @pytest.mark.usefixtures("gpu")
 def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architecture: str) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     folder = tiny(architecture, "mean_tokens")
-    engine = EncoderEngine(EngineConfig(model=str(folder), precision="auto", device="cuda"))
+    engine = encoder_engine(EngineConfig(model=str(folder), precision="auto", device="cuda"))
     info = engine.load()
     assert (info.device.kind, info.attention) == ("cuda", "packed"), info.attention_reason
     rows = sequences()
@@ -199,33 +191,27 @@ def test_rows_are_padded_to_few_sizes_with_little_padding(size: int) -> None:
 
 
 def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(minilm: Path) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     config = EngineConfig(model=str(minilm), precision="auto", device="cpu")
-    first = EncoderEngine(config)
+    first = encoder_engine(config)
     found = first.load()
-    again = EncoderEngine(replace(config, previous_info=found.to_json()))
-    again._choose_settings = None  # type: ignore[assignment,method-assign]  # fails if called
+    again = encoder_engine(replace(config, previous_info=found.to_json()))
+    again._choose_settings = None  # fails if called
     assert again.load() == found
     both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
     assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)
 
 
 def test_previous_info_of_another_device_is_not_used(minilm: Path) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     config = EngineConfig(model=str(minilm), precision="auto", device="cpu")
-    found = EncoderEngine(config).load()
+    found = encoder_engine(config).load()
     other = replace(found, device=replace(found.device, name="another"), attention="none", parallel=7)
-    again = EncoderEngine(replace(config, previous_info=other.to_json())).load()
+    again = encoder_engine(replace(config, previous_info=other.to_json())).load()
     assert (again.device, again.attention) == (found.device, found.attention)
     assert again.parallel != 7
 
 
 def started(engine: Any) -> tuple[Any, list[str]]:
     """Load an engine, and return its info and the lines printed at the start."""
-    from inferctl.serve import describe
-
     info = engine.load()
     return info, list(describe.lines(info, "m", "http://x", 1.0, Access()))
 
@@ -244,8 +230,6 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (7, 
     """Make the engine detect a GPU, with its tensors on the CPU."""
     import torch
 
-    from inferctl.facts import precision
-    from inferctl.serve.engine_process.engine_protocol import DeviceInfo
     from inferctl.serve.engines import device
 
     info = DeviceInfo("cuda", "stand-in", "{}.{}".format(*capability), 16 << 30)
@@ -283,31 +267,27 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, most: int, message: str = O
 def test_every_message_about_memory_lowers_the_batch_limit(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     with_gpu(monkeypatch)
     short_of_memory(monkeypatch, 1500, message)
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=4096)
-    assert EncoderEngine(config).load().batch_tokens == 1024
+    assert encoder_engine(config).load().batch_tokens == 1024
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     with_gpu(monkeypatch)
     short_of_memory(monkeypatch, 1500)
     config = EngineConfig(model=str(tiny(architecture, "mean_tokens")), precision="fp32", max_batch_tokens=4096)
-    info, lines = started(EncoderEngine(config))
+    info, lines = started(encoder_engine(config))
     assert info.batch_tokens == 1024
     # A torch for CUDA warns that this machine has no driver.
     assert [line for line in lines if line.startswith("warning") and "no usable GPU" not in line] == [
         "warning    insufficient memory for batches of 4096 tokens: the limit is 1024 (serve.max_batch_tokens)"
     ]
     short_of_memory(monkeypatch, 300)
-    again = EncoderEngine(replace(config, previous_info=info.to_json()))
+    again = encoder_engine(replace(config, previous_info=info.to_json()))
     info = again.load()
     assert info.batch_tokens == 256
     assert [warning for warning in info.warnings if "no usable GPU" not in warning] == [
@@ -320,12 +300,10 @@ def test_the_batch_limit_is_lowered_until_memory_is_sufficient(
 def test_check_texts_run_in_smaller_batches_if_memory_is_insufficient(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     with_gpu(monkeypatch, capability)
     short_of_memory(monkeypatch, 300)
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=1024)
-    info = EncoderEngine(config).load()
+    info = encoder_engine(config).load()
     assert (info.batch_tokens, info.within_limit) == (256, True)
     assert any("the limit is 256" in warning for warning in info.warnings)
 
@@ -337,14 +315,12 @@ def test_check_texts_run_in_smaller_batches_if_memory_is_insufficient(
 def test_insufficient_memory_for_one_input_or_any_batch_names_the_setting(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, most: int, error: str, hint: str
 ) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     with_gpu(monkeypatch)
     short_of_memory(monkeypatch, most)
     limit = 32 if most == 60 else None  # then all check texts fit, but not the smallest batch
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_input_tokens=limit)
     with pytest.raises(NotReadyError, match=f"insufficient memory {error}") as caught:
-        EncoderEngine(config).load()
+        encoder_engine(config).load()
     assert f"serve.{hint}" in (caught.value.hint or "")
 
 
@@ -354,8 +330,6 @@ def test_insufficient_memory_for_the_weights_is_not_reported_as_an_attention_pro
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], error: str
 ) -> None:
     import torch
-
-    from inferctl.serve.engines.encoder import EncoderEngine
 
     moves = []
 
@@ -368,7 +342,7 @@ def test_insufficient_memory_for_the_weights_is_not_reported_as_an_attention_pro
     with pytest.raises(
         NotReadyError, match=r"insufficient memory to load the model: CUDA error: out of memory$"
     ) as caught:
-        EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp16")).load()
+        encoder_engine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp16")).load()
     assert "nvidia-smi" in (caught.value.hint or "")
     assert len(moves) == 1
 
@@ -397,7 +371,6 @@ def test_a_decoder_keeps_no_keys_and_values(
 ) -> None:
     import transformers
 
-    from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.engines.forward import Forward, Sequences
 
     caches = []
@@ -408,7 +381,7 @@ def test_a_decoder_keeps_no_keys_and_values(
         cache(self, *arguments, **keywords)
 
     monkeypatch.setattr(transformers.DynamicCache, "__init__", counted)
-    engine = EncoderEngine(
+    engine = encoder_engine(
         EngineConfig(model=str(tiny(architecture, "lasttoken")), precision="fp32", device="cpu", max_batch_tokens=256)
     )
     assert engine.load().attention == "packed"
@@ -431,7 +404,6 @@ def test_a_decoder_that_scores_pairs_keeps_no_keys_and_values(tmp_path: Path, mo
 
 
 def test_a_gpu_warms_up_on_the_thread_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
     from inferctl.serve.engines.forward import Forward
 
     forward, threads = Forward.__call__, set()
@@ -442,7 +414,7 @@ def test_a_gpu_warms_up_on_the_thread_that_serves(tiny: Any, monkeypatch: pytest
 
     monkeypatch.setattr(Forward, "__call__", seen)
     with_gpu(monkeypatch)
-    EncoderEngine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=256)).load()
+    encoder_engine(EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", max_batch_tokens=256)).load()
     assert threads == {threading.get_ident()}
 
 
@@ -473,13 +445,11 @@ def test_a_cuda_torch_without_a_usable_gpu_gives_the_reason_for_the_cpu(
 ) -> None:
     import torch
 
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     if torch.cuda.is_available():
         pytest.skip("there is a usable GPU")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     config = EngineConfig(model=str(tiny("bert", "mean_tokens")), precision="fp32", device=device)
-    info, lines = started(EncoderEngine(config))
+    info, lines = started(encoder_engine(config))
     assert len(info.warnings) == warned
     assert sum("no usable GPU, so the CPU is used" in line for line in lines) == warned
     assert all("NVIDIA" in line or "compiled" in line for line in info.warnings), info.warnings
@@ -487,8 +457,6 @@ def test_a_cuda_torch_without_a_usable_gpu_gives_the_reason_for_the_cpu(
 
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 def test_a_model_that_overflows_in_a_precision_does_not_start(tiny: Any, architecture: str) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     def enlarge(weights: dict[str, Any]) -> None:
         name = next(name for name in weights if name.endswith("layer.0.intermediate.dense.weight"))
         weights[name] *= 1e6
@@ -496,17 +464,15 @@ def test_a_model_that_overflows_in_a_precision_does_not_start(tiny: Any, archite
     folder = altered(tiny(architecture, "mean_tokens"), enlarge)
     config = EngineConfig(model=str(folder), precision="fp16", device="cpu")
     with pytest.raises(UsageError, match="NaN or infinity for 8 of 8 check texts in fp16") as caught:
-        EncoderEngine(config).load()
+        encoder_engine(config).load()
     assert "`--precision bf16`" in (caught.value.hint or "")
-    assert EncoderEngine(replace(config, precision="fp32")).load().within_limit
+    assert encoder_engine(replace(config, precision="fp32")).load().within_limit
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [("bert", "packed"), ("mpnet", "padded")])
 def test_an_inaccurate_precision_does_not_start_or_is_a_warning_and_is_not_attributed_to_packing(
     tiny: Any, architecture: str, attention: str
 ) -> None:
-    from inferctl.serve.engines.encoder import EncoderEngine
-
     def shift(weights: dict[str, Any]) -> None:
         # The following normalization subtracts this again. bf16 has steps of 0.5 at this size, fp32 is accurate.
         name = next(name for name in weights if name.endswith("word_embeddings.weight"))
@@ -515,9 +481,9 @@ def test_an_inaccurate_precision_does_not_start_or_is_a_warning_and_is_not_attri
     folder = altered(tiny(architecture, "mean_tokens"), shift)
     config = EngineConfig(model=str(folder), precision="bf16", device="cpu")
     with pytest.raises(UsageError, match=r"bf16 is inaccurate: cosine to fp32 0\.") as caught:
-        EncoderEngine(config).load()
+        encoder_engine(config).load()
     assert "`--allow-inaccurate`" in (caught.value.hint or "")
-    info, lines = started(EncoderEngine(replace(config, allow_inaccurate=True)))
+    info, lines = started(encoder_engine(replace(config, allow_inaccurate=True)))
     assert info.attention == attention
     # MPNet adds a position bias to its attention, which packing does not support.
     assert ("differs" in info.attention_reason) == (attention == "padded")
@@ -551,7 +517,6 @@ def test_tf32_is_reported_if_fp32_uses_it(
 ) -> None:
     import torch
 
-    from inferctl.facts import precision
     from inferctl.serve.engines import device
 
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)

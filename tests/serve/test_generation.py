@@ -52,8 +52,11 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configuration of a generative model. The stand-in does not read the weights."""
-    folder = tmp_path_factory.mktemp("llama")
+    return stand_in(tmp_path_factory.mktemp("llama"))
+
+
+def stand_in(folder: Path) -> Path:
+    """Write the configuration of a generative model to `folder`. The stand-in for vLLM does not read the weights."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
@@ -154,7 +157,9 @@ def test_the_edge_answers_for_vllm(start: Start) -> None:
     assert 0 < info["ready_seconds"] < 300, "receipts have it as the load time"
     assert server.get("/v1/models").json()["data"][0]["id"] == "m"
     assert server.get("/readyz").status_code == server.get("/livez").status_code == 200
-    assert "vllm:generation_tokens" in server.get("/metrics").text
+    metrics = server.get("/metrics").text
+    assert "vllm:generation_tokens" in metrics
+    assert re.search(r"^process_cpu_seconds_total \d", metrics, re.M)  # tells whether the core of the process is full
     # Tokens of other endpoints would not be counted.
     other = httpx.post(f"{server.url}/v1/responses", json={"messages": [{"content": "1"}]})
     assert (other.status_code, other.json()["error"]["code"]) == (404, "not_found")
@@ -510,3 +515,6 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     assert "serve.vllm_options has --uds, which inferctl sets" in refused("--spec", str(spec))
     spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-tp=2"]}}))
     assert "serve.vllm_options has -tp: set serve.gpus instead" in refused("--spec", str(spec))
+    spec.write_text(json.dumps({"model": {"source": "x"}, "serve": {"vllm_options": ["-asc", "2"]}}))
+    assert "serve.vllm_options has -asc, which inferctl sets" in refused("--spec", str(spec))
+    assert "--stream-interval" in refused("--model", str(llama), "--api-processes", "2")

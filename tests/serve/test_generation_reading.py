@@ -9,6 +9,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.generate import vllm_request
@@ -52,6 +53,15 @@ def test_the_most_that_a_request_can_generate(endpoint: str, raw: bytes, sequenc
     assert asked.tokens >= sequences * answer
 
 
+@pytest.mark.parametrize(("asked", "passed"), [(None, None), (1, 1), (16, 16), (17, 16), (10**9, 16)])
+def test_a_client_cannot_hide_many_tokens_in_one_event(asked: int | None, passed: int | None) -> None:
+    for endpoint, raw in (
+        ("chat", chat(stream_interval=asked)),
+        ("completions", completion("a", stream_interval=asked)),
+    ):
+        assert orjson.loads(vllm_request.generation(endpoint, raw, CONTEXT).body)["stream_interval"] == passed
+
+
 def test_the_tokens_of_a_prompt() -> None:
     assert vllm_request.generation("completions", completion([[1, 2, 3]] * 4), CONTEXT).prompt_tokens == 12
     text = completion("word " * 100)
@@ -87,6 +97,8 @@ def test_the_tokens_of_a_prompt() -> None:
         ("chat", chat(n=100.0), "invalid_value"),
         ("chat", chat(n=0), "invalid_value"),
         ("chat", chat(n=2000), "too_many_sequences"),
+        ("chat", chat(stream_interval=0), "invalid_value"),
+        ("chat", chat(stream_interval="4"), "invalid_value"),
         ("chat", chat(priority=-1), "invalid_value"),
         ("chat", chat(priority="-1"), "invalid_value"),
         # A field that vLLM ignores is no image.
@@ -210,7 +222,6 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
 
 def generated(endpoint: str, body: bytes) -> tuple[int, int, int] | None:
     """Return how many prompts, sequences and tokens vLLM's classes read; None if they reject the body."""
-    from pydantic import ValidationError
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.serve.utils.api_utils import get_max_tokens

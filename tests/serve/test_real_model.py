@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from tokenizers import Tokenizer
 
 from tests.processes import ServerProcess
 from tests.serve.conftest import TEXTS
@@ -39,8 +40,6 @@ def test_info_describes_the_engine(minilm_server: ServerProcess, minilm_referenc
 
 
 def test_token_ids_and_their_text_give_equal_vectors(minilm_server: ServerProcess, minilm: Path) -> None:
-    from tokenizers import Tokenizer
-
     ids = Tokenizer.from_file(str(minilm / "tokenizer.json"))
     ids.no_padding()
     by_ids = minilm_server.embed(input=[ids.encode(TEXTS[0]).ids]).json()["data"][0]["embedding"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import UsageError
+from inferctl.models.model import find, resolve_task
 from inferctl.serve import task_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference
@@ -377,7 +378,6 @@ def edit(file: Path, changes: dict[str, Any], without: tuple[str, ...] = ()) -> 
 def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path: Path, architecture: str) -> None:
     from sentence_transformers import CrossEncoder
 
-    from inferctl.models.model import find, resolve_task
     from inferctl.serve.engines.encoder import EncoderEngine
 
     first = saved_models.transformer(tmp_path / "transformer", architecture)
@@ -481,65 +481,46 @@ def changed(file: str, changes: dict[str, Any], without: tuple[str, ...] = ()) -
     return lambda folder: edit(folder / file, changes, without)
 
 
-def modules_of(folder: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text())
-    return found
+def modules_changed(edit_list: Callable[[list[dict[str, Any]]], object]) -> Change:
+    def change(folder: Path) -> None:
+        listed: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text())
+        edit_list(listed)
+        (folder / "modules.json").write_text(json.dumps(listed))
+
+    return change
 
 
-def module(name: str, position: int | None = None, package: str = "sentence_transformers.models") -> Change:
+def module(name: str, position: int = 99, package: str = "sentence_transformers.models") -> Change:
     """Return a change that adds a module to the list."""
+    entry = {"idx": 9, "name": "9", "path": f"9_{name}", "type": f"{package}.{name}"}
+    return modules_changed(lambda listed: listed.insert(position, entry))
 
+
+def keep_first(modules: list[dict[str, Any]]) -> None:
+    del modules[1:]
+
+
+def module_with(index: int, **values: str) -> Change:
+    """Return a change of the entry of a module."""
+    return modules_changed(lambda listed: listed[index].update(values))
+
+
+def not_a_number(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "2_Dense" / "model.safetensors"
+    weights = load_file(file)
+    weights["linear.weight"] *= float("nan")
+    save_file(weights, file)
+
+
+def linked_out(name: str) -> Change:
     def change(folder: Path) -> None:
-        listed = modules_of(folder)
-        entry = {"idx": 9, "name": "9", "path": f"9_{name}", "type": f"{package}.{name}"}
-        listed.insert(len(listed) if position is None else position, entry)
-        (folder / "modules.json").write_text(json.dumps(listed))
+        outside = folder.parent / "outside"
+        shutil.move(folder / name, outside)
+        (folder / name).symlink_to(outside)
 
     return change
-
-
-def path(index: int, value: str) -> Change:
-    """Return a change of the folder of a module."""
-
-    def change(folder: Path) -> None:
-        listed = modules_of(folder)
-        listed[index]["path"] = value
-        (folder / "modules.json").write_text(json.dumps(listed))
-
-    return change
-
-
-def renamed(index: int, value: str) -> Change:
-    def change(folder: Path) -> None:
-        listed = modules_of(folder)
-        listed[index]["name"] = value
-        (folder / "modules.json").write_text(json.dumps(listed))
-
-    return change
-
-
-def dense_weights(edit_tensor: Callable[[Any], Any]) -> Change:
-    def change(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        file = folder / "2_Dense" / "model.safetensors"
-        weights = load_file(file)
-        weights["linear.weight"] = edit_tensor(weights["linear.weight"])
-        save_file(weights, file)
-
-    return change
-
-
-def linked_out(folder: Path) -> None:
-    outside = folder.parent / "outside"
-    shutil.move(folder / "2_Dense", outside)
-    (folder / "2_Dense").symlink_to(outside)
-
-
-def weights_linked_out(folder: Path) -> None:
-    outside = folder.parent / "outside.safetensors"
-    shutil.move(folder / "2_Dense" / "model.safetensors", outside)
-    (folder / "2_Dense" / "model.safetensors").symlink_to(outside)
 
 
 def pickled(folder: Path) -> None:
@@ -604,33 +585,26 @@ HOLES: dict[str, tuple[Change, str]] = {
     "module before the transformer": (module("Router", 0), "Router module first"),
     "static embeddings before pooling": (module("StaticEmbedding", 0), "no .*safetensors weights"),
     "weighted layers": (module("WeightedLayerPooling", 1), "WeightedLayerPooling"),
-    "no pooling module": (
-        lambda folder: (folder / "modules.json").write_text(json.dumps(modules_of(folder)[:1])),
-        "no Pooling module",
-    ),
+    "no pooling module": (modules_changed(keep_first), "no Pooling module"),
     "modules are no list": (lambda folder: (folder / "modules.json").write_text("{}"), "not a list"),
-    "transformer in a folder": (path(0, "0_Transformer"), "0_Transformer"),
-    "pooling of another folder": (path(1, "2_Dense"), "no configuration of a Pooling"),
-    "pooling folder missing": (path(1, "7_Pooling"), "no configuration of a Pooling"),
+    "transformer in a folder": (module_with(0, path="0_Transformer"), "0_Transformer"),
+    "pooling of another folder": (module_with(1, path="2_Dense"), "no configuration of a Pooling"),
+    "pooling folder missing": (module_with(1, path="7_Pooling"), "no configuration of a Pooling"),
     "unknown pooling": (changed(POOLING, {"pooling_mode": "attention"}), "attention"),
-    "path outside": (path(2, "../outside"), "outside"),
-    "absolute path": (path(2, "/etc"), "outside"),
-    "folder linked outside": (linked_out, "outside"),
-    "weights linked outside": (weights_linked_out, "outside"),
-    "prompt excluded": (
-        both(
-            changed(POOLING, {"include_prompt": False}),
-            changed(LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
-        ),
-        "default prompt",
-    ),
-    "prompt excluded by null": (
-        both(
-            changed(POOLING, {"include_prompt": None}),
-            changed(LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
-        ),
-        "default prompt",
-    ),
+    "path outside": (module_with(2, path="../outside"), "outside"),
+    "absolute path": (module_with(2, path="/etc"), "outside"),
+    "folder linked outside": (linked_out("2_Dense"), "outside"),
+    "weights linked outside": (linked_out("2_Dense/model.safetensors"), "outside"),
+    **{
+        f"prompt excluded by {value}": (
+            both(
+                changed(POOLING, {"include_prompt": value}),
+                changed(LIBRARY, {"prompts": {"q": "Query: "}, "default_prompt_name": "q"}),
+            ),
+            "default prompt",
+        )
+        for value in (False, None)
+    },
     "settings for the tokenizer": (
         changed(SETTINGS, {"processing_kwargs": {"text": {"add_special_tokens": False}}}),
         "processing_kwargs.add_special_tokens",
@@ -652,7 +626,7 @@ HOLES: dict[str, tuple[Change, str]] = {
     },
     "longest text of the tokenizer": (changed("tokenizer_config.json", {"model_max_length": -1}), "model_max_length"),
     "positions that are text": (changed("config.json", {"max_position_embeddings": "130"}), "max_position_embeddings"),
-    "two modules of a name": (renamed(2, "1"), "two modules with the name 1"),
+    "two modules of a name": (module_with(2, name="1"), "two modules with the name 1"),
     "Normalize of another output": (
         changed("3_Normalize/config.json", {"module_output_name": "other"}),
         "Normalize module",
@@ -673,7 +647,7 @@ HOLES: dict[str, tuple[Change, str]] = {
     "Dense with an unknown activation": (changed(DENSE, {"activation_function": "torch.nn.Softmax"}), "Softmax"),
     "Dense of tokens": (changed(DENSE, {"module_input_name": "token_embeddings"}), "token_embeddings"),
     "Dense with scores": (changed(DENSE, {"module_output_name": "scores"}), "scores"),
-    "Dense with NaN": (dense_weights(lambda tensor: tensor * float("nan")), "NaN"),
+    "Dense with NaN": (not_a_number, "NaN"),
     "truncated to nothing": (changed(LIBRARY, {"truncate_dim": 0}), "truncate_dim"),
     "masked language model": (changed(SETTINGS, {"transformer_task": "fill-mask"}), "fill-mask"),
     "chat template": (changed(SETTINGS, {"modality_config": {"message": {}}}), "chat template"),
@@ -771,7 +745,6 @@ def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_p
 
 def started(folder: Path) -> None:
     """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
-    from inferctl.models.model import find, resolve_task
     from inferctl.serve.engines import tokenizer_check
     from inferctl.serve.engines.pooling import Layers
 

@@ -16,7 +16,10 @@ import pytest
 
 from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.serve import progress
+from inferctl.serve.generate.process import _PHASES
+from inferctl.serve.generate.server import _probe
 from inferctl.serve.progress import StartProgress
+from inferctl.serve.signals import StopSignals
 from tests.processes import ServerProcess
 
 # A module whose import ends in the middle of a start: a signal for the whole process group, as a terminal sends it.
@@ -78,9 +81,6 @@ def test_the_engine_imports_no_files_of_the_current_folder(minilm: Path, tmp_pat
 
 
 def test_a_signal_ends_the_search_for_a_device(tmp_path: Path) -> None:
-    from inferctl.serve.generate.server import _probe
-    from inferctl.serve.signals import StopSignals
-
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -128,8 +128,6 @@ def test_a_terminal_gets_the_phases_and_no_lines() -> None:
 
 
 def test_the_phases_of_vllm_are_found_in_its_log() -> None:
-    from inferctl.serve.generate.process import _PHASES
-
     logged = [
         "INFO 11-29 09:24:42 [api_utils.py:286] non-default args: {'model_tag': 'm'}",
         "INFO 11-29 09:26:20 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='m'",

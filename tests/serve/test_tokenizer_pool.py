@@ -169,7 +169,7 @@ def test_only_small_requests_are_tokenized_on_the_event_loop(
 
 def test_small_requests_do_not_wait_for_large_ones(pool: TokenizerPool) -> None:
     released = threading.Event()
-    for _ in range(pool._threads):
+    for _ in range(pool.threads[1]):
         pool._executor.submit(released.wait)
     try:
         assert len(results(pool, ["a text"], ["another"])) == 2

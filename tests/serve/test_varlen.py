@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from inferctl.config.spec import Access
+from inferctl.serve import describe
 from inferctl.serve.engine_process.engine_protocol import EngineConfig
 from tests.serve.test_encoder import with_gpu
 
@@ -171,7 +172,6 @@ def test_padding_on_a_gpu_that_could_pack_is_a_warning_with_the_reason(
 ) -> None:
     import torch
 
-    from inferctl.serve import describe
     from inferctl.serve.engines.encoder import EncoderEngine
 
     with_gpu(monkeypatch, (8, 0))

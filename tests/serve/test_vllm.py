@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -299,3 +300,13 @@ def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: ServerP
     until(lambda: server.readiness()[0] == 200, 250)
     assert "Paris" in client.chat.completions.create(**greedy()).choices[0].message.content
     assert "starting it again" in server.log.read_text()
+
+
+def test_a_client_gets_at_most_16_tokens_in_one_event(server: ServerProcess) -> None:
+    body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 40, "ignore_eos": True, "stream": True}
+    body |= {"stream_interval": 1000, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    text = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert (counts[0], counts[-1]) == (0, 40)
+    assert max(b - a for a, b in itertools.pairwise(counts)) == 16

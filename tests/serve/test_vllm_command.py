@@ -39,6 +39,7 @@ def test_settings_become_options_of_vllm() -> None:
     assert default["--dtype"] == "bfloat16"
     assert default["--max-model-len"] == "8192"
     assert default["--gpu-memory-utilization"] == "0.9"
+    assert default["--api-server-count"] == "1"  # else vLLM has one for each of `--data-parallel-size`
     assert default["--served-model-name"] == "m org/model"
     assert not {"--kv-cache-memory-bytes", "--max-num-seqs", "--quantization", "--tensor-parallel-size"} & set(default)
     chosen = options(kv_cache="4GB", gpus=2, max_sequences=64, max_context_tokens=100)
@@ -47,13 +48,19 @@ def test_settings_become_options_of_vllm() -> None:
     assert (chosen["--tensor-parallel-size"], chosen["--max-num-seqs"]) == ("2", "64")
 
 
-def test_vllm_gets_no_address_of_a_store(tmp_path: Path) -> None:
+def test_vllm_gets_the_edge_and_no_address_of_a_store(tmp_path: Path) -> None:
     spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}})
     names = ("METERING_LEDGER", "METERING_BROKER", "METERING_SINK", "ACCESS_KEYS", "ACCESS_BROKER", "CACHE_SHARED")
-    base = {"PGPASSWORD": "geheim", "PATH": "/bin", **{f"INFERCTL_{name}": "postgresql://u:geheim@h" for name in names}}
+    base = {
+        "PGPASSWORD": "geheim",
+        "PATH": "/bin",
+        "VLLM_USE_RUST_FRONTEND": "1",
+        **{f"INFERCTL_{name}": "postgresql://u:geheim@h" for name in names},
+    }
     model = VllmModel(Path("/model"), 8192, BF16, "bf16")
     found = command.environment(spec, model, A100, tmp_path, "text", base)
     assert "geheim" not in str(found) and found["PATH"] == "/bin"
+    assert found["VLLM_USE_RUST_FRONTEND"] == "0"  # it has no edge
 
 
 @pytest.mark.parametrize(

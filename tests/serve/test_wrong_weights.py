@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
@@ -168,8 +169,6 @@ def sharded(weights: Weights, folder: Path, lost: str | None = None) -> Weights:
 
 
 def larger_vocabulary(weights: Weights, folder: Path) -> Weights:
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<one more>"])
     tokenizer.save(str(folder / "tokenizer.json"))

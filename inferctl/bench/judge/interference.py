@@ -16,18 +16,13 @@ from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.load import records
 
 QUANTILES = (0.5, 0.9, 0.99)
-# With one or two pairs there is no interval. In simulations of runs that differ by 5% to 10%, one that was widened to
-# the factors of the pairs contained the true factor in 25% to 97% of the results. With three pairs, 98% or more did.
-_FEWEST_PAIRS = 3
-# Two intervals of this confidence are jointly valid with 95% (Bonferroni).
-_EACH = 0.975
 
 
 @dataclass(frozen=True)
 class Figures:
     """A percentile without and with loaded neighbors (ms), and the factor between them with its 95% interval.
 
-    `low` and `high` are None with fewer than three pairs of runs.
+    `low` and `high` are None with fewer than five pairs of runs.
     """
 
     without_ms: float
@@ -70,41 +65,24 @@ def inflation(without: Sequence[RunRecords], loaded: Sequence[RunRecords]) -> In
     """
     pairs = min(len(without), len(loaded))
     over_runs = pairs >= RECOMMENDED_REPEATS
-    compare = _over_runs if over_runs else _within_runs
+    compare = _over_runs if over_runs else _pooled
+    how = f"none: an interval needs {RECOMMENDED_REPEATS} pairs of runs"
     if over_runs:
         how = f"Student's t on the logarithms of the factors of {pairs} pairs of runs"
-    elif pairs < _FEWEST_PAIRS:
-        how = f"none: an interval needs {RECOMMENDED_REPEATS} pairs of runs"
-    else:
-        how = (
-            "order statistics of the pooled responses, widened to the factors of the single pairs; "
-            f"an interval over runs needs {RECOMMENDED_REPEATS} pairs"
-        )
     return Inflation(pairs, {f"p{q * 100:g}": compare(without, loaded, q) for q in QUANTILES}, how)
 
 
-def _within_runs(without: Sequence[RunRecords], loaded: Sequence[RunRecords], q: float) -> Figures | NotEnoughSamples:
+def _pooled(without: Sequence[RunRecords], loaded: Sequence[RunRecords], q: float) -> Figures | NotEnoughSamples:
+    """Return the factor of all runs together. An interval would need to know how runs differ."""
     # Other runs must not replace one without good responses.
-    single = [(_quantile(a, q), _quantile(b, q)) for a, b in zip(without, loaded, strict=False)]
-    if any(value is None for pair in single for value in pair):
-        return NotEnoughSamples(0, stats.needed(q, _EACH))
+    if not all(len(run.latencies) for run in (*without, *loaded)):
+        return NotEnoughSamples(0, stats.needed(q))
     before, after = (
-        stats.quantile(_latencies(runs), q, _EACH, series=[run.latencies for run in runs]) for runs in (without, loaded)
+        stats.quantile(_latencies(runs), q, series=[run.latencies for run in runs]) for runs in (without, loaded)
     )
     if before.value is None or after.value is None:
-        return NotEnoughSamples(min(before.n, after.n), stats.needed(q, _EACH))
-    assert before.low and before.high and after.low is not None and after.high is not None
-    if len(single) < _FEWEST_PAIRS:
-        return _figures(before.value, after.value, after.value / before.value, None, None)
-    # Runs differ by more than the responses within them show: the interval includes the factor of each pair.
-    factors = [b / a for a, b in single if a and b]
-    low, high = min(after.low / before.high, *factors), max(after.high / before.low, *factors)
-    return _figures(before.value, after.value, after.value / before.value, low, high)
-
-
-def _quantile(run: RunRecords, q: float) -> float | None:
-    ascending = _latencies([run])
-    return float(ascending[stats.rank(len(ascending), q) - 1]) if len(ascending) else None
+        return NotEnoughSamples(min(before.n, after.n), stats.needed(q))
+    return _figures(before.value, after.value, after.value / before.value, None, None)
 
 
 def _over_runs(without: Sequence[RunRecords], loaded: Sequence[RunRecords], q: float) -> Figures | NotEnoughSamples:

@@ -9,6 +9,7 @@ from typing import Any
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
+from inferctl.config.spec import MOST_API_PROCESSES
 from inferctl.receipts import rejections, shares
 from inferctl.receipts.receipt import JsonObject
 
@@ -18,9 +19,13 @@ LATE_LIMIT = 0.01
 OTHERS_LIMIT = 0.10
 STOLEN_LIMIT = 0.05
 CACHED_LIMIT_PERCENT = 1.0
+# An event loop, or engines, that were busy for a larger share of the time had none left.
+BUSY_LIMIT = 90.0
+# Of the time. More waiting for a core means that more processes would wait too.
+WAITING_LIMIT = 10.0
 _NEEDED_FOR_P90 = stats.needed(0.9)
 _MORE_GENERATORS = "add load generators with `--workers`"
-_SHARE = re.compile(r"(.*(?:other processes used|the hypervisor withheld|reduced its clocks in) )(\d+)%(.*)")
+_SHARE = re.compile(r"(\d+)%")
 # What must be equal in all runs, and its path in the response of `GET /info`.
 _IDENTITY = {
     "the model's sha256": ("model", "sha256"),
@@ -115,6 +120,35 @@ def judge(
             "use a machine with dedicated cores"
         )
     return Validity(tuple(reasons), tuple(cautions))
+
+
+def judge_front_end(resources: Mapping[str, float], info: JsonObject) -> Validity:
+    """Return a warning if a run was limited by the backend or the API processes of the server, and not by the engines.
+
+    Then an event loop or the threads that tokenize hardly slept, although the engines had time left. A server that does
+    not report how busy its engines are (generation) is judged by the former. `info`: `GET /info` of the server.
+    """
+    engines = resources.get("engine_busy_percent")
+    names = ("backend", "api", "tokenizer")
+    name = next((name for name in names if resources.get(f"{name}_busy_percent", 0.0) > BUSY_LIMIT), None)
+    if name is None or (engines is not None and engines > BUSY_LIMIT):
+        return Validity()
+    busy, waiting = resources[f"{name}_busy_percent"], resources[f"{name}_waiting_percent"]
+    count = (info.get("api_processes") or {}).get("count") or 1
+    processes = "the backend" if name == "backend" else "the API process" if count == 1 else f"{count} API processes"
+    threads = "tokenizer threads" if name == "tokenizer" else "event loop"
+    hint = "use a faster CPU or a second replica"
+    if name != "backend" and "api_processes" in info and 2 * count <= MOST_API_PROCESSES:
+        hint = f"set `serve.api_processes: {2 * count}`, with a core for each, or {hint}"
+    figures = f"{busy:.0f}% of the time (limit {BUSY_LIMIT:.0f}%)"
+    if waiting > WAITING_LIMIT:
+        figures += f", {waiting:.0f}% waiting for a core"
+        hint = "give the server more CPU cores, of its own if the load generator shares them"
+    if engines is not None:
+        figures += f", and the engines {engines:.0f}%"
+    return Validity(
+        cautions=(f"the front end limited the server: the {threads} of {processes} had work {figures}: {hint}",)
+    )
 
 
 def judge_requests(summary: JsonObject, budget_percent: float, searched: bool = False) -> Validity:
@@ -249,19 +283,19 @@ def combine(runs: Sequence[Validity], pooled: JsonObject, budget_percent: float,
 
 
 def highest_shares(cautions: Sequence[str]) -> list[str]:
-    """Return different warnings, and the highest share of those that differ only in a share."""
+    """Return different warnings, and of those that differ only in shares the one with the highest first share."""
     highest: dict[str, tuple[int, str]] = {}
     for caution in cautions:
-        found = _SHARE.match(caution)
-        key, share = kind_of(caution), int(found[2]) if found else 0
+        found = _SHARE.search(caution)
+        key, share = kind_of(caution), int(found[1]) if found else 0
         if share > highest.get(key, (-1, ""))[0]:
             highest[key] = share, caution
     return [caution for _, caution in highest.values()]
 
 
 def kind_of(caution: str) -> str:
-    """Return a warning without its share of the cores or of the samples."""
-    return _SHARE.sub(r"\1\3", caution)
+    """Return a warning without its shares, such as those of the cores or of the samples."""
+    return _SHARE.sub("%", caution)
 
 
 def _lookup(info: JsonObject, path: Sequence[str]) -> Any:

@@ -53,21 +53,28 @@ def get_json(url: str, timeout_s: float, access: ServerAccess) -> Info:
     Raises `NotReadyError` if no server responds or it rejects the request.
     """
     try:
+        value = json.loads(get(url, timeout_s, access))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
+    """Return the page at `url`; empty if the server has no such page. Raises `NotReadyError` as `get_json` does."""
+    try:
         with _OPENER.open(_request(url, access), timeout=timeout_s) as response:
-            value = json.loads(response.read())
+            content: bytes = response.read()
+            return content
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in ABSENT:
-            return {}
+            return b""
         raise NotReadyError(f"{url} returned {error.code} {error.reason}", hint(error.code, access)) from None
-    except (ValueError, RecursionError):
-        return {}
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise NotReadyError(
             f"cannot connect to {url}: {reason}", "start the server first, or check host and port"
         ) from None
-    return value if isinstance(value, dict) else {}
 
 
 def _request(url: str, access: ServerAccess, body: bytes | None = None) -> urllib.request.Request:

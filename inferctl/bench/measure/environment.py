@@ -146,18 +146,17 @@ def _gpus() -> Iterator[Gpu]:
 
 
 def _cgroups() -> Iterator[Path]:
-    """Return the folders of this process's cgroups (version 1 and 2) that may have a CPU quota, and their parents."""
+    """Return the folders of this process's cgroup (version 2) and of its parents."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
         lines = []
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        top = _CGROUPS if not controllers else _CGROUPS / "cpu" if "cpu" in controllers.split(",") else None
-        if top:
-            inner = top / path.strip("/")
+    for line in lines:
+        if line.startswith("0::"):
+            inner = _CGROUPS / line.removeprefix("0::").strip("/")
             # In a container, the path is often that of the host and does not exist. The container's own cgroup is at
             # the top.
-            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))
+            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(_CGROUPS))
 
 
 def _quota(folder: Path) -> float | None:
@@ -165,8 +164,5 @@ def _quota(folder: Path) -> float | None:
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):
-        try:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)
+        return None
+    return None if quota == "max" else int(quota) / int(period)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from inferctl.bench import privacy
 from inferctl.bench.judge import summary
 from inferctl.bench.load import child_server, load_run, process_usage
+from inferctl.bench.load.server_activity import ServerActivity
 from inferctl.bench.load.target import ServerConnection, connect, is_local, local_pid
 from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
 from inferctl.bench.measure.sensors import MachineMonitor
@@ -71,6 +72,13 @@ class MeasuredServer:
         pid = self.child.process.pid if self.child else local_pid(self.connection.url)
         self.monitor.process_roots |= {pid} if pid else set()
 
+        connection = self.connection
+        activity = ServerActivity(connection.url, connection.info, connection.access)
+
+        def follow(live: load_run.LoadProgress) -> None:
+            self.notify(live.phase, 0.0, live)
+            activity.follow(live.phase, live.left_s)
+
         def check_running() -> None:
             if self.child:
                 self.child.check()
@@ -81,14 +89,14 @@ class MeasuredServer:
                 measured = load_run.run(
                     load,
                     description,
-                    lambda live: self.notify(live.phase, 0.0, live),
+                    follow,
                     check_running,
-                    self.connection.access.headers,
+                    connection.access.headers,
                 )
             finally:
                 load_run.delete_inputs(folder)
         start, end = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
-        resources = sampler.between(start, end)
+        resources = sampler.between(start, end) | activity.between(start, end)
         if pid is None and is_local(self.connection.url):
             # The cores of an unknown local server cannot be told apart from those of other processes.
             resources.pop("other_cores", None)

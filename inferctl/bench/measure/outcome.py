@@ -148,7 +148,8 @@ class Measurement:
         searched = self.search is not None
         state = {**self.state, "steady": True} if self.shortened else self.state
         found = validity.judge(self.summary, self.resources, state, cores, searched)
-        return validity.merge(found, telemetry.gpu_validity(self.telemetry))
+        front_end = validity.judge_front_end(self.resources, self.info)
+        return validity.merge(found, telemetry.gpu_validity(self.telemetry), front_end)
 
 
 @dataclass

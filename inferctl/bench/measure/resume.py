@@ -37,6 +37,7 @@ from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
+from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import reference_process
 from inferctl.receipts import receipt
@@ -324,9 +325,4 @@ def orphaned_processes(output: Path) -> list[int]:
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
     """Write `document` as JSON, atomically."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(document, indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.rename(path)
+    outputs.replace(path, json.dumps(document, indent=1) + "\n")

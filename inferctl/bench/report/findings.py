@@ -228,7 +228,7 @@ def _burst(row: MeasuredRow) -> str | None:
     lost = "".join(f", {count} of {peak['requests']} requests {what}" for what, count in counts.items() if count)
     return (
         f"{row.configuration} at {times}: {key} {_milliseconds(before[key])} before, "
-        f"{_milliseconds(during[key])} in {peak['name']} ({runs}){unclear}{lost}{_recovery(row.recovery)}."
+        f"{_milliseconds(during[key])} in {peak['name']} ({runs}){unclear}{lost}."
     )
 
 
@@ -241,17 +241,6 @@ def _milliseconds(found: JsonObject) -> str:
 def _ends(found: JsonObject) -> tuple[float, float]:
     """Return the interval of a percentile that has a value."""
     return float(found["low"]), float(found["high"])
-
-
-def _recovery(runs: Sequence[JsonObject]) -> str:
-    """Return the time to recovery of the slowest run, in words."""
-    if not runs:
-        return ""
-    if unknown := next((run for run in runs if run["seconds"] is None), None):
-        return f"; time to recovery unknown: {unknown['reason']}"
-    slowest = max(runs, key=lambda run: run["seconds"])
-    after = "at once" if slowest["seconds"] == 0 else f"after {slowest['seconds']:.1f} s"
-    return f"; recovered {after} (resolution {slowest['resolution_s']:.1f} s)"
 
 
 def _with_neighbors(name: str, found: JsonObject) -> str:

@@ -101,7 +101,6 @@ def _document(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
 
 def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[str, Any]:
     """Return an element of the `runs` key of a receipt."""
-    load = run.load
     folder = run.folder.relative_to(context.output)
     return {
         "repeat": run.run.repeat,
@@ -120,7 +119,6 @@ def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[
         "locust_percentiles_ms": run.state.get("locust_percentiles_ms"),
         "timeline": summary.timeline(run.records),
         "latency_over_time": summary.over_time(run.records),
-        "recovery": stages.recovery(run.records, load).as_dict() if load and len(load.timeline) > 2 else None,
         "records": [
             {"path": (folder / name).as_posix(), "sha256": digest}
             for name, digest in digests.of_records(run.folder).items()

@@ -99,7 +99,7 @@ class MeasuredRow(Row):
     """A row with figures, from a receipt.
 
     `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
-    `concurrency`, `stages`, `recovery` and `quality` are sections of the receipt. For the task rerank, the quality has
+    `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement.
     `p99_effective_n` is the effective sample size of the p99. If it is too small, the true p99 may be higher than the
@@ -115,7 +115,6 @@ class MeasuredRow(Row):
     closed_loop: ClosedLoopFigures | None = None
     concurrency: JsonObject | None = None
     stages: Sequence[JsonObject] | None = None
-    recovery: Sequence[JsonObject] = ()
     url: str | None = None
     p50_ms: float | None = None
     p90_ms: float | None = None
@@ -188,7 +187,6 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),
-        recovery=[run["recovery"] for run in data["runs"] if run.get("recovery")],
         url=data["configuration"]["url"],
         **{f"{key}_ms": latency[key]["value"] for key in ("p50", "p90", "p99")},
         p50_interval_ms=(latency["p50"]["low"], latency["p50"]["high"]),

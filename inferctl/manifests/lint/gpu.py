@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from inferctl.facts import catalog
 from inferctl.manifests.kubernetes.fields import as_float, get, mapping, sequence, text
@@ -28,84 +27,8 @@ MIG_PROFILES = {
     "GH200": ("1g.12gb", "1g.24gb", "2g.24gb", "3g.48gb", "4g.48gb", "7g.96gb"),
     "RTX-PRO-6000": ("1g.24gb", "2g.48gb", "4g.96gb"),
 }
-# Device classes of DRA drivers. Others are for networks (netdev.google.com, rdma.dra.net), also between GPUs
-# (compute-domain-default-channel.nvidia.com).
-_DRIVERS = r"(?:(?:gpu|mig|vfio\.gpu)\.nvidia|gpu\.amd|(?:gpu|gaudi)\.intel|neuron\.(?:amazonaws|aws)|tpu\.google)\.com"
-_GPU_CLASS, _GPU_DRIVER = re.compile(_DRIVERS), re.compile(rf"['\"]{_DRIVERS}['\"]")
-_GPU_CLAIM = re.compile(r"(?:.+-)?(?:gpus?|mig(?:-.+)?)")
 _GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
 _NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
-
-
-@rule(
-    "gpu-request-limit",
-    "error",
-    "neighbors",
-    finds="a GPU request that differs from its limit, or has no limit",
-    consequence="extended resources cannot be overcommitted: the API server refuses the pod",
-    fix="set the same number as limit and request, or only the limit",
-)
-def _request_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        for each in workload.all_containers:
-            limits = mapping(each.data, "resources", "limits")
-            for name in mapping(each.data, "resources", "requests"):
-                if name not in each.gpus:
-                    continue
-                request = get(each.data, "resources", "requests", name)
-                path = (*each.path, "resources", "requests", name)
-                if name not in limits:
-                    what = f"container {each.name} requests {name}: {request} without a limit"
-                    yield Hit(workload.object, path, what)
-                elif as_float(request) != as_float(limits[name]):
-                    yield Hit(
-                        workload.object, path, f"container {each.name} requests {name}: {request}, limit {limits[name]}"
-                    )
-
-
-@rule(
-    "gpu-and-claim",
-    "error",
-    "neighbors",
-    finds="a pod with both a GPU of the device plugin and a resource claim (DRA) for one",
-    consequence="the pod gets two GPUs, or waits forever on nodes that have only one of the two drivers",
-    fix="keep resources.limits or resourceClaims, not both",
-)
-def _gpu_and_claim(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        for index, claim in enumerate(sequence(workload.spec, "resourceClaims") if workload.gpus else ()):
-            if found := _claimed_gpu(manifests, workload, claim):
-                path = (*workload.spec_path, "resourceClaims", index)
-                what = f"the pod has a claim for {found} and the limit {', '.join(workload.gpus)}"
-                yield Hit(workload.object, path, what)
-
-
-def _claimed_gpu(manifests: Manifests, workload: ManifestWorkload, claim: Any) -> str | None:
-    """Return the GPU that a claim of a pod is for; None for other devices, such as network cards.
-
-    If the claim is not among the manifests, its names must say that it is for a GPU.
-    """
-    kind = "ResourceClaim" if text(claim, "resourceClaimName") else "ResourceClaimTemplate"
-    name = text(claim, "resourceClaimName") or text(claim, "resourceClaimTemplateName")
-    found = [each for each in manifests.of(kind) if each.name == name and same_namespace(each, workload.object)]
-    if not found:
-        return next((each for each in (text(claim, "name"), name) if _GPU_CLAIM.fullmatch(each)), None)
-    path = ("spec", "devices", "requests") if kind == "ResourceClaim" else ("spec", "spec", "devices", "requests")
-    requests = [request for each in found for request in sequence(each.data, *path)]
-    # `exactly` from v1beta2 on; before that, the request itself has the class.
-    devices = [one for each in requests for one in (each, get(each, "exactly"), *sequence(each, "firstAvailable"))]
-    return next((name for each in devices if _is_gpu_class(manifests, name := text(each, "deviceClassName"))), None)
-
-
-def _is_gpu_class(manifests: Manifests, name: str) -> bool:
-    """Return whether a device class is for GPUs: one of a driver of GPUs, or one that selects its devices."""
-    rules = [
-        text(each, "cel", "expression")
-        for known in manifests.of("DeviceClass")
-        if known.name == name
-        for each in sequence(known.data, "spec", "selectors")
-    ]
-    return bool(_GPU_CLASS.fullmatch(name)) or any(_GPU_DRIVER.search(each) for each in rules)
 
 
 @rule(

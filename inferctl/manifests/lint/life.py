@@ -43,20 +43,6 @@ def _blocks(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 
 
 @rule(
-    "pdb-protects-unready",
-    "warning",
-    "life",
-    finds="a PodDisruptionBudget without unhealthyPodEvictionPolicy: AlwaysAllow",
-    consequence="a pod that does not become ready (no memory, a broken GPU) keeps its node from being drained",
-    fix="set unhealthyPodEvictionPolicy: AlwaysAllow",
-)
-def _unready(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for budget in manifests.of("PodDisruptionBudget"):
-        if get(budget.data, "spec", "unhealthyPodEvictionPolicy") != "AlwaysAllow":
-            yield Hit(budget, ("spec",), "pods that are not ready are protected too")
-
-
-@rule(
     "no-pdb",
     "note",
     "life",

@@ -32,21 +32,6 @@ def _expressions(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str
 
 
 @rule(
-    "alert-and-record",
-    "error",
-    "observability",
-    finds="a rule with both alert and record, or with neither",
-    consequence="the schema accepts it, and Prometheus rejects the whole file of rules",
-    fix="keep one of the two",
-)
-def _alert_and_record(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each, path, one in _rules(manifests):
-        found = [key for key in ("alert", "record") if one.get(key)]
-        if len(found) != 1:
-            yield Hit(each, path, f"the rule has {' and '.join(found) or 'neither alert nor record'}")
-
-
-@rule(
     "bad-promql",
     "error",
     "observability",

@@ -8,38 +8,24 @@ from inferctl.core.errors import did_you_mean
 from inferctl.manifests import metric_names
 
 _STRINGS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|`[^`]*`")
-_PAIRS = {")": "(", "]": "[", "}": "{"}
 
 
 def problem(expression: str) -> str | None:
     """Return why `expression` is not PromQL, None if it is.
 
-    Without the package promql-parser (extra `lint`), only empty expressions, quotes and brackets are checked.
+    Without the package promql-parser (extra `lint`), only empty expressions are found.
     """
     if not expression.strip():
         return "the expression is empty"
     try:
         import promql_parser
     except ImportError:
-        return _unbalanced(expression)
+        return None
     try:
         promql_parser.parse(expression)
     except ValueError as error:
         return str(error).splitlines()[0]
     return None
-
-
-def _unbalanced(expression: str) -> str | None:
-    open_brackets: list[str] = []
-    rest = _STRINGS.sub('""', expression)
-    for character in rest:
-        if character in "([{":
-            open_brackets.append(character)
-        elif character in _PAIRS and (not open_brackets or open_brackets.pop() != _PAIRS[character]):
-            return f"unexpected {character!r}"
-    if open_brackets:
-        return f"{open_brackets[-1]!r} is not closed"
-    return "a quote is not closed" if rest.replace('""', "").count('"') % 2 else None
 
 
 def server_metrics() -> frozenset[str]:

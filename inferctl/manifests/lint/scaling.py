@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from inferctl.manifests import versions
 from inferctl.manifests.kubernetes.fields import as_float, get, integer, mapping, sequence, text
 from inferctl.manifests.lint.finding import Hit, LintContext, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
@@ -19,22 +18,6 @@ _GPU_METRIC = re.compile(
 _BACKLOG = re.compile(r"waiting|queue|backlog|pending|in_?flight", re.I)
 _NOT_RATE = re.compile(r"queue|waiting|backlog", re.I)
 _RATE = re.compile(r"\b(?:rate|irate|increase)\s*\(", re.I)
-# The scalers of KEDA 2.20.
-# fmt: off
-KEDA_TRIGGERS = frozenset((
-    "activemq", "apache-kafka", "arangodb", "artemis-queue", "aws-cloudwatch", "aws-dynamodb", "aws-dynamodb-streams",
-    "aws-kinesis-stream", "aws-sqs-queue", "azure-app-insights", "azure-blob", "azure-data-explorer", "azure-eventhub",
-    "azure-log-analytics", "azure-monitor", "azure-pipelines", "azure-queue", "azure-servicebus", "beanstalkd",
-    "cassandra", "couchdb", "cpu", "cron", "datadog", "dynatrace", "elasticsearch", "etcd", "external", "external-push",
-    "forgejo-runner", "gcp-cloudtasks", "gcp-pubsub", "gcp-stackdriver", "gcp-storage", "github-runner", "graphite",
-    "huawei-cloudeye", "ibmmq", "influxdb", "kafka", "kubernetes-resource", "kubernetes-workload", "liiklus", "loki",
-    "memory", "metrics-api", "mongodb", "mssql", "mysql", "nats-jetstream", "new-relic", "nsq", "openstack-metric",
-    "openstack-swift", "postgresql", "predictkube", "prometheus", "pulsar", "rabbitmq", "redis", "redis-cluster",
-    "redis-cluster-streams", "redis-sentinel", "redis-sentinel-streams", "redis-streams", "selenium-grid",
-    "solace-direct-messaging", "solace-event-queue", "solarwinds", "solr", "splunk", "splunk-observability", "stan",
-    "sumologic", "temporal",
-))
-# fmt: on
 
 
 def _triggers(scaled: Located) -> Iterator[tuple[FieldPath, Any]]:
@@ -108,25 +91,6 @@ def _target(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 
 
 @rule(
-    "hpa-scale-to-zero",
-    "error",
-    "versions",
-    finds="an HPA with minReplicas: 0 before Kubernetes 1.37, or without an external or object metric",
-    consequence="schemas accept it, the API server refuses it",
-    fix="set minReplicas: 1, or use a KEDA ScaledObject with minReplicaCount: 0",
-)
-def _zero(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    for each in manifests.of("HorizontalPodAutoscaler"):
-        if integer(each.data, "spec", "minReplicas") != 0:
-            continue
-        kinds = {text(metric, "type") for metric in sequence(each.data, "spec", "metrics")}
-        if not versions.FEATURES["hpa-scale-to-zero"].works(context.minor):
-            yield Hit(each, ("spec", "minReplicas"), f"minReplicas: 0 needs 1.37, and this is 1.{context.minor}")
-        elif not kinds & {"External", "Object"}:
-            yield Hit(each, ("spec", "minReplicas"), "minReplicas: 0 without a metric of type External or Object")
-
-
-@rule(
     "keda-min-replicas",
     "warning",
     "guardrails",
@@ -187,28 +151,6 @@ def _fallback(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             yield Hit(each, ("spec",), "no fallback")
         elif fallback and len(triggers) > 1 and fallback.get("behavior", "static") == "static":
             yield Hit(each, ("spec", "fallback"), f"a static fallback for {len(triggers)} triggers")
-
-
-@rule(
-    "keda-trigger",
-    "error",
-    "guardrails",
-    finds="a trigger of an unknown type, or a prometheus trigger without serverAddress, query or threshold",
-    consequence="the schema accepts it; KEDA makes no HPA, so nothing is scaled",
-    fix="correct the trigger; all values in metadata are strings",
-)
-def _trigger(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each in manifests.of("ScaledObject"):
-        for path, trigger in _triggers(each):
-            kind, metadata = text(trigger, "type"), mapping(trigger, "metadata")
-            if kind not in KEDA_TRIGGERS:
-                yield Hit(each, (*path, "type"), f"KEDA has no scaler {kind!r}")
-            missing = [key for key in ("serverAddress", "query", "threshold") if not metadata.get(key)]
-            if kind == "prometheus" and missing:
-                yield Hit(each, (*path, "metadata"), f"the trigger has no {', '.join(missing)}")
-            for key, value in metadata.items():
-                if not isinstance(value, str):
-                    yield Hit(each, (*path, "metadata", key), f"{key} is {value!r}, which is not a string")
 
 
 @rule(

@@ -30,7 +30,7 @@ def _fields(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
 
 
 def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
-    """Yield each use of a field in the table, with its key there. `hpa-scale-to-zero` has a rule of its own."""
+    """Yield each use of a field in the table, with its key there."""
     for workload in manifests.workloads:
         spec = workload.spec_path
         for index, volume in enumerate(sequence(workload.spec, "volumes")):

@@ -11,6 +11,7 @@ from pathlib import Path
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, shown
 from inferctl.core.sizes import parse_size
+from inferctl.facts import vllm_api
 from inferctl.models import decoder
 from inferctl.models.model import is_hub_id
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
@@ -74,6 +75,8 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
         yield Derived("--enforce-eager", "", "no C++ compiler")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
     yield Derived("--served-model-name", " ".join(_names(spec)), "name, model.source")
+    # vLLM's default is `--data-parallel-size`. Each process would have an edge, with limits of its own.
+    yield Derived("--api-server-count", "1", "the edge of inferctl")
     yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
     yield Derived("--uds", str(socket), "the edge of inferctl, which has the port")
     yield Derived("--enable-force-include-usage", "", "usage of each request")
@@ -115,6 +118,7 @@ def environment(
         # The model is a local folder, so nothing is downloaded, and nothing is reported to vLLM's project.
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_RUST_FRONTEND": "0",  # it loads no middleware, so it has no edge
         "VLLM_RPC_BASE_PATH": str(settings),  # sockets that a killed vLLM leaves
         "PYTHONUNBUFFERED": "1",
     }
@@ -172,6 +176,9 @@ def lines(derived: list[Derived], spec: Spec, model: VllmModel, device: DeviceIn
     if device.kind == "cpu":
         source = "serve.kv_cache" if spec.serve.kv_cache else "default"
         yield f"vllm       KV cache {kv_gib(spec, model)} GiB  ({source})"
+    else:
+        limit = vllm_api.tokens_per_s(decoder.TYPICAL_ANSWER)
+        yield f"vllm       one API process, which streams about {limit:,.0f} tokens/s on a core of {vllm_api.MACHINE}"
     if spec.serve.vllm_options:
         yield f"vllm       {' '.join(spec.serve.vllm_options)}  (serve.vllm_options)"
 

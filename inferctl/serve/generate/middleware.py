@@ -72,6 +72,7 @@ class _EdgeServer:
         settings.info["ready_seconds"] = round(time.monotonic() - settings.started, 3)
         metrics = RequestMetrics(REGISTRY, slo=settings.slo, answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
         metrics.describe_model(settings.info)
+        metrics.watch_threads("api")
         metrics.engine_restarts.set(settings.info["restarts"])
         metrics.engine_up.set_function(lambda: self._healthy)
         metrics.watch_queue(

@@ -58,6 +58,8 @@ class GenerationServer(ServerLifetime):
     ) -> None:
         started = time.monotonic()
         self._folder = folder
+        if several := generation_fit.check_processes(spec):
+            raise UsageError(f"{several.what}: {several.why}", several.hint)
         self._probe = _probe(options.device, progress, signals)
         _check_version(self._probe, notify)
         command.check_visible(self._probe.device, os.environ)

@@ -33,6 +33,9 @@ _WITH_MEDIA = frozenset({"messages", "prompt_embeds"})
 # vLLM tokenizes these words twice in its event loop: 3.9 MB blocked it for 24 s.
 _BAD_WORDS_CHARACTERS = 8192
 _MOST_TOKEN_ID = 2**31 - 1
+# vLLM reports the usage of a stream with each event. What it generated after the last one is not counted if a client
+# leaves, so a client may not ask for one event of a thousand tokens.
+_MOST_EVENT_TOKENS = 16
 # What other servers of vLLM tell each other in requests: where to read and write their memory.
 _OF_SERVERS = ("kv_transfer_params", "ec_transfer_params")
 
@@ -82,6 +85,8 @@ def generation(
     _check_words(request.get("bad_words"))
     limits = {name: _integer(request, name) for name in ("max_tokens", "max_completion_tokens")}
     choices = _integer(request, "n", least=1)
+    if interval := _integer(request, "stream_interval", least=1):
+        request["stream_interval"] = min(interval, _MOST_EVENT_TOKENS)
     if endpoint == "chat":
         limit, prompts, ids = limits["max_completion_tokens"], 1, None
         limit = limits["max_tokens"] if limit is None else limit

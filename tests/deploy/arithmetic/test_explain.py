@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from deploy_sources import HALF, IMAGE, write_receipt
 
 from inferctl import cli
+from inferctl.receipts import receipt
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
 
@@ -265,15 +267,11 @@ def test_one_key_can_have_the_whole_traffic_of_the_example(
 
 
 def test_the_sample_receipts_are_those_of_their_script(tmp_path: Path) -> None:
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("sample_receipts", EXAMPLE / "sample_receipts.py")
     assert spec
     assert spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    from inferctl.receipts import receipt
-
     for task, rows in (("embed", script.EMBED), ("generate", script.GENERATE)):
         for row in rows:
             made = receipt.write(tmp_path / "made.json", script.document(task, row))

@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 from deploy_sources import HALF, IMAGE, SMALL, cluster, plan, receipt_document, spec, write_receipt
 
+from inferctl import cli
 from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
-from inferctl.deploy import explain, gpu
+from inferctl.deploy import explain, gpu, planning
+from inferctl.deploy.clusters import Clusters
+from inferctl.deploy.measured import read
 from inferctl.facts import catalog
+from inferctl.models import model
 from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.receipts import receipt
 from tests.deploy import plans
@@ -113,8 +117,6 @@ def test_receipts_that_do_not_fit_are_refused(
     ],
 )
 def test_a_receipt_of_another_model_is_a_warning(model: dict[str, Any], differs: bool, tmp_path: Path) -> None:
-    from inferctl.deploy.measured import read
-
     file = write_receipt(tmp_path / "r.json", "l4", 200.0, model={"source": "test", **model})
     found = read(file, catalog.hardware("l4"), "embed", lambda: "ab" * 32)
     expected = ("r.json was measured with another model: sha256 cdcdcdcdcdcd, not abababababab. Measure this model",)
@@ -125,9 +127,6 @@ def test_a_receipt_of_another_model_is_a_warning(model: dict[str, Any], differs:
 def test_a_model_on_this_machine_is_compared_with_its_receipts(
     minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from inferctl import cli
-    from inferctl.models import model
-
     deploy = {"flavors": [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}], "traffic": TRAFFIC}
     data = {"name": "embed", "model": {"source": str(minilm), "weights": "bake"}, "deploy": deploy}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(data))
@@ -300,9 +299,6 @@ def test_a_cpu_has_no_gpu() -> None:
 
 
 def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) -> None:
-    from inferctl.deploy import planning
-    from inferctl.deploy.clusters import Clusters
-
     sources = [
         planning.SpecSource(spec(one(min_replicas=2, max_replicas=4), name=name), tmp_path, SMALL, "embed")
         for name in ("first", "second")
@@ -348,9 +344,6 @@ def test_rollouts_and_overflow_stay_within_the_limit_of_a_cluster() -> None:
 
 
 def test_two_models_share_what_a_cluster_has_for_overflow(tmp_path: Path) -> None:
-    from inferctl.deploy import planning
-    from inferctl.deploy.clusters import Clusters
-
     sources = [planning.SpecSource(spec(one(), name=name), tmp_path, SMALL, "embed") for name in ("first", "second")]
     clusters = Clusters.model_validate({"clusters": [{"name": "a", "max_replicas": {"l4": 22}}]}).resolved()
     first, second = (each.flavors[0].placements[0] for each in planning.make_plan(sources, clusters).models)

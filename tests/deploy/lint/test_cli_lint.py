@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
 from inferctl import cli
 from inferctl.manifests import lint
@@ -71,8 +72,6 @@ def test_json_has_the_findings_also_with_errors(capsys: pytest.CaptureFixture[st
 
 def _all_findings() -> str:
     """Return manifests with a finding of many rules."""
-    import yaml
-
     return "---\n".join(yaml.safe_dump_all(fault.objects[:12]) for fault in seeded.faults()[:60:6])
 
 

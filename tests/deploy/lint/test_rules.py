@@ -211,9 +211,6 @@ def test_a_client_with_the_address_of_a_server_is_none() -> None:
 
 
 def test_versions_decide() -> None:
-    zero = changed("HorizontalPodAutoscaler/chat", ("spec", "minReplicas"), 0)
-    assert rules(zero, lint.LintContext(37)) == set()
-    assert rules(zero, lint.LintContext(36)) == {"hpa-scale-to-zero"}
     tolerance = changed("HorizontalPodAutoscaler/chat", ("spec", "behavior"), {"scaleUp": {"tolerance": "0.05"}})
     assert rules(tolerance, lint.LintContext(35)) == set()
     zone = changed("Service/embed", ("spec", "trafficDistribution"), "PreferSameZone")
@@ -373,105 +370,6 @@ def _spoil(value: Any, chosen: random.Random) -> None:
             value[key] = copy.deepcopy(chosen.choice(JUNK))
             return
         value = value[key]
-
-
-@pytest.mark.parametrize(
-    ("expression", "found"),
-    [
-        ({"operator": "Gt", "values": ["-1"]}, True),
-        ({"operator": "Lt", "values": ["1", "2"]}, True),
-        ({"operator": "Lt", "values": []}, True),
-        ({"operator": "Gt", "values": ["40"]}, False),
-        ({"operator": "Gt", "values": [40]}, False),  # a number in YAML: another finding of a schema
-        ({"operator": "In", "values": ["a b"]}, True),
-        ({"operator": "In", "values": []}, True),
-        ({"operator": "NotIn", "values": ["x" * 64]}, True),
-        ({"operator": "In", "values": [""]}, False),
-        ({"operator": "Exists", "values": ["x"]}, True),
-        ({"operator": "DoesNotExist"}, False),
-        ({"operator": "Is", "values": ["x"]}, True),
-    ],
-)
-def test_node_labels_that_the_api_server_refuses(expression: dict[str, Any], found: bool) -> None:
-    terms = [{"matchExpressions": [{"key": "example.com/memory", **expression}]}]
-    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
-    path = (*POD, "affinity", "nodeAffinity")
-    assert ("bad-value" in rules(changed("Deployment/embed", path, required))) is found
-
-
-@pytest.mark.parametrize(("value", "found"), [("-1", True), ("a/b", True), ("", False), ("a.b_c-1", False)])
-def test_node_selectors_that_the_api_server_refuses(value: str, found: bool) -> None:
-    assert ("bad-value" in rules(changed("Deployment/chat", (*POD, "nodeSelector", "team"), value))) is found
-
-
-def _device(name: str) -> dict[str, Any]:
-    return {"devices": {"requests": [{"name": "device", "exactly": {"deviceClassName": name}}]}}
-
-
-def _template(spec: dict[str, Any], name: str = "device", namespace: str = "inference") -> dict[str, Any]:
-    metadata = {"name": name, "namespace": namespace}
-    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaimTemplate", "metadata": metadata, "spec": spec}
-
-
-def _class(name: str, driver: str) -> dict[str, Any]:
-    selectors = [{"cel": {"expression": f'device.driver == "{driver}"'}}]
-    spec = {"selectors": selectors}
-    return {"apiVersion": "resource.k8s.io/v1", "kind": "DeviceClass", "metadata": {"name": name}, "spec": spec}
-
-
-BY_TEMPLATE = {"name": "device", "resourceClaimTemplateName": "device"}
-V1BETA1 = {"spec": {"devices": {"requests": [{"name": "device", "deviceClassName": "gpu.nvidia.com"}]}}}
-FIRST = {"spec": {"devices": {"requests": [{"name": "d", "firstAvailable": [{"deviceClassName": "mig.nvidia.com"}]}]}}}
-CLAIM = {**_template(_device("gpu.nvidia.com")), "kind": "ResourceClaim"}
-
-
-@pytest.mark.parametrize(
-    ("resource", "claim", "others", "found"),
-    [
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("gpu.nvidia.com")})], True),
-        ("nvidia.com/mig-1g.5gb", BY_TEMPLATE, [_template({"spec": _device("mig.nvidia.com")})], True),
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template(V1BETA1)], True),
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template(FIRST)], True),
-        ("nvidia.com/gpu", {"name": "device", "resourceClaimName": "device"}, [CLAIM], True),
-        ("amd.com/gpu", BY_TEMPLATE, [_template({"spec": _device("gpu.amd.com")})], True),
-        ("gpu.intel.com/xe", BY_TEMPLATE, [_template({"spec": _device("gpu.intel.com")})], True),
-        ("google.com/tpu", BY_TEMPLATE, [_template({"spec": _device("tpu.google.com")})], True),
-        # A class of the platform team, for GPUs and for network cards.
-        (
-            "nvidia.com/gpu",
-            BY_TEMPLATE,
-            [_template({"spec": _device("large")}), _class("large", "gpu.nvidia.com")],
-            True,
-        ),
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("fast")}), _class("fast", "dra.net")], False),
-        # The network of a TPU or a GPU, and the channel between the nodes of an NVL72.
-        ("google.com/tpu", BY_TEMPLATE, [_template({"spec": _device("netdev.google.com")})], False),
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("mrdma.google.com")})], False),
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("rdma.dra.net")})], False),
-        ("amd.com/gpu", BY_TEMPLATE, [_template({"spec": _device("sriovnetwork.openshift.io")})], False),
-        (
-            "nvidia.com/gpu",
-            BY_TEMPLATE,
-            [_template({"spec": _device("compute-domain-default-channel.nvidia.com")})],
-            False,
-        ),
-        # Not among the manifests, or another one of this name: unknown, unless its name says what it is.
-        ("nvidia.com/gpu", BY_TEMPLATE, [], False),
-        ("nvidia.com/gpu", {"name": "gpu", "resourceClaimTemplateName": "half"}, [], True),
-        ("nvidia.com/gpu", {"name": "device", "resourceClaimTemplateName": "mig-3g"}, [], True),
-        ("google.com/tpu", {"name": "network", "resourceClaimTemplateName": "gpu-network"}, [], False),
-        ("nvidia.com/gpu", BY_TEMPLATE, [_template({"spec": _device("gpu.nvidia.com")}, namespace="other")], False),
-        ("nvidia.com/gpu", {"name": "device", "resourceClaimName": "device"}, [_template({"spec": V1BETA1})], False),
-        ("example.com/fpga", BY_TEMPLATE, [_template({"spec": _device("gpu.nvidia.com")})], False),
-    ],
-)
-def test_only_claims_for_accelerators_are_a_second_gpu(
-    resource: str, claim: dict[str, Any], others: list[dict[str, Any]], found: bool
-) -> None:
-    objects = changed("Deployment/chat", (*SERVER, "resources"), {"limits": {"memory": "24Gi", resource: 1}})
-    (chat,) = (each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
-    chat["spec"]["template"]["spec"]["resourceClaims"] = [claim]
-    assert ("gpu-and-claim" in rules([*objects, *others])) is found
 
 
 def _pool(name: str, *, ignore: str | None, namespace: str | None = None, **changes: Any) -> dict[str, Any]:

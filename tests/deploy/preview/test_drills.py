@@ -320,15 +320,6 @@ def test_pods_that_run_count_as_replicas_and_stay() -> None:
     assert [attempt.pod.name for attempt in outcome.rest] == ["embed-x-2", "embed-3"]
 
 
-def test_new_pods_have_the_template_hash_of_the_newest_running_ones() -> None:
-    old, new = (
-        kube.running(name, "a1", {**LABELS, "pod-template-hash": name * 2}, ONE, startTime=f"2026-11-{day}T00:00:00Z")
-        for name, day in (("z", "01"), ("a", "02"))
-    )
-    outcome = simulate([*FOUR, old, new], deployment("embed", 3))
-    assert [attempt.pod.labels["pod-template-hash"] for attempt in outcome.rest] == ["aa"]
-
-
 def test_the_result_does_not_depend_on_the_order_of_nodes() -> None:
     overflow = deployment("overflow", 3, PAUSE, priorityClassName="low")
     manifests = (LOW, deployment("embed"), scaled("embed", 2, 6), overflow)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,6 @@ EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernete
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the preview as JSON. The example is previewed once for all tests."""
-    import contextlib
-    import io
-
     output = io.StringIO()
     specs = [argument for name in ("embed", "generate") for argument in ("-f", str(EXAMPLE / f"{name}.yaml"))]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):

@@ -50,7 +50,7 @@ def test_new_pods_are_of_the_revision_that_runs() -> None:
         "labelSelector": {"matchLabels": {"app": "embed"}},
         "matchLabelKeys": ["pod-template-hash"],
     }
-    old = pod("embed-0", "b", {"app": "embed", "pod-template-hash": "1"})
+    old = pod("embed-9", "b", {"app": "embed", "pod-template-hash": "1"})
     old["status"]["startTime"] = "2026-10-01T00:00:00Z"
     running = [pod(f"embed-{n}", "a", {"app": "embed", "pod-template-hash": "2"}) for n in (1, 2)]
     nodes = [node("a", "a"), node("b", "b")]
