@@ -39,8 +39,8 @@ _OTHERS = {
     "classify": ("a classifier", "serve it: under load, `pace` in GET /info has its tokens per second"),
     "generate": (
         "a generative model",
-        "measure a generative model with `inferctl bench`, and see with `inferctl check` where it fits and one API process suffices; an embedding "
-        "model has a modules.json in its folder",
+        "measure a generative model with `inferctl bench`, and see with `inferctl check` where it fits and one API "
+        "process suffices; an embedding model has a modules.json in its folder",
     ),
 }
 Bound = Literal["at most", "at least"]
