@@ -34,6 +34,7 @@ OTHER_PROGRAMS = {
     "--require-hashes": "pip install",
     "--shm-size": "docker run",
     "--show-labels": "kubectl get",
+    "--stream-interval": "vllm serve",
     "--task": "python -m inferctl.serve.reference",
     "--use": "docker buildx create",
 }
