@@ -80,7 +80,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any] | str]] = {
     "org/two-labels": (
         "cross-encoder/ms-marco-MiniLM-L6-v2",
         added("config.json", {"id2label": {"0": "a", "1": "b"}}),
-        "2 labels",
+        {"labels": ["a", "b"], "activation": "softmax"},
     ),
     "org/strange": (
         E5,

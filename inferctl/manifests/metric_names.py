@@ -37,7 +37,7 @@ REQUESTS = frozenset(
 )
 # Of servers that record usage events.
 OUTBOX = frozenset({"inferctl_outbox_events", "inferctl_outbox_age_seconds", "inferctl_outbox_dropped_events"})
-# Of servers of embeddings and of reranking.
+# Of servers of all tasks but generation.
 ENCODERS = frozenset(
     {
         "inferctl_inputs_truncated_total",

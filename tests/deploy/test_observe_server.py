@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from inferctl.config.spec_types import CACHED
 from inferctl.manifests import metric_names
 from tests.processes import ServerProcess, start
 from tests.serve.test_generation import CONFIG, launch
@@ -34,20 +35,20 @@ def spec(folder: Path, model: Path, **sections: object) -> Path:
     return file
 
 
-@pytest.mark.parametrize("task", ["embed", "rerank"])
-def test_servers_of_embeddings_and_reranking_have_the_names(task: str, minilm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "labels"), [("embed", 0), ("rerank", 1), ("classify", 8)])
+def test_servers_of_encoders_have_the_names(task: str, labels: int, minilm: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    shutil.copytree(minilm, model, ignore=shutil.ignore_patterns("modules.json") if task == "rerank" else None)
-    if task == "rerank":
+    shutil.copytree(minilm, model, ignore=shutil.ignore_patterns("modules.json") if labels else None)
+    if labels:
         config = json.loads((minilm / "config.json").read_text())
-        config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+        config |= {"architectures": ["BertForSequenceClassification"], "id2label": {n: str(n) for n in range(labels)}}
         (model / "config.json").write_text(json.dumps(config))
     file = spec(tmp_path, model, cache={"size": "16MiB"}, slo={"p99_ms": 1000})
     server = start(tmp_path, "--spec", str(file), "--engine", "echo")
     try:
         assert server.get("/info").json()["task"] == task
         expected = metric_names.SERVER - (
-            set() if task == "embed" else {n for n in metric_names.SERVER if "_cache_" in n}
+            set() if task in CACHED else {n for n in metric_names.SERVER if "_cache_" in n}
         )
         assert expected <= own(server) <= metric_names.SERVER
     finally:

@@ -426,6 +426,36 @@ def test_an_engine_with_several_slots_gets_equal_batches_at_once() -> None:
     run(scenario)
 
 
+# Requests of one batch, as texts and their second segments, and the second segments of the batch.
+SEGMENTS: list[tuple[list[tuple[list[list[int]], list[int] | None]], dict[tuple[int, ...], int] | None]] = [
+    ([([[20, 21]], None), ([[30]], None)], None),
+    ([([[20, 21]], [1]), ([[30, 31, 32]], [2])], {(20, 21): 1, (30, 31, 32): 2}),
+    ([([[20, 21]], None), ([[30, 31, 32], [40]], [2, 1])], {(20, 21): 2, (30, 31, 32): 2, (40,): 1}),
+    ([([[20, 21]], [0]), ([[30]], None)], {(20, 21): 0, (30,): 1}),
+]
+
+
+@pytest.mark.parametrize(("requests", "expected"), SEGMENTS)
+def test_a_text_beside_pairs_has_no_second_segment(
+    requests: list[tuple[list[list[int]], list[int] | None]], expected: dict[tuple[int, ...], int] | None
+) -> None:
+    async def scenario() -> None:
+        world = World()
+        tasks = [world.dispatcher.submit([tokens(row) for row in rows], starts) for rows, starts in requests]
+        await run_callbacks()
+        (batch,) = world.engines[0].batches
+        found = None
+        if batch.second_starts is not None:
+            rows = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
+            starts = batch.second_starts.tolist()
+            found = {tuple(row.tolist()): start for row, start in zip(rows, starts, strict=True)}
+        assert found == expected
+        await world.drain()
+        await asyncio.gather(*tasks)
+
+    run(scenario)
+
+
 def test_no_batch_is_prefetched_while_another_engine_is_free() -> None:
     async def scenario() -> None:
         world = World(engines=4)

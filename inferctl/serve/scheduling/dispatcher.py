@@ -245,9 +245,9 @@ class Dispatcher:
         parts = [request.sequences[position] for request, position in found]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         second_starts = None
-        if any(request.second_starts is not None for request, _ in found):
-            starts = [None if request.second_starts is None else request.second_starts[at] for request, at in found]
-            whole = [len(part) if at is None else at for part, at in zip(parts, starts, strict=True)]
+        if any(of_request := [request.second_starts for request, _ in found]):  # else no pairs; a list has an entry
+            starts = zip(parts, of_request, found, strict=True)
+            whole = [len(part) if given is None else given[at] for part, given, (_, at) in starts]
             second_starts = np.array(whole, dtype=np.int32)
         return Batch(next(self._ids), np.concatenate(parts), lengths, second_starts)
 
