@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 from inferctl.core.errors import InferctlError
@@ -28,14 +29,13 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the server gets them, and decides
     os.nice(_NICENESS)
-    # Linux schedules each session as one group (autogroup), in which the niceness of its processes counts. This process
-    # has a session of its own, so the group needs it too.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(_NICENESS))
+    _set_group_niceness(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     line = sys.stdin.buffer.readline()
     if not line:
         return 0
+    ended: Future[None] = Future()
+    threading.Thread(target=_follow, args=(ended,), daemon=True).start()  # before the imports, which take a second
     from inferctl.config.spec import Spec
     from inferctl.tenancy.relay.relay import Relay
 
@@ -45,17 +45,14 @@ def main() -> int:
         metering = None if spec.metering.mode == "off" else spec.metering
         relay, loop = Relay(metering, spec.access), asyncio.get_running_loop()
 
-        def follow() -> None:
-            while os.read(sys.stdin.fileno(), 4096):  # without Python's buffer, whose lock would break an early exit
-                pass
-            time.sleep(_RELEASE_S)
+        def end(_: Future[None]) -> None:
             # Even if a thread waits for a database that does not respond.
             timer = threading.Timer(spec.serve.drain_seconds + 5, os._exit, (1,))
             timer.daemon = True
             timer.start()
             loop.call_soon_threadsafe(relay.end)
 
-        threading.Thread(target=follow, daemon=True).start()
+        ended.add_done_callback(end)
         await relay.run()
 
     try:
@@ -64,6 +61,26 @@ def main() -> int:
         logging.getLogger("inferctl.relay").error("%s", error.message)
         return error.exit_code
     return 0
+
+
+def _follow(ended: Future[None]) -> None:
+    """Complete `ended` after the end of stdin."""
+    while os.read(sys.stdin.fileno(), 4096):  # without Python's buffer, whose lock would break an early exit
+        pass
+    time.sleep(_RELEASE_S)
+    # The server needs no priority any more. Beside four busy processes on two cores, the niceness took 15 s.
+    _set_group_niceness(0)
+    ended.set_result(None)
+
+
+def _set_group_niceness(niceness: int) -> None:
+    """Set the niceness of this session.
+
+    Linux schedules each session as one group (autogroup), in which the niceness of its processes counts. This process
+    has a session of its own, so the group needs a niceness too.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 if __name__ == "__main__":
