@@ -27,10 +27,12 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import EXIT_INTERRUPTED, UsageError
+from inferctl.serve.backend import samples
 from inferctl.serve.encoder_server import _without_stores
 from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
 from inferctl.serve.signals import EXIT_TERMINATED
@@ -626,3 +628,19 @@ def test_api_processes_get_no_password_and_the_same_key_file() -> None:
     read = Spec.model_validate(sent)
     assert read.access.key_file == whole.access.key_file
     assert (read.access.requests_per_minute, read.metering.mode) == (5, "on")
+
+
+def test_lost_events_of_a_process_that_ended_still_count() -> None:
+    """If their number fell, an alert would report those of the others again."""
+
+    def found(lost: int, waiting: int) -> samples.Samples:
+        names = {"inferctl_outbox_dropped_events": lost, "inferctl_outbox_events": waiting}
+        return [(name, "", "gauge", [(name, {}, value)]) for name, value in names.items()]
+
+    totals = samples.Totals()
+    for process, lost in enumerate((2, 3, 4)):
+        totals.set(process, found(lost, 10))
+    for process in (0, 1):
+        totals.retire(process)
+    metrics = {metric.name: metric.samples[0].value for metric in totals.collect(CollectorRegistry())}
+    assert metrics == {"inferctl_outbox_dropped_events": 9, "inferctl_outbox_events": 10}
