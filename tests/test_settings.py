@@ -209,6 +209,12 @@ def test_a_boolean_is_no_number(key: str, written: str) -> None:
         settings.resolve(settings.parse(f"{GOOD}serve: {{{key}: {written}}}\n"), {}, {})
 
 
+@pytest.mark.parametrize("written", ["bad", "0", "65", "2.5", "yes", "[1]"])
+def test_a_value_that_is_neither_a_number_nor_auto_is_one_error(written: str) -> None:
+    ((_, message, _),) = problems(f"{GOOD}serve: {{api_processes: {written}}}\n")
+    assert message.startswith("serve.api_processes: must be a number from 1 to 64, or auto, got ")
+
+
 @pytest.mark.parametrize("written", ["1:30", "0x10", "0b11"])
 def test_numbers_that_only_yaml_1_1_has_are_errors(written: str) -> None:
     with pytest.raises(SpecError, match="must be a valid integer"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -15,7 +15,17 @@ from inferctl.config.sharing_spec import Cache as Cache
 from inferctl.config.sharing_spec import Metering as Metering
 from inferctl.config.sharing_spec import Oidc as Oidc
 from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
-from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
+from inferctl.config.spec_types import (
+    IMAGE_REFERENCE,
+    ApiProcessCount,
+    OneLine,
+    Precision,
+    Revision,
+    Section,
+    Size,
+    Slug,
+    Weights,
+)
 from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM
 from inferctl.config.spec_types import Task as Task
@@ -103,7 +113,7 @@ class Serve(Section):
         description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
-    api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+    api_processes: ApiProcessCount = Field(
         1,
         description="Embeddings and reranking: processes for HTTP, parsing and tokenization, beside one for limits, "
         "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4.",

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "fp8"]
@@ -26,6 +35,17 @@ Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
 OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]
 # What Git accepts as the name of a commit, a branch or a tag.
 Revision = Annotated[str, Field(pattern=r"^[^\x00-\x20\x7f~^:?*\[\\]+$", max_length=200)]
+
+
+def _one_error(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Report a wrong value once. Each part of the union would report it, and one of them would read `yes` as 1."""
+    try:
+        return validate(None if isinstance(value, bool) else value)
+    except ValidationError:
+        raise PydanticCustomError("number_or_auto", "must be a number from 1 to 64, or auto") from None
+
+
+ApiProcessCount = Annotated[Literal["auto"] | Annotated[int, Field(ge=1, le=64)], WrapValidator(_one_error)]
 
 _NUMBERS = (int, float, int | None, float | None)
 
