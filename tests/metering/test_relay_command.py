@@ -26,6 +26,16 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "meterng").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    metering = {"mode": "on", "data": "file/metering"}
+    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}, "metering": metering})
+    line = json.dumps({"spec": spec.model_dump(mode="json")}) + "\n"
+    command = [sys.executable, "-m", "inferctl.tenancy.relay"]
+    done = subprocess.run(command, cwd=tmp_path, input=line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def test_a_folder_without_a_server_is_noted(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     log = tmp_path / "log"

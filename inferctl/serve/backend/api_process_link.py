@@ -48,6 +48,7 @@ class ApiProcessLink:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
         self._ended = False
+        self.fatal: tuple[str, str | None] | None = None  # why the process could not start, and a hint
         self.link = Link(self._on_frame, self._lost)
 
     @property
@@ -84,6 +85,8 @@ class ApiProcessLink:
             self._start(number, self._answer(number, path))
         elif kind is Kind.STATS:
             self._on_stats(json.loads(body))
+        elif kind is Kind.FATAL:
+            self.fatal = tuple(json.loads(body))
         else:
             self._on_control(kind, frames.unpack_numbers(body))
 

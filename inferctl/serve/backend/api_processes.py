@@ -235,7 +235,7 @@ class _ApiProcess:
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
         self._draining = asyncio.Event()
-        self._how = ""  # how it ended last
+        self._error: tuple[str, str | None] = "", None  # why it ended last, and a hint
 
     @property
     def in_flight(self) -> int:
@@ -253,14 +253,14 @@ class _ApiProcess:
             try:
                 await self._run_once()
             except OSError as error:  # no memory or descriptors are left
-                self._how, self.failures = f"it cannot be started: {error}", self.failures + 1
+                self._error, self.failures = (f"an API process cannot be started: {error}", None), self.failures + 1
             if self._draining.is_set():
                 return
             if not self._owner.served:
-                raise NotReadyError(f"an API process cannot start ({self._how})", "see the log above")
+                raise NotReadyError(*self._error)
             self._owner.restarts += 1
             pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
-            log.error("an API process ended unexpectedly (%s); restarting it in %.2g s", self._how, pause)
+            log.error("%s; restarting the API process in %.2g s", self._error[0], pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), pause)
                 return
@@ -302,7 +302,8 @@ class _ApiProcess:
             self._scraped.set_result(None)
         # It may take time to end, but it takes nothing more. Its descriptor of a connection that it did not take ends
         # with it, so it must be gone before another process answers.
-        self._how = await reap(self._process, _EXIT_S)
+        how = await reap(self._process, _EXIT_S)
+        self._error = link.fatal or (f"an API process ended unexpectedly ({how})", "see the log above")
         kept, self._kept = list(self._kept.values()), {}
         for connection in kept:
             self._owner.place(connection)

@@ -51,6 +51,7 @@ class Kind(IntEnum):
     ALIVE = 12  # the event loop runs: empty
     REFUSED = 13  # id: a connection could not be taken over
     FORGET = 14  # the keys so far are not in later frames: empty
+    FATAL = 15  # [message, hint]: why the process cannot start, as JSON
     # To the API process.
     WELCOME = 32  # what it needs to start, as JSON
     RESULT = 33

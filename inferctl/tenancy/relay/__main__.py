@@ -57,9 +57,9 @@ def main() -> int:
 
     try:
         asyncio.run(run())
-    except InferctlError as error:
-        logging.getLogger("inferctl.relay").error("%s", error.message)
-        return error.exit_code
+    except (InferctlError, OSError) as error:
+        logging.getLogger("inferctl.relay").error("%s", getattr(error, "message", error))
+        return getattr(error, "exit_code", 1)
     return 0
 
 
