@@ -125,6 +125,7 @@ class EncoderServer(ServerLifetime):
         metrics.engine_restarts.set_function(lambda: self._pool.counts()["restarts"])
         metrics.watch_capacity(self._rates)
         self._engines: asyncio.Task[None] | None = None
+        self._scrape: asyncio.Task[Page] | None = None
         self._info: dict[str, Any] | None = None
         self._ready_seconds = 0.0
 
@@ -236,8 +237,15 @@ class EncoderServer(ServerLifetime):
         if self._api:
             self._api.update()  # else a process that does not know it yet could reject who reads here that it is ready
             if path == "/metrics":
-                await self._api.scrape()
+                # One for all who ask meanwhile: each takes 1 ms, in which this process does nothing for other requests.
+                if self._scrape is None or self._scrape.done():
+                    self._scrape = asyncio.create_task(self._scraped(self._api))
+                return await self._scrape
         return await self._pages.answer(path)
+
+    async def _scraped(self, api: ApiProcesses) -> Page:
+        await api.scrape()
+        return await self._pages.answer("/metrics")
 
     def _exposition(self) -> tuple[bytes, str]:
         return self._metrics.exposition(self._api.totals.collect if self._api else None)
