@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -571,6 +573,20 @@ def test_no_process_is_left_after_the_end(
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
     assert "Traceback" not in server.log.read_text()
+
+
+def test_processes_that_end_while_no_descriptors_are_left_are_replaced_later(two: Callable[..., ServerProcess]) -> None:
+    server = two()
+    backend, engine, api = server.process.pid, server.children("inferctl.serve.engine_process.main"), server.api_pids()
+    limits = resource.prlimit(backend, resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    os.kill(engine[0], signal.SIGKILL)
+    os.kill(api[0], signal.SIGKILL)
+    for what in ("engine process", "API process"):
+        until(lambda what=what: re.search(f"{what}.*: .*Too many open files", server.log.read_text()), 20)
+    resource.prlimit(backend, resource.RLIMIT_NOFILE, limits)
+    until(lambda: server.get("/info").json()["api_processes"]["up"] == 2)
+    server.wait_ready()
+    assert server.embed(input="a").status_code == 200
 
 
 def test_a_drain_completes_requests_in_all_processes(two: Callable[..., ServerProcess], tmp_path: Path) -> None:
