@@ -400,6 +400,21 @@ def test_a_killed_process_takes_only_its_own_connections_along(pool: Pool) -> No
     assert pool.recorded("killed")[200][0] <= len(answered) + len(broken)
 
 
+def test_a_process_without_descriptors_keeps_no_connection_waiting(pool: Pool) -> None:
+    """It has the fewest connections, as long as it refuses them."""
+
+    async def run() -> None:
+        clients = [await Client.open(pool.server.url) for _ in range(8)]
+        answers = await asyncio.wait_for(asyncio.gather(*(client.ask(path="/livez") for client in clients)), 5)
+        assert {answer.status for answer in answers} == {200}
+
+    limits = resource.prlimit(pool.pids[3], resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        asyncio.run(run())
+    finally:
+        resource.prlimit(pool.pids[3], resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.slow
 def test_a_hung_process_is_replaced_and_others_answer_what_it_did_not_take(pool: Pool) -> None:
     async def run() -> None:
