@@ -34,8 +34,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import EXIT_INTERRUPTED, UsageError
+from inferctl.core.sizes import parse_size
 from inferctl.serve.backend import samples
-from inferctl.serve.encoder_server import _without_stores
+from inferctl.serve.encoder_server import _for_api_processes
 from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
@@ -669,7 +670,7 @@ def test_one_api_process_is_the_server_itself(two: Callable[..., ServerProcess])
     assert server.get("/info").json()["api_processes"] == {"count": 1, "up": 1, "restarts": 0}
 
 
-def test_api_processes_get_no_password_and_the_same_key_file() -> None:
+def test_api_processes_get_no_password_and_the_same_key_file_and_share_the_disk() -> None:
     secret = "password1"
     access = {
         "keys": f"postgresql://user:{secret}@db.example.com/keys",
@@ -677,15 +678,20 @@ def test_api_processes_get_no_password_and_the_same_key_file() -> None:
     }
     stores = {
         "access": access | {"requests_per_minute": 5},
-        "metering": {"mode": "on", "ledger": f"postgresql://user:{secret}@db.example.com/ledger"},
+        "metering": {
+            "mode": "on",
+            "ledger": f"postgresql://user:{secret}@db.example.com/ledger",
+            "outbox_size": "1.5 GiB",
+        },
         "cache": {"size": "1MiB", "shared": f"redis://:{secret}@valkey.example.com"},
     }
     whole = Spec.model_validate({"name": "m", "model": {"source": "a/b"}, **stores})
-    sent = json.loads(json.dumps(_without_stores(whole)))
+    sent = json.loads(json.dumps(_for_api_processes(whole, 3)))
     assert secret not in str(sent)
     read = Spec.model_validate(sent)
     assert read.access.key_file == whole.access.key_file
     assert (read.access.requests_per_minute, read.metering.mode) == (5, "on")
+    assert parse_size(read.metering.outbox_size) == 512 * 1024**2
 
 
 def test_lost_events_of_a_process_that_ended_still_count() -> None:
