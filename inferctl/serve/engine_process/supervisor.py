@@ -122,6 +122,7 @@ class EngineSupervisor:
         except OSError as error:  # no memory or descriptors are left
             self._failures += 1
             return EngineStartError(f"cannot start the engine process: {error}", None, 1)
+        assert self._process is not None
         self._writer.write(frames.pack_json(Kind.CONFIG, asdict(self._config)))
         self._set_kill_timer()
         try:
