@@ -591,6 +591,36 @@ def test_no_process_is_left_after_the_end(
     assert "Traceback" not in server.log.read_text()
 
 
+def test_after_the_backend_was_killed_the_ledger_gets_the_events_of_all_processes(
+    two: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    """The API processes notice it later than the relay, which has to wait for their last events."""
+    server = two(INFERCTL_METERING_MODE="on")
+    clients = Load(server.url)
+    address = f"sqlite:///{tmp_path}/metering/ledger.sqlite"
+    until(lambda: clients.statuses[200] > 50 and _requests(address) > 0)
+    server.kill()
+    seen = clients.stop()
+    until(lambda: not left(tmp_path), 20)
+    assert sorted(file.name for file in (tmp_path / "metering").iterdir()) == [
+        "instance",
+        "ledger.sqlite",
+        "relay.lock",
+    ]
+    assert 0 <= _requests(address) - seen[200] <= 8, "of each client, the last response may not have arrived"
+
+
+def _requests(address: str) -> int:
+    """How many requests with status 200 the ledger has."""
+    with contextlib.suppress(UsageError):  # the relay has not made it yet
+        ledger = Ledger.read(address)
+        try:
+            return sum(row["requests"] for row in ledger.usage(["status"], 0, 2**62) if row["status"] == 200)
+        finally:
+            ledger.close()
+    return 0
+
+
 def test_processes_that_end_while_no_descriptors_are_left_are_replaced_later(two: Callable[..., ServerProcess]) -> None:
     server = two()
     backend, engine, api = server.process.pid, server.children("inferctl.serve.engine_process.main"), server.api_pids()

@@ -1,7 +1,7 @@
 """The relay of a server: `python -m inferctl.tenancy.relay`, started by `inferctl serve`.
 
 The first line of stdin is the spec as JSON. At the end of stdin, also if the server was killed, the relay stores what
-is left, and ends.
+is left, and ends. Another line before it says that the server recorded all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from inferctl.core.errors import InferctlError
 
 _NICENESS = 10  # the server and its engine go first
-_RELEASE_S = 0.1  # a killed server closes stdin, and may not have released its outbox yet
+_RELEASE_S = 2.0  # the API processes of a killed server write their last events, and release their outboxes
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     os.nice(_NICENESS)
     _set_group_niceness(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    line = sys.stdin.buffer.readline()
+    line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]  # what follows is left for `_follow`
     if not line:
         return 0
     ended: Future[None] = Future()
@@ -64,12 +64,14 @@ def main() -> int:
 
 
 def _follow(ended: Future[None]) -> None:
-    """Complete `ended` after the end of stdin."""
+    """Complete `ended` after the end of stdin. Before that, a server that was not killed sends something."""
+    said = False
     while os.read(sys.stdin.fileno(), 4096):  # without Python's buffer, whose lock would break an early exit
-        pass
-    time.sleep(_RELEASE_S)
+        said = True
     # The server needs no priority any more. Beside four busy processes on two cores, the niceness took 15 s.
     _set_group_niceness(0)
+    if not said:
+        time.sleep(_RELEASE_S)
     ended.set_result(None)
 
 
