@@ -31,7 +31,8 @@ def main() -> int:
     os.nice(_NICENESS)
     _set_group_niceness(_NICENESS)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    line = sys.stdin.buffer.raw.readline()  # type: ignore[attr-defined]  # what follows is left for `_follow`
+    with os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:  # leaves what follows for `_follow`
+        line = stdin.readline()
     if not line:
         return 0
     ended: Future[None] = Future()
