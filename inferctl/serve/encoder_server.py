@@ -102,7 +102,7 @@ class EncoderServer(ServerLifetime):
                 self._tokenizer,
                 self._backend,
                 self._lifecycle,
-                self._pages.answer,
+                self._page,
                 partial(self._emitter, metrics),
                 self._metering.check,
                 self._access,
@@ -238,15 +238,16 @@ class EncoderServer(ServerLifetime):
         """Return what the whole server answers, with what all API processes counted."""
         if self._api:
             self._api.update()  # else a process that does not know it yet could reject who reads here that it is ready
-            if path == "/metrics":
-                # One for all who ask meanwhile: each takes 1 ms, in which this process does nothing for other requests.
-                if self._scrape is None or self._scrape.done():
-                    self._scrape = asyncio.create_task(self._scraped(self._api))
-                return await self._scrape
-        return await self._pages.answer(path)
+        if path != "/metrics":
+            return await self._pages.answer(path)
+        # One for all who ask meanwhile: each takes 1 ms, in which this process does nothing for other requests.
+        if self._scrape is None or self._scrape.done():
+            self._scrape = asyncio.create_task(self._scraped())
+        return await asyncio.shield(self._scrape)
 
-    async def _scraped(self, api: ApiProcesses) -> Page:
-        await api.scrape()
+    async def _scraped(self) -> Page:
+        if self._api:
+            await self._api.scrape()
         return await self._pages.answer("/metrics")
 
     def _exposition(self) -> tuple[bytes, str]:
