@@ -156,7 +156,7 @@ class Metering(Section):
     )
     outbox_size: Size = Field(
         "1GiB",
-        description="Maximum size of events on disk, per server process. An event needs about 200 bytes.",
+        description="Maximum size of events on disk, per server. An event needs about 200 bytes.",
     )
     ledger: DatabaseAddress | None = Field(
         None,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Spec
+from inferctl.core.errors import InferctlError
 from inferctl.models import vector_format
 from inferctl.serve import event_loop, logs, metering, task_config
 from inferctl.serve.backend import frames, samples
@@ -118,8 +119,17 @@ class ApiProcess:
         await asyncio.sleep(0.05)  # cancelled requests send their last event
         await self._metering.close(_FLUSH_S)
         self._send_stats(unfinished=self._front.unfinished_responses)
+        await self._close()
+
+    async def fail(self, error: InferctlError) -> None:
+        """Tell the backend why this process cannot start."""
+        self.link.send(frames.pack_json(Kind.FATAL, [error.message, error.hint]))
+        await self._close()
+
+    async def _close(self) -> None:
+        """End the link after the last frames are sent."""
         self.link.close()
-        with contextlib.suppress(TimeoutError):  # until the last frames are sent
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), _FLUSH_S)
 
     async def _page(self, path: str) -> Page:
@@ -235,7 +245,10 @@ async def _main() -> None:
         each.setblocking(False)
     process = ApiProcess(control)
     await asyncio.get_running_loop().create_connection(lambda: process.link, sock=link_socket)
-    await process.run()
+    try:
+        await process.run()
+    except InferctlError as error:
+        await process.fail(error)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
+from inferctl.core.sizes import parse_size
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.serve import describe, event_loop, task_config
@@ -103,7 +104,7 @@ class EncoderServer(ServerLifetime):
                 self._tokenizer,
                 self._backend,
                 self._lifecycle,
-                self._pages.answer,
+                self._page,
                 partial(self._emitter, metrics),
                 self._metering.check,
                 self._access,
@@ -113,7 +114,7 @@ class EncoderServer(ServerLifetime):
             )
         else:
             welcome = {
-                "spec": _without_stores(spec),
+                "spec": _for_api_processes(spec, processes),
                 "task": task,
                 "folder": str(folder.path),
                 "processes": processes,
@@ -129,6 +130,7 @@ class EncoderServer(ServerLifetime):
         metrics.watch_capacity(self._rates)
         metrics.watch_threads("api" if processes == 1 else "backend", self._tokenizer.threads)
         self._engines: asyncio.Task[None] | None = None
+        self._scrape: asyncio.Task[Page] | None = None
         self._info: dict[str, Any] | None = None
         self._ready_seconds = 0.0
 
@@ -239,9 +241,17 @@ class EncoderServer(ServerLifetime):
         """Return what the whole server answers, with what all API processes counted."""
         if self._api:
             self._api.update()  # else a process that does not know it yet could reject who reads here that it is ready
-            if path == "/metrics":
-                await self._api.scrape()
-        return await self._pages.answer(path)
+        if path != "/metrics":
+            return await self._pages.answer(path)
+        # One for all who ask meanwhile: each takes 1 ms, in which this process does nothing for other requests.
+        if self._scrape is None or self._scrape.done():
+            self._scrape = asyncio.create_task(self._scraped())
+        return await asyncio.shield(self._scrape)
+
+    async def _scraped(self) -> Page:
+        if self._api:
+            await self._api.scrape()
+        return await self._pages.answer("/metrics")
 
     def _exposition(self) -> tuple[bytes, str]:
         return self._metrics.exposition(self._api.totals.collect if self._api else None)
@@ -319,13 +329,15 @@ def _api_processes(spec: Spec) -> int:
     return max(1, min(_MOST_AUTO, usable_cores() // _CORES_PER_API_PROCESS))
 
 
-def _without_stores(spec: Spec) -> dict[str, Any]:
+def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
     """Return a spec for API processes, which connect to no store and no broker, so they need no password.
 
-    The name of their key file follows from the address of the database with the keys.
+    The name of their key file follows from the address of the database with the keys. Their outboxes share the size of
+    the server's, which is that of its volume.
     """
     document = spec.model_dump(mode="json")
     document["access"] |= {"keys": spec.access.public_key_store or spec.access.keys, "broker": None}
     document["metering"] |= dict.fromkeys(("ledger", "broker", "sink"))
+    document["metering"]["outbox_size"] = str(parse_size(spec.metering.outbox_size) // count)
     document["cache"]["shared"] = None
     return document

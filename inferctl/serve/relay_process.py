@@ -3,7 +3,8 @@
 It brings usage events to the ledger, copies the key store, and exchanges limits and revoked keys with other servers.
 
 The relay may crash or hang at any time: the server writes its events to the outbox and never waits for the relay. It
-gets the spec as a line of JSON on stdin. The end of stdin tells it to store what is left and to end.
+gets the spec as a line of JSON on stdin. The end of stdin tells it to store what is left and to end. An empty line
+before it says that this server has recorded all its events; without it, the server was killed.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ class RelayProcess:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        assert process.stdin
-        process.stdin.close()
+        _end(process)
         try:
             await asyncio.wait_for(process.wait(), seconds)
         except TimeoutError:
@@ -107,9 +107,15 @@ class RelayProcess:
         assert process.stdin and process.stderr
         process.stdin.write(self._line)
         if self._stopping.is_set():
-            process.stdin.close()
+            _end(process)
         with contextlib.suppress(ConnectionError, ValueError):  # a line that is too long
             async for line in process.stderr:
                 log.warning("%s", line.decode(errors="replace").rstrip())
         code = await process.wait()
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _end(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin
+    process.stdin.write(b"\n")
+    process.stdin.close()

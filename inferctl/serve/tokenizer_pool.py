@@ -45,7 +45,7 @@ _CHARACTERS_PER_TOKEN = 8
 _MIN_HEAD = 1_024
 # A text that has not enough tokens in this many characters is blanks or one very long word. It is rejected.
 _MAX_HEAD = 250_000
-# The most characters that wait for the threads. They take 1 to 2 s.
+# The most characters that wait for the threads. They take 1 to 2 s, also in each of several API processes.
 _MAX_WAITING_CHARACTERS = 4_000_000
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,16 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "meterng").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    metering = {"mode": "on", "data": "file/metering"}
+    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}, "metering": metering})
+    line = json.dumps({"spec": spec.model_dump(mode="json")}) + "\n"
+    command = [sys.executable, "-m", "inferctl.tenancy.relay"]
+    done = subprocess.run(command, cwd=tmp_path, input=line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def test_a_folder_without_a_server_is_noted(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     log = tmp_path / "log"
@@ -32,6 +45,27 @@ def test_a_folder_without_a_server_is_noted(tmp_path: Path) -> None:
     until(lambda: "no server records usage in" in log.read_text(), 60)
     relay.send_signal(signal.SIGTERM)
     assert relay.wait(30) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no autogroups")
+def test_a_relay_steps_back_for_its_server_and_no_longer_after_its_end(tmp_path: Path) -> None:
+    """Otherwise, the relay of a killed server takes long to end on a busy machine."""
+    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}, "metering": {"mode": "on"}})
+    command = [sys.executable, "-m", "inferctl.tenancy.relay"]
+    relay = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, start_new_session=True)
+    assert relay.stdin
+    relay.stdin.write(json.dumps({"spec": spec.model_dump(mode="json")}).encode() + b"\n")
+    relay.stdin.flush()
+    group, seen = Path(f"/proc/{relay.pid}/autogroup"), ""
+    until(lambda: group.read_text().endswith("nice 10\n"), 60)
+    time.sleep(0.3)  # Linux rejects a second change within 0.1 s
+    relay.stdin.close()
+    while relay.poll() is None:
+        with contextlib.suppress(OSError):
+            seen = group.read_text() or seen
+        time.sleep(0.005)
+    assert relay.returncode == 0
+    assert seen.endswith("nice 0\n")
 
 
 @pytest.mark.parametrize(

@@ -178,16 +178,36 @@ def test_a_limit_above_64_bits_is_sent_as_the_largest_number() -> None:
     assert frames.unpack_result(body(frame)).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
 
 
-def test_keys_are_told_once_and_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_told_once_and_again_after_there_were_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the key of a request that took long to arrive, meanwhile others with many keys were complete."""
     monkeypatch.setattr(remote, "_MANY_KEYS", 2)
-    link = Sent()
-    backend, found = RemoteBackend(link, lambda _: (None, None)), []
-    for name, limit in (("a", None), ("a", None), ("a", 5), ("b", None), ("a", None)):
-        context = RequestContext("")
-        backend.charge(limits_alone(name, limit, None), context)  # a proxy makes a new object for each request
-        found.append(context.key_index)
-    assert found == [1, 1, 2, 3, 4], "a number is never that of another key"
-    assert [Kind(frame[4]) for frame in link.frames] == [Kind.KEY, Kind.KEY, Kind.FORGET, Kind.KEY, Kind.KEY]
+    link, told, requests = Sent(), dict[int, Any](), []
+
+    async def run() -> None:
+        backend, contexts = RemoteBackend(link, lambda _: (None, None)), []
+        for name, limit in (("a", None), ("a", None), ("a", 5), *((name, None) for name in "bcdef")):
+            contexts.append(RequestContext(""))
+            backend.charge(limits_alone(name, limit, None), contexts[-1])
+        for context in (*contexts[1:], contexts[0]):
+            computing = asyncio.create_task(backend.compute(context, [np.arange(4, dtype=np.int32)], None))
+            await asyncio.sleep(0)
+            computing.cancel()
+
+    asyncio.run(run())
+    kinds = [Kind(frame[4]) for frame in link.frames]
+    for kind, frame in zip(kinds, link.frames, strict=True):
+        if kind is Kind.KEY:
+            key = json.loads(body(frame))
+            assert key["index"] not in told, "a number is never that of another key"
+            told[key["index"]] = key["fields"]
+        elif kind is Kind.FORGET:
+            told = dict.fromkeys(told)
+        elif kind is Kind.SUBMIT:
+            requests.append(told[frames.unpack_submit(body(frame)).key])
+    names = (("a", None), ("a", 5), *((name, None) for name in "bcdefa"))
+    assert requests == [[name, limit, None] for name, limit in names]
+    assert kinds.count(Kind.KEY) == len(names)
+    assert kinds.count(Kind.FORGET) == 3
 
 
 def test_ids_need_32_bits_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:

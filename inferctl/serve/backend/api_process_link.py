@@ -43,12 +43,12 @@ class ApiProcessLink:
         self._backend, self._page = backend, page
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
         self._keys: dict[int, ApiKey] = {}
-        self._earlier_keys: dict[int, ApiKey] = {}  # of requests that began before the last FORGET
         self._closes: dict[int, tuple[bool, int]] = {}  # CLOSE frames that arrived before the end of their request
         self._computing: dict[int, asyncio.Future[RequestResult]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
         self._ended = False
+        self.fatal: tuple[str, str | None] | None = None  # why the process could not start, and a hint
         self.link = Link(self._on_frame, self._lost)
 
     @property
@@ -79,12 +79,14 @@ class ApiProcessLink:
             found = json.loads(body)
             self._keys[found["index"]] = limits_alone(*found["fields"])
         elif kind is Kind.FORGET:
-            self._earlier_keys, self._keys = self._keys, {}
+            self._keys.clear()
         elif kind is Kind.PAGE:
             number, path = frames.unpack_page(body)
             self._start(number, self._answer(number, path))
         elif kind is Kind.STATS:
             self._on_stats(json.loads(body))
+        elif kind is Kind.FATAL:
+            self.fatal = tuple(json.loads(body))
         else:
             self._on_control(kind, frames.unpack_numbers(body))
 
@@ -100,19 +102,14 @@ class ApiProcessLink:
             context.tenant = key.id if shared else None
         return context
 
-    def _key(self, index: int) -> ApiKey | None:
-        return self._keys.get(index) or self._earlier_keys.get(index)
-
     def _submit(self, submission: Submission) -> None:
         """Start a request. There is no task for it: that would take a fifth of its time here."""
-        key = self._key(submission.key)
+        key = self._keys[submission.key] if submission.key else None
         context = self._context(key, submission.bulk, submission.shared)
         context.cache_control = submission.directives
         try:
             if key is not None:
                 self._backend.charge(key, context)
-            elif submission.key:
-                raise ValueError("the key of the request is not known any more")
             future = self._backend.start(context, submission.sequences, submission.second_starts)
         except (ApiError, LimitError) as error:
             self._reject(submission.id, context, error)
@@ -174,7 +171,7 @@ class ApiProcessLink:
         self.link.send(frames.pack_ended(number, tokens, seconds))
 
     def _admit(self, number: int, key: int, flags: int, size: int) -> None:
-        found = self._key(key)
+        found = self._keys[key] if key else None
         context = self._context(found, bool(flags & 1), bool(flags & 2))
         try:
             self._backend.check(found, context, size)
@@ -189,14 +186,13 @@ class ApiProcessLink:
     def _charge(self, key: int, in_vain: int) -> None:
         """Charge a request that the API process rejected."""
         context = RequestContext("")
-        if found := self._key(key):
-            try:
-                self._backend.charge(found, context)
-            except LimitError:
-                return
-            if context.charge is not None:
-                context.charge.in_vain(in_vain, time.time())
-                context.charge.close(give_back=False)
+        try:
+            self._backend.charge(self._keys[key], context)
+        except LimitError:
+            return
+        if context.charge is not None:
+            context.charge.in_vain(in_vain, time.time())
+            context.charge.close(give_back=False)
 
     async def _answer(self, number: int, path: str) -> None:
         try:

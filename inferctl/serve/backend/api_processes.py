@@ -33,6 +33,7 @@ log = logging.getLogger("inferctl.api_processes")
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 # A process that was silent for this long gets no connections; after `_HUNG_S`, it is killed.
 _SLOW_S, _HUNG_S = 1.0, 10.0
+_FULL_S = 1.0  # for which others are preferred to a process that refused a connection
 _START_S = 120.0  # until the first sign of life
 _TICK_S = 0.1
 _SCRAPE_S = 0.2  # after which the last samples of a process are used
@@ -202,8 +203,8 @@ class ApiProcesses:
             if not able:
                 break
             number, connection = next(self._ids), self._unassigned[0]
-            # The socket of one that does not read may be full.
-            if not any(each.take(number, connection) for each in sorted(able, key=lambda each: each.connections)):
+            able.sort(key=lambda each: (each.full_until > time.monotonic(), each.connections))
+            if not any(each.take(number, connection) for each in able):  # the socket of one that does not read is full
                 break
             self._unassigned.popleft()
         if self._listener is not None and self._listener.fileno() >= 0 and not self._closing.is_set():
@@ -227,6 +228,7 @@ class _ApiProcess:
 
     def __init__(self, owner: ApiProcesses) -> None:
         self.ready, self.connections, self.alive, self.failures = False, 0, 0.0, 0
+        self.full_until = 0.0  # it refused connections, and may not refuse them from then on
         self._owner = owner
         self._link: ApiProcessLink | None = None
         self._control: socket.socket | None = None  # for descriptors
@@ -235,7 +237,7 @@ class _ApiProcess:
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
         self._draining = asyncio.Event()
-        self._how = ""  # how it ended last
+        self._error: tuple[str, str | None] = "", None  # why it ended last, and a hint
 
     @property
     def in_flight(self) -> int:
@@ -253,14 +255,14 @@ class _ApiProcess:
             try:
                 await self._run_once()
             except OSError as error:  # no memory or descriptors are left
-                self._how, self.failures = f"it cannot be started: {error}", self.failures + 1
+                self._error, self.failures = (f"an API process cannot be started: {error}", None), self.failures + 1
             if self._draining.is_set():
                 return
             if not self._owner.served:
-                raise NotReadyError(f"an API process cannot start ({self._how})", "see the log above")
+                raise NotReadyError(*self._error)
             self._owner.restarts += 1
             pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
-            log.error("an API process ended unexpectedly (%s); restarting it in %.2g s", self._how, pause)
+            log.error("%s; restarting the API process in %.2g s", self._error[0], pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), pause)
                 return
@@ -302,7 +304,8 @@ class _ApiProcess:
             self._scraped.set_result(None)
         # It may take time to end, but it takes nothing more. Its descriptor of a connection that it did not take ends
         # with it, so it must be gone before another process answers.
-        self._how = await reap(self._process, _EXIT_S)
+        how = await reap(self._process, _EXIT_S)
+        self._error = link.fatal or (f"an API process ended unexpectedly ({how})", "see the log above")
         kept, self._kept = list(self._kept.values()), {}
         for connection in kept:
             self._owner.place(connection)
@@ -373,7 +376,7 @@ class _ApiProcess:
             for number in numbers:
                 if connection := self._kept.pop(number, None):
                     self.connections -= 1
-                    # It has the fewest, so it could be chosen again at once.
+                    self.full_until = self.alive + _FULL_S
                     asyncio.get_running_loop().call_later(_TICK_S, self._owner.place, connection)
 
     def on_stats(self, found: Any) -> None:

@@ -50,7 +50,8 @@ class Kind(IntEnum):
     GONE = 11  # count: connections that ended
     ALIVE = 12  # the event loop runs: empty
     REFUSED = 13  # id: a connection could not be taken over
-    FORGET = 14  # the keys before the last FORGET are not in later frames: empty
+    FORGET = 14  # the keys so far are not in later frames: empty
+    FATAL = 15  # [message, hint]: why the process cannot start, as JSON
     # To the API process.
     WELCOME = 32  # what it needs to start, as JSON
     RESULT = 33

@@ -30,20 +30,20 @@ class RemoteBackend:
     """It is a `Backend`. Runs on the event loop. `limits_of(key)`: the limits of a key, requests and tokens."""
 
     def __init__(self, link: Link, limits_of: Callable[[ApiKey], tuple[int | None, int | None]]) -> None:
-        self._link, self._limits_of = link, limits_of
+        self.link, self._limits_of = link, limits_of
         self._ids = frames.ids()
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
         self._keys: dict[tuple[str, int | None, int | None], int] = {}  # id and limits -> number in frames
         self._key_numbers = frames.ids()
-        self._suspects: dict[int, float] = {}  # until when the backend is asked for each request of a key
+        self._suspects: dict[str, float] = {}  # until when the backend is asked for each request of a key
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
         """Note that a request has a key. It is charged with its tokens. Part of `Backend`."""
-        context.key_index = self._index(key)
+        context.key = key
         if (limits := self._limits_of(key)) != (None, None):
-            context.charge = RemoteCharge(self._link, context.key_index, limits[1], self._suspect)
+            context.charge = RemoteCharge(self, key, limits[1])
 
     async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
         """Ask for a large body, also after it was read if the client did not declare its size. Part of `Backend`."""
@@ -51,11 +51,12 @@ class RemoteBackend:
         if isinstance(charge, RemoteCharge):
             if charge.token_limit is not None:  # what does not fit for sure
                 most = min(most, charge.token_limit)
-            if self._suspects.get(context.key_index, 0.0) > time.monotonic():
+            if self._suspects.get(context.key_id or "", 0.0) > time.monotonic():
                 most = -1
         if size > most:
             flags = (context.priority == b"bulk") + 2 * (context.tenant is not None)
-            await self._ask(context, lambda id: frames.pack_numbers(Kind.ADMIT, id, context.key_index, flags, size))
+            key = self.index(context.key)
+            await self._ask(context, lambda id: frames.pack_numbers(Kind.ADMIT, id, key, flags, size))
 
     async def compute(
         self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
@@ -64,7 +65,7 @@ class RemoteBackend:
         number = next(self._ids)
         submission = Submission(
             number,
-            context.key_index,
+            self.index(context.key),
             context.priority == b"bulk",
             context.tenant is not None,
             context.cache_control,
@@ -76,7 +77,7 @@ class RemoteBackend:
             charge.submitted = True
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number], self._contexts[number] = future, context
-        self._link.send(frame)
+        self.link.send(frame)
         try:
             reply = await future
         except asyncio.CancelledError:
@@ -85,7 +86,7 @@ class RemoteBackend:
                 context.use = self._uses[number] = RemoteUse(sum(map(len, sequences)))
                 if isinstance(charge, RemoteCharge):
                     charge.cancelled = number
-                self._link.send(frames.pack_numbers(Kind.CANCEL, number))
+                self.link.send(frames.pack_numbers(Kind.CANCEL, number))
             elif not future.exception():  # the result arrived at the same time
                 _count(context, sequences, future.result())
             raise
@@ -116,7 +117,7 @@ class RemoteBackend:
             if context := self._contexts.get(number):
                 context.input_tokens, context.cached_tokens, context.engine_seconds = computed
                 if error.code == "rate_limit_exceeded":
-                    self._suspect(context.key_index)
+                    self.suspect(context.key_id or "")
             self._resolve(number, error)
             self._end_use(number, *computed)
         elif kind is Kind.ADMITTED:
@@ -141,7 +142,7 @@ class RemoteBackend:
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
         if context is not None:
             self._contexts[number] = context
-        self._link.send(frame(number))
+        self.link.send(frame(number))
         try:
             return await future
         finally:
@@ -153,8 +154,9 @@ class RemoteBackend:
         if (use := self._uses.pop(number, None)) is not None:
             use.end((use.submitted if tokens is None else tokens) - cached_tokens, seconds)
 
-    def _suspect(self, key_index: int) -> None:
-        self._suspects[key_index] = time.monotonic() + _ASKED_S
+    def suspect(self, key_id: str) -> None:
+        """Ask the backend for each request of a key for some time."""
+        self._suspects[key_id] = time.monotonic() + _ASKED_S
 
     def _resolve(self, number: int, value: Any) -> None:
         if (future := self._waiting.get(number)) is None:
@@ -173,16 +175,18 @@ class RemoteBackend:
         if quotas is not None and (context := self._contexts.get(number)):
             context.usage = RemoteUsage(quotas)
 
-    def _index(self, key: ApiKey) -> int:
-        """Return the number of a key in frames, which the backend is told first."""
+    def index(self, key: ApiKey | None) -> int:
+        """Return the number of a key in the next frame, which the backend is told first; 0 for none."""
+        if key is None:
+            return 0
         fields = key.id, key.requests_per_minute, key.tokens_per_minute
         if (index := self._keys.get(fields)) is None:
             if len(self._keys) >= _MANY_KEYS:
                 self._keys.clear()
                 self._suspects.clear()
-                self._link.send(frames.pack(Kind.FORGET))
+                self.link.send(frames.pack(Kind.FORGET))
             index = self._keys[fields] = next(self._key_numbers)  # never that of another key
-            self._link.send(frames.pack_json(Kind.KEY, {"index": index, "fields": fields}))
+            self.link.send(frames.pack_json(Kind.KEY, {"index": index, "fields": fields}))
         return index
 
 
@@ -203,11 +207,10 @@ class RemoteCharge(Charge):
     `cancelled`: the id of a submitted request whose client left.
     """
 
-    __slots__ = ("_in_vain", "_key_index", "_link", "_suspect", "cancelled", "submitted", "token_limit")
+    __slots__ = ("_backend", "_in_vain", "_key", "cancelled", "submitted", "token_limit")
 
-    def __init__(self, link: Link, key_index: int, token_limit: int | None, suspect: Callable[[int], None]) -> None:
-        self.token_limit, self._link, self._key_index, self._suspect = token_limit, link, key_index, suspect
-        self._in_vain = 0
+    def __init__(self, backend: RemoteBackend, key: ApiKey, token_limit: int | None) -> None:
+        self._backend, self._key, self.token_limit, self._in_vain = backend, key, token_limit, 0
         self.submitted, self.cancelled = False, 0
 
     def check_size(self, size: int, now: float) -> None:
@@ -216,14 +219,15 @@ class RemoteCharge(Charge):
     def in_vain(self, amount: int, now: float) -> None:
         """Count tokens of a request that was rejected after its texts were tokenized."""
         self._in_vain += amount
-        self._suspect(self._key_index)
+        self._backend.suspect(self._key.id)
 
     def close(self, *, give_back: bool, computed: int = 0) -> None:
         """End the request."""
+        backend = self._backend
         if self.cancelled:
-            self._link.send(frames.pack_numbers(Kind.CLOSE, self.cancelled, give_back, computed))
+            backend.link.send(frames.pack_numbers(Kind.CLOSE, self.cancelled, give_back, computed))
         elif not self.submitted and not give_back:
-            self._link.send(frames.pack_numbers(Kind.CHARGE, self._key_index, self._in_vain))
+            backend.link.send(frames.pack_numbers(Kind.CHARGE, backend.index(self._key), self._in_vain))
 
 
 class RemoteUse:

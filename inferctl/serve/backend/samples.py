@@ -15,6 +15,8 @@ _Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
 # Gauges of API processes; the other gauges are of the backend. The age of the oldest event is the highest of all.
 _GAUGES = "inferctl_outbox_"
 _OLDEST = "inferctl_outbox_age_seconds"
+# A gauge that counts. If it fell, an alert would take what the other processes dropped long ago for new.
+_DROPPED = "inferctl_outbox_dropped_events"
 
 
 def of(registry: CollectorRegistry) -> Samples:
@@ -43,8 +45,8 @@ class Totals:
         self._latest[process] = found
 
     def retire(self, process: object) -> None:
-        """Keep what a process that ended counted. Its gauges end with it."""
-        found = [family for family in self._latest.pop(process, []) if family[2] != "gauge"]
+        """Keep what a process that ended counted. Its other gauges end with it."""
+        found = [each for each in self._latest.pop(process, []) if each[2] != "gauge" or each[0] == _DROPPED]
         merged = _merge([], [self._ended, found])
         self._ended = [
             (each.name, each.documentation, each.type, [(*s[:2], s[2]) for s in each.samples]) for each in merged

@@ -117,15 +117,12 @@ class EngineSupervisor:
     async def _run_process(self) -> EngineStartError:
         """Run one engine process until it ends, and return why it ended."""
         self._started = asyncio.get_running_loop().time()
-        parent_socket, child_socket = socket.socketpair()
-        with child_socket:
-            try:
-                self._process = await self._spawn(child_socket)
-            except OSError as error:
-                parent_socket.close()
-                self._failures += 1
-                return EngineStartError(f"cannot start the engine process: {error}", None, 1)
-        reader, self._writer = await asyncio.open_connection(sock=parent_socket, limit=1 << 24)
+        try:
+            reader, self._writer = await self._spawn()
+        except OSError as error:  # no memory or descriptors are left
+            self._failures += 1
+            return EngineStartError(f"cannot start the engine process: {error}", None, 1)
+        assert self._process is not None
         self._writer.write(frames.pack_json(Kind.CONFIG, asdict(self._config)))
         self._set_kill_timer()
         try:
@@ -145,19 +142,26 @@ class EngineSupervisor:
             f"the engine process ended unexpectedly ({how})", "see the engine log above", 1
         )
 
-    async def _spawn(self, child_socket: socket.socket) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # imports no Python files of the current folder, which may be that of the model
-            "-m",
-            "inferctl.serve.engine_process.main",
-            str(child_socket.fileno()),
-            pass_fds=(child_socket.fileno(),),
-            env=_ENVIRONMENT | os.environ,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=2,  # output of libraries must not appear on the server's stdout
-            start_new_session=True,  # Ctrl-C in a terminal is for the server only, also while the engine imports
-        )
+    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        parent_socket, child_socket = socket.socketpair()
+        try:
+            with child_socket:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # imports no Python files of the current folder, which may be that of the model
+                    "-m",
+                    "inferctl.serve.engine_process.main",
+                    str(child_socket.fileno()),
+                    pass_fds=(child_socket.fileno(),),
+                    env=_ENVIRONMENT | os.environ,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=2,  # output of libraries must not appear on the server's stdout
+                    start_new_session=True,  # Ctrl-C in a terminal is for the server only, also while the engine imports
+                )
+            return await asyncio.open_connection(sock=parent_socket, limit=1 << 24)
+        except OSError:
+            parent_socket.close()
+            raise
 
     async def _listen(self, reader: asyncio.StreamReader) -> EngineStartError | None:
         """Pass frames from the engine to the listener until it ends. Return its error if it cannot start."""
