@@ -37,7 +37,10 @@ def calibrate(
     dimensions: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N", min=1, help="Calibrate vectors of N dimensions; repeat it. [default: all dimensions]"
+            metavar="N",
+            min=1,
+            max=65_536,
+            help="Calibrate vectors of N dimensions; repeat it. [default: all dimensions]",
         ),
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", min=_FEWEST, max=100_000, help="Use at most N texts.")] = 2000,

@@ -52,7 +52,7 @@ def verify(
         typer.Option(
             metavar="LIBRARY",
             autocompletion=completion.one_of(*_LIBRARIES),
-            help="Compare also with this library, from raw text: sentence-transformers, or transformers for a classifier.",
+            help="Compare also with this library, from raw text: sentence-transformers; transformers for a classifier.",
         ),
     ] = None,
     url: Annotated[

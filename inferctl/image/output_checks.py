@@ -17,7 +17,8 @@ from inferctl.core.errors import InferctlError
 TOLERANCE: Mapping[str, float] = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
 # On CPUs without VNNI or AMX, where int8 is emulated, the server has 7-bit weights.
 EMULATED_INT8_TOLERANCE = 0.97
-# Maximum difference between a score of rerank or classify and the fp32 reference, relative to the largest score (at least 1).
+# Maximum difference between a score of rerank or classify and the fp32 reference, relative to the largest score (at
+# least 1).
 SCORE_TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.1}
 # Short and long texts, several scripts, code and digits, to test padding, truncation and special cases of tokenizers.
 TEXTS: tuple[str, ...] = (
@@ -85,7 +86,8 @@ def check_scores(
 ) -> float | None:
     """Return the largest difference of `scores` to `expected`, None without `expected`.
 
-    It is relative to the largest expected score, at least 1. `per_text`: how many scores a text has. Raises `InferctlError` for NaN, infinity, or a difference
+    It is relative to the largest expected score, at least 1. `per_text`: how many scores a text has. Raises
+    `InferctlError` for NaN, infinity, or a difference
     above `tolerance`.
     """
     for index, value in enumerate(scores):

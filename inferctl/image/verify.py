@@ -69,7 +69,8 @@ class VerifyOptions:
 class Verified:
     """The result of a verification.
 
-    `dimensions`: of the vectors, None for other tasks. `cosine_min`: the lowest cosine of the vectors to the fp32 reference.
+    `dimensions`: of the vectors, None for other tasks. `cosine_min`: the lowest cosine of the vectors to the fp32
+    reference.
     `score_difference`: the largest difference of scores, relative to the largest score (at least 1). `kl`:
     the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
     They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.

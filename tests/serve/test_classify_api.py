@@ -1,4 +1,4 @@
-"""`/classify` and `/predict` with the echo engine, whose first two logits depend on the ids and the number of tokens."""
+"""`/classify` and `/predict` with the echo engine. Its first two logits depend on ids and number of tokens."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_other_servers_say_that_they_cannot_classify(echo: ServerProcess) -> Non
 
 def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
     document = server.get("/openapi.json").json()
-    assert {path for path, entry in document["paths"].items() if "post" in entry} == {"/classify", "/predict"}
+    assert {path for path, entry in document["paths"].items() if "post" in entry} == {"/classify", "/predict", "/"}
     shapes = {
         path: document["paths"][path]["post"]["responses"]["400"]["content"]["application/json"]["schema"]["$ref"]
         for path in ("/classify", "/predict")

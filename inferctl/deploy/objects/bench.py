@@ -35,7 +35,7 @@ def check(spec: Spec, task: Task) -> None:
     if spec.deploy.bench and task == "classify":
         raise UsageError(
             "deploy.bench: `inferctl bench` does not measure classifiers yet",
-            "remove deploy.bench, and set `tokens_per_second` of each flavor: `pace` in GET /info of a server under load",
+            "remove deploy.bench, and set `tokens_per_second` of each flavor: `pace` in GET /info under load",
         )
     if spec.deploy.bench and not spec.deploy.tools_image:
         raise UsageError(

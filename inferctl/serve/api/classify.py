@@ -1,4 +1,4 @@
-"""`POST /classify` (the shape of vLLM) and `POST /predict` (the shape of text-embeddings-inference), for classifiers."""
+"""Endpoints for classifiers: `POST /classify` (the shape of vLLM), `POST /predict` (of text-embeddings-inference)."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and `vocabulary_size` are 0 until an
-    engine is ready.
+    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and
+    `vocabulary_size` are 0 until an engine is ready.
     """
 
     name: str

@@ -109,8 +109,8 @@ class Edge:
     """The middleware around `app`.
 
     `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
-    events, for the paths of tasks. `error_bodies`: path -> the shape of errors, if it is not OpenAI's. `access`: who may use the server; None for everyone. `charge` charges a request to
-    its key, and raises `LimitError`.
+    events, for the paths of tasks. `error_bodies`: path -> the shape of errors, if it is not OpenAI's. `access`: who
+    may use the server; None for everyone. `charge` charges a request to its key, and raises `LimitError`.
     `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
     header with the load of the server as a line, for a gateway.
     """

@@ -86,8 +86,9 @@ class EngineInfo:
     `vocabulary_size`: rows of the model's input embeddings, so token ids are below it; 0 if unknown.
     `causal`: whether tokens attend only to those before them, else to all of their sequence; None if unknown.
     `cosine_min`, `cosine_mean`: similarity to a plain padded fp32 forward of the same weights, lower than the cosine if
-    lengths differ; None without that comparison (`check` gives the reason). `cosine_limit`: the lowest expected `cosine_min` of this precision.
-    Other tasks than `embed` have `logit_error` instead: the largest difference to fp32 logits, relative to the largest of these.
+    lengths differ; None without that comparison (`check` gives the reason). `cosine_limit`: the lowest expected
+    `cosine_min` of this precision. Other tasks than `embed` have `logit_error` instead: the largest difference to fp32
+    logits, relative to the largest of these.
     `dimensions` is then the number of labels.
     `warnings`: problems of this start, for the user.
     """

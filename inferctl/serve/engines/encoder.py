@@ -1,4 +1,4 @@
-"""The engine for encoders, classification models and static embeddings: connects forward pass, checks, cores and warm-up."""
+"""The engine of all encoder tasks, and of static embeddings: connects forward pass, checks, cores and warm-up."""
 
 from __future__ import annotations
 
