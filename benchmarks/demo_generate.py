@@ -1,4 +1,4 @@
-"""Serve a language model with vLLM on this machine, chat with it, benchmark it and write a report: `make demo-generate`.
+"""Serve a language model with vLLM here, chat with it, benchmark it and write a report: `make demo-generate`.
 
 python benchmarks/demo_generate.py models/SmolLM2-135M-Instruct
 """

@@ -25,7 +25,7 @@ BODIES = [{"input": text} for text in peers.texts(2000, mean_tokens=50)]
 
 
 def cpu_seconds(server: peers.Server) -> tuple[float, float]:
-    """Return the CPU seconds of the API processes and of the backend so far; of one process for all, all are the former."""
+    """Return the CPU seconds of the API processes and of the backend so far. One process for all counts as the former."""
     api = [
         process.pid
         for process in psutil.Process(server.process.pid).children()

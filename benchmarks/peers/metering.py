@@ -3,8 +3,8 @@
     python benchmarks/peers/metering.py [--seconds 8] [--rounds 6] [--json FILE] [cost]
     python benchmarks/peers/metering.py [--seconds 8] [--rounds 3] [--json FILE] [--earlier CHECKOUT] rejections
 
-cost: both servers have the echo engine, so everything is real except the model. 64 clients send single texts as token ids.
-Rounds are interleaved; the relay of the metered server runs all the time, on the same cores, and stores into SQLite.
+cost: both servers have the echo engine, so everything is real except the model. 64 clients send single texts as token
+ids. Rounds are interleaved; the relay of the metered server runs all the time, on the same cores, and stores into SQLite.
 CPU times are those of the API process and of the relay, per request.
 
 rejections: a key above its limit sends as fast as it can, next to another key in a closed loop and to 20 requests/s for

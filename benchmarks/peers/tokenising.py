@@ -4,8 +4,8 @@
 
 Texts of many kinds, chosen to be slow, with WordPiece (the model's own tokenizer, also in nanotoken), BPE with a
 byte-level pre-tokenizer (GPT-2, ModernBERT), BPE without pre-tokenizer (Llama) and Unigram (XLM-R). The latter three
-are trained on the benchmark's corpus. CPU time of the calling thread, which is the time that an idle machine needs. Each measurement has
-a new tokenizer, because the library caches words.
+are trained on the benchmark's corpus. CPU time of the calling thread, which is the time that an idle machine needs.
+Each measurement has a new tokenizer, because the library caches words.
 """
 
 from __future__ import annotations

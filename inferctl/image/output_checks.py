@@ -104,8 +104,8 @@ def check_scores(
     if not largest <= tolerance:
         index = differences.index(largest)
         fail(
-            f"the score of text {index // per_text + 1} differs from the fp32 reference of the same weights: {scores[index]:.5f} "
-            f"instead of {expected[index]:.5f}, the limit is {tolerance * scale:.3g}"
+            f"the score of text {index // per_text + 1} differs from the fp32 reference of the same weights: "
+            f"{scores[index]:.5f} instead of {expected[index]:.5f}, the limit is {tolerance * scale:.3g}"
         )
     return largest
 

@@ -16,9 +16,9 @@ stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the t
 `--max-input-tokens N` truncates like a server with that limit. For generate, an input has at most 256 tokens, and with
 `--max-tokens N` the output ends with the input that reaches N tokens in all.
 
-Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For all tasks but
-generate, it shares the tokenization and the configuration with the server, so the comparison does not detect errors in
-these. With `--library`, another library computes everything, from the text on, and `library` is its version: the
+Image verification and benchmarks compare with it: it uses no batcher, packed attention or quantization. For all tasks
+but generate, it shares the tokenization and the configuration with the server, so the comparison does not detect errors
+in these. With `--library`, another library computes everything, from the text on, and `library` is its version: the
 pipeline of transformers for classify, else sentence-transformers.
 """
 

@@ -152,7 +152,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def command(users: int, more: Sequence[str] = ()) -> list[str]:
-    """Return the command that starts Locust. It sets no run time, because inferctl/bench/loadgen/locustfile.py ends the run."""
+    """Return the command that starts Locust. It sets no run time: inferctl/bench/loadgen/locustfile.py ends the run."""
     options = [
         "--headless",
         "--users",

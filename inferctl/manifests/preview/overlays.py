@@ -21,8 +21,8 @@ def read(paths: Sequence[Path], clusters: Sequence[str]) -> dict[str, list[Locat
     """Return the objects of files and folders for each of `clusters`.
 
     A folder with `overlays/CLUSTER` gives each cluster its overlay, and a kustomization, or a folder with one, is
-    built, both with `kubectl kustomize`. Other files and folders are the same for all clusters. Raises `UsageError`, `SpecError`
-    and `NotReadyError`.
+    built, both with `kubectl kustomize`. Other files and folders are the same for all clusters. Raises `UsageError`,
+    `SpecError` and `NotReadyError`.
     """
     found: dict[str, list[Located]] = {name: [] for name in clusters}
     for path in paths:

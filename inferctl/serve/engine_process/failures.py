@@ -1,4 +1,4 @@
-"""Recognizes errors that report insufficient memory, or a GPU that this process cannot use any more. It needs no torch."""
+"""Recognizes errors about insufficient memory, or a GPU that this process cannot use any more. It needs no torch."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class EngineSupervisor:
                     env=_ENVIRONMENT | os.environ,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # output of libraries must not appear on the server's stdout
-                    start_new_session=True,  # Ctrl-C in a terminal is for the server only, also while the engine imports
+                    start_new_session=True,  # Ctrl-C in a terminal is for the server, also while the engine imports
                 )
             return await asyncio.open_connection(sock=parent_socket, limit=1 << 24)
         except OSError:

@@ -155,7 +155,8 @@ def check_visible(device: DeviceInfo, environment: Mapping[str, str]) -> None:
     if device.kind == "cuda" and any(name.strip().startswith("MIG-") for name in visible.split(",")):
         raise NotReadyError(
             f"vLLM cannot use a MIG slice that CUDA_VISIBLE_DEVICES names: {shown(visible)}",
-            f"unset CUDA_VISIBLE_DEVICES, and give only the slice to the container: NVIDIA_VISIBLE_DEVICES={visible.strip()}",
+            "unset CUDA_VISIBLE_DEVICES, and give only the slice to the container: "
+            f"NVIDIA_VISIBLE_DEVICES={visible.strip()}",
         )
 
 
