@@ -87,8 +87,7 @@ def _case(step: Step, name: str, folder: Path, task: Any, precision: str, expect
         f"vectors of {label}",
         min(cosines) >= limit and own >= 1 - ALONE[precision] and not nearest,
         f"cosine to fp32 {cosines[0]:.5f} in a batch, {cosines[1]:.5f} alone, at least {limit}; "
-        f"alone to batch {own:.5f}"
-        + (f"; another text is nearer for {nearest} of {len(rows)}" if nearest else ""),
+        f"alone to batch {own:.5f}" + (f"; another text is nearer for {nearest} of {len(rows)}" if nearest else ""),
         cosine=cosines[0],
         alone=own,
     )
