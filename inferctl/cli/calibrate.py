@@ -16,7 +16,7 @@ from inferctl.models import model as model_folder
 if TYPE_CHECKING:
     from inferctl.bench.load.target import ServerConnection
     from inferctl.config.spec import Spec
-    from inferctl.models.vector_format import Matrix
+    from inferctl.models.vector_format import Matrix, Ranges
 
 EPILOG = """\b
 Examples:
@@ -26,7 +26,7 @@ Examples:
   inferctl calibrate ./bge-small texts.jsonl --dimensions 256 --dimensions 384
 """
 _BATCH = 16
-_FEWEST = 100
+_FEWEST, _MOST_HELD_OUT = 100, 2000
 
 
 def calibrate(
@@ -69,14 +69,15 @@ def calibrate(
             "use texts like those that are embedded",
         )
     loaded = options.load(None, {"model.source": str(folder), "serve.precision": precision})
+    earlier = _earlier(found)
     vectors, precision_used = _embed(found, given, loaded.spec, sorted(set(dimensions or ())))
-    # Every fifth text shows the loss, and then counts too.
-    held_out = np.arange(len(given)) % 5 == 0
+    # Every fifth text, or fewer, shows the loss, and then counts too.
+    held_out = np.arange(len(given)) % max(5, len(given) // _MOST_HELD_OUT) == 0
     losses = {
         size: quality.compact(rows[held_out], rows[held_out], vector_format.Ranges.of(rows[~held_out]))
         for size, rows in vectors.items()
     }
-    ranges = {size: vector_format.Ranges.of(rows) for size, rows in vectors.items()}
+    ranges = earlier | {size: vector_format.Ranges.of(rows) for size, rows in vectors.items()}
     file = vector_format.write(found.path, found.digest, ranges, {"texts": len(given), "precision": precision_used})
     if as_json:
         console.document({"file": str(file), "texts": len(given), "precision": precision_used, "loss": losses})
@@ -89,6 +90,18 @@ def calibrate(
             table.add_row(str(size), row["output_dtype"], f"{row['bytes']:,}", f"{row['recall_at_10']:.3f}")
     console.report(table)
     console.data(str(file))
+
+
+def _earlier(found: model_folder.ModelFolder) -> dict[int, Ranges]:
+    """Return the ranges that the folder has. A file that is of no use is removed: a server would not start with it."""
+    from inferctl.models import vector_format
+
+    try:
+        return vector_format.read(found.path, lambda: found.digest)
+    except UsageError as error:
+        console.note(f"{error.message}: replacing it")
+        (found.path / model_folder.VECTOR_RANGES).unlink()
+        return {}
 
 
 def _embed(

@@ -88,7 +88,7 @@ def read(folder: Path, digest: Callable[[], str] | None = None) -> dict[int, Ran
         found = untrusted.read_json(file)
         if found["schema"] != _SCHEMA:
             raise ValueError(f"the schema is {found['schema']!r}")
-        ranges = {int(dimensions): _ranges(row, int(dimensions)) for dimensions, row in found["ranges"].items()}
+        ranges = of_json(found["ranges"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"{file} is not a file of `inferctl calibrate`: {error}", f"remove it, or run `inferctl calibrate {folder}`"
@@ -104,11 +104,22 @@ def write(folder: Path, digest: str, ranges: Mapping[int, Ranges], source: Mappi
     `digest`: that of the model. `source`: the texts and the precision, for the reader.
     """
     file = folder / VECTOR_RANGES
-    rows = {str(key): {"min": one.low.tolist(), "max": one.high.tolist()} for key, one in sorted(ranges.items())}
     temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps({"schema": _SCHEMA, "model_sha256": digest, **source, "ranges": rows}) + "\n")
+    temporary.write_text(
+        json.dumps({"schema": _SCHEMA, "model_sha256": digest, **source, "ranges": to_json(ranges)}) + "\n"
+    )
     temporary.replace(file)
     return file
+
+
+def to_json(ranges: Mapping[int, Ranges]) -> dict[str, Any]:
+    """Return ranges as JSON values, for `of_json`."""
+    return {str(key): {"min": one.low.tolist(), "max": one.high.tolist()} for key, one in sorted(ranges.items())}
+
+
+def of_json(rows: Mapping[str, Any]) -> dict[int, Ranges]:
+    """Return the ranges of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` for anything else."""
+    return {int(dimensions): _ranges(row, int(dimensions)) for dimensions, row in rows.items()}
 
 
 def _ranges(row: Mapping[str, Any], dimensions: int) -> Ranges:

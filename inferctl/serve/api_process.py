@@ -94,7 +94,7 @@ class ApiProcess:
             self._access,
             load,
             truncate=welcome["truncate"],
-            ranges=vector_format.read(folder) if task == "embed" else {},
+            ranges=vector_format.of_json(welcome["ranges"]),
             processes=processes,
             connection=_counting(self.link, processes),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import inferctl
@@ -27,20 +27,20 @@ def document(
     truncate: bool,
     max_body_bytes: int,
     image: tuple[str, str | None] | None,
+    calibrated: Sequence[int],
 ) -> dict[str, Any]:
     """Return the part of `GET /info` that does not change while an engine process runs.
 
-    `tokenizer`: `facts` of the tokenizer.
+    `tokenizer`: `facts` of the tokenizer. `calibrated`: the numbers of dimensions with ranges.
     """
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
-        ranges = sorted(vector_format.read(folder.path))
-        formats = [name for name in vector_format.FORMATS if ranges or name not in vector_format.CALIBRATED]
+        formats = [name for name in vector_format.FORMATS if calibrated or name not in vector_format.CALIBRATED]
         output: dict[str, Any] = {
             "dimensions": info.dimensions,
             "output_dtypes": formats,
-            "calibrated_dimensions": ranges,
+            "calibrated_dimensions": calibrated,
         }
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:

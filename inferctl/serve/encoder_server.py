@@ -94,7 +94,7 @@ class EncoderServer(ServerLifetime):
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
         self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(task))
-        ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
+        self._ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
         if processes == 1:
             load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
             self._front = FrontEnd(
@@ -110,7 +110,7 @@ class EncoderServer(ServerLifetime):
                 self._access,
                 load,
                 truncate=options.truncate,
-                ranges=ranges,
+                ranges=self._ranges,
             )
         else:
             welcome = {
@@ -118,6 +118,7 @@ class EncoderServer(ServerLifetime):
                 "task": task,
                 "folder": str(folder.path),
                 "processes": processes,
+                "ranges": vector_format.to_json(self._ranges),
                 "truncate": options.truncate,
                 "log": options.log,
                 "traces": options.traces,
@@ -195,6 +196,7 @@ class EncoderServer(ServerLifetime):
             self._options.truncate,
             EdgeLimits().max_body_bytes,
             self._options.image,
+            sorted(self._ranges),
         )
         self._metrics.describe_model(self._info)
         if self._lifecycle.started:

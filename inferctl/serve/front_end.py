@@ -66,7 +66,7 @@ class FrontEnd:
             emit=emitter(*([load.record] if load else [])),
             page=page,
             endpoints=app.names(task),
-            error_bodies=app.error_bodies(task),
+            error_body=app.error_body(task),
             limits=limits,
             access=access,
             charge=backend.charge,

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
-from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, UsageEvent
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, UsageEvent
 from inferctl.serve.totals import Distribution, Family, Total
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
@@ -162,7 +162,7 @@ class RequestMetrics:
             # The others were offered before they were rejected.
             # Not those above the share of a key, which another server would not accept either.
             known = event.code in AT_CAPACITY and event.code != "key_share"
-            if known and not event.inputs and event.endpoint not in ("", "other"):
+            if known and not event.inputs and event.endpoint not in ("", OTHER):
                 # What was not read, only the header tells.
                 unread = min(self.size.estimate(event.content_length), _MOST_UNREAD * self.size.mean)
                 self._offered_estimated.inc(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from inferctl.core.errors import UsageError, install_hint
-from inferctl.serve.edge.request_context import UsageEvent
+from inferctl.serve.edge.request_context import OTHER, UsageEvent
 
 _TO_NS = 1_000_000_000
 
@@ -43,7 +43,7 @@ def tracer(name: str, version: str) -> Callable[[UsageEvent], None]:
     propagator = TraceContextTextMapPropagator()
 
     def record(event: UsageEvent) -> None:
-        if event.endpoint in ("", "other"):  # not a request of a task
+        if event.endpoint in ("", OTHER):  # not a request of a task
             return
         end = time.time_ns()
         start = end - int(event.seconds * _TO_NS)

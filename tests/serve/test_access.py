@@ -137,6 +137,24 @@ def test_scopes(guarded: Guarded) -> None:
     until(lambda: guarded.embed(key).status_code == 403)
 
 
+def test_a_path_that_is_a_page_and_an_endpoint_needs_a_key_for_the_endpoint(
+    guarded: Guarded, serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path
+) -> None:
+    _, key = guarded.key("plain")
+    _, scoped = guarded.key("scoped", endpoints=["rerank"])
+
+    def post(server: ServerProcess, authorization: str) -> int:
+        headers = {"authorization": authorization} if authorization else {}
+        return CLIENT.post(server.url, json={"inputs": "a"}, headers=headers).status_code
+
+    spec = tmp_path / "open.yaml"
+    spec.write_text(f"name: echo\nmodel: {{source: {minilm}}}\naccess: {{keys: {guarded.keys}, open: [docs]}}\n")
+    for server in (guarded.server, serve("--spec", str(spec), "--engine", "echo")):
+        assert [post(server, f"Bearer {each}") for each in (key, scoped)] == [200, 403]
+        assert post(server, key) == 200  # as clients of text-embeddings-inference send it
+        assert [post(server, ""), post(server, "Bearer ik_no")] == [401, 401]
+
+
 def test_the_log_has_the_id_of_the_key_and_never_the_key(guarded: Guarded) -> None:
     key, secret = guarded.key(priority="bulk")
     assert guarded.embed(secret).status_code == 200

@@ -47,6 +47,7 @@ def test_cohere(minilm_server: ServerProcess, reference: Any) -> None:
         with pytest.raises(cohere.BadRequestError) as rejected:
             client.embed(**asked)
         assert list(rejected.value.body) == ["message"]
+        assert "dimensions` of" not in rejected.value.body["message"]
 
 
 def test_voyage(minilm_server: ServerProcess, reference: Any) -> None:
@@ -83,6 +84,10 @@ def test_hugging_face(minilm_server: ServerProcess, reference: Any, monkeypatch:
         client.feature_extraction("a " * 999, truncate=False)
 
 
+PAIR = {"source_sentence": "a", "sentences": ["b"]}
+LONG_PAIR = {"source_sentence": "a", "sentences": ["b " * 999]}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "field"),
     [
@@ -95,6 +100,9 @@ def test_hugging_face(minilm_server: ServerProcess, reference: Any, monkeypatch:
         ("/similarity", {"inputs": {"sentences": ["a"]}}, 400, "inputs"),
         ("/predict", {"inputs": "a"}, 404, "task is embed"),
         ("/", {"inputs": 5}, 400, "inputs"),
+        ("/similarity", {"inputs": PAIR, "parameters": {"prompt_name": "no"}}, 400, "prompt"),
+        ("/similarity", {"inputs": LONG_PAIR, "parameters": {"truncate": False}}, 400, "inputs[1]"),
+        ("/embed", {"inputs": "a", "dimensions": 5}, 400, "dimensions"),
     ],
 )
 def test_errors_of_text_embeddings_inference(
@@ -104,6 +112,52 @@ def test_errors_of_text_embeddings_inference(
     assert found.status_code == status
     assert set(found.json()) == {"error", "error_type"}
     assert field in found.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "a", "embed_dtype": "float16"}),
+        ("/v1/embeddings", {"input": "a", "endianness": "big"}),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 10}),
+        ("/v1/embeddings", {"input": "a", "add_special_tokens": False}),
+        ("/v2/embed", {"texts": ["a"], "max_tokens": 5}),
+        ("/v2/embed", {"texts": ["a"], "images": ["data:"]}),
+    ],
+)
+def test_fields_of_others_that_would_change_the_response_are_rejected(
+    minilm_server: ServerProcess, path: str, body: dict[str, object]
+) -> None:
+    found = CLIENT.post(f"{minilm_server.url}{path}", json=body)
+    assert found.status_code == 400
+    assert "is not supported" in found.text
+    name = next(name for name in body if name not in ("input", "texts"))
+    assert CLIENT.post(f"{minilm_server.url}{path}", json=body | {name: None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "keys"),
+    [
+        ("GET", "/embed", {"error", "error_type"}),
+        ("GET", "/v2/embed", {"message"}),
+        ("GET", "/voyage/embeddings", {"detail"}),
+        ("POST", "/voyage/contextualizedembeddings", {"detail"}),
+        ("POST", "/v2/chat", {"message"}),
+        ("POST", "/v1/unknown", {"error"}),
+    ],
+)
+def test_errors_of_unknown_paths_and_methods_have_the_shape_of_the_api(
+    minilm_server: ServerProcess, method: str, path: str, keys: set[str]
+) -> None:
+    found = CLIENT.request(method, f"{minilm_server.url}{path}")
+    assert found.status_code in (404, 405)
+    assert set(found.json()) == keys
+
+
+def test_the_names_of_operations_are_unique(minilm_server: ServerProcess) -> None:
+    paths = minilm_server.get("/openapi.json").json()["paths"]
+    names = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+    assert len(set(names)) == len(names)
 
 
 def test_vectors_of_text_embeddings_inference(minilm_server: ServerProcess, reference: Any) -> None:

@@ -82,6 +82,10 @@ def test_clients_of_other_apis_rank_as_v1_rerank_does(server: ServerProcess) -> 
         assert [row["text"] for row in rows] == [documents[row["index"]] for row in rows]
     raw = post(server, "/rerank", query="a query", texts=documents, raw_scores=True).json()
     assert [row["index"] for row in raw] == [row["index"] for row in rows]
+    assert len(post(server, "/rerank", query="a query", texts=["", "one"]).json()) == 2
+    long = post(server, "/rerank", query="a query", texts=["one " * 999], truncate=False)
+    assert long.json()["error"].startswith("texts[0]")
+    assert post(server, "/v2/rerank", query="q", documents=["a"], max_tokens_per_doc=5).status_code == 400
     neither = post(server, "/rerank", query="a query")
     assert (neither.status_code, neither.json()["error_type"]) == (400, "validation")
 

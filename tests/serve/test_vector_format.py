@@ -156,6 +156,23 @@ def test_calibrate_writes_ranges_that_contain_all_vectors_and_shows_the_loss(min
     assert isinstance(few.exception, UsageError)
 
 
+def test_calibrate_keeps_the_ranges_of_other_dimensions_and_replaces_those_of_other_weights(
+    minilm: Path, tmp_path: Path
+) -> None:
+    folder, texts = tmp_path / "minilm", tmp_path / "texts.txt"
+    shutil.copytree(minilm, folder, copy_function=os.link)
+    texts.write_text("\n".join(f"{n} rivers" for n in range(100)))
+    vectors = np.random.default_rng(1).normal(size=(9, 384)).astype(np.float32)
+    digest = ModelFolder(folder).digest
+    for known, kept in ((digest, [128, 384]), ("another", [384])):
+        vector_format.write(folder, known, {size: Ranges.of(vectors[:, :size]) for size in (128, 384)}, {})
+        done = CliRunner().invoke(cli.app, ["calibrate", str(folder), str(texts), "--precision", "fp32"])
+        assert done.exit_code == 0, done.output
+        found = vector_format.read(folder, lambda: digest)
+        assert sorted(found) == kept
+        assert not np.array_equal(found[384].low, vectors.min(axis=0))
+
+
 def test_the_distance_of_bits_is_the_number_of_different_ones() -> None:
     vectors = np.random.default_rng(3).normal(size=(40, 12)).astype(np.float32)
     bits = vectors > 0

@@ -29,6 +29,7 @@ from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
 from inferctl.models.vector_format import Ranges
 
 NEIGHBORS = 10
+_MOST_COMPACT = 2000  # vectors, of which all pairs are compared in each number format
 _BATCH = 16
 
 Matrix = npt.NDArray[np.float32]
@@ -147,7 +148,7 @@ class QualityChecker:
             self.failed = True
             return unchecked(expected)
         try:
-            return check(server, expected, self._limits)
+            return check(server, expected, self._limits, self._model.path)
         except NoLogprobsError as error:
             return unchecked(error.message)
         except InferctlError as error:
@@ -195,8 +196,12 @@ def reference(
     return Reference(inputs, values, str(document["model_sha256"]))
 
 
-def check(server: ServerConnection, expected: Reference | TokenReference, limits: Quality) -> QualityResult:
+def check(
+    server: ServerConnection, expected: Reference | TokenReference, limits: Quality, model: Path | None = None
+) -> QualityResult:
     """Send the inputs of the reference to `server` and compare the vectors, the scores or the log-probabilities.
+
+    `model`: the folder of the model, which may have ranges of the vectors.
 
     Raises `InferctlError` if the server fails or returns outputs that cannot be compared.
     """
@@ -219,11 +224,15 @@ def check(server: ServerConnection, expected: Reference | TokenReference, limits
         raise InferctlError("the server returned vectors with NaN or infinity")
     if not vectors.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
-    return replace(compare(expected.values, vectors, limits), corpus_sha256=expected.corpus_sha256)
+    ranges = vector_format.read(model).get(size) if model else None
+    return replace(compare(expected.values, vectors, limits, ranges), corpus_sha256=expected.corpus_sha256)
 
 
-def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
-    """Return cosine and recall@10 of two matrices of shape (n, dimensions), row by row."""
+def compare(expected: Matrix, found: Matrix, limits: Quality, ranges: Ranges | None = None) -> QualityResult:
+    """Return cosine and recall@10 of two matrices of shape (n, dimensions), row by row.
+
+    `ranges`: those of the model for int8; None takes those of every second vector, so that others can be beyond.
+    """
     cosine = np.sort(np.sum(_unit(expected) * _unit(found), axis=1))
     recall = recall_at(expected, found, NEIGHBORS)
     p1 = float(cosine[rank(len(cosine), 0.01) - 1])
@@ -233,7 +242,7 @@ def compare(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
         texts=len(expected),
         cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
         recall_at_10=round(recall, 4),
-        compact=compact(expected, found, Ranges.of(found)),
+        compact=compact(expected[:_MOST_COMPACT], found[:_MOST_COMPACT], ranges or Ranges.of(found[::2])),
         limits={"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
     )
 

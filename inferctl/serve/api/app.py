@@ -204,6 +204,7 @@ ALL = (
             {"text_1": "a question", "text_2": ["first text", "second text"]},
         ),
         ScoreEndpoint,
+        ("/score",),  # of vLLM, too
     ),
     Endpoint(
         "classify",
@@ -245,9 +246,18 @@ def names(task: Task) -> dict[str, str]:
     return {path: endpoint.name for endpoint in _of_task_last(task) for path in endpoint.paths}
 
 
-def error_bodies(task: Task) -> dict[str, Callable[[ApiError], bytes]]:
-    """Return the shapes of the errors of all paths of tasks."""
-    return {path: endpoint.error_body for endpoint in _of_task_last(task) for path in endpoint.paths}
+def error_body(task: Task) -> Callable[[str, ApiError], bytes]:
+    """Return the function that makes the body of an error at a path, also at one that no API has."""
+    shapes = {path: endpoint.error_body for endpoint in _of_task_last(task) for path in endpoint.paths}
+    prefixes = {"/voyage/": voyage_body, "/v2/": cohere_body}
+
+    def body(path: str, error: ApiError) -> bytes:
+        shape = shapes.get(path)
+        if shape is None:
+            shape = next((shape for prefix, shape in prefixes.items() if path.startswith(prefix)), ApiError.body)
+        return shape(error)
+
+    return body
 
 
 def _of_task_last(task: Task) -> list[Endpoint]:
@@ -282,11 +292,13 @@ def create(inference: Inference) -> ASGIApp:
     async def docs(_: Request) -> Response:
         return HTMLResponse(openapi.page(model, operations))
 
-    async def failed(_: Request, error: Exception) -> Response:
+    body_of = error_body(model.task)
+
+    async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             error = ApiError(error.status_code, str(error.detail), headers=error.headers)
         assert isinstance(error, ApiError)
-        return Response(error.body(), error.status, error.headers, "application/json")
+        return Response(body_of(request.url.path, error), error.status, error.headers, "application/json")
 
     entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "inferctl"}
     others = Starlette(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import orjson
 from pydantic import BaseModel, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Usage, limit_items
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Unsupported, Usage, limit_items
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 # A text, or a pair of texts.
@@ -67,6 +67,7 @@ def _wrong_type() -> PydanticCustomError:
 class ClassifyRequest(ModelRequest):
     """The body of `POST /classify`."""
 
+    unsupported: ClassVar[Unsupported] = {"truncate_prompt_tokens": (-1,), "add_special_tokens": (True,)}
     input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
         description="A text, or a list of texts."
     )

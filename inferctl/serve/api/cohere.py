@@ -6,9 +6,9 @@ Source: https://docs.cohere.com/reference/embed
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import orjson
@@ -17,17 +17,19 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
 from inferctl.models import vector_format
 from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, limit_items
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Unsupported, limit_items
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
+_NAMES = {"input": "texts", "dimensions": "output_dimension", "output_dtype": "embedding_types"}
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
 class CohereEmbedRequest(ModelRequest):
     """The body of `POST /v2/embed`. Images and mixed inputs are not supported."""
 
+    unsupported: ClassVar[Unsupported] = {"images": (), "inputs": (), "max_tokens": ()}
     texts: Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)] = Field(
         description="The texts."
     )
@@ -75,7 +77,7 @@ class CohereEmbedResponse(BaseModel):
 class CohereEmbed:
     """It is an `EmbeddingApi`."""
 
-    field: str = "texts"
+    names: Mapping[str, str] = field(default_factory=lambda: dict(_NAMES))
     request: type[ModelRequest] = CohereEmbedRequest
 
     def embedding(self, request: CohereEmbedRequest, model: ServedModel) -> EmbeddingRequest:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import orjson
@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Usage
+from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Unsupported, Usage
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -82,6 +82,13 @@ def _wrong_type(name: str) -> PydanticCustomError:
 class EmbeddingRequest(ModelRequest):
     """The body of `POST /v1/embeddings`."""
 
+    unsupported: ClassVar[Unsupported] = {  # of vLLM
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
+        "truncate_prompt_tokens": (-1,),
+        "add_special_tokens": (True,),
+        "use_activation": (True,),
+    }
     input: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
@@ -144,7 +151,7 @@ class EmbeddingResponse(BaseModel):
 class OpenAi:
     """It is an `EmbeddingApi`."""
 
-    field: str = "input"
+    names: Mapping[str, str] = field(default_factory=dict)
     request: type[ModelRequest] = EmbeddingRequest
 
     def embedding(self, request: EmbeddingRequest, _: ServedModel) -> EmbeddingRequest:

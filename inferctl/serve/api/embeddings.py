@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -32,10 +32,10 @@ _MAX_REMINDED = 1_000
 
 
 class EmbeddingApi(Protocol):
-    """The shape of an API for embeddings. `field`: what it calls the inputs. `request`: its requests."""
+    """The shape of an API for embeddings. `names`: what it calls fields of OpenAI's. `request`: its requests."""
 
     @property
-    def field(self) -> str: ...
+    def names(self) -> Mapping[str, str]: ...
 
     @property
     def request(self) -> type[ModelRequest]: ...
@@ -60,14 +60,7 @@ class EmbeddingsEndpoint:
         try:
             await self._respond(scope, receive, send)
         except ApiError as error:
-            if error.param != "input" or self.api.field == "input":
-                raise
-            message = error.message
-            if message.startswith("input"):
-                message = message.replace("input", self.api.field, 1)
-            raise ApiError(
-                error.status, message, code=error.code, param=self.api.field, headers=error.headers
-            ) from None
+            raise error.renamed(self.api.names) from None
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = await self.inference.admit(scope)

@@ -106,7 +106,7 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             first["maxLength"] = 0
         elif name in ("output_dtype", "embedding_types"):
             formats = first if name == "output_dtype" else first["items"]
-            if not model.ranges:
+            if not _calibrated(model):
                 formats["enum"] = [each for each in formats["enum"] if each not in CALIBRATED]
         elif name in ("input", "inputs") and "anyOf" in found:
             text, texts, ids, rows = found["anyOf"]
@@ -115,6 +115,12 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             # Token ids have no prompt.
             no_prompt = {key: {"type": "null"} for key in ("prompt", *prompts) if key in properties}
             schema["anyOf"] = [{"properties": {name: {"anyOf": [text, texts]}}}, {"properties": no_prompt}]
+
+
+def _calibrated(model: ServedModel) -> bool:
+    """Return whether there are ranges for every number of dimensions that a request can ask for."""
+    sizes = model.matryoshka
+    return sizes is not None and {*(d for d in sizes if d < model.dimensions), model.dimensions} <= model.ranges.keys()
 
 
 def _sizes(model: ServedModel) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def _post(operation: Operation, name: str) -> dict[str, Any]:
     request, response = ({"schema": _reference(kind)} for kind in (operation.request, operation.response))
     return {
         "summary": operation.summary,
-        "operationId": f"create_{operation.path.rpartition('/')[2]}",
+        "operationId": f"create_{operation.path.strip('/').replace('/', '_') or 'root'}",
         "parameters": [_PRIORITY],
         "requestBody": {
             "required": True,

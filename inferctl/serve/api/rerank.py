@@ -50,7 +50,10 @@ class TeiRerankEndpoint:
         if isinstance(request, RerankRequest):
             await _rerank(inference, scope, send, request)
             return
-        logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
+        try:
+            logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
+        except ApiError as error:
+            raise error.renamed({"documents": "texts"}) from None
         scores = logits if request.raw_scores else inference.model.activation(logits)
         results: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in _order(scores)]
         if request.return_text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -12,11 +12,12 @@ from pydantic import (
     RootModel,
     StrictBool,
     StrictInt,
+    StrictStr,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import ModelRequest, Text, Usage, limit_items
+from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, limit_items
 
 _TRUNCATE = Field(
     None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
@@ -38,6 +39,7 @@ _Count = Annotated[StrictInt, Field(ge=1)]
 class RerankRequest(ModelRequest):
     """The body of `POST /v1/rerank`."""
 
+    unsupported: ClassVar[Unsupported] = {"max_tokens_per_doc": ()}  # of Cohere
     query: Text = Field(description="The text that the documents are compared with.")
     documents: _Documents = Field(description="The documents: texts, or objects with a `text`.")
     top_n: _Count | None = Field(None, description="Return only this many results. Default: all.")
@@ -74,11 +76,14 @@ class VoyageRerankRequest(ModelRequest):
 _Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
 
 
+_MaybeEmptyTexts = Annotated[list[StrictStr], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
+
+
 class TeiRerankRequest(ModelRequest):
     """The body of `POST /rerank` in the shape of text-embeddings-inference, which has `texts`."""
 
     query: Text = Field(description="The text that the others are compared with.")
-    texts: _Texts = Field(description="The texts to rank.")
+    texts: _MaybeEmptyTexts = Field(description="The texts to rank.")
     raw_scores: StrictBool = Field(False, description="True: return the logits of the model.")
     return_text: StrictBool = Field(False, description="Return each text too.")
     truncate: StrictBool | None = _TRUNCATE

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, ValidationInfo
@@ -16,10 +17,16 @@ PART_VECTORS = 64
 _OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "too_many_inputs", "unequal_lengths"}
 
 
+Unsupported = Mapping[str, tuple[object, ...]]
+
+
 class ModelRequest(BaseModel):
     """A request that may name the model. Unknown fields are ignored, because some clients send their own."""
 
     model_config = ConfigDict(extra="ignore")
+
+    # Fields of other servers that would change the response, with the values that ask for what this server does.
+    unsupported: ClassVar[Unsupported] = {}
 
     model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
 
@@ -83,7 +90,12 @@ class TeiErrorResponse(BaseModel):
 def parse(kind: type[Request], raw: bytes, *, max_inputs: int) -> Request:
     """Return the parsed body of a request. Raises `ApiError` 400 with the name of the field."""
     try:
-        return kind.model_validate(orjson.loads(raw), context={"max_inputs": max_inputs})
+        body = orjson.loads(raw)
+        if isinstance(body, dict):
+            for name in sorted(kind.unsupported.keys() & body.keys()):
+                if body[name] is not None and body[name] not in kind.unsupported[name]:
+                    raise ApiError(400, f"{name} is not supported", code="unsupported_field", param=name)
+        return kind.model_validate(body, context={"max_inputs": max_inputs})
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     except ValidationError as error:

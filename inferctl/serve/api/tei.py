@@ -5,8 +5,8 @@ The names are those of `router/src/http/types.rs` of its version 1.9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,8 +21,8 @@ from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 
-class _TeiRequest(ModelRequest):
-    """What the requests of both endpoints have."""
+class TextOptions(BaseModel):
+    """How texts become token ids."""
 
     truncate: StrictBool | None = Field(
         None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
@@ -31,7 +31,7 @@ class _TeiRequest(ModelRequest):
     prompt_name: StrictStr | None = Field(None, description="The name of a prompt of the model, as in `GET /info`.")
 
 
-class EmbedRequest(_TeiRequest):
+class EmbedRequest(ModelRequest, TextOptions):
     """The body of `POST /embed`."""
 
     inputs: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
@@ -54,10 +54,11 @@ class Sentences(BaseModel):
     sentences: Annotated[list[Text], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
 
 
-class SimilarityRequest(_TeiRequest):
+class SimilarityRequest(ModelRequest):
     """The body of `POST /similarity`."""
 
     inputs: Sentences
+    parameters: TextOptions | None = None
 
 
 class SimilarityResponse(RootModel[list[float]]):
@@ -68,13 +69,16 @@ class SimilarityResponse(RootModel[list[float]]):
 class TeiEmbed:
     """It is an `EmbeddingApi`."""
 
-    field: str = "inputs"
+    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
     request: type[ModelRequest] = EmbedRequest
 
     def embedding(self, request: EmbedRequest, model: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
         if model.normalized and not request.normalize:
             message = f"model {model.name!r} normalizes its vectors: `normalize` must be true"
+            raise ApiError(400, message, code="invalid_value", param="normalize")
+        if not request.normalize and request.dimensions is not None:
+            message = "truncated vectors are normalized again: `normalize` must be true with `dimensions`"
             raise ApiError(400, message, code="invalid_value", param="normalize")
         return _embedding(request, request.inputs, dimensions=request.dimensions)
 
@@ -96,12 +100,13 @@ class TeiEmbed:
 class TeiSimilarity:
     """It is an `EmbeddingApi`."""
 
-    field: str = "inputs"
+    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
     request: type[ModelRequest] = SimilarityRequest
 
     def embedding(self, request: SimilarityRequest, _: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
-        return _embedding(request, [request.inputs.source_sentence, *request.inputs.sentences])
+        texts = [request.inputs.source_sentence, *request.inputs.sentences]
+        return _embedding(request.parameters or TextOptions.model_construct(), texts)
 
     def response(self, _: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
@@ -109,9 +114,9 @@ class TeiSimilarity:
         yield orjson.dumps(unit[1:] @ unit[0], option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _embedding(request: _TeiRequest, inputs: Input, dimensions: int | None = None) -> EmbeddingRequest:
+def _embedding(options: TextOptions, inputs: Input, dimensions: int | None = None) -> EmbeddingRequest:
     return EmbeddingRequest.model_construct(
-        input=inputs, truncate=request.truncate, prompt_name=request.prompt_name, dimensions=dimensions
+        input=inputs, truncate=options.truncate, prompt_name=options.prompt_name, dimensions=dimensions
     )
 
 

@@ -17,9 +17,10 @@ from starlette.types import Scope
 from inferctl.config import spec
 from inferctl.core.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.request_context import RequestContext, Usage
+from inferctl.serve.edge.request_context import OTHER, RequestContext, Usage
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import BusyError, KeyTable, UnavailableError
+from inferctl.tenancy.access.keys import PREFIX
 from inferctl.tenancy.access.limits import PERIOD_S, LimitError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class EdgeAccess:
 
     def authenticate(self, scope: Scope, context: RequestContext) -> ApiKey | None:
         """Return the key of a request, and write it to the context; None for an open page. Raises `ApiError`."""
-        page = _PAGES.get(scope["path"])
+        # A path may be a page and, with another method, an endpoint of a task.
+        page = _PAGES.get(scope["path"]) if context.endpoint == OTHER else None
         if page in self._open:
             return None
         key = self._find(scope)
@@ -242,6 +244,8 @@ def _credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     bearer, *others = (found.get(name, b"") for name in _KEY_HEADERS)
     if bearer[:7].lower() == b"bearer ":
         return bearer[7:].strip()
+    if bearer.startswith(PREFIX.encode()):  # clients of text-embeddings-inference send the bare key
+        return bearer.strip()
     return next(filter(None, others), b"").strip()
 
 

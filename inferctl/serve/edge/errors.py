@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import orjson
@@ -26,6 +27,16 @@ class ApiError(Exception):
         # Messages quote values of the request, which can be as long as its body.
         self.message = message if len(message) <= _MAX_MESSAGE_LENGTH else f"{message[:_MAX_MESSAGE_LENGTH]}..."
         self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """Return the error with the name that another API has for the field, if it has one."""
+        name = names.get(self.param or "")
+        if not name:
+            return self
+        message = re.sub(
+            rf"^{self.param}\b|`{self.param}`", lambda found: found[0].replace(str(self.param), name), self.message
+        )
+        return ApiError(self.status, message, code=self.code, param=name, headers=self.headers)
 
     def body(self) -> bytes:
         """Return the envelope as JSON."""

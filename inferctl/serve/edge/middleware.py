@@ -29,6 +29,7 @@ from inferctl.serve.edge.request_context import (
     DISCONNECTED,
     HEADER_LINES,
     ON_DISCONNECT,
+    OTHER,
     REJECTION,
     RequestContext,
     UsageEvent,
@@ -109,7 +110,7 @@ class Edge:
     """The middleware around `app`.
 
     `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
-    events, for the paths of tasks. `error_bodies`: path -> the shape of errors, if it is not OpenAI's. `access`: who
+    events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
     may use the server; None for everyone. `charge` charges a request to its key, and raises `LimitError`.
     `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
     header with the load of the server as a line, for a gateway.
@@ -123,7 +124,7 @@ class Edge:
         emit: Callable[[UsageEvent], None],
         page: Callable[[str], Awaitable[Page]],
         endpoints: Mapping[str, str],
-        error_bodies: Mapping[str, Callable[[ApiError], bytes]] | None = None,
+        error_body: Callable[[str, ApiError], bytes] = lambda _path, error: error.body(),
         limits: EdgeLimits | None = None,
         access: EdgeAccess | None = None,
         charge: Callable[[ApiKey, RequestContext], None] = lambda _key, _context: None,
@@ -140,7 +141,7 @@ class Edge:
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._page, self._endpoints, self._access, self._charge = page, endpoints, access, charge
-        self._error_bodies = error_bodies or {}
+        self.error_body = error_body
         self._check_metering, self.load_line = check_metering, load_line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -157,7 +158,7 @@ class Edge:
         self._emit(UsageEvent("", "", status, code))
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = RequestContext.of(scope, self._endpoints.get(scope["path"], "other"))
+        context = RequestContext.of(scope, self._endpoints.get(scope["path"], OTHER))
         request = _EdgeRequest(self, context, scope, receive, send)
         self.in_flight += 1
         counted = None  # the tenant, if the request counts in its share
@@ -233,10 +234,6 @@ class Edge:
             context.shared_bytes += unshared
         context.body_bytes += size
         self._body_bytes += size
-
-    def error_body(self, path: str, error: ApiError) -> bytes:
-        """Return the body of an error response at `path`."""
-        return self._error_bodies.get(path, ApiError.body)(error)
 
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):

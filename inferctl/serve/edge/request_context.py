@@ -78,6 +78,9 @@ class UsageEvent:
     content_length: int = 0
 
 
+OTHER = "other"  # the name of paths that are no endpoint of a task
+
+
 @dataclass(slots=True)
 class RequestContext:
     """One request in progress. The edge reads the headers; the application fills in the model and the counts.

@@ -17,7 +17,8 @@ _CHECKSUM_LENGTH = 6  # 62 ** 6 > 2 ** 32
 _ID_LENGTH = 12
 ENVIRONMENT = r"[a-z0-9]{1,16}"
 ID = rf"[a-z0-9]{{{_ID_LENGTH}}}"
-PATTERN = rf"ik_{ENVIRONMENT}_({ID})_[0-9A-Za-z]{{{_SECRET_LENGTH + _CHECKSUM_LENGTH}}}"
+PREFIX = "ik_"
+PATTERN = rf"{PREFIX}{ENVIRONMENT}_({ID})_[0-9A-Za-z]{{{_SECRET_LENGTH + _CHECKSUM_LENGTH}}}"
 DEFAULT_ENVIRONMENT = "live"
 
 
@@ -28,7 +29,7 @@ def new_id() -> str:
 
 def generate(key_id: str, environment: str = DEFAULT_ENVIRONMENT) -> str:
     """Return a new key with this id. `environment`: a word that tells keys of several installations apart."""
-    body = f"ik_{environment}_{key_id}_{_base62(secrets.randbits(256), _SECRET_LENGTH)}"
+    body = f"{PREFIX}{environment}_{key_id}_{_base62(secrets.randbits(256), _SECRET_LENGTH)}"
     return body + _checksum(body)
 
 
