@@ -222,11 +222,13 @@ class EncoderServer(ServerLifetime):
         prompts = self._config.prompts if isinstance(self._config, EmbeddingConfig) else NO_PROMPTS
         lines = describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, prompts)
         if self._api:
-            self._notify(f"processes  {self._processes} API processes beside this one")
+            self._notify(f"processes  {self._processes} API processes, and this one with limits, queue and cache")
         for line in lines:
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")
+        if self._api:
+            self._api.update()  # else a process could still reject who reads here that the server is ready
         self._announce()
 
     @property

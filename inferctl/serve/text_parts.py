@@ -17,19 +17,18 @@ def head_of(text: str, longest: int) -> str:
     return head if end < 0 else head[:end]
 
 
-def slices(texts: Sequence[str], prompt: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of consecutive parts of `texts`, each of one text or of at most `_SLICE_CHARACTERS`.
+def slices(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive parts of texts of so many characters.
 
-    `prompt`: the characters before each text.
+    Each part has one text or at most `_SLICE_CHARACTERS`.
     """
     start = characters = 0
-    for index, text in enumerate(texts):
-        size = prompt + len(text)
+    for index, size in enumerate(sizes):
         if index > start and characters + size > _SLICE_CHARACTERS:
             yield start, index
             start, characters = index, 0
         characters += size
-    yield start, len(texts)
+    yield start, len(sizes)
 
 
 def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:

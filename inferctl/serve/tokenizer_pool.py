@@ -199,7 +199,7 @@ class TokenizerPool:
         if self._is_small(size, len(texts)):
             return self.encode_now(texts, truncate=truncate, prompt=prompt)
         encode = partial(self.encode_now, truncate=truncate, prompt=prompt)
-        calls = [partial(encode, texts[i:j], first=i) for i, j in slices(texts, len(prompt))]
+        calls = [partial(encode, texts[i:j], first=i) for i, j in slices([len(prompt) + len(text) for text in texts])]
         return await self._run(calls, size, tenant)
 
     async def encode_pairs(
@@ -215,6 +215,8 @@ class TokenizerPool:
         size = sum(map(len, [*queries, *documents])) + len(queries) * len(self._prompt)
         if self._is_small(size, len(queries) + len(documents)):
             return self.encode_pairs_now(query, documents, truncate=truncate)
+        firsts = [0] * len(documents) if isinstance(query, str) else map(len, query)
+        sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
         calls = [
             partial(
                 self.encode_pairs_now,
@@ -223,7 +225,7 @@ class TokenizerPool:
                 truncate=truncate,
                 first=i,
             )
-            for i, j in slices(documents)
+            for i, j in slices(sizes)
         ]
         return await self._run(calls, size, tenant)
 

@@ -85,7 +85,7 @@ class PredictRequest(ModelRequest):
     )
     raw_scores: StrictBool = Field(False, description="True: return the logits of the model instead of probabilities.")
     truncate: StrictBool | None = _TRUNCATE
-    truncation_direction: Literal["Right", "right"] = Field("Right", description="Long inputs lose their end.")
+    truncation_direction: Literal["Right", "right"] | None = Field(None, description="Long inputs lose their end.")
 
     @property
     def items(self) -> list[Item]:

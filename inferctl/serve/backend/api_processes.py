@@ -317,7 +317,8 @@ class _ApiProcess:
             # While this process did not run, as in a paused container, it heard nothing.
             self.alive += max(0.0, time.monotonic() - before - _TICK_S)
             if time.monotonic() - self.alive > _HUNG_S:
-                log.error("an API process did not respond for %.3g s; killing it", _HUNG_S)
+                what = f"respond for {_HUNG_S:g} s" if self.ready else f"start within {_START_S:g} s"
+                log.error("an API process did not %s; killing it", what)
                 self.kill()
                 self.alive = time.monotonic()
 

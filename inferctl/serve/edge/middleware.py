@@ -224,14 +224,17 @@ class Edge:
         """Count a part of a body. Raises `ApiError` if this body, or all in flight, are too large."""
         self._check_body(context.body_bytes + size)
         # A single request is always accepted, otherwise it would be rejected forever.
-        if self._body_bytes and self._body_bytes + size > self._limits.max_bytes:
+        if self._body_bytes > context.body_bytes and self._body_bytes + size > self._limits.max_bytes:
             message = f"the bodies of requests in flight have {self._body_bytes} bytes"
             raise at_capacity(message, "too_many_bytes", 1)
-        if context.body_bytes + size > self._small_body and context.tenant is not None:
-            unshared = context.body_bytes + size - context.shared_bytes
-            if not self._bodies.take(context.tenant, unshared):
+        whole = context.body_bytes + size
+        if whole > self._small_body and context.tenant is not None:
+            if context.shared_bytes:
+                self._bodies.release(context.tenant, context.shared_bytes)
+                context.shared_bytes = 0
+            if not self._bodies.take(context.tenant, whole):
                 raise key_share("bytes of bodies")
-            context.shared_bytes += unshared
+            context.shared_bytes = whole
         context.body_bytes += size
         self._body_bytes += size
 
