@@ -19,7 +19,7 @@ from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
 from inferctl.serve.edge.pages import Pages
-from inferctl.serve.edge.request_context import UsageEvent, context_of
+from inferctl.serve.edge.request_context import RequestContext, UsageEvent, context_of
 from inferctl.serve.metrics import Metrics
 from tests.access.test_keys import add
 
@@ -264,6 +264,21 @@ def test_requests_in_flight_are_limited_in_number_and_bytes(setting: Setting) ->
     assert accepted.status == 200
     assert [event.code for event in setting.events if event.status == 503] == ["stopped", "stopped"]
     assert setting.edge.unfinished_responses == 2
+
+
+@pytest.mark.parametrize("tenants", [[], ["other"]])
+def test_a_single_body_in_parts_may_be_larger_than_what_all_bodies_may_have(tenants: list[str]) -> None:
+    """With many API processes, each has a small part of what all bodies may have."""
+    edge = Setting(EdgeLimits(max_body_bytes=400, max_requests=4, max_bytes=200)).edge
+    first = RequestContext("embeddings", tenant="a" if tenants else None)
+    for _ in range(3):
+        edge.add_body(first, 100)
+    with pytest.raises(ApiError) as rejected:
+        edge.add_body(RequestContext("embeddings", tenant="b" if tenants else None), 100)
+    assert rejected.value.code == "too_many_bytes"
+    with pytest.raises(ApiError) as rejected:
+        edge.add_body(first, 101)
+    assert rejected.value.status == 413
 
 
 def test_large_responses_take_turns_so_that_others_wait_for_one_part_only(setting: Setting) -> None:
