@@ -143,7 +143,7 @@ def test_no_modules_import_each_other() -> None:
 
 # Package of `serve` -> the packages of `serve` that it may not import.
 SERVE_BOUNDARIES = {
-    "edge": ("api", "vector_cache", "scheduling", "engine_process", "engines"),
+    "edge": ("api", "backend", "vector_cache", "scheduling", "engine_process", "engines"),
     "scheduling": ("api", "edge", "engines"),
     "engine_process": ("api", "edge", "scheduling"),
     "engines": ("api", "edge", "scheduling"),
