@@ -74,7 +74,7 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
         models += [(kind, "serialization") for kind in (operation.response, operation.error)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     if model.dimensions and model.task == "embed":
-        for name in [operation.request.__name__ for operation in operations]:
+        for name in [*(operation.request.__name__ for operation in operations), "TextOptions"]:
             _add_limits(schemas["$defs"][name], model)
         schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
     paths = {path: {"get": _get(path, model.name)} for path in _GET_ROUTES}
