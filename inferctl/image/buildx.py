@@ -279,21 +279,30 @@ def check(request: BuildRequest) -> list[str]:
 def manifest(reference: str, platform: str) -> dict[str, Any]:
     """Return the image manifest of `reference` in its registry, from an index for `platform`.
 
-    The sizes of its layers are in compressed bytes. Raises the errors of `digest`.
+    The sizes of its layers are in compressed bytes.
     """
-    return _imagetools(_of_platform(reference, _imagetools(reference, "--raw"), platform), "--raw")
+    found = _raw_manifest(reference)
+    if "manifests" in found:
+        wanted = platform.split("/")
+        for entry in found["manifests"]:
+            offered = entry.get("platform") or {}
+            if [offered.get("os"), offered.get("architecture")] == wanted[:2]:
+                name = reference.partition("@")[0]
+                return _raw_manifest(f"{name}@{entry['digest']}")
+        raise InferctlError(f"{reference} has no image for {platform}", f"build it with `--platform {platform}`")
+    return found
 
 
-def _of_platform(reference: str, found: Mapping[str, Any], platform: str) -> str:
-    """Return the reference of the image for `platform`, if `found` is an index. Raises `UsageError` if it has none."""
-    if "manifests" not in found:
-        return reference
-    wanted = platform.split("/")[:2]
-    for entry in found["manifests"]:
-        offered = entry.get("platform") or {}
-        if [offered.get("os"), offered.get("architecture")] == wanted:
-            return f"{reference.partition('@')[0]}@{entry['digest']}"
-    raise UsageError(f"{reference} has no image for {platform}", "pass another platform or image")
+def _raw_manifest(reference: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_docker("buildx", "imagetools", "inspect", "--raw", reference))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InferctlError(
+            f"the registry returned no JSON object as the manifest of {reference}", "check the log of the registry"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -313,15 +322,25 @@ def digest(reference: str) -> str:
 
     Raises `UsageError` if the registry does not have the image, `NotReadyError` if the registry cannot be reached.
     """
-    return str(_imagetools(reference, "--format", "{{json .Manifest}}")["digest"])
+    return str(_imagetools(reference, "{{json .Manifest}}")["digest"])
 
 
 def remote_image(reference: str, platform: str) -> RemoteImage:
     """Return facts of `reference` on `platform` from its registry, without a pull. Raises the errors of `digest`."""
-    found = _imagetools(reference, "--format", "{{json .Manifest}}")
-    reference = _of_platform(reference, found, platform)
-    layers = _imagetools(reference, "--raw")["layers"]
-    config = _imagetools(reference, "--format", "{{json .Image}}").get("config") or {}
+    found = _imagetools(reference, "{{json .Manifest}}")
+    name = reference.partition("@")[0]
+    if "manifests" in found:
+        wanted = platform.split("/")
+        of_platform = [
+            entry["digest"]
+            for entry in found["manifests"]
+            if [(entry.get("platform") or {}).get(key) for key in ("os", "architecture")] == wanted[:2]
+        ]
+        if not of_platform:
+            raise UsageError(f"{reference} has no image for {platform}", "pass another platform or image")
+        reference = f"{name}@{of_platform[0]}"
+    layers = manifest(reference, platform)["layers"]
+    config = _imagetools(reference, "{{json .Image}}").get("config") or {}
     variables = (variable.partition("=") for variable in config.get("Env") or ())
     return RemoteImage(
         str(found["digest"]),
@@ -330,10 +349,10 @@ def remote_image(reference: str, platform: str) -> RemoteImage:
     )
 
 
-def _imagetools(reference: str, *options: str) -> dict[str, Any]:
-    """Return the JSON output of `docker buildx imagetools inspect` for `reference` with `options`."""
+def _imagetools(reference: str, template: str) -> dict[str, Any]:
+    """Return the JSON output of `docker buildx imagetools inspect` for `reference`, formatted with `template`."""
     try:
-        found = json.loads(_docker("buildx", "imagetools", "inspect", *options, reference))
+        found = json.loads(_docker("buildx", "imagetools", "inspect", "--format", template, reference))
     except ValueError:
         found = None
     except NotReadyError as error:
