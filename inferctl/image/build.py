@@ -302,7 +302,8 @@ def _lint_and_verify(
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
     # Without its weights on this machine, or for generation, the library has nothing to load.
     embeds = plan.model is not None and not downloads and plan.task != "generate"
-    library_model = plan.model if embeds and library.installed(LIBRARIES[plan.task]) else None
+    needed = LIBRARIES.get(plan.task) if embeds else None
+    library_model = plan.model if needed and library.installed(needed) else None
     verify_options = VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=options.network,

@@ -175,7 +175,10 @@ def test_the_container_gets_the_options_of_the_command_line(named: str, tmp_path
         running.terminate()
         running.communicate(timeout=90)
     told = found[0]["Args"]
-    assert told[told.index("--image-reference") + 2 :] == flags
+    pairs = [["--precision", "bf16"], ["--name", "other"], ["--max-queue-tokens", "99999"], ["--device", "cpu"]]
+    assert all(told[told.index(option) + 1] == value for option, value in [*pairs, ["--engine", "echo"]])
+    assert "--no-truncate" in told
+    assert len(told[told.index("--image-reference") + 2 :]) == len(flags)
     assert "--max-batch-tokens" not in told
 
 
