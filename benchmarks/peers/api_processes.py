@@ -18,19 +18,15 @@ from typing import Any
 
 import edge_cost
 import peers
-import psutil
 from load import requests, run_closed
+from recorder import processes
 
 BODIES = [{"input": text} for text in peers.texts(2000, mean_tokens=50)]
 
 
 def cpu_seconds(server: peers.Server) -> tuple[float, float]:
     """Return the CPU seconds of the API processes and of the backend so far. One process for all counts as the former."""
-    api = [
-        process.pid
-        for process in psutil.Process(server.process.pid).children()
-        if "inferctl.serve.api_process" in process.cmdline()
-    ]
+    api = [pid for name, pid in processes(server.process.pid).items() if name.startswith("api process")]
     own = _seconds(server.process.pid)
     return (sum(map(_seconds, api)), own) if api else (own, 0.0)
 

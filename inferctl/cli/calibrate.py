@@ -111,13 +111,17 @@ def _embed(
     from inferctl.bench.load import child_server
 
     command = child_server.serve_command(str(found.path.resolve()), spec.name, None)
-    with tempfile.TemporaryDirectory(prefix="inferctl-calibrate-") as work, console.progress("starting the server"):
+    with (
+        tempfile.TemporaryDirectory(prefix="inferctl-calibrate-") as work,
+        console.progress("starting the server") as say,
+    ):
         announce = Path(work) / "server.json"
         try:
             with child_server.serve(
                 command(spec.serve.precision, announce, None), announce, Path(work), lambda _: None
             ) as server:
                 connection = server.connection
+                say(f"embedding {len(texts):,} texts")
                 vectors = {size: _vectors(connection, texts, size) for size in sizes or [_dimensions(connection)]}
         except child_server.ServerError as error:
             hint = f"see its log: `inferctl serve --model {found.path}`"
@@ -145,5 +149,7 @@ def _vectors(server: ServerConnection, texts: list[str], size: int) -> Matrix:
         try:
             rows += server.embed(texts[start : start + _BATCH], **options)
         except StatusError as error:
+            if error.status != 400:
+                raise
             raise UsageError(error.message, "see `dimensions` in the documentation of the model") from None
     return np.asarray(rows, np.float32)

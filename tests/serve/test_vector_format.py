@@ -20,6 +20,8 @@ from inferctl.core.errors import UsageError
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.models.vector_format import Ranges
+from inferctl.serve.api import embedding_schemas
+from inferctl.serve.edge.errors import ApiError
 from tests.processes import ServerProcess, start
 
 DTYPES = {"float": "<f4", "float16": "<f2", "int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}
@@ -65,8 +67,8 @@ def calibrated(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def echo(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    found = start(tmp_path_factory.mktemp("echo"), "--model", str(calibrated), "--engine", "encoder", "--name", "m")
+def server(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    found = start(tmp_path_factory.mktemp("server"), "--model", str(calibrated), "--name", "m")
     yield found
     found.kill()
 
@@ -74,10 +76,10 @@ def echo(calibrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.mark.parametrize("wanted", vector_format.FORMATS)
 @pytest.mark.parametrize("texts", [["a"], [f"text {n}" for n in range(70)]])
 def test_a_response_has_the_format_that_the_request_names(
-    echo: ServerProcess, calibrated: Path, wanted: Any, texts: list[str]
+    server: ServerProcess, calibrated: Path, wanted: Any, texts: list[str]
 ) -> None:
     def rows(**options: str) -> Any:
-        return [row["embedding"] for row in echo.embed(input=texts, **options).raise_for_status().json()["data"]]
+        return [row["embedding"] for row in server.embed(input=texts, **options).raise_for_status().json()["data"]]
 
     vectors = np.array([np.frombuffer(base64.b64decode(row), "<f4") for row in rows(encoding_format="base64")])
     expected = library(vectors, wanted, vector_format.read(calibrated)[384])
@@ -93,7 +95,7 @@ def test_a_response_has_the_format_that_the_request_names(
     # A value next to the edge of a step or to zero may be on the other side.
     for each in (found, np.array(binary)):
         assert np.mean(each == expected) > 0.99
-    assert echo.get("/info").json()["model"]["calibrated_dimensions"] == [384]
+    assert server.get("/info").json()["model"]["calibrated_dimensions"] == [384]
 
 
 def test_int8_needs_ranges_of_these_dimensions_and_weights(
@@ -134,8 +136,10 @@ def test_a_file_of_ranges_that_cannot_be_used_is_rejected(calibrated: Path, tmp_
 
 
 def test_numbers_beyond_float16_are_rejected() -> None:
-    """Their conversion is infinite, which the endpoint refuses; a vector of length one has none."""
-    assert np.isinf(vector_format.convert(np.array([[1e6]], np.float32), "float16")).all()
+    embedding_schemas.check_range(np.array([[1e6]], np.float32), "float")
+    embedding_schemas.check_range(np.array([[-65504, 1]], np.float32), "float16")
+    with pytest.raises(ApiError):
+        embedding_schemas.check_range(np.array([[1, -1e6]], np.float32), "float16")
 
 
 def test_calibrate_writes_ranges_that_contain_all_vectors_and_shows_the_loss(minilm: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def hint(status: int, access: ServerAccess) -> str:
     if status in (401, 403):
         if access.headers:
             return (
-                "the server rejects the headers of this command: check that their key is complete, valid and has rights; "
+                "the server rejects the headers of this command: check that their key is complete, valid and allowed; "
                 "inferctl requires one of `inferctl keys create NAME --admin`"
             )
         return (

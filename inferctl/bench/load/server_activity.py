@@ -42,8 +42,8 @@ class ServerActivity:
     def between(self, start_ns: int, end_ns: int) -> dict[str, float]:
         """Return shares of the time between two times (CLOCK_MONOTONIC), in percent; empty if the scrapes show none.
 
-        `api_busy_percent` and `backend_busy_percent`: the event loop did not sleep. `tokenizer_busy_percent`: threads of
-        API processes that tokenize did not. `*_waiting_percent`: the part of it in which they waited for a core.
+        `api_busy_percent` and `backend_busy_percent`: the event loop did not sleep. `tokenizer_busy_percent`: threads
+        of API processes that tokenize did not. `*_waiting_percent`: the part of it in which they waited for a core.
         `engine_busy_percent`: engines computed. All are means: over API processes, or what engines can run at a time.
         """
         inside = [sample for sample in self._samples if start_ns <= sample[0] <= end_ns]

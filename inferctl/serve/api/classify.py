@@ -25,8 +25,7 @@ class ClassifyEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = await inference.admit(scope)
-        request = await inference.parsed_body(context, receive, partial(inference.parse, ClassifyRequest))
+        context, request = await inference.receive(scope, receive, partial(inference.parse, ClassifyRequest))
         logits = await _logits(inference, scope, request.input, request.truncate, "input")
         scores = logits if request.use_activation is False else inference.model.activation(logits)
         model, tokens = inference.model, context.input_tokens
@@ -43,8 +42,7 @@ class PredictEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = await inference.admit(scope)
-        request = await inference.parsed_body(context, receive, partial(inference.parse, PredictRequest))
+        context, request = await inference.receive(scope, receive, partial(inference.parse, PredictRequest))
         logits = await _logits(inference, scope, request.items, request.truncate, "inputs")
         scores = logits if request.raw_scores else inference.model.activation(logits)
         several = isinstance(request.inputs, list)

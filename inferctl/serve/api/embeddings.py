@@ -63,8 +63,7 @@ class EmbeddingsEndpoint:
             raise error.renamed(self.api.names) from None
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = await self.inference.admit(scope)
-        given, request, prompt = await self.inference.parsed_body(context, receive, self._parse)
+        context, (given, request, prompt) = await self.inference.receive(scope, receive, self._parse)
         model = self.inference.model
         if model.prompts.unused and isinstance(request.items[0], str):
             chosen = request.prompt is not None or request.prompt_name is not None

@@ -57,6 +57,11 @@ class Inference:
         self.model.check_name(request.model)
         return request
 
+    async def receive(self, scope: Scope, receive: Receive, parse: Callable[[bytes], T]) -> tuple[RequestContext, T]:
+        """Return the context of a request, and `parse(body)`. Raises what `admit` and `parsed_body` raise."""
+        context = await self.admit(scope)
+        return context, await self.parsed_body(context, receive, parse)
+
     async def parsed_body(self, context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
         """Return `parse(body)`, run on another thread for a large body.
 

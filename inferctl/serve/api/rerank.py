@@ -31,9 +31,8 @@ class RerankEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = await inference.admit(scope)
-        request = await inference.parsed_body(context, receive, partial(inference.parse, RerankRequest))
-        await _rerank(inference, scope, send, request)
+        context, request = await inference.receive(scope, receive, partial(inference.parse, RerankRequest))
+        await _rerank(inference, scope, send, context, request)
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,9 @@ class TeiRerankEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = await inference.admit(scope)
-        request = await inference.parsed_body(context, receive, self._parse)
+        context, request = await inference.receive(scope, receive, self._parse)
         if isinstance(request, RerankRequest):
-            await _rerank(inference, scope, send, request)
+            await _rerank(inference, scope, send, context, request)
             return
         try:
             logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
@@ -82,8 +80,7 @@ class VoyageRerankEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = await inference.admit(scope)
-        given = await inference.parsed_body(context, receive, partial(inference.parse, VoyageRerankRequest))
+        context, given = await inference.receive(scope, receive, partial(inference.parse, VoyageRerankRequest))
         request = given.rerank
         results = await _results(inference, scope, request)
         if request.return_documents:
@@ -100,15 +97,16 @@ class ScoreEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
-        context = await inference.admit(scope)
-        request = await inference.parsed_body(context, receive, partial(inference.parse, ScoreRequest))
+        context, request = await inference.receive(scope, receive, partial(inference.parse, ScoreRequest))
         scores = await _scores(inference, scope, *request.pairs, request.truncate)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
 
-async def _rerank(inference: Inference, scope: Scope, send: Send, request: RerankRequest) -> None:
-    context, results = context_of(scope), await _results(inference, scope, request)
+async def _rerank(
+    inference: Inference, scope: Scope, send: Send, context: RequestContext, request: RerankRequest
+) -> None:
+    results = await _results(inference, scope, request)
     if request.return_documents:
         results = [entry | {"document": {"text": request.texts[entry["index"]]}} for entry in results]
     await _respond(send, context, inference.model.name, {"id": context.id.decode()}, {"results": results})

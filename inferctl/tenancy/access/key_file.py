@@ -141,7 +141,7 @@ def edit(
     """Yield the keys by id, and write them to the file when the body ends. `create`: a missing file has no keys.
 
     `deliver` is called just before the keys become valid. If it raises, nothing changes. Two commands at the same time
-    do not lose each other's change. Raises `UsageError` for a file that is not valid, `OSError` if it cannot be written.
+    do not lose each other's change. Raises `UsageError` for a file that is not valid, `OSError` if it is not writable.
     """
     path = path.resolve()  # a link stays a link
     if create:
