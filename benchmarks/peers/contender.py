@@ -55,9 +55,9 @@ def run_batches(precision: str, model: str, task: Any) -> Callable[[Sequence[Any
     info = engine.load()
     pool = ThreadPoolExecutor(info.parallel)
 
-    def run(sequences: Sequence[Any], second_starts: Sequence[int] | None) -> Any:
+    def run(sequences: Sequence[Any], marks: Sequence[int] | None) -> Any:
         lengths = np.array([len(s) for s in sequences], dtype=np.int32)
-        starts = None if second_starts is None else np.array(second_starts, dtype=np.int32)
+        starts = None if marks is None else np.array(marks, dtype=np.int32)
         running, first, used = [], 0, 0
         for index, length in enumerate([*lengths.tolist(), info.batch_tokens + 1]):
             if index and used + length > info.batch_tokens:

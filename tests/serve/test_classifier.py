@@ -86,7 +86,7 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, architecture: str) -
     engine, info = engine_for(folder)
     assert info.attention == ("padded" if architecture in PADDED else "packed"), info.attention_reason
     assert (info.dimensions, info.within_limit, info.cosine_min) == (3, True, None)
-    found = engine.run(batch(encoded(folder, items))).vectors
+    found = engine.run(batch(encoded(folder, items))).rows
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
     probabilities = classify_config.read(folder).scores(found)
@@ -100,18 +100,18 @@ def test_other_precisions_stay_close_to_fp32(tmp_path: Path, precision: str, tol
     engine, info = engine_for(folder, precision)
     assert (info.attention, info.within_limit) == ("packed", True)
     expected = logits_of_transformers(folder, inputs())
-    found = engine.run(batch(encoded(folder, inputs()))).vectors
+    found = engine.run(batch(encoded(folder, inputs()))).rows
     np.testing.assert_allclose(found / np.abs(expected).max(), expected / np.abs(expected).max(), atol=tolerance)
 
 
 def test_texts_alone_have_no_segments(tmp_path: Path) -> None:
-    """A batch without pairs has no `second_starts`, and gives the same rows as one with pairs."""
+    """A batch without pairs has no `marks`, and gives the same rows as one with pairs."""
     folder = make(tmp_path, "bert")
     engine, _ = engine_for(folder)
     sequences = encoded(folder, [item for item in inputs() if isinstance(item, str)])
     whole = batch(sequences)
-    alone = engine.run(Batch(1, whole.tokens, whole.lengths)).vectors
-    np.testing.assert_allclose(alone, engine.run(whole).vectors, atol=1e-6)
+    alone = engine.run(Batch(1, whole.tokens, whole.lengths)).rows
+    np.testing.assert_allclose(alone, engine.run(whole).rows, atol=1e-6)
 
 
 CONFIG = "config.json"

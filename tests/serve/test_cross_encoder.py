@@ -68,7 +68,7 @@ def test_scores_equal_the_cross_encoder_of_sentence_transformers(tmp_path: Path,
     for precision, tolerance in (("fp32", 1e-3), ("bf16", 2e-2)):
         engine, info = engine_for(folder, precision)
         result = engine.run(batch(encoded(folder)))
-        scores = rerank_config.read(folder).scores(result.vectors)[:, 0]
+        scores = rerank_config.read(folder).scores(result.rows)[:, 0]
         np.testing.assert_allclose(scores, expected, atol=tolerance)
         assert (info.attention, info.within_limit, info.dimensions) == ("packed", True, 1)
         assert info.cosine_min is None
@@ -87,7 +87,7 @@ def test_pairs_have_the_segments_that_the_tokenizer_gives(tmp_path: Path, file: 
     (folder / file).write_text(settings.replace(given, replacement))
     expected = sentence_transformers.CrossEncoder(str(folder), device="cpu").predict(texts())
     engine, _ = engine_for(folder, "fp32")
-    scores = rerank_config.read(folder).scores(engine.run(batch(encoded(folder))).vectors)[:, 0]
+    scores = rerank_config.read(folder).scores(engine.run(batch(encoded(folder))).rows)[:, 0]
     np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
@@ -128,7 +128,7 @@ def test_every_architecture_equals_the_reference(tmp_path: Path, architecture: s
     engine, info = engine_for(folder, "fp32")
     assert info.attention == ("padded" if architecture in PADDED else "packed"), info.attention_reason
     result = engine.run(batch(pairs))
-    np.testing.assert_allclose(result.vectors, reference(folder, pairs), atol=2e-4)
+    np.testing.assert_allclose(result.rows, reference(folder, pairs), atol=2e-4)
     assert result.ok.all()
     assert info.logit_error < 1e-4
     assert info.vocabulary_size == json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -140,7 +140,7 @@ def test_both_poolings_of_modernbert_are_packed(tmp_path: Path, pooling: str) ->
     pairs = encoded(folder)
     engine, info = engine_for(folder, "fp32")
     assert info.attention == "packed"
-    np.testing.assert_allclose(engine.run(batch(pairs)).vectors, reference(folder, pairs), atol=2e-4)
+    np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=2e-4)
 
 
 def test_int8_stays_close_to_fp32(tmp_path: Path) -> None:
@@ -148,14 +148,14 @@ def test_int8_stays_close_to_fp32(tmp_path: Path) -> None:
     pairs = encoded(folder)
     engine, info = engine_for(folder, "int8")
     assert (info.attention, info.within_limit) == ("packed", True)
-    np.testing.assert_allclose(engine.run(batch(pairs)).vectors, reference(folder, pairs), atol=0.2)
+    np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=0.2)
 
 
 def test_the_segments_of_a_pair_change_its_score(tmp_path: Path) -> None:
     folder = tiny_models.make_cross_encoder(tmp_path, "bert")
     engine, _ = engine_for(folder, "fp32")
     pairs = batch(encoded(folder))
-    scores, without = engine.run(pairs).vectors, engine.run(replace(pairs, second_starts=None)).vectors
+    scores, without = engine.run(pairs).rows, engine.run(replace(pairs, marks=None)).rows
     assert np.abs(scores - without).max() > 0.05
 
 
@@ -169,7 +169,7 @@ def test_a_broken_head_is_detected_and_the_whole_model_is_used(tmp_path: Path, m
     engine, info = engine_for(folder, "fp32")
     assert info.attention == "padded"
     assert "relative logit error" in info.attention_reason
-    np.testing.assert_allclose(engine.run(batch(pairs)).vectors, reference(folder, pairs), atol=2e-4)
+    np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=2e-4)
 
 
 def test_weights_without_a_head_are_rejected(tmp_path: Path) -> None:

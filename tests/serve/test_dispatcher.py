@@ -146,7 +146,7 @@ def test_only_faulty_requests_fail(
             if fault:
                 assert isinstance(result, EngineFailedError if fault == FAILING else EngineUnavailableError)
             else:
-                assert result.vectors[:, 0].tolist() == [row[-1] for row in rows]
+                assert result.rows[:, 0].tolist() == [row[-1] for row in rows]
         # A request that crashes engines can run on every engine at once, first with others, then in isolation. Its
         # first crash in isolation is the last.
         crashing = faults[: len(requests)].count(CRASHING)
@@ -179,7 +179,7 @@ def test_every_request_completes_once_when_engines_are_killed_at_any_moment(
             if isinstance(result, EngineUnavailableError):
                 assert world.crashes >= 2, "only two crashes while it runs can fail a request"
             else:
-                assert result.vectors[:, 0].tolist() == [row[-1] for row in rows]
+                assert result.rows[:, 0].tolist() == [row[-1] for row in rows]
         assert world.batcher.waiting_tokens == 0
 
     run(scenario)
@@ -445,9 +445,9 @@ def test_a_text_beside_pairs_has_no_second_segment(
         await run_callbacks()
         (batch,) = world.engines[0].batches
         found = None
-        if batch.second_starts is not None:
+        if batch.marks is not None:
             rows = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
-            starts = batch.second_starts.tolist()
+            starts = batch.marks.tolist()
             found = {tuple(row.tolist()): start for row, start in zip(rows, starts, strict=True)}
         assert found == expected
         await world.drain()
@@ -478,7 +478,7 @@ def test_requests_continue_on_the_other_engines_when_one_is_lost() -> None:
         while two.batches:
             world.step(two)
             await run_callbacks()
-        assert [result.vectors[0, 0] for result in await asyncio.gather(*tasks)] == [20 + i for i in range(6)]
+        assert [result.rows[0, 0] for result in await asyncio.gather(*tasks)] == [20 + i for i in range(6)]
         assert world.dispatcher.ready
 
     run(scenario)
@@ -533,7 +533,7 @@ def test_an_out_of_memory_failure_next_to_other_batches_is_retried_in_isolation(
         assert len(engine.batches) == 1, "the retry waits until the other batch is complete"
         await world.drain()
         results = await asyncio.gather(*tasks)
-        assert [result.vectors[0, 0] for result in results] == [20, 30]
+        assert [result.rows[0, 0] for result in results] == [20, 30]
 
     run(scenario)
 

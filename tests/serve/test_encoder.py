@@ -67,7 +67,7 @@ def test_every_architecture_equals_the_reference(tiny: Any, architecture: str) -
     info = engine.load()
     rows = sequences()
     result = engine.run(batch(rows))
-    np.testing.assert_allclose(result.vectors, plain(folder, rows), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(result.rows, plain(folder, rows), rtol=2e-4, atol=2e-4)
     assert result.ok.all()
     assert info.attention == ("packed" if architecture in EXACT else "padded"), info.attention_reason
 
@@ -79,7 +79,7 @@ def test_every_pooling_equals_the_reference_packed_and_padded(tiny: Any, archite
     engine = encoder_engine(EngineConfig(model=str(folder), precision="fp32", device="cpu"))
     engine.load()
     rows = sequences()
-    np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(engine.run(batch(rows)).rows, plain(folder, rows), rtol=1e-4, atol=1e-5)
 
 
 def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
     assert info.attention == "padded"
     assert "differs from padded" in info.attention_reason
     rows = sequences()
-    np.testing.assert_allclose(engine.run(batch(rows)).vectors, plain(folder, rows), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(engine.run(batch(rows)).rows, plain(folder, rows), rtol=1e-4, atol=1e-5)
 
 
 def test_the_comparison_with_fp32_is_of_the_attention_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_every_precision_stays_close_to_fp32_on_the_real_model(minilm: Path, pre
     engine = encoder_engine(EngineConfig(model=str(minilm), precision=precision, device="cpu", max_batch_tokens=256))
     info = engine.load()
     rows = sequences(8, 200)
-    cosines = (engine.run(batch(rows)).vectors * plain(minilm, rows)).sum(axis=1)
+    cosines = (engine.run(batch(rows)).rows * plain(minilm, rows)).sum(axis=1)
     assert cosines.min() >= least
     assert info.cosine_min is not None
     assert info.cosine_min >= least
@@ -178,7 +178,7 @@ def test_variable_length_attention_on_a_gpu_equals_padding(tiny: Any, architectu
     info = engine.load()
     assert (info.device.kind, info.attention) == ("cuda", "packed"), info.attention_reason
     rows = sequences()
-    assert (engine.run(batch(rows)).vectors * plain(folder, rows)).sum(axis=1).min() > 0.98
+    assert (engine.run(batch(rows)).rows * plain(folder, rows)).sum(axis=1).min() > 0.98
 
 
 @pytest.mark.parametrize("size", [1, 16, 17, 128, 129, 1000, 1024, 5000])
@@ -198,7 +198,7 @@ def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(min
     again._choose_settings = None  # fails if called
     assert again.load() == found
     both = batch([np.arange(1000, 1060, dtype=np.int32), np.arange(1060, 1100, dtype=np.int32)])
-    assert np.allclose(again.run(both).vectors, first.run(both).vectors, atol=1e-3)
+    assert np.allclose(again.run(both).rows, first.run(both).rows, atol=1e-3)
 
 
 def test_previous_info_of_another_device_is_not_used(minilm: Path) -> None:

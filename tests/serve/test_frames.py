@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.serve.engine_process import frames
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, finite_rows
 from inferctl.serve.engine_process.frames import Kind
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
@@ -23,7 +24,7 @@ def test_a_batch_is_unchanged_by_packing(lengths: list[int], number: int, segmen
     tokens, sizes = np.arange(sum(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32)
     second_starts = sizes // 2 if segments else None
     arrived = frames.unpack_batch(frames.pack_batch(Batch(number, tokens, sizes, second_starts))[5:])
-    assert (None if arrived.second_starts is None else arrived.second_starts.tolist()) == (
+    assert (None if arrived.marks is None else arrived.marks.tolist()) == (
         None if second_starts is None else second_starts.tolist()
     )
     assert arrived.id == number
@@ -31,13 +32,18 @@ def test_a_batch_is_unchanged_by_packing(lengths: list[int], number: int, segmen
     assert arrived.tokens.tolist() == tokens.tolist()
 
 
-@given(st.integers(1, 20), st.integers(1, 20))
-def test_a_result_is_bitwise_unchanged_by_packing(rows: int, width: int) -> None:
-    vectors = np.random.default_rng(rows).standard_normal((rows, width)).astype(np.float32)
-    vectors[0, 0] = np.nan
-    ok = np.isfinite(vectors).all(axis=1)
-    arrived = frames.unpack_result(frames.pack_result(BatchResult(7, vectors, ok, 0.25))[5:])
-    assert arrived.vectors.tobytes() == vectors.tobytes()
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=20), st.booleans())
+def test_a_result_is_bitwise_unchanged_by_packing(widths: list[int], equal: bool) -> None:
+    draw = np.random.default_rng(len(widths)).standard_normal
+    rows: Any = [draw(width).astype(np.float32) for width in widths]
+    if equal:
+        rows = draw((len(widths), 5)).astype(np.float32)
+        rows[0, 0] = np.nan
+    ok = finite_rows(rows)
+    assert ok.tolist() == [not np.isnan(row).any() for row in rows]
+    arrived = frames.unpack_result(frames.pack_result(BatchResult(7, rows, ok, 0.25))[5:])
+    assert [row.tobytes() for row in arrived.rows] == [row.tobytes() for row in rows]
+    assert isinstance(arrived.rows, list) == (len({len(row) for row in rows}) > 1)
     assert arrived.ok.tolist() == ok.tolist()
     assert arrived.seconds == 0.25
 

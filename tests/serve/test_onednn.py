@@ -126,6 +126,6 @@ def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_
     info = engine.load()
     assert [f"oneDNN operators of torch {torch.__version__}" in warning for warning in info.warnings] == [True]
     rows = sequences()
-    got = engine.run(batch(rows)).vectors
+    got = engine.run(batch(rows)).rows
     assert float(np.min((got * plain(folder, rows)).sum(axis=1))) > 0.99
     assert info.attention == "packed"

@@ -137,7 +137,7 @@ def computed(folder: Path, precision: str = "fp32", texts: list[str] = TEXTS) ->
     rows = pool.encode_now(texts, truncate=True)
     pool.close()
     lengths = np.array([len(row) for row in rows], dtype=np.int32)
-    return engine.run(Batch(1, np.concatenate(rows), lengths)).vectors, info
+    return engine.run(Batch(1, np.concatenate(rows), lengths)).rows, info
 
 
 def check(folder: Path, attention: str = "packed", expected: Any = None) -> Any:
@@ -405,7 +405,7 @@ def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path
         EngineConfig(model=str(folder), task="rerank", precision="fp32", device="cpu", max_batch_tokens=256)
     )
     assert engine.load().attention == "packed"
-    scores = config.scores(engine.run(batch).vectors)[:, 0]
+    scores = config.scores(engine.run(batch).rows)[:, 0]
     assert np.ptp(expected) > 0.01
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     found = reference(str(folder), [list(pair) for pair in zip(queries, documents, strict=True)])

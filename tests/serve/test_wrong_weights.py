@@ -65,7 +65,7 @@ def vectors(folder: Path, task: Task = "embed", precision: str = "fp32") -> Vect
     assert info.within_limit
     ids = np.arange(20, 40, dtype=np.int32)
     starts = np.array([10], dtype=np.int32) if task == "rerank" else None
-    return engine.run(Batch(1, ids, np.array([20], dtype=np.int32), starts)).vectors
+    return engine.run(Batch(1, ids, np.array([20], dtype=np.int32), starts)).rows
 
 
 def configured(**settings: Any) -> Change:

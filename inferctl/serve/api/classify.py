@@ -78,4 +78,4 @@ async def _logits(
         both = [by_index[index] for index in range(len(items))]
         return [ids for ids, _ in both], [start for _, start in both]
 
-    return await inference.run(scope, tokenize)
+    return await inference.run_equal(scope, tokenize)

@@ -71,7 +71,7 @@ class EmbeddingsEndpoint:
                 self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
         model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
-        vectors = await self.inference.run(scope, partial(self._tokenize, request, prompt, context.tenant))
+        vectors = await self.inference.run_equal(scope, partial(self._tokenize, request, prompt, context.tenant))
         vectors = _with_dimensions(vectors, dimensions)
         await send_json(send, self.api.response(given, vectors, model, context), context)
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -18,7 +18,7 @@ from inferctl.serve.backend.backend import Backend
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
@@ -27,6 +27,7 @@ from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 _INLINE_BODY_BYTES = 64 * 1024
 _PHASES = ("tokenize", "queue", "inference")
 T = TypeVar("T")
+Tokenize: TypeAlias = Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]]
 _large_body = threading.Lock()
 
 
@@ -76,21 +77,23 @@ class Inference:
             _in_vain(context, len(raw) // BYTES_PER_TOKEN)
             raise
 
-    async def run(
-        self,
-        scope: Scope,
-        tokenize: Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]],
-    ) -> Vectors:
-        """Return the vectors ([sequences, dimensions]) of the sequences, and store counts and times in the context.
+    async def run_equal(self, scope: Scope, tokenize: Tokenize) -> Vectors:
+        """Return what `run` returns for a model whose rows all have the same width, as one array."""
+        rows = await self.run(scope, tokenize)
+        assert not isinstance(rows, list)
+        return rows
 
-        `tokenize` gives the sequences, and for pairs where their second segments start. Raises `ApiError`, `LimitError`
+    async def run(self, scope: Scope, tokenize: Tokenize) -> Rows:
+        """Return the rows of the sequences, and store counts and times in the context.
+
+        `tokenize` gives the sequences and their marks (see `Batch`). Raises `ApiError`, `LimitError`
         if the tokens exceed a limit of the key, and `ClientDisconnectedError` if the client disconnects first.
         """
         context, started = context_of(scope), time.monotonic()
 
         async def compute() -> tuple[RequestResult, float]:
             try:
-                sequences, second_starts = await tokenize()
+                sequences, marks = await tokenize()
             except (InputError, asyncio.CancelledError):
                 _in_vain(context, context.body_bytes // BYTES_PER_TOKEN)
                 raise
@@ -100,7 +103,7 @@ class Inference:
                 message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
             tokenized = time.monotonic()
-            return await self.backend.compute(context, sequences, second_starts), tokenized
+            return await self.backend.compute(context, sequences, marks), tokenized
 
         try:
             result, tokenized = await unless_disconnected(compute, scope)
@@ -113,7 +116,7 @@ class Inference:
         context.model = self.model.name
         times = (tokenized - started, result.queue_seconds, result.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
-        return result.vectors
+        return result.rows
 
 
 def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:

@@ -149,7 +149,7 @@ async def _logits(
         pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
-    logits = await inference.run(scope, tokenize)
+    logits = await inference.run_equal(scope, tokenize)
     return logits[:, 0]
 
 

@@ -110,7 +110,7 @@ class ApiProcessLink:
         try:
             if key is not None:
                 self._backend.charge(key, context)
-            future = self._backend.start(context, submission.sequences, submission.second_starts)
+            future = self._backend.start(context, submission.sequences, submission.marks)
         except (ApiError, LimitError) as error:
             self._reject(submission.id, context, error)
             return

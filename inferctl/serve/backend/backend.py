@@ -24,10 +24,10 @@ class Backend(Protocol):
         """
 
     async def compute(
-        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+        self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None
     ) -> RequestResult:
         """Charge the tokens of a request and return its vectors, which are finite.
 
-        Sets the counts of the context, and `use` while it computes. `second_starts`: for pairs, as in `Batch`. Raises
+        Sets the counts of the context, and `use` while it computes. `marks`: as in `Batch`. Raises
         `ApiError`, and `LimitError` if the tokens exceed a limit of the key. Cancelling it cancels the request.
         """

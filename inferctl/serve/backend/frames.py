@@ -18,16 +18,18 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Tokens, pack_rows, unpack_rows
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.limits import Quota
 
 _HEAD = struct.Struct("<IB")
 _SUBMIT = struct.Struct("<IIBII")  # id, key, flags, bytes of the cache directives, sequences
-_RESULT = struct.Struct("<IBIIIddd")  # id, flags, rows, dimensions, cached tokens, seconds: engine, queue, inference
+_RESULT = struct.Struct(
+    "<IBIiIddd"
+)  # id, flags, rows, width (see `pack_rows`), cached tokens, seconds: engine, queue, inference
 _QUOTAS = struct.Struct("<6q")
 _MOST = (1 << 63) - 1  # a limit can be any number
-_BULK, _TENANT, _PAIRS = 1, 2, 4
+_BULK, _TENANT, _MARKS = 1, 2, 4
 _REQUESTS, _TOKENS = 1, 2  # which quotas a result has
 _MAX_FRAME = 1 << 30
 _MOST_ID = (1 << 32) - 1
@@ -77,7 +79,7 @@ class Submission(NamedTuple):
     shared: bool  # whether the key is a tenant, among whom the queue is shared
     directives: bytes
     sequences: list[Tokens]
-    second_starts: list[int] | None
+    marks: list[int] | None
 
 
 class Reply(NamedTuple):
@@ -121,11 +123,11 @@ def unpack_numbers(body: bytes) -> tuple[int, ...]:
 
 def pack_submit(submission: Submission) -> bytes:
     """Return a SUBMIT frame."""
-    each, starts = submission, submission.second_starts
-    flags = _BULK * each.bulk | _TENANT * each.shared | _PAIRS * (starts is not None)
+    each, marks = submission, submission.marks
+    flags = _BULK * each.bulk | _TENANT * each.shared | _MARKS * (marks is not None)
     head = _SUBMIT.pack(each.id, each.key, flags, len(each.directives), len(each.sequences))
     lengths = np.array([len(sequence) for sequence in each.sequences], dtype="<i4")
-    arrays = [lengths, *([] if starts is None else [np.array(starts, dtype="<i4")]), *each.sequences]
+    arrays = [lengths, *([] if marks is None else [np.array(marks, dtype="<i4")]), *each.sequences]
     return pack(Kind.SUBMIT, b"".join([head, each.directives, *(array.tobytes() for array in arrays)]))
 
 
@@ -135,38 +137,37 @@ def unpack_submit(body: bytes) -> Submission:
     start = _SUBMIT.size + size
     values = np.frombuffer(body[start:], dtype="<i4")
     lengths, rest = values[:count], values[count:]
-    starts = None
-    if flags & _PAIRS:
-        starts, rest = rest[:count].tolist(), rest[count:]
+    marks = None
+    if flags & _MARKS:
+        marks, rest = rest[:count].tolist(), rest[count:]
     sequences = [rest] if count == 1 else np.split(rest, np.cumsum(lengths)[:-1])
     directives = body[_SUBMIT.size : start]
-    return Submission(number, key, bool(flags & _BULK), bool(flags & _TENANT), directives, sequences, starts)
+    return Submission(number, key, bool(flags & _BULK), bool(flags & _TENANT), directives, sequences, marks)
 
 
 def pack_result(reply: Reply) -> bytes:
     """Return a RESULT frame."""
-    vectors: Vectors = np.ascontiguousarray(reply.result.vectors, dtype="<f4")
-    rows, width = vectors.shape
+    count, width, rows = pack_rows(reply.result.rows)
     requests, tokens = reply.quotas or (None, None)
     flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
     times = reply.engine_seconds, reply.result.queue_seconds, reply.result.inference_seconds
-    head = _RESULT.pack(reply.id, flags, rows, width, reply.cached_tokens, *times)
+    head = _RESULT.pack(reply.id, flags, count, width, reply.cached_tokens, *times)
     numbers = (*(requests or (0, 0, 0)), *(tokens or (0, 0, 0)))
     quotas = _QUOTAS.pack(*(min(number, _MOST) for number in numbers)) if flags else b""
-    size = 1 + len(head) + len(quotas) + vectors.nbytes
-    return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, vectors.data))
+    size = 1 + len(head) + len(quotas) + len(rows)
+    return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, rows))
 
 
 def unpack_result(body: bytes) -> Reply:
     """Return what `pack_result` packed."""
-    number, flags, rows, width, cached, engine_s, queue_s, inference_s = _RESULT.unpack_from(body)
+    number, flags, count, width, cached, engine_s, queue_s, inference_s = _RESULT.unpack_from(body)
     start, quotas = _RESULT.size, None
     if flags:
         values = _QUOTAS.unpack_from(body, start)
         start += _QUOTAS.size
         quotas = _quota(flags & _REQUESTS, values[:3]), _quota(flags & _TOKENS, values[3:])
-    vectors = np.frombuffer(body, dtype="<f4", count=rows * width, offset=start).reshape(rows, width)
-    return Reply(number, RequestResult(vectors, (), queue_s, inference_s), cached, engine_s, quotas)
+    rows, _ = unpack_rows(count, width, body, start)
+    return Reply(number, RequestResult(rows, (), queue_s, inference_s), cached, engine_s, quotas)
 
 
 def pack_reject(

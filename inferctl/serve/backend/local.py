@@ -60,16 +60,16 @@ class LocalBackend:
                 raise _rejection(error) from None
 
     async def compute(
-        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+        self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None
     ) -> RequestResult:
         """Return the vectors of a request. Part of `Backend`."""
-        future = self.start(context, sequences, second_starts)
+        future = self.start(context, sequences, marks)
         with contextlib.suppress(Exception):  # `finish` raises it
             await future
         return self.finish(context, future, sum(map(len, sequences)))
 
     def start(
-        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+        self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None
     ) -> asyncio.Future[RequestResult]:
         """Do the first half of `compute`: return the future of the result. Cancelling it cancels the request."""
         tokens = sum(map(len, sequences))
@@ -79,14 +79,14 @@ class LocalBackend:
         bulk = context.priority == b"bulk"
         submit = partial(self._dispatcher.submit, bulk=bulk, tenant=context.tenant)
         try:
-            if self._cache is None or second_starts is not None:  # pairs are not cached
-                return submit(sequences, second_starts, use=use)
+            if self._cache is None or (marks is not None and not self._cache.marked):  # pairs are not cached
+                return submit(sequences, marks, use=use)
         except AdmissionError as error:
             raise _rejection(error) from None
         except EngineUnavailableError as error:
             raise _unavailable(error) from None
         directives = context.cache_control
-        run = self._cache.run(context.key_id, sequences, submit, use, bulk=bulk, directives=directives)
+        run = self._cache.run(context.key_id, sequences, submit, use, marks=marks, bulk=bulk, directives=directives)
         return asyncio.get_running_loop().create_task(run)
 
     def finish(self, context: RequestContext, future: asyncio.Future[RequestResult], tokens: int) -> RequestResult:

@@ -59,7 +59,7 @@ class RemoteBackend:
             await self._ask(context, lambda id: frames.pack_numbers(Kind.ADMIT, id, key, flags, size))
 
     async def compute(
-        self, context: RequestContext, sequences: Sequence[Tokens], second_starts: Sequence[int] | None
+        self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None
     ) -> RequestResult:
         """Send a request to the backend, and return its result. Part of `Backend`."""
         number = next(self._ids)
@@ -70,7 +70,7 @@ class RemoteBackend:
             context.tenant is not None,
             context.cache_control,
             list(sequences),
-            None if second_starts is None else list(second_starts),
+            None if marks is None else list(marks),
         )
         frame, charge = frames.pack_submit(submission), context.charge
         if isinstance(charge, RemoteCharge):

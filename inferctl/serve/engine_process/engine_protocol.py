@@ -6,7 +6,7 @@ process border is one of the dataclasses here. Token ids and vectors are sent as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -17,6 +17,8 @@ from inferctl.config.spec import Task
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 Vectors: TypeAlias = npt.NDArray[np.float32]
+# One row of numbers for each sequence: one array if all have the same width.
+Rows: TypeAlias = Vectors | list[Vectors]
 
 # The batch limit is never lowered below this (tokens).
 MIN_BATCH_TOKENS = 64
@@ -135,29 +137,55 @@ class EngineInfo:
 class Batch:
     """The sequences of one forward pass.
 
-    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `second_starts`: the index in each
-    sequence at which its second segment begins, the length for a text; None if there are no pairs.
+    `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `marks`: one number for each
+    sequence. If the task takes pairs, the index at which its second segment begins, the length for a text; if the model
+    has several outputs, its `Form`. None if all sequences are texts of models with one output.
     """
 
     id: int
     tokens: Tokens
     lengths: Tokens
-    second_starts: Tokens | None = None
+    marks: Tokens | None = None
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The vectors of a batch (float32, [sequences, dimensions]). `ok[i]` is False if row i has NaN or infinity."""
+    """The rows of a batch, float32. `ok[i]` is False if row i has NaN or infinity."""
 
     id: int
-    vectors: Vectors
+    rows: Rows
     ok: npt.NDArray[np.bool_]
     seconds: float
 
 
-def finite_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
+def finite_rows(rows: Rows) -> npt.NDArray[np.bool_]:
     """Return for each row whether it has neither NaN nor infinity."""
-    return np.asarray(np.isfinite(vectors).all(axis=1), dtype=np.bool_)
+    if isinstance(rows, list):
+        return np.array([bool(np.isfinite(row).all()) for row in rows])
+    return np.asarray(np.isfinite(rows).all(axis=1), dtype=np.bool_)
+
+
+def pack_rows(rows: Rows) -> tuple[int, int, bytes]:
+    """Return number and width of rows, and their bytes; the width -1 if the bytes begin with the width of each row."""
+    if not isinstance(rows, list):
+        return *rows.shape, np.ascontiguousarray(rows, dtype="<f4").tobytes()
+    widths = np.array([len(row) for row in rows], dtype="<i4")
+    return len(rows), -1, b"".join([widths.tobytes(), *(row.astype("<f4", copy=False).tobytes() for row in rows)])
+
+
+def unpack_rows(count: int, width: int, body: bytes, offset: int) -> tuple[Rows, int]:
+    """Return the rows that `pack_rows` packed, from `offset` of `body`, and where they end."""
+    if width >= 0:
+        rows = np.frombuffer(body, dtype="<f4", count=count * width, offset=offset).reshape(count, width)
+        return rows, offset + rows.nbytes
+    widths = np.frombuffer(body, dtype="<i4", count=count, offset=offset)
+    values = np.frombuffer(body, dtype="<f4", count=int(widths.sum()), offset=offset + widths.nbytes)
+    return join_rows(np.split(values, np.cumsum(widths)[:-1])), offset + widths.nbytes + values.nbytes
+
+
+def join_rows(rows: Sequence[Vectors]) -> Rows:
+    """Return rows as one array if all have the same width."""
+    return np.stack(rows) if len({len(row) for row in rows}) == 1 else list(rows)
 
 
 class EngineProcess(Protocol):

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, pack_rows, unpack_rows
 
 _HEAD = struct.Struct("<IB")
-_BATCH = struct.Struct("<QII")  # id, number of sequences, whether `second_starts` follows `lengths`
-_RESULT = struct.Struct("<QIId")  # id, rows, dimensions, seconds
+_BATCH = struct.Struct("<QII")  # id, number of sequences, whether `marks` follow `lengths`
+_RESULT = struct.Struct("<QIid")  # id, rows, width (see `pack_rows`), seconds
 _MAX_FRAME = 1 << 28
 
 
@@ -45,35 +45,33 @@ def pack_json(kind: Kind, value: Any) -> bytes:
 
 def pack_batch(batch: Batch) -> bytes:
     """Return a BATCH frame."""
-    second_starts = batch.second_starts
-    arrays = [batch.lengths, *([] if second_starts is None else [second_starts]), batch.tokens]
-    head = _BATCH.pack(batch.id, len(batch.lengths), second_starts is not None)
+    arrays = [batch.lengths, *([] if batch.marks is None else [batch.marks]), batch.tokens]
+    head = _BATCH.pack(batch.id, len(batch.lengths), batch.marks is not None)
     body = b"".join([head, *(array.astype("<i4", copy=False).tobytes() for array in arrays)])
     return _HEAD.pack(len(body) + 1, Kind.BATCH) + body
 
 
 def unpack_batch(body: bytes) -> Batch:
     """Return the batch in the body of a BATCH frame."""
-    number, count, has_second_starts = _BATCH.unpack_from(body)
+    number, count, has_marks = _BATCH.unpack_from(body)
     values = np.frombuffer(body, dtype="<i4", offset=_BATCH.size)
     lengths, rest = values[:count], values[count:]
-    return Batch(number, rest[count:], lengths, rest[:count]) if has_second_starts else Batch(number, rest, lengths)
+    return Batch(number, rest[count:], lengths, rest[:count]) if has_marks else Batch(number, rest, lengths)
 
 
 def pack_result(result: BatchResult) -> bytes:
     """Return a RESULT frame."""
-    rows, width = result.vectors.shape
-    vectors, ok = np.ascontiguousarray(result.vectors, dtype="<f4").tobytes(), result.ok.astype(np.uint8).tobytes()
-    size = 1 + _RESULT.size + len(vectors) + len(ok)
-    return b"".join((_HEAD.pack(size, Kind.RESULT), _RESULT.pack(result.id, rows, width, result.seconds), vectors, ok))
+    count, width, rows = pack_rows(result.rows)
+    ok = result.ok.astype(np.uint8).tobytes()
+    size = 1 + _RESULT.size + len(rows) + len(ok)
+    return b"".join((_HEAD.pack(size, Kind.RESULT), _RESULT.pack(result.id, count, width, result.seconds), rows, ok))
 
 
 def unpack_result(body: bytes) -> BatchResult:
     """Return the result in the body of a RESULT frame."""
-    number, rows, width, seconds = _RESULT.unpack_from(body)
-    vectors = np.frombuffer(body, dtype="<f4", count=rows * width, offset=_RESULT.size).reshape(rows, width)
-    ok = np.frombuffer(body, dtype=np.uint8, offset=_RESULT.size + vectors.nbytes).astype(np.bool_)
-    return BatchResult(number, vectors, ok, seconds)
+    number, count, width, seconds = _RESULT.unpack_from(body)
+    rows, end = unpack_rows(count, width, body, _RESULT.size)
+    return BatchResult(number, rows, np.frombuffer(body, dtype=np.uint8, offset=end).astype(np.bool_), seconds)
 
 
 def receive(stream: BufferedIOBase) -> tuple[Kind, bytes] | None:

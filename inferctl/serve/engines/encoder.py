@@ -172,6 +172,6 @@ class EncoderEngine:
         """
         assert self._compute is not None, "`load` comes first"
         started = time.perf_counter()
-        starts = None if batch.second_starts is None else batch.second_starts.tolist()
-        vectors = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), starts))
-        return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
+        marks = None if batch.marks is None else batch.marks.tolist()
+        rows = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), marks))
+        return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)

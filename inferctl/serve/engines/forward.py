@@ -27,10 +27,10 @@ _MAX_PADDING = 0.15
 
 @dataclass(frozen=True)
 class Sequences:
-    """The token ids of sequences, and for pairs of texts where their second segments start (see `Batch`)."""
+    """The token ids of sequences, and their marks (see `Batch`)."""
 
     ids: list[Tokens]
-    second_starts: list[int] | None = None
+    marks: list[int] | None = None
 
     @classmethod
     def of_pairs(cls, pairs: Iterable[Pair]) -> Sequences:
@@ -48,12 +48,12 @@ class Sequences:
 
     def take(self, indices: Iterable[int]) -> Sequences:
         """Return the sequences with these indices."""
-        chosen, starts = list(indices), self.second_starts
-        return Sequences([self.ids[i] for i in chosen], None if starts is None else [starts[i] for i in chosen])
+        chosen, marks = list(indices), self.marks
+        return Sequences([self.ids[i] for i in chosen], None if marks is None else [marks[i] for i in chosen])
 
     def token_type_ids(self) -> list[Integers]:
         """Return for each token of each sequence the number of its segment, 0 or 1."""
-        starts = self.lengths if self.second_starts is None else self.second_starts
+        starts = self.lengths if self.marks is None else self.marks
         return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
 
 
@@ -152,7 +152,7 @@ class Forward:
         if self._first_position and (ids[:total] == self._first_position - 1).any():
             within = _places_without(ids == self._first_position - 1, within)
         inputs = {"input_ids": ids, "position_ids": within + self._first_position}
-        if self._has_segments and sequences.second_starts is not None:
+        if self._has_segments and sequences.marks is not None:
             inputs["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])
         layout = (
             packed.varlen_layout(lengths, self._device)
@@ -169,7 +169,7 @@ class Forward:
         real = np.arange(lengths.max()) < lengths[:, None]
         inputs = {"input_ids": np.full(real.shape, self._padding_id), "attention_mask": real.astype(np.int64)}
         inputs["input_ids"][real] = np.concatenate(sequences.ids)
-        if self._has_segments and sequences.second_starts is not None:
+        if self._has_segments and sequences.marks is not None:
             inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
             inputs["token_type_ids"][real] = np.concatenate(sequences.token_type_ids())
         on_device = {name: self._to_device(values) for name, values in inputs.items()}

@@ -27,6 +27,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     BatchResult,
     EngineInfo,
     EngineProcess,
+    Rows,
     Tokens,
     Vectors,
 )
@@ -34,7 +35,7 @@ from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
 from inferctl.serve.scheduling.engine_use import EngineUse
 
-# Gets the index of a sequence in its request, its vector, and whether that has neither NaN nor infinity.
+# Gets the index of a sequence in its request, its row, and whether that has neither NaN nor infinity.
 OnVector: TypeAlias = Callable[[int, Vectors, bool], None]
 
 # Admission asks for each request how long the engines are busy. With eight engines, the answer takes 5 us.
@@ -50,13 +51,13 @@ class EngineFailedError(Exception):
 
 
 class RequestResult(NamedTuple):
-    """The vectors of one request ([sequences, dimensions]) and its times (s).
+    """The rows of one request and its times (s).
 
-    `non_finite`: the indices of the vectors with NaN or infinity. `inference_seconds`: from the start of its first
-    batch to its last vector.
+    `non_finite`: the indices of the rows with NaN or infinity. `inference_seconds`: from the start of its first
+    batch to its last row.
     """
 
-    vectors: Vectors
+    rows: Rows
     non_finite: Sequence[int]
     queue_seconds: float
     inference_seconds: float
@@ -67,15 +68,15 @@ class _Request:
     """A request in flight. Times are in seconds."""
 
     sequences: Sequence[Tokens]
-    second_starts: Sequence[int] | None
+    marks: Sequence[int] | None
     future: asyncio.Future[RequestResult]
     arrived: float
     predicted: float
-    remaining: int  # sequences without a vector
+    remaining: int  # sequences without a row
     use: EngineUse
     on_vector: OnVector | None = None
     first_start: float = float("inf")
-    vectors: Vectors | None = None
+    rows: Rows | None = None
     non_finite: list[int] = field(default_factory=list)
 
 
@@ -108,7 +109,7 @@ class Dispatcher:
     def submit(
         self,
         sequences: Sequence[Tokens],
-        second_starts: Sequence[int] | None = None,
+        marks: Sequence[int] | None = None,
         *,
         bulk: bool = False,
         tenant: str | None = None,
@@ -117,8 +118,8 @@ class Dispatcher:
     ) -> asyncio.Future[RequestResult]:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
-        `second_starts`: as in `Batch`. `tenant`: as in `Batcher.submit`.
-        `on_vector` gets each vector when its batch completes. `use` counts what engines compute. Raises
+        `marks`: as in `Batch`. `tenant`: as in `Batcher.submit`.
+        `on_vector` gets each row when its batch completes. `use` counts what engines compute. Raises
         `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError`
         or `EngineFailedError`.
         """
@@ -131,7 +132,7 @@ class Dispatcher:
         predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
         future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()
         use = use or EngineUse()
-        request = _Request(sequences, second_starts, future, now, predicted, len(sequences), use, on_vector)
+        request = _Request(sequences, marks, future, now, predicted, len(sequences), use, on_vector)
         self._requests[number] = request
         use.begin()
         future.add_done_callback(lambda _: self._request_done(number))
@@ -187,7 +188,7 @@ class Dispatcher:
         self._dispatch()
 
     def batch_done(self, engine: EngineProcess, result: BatchResult) -> None:
-        """Store the vectors of a batch. Part of `Listener`."""
+        """Store the rows of a batch. Part of `Listener`."""
         queue = self._engines[engine]
         attempt, seconds = queue.finish(result.id)
         now = self._clock()
@@ -200,7 +201,7 @@ class Dispatcher:
             use.add(item.tokens, per_token * item.tokens)
             if request := self._requests.get(item.request):
                 request.first_start = min(request.first_start, now - result.seconds)
-                self._store(request, item.position, result.vectors[row], bool(result.ok[row]), now)
+                self._store(request, item.position, result.rows[row], bool(result.ok[row]), now)
         self._dispatch()
 
     def batch_failed(self, engine: EngineProcess, number: int, message: str, out_of_memory: bool) -> None:
@@ -244,12 +245,12 @@ class Dispatcher:
         attempt.uses = [request.use for request, _ in found]
         parts = [request.sequences[position] for request, position in found]
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
-        second_starts = None
-        if any(of_request := [request.second_starts for request, _ in found]):  # else no pairs; a list has an entry
+        marks = None
+        if any(of_request := [request.marks for request, _ in found]):  # a list has an entry
             starts = zip(parts, of_request, found, strict=True)
             whole = [len(part) if given is None else given[at] for part, given, (_, at) in starts]
-            second_starts = np.array(whole, dtype=np.int32)
-        return Batch(next(self._ids), np.concatenate(parts), lengths, second_starts)
+            marks = np.array(whole, dtype=np.int32)
+        return Batch(next(self._ids), np.concatenate(parts), lengths, marks)
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:
         """Return what to send to the engine now: a retry if it is idle, else the next batch of the queue."""
@@ -266,20 +267,23 @@ class Dispatcher:
         """Return the sequences whose requests still wait for a result."""
         return [item for item in items if item.request in self._requests]
 
-    def _store(self, request: _Request, index: int, vector: Vectors, ok: bool, now: float) -> None:
-        """Store one vector; the last one completes the request."""
-        if request.vectors is None:
-            request.vectors = np.empty((len(request.sequences), len(vector)), dtype=np.float32)
-        request.vectors[index] = vector
+    def _store(self, request: _Request, index: int, row: Vectors, ok: bool, now: float) -> None:
+        """Store one row; the last one completes the request."""
+        rows, count = request.rows, len(request.sequences)
+        if rows is None:
+            rows = request.rows = np.empty((count, len(row)), dtype=np.float32)
+        elif not isinstance(rows, list) and rows.shape[1] != len(row):
+            rows = request.rows = list(rows)  # the widths differ
+        rows[index] = row
         if not ok:
             request.non_finite.append(index)
         if request.on_vector:
-            request.on_vector(index, vector, ok)
+            request.on_vector(index, row, ok)
         request.remaining -= 1
         if not request.remaining and not request.future.done():
             self._batcher.observe(request.predicted, now - request.arrived)
             queued, inference = max(0.0, request.first_start - request.arrived), now - request.first_start
-            request.future.set_result(RequestResult(request.vectors, request.non_finite, queued, inference))
+            request.future.set_result(RequestResult(rows, request.non_finite, queued, inference))
 
     def _fail(self, number: int, error: Exception) -> None:
         """Fail a request, unless it is complete or cancelled."""

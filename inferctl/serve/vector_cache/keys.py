@@ -19,7 +19,7 @@ _SCOPES = 16_384
 
 
 def identity(model_sha256: str, config: TaskConfig, info: EngineInfo) -> dict[str, Any]:
-    """Return all that determines a vector except its token ids.
+    """Return all that determines a row except its token ids and its mark.
 
     The device is not part of it: servers on different GPUs share entries if they compute in the same precision. The
     requested precision is not either, because its result counts.
@@ -50,10 +50,13 @@ class KeySpace:
             lambda scope: blake2b(b"" if scope is None else b"s" + scope.encode(), key=root, digest_size=32).digest()
         )
 
-    def keys(self, scope: str | None, sequences: Sequence[Tokens]) -> list[bytes]:
+    def keys(self, scope: str | None, sequences: Sequence[Tokens], marks: Sequence[int] | None = None) -> list[bytes]:
         """Return the key of each sequence of token ids (int32): 128 bits.
 
-        `scope`: who shares the entries; None for callers without a scope.
+        `scope`: who shares the entries; None for callers without a scope. `marks`: as in `Batch`.
         """
         seed = self._seed(scope)
-        return [blake2b(ids.tobytes(), key=seed, digest_size=KEY_BYTES).digest() for ids in sequences]
+        contents = [ids.tobytes() for ids in sequences]
+        if marks is not None:
+            contents = [ids + mark.to_bytes(8, "little") for ids, mark in zip(contents, marks, strict=True)]
+        return [blake2b(content, key=seed, digest_size=KEY_BYTES).digest() for content in contents]

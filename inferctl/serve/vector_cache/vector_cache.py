@@ -23,7 +23,7 @@ import numpy as np
 from inferctl.config.spec import Cache, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core.sizes import parse_size
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors, join_rows
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
@@ -41,7 +41,12 @@ class Compute(Protocol):
     """Computes sequences. Raises what `Dispatcher.submit` raises."""
 
     def __call__(
-        self, sequences: Sequence[Tokens], *, on_vector: OnVector | None = None, use: EngineUse | None = None
+        self,
+        sequences: Sequence[Tokens],
+        marks: Sequence[int] | None = None,
+        *,
+        on_vector: OnVector | None = None,
+        use: EngineUse | None = None,
     ) -> asyncio.Future[RequestResult]: ...
 
 
@@ -51,10 +56,11 @@ class _Flight:
 
     `future`: of the computation. `ended`: that it is done, for the request that started it, which may cancel this one.
     `waiters`: how many requests need the flight. `joined`: futures of single vectors that other requests wait for; None
-    means that the flight failed.
+    means that the flight failed. `marks`: as in `Batch`.
     """
 
     sequences: dict[bytes, Tokens]
+    marks: dict[bytes, int] | None
     bulk: bool
     ended: asyncio.Future[None]
     use: EngineUse
@@ -81,16 +87,25 @@ def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
         return None
     shared = SharedLevel(settings.shared, metrics.cache_shared_failures.inc) if settings.shared else None
     store = VectorStore(parse_size(settings.size))
-    return VectorCache(store, metrics, shared, scoped=settings.scope == "key")
+    return VectorCache(store, metrics, shared, scoped=settings.scope == "key", marked=task == "embed")
 
 
 class VectorCache:
-    """The cache of one server. Runs on the event loop. `key_space` is set when the model is loaded."""
+    """The cache of one server. Runs on the event loop. `key_space` is set when the model is loaded.
+
+    `marked`: whether it keeps rows of sequences with a mark, which are those of models with several outputs.
+    """
 
     def __init__(
-        self, store: VectorStore, metrics: Metrics, shared: SharedLevel | None = None, *, scoped: bool = True
+        self,
+        store: VectorStore,
+        metrics: Metrics,
+        shared: SharedLevel | None = None,
+        *,
+        scoped: bool = True,
+        marked: bool = True,
     ) -> None:
-        self.shared = shared
+        self.shared, self.marked = shared, marked
         self._store, self._metrics, self._scoped = store, metrics, scoped
         self._local_hits, self._shared_hits = (metrics.cache_hits.labels(level) for level in ("local", "shared"))
         metrics.cache_bytes.set_function(lambda: store.bytes)
@@ -111,26 +126,34 @@ class VectorCache:
         compute: Compute,
         use: EngineUse,
         *,
+        marks: Sequence[int] | None = None,
         bulk: bool,
         directives: bytes = b"",
     ) -> RequestResult:
-        """Return the vectors of `sequences`; `compute` runs the missing ones, and `use` counts what engines compute.
+        """Return the rows of `sequences`, with `marks` as in `Batch`; `compute` runs the missing ones, and `use` counts what engines compute.
 
         `scope`: the caller, who shares entries with nobody else if the cache is scoped. `directives`: the header
         Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
         `compute` raises.
         """
         assert self._key_space is not None
-        keys = self._key_space.keys(scope if self._scoped else None, sequences)
+        keys = self._key_space.keys(scope if self._scoped else None, sequences, marks)
         if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
             if b"no-store" in wanted:
-                return await compute(sequences, use=use)
+                return await compute(sequences, marks, use=use)
             if b"no-cache" in wanted:
-                return await compute(sequences, on_vector=partial(self._refresh, keys), use=use)
-        return await self._run(keys, sequences, compute, use, bulk)
+                return await compute(sequences, marks, on_vector=partial(self._refresh, keys), use=use)
+        by_key = None if marks is None else dict(zip(keys, marks, strict=True))
+        return await self._run(keys, sequences, by_key, compute, use, bulk)
 
     async def _run(
-        self, keys: Sequence[bytes], sequences: Sequence[Tokens], compute: Compute, use: EngineUse, bulk: bool
+        self,
+        keys: Sequence[bytes],
+        sequences: Sequence[Tokens],
+        marks: dict[bytes, int] | None,
+        compute: Compute,
+        use: EngineUse,
+        bulk: bool,
     ) -> RequestResult:
         found: dict[bytes, bytes] = {}
         computed = from_shared = joins = 0
@@ -152,7 +175,7 @@ class VectorCache:
                     missing[key] = sequence
             if not joined and not missing:
                 break
-            own = self._start(missing, compute, use, bulk) if missing else None
+            own = self._start(missing, marks, compute, use, bulk) if missing else None
             waiting = {key: flight.join(key) for key, flight in joined.items()}
             started = time.monotonic()
             await self._wait({*joined.values(), *((own,) if own else ())}, own, list(waiting.values()))
@@ -180,13 +203,24 @@ class VectorCache:
         self._metrics.cache_misses.inc(computed)
         self._metrics.cache_coalesced.inc(len(keys) - local - from_shared - computed)
         non_finite = [index for index, key in enumerate(keys) if not found[key]]
-        data = b"" if non_finite else b"".join([found[key] for key in keys])
-        vectors = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1) if data else np.empty((0, 0), np.float32)
-        return RequestResult(vectors, non_finite, queue_s, inference_s)
+        rows: Rows = np.empty((0, 0), np.float32)
+        if not non_finite and marks is None:
+            data = b"".join([found[key] for key in keys])
+            rows = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1)
+        elif not non_finite:
+            rows = join_rows([np.frombuffer(found[key], dtype=np.float32) for key in keys])
+        return RequestResult(rows, non_finite, queue_s, inference_s)
 
-    def _start(self, missing: dict[bytes, Tokens], compute: Compute, use: EngineUse, bulk: bool) -> _Flight:
-        flight = _Flight(missing, bulk, asyncio.get_running_loop().create_future(), use)
-        if self.shared and self.shared.up:
+    def _start(
+        self,
+        missing: dict[bytes, Tokens],
+        marks: dict[bytes, int] | None,
+        compute: Compute,
+        use: EngineUse,
+        bulk: bool,
+    ) -> _Flight:
+        flight = _Flight(missing, marks, bulk, asyncio.get_running_loop().create_future(), use)
+        if self.shared and self.shared.up and marks is None:  # it checks that rows have the width of this model
             flight.future = asyncio.ensure_future(self._through_shared(flight, self.shared, compute))
             use.begin()  # it may compute after its request was cancelled
             flight.future.add_done_callback(use.end)
@@ -211,7 +245,8 @@ class VectorCache:
 
     def _computed(self, flight: _Flight, keys: Sequence[bytes], compute: Compute) -> asyncio.Future[RequestResult]:
         sequences, arrived = [flight.sequences[key] for key in keys], partial(self._arrived, flight, keys)
-        return compute(sequences, on_vector=arrived, use=flight.use)
+        marks = None if flight.marks is None else [flight.marks[key] for key in keys]
+        return compute(sequences, marks, on_vector=arrived, use=flight.use)
 
     async def _wait(
         self, flights: set[_Flight], own: _Flight | None, futures: Sequence[asyncio.Future[bytes | None]]
