@@ -24,7 +24,7 @@ _READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
 _START_S = 900
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
-SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja"})
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja", ".metadata"})
 # The ranges of the vectors, by `inferctl calibrate` (see `vector_format`). They change no vector.
 VECTOR_RANGES = "vector_ranges.json"
 # Folder next to `snapshots` in the hub's cache, with converted snapshots by commit.
@@ -37,14 +37,8 @@ LIBRARY_FILE = "config_sentence_transformers.json"
 STATIC = "StaticEmbedding"
 # Ends of the class names of generative models.
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Kinds of models that no task computes, by the word of sentence-transformers or the class of `config.json`.
-_PER_TOKEN = "a multi-vector model, which has one vector per token"
-OTHER_KINDS = {
-    "SparseEncoder": "a sparse encoder, whose vectors have one weight per token of the vocabulary",
-    "MultiVectorEncoder": _PER_TOKEN,
-    "ColBERT": _PER_TOKEN,
-    "HF_ColBERT": _PER_TOKEN,
-}
+# Folders with the layers of BGE-M3 for the weights and the vectors of tokens. Its repository has them as pickles.
+BGE_M3 = ("sparse_linear", "colbert_linear")
 # Of a classifier. The largest published ones have some thousands.
 _MAX_LABELS = 1_000_000
 _MADE_FOR: dict[TaskSetting, str] = {
@@ -294,12 +288,10 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
 
     sentence-transformers decides, if it wrote the files. With modules, an embedding model can have the architecture of
     a generative one. A classifier with one label is a cross-encoder, unless `classify` is requested. Raises
-    `UsageError` if the model is made for another task, and for kinds of models that no task computes.
+    `UsageError` if the model is made for another task.
     """
     config = model.config
     name = architecture(config)
-    if kind := OTHER_KINDS.get(model.library_type or "") or OTHER_KINDS.get(name):
-        raise UsageError(f"{source} is {kind}, which is not supported", "use a model with one dense vector per text")
     generative = name.endswith(GENERATIVE)
     classifier = name.endswith("ForSequenceClassification")
     task: Task = "embed"
@@ -322,6 +314,11 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
         f"model.task: {requested} requires {requires}, but {source} is {made_for} ({name})",
         f"set `model.task: auto`, or choose {requires}",
     )
+
+
+def shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor in a safetensors file. Raises `UsageError` if it is incomplete."""
+    yield from ((name, tuple(tensor["shape"])) for name, tensor in _tensors(file))
 
 
 def longest_start_s(weights_bytes: int | None) -> float:

@@ -6,15 +6,18 @@ The formats are those of the files that sentence-transformers writes (see `modul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, ClassVar
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models import model
-from inferctl.serve import architecture, modules, prompts
+from inferctl.serve import architecture, modules, output_config, prompts
 from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
+from inferctl.serve.outputs import FORMS, Form, Output, SparseConfig, TokensConfig
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 # RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
@@ -35,6 +38,8 @@ class EmbeddingConfig:
     `assumed`: the folder does not name a pooling, so that of its kind is used. `matryoshka`: the dimensions that
     vectors can be truncated to, empty if the model was not trained for truncation, None if any number is allowed.
     `static`: as in `ModelFolder`; then the token vectors are rows of a table, and no special tokens are added.
+    `sparse`, `tokens`: how the other outputs are computed, None without them. Without a dense vector, `pooling` is
+    empty. The vectors of tokens of a model that was not trained for them are their states.
     """
 
     task: ClassVar[Task] = "embed"
@@ -49,6 +54,29 @@ class EmbeddingConfig:
     assumed: bool = False
     matryoshka: tuple[int, ...] | None = ()
     static: str | None = None
+    sparse: SparseConfig | None = None
+    tokens: TokensConfig | None = None
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The outputs that a request can have; the first one is that of requests that name none."""
+        found: dict[Output, object] = {"dense": self.pooling, "sparse": self.sparse, "tokens": self.tokens}
+        return tuple(name for name, config in found.items() if config)
+
+    @property
+    def checked(self) -> Form:
+        """The outputs that the model was trained for."""
+        trained = (name for name in self.outputs if name != "tokens" or self.tokens != TokensConfig())
+        return reduce(or_, (FORMS[name] for name in trained))
+
+    def limit(self, *, query: bool) -> int | None:
+        """Return the most tokens of a query or a document; None for `max_tokens`."""
+        return self.tokens.limit(query=query) if self.tokens else None
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the sparse weights are made of the logits of a masked language model."""
+        return self.sparse is not None and self.sparse.folder is None
 
     @property
     def normalize(self) -> bool:
@@ -58,10 +86,19 @@ class EmbeddingConfig:
 
 def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for what is not supported."""
+    outputs = output_config.read(folder)
+    if outputs is not None and not outputs.dense:
+        settings = input_settings(folder, max_input_tokens, pooled=True)
+        texts = {**settings["prompts"].texts, **outputs.prompts}
+        settings["prompts"] = replace(settings["prompts"], texts=texts)
+        return EmbeddingConfig((), sparse=outputs.sparse, tokens=outputs.tokens, **settings)
     found = modules.read(folder, "embed")
     static = found.static if found else None
     pooled = found is None or found.include_prompt
+    tokens = outputs.tokens if outputs else None if static else TokensConfig()
     return EmbeddingConfig(
+        sparse=outputs.sparse if outputs else None,
+        tokens=tokens,
         pooling=found.pooling if found else _assumed_pooling(folder),
         layers=found.layers if found else (),
         truncate_dim=_truncate_dim(folder),

@@ -8,7 +8,7 @@ own files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -61,6 +61,7 @@ _SETTINGS = frozenset(
 # What each task of Transformer takes of the model, and its name for the next module.
 _OUTPUTS = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "fill-mask": ("logits", "token_embeddings"),
     "sequence-classification": ("logits", "scores"),
 }
 # The class of sentence-transformers for each task. It would replace the modules that another class saved.
@@ -132,20 +133,21 @@ def read(folder: Path, task: Task) -> Modules | None:
             f"the modules of {folder} are those of a {saved}, not of a {_CLASSES[task]}",
             f"save the model with {_CLASSES[task]} of {_PACKAGE}, or remove modules.json if the transformer is enough",
         )
-    first, *others = _entries(folder)
+    first, *others = listed_modules(folder)
     entries = [first, *(entry for entry in others if entry[0] != "Dropout")]  # it does nothing after the training
     names = [name for name, _ in entries]
     if names[0] == STATIC and task == "embed":
         _check_outputs(folder, entries, task)
-        layers = tuple(_layer(folder, name, path) for name, path in entries[1:])
+        layers = tuple(read_layer(folder, name, path) for name, path in entries[1:])
         return Modules(("mean",), layers=layers, static=first[1])
-    _check_transformer(folder, entries, task)
-    if task != "embed" and len(entries) == 1:
+    alone = task != "embed" and len(entries) == 1
+    check_transformer(folder, first, "sequence-classification" if alone else "feature-extraction")
+    if alone:
         return None
     if names[1:2] != ["Pooling"]:
         found = f"no Pooling module after Transformer, but {names[1]}" if names[1:] else "no Pooling module"
         raise UsageError(f"{folder} has {found}: its vectors are those of tokens", _HINT)
-    layers = tuple(_layer(folder, name, path) for name, path in entries[2:])
+    layers = tuple(read_layer(folder, name, path) for name, path in entries[2:])
     _check_outputs(folder, entries, task)
     pooling, include_prompt = _pooling(folder, entries[1][1])
     return Modules(pooling, include_prompt, layers)
@@ -182,8 +184,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _entries(folder: Path) -> list[tuple[str, str]]:
-    """Return class name and folder of each module."""
+def listed_modules(folder: Path, packages: Collection[str] = (_PACKAGE,)) -> list[tuple[str, str]]:
+    """Return class name and folder of each module. Raises `UsageError` for classes of other packages."""
     listed = ModelFolder(folder).modules
     if not listed:
         raise UsageError(f"{folder / 'modules.json'} lists no modules", "download the model again")
@@ -193,7 +195,7 @@ def _entries(folder: Path) -> list[tuple[str, str]]:
     entries = []
     for entry in listed:
         package, _, name = str(entry.get("type", "")).rpartition(".")
-        if package.partition(".")[0] != _PACKAGE:
+        if package.partition(".")[0] not in packages:
             raise UsageError(
                 f"{folder} has a module {entry.get('type')}, whose code is not that of {_PACKAGE}",
                 "code of a model is not run; " + _HINT,
@@ -202,19 +204,27 @@ def _entries(folder: Path) -> list[tuple[str, str]]:
     return entries
 
 
-def _check_transformer(folder: Path, entries: list[tuple[str, str]], task: Task) -> None:
-    (name, path), *_ = entries
-    if name != "Transformer":
+def check_transformer(
+    folder: Path, entry: tuple[str, str], wanted: str = "feature-extraction", known: Collection[str] = ()
+) -> None:
+    """Raise `UsageError` unless a first module is a Transformer in the folder itself that returns what is `wanted`.
+
+    `known`: other settings that the caller reads.
+    """
+    name, path = entry
+    default = "feature-extraction"
+    if (name, wanted) == ("MLMTransformer", "fill-mask"):  # of old releases
+        default = wanted
+    elif name != "Transformer":
         raise UsageError(f"{folder} has a {name} module first, which is not supported", _HINT)
     if path not in ("", "."):
         raise UsageError(
             f"the Transformer module of {folder} is in {path}", "move its files into the model folder, with path ''"
         )
     settings = transformer_settings(folder)
-    wanted = "sequence-classification" if task != "embed" and len(entries) == 1 else "feature-extraction"
-    if (found := settings.get("transformer_task", "feature-extraction")) != wanted:
+    if (found := settings.get("transformer_task", default)) != wanted:
         raise UsageError(f"the transformer of {folder} is made for {found}, not for {wanted}", "use another model")
-    if changed := sorted(_changes(settings)):
+    if changed := sorted(set(_changes(settings)).difference(known)):
         raise UsageError(
             f"{folder} sets {', '.join(changed)} in the settings of its Transformer module, which is not supported",
             "write these settings into config.json and the files of the tokenizer, and remove them there",
@@ -246,7 +256,7 @@ def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> 
     for index, (name, path) in enumerate(entries):
         if name not in ("Dense", "Normalize"):
             continue
-        settings = _settings(folder, path)
+        settings = settings_of(folder, path)
         source = settings.get("module_input_name") or "sentence_embedding"
         target = settings.get("module_output_name") or source
         last = name == "Dense" and task != "embed" and index == len(entries) - 1
@@ -258,12 +268,13 @@ def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> 
         raise UsageError(f"the modules of {folder} return no scores", "use a cross-encoder whose last module is Dense")
 
 
-def _settings(folder: Path, path: str) -> dict[str, Any]:
+def settings_of(folder: Path, path: str) -> dict[str, Any]:
+    """Return the settings of a module in the folder `path`."""
     return read_object(inside(folder, f"{path}/config.json"))
 
 
 def _pooling(folder: Path, path: str) -> tuple[tuple[PoolingMode, ...], bool]:
-    config = _settings(folder, path)
+    config = settings_of(folder, path)
     if not {"embedding_dimension", "word_embedding_dimension"} & config.keys():
         raise UsageError(f"{folder / path} has no configuration of a Pooling module", "download the model again")
     chosen = config.get("pooling_mode")
@@ -283,10 +294,11 @@ def _pooling(folder: Path, path: str) -> tuple[tuple[PoolingMode, ...], bool]:
     return tuple(modes), bool(config.get("include_prompt", True))
 
 
-def _layer(folder: Path, name: str, path: str) -> Layer:
+def read_layer(folder: Path, name: str, path: str) -> Layer:
+    """Return a module that changes vectors. Raises `UsageError` for others, and without their sizes."""
     if name == "Normalize":
         return Normalize()
-    settings = _settings(folder, path)
+    settings = settings_of(folder, path)
     try:
         if name == "LayerNorm":
             return LayerNorm(path, int(settings["dimension"]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
@@ -96,6 +96,8 @@ class TokenizerPool:
         self._static = config.static if isinstance(config, EmbeddingConfig) else None
         self._file, self._config = folder / (self._static or "") / "tokenizer.json", config
         self._on_truncated = on_truncated
+        tokens = config.tokens if isinstance(config, EmbeddingConfig) else None
+        self._markers = tokens.markers if tokens else ()
         self._prompt = config.prompts.default_text
         if not self._file.is_file():
             raise UsageError(
@@ -135,6 +137,8 @@ class TokenizerPool:
             )
         self._local.tokenizer = self._prepared(tokenizer)
         self._word_piece, self._reason = word_piece.create(self.own_tokenizer(), self._encode_slowly)
+        if self._markers:
+            self._word_piece, self._reason = None, "tokens that precede queries and documents are added to it"
         # All ids are below it. Those of added tokens can have gaps before them.
         self.vocabulary_size = max(
             tokenizer.get_vocab_size(with_added_tokens=True),
@@ -185,11 +189,18 @@ class TokenizerPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def encode(
-        self, texts: Sequence[str], *, truncate: bool, tenant: str | None = None, prompt: str | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool,
+        tenant: str | None = None,
+        prompt: str | None = None,
+        limit: int | None = None,
     ) -> list[Tokens]:
         """Return the token ids (int32) of each text after `prompt`; None is the default prompt of the model.
 
-        `tenant`: among whom the threads are shared; None if they are not.
+        `limit`: the most tokens, with special ones, if they are fewer than the model accepts. `tenant`: among whom the
+        threads are shared; None if they are not.
 
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
         few tokens for its length, `TokenizerBusyError` and `TokenizerShareError`.
@@ -197,8 +208,8 @@ class TokenizerPool:
         prompt = self._prompt if prompt is None else prompt
         size = sum(map(len, texts)) + len(texts) * len(prompt)
         if self._is_small(size, len(texts)):
-            return self.encode_now(texts, truncate=truncate, prompt=prompt)
-        encode = partial(self.encode_now, truncate=truncate, prompt=prompt)
+            return self.encode_now(texts, truncate=truncate, prompt=prompt, limit=limit)
+        encode = partial(self.encode_now, truncate=truncate, prompt=prompt, limit=limit)
         calls = [partial(encode, texts[i:j], first=i) for i, j in slices([len(prompt) + len(text) for text in texts])]
         return await self._run(calls, size, tenant)
 
@@ -230,7 +241,13 @@ class TokenizerPool:
         return await self._run(calls, size, tenant)
 
     def encode_now(
-        self, texts: Sequence[str], *, truncate: bool, first: int = 0, prompt: str | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        truncate: bool,
+        first: int = 0,
+        prompt: str | None = None,
+        limit: int | None = None,
     ) -> list[Tokens]:
         """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
         prompt = self._prompt if prompt is None else prompt
@@ -239,6 +256,11 @@ class TokenizerPool:
             if size > len(ids):
                 self._allow_truncation(index, truncate)
                 truncated += 1
+            if limit is not None and len(ids) > limit:
+                if size == len(ids):  # else it is counted
+                    self._allow_truncation(index, truncate, limit=limit)
+                    truncated += 1
+                ids = np.concatenate([ids[: limit - self._special_end], ids[len(ids) - self._special_end :]])
             if self._eos is not None:
                 ids = np.append(ids, np.int32(self._eos))
             rows.append(_NO_TOKENS if not len(ids) and self._static is not None else _not_empty(ids, index))
@@ -302,9 +324,9 @@ class TokenizerPool:
                 self._shares.release(tenant, characters)
         return found
 
-    def _allow_truncation(self, index: int, truncate: bool, field: str = "input") -> None:
+    def _allow_truncation(self, index: int, truncate: bool, field: str = "input", limit: int | None = None) -> None:
         if not truncate:
-            message = f"has more than {self.max_tokens} tokens; set `truncate` to true to shorten it"
+            message = f"has more than {limit or self.max_tokens} tokens; set `truncate` to true to shorten it"
             raise InputError(index, "context_length_exceeded", message, field)
 
     def _encodings(
@@ -369,6 +391,11 @@ class TokenizerPool:
         return characters + texts * _TEXT_CHARACTERS <= most
 
     @cached_property
+    def _special_end(self) -> int:
+        """How many special tokens follow a text."""
+        return self.own_tokenizer().encode("a").special_tokens_mask[::-1].index(0)
+
+    @cached_property
     def _pair_format(self) -> tuple[Tokens, Tokens, Tokens, bool]:
         """The special tokens before, between and after both texts of a pair, and whether it has two segments."""
         pair = self.own_tokenizer().encode("a", "a")
@@ -392,6 +419,11 @@ class TokenizerPool:
                 f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
             ) from None
         tokenizer.no_padding()
+        markers = (
+            self._config.tokens.markers if isinstance(self._config, EmbeddingConfig) and self._config.tokens else ()
+        )
+        if markers:
+            tokenizer.add_special_tokens([AddedToken(marker, normalized=False, special=True) for marker in markers])
         if self._static is not None:
             tokenizer.post_processor = processors.Sequence([])  # which adds the special tokens
         return tokenizer

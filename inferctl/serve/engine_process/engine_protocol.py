@@ -91,7 +91,8 @@ class EngineInfo:
     lengths differ; None without that comparison (`check` gives the reason). `cosine_limit`: the lowest expected
     `cosine_min` of this precision. Other tasks than `embed` have `logit_error` instead: the largest difference to fp32
     logits, relative to the largest of these.
-    `dimensions` is then the number of labels.
+    `dimensions` is then the number of labels; for `embed`, 0 without a dense vector. `token_dimensions`: of the vector
+    of a token, 0 without them.
     `warnings`: problems of this start, for the user.
     """
 
@@ -103,6 +104,7 @@ class EngineInfo:
     batch_tokens: int
     parallel: int = 1
     vocabulary_size: int = 0
+    token_dimensions: int = 0
     causal: bool | None = None
     cosine_min: float | None = None
     cosine_mean: float | None = None
@@ -138,8 +140,8 @@ class Batch:
     """The sequences of one forward pass.
 
     `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `marks`: one number for each
-    sequence. If the task takes pairs, the index at which its second segment begins, the length for a text; if the model
-    has several outputs, its `Form`. None if all sequences are texts of models with one output.
+    sequence, 0 by default. In a task that takes pairs, it is the index at which the second segment begins, 0 without
+    one; of a model with several outputs, a mark of `outputs.py`. None if all are 0.
     """
 
     id: int

@@ -11,9 +11,10 @@ from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models.model import ModelFolder
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process import failures
-from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Vectors, finite_rows
+from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Rows, Vectors, finite_rows, join_rows
 from inferctl.serve.engines import plain, tokenizer_check
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
+from inferctl.serve.outputs import Form, Outputs, form_of, mark, pack, unpack
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
@@ -45,17 +46,21 @@ class Checks:
 
     def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str) -> None:
         self._logits, self._hint = config.task != "embed", hint
-        self.expected: Vectors | None = None
+        self.expected: Rows | None = None
         small = folder.parameters <= _MAX_CHECKED_PARAMETERS
         pool = TokenizerPool(folder.path, config, threads=1)
         tokenizer_check.check(folder.path, config, pool)
         self._vocabulary_size = pool.vocabulary_size
         if isinstance(config, EmbeddingConfig):
-            self.texts = Sequences(pool.encode_now(_TEXTS, truncate=True))
+            self.texts = _embedded(pool, config)
             if small:
                 loaded = plain.Reference(folder.path, config)
                 self.check_vocabulary(loaded.vocabulary_size)
-                self.expected = loaded.embed(self.texts.ids)
+                if self.texts.marks is None:
+                    self.expected = loaded.embed(self.texts.ids)
+                else:
+                    each = zip(self.texts.ids, self.texts.marks, strict=True)
+                    self.expected = [pack(form_of(number), loaded.outputs(ids, number)) for ids, number in each]
         else:
             # Some texts are paired with themselves, so that not all scores are low.
             inputs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
@@ -65,6 +70,7 @@ class Checks:
             if small:
                 self.expected = plain.Reference(folder.path, config).score(inputs)
         pool.close()
+        self.sizes = 0, 0  # those of `Forward.sizes`
         self.description = f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
         if small:
             kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
@@ -80,11 +86,11 @@ class Checks:
                 "use the tokenizer.json that belongs to these weights",
             )
 
-    def run(self, forward: AnyForward) -> Vectors:
+    def run(self, forward: AnyForward) -> Rows:
         """Return the vectors or logits of the check texts. Raises `NotReadyError` if memory is insufficient for one."""
         return self._run_in_parts(forward, self.texts)
 
-    def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> tuple[str, Vectors, str | None]:
+    def choose_attention(self, forward: Forward, precision: PrecisionInfo) -> tuple[str, Rows, str | None]:
         """Let `forward` use packed attention if the result equals that of padded attention.
 
         Returns the reason, what `run` returns with the chosen attention, and why it is padded, else None.
@@ -93,7 +99,7 @@ class Checks:
         try:
             forward.pack()
             batched = self.run(forward)
-            isolated = np.concatenate([forward(self.texts.take([index])) for index in range(len(self.texts))])
+            isolated = join_rows([forward(self.texts.take([index]))[0] for index in range(len(self.texts))])
         except Exception as error:  # architectures reject packing with various errors; padding works for all
             if isinstance(error, NotReadyError) or failures.out_of_memory(error):
                 raise
@@ -109,7 +115,7 @@ class Checks:
         forward.pack(False)
         return f"sorted by length; {reason}", self.run(forward), reason  # what serves is what is compared with fp32
 
-    def compare(self, results: Vectors, precision: PrecisionInfo, allowed: bool) -> tuple[dict[str, Any], str | None]:
+    def compare(self, results: Rows, precision: PrecisionInfo, allowed: bool) -> tuple[dict[str, Any], str | None]:
         """Return the fields of `EngineInfo` about fidelity to fp32, and a warning if it is below the limit.
 
         `results`: what `run` returned. `allowed`: whether a reduced precision may be below its limit. Raises
@@ -120,9 +126,9 @@ class Checks:
             message = f"the model returns NaN or infinity for {bad} of {len(results)} check texts in {effective}"
             hints = {"fp32": "check the weights of the model", "bf16": "use `--precision fp32`"}
             raise UsageError(message, hints.get(effective, "use `--precision bf16` or `--precision fp32`"))
-        if len({ids.tobytes() for ids in self.texts.ids}) > 1 and not np.ptp(results, axis=0).any():
+        if len({ids.tobytes() for ids in self.texts.ids}) > 1 and len({row.tobytes() for row in results}) == 1:
             raise UsageError("the model returns the same result for all check texts", "check the weights of the model")
-        fields: dict[str, Any] = {"dimensions": results.shape[1], "check": self.description}
+        fields: dict[str, Any] = {"check": self.description}
         if self.expected is None:
             return fields, None
         errors = self._errors(results, self.expected)
@@ -149,7 +155,7 @@ class Checks:
             raise UsageError(problem, f"{fix}; `--allow-inaccurate` accepts it")
         return fields, f"{problem}. {fix}"
 
-    def _run_in_parts(self, forward: AnyForward, sequences: Sequences) -> Vectors:
+    def _run_in_parts(self, forward: AnyForward, sequences: Sequences) -> Rows:
         """Return what `forward` returns, computed in halves if memory is insufficient for the whole."""
         try:
             return forward(sequences)
@@ -163,16 +169,54 @@ class Checks:
         torch.cuda.empty_cache()
         half = len(sequences) // 2
         parts = range(half), range(half, len(sequences))
-        return np.concatenate([self._run_in_parts(forward, sequences.take(part)) for part in parts])
+        return join_rows([row for part in parts for row in self._run_in_parts(forward, sequences.take(part))])
 
-    def _errors(self, results: Vectors, expected: Vectors) -> Vectors:
+    def _errors(self, results: Rows, expected: Rows) -> Vectors:
         """Return for each row its distance to the expected one, or the error of logits, relative to the largest.
 
-        The distance of vectors of equal length is 1 - cosine. A wrong length adds to it.
+        The distance of vectors of equal length is 1 - cosine. A wrong length adds to it. Of several outputs, the
+        largest distance counts.
         """
         if self._logits:
-            relative: Vectors = np.abs(results - expected).max(axis=1) / max(1e-12, float(np.abs(expected).max()))
+            relative: Vectors = np.abs(np.subtract(results, expected)).max(axis=1) / max(1e-12, np.abs(expected).max())
             return relative
-        norms = np.linalg.norm(results, axis=1) * np.linalg.norm(expected, axis=1)
-        distances: Vectors = ((results - expected) ** 2).sum(axis=1) / np.maximum(2 * norms, 1e-12)
-        return distances
+        if self.texts.marks is None:
+            return np.array([_distance(*pair) for pair in zip(results, expected, strict=True)], dtype=np.float32)
+        forms = [form_of(number) for number in self.texts.marks]
+        rows = [
+            [unpack(row, form, *self.sizes) for row, form in zip(each, forms, strict=True)]
+            for each in (results, expected)
+        ]
+        return np.array([_largest_distance(*pair) for pair in zip(*rows, strict=True)], dtype=np.float32)
+
+
+def _embedded(pool: TokenizerPool, config: EmbeddingConfig) -> Sequences:
+    """Return the check texts as sequences: with all outputs, if the model was trained for others than a dense vector.
+
+    Then each text is one of a document and one of a query.
+    """
+    form = config.checked
+    if form == Form.DENSE:
+        return Sequences(pool.encode_now(_TEXTS, truncate=True))
+    ids, marks = [], []
+    for role in (Form(0), Form.QUERY):
+        for found in pool.encode_now(_TEXTS, truncate=True, limit=config.limit(query=bool(role))):
+            sequence, attended = config.tokens.expand(found) if role and config.tokens else (found, 0)
+            ids.append(sequence)
+            marks.append(mark(form | role, attended))
+    return Sequences(ids, marks)
+
+
+def _distance(first: Vectors, second: Vectors) -> float:
+    if first.shape != second.shape:
+        return float("inf")
+    norms = max(1e-12, 2 * float(np.linalg.norm(first)) * float(np.linalg.norm(second)))
+    return float(((first - second) ** 2).sum()) / norms if first.size else 0.0
+
+
+def _largest_distance(first: Outputs, second: Outputs) -> float:
+    ids = np.union1d(first.ids, second.ids)
+    weights = np.zeros((2, len(ids)), np.float32)
+    for row, outputs in zip(weights, (first, second), strict=True):
+        row[np.searchsorted(ids, outputs.ids)] = outputs.weights
+    return max(_distance(first.dense, second.dense), _distance(*weights), _distance(first.tokens, second.tokens))

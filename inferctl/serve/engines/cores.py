@@ -6,11 +6,12 @@ import math
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import torch
 
-from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.engine_process.engine_protocol import Rows
 from inferctl.serve.engines.forward import AnyForward, Sequences
 
 # Larger batches only add latency: above about 1,000 tokens per core the throughput is constant, and it falls when the
@@ -53,7 +54,7 @@ class Cores:
         # torch stores the number of threads per calling thread.
         self._pool = ThreadPoolExecutor(cores, "core", initializer=torch.set_num_threads, initargs=(1,))
 
-    def __call__(self, sequences: Sequences) -> Vectors:
+    def __call__(self, sequences: Sequences) -> Rows:
         """Return what `Forward` returns. The calling thread uses the threads of one batch."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
@@ -61,7 +62,12 @@ class Cores:
         if parts < 2:
             return self._forward(sequences)
         groups = _balanced(sequences.lengths, parts)
-        rows: Vectors = np.concatenate(list(self._pool.map(self._forward, map(sequences.take, groups))))
+        found = list(self._pool.map(self._forward, map(sequences.take, groups)))
+        widths = {rows.shape[1] for rows in found if not isinstance(rows, list)}
+        if len(widths) > 1 or any(isinstance(rows, list) for rows in found):
+            by_index = dict(zip(chain(*groups), chain(*found), strict=True))
+            return [by_index[index] for index in range(len(sequences))]
+        rows = np.concatenate(found)
         out = np.empty_like(rows)
         out[np.concatenate(groups)] = rows
         return out

@@ -131,6 +131,7 @@ class EncoderEngine:
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
         padded = None
+        check.sizes = dimensions, token_dimensions = forward.sizes()
         if isinstance(forward, StaticForward):
             reason, results = "static embeddings have none", check.run(forward)
         elif no_kernel:
@@ -147,7 +148,11 @@ class EncoderEngine:
             threads = choose_threads(forward, cores)
             batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
         unused_gpu = devices.unused_gpu(self._config.device)
+        if isinstance(results, np.ndarray) and not dimensions:
+            dimensions = results.shape[1]  # logits
         return EngineInfo(
+            dimensions=dimensions,
+            token_dimensions=token_dimensions,
             attention=attention,
             attention_reason=reason,
             precision=precision,

@@ -1,21 +1,24 @@
-"""The forward pass: token ids -> one vector or the logits of each sequence. Packed or padded, then pooled."""
+"""The forward pass: token ids -> one vector, the outputs or the logits of each sequence. Packed or padded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Rows, Tokens, Vectors, join_rows
 from inferctl.serve.engines import int8, onednn, packed, plain, weights
-from inferctl.serve.engines.head import Head
+from inferctl.serve.engines.head import Head, MaskedLanguageHead
+from inferctl.serve.engines.output_heads import OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
+from inferctl.serve.outputs import Form, attended_of, form_of
+from inferctl.serve.outputs import pack as pack_outputs
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
 
@@ -52,18 +55,19 @@ class Sequences:
         return Sequences([self.ids[i] for i in chosen], None if marks is None else [marks[i] for i in chosen])
 
     def token_type_ids(self) -> list[Integers]:
-        """Return for each token of each sequence the number of its segment, 0 or 1."""
-        starts = self.lengths if self.marks is None else self.marks
+        """Return for each token of each pair the number of its segment, 0 or 1."""
+        starts = [start or n for n, start in zip(self.lengths, self.marks or self.lengths, strict=True)]
         return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
 
 
 class Forward:
     """The model on its device. It starts with padded attention; `pack` changes that.
 
-    It returns vectors with an `EmbeddingConfig`, else logits.
+    It returns vectors with an `EmbeddingConfig`, or the outputs that the marks of sequences ask for; else logits.
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
     `vocabulary_size`: rows of the input embeddings. `causal`: whether tokens attend only to those before them.
-    `warning`: what makes this model slower than it should be, or None.
+    `warning`: what makes this model slower than it should be, or None. `mark`: that of sequences without one; 0 for the
+    dense vector.
     """
 
     def __init__(
@@ -77,10 +81,13 @@ class Forward:
         *,
         varlen: bool = False,
     ) -> None:
-        self.max_tokens, self.batch_tokens, self.packed = config.max_tokens, batch_tokens, False
+        self.max_tokens, self.batch_tokens, self.packed, self.mark = config.max_tokens, batch_tokens, False, 0
         self._device, self._dtype, self._varlen = device, dtype, varlen
         head: Head | None = None
-        if config.pooling:
+        self._outputs: OutputHeads | None = None
+        if isinstance(config, EmbeddingConfig):
+            model, self._pooling = plain.load_model(folder, dtype, config=config), config.pooling
+        elif config.pooling:
             model, self._pooling = plain.load_model(folder, dtype), config.pooling
         else:  # the model of transformers has the head
             model = plain.load_model(folder, dtype, task=config.task)
@@ -98,6 +105,12 @@ class Forward:
             int8.quantize(encoder)
         self.warning = onednn.pack(encoder, int8=eight_bit) if self._uses_onednn else None
         encoder.pooler = pooler
+        if isinstance(config, EmbeddingConfig):
+            logits = MaskedLanguageHead(model) if config.has_logits else None
+            if logits is not None and self._uses_onednn:
+                onednn.pack(logits.module, int8=False)
+            self._outputs = OutputHeads(folder, config, logits, device)
+            self.mark = 0 if config.checked == Form.DENSE else int(config.checked)
         self._model, self._encoder = model.to(device), encoder
         embeddings = getattr(encoder, "embeddings", None)
         # RoBERTa-like models number positions from the padding index + 1.
@@ -105,11 +118,20 @@ class Forward:
         self._first_position = int(embeddings.padding_idx) + 1 if offset and embeddings is not None else 0
         padding_id = int(model.config.pad_token_id or 0)
         self._padding_id = padding_id if 0 <= padding_id < self.vocabulary_size else 0  # LLaMA has -1
-        self._has_segments = plain.has_segments(model)
+        self._takes_pairs = config.takes_pairs
+        self._has_segments = config.takes_pairs and plain.has_segments(model)
         self._padded_attention = plain.attention(model)
         self.causal = getattr(model.config, "is_causal", True) is not False and any(
             getattr(module, "is_causal", False) is True for module in encoder.modules()
         )
+
+    @torch.inference_mode()
+    def sizes(self) -> tuple[int, int]:
+        """Return how many numbers a dense vector has (0 without one), and the vector of a token."""
+        width = int(self._model.config.get_text_config().hidden_size)
+        modes = torch.zeros(1, width * len(self._pooling), device=self._device)
+        dense = self._layers(modes)[:, : self._dimensions].shape[1] if self._pooling else 0
+        return dense, self._outputs.token_size(width) if self._outputs else 0
 
     def pack(self, on: bool = True) -> None:
         """Use packed attention, or padded attention if not `on`.
@@ -129,8 +151,16 @@ class Forward:
         self.packed = on
 
     @torch.inference_mode()
-    def __call__(self, sequences: Sequences) -> Vectors:
-        """Return float32 [sequences, dimensions or labels], in the given order, computed on the calling thread."""
+    def __call__(self, sequences: Sequences) -> Rows:
+        """Return the rows of the sequences in the given order, computed on the calling thread.
+
+        They are float32 [sequences, dimensions or labels], or the packed outputs that their marks ask for.
+        """
+        if self._outputs is not None:
+            if sequences.marks is None and self.mark:
+                sequences = Sequences(sequences.ids, [self.mark] * len(sequences))
+            if sequences.marks is not None and any(sequences.marks):
+                return self._run_outputs(self._outputs, sequences)
         order = np.argsort([-n for n in sequences.lengths], kind="stable")
         ordered = sequences.take(order)
         if self.packed:
@@ -143,7 +173,44 @@ class Forward:
         out[order] = rows.cpu().numpy()
         return out
 
+    def _run_outputs(self, heads: OutputHeads, sequences: Sequences) -> Rows:
+        """Return the packed outputs of sequences. Those with tokens that none attends to are padded."""
+        marks = sequences.marks
+        assert marks is not None
+        forms = [form_of(number) for number in marks]
+        rows: list[Vectors] = [np.empty(0, np.float32)] * len(sequences)
+        groups: tuple[list[int], list[int]] = [], []
+        for index, (form, number, length) in enumerate(zip(forms, marks, sequences.lengths, strict=True)):
+            if heads.is_looked_up(form):
+                rows[index] = pack_outputs(form, heads.looked_up(sequences.ids[index]))
+            else:
+                groups[attended_of(number, length) < length].append(index)
+
+        def dense(states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            vectors: torch.Tensor = self._layers(pool(states, counts, self._pooling))[:, : self._dimensions]
+            return vectors
+
+        for masked, group in enumerate(groups):
+            ordered = sorted(group, key=lambda index: -sequences.lengths[index])
+            parts: Iterable[Sequence[int]] = [ordered] if ordered else []
+            if masked or not self.packed:
+                lengths = [sequences.lengths[index] for index in ordered]
+                parts = [[ordered[at] for at in part] for part in split(lengths, self.batch_tokens)] if group else []
+            for part in parts:
+                taken = sequences.take(part)
+                states = self._padded_states(taken) if masked or not self.packed else self._packed_states(taken)
+                found = heads.compute(states, taken.ids, [forms[index] for index in part], dense)
+                for index, outputs in zip(part, found, strict=True):
+                    rows[index] = pack_outputs(forms[index], outputs)
+        return join_rows(rows)
+
     def _run_packed(self, sequences: Sequences) -> torch.Tensor:
+        hidden = self._packed_states(sequences)
+        rows = pool(hidden, self._to_device(np.array(sequences.lengths)), self._pooling)
+        return rows if self._head is None else self._head(rows)
+
+    def _packed_states(self, sequences: Sequences) -> torch.Tensor:
+        """Return the states of all tokens, concatenated: [tokens, width]."""
         lengths = sequences.lengths
         total = sum(lengths)
         padding = np.zeros(onednn.round_up_rows(total) - total if self._uses_onednn else 0, dtype=np.int64)
@@ -161,25 +228,37 @@ class Forward:
         )
         on_device = {name: self._to_device(values)[None] for name, values in inputs.items()}
         hidden: torch.Tensor = self._encoder(**on_device, layout=layout).last_hidden_state[0, :total]
-        rows = pool(hidden, self._to_device(np.array(lengths)), self._pooling)
-        return rows if self._head is None else self._head(rows)
+        return hidden
 
     def _run_padded(self, sequences: Sequences) -> torch.Tensor:
+        if self._head is None:
+            return pool(self._padded_states(sequences), self._to_device(np.array(sequences.lengths)), self._pooling)
+        logits: torch.Tensor = self._model(**self._padded(sequences)[0]).logits.float()  # it has its own head
+        return logits
+
+    def _padded_states(self, sequences: Sequences) -> torch.Tensor:
+        """Return what `_packed_states` returns, of sequences that are padded to the same length."""
+        inputs, real = self._padded(sequences)
+        hidden: torch.Tensor = self._encoder(**inputs).last_hidden_state.flatten(0, 1)
+        return hidden.index_select(0, self._to_device(np.flatnonzero(real)))
+
+    def _padded(self, sequences: Sequences) -> tuple[dict[str, Any], npt.NDArray[np.bool_]]:
+        """Return the inputs of the model, and which places of [sequences, longest] have a token."""
         lengths = np.array(sequences.lengths)
-        real = np.arange(lengths.max()) < lengths[:, None]
+        places = np.arange(lengths.max())
+        real = places < lengths[:, None]
         inputs = {"input_ids": np.full(real.shape, self._padding_id), "attention_mask": real.astype(np.int64)}
         inputs["input_ids"][real] = np.concatenate(sequences.ids)
+        if not self._takes_pairs and sequences.marks is not None:
+            ends = [attended_of(number, n) for number, n in zip(sequences.marks, lengths.tolist(), strict=True)]
+            inputs["attention_mask"] = (places < np.array(ends)[:, None]).astype(np.int64)
         if self._has_segments and sequences.marks is not None:
             inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])
             inputs["token_type_ids"][real] = np.concatenate(sequences.token_type_ids())
-        on_device = {name: self._to_device(values) for name, values in inputs.items()}
-        outputs = self._model(**on_device)
-        if self._head is not None:  # the whole model has its own head
-            logits: torch.Tensor = outputs.logits.float()
-            return logits
-        tokens = self._to_device(np.flatnonzero(real))
-        hidden: torch.Tensor = outputs.last_hidden_state.flatten(0, 1).index_select(0, tokens)
-        return pool(hidden, self._to_device(lengths), self._pooling)
+        on_device: dict[str, Any] = {name: self._to_device(values) for name, values in inputs.items()}
+        if self.packed:  # its attention takes the mask in another form
+            on_device["layout"] = packed.padded_layout(on_device.pop("attention_mask").bool(), self._dtype)
+        return on_device, real
 
     def _to_device(self, values: Integers) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
@@ -188,7 +267,7 @@ class Forward:
 class StaticForward:
     """Static embeddings: rows of a table in fp32 -> one vector per sequence. Its attributes are those of `Forward`."""
 
-    packed, causal, warning = False, None, None
+    packed, causal, warning, mark = False, None, None, 0
 
     def __init__(self, folder: Path, config: EmbeddingConfig, device: torch.device, batch_tokens: int) -> None:
         self.max_tokens, self.batch_tokens = config.max_tokens, batch_tokens
@@ -198,7 +277,12 @@ class StaticForward:
         self.vocabulary_size = len(self._table) - 1
 
     @torch.inference_mode()
-    def __call__(self, sequences: Sequences) -> Vectors:
+    def sizes(self) -> tuple[int, int]:
+        """Return how many numbers a vector has, and 0."""
+        return self._layers(self._table[:1])[:, : self._dimensions].shape[1], 0
+
+    @torch.inference_mode()
+    def __call__(self, sequences: Sequences) -> Rows:
         """Return float32 [sequences, dimensions]."""
         ids = torch.from_numpy(np.concatenate(sequences.ids, dtype=np.int64)).to(self._table.device)
         rows = pool(self._table[ids], torch.tensor(sequences.lengths).to(ids.device), ("mean",))

@@ -25,6 +25,31 @@ class _Pooled(torch.nn.Module):
         return output
 
 
+class MaskedLanguageHead:
+    """The head of a masked language model of transformers: states of tokens -> logits of the vocabulary.
+
+    It shares its weights with the model, in the same format. `size`: tokens of the vocabulary.
+    """
+
+    def __init__(self, model: Any) -> None:
+        encoder = model.base_model
+        self._model = copy.copy(model)
+        self._model._modules = {
+            name: _Pooled(None) if child is encoder else child for name, child in model.named_children()
+        }
+        self.size = int(model.config.vocab_size)
+
+    @property
+    def module(self) -> Any:
+        """The model without its encoder."""
+        return self._model
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits: [tokens, width] -> [tokens, vocabulary]."""
+        logits: torch.Tensor = self._model(inputs_embeds=states[None]).logits[0]
+        return logits
+
+
 class Head:
     """The head of a classification model of transformers, in fp32 on `device`. `pooling`: the state that it uses.
 

@@ -35,6 +35,8 @@ class Layout:
     `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
     attention. The mask ([sequences, 1, 1, length], 0 or minus infinity) is None without padding. If attention is
     padded, `spread[i]` is the packed row of padded row i, and `collect[i]` the padded row of packed row i.
+
+    `mask`: instead of all that, the sequences are not packed but padded to the same length.
     """
 
     offsets: torch.Tensor | None = None
@@ -42,6 +44,7 @@ class Layout:
     groups: list[tuple[int, int, int, torch.Tensor | None]] = field(default_factory=list)
     spread: torch.Tensor | None = None
     collect: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 def varlen_layout(lengths: list[int], device: torch.device) -> Layout:
@@ -49,6 +52,12 @@ def varlen_layout(lengths: list[int], device: torch.device) -> Layout:
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
     return Layout(offsets.to(device, non_blocking=True), max(lengths))
+
+
+def padded_layout(attended: torch.Tensor, dtype: torch.dtype) -> Layout:
+    """Return the layout of padded sequences. `attended`: which tokens others attend to, bool [sequences, length]."""
+    mask = torch.zeros(attended.shape, dtype=dtype, device=attended.device)
+    return Layout(mask=mask.masked_fill_(~attended, float("-inf"))[:, None, None])
 
 
 def layout(lengths: list[int], dtype: torch.dtype, padding_rows: int = 0) -> Layout:
@@ -119,6 +128,9 @@ def attention(
         raise ValueError(f"packed attention does not compute {named[0]}")
     # transformers passes `is_causal` of config.json, and then ignores that of the module.
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if layout.mask is not None:
+        result = _attend(query, key, value, layout.mask, scaling, causal, sliding_window, softcap)
+        return result.transpose(1, 2).contiguous(), None
     if layout.offsets is not None:
         if softcap is not None:
             raise ValueError("variable-length attention has no soft cap")
@@ -154,10 +166,13 @@ def _attend(
     length, size = q.shape[2:]
     grouped, windowed = q.shape[1] != k.shape[1], window is not None and length > window
     if windowed or (causal and (mask is not None or softcap is not None)):
-        distance = torch.arange(length)[:, None] - torch.arange(length)
+        places = torch.arange(length, device=q.device)
+        distance = places[:, None] - places
         reach = window if windowed and window is not None else length
         hidden = (distance >= reach) | (distance < 0 if causal else distance <= -reach)
-        mask = (torch.zeros(1, dtype=q.dtype) if mask is None else mask).masked_fill(hidden, float("-inf"))
+        mask = (torch.zeros(1, dtype=q.dtype, device=q.device) if mask is None else mask).masked_fill(
+            hidden, float("-inf")
+        )
         causal = False
     if softcap is not None:
         if grouped:

@@ -19,6 +19,7 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
 from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
+from inferctl.serve.outputs import Form, Outputs, SparseConfig, attended_of, form_of
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
@@ -27,13 +28,23 @@ from inferctl.serve.tokenizer_pool import Pair
 _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
+def load_model(
+    folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed", config: TaskConfig | None = None
+) -> Any:
     """Return the encoder of a model folder, or for other tasks the whole model with its head, in evaluation mode.
+
+    With a `config` of sparse weights that are made of logits, it is the masked language model.
 
     Raises `UsageError` as `weights.load` does, and for segments that the server does not compute.
     """
     silence_libraries()
-    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTextEncoding,
+    )
 
     settings, options = architecture.native_config(folder), dict[str, Any]()
     if settings != read_object(folder / "config.json"):
@@ -46,6 +57,12 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
     auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
     if task != "embed":
         auto = AutoModelForSequenceClassification
+    if isinstance(config, EmbeddingConfig):
+        options["logits"] = config.has_logits
+        options["projection"] = config.tokens is not None and any(
+            isinstance(layer, Dense) and not layer.folder for layer in config.tokens.layers
+        )
+        auto = AutoModelForMaskedLM if config.has_logits else auto
     model = weights.load(auto, folder, task, dtype, **options)
     if returns_segments(folder) and _embeds_segments_as_words(model):
         raise UsageError(
@@ -94,7 +111,7 @@ class Reference:
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
         if static is None:
-            self._model = load_model(folder, task=task)
+            self._model = load_model(folder, task=task, config=config)
             self.vocabulary_size = int(self._model.base_model.get_input_embeddings().num_embeddings)
         else:
             self._table = weights.static_table(folder, static).double().numpy()
@@ -107,6 +124,34 @@ class Reference:
         return np.stack([self._vector({"input_ids": ids})[: self._config.truncate_dim] for ids in sequences])
 
     @torch.inference_mode()
+    def outputs(self, ids: Tokens, number: int) -> Outputs:
+        """Return the outputs of one sequence with a mark."""
+        config, form = self._config, form_of(number)
+        assert isinstance(config, EmbeddingConfig)
+        found = Outputs()
+        sparse, tokens = config.sparse, config.tokens
+        if sparse is not None and sparse.query_weights is not None and Form.QUERY in form:
+            table = weights.query_weights(self._folder, sparse.query_weights)
+            present = np.array(sorted(set(ids.tolist())))
+            return Outputs(ids=present[table[present] != 0], weights=table[present][table[present] != 0])
+        result = self._run({"input_ids": ids}, attended_of(number, len(ids)))
+        states = None if config.has_logits else result.last_hidden_state[0].double().numpy()
+        if Form.DENSE in form:
+            assert states is not None
+            found = found._replace(dense=self._pooled(states)[: config.truncate_dim])
+        if Form.SPARSE in form and sparse is not None:
+            by_id = _sparse(self._folder, sparse, ids, states, None if states is not None else result.logits[0])
+            found = found._replace(ids=np.array(list(by_id), np.int64), weights=np.array([*by_id.values()], np.float32))
+        if Form.TOKENS in form and tokens is not None:
+            assert states is not None
+            skipped = tokens.skipped if Form.QUERY not in form or tokens.skips_queries else ()
+            rows = states[[at for at in range(tokens.first, len(ids)) if int(ids[at]) not in skipped]]
+            for layer in tokens.layers:
+                rows = _applied(self._folder, layer, rows)
+            found = found._replace(tokens=rows.astype(np.float32))
+        return found
+
+    @torch.inference_mode()
     def score(self, sequences: list[Pair]) -> Vectors:
         """Return the logits of texts or pairs: float32 [sequences, labels]. Each is a forward of its own."""
         rows = []
@@ -117,15 +162,20 @@ class Reference:
             rows.append(self._vector(inputs) if self._config.pooling else self._run(inputs).logits[0].float().numpy())
         return np.stack(rows)
 
-    def _run(self, inputs: dict[str, npt.NDArray[Any]]) -> Any:
+    def _run(self, inputs: dict[str, npt.NDArray[Any]], attended: int | None = None) -> Any:
         given = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in inputs.items()}
-        return self._model(**given, attention_mask=torch.ones_like(given["input_ids"]))
+        mask = torch.ones_like(given["input_ids"])
+        mask[:, attended:] = 0 if attended is not None else 1
+        return self._model(**given, attention_mask=mask)
 
     def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
         if self._table is None:
             states = self._run(inputs).last_hidden_state[0].double().numpy()
         else:
             states = self._table[inputs["input_ids"]]
+        return self._pooled(states)
+
+    def _pooled(self, states: npt.NDArray[np.float64]) -> Vectors:
         vector = np.concatenate([_pooled(states, mode) for mode in self._config.pooling])
         for layer in self._config.layers:
             vector = _applied(self._folder, layer, vector)
@@ -147,18 +197,44 @@ def _pooled(states: npt.NDArray[np.float64], mode: PoolingMode) -> npt.NDArray[n
     return found
 
 
-def _applied(folder: Path, layer: Layer, vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _applied(folder: Path, layer: Layer, vectors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return a vector, or rows of vectors, after a layer."""
     if not isinstance(layer, Dense | LayerNorm):
-        return vector / max(1e-12, float(np.linalg.norm(vector)))
+        return np.asarray(vectors / np.maximum(1e-12, np.linalg.norm(vectors, axis=-1, keepdims=True)))
     stored = {name: tensor.double().numpy() for name, tensor in weights.of_module(folder, layer.folder).items()}
     if isinstance(layer, LayerNorm):
-        centered = (vector - vector.mean()) / np.sqrt(vector.var() + 1e-5)
-        return np.asarray(centered * stored["norm.weight"] + stored["norm.bias"])
-    linear = stored["linear.weight"] @ vector + stored.get("linear.bias", 0)
+        centered = vectors - vectors.mean(axis=-1, keepdims=True)
+        scaled = centered / np.sqrt(vectors.var(axis=-1, keepdims=True) + 1e-5)
+        return np.asarray(scaled * stored["norm.weight"] + stored["norm.bias"])
+    linear = vectors @ stored["linear.weight"].T + stored.get("linear.bias", 0)
     result = getattr(torch.nn, layer.activation)()(torch.from_numpy(linear)).numpy()
     if layer.residual:
-        result = result + (stored["residual.weight"] @ vector if "residual.weight" in stored else vector)
+        result = result + (vectors @ stored["residual.weight"].T if "residual.weight" in stored else vectors)
     return np.asarray(result)
+
+
+def _sparse(
+    folder: Path,
+    config: SparseConfig,
+    ids: Tokens,
+    states: npt.NDArray[np.float64] | None,
+    logits: torch.Tensor | None,
+) -> dict[int, float]:
+    """Return the weights above zero by token id, in rising order."""
+    if states is not None:
+        assert config.folder is not None
+        stored = {name: tensor.double().numpy() for name, tensor in weights.of_module(folder, config.folder).items()}
+        largest: dict[int, float] = {}
+        for token, state in zip(ids.tolist(), states, strict=True):
+            weight = float((stored["linear.weight"] @ state + stored["linear.bias"]).item())
+            if token not in config.ignored and weight > largest.get(token, 0):
+                largest[token] = weight
+        return dict(sorted(largest.items()))
+    assert logits is not None
+    values = np.log1p(np.maximum(0, logits.double().numpy()))
+    values = np.log1p(values) if config.twice else values
+    whole = values.max(axis=0) if config.pooling == "max" else values.sum(axis=0)
+    return {int(token): float(whole[token]) for token in np.flatnonzero(whole)}
 
 
 def _embeds_segments_as_words(model: Any) -> bool:

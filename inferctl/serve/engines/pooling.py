@@ -82,6 +82,8 @@ def _built(folder: Path, layer: Layer) -> torch.nn.Module:
         return _Normalize()
     module: torch.nn.Module = _Dense(layer) if isinstance(layer, Dense) else _LayerNorm(layer.dimension)
     stored = weights.of_module(folder, layer.folder)
+    if not layer.folder:  # the folder of the model, with its other weights
+        stored = {name: values for name, values in stored.items() if name.startswith("linear.")}
     own = module.state_dict()
     if {name: tensor.shape for name, tensor in stored.items()} != {name: tensor.shape for name, tensor in own.items()}:
         raise UsageError(

@@ -10,14 +10,14 @@ import torch
 
 from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process import failures
-from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Vectors
+from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS, Rows
 from inferctl.serve.engines.forward import Sequences
 
 LOWERED = "insufficient memory for batches"  # the start of the warning
 
 
 def warm_up(
-    run: Callable[[Sequences], Vectors], batch_tokens: int, longest: int, parallel: int, hint: str
+    run: Callable[[Sequences], Rows], batch_tokens: int, longest: int, parallel: int, hint: str
 ) -> tuple[int, str | None]:
     """Run the largest batches and a small one, so that no request waits for one-time work.
 
@@ -40,7 +40,7 @@ def warm_up(
     return limit, warning if limit >= longest else f"{warning}; longer texts can get 503"
 
 
-def _run_largest(run: Callable[[Sequences], Vectors], batch_tokens: int, longest: int, parallel: int) -> str | None:
+def _run_largest(run: Callable[[Sequences], Rows], batch_tokens: int, longest: int, parallel: int) -> str | None:
     """Return the error message if memory is insufficient, else None."""
     text = np.full(longest, 5, dtype=np.int32)
     largest = Sequences([text] * max(1, batch_tokens // longest))

@@ -47,6 +47,10 @@ _MAY_BE_UNEXPECTED: dict[Task, tuple[str, ...]] = {
     "classify": (*_BUFFERS, *_PRETRAINING, _POOLER),
     "generate": (*_BUFFERS, _OTHER_INPUTS),
 }
+# Of a masked language model: what BERT was pretrained with, too.
+_BESIDE_LOGITS = (*_BUFFERS, _POOLER, r"cls\.seq_relationship\..*")
+# The projection that Stanford's ColBERT stores among the weights of the transformer.
+_PROJECTION = r"linear\.weight"
 # Embeddings are pooled from the last layer, without the model's own pooler.
 _MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,), "rerank": (), "classify": (), "generate": ()}
 # Of a message about wrong weights, which can be all of a model.
@@ -59,8 +63,19 @@ _READABLE = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"})
 _HINT = "the files may be incomplete or of another model: compare config.json with them, or download the model again"
 
 
-def load(auto: Any, folder: Path, task: Task, dtype: torch.dtype, **options: Any) -> Any:
+def load(
+    auto: Any,
+    folder: Path,
+    task: Task,
+    dtype: torch.dtype,
+    *,
+    logits: bool = False,
+    projection: bool = False,
+    **options: Any,
+) -> Any:
     """Return the model that a class of transformers loads for `task`, with all weights from the folder's files.
+
+    `logits`: a masked language model with its head. `projection`: the files have a layer for token vectors too.
 
     It runs no code of the folder. `options` go to transformers. Raises `UsageError` if the files lack weights of the
     model, have others, or have NaN, infinity or 8-bit numbers, and if transformers cannot read the folder.
@@ -87,7 +102,8 @@ def load(auto: Any, folder: Path, task: Task, dtype: torch.dtype, **options: Any
             f"transformers cannot load {folder}: {reason[:_SHOWN]}",
             "use a model that transformers knows, with all of its files",
         ) from error
-    _check_names(folder, task, found)
+    unexpected = _BESIDE_LOGITS if logits else _MAY_BE_UNEXPECTED[task]
+    _check_names(folder, found, _MAY_BE_MISSING[task], (*unexpected, *([_PROJECTION] if projection else [])))
     _check_values(folder, model)
     return model.eval()
 
@@ -98,6 +114,28 @@ def of_module(folder: Path, path: str) -> dict[str, torch.Tensor]:
     Raises `UsageError` if there are none, or if they have NaN, infinity or 8-bit numbers.
     """
     return {name: values.float() for name, values in _checked(folder, path, _stored(folder, path)).items()}
+
+
+def linear(folder: Path, path: str) -> torch.nn.Linear:
+    """Return the layer, in fp32, whose weights are in the folder `path`. Raises `UsageError` as `of_module` does."""
+    stored = of_module(folder, path)
+    shape = stored["linear.weight"].shape if "linear.weight" in stored else ()
+    if stored.keys() != {"linear.weight", "linear.bias"} or len(shape) != 2:
+        raise UsageError(f"the weights in {folder / path} are {_listed(sorted(stored))}, not those of a layer", _HINT)
+    layer = torch.nn.Linear(shape[1], shape[0])
+    layer.load_state_dict({name.removeprefix("linear."): values for name, values in stored.items()})
+    return layer.eval()
+
+
+def query_weights(folder: Path, path: str) -> Any:
+    """Return the weights of all tokens in queries, from the folder `path` of a SparseStaticEmbedding: fp32, [tokens].
+
+    Raises `UsageError` as `of_module` does.
+    """
+    stored = of_module(folder, path)
+    if stored.keys() != {"weight"} or stored["weight"].dim() != 1:
+        raise UsageError(f"the weights in {folder / path} are {_listed(sorted(stored))}, not one per token", _HINT)
+    return stored["weight"].numpy()
 
 
 def static_table(folder: Path, path: str) -> torch.Tensor:
@@ -174,9 +212,11 @@ def _check_numbers(folder: Path) -> None:
     )
 
 
-def _check_names(folder: Path, task: Task, found: dict[str, Any]) -> None:
-    missing = _others(found["missing_keys"], _MAY_BE_MISSING[task])
-    unexpected = _others(found["unexpected_keys"], _MAY_BE_UNEXPECTED[task])
+def _check_names(
+    folder: Path, found: dict[str, Any], may_be_missing: tuple[str, ...], may_be_unexpected: tuple[str, ...]
+) -> None:
+    missing = _others(found["missing_keys"], may_be_missing)
+    unexpected = _others(found["unexpected_keys"], may_be_unexpected)
     shapes = [f"{name} ({_shape(stored)}, not {_shape(own)})" for name, stored, own in sorted(found["mismatched_keys"])]
     parts = [f"lack {_listed(missing)}"] if missing else []
     parts += [f"have another shape than the model: {_listed(shapes)}"] if shapes else []

@@ -247,9 +247,8 @@ class Dispatcher:
         lengths = np.array([len(part) for part in parts], dtype=np.int32)
         marks = None
         if any(of_request := [request.marks for request, _ in found]):  # a list has an entry
-            starts = zip(parts, of_request, found, strict=True)
-            whole = [len(part) if given is None else given[at] for part, given, (_, at) in starts]
-            marks = np.array(whole, dtype=np.int32)
+            given = zip(of_request, found, strict=True)
+            marks = np.array([each[at] if each else 0 for each, (_, at) in given], dtype=np.int32)
         return Batch(next(self._ids), np.concatenate(parts), lengths, marks)
 
     def _next(self, queue: EngineQueue, *, prefetch: bool) -> BatchAttempt | None:

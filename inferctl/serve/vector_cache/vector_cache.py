@@ -130,8 +130,9 @@ class VectorCache:
         bulk: bool,
         directives: bytes = b"",
     ) -> RequestResult:
-        """Return the rows of `sequences`, with `marks` as in `Batch`; `compute` runs the missing ones, and `use` counts what engines compute.
+        """Return the rows of `sequences`, with `marks` as in `Batch`.
 
+        `compute` runs the missing ones, and `use` counts what engines compute.
         `scope`: the caller, who shares entries with nobody else if the cache is scoped. `directives`: the header
         Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
         `compute` raises.
