@@ -39,6 +39,8 @@ def document(
         formats = [name for name in vector_format.FORMATS if calibrated or name not in vector_format.CALIBRATED]
         output: dict[str, Any] = {
             "dimensions": info.dimensions,
+            "token_dimensions": info.token_dimensions,
+            "vocabulary_size": info.vocabulary_size,
             "output_dtypes": formats,
             "calibrated_dimensions": calibrated,
         }

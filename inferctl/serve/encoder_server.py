@@ -88,7 +88,7 @@ class EncoderServer(ServerLifetime):
             live=lambda: not self._crash_looping,
             keys_known=lambda: access.known(self._access),
         )
-        self._sizes = {"dimensions": 0, "vocabulary_size": 0}
+        self._sizes = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0}
         self._engine: EngineInfo | None = None  # the first one that was ready
         self._device: dict[str, Any] | None = None  # that of the last one
         self._api: ApiProcesses | None = None
@@ -182,7 +182,8 @@ class EncoderServer(ServerLifetime):
         self._metering.ready(asdict(info.device), self._folder.digest)
         self._device = asdict(info.device)
         size = info.vocabulary_size or self._tokenizer.vocabulary_size
-        self._sizes = {"dimensions": info.dimensions, "vocabulary_size": size}
+        vectors = {"dimensions": info.dimensions, "token_dimensions": info.token_dimensions}
+        self._sizes = vectors | {"vocabulary_size": size}
         if isinstance(self._front, FrontEnd):
             self._front.set_sizes(self._sizes)
         if self._cache:

@@ -98,8 +98,9 @@ class FrontEnd:
         self.http.close()
 
     def set_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Set what is known when an engine is ready: `dimensions` and `vocabulary_size` of the model."""
-        self.model.dimensions, self.model.vocabulary_size = sizes["dimensions"], sizes["vocabulary_size"]
+        """Set what is known when an engine is ready: numbers of vectors, and tokens of the vocabulary."""
+        self.model.dimensions, self.model.token_dimensions = sizes["dimensions"], sizes["token_dimensions"]
+        self.model.vocabulary_size = sizes["vocabulary_size"]
 
 
 def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) -> ServedModel:
@@ -113,7 +114,7 @@ def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) ->
         task,
     )
     if isinstance(config, EmbeddingConfig):
-        served.prompts = config.prompts
+        served.prompts, served.outputs, served.tokens = config.prompts, config.outputs, config.tokens
         served.normalized = config.normalize and config.truncate_dim is None
     else:
         served.activation = config.scores

@@ -11,6 +11,7 @@ from inferctl.serve import architecture, task_config
 from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.modules import Dense, read_object
+from inferctl.serve.outputs import FORMS
 from inferctl.serve.task_config import TaskConfig
 
 
@@ -50,6 +51,8 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
         "pooling_assumed": config.assumed,
         "normalize": config.normalize,
         "truncate_dim": config.truncate_dim,
+        "outputs": config.outputs,
+        "trained_outputs": [name for name, form in FORMS.items() if form in config.checked],
         "prompts": {"names": config.prompts.names, "default": config.prompts.default},
     }
 
@@ -57,10 +60,12 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
 def line(found: dict[str, Any]) -> str:
     """Return the line that describes what `read` returned; empty if there is nothing to say."""
     parts = ["static embeddings"] if found.get("static") else []
+    if (trained := list(found.get("trained_outputs", ("dense",)))) != ["dense"]:
+        parts.append(f"outputs {', '.join(trained)}")
     if found.get("pooling"):
         parts.append(f"{found['pooling']} pooling" + (" (assumed)" if found.get("pooling_assumed") else ""))
     parts += [f"dense {layer['in_features']} to {layer['out_features']}" for layer in found.get("dense", ())]
-    if "normalize" in found:
+    if "normalize" in found and found.get("pooling"):
         parts.append("normalized" if found["normalize"] else "not normalized")
     if found.get("truncate_dim"):
         parts.append(f"{found['truncate_dim']} dimensions")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from inferctl.core.errors import UsageError, shown
 
@@ -86,6 +86,11 @@ class Prompts:
             message = "the pooling of the model excludes the tokens of a prompt, which is not supported"
             raise UsageError(message, "use a model with `include_prompt: true`, or no prompt")
         return text
+
+    def role(self, name: str | None = None, input_type: str | None = None) -> Literal["query", "document"] | None:
+        """Return what the inputs of a request are, by its `prompt_name`, else its `input_type`; None if it is open."""
+        words = _WORDS.get((input_type if name is None else name) or "")
+        return None if words is None else "query" if words is _QUERY else "document"
 
     def misses_query(self, input_type: str | None) -> bool:
         """Whether inputs are said to be queries, and no prompt is called so: those of the model have other names."""

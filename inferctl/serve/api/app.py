@@ -36,15 +36,22 @@ from inferctl.serve.api.rerank_schemas import (
     VoyageRerankResponse,
 )
 from inferctl.serve.api.schemas import CohereErrorResponse, TeiErrorResponse, VoyageErrorResponse
+from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tei import (
+    EmbedAllResponse,
     EmbedRequest,
     EmbedResponse,
+    EmbedSparseResponse,
     SimilarityRequest,
     SimilarityResponse,
     TeiEmbed,
+    TeiEmbedAll,
+    TeiEmbedSparse,
+    TeiOptions,
     TeiSimilarity,
 )
 from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
+from inferctl.serve.outputs import Output
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Endpoint:
     """What one task answers at the path of `operation` and at its `aliases`.
 
     `name`: in usage events and the scopes of keys. `application`: makes it, once for a server. `error_body`: the shape
-    of its errors.
+    of its errors. `output`: the one that a model must have been trained for.
     """
 
     name: str
@@ -61,6 +68,11 @@ class Endpoint:
     application: Callable[[Inference], ASGIApp]
     aliases: tuple[str, ...] = ()
     error_body: Callable[[ApiError], bytes] = ApiError.body
+    output: Output | None = None
+
+    def serves(self, model: ServedModel) -> bool:
+        """Return whether a server of a model has it."""
+        return self.task == model.task and (self.output is None or self.output in model.trained)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -68,7 +80,7 @@ class Endpoint:
         return self.operation.path, *self.aliases
 
 
-ALL = (
+_OWN = (
     Endpoint(
         "embeddings",
         "embed",
@@ -95,6 +107,35 @@ ALL = (
         partial(EmbeddingsEndpoint, api=TeiEmbed()),
         ("/",),
         tei_body,
+    ),
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/embed_sparse",
+            "Compute the sparse weights of texts, as text-embeddings-inference does.",
+            TeiOptions,
+            EmbedSparseResponse,
+            {"inputs": ["first text", "second text"]},
+            TeiErrorResponse,
+        ),
+        partial(EmbeddingsEndpoint, api=TeiEmbedSparse()),
+        error_body=tei_body,
+        output="sparse",
+    ),
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation(
+            "/embed_all",
+            "Compute one vector for each token of texts, as text-embeddings-inference does.",
+            TeiOptions,
+            EmbedAllResponse,
+            {"inputs": ["first text", "second text"]},
+            TeiErrorResponse,
+        ),
+        partial(EmbeddingsEndpoint, api=TeiEmbedAll()),
+        error_body=tei_body,
     ),
     Endpoint(
         "embeddings",
@@ -236,6 +277,10 @@ ALL = (
 )
 
 
+# A model with vectors of tokens ranks documents by MaxSim, at the paths of rerankers.
+ALL = (*_OWN, *(replace(each, task="embed", output="tokens", aliases=()) for each in _OWN if each.name == "rerank"))
+
+
 def served(task: Task) -> list[str]:
     """Return the paths that a server of this task has."""
     return [path for endpoint in ALL if endpoint.task == task for path in endpoint.paths]
@@ -272,11 +317,11 @@ def create(inference: Inference) -> ASGIApp:
         message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
         raise ApiError(404, message, code="unsupported_task")
 
-    own = [endpoint for endpoint in ALL if endpoint.task == model.task]
+    own = [endpoint for endpoint in ALL if endpoint.serves(model)]
     operations = [replace(endpoint.operation, path=path) for endpoint in own for path in endpoint.paths]
     endpoints: dict[str, ASGIApp] = {}
-    for each in _of_task_last(model.task):
-        application = each.application(inference) if each.task == model.task else unsupported
+    for each in sorted(ALL, key=lambda endpoint: endpoint.serves(model)):
+        application = each.application(inference) if each.serves(model) else unsupported
         endpoints |= dict.fromkeys(each.paths, application)
 
     async def models(_: Request) -> Response:

@@ -87,6 +87,7 @@ class CohereEmbed:
         """
         calibrated = [name for name in request.embedding_types or () if name in CALIBRATED]
         return EmbeddingRequest.model_construct(
+            outputs=["dense"],
             input=request.texts,
             dimensions=request.output_dimension,
             input_type=request.input_type,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,11 +14,13 @@ from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
+from inferctl.serve.api.outputs import SparseFormat, SparseOptions, token_vectors
 from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Unsupported, Usage
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.outputs import Output, Outputs
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PROMPT_CHARACTERS = 8192
@@ -105,6 +107,21 @@ class EmbeddingRequest(ModelRequest):
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="Truncate the vectors to this many dimensions; only for models that are trained for it.",
     )
+    outputs: Annotated[list[Output], Field(min_length=1)] | None = Field(
+        None,
+        description="What to return for each input: `dense` (default, in `embedding`), `sparse` (the weights of tokens, "
+        "in `sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
+        "are in `GET /info`.",
+    )
+    sparse_format: SparseFormat | None = Field(
+        None,
+        description="`indices` (default): lists of token ids and of weights, as Qdrant takes them. `tokens`: an object "
+        "of weights by token, as OpenSearch, Elasticsearch and Vespa do. `pgvector`: the text of a sparsevec.",
+    )
+    top_k: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Return only the largest sparse weights.")
+    min_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Return only sparse weights that are at least this large."
+    )
     user: StrictStr | None = Field(None, description="Ignored.")
     truncate: StrictBool | None = Field(
         None,
@@ -131,11 +148,13 @@ class EmbeddingRequest(ModelRequest):
 
 
 class Embedding(BaseModel):
-    """One vector. `embedding` is base64 text if the request has `encoding_format: base64`."""
+    """The outputs of one input. Vectors are base64 texts if the request has `encoding_format: base64`."""
 
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | list[int] | str
+    embedding: list[float] | list[int] | str | None = None
+    sparse_embedding: dict[str, list[int] | list[float] | float] | str | None = None
+    token_embeddings: list[list[float] | list[int] | str] | None = None
 
 
 class EmbeddingResponse(BaseModel):
@@ -167,10 +186,69 @@ class OpenAi:
         check_range(vectors, wanted)
         return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges)
 
+    def outputs_response(
+        self,
+        request: EmbeddingRequest,
+        found: Sequence[Outputs],
+        names: Sequence[Output],
+        model: ServedModel,
+        context: RequestContext,
+        token: Callable[[int], str | None],
+    ) -> Iterator[bytes]:
+        """Return the JSON of a response with several outputs. Part of `OutputsApi`."""
+        wanted = request.output_dtype or "float"
+        sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
+        if "tokens" in names and wanted in vector_format.CALIBRATED:
+            message = f"`output_dtype` {wanted!r} is for dense vectors alone"
+            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
+        ranges = model.ranges_for(wanted, len(found[0].dense)) if "dense" in names else None
+        for each in found:
+            check_range(each.dense, wanted)
+            check_range(each.tokens, wanted)
+
+        return self._parts(request, found, names, model, context, sparse, ranges, token)
+
+    def _parts(
+        self,
+        request: EmbeddingRequest,
+        found: Sequence[Outputs],
+        names: Sequence[Output],
+        model: ServedModel,
+        context: RequestContext,
+        sparse: SparseOptions,
+        ranges: Ranges | None,
+        token: Callable[[int], str | None],
+    ) -> Iterator[bytes]:
+        wanted, encoding, separator = (
+            request.output_dtype or "float",
+            request.encoding_format,
+            b'{"object":"list","data":[',
+        )
+        for index, outputs in enumerate(found):
+            entry: dict[str, Any] = {"object": "embedding", "index": index}
+            if "dense" in names:
+                (row,) = vector_format.convert(outputs.dense[None], wanted, ranges)
+                entry["embedding"] = _encoded(row) if encoding == "base64" else row
+            if "sparse" in names:
+                entry["sparse_embedding"] = sparse.shape(outputs.ids, outputs.weights, model.vocabulary_size, token)
+            head = separator + orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
+            if "tokens" in names:
+                yield head[:-1] + b',"token_embeddings":'
+                yield from token_vectors(outputs.tokens, encoding, wanted)
+                head = b"}"
+            yield head
+            separator = b","
+        usage = {"prompt_tokens": context.input_tokens, "total_tokens": context.input_tokens}
+        yield b"]," + orjson.dumps({"model": model.name, "usage": usage})[1:]
+
+
+def _encoded(row: Any) -> str:
+    return base64.b64encode(row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes()).decode()
+
 
 def check_range(vectors: Vectors, wanted: VectorFormat) -> None:
     """Raise `ApiError` 400 if vectors have a number that a format does not have."""
-    if wanted == "float16" and np.abs(vectors).max() > _MAX_FLOAT16:
+    if wanted == "float16" and vectors.size and np.abs(vectors).max() > _MAX_FLOAT16:
         raise ApiError(400, "a vector has a number beyond float16", code="out_of_range", param="output_dtype")
 
 

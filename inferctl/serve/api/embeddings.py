@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve.api import embedding_schemas
+from inferctl.serve.api import embedding_schemas, outputs
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.schemas import ModelRequest
@@ -20,6 +20,7 @@ from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.serve.outputs import Output, Outputs
 
 log = logging.getLogger("inferctl.prompts")
 
@@ -47,6 +48,22 @@ class EmbeddingApi(Protocol):
         """Return the JSON of a successful response in parts. Raises `ApiError`."""
 
 
+@runtime_checkable
+class OutputsApi(Protocol):
+    """The shape of an API whose requests can name other outputs than dense vectors."""
+
+    def outputs_response(
+        self,
+        request: Any,
+        found: Sequence[Outputs],
+        names: Sequence[Output],
+        model: ServedModel,
+        context: RequestContext,
+        token: Callable[[int], str | None],
+    ) -> Iterable[bytes]:
+        """Return the JSON of a successful response in parts. `token`: returns the text of an id. Raises `ApiError`."""
+
+
 @dataclass(frozen=True)
 class EmbeddingsEndpoint:
     """The application of an endpoint for embeddings."""
@@ -69,11 +86,26 @@ class EmbeddingsEndpoint:
             chosen = request.prompt is not None or request.prompt_name is not None
             if prompt is None or (not chosen and model.prompts.misses_query(request.input_type)):
                 self._remind(context.key_id)
-        dimensions = model.dimensions_for(request.dimensions)
-        model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
-        vectors = await self.inference.run_equal(scope, partial(self._tokenize, request, prompt, context.tenant))
-        vectors = _with_dimensions(vectors, dimensions)
-        await send_json(send, self.api.response(given, vectors, model, context), context)
+        names = outputs.chosen(model, request.outputs)
+        dimensions = model.dimensions_for(request.dimensions) if "dense" in names else None
+        if "dense" in names:
+            model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
+        rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.tenant))
+        if names == ("dense",):
+            assert not isinstance(rows, list)
+            await send_json(send, self.api.response(given, _with_dimensions(rows, dimensions), model, context), context)
+            return
+        assert isinstance(self.api, OutputsApi)
+        found = outputs.unpacked(model, rows, names)
+        if dimensions is not None:
+            found = [each._replace(dense=_with_dimensions(each.dense[None], dimensions)[0]) for each in found]
+        token = self.inference.tokenizer.own_tokenizer().id_to_token
+        await send_json(
+            send,
+            self.api.outputs_response(given, found, names, model, context, token),
+            context,
+            stream="tokens" in names,
+        )
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
         """Return the request, also in OpenAI's shape, and its prompt, None if it selects none.
@@ -113,16 +145,20 @@ class EmbeddingsEndpoint:
         )
 
     async def _tokenize(
-        self, request: EmbeddingRequest, prompt: str | None, tenant: str | None
-    ) -> tuple[Sequence[Tokens], None]:
-        truncate = self.inference.model.truncate if request.truncate is None else request.truncate
+        self, request: EmbeddingRequest, prompt: str | None, names: Sequence[Output], tenant: str | None
+    ) -> tuple[Sequence[Tokens], list[int] | None]:
+        model = self.inference.model
+        truncate = model.truncate if request.truncate is None else request.truncate
+        role = model.prompts.role(request.prompt_name, request.input_type)
         items: Any = request.items
         if isinstance(items[0], str):
-            found = await self.inference.tokenizer.encode(items, truncate=truncate, tenant=tenant, prompt=prompt)
-            return found, None
+            found = await self.inference.tokenizer.encode(
+                items, truncate=truncate, tenant=tenant, prompt=prompt, limit=model.limit(role)
+            )
+            return outputs.marked(model, found, names, role)
         call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)
         large = sum(map(len, items)) > _INLINE_IDS
-        return (await asyncio.to_thread(call) if large else call()), None
+        return outputs.marked(model, await asyncio.to_thread(call) if large else call(), names, role)
 
 
 def _with_dimensions(vectors: Vectors, dimensions: int | None) -> Vectors:

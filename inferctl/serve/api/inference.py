@@ -132,13 +132,16 @@ def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:
             gc.enable()
 
 
-async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext) -> None:
-    """Send a successful response whose body is `parts`, with the times and the tokens of the request as headers."""
+async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext, *, stream: bool = False) -> None:
+    """Send a successful response whose body is `parts`, with the times and the tokens of the request as headers.
+
+    Each part is sent when it is made if there are many inputs, or if `stream`.
+    """
     headers = [(b"content-type", b"application/json"), (b"x-inferctl-tokens", b"%d" % context.input_tokens)]
     if context.cached_tokens:
         headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
     headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
-    if context.inputs <= schemas.PART_VECTORS:
+    if context.inputs <= schemas.PART_VECTORS and not stream:
         body = b"".join(parts)
         headers.append((b"content-length", b"%d" % len(body)))
         parts = ()
@@ -147,6 +150,7 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     for part in parts:
         await send({"type": "http.response.body", "body": part, "more_body": True})
+        await asyncio.sleep(0)
     await send({"type": "http.response.body", "body": body})
 
 

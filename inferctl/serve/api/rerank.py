@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from inferctl.serve.api import outputs
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest, TeiRerankRequest, VoyageRerankRequest
 from inferctl.serve.edge.errors import ApiError
@@ -52,7 +53,8 @@ class TeiRerankEndpoint:
             logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
         except ApiError as error:
             raise error.renamed({"documents": "texts"}) from None
-        scores = logits if request.raw_scores else inference.model.activation(logits)
+        raw = request.raw_scores or inference.model.task == "embed"
+        scores = logits if raw else inference.model.activation(logits)
         results: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in _order(scores)]
         if request.return_text:
             results = [entry | {"text": request.texts[entry["index"]]} for entry in results]
@@ -131,6 +133,8 @@ async def _scores(
     truncate: bool | None,
 ) -> Vectors:
     """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
+    if inference.model.task == "embed":
+        return await _logits(inference, scope, first, second, truncate)
     return inference.model.activation(await _logits(inference, scope, first, second, truncate))
 
 
@@ -141,11 +145,14 @@ async def _logits(
     second: list[str],
     truncate: bool | None,
 ) -> Vectors:
-    """Return the logit of each pair: float32, [pairs]."""
+    """Return the logit of each pair: float32, [pairs]. For a model with vectors of tokens, it is their MaxSim."""
     tenant = context_of(scope).tenant
+    allowed = inference.model.truncate if truncate is None else truncate
+    if inference.model.task == "embed":
+        assert isinstance(first, str)
+        return await outputs.max_similarities(inference, scope, first, second, truncate=allowed, tenant=tenant)
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
-        allowed = inference.model.truncate if truncate is None else truncate
         pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 

@@ -5,20 +5,22 @@ The names are those of `router/src/http/types.rs` of its version 1.9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictInt, StrictStr
 
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
+from inferctl.serve.api.outputs import token_vectors
 from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, limit_items
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
+from inferctl.serve.outputs import Output, Outputs
 
 
 class TextOptions(BaseModel):
@@ -31,12 +33,17 @@ class TextOptions(BaseModel):
     prompt_name: StrictStr | None = Field(None, description="The name of a prompt of the model, as in `GET /info`.")
 
 
-class EmbedRequest(ModelRequest, TextOptions):
-    """The body of `POST /embed`."""
+class TeiOptions(ModelRequest, TextOptions):
+    """The body of `POST /embed_sparse` and `POST /embed_all`."""
 
     inputs: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
+
+
+class EmbedRequest(TeiOptions):
+    """The body of `POST /embed`."""
+
     normalize: StrictBool = Field(True, description="False: vectors of the length that the model gives them.")
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
@@ -45,6 +52,21 @@ class EmbedRequest(ModelRequest, TextOptions):
 
 class EmbedResponse(RootModel[list[list[float]]]):
     """The successful response of `POST /embed`: one vector per input, in order."""
+
+
+class SparseValue(BaseModel):
+    """The weight of a token of the vocabulary."""
+
+    index: int
+    value: float
+
+
+class EmbedSparseResponse(RootModel[list[list[SparseValue]]]):
+    """The successful response of `POST /embed_sparse`: the weights of each input, in order."""
+
+
+class EmbedAllResponse(RootModel[list[list[list[float]]]]):
+    """The successful response of `POST /embed_all`: the vectors of the tokens of each input, in order."""
 
 
 class Sentences(BaseModel):
@@ -97,6 +119,54 @@ class TeiEmbed:
 
 
 @dataclass(frozen=True)
+class _TeiOutputs:
+    """It is an `EmbeddingApi`, except for its response."""
+
+    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
+    request: type[ModelRequest] = TeiOptions
+    output: ClassVar[Output]
+
+    def embedding(self, request: TeiOptions, _: ServedModel) -> EmbeddingRequest:
+        """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
+        return _embedding(request, request.inputs, output=self.output)
+
+    def response(self, *_: Any) -> Iterator[bytes]:
+        """Not used. Part of `EmbeddingApi`."""
+        raise NotImplementedError
+
+
+class TeiEmbedSparse(_TeiOutputs):
+    """It is an `EmbeddingApi` and an `OutputsApi`."""
+
+    output: ClassVar[Output] = "sparse"
+
+    def outputs_response(self, _: Any, found: Sequence[Outputs], *__: Any) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `OutputsApi`."""
+        separator = b"["
+        for outputs in found:
+            pairs = zip(outputs.ids.tolist(), outputs.weights, strict=True)
+            entries = [{"index": number, "value": weight} for number, weight in pairs]
+            yield separator + orjson.dumps(entries, option=orjson.OPT_SERIALIZE_NUMPY)
+            separator = b","
+        yield b"]"
+
+
+class TeiEmbedAll(_TeiOutputs):
+    """It is an `EmbeddingApi` and an `OutputsApi`."""
+
+    output: ClassVar[Output] = "tokens"
+
+    def outputs_response(self, _: Any, found: Sequence[Outputs], *__: Any) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `OutputsApi`."""
+        separator = b"["
+        for outputs in found:
+            yield separator
+            yield from token_vectors(outputs.tokens)
+            separator = b","
+        yield b"]"
+
+
+@dataclass(frozen=True)
 class TeiSimilarity:
     """It is an `EmbeddingApi`."""
 
@@ -114,9 +184,15 @@ class TeiSimilarity:
         yield orjson.dumps(unit[1:] @ unit[0], option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _embedding(options: TextOptions, inputs: Input, dimensions: int | None = None) -> EmbeddingRequest:
+def _embedding(
+    options: TextOptions, inputs: Input, dimensions: int | None = None, output: Output = "dense"
+) -> EmbeddingRequest:
     return EmbeddingRequest.model_construct(
-        input=inputs, truncate=options.truncate, prompt_name=options.prompt_name, dimensions=dimensions
+        outputs=[output],
+        input=inputs,
+        truncate=options.truncate,
+        prompt_name=options.prompt_name,
+        dimensions=dimensions,
     )
 
 

@@ -1,0 +1,135 @@
+"""Sparse weights and vectors of tokens in requests and responses, in the shapes that vector stores take."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import orjson
+from starlette.types import Scope
+
+from inferctl.models import vector_format
+from inferctl.models.vector_format import VectorFormat
+from inferctl.serve.api.inference import Inference
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
+from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, mark, max_similarity, top, unpack
+
+SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
+Role: TypeAlias = Literal["query", "document"] | None
+
+# Numbers of the vectors of all tokens of a response: 128 MiB, and about five times as much JSON.
+_MAX_TOKEN_NUMBERS = 2**25
+# Numbers that are converted to JSON at a time, so that none stops the event loop for long.
+_PART_NUMBERS = 16_384
+# MaxSim of more products than this is computed on another thread.
+_INLINE_PRODUCTS = 2_000_000
+
+
+def chosen(model: ServedModel, wanted: Sequence[Output] | None) -> tuple[Output, ...]:
+    """Return the outputs of a request, that of the model if it names none. Raises `ApiError` 400 for others."""
+    names = tuple(dict.fromkeys(wanted or model.outputs[:1]))
+    if missing := [name for name in names if name not in model.outputs]:
+        message = f"model {model.name!r} has no {missing[0]} output: it has {', '.join(model.outputs)}"
+        raise ApiError(400, message, code="invalid_output", param="outputs")
+    return names
+
+
+def marked(
+    model: ServedModel, sequences: Sequence[Tokens], outputs: Sequence[Output], role: Role
+) -> tuple[list[Tokens], list[int] | None]:
+    """Return the sequences of a request, queries with the tokens that follow them, and their marks.
+
+    The marks are None for dense vectors of a model without other ones. Raises `ApiError` 400 for too many vectors.
+    """
+    if outputs == ("dense",) and model.outputs[1:] in ((), ("tokens",)):
+        return list(sequences), None
+    form = Form(sum(FORMS[name] for name in outputs)) | (Form.QUERY if role == "query" else Form(0))
+    expanded, marks = [], []
+    for sequence in sequences:
+        ids, attended = model.tokens.expand(sequence) if role == "query" and model.tokens else (sequence, 0)
+        expanded.append(ids)
+        marks.append(mark(form, attended))
+    if Form.TOKENS in form and (numbers := sum(map(len, expanded)) * model.token_dimensions) > _MAX_TOKEN_NUMBERS:
+        message = f"the vectors of all tokens have {numbers} numbers; the limit of a request is {_MAX_TOKEN_NUMBERS}"
+        raise ApiError(400, message, code="too_many_tokens")
+    return expanded, marks
+
+
+def unpacked(model: ServedModel, rows: Rows, outputs: Sequence[Output]) -> list[Outputs]:
+    """Return the outputs in the rows of a request."""
+    form = Form(sum(FORMS[name] for name in outputs))
+    return [unpack(row, form, model.dimensions, model.token_dimensions) for row in rows]
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """How the weights of a response look. `top_k`: the most of an input. `least`: the smallest that is returned."""
+
+    format: SparseFormat = "indices"
+    top_k: int | None = None
+    least: float | None = None
+
+    def shape(self, ids: Ids, weights: Vectors, size: int, token: Callable[[int], str | None]) -> Any:
+        """Return the weights of an input for JSON. `size`: of the vocabulary; `token(id)`: the text of one of it."""
+        ids, weights = top(ids, weights, self.top_k, self.least)
+        if self.format == "indices":
+            return {"indices": ids, "values": np.ascontiguousarray(weights)}
+        if self.format == "tokens":
+            pairs = zip(ids.tolist(), weights, strict=True)
+            return {token(number) or str(number): weight for number, weight in pairs}
+        pairs = zip((ids + 1).tolist(), weights, strict=True)
+        return f"{{{','.join(f'{number}:{weight!s}' for number, weight in pairs)}}}/{size}"
+
+
+def token_vectors(vectors: Vectors, encoding: str | None = None, wanted: VectorFormat = "float") -> Iterator[bytes]:
+    """Yield the JSON of the vectors of the tokens of an input in parts: lists, or one base64 text for each token."""
+    separator = b"["
+    step = max(1, _PART_NUMBERS // max(1, vectors.shape[1]))
+    for start in range(0, len(vectors), step):
+        rows: Any = vector_format.convert(vectors[start : start + step], wanted)
+        if encoding == "base64":
+            rows = rows.astype(rows.dtype.newbyteorder("<"), copy=False)
+            rows = [base64.b64encode(row.tobytes()).decode() for row in rows]
+        else:
+            rows = np.ascontiguousarray(rows)
+        yield separator + orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    yield b"]" if separator == b"," else b"[]"
+
+
+async def max_similarities(
+    inference: Inference, scope: Scope, query: str, documents: list[str], *, truncate: bool, tenant: str | None
+) -> Vectors:
+    """Return the MaxSim of a query and each document: float32, [documents]."""
+    model = inference.model
+
+    async def tokenize() -> tuple[list[Tokens], list[int] | None]:
+        ids, marks = [], list[int]()
+        given: dict[Role, list[str]] = {"query": [query], "document": documents}
+        for role, texts in given.items():
+            found = await inference.tokenizer.encode(
+                texts,
+                truncate=truncate,
+                tenant=tenant,
+                prompt=model.prompts.select(input_type=role),
+                limit=model.limit(role),
+            )
+            sequences, numbers = marked(model, found, ("tokens",), role)
+            ids += sequences
+            marks += numbers or []
+        return ids, marks
+
+    rows = await inference.run(scope, tokenize)
+    first, *others = [row.reshape(-1, model.token_dimensions) for row in rows]
+
+    def compute() -> Vectors:
+        return np.array([max_similarity(first, other) for other in others], dtype=np.float32)
+
+    products = first.size * sum(map(len, others))
+    return await asyncio.to_thread(compute) if products > _INLINE_PRODUCTS else compute()
