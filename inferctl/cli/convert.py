@@ -61,7 +61,7 @@ def _local(source: str) -> Path:
     """Return the folder `source`. Raises `UsageError` if it is not a model."""
     try:
         return model_folder.find(source).path
-    except model_folder.PickledWeightsError as error:
+    except model_folder.UnconvertedError as error:
         return error.folder
 
 

@@ -33,7 +33,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError, insta
 from inferctl.core.sizes import size
 from inferctl.models import untrusted
 from inferctl.models.convert import RECORD
-from inferctl.models.model import ModelFolder, weight_map
+from inferctl.models.model import ROUTER_FILE, ModelFolder, weight_map
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,10 @@ def convert(source: Path, target: Path) -> None:
     Raises `UsageError` for a model that cannot be converted.
     """
     folder = ModelFolder(source)
-    untrusted.check(source, folder.files())
+    untrusted.check(source, [*folder.files(), *folder.head_pickles])
+    if (router := folder.router) is not None:
+        _convert_router(source, target, router)
+        return
     if folder.static is not None:
         raise UsageError(f"{source} has static embeddings as a pickle, which is not converted", "use safetensors")
     pickles = folder.pickled
@@ -85,6 +88,12 @@ def convert(source: Path, target: Path) -> None:
         tied |= dropped
         del tensors
         read[name.as_posix()] = _digest(file)
+    for file in folder.head_pickles:
+        tensors, _ = _tensors(file, ties=False)
+        place = target / file.stem / "model.safetensors"
+        place.parent.mkdir()
+        _save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
+        read[file.name] = _digest(file)
     for parent, index in indexes.items():
         _write_index(source / parent.relative_to(target), parent, index, tied)
     converted = {file.parent for file in pickles}
@@ -97,6 +106,47 @@ def convert(source: Path, target: Path) -> None:
         _make_tokenizer(source, target)
     _record(target, read, tied, made_tokenizer)
     _copy(config, target / "config.json")  # without it, a folder is no model
+
+
+def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
+    """Write the model of documents into the folder itself, next to the weights of queries.
+
+    Raises `UsageError` for modules that the server does not compute, and for two tokenizers.
+    """
+    types = untrusted.read_json(source / ROUTER_FILE).get("types") or {}
+    routes = untrusted.read_json(source / ROUTER_FILE)["structure"]
+    classes = {role: [str(types.get(name, "")).rpartition(".")[2] for name in names] for role, names in routes.items()}
+    query, document = source / router["query"], source / router["document"]
+    first, *others = classes["document"]
+    if classes["query"] != ["SparseStaticEmbedding"] or first not in ("Transformer", "MLMTransformer"):
+        listed = {role: ", ".join(names) for role, names in classes.items()}
+        raise UsageError(
+            f"{source} has {listed['query']} for queries and {listed['document']} for documents",
+            "use a model with weights of tokens for queries, and a transformer for documents",
+        )
+    if not (query / "model.safetensors").is_file():
+        raise UsageError(f"{query} has no model.safetensors", "save it with a current sentence-transformers")
+    if (query / "tokenizer.json").read_bytes() != (document / "tokenizer.json").read_bytes():
+        raise UsageError(f"{source} has two tokenizers, which is not supported", "use another model")
+    names = [(first, ""), *zip(others, routes["document"][1:], strict=True)]
+    listing = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (name, path) in enumerate(names)
+    ]
+    for file in ModelFolder(source).files():
+        inner = file.relative_to(source)
+        if inner.parts[0] == router["document"]:
+            inner = inner.relative_to(router["document"])
+        if inner.as_posix() not in ("config.json", "modules.json"):
+            _copy(file, target / inner)
+    (target / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+    read = {"modules.json": _digest(source / "modules.json")}
+    document_record = {"read": read, "written": {"modules.json": _digest(target / "modules.json")}, "tied": {}}
+    versions = {"inferctl": inferctl.__version__}
+    (target / RECORD).write_text(
+        json.dumps(document_record | {"versions": versions}, indent=2) + "\n", encoding="utf-8"
+    )
+    _copy(document / "config.json", target / "config.json")  # without it, a folder is no model
 
 
 def _copy(file: Path, copy: Path) -> None:
@@ -300,6 +350,9 @@ def _record(target: Path, read: dict[str, Any], tied: dict[str, str], made_token
 def _new_files(target: Path, read: dict[str, Any], made_tokenizer: bool) -> Iterator[Path]:
     """Yield the files that the conversion made: those that are not copies."""
     for name in sorted(read):
+        if name.endswith(".pt"):
+            yield target / Path(name).stem / "model.safetensors"
+            continue
         yield target / Path(name).with_name(_new_name(Path(name).name))
     if made_tokenizer:
         yield target / "tokenizer.json"

@@ -38,10 +38,12 @@ _PROGRAM = "inferctl.models.conversion"
 
 
 def needed(folder: ModelFolder) -> bool:
-    """Return whether a model has pickles instead of safetensors, or a vocabulary but no `tokenizer.json`."""
+    """Return whether a model has pickles instead of safetensors, a vocabulary but no `tokenizer.json`, or a Router."""
     path = folder.path
+    if folder.router is not None:
+        return True
     vocabulary = [path / "vocab.txt", path / "vocab.json", *path.glob("*.model")]
-    return bool(folder.pickled) or (
+    return bool(folder.pickled or folder.head_pickles) or (
         not (path / "tokenizer.json").is_file() and any(file.is_file() for file in vocabulary)
     )
 

@@ -18,7 +18,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.sizes import size
 from inferctl.models import convert
 from inferctl.models import model as model_folder
-from inferctl.models.model import ModelFolder, PickledWeightsError
+from inferctl.models.model import ModelFolder, UnconvertedError
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -120,7 +120,7 @@ def download(source: str, revision: str | None, progress: Progress) -> Path:
     except NotReadyError:
         try:
             return model_folder.find(source, revision).path
-        except PickledWeightsError as found:
+        except UnconvertedError as found:
             return found.folder
         except UsageError:
             pass
@@ -298,7 +298,9 @@ def _sizes(info: ModelInfo) -> dict[str, int]:
 
 def _is_pickle(name: str) -> bool:
     """Return whether a file has weights as a pickle: of the model or one of its modules."""
-    return re.fullmatch(r"(?:[^/]+/)?pytorch_model(?:-\d+-of-\d+)?\.bin", name) is not None
+    return (
+        re.fullmatch(r"(?:[^/]+/)?pytorch_model(?:-\d+-of-\d+)?\.bin|(?:sparse|colbert)_linear\.pt", name) is not None
+    )
 
 
 def _may_be_of_model(name: str, files: Collection[str]) -> bool:

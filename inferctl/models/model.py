@@ -33,6 +33,8 @@ CONVERTED = "converted"
 IMAGE_FOLDER = "/model"
 # Where sentence-transformers writes the kind of a model, its prompts and its similarity.
 LIBRARY_FILE = "config_sentence_transformers.json"
+# Where it writes which modules are for queries, and which for documents.
+ROUTER_FILE = "router_config.json"
 # The class of modules.json that looks up the vector of each token, without a transformer.
 STATIC = "StaticEmbedding"
 # Ends of the class names of generative models.
@@ -49,15 +51,23 @@ _MADE_FOR: dict[TaskSetting, str] = {
 }
 
 
-class PickledWeightsError(UsageError):
-    """The model in `folder` is complete, but has weights only as pickles, which are never loaded by a server."""
+class UnconvertedError(UsageError):
+    """The model in `folder` is complete, but `inferctl convert` has to write it in another form."""
 
     def __init__(self, folder: Path, source: str, found: str) -> None:
         super().__init__(
-            f"{folder} has no *.safetensors weights, only {found}: a pickle, which can run code when it is loaded",
+            f"{folder} {found}",
             f"convert it without running its code, and use the new folder: `inferctl convert {source} NEW_FOLDER`",
         )
         self.folder = folder
+
+
+class PickledWeightsError(UnconvertedError):
+    """The model has weights only as pickles, which are never loaded by a server."""
+
+    def __init__(self, folder: Path, source: str, found: str) -> None:
+        without = "has no *.safetensors weights, only"
+        super().__init__(folder, source, f"{without} {found}: a pickle, which can run code when it is loaded")
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,33 @@ class ModelFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Content of `config.json`; for static embeddings without one, their class."""
-        file = self.path / "config.json"
+        file = self.path / (self.router or {}).get("document", "") / "config.json"
         return {"architectures": [STATIC]} if not file.is_file() and self.static is not None else _json(file)
+
+    @property
+    def router(self) -> dict[str, str] | None:
+        """The folders of what queries and documents begin with, in a folder of sentence-transformers without a model.
+
+        None for other folders. Raises `UsageError` if there are others than both.
+        """
+        file = self.path / ROUTER_FILE
+        if (self.path / "config.json").is_file() or not file.is_file():
+            return None
+        routes = _json(file).get("structure")
+        if not isinstance(routes, dict) or routes.keys() != {"query", "document"}:
+            raise UsageError(
+                f"{file} has other routes than query and document, which is not supported", "use another model"
+            )
+        found = {role: str(names[0]) if isinstance(names, list) and names else "" for role, names in routes.items()}
+        for name in found.values():
+            untrusted.inside(self.path, name)
+        return found
+
+    @property
+    def head_pickles(self) -> list[Path]:
+        """The pickles of BGE-M3's layers for tokens that were not converted."""
+        files = [self.path / f"{name}.pt" for name in BGE_M3]
+        return files if all(file.is_file() and not file.with_suffix("").is_dir() for file in files) else []
 
     @property
     def static(self) -> str | None:
@@ -202,11 +237,9 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
         path = snapshot
     folder = ModelFolder(path)
     if not (path / "config.json").is_file() and folder.static is None:
-        if (path / "router_config.json").is_file():
-            raise UsageError(
-                f"{path} is a Router of sentence-transformers, which has a model for queries and one for documents; it "
-                "is not supported",
-                "use a model without a Router",
+        if folder.router is not None:
+            raise UnconvertedError(
+                path, source, "is a Router of sentence-transformers, with its model in a folder below"
             )
         raise UsageError(
             f"{path} is not a model folder: config.json not found",

@@ -17,7 +17,7 @@ from inferctl.core.errors import UsageError
 from inferctl.models import model
 from inferctl.serve import architecture, modules, output_config, prompts
 from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
-from inferctl.serve.outputs import FORMS, Form, Output, SparseConfig, TokensConfig
+from inferctl.serve.outputs import FORMS, Form, Output, Role, SparseConfig, TokensConfig
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 # RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
@@ -69,9 +69,11 @@ class EmbeddingConfig:
         trained = (name for name in self.outputs if name != "tokens" or self.tokens != TokensConfig())
         return reduce(or_, (FORMS[name] for name in trained))
 
-    def limit(self, *, query: bool) -> int | None:
-        """Return the most tokens of a query or a document; None for `max_tokens`."""
-        return self.tokens.limit(query=query) if self.tokens else None
+    def text_options(self, role: Role) -> dict[str, Any]:
+        """Return the options of `TokenizerPool.encode` for a query, a document, or a text of unknown role."""
+        looked_up = role == "query" and self.sparse is not None and self.sparse.query_weights is not None
+        limit = self.tokens.limit(query=role == "query") if self.tokens and role else None
+        return {"limit": limit, "special_tokens": not looked_up}
 
     @property
     def has_logits(self) -> bool:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from inferctl.core.errors import UsageError, shown
 from inferctl.models import model
-from inferctl.models.model import BGE_M3, ModelFolder
+from inferctl.models.model import BGE_M3, ROUTER_FILE, ModelFolder
 from inferctl.serve import modules
 from inferctl.serve.modules import Dense, Normalize, read_object
 from inferctl.serve.outputs import Expansion, SparseConfig, TokensConfig
@@ -66,8 +66,8 @@ def _splade(folder: Path) -> SparseConfig:
     pooling, activation = settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")
     if pooling not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
         raise UsageError(f"{folder} has SpladePooling with {shown(pooling)} and {shown(activation)}", _HINT)
-    weights = modules.read_object(folder / "router_config.json").get("structure", {}).get("query")
-    query = None if weights is None else str(weights[0])
+    routes = modules.read_object(folder / ROUTER_FILE).get("structure") or {}
+    query = str(routes["query"][0]) if routes.get("query") else None
     return SparseConfig(pooling=pooling, twice=activation == "log1p_relu", query_weights=query)
 
 

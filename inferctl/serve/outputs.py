@@ -16,6 +16,7 @@ from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.modules import Layer
 
 Output: TypeAlias = Literal["dense", "sparse", "tokens"]
+Role: TypeAlias = Literal["query", "document"] | None
 Ids: TypeAlias = npt.NDArray[np.int64]
 _ATTENDED = 4  # the bit of a mark at which the number of attended tokens begins
 

@@ -196,11 +196,12 @@ class TokenizerPool:
         tenant: str | None = None,
         prompt: str | None = None,
         limit: int | None = None,
+        special_tokens: bool = True,
     ) -> list[Tokens]:
         """Return the token ids (int32) of each text after `prompt`; None is the default prompt of the model.
 
-        `limit`: the most tokens, with special ones, if they are fewer than the model accepts. `tenant`: among whom the
-        threads are shared; None if they are not.
+        `limit`: the most tokens, with special ones, if they are fewer than the model accepts. `special_tokens`: whether
+        they are added. `tenant`: among whom the threads are shared; None if they are not.
 
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
         few tokens for its length, `TokenizerBusyError` and `TokenizerShareError`.
@@ -208,8 +209,9 @@ class TokenizerPool:
         prompt = self._prompt if prompt is None else prompt
         size = sum(map(len, texts)) + len(texts) * len(prompt)
         if self._is_small(size, len(texts)):
-            return self.encode_now(texts, truncate=truncate, prompt=prompt, limit=limit)
-        encode = partial(self.encode_now, truncate=truncate, prompt=prompt, limit=limit)
+            return self.encode_now(texts, truncate=truncate, prompt=prompt, limit=limit, special_tokens=special_tokens)
+        options: dict[str, Any] = {"prompt": prompt, "limit": limit, "special_tokens": special_tokens}
+        encode = partial(self.encode_now, truncate=truncate, **options)
         calls = [partial(encode, texts[i:j], first=i) for i, j in slices([len(prompt) + len(text) for text in texts])]
         return await self._run(calls, size, tenant)
 
@@ -248,11 +250,13 @@ class TokenizerPool:
         first: int = 0,
         prompt: str | None = None,
         limit: int | None = None,
+        special_tokens: bool = True,
     ) -> list[Tokens]:
         """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
         prompt = self._prompt if prompt is None else prompt
         rows, truncated = [], 0
-        for index, (ids, size) in enumerate(self._encodings(texts, "input", prompt, first), first):
+        encodings = self._encodings(texts, "input", prompt, first, add_special_tokens=special_tokens)
+        for index, (ids, size) in enumerate(encodings, first):
             if size > len(ids):
                 self._allow_truncation(index, truncate)
                 truncated += 1

@@ -109,8 +109,8 @@ class EmbeddingRequest(ModelRequest):
     )
     outputs: Annotated[list[Output], Field(min_length=1)] | None = Field(
         None,
-        description="What to return for each input: `dense` (default, in `embedding`), `sparse` (the weights of tokens, "
-        "in `sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
+        description="What to return for each input: `dense` (default, in `embedding`), `sparse` (weights of tokens, in "
+        "`sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
         "are in `GET /info`.",
     )
     sparse_format: SparseFormat | None = Field(

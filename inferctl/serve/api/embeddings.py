@@ -153,7 +153,7 @@ class EmbeddingsEndpoint:
         items: Any = request.items
         if isinstance(items[0], str):
             found = await self.inference.tokenizer.encode(
-                items, truncate=truncate, tenant=tenant, prompt=prompt, limit=model.limit(role)
+                items, truncate=truncate, tenant=tenant, prompt=prompt, **model.text_options(role)
             )
             return outputs.marked(model, found, names, role)
         call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)

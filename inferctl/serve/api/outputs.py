@@ -18,10 +18,9 @@ from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
-from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, mark, max_similarity, top, unpack
+from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, mark, max_similarity, top, unpack
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
-Role: TypeAlias = Literal["query", "document"] | None
 
 # Numbers of the vectors of all tokens of a response: 128 MiB, and about five times as much JSON.
 _MAX_TOKEN_NUMBERS = 2**25
@@ -118,7 +117,7 @@ async def max_similarities(
                 truncate=truncate,
                 tenant=tenant,
                 prompt=model.prompts.select(input_type=role),
-                limit=model.limit(role),
+                **model.text_options(role),
             )
             sequences, numbers = marked(model, found, ("tokens",), role)
             ids += sequences

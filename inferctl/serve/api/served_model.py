@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models.vector_format import CALIBRATED, Ranges, VectorFormat
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.outputs import Output, TokensConfig
+from inferctl.serve.outputs import Output, Role, TokensConfig
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
@@ -23,7 +24,7 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `outputs`, `tokens`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
+    `outputs`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
 
     `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and
     `vocabulary_size` are 0 until an engine is ready.
@@ -41,6 +42,7 @@ class ServedModel:
     prompts: Prompts = NO_PROMPTS
     normalized: bool = True
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
+    text_options: Callable[[Role], dict[str, Any]] = lambda _: {}
     outputs: tuple[Output, ...] = ("dense",)
     tokens: TokensConfig | None = None
     dimensions: int = 0
@@ -52,10 +54,6 @@ class ServedModel:
     def trained(self) -> tuple[Output, ...]:
         """The outputs that the model was trained for: the states of tokens are none of them."""
         return tuple(name for name in self.outputs if name != "tokens" or self.tokens != TokensConfig())
-
-    def limit(self, role: str | None) -> int | None:
-        """Return the most tokens of a query or a document; None for that of the model."""
-        return self.tokens.limit(query=role == "query") if self.tokens and role else None
 
     def check_name(self, wanted: str | None) -> None:
         """Raise `ApiError` 404 for another model's name."""

@@ -14,7 +14,7 @@ from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Rows, Vectors, finite_rows, join_rows
 from inferctl.serve.engines import plain, tokenizer_check
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
-from inferctl.serve.outputs import Form, Outputs, form_of, mark, pack, unpack
+from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, unpack
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
@@ -199,11 +199,12 @@ def _embedded(pool: TokenizerPool, config: EmbeddingConfig) -> Sequences:
     if form == Form.DENSE:
         return Sequences(pool.encode_now(_TEXTS, truncate=True))
     ids, marks = [], []
-    for role in (Form(0), Form.QUERY):
-        for found in pool.encode_now(_TEXTS, truncate=True, limit=config.limit(query=bool(role))):
-            sequence, attended = config.tokens.expand(found) if role and config.tokens else (found, 0)
+    roles: dict[Role, Form] = {"document": form, "query": form | Form.QUERY}
+    for role, each in roles.items():
+        for found in pool.encode_now(_TEXTS, truncate=True, **config.text_options(role)):
+            sequence, attended = config.tokens.expand(found) if role == "query" and config.tokens else (found, 0)
             ids.append(sequence)
-            marks.append(mark(form | role, attended))
+            marks.append(mark(each, attended))
     return Sequences(ids, marks)
 
 
