@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 MODEL := models/all-MiniLM-L6-v2
+SPLADE := models/splade-tiny
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
 # -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
@@ -60,8 +61,9 @@ locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package in
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done
 
-model: $(VENV)/.demo  ## download all-MiniLM-L6-v2 and verify its checksum
+model: $(VENV)/.demo  ## download all-MiniLM-L6-v2 and a small SPLADE, and verify their checksums
 	@$(BIN)/python benchmarks/fetch_model.py $(MODEL)
+	@$(BIN)/python benchmarks/fetch_model.py $(SPLADE)
 
 generator: $(VENV)/.demo  ## download SmolLM2-135M-Instruct, verify its checksum and convert it
 	@$(BIN)/python benchmarks/fetch_generator.py $(GENERATOR)

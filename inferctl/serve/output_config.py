@@ -98,11 +98,11 @@ def _multi_vector(folder: Path, *, old: bool) -> OutputConfig:
     prompts = settings.get("prompts") or {}
     composed = {role: prefix + str(prompts.get(role) or "").removeprefix(prefix) for role, prefix in prefixes.items()}
     lengths = {name: settings.get(name) if own.get(name) is None else own[name] for name in _TOKEN_SETTINGS}
-    if "query_expansion" not in own and "query_expansion" not in settings and (old or prefixes):
+    without = "query_expansion" not in own and "query_expansion" not in settings
+    if without and (old or prefixes) and settings.get("do_query_expansion") is not False:
         attend = settings.get("attend_to_expansion_tokens", settings.get("attend_to_mask_tokens"))
         length = lengths.pop("query_length", None) or _DEFAULT_QUERY_LENGTH
-        if settings.get("do_query_expansion") is not False:
-            lengths["query_expansion"] = {"strategy": "fixed", "attend": bool(attend), "length": length}
+        lengths["query_expansion"] = {"strategy": "fixed", "attend": bool(attend), "length": length}
     if old:
         words = _words(settings, "skiplist_words", list(_PUNCTUATION))
         layers.append(Normalize())

@@ -1,0 +1,508 @@
+"""Sparse weights and vectors of tokens equal those of sentence-transformers, or of the formulas of BGE-M3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from inferctl.core.errors import UsageError
+from inferctl.models import model as model_folder
+from inferctl.serve import task_config
+from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
+from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.serve.tokenizer_pool import TokenizerPool
+from tests.processes import ServerProcess
+from tests.serve import saved_models, tiny_models
+from tests.serve.saved_models import WIDTH
+
+TEXTS = [text for text in saved_models.TEXTS if text]
+ROLES: tuple[Role, ...] = ("query", "document", None)
+SPLADE = Path(__file__).parents[2] / "models" / "splade-tiny"
+
+
+def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: Any) -> Path:
+    """Write a random model of a class of transformers and its tokenizer, which has a mask."""
+    import torch
+    import transformers
+
+    tokenizer = tiny_models.make_tokenizer(architecture)
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    torch.manual_seed(0)
+    known = tiny_models.TINY.get(architecture) or saved_models.MORE[architecture]
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 130}
+    options = {**sizes, "initializer_range": 0.4, **known, **ids, **settings}
+    config = transformers.AutoConfig.for_model(architecture, **options)
+    getattr(transformers, auto).from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32") -> list[Outputs]:
+    """Return what an engine computes for texts."""
+    outputs, _ = computed_with_info(folder, role, texts, precision)
+    return outputs
+
+
+def computed_with_info(
+    folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32"
+) -> tuple[list[Outputs], EngineInfo]:
+    from inferctl.serve.engines.encoder import EncoderEngine
+
+    config = task_config.read("embed", folder)
+    assert isinstance(config, EmbeddingConfig)
+    engine = EncoderEngine(EngineConfig(model=str(folder), precision=precision, device="cpu"))
+    info = engine.load()
+    pool = TokenizerPool(folder, config, threads=1)
+    prompt = config.prompts.select(input_type=role)
+    form = config.checked | (Form.QUERY if role == "query" else Form(0))
+    ids, marks = [], []
+    for found in pool.encode_now(texts, truncate=True, prompt=prompt, **config.text_options(role)):
+        sequence, attended = config.tokens.expand(found) if role == "query" and config.tokens else (found, 0)
+        ids.append(sequence)
+        marks.append(mark(form, attended))
+    pool.close()
+    lengths = np.array([len(each) for each in ids], np.int32)
+    rows = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(marks, np.int32))).rows
+    return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows], info
+
+
+def matrix(found: list[Outputs], width: int) -> Any:
+    rows = np.zeros((len(found), width), np.float32)
+    for row, outputs in zip(rows, found, strict=True):
+        row[outputs.ids] = outputs.weights
+    return rows
+
+
+def encoder(kind: str, folder: Path) -> Any:
+    import sentence_transformers
+    import torch
+
+    cls = getattr(sentence_transformers, kind, None)
+    if cls is None:
+        from sentence_transformers.multi_vector_encoder.model import MultiVectorEncoder as cls  # noqa: N813
+    return cls(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+
+
+def encode(library: Any, role: Role, texts: list[str] = TEXTS) -> Any:
+    function = library.encode if role is None else getattr(library, f"encode_{role}")
+    return function(texts)
+
+
+def same_weights(folder: Path, original: Path | None = None) -> None:
+    library = encoder("SparseEncoder", original or folder)
+    for role in ROLES:
+        expected = encode(library, role).to_dense().numpy()
+        found = matrix(computed(folder, role), expected.shape[1])
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, expected.max()))
+        assert (
+            np.array_equal(found > 0, expected > 0)
+            or np.abs(found - expected)[(found > 0) != (expected > 0)].max() < 1e-5
+        )
+
+
+def same_vectors(folder: Path) -> None:
+    library = encoder("MultiVectorEncoder", folder)
+    for role in ROLES:
+        for expected, found in zip(encode(library, role), computed(folder, role), strict=True):
+            np.testing.assert_allclose(found.tokens, np.asarray(expected), atol=1e-5)
+
+
+def splade(folder: Path, architecture: str, **options: Any) -> Path:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    source = base(folder / "model", architecture, "AutoModelForMaskedLM")
+    modules = [Transformer(str(source), transformer_task="fill-mask"), SpladePooling(**options)]
+    SparseEncoder(modules=modules, device="cpu").save(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("bert", {}),
+        ("bert", {"pooling_strategy": "sum"}),
+        ("distilbert", {"activation_function": "log1p_relu"}),
+        ("distilbert", {"pooling_strategy": "sum", "activation_function": "log1p_relu"}),
+        ("xlm-roberta", {}),
+        ("modernbert", {}),
+        ("deberta-v2", {}),
+    ],
+)
+def test_splade(architecture: str, options: dict[str, str], tmp_path: Path) -> None:
+    same_weights(splade(tmp_path, architecture, **options))
+
+
+def test_the_real_splade(tmp_path: Path) -> None:
+    if not SPLADE.is_dir():
+        pytest.fail("models/splade-tiny not found: download it with `make model`")
+    same_weights(SPLADE)
+    (found,) = computed(SPLADE, "query", ["Which river flows through Vienna?"])
+    assert len(found.ids) == 16  # as published with the package
+    # In bf16, the largest weights move by less than their rank.
+    exact, rounded = matrix(computed(SPLADE, None), 30522), matrix(computed(SPLADE, None, precision="bf16"), 30522)
+    cosines = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
+    assert cosines.min() > 0.995
+
+
+def test_a_long_text_is_computed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines import output_heads
+
+    monkeypatch.setattr(output_heads, "_LOGITS_BYTES", 4 * 1101 * 7)  # seven tokens at a time
+    same_weights(splade(tmp_path, "bert"))
+    same_weights(splade(tmp_path / "sum", "bert", pooling_strategy="sum"))
+
+
+def test_stored_weights_of_queries(tmp_path: Path) -> None:
+    import torch
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
+
+    from inferctl.models import convert
+
+    source = base(tmp_path / "model", "bert", "AutoModelForMaskedLM")
+    document = Transformer(str(source), transformer_task="fill-mask")
+    weights = torch.rand(len(document.tokenizer))
+    weights[::5] = 0
+    router = Router.for_query_document(
+        [SparseStaticEmbedding(document.tokenizer, weight=weights)],
+        [document, SpladePooling(activation_function="log1p_relu")],
+    )
+    saved = tmp_path / "saved"
+    SparseEncoder(modules=[router], device="cpu").save(str(saved))
+    with pytest.raises(model_folder.UnconvertedError, match="Router"):
+        model_folder.find(str(saved))
+    converted = convert.convert(saved, tmp_path / "converted", lambda *_: None).path
+    same_weights(converted, saved)
+
+
+def test_a_router_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    from inferctl.models import convert
+
+    source = base(tmp_path / "model", "bert", "AutoModelForMaskedLM")
+    routes = [[Transformer(str(source), transformer_task="fill-mask"), SpladePooling()] for _ in range(2)]
+    SparseEncoder(modules=[Router.for_query_document(*routes)], device="cpu").save(str(tmp_path / "saved"))
+    with pytest.raises(UsageError, match="for queries and"):
+        convert.convert(tmp_path / "saved", tmp_path / "converted", lambda *_: None)
+    file = tmp_path / "saved" / "router_config.json"
+    routes_of = json.loads(file.read_text())
+    for structure in ({"query": ["a"]}, {"query": ["../.."], "document": ["../.."]}, []):
+        file.write_text(json.dumps(routes_of | {"structure": structure}))
+        with pytest.raises(UsageError):
+            model_folder.find(str(tmp_path / "saved"))
+
+
+EXPANSION = {"strategy": "fixed", "length": 24, "token": "[MASK]"}
+
+
+def multi_vector(folder: Path, architecture: str, words: list[str], options: dict[str, Any], **more: Any) -> Path:
+    import torch
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.multi_vector_encoder.model import MultiVectorEncoder
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    first = Transformer(str(base(folder / "model", architecture)), **options)
+    token = "token_embeddings"
+    dense = Dense(WIDTH, 8, bias=False, activation_function=torch.nn.Identity(), module_input_name=token)
+    modules = [first, dense, MultiVectorMask(skiplist_words=words, **more), Normalize(token)]
+    prompts = {"query": "[Q] ", "document": "[D] "}
+    MultiVectorEncoder(modules=modules, device="cpu", prompts=prompts).save(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words", "options", "more"),
+    [
+        ("bert", [], {}, {}),
+        ("bert", [",", "the"], {"query_expansion": EXPANSION}, {}),
+        ("modernbert", ["the"], {"query_expansion": EXPANSION}, {"skiplist_tasks": ["query", "document"]}),
+        ("xlm-roberta", [], {"query_expansion": EXPANSION, "document_length": 20}, {}),
+        ("distilbert", [], {"query_expansion": {**EXPANSION, "attend": True}}, {}),
+        ("roberta", [], {"query_expansion": {**EXPANSION, "strategy": "min"}, "query_length": 40}, {}),
+        ("electra", [], {"query_length": 10, "document_length": 50}, {}),
+    ],
+)
+def test_vectors_of_tokens(
+    architecture: str, words: list[str], options: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    if "query_expansion" in options:
+        tokenizer = tiny_models.make_tokenizer(architecture)
+        token = tokenizer.mask_token or "[MASK]"
+        options = options | {"query_expansion": options["query_expansion"] | {"token": token}}
+    same_vectors(multi_vector(tmp_path, architecture, words, options, **more))
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_query_expansion": False}, {"attend_to_expansion_tokens": True}])
+def test_pylate(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The layout of PyLate 3, which lists Transformer and Dense alone."""
+    saved = multi_vector(tmp_path, "bert", [], {})
+    for name in ("2_MultiVectorMask", "3_Normalize"):
+        shutil.rmtree(saved / name)
+    dense = json.loads((saved / "1_Dense" / "config.json").read_text())
+    (saved / "1_Dense" / "config.json").write_text(
+        json.dumps({name: value for name, value in dense.items() if not name.startswith("module_")})
+    )
+    types = ("sentence_transformers.models.Transformer", "pylate.models.Dense.Dense")
+    listing = [
+        {"idx": index, "name": str(index), "path": "1_Dense" if index else "", "type": each}
+        for index, each in enumerate(types)
+    ]
+    (saved / "modules.json").write_text(json.dumps(listing))
+    config = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 20}
+    config |= {"document_length": 60, "skiplist_words": [",", "the"], **settings}
+    (saved / "config_sentence_transformers.json").write_text(json.dumps(config))
+    same_vectors(with_markers(saved, ["[Q] ", "[D] "]))
+
+
+def with_markers(folder: Path, tokens: list[str]) -> Path:
+    """Add the markers of queries and documents to a tokenizer as PyLate does: the normalizer sees them first."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(token, normalized=True) for token in tokens])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("metadata", [None, {"query_maxlen": 16, "doc_maxlen": 40, "mask_punctuation": False}])
+def test_stanford(metadata: dict[str, Any] | None, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = with_markers(base(tmp_path / "model", "bert"), ["[unused0]", "[unused1]"])
+    weights = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    torch.manual_seed(1)
+    weights["linear.weight"] = torch.randn(8, WIDTH)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["HF_ColBERT"]}))
+    if metadata is not None:
+        (folder / "artifact.metadata").write_text(json.dumps(metadata))
+    same_vectors(folder)
+
+
+@pytest.fixture(scope="module")
+def bge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BGE-M3 in small, as its repository has it: all weights are pickles."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    folder = tmp_path_factory.mktemp("bge")
+    first = Transformer(str(base(folder / "model", "xlm-roberta")))
+    modules = [first, Pooling(WIDTH, "cls"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "saved"))
+    saved = folder / "saved"
+    torch.save(first.auto_model.state_dict(), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    torch.manual_seed(2)
+    torch.save(torch.nn.Linear(WIDTH, 1).state_dict(), saved / "sparse_linear.pt")
+    torch.save(torch.nn.Linear(WIDTH, 24).state_dict(), saved / "colbert_linear.pt")
+    return saved
+
+
+def flag_embedding(folder: Path, texts: list[str]) -> list[tuple[Any, dict[int, float], Any]]:
+    """Return dense vector, weights and vectors of tokens by the formulas of FlagEmbedding's M3 model."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval()
+    heads = [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("sparse_linear", "colbert_linear")]
+    unused = {tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    results = []
+    for text in texts:
+        given = tokenizer(text, truncation=True, max_length=128, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**given).last_hidden_state[0]
+        dense = torch.nn.functional.normalize(hidden[0], dim=0)
+        weights = torch.relu(hidden @ heads[0]["weight"].T + heads[0]["bias"])[:, 0]
+        by_id: dict[int, float] = {}
+        for token, weight in zip(given["input_ids"][0].tolist(), weights.tolist(), strict=True):
+            if token not in unused and weight > by_id.get(token, 0):
+                by_id[token] = weight
+        vectors = torch.nn.functional.normalize(hidden[1:] @ heads[1]["weight"].T + heads[1]["bias"], dim=-1)
+        results.append((dense.numpy(), by_id, vectors.numpy()))
+    return results
+
+
+@pytest.fixture(scope="module")
+def converted_bge(bge: Path) -> Path:
+    from inferctl.models import convert
+
+    return convert.convert(bge, bge.parent / "converted", lambda *_: None).path
+
+
+def test_three_outputs_of_one_forward_pass(bge: Path, converted_bge: Path) -> None:
+    found = computed(converted_bge, None)
+    for outputs, (dense, by_id, vectors) in zip(found, flag_embedding(bge, TEXTS), strict=True):
+        np.testing.assert_allclose(outputs.dense, dense, atol=1e-5)
+        assert dict(zip(outputs.ids.tolist(), outputs.weights, strict=True)) == pytest.approx(by_id, abs=1e-5)
+        np.testing.assert_allclose(outputs.tokens, vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"1_SpladePooling/config.json": {"pooling_strategy": "mean"}}, "SpladePooling with 'mean'"),
+        ({"1_SpladePooling/config.json": {"activation_function": "gelu"}}, "'gelu'"),
+        ({"sentence_bert_config.json": {"transformer_task": "feature-extraction"}}, "made for feature-extraction"),
+        ({"modules.json": []}, "lists no modules"),
+        ({"config_sentence_transformers.json": {"model_type": "SentenceTransformer"}}, "made for fill-mask"),
+    ],
+)
+def test_a_changed_sparse_encoder_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = splade(tmp_path, "bert")
+    for name, content in change.items():
+        (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        task_config.read("embed", folder)
+
+
+def test_marks_and_rows_are_the_inverse_of_each_other() -> None:
+    for number in range(1, 16):
+        form = Form(number)
+        assert form_of(mark(form, 77)) == (form if number & 7 else form | Form.DENSE)
+        outputs = Outputs(
+            np.arange(3, dtype=np.float32) if Form.DENSE in form else np.empty(0, np.float32),
+            np.array([2, 2**24 - 1]) if Form.SPARSE in form else np.empty(0, np.int64),
+            np.array([0.5, 1.5], np.float32) if Form.SPARSE in form else np.empty(0, np.float32),
+            np.ones((2, 4), np.float32) if Form.TOKENS in form else np.empty((0, 0), np.float32),
+        )
+        back = unpack(pack(form, outputs), form, 3, 4)
+        for kept, given in zip(back, outputs, strict=True):
+            assert kept.tolist() == given.tolist()
+
+
+def test_the_largest_weights_are_kept() -> None:
+    ids, weights = np.array([1, 4, 6, 9]), np.array([0.5, 2.0, 0.1, 0.5], np.float32)
+    cases: list[tuple[int | None, float | None, list[int]]] = [
+        (None, None, [1, 4, 6, 9]),
+        (2, None, [1, 4]),
+        (9, None, [1, 4, 6, 9]),
+        (None, 0.5, [1, 4, 9]),
+        (1, 0.5, [4]),
+        (3, 5.0, []),
+    ]
+    for count, least, wanted in cases:
+        found, values = top(ids, weights, count, least)
+        assert found.tolist() == wanted
+        assert values.tolist() == weights[np.isin(ids, wanted)].tolist()
+
+
+# The API.
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
+    folder = splade(tmp_path / "splade", "bert")
+    expected = matrix(computed(folder, "document"), 2000)
+    server = serve("--model", str(folder), "--precision", "fp32", "--api-processes", processes, "--cache", "64MB")
+    body = {"input": TEXTS, "input_type": "document"}
+    response = server.embed(**body).json()
+    assert [entry.keys() for entry in response["data"]] == [{"object", "index", "sparse_embedding"}] * len(TEXTS)
+    for entry, row in zip(response["data"], expected, strict=True):
+        found = entry["sparse_embedding"]
+        assert found["indices"] == np.flatnonzero(row).tolist()
+        np.testing.assert_allclose(found["values"], row[found["indices"]], atol=1e-5)
+    again = server.embed(**body)
+    assert again.json()["data"] == response["data"]
+    assert int(again.headers["x-inferctl-cached-tokens"]) == response["usage"]["total_tokens"]
+
+    few = server.embed(**body, outputs=["sparse"], top_k=3).json()["data"][0]["sparse_embedding"]
+    assert few["indices"] == sorted(np.argsort(-expected[0], kind="stable")[:3].tolist())
+    tokens = server.embed(**body, sparse_format="tokens", top_k=3).json()["data"][0]["sparse_embedding"]
+    assert list(tokens.values()) == few["values"]
+    text = server.embed(**body, sparse_format="pgvector", top_k=3).json()["data"][0]["sparse_embedding"]
+    size = server.get("/info").json()["model"]["vocabulary_size"]
+    listed = ",".join(f"{i + 1}:{v}" for i, v in zip(few["indices"], few["values"], strict=True))
+    assert text == f"{{{listed}}}/{size}"
+    least = server.embed(**body, min_weight=few["values"][0]).json()["data"][0]["sparse_embedding"]
+    assert min(least["values"]) == few["values"][0]
+
+    found = httpx.post(f"{server.url}/embed_sparse", json={"inputs": TEXTS[:2]}).json()
+    assert found[0] == [
+        {"index": index, "value": value}
+        for index, value in zip(
+            response["data"][0]["sparse_embedding"]["indices"],
+            response["data"][0]["sparse_embedding"]["values"],
+            strict=True,
+        )
+    ]
+    for path, asked, status in (
+        ("/v1/embeddings", {"input": "a", "outputs": ["tokens"]}, 400),
+        ("/v1/embeddings", {"input": "a", "outputs": []}, 400),
+        ("/v1/embeddings", {"input": "a", "top_k": 0}, 400),
+        ("/v1/embeddings", {"input": "a", "min_weight": -1}, 400),
+        ("/v1/embeddings", {"input": "a", "sparse_format": "other"}, 400),
+        ("/embed", {"inputs": "a"}, 400),
+        ("/embed_all", {"inputs": "a"}, 400),
+        ("/v2/embed", {"texts": ["a"], "input_type": "search_query", "model": "m"}, 400),
+        ("/v1/rerank", {"query": "a", "documents": ["a"]}, 404),
+    ):
+        assert httpx.post(f"{server.url}{path}", json=asked).status_code == status, path
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
+    folder = multi_vector(tmp_path / "multi", "bert", [","], {"query_expansion": EXPANSION})
+    library = encoder("MultiVectorEncoder", folder)
+    server = serve("--model", str(folder), "--precision", "fp32", "--api-processes", processes, "--cache", "64MB")
+    for role in ("query", "document"):
+        entries = server.embed(input=TEXTS, input_type=role).json()["data"]
+        for entry, expected in zip(entries, encode(library, role), strict=True):
+            np.testing.assert_allclose(entry["token_embeddings"], np.asarray(expected), atol=1e-5)
+    query, documents = "Which river flows?", TEXTS
+    expected_scores = library.similarity(library.encode_query([query]), library.encode_document(documents))[0].numpy()
+    body = {"query": query, "documents": documents}
+    results = httpx.post(f"{server.url}/v1/rerank", json=body).json()["results"]
+    assert [entry["index"] for entry in results] == np.argsort(-expected_scores, kind="stable").tolist()
+    found = [entry["relevance_score"] for entry in results]
+    np.testing.assert_allclose(found, np.sort(expected_scores)[::-1], rtol=1e-5)
+    # The vectors of documents come from the cache.
+    again = httpx.post(f"{server.url}/v1/rerank", json=body)
+    assert int(again.headers["x-inferctl-cached-tokens"]) == int(again.headers["x-inferctl-tokens"])
+    texts = {"query": query, "texts": documents}
+    for path, sent in (("/rerank", texts), ("/v2/rerank", body), ("/voyage/rerank", body)):
+        assert httpx.post(f"{server.url}{path}", json=sent).status_code == 200, path
+
+    entry = server.embed(input=TEXTS[0], output_dtype="ubinary", encoding_format="base64").json()["data"][0]
+    whole = np.asarray(server.embed(input=TEXTS[0]).json()["data"][0]["token_embeddings"])
+    import base64
+
+    bits = np.array([np.frombuffer(base64.b64decode(row), np.uint8) for row in entry["token_embeddings"]])
+    assert np.array_equal(bits, np.packbits(whole > 0, axis=1))
+    assert server.embed(input="a", output_dtype="int8").status_code == 400
+
+
+def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Callable[..., ServerProcess]) -> None:
+    server = serve("--model", str(converted_bge), "--precision", "fp32")
+    names = {"dense": "embedding", "sparse": "sparse_embedding", "tokens": "token_embeddings"}
+    every = server.embed(input=TEXTS, outputs=list(names)).json()["data"]
+    assert set(every[0]) == {"object", "index", *names.values()}
+    for name, field in names.items():
+        alone = server.embed(input=TEXTS, outputs=[name]).json()["data"]
+        assert set(alone[0]) == {"object", "index", field}
+        assert [entry[field] for entry in alone] == [entry[field] for entry in every]
+    assert server.embed(input=TEXTS).json()["data"] == server.embed(input=TEXTS, outputs=["dense"]).json()["data"]
+    assert httpx.post(f"{server.url}/embed", json={"inputs": TEXTS}).json() == [entry["embedding"] for entry in every]
+    sparse = httpx.post(f"{server.url}/embed_sparse", json={"inputs": TEXTS[0]}).json()
+    assert [entry["index"] for entry in sparse[0]] == every[0]["sparse_embedding"]["indices"]
