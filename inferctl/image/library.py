@@ -15,8 +15,8 @@ from typing import Any
 
 from inferctl.core.errors import NotReadyError
 from inferctl.image import output_checks
-from inferctl.image.output_checks import QUERY, cosine, decode, fail, limit
-from inferctl.models import reference_process
+from inferctl.image.output_checks import QUERY, cosine, fail, limit
+from inferctl.models import output_vectors, reference_process
 from inferctl.models.reference_process import LIBRARIES
 
 NAME = "sentence-transformers"
@@ -95,7 +95,7 @@ def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> Li
         ) from None
     expected, rows = found.get("scores", []), outputs
     if task == "embed":
-        expected = [decode(text) for text in found["embeddings"]]
+        expected = [output_vectors.decode(text) for text in found["embeddings"]]
     elif task == "rerank":
         expected, rows = [[score] for score in found["scores"]], [[score] for score in outputs]
     same = found["model_sha256"] == (info.get("model") or {}).get("sha256")

@@ -28,14 +28,13 @@ from inferctl.image.output_checks import (
     TEXTS,
     check_scores,
     check_vectors,
-    decode,
     fail,
     limit,
 )
 from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH
 from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, with_log
-from inferctl.models import divergence
+from inferctl.models import divergence, output_vectors
 from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.reference_process import LIBRARIES
 
@@ -141,10 +140,12 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         scores: list[Any] = _score(container, address, name, texts) if rerank else []
         if task == "classify":
             scores = _classify(container, address, name, texts)
-        vectors = _embed(container, address, name, TEXTS, selected) if task == "embed" else []
-        plain = (
-            _embed(container, address, name, texts, [None] * len(texts)) if options.library_model and vectors else []
-        )
+        trained = info["model"].get("trained_outputs", ["dense"]) if task == "embed" else []
+        vocabulary = int(info["model"].get("vocabulary_size") or 0)
+        vectors = {output: _embed(container, address, name, TEXTS, selected, output, vocabulary) for output in trained}
+        plain = []
+        if options.library_model and trained:
+            plain = _embed(container, address, name, texts, [None] * len(texts), trained[0], vocabulary)
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
     longest = (info.get("limits") or {}).get("max_input_tokens")
     if task == "generate":
@@ -179,8 +180,12 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         verified = Verified(*facts, None, len(TEXTS), None, tolerance, ready, sha256, task, largest)
     else:
         dimensions = int(info["model"]["dimensions"])
-        expected = [decode(text) for text in reference["embeddings"]] if reference is not None else None
-        lowest = check_vectors(vectors, expected, dimensions, tolerance)
+        lowest = None
+        for output, found_vectors in vectors.items():
+            expected = _expected(reference, output, vocabulary) if reference is not None else None
+            size = dimensions if output == "dense" else None
+            found_cosine = check_vectors(found_vectors, expected, size, tolerance)
+            lowest = found_cosine if lowest is None or found_cosine is None else min(lowest, found_cosine)
         verified = Verified(*facts, dimensions, len(TEXTS), lowest, tolerance, ready, sha256)
     if options.library_model is None:
         return verified
@@ -239,19 +244,33 @@ def _wait_ready(container: Container, address: tuple[str, int], started: float, 
         time.sleep(_POLL_SECONDS)
 
 
+def _expected(reference: Mapping[str, Any], output: str, vocabulary: int) -> list[list[float]]:
+    """Return an output of the reference as one vector for each text."""
+    if output == "sparse":
+        return [output_vectors.spread(ids, weights, vocabulary) for ids, weights in reference["sparse"]]
+    return [output_vectors.decode(text) for text in reference["embeddings" if output == "dense" else "token_vectors"]]
+
+
 def _embed(
-    container: Container, address: tuple[str, int], model: str, texts: Sequence[str], prompts: Sequence[str | None]
+    container: Container,
+    address: tuple[str, int],
+    model: str,
+    texts: Sequence[str],
+    prompts: Sequence[str | None],
+    output: str,
+    vocabulary: int,
 ) -> list[list[float]]:
-    """Return the vectors of the texts, in order. `prompts`: the name for each. All with the same are in one request."""
+    """Return an output of the texts as vectors, in order. `prompts`: the name for each. Equal ones share a request."""
     vectors: dict[int, list[float]] = {}
     for name in dict.fromkeys(prompts):
         numbers = [number for number, each in enumerate(prompts) if each == name]
         body = {"model": model, "input": [texts[number] for number in numbers], "encoding_format": "base64"}
+        body |= {} if output == "dense" else {"outputs": [output]}
         response = fetch(container, address, "/v1/embeddings", body | ({} if name is None else {"prompt_name": name}))
         found = sorted(response["data"], key=lambda item: item["index"])
         if len(found) != len(numbers):
             fail(f"the server returned {len(found)} vectors for {len(numbers)} texts")
-        vectors |= zip(numbers, (decode(item["embedding"]) for item in found), strict=True)
+        vectors |= zip(numbers, (output_vectors.read(item, output, vocabulary) for item in found), strict=True)
     return [vectors[number] for number in range(len(texts))]
 
 

@@ -6,7 +6,9 @@
 
 stdout is JSON: `model_sha256`, `tokens` (per input), and one of these, by the task (`--task`, else that of the folder):
 
-- embed: `dimensions` and `embeddings` (base64 of little-endian float32).
+- embed: `dimensions` and `embeddings` (base64 of little-endian float32). Of a model with other outputs, those that it
+  has: `embeddings`, `sparse` (lists of token ids and of weights), `token_vectors` (those of all tokens of an input, one
+  after the other).
 - rerank, for pairs: `scores` (after the activation).
 - classify, for texts or pairs: `labels`, and `scores` with the scores of all labels for each input.
 - generate, for texts or lists of chat messages: `texts`, one object per input. `ids` are its tokens. The lists
@@ -29,7 +31,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,11 +46,21 @@ from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve import task_config
 from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.engines import hide_scikit_learn
 from inferctl.serve.main import exit_with
 from inferctl.serve.modules import read_object
+from inferctl.serve.outputs import Form, Role, mark
 from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
 
+# The classes of sentence-transformers by what a model was trained for. It has none for BGE-M3, except for its vector.
+_CLASSES = {
+    None: "CrossEncoder",
+    Form.DENSE: "SentenceTransformer",
+    Form.SPARSE: "SparseEncoder",
+    Form.TOKENS: "MultiVectorEncoder",
+    Form.DENSE | Form.SPARSE | Form.TOKENS: "SentenceTransformer",
+}
 # What selects the prompt of an input for embeddings, as in a request.
 _PROMPT_KEYS = ("prompt", "prompt_name", "input_type")
 
@@ -77,8 +89,8 @@ def reference(
         return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens)
     if with_library:
         compute = library(folder.path, found, max_input_tokens)
-        rows = np.stack([compute(each, show_progress_bar=False) for each in inputs])
-        output = {"embeddings": _base64(rows)} if found == "embed" else {"scores": rows.tolist()}
+        rows = [compute(each, show_progress_bar=False) for each in inputs]
+        output = {"embeddings": _base64(rows)} if found == "embed" else {"scores": np.stack(rows).tolist()}
         return {"model_sha256": folder.digest, "library": version(LIBRARIES[found]), **output}
     config = task_config.read(found, folder.path, max_input_tokens)
     pool = TokenizerPool(folder.path, config, threads=1)
@@ -98,14 +110,38 @@ def reference(
     else:
         texts = [{"input": each} if _is_text(each) else each for each in inputs]
         selected = [config.prompts.select(*(each.get(key) for key in _PROMPT_KEYS)) for each in texts]
+        roles = [config.prompts.role(each.get("prompt_name"), each.get("input_type")) for each in texts]
         sequences = [
-            pool.encode_now([each["input"]], truncate=True, prompt=prompt)[0]
-            for each, prompt in zip(texts, selected, strict=True)
+            pool.encode_now([each["input"]], truncate=True, prompt=prompt, **config.text_options(role))[0]
+            for each, prompt, role in zip(texts, selected, roles, strict=True)
         ]
-        vectors = loaded.embed(sequences)
-        document |= {"dimensions": int(vectors.shape[1]), "tokens": [len(ids) for ids in sequences]}
-        document["embeddings"] = _base64(vectors)
+        if config.checked == Form.DENSE:
+            vectors = loaded.embed(sequences)
+            document |= {"dimensions": int(vectors.shape[1]), "tokens": [len(ids) for ids in sequences]}
+            document["embeddings"] = _base64(vectors)
+        else:
+            document |= _outputs(loaded, config, sequences, roles)
     pool.close()
+    return document
+
+
+def _outputs(
+    loaded: Any, config: EmbeddingConfig, sequences: Sequence[Tokens], roles: Sequence[Role]
+) -> dict[str, Any]:
+    """Return all outputs of texts that a model was trained for."""
+    lengths, found = [], []
+    for sequence, role in zip(sequences, roles, strict=True):
+        ids, attended = config.tokens.expand(sequence) if role == "query" and config.tokens else (sequence, 0)
+        lengths.append(len(ids))
+        form = config.checked | (Form.QUERY if role == "query" else Form(0))
+        found.append(loaded.outputs(ids, mark(form, attended)))
+    document: dict[str, Any] = {"dimensions": len(found[0].dense), "tokens": lengths}
+    if Form.DENSE in config.checked:
+        document["embeddings"] = _base64(each.dense for each in found)
+    if Form.SPARSE in config.checked:
+        document["sparse"] = [[each.ids.tolist(), each.weights.tolist()] for each in found]
+    if Form.TOKENS in config.checked:
+        document["token_vectors"] = _base64(each.tokens.ravel() for each in found)
     return document
 
 
@@ -125,12 +161,14 @@ def library(
         return _pipeline(folder, max_input_tokens, device, getattr(torch, dtype))
     import sentence_transformers
 
-    pool = TokenizerPool(folder, task_config.read(task, folder), threads=1)
+    config = task_config.read(task, folder)
+    pool = TokenizerPool(folder, config, threads=1)
     pool.close()
     options: dict[str, Any] = {"device": device, "trust_remote_code": False, "local_files_only": True}
     if pool.transformers_options:
         options["processor_kwargs"] = pool.transformers_options
-    kind = getattr(sentence_transformers, "CrossEncoder" if task == "rerank" else "SentenceTransformer")
+    form = config.checked if isinstance(config, EmbeddingConfig) else None
+    kind = getattr(sentence_transformers, _CLASSES[form])
     model_options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if read_object(folder / "config.json").get("attn_logit_softcapping"):
         model_options["attn_implementation"] = "eager"  # SDPA, the default, leaves the soft cap out
@@ -147,7 +185,14 @@ def library(
         else:
             loaded.max_seq_length = min(loaded.max_seq_length or max_input_tokens, max_input_tokens)
     run: Callable[..., Any] = loaded.predict if task == "rerank" else loaded.encode
-    return run
+    if form not in (Form.SPARSE, Form.TOKENS):
+        return run
+
+    def flat(item: Any, **options: Any) -> Any:
+        found = run([item], **options)[0]
+        return np.asarray(found.to_dense() if form == Form.SPARSE else found).ravel()
+
+    return flat
 
 
 def _pipeline(folder: Path, max_input_tokens: int | None, device: str, dtype: Any) -> Callable[..., Any]:
@@ -200,7 +245,7 @@ def _next_tokens(
     return {"tokens": tokens, "texts": texts}
 
 
-def _base64(vectors: Any) -> list[str]:
+def _base64(vectors: Iterable[Any]) -> list[str]:
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
 
 

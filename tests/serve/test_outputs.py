@@ -411,11 +411,18 @@ def test_the_largest_weights_are_kept() -> None:
 # The API.
 
 
+def spec(place: Path, folder: Path) -> Path:
+    """Write a spec with a cache."""
+    file = place / "inferctl.yaml"
+    file.write_text(f"name: outputs\nmodel: {{source: {folder}}}\ncache: {{size: 64MB}}\n")
+    return file
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
     folder = splade(tmp_path / "splade", "bert")
     expected = matrix(computed(folder, "document"), 2000)
-    server = serve("--model", str(folder), "--precision", "fp32", "--api-processes", processes, "--cache", "64MB")
+    server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", processes)
     body = {"input": TEXTS, "input_type": "document"}
     response = server.embed(**body).json()
     assert [entry.keys() for entry in response["data"]] == [{"object", "index", "sparse_embedding"}] * len(TEXTS)
@@ -455,7 +462,7 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], process
         ("/v1/embeddings", {"input": "a", "sparse_format": "other"}, 400),
         ("/embed", {"inputs": "a"}, 400),
         ("/embed_all", {"inputs": "a"}, 400),
-        ("/v2/embed", {"texts": ["a"], "input_type": "search_query", "model": "m"}, 400),
+        ("/v2/embed", {"texts": ["a"], "input_type": "search_query", "model": "outputs"}, 400),
         ("/v1/rerank", {"query": "a", "documents": ["a"]}, 404),
     ):
         assert httpx.post(f"{server.url}{path}", json=asked).status_code == status, path
@@ -465,7 +472,7 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], process
 def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
     folder = multi_vector(tmp_path / "multi", "bert", [","], {"query_expansion": EXPANSION})
     library = encoder("MultiVectorEncoder", folder)
-    server = serve("--model", str(folder), "--precision", "fp32", "--api-processes", processes, "--cache", "64MB")
+    server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", processes)
     for role in ("query", "document"):
         entries = server.embed(input=TEXTS, input_type=role).json()["data"]
         for entry, expected in zip(entries, encode(library, role), strict=True):

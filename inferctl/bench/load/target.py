@@ -26,7 +26,7 @@ from inferctl.bench.load.generation import GenerationApi
 from inferctl.bench.load.http_json import ABSENT, Body, Info, ServerAccess, StatusError, get_json, hint, post, send
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.models import divergence
+from inferctl.models import divergence, output_vectors
 from inferctl.models.divergence import NoLogprobsError, Scored
 
 PATHS: Mapping[Task, tuple[str, ...]] = {
@@ -170,12 +170,24 @@ class ServerConnection:
                 vectors = [_vector(row) for row in response]
             else:
                 rows = sorted(response["data"], key=lambda row: row["index"])
-                vectors = [_vector(row["embedding"]) for row in rows]
+                vectors = [self._vector(row) for row in rows]
         except (KeyError, TypeError, ValueError, struct.error) as error:
             raise InferctlError(f"the response of {self.endpoint_url} is not a list of embeddings: {error}") from None
         if len(vectors) != len(texts):
             raise InferctlError(f"{self.endpoint_url} returned {len(vectors)} embeddings for {len(texts)} texts")
         return vectors
+
+    @property
+    def output(self) -> str:
+        """The output of a model for embeddings that is measured: a dense vector, if it has one."""
+        trained: list[str] = (self.info.get("model") or {}).get("trained_outputs") or ["dense"]
+        return trained[0]
+
+    def _vector(self, entry: Body) -> tuple[float, ...]:
+        if self.output == "dense":
+            return _vector(entry["embedding"])
+        size = int(self.info["model"]["vocabulary_size"])
+        return tuple(output_vectors.read(entry, self.output, size))
 
     def tokenize(self, text: str, timeout_s: float = 120) -> list[int]:
         """Return the tokens of a text, without special tokens. Raises `InferctlError` if the server has no tokenizer.

@@ -190,10 +190,30 @@ def reference(
         sent += [each] if isinstance(each, str) else [[each[0], document] for document in each[1:]]
     document = reference_process.run(model, sent, limit, on_wait, folder)
     if isinstance(inputs[0], str):
-        values = np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in document["embeddings"]])
+        values = _values(document)
     else:
         values = np.asarray(document["scores"], np.float32).reshape(len(inputs), -1)
     return Reference(inputs, values, str(document["model_sha256"]))
+
+
+def _values(document: Mapping[str, Any]) -> Matrix:
+    """Return the first output of a model as vectors: of the vocabulary for sparse weights; padded ones for tokens."""
+    if "sparse" in document and "embeddings" not in document:
+        values = np.zeros((len(document["sparse"]), 1 + max(max(ids, default=0) for ids, _ in document["sparse"])))
+        for row, (ids, weights) in zip(values, document["sparse"], strict=True):
+            row[ids] = weights
+        return values.astype(np.float32)
+    encoded = document.get("embeddings") or document["token_vectors"]
+    return _padded([np.frombuffer(base64.b64decode(text), "<f4") for text in encoded])
+
+
+def _padded(rows: Sequence[Sequence[float] | Matrix], width: int = 0) -> Matrix:
+    """Return rows of several widths with zeros at their ends, as an array of at least `width` columns."""
+    padded = np.zeros((len(rows), max(width, *map(len, rows))), np.float32)
+    with np.errstate(over="ignore"):
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+    return padded
 
 
 def check(
@@ -215,26 +235,44 @@ def check(
     texts = [str(text) for text in expected.inputs]
     for start in range(0, len(texts), _BATCH):
         rows += server.embed(texts[start : start + _BATCH])
-    size = expected.values.shape[1]
-    if wrong := [len(row) for row in rows if len(row) != size]:
+    size, dense = expected.values.shape[1], server.output == "dense"
+    if dense and (wrong := [len(row) for row in rows if len(row) != size]):
         raise InferctlError(f"the server returned vectors of {wrong[0]} dimensions; the reference has {size}")
-    with np.errstate(over="ignore"):
-        vectors = np.asarray(rows, np.float32)
+    vectors = _padded(rows, size)
     if not np.isfinite(vectors).all():
         raise InferctlError("the server returned vectors with NaN or infinity")
     if not vectors.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
-    ranges = vector_format.read(model).get(size) if model else None
-    return replace(compare(expected.values, vectors, limits, ranges), corpus_sha256=expected.corpus_sha256)
+    wanted = _padded(list(expected.values), vectors.shape[1])
+    if dense:
+        ranges = vector_format.read(model).get(size) if model else None
+        result = compare(wanted, vectors, limits, ranges)
+    else:
+        per_token = int(server.info["model"]["token_dimensions"]) if server.output == "tokens" else None
+        result = compare(wanted, vectors, limits, compact_formats=False, per_token=per_token)
+    return replace(result, corpus_sha256=expected.corpus_sha256)
 
 
-def compare(expected: Matrix, found: Matrix, limits: Quality, ranges: Ranges | None = None) -> QualityResult:
+def compare(
+    expected: Matrix,
+    found: Matrix,
+    limits: Quality,
+    ranges: Ranges | None = None,
+    *,
+    compact_formats: bool = True,
+    per_token: int | None = None,
+) -> QualityResult:
     """Return cosine and recall@10 of two matrices of shape (n, dimensions), row by row.
 
     `ranges`: those of the model for int8; None takes those of every second vector, so that others can be beyond.
+    `per_token`: each row has vectors of tokens, of so many numbers each, and MaxSim decides which rows are near.
     """
     cosine = np.sort(np.sum(_unit(expected) * _unit(found), axis=1))
-    recall = recall_at(expected, found, NEIGHBORS)
+    near = [
+        _nearest(each, NEIGHBORS) if per_token is None else _closest(max_similarities(each, per_token), NEIGHBORS)
+        for each in (expected, found)
+    ]
+    recall = _shared(*near)
     p1 = float(cosine[rank(len(cosine), 0.01) - 1])
     return QualityResult(
         checked=True,
@@ -242,7 +280,9 @@ def compare(expected: Matrix, found: Matrix, limits: Quality, ranges: Ranges | N
         texts=len(expected),
         cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
         recall_at_10=round(recall, 4),
-        compact=compact(expected[:_MOST_COMPACT], found[:_MOST_COMPACT], ranges or Ranges.of(found[::2])),
+        compact=compact(expected[:_MOST_COMPACT], found[:_MOST_COMPACT], ranges or Ranges.of(found[::2]))
+        if compact_formats
+        else None,
         limits={"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
     )
 
@@ -310,6 +350,15 @@ def recall_at(expected: Matrix, found: Matrix, k: int) -> float:
     The distance is the cosine. A row is not its own neighbor.
     """
     return _shared(_nearest(expected, k), _nearest(found, k))
+
+
+def max_similarities(rows: Matrix, per_token: int) -> Matrix:
+    """Return the MaxSim of each row with each row, of vectors of tokens with `per_token` numbers. Zeros are no token."""
+    tokens = [row.reshape(-1, per_token) for row in rows]
+    tokens = [each[each.any(axis=1)] for each in tokens]
+    starts = np.cumsum([0, *map(len, tokens[:-1])])
+    every = np.concatenate(tokens).T
+    return np.stack([np.maximum.reduceat(each @ every, starts, axis=1).sum(axis=0) for each in tokens])
 
 
 def compact(expected: Matrix, found: Matrix, ranges: Ranges) -> list[dict[str, Any]]:
