@@ -36,7 +36,8 @@ class Shape:
     transformers that has these weights. `config`: keys that config.json has instead of those of the small model.
     `modules`: those after Transformer, None without modules.json. `eos`: what adds the end of a text: `json`
     (tokenizer.json), `flag` (only `add_eos_token` asks for it) or an empty text. `library`: content of
-    config_sentence_transformers.json. `tokenizer`: as `make_tokenizer` names it. `files`: further JSON files.
+    config_sentence_transformers.json. `tokenizer`: as `make_tokenizer` names it. `layers`: BGE-M3's for weights
+    and vectors of tokens. `files`: further JSON files.
     """
 
     scores: dict[str, float | None]
@@ -49,6 +50,7 @@ class Shape:
     cased: bool = True
     library: Json = field(default_factory=dict)
     pickled: bool = False
+    layers: bool = False
     files: dict[str, Json] = field(default_factory=dict)
 
 
@@ -75,6 +77,18 @@ _UNCASED = frozenset({"bert", "nomic_bert", "distilbert"})
 # Which prompts a published model has is not known here: most have some.
 QUERY = {"prompts": {"query": "Instruct: find passages\nQuery: ", "document": ""}, "default_prompt_name": None}
 _CODE = "AutoModel"
+_ROUTER = {
+    "types": {
+        "query_0_SparseStaticEmbedding": "sentence_transformers.sparse_encoder.models.SparseStaticEmbedding",
+        "document_0_MLMTransformer": "sentence_transformers.sparse_encoder.models.MLMTransformer",
+        "document_1_SpladePooling": "sentence_transformers.sparse_encoder.models.SpladePooling",
+    },
+    "structure": {
+        "query": ["query_0_SparseStaticEmbedding"],
+        "document": ["document_0_MLMTransformer", "document_1_SpladePooling"],
+    },
+    "parameters": {"default_route": "document"},
+}
 
 
 def _embed(
@@ -196,7 +210,7 @@ SHAPES: tuple[Shape, ...] = (
         "mistral", None, {"GritLM/GritLM-7B": 61.0},
         _code("modeling_gritlm7b.MistralModel") | {"architectures": ["MistralForCausalLM"]}, eos="",
     ),
-    _embed("xlm-roberta", _CLS, {"BAAI/bge-m3": 59.7}, pickled=True),
+    _embed("xlm-roberta", _CLS, {"BAAI/bge-m3": 59.7}, pickled=True, layers=True),
     _embed("bert", _MEAN, _named("intfloat/e5-large-v2", "intfloat/e5-base-v2", "intfloat/e5-small-v2")),
     _embed(
         "gte", _CLS, {"Alibaba-NLP/gte-multilingual-base": 58.3},
@@ -320,7 +334,7 @@ SHAPES: tuple[Shape, ...] = (
         "distilbert", (("sentence_transformers.sparse_encoder.models.SpladePooling", {"pooling_strategy": "max"}),),
         _named("opensearch-project/opensearch-neural-sparse-encoding-doc-v3-distill"),
         {"architectures": ["DistilBertForMaskedLM"]}, library={"model_type": "SparseEncoder"},
-        files={"router_config.json": {"types": {}, "structure": {"query": [], "document": []}, "parameters": {}}},
+        files={"router_config.json": _ROUTER},
     ),
     *(
         Shape({name: None}, "generate", kind, {"architectures": [f"{kind.title()}ForCausalLM"]})
@@ -344,6 +358,7 @@ _SIZES = {
     "query_pre_attn_scalar": 8,
     "attn_logit_softcapping": 1.0,
 }
+_OF_ROUTER = ("config_sentence_transformers.json", "modules.json", "router_config.json")
 _OTHER_SIZES = {
     "distilbert": {"dim": WIDTH, "hidden_dim": 64, "n_heads": 4, "n_layers": 2},
     "t5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
@@ -357,7 +372,9 @@ def write(name: str, folder: Path) -> Path:
 
     shape = PUBLISHED[name]
     torch.manual_seed(0)
-    first = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    logits = str(shape.config.get("architectures", [""])[0]).endswith("ForMaskedLM")
+    class_ = "sparse_encoder.models.MLMTransformer" if logits else "models.Transformer"
+    first = {"path": "", "type": f"sentence_transformers.{class_}"}
     if shape.kind == "static":
         first = {"path": "." if shape.config else "0_StaticEmbedding", "type": f"sentence_transformers.models.{STATIC}"}
         place = folder / first["path"]
@@ -386,10 +403,41 @@ def write(name: str, folder: Path) -> Path:
         (folder / "modules.json").write_text(json.dumps(listed))
     for file, content in shape.files.items():
         _change(folder / file, content)
+    if shape.config.get("architectures") == ["HF_ColBERT"]:
+        weights = load_file(folder / "model.safetensors")
+        projection = {"linear.weight": torch.randn(16, WIDTH)}
+        save_file(weights | projection, folder / "model.safetensors", metadata={"format": "pt"})
+    if "router_config.json" in shape.files:
+        _route(folder)
+    if shape.layers:
+        torch.save(torch.nn.Linear(WIDTH, 1).state_dict(), folder / "sparse_linear.pt")
+        torch.save(torch.nn.Linear(WIDTH, 24).state_dict(), folder / "colbert_linear.pt")
     for file in list(folder.rglob("model.safetensors")) if shape.pickled else ():
         torch.save(load_file(file), file.with_name("pytorch_model.bin"))
         file.unlink()
     return folder
+
+
+def _route(folder: Path) -> None:
+    """Move a model into the folder of documents, next to the weights of queries, as a Router has it."""
+    import torch
+    from safetensors.torch import save_file
+
+    query, document = folder / "query_0_SparseStaticEmbedding", folder / "document_0_MLMTransformer"
+    pooling = next(folder.glob("1_SpladePooling"))
+    pooling.rename(folder / "document_1_SpladePooling")
+    files = [file for file in folder.iterdir() if file.is_file() and file.name not in _OF_ROUTER]
+    for place in (query, document):
+        place.mkdir()
+    for file in files:
+        if "tokenizer" in file.name:
+            (query / file.name).write_bytes(file.read_bytes())
+        file.rename(document / file.name)
+    size = json.loads((document / "config.json").read_text())["vocab_size"]
+    save_file({"weight": torch.rand(size)}, query / "model.safetensors")
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}])
+    )
 
 
 def _model(shape: Shape) -> Any:
@@ -408,6 +456,8 @@ def _model(shape: Shape) -> Any:
         return transformers.T5EncoderModel(config)
     if "id2label" in shape.config:
         return transformers.AutoModelForSequenceClassification.from_config(config)
+    if str(shape.config.get("architectures", [""])[0]).endswith("ForMaskedLM"):
+        return transformers.AutoModelForMaskedLM.from_config(config)
     return transformers.AutoModel.from_config(config)
 
 
@@ -428,6 +478,10 @@ def _write_tokenizer(shape: Shape, folder: Path) -> None:
     if shape.kind == "qwen2":  # as published: transformers uses its class for folders with code of their own
         published = json.loads(transformers.Qwen2Tokenizer().backend_tokenizer.to_str())
         content |= {name: published[name] for name in ("normalizer", "pre_tokenizer")}
+    if "ColBERT" in str(shape.config) + str(shape.library):
+        token = {"id": len(_tokenizer(shape.tokenizer)), "content": "[MASK]", "special": True, "single_word": False}
+        content["added_tokens"].append(token | dict.fromkeys(("lstrip", "rstrip", "normalized"), False))
+        settings |= {"mask_token": "[MASK]"}
     if shape.eos == "flag":
         settings |= {"add_eos_token": True, "eos_token": "[SEP]", "bos_token": "[CLS]"}
     file.write_text(json.dumps(content))

@@ -75,11 +75,10 @@ def test_the_word_of_sentence_transformers_comes_before_the_architecture() -> No
         assert task("auto", config, has_modules=True, library_type="CrossEncoder") == "rerank"
         with pytest.raises(UsageError, match="m is a cross-encoder"):
             task("embed", config, has_modules=True, library_type="CrossEncoder")
-        for kind in model.OTHER_KINDS:
-            with pytest.raises(UsageError, match="not supported"):
-                task("embed", config, has_modules=True, library_type=kind)
-    with pytest.raises(UsageError, match="multi-vector"):
-        task("auto", {"architectures": ["HF_ColBERT"]})
+        for kind in ("SparseEncoder", "MultiVectorEncoder", "ColBERT"):
+            assert task("auto", config, has_modules=True, library_type=kind) == "embed"
+    for name in ("HF_ColBERT", "BertForMaskedLM"):
+        assert task("auto", {"architectures": [name]}) == "embed"
 
 
 @pytest.mark.parametrize("labels", [{"id2label": {"0": "bad", "1": "good"}}, {"num_labels": 2}, {}])

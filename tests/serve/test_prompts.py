@@ -179,9 +179,9 @@ def test_invalid_prompts_are_an_error(settings: dict[str, Any]) -> None:
         prompts.read(settings)
 
 
-def test_a_model_with_a_router_is_rejected_by_name(tmp_path: Path) -> None:
+def test_a_router_without_routes_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "router_config.json").write_text("{}")
-    with pytest.raises(UsageError, match="is a Router"):
+    with pytest.raises(UsageError, match="other routes than query and document"):
         models.find(str(tmp_path))
 
 

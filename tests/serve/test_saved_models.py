@@ -575,10 +575,10 @@ LIBRARY, CODE = "config_sentence_transformers.json", {"auto_map": {"AutoModel": 
 BERT = {"tokenizer_class": "BertTokenizer"}
 # What would be computed in another way than the folder says: the change of a model with Dense, and a part of the error.
 HOLES: dict[str, tuple[Change, str]] = {
-    "sparse encoder": (changed(LIBRARY, {"model_type": "SparseEncoder"}), "sparse encoder"),
-    "multi-vector": (changed(LIBRARY, {"model_type": "MultiVectorEncoder"}), "multi-vector"),
-    "ColBERT of PyLate": (changed(LIBRARY, {"model_type": "ColBERT"}), "multi-vector"),
-    "ColBERT of Stanford": (changed("config.json", {"architectures": ["HF_ColBERT"]}), "multi-vector"),
+    "sparse encoder": (changed(LIBRARY, {"model_type": "SparseEncoder"}), "sparse encoder of Transformer, Pooling"),
+    "multi-vector": (changed(LIBRARY, {"model_type": "MultiVectorEncoder"}), "Pooling module"),
+    "ColBERT of PyLate": (changed(LIBRARY, {"model_type": "ColBERT"}), "Pooling module"),
+    "ColBERT of Stanford": (changed("config.json", {"architectures": ["HF_ColBERT"]}), "linear.weight"),
     "module of another package": (module("Dense", package="evil.models"), "not that of sentence_transformers"),
     "unknown module": (module("LSTM"), "LSTM module"),
     "module before pooling": (module("Normalize", 1), "no Pooling module"),

@@ -102,6 +102,8 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             found["enum"] = [True]
         elif name in prompts:
             found["anyOf"][0] = {"type": "string", "enum": prompts[name]} if prompts[name] else {"type": "null"}
+        elif name == "outputs":
+            first["items"]["enum"] = list(model.outputs)
         elif name == "prompt" and not model.prompts.pooled:
             first["maxLength"] = 0
         elif name in ("output_dtype", "embedding_types"):
