@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
 from inferctl.models import vector_format
 from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Unsupported, limit_items
+from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
@@ -103,8 +103,8 @@ class CohereEmbed:
         yield orjson.dumps(head)[:-1] + b',"embeddings":{'
         for number, name in enumerate(dict.fromkeys(request.embedding_types or ("float",))):
             separator = b'%s"%s":[' % (b"," if number else b"", name.encode())
-            for start in range(0, len(vectors), PART_VECTORS):
-                rows = vectors[start : start + PART_VECTORS]
+            for bounds in parts(vectors):
+                rows = vectors[bounds]
                 if name == "base64":
                     part = orjson.dumps([base64.b64encode(row).decode() for row in rows.astype("<f4", copy=False)])
                 else:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Unsupported, Usage
+from inferctl.serve.api.schemas import ModelRequest, Unsupported, Usage, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -184,8 +184,8 @@ def response(
 ) -> Iterator[bytes]:
     """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
     separator = b'{"object":"list","data":['
-    for start in range(0, len(vectors), PART_VECTORS):
-        rows = vector_format.convert(vectors[start : start + PART_VECTORS], wanted, ranges)
+    for part in parts(vectors):
+        rows = vector_format.convert(vectors[part], wanted, ranges)
         if encoding == "base64":
             rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         data = [
@@ -194,7 +194,7 @@ def response(
                 "index": index,
                 "embedding": base64.b64encode(row).decode() if encoding == "base64" else row,
             }
-            for index, row in enumerate(rows, start)
+            for index, row in enumerate(rows, part.start)
         ]
         yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
         separator = b","

@@ -25,6 +25,8 @@ from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
 _INLINE_BODY_BYTES = 64 * 1024
+# Longer responses are sent in parts, without their length before. So many bytes are about one part of floats.
+_WHOLE_BODY_BYTES = 320 * 1024
 _PHASES = ("tokenize", "queue", "inference")
 T = TypeVar("T")
 _large_body = threading.Lock()
@@ -135,15 +137,17 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
     if context.cached_tokens:
         headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
     headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
-    if context.inputs <= schemas.PART_VECTORS:
-        body = b"".join(parts)
-        headers.append((b"content-length", b"%d" % len(body)))
-        parts = ()
+    rest, body = iter(parts), b""
+    for part in rest:
+        body += part
+        if len(body) > _WHOLE_BODY_BYTES:
+            break
     else:
-        body = b""
+        headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    for part in parts:
-        await send({"type": "http.response.body", "body": part, "more_body": True})
+    for part in rest:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        body = part
     await send({"type": "http.response.body", "body": body})
 
 

@@ -14,7 +14,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictInt, StrictStr
 
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, limit_items
+from inferctl.serve.api.schemas import ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -87,8 +87,8 @@ class TeiEmbed:
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
         separator = b"["
-        for start in range(0, len(vectors), PART_VECTORS):
-            rows = vectors[start : start + PART_VECTORS]
+        for part in parts(vectors):
+            rows = vectors[part]
             if request.normalize and not model.normalized:
                 rows = _unit(rows)
             yield separator + orjson.dumps(np.ascontiguousarray(rows), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
