@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tests.processes import CLIENT, ServerProcess
 from tests.serve.conftest import TEXTS
@@ -94,7 +97,13 @@ LONG_PAIR = {"source_sentence": "a", "sentences": ["b " * 999]}
         ("/embed", {"inputs": []}, 400, "inputs"),
         ("/embed", {"inputs": ["a", ""]}, 400, "inputs"),
         ("/embed", {"inputs": "a", "normalize": False}, 400, "normalize"),
-        ("/embed", {"inputs": "a", "truncation_direction": "Left"}, 400, "truncation_direction"),
+        ("/embed", {"inputs": "a", "truncation_direction": "Up"}, 400, "truncation_direction"),
+        ("/tokenize", {}, 400, "inputs"),
+        ("/tokenize", {"inputs": []}, 400, "inputs"),
+        ("/tokenize", {"inputs": ["a", 1]}, 400, "inputs"),
+        ("/tokenize", {"inputs": "a", "prompt_name": "no"}, 400, "prompt_name"),
+        ("/tokenize", {"inputs": "a " * 200_000}, 400, "inputs"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, 400, "return_token_strs"),
         ("/embed", {"inputs": ["a " * 999], "truncate": False}, 400, "inputs[0]"),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "inputs"),
         ("/similarity", {"inputs": {"sentences": ["a"]}}, 400, "inputs"),
@@ -121,6 +130,9 @@ def test_errors_of_text_embeddings_inference(
         ("/v1/embeddings", {"input": "a", "endianness": "big"}),
         ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 10}),
         ("/v1/embeddings", {"input": "a", "add_special_tokens": False}),
+        ("/v1/embeddings", {"input": "a", "late_chunking": True}),
+        ("/v1/embeddings", {"input": "a", "return_multivector": True}),
+        ("/pooling", {"input": "a", "task": "token_embed"}),
         ("/v2/embed", {"texts": ["a"], "max_tokens": 5}),
         ("/v2/embed", {"texts": ["a"], "images": ["data:"]}),
     ],
@@ -170,3 +182,90 @@ def test_vectors_of_text_embeddings_inference(minilm_server: ServerProcess, refe
     cosines = post("/similarity", {"inputs": {"source_sentence": TEXTS[0], "sentences": TEXTS[1:]}}).json()
     same(cosines, reference[1:] @ reference[0])
     assert minilm_server.get("/").json()["name"] == "minilm"  # the page remains
+
+
+def test_fields_of_jina(minilm_server: ServerProcess, reference: Any) -> None:
+    def embeddings(**fields: object) -> list[Any]:
+        answer = minilm_server.embed(input=TEXTS, **fields).raise_for_status().json()
+        assert set(answer) == {"object", "data", "model", "usage"}
+        return [entry["embedding"] for entry in answer["data"]]
+
+    bits = np.packbits(reference > 0, axis=1)
+    for task in ("retrieval.query", "retrieval.passage", "text-matching", "classification", "separation"):
+        same(embeddings(task=task, normalized=True, late_chunking=False, embedding_type="float"), reference)
+    packed = embeddings(embedding_type=["base64"], output_dtype="ubinary")
+    same([np.frombuffer(base64.b64decode(row), "<f4") for row in packed], reference)
+    assert np.array_equal(embeddings(embedding_type="ubinary", encoding_format="base64"), bits)
+    assert np.array_equal(embeddings(embedding_type="binary"), bits.astype(int) - 128)
+    for name, value in (("embedding_type", ["float", "binary"]), ("normalized", False), ("task", "unknown")):
+        rejected = minilm_server.embed(input=TEXTS, **{name: value})
+        assert rejected.status_code == 400
+        assert rejected.json()["error"]["param"] == {"task": "input_type"}.get(name, name)
+
+
+def test_pooling_of_vllm(minilm_server: ServerProcess, reference: Any) -> None:
+    answer = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS, "task": "embed"}).raise_for_status()
+    body = answer.json()
+    assert (body["id"], body["object"], body["model"]) == (answer.headers["x-request-id"], "list", "minilm")
+    assert [(entry["index"], entry["object"]) for entry in body["data"]] == [(i, "pooling") for i in range(len(TEXTS))]
+    same([entry["data"] for entry in body["data"]], reference)
+    packed = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS[0], "encoding_format": "base64"}).json()
+    same([np.frombuffer(base64.b64decode(packed["data"][0]["data"]), "<f4")], reference[:1])
+
+
+def test_tokens_of_text_embeddings_inference_and_of_vllm(minilm_server: ServerProcess, minilm: Path) -> None:
+    def post(**body: object) -> Any:
+        return CLIENT.post(f"{minilm_server.url}/tokenize", json=body).raise_for_status().json()
+
+    oracle = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    oracle.no_padding()
+    oracle.no_truncation()
+    rows = post(inputs=TEXTS)
+    assert [[token["id"] for token in row] for row in rows] == [oracle.encode(text).ids for text in TEXTS]
+    assert rows[3] == [
+        {"id": 101, "text": "[CLS]", "special": True, "start": None, "stop": None},
+        {"id": 7929, "text": "ok", "special": False, "start": 0, "stop": 2},
+        {"id": 102, "text": "[SEP]", "special": True, "start": None, "stop": None},
+    ]
+    assert post(inputs=["", "ok"], add_special_tokens=False) == [[], rows[3][1:2]]
+    long = "ok 北京 " * 5_000  # more tokens than fit in one part of the response
+    assert [token["id"] for token in post(inputs=long)[0]] == oracle.encode(long).ids
+    assert post(prompt="ok", model="minilm") == {"count": 3, "max_model_len": 256, "tokens": [101, 7929, 102]}
+    assert post(prompt="ok", add_special_tokens=False)["tokens"] == [7929]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/embed", {"inputs": "{text}", "truncation_direction": "Left"}),
+        ("/v1/embeddings", {"input": "{text}", "truncation_side": "left"}),
+        ("/v2/embed", {"texts": ["{text}"], "truncate": "START"}),
+    ],
+)
+def test_long_texts_lose_their_start_if_asked(minilm_server: ServerProcess, path: str, body: dict[str, Any]) -> None:
+    """The vector is that of the last 254 tokens."""
+
+    def vector(text: str) -> Any:
+        filled = json.loads(json.dumps(body).replace("{text}", text))
+        found = CLIENT.post(f"{minilm_server.url}{path}", json=filled).raise_for_status().json()
+        if path == "/v2/embed":
+            return found["embeddings"]["float"][0]
+        return found[0] if path == "/embed" else found["data"][0]["embedding"]
+
+    end = "river " * 100 + "mountain " * 154
+    same(vector("city " * 300 + end), vector(end))
+    same(vector("short"), minilm_server.embed(input="short").json()["data"][0]["embedding"])
+
+
+def test_token_ids_lose_their_start_if_asked(minilm_server: ServerProcess) -> None:
+    ids = [1000 + n for n in range(400)]
+    found = minilm_server.embed(input=[ids, ids[-256:]], truncation_side="left").json()["data"]
+    same(found[0]["embedding"], found[1]["embedding"])
+
+
+def test_info_has_the_fields_of_text_embeddings_inference(minilm_server: ServerProcess) -> None:
+    info = minilm_server.get("/info").json()
+    assert info["model_type"] == {"embedding": {"pooling": "mean"}}
+    expected = {"model_dtype": "float32", "max_input_length": 256, "max_client_batch_size": 2048, "auto_truncate": True}
+    assert {name: info[name] for name in expected} == expected
+    assert info["model_id"] == info["model"]["source"]

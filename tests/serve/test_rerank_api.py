@@ -138,7 +138,10 @@ def test_an_embedding_server_says_that_it_cannot_rerank(echo: ServerProcess) -> 
 def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/rerank", "/v1/score"} <= set(paths)
-    assert "/v1/embeddings" not in paths
+    assert not {"/v1/embeddings", "/pooling"} & set(paths)
+    assert len(post(server, "/tokenize", inputs="a query").json()[0]) == 4
+    kind = server.get("/info").json()["model_type"]
+    assert kind == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
     assert "/v1/rerank" in server.get("/docs").text
 
 

@@ -20,7 +20,13 @@ from inferctl.serve.api import openapi
 from inferctl.serve.api.classify import ClassifyEndpoint, PredictEndpoint
 from inferctl.serve.api.classify_schemas import ClassifyRequest, ClassifyResponse, PredictRequest, PredictResponse
 from inferctl.serve.api.cohere import CohereEmbed, CohereEmbedRequest, CohereEmbedResponse
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResponse
+from inferctl.serve.api.embedding_schemas import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    OpenAi,
+    PoolingRequest,
+    PoolingResponse,
+)
 from inferctl.serve.api.embeddings import EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
@@ -44,6 +50,7 @@ from inferctl.serve.api.tei import (
     TeiEmbed,
     TeiSimilarity,
 )
+from inferctl.serve.api.tokenize import TokenizeEndpoint, TokenizeRequest, TokenizeResponse
 from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
 
 
@@ -68,7 +75,26 @@ class Endpoint:
         return self.operation.path, *self.aliases
 
 
+_TASKS: tuple[Task, ...] = ("embed", "rerank", "classify")
+_POOLING = "Compute embeddings, or the scores of all labels: as vLLM does for one `task`."
 ALL = (
+    *(
+        Endpoint(
+            "tokenize",
+            task,
+            Operation(
+                "/tokenize",
+                "Return the tokens of texts, as text-embeddings-inference does, or with `prompt` as vLLM does.",
+                TokenizeRequest,
+                TokenizeResponse,
+                {"inputs": ["first text", "second text"]},
+                TeiErrorResponse,
+            ),
+            TokenizeEndpoint,
+            error_body=tei_body,
+        )
+        for task in _TASKS
+    ),
     Endpoint(
         "embeddings",
         "embed",
@@ -137,6 +163,12 @@ ALL = (
         ),
         partial(EmbeddingsEndpoint, api=CohereEmbed()),
         error_body=cohere_body,
+    ),
+    Endpoint(
+        "embeddings",
+        "embed",
+        Operation("/pooling", _POOLING, PoolingRequest, PoolingResponse, {"input": ["first text", "second text"]}),
+        partial(EmbeddingsEndpoint, api=OpenAi(request=PoolingRequest, pooling=True)),
     ),
     Endpoint(
         "rerank",
@@ -217,6 +249,12 @@ ALL = (
             {"input": ["first text", "second text"]},
         ),
         ClassifyEndpoint,
+    ),
+    Endpoint(
+        "classify",
+        "classify",
+        Operation("/pooling", _POOLING, ClassifyRequest, PoolingResponse, {"input": ["first text", "second text"]}),
+        partial(ClassifyEndpoint, pooling=True),
     ),
     Endpoint(
         "predict",

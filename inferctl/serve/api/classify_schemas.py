@@ -67,7 +67,11 @@ def _wrong_type() -> PydanticCustomError:
 class ClassifyRequest(ModelRequest):
     """The body of `POST /classify`."""
 
-    unsupported: ClassVar[Unsupported] = {"truncate_prompt_tokens": (-1,), "add_special_tokens": (True,)}
+    unsupported: ClassVar[Unsupported] = {
+        "truncate_prompt_tokens": (-1,),
+        "add_special_tokens": (True,),
+        "task": ("classify",),  # of /pooling
+    }
     input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
         description="A text, or a list of texts."
     )

@@ -42,8 +42,9 @@ class CohereEmbedRequest(ModelRequest):
     output_dimension: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
     )
-    truncate: Literal["NONE", "END"] | None = Field(
-        None, description="`END`: long texts lose their end. `NONE`: 400. Default: the server's setting."
+    truncate: Literal["NONE", "START", "END"] | None = Field(
+        None,
+        description="`START`, `END`: what long texts lose. `NONE`: 400. Default: the server's setting.",
     )
 
 
@@ -90,7 +91,8 @@ class CohereEmbed:
             input=request.texts,
             dimensions=request.output_dimension,
             input_type=request.input_type,
-            truncate=None if request.truncate is None else request.truncate == "END",
+            truncate=None if request.truncate is None else request.truncate != "NONE",
+            truncation_side="left" if request.truncate == "START" else None,
             output_dtype=calibrated[0] if calibrated else None,
         )
 

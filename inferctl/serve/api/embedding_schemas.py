@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import orjson
-from pydantic import AliasChoices, BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
@@ -24,6 +35,7 @@ _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PROMPT_CHARACTERS = 8192
 _MAX_FLOAT16 = np.finfo(np.float16).max
 
+_JinaType = Literal["float", "base64", "binary", "ubinary"]
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]], Field(min_length=1)]
@@ -87,7 +99,8 @@ class EmbeddingRequest(ModelRequest):
         "endianness": ("native", "little"),
         "truncate_prompt_tokens": (-1,),
         "add_special_tokens": (True,),
-        "use_activation": (True,),
+        "late_chunking": (False,),  # of Jina
+        "return_multivector": (False,),
     }
     input: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
@@ -111,6 +124,17 @@ class EmbeddingRequest(ModelRequest):
         validation_alias=AliasChoices("truncate", "truncation"),
         description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting.",
     )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="`right` (default): long inputs lose their end. `left`: their start, with the prompt."
+    )
+    normalized: StrictBool | None = Field(
+        None,
+        validation_alias=AliasChoices("normalized", "use_activation"),  # of Jina and vLLM
+        description="True: vectors of length one. False: of the length that the model gives them.",
+    )
+    embedding_type: _JinaType | Annotated[list[_JinaType], Field(min_length=1, max_length=1)] | None = Field(
+        None, description="As in Jina's API: `output_dtype`, or `base64` for `encoding_format`. It replaces both."
+    )
     prompt: Annotated[StrictStr, Field(max_length=_MAX_PROMPT_CHARACTERS)] | None = Field(
         None, description="A text before each input, instead of a prompt of the model. Not for token ids."
     )
@@ -119,9 +143,19 @@ class EmbeddingRequest(ModelRequest):
     )
     input_type: StrictStr | None = Field(
         None,
-        description="What the inputs are: the name of a prompt, or `query`, `search_query`, `document`, "
-        "`search_document`, `classification`, `clustering`. Ignored with `prompt` and `prompt_name`.",
+        validation_alias=AliasChoices("input_type", "task"),
+        description="What the inputs are: the name of a prompt, or a word of Cohere, Voyage or Jina, such as `query` "
+        "and `document`. Ignored with `prompt` and `prompt_name`.",
     )
+
+    @model_validator(mode="after")
+    def _of_jina(self) -> Self:
+        kind = self.embedding_type[0] if isinstance(self.embedding_type, list) else self.embedding_type
+        if kind == "base64":
+            self.encoding_format, self.output_dtype = "base64", "float"
+        elif kind is not None:
+            self.encoding_format, self.output_dtype = "float", kind
+        return self
 
     @property
     def items(self) -> list[str] | list[list[int]]:
@@ -147,12 +181,39 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
+class PoolingRequest(EmbeddingRequest):
+    """The body of `POST /pooling`: vLLM's, of which the `task` says what to return."""
+
+    unsupported: ClassVar[Unsupported] = {**EmbeddingRequest.unsupported, "task": ("embed",)}
+    input_type: StrictStr | None = Field(None, description="As in `/v1/embeddings`.")
+
+
+class Pooled(BaseModel):
+    """One vector, or the scores of all labels."""
+
+    index: int
+    object: Literal["pooling"] = "pooling"
+    data: list[float] | list[int] | str
+
+
+class PoolingResponse(BaseModel):
+    """The successful response of `POST /pooling`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: Usage
+
+
 @dataclass(frozen=True)
 class OpenAi:
-    """It is an `EmbeddingApi`."""
+    """It is an `EmbeddingApi`. `pooling`: whether responses are those of `POST /pooling`."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     request: type[ModelRequest] = EmbeddingRequest
+    pooling: bool = False
 
     def embedding(self, request: EmbeddingRequest, _: ServedModel) -> EmbeddingRequest:
         """Return the request. Part of `EmbeddingApi`."""
@@ -165,7 +226,15 @@ class OpenAi:
         wanted = request.output_dtype or "float"
         ranges = model.ranges_for(wanted, vectors.shape[1])
         check_range(vectors, wanted)
-        return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges)
+        pooling = context.id.decode() if self.pooling else None
+        return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges, pooling)
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Return vectors scaled to length one."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
+    return scaled
 
 
 def check_range(vectors: Vectors, wanted: VectorFormat) -> None:
@@ -181,18 +250,27 @@ def response(
     tokens: int,
     wanted: VectorFormat = "float",
     ranges: Ranges | None = None,
+    pooling: str | None = None,
 ) -> Iterator[bytes]:
-    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
-    separator = b'{"object":"list","data":['
+    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long.
+
+    `pooling`: the id of a response of `POST /pooling`.
+    """
+    kind, key, head = (
+        ("embedding", "embedding", {})
+        if pooling is None
+        else ("pooling", "data", {"id": pooling, "created": int(time.time())})
+    )
+    separator = orjson.dumps({**head, "object": "list"})[:-1] + b',"data":['
     for part in parts(vectors):
         rows = vector_format.convert(vectors[part], wanted, ranges)
         if encoding == "base64":
             rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         data = [
             {
-                "object": "embedding",
+                "object": kind,
                 "index": index,
-                "embedding": base64.b64encode(row).decode() if encoding == "base64" else row,
+                key: base64.b64encode(row).decode() if encoding == "base64" else row,
             }
             for index, row in enumerate(rows, part.start)
         ]

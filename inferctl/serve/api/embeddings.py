@@ -13,7 +13,7 @@ import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api import embedding_schemas
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest, unit
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.schemas import ModelRequest
 from inferctl.serve.api.served_model import ServedModel
@@ -71,8 +71,15 @@ class EmbeddingsEndpoint:
                 self._remind(context.key_id)
         dimensions = model.dimensions_for(request.dimensions)
         model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
+        if model.normalized and request.normalized is False:
+            message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
+            raise ApiError(400, message, code="invalid_value", param="normalized")
         vectors = await self.inference.run(scope, partial(self._tokenize, request, prompt, context.tenant))
-        vectors = _with_dimensions(vectors, dimensions)
+        if dimensions is not None:
+            vectors = np.ascontiguousarray(vectors[:, :dimensions])
+        wanted = dimensions is not None if request.normalized is None else request.normalized
+        if wanted and not (model.normalized and dimensions is None):
+            vectors = unit(vectors)
         await send_json(send, self.api.response(given, vectors, model, context), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
@@ -117,19 +124,12 @@ class EmbeddingsEndpoint:
     ) -> tuple[Sequence[Tokens], None]:
         truncate = self.inference.model.truncate if request.truncate is None else request.truncate
         items: Any = request.items
+        left = request.truncation_side == "left"
         if isinstance(items[0], str):
-            found = await self.inference.tokenizer.encode(items, truncate=truncate, tenant=tenant, prompt=prompt)
+            found = await self.inference.tokenizer.encode(
+                items, truncate=truncate, tenant=tenant, prompt=prompt, left=left
+            )
             return found, None
-        call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)
+        call = partial(self.inference.tokenizer.truncate, items, truncate=truncate, left=left)
         large = sum(map(len, items)) > _INLINE_IDS
         return (await asyncio.to_thread(call) if large else call()), None
-
-
-def _with_dimensions(vectors: Vectors, dimensions: int | None) -> Vectors:
-    """Return the first `dimensions` values of each vector, scaled to length one; None returns `vectors` unchanged."""
-    if dimensions is None:
-        return vectors
-    head = vectors[:, :dimensions]
-    norms = np.linalg.norm(head, axis=1, keepdims=True)
-    scaled: Vectors = np.ascontiguousarray(head / np.maximum(norms, np.float32(1e-12)))
-    return scaled

@@ -20,7 +20,7 @@ from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.serve.tokenizer_pool import InputError, Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
@@ -104,18 +104,30 @@ class Inference:
             tokenized = time.monotonic()
             return await self.backend.compute(context, sequences, second_starts), tokenized
 
+        result, tokenized = await self.unless_disconnected(compute, scope)
+        context.model = self.model.name
+        times = (tokenized - started, result.queue_seconds, result.inference_seconds)
+        context.phases = dict(zip(_PHASES, times, strict=True))
+        return result.vectors
+
+    async def tokens(self, scope: Scope, tokenize: Callable[[], Awaitable[list[list[Token]]]]) -> list[list[Token]]:
+        """Return the tokens of texts. They count for the limits of the key, but are not computed: no usage."""
+        context = context_of(scope)
+        found = await self.unless_disconnected(tokenize, scope)
+        context.model, context.inputs = self.model.name, len(found)
+        _in_vain(context, sum(map(len, found)))
+        return found
+
+    async def unless_disconnected(self, work: Callable[[], Awaitable[T]], scope: Scope) -> T:
+        """Return `work()`. Raises `ApiError` in place of an error of the tokenizer, and `ClientDisconnectedError`."""
         try:
-            result, tokenized = await unless_disconnected(compute, scope)
+            return await unless_disconnected(work, scope)
         except TokenizerBusyError as error:
             raise at_capacity(str(error), "tokenizer_full", 1) from None
         except TokenizerShareError:
             raise key_share("characters that wait to be tokenized") from None
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param=error.field) from None
-        context.model = self.model.name
-        times = (tokenized - started, result.queue_seconds, result.inference_seconds)
-        context.phases = dict(zip(_PHASES, times, strict=True))
-        return result.vectors
 
 
 def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:

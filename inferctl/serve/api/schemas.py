@@ -15,7 +15,7 @@ from inferctl.serve.engine_process.engine_protocol import Vectors
 # How much of a response is converted to JSON at a time: this many rows, of this many numbers in all. They take 0.6 ms.
 _PART_ROWS, _PART_NUMBERS = 64, 24_576
 # The types of the `PydanticCustomError`s of the schemas, which are the codes of the responses.
-_OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "too_many_inputs", "unequal_lengths"}
+_OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "missing_field", "too_many_inputs", "unequal_lengths"}
 
 
 Unsupported = Mapping[str, tuple[object, ...]]

@@ -16,7 +16,6 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootMode
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
 from inferctl.serve.api.schemas import ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
@@ -27,7 +26,9 @@ class TextOptions(BaseModel):
     truncate: StrictBool | None = Field(
         None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
     )
-    truncation_direction: Literal["Right", "right"] | None = Field(None, description="Long inputs lose their end.")
+    truncation_direction: Literal["Right", "right", "Left", "left"] | None = Field(
+        None, description="Long inputs lose their end (`Right`, the default) or their start (`Left`)."
+    )
     prompt_name: StrictStr | None = Field(None, description="The name of a prompt of the model, as in `GET /info`.")
 
 
@@ -69,18 +70,12 @@ class SimilarityResponse(RootModel[list[float]]):
 class TeiEmbed:
     """It is an `EmbeddingApi`."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
+    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs", "normalized": "normalize"})
     request: type[ModelRequest] = EmbedRequest
 
     def embedding(self, request: EmbedRequest, model: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
-        if model.normalized and not request.normalize:
-            message = f"model {model.name!r} normalizes its vectors: `normalize` must be true"
-            raise ApiError(400, message, code="invalid_value", param="normalize")
-        if not request.normalize and request.dimensions is not None:
-            message = "truncated vectors are normalized again: `normalize` must be true with `dimensions`"
-            raise ApiError(400, message, code="invalid_value", param="normalize")
-        return _embedding(request, request.inputs, dimensions=request.dimensions)
+        return _embedding(request, request.inputs, dimensions=request.dimensions, normalized=request.normalize)
 
     def response(
         self, request: EmbedRequest, vectors: Vectors, model: ServedModel, _: RequestContext
@@ -89,8 +84,6 @@ class TeiEmbed:
         separator = b"["
         for part in parts(vectors):
             rows = vectors[part]
-            if request.normalize and not model.normalized:
-                rows = _unit(rows)
             yield separator + orjson.dumps(np.ascontiguousarray(rows), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
             separator = b","
         yield b"]"
@@ -110,17 +103,17 @@ class TeiSimilarity:
 
     def response(self, _: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
-        unit = _unit(vectors)
-        yield orjson.dumps(unit[1:] @ unit[0], option=orjson.OPT_SERIALIZE_NUMPY)
+        yield orjson.dumps(vectors[1:] @ vectors[0], option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _embedding(options: TextOptions, inputs: Input, dimensions: int | None = None) -> EmbeddingRequest:
+def _embedding(
+    options: TextOptions, inputs: Input, *, dimensions: int | None = None, normalized: bool = True
+) -> EmbeddingRequest:
     return EmbeddingRequest.model_construct(
-        input=inputs, truncate=options.truncate, prompt_name=options.prompt_name, dimensions=dimensions
+        input=inputs,
+        truncate=options.truncate,
+        truncation_side="left" if options.truncation_direction in ("Left", "left") else None,
+        prompt_name=options.prompt_name,
+        dimensions=dimensions,
+        normalized=normalized,
     )
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
-    return unit
