@@ -224,18 +224,24 @@ class TokenizerPool:
         return await self._run(calls, size, tenant)
 
     async def encode_pairs(
-        self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, tenant: str | None = None
+        self,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        truncate: bool,
+        tenant: str | None = None,
+        most: int | None = None,
     ) -> list[Pair]:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
 
-        `query`: one text for all documents, or one text per document. Pairs are truncated to `max_tokens` as by
+        `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count. Pairs are truncated to `max_tokens` as by
         transformers (`longest_first`): first the longer text, then both. If both are so long that only their heads are
         tokenized, the head with more tokens counts as the longer text. Raises `InputError` as `encode` does.
         """
         queries = _listed(query)
         size = sum(map(len, [*queries, *documents])) + len(queries) * len(self._prompt)
         if self._is_small(size, len(queries) + len(documents)):
-            return self.encode_pairs_now(query, documents, truncate=truncate)
+            return self.encode_pairs_now(query, documents, truncate=truncate, most=most)
         firsts = [0] * len(documents) if isinstance(query, str) else map(len, query)
         sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
         calls = [
@@ -245,6 +251,7 @@ class TokenizerPool:
                 documents[i:j],
                 truncate=truncate,
                 first=i,
+                most=most,
             )
             for i, j in slices(sizes)
         ]
@@ -269,7 +276,13 @@ class TokenizerPool:
         return rows
 
     def encode_pairs_now(
-        self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, first: int = 0
+        self,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        truncate: bool,
+        first: int = 0,
+        most: int | None = None,
     ) -> list[Pair]:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
         before, between, after, has_segments = self._pair_format
@@ -283,6 +296,7 @@ class TokenizerPool:
         for index, ((first_ids, first_size), (second_ids, second_size)) in enumerate(
             zip(firsts, seconds, strict=True), first
         ):
+            second_size = second_size if most is None else min(most, second_size)
             first_kept, second_kept = longest_first(first_size, second_size, limit)
             if first_kept + second_kept < first_size + second_size:
                 self._allow_truncation(index, truncate, "documents")

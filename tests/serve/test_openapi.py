@@ -36,10 +36,10 @@ def answers(server: ServerProcess) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("fixture", "options", "examples", "operations"),
     [
-        pytest.param("minilm_server", (), 30, 17, marks=MINILM),
-        ("echo", ("--exclude-checks", "not_a_server_error"), 30, 17),
+        pytest.param("minilm_server", (), 30, 19, marks=MINILM),
+        ("echo", ("--exclude-checks", "not_a_server_error"), 30, 19),
         ("classifier", (), 30, 14),
-        pytest.param("minilm_server", (), 1000, 17, marks=[MINILM, pytest.mark.slow_measurement]),
+        pytest.param("minilm_server", (), 1000, 19, marks=[MINILM, pytest.mark.slow_measurement]),
     ],
 )
 def test_schemathesis_finds_no_failures(

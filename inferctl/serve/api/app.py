@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from starlette.applications import Starlette
@@ -76,6 +76,7 @@ class Endpoint:
 
 
 _TASKS: tuple[Task, ...] = ("embed", "rerank", "classify")
+_COHERE: tuple[Literal[1, 2], ...] = (2, 1)
 _POOLING = "Compute embeddings, or the scores of all labels: as vLLM does for one `task`."
 ALL = (
     *(
@@ -141,28 +142,32 @@ ALL = (
         "embed",
         Operation(
             "/voyage/embeddings",
-            "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage.",
+            "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage and Jina.",
             EmbeddingRequest,
             EmbeddingResponse,
             {"input": ["first text", "second text"], "output_dtype": "float"},
             VoyageErrorResponse,
         ),
         EmbeddingsEndpoint,
+        ("/jina/v1/embeddings",),
         error_body=voyage_body,
     ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/v2/embed",
-            "Compute the embeddings of texts in one or several number formats, as Cohere does.",
-            CohereEmbedRequest,
-            CohereEmbedResponse,
-            {"texts": ["first text", "second text"], "embedding_types": ["float"]},
-            CohereErrorResponse,
-        ),
-        partial(EmbeddingsEndpoint, api=CohereEmbed()),
-        error_body=cohere_body,
+    *(
+        Endpoint(
+            "embeddings",
+            "embed",
+            Operation(
+                f"/v{version}/embed",
+                f"Compute the embeddings of texts in one or several number formats, as version {version} of Cohere's API.",
+                CohereEmbedRequest,
+                CohereEmbedResponse,
+                {"texts": ["first text", "second text"], "embedding_types": ["float"]},
+                CohereErrorResponse,
+            ),
+            partial(EmbeddingsEndpoint, api=CohereEmbed(version)),
+            error_body=cohere_body,
+        )
+        for version in _COHERE
     ),
     Endpoint(
         "embeddings",
@@ -209,6 +214,20 @@ ALL = (
             VoyageErrorResponse,
         ),
         VoyageRerankEndpoint,
+        error_body=voyage_body,
+    ),
+    Endpoint(
+        "rerank",
+        "rerank",
+        Operation(
+            "/jina/v1/rerank",
+            "Order documents by their relevance to a query, with the errors of Jina.",
+            RerankRequest,
+            RerankResponse,
+            {"query": "a question", "documents": ["first text", "second text"]},
+            VoyageErrorResponse,
+        ),
+        RerankEndpoint,
         error_body=voyage_body,
     ),
     Endpoint(
@@ -287,7 +306,7 @@ def names(task: Task) -> dict[str, str]:
 def error_body(task: Task) -> Callable[[str, ApiError], bytes]:
     """Return the function that makes the body of an error at a path, also at one that no API has."""
     shapes = {path: endpoint.error_body for endpoint in _of_task_last(task) for path in endpoint.paths}
-    prefixes = {"/voyage/": voyage_body, "/v2/": cohere_body}
+    prefixes = {"/voyage/": voyage_body, "/jina/": voyage_body, "/v2/": cohere_body}
 
     def body(path: str, error: ApiError) -> bytes:
         shape = shapes.get(path)

@@ -1,6 +1,6 @@
-"""Cohere's API for embeddings, version 2: `POST /v2/embed`.
+"""Cohere's API for embeddings: `POST /v2/embed`, and `POST /v1/embed` of its first version.
 
-Source: https://docs.cohere.com/reference/embed
+Sources: https://docs.cohere.com/reference/embed, https://docs.cohere.com/v1/reference/embed
 """
 
 from __future__ import annotations
@@ -65,19 +65,20 @@ class ByType(BaseModel):
 
 
 class CohereEmbedResponse(BaseModel):
-    """The successful response of `POST /v2/embed`."""
+    """The successful response. `embeddings` is a list for a request to `/v1/embed` without `embedding_types`."""
 
     id: str
-    response_type: Literal["embeddings_by_type"] = "embeddings_by_type"
-    embeddings: ByType
+    response_type: Literal["embeddings_by_type", "embeddings_floats"]
+    embeddings: ByType | _Floats
     texts: list[str]
     meta: dict[str, object]
 
 
 @dataclass(frozen=True)
 class CohereEmbed:
-    """It is an `EmbeddingApi`."""
+    """It is an `EmbeddingApi`. `version`: of Cohere's API."""
 
+    version: Literal[1, 2]
     names: Mapping[str, str] = field(default_factory=lambda: dict(_NAMES))
     request: type[ModelRequest] = CohereEmbedRequest
 
@@ -101,10 +102,11 @@ class CohereEmbed:
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
         ranges = model.ranges.get(vectors.shape[1])
-        head = {"id": context.id.decode(), "response_type": "embeddings_by_type"}
-        yield orjson.dumps(head)[:-1] + b',"embeddings":{'
+        plain = self.version == 1 and request.embedding_types is None
+        kind = "embeddings_floats" if plain else "embeddings_by_type"
+        yield orjson.dumps({"id": context.id.decode(), "response_type": kind})[:-1] + b',"embeddings":'
         for number, name in enumerate(dict.fromkeys(request.embedding_types or ("float",))):
-            separator = b'%s"%s":[' % (b"," if number else b"", name.encode())
+            separator = b"[" if plain else b'%s"%s":[' % (b"," if number else b"{", name.encode())
             for bounds in parts(vectors):
                 rows = vectors[bounds]
                 if name == "base64":
@@ -115,5 +117,5 @@ class CohereEmbed:
                 yield separator + part[1:-1]
                 separator = b","
             yield b"]"
-        billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": "2"}}
-        yield b"}," + orjson.dumps({"texts": request.texts, "meta": billed})[1:]
+        billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": str(self.version)}}
+        yield (b"," if plain else b"},") + orjson.dumps({"texts": request.texts, "meta": billed})[1:]

@@ -96,7 +96,10 @@ class EmbeddingsEndpoint:
         for index, row in enumerate(() if isinstance(request.items[0], str) else request.items):
             if (largest := max(row)) >= model.vocabulary_size:
                 limit = model.vocabulary_size - 1
-                message = f"input[{index}] has token id {largest}; the largest of this model is {limit}"
+                message = (
+                    f"input[{index}] has token id {largest}; the largest of this model is {limit}: send texts, "
+                    "or ids of this model's tokenizer (OpenAIEmbeddings of LangChain: check_embedding_ctx_length=False)"
+                )
                 raise ApiError(400, message, code="invalid_token", param="input")
         if request.prompt is request.prompt_name is request.input_type is None:
             return None

@@ -76,7 +76,7 @@ class ErrorResponse(BaseModel):
 
 
 class VoyageErrorResponse(BaseModel):
-    """The body of error responses of endpoints with the shape of Voyage's API."""
+    """The body of error responses of endpoints with the shape of the APIs of Voyage and Jina."""
 
     detail: str
 
