@@ -25,14 +25,20 @@ JSON = st.recursive(
 )
 
 
+def write_reranker(minilm: Path, folder: Path) -> Path:
+    """Write a folder that the echo engine serves as a cross-encoder."""
+    shutil.copytree(minilm, folder, symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
+    config = json.loads((minilm / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("rerank")
-    shutil.copytree(minilm, folder / "model", symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
-    config = json.loads((minilm / "config.json").read_text())
-    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    (folder / "model" / "config.json").write_text(json.dumps(config))
-    running = start(folder, "--model", str(folder / "model"), "--engine", "echo", "--name", "ranker")
+    model = write_reranker(minilm, folder / "model")
+    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "ranker")
     yield running
     running.kill()
 

@@ -12,12 +12,12 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
-from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, limit_items, parts
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
@@ -39,7 +39,7 @@ class CohereEmbedRequest(ModelRequest):
     embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6)] | None = Field(
         None, description="The numbers of the vectors, one or several: int8 and uint8 if the model is calibrated."
     )
-    output_dimension: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    output_dimension: Count | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
     )
     truncate: Literal["NONE", "START", "END"] | None = Field(

@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     PlainValidator,
     StrictBool,
-    StrictInt,
     StrictStr,
     ValidationInfo,
     model_validator,
@@ -25,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
-from inferctl.serve.api.schemas import ModelRequest, Unsupported, Usage, parts
+from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -113,7 +112,7 @@ class EmbeddingRequest(ModelRequest):
         description="The numbers of the vectors: `float` (default, 32 bits), `float16`, `int8` and `uint8` if the "
         "model is calibrated, `binary` and `ubinary` (signed and unsigned bytes, each of 8 dimensions).",
     )
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    dimensions: Count | None = Field(
         None,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="Truncate the vectors to this many dimensions; only for models that are trained for it.",

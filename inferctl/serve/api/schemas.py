@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 from inferctl.serve.edge.errors import ApiError
@@ -32,7 +41,13 @@ class ModelRequest(BaseModel):
     model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
 
 
+def _whole(value: object) -> object:
+    """Return 5.0 as 5: it is an integer in JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[StrictStr, Field(min_length=1)]
+Count = Annotated[StrictInt, Field(ge=1), BeforeValidator(_whole)]
 Request = TypeVar("Request", bound=ModelRequest)
 
 

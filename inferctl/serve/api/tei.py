@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictStr
 
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
-from inferctl.serve.api.schemas import ModelRequest, Text, limit_items, parts
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
@@ -39,7 +39,7 @@ class EmbedRequest(ModelRequest, TextOptions):
         description="A text, a list of texts, one list of token ids, or a list of such lists."
     )
     normalize: StrictBool = Field(True, description="False: vectors of the length that the model gives them.")
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    dimensions: Count | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
     )
 
