@@ -368,3 +368,33 @@ def test_info_has_the_fields_of_text_embeddings_inference(minilm_server: ServerP
     expected = {"model_dtype": "float32", "max_input_length": 256, "max_client_batch_size": 2048, "auto_truncate": True}
     assert {name: info[name] for name in expected} == expected
     assert info["model_id"] == info["model"]["source"]
+
+
+def test_vectors_of_a_model_that_does_not_normalize_are_normalized_if_asked(
+    tiny: Callable[..., Path], serve: Callable[..., ServerProcess]
+) -> None:
+    folder = tiny("bert", "mean_tokens", False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [8]}))
+    server = serve("--model", str(folder), "--precision", "fp32")
+
+    def vectors(path: str, **fields: object) -> Any:
+        name = "inputs" if path == "/embed" else "input"
+        found = CLIENT.post(f"{server.url}{path}", json={name: TEXTS[:2], **fields}).raise_for_status().json()
+        return np.array(found if path == "/embed" else [each["embedding"] for each in found["data"]], np.float32)
+
+    def unit(rows: Any) -> Any:
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    raw = vectors("/v1/embeddings")
+    assert abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1
+    for name in ("normalized", "use_activation"):
+        same(vectors("/v1/embeddings", **{name: True}), unit(raw))
+        same(vectors("/v1/embeddings", **{name: False}), raw)
+        same(vectors("/v1/embeddings", dimensions=8, **{name: False}), raw[:, :8])
+        same(vectors("/v1/embeddings", dimensions=8, **{name: True}), unit(raw[:, :8]))
+    same(vectors("/v1/embeddings", dimensions=8), unit(raw[:, :8]))
+    same(vectors("/embed"), unit(raw))
+    same(vectors("/embed", normalize=False), raw)
+    same(vectors("/embed", dimensions=8), unit(raw[:, :8]))
+    same(vectors("/embed", normalize=False, dimensions=8), raw[:, :8])

@@ -75,11 +75,7 @@ class EmbeddingsEndpoint:
             message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
             raise ApiError(400, message, code="invalid_value", param="normalized")
         vectors = await self.inference.run(scope, partial(self._tokenize, request, prompt, context.tenant))
-        if dimensions is not None:
-            vectors = np.ascontiguousarray(vectors[:, :dimensions])
-        wanted = dimensions is not None if request.normalized is None else request.normalized
-        if wanted and not (model.normalized and dimensions is None):
-            vectors = unit(vectors)
+        vectors = _with_dimensions(vectors, dimensions, None if model.normalized else request.normalized)
         await send_json(send, self.api.response(given, vectors, model, context), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
@@ -136,3 +132,12 @@ class EmbeddingsEndpoint:
         call = partial(self.inference.tokenizer.truncate, items, truncate=truncate, left=left)
         large = sum(map(len, items)) > _INLINE_IDS
         return (await asyncio.to_thread(call) if large else call()), None
+
+
+def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool | None = None) -> Vectors:
+    """Return the first `dimensions` values of each vector, scaled to length one; None returns all, unchanged.
+
+    `normalized`: whether to scale them, in place of that rule.
+    """
+    head = vectors if dimensions is None else np.ascontiguousarray(vectors[:, :dimensions])
+    return unit(head) if (dimensions is not None if normalized is None else normalized) else head
