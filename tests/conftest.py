@@ -40,6 +40,7 @@ TORCH = {
     "test_classifier",
     "test_convert",
     "test_cores",
+    "test_classify_bench",
     "test_cross_encoder",
     "test_encoder",
     "test_generation_quality",

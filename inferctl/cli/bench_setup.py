@@ -196,13 +196,7 @@ def _task(
     if len(set(tasks.values())) > 1:
         named = ", ".join(f"{name}: {task}" for name, task in tasks.items())
         raise UsageError(f"the targets have different tasks: {named}", "measure each task in a benchmark of its own")
-    task = next(iter(tasks.values()), "embed")
-    if task == "classify":
-        raise UsageError(
-            "`inferctl bench` does not measure classifiers yet",
-            "compare what a server returns with transformers: `inferctl verify --against transformers`",
-        )
-    return task
+    return next(iter(tasks.values()), "embed")
 
 
 def _identity(definition: _Definition, machine: Environment, servers: dict[str, ServerConnection]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
         raise UsageError(f"the name {model.name} is that of a file of the manifests", "set another `name` in the spec")
     access.check(spec)
     metering.check(spec)
-    bench.check(spec, model.task)
+    bench.check(spec)
     needed = []
     if spec.model.weights == "mount" and spec.deploy.weights.image:
         needed.append(("image-volume", "deploy.weights.image"))

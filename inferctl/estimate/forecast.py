@@ -36,7 +36,7 @@ _SEQUENCES = 250_000
 # Models of other tasks, and what to do with them.
 _OTHERS = {
     "rerank": ("a cross-encoder", "measure a cross-encoder with `inferctl bench`"),
-    "classify": ("a classifier", "serve it: under load, `pace` in GET /info has its tokens per second"),
+    "classify": ("a classifier", "measure a classifier with `inferctl bench`"),
     "generate": (
         "a generative model",
         "measure a generative model with `inferctl bench`, and see with `inferctl check` where it fits and one API "

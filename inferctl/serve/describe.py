@@ -10,8 +10,10 @@ import inferctl
 from inferctl.config.spec import Access, Spec
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
-from inferctl.serve import model_summary
+from inferctl.serve import model_summary, tokenizer_pool
+from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.edge import access
+from inferctl.serve.edge.middleware import EdgeLimits
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
@@ -25,7 +27,6 @@ def document(
     tokenizer: dict[str, Any],
     info: EngineInfo,
     truncate: bool,
-    max_body_bytes: int,
     image: tuple[str, str | None] | None,
     calibrated: Sequence[int],
 ) -> dict[str, Any]:
@@ -75,10 +76,47 @@ def document(
             "max_batch_tokens": info.batch_tokens,
             "max_queue_tokens": spec.serve.max_queue_tokens,
             "max_wait_seconds": spec.serve.max_wait_seconds,
-            "max_body_bytes": max_body_bytes,
+            "max_body_bytes": EdgeLimits().max_body_bytes,
             "truncate": truncate,
         },
         "image": {"reference": image[0], "digest": image[1]} if image else None,
+        **_of_tei(spec, folder, config, tokenizer["max_tokens"], info, truncate),
+    }
+
+
+def _of_tei(
+    spec: Spec, folder: ModelFolder, config: TaskConfig, max_tokens: int, info: EngineInfo, truncate: bool
+) -> dict[str, Any]:
+    """Return the fields of text-embeddings-inference, whose clients choose what to send by `model_type`.
+
+    Source: `Info` in its `router/src/lib.rs`.
+    """
+    if isinstance(config, EmbeddingConfig):
+        pooling = "+".join(config.pooling) or "mean"
+        kind: dict[str, Any] = {"embedding": {"pooling": "last_token" if pooling == "last" else pooling}}
+    else:
+        labels = config.labels if isinstance(config, ClassifyConfig) else ("LABEL_0",)
+        names = {str(number): label for number, label in enumerate(labels)}
+        kind = {
+            config.task.replace("classify", "classifier").replace("rerank", "reranker"): {
+                "id2label": names,
+                "label2id": {label: int(number) for number, label in names.items()},
+            }
+        }
+    precision = info.precision.effective
+    return {
+        "model_id": spec.model.source,
+        "model_sha": spec.model.revision,
+        "model_dtype": {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision),
+        "model_type": kind,
+        "max_concurrent_requests": EdgeLimits().max_requests,
+        "max_input_length": max_tokens,
+        "max_batch_tokens": info.batch_tokens,
+        "max_batch_requests": None,
+        "max_client_batch_size": spec.serve.max_client_batch,
+        "auto_truncate": truncate,
+        "tokenization_workers": tokenizer_pool.THREADS,
+        "version": inferctl.__version__,
     }
 
 

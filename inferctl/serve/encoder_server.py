@@ -24,7 +24,6 @@ from inferctl.serve.edge import access
 from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
-from inferctl.serve.edge.middleware import EdgeLimits
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
@@ -195,7 +194,6 @@ class EncoderServer(ServerLifetime):
             self._tokenizer.facts,
             info,
             self._options.truncate,
-            EdgeLimits().max_body_bytes,
             self._options.image,
             sorted(self._ranges),
         )

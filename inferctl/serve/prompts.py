@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from inferctl.core.errors import UsageError, shown
 
-# The words of Cohere and Voyage that do not depend on the model, and the first of these prompts that it has.
+# The words of Cohere, Voyage and Jina that do not depend on the model, and the first of these prompts that it has.
 _QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
 _WORDS = {"query": _QUERY, "search_query": _QUERY, "document": _DOCUMENT, "search_document": _DOCUMENT}
+_WORDS |= {"retrieval.query": _QUERY, "retrieval.passage": _DOCUMENT}
 # Words for which a model with prompts needs one of that name: without it, its vectors would be those of another use.
-_USES = ("classification", "clustering")
+_USES = ("classification", "clustering", "text-matching", "separation")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Prompts:
     def select(self, prompt: str | None = None, name: str | None = None, input_type: str | None = None) -> str:
         """Return the prompt of a request: `prompt`, else the one called `name`, else that of `input_type`.
 
-        An `input_type` is the name of a prompt, or a word of Cohere and Voyage. Raises `UsageError` for an unknown
+        An `input_type` is the name of a prompt, or a word of Cohere, Voyage and Jina. Raises `UsageError` for an unknown
         name, and for a prompt that the pooling excludes.
         """
         wanted = input_type if name is None else name

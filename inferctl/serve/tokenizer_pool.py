@@ -11,6 +11,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +49,7 @@ _MIN_HEAD = 1_024
 _MAX_HEAD = 250_000
 # The most characters that wait for the threads. They take 1 to 2 s, also in each of several API processes.
 _MAX_WAITING_CHARACTERS = 4_000_000
+THREADS = 2  # unless another number is given
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0
 
@@ -57,6 +60,17 @@ Pair: TypeAlias = tuple[Tokens, int]
 _NO_TOKENS = np.array([-1], dtype=np.int32)
 T = TypeVar("T")
 _version = cache(metadata.version)  # it searches the folders of all packages
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of a text: its id, and the characters of the text. A special token has none; `text` is its name."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
 
 
 class InputError(Exception):
@@ -86,7 +100,7 @@ class TokenizerPool:
         self,
         folder: Path,
         config: TaskConfig,
-        threads: int = 2,
+        threads: int = THREADS,
         on_truncated: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Raises `UsageError` if the folder has no usable `tokenizer.json`.
@@ -197,11 +211,13 @@ class TokenizerPool:
         prompt: str | None = None,
         limit: int | None = None,
         special_tokens: bool = True,
+        left: bool = False,
     ) -> list[Tokens]:
         """Return the token ids (int32) of each text after `prompt`; None is the default prompt of the model.
 
         `limit`: the most tokens, with special ones, if they are fewer than the model accepts. `special_tokens`: whether
-        they are added. `tenant`: among whom the threads are shared; None if they are not.
+        they are added. `tenant`: among whom the threads are shared; None if they are not. `left`: long texts lose their
+        start, and the prompt, as in the tokenizers library.
 
         Raises `InputError` for a long text without `truncate`, for a text without any token, and for a text with very
         few tokens for its length, `TokenizerBusyError` and `TokenizerShareError`.
@@ -209,25 +225,33 @@ class TokenizerPool:
         prompt = self._prompt if prompt is None else prompt
         size = sum(map(len, texts)) + len(texts) * len(prompt)
         if self._is_small(size, len(texts)):
-            return self.encode_now(texts, truncate=truncate, prompt=prompt, limit=limit, special_tokens=special_tokens)
-        options: dict[str, Any] = {"prompt": prompt, "limit": limit, "special_tokens": special_tokens}
+            return self.encode_now(
+                texts, truncate=truncate, prompt=prompt, limit=limit, special_tokens=special_tokens, left=left
+            )
+        options: dict[str, Any] = {"prompt": prompt, "limit": limit, "special_tokens": special_tokens, "left": left}
         encode = partial(self.encode_now, truncate=truncate, **options)
         calls = [partial(encode, texts[i:j], first=i) for i, j in slices([len(prompt) + len(text) for text in texts])]
         return await self._run(calls, size, tenant)
 
     async def encode_pairs(
-        self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, tenant: str | None = None
+        self,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        truncate: bool,
+        tenant: str | None = None,
+        most: int | None = None,
     ) -> list[Pair]:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
 
-        `query`: one text for all documents, or one text per document. Pairs are truncated to `max_tokens` as by
+        `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count. Pairs are truncated to `max_tokens` as by
         transformers (`longest_first`): first the longer text, then both. If both are so long that only their heads are
         tokenized, the head with more tokens counts as the longer text. Raises `InputError` as `encode` does.
         """
         queries = _listed(query)
         size = sum(map(len, [*queries, *documents])) + len(queries) * len(self._prompt)
         if self._is_small(size, len(queries) + len(documents)):
-            return self.encode_pairs_now(query, documents, truncate=truncate)
+            return self.encode_pairs_now(query, documents, truncate=truncate, most=most)
         firsts = [0] * len(documents) if isinstance(query, str) else map(len, query)
         sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
         calls = [
@@ -237,6 +261,7 @@ class TokenizerPool:
                 documents[i:j],
                 truncate=truncate,
                 first=i,
+                most=most,
             )
             for i, j in slices(sizes)
         ]
@@ -251,12 +276,14 @@ class TokenizerPool:
         prompt: str | None = None,
         limit: int | None = None,
         special_tokens: bool = True,
+        left: bool = False,
     ) -> list[Tokens]:
         """Do what `encode` does, on the calling thread. `first`: the index of the first text in errors."""
         prompt = self._prompt if prompt is None else prompt
         rows, truncated = [], 0
-        encodings = self._encodings(texts, "input", prompt, first, add_special_tokens=special_tokens)
-        for index, (ids, size) in enumerate(encodings, first):
+        encode = self._tails if left else self._encodings
+        found = encode(texts, "input", prompt, first, add_special_tokens=special_tokens)
+        for index, (ids, size) in enumerate(found, first):
             if size > len(ids):
                 self._allow_truncation(index, truncate)
                 truncated += 1
@@ -264,7 +291,9 @@ class TokenizerPool:
                 if size == len(ids):  # else it is counted
                     self._allow_truncation(index, truncate, limit=limit)
                     truncated += 1
-                ids = np.concatenate([ids[: limit - self._special_end], ids[len(ids) - self._special_end :]])
+                before, after = self.special_ends
+                first_kept = before if left else limit - after
+                ids = np.concatenate([ids[:first_kept], ids[len(ids) - (limit - first_kept) :]])
             if self._eos is not None:
                 ids = np.append(ids, np.int32(self._eos))
             rows.append(_NO_TOKENS if not len(ids) and self._static is not None else _not_empty(ids, index))
@@ -273,7 +302,13 @@ class TokenizerPool:
         return rows
 
     def encode_pairs_now(
-        self, query: str | Sequence[str], documents: Sequence[str], *, truncate: bool, first: int = 0
+        self,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        truncate: bool,
+        first: int = 0,
+        most: int | None = None,
     ) -> list[Pair]:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
         before, between, after, has_segments = self._pair_format
@@ -287,6 +322,7 @@ class TokenizerPool:
         for index, ((first_ids, first_size), (second_ids, second_size)) in enumerate(
             zip(firsts, seconds, strict=True), first
         ):
+            second_size = second_size if most is None else min(most, second_size)
             first_kept, second_kept = longest_first(first_size, second_size, limit)
             if first_kept + second_kept < first_size + second_size:
                 self._allow_truncation(index, truncate, "documents")
@@ -298,14 +334,46 @@ class TokenizerPool:
             self._on_truncated(truncated)
         return pairs
 
-    def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool) -> list[Tokens]:
+    async def tokens(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool,
+        prompt: str | None = None,
+        tenant: str | None = None,
+    ) -> list[list[Token]]:
+        """Return the tokens of the prompt and each text, none truncated, with their places in both.
+
+        Raises what `encode` raises, and `InputError` for more characters than a text may have.
+        """
+        texts = [(self._prompt if prompt is None else prompt) + text for text in texts]
+        size = sum(map(len, texts))
+        self._check_whole(size, None, "inputs")
+        return await self._run([partial(self._tokens_now, texts, add_special_tokens)], size, tenant)
+
+    def _tokens_now(self, texts: list[str], add_special_tokens: bool) -> list[list[Token]]:
+        with self._truncation(None) as tokenizer:
+            found = _guarded(partial(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens))
+        eos = [] if self._eos is None or not add_special_tokens else [self._eos]
+        return [
+            [
+                Token(id, token, True, None, None) if special else Token(id, text[start:stop], False, start, stop)
+                for id, token, special, (start, stop) in zip(
+                    each.ids, each.tokens, each.special_tokens_mask, each.offsets, strict=True
+                )
+            ]
+            + [Token(id, tokenizer.id_to_token(id) or "", True, None, None) for id in eos]
+            for text, each in zip(texts, found, strict=True)
+        ]
+
+    def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool, left: bool = False) -> list[Tokens]:
         """Return token ids as arrays of at most `max_tokens`. Raises `InputError` unless `truncate`."""
         limit = self.max_tokens
         long = [index for index, row in enumerate(ids) if len(row) > limit]
         if long:
             self._allow_truncation(long[0], truncate)
             self._on_truncated(len(long))
-        return [np.array(row[:limit], dtype=np.int32) for row in ids]
+        return [np.array(row[-limit:] if left else row[:limit], dtype=np.int32) for row in ids]
 
     async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int, tenant: str | None) -> list[T]:
         """Return the results of `calls`, run one after the other on the threads.
@@ -359,6 +427,40 @@ class TokenizerPool:
                     tokenized = self._encode([head], add_special_tokens)[0]
                 yield tokenized
 
+    def _tails(
+        self, texts: Sequence[str], field: str, prompt: str, first: int, *, add_special_tokens: bool = True
+    ) -> Iterator[TokenizedText]:
+        """Yield the last ids of the prompt and each text. Tokenizes all of a text, because words have no fixed start.
+
+        Raises `InputError` for more characters than a text may have.
+        """
+        for index, text in enumerate(texts, first):
+            self._check_whole(len(prompt) + len(text), index, field)
+            with self._truncation("left"):
+                found = self._encode_slowly([prompt + text], add_special_tokens)
+            yield from found
+
+    def _check_whole(self, characters: int, index: int | None, field: str) -> None:
+        if characters > _MAX_HEAD:
+            message = f"has {characters} characters to be tokenized as a whole; the limit is {_MAX_HEAD}"
+            raise InputError(index, "text_too_long", message, field)
+
+    @contextmanager
+    def _truncation(self, direction: str | None) -> Iterator[Tokenizer]:
+        """Let the tokenizer of the calling thread truncate in another direction, or not at all."""
+        tokenizer = self.own_tokenizer()
+        if direction is None:
+            tokenizer.no_truncation()
+        else:
+            self._truncating(tokenizer, direction)
+        try:
+            yield tokenizer
+        finally:
+            self._truncating(tokenizer)
+
+    def _truncating(self, tokenizer: Tokenizer, direction: str = "right") -> None:
+        tokenizer.enable_truncation(self.max_tokens - (self._eos is not None), direction=direction)
+
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:
         """Return the ids of texts, by nanotoken as long as it raises nothing."""
         if (found := self._word_piece) is not None:
@@ -372,18 +474,10 @@ class TokenizerPool:
         return self._encode_slowly(texts, add_special_tokens)
 
     def _encode_slowly(self, texts: list[str], add_special_tokens: bool) -> list[TokenizedText]:
-        """Return the ids of texts by tokenizers. A panic of it is raised as a `RuntimeError`.
-
-        A panic is not an `Exception`. It would end a thread and leave a request without a response.
-        """
+        """Return the ids of texts by tokenizers."""
         tokenizer = self.own_tokenizer()
-        try:
-            # It computes no offsets and takes 10% to 20% less time than `encode`, also for a single text.
-            found = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        except BaseException as error:
-            if not is_panic(error):
-                raise
-            raise RuntimeError(f"the tokenizer panicked: {error}") from error
+        # It computes no offsets and takes 10% to 20% less time than `encode`, also for a single text.
+        found = _guarded(partial(tokenizer.encode_batch_fast, texts, add_special_tokens=add_special_tokens))
         added = tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
         return [
             TokenizedText(_ids(encoding), len(encoding) + sum(len(part) - added for part in encoding.overflowing))
@@ -395,9 +489,10 @@ class TokenizerPool:
         return characters + texts * _TEXT_CHARACTERS <= most
 
     @cached_property
-    def _special_end(self) -> int:
-        """How many special tokens follow a text."""
-        return self.own_tokenizer().encode("a").special_tokens_mask[::-1].index(0)
+    def special_ends(self) -> tuple[int, int]:
+        """How many special tokens precede and follow a text."""
+        mask = self.own_tokenizer().encode("a").special_tokens_mask
+        return mask.index(0), mask[::-1].index(0)
 
     @cached_property
     def _pair_format(self) -> tuple[Tokens, Tokens, Tokens, bool]:
@@ -433,10 +528,23 @@ class TokenizerPool:
         return tokenizer
 
     def _prepared(self, tokenizer: Tokenizer) -> Tokenizer:
-        tokenizer.enable_truncation(self.max_tokens - (self._eos is not None))
+        self._truncating(tokenizer)
         if self._config.lower_case:
             tokenizer.normalizer = tokenizer_files.with_lower_case(tokenizer.normalizer)
         return tokenizer
+
+
+def _guarded(encode: Callable[[], list[Encoding]]) -> list[Encoding]:
+    """Return `encode()`. Raises `RuntimeError` for a panic of tokenizers.
+
+    A panic is not an `Exception`. It would end a thread and leave a request without a response.
+    """
+    try:
+        return encode()
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise RuntimeError(f"the tokenizer panicked: {error}") from error
 
 
 def _listed(query: str | Sequence[str]) -> Sequence[str]:

@@ -3,7 +3,7 @@
     python answering.py --announce FILE [--median-ms 8 --sigma 0.5] [--stall-every 5 --stall-for 0.5]
                         [--fail-after N] [--die-after N] [--slots N [--queue N]] [--drift 0.01]
                         [--broken nan|shape|ragged|zeros|error] [--sha256 HEX]
-                        [--model DIR --precision bf16 ...] [--task rerank [--broken nan|missing|unsorted]]
+                        [--model DIR --precision bf16 ...] [--task rerank|classify [--broken nan|missing|unsorted]]
 
 Each request sleeps for the next drawn delay. `GET /truth` lists the actual times of the responses inside the server, in
 ms and in order. It uses only the standard library, and one thread per connection.
@@ -64,6 +64,14 @@ def ranking(query: str, documents: list[str], drift: float, broken: str) -> list
     if broken == "nan":
         rows[-1]["relevance_score"] = math.nan
     return {"missing": rows[:-1], "unsorted": rows[::-1]}.get(broken, rows)
+
+
+def probabilities(text: str, drift: float, broken: str) -> list[float]:
+    """Return the scores of three labels, which sum up to 1 without `drift`."""
+    weights = [value**2 for value in vector(text, 0)[:3]]
+    scores = [weight / sum(weights) for weight in weights]
+    scores[0] += drift * random.Random(text).gauss(0, 1)
+    return {"nan": [math.nan, *scores[1:]], "missing": scores[1:]}.get(broken, scores)
 
 
 def corrupt(values: list[float], how: str, number: int) -> list[float]:
@@ -153,6 +161,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         if self.options.broken == "error" and len(texts) > 1:  # only the quality check sends several texts
             self.respond(500, {"error": {"message": "broken"}})
+            return
+        if self.path == "/classify":
+            rows = [probabilities(text, self.options.drift, self.options.broken) for text in texts]
+            found = [{"index": index, "probs": row} for index, row in enumerate(rows)]
+            self.respond(200, {"data": found, "usage": {"prompt_tokens": 9 * len(texts)}})
             return
         packed = [
             base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()

@@ -240,11 +240,6 @@ def test_the_command_measures_a_reranker_and_rejects_two_tasks(answering: Callab
     assert "the targets have different tasks: mine: rerank, other: embed" in done.stderr
 
 
-def test_the_command_says_that_it_does_not_measure_classifiers(answering: Callable[..., str], tmp_path: Path) -> None:
-    done = command("--url", f"mine={answering('--task', 'classify')}", "--plan", SHORT_PLAN, folder=tmp_path)
-    assert (done.returncode, "does not measure classifiers" in done.stderr) == (2, True)
-
-
 @pytest.mark.slow
 def test_the_real_server_is_measured_and_its_scores_are_close_to_fp32(cross_encoder: Path, tmp_path: Path) -> None:
     # bf16 where the CPU has it. Emulated, it is many times slower.

@@ -305,12 +305,9 @@ def test_what_a_cluster_cannot_run_is_an_error(deploy: dict[str, Any], message: 
         layout.files(plans.plan(plans.embed(**deploy), kubernetes="1.33"))
 
 
-def test_a_classifier_is_deployed_without_a_bench(build: Build) -> None:
+def test_a_classifier_is_deployed_and_measured(build: Build) -> None:
     spec = plans.embed()
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"task": "classify"})})
-    with pytest.raises(UsageError, match="does not measure classifiers"):
-        layout.files(plans.plan(spec))
-    spec = spec.model_copy(update={"deploy": spec.deploy.model_copy(update={"bench": False})})
     objects = build(layout.files(plans.plan(spec)), OVERLAYS[0])
     assert [problem for each in objects for problem in problems(each, VERSIONS[-1])] == []
     labels = named(objects, "Deployment", "embed-l4")["spec"]["template"]["metadata"]["labels"]

@@ -60,7 +60,7 @@ def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFix
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     told = capsys.readouterr().err
     assert "config.json is of a classifier (BertForSequenceClassification)" in told
-    assert "`pace`" in told
+    assert "hint: measure a classifier with `inferctl bench`" in told
 
 
 def test_a_generative_model_is_estimated_only_if_it_is_made_for_embeddings(

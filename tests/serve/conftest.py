@@ -30,6 +30,7 @@ hypothesis.settings.load_profile("untimed")
 # Tests run in parallel, and OpenMP threads that spin while they wait would take cores from each other. torch reads this
 # when it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 
 @pytest.fixture(scope="module")

@@ -187,13 +187,30 @@ def test_other_servers_say_that_they_cannot_classify(echo: ServerProcess) -> Non
 
 def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
     document = server.get("/openapi.json").json()
-    assert {path for path, entry in document["paths"].items() if "post" in entry} == {"/classify", "/predict", "/"}
+    assert {path for path, entry in document["paths"].items() if "post" in entry} == {
+        "/classify",
+        "/pooling",
+        "/predict",
+        "/tokenize",
+        "/",
+    }
     shapes = {
         path: document["paths"][path]["post"]["responses"]["400"]["content"]["application/json"]["schema"]["$ref"]
         for path in ("/classify", "/predict")
     }
     assert [ref.rpartition("/")[2] for ref in shapes.values()] == ["ErrorResponse", "TeiErrorResponse"]
     assert "/predict" in server.get("/docs").text
+
+
+def test_pooling_and_info_have_the_shapes_of_vllm_and_text_embeddings_inference(server: ServerProcess) -> None:
+    scores = classify(server, ["one", "one two three four"])
+    body = post(server, "/pooling", input=["one", "one two three four"], task="classify").json()
+    assert [entry["data"] for entry in body["data"]] == [pytest.approx(row) for row in scores]
+    assert {entry["object"] for entry in body["data"]} == {"pooling"}
+    assert post(server, "/pooling", input="one", task="embed").status_code == 400
+    kind = server.get("/info").json()["model_type"]["classifier"]
+    assert kind["id2label"]["7"] == "mood 7"
+    assert kind["label2id"] == {label: number for number, label in enumerate(LABELS)}
 
 
 def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
@@ -232,13 +249,19 @@ def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
     assert (above.status_code, above.json()["error_type"]) == (429, "overloaded")
     assert int(above.headers["retry-after"]) > 0
 
+    for _ in range(2):  # tokens count for the limits of the key, and not as usage
+        tokenized = send("/tokenize", free, inputs=["one two", "three"])
+        assert (tokenized.headers["x-inferctl-tokens"], list(map(len, tokenized.json()))) == ("0", [4, 3])
+    statuses = [send("/tokenize", limited, inputs="word " * 60).status_code for _ in range(2)]
+    assert statuses == [200, 429]  # once as many tokens as the limit were not computed
+
     assert server.stop() == 0
     with sqlite3.connect(ledger) as database:
         rows = database.execute(
             "select endpoint, status, sum(requests), sum(input_tokens), sum(cached_tokens) from usage_events "
             "where status = 200 group by endpoint order by endpoint"
         ).fetchall()
-    assert rows == [("classify", 200, 2, 9 + 32, 9), ("predict", 200, 3, 9 + 9 + 9, 0)]
+    assert rows == [("classify", 200, 2, 9 + 32, 9), ("predict", 200, 3, 9 + 9 + 9, 0), ("tokenize", 200, 3, 0, 0)]
 
 
 @given(JSON)

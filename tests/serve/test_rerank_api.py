@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,14 +25,20 @@ JSON = st.recursive(
 )
 
 
+def write_reranker(minilm: Path, folder: Path) -> Path:
+    """Write a folder that the echo engine serves as a cross-encoder."""
+    shutil.copytree(minilm, folder, symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
+    config = json.loads((minilm / "config.json").read_text())
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("rerank")
-    shutil.copytree(minilm, folder / "model", symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
-    config = json.loads((minilm / "config.json").read_text())
-    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    (folder / "model" / "config.json").write_text(json.dumps(config))
-    running = start(folder, "--model", str(folder / "model"), "--engine", "echo", "--name", "ranker")
+    model = write_reranker(minilm, folder / "model")
+    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "ranker")
     yield running
     running.kill()
 
@@ -40,7 +47,7 @@ def post(server: ServerProcess, path: str, **body: object) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=body, timeout=60)
 
 
-@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/jina/v1/rerank", "/rerank"])
 def test_results_are_ordered_by_score(server: ServerProcess, path: str) -> None:
     documents = ["one", "one two three four", {"text": "one two", "title": "ignored"}]
     answer = post(server, path, query="a query", documents=documents, return_documents=True)
@@ -76,6 +83,23 @@ def test_clients_of_other_apis_rank_as_v1_rerank_does(server: ServerProcess) -> 
     assert best[0].document == documents[best[0].index]
     with pytest.raises(voyageai.error.InvalidRequestError, match="documents"):
         voyage.rerank("a query", [], model="ranker")
+    from haystack import Document
+    from haystack.utils import Secret
+    from haystack_integrations.components.rankers.cohere import CohereRanker
+    from haystack_integrations.components.rankers.jina import JinaRanker
+
+    options = {"model": "ranker", "api_key": Secret.from_token("unused")}
+    cohere_ranker: Any = CohereRanker(api_base_url=server.url, **options)
+    for ranker in (cohere_ranker, JinaRanker(base_url=f"{server.url}/jina/v1/rerank", **options)):
+        ranked = ranker.run(query="a query", documents=[Document(content=text) for text in documents])["documents"]
+        assert [(documents.index(each.content), each.score) for each in ranked] == expected
+    from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+    from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
+
+    nodes = [NodeWithScore(node=TextNode(text=text), score=0) for text in documents]
+    tei = TextEmbeddingInference(base_url=server.url, top_n=3, model_name="ranker")
+    found = tei.postprocess_nodes(nodes, QueryBundle("a query"))
+    assert [(documents.index(node.node.get_content()), node.score) for node in found] == expected
     for path in ("/rerank", "/"):  # of text-embeddings-inference
         rows = post(server, path, query="a query", texts=documents, return_text=True).json()
         assert [(row["index"], row["score"]) for row in rows] == expected
@@ -85,7 +109,11 @@ def test_clients_of_other_apis_rank_as_v1_rerank_does(server: ServerProcess) -> 
     assert len(post(server, "/rerank", query="a query", texts=["", "one"]).json()) == 2
     long = post(server, "/rerank", query="a query", texts=["one " * 999], truncate=False)
     assert long.json()["error"].startswith("texts[0]")
-    assert post(server, "/v2/rerank", query="q", documents=["a"], max_tokens_per_doc=5).status_code == 400
+    # Two tokens of each document count.
+    short = post(server, "/v2/rerank", query="q", documents=["one two", "one two one"], max_tokens_per_doc=2).json()
+    assert len({result["relevance_score"] for result in short["results"]}) == 1
+    assert short["usage"]["total_tokens"] == 2 * (1 + 2 + 3)
+    assert post(server, "/v2/rerank", query="q", documents=["a"], max_tokens_per_doc=0).status_code == 400
     neither = post(server, "/rerank", query="a query")
     assert (neither.status_code, neither.json()["error_type"]) == (400, "validation")
 
@@ -138,7 +166,10 @@ def test_an_embedding_server_says_that_it_cannot_rerank(echo: ServerProcess) -> 
 def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProcess) -> None:
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/v1/rerank", "/v1/score"} <= set(paths)
-    assert "/v1/embeddings" not in paths
+    assert not {"/v1/embeddings", "/pooling"} & set(paths)
+    assert len(post(server, "/tokenize", inputs="a query").json()[0]) == 4
+    kind = server.get("/info").json()["model_type"]
+    assert kind == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
     assert "/v1/rerank" in server.get("/docs").text
 
 

@@ -86,6 +86,49 @@ def test_long_texts_are_truncated_like_the_tokenizer_does(
             assert pool.encode_now([text], truncate=False)[0].tolist() == encoding.ids
 
 
+@given(st.lists(st.lists(WORDS, max_size=40).map(" ".join), min_size=1, max_size=4), st.sampled_from(["", "query: "]))
+@settings(max_examples=60)
+def test_long_texts_lose_their_start_like_in_the_tokenizer(
+    pool: TokenizerPool, minilm: Path, texts: list[str], prompt: str
+) -> None:
+    oracle = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    oracle.no_padding()
+    oracle.enable_truncation(LIMIT, direction="left")
+    rows = pool.encode_now(texts, truncate=True, prompt=prompt, left=True)
+    encodings = [oracle.encode(prompt + text) for text in texts]
+    assert [row.tolist() for row in rows] == [encoding.ids for encoding in encodings]
+    for text, encoding in zip(texts, encodings, strict=True):
+        if encoding.overflowing:
+            with pytest.raises(InputError):
+                pool.encode_now([text], truncate=False, prompt=prompt, left=True)
+    oracle.enable_truncation(LIMIT)  # other texts still lose their end
+    assert pool.encode_now(texts, truncate=True)[0].tolist() == oracle.encode(texts[0]).ids
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_have_their_places_in_the_whole_text(pool: TokenizerPool, minilm: Path, special: bool) -> None:
+    oracle = Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    oracle.no_padding()
+    oracle.no_truncation()
+    texts = ["", "Unbelievably naïve 北京 🚀", "[SEP] word " * 40, " " * 300 + "x" * 200]
+    found = asyncio.run(pool.tokens(texts, add_special_tokens=special, prompt="q: "))
+    for text, row in zip(texts, found, strict=True):
+        encoding = oracle.encode("q: " + text, add_special_tokens=special)
+        assert [token.id for token in row] == encoding.ids
+        for token, name, masked, (start, stop) in zip(
+            row, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+        ):
+            expected = (name, True, None, None) if masked else (("q: " + text)[start:stop], False, start, stop)
+            assert (token.text, token.special, token.start, token.stop) == expected
+    assert len(pool.encode_now(["word " * 99], truncate=True)[0]) == LIMIT  # it still truncates texts of requests
+    for call in (
+        pool.tokens(["a" * 200_000] * 2, add_special_tokens=special),
+        pool.encode(["a" * 300_000], truncate=True, left=True),
+    ):
+        with pytest.raises(InputError, match="the limit is 250000"):
+            asyncio.run(call)
+
+
 def test_only_the_start_of_a_huge_text_is_tokenized(pool: TokenizerPool, tokenized: list[tuple[str, str]]) -> None:
     assert len(pool.encode_now(["word " * 2_000_000], truncate=True)[0]) == LIMIT
     assert sum(len(text) for text, _ in tokenized) <= tokenizer_pool._MIN_HEAD

@@ -52,7 +52,9 @@ def _figures(quality: JsonObject) -> dict[str, float]:
         return {"cosine_p1": quality["cosine"]["p1"], "recall_at_10": quality["recall_at_10"]}
     if "kl" in quality:
         return {"top_1": quality["agreement"]["share"]}
-    return {"kendall": quality["kendall"]} if "kendall" in quality else {}
+    if "kendall" in quality:
+        return {"kendall": quality["kendall"]}
+    return {"top_1": quality["top_1"]} if "top_1" in quality else {}
 
 
 def _noise(old: JsonObject, new: JsonObject) -> float:
@@ -88,7 +90,7 @@ def _judge_kl(old: JsonObject, new: JsonObject, allow: Sequence[str]) -> list[Me
 
 
 def _judge_scores(old: JsonObject, new: JsonObject) -> list[MetricResult]:
-    """Return the verdict on the maximum difference of rerank scores, by the limit of the plan."""
+    """Return the verdict on the maximum difference of scores, by the limit of the plan."""
     if not (found := new.get("score_difference")):
         return []
     low, high = found["range"]

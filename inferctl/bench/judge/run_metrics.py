@@ -11,7 +11,7 @@ from inferctl.bench.judge.verdict import MIN_RUNS
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 _MEBIBYTE = 2**20
-_VECTORS, _GENERATE = ("embed", "rerank"), ("generate",)
+_VECTORS, _GENERATE = ("embed", "rerank", "classify"), ("generate",)
 _TASKS = (*_VECTORS, *_GENERATE)
 # Judged by the difference and not by the ratio, so it is not in `METRICS`.
 REJECTED = "rejected"

@@ -40,6 +40,8 @@ Inputs = list[str] | list[list[str]]
 class Reference:
     """The fp32 vectors of n texts, shape (n, dimensions), or the fp32 scores of n rerank requests, (n, documents).
 
+    Of a classifier, the scores of n texts, (n, labels).
+
     An input is a text, or the query and the documents of a request. `model_sha256` is the digest of the model folder,
     `corpus_sha256` that of the file with the texts, if there is one.
     """
@@ -77,7 +79,8 @@ class QualityResult:
 
     Embeddings have `cosine`, `recall_at_10`, and what the function `compact` returns. Rerank scores have
     `score_difference`, `kendall` (mean of Kendall's tau over the requests) and `top_1` (share of the requests with the
-    same best document). Generation has `kl`, `agreement`, `perplexity` and `positions`, the number of predicted tokens.
+    same best document). Scores of labels have `score_difference` and `top_1` (share of the texts with the same best
+    label). Generation has `kl`, `agreement`, `perplexity` and `positions`, the number of predicted tokens.
     `texts` counts the texts or the pairs.
     """
 
@@ -189,7 +192,7 @@ def reference(
     for each in inputs:
         sent += [each] if isinstance(each, str) else [[each[0], document] for document in each[1:]]
     document = reference_process.run(model, sent, limit, on_wait, folder)
-    if isinstance(inputs[0], str):
+    if "embeddings" in document or "sparse" in document or "token_vectors" in document:
         values = _values(document)
     else:
         values = np.asarray(document["scores"], np.float32).reshape(len(inputs), -1)
@@ -232,15 +235,20 @@ def check(
         scores = np.asarray([server.rerank(list(request)) for request in expected.inputs], np.float32)
         return replace(compare_scores(expected.values, scores, limits), corpus_sha256=expected.corpus_sha256)
     rows: list[Sequence[float]] = []
-    texts = [str(text) for text in expected.inputs]
+    texts, request = [str(text) for text in expected.inputs], server.embed
+    what, unit = "vectors", "dimensions"
+    if server.task == "classify":
+        request, what, unit = server.classify, "scores", "labels"  # type: ignore[assignment]
     for start in range(0, len(texts), _BATCH):
-        rows += server.embed(texts[start : start + _BATCH])
-    size, dense = expected.values.shape[1], server.output == "dense"
+        rows += request(texts[start : start + _BATCH])
+    size, dense = expected.values.shape[1], server.task == "classify" or server.output == "dense"
     if dense and (wrong := [len(row) for row in rows if len(row) != size]):
-        raise InferctlError(f"the server returned vectors of {wrong[0]} dimensions; the reference has {size}")
+        raise InferctlError(f"the server returned {what} of {wrong[0]} {unit}; the reference has {size}")
     vectors = _padded(rows, size)
     if not np.isfinite(vectors).all():
-        raise InferctlError("the server returned vectors with NaN or infinity")
+        raise InferctlError(f"the server returned {what} with NaN or infinity")
+    if server.task == "classify":
+        return replace(compare_labels(expected.values, vectors, limits), corpus_sha256=expected.corpus_sha256)
     if not vectors.any(axis=1).all():
         raise InferctlError("the server returned vectors of zeros")
     wanted = _padded(list(expected.values), vectors.shape[1])
@@ -289,21 +297,40 @@ def compare(
 
 def compare_scores(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
     """Return how two matrices of rerank scores, shape (requests, documents), differ in values and in order."""
+    kendall = float(np.mean([kendall_tau(*rows) for rows in zip(expected, found, strict=True)]))
+    compared = _compare_rows(expected, found, limits)
+    return replace(
+        compared,
+        passes=kendall >= limits.min_kendall and compared.passes,
+        texts=expected.size,
+        kendall=round(kendall, 4),
+        limits={"kendall": limits.min_kendall, "score_difference": limits.max_score_difference},
+    )
+
+
+def compare_labels(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
+    """Return how two matrices of scores of labels, shape (texts, labels), differ in values and in the best label."""
+    compared = _compare_rows(expected, found, limits)
+    return replace(
+        compared,
+        passes=(compared.top_1 or 0) >= limits.min_top_1 and compared.passes,
+        limits={"top_1": limits.min_top_1, "score_difference": limits.max_score_difference},
+    )
+
+
+def _compare_rows(expected: Matrix, found: Matrix, limits: Quality) -> QualityResult:
+    """Return the difference of scores, and the share of rows with the same best one."""
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     low, high = float(expected.min()), float(expected.max())
-    kendall = float(np.mean([kendall_tau(*rows) for rows in zip(expected, found, strict=True)]))
     best = expected.max(axis=1) == expected[np.arange(len(expected)), found.argmax(axis=1)]
-    within = float(difference.max()) <= limits.max_score_difference * (high - low)
     return QualityResult(
         checked=True,
-        passes=kendall >= limits.min_kendall and within,
-        texts=expected.size,
+        passes=float(difference.max()) <= limits.max_score_difference * (high - low),
+        texts=len(expected),
         score_difference=ScoreDifference(
             round(float(difference.mean()), 8), round(float(difference.max()), 8), (round(low, 8), round(high, 8))
         ),
-        kendall=round(kendall, 4),
         top_1=round(float(best.mean()), 4),
-        limits={"kendall": limits.min_kendall, "score_difference": limits.max_score_difference},
     )
 
 

@@ -158,7 +158,9 @@ def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, r
 
     def request() -> object:
         first = f"{next(numbers)} {secrets.token_hex(4)} {text}"
-        return server.connection.request([first] if server.connection.task == "embed" else [first, text], 30)
+        return server.connection.request(
+            [first, text] if server.connection.task in ("rerank", "generate") else [first], 30
+        )
 
     def measure_load(work: workload.Workload, place: Path, check: Callable[[], None]) -> Measurement:
         # The folder of a probe has a name such as 03-bisect-48.5.

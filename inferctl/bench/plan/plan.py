@@ -132,7 +132,8 @@ class Plan(Section):
             )
         if task == self.load.task:
             return self
-        count = self.load.inputs_per_request if "inputs_per_request" in given else DOCUMENTS
+        ranks = task == "rerank" and "inputs_per_request" not in given
+        count = DOCUMENTS if ranks else self.load.inputs_per_request
         load = self.load.model_copy(update={"task": task, "inputs_per_request": count})
         return self.model_copy(update={"load": load})
 

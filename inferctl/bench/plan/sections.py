@@ -37,8 +37,9 @@ class Configuration(Section):
 class Quality(Section):
     """The texts on which a configuration is compared with fp32, and the limits with which it can win.
 
-    Cosine and recall are those of embeddings, Kendall's tau and the score difference those of rerank scores. The limit
-    of the score difference is a share of the range of the fp32 scores. For generation, `tokens` is the number of tokens
+    Cosine and recall are those of embeddings, Kendall's tau that of rerank scores, the score difference that of rerank
+    scores and of scores of labels. Its limit is a share of the range of the fp32 scores. For a classifier, `min_top_1`
+    is the smallest share of texts with the same label. For generation, `tokens` is the number of tokens
     of which the log-probabilities are compared, `max_kl` the largest mean KL divergence (nats), and `min_top_1` the
     smallest share of equal most likely tokens.
     """
@@ -54,11 +55,16 @@ class Quality(Section):
     min_recall: float = Field(0.9, ge=0, le=1, description="Embeddings: lowest recall@10.")
     min_kendall: float = Field(0.9, ge=-1, le=1, description="Rerank: lowest tau.")
     max_score_difference: float = Field(
-        0.1, ge=0, le=1, description="Rerank: largest score difference, as a share of the range of the fp32 scores."
+        0.1,
+        ge=0,
+        le=1,
+        description="Rerank and classify: largest score difference, as a share of the range of the fp32 scores.",
     )
     tokens: int = Field(4096, ge=256, le=1_000_000, description="Generation: number of compared tokens.")
     max_kl: float = Field(0.1, ge=0, le=100, description="Generation: largest mean KL divergence in nats.")
-    min_top_1: float = Field(0.8, ge=0, le=1, description="Generation: lowest share of equal most likely tokens.")
+    min_top_1: float = Field(
+        0.8, ge=0, le=1, description="Generation: lowest share of equal most likely tokens. Classify: of equal labels."
+    )
 
 
 class Matrix(Section):

@@ -62,6 +62,11 @@ _DISTANCES = {
         "absolute score difference",
         "Difference of each score and the fp32 score of the same pair",
     ),
+    "classify": (
+        "score_difference",
+        "absolute score difference",
+        "Difference of each score and the fp32 score of the same label",
+    ),
     "generate": ("kl", "KL divergence (nats)", "KL divergence of the next tokens from fp32, a lower bound"),
 }
 
@@ -265,7 +270,7 @@ def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     section, title, what = _DISTANCES[task]
     checked = [receipt for receipt in receipts if section in receipt.data["quality"]]
     marks = [("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up")]
-    if task == "rerank":
+    if section == "score_difference":
         marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
     if task == "generate":
         marks = [("mean", "mean", "circle"), ("p99", "worst 1%", "diamond")]

@@ -99,12 +99,16 @@ def _failure(quality: JsonObject) -> str:
             f"KL divergence {quality['kl']['mean']:.4f} (limit {limits['kl']:g}), "
             f"top-1 agreement {quality['agreement']['share']:.3f} (limit {limits['top_1']:g})"
         )
-    if "kendall" in quality:
-        difference = quality["score_difference"]
+    if difference := quality.get("score_difference"):
         low, high = difference["range"]
+        order = (
+            f"Kendall's tau {quality['kendall']:.3f} (limit {limits['kendall']:g})"
+            if "kendall" in quality
+            else f"same labels {quality['top_1']:.1%} (limit {limits['top_1']:.0%})"
+        )
         return (
             f"score difference {difference['max']:.2g} of a range of {high - low:.2g} (limit "
-            f"{limits['score_difference']:.0%}), Kendall's tau {quality['kendall']:.3f} (limit {limits['kendall']:g})"
+            f"{limits['score_difference']:.0%}), {order}"
         )
     return (
         f"cosine p1 {quality['cosine']['p1']:.4f} (limit {limits['cosine_p1']:g}), "

@@ -354,8 +354,8 @@ def rate_of(row: MeasuredRow, by: Criterion) -> float:
 
 def _distance(row: MeasuredRow) -> tuple[float, float]:
     """Return the distance of a configuration to fp32: the smallest is the best quality."""
-    if row.task == "rerank":
-        return row.score_difference or 0.0, -(row.kendall or 0.0)
+    if row.task in ("rerank", "classify"):
+        return row.score_difference or 0.0, -(row.kendall or row.top_1 or 0.0)
     if row.task == "generate":
         return row.kl_mean or 0.0, -(row.top_1 or 0.0)
     return -(row.cosine_mean or 0.0), -(row.recall_at_10 or 0.0)
@@ -366,6 +366,8 @@ def _quality(row: MeasuredRow) -> str:
         return f"quality not checked ({row.quality.get('reason')})"
     if row.task == "rerank":
         return f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}"
+    if row.task == "classify":
+        return f"scores within {row.score_difference:.2g} of fp32 and {row.top_1:.1%} of the labels the same"
     if row.task == "generate":
         return f"KL divergence {row.kl_mean:.4f} and top-1 agreement {row.top_1:.1%} to fp32"
     return f"cosine {row.cosine_mean:.5f} and recall@10 {row.recall_at_10:.3f} to fp32"

@@ -101,7 +101,8 @@ class MeasuredRow(Row):
     `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
     `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
-    figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement.
+    figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
+    for classify the share of texts with the same label.
     `p99_effective_n` is the effective sample size of the p99. If it is too small, the true p99 may be higher than the
     interval.
     """
@@ -214,7 +215,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         score_difference=(quality.get("score_difference") or {}).get("max"),
         kendall=quality.get("kendall"),
         kl_mean=(quality.get("kl") or {}).get("mean"),
-        top_1=(quality.get("agreement") or {}).get("share"),
+        top_1=quality.get("top_1") if receipt.task == "classify" else (quality.get("agreement") or {}).get("share"),
     )
 
 

@@ -22,7 +22,11 @@ from inferctl.bench.report.rows import Costs, MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
-FIGURES = {"embed": ("tok/s", "cosine", "recall"), "rerank": ("pairs/s", "max diff", "tau")}
+FIGURES = {
+    "embed": ("tok/s", "cosine", "recall"),
+    "rerank": ("pairs/s", "max diff", "tau"),
+    "classify": ("tok/s", "max diff", "labels"),
+}
 GENERATION_HEADINGS = ("config", "runs as", "TTFT p50", "p90", "p99", "ITL p50", "p99", "tok/s", "KL", "top-1")
 _UNKNOWN, _OR_MORE = "-", "+"
 
@@ -229,6 +233,8 @@ def cells(row: MeasuredRow) -> list[str]:
         ]
     if row.task == "rerank":
         rate, quality = row.pairs_per_s, ((row.score_difference, ".2g"), (row.kendall, ".3f"))
+    elif row.task == "classify":
+        rate, quality = row.tokens_per_s, ((row.score_difference, ".2g"), (row.top_1, ".1%"))
     else:
         rate, quality = row.tokens_per_s, ((row.cosine_mean, ".5f"), (row.recall_at_10, ".3f"))
     return [
@@ -278,6 +284,8 @@ def notes(result: Result) -> Iterator[str]:
     if load.task == "rerank":
         kind += f", {load.inputs_per_request} documents per request"
         quality = "maximum score difference and Kendall's tau (mean) against fp32"
+    if load.task == "classify":
+        quality = "maximum score difference against fp32, and share of texts with the same label"
     if load.task == "generate":
         latency = "TTFT (percentiles over requests) and ITL (over gaps) in ms; tok/s: output tokens/s"
         quality = f"{_tokens(measured)}; KL divergence (mean) and top-1 agreement with fp32"

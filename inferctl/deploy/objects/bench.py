@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from inferctl.config.settings import OPEN_ACCESS
-from inferctl.config.spec import Spec, Task
+from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
@@ -30,13 +30,8 @@ _LONGEST_S = 7200
 _CORES = 1
 
 
-def check(spec: Spec, task: Task) -> None:
-    """Raise `UsageError` if bench Jobs have no image, or could not measure the task."""
-    if spec.deploy.bench and task == "classify":
-        raise UsageError(
-            "deploy.bench: `inferctl bench` does not measure classifiers yet",
-            "remove deploy.bench, and set `tokens_per_second` of each flavor: `pace` in GET /info under load",
-        )
+def check(spec: Spec) -> None:
+    """Raise `UsageError` if bench Jobs have no image."""
     if spec.deploy.bench and not spec.deploy.tools_image:
         raise UsageError(
             "deploy.bench requires an image with the load generator, and images of servers do not contain it",

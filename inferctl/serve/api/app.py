@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from starlette.applications import Starlette
@@ -20,7 +20,13 @@ from inferctl.serve.api import openapi
 from inferctl.serve.api.classify import ClassifyEndpoint, PredictEndpoint
 from inferctl.serve.api.classify_schemas import ClassifyRequest, ClassifyResponse, PredictRequest, PredictResponse
 from inferctl.serve.api.cohere import CohereEmbed, CohereEmbedRequest, CohereEmbedResponse
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest, EmbeddingResponse
+from inferctl.serve.api.embedding_schemas import (
+    EmbeddingRequest,
+    EmbeddingResponse,
+    OpenAi,
+    PoolingRequest,
+    PoolingResponse,
+)
 from inferctl.serve.api.embeddings import EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
@@ -50,6 +56,7 @@ from inferctl.serve.api.tei import (
     TeiOptions,
     TeiSimilarity,
 )
+from inferctl.serve.api.tokenize import TokenizeEndpoint, TokenizeRequest, TokenizeResponse
 from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
 from inferctl.serve.outputs import Output
 
@@ -80,7 +87,27 @@ class Endpoint:
         return self.operation.path, *self.aliases
 
 
+_TASKS: tuple[Task, ...] = ("embed", "rerank", "classify")
+_COHERE: tuple[Literal[1, 2], ...] = (2, 1)
+_POOLING = "Compute embeddings, or the scores of all labels: as vLLM does for one `task`."
 _OWN = (
+    *(
+        Endpoint(
+            "tokenize",
+            task,
+            Operation(
+                "/tokenize",
+                "Return the tokens of texts, as text-embeddings-inference does, or with `prompt` as vLLM does.",
+                TokenizeRequest,
+                TokenizeResponse,
+                {"inputs": ["first text", "second text"]},
+                TeiErrorResponse,
+            ),
+            TokenizeEndpoint,
+            error_body=tei_body,
+        )
+        for task in _TASKS
+    ),
     Endpoint(
         "embeddings",
         "embed",
@@ -156,28 +183,38 @@ _OWN = (
         "embed",
         Operation(
             "/voyage/embeddings",
-            "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage.",
+            "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage and Jina.",
             EmbeddingRequest,
             EmbeddingResponse,
             {"input": ["first text", "second text"], "output_dtype": "float"},
             VoyageErrorResponse,
         ),
         EmbeddingsEndpoint,
+        ("/jina/v1/embeddings",),
         error_body=voyage_body,
+    ),
+    *(
+        Endpoint(
+            "embeddings",
+            "embed",
+            Operation(
+                f"/v{version}/embed",
+                f"Compute the embeddings of texts in one or several number formats, as version {version} of Cohere's API.",
+                CohereEmbedRequest,
+                CohereEmbedResponse,
+                {"texts": ["first text", "second text"], "embedding_types": ["float"]},
+                CohereErrorResponse,
+            ),
+            partial(EmbeddingsEndpoint, api=CohereEmbed(version)),
+            error_body=cohere_body,
+        )
+        for version in _COHERE
     ),
     Endpoint(
         "embeddings",
         "embed",
-        Operation(
-            "/v2/embed",
-            "Compute the embeddings of texts in one or several number formats, as Cohere does.",
-            CohereEmbedRequest,
-            CohereEmbedResponse,
-            {"texts": ["first text", "second text"], "embedding_types": ["float"]},
-            CohereErrorResponse,
-        ),
-        partial(EmbeddingsEndpoint, api=CohereEmbed()),
-        error_body=cohere_body,
+        Operation("/pooling", _POOLING, PoolingRequest, PoolingResponse, {"input": ["first text", "second text"]}),
+        partial(EmbeddingsEndpoint, api=OpenAi(request=PoolingRequest, pooling=True)),
     ),
     Endpoint(
         "rerank",
@@ -224,6 +261,20 @@ _OWN = (
         "rerank",
         "rerank",
         Operation(
+            "/jina/v1/rerank",
+            "Order documents by their relevance to a query, with the errors of Jina.",
+            RerankRequest,
+            RerankResponse,
+            {"query": "a question", "documents": ["first text", "second text"]},
+            VoyageErrorResponse,
+        ),
+        RerankEndpoint,
+        error_body=voyage_body,
+    ),
+    Endpoint(
+        "rerank",
+        "rerank",
+        Operation(
             "/v2/rerank",
             "Order documents by their relevance to a query, with the errors of Cohere.",
             RerankRequest,
@@ -260,6 +311,12 @@ _OWN = (
         ClassifyEndpoint,
     ),
     Endpoint(
+        "classify",
+        "classify",
+        Operation("/pooling", _POOLING, ClassifyRequest, PoolingResponse, {"input": ["first text", "second text"]}),
+        partial(ClassifyEndpoint, pooling=True),
+    ),
+    Endpoint(
         "predict",
         "classify",
         Operation(
@@ -294,7 +351,7 @@ def names(task: Task) -> dict[str, str]:
 def error_body(task: Task) -> Callable[[str, ApiError], bytes]:
     """Return the function that makes the body of an error at a path, also at one that no API has."""
     shapes = {path: endpoint.error_body for endpoint in _of_task_last(task) for path in endpoint.paths}
-    prefixes = {"/voyage/": voyage_body, "/v2/": cohere_body}
+    prefixes = {"/voyage/": voyage_body, "/jina/": voyage_body, "/v2/": cohere_body}
 
     def body(path: str, error: ApiError) -> bytes:
         shape = shapes.get(path)

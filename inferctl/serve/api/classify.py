@@ -8,7 +8,7 @@ from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
-from inferctl.serve.api import classify_schemas
+from inferctl.serve.api import classify_schemas, embedding_schemas
 from inferctl.serve.api.classify_schemas import ClassifyRequest, Item, PredictRequest
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.edge.request_context import context_of
@@ -18,9 +18,10 @@ from inferctl.serve.tokenizer_pool import InputError
 
 @dataclass(frozen=True)
 class ClassifyEndpoint:
-    """The application of `POST /classify`: the scores of all labels for each text."""
+    """The application of `POST /classify`, and of `POST /pooling`: the scores of all labels for each text."""
 
     inference: Inference
+    pooling: bool = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
@@ -28,8 +29,11 @@ class ClassifyEndpoint:
         context, request = await inference.receive(scope, receive, partial(inference.parse, ClassifyRequest))
         logits = await _logits(inference, scope, request.input, request.truncate, "input")
         scores = logits if request.use_activation is False else inference.model.activation(logits)
-        model, tokens = inference.model, context.input_tokens
-        parts = classify_schemas.classify_response(scores, model.labels, context.id.decode(), model.name, tokens)
+        model, tokens, id_ = inference.model, context.input_tokens, context.id.decode()
+        if self.pooling:
+            parts = embedding_schemas.response(scores, "float", model.name, tokens, pooling=id_)
+        else:
+            parts = classify_schemas.classify_response(scores, model.labels, id_, model.name, tokens)
         await send_json(send, parts, context)
 
 

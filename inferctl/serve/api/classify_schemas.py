@@ -15,7 +15,7 @@ import orjson
 from pydantic import BaseModel, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Unsupported, Usage, limit_items
+from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, limit_items, parts
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
 # A text, or a pair of texts.
@@ -67,7 +67,11 @@ def _wrong_type() -> PydanticCustomError:
 class ClassifyRequest(ModelRequest):
     """The body of `POST /classify`."""
 
-    unsupported: ClassVar[Unsupported] = {"truncate_prompt_tokens": (-1,), "add_special_tokens": (True,)}
+    unsupported: ClassVar[Unsupported] = {
+        "truncate_prompt_tokens": (-1,),
+        "add_special_tokens": (True,),
+        "task": ("classify",),  # of /pooling
+    }
     input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
         description="A text, or a list of texts."
     )
@@ -128,10 +132,10 @@ def classify_response(scores: Vectors, labels: Sequence[str], id_: str, model: s
     """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
     head = {"id": id_, "object": "list", "created": int(time.time()), "model": model}
     separator = orjson.dumps(head)[:-1] + b',"data":['
-    for start in range(0, len(scores), PART_VECTORS):
+    for part in parts(scores):
         data = [
             {"index": index, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(row)}
-            for index, row in enumerate(scores[start : start + PART_VECTORS], start)
+            for index, row in enumerate(scores[part], part.start)
         ]
         yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
         separator = b","
@@ -141,8 +145,8 @@ def classify_response(scores: Vectors, labels: Sequence[str], id_: str, model: s
 def predict_response(scores: Vectors, labels: Sequence[str], *, several: bool) -> Iterator[bytes]:
     """Yield the JSON of a successful response in parts. `several`: whether the request had a list of inputs."""
     separator = b"[" if several else b""
-    for start in range(0, len(scores), PART_VECTORS):
-        rows = scores[start : start + PART_VECTORS]
+    for part in parts(scores):
+        rows = scores[part]
         # A stable sort, so labels with equal scores keep their order.
         orders = np.argsort(-rows, axis=1, kind="stable")
         found = [

@@ -1,6 +1,6 @@
-"""Cohere's API for embeddings, version 2: `POST /v2/embed`.
+"""Cohere's API for embeddings: `POST /v2/embed`, and `POST /v1/embed` of its first version.
 
-Source: https://docs.cohere.com/reference/embed
+Sources: https://docs.cohere.com/reference/embed, https://docs.cohere.com/v1/reference/embed
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, Unsupported, limit_items
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
@@ -39,11 +39,12 @@ class CohereEmbedRequest(ModelRequest):
     embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6)] | None = Field(
         None, description="The numbers of the vectors, one or several: int8 and uint8 if the model is calibrated."
     )
-    output_dimension: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    output_dimension: Count | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
     )
-    truncate: Literal["NONE", "END"] | None = Field(
-        None, description="`END`: long texts lose their end. `NONE`: 400. Default: the server's setting."
+    truncate: Literal["NONE", "START", "END"] | None = Field(
+        None,
+        description="`START`, `END`: what long texts lose. `NONE`: 400. Default: the server's setting.",
     )
 
 
@@ -64,19 +65,20 @@ class ByType(BaseModel):
 
 
 class CohereEmbedResponse(BaseModel):
-    """The successful response of `POST /v2/embed`."""
+    """The successful response. `embeddings` is a list for a request to `/v1/embed` without `embedding_types`."""
 
     id: str
-    response_type: Literal["embeddings_by_type"] = "embeddings_by_type"
-    embeddings: ByType
+    response_type: Literal["embeddings_by_type", "embeddings_floats"]
+    embeddings: ByType | _Floats
     texts: list[str]
     meta: dict[str, object]
 
 
 @dataclass(frozen=True)
 class CohereEmbed:
-    """It is an `EmbeddingApi`."""
+    """It is an `EmbeddingApi`. `version`: of Cohere's API."""
 
+    version: Literal[1, 2]
     names: Mapping[str, str] = field(default_factory=lambda: dict(_NAMES))
     request: type[ModelRequest] = CohereEmbedRequest
 
@@ -91,7 +93,8 @@ class CohereEmbed:
             input=request.texts,
             dimensions=request.output_dimension,
             input_type=request.input_type,
-            truncate=None if request.truncate is None else request.truncate == "END",
+            truncate=None if request.truncate is None else request.truncate != "NONE",
+            truncation_side="left" if request.truncate == "START" else None,
             output_dtype=calibrated[0] if calibrated else None,
         )
 
@@ -100,12 +103,13 @@ class CohereEmbed:
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
         ranges = model.ranges.get(vectors.shape[1])
-        head = {"id": context.id.decode(), "response_type": "embeddings_by_type"}
-        yield orjson.dumps(head)[:-1] + b',"embeddings":{'
+        plain = self.version == 1 and request.embedding_types is None
+        kind = "embeddings_floats" if plain else "embeddings_by_type"
+        yield orjson.dumps({"id": context.id.decode(), "response_type": kind})[:-1] + b',"embeddings":'
         for number, name in enumerate(dict.fromkeys(request.embedding_types or ("float",))):
-            separator = b'%s"%s":[' % (b"," if number else b"", name.encode())
-            for start in range(0, len(vectors), PART_VECTORS):
-                rows = vectors[start : start + PART_VECTORS]
+            separator = b"[" if plain else b'%s"%s":[' % (b"," if number else b"{", name.encode())
+            for bounds in parts(vectors):
+                rows = vectors[bounds]
                 if name == "base64":
                     part = orjson.dumps([base64.b64encode(row).decode() for row in rows.astype("<f4", copy=False)])
                 else:
@@ -114,5 +118,5 @@ class CohereEmbed:
                 yield separator + part[1:-1]
                 separator = b","
             yield b"]"
-        billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": "2"}}
-        yield b"}," + orjson.dumps({"texts": request.texts, "meta": billed})[1:]
+        billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": str(self.version)}}
+        yield (b"," if plain else b"},") + orjson.dumps({"texts": request.texts, "meta": billed})[1:]

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import orjson
-from pydantic import AliasChoices, BaseModel, Field, PlainValidator, StrictBool, StrictInt, StrictStr, ValidationInfo
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictStr,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
 from inferctl.serve.api.outputs import SparseFormat, SparseOptions, token_vectors
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Unsupported, Usage
+from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -26,6 +36,7 @@ _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PROMPT_CHARACTERS = 8192
 _MAX_FLOAT16 = np.finfo(np.float16).max
 
+_JinaType = Literal["float", "base64", "binary", "ubinary"]
 Input = str | list[str] | list[int] | list[list[int]]
 _Text = Annotated[str, Field(min_length=1)]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]], Field(min_length=1)]
@@ -89,7 +100,8 @@ class EmbeddingRequest(ModelRequest):
         "endianness": ("native", "little"),
         "truncate_prompt_tokens": (-1,),
         "add_special_tokens": (True,),
-        "use_activation": (True,),
+        "late_chunking": (False,),  # of Jina
+        "return_multivector": (False,),
     }
     input: Annotated[Input, PlainValidator(validate_input, json_schema_input_type=InputSchema)] = Field(
         description="A text, a list of texts, one list of token ids, or a list of such lists."
@@ -102,7 +114,7 @@ class EmbeddingRequest(ModelRequest):
         description="The numbers of the vectors: `float` (default, 32 bits), `float16`, `int8` and `uint8` if the "
         "model is calibrated, `binary` and `ubinary` (signed and unsigned bytes, each of 8 dimensions).",
     )
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    dimensions: Count | None = Field(
         None,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="Truncate the vectors to this many dimensions; only for models that are trained for it.",
@@ -118,7 +130,7 @@ class EmbeddingRequest(ModelRequest):
         description="`indices` (default): lists of token ids and of weights, as Qdrant takes them. `tokens`: an object "
         "of weights by token, as OpenSearch, Elasticsearch and Vespa do. `pgvector`: the text of a sparsevec.",
     )
-    top_k: Annotated[StrictInt, Field(ge=1)] | None = Field(None, description="Return only the largest sparse weights.")
+    top_k: Count | None = Field(None, description="Return only the largest sparse weights.")
     min_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="Return only sparse weights that are at least this large."
     )
@@ -128,6 +140,17 @@ class EmbeddingRequest(ModelRequest):
         validation_alias=AliasChoices("truncate", "truncation"),
         description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting.",
     )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="`right` (default): long inputs lose their end. `left`: their start, with the prompt."
+    )
+    normalized: StrictBool | None = Field(
+        None,
+        validation_alias=AliasChoices("normalized", "use_activation"),  # of Jina and vLLM
+        description="True: vectors of length one. False: of the length that the model gives them.",
+    )
+    embedding_type: _JinaType | Annotated[list[_JinaType], Field(min_length=1, max_length=1)] | None = Field(
+        None, description="As in Jina's API: `output_dtype`, or `base64` for `encoding_format`. It replaces both."
+    )
     prompt: Annotated[StrictStr, Field(max_length=_MAX_PROMPT_CHARACTERS)] | None = Field(
         None, description="A text before each input, instead of a prompt of the model. Not for token ids."
     )
@@ -136,9 +159,19 @@ class EmbeddingRequest(ModelRequest):
     )
     input_type: StrictStr | None = Field(
         None,
-        description="What the inputs are: the name of a prompt, or `query`, `search_query`, `document`, "
-        "`search_document`, `classification`, `clustering`. Ignored with `prompt` and `prompt_name`.",
+        validation_alias=AliasChoices("input_type", "task"),
+        description="What the inputs are: the name of a prompt, or a word of Cohere, Voyage or Jina, such as `query` "
+        "and `document`. Ignored with `prompt` and `prompt_name`.",
     )
+
+    @model_validator(mode="after")
+    def _of_jina(self) -> Self:
+        kind = self.embedding_type[0] if isinstance(self.embedding_type, list) else self.embedding_type
+        if kind == "base64":
+            self.encoding_format, self.output_dtype = "base64", "float"
+        elif kind is not None:
+            self.encoding_format, self.output_dtype = "float", kind
+        return self
 
     @property
     def items(self) -> list[str] | list[list[int]]:
@@ -166,15 +199,46 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
+class PoolingRequest(EmbeddingRequest):
+    """The body of `POST /pooling`: vLLM's, of which the `task` says what to return."""
+
+    task: Literal["embed", "token_embed"] | None = Field(
+        None, description="`embed` (default): a vector for each input. `token_embed`: one for each token."
+    )
+    input_type: StrictStr | None = Field(None, description="As in `/v1/embeddings`.")
+
+
+class Pooled(BaseModel):
+    """One vector, or the scores of all labels."""
+
+    index: int
+    object: Literal["pooling"] = "pooling"
+    data: list[float] | list[int] | str | list[list[float] | list[int] | str]
+
+
+class PoolingResponse(BaseModel):
+    """The successful response of `POST /pooling`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: Usage
+
+
 @dataclass(frozen=True)
 class OpenAi:
-    """It is an `EmbeddingApi`."""
+    """It is an `EmbeddingApi`. `pooling`: whether responses are those of `POST /pooling`."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     request: type[ModelRequest] = EmbeddingRequest
+    pooling: bool = False
 
     def embedding(self, request: EmbeddingRequest, _: ServedModel) -> EmbeddingRequest:
         """Return the request. Part of `EmbeddingApi`."""
+        if isinstance(request, PoolingRequest):
+            return request.model_copy(update={"outputs": ["tokens" if request.task == "token_embed" else "dense"]})
         return request
 
     def response(
@@ -184,7 +248,8 @@ class OpenAi:
         wanted = request.output_dtype or "float"
         ranges = model.ranges_for(wanted, vectors.shape[1])
         check_range(vectors, wanted)
-        return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges)
+        pooling = context.id.decode() if self.pooling else None
+        return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges, pooling)
 
     def outputs_response(
         self,
@@ -225,7 +290,7 @@ class OpenAi:
             b'{"object":"list","data":[',
         )
         for index, outputs in enumerate(found):
-            entry: dict[str, Any] = {"object": "embedding", "index": index}
+            entry: dict[str, Any] = {"object": "pooling" if self.pooling else "embedding", "index": index}
             if "dense" in names:
                 (row,) = vector_format.convert(outputs.dense[None], wanted, ranges)
                 entry["embedding"] = _encoded(row) if encoding == "base64" else row
@@ -233,13 +298,21 @@ class OpenAi:
                 entry["sparse_embedding"] = sparse.shape(outputs.ids, outputs.weights, model.vocabulary_size, token)
             head = separator + orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY)
             if "tokens" in names:
-                yield head[:-1] + b',"token_embeddings":'
+                yield head[:-1] + (b',"data":' if self.pooling else b',"token_embeddings":')
                 yield from token_vectors(outputs.tokens, encoding, wanted)
                 head = b"}"
             yield head
             separator = b","
         usage = {"prompt_tokens": context.input_tokens, "total_tokens": context.input_tokens}
-        yield b"]," + orjson.dumps({"model": model.name, "usage": usage})[1:]
+        rest = {"id": context.id.decode(), "created": int(time.time())} if self.pooling else {}
+        yield b"]," + orjson.dumps({**rest, "model": model.name, "usage": usage})[1:]
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Return vectors scaled to length one."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
+    return scaled
 
 
 def _encoded(row: Any) -> str:
@@ -259,20 +332,29 @@ def response(
     tokens: int,
     wanted: VectorFormat = "float",
     ranges: Ranges | None = None,
+    pooling: str | None = None,
 ) -> Iterator[bytes]:
-    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
-    separator = b'{"object":"list","data":['
-    for start in range(0, len(vectors), PART_VECTORS):
-        rows = vector_format.convert(vectors[start : start + PART_VECTORS], wanted, ranges)
+    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long.
+
+    `pooling`: the id of a response of `POST /pooling`.
+    """
+    kind, key, head = (
+        ("embedding", "embedding", {})
+        if pooling is None
+        else ("pooling", "data", {"id": pooling, "created": int(time.time())})
+    )
+    separator = orjson.dumps({**head, "object": "list"})[:-1] + b',"data":['
+    for part in parts(vectors):
+        rows = vector_format.convert(vectors[part], wanted, ranges)
         if encoding == "base64":
             rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         data = [
             {
-                "object": "embedding",
+                "object": kind,
                 "index": index,
-                "embedding": base64.b64encode(row).decode() if encoding == "base64" else row,
+                key: base64.b64encode(row).decode() if encoding == "base64" else row,
             }
-            for index, row in enumerate(rows, start)
+            for index, row in enumerate(rows, part.start)
         ]
         yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
         separator = b","

@@ -13,7 +13,7 @@ import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api import embedding_schemas, outputs
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest
+from inferctl.serve.api.embedding_schemas import EmbeddingRequest, unit
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.schemas import ModelRequest
 from inferctl.serve.api.served_model import ServedModel
@@ -90,22 +90,23 @@ class EmbeddingsEndpoint:
         dimensions = model.dimensions_for(request.dimensions) if "dense" in names else None
         if "dense" in names:
             model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
+        if model.normalized and request.normalized is False:
+            message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
+            raise ApiError(400, message, code="invalid_value", param="normalized")
         rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.tenant))
+        shaped = partial(
+            _with_dimensions, dimensions=dimensions, normalized=None if model.normalized else request.normalized
+        )
         if names == ("dense",):
             assert not isinstance(rows, list)
-            await send_json(send, self.api.response(given, _with_dimensions(rows, dimensions), model, context), context)
+            await send_json(send, self.api.response(given, shaped(rows), model, context), context)
             return
         assert isinstance(self.api, OutputsApi)
         found = outputs.unpacked(model, rows, names)
-        if dimensions is not None:
-            found = [each._replace(dense=_with_dimensions(each.dense[None], dimensions)[0]) for each in found]
+        if "dense" in names:
+            found = [each._replace(dense=shaped(each.dense[None])[0]) for each in found]
         token = self.inference.tokenizer.own_tokenizer().id_to_token
-        await send_json(
-            send,
-            self.api.outputs_response(given, found, names, model, context, token),
-            context,
-            stream="tokens" in names,
-        )
+        await send_json(send, self.api.outputs_response(given, found, names, model, context, token), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
         """Return the request, also in OpenAI's shape, and its prompt, None if it selects none.
@@ -121,7 +122,10 @@ class EmbeddingsEndpoint:
         for index, row in enumerate(() if isinstance(request.items[0], str) else request.items):
             if (largest := max(row)) >= model.vocabulary_size:
                 limit = model.vocabulary_size - 1
-                message = f"input[{index}] has token id {largest}; the largest of this model is {limit}"
+                message = (
+                    f"input[{index}] has token id {largest}; the largest of this model is {limit}: send texts, "
+                    "or ids of this model's tokenizer (OpenAIEmbeddings of LangChain: check_embedding_ctx_length=False)"
+                )
                 raise ApiError(400, message, code="invalid_token", param="input")
         if request.prompt is request.prompt_name is request.input_type is None:
             return None
@@ -151,21 +155,21 @@ class EmbeddingsEndpoint:
         truncate = model.truncate if request.truncate is None else request.truncate
         role = model.prompts.role(request.prompt_name, request.input_type)
         items: Any = request.items
+        left = request.truncation_side == "left"
         if isinstance(items[0], str):
             found = await self.inference.tokenizer.encode(
-                items, truncate=truncate, tenant=tenant, prompt=prompt, **model.text_options(role)
+                items, truncate=truncate, tenant=tenant, prompt=prompt, left=left, **model.text_options(role)
             )
             return outputs.marked(model, found, names, role)
-        call = partial(self.inference.tokenizer.truncate, items, truncate=truncate)
+        call = partial(self.inference.tokenizer.truncate, items, truncate=truncate, left=left)
         large = sum(map(len, items)) > _INLINE_IDS
         return outputs.marked(model, await asyncio.to_thread(call) if large else call(), names, role)
 
 
-def _with_dimensions(vectors: Vectors, dimensions: int | None) -> Vectors:
-    """Return the first `dimensions` values of each vector, scaled to length one; None returns `vectors` unchanged."""
-    if dimensions is None:
-        return vectors
-    head = vectors[:, :dimensions]
-    norms = np.linalg.norm(head, axis=1, keepdims=True)
-    scaled: Vectors = np.ascontiguousarray(head / np.maximum(norms, np.float32(1e-12)))
-    return scaled
+def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool | None = None) -> Vectors:
+    """Return the first `dimensions` values of each vector, scaled to length one; None returns all, unchanged.
+
+    `normalized`: whether to scale them, in place of that rule.
+    """
+    head = vectors if dimensions is None else np.ascontiguousarray(vectors[:, :dimensions])
+    return unit(head) if (dimensions is not None if normalized is None else normalized) else head

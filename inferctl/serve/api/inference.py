@@ -20,11 +20,13 @@ from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.serve.tokenizer_pool import InputError, Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
 _INLINE_BODY_BYTES = 64 * 1024
+# Longer responses are sent in parts, without their length before. So many bytes are about one part of floats.
+_WHOLE_BODY_BYTES = 320 * 1024
 _PHASES = ("tokenize", "queue", "inference")
 T = TypeVar("T")
 Tokenize: TypeAlias = Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]]
@@ -105,18 +107,30 @@ class Inference:
             tokenized = time.monotonic()
             return await self.backend.compute(context, sequences, marks), tokenized
 
+        result, tokenized = await self.unless_disconnected(compute, scope)
+        context.model = self.model.name
+        times = (tokenized - started, result.queue_seconds, result.inference_seconds)
+        context.phases = dict(zip(_PHASES, times, strict=True))
+        return result.rows
+
+    async def tokens(self, scope: Scope, tokenize: Callable[[], Awaitable[list[list[Token]]]]) -> list[list[Token]]:
+        """Return the tokens of texts. They count for the limits of the key, but are not computed: no usage."""
+        context = context_of(scope)
+        found = await self.unless_disconnected(tokenize, scope)
+        context.model, context.inputs = self.model.name, len(found)
+        _in_vain(context, sum(map(len, found)))
+        return found
+
+    async def unless_disconnected(self, work: Callable[[], Awaitable[T]], scope: Scope) -> T:
+        """Return `work()`. Raises `ApiError` in place of an error of the tokenizer, and `ClientDisconnectedError`."""
         try:
-            result, tokenized = await unless_disconnected(compute, scope)
+            return await unless_disconnected(work, scope)
         except TokenizerBusyError as error:
             raise at_capacity(str(error), "tokenizer_full", 1) from None
         except TokenizerShareError:
             raise key_share("characters that wait to be tokenized") from None
         except InputError as error:
             raise ApiError(400, str(error), code=error.code, param=error.field) from None
-        context.model = self.model.name
-        times = (tokenized - started, result.queue_seconds, result.inference_seconds)
-        context.phases = dict(zip(_PHASES, times, strict=True))
-        return result.rows
 
 
 def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:
@@ -132,25 +146,24 @@ def _parse_large(parse: Callable[[bytes], T], raw: bytes) -> T:
             gc.enable()
 
 
-async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext, *, stream: bool = False) -> None:
-    """Send a successful response whose body is `parts`, with the times and the tokens of the request as headers.
-
-    Each part is sent when it is made if there are many inputs, or if `stream`.
-    """
+async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext) -> None:
+    """Send a successful response whose body is `parts`, with the times and the tokens of the request as headers."""
     headers = [(b"content-type", b"application/json"), (b"x-inferctl-tokens", b"%d" % context.input_tokens)]
     if context.cached_tokens:
         headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
     headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
-    if context.inputs <= schemas.PART_VECTORS and not stream:
-        body = b"".join(parts)
-        headers.append((b"content-length", b"%d" % len(body)))
-        parts = ()
+    rest, body = iter(parts), b""
+    for part in rest:
+        body += part
+        if len(body) > _WHOLE_BODY_BYTES:
+            break
     else:
-        body = b""
+        headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    for part in parts:
-        await send({"type": "http.response.body", "body": part, "more_body": True})
-        await asyncio.sleep(0)
+    for part in rest:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await asyncio.sleep(0)  # other requests have their turn
+        body = part
     await send({"type": "http.response.body", "body": body})
 
 

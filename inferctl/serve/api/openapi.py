@@ -73,10 +73,13 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
         models += [(operation.request, "validation")]
         models += [(kind, "serialization") for kind in (operation.response, operation.error)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    if model.dimensions and model.task == "embed":
-        for name in [*(operation.request.__name__ for operation in operations), "TextOptions"]:
+    if model.dimensions:
+        for name in {*(operation.request.__name__ for operation in operations), "TextOptions"} & schemas[
+            "$defs"
+        ].keys():
             _add_limits(schemas["$defs"][name], model)
-        schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
+        if model.task == "embed":
+            schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
     paths = {path: {"get": _get(path, model.name)} for path in _GET_ROUTES}
     for operation in operations:
         paths.setdefault(operation.path, {})["post"] = _post(operation, model.name)
@@ -98,19 +101,19 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             found["anyOf"][0] = {"type": "integer", **_sizes(model)}
         elif name == "texts":
             found["maxItems"] = model.max_inputs
-        elif name == "normalize" and model.normalized:
-            found["enum"] = [True]
+        elif name in ("normalize", "normalized") and model.normalized:
+            first["enum"] = [True]
         elif name in prompts:
             found["anyOf"][0] = {"type": "string", "enum": prompts[name]} if prompts[name] else {"type": "null"}
         elif name == "outputs":
             first["items"]["enum"] = list(model.outputs)
-        elif name == "prompt" and not model.prompts.pooled:
+        elif name == "prompt" and "input" in properties and not model.prompts.pooled:
             first["maxLength"] = 0
         elif name in ("output_dtype", "embedding_types"):
             formats = first if name == "output_dtype" else first["items"]
             if not _calibrated(model):
                 formats["enum"] = [each for each in formats["enum"] if each not in CALIBRATED]
-        elif name in ("input", "inputs") and "anyOf" in found:
+        elif name in ("input", "inputs") and len(found.get("anyOf", ())) == 4:
             text, texts, ids, rows = found["anyOf"]
             texts["maxItems"] = rows["maxItems"] = model.max_inputs
             ids["items"]["maximum"] = rows["items"]["items"]["maximum"] = model.vocabulary_size - 1

@@ -103,22 +103,28 @@ def token_vectors(vectors: Vectors, encoding: str | None = None, wanted: VectorF
 
 
 async def max_similarities(
-    inference: Inference, scope: Scope, query: str, documents: list[str], *, truncate: bool, tenant: str | None
+    inference: Inference,
+    scope: Scope,
+    query: str,
+    documents: list[str],
+    *,
+    truncate: bool,
+    tenant: str | None,
+    most: int | None = None,
 ) -> Vectors:
-    """Return the MaxSim of a query and each document: float32, [documents]."""
+    """Return the MaxSim of a query and each document, of which `most` tokens count: float32, [documents]."""
     model = inference.model
 
     async def tokenize() -> tuple[list[Tokens], list[int] | None]:
         ids, marks = [], list[int]()
         given: dict[Role, list[str]] = {"query": [query], "document": documents}
         for role, texts in given.items():
-            found = await inference.tokenizer.encode(
-                texts,
-                truncate=truncate,
-                tenant=tenant,
-                prompt=model.prompts.select(input_type=role),
-                **model.text_options(role),
-            )
+            options = model.text_options(role)
+            if most is not None and role == "document":
+                limit = most + sum(inference.tokenizer.special_ends)
+                options["limit"] = min(limit, options["limit"] or limit)
+            prompt = model.prompts.select(input_type=role)
+            found = await inference.tokenizer.encode(texts, truncate=truncate, tenant=tenant, prompt=prompt, **options)
             sequences, numbers = marked(model, found, ("tokens",), role)
             ids += sequences
             marks += numbers or []

@@ -116,7 +116,8 @@ async def _rerank(
 
 async def _results(inference: Inference, scope: Scope, request: RerankRequest) -> list[dict[str, Any]]:
     """Return the index and the score of the most relevant documents."""
-    scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
+    most = request.max_tokens_per_doc
+    scores = await _scores(inference, scope, request.query, request.texts, request.truncate, most)
     return [{"index": index, "relevance_score": float(scores[index])} for index in _order(scores)[: request.top_n]]
 
 
@@ -131,11 +132,11 @@ async def _scores(
     first: str | list[str],
     second: list[str],
     truncate: bool | None,
+    most: int | None = None,
 ) -> Vectors:
     """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
-    if inference.model.task == "embed":
-        return await _logits(inference, scope, first, second, truncate)
-    return inference.model.activation(await _logits(inference, scope, first, second, truncate))
+    logits = await _logits(inference, scope, first, second, truncate, most)
+    return logits if inference.model.task == "embed" else inference.model.activation(logits)
 
 
 async def _logits(
@@ -144,16 +145,22 @@ async def _logits(
     first: str | list[str],
     second: list[str],
     truncate: bool | None,
+    most: int | None = None,
 ) -> Vectors:
-    """Return the logit of each pair: float32, [pairs]. For a model with vectors of tokens, it is their MaxSim."""
+    """Return the logit of each pair: float32, [pairs]. `most`: tokens of a second text.
+
+    For a model with vectors of tokens, it is their MaxSim.
+    """
     tenant = context_of(scope).tenant
     allowed = inference.model.truncate if truncate is None else truncate
     if inference.model.task == "embed":
         assert isinstance(first, str)
-        return await outputs.max_similarities(inference, scope, first, second, truncate=allowed, tenant=tenant)
+        return await outputs.max_similarities(
+            inference, scope, first, second, truncate=allowed, tenant=tenant, most=most
+        )
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
-        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant)
+        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant, most=most)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run_equal(scope, tokenize)

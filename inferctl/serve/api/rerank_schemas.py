@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -11,13 +11,12 @@ from pydantic import (
     Field,
     RootModel,
     StrictBool,
-    StrictInt,
     StrictStr,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, limit_items
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, Usage, limit_items
 
 _TRUNCATE = Field(
     None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
@@ -33,18 +32,19 @@ class Document(BaseModel):
 
 
 _Documents = Annotated[list[Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
-_Count = Annotated[StrictInt, Field(ge=1)]
 
 
 class RerankRequest(ModelRequest):
     """The body of `POST /v1/rerank`."""
 
-    unsupported: ClassVar[Unsupported] = {"max_tokens_per_doc": ()}  # of Cohere
     query: Text = Field(description="The text that the documents are compared with.")
     documents: _Documents = Field(description="The documents: texts, or objects with a `text`.")
-    top_n: _Count | None = Field(None, description="Return only this many results. Default: all.")
+    top_n: Count | None = Field(None, description="Return only this many results. Default: all.")
     return_documents: StrictBool | None = Field(None, description="Return the text of each document too.")
     truncate: StrictBool | None = _TRUNCATE
+    max_tokens_per_doc: Count | None = Field(
+        None, description="Truncate each document to this many tokens, before pairs are truncated to the model's limit."
+    )
 
     @property
     def texts(self) -> list[str]:
@@ -57,7 +57,7 @@ class VoyageRerankRequest(ModelRequest):
 
     query: Text = Field(description="The text that the documents are compared with.")
     documents: _Documents = Field(description="The documents.")
-    top_k: _Count | None = Field(None, description="Return only this many results. Default: all.")
+    top_k: Count | None = Field(None, description="Return only this many results. Default: all.")
     return_documents: StrictBool | None = Field(None, description="Return the text of each document too.")
     truncation: StrictBool | None = _TRUNCATE
 

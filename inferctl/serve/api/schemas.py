@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.engine_process.engine_protocol import Vectors
 
-# How many vectors of a response are converted to JSON at a time.
-PART_VECTORS = 64
+# How much of a response is converted to JSON at a time: this many rows, of this many numbers in all. They take 0.6 ms.
+_PART_ROWS, _PART_NUMBERS = 64, 24_576
 # The types of the `PydanticCustomError`s of the schemas, which are the codes of the responses.
-_OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "too_many_inputs", "unequal_lengths"}
+_OWN_ERRORS = {"empty_input", "invalid_token", "invalid_type", "missing_field", "too_many_inputs", "unequal_lengths"}
 
 
 Unsupported = Mapping[str, tuple[object, ...]]
@@ -31,7 +41,13 @@ class ModelRequest(BaseModel):
     model: StrictStr | None = Field(None, description="Name of the served model, as in `GET /v1/models`; optional.")
 
 
+def _whole(value: object) -> object:
+    """Return 5.0 as 5: it is an integer in JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Text = Annotated[StrictStr, Field(min_length=1)]
+Count = Annotated[StrictInt, Field(ge=1), BeforeValidator(_whole)]
 Request = TypeVar("Request", bound=ModelRequest)
 
 
@@ -44,6 +60,12 @@ def limit_items(value: object, info: ValidationInfo) -> object:
             "too_many_inputs", f"{info.field_name} has {{count}} items; the limit is {{limit}}", detail
         )
     return value
+
+
+def parts(rows: Vectors) -> Iterator[slice]:
+    """Yield the bounds of consecutive parts of rows, each converted to JSON in one iteration of the event loop."""
+    step = max(1, min(_PART_ROWS, _PART_NUMBERS // rows.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 class Usage(BaseModel):
@@ -69,7 +91,7 @@ class ErrorResponse(BaseModel):
 
 
 class VoyageErrorResponse(BaseModel):
-    """The body of error responses of endpoints with the shape of Voyage's API."""
+    """The body of error responses of endpoints with the shape of the APIs of Voyage and Jina."""
 
     detail: str
 

@@ -11,13 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictStr
 
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
 from inferctl.serve.api.outputs import token_vectors
-from inferctl.serve.api.schemas import PART_VECTORS, ModelRequest, Text, limit_items
+from inferctl.serve.api.schemas import Count, ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 from inferctl.serve.outputs import Output, Outputs
@@ -29,7 +28,9 @@ class TextOptions(BaseModel):
     truncate: StrictBool | None = Field(
         None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
     )
-    truncation_direction: Literal["Right", "right"] | None = Field(None, description="Long inputs lose their end.")
+    truncation_direction: Literal["Right", "right", "Left", "left"] | None = Field(
+        None, description="Long inputs lose their end (`Right`, the default) or their start (`Left`)."
+    )
     prompt_name: StrictStr | None = Field(None, description="The name of a prompt of the model, as in `GET /info`.")
 
 
@@ -45,7 +46,7 @@ class EmbedRequest(TeiOptions):
     """The body of `POST /embed`."""
 
     normalize: StrictBool = Field(True, description="False: vectors of the length that the model gives them.")
-    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
+    dimensions: Count | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
     )
 
@@ -91,28 +92,20 @@ class SimilarityResponse(RootModel[list[float]]):
 class TeiEmbed:
     """It is an `EmbeddingApi`."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
+    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs", "normalized": "normalize"})
     request: type[ModelRequest] = EmbedRequest
 
     def embedding(self, request: EmbedRequest, model: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
-        if model.normalized and not request.normalize:
-            message = f"model {model.name!r} normalizes its vectors: `normalize` must be true"
-            raise ApiError(400, message, code="invalid_value", param="normalize")
-        if not request.normalize and request.dimensions is not None:
-            message = "truncated vectors are normalized again: `normalize` must be true with `dimensions`"
-            raise ApiError(400, message, code="invalid_value", param="normalize")
-        return _embedding(request, request.inputs, dimensions=request.dimensions)
+        return _embedding(request, request.inputs, dimensions=request.dimensions, normalized=request.normalize)
 
     def response(
         self, request: EmbedRequest, vectors: Vectors, model: ServedModel, _: RequestContext
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
         separator = b"["
-        for start in range(0, len(vectors), PART_VECTORS):
-            rows = vectors[start : start + PART_VECTORS]
-            if request.normalize and not model.normalized:
-                rows = _unit(rows)
+        for part in parts(vectors):
+            rows = vectors[part]
             yield separator + orjson.dumps(np.ascontiguousarray(rows), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
             separator = b","
         yield b"]"
@@ -180,23 +173,23 @@ class TeiSimilarity:
 
     def response(self, _: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
-        unit = _unit(vectors)
-        yield orjson.dumps(unit[1:] @ unit[0], option=orjson.OPT_SERIALIZE_NUMPY)
+        yield orjson.dumps(vectors[1:] @ vectors[0], option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _embedding(
-    options: TextOptions, inputs: Input, dimensions: int | None = None, output: Output = "dense"
+    options: TextOptions,
+    inputs: Input,
+    *,
+    dimensions: int | None = None,
+    normalized: bool = True,
+    output: Output = "dense",
 ) -> EmbeddingRequest:
     return EmbeddingRequest.model_construct(
         outputs=[output],
         input=inputs,
         truncate=options.truncate,
+        truncation_side="left" if options.truncation_direction in ("Left", "left") else None,
         prompt_name=options.prompt_name,
         dimensions=dimensions,
+        normalized=normalized,
     )
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = vectors / np.maximum(norms, np.float32(1e-12))
-    return unit

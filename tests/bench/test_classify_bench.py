@@ -1,0 +1,140 @@
+"""Benchmarks of classifiers: quality, reports and comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from answering import probabilities
+from bench_samples import SHORT_PLAN
+from compare_samples import receipts_of, run_values
+from test_runner import CHECKED, bench, collected, command, ran
+
+from inferctl.bench.judge import comparable, compare
+from inferctl.bench.load import target
+from inferctl.bench.measure import quality
+from inferctl.bench.measure.bench import Bench
+from inferctl.bench.plan import plan, sections
+from inferctl.bench.report import charts, html, terminal
+from inferctl.bench.report.rows import MeasuredRow
+from inferctl.models import model as models
+from inferctl.receipts import receipt
+from tests.serve import tiny_models
+
+LIMITS = sections.Quality.model_validate({})
+
+
+@pytest.mark.parametrize(
+    ("found", "passes", "top_1", "largest"),
+    [
+        ([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], True, 1.0, 0.0),
+        ([[0.7, 0.3], [0.2, 0.8], [0.45, 0.55]], True, 1.0, 0.05),  # both labels are best ones in fp32
+        ([[0.68, 0.32], [0.15, 0.85], [0.5, 0.5]], True, 1.0, 0.05),
+        ([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]], False, 1.0, 0.1),  # of a range of 0.6, the limit is 10%
+        ([[0.7, 0.3], [0.51, 0.49], [0.5, 0.5]], False, 0.6667, 0.31),
+    ],
+)
+def test_scores_of_labels_are_compared_by_value_and_by_label(
+    found: list[list[float]], passes: bool, top_1: float, largest: float
+) -> None:
+    expected = np.asarray([[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]], np.float32)
+    result = quality.compare_labels(expected, np.asarray(found, np.float32), LIMITS)
+    assert (result.passes, result.top_1, result.texts) == (passes, top_1, 3)
+    assert result.score_difference and result.score_difference.max == pytest.approx(largest, abs=1e-6)
+
+
+def test_requests_of_a_classifier_have_as_many_texts_as_those_of_embeddings() -> None:
+    found = plan.read_plan("quick").for_task("classify").load
+    assert (found.task, found.inputs_per_request) == ("classify", plan.read_plan("quick").load.inputs_per_request)
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A model folder without weights, and its digest. Its fp32 reference is the scores of the answering server."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["BertForSequenceClassification"], "num_labels": 3}')
+    digest = models.ModelFolder(folder).digest
+
+    def reference(model: Path, inputs: list[str], *rest: Any) -> object:
+        scores = [probabilities(text, 0, "") for text in inputs]
+        return quality.Reference(inputs, np.array(scores, np.float32), digest)
+
+    monkeypatch.setattr(quality, "reference", reference)
+    return folder, digest
+
+
+@pytest.mark.parametrize(("drift", "passes"), [("0.001", True), ("0.5", False)])
+def test_a_classifier_is_measured_and_compared_with_fp32(
+    tmp_path: Path, weights: tuple[Path, str], drift: str, passes: bool
+) -> None:
+    folder, digest = weights
+    options = ("--task", "classify", "--sha256", digest, "--drift", drift)
+    work = bench(tmp_path, "bf16", options=options, quality=CHECKED, model=folder)
+    work = Bench(work.plan.for_task("classify"), work.targets, work.command, work.model, work.output)
+    found = collected(work, ran(work))
+    (row,) = found.rows
+    assert isinstance(row, MeasuredRow)
+    assert row.valid and row.quality["checked"] and row.quality["passes"] is passes
+    assert row.tokens_per_s == pytest.approx(9 * row.requests_per_s, rel=0.001)
+    assert row.score_difference is not None and row.top_1 is not None
+    assert terminal.cells(row)[-2:] == [f"{row.score_difference:.2g}", f"{row.top_1:.1%}"]
+    assert any("share of texts with the same label" in note for note in terminal.notes(found))
+    if passes:
+        assert f"scores within {row.score_difference:.2g} of fp32" in found.findings[0]
+    else:
+        assert any("fails the quality check: score difference" in text for text in found.findings)
+    sealed = [receipt.load(Path(str(row.receipt)))]
+    assert charts.distance(sealed, charts.colors_of(sealed)).data[0]["x"][0] > 0
+    page = html.render(found, sealed)
+    assert "<th>score difference</th><th>same label</th>" in page and f"{row.score_difference:.3g}" in page
+
+
+@pytest.mark.parametrize(("broken", "reason"), [("nan", "NaN"), ("missing", "scores of 2 labels")])
+def test_scores_that_cannot_be_compared_fail(
+    answering: Callable[..., str], weights: tuple[Path, str], broken: str, reason: str
+) -> None:
+    folder, digest = weights
+    served = target.connect(answering("--task", "classify", "--sha256", digest, "--broken", broken))
+    found = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)(served, lambda passed: None)
+    assert (found.checked, found.passes) == (True, False)
+    assert reason in (found.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome"),
+    [
+        ({}, "no regression"),
+        ({"top_1": 0.95}, "regression"),
+        ({"score_difference": {"mean": 0.01, "max": 0.2, "range": [0, 1]}}, "regression"),
+    ],
+)
+def test_compare_judges_the_labels_and_the_scores(tmp_path: Path, change: dict[str, Any], outcome: str) -> None:
+    old = {"checked": True, "texts": 96, "top_1": 0.99, "passes": True}
+    old |= {"score_difference": {"mean": 0.001, "max": 0.02, "range": [0, 1]}}
+    old |= {"limits": {"top_1": 0.8, "score_difference": 0.1}}
+    found = []
+    for sealed in receipts_of(tmp_path, run_values(20, [1.0] * 5), run_values(20, [1.0] * 5)):
+        data = {key: value for key, value in sealed.data.items() if key != "seal"}
+        data["plan"] = {**data["plan"], "load": {**sealed.load, "task": "classify"}}
+        data["quality"] = old | (change if found else {})
+        found.append(receipt.write(sealed.path, data))
+    result = compare.compare([comparable.ReceiptPair(*found)], [], compare.CompareOptions())
+    judged = {metric.name: metric.outcome for pair in result.pairs for metric in pair.metrics}
+    assert {judged["top_1"], judged["score_difference"]} == {"no regression", outcome}
+    assert judged["p50"] == "no regression"
+
+
+@pytest.mark.slow
+def test_the_real_server_is_measured_and_its_scores_are_close_to_fp32(tmp_path: Path) -> None:
+    folder = tiny_models.make_cross_encoder(tmp_path / "model", "bert", num_labels=3)
+    line = ["--model", str(folder), "--plan", SHORT_PLAN, "--precision", "auto", "--duration", "2", "--json"]
+    done = command(*line, folder=tmp_path)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["outcome"] == "measured", row["reason"]
+    assert (row["task"], row["quality"]["checked"], row["quality"]["texts"]) == ("classify", True, 100)
+    assert row["score_difference"] < 0.1 and row["top_1"] > 0.8
