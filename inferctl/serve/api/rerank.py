@@ -98,7 +98,7 @@ class ScoreEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context, request = await inference.receive(scope, receive, partial(inference.parse, ScoreRequest))
-        scores = await _scores(inference, scope, *request.pairs, request.truncate)
+        scores = await _scores(inference, scope, *request.pairs, request.truncate, request.instruction)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
@@ -114,7 +114,7 @@ async def _rerank(
 
 async def _results(inference: Inference, scope: Scope, request: RerankRequest) -> list[dict[str, Any]]:
     """Return the index and the score of the most relevant documents."""
-    scores = await _scores(inference, scope, request.query, request.texts, request.truncate)
+    scores = await _scores(inference, scope, request.query, request.texts, request.truncate, request.instruction)
     return [{"index": index, "relevance_score": float(scores[index])} for index in _order(scores)[: request.top_n]]
 
 
@@ -129,9 +129,10 @@ async def _scores(
     first: str | list[str],
     second: list[str],
     truncate: bool | None,
+    instruction: str | None,
 ) -> Vectors:
     """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
-    return inference.model.activation(await _logits(inference, scope, first, second, truncate))
+    return inference.model.activation(await _logits(inference, scope, first, second, truncate, instruction))
 
 
 async def _logits(
@@ -140,13 +141,16 @@ async def _logits(
     first: str | list[str],
     second: list[str],
     truncate: bool | None,
+    instruction: str | None = None,
 ) -> Vectors:
     """Return the logit of each pair: float32, [pairs]."""
     tenant = context_of(scope).tenant
+    inference.model.check_instruction(instruction)
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
         allowed = inference.model.truncate if truncate is None else truncate
-        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant)
+        encode = partial(inference.tokenizer.encode_pairs, truncate=allowed, tenant=tenant, prompt=instruction)
+        pairs = await encode(first, second)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run(scope, tokenize)

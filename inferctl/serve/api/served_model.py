@@ -22,8 +22,8 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and
-    `vocabulary_size` are 0 until an engine is ready.
+    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
+    reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ServedModel:
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
     labels: tuple[str, ...] = ()
     prompts: Prompts = NO_PROMPTS
+    takes_instruction: bool = False
     normalized: bool = True
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     dimensions: int = 0
@@ -55,6 +56,12 @@ class ServedModel:
         except UsageError as error:
             param = "prompt" if prompt is not None else "input_type" if name is None else "prompt_name"
             raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
+
+    def check_instruction(self, instruction: str | None) -> None:
+        """Raise `ApiError` 400 if a request has an instruction, and the model reads none."""
+        if instruction is not None and not self.takes_instruction:
+            message = f"the model {self.name!r} reads no instruction; remove `instruction`"
+            raise ApiError(400, message, code="invalid_prompt", param="instruction")
 
     def dimensions_for(self, wanted: int | None) -> int | None:
         """Return to how many dimensions vectors are truncated; None for full vectors.

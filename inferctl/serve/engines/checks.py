@@ -57,8 +57,9 @@ class Checks:
                 self.check_vocabulary(loaded.vocabulary_size)
                 self.expected = loaded.embed(self.texts.ids)
         else:
-            # Some texts are paired with themselves, so that not all scores are low.
-            inputs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
+            # Some texts are paired with themselves, so that not all scores are low. A template needs a short query.
+            queries = _TEXTS + _TEXTS[:4] if pool.private is None else _TEXTS[:1] * 12
+            inputs = pool.encode_pairs_now(queries, _TEXTS[::-1] + _TEXTS[:4], truncate=True)
             if config.takes_texts:
                 inputs += [(ids, len(ids)) for ids in pool.encode_now(_TEXTS, truncate=True)]
             self.texts = Sequences.of_pairs(inputs)

@@ -18,7 +18,7 @@ from inferctl.serve import architecture
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
-from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
+from inferctl.serve.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode, read_object
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import Pair
@@ -30,10 +30,18 @@ _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task = "embed") -> Any:
     """Return the encoder of a model folder, or for other tasks the whole model with its head, in evaluation mode.
 
+    The head of `generate` returns the logits of the next token.
+
     Raises `UsageError` as `weights.load` does, and for segments that the server does not compute.
     """
     silence_libraries()
-    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, AutoModelForTextEncoding
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTextEncoding,
+    )
 
     settings, options = architecture.native_config(folder), dict[str, Any]()
     if settings != read_object(folder / "config.json"):
@@ -45,7 +53,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, *, task: Task =
         options["config"] = CONFIG_MAPPING[kind].from_dict(settings)
     auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
     if task != "embed":
-        auto = AutoModelForSequenceClassification
+        auto = AutoModelForCausalLM if task == "generate" else AutoModelForSequenceClassification
     model = weights.load(auto, folder, task, dtype, **options)
     if returns_segments(folder) and _embeds_segments_as_words(model):
         raise UsageError(
@@ -90,7 +98,8 @@ class Reference:
     def __init__(self, folder: Path, config: TaskConfig) -> None:
         """Raises `UsageError` as `load_model` does."""
         self._folder, self._config = folder, config
-        task: Task = "embed" if config.pooling else config.task
+        self._scored = next((layer for layer in config.layers if isinstance(layer, LogitScore)), None)
+        task: Task = "generate" if self._scored else "embed" if config.pooling else config.task
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
         if static is None:
@@ -114,12 +123,19 @@ class Reference:
             inputs: dict[str, npt.NDArray[Any]] = {"input_ids": ids}
             if has_segments(self._model):
                 inputs["token_type_ids"] = np.arange(len(ids)) >= second_start
-            rows.append(self._vector(inputs) if self._config.pooling else self._run(inputs).logits[0].float().numpy())
+            if self._scored is not None:
+                logits = self._run(inputs, logits_to_keep=1).logits[0, -1].float().numpy()
+                false = self._scored.false_token
+                true = logits[[self._scored.true_token]]
+                rows.append(true if false is None else true - logits[false])
+            else:
+                whole = not self._config.pooling
+                rows.append(self._run(inputs).logits[0].float().numpy() if whole else self._vector(inputs))
         return np.stack(rows)
 
-    def _run(self, inputs: dict[str, npt.NDArray[Any]]) -> Any:
+    def _run(self, inputs: dict[str, npt.NDArray[Any]], **options: int) -> Any:
         given = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in inputs.items()}
-        return self._model(**given, attention_mask=torch.ones_like(given["input_ids"]))
+        return self._model(**given, attention_mask=torch.ones_like(given["input_ids"]), **options)
 
     def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
         if self._table is None:
