@@ -22,8 +22,9 @@ from inferctl.serve.pair_template import PairTemplate
 class PrivateTokens:
     """`template` writes the private names, and `content` is a `tokenizer.json` that knows them, without special tokens.
 
-    Control tokens are those that are marked as special, and those in angle or square brackets in the template, such as
-    `<think>`. Others, such as the lines and blanks of Gemma, are text.
+    Control tokens are those that are marked as special, those such as `<|fim_middle|>`, and those in angle or square
+    brackets that the template writes, such as `<think>`. Others, such as the line breaks and HTML tags of Gemma, stand
+    for text.
     """
 
     def __init__(self, file: Path, template: PairTemplate) -> None:
@@ -34,7 +35,11 @@ class PrivateTokens:
         self.names: dict[str, str] = {}
         for number, token in enumerate(document.get("added_tokens") or []):
             name = token["content"]
-            if token.get("special") or (name in written and re.fullmatch(r"<.+>|\[.+\]", name)):
+            if (
+                token.get("special")
+                or re.fullmatch(r"<\|.+\|>", name)
+                or (name in written and re.fullmatch(r"<.+>|\[.+\]", name))
+            ):
                 self.names[name] = token["content"] = f"<|{secret}{number:06}|>"
             self._ids[token["content"]] = token["id"]
         document["post_processor"] = None

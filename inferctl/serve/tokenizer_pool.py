@@ -57,7 +57,7 @@ _WARM_UP_TIMEOUT_S = 60.0
 Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
-# Tokens that a template must leave for the texts: those of the shortest pairs.
+# Tokens that a template and a query must leave for a document: those of the texts that `_rendered_pairs` cuts with.
 _TEMPLATE_ROOM = 8
 T = TypeVar("T")
 _version = cache(metadata.version)  # it searches the folders of all packages
@@ -324,7 +324,7 @@ class TokenizerPool:
         without = [render(text, "", instruction) for text in _listed(query)]
         sizes = self._encodings(without, "query", "", first, add_special_tokens=False)
         for index, (_, size) in enumerate(sizes, first):
-            if size >= self.max_tokens:
+            if size + _TEMPLATE_ROOM > self.max_tokens:
                 message = f"leaves no room for a document: the model accepts {self.max_tokens} tokens of both"
                 only_query = isinstance(query, str)
                 raise InputError(None if only_query else index, "context_length_exceeded", message, "query")

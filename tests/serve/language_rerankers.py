@@ -46,10 +46,10 @@ def make(
     tokenizer = tiny_models.make_tokenizer("qwen3")
     tokenizer.add_special_tokens({"bos_token": "[CLS]", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = TEMPLATES[template]
+    tokenizer.chat_template, tokenizer.model_max_length = TEMPLATES[template], 256
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.2}
     known = {**sizes, **more, "vocab_size": len(tokenizer) + 4, "pad_token_id": tokenizer.pad_token_id, "num_labels": 1}
     config = AutoConfig.for_model(architecture, **known, **settings)
     auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM

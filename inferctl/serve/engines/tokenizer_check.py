@@ -78,7 +78,7 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
     if config.takes_texts:
         _compare(folder, pool, library, [(text,) for text in texts])
     if isinstance(config, RerankConfig) and config.template is not None:
-        _compare_rendered(folder, pool, config.template, library, texts)
+        _compare_rendered(folder, pool, config.template, config.prompts.default_text, library, texts)
     elif config.takes_pairs:
         _compare(folder, pool, library, list(zip(texts, [*texts[1:], texts[0]], strict=True)))
 
@@ -109,7 +109,7 @@ def _compare(folder: Path, pool: TokenizerPool, library: Any, inputs: Sequence[t
 
 
 def _compare_rendered(
-    folder: Path, pool: TokenizerPool, template: PairTemplate, library: Any, texts: Sequence[str]
+    folder: Path, pool: TokenizerPool, template: PairTemplate, instruction: str, library: Any, texts: Sequence[str]
 ) -> None:
     """Compare pairs in their template, except what the server treats in its own way: control tokens and truncation."""
     assert pool.private is not None
@@ -118,7 +118,7 @@ def _compare_rendered(
     for given in (pair for text in plain_texts for pair in (("a query", text), (text, "a document"))):
         try:
             rendered = library.apply_chat_template(
-                template.messages(*given), tokenize=True, return_dict=True, **settings
+                template.messages(*given, instruction), tokenize=True, return_dict=True, **settings
             )
             expected = rendered["input_ids"]
         except Exception as error:  # noqa: BLE001  # a template can fail in any way
