@@ -38,7 +38,7 @@ def read(task: Task, folder: Path) -> dict[str, Any]:
 
 def of_config(config: TaskConfig) -> dict[str, Any]:
     """Return what `GET /info` says of the configuration of a model folder, under `model`."""
-    found = {
+    found: dict[str, Any] = {
         "max_tokens": config.max_tokens,
         "pooling": "+".join(config.pooling) or None,
         "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.serve.modules import library_settings, read_object, transformer_settings
+from inferctl.serve.modules import read_object, transformer_settings
 
 FILE = "chat_template.jinja"
 # Parts of a template that reads lists of parts instead of texts, if the folder does not say which of both it reads.
@@ -110,7 +110,9 @@ def _check(folder: Path, template: PairTemplate) -> None:
         )
     except Exception as error:  # noqa: BLE001  # a template can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(f"the chat template of {folder} cannot render a query and a document: {reason}", _HINT) from None
+        raise UsageError(
+            f"the chat template of {folder} cannot render a query and a document: {reason}", _HINT
+        ) from None
     if base in (other_query, other_document):
         missing = "query" if base == other_query else "document"
         raise UsageError(f"the chat template of {folder} does not render the {missing}: it is not for pairs", _HINT)

@@ -108,6 +108,26 @@ def test_tokens_and_scores_equal_sentence_transformers(folders: Callable[[str], 
     assert reduced.within_limit
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["qwen3, tied", "mistral"])
+def test_the_common_start_of_pairs_is_computed_once(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, precision: str
+) -> None:
+    from inferctl.serve.engines.forward import Forward
+
+    folder = folders(name)
+    pairs = encoded(folder, [("which river", text) for text in PLAIN] * 2)
+    shared = []
+    found = Forward._shared
+    monkeypatch.setattr(Forward, "_shared", lambda *given: shared.append(found(*given)) or shared[-1])
+    once, _ = computed(folder, pairs, precision)
+    starts = {tuple(ids[: shared[-1]].tolist()) for ids, _ in pairs}
+    assert (len(starts), shared[-1] > 40) == (1, True)
+    monkeypatch.setattr(Forward, "_shared", lambda *_: 0)
+    each, _ = computed(folder, pairs, precision)
+    np.testing.assert_allclose(once, each, rtol=0, atol={"fp32": 1e-6, "bf16": 0.02, "int8": 0.05}[precision])
+
+
 @pytest.mark.parametrize("name", ["qwen3, tied", "llama, parts"])
 def test_only_the_document_is_cut(folders: Callable[[str], Path], name: str) -> None:
     folder, limit = folders(name), 140

@@ -78,6 +78,8 @@ class _Normalize(torch.nn.Module):
 
 
 class _LogitScore(torch.nn.Module):
+    rows: torch.Tensor
+
     def __init__(self, rows: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("rows", rows)
