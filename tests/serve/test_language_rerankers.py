@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from inferctl.bench.load.target import connect
 from inferctl.core.errors import UsageError
+from inferctl.image import library
+from inferctl.image.output_checks import QUERY
 from inferctl.models.model import find, resolve_task
 from inferctl.serve import model_summary, task_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
@@ -255,7 +259,7 @@ def test_a_plain_language_model_is_none(folders: Callable[[str], Path]) -> None:
     assert resolve_task("auto", bare, "m") == "generate"
     with pytest.raises(UsageError, match="no file says how") as error:
         resolve_task("rerank", bare, "m")
-    assert "sentence-transformers" in str(error.value.hint)
+    assert "modules.json" in str(error.value.hint)
 
 
 def test_a_converted_classifier_without_modules_has_the_template_of_its_tokenizer(
@@ -264,6 +268,32 @@ def test_a_converted_classifier_without_modules_has_the_template_of_its_tokenize
     shutil.copytree(folders("converted classifier").parent / "bare", folder := tmp_path / "model")
     found, _ = computed(folder, encoded(folder, PAIRS))
     np.testing.assert_allclose(found, rerankers.oracle(folder).predict(PAIRS), rtol=0, atol=1e-5)
+
+
+def test_the_documentation_writes_the_files_of_a_reranker(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rerankers.make(tmp_path, "gemma", "gemma", tie_word_embeddings=True)
+    source, folder = tmp_path / "bare", tmp_path / "written"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["Yes"])
+    tokenizer.chat_template = None
+    (source / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(source)
+    guide = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?LogitScore.*?)```", guide, re.DOTALL)
+    exec(code, {"SOURCE": str(source), "FOLDER": str(folder)})  # noqa: S102
+
+    query, document = "which river", "The Danube flows through Vienna."
+    end = "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing "
+    text = f"[CLS]A: {query}\nB: {document}\n{end}a prediction of either 'Yes' or 'No'."
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        expected = model(input_ids=inputs["input_ids"]).logits[0, -1, tokenizer.convert_tokens_to_ids("Yes")]
+    found, _ = computed(folder, encoded(folder, [(query, document)]))
+    np.testing.assert_allclose(found, [float(expected)], rtol=0, atol=1e-5)
 
 
 def test_the_server_reads_instructions(folders: Callable[[str], Path], serve: Callable[..., ServerProcess]) -> None:
@@ -286,6 +316,11 @@ def test_the_server_reads_instructions(folders: Callable[[str], Path], serve: Ca
     texts = {"query": query, "texts": documents, "truncate": True}
     listed = httpx.post(f"{server.url}/rerank", json=texts, timeout=60).json()
     assert {each["index"]: each["score"] for each in listed} == pytest.approx(ranked("/v1/rerank"), abs=1e-6)
+    target = connect(server.url)
+    compared = library.compare(
+        target.request([QUERY, *library.TEXTS]), {**target.info, "task": target.task}, folder
+    )  # without the text of control tokens
+    assert (compared.texts, compared.difference < 1e-5) == (len(library.TEXTS) - 1, True)
     long = {"query": "far too long " * 400, "documents": ["a"]}
     refused = httpx.post(f"{server.url}/v1/rerank", json=long, timeout=60)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "query")
