@@ -134,7 +134,7 @@ _MEAN, _CLS, _LAST = (("mean_tokens", "Normalize"), ("cls_token", "Normalize"), 
 _LM = {"architectures": ["MistralModel"]}
 _ONE_SCORE = {"id2label": {"0": "LABEL_0"}}
 # Files with which sentence-transformers scores pairs by the next token of a language model.
-_PAIR = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+_PAIR = "{{ messages[-2].content }}\n{{ messages[-1].content }}\n"
 _LOGITS: Json = {"method": "forward", "method_output_name": "logits"}
 _IN_TEMPLATE: dict[str, Json] = {
     "sentence_bert_config.json": {
@@ -290,7 +290,7 @@ SHAPES: tuple[Shape, ...] = (
     _rerank(
         "qwen3", "Qwen/Qwen3-Reranker-0.6B", {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
         (_scores(9, 11),), library={"model_type": "CrossEncoder"},
-        files=_IN_TEMPLATE | {"tokenizer_config.json": {"chat_template": "{{ messages[0].content }}\n" + _PAIR}},
+        files=_IN_TEMPLATE | {"tokenizer_config.json": {"chat_template": "{{ messages[:-2] }}\n" + _PAIR}},
     ),
     _rerank(
         "qwen3", "zeroentropy/zerank-2", {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},

@@ -58,7 +58,7 @@ Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
 # Tokens that a template and a query must leave for a document: those of the texts that `_rendered_pairs` cuts with.
-_TEMPLATE_ROOM = 8
+TEMPLATE_ROOM = 8
 T = TypeVar("T")
 _version = cache(metadata.version)  # it searches the folders of all packages
 
@@ -145,7 +145,7 @@ class TokenizerPool:
             self.private.prepare(tokenizer)
         special = tokenizer.num_special_tokens_to_add(config.takes_pairs) + (self._eos is not None)
         if self.private is not None:
-            special = len(tokenizer.encode(self.private.template.render("", "", self._prompt))) + _TEMPLATE_ROOM
+            special = len(tokenizer.encode(self.private.template.render("", "", self._prompt))) + TEMPLATE_ROOM
         if self.max_tokens <= special:
             raise UsageError(
                 f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special or of the template: "
@@ -234,7 +234,8 @@ class TokenizerPool:
         """
         queries, prompt = _listed(query), self._prompt if prompt is None else prompt
         repeated = isinstance(query, str) and self.private is None  # else each pair has the query in its text
-        firsts = [0] * len(documents) if repeated else [len(prompt) + len(text) for text in queries]
+        more = len(prompt) + (len(self.private.template.source) if self.private else 0)
+        firsts = [0] * len(documents) if repeated else [more + len(text) for text in queries]
         if isinstance(query, str) and not repeated:
             firsts *= len(documents)
         sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
@@ -324,7 +325,7 @@ class TokenizerPool:
         without = [render(text, "", instruction) for text in _listed(query)]
         sizes = self._encodings(without, "query", "", first, add_special_tokens=False)
         for index, (_, size) in enumerate(sizes, first):
-            if size + _TEMPLATE_ROOM > self.max_tokens:
+            if size + TEMPLATE_ROOM > self.max_tokens:
                 message = f"leaves no room for a document: the model accepts {self.max_tokens} tokens of both"
                 only_query = isinstance(query, str)
                 raise InputError(None if only_query else index, "context_length_exceeded", message, "query")

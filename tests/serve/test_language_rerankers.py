@@ -282,8 +282,8 @@ def test_the_documentation_writes_the_files_of_a_reranker(tmp_path: Path) -> Non
     (source / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(source)
     guide = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?LogitScore.*?)```", guide, re.DOTALL)
-    exec(code, {"SOURCE": str(source), "FOLDER": str(folder)})  # noqa: S102
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "LogitScore" in code)
+    exec(code, {"SOURCE": str(source), "FOLDER": str(folder)})
 
     query, document = "which river", "The Danube flows through Vienna."
     end = "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing "
