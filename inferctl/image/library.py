@@ -85,7 +85,8 @@ def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> Li
     name = LIBRARIES[task]
     # In a template, these tokens are text for the server, and tokens for the library.
     known = {_SPECIAL} if (info.get("model") or {}).get("template") else set()
-    texts, outputs = zip(*(pair for pair in zip(TEXTS, outputs, strict=True) if pair[0] not in known), strict=True)
+    kept = [(text, output) for text, output in zip(TEXTS, outputs, strict=True) if text not in known]
+    texts, rows = [text for text, _ in kept], [output for _, output in kept]
     inputs: list[Any] = [[QUERY, text] for text in texts] if task == "rerank" else list(texts)
     longest = (info.get("limits") or {}).get("max_input_tokens")
     options = ["--library", "--task", task]
@@ -97,11 +98,11 @@ def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> Li
             f"not compared with {name}: {error.reason}",
             "check that the library loads this folder, or compare the server with another folder: `--model DIR`",
         ) from None
-    expected, rows = found.get("scores", []), outputs
+    expected = found.get("scores", [])
     if task == "embed":
         expected = [decode(text) for text in found["embeddings"]]
     elif task == "rerank":
-        expected, rows = [[score] for score in found["scores"]], [[score] for score in outputs]
+        expected, rows = [[score] for score in found["scores"]], [[score] for score in rows]
     same = found["model_sha256"] == (info.get("model") or {}).get("sha256")
     others = "" if same else f"; the files of the server are not those of {folder}"
     return _compared(texts, rows, expected, info, f"{name} {found['library']}", others, scores=task != "embed")
