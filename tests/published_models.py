@@ -134,6 +134,11 @@ def _code(name: str, **config: Any) -> Json:
     return {"auto_map": {_CODE: name}, "architectures": [name.rpartition(".")[2]], **config}
 
 
+def _scores(true: int, false: int | None) -> Module:
+    name = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+    return name, {"true_token_id": true, "false_token_id": false}
+
+
 def _dense(inputs: int, outputs: int, activation: str, **more: Any) -> Module:
     name = f"torch.nn.modules.{'linear' if activation == 'Identity' else 'activation'}.{activation}"
     return "Dense", {"in_features": inputs, "out_features": outputs, "bias": True, "activation_function": name, **more}
@@ -142,6 +147,17 @@ def _dense(inputs: int, outputs: int, activation: str, **more: Any) -> Module:
 _MEAN, _CLS, _LAST = (("mean_tokens", "Normalize"), ("cls_token", "Normalize"), ("lasttoken", "Normalize"))
 _LM = {"architectures": ["MistralModel"]}
 _ONE_SCORE = {"id2label": {"0": "LABEL_0"}}
+# Files with which sentence-transformers scores pairs by the next token of a language model.
+_PAIR = "{{ messages[-2].content }}\n{{ messages[-1].content }}\n"
+_LOGITS: Json = {"method": "forward", "method_output_name": "logits"}
+_IN_TEMPLATE: dict[str, Json] = {
+    "sentence_bert_config.json": {
+        "transformer_task": "text-generation",
+        "modality_config": {"text": _LOGITS, "message": {**_LOGITS, "format": "flat"}},
+        "module_output_name": "causal_logits",
+    },
+    "tokenizer_config.json": {"chat_template": _PAIR},
+}
 
 SHAPES: tuple[Shape, ...] = (
     _embed("gemma3_text", _LAST, _names("microsoft/harrier-oss-v1-", _27b=74.2, _270m=66.5), library=QUERY),
@@ -285,7 +301,16 @@ SHAPES: tuple[Shape, ...] = (
         ),
         library={"model_type": "CrossEncoder"},
     ),
-    _rerank("qwen3", "Qwen/Qwen3-Reranker-0.6B", {"architectures": ["Qwen3ForCausalLM"]}),
+    _rerank(
+        "qwen3", "Qwen/Qwen3-Reranker-0.6B", {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+        (_scores(9, 11),), library={"model_type": "CrossEncoder"},
+        files=_IN_TEMPLATE | {"tokenizer_config.json": {"chat_template": "{{ messages[:-2] }}\n" + _PAIR}},
+    ),
+    _rerank(
+        "qwen3", "zeroentropy/zerank-2", {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+        (_scores(9, None),), files=_IN_TEMPLATE,
+        library={"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"},
+    ),
     _rerank("qwen2", "mixedbread-ai/mxbai-rerank-base-v2", {"architectures": ["Qwen2ForCausalLM"]}),
     _rerank("gemma", "BAAI/bge-reranker-v2-gemma", {"architectures": ["GemmaForCausalLM"]}),
     _rerank(

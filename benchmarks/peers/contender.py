@@ -90,6 +90,26 @@ def cross_encoder(precision: str, model: str) -> Score:
     return lambda query, documents: scorer.predict([(query, text) for text in documents], show_progress_bar=False)
 
 
+def transformers(precision: str, model: str) -> Score:
+    """Return the scores of a language model: one padded batch, and the logits of the last position."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    tokens = json.loads((Path(model) / "1" / "config.json").read_text())
+
+    def score(query: str, documents: list[str]) -> Any:
+        pairs = [[{"role": "query", "content": query}, {"role": "document", "content": text}] for text in documents]
+        inputs = tokenizer.apply_chat_template(pairs, return_dict=True, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            logits = causal(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        return torch.sigmoid(logits[:, tokens["true_token_id"]] - logits[:, tokens["false_token_id"]]).numpy()
+
+    return score
+
+
 def openvino(precision: str, model: str) -> Embed:
     """Return an embedder in OpenVINO: sorted by length, batches of 32, mean pooling.
 
@@ -142,7 +162,12 @@ def main() -> None:
     output = sys.stdout
     sys.stdout = sys.stderr  # libraries print to stdout
     if "requests" in inputs:
-        score = {"inferctl": inferctl_rerank, "sentence-transformers": cross_encoder}[library](precision, model)
+        scorers = {
+            "inferctl": inferctl_rerank,
+            "sentence-transformers": cross_encoder,
+            "transformers": transformers,
+        }
+        score = scorers[library](precision, model)
 
         def compute() -> Any:
             return np.concatenate([score(query, documents) for query, documents in inputs["requests"]])

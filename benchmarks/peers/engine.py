@@ -92,7 +92,7 @@ class Contender:
 
 def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
     library = name.rpartition(" ")[0]
-    interpreter = sys.executable if library == "inferctl" else str(peers.python(library))
+    interpreter = sys.executable if library in ("inferctl", "transformers") else str(peers.python(library))
     environment = peers.environment()
     log = peers.LOGS / f"{name.replace(' ', '-')}-alone.log"
     with log.open("w") as stream:

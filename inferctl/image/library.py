@@ -22,10 +22,11 @@ from inferctl.models.reference_process import LIBRARIES
 NAME = "sentence-transformers"
 # What implementations treat differently: case, special tokens in a text, a text without words (servers reject an empty
 # one), and one with more than the 512 tokens of most models.
+_SPECIAL = "the end [SEP] [CLS] [MASK] </s> <s> <|endoftext|> of it"
 TEXTS = (
     *output_checks.TEXTS,
     "WHICH RIVER FLOWS THROUGH VIENNA? Ångström, naïve café",
-    "the end [SEP] [CLS] [MASK] </s> <s> <|endoftext|> of it",
+    _SPECIAL,
     " ",
     "Padding costs time, and each token costs memory. " * 60,
 )
@@ -82,7 +83,11 @@ def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> Li
     """
     task = info.get("task", "embed")
     name = LIBRARIES[task]
-    inputs: list[Any] = [[QUERY, text] for text in TEXTS] if task == "rerank" else list(TEXTS)
+    # In a template, these tokens are text for the server, and tokens for the library.
+    known = {_SPECIAL} if (info.get("model") or {}).get("template") else set()
+    kept = [(text, output) for text, output in zip(TEXTS, outputs, strict=True) if text not in known]
+    texts, rows = [text for text, _ in kept], [output for _, output in kept]
+    inputs: list[Any] = [[QUERY, text] for text in texts] if task == "rerank" else list(texts)
     longest = (info.get("limits") or {}).get("max_input_tokens")
     options = ["--library", "--task", task]
     options += ["--max-input-tokens", str(longest)] if longest else []
@@ -93,14 +98,14 @@ def compare(outputs: Sequence[Any], info: Mapping[str, Any], folder: Path) -> Li
             f"not compared with {name}: {error.reason}",
             "check that the library loads this folder, or compare the server with another folder: `--model DIR`",
         ) from None
-    expected, rows = found.get("scores", []), outputs
+    expected = found.get("scores", [])
     if task == "embed":
         expected = [output_vectors.decode(text) for text in found["embeddings"]]
     elif task == "rerank":
-        expected, rows = [[score] for score in found["scores"]], [[score] for score in outputs]
+        expected, rows = [[score] for score in found["scores"]], [[score] for score in rows]
     same = found["model_sha256"] == (info.get("model") or {}).get("sha256")
     others = "" if same else f"; the files of the server are not those of {folder}"
-    return _compared(rows, expected, info, f"{name} {found['library']}", others, scores=task != "embed")
+    return _compared(texts, rows, expected, info, f"{name} {found['library']}", others, scores=task != "embed")
 
 
 def _check_time(seconds: float) -> None:
@@ -111,6 +116,7 @@ def _check_time(seconds: float) -> None:
 
 
 def _compared(
+    texts: Sequence[str],
     rows: Sequence[Sequence[float]],
     expected: Sequence[Sequence[float]],
     info: Mapping[str, Any],
@@ -140,7 +146,7 @@ def _compared(
     # `not` so that NaN fails.
     if wrong := [number for number, error in enumerate(errors) if not error <= most]:
         worst = max(wrong, key=lambda number: errors[number])
-        text = TEXTS[worst] if len(TEXTS[worst]) <= 40 else f"{TEXTS[worst][:39]}…"
+        text = texts[worst] if len(texts[worst]) <= 40 else f"{texts[worst][:39]}…"
         allowed = f"a difference of {most:g}" if errors is differences else f"a cosine of {tolerance:g}"
         fail(
             f"{len(wrong)} of {len(rows)} texts differ from {library}: {found.figures}; the limit in {effective} is "

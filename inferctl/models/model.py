@@ -340,6 +340,11 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
         return "classify"
     if generative and task != "rerank" and requested in ("embed", "generate"):
         return "embed" if requested == "embed" else "generate"
+    if generative and requested == "rerank" and task == "generate":
+        raise UsageError(
+            f"{source} is a generative model ({name}): no file says how it scores a query and a document",
+            "if it is a reranker, use a revision with `modules.json`, or write the files as docs/serve.md shows",
+        )
     requires, made_for = _MADE_FOR[requested], _MADE_FOR[task]
     if task == "classify":
         made_for += f" with {len(labels(config))} labels"

@@ -21,6 +21,7 @@ from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
@@ -119,6 +120,8 @@ def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) ->
         served.normalized = config.normalize and config.truncate_dim is None
     else:
         served.activation = config.scores
+    if isinstance(config, RerankConfig) and config.template is not None:
+        served.takes_instruction = config.template.takes_instruction
     if isinstance(config, ClassifyConfig):
         served.labels = config.labels
     return served

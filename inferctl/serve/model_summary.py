@@ -10,8 +10,9 @@ from inferctl.config.spec import Task
 from inferctl.serve import architecture, task_config
 from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.modules import Dense, read_object
+from inferctl.serve.modules import Dense, LogitScore, read_object
 from inferctl.serve.outputs import FORMS
+from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 
 
@@ -38,11 +39,16 @@ def read(task: Task, folder: Path) -> dict[str, Any]:
 
 def of_config(config: TaskConfig) -> dict[str, Any]:
     """Return what `GET /info` says of the configuration of a model folder, under `model`."""
-    found = {
+    found: dict[str, Any] = {
         "max_tokens": config.max_tokens,
         "pooling": "+".join(config.pooling) or None,
         "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
     }
+    if isinstance(config, RerankConfig):
+        scored = next((asdict(layer) for layer in config.layers if isinstance(layer, LogitScore)), None)
+        template = config.template
+        found |= {"logit_score": scored, "template": template is not None}
+        found["takes_instruction"] = template is not None and template.takes_instruction
     if not isinstance(config, EmbeddingConfig):
         labels = {"labels": config.labels} if isinstance(config, ClassifyConfig) else {}
         return found | {"activation": config.activation, **labels}
@@ -62,13 +68,17 @@ def line(found: dict[str, Any]) -> str:
     parts = ["static embeddings"] if found.get("static") else []
     if (trained := list(found.get("trained_outputs", ("dense",)))) != ["dense"]:
         parts.append(f"outputs {', '.join(trained)}")
-    if found.get("pooling"):
+    if found.get("pooling") and not found.get("logit_score"):
         parts.append(f"{found['pooling']} pooling" + (" (assumed)" if found.get("pooling_assumed") else ""))
     parts += [f"dense {layer['in_features']} to {layer['out_features']}" for layer in found.get("dense", ())]
     if "normalize" in found and found.get("pooling"):
         parts.append("normalized" if found["normalize"] else "not normalized")
     if found.get("truncate_dim"):
         parts.append(f"{found['truncate_dim']} dimensions")
+    if found.get("template"):
+        parts.append("pairs in its chat template" + ", with an instruction" * found["takes_instruction"])
+    if found.get("logit_score"):
+        parts.append("logits of the last token")
     if "activation" in found:
         labels = f" of {len(found['labels'])} labels" if "labels" in found else ""
         parts.append(f"scores{labels} by {found['activation']}")

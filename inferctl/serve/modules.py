@@ -63,6 +63,7 @@ _OUTPUTS = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
     "fill-mask": ("logits", "token_embeddings"),
     "sequence-classification": ("logits", "scores"),
+    "text-generation": ("logits", "causal_logits"),
 }
 # The class of sentence-transformers for each task. It would replace the modules that another class saved.
 _CLASSES = {"embed": "SentenceTransformer", "rerank": "CrossEncoder", "classify": "CrossEncoder"}
@@ -103,7 +104,15 @@ class Normalize:
     """Division by the L2 norm."""
 
 
-Layer: TypeAlias = Dense | LayerNorm | Normalize
+@dataclass(frozen=True)
+class LogitScore:
+    """The logit of one token as the next one, less that of another one if there is one. Both are ids."""
+
+    true_token: int
+    false_token: int | None
+
+
+Layer: TypeAlias = Dense | LayerNorm | Normalize | LogitScore
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,8 @@ def read(folder: Path, task: Task) -> Modules | None:
     Raises `UsageError` for what `task` does not compute: other modules, and other settings of modules.
     """
     if not (folder / "modules.json").is_file():
-        _refuse_chat_template(folder)
+        if task != "rerank":  # which renders pairs (`pair_template`)
+            _refuse_chat_template(folder)
         return None
     if (saved := library_settings(folder).get("model_type", "SentenceTransformer")) != _CLASSES[task]:
         raise UsageError(
@@ -141,9 +151,14 @@ def read(folder: Path, task: Task) -> Modules | None:
         layers = tuple(read_layer(folder, name, path) for name, path in entries[1:])
         return Modules(("mean",), layers=layers, static=first[1])
     alone = task != "embed" and len(entries) == 1
-    check_transformer(folder, first, "sequence-classification" if alone else "feature-extraction")
+    wanted = "sequence-classification" if alone else "feature-extraction"
+    if task == "rerank" and names[1:2] == ["LogitScore"]:
+        wanted = "text-generation"
+    check_transformer(folder, first, wanted, task=task)
     if alone:
         return None
+    if task == "rerank" and names[1:] == ["LogitScore"]:
+        return Modules(("last",), layers=(_logit_score(folder, entries[1][1]),))
     if names[1:2] != ["Pooling"]:
         found = f"no Pooling module after Transformer, but {names[1]}" if names[1:] else "no Pooling module"
         raise UsageError(f"{folder} has {found}: its vectors are those of tokens", _HINT)
@@ -205,7 +220,11 @@ def listed_modules(folder: Path, packages: Collection[str] = (_PACKAGE,)) -> lis
 
 
 def check_transformer(
-    folder: Path, entry: tuple[str, str], wanted: str = "feature-extraction", known: Collection[str] = ()
+    folder: Path,
+    entry: tuple[str, str],
+    wanted: str = "feature-extraction",
+    known: Collection[str] = (),
+    task: Task = "embed",
 ) -> None:
     """Raise `UsageError` unless a first module is a Transformer in the folder itself that returns what is `wanted`.
 
@@ -224,16 +243,17 @@ def check_transformer(
     settings = transformer_settings(folder)
     if (found := settings.get("transformer_task", default)) != wanted:
         raise UsageError(f"the transformer of {folder} is made for {found}, not for {wanted}", "use another model")
-    if changed := sorted(set(_changes(settings)).difference(known)):
+    if changed := sorted(set(_changes(settings, task)).difference(known)):
         raise UsageError(
             f"{folder} sets {', '.join(changed)} in the settings of its Transformer module, which is not supported",
             "write these settings into config.json and the files of the tokenizer, and remove them there",
         )
-    if "message" in (settings.get("modality_config") or {}):
+    modality = "message" if task == "rerank" and "message" in (settings.get("modality_config") or {}) else "text"
+    if modality == "text" and "message" in (settings.get("modality_config") or {}):
         raise UsageError(
             f"{folder} renders each text with a chat template, which is not supported", "use a model for plain text"
         )
-    method = (settings.get("modality_config") or {}).get("text") or {}
+    method = (settings.get("modality_config") or {}).get(modality) or {}
     taken, name = _OUTPUTS[wanted]
     if (method.get("method", "forward"), method.get("method_output_name", taken)) != ("forward", taken):
         raise UsageError(f"{folder} takes {method} of its transformer, which is not supported", "use another model")
@@ -241,12 +261,14 @@ def check_transformer(
         raise UsageError(f"the transformer of {folder} returns {output}, not {name}", "use another model")
 
 
-def _changes(settings: dict[str, Any]) -> Iterator[str]:
+def _changes(settings: dict[str, Any], task: Task) -> Iterator[str]:
     """Yield the settings of Transformer that change what is computed, and that the server does not read."""
     yield from (name for name, value in settings.items() if value is not None and name not in {*_SETTINGS, *_KWARGS})
     for name in _KWARGS:
         found = settings.get(name) or {}
-        kinds = found.values() if name == "processing_kwargs" else [found]  # by modality, and `common`
+        kinds = [found]
+        if name == "processing_kwargs":  # by modality, and `common`; those of the template are read for pairs
+            kinds = [values for kind, values in found.items() if (kind, task) != ("chat_template", "rerank")]
         for values in kinds:
             yield from (f"{name}.{key}" for key in (values or {}) if key not in _HARMLESS)
 
@@ -316,6 +338,16 @@ def read_layer(folder: Path, name: str, path: str) -> Layer:
             f"{folder / path / 'config.json'} has no sizes of a {name} module", "download the model again"
         ) from None
     raise UsageError(f"{folder} has a {name} module, which is not supported", _HINT)
+
+
+def _logit_score(folder: Path, path: str) -> LogitScore:
+    settings = settings_of(folder, path)
+    true, false = settings.get("true_token_id"), settings.get("false_token_id")
+    if type(true) is not int or not isinstance(false, int | None):
+        raise UsageError(f"{folder / path / 'config.json'} has no ids of tokens", "download the model again")
+    if (source := settings.get("module_input_name", "causal_logits")) != "causal_logits":
+        raise UsageError(f"the LogitScore module of {folder} reads {source}, not causal_logits", "use another model")
+    return LogitScore(true, false)
 
 
 def _activation(folder: Path, settings: dict[str, Any]) -> str:

@@ -1,4 +1,6 @@
-"""The configuration of a cross-encoder: longest input, and how logits become scores. Read without torch.
+"""The configuration of a reranker: how pairs become text, longest input, and how logits become scores.
+
+Read without torch.
 
 The formats are those of transformers' `config.json` and of the files that `CrossEncoder` of sentence-transformers
 writes: `sentence_transformers.activation_fn` (before version 4 `sbert_ce_default_activation_function`) in `config.json`
@@ -16,10 +18,11 @@ import numpy as np
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.serve import modules
+from inferctl.serve import modules, pair_template
 from inferctl.serve.embedding_config import input_settings
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.modules import Dense, Layer, PoolingMode, read_object
+from inferctl.serve.modules import Dense, Layer, LogitScore, PoolingMode, read_object
+from inferctl.serve.pair_template import PairTemplate
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
@@ -37,11 +40,12 @@ _ACTIVATIONS: dict[str, Callable[[Vectors], Vectors]] = {
 
 @dataclass(frozen=True)
 class RerankConfig:
-    """How a cross-encoder scores a pair of texts.
+    """How a reranker scores a pair of texts.
 
-    `max_tokens`: of a pair, with its special tokens. The default of `prompts` precedes the first text. `activation` is
-    the name of a class of torch: Sigmoid, Identity or Tanh. `pooling` and `layers` are those of `EmbeddingConfig`; the
-    last layer returns the logits. They are empty if the model of transformers has the head.
+    `max_tokens`: of a pair, with its special tokens. `template` makes one text of a pair; without one, the tokenizer
+    joins the texts. The default of `prompts` is the instruction for the template, else it precedes the first text.
+    `activation` is the name of a class of torch: Sigmoid, Identity or Tanh. `pooling` and `layers` are those of
+    `EmbeddingConfig`; the last layer returns the logits. They are empty if the model of transformers has the head.
     """
 
     task: ClassVar[Task] = "rerank"
@@ -53,6 +57,7 @@ class RerankConfig:
     layers: tuple[Layer, ...] = ()
     prompts: Prompts = NO_PROMPTS
     lower_case: bool = False
+    template: PairTemplate | None = None
 
     def scores(self, logits: Vectors) -> Vectors:
         """Return the scores (float32, same shape) for the logits that an engine returns ([pairs, 1])."""
@@ -70,11 +75,11 @@ def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
             f"the activation {name} of {folder} is not supported", f"use a model with {', '.join(_ACTIVATIONS)}"
         )
     pooled = found is None or found.include_prompt
-    settings = input_settings(folder, max_input_tokens, pooled=pooled)
+    settings = input_settings(folder, max_input_tokens, pooled=pooled) | {"template": pair_template.read(folder)}
     if found is None:
         return RerankConfig(activation, **settings)
     *_, last = found.layers
-    if not isinstance(last, Dense) or last.out_features != 1:
+    if not isinstance(last, LogitScore) and not (isinstance(last, Dense) and last.out_features == 1):
         raise UsageError(f"{folder} returns several scores for a pair", "use a cross-encoder with one score")
     return RerankConfig(activation, pooling=found.pooling, layers=found.layers, **settings)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from inferctl.serve.engine_process.engine_protocol import Tokens
+
 # Long requests are tokenized in slices of about this many characters, so that they take turns on the threads.
 _SLICE_CHARACTERS = 250_000
 
@@ -29,6 +33,13 @@ def slices(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
             start, characters = index, 0
         characters += size
     yield start, len(sizes)
+
+
+def common_end(one: Tokens, two: Tokens) -> Tokens:
+    """Return the longest end that both have."""
+    shortest = min(len(one), len(two))
+    same = one[::-1][:shortest] == two[::-1][:shortest]
+    return one[len(one) - (shortest if same.all() else int(np.argmin(same))) :]
 
 
 def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:

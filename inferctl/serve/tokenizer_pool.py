@@ -26,9 +26,11 @@ from inferctl.core.errors import UsageError
 from inferctl.serve import tokenizer_files, word_piece
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.private_tokens import PrivateTokens
+from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.text_parts import head_of, longest_first, slices
+from inferctl.serve.text_parts import common_end, head_of, longest_first, slices
 from inferctl.serve.word_piece import TokenizedText, is_panic
 
 log = logging.getLogger("inferctl.tokenizer")
@@ -58,6 +60,8 @@ _WARM_UP_TIMEOUT_S = 60.0
 Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
+# Tokens that a template and a query must leave for a document: those of the texts that `_rendered_pairs` cuts with.
+TEMPLATE_ROOM = 8
 T = TypeVar("T")
 _version = cache(metadata.version)  # it searches the folders of all packages
 
@@ -107,6 +111,7 @@ class TokenizerPool:
 
         `on_truncated` gets the number of truncated inputs of each request that has some, on any thread.
         """
+        self.private: PrivateTokens | None = None  # of a template, which renders pairs as one text
         self._static = config.static if isinstance(config, EmbeddingConfig) else None
         self._file, self._config = folder / (self._static or "") / "tokenizer.json", config
         self._on_truncated = on_truncated
@@ -119,6 +124,7 @@ class TokenizerPool:
                 f"write a folder that has one: `inferctl convert {folder} NEW_FOLDER`",
             )
         self._has_segments = returns_segments(folder)
+        template = config.template if isinstance(config, RerankConfig) else None
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
@@ -137,28 +143,35 @@ class TokenizerPool:
             self.max_tokens = min(self.max_tokens, cut.get("max_length", self.max_tokens))
         else:
             tokenizer_files.refuse_code(folder)
-        self._eos = tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
+        self._eos = None if template else tokenizer_files.missing_eos(folder, tokenizer, config.pooling)
         if self._eos is not None and config.takes_pairs:
             raise UsageError(
                 f"{folder} asks for a token after each pair (add_eos_token), which is not supported",
                 "use another model",
             )
-        special = tokenizer.num_special_tokens_to_add(config.takes_pairs) + (self._eos is not None)
-        if self.max_tokens <= special:
-            raise UsageError(
-                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special: no text fits",
-                "raise `serve.max_input_tokens`, or the limit in the files of the model",
-            )
-        self._local.tokenizer = self._prepared(tokenizer)
-        self._word_piece, self._reason = word_piece.create(self.own_tokenizer(), self._encode_slowly)
-        if self._markers:
-            self._word_piece, self._reason = None, "tokens that precede queries and documents are added to it"
         # All ids are below it. Those of added tokens can have gaps before them.
         self.vocabulary_size = max(
             tokenizer.get_vocab_size(with_added_tokens=True),
             *(1 + id for id in tokenizer.get_added_tokens_decoder()),
             0,
         )
+        if template is not None:
+            self.private = PrivateTokens(self._file, template)
+            tokenizer = self._load()
+            self.private.prepare(tokenizer)
+        special = tokenizer.num_special_tokens_to_add(config.takes_pairs) + (self._eos is not None)
+        if self.private is not None:
+            special = len(tokenizer.encode(self.private.template.render("", "", self._prompt))) + TEMPLATE_ROOM
+        if self.max_tokens <= special:
+            raise UsageError(
+                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special or of the template: "
+                "no text fits",
+                "raise `serve.max_input_tokens`, or the limit in the files of the model",
+            )
+        self._local.tokenizer = self._prepared(tokenizer)
+        self._word_piece, self._reason = word_piece.create(self.own_tokenizer(), self._encode_slowly)
+        if self._markers:
+            self._word_piece, self._reason = None, "tokens that precede queries and documents are added to it"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -190,7 +203,7 @@ class TokenizerPool:
 
     def warm(self) -> None:
         """Start to load each thread's tokenizer, so that no request waits for it and memory use does not grow later."""
-        if self._config.takes_pairs:
+        if self._config.takes_pairs and self.private is None:
             self._pair_format  # noqa: B018  # else a thread of nanotoken would load tokenizers for it
         if self._word_piece is not None:
             return
@@ -241,19 +254,26 @@ class TokenizerPool:
         truncate: bool,
         tenant: str | None = None,
         most: int | None = None,
+        prompt: str | None = None,
     ) -> list[Pair]:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
 
-        `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count. Pairs are truncated to `max_tokens` as by
-        transformers (`longest_first`): first the longer text, then both. If both are so long that only their heads are
-        tokenized, the head with more tokens counts as the longer text. Raises `InputError` as `encode` does.
+        `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count.
+        `prompt`: the instruction for a template; None is the default of the model. Pairs are truncated to `max_tokens`
+        as by transformers (`longest_first`): first the longer text, then both. If both are so long that only their
+        heads are tokenized, the head with more tokens counts as the longer text. With a template, only the document is
+        truncated. Raises `InputError` as `encode` does, and for a query that leaves no room in the template.
         """
-        queries = _listed(query)
-        size = sum(map(len, [*queries, *documents])) + len(queries) * len(self._prompt)
-        if self._is_small(size, len(queries) + len(documents)):
-            return self.encode_pairs_now(query, documents, truncate=truncate, most=most)
-        firsts = [0] * len(documents) if isinstance(query, str) else map(len, query)
+        queries, prompt = _listed(query), self._prompt if prompt is None else prompt
+        repeated = isinstance(query, str) and self.private is None  # else each pair has the query in its text
+        more = len(prompt) + (len(self.private.template.source) if self.private else 0)
+        firsts = [0] * len(documents) if repeated else [more + len(text) for text in queries]
+        if isinstance(query, str) and not repeated:
+            firsts *= len(documents)
         sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
+        size = sum(sizes) + (len(prompt) + len(queries[0]) if repeated else 0)
+        if self._is_small(size, len(queries) + len(documents)):
+            return self.encode_pairs_now(query, documents, truncate=truncate, most=most, prompt=prompt)
         calls = [
             partial(
                 self.encode_pairs_now,
@@ -262,6 +282,7 @@ class TokenizerPool:
                 truncate=truncate,
                 first=i,
                 most=most,
+                prompt=prompt,
             )
             for i, j in slices(sizes)
         ]
@@ -309,11 +330,16 @@ class TokenizerPool:
         truncate: bool,
         first: int = 0,
         most: int | None = None,
+        prompt: str | None = None,
     ) -> list[Pair]:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
+        prompt = self._prompt if prompt is None else prompt
+        if self.private is not None:
+            shortened = documents if most is None else [self._first_tokens(text, most) for text in documents]
+            return self._rendered_pairs(self.private, query, shortened, prompt, truncate, first)
         before, between, after, has_segments = self._pair_format
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
-        queries = self._encodings(_listed(query), "query", self._prompt, first, add_special_tokens=False)
+        queries = self._encodings(_listed(query), "query", prompt, first, add_special_tokens=False)
         firsts = list(queries)
         if isinstance(query, str):
             firsts *= len(documents)
@@ -365,6 +391,53 @@ class TokenizerPool:
             + [Token(id, tokenizer.id_to_token(id) or "", True, None, None) for id in eos]
             for text, each in zip(texts, found, strict=True)
         ]
+
+    def _first_tokens(self, text: str, count: int) -> str:
+        """Return a text up to the end of its first `count` tokens."""
+        head = head_of(text, max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * count))
+        with self._truncation(None) as tokenizer:
+            (found,) = _guarded(partial(tokenizer.encode_batch, [head], add_special_tokens=False))
+        return text if len(found) <= count and head == text else text[: found.offsets[:count][-1][1]]
+
+    def _rendered_pairs(
+        self,
+        private: PrivateTokens,
+        query: str | Sequence[str],
+        documents: Sequence[str],
+        instruction: str,
+        truncate: bool,
+        first: int,
+    ) -> list[Pair]:
+        """Return the pairs in the text that the template makes of them. Of a long one, the end of its document is cut.
+
+        As in sentence-transformers, what follows the document is tokenized on its own if it is cut.
+        """
+        render = private.template.render
+        # First without documents, because each text repeats the query.
+        without = [render(text, "", instruction) for text in _listed(query)]
+        sizes = self._encodings(without, "query", "", first, add_special_tokens=False)
+        for index, (_, size) in enumerate(sizes, first):
+            if size + TEMPLATE_ROOM > self.max_tokens:
+                message = f"leaves no room for a document: the model accepts {self.max_tokens} tokens of both"
+                only_query = isinstance(query, str)
+                raise InputError(None if only_query else index, "context_length_exceeded", message, "query")
+        queries = [query] * len(documents) if isinstance(query, str) else query
+        texts = [render(text, document, instruction) for text, document in zip(queries, documents, strict=True)]
+        pairs, truncated = [], 0
+        ends: dict[str, Tokens] = {}
+        found = self._encodings(texts, "documents", "", first, add_special_tokens=False)
+        for index, (text, (ids, size)) in enumerate(zip(queries, found, strict=True), first):
+            if size > len(ids):
+                self._allow_truncation(index, truncate, "documents")
+                truncated += 1
+                if text not in ends:
+                    short = [render(text, document, instruction) for document in ("0", "1 2 3 4")]
+                    ends[text] = common_end(*(row.ids for row in self._encode(short, add_special_tokens=False)))
+                ids = np.concatenate((ids[: len(ids) - len(ends[text])], ends[text]))
+            pairs.append((private.public(_not_empty(ids, index, "documents")), len(ids)))
+        if truncated:
+            self._on_truncated(truncated)
+        return pairs
 
     def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool, left: bool = False) -> list[Tokens]:
         """Return token ids as arrays of at most `max_tokens`. Raises `InputError` unless `truncate`."""
@@ -512,7 +585,8 @@ class TokenizerPool:
 
     def _load(self) -> Tokenizer:
         try:
-            tokenizer = Tokenizer.from_file(str(self._file))
+            private = self.private
+            tokenizer = Tokenizer.from_file(str(self._file)) if private is None else Tokenizer.from_str(private.content)
         except Exception as error:  # noqa: BLE001  # the library raises bare Exception
             raise UsageError(
                 f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"

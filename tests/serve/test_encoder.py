@@ -87,7 +87,7 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
 
     layout = packed.layout
 
-    def leaking(lengths: list[int], *arguments: Any) -> Any:
+    def leaking(lengths: list[int], *arguments: Any, **_: Any) -> Any:
         return layout([sum(lengths)], *arguments)
 
     monkeypatch.setattr(packed, "layout", leaking)

@@ -148,6 +148,33 @@ def test_packed_attention_equals_attention_per_sequence(
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (20, 0.5), (None, 1.0)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
+    precision: str, kv_heads: int, window: int | None, softcap: float | None
+) -> None:
+    import torch
+
+    from inferctl.serve.engines import packed
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.manual_seed(5)
+    rows = [torch.randn(1, heads, 19 + sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads)]
+
+    def attend(rows: list[Any], lengths: list[int], *, shared: bool) -> Any:
+        options = {"layout": packed.layout(lengths, dtype, shared=shared), "softcap": softcap}
+        return packed.attention(Module(True), *rows, None, sliding_window=window, **options)[0][0]
+
+    got = attend(rows, [19, *LENGTHS], shared=True)
+    start, *parts = zip(*(t.split([19, *LENGTHS], dim=2) for t in rows), strict=True)
+    whole = [torch.cat([torch.cat((start[i], part[i]), dim=2) for part in parts], dim=2) for i in range(3)]
+    alone = attend(whole, [19 + n for n in LENGTHS], shared=False).split([19 + n for n in LENGTHS])
+    expected = torch.cat([alone[0][:19], *(part[19:] for part in alone)])
+    tolerance = 0.03 if precision == "bf16" else 1e-5
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_long_sequences_are_not_padded() -> None:
     import torch
 

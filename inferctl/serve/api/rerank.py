@@ -100,7 +100,7 @@ class ScoreEndpoint:
         """Respond to one request. Raises `ApiError`, which the edge sends."""
         inference = self.inference
         context, request = await inference.receive(scope, receive, partial(inference.parse, ScoreRequest))
-        scores = await _scores(inference, scope, *request.pairs, request.truncate)
+        scores = await _scores(inference, scope, *request.pairs, request.truncate, instruction=request.instruction)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
         await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
@@ -116,8 +116,8 @@ async def _rerank(
 
 async def _results(inference: Inference, scope: Scope, request: RerankRequest) -> list[dict[str, Any]]:
     """Return the index and the score of the most relevant documents."""
-    most = request.max_tokens_per_doc
-    scores = await _scores(inference, scope, request.query, request.texts, request.truncate, most)
+    options = {"most": request.max_tokens_per_doc, "instruction": request.instruction}
+    scores = await _scores(inference, scope, request.query, request.texts, request.truncate, **options)
     return [{"index": index, "relevance_score": float(scores[index])} for index in _order(scores)[: request.top_n]]
 
 
@@ -132,10 +132,10 @@ async def _scores(
     first: str | list[str],
     second: list[str],
     truncate: bool | None,
-    most: int | None = None,
+    **options: Any,
 ) -> Vectors:
     """Return the score of each pair: float32, [pairs]. `first`: one text, or as many as `second`."""
-    logits = await _logits(inference, scope, first, second, truncate, most)
+    logits = await _logits(inference, scope, first, second, truncate, **options)
     return logits if inference.model.task == "embed" else inference.model.activation(logits)
 
 
@@ -146,6 +146,7 @@ async def _logits(
     second: list[str],
     truncate: bool | None,
     most: int | None = None,
+    instruction: str | None = None,
 ) -> Vectors:
     """Return the logit of each pair: float32, [pairs]. `most`: tokens of a second text.
 
@@ -153,6 +154,7 @@ async def _logits(
     """
     tenant = context_of(scope).tenant
     allowed = inference.model.truncate if truncate is None else truncate
+    inference.model.check_instruction(instruction)
     if inference.model.task == "embed":
         assert isinstance(first, str)
         return await outputs.max_similarities(
@@ -160,7 +162,8 @@ async def _logits(
         )
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
-        pairs = await inference.tokenizer.encode_pairs(first, second, truncate=allowed, tenant=tenant, most=most)
+        encode = partial(inference.tokenizer.encode_pairs, truncate=allowed, tenant=tenant)
+        pairs = await encode(first, second, most=most, prompt=instruction)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run_equal(scope, tokenize)

@@ -22,6 +22,10 @@ _TRUNCATE = Field(
     None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
 )
 
+_INSTRUCTION = Field(
+    None, description="What makes a document relevant, for a language model that reads it. Default: that of the model."
+)
+
 
 class Document(BaseModel):
     """A document to rank. Other fields are ignored."""
@@ -45,6 +49,7 @@ class RerankRequest(ModelRequest):
     max_tokens_per_doc: Count | None = Field(
         None, description="Truncate each document to this many tokens, before pairs are truncated to the model's limit."
     )
+    instruction: Text | None = _INSTRUCTION
 
     @property
     def texts(self) -> list[str]:
@@ -70,6 +75,7 @@ class VoyageRerankRequest(ModelRequest):
             top_n=self.top_k,
             return_documents=self.return_documents,
             truncate=self.truncation,
+            instruction=None,
         )
 
 
@@ -96,6 +102,7 @@ class ScoreRequest(ModelRequest):
     text_1: Text | _Texts = Field(description="A text, or a list of texts.")
     text_2: Text | _Texts = Field(description="A text, or a list of as many texts as `text_1` has.")
     truncate: StrictBool | None = _TRUNCATE
+    instruction: Text | None = _INSTRUCTION
 
     @model_validator(mode="after")
     def _same_length(self) -> Self:

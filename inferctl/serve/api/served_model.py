@@ -26,8 +26,8 @@ class ServedModel:
 
     `outputs`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
 
-    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `dimensions` and
-    `vocabulary_size` are 0 until an engine is ready.
+    `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
+    reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ServedModel:
     activation: Callable[[Vectors], Vectors] = lambda logits: logits
     labels: tuple[str, ...] = ()
     prompts: Prompts = NO_PROMPTS
+    takes_instruction: bool = False
     normalized: bool = True
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     text_options: Callable[[Role], dict[str, Any]] = lambda _: {}
@@ -68,6 +69,12 @@ class ServedModel:
         except UsageError as error:
             param = "prompt" if prompt is not None else "input_type" if name is None else "prompt_name"
             raise ApiError(400, f"{error.message}; {error.hint}", code="invalid_prompt", param=param) from None
+
+    def check_instruction(self, instruction: str | None) -> None:
+        """Raise `ApiError` 400 if a request has an instruction, and the model reads none."""
+        if instruction is not None and not self.takes_instruction:
+            message = f"the model {self.name!r} reads no instruction; remove `instruction`"
+            raise ApiError(400, message, code="invalid_prompt", param="instruction")
 
     def dimensions_for(self, wanted: int | None) -> int | None:
         """Return to how many dimensions vectors are truncated; None for full vectors.

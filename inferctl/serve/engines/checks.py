@@ -62,8 +62,9 @@ class Checks:
                     each = zip(self.texts.ids, self.texts.marks, strict=True)
                     self.expected = [pack(form_of(number), loaded.outputs(ids, number)) for ids, number in each]
         else:
-            # Some texts are paired with themselves, so that not all scores are low.
-            inputs = pool.encode_pairs_now(_TEXTS + _TEXTS[:4], _TEXTS[::-1] + _TEXTS[:4], truncate=True)
+            # Some texts are paired with themselves, so that not all scores are low. A template needs a short query.
+            queries = _TEXTS + _TEXTS[:4] if pool.private is None else _TEXTS[:1] * 12
+            inputs = pool.encode_pairs_now(queries, _TEXTS[::-1] + _TEXTS[:4], truncate=True)
             if config.takes_texts:
                 inputs += [(ids, len(ids)) for ids in pool.encode_now(_TEXTS, truncate=True)]
             self.texts = Sequences.of_pairs(inputs)

@@ -24,6 +24,8 @@ from inferctl.serve.tokenizer_pool import Pair
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 
+# The fewest tokens that sequences of a batch must have in common at their start, so that these are computed once.
+_MIN_SHARED = 16
 # The largest share of padding in a padded sub-batch.
 _MAX_PADDING = 0.15
 
@@ -205,17 +207,29 @@ class Forward:
         return join_rows(rows)
 
     def _run_packed(self, sequences: Sequences) -> torch.Tensor:
-        hidden = self._packed_states(sequences)
-        rows = pool(hidden, self._to_device(np.array(sequences.lengths)), self._pooling)
+        shared = self._shared(sequences)
+        lengths = [n - shared for n in sequences.lengths]
+        counts = self._to_device(np.array([shared, *lengths] if shared else lengths))
+        rows = pool(self._packed_states(sequences, shared), counts, self._pooling)[1 if shared else 0 :]
         return rows if self._head is None else self._head(rows)
 
-    def _packed_states(self, sequences: Sequences) -> torch.Tensor:
-        """Return the states of all tokens, concatenated: [tokens, width]."""
-        lengths = sequences.lengths
+    def _packed_states(self, sequences: Sequences, shared: int = 0) -> torch.Tensor:
+        """Return the states of all tokens, concatenated: [tokens, width].
+
+        The first `shared` tokens of all sequences are equal, and computed once: their states precede those of the rest.
+        """
+        lengths, parts = [n - shared for n in sequences.lengths], [ids[shared:] for ids in sequences.ids]
+        places = [np.arange(shared, shared + n) for n in lengths]
+        if shared:  # the common start is a sequence of its own
+            lengths, parts, places = (
+                [shared, *lengths],
+                [sequences.ids[0][:shared], *parts],
+                [np.arange(shared), *places],
+            )
         total = sum(lengths)
         padding = np.zeros(onednn.round_up_rows(total) - total if self._uses_onednn else 0, dtype=np.int64)
-        within = np.concatenate([*(np.arange(n) for n in lengths), padding])
-        ids = np.concatenate([*sequences.ids, padding + self._padding_id], dtype=np.int64)
+        within = np.concatenate([*places, padding])
+        ids = np.concatenate([*parts, padding + self._padding_id], dtype=np.int64)
         if self._first_position and (ids[:total] == self._first_position - 1).any():
             within = _places_without(ids == self._first_position - 1, within)
         inputs = {"input_ids": ids, "position_ids": within + self._first_position}
@@ -224,11 +238,24 @@ class Forward:
         layout = (
             packed.varlen_layout(lengths, self._device)
             if self._varlen
-            else packed.layout(lengths, self._dtype, len(padding))
+            else packed.layout(lengths, self._dtype, len(padding), shared=shared > 0)
         )
         on_device = {name: self._to_device(values)[None] for name, values in inputs.items()}
         hidden: torch.Tensor = self._encoder(**on_device, layout=layout).last_hidden_state[0, :total]
         return hidden
+
+    def _shared(self, sequences: Sequences) -> int:
+        """Return how many tokens at the start of all sequences are equal, if they can be computed once.
+
+        No token may attend to those after it, and only the last one of each sequence may be used.
+        """
+        if not self.causal or self._pooling != ("last",) or self._varlen or self._has_segments or len(sequences) < 2:
+            return 0
+        count = min(sequences.lengths) - 1
+        for ids in sequences.ids[1:]:
+            differ = np.flatnonzero(ids[:count] != sequences.ids[0][:count])
+            count = int(differ[0]) if len(differ) else count
+        return count if count >= _MIN_SHARED else 0
 
     def _run_padded(self, sequences: Sequences) -> torch.Tensor:
         if self._head is None:

@@ -34,7 +34,8 @@ class Layout:
     With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. Otherwise
     `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
     attention. The mask ([sequences, 1, 1, length], 0 or minus infinity) is None without padding. If attention is
-    padded, `spread[i]` is the packed row of padded row i, and `collect[i]` the padded row of packed row i.
+    padded, `spread[i]` is the packed row of padded row i, and `collect[i]` the padded row of packed row i. `shared`: the
+    tokens of the first sequence, if it is the start of all others, which attend to it too.
 
     `mask`: instead of all that, the sequences are not packed but padded to the same length.
     """
@@ -42,6 +43,7 @@ class Layout:
     offsets: torch.Tensor | None = None
     longest: int = 0
     groups: list[tuple[int, int, int, torch.Tensor | None]] = field(default_factory=list)
+    shared: int = 0
     spread: torch.Tensor | None = None
     collect: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -60,31 +62,33 @@ def padded_layout(attended: torch.Tensor, dtype: torch.dtype) -> Layout:
     return Layout(mask=mask.masked_fill_(~attended, float("-inf"))[:, None, None])
 
 
-def layout(lengths: list[int], dtype: torch.dtype, padding_rows: int = 0) -> Layout:
+def layout(lengths: list[int], dtype: torch.dtype, padding_rows: int = 0, *, shared: bool = False) -> Layout:
     """Return the layout of sequences concatenated in this order, on a CPU. Equal lengths should be adjacent.
 
-    `padding_rows` rows follow the sequences. In bf16 attention is padded, because that is faster.
+    `padding_rows` rows follow the sequences. `shared`: whether the first one is the start of the others. In bf16
+    attention is padded, because that is faster.
     """
     actual = np.array(lengths)
     bucketed = dtype == torch.bfloat16 and max(lengths) <= _MAX_BUCKET_LENGTH
     padded = -(-actual // _BUCKET_STEP) * _BUCKET_STEP if bucketed else actual
     firsts = np.cumsum(padded) - padded
     groups, index = [], 0
-    for length, group in groupby(padded.tolist()):
+    for (_, length), group in groupby((shared and at == 0, length) for at, length in enumerate(padded.tolist())):
         for count in _powers_of_two(sum(1 for _ in group)):
             hidden = torch.arange(length) >= torch.from_numpy(actual[index : index + count, None])
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
             groups.append((int(firsts[index]), count, length, mask if bool(hidden.any()) else None))
             index += count
+    first = lengths[0] if shared else 0
     if not bucketed:
-        return Layout(groups=groups)
+        return Layout(groups=groups, shared=first)
     starts = np.cumsum(actual) - actual
     within = np.arange(padded.sum()) - np.repeat(firsts, padded)
     # Padding reads the first token of its sequence. The mask hides it.
     spread = np.repeat(starts, padded) + np.where(within < np.repeat(actual, padded), within, 0)
     collect = np.zeros(actual.sum() + padding_rows, dtype=np.int64)  # the values of padding rows are not used
     collect[: actual.sum()] = np.arange(actual.sum()) + np.repeat(firsts - starts, actual)
-    return Layout(groups=groups, spread=torch.from_numpy(spread), collect=torch.from_numpy(collect))
+    return Layout(groups=groups, shared=first, spread=torch.from_numpy(spread), collect=torch.from_numpy(collect))
 
 
 def _powers_of_two(count: int) -> list[int]:
@@ -145,6 +149,10 @@ def attention(
     for first, count, length, mask in layout.groups:
         rows = slice(first, first + count * length)
         a, b, c = (t[rows].view(count, length, -1, size).transpose(1, 2) for t in (q, k, v))
+        if layout.shared and first:
+            start = (t[: layout.shared].view(1, layout.shared, -1, size).transpose(1, 2) for t in (k, v))
+            b, c = (torch.cat((s.expand(count, -1, -1, -1), t), dim=2) for s, t in zip(start, (b, c), strict=True))
+            mask = None if mask is None else torch.nn.functional.pad(mask, (layout.shared, 0))
         result = _attend(a, b, c, mask, scaling, causal, sliding_window, softcap)
         out[rows].view(count, length, -1, size).copy_(result.transpose(1, 2))
     if layout.collect is not None:
@@ -162,13 +170,16 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Return the attention of sequences of equal length: [sequences, heads, length, size]."""
-    length, size = q.shape[2:]
-    grouped, windowed = q.shape[1] != k.shape[1], window is not None and length > window
-    if windowed or (causal and (mask is not None or softcap is not None)):
-        places = torch.arange(length, device=q.device)
-        distance = places[:, None] - places
-        reach = window if windowed and window is not None else length
+    """Return the attention of sequences of equal length: [sequences, heads, length, size].
+
+    The queries are the last tokens of their sequences, which can have more keys.
+    """
+    (length, size), keys = q.shape[2:], k.shape[2]
+    grouped, windowed = q.shape[1] != k.shape[1], window is not None and keys > window
+    if windowed or (causal and (mask is not None or softcap is not None or keys > length)):
+        places = torch.arange(keys, device=q.device)
+        distance = places[keys - length :, None] - places
+        reach = window if windowed and window is not None else keys
         hidden = (distance >= reach) | (distance < 0 if causal else distance <= -reach)
         mask = (torch.zeros(1, dtype=q.dtype, device=q.device) if mask is None else mask).masked_fill(
             hidden, float("-inf")

@@ -18,7 +18,7 @@ from inferctl.serve import architecture
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
-from inferctl.serve.modules import Dense, Layer, LayerNorm, PoolingMode, read_object
+from inferctl.serve.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode, read_object
 from inferctl.serve.outputs import Form, Outputs, SparseConfig, attended_of, form_of
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
@@ -33,7 +33,8 @@ def load_model(
 ) -> Any:
     """Return the encoder of a model folder, or for other tasks the whole model with its head, in evaluation mode.
 
-    With a `config` of sparse weights that are made of logits, it is the masked language model.
+    The head of `generate` returns the logits of the next token. With a `config` of sparse weights that are made of
+    logits, it is the masked language model.
 
     Raises `UsageError` as `weights.load` does, and for segments that the server does not compute.
     """
@@ -41,6 +42,7 @@ def load_model(
     from transformers import (
         CONFIG_MAPPING,
         AutoModel,
+        AutoModelForCausalLM,
         AutoModelForMaskedLM,
         AutoModelForSequenceClassification,
         AutoModelForTextEncoding,
@@ -56,7 +58,7 @@ def load_model(
         options["config"] = CONFIG_MAPPING[kind].from_dict(settings)
     auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
     if task != "embed":
-        auto = AutoModelForSequenceClassification
+        auto = AutoModelForCausalLM if task == "generate" else AutoModelForSequenceClassification
     if isinstance(config, EmbeddingConfig):
         options["logits"] = config.has_logits
         options["projection"] = config.tokens is not None and any(
@@ -107,7 +109,8 @@ class Reference:
     def __init__(self, folder: Path, config: TaskConfig) -> None:
         """Raises `UsageError` as `load_model` does."""
         self._folder, self._config = folder, config
-        task: Task = "embed" if config.pooling else config.task
+        self._scored = next((layer for layer in config.layers if isinstance(layer, LogitScore)), None)
+        task: Task = "generate" if self._scored else "embed" if config.pooling else config.task
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
         if static is None:
@@ -159,14 +162,21 @@ class Reference:
             inputs: dict[str, npt.NDArray[Any]] = {"input_ids": ids}
             if has_segments(self._model):
                 inputs["token_type_ids"] = np.arange(len(ids)) >= second_start
-            rows.append(self._vector(inputs) if self._config.pooling else self._run(inputs).logits[0].float().numpy())
+            if self._scored is not None:
+                logits = self._run(inputs, logits_to_keep=1).logits[0, -1].float().numpy()
+                false = self._scored.false_token
+                true = logits[[self._scored.true_token]]
+                rows.append(true if false is None else true - logits[false])
+            else:
+                whole = not self._config.pooling
+                rows.append(self._run(inputs).logits[0].float().numpy() if whole else self._vector(inputs))
         return np.stack(rows)
 
-    def _run(self, inputs: dict[str, npt.NDArray[Any]], attended: int | None = None) -> Any:
+    def _run(self, inputs: dict[str, npt.NDArray[Any]], attended: int | None = None, **options: int) -> Any:
         given = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in inputs.items()}
         mask = torch.ones_like(given["input_ids"])
         mask[:, attended:] = 0 if attended is not None else 1
-        return self._model(**given, attention_mask=mask)
+        return self._model(**given, attention_mask=mask, **options)
 
     def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
         if self._table is None:

@@ -18,8 +18,10 @@ from inferctl.serve import tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import plain
 from inferctl.serve.modules import read_object
+from inferctl.serve.pair_template import PairTemplate
+from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+from inferctl.serve.tokenizer_pool import TEMPLATE_ROOM, InputError, TokenizerPool
 
 # Each has something that settings of tokenizers treat in two ways: case, accents (composed or not), scripts, widths,
 # controls, blanks, numbers, punctuation, long words, and characters that no vocabulary has.
@@ -75,7 +77,9 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
     texts = [*_PROBES, *_own_probes(pool, library.get_added_vocab()), "start " + "a " * pool.max_tokens + "end"]
     if config.takes_texts:
         _compare(folder, pool, library, [(text,) for text in texts])
-    if config.takes_pairs:
+    if isinstance(config, RerankConfig) and config.template is not None:
+        _compare_rendered(folder, pool, config.template, config.prompts.default_text, library, texts)
+    elif config.takes_pairs:
         _compare(folder, pool, library, list(zip(texts, [*texts[1:], texts[0]], strict=True)))
 
 
@@ -102,6 +106,29 @@ def _compare(folder: Path, pool: TokenizerPool, library: Any, inputs: Sequence[t
                 f"{kinds[:_SHOWN]}",
                 "set `model_input_names` in tokenizer_config.json, with or without `token_type_ids`, as in training",
             )
+
+
+def _compare_rendered(
+    folder: Path, pool: TokenizerPool, template: PairTemplate, instruction: str, library: Any, texts: Sequence[str]
+) -> None:
+    """Compare pairs in their template, except what the server treats in its own way: control tokens and truncation."""
+    assert pool.private is not None
+    settings = {name: value for name, value in template.variables.items() if not name.endswith("_token")}
+    plain_texts = [text for text in texts if not pool.private.is_in(text)]
+    for given in (pair for text in plain_texts for pair in (("a query", text), (text, "a document"))):
+        try:
+            rendered = library.apply_chat_template(
+                template.messages(*given, instruction), tokenize=True, return_dict=True, **settings
+            )
+            expected = rendered["input_ids"]
+        except Exception as error:  # noqa: BLE001  # a template can fail in any way
+            raise UsageError(
+                f"transformers {transformers.__version__} cannot render the chat template of {folder}: {error}",
+                "use another model",
+            ) from None
+        fits = len(expected) + TEMPLATE_ROOM <= pool.max_tokens
+        if fits and (ids := _encoded(pool, given)[0]) != expected:
+            _fail(folder, library, given, ids, expected)
 
 
 def _encoded(pool: TokenizerPool, texts: Sequence[str]) -> tuple[list[int], int]:

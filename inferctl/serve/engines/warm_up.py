@@ -42,8 +42,9 @@ def warm_up(
 
 def _run_largest(run: Callable[[Sequences], Rows], batch_tokens: int, longest: int, parallel: int) -> str | None:
     """Return the error message if memory is insufficient, else None."""
-    text = np.full(longest, 5, dtype=np.int32)
-    largest = Sequences([text] * max(1, batch_tokens // longest))
+    # Two kinds in turn, so that no batch has a common start, which is computed once.
+    text, other = (np.full(longest, token, dtype=np.int32) for token in (5, 6))
+    largest = Sequences([(text, other)[number % 2] for number in range(max(1, batch_tokens // longest))])
     try:
         if parallel == 1:
             run(largest)  # on the thread that serves, because libraries of GPUs keep handles and plans per thread

@@ -7,7 +7,7 @@ mentions both only in its log.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,41 @@ def query_weights(folder: Path, path: str) -> Any:
     if stored.keys() != {"weight"} or stored["weight"].dim() != 1:
         raise UsageError(f"the weights in {folder / path} are {_listed(sorted(stored))}, not one per token", _HINT)
     return stored["weight"].numpy()
+
+
+def output_rows(folder: Path, tokens: Sequence[int]) -> torch.Tensor:
+    """Return the rows of the output embeddings of a causal model that give the logits of these tokens: fp32.
+
+    They are those of the input embeddings if the model shares both. Raises `UsageError` if the files have no such rows,
+    or if logits depend on more than them.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # noqa: BLE001  # the files of a folder can fail in any way
+        raise UsageError(f"transformers cannot load {folder}: {error}", "use a model that transformers knows") from None
+    layer = model.get_output_embeddings()
+    if layer is None or layer.bias is not None or getattr(config, "final_logit_softcapping", None):
+        raise UsageError(
+            f"the logits of {folder} are not products with rows of a matrix alone, which is not supported", _HINT
+        )
+    if config.get_text_config().tie_word_embeddings:
+        layer = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is layer) + ".weight"
+    names = name, name.removeprefix(f"{model.base_model_prefix}.")
+    for file in ModelFolder(folder).weight_files:
+        with safe_open(file, framework="pt") as stored:
+            if found := [each for each in names if each in stored.keys()]:  # noqa: SIM118  # not a mapping
+                part = stored.get_slice(found[0])
+                if max(tokens) >= (count := part.get_shape()[0]):
+                    raise UsageError(f"{folder} scores the token {max(tokens)}, but has {count} tokens", _HINT)
+                rows = torch.cat([part[token : token + 1] for token in tokens])
+                return next(iter(_checked(folder, "", {found[0]: rows}).values())).float()
+    raise UsageError(f"the weights of {folder} lack {name}", _HINT)
 
 
 def static_table(folder: Path, path: str) -> torch.Tensor:

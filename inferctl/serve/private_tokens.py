@@ -1,0 +1,63 @@
+"""A tokenizer whose control tokens have names that no text of a user has.
+
+A chat template writes control tokens such as `<|im_end|>` into the same text as what users send. Here, the template
+writes private names instead, so the same token in a user's text is text. The text is tokenized as a whole, because
+tokens can join at the borders of its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.pair_template import PairTemplate
+
+
+class PrivateTokens:
+    """`template` writes the private names, and `content` is a `tokenizer.json` that knows them, without special tokens.
+
+    Control tokens are those that are marked as special, those such as `<|fim_middle|>`, and those in angle or square
+    brackets that the template writes, such as `<think>`. Others, such as the line breaks and HTML tags of Gemma, stand
+    for text.
+    """
+
+    def __init__(self, file: Path, template: PairTemplate) -> None:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        written = template.source + "".join(value for value in template.variables.values() if isinstance(value, str))
+        secret = secrets.token_hex(8)
+        self._ids: dict[str, int] = {}
+        self.names: dict[str, str] = {}
+        for number, token in enumerate(document.get("added_tokens") or []):
+            name = token["content"]
+            if (
+                token.get("special")
+                or re.fullmatch(r"<\|.+\|>", name)
+                or (name in written and re.fullmatch(r"<.+>|\[.+\]", name))
+            ):
+                self.names[name] = token["content"] = f"<|{secret}{number:06}|>"
+            self._ids[token["content"]] = token["id"]
+        document["post_processor"] = None
+        self.content, self.template = json.dumps(document), template.renamed(self.names)
+        self._public: Tokens | None = None
+
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        """Find out which ids `tokenizer`, made of `content`, gives to the added tokens."""
+        public = np.arange(tokenizer.get_vocab_size(with_added_tokens=True) + len(self._ids), dtype=np.int32)
+        for name, id in self._ids.items():
+            public[tokenizer.token_to_id(name)] = id
+        self._public = public
+
+    def public(self, ids: Tokens) -> Tokens:
+        """Return the ids that the model knows."""
+        assert self._public is not None, "`prepare` comes first"
+        return self._public[ids]
+
+    def is_in(self, text: str) -> bool:
+        """Whether a text contains the name of a control token."""
+        return any(name in text for names in self.names.items() for name in names)
