@@ -17,7 +17,7 @@ from typing import Any
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import size
-from inferctl.image import buildx, layers, library, lint
+from inferctl.image import buildx, compression, layers, library, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
@@ -38,7 +38,7 @@ class Built:
     """The built image. `references` are its names. `digests` are the `name@sha256:...` of the pushed names.
 
     `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, `pushed` in bytes that this push
-    sent. The last two are None if unknown.
+    sent. The last two are None if unknown. `compressions`: those of the layers in the registry, empty if unknown.
     """
 
     image: str
@@ -47,6 +47,7 @@ class Built:
     size: int
     compressed: int | None
     pushed: int | None
+    compressions: tuple[str, ...]
     steps: tuple[StepFinished, ...]
     layers: tuple[LayerInfo, ...]
     planned_findings: tuple[Finding, ...]
@@ -79,6 +80,7 @@ class Built:
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
             "pushed_bytes": self.pushed,
+            "compressions": list(self.compressions),
             "forecast": self.forecast.document(),
             "steps": steps,
             "layers": [vars(layer) for layer in self.layers],
@@ -116,6 +118,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
             builder=options.builder,
             no_cache=options.no_cache,
             pull=options.pull,
+            compression=compression.choose(plan.spec.image.compression, builder, info.version),
         )
         _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
         yield Phase("build", builder.describe())
@@ -149,6 +152,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         size=sum(layer.size for layer in history),
         compressed=publication.compressed,
         pushed=publication.pushed,
+        compressions=publication.compressions,
         steps=tuple(steps),
         layers=named_layers(history, steps),
         planned_findings=plan.findings,

@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import failures
@@ -20,8 +20,15 @@ from inferctl.image.events import BuildEvent, StepFinished
 from inferctl.image.image_name import host_of
 from inferctl.image.rawjson import Reader
 
+if TYPE_CHECKING:
+    from inferctl.image.compression import Compression
+
 _INSTALL = (
     "install Docker with buildx: `apt-get install docker.io docker-buildx`, or https://docs.docker.com/engine/install/"
+)
+CREATE_BUILDER = (
+    "create a builder with `docker buildx create --use --driver docker-container`,"
+    " or enable the containerd image store of the engine"
 )
 # Time for buildx to cancel the build and exit after a signal.
 _STOP_SECONDS = 10.0
@@ -65,7 +72,8 @@ class Builder:
 class BuildRequest:
     """The options of one `docker buildx build`. `secrets`: id -> file.
 
-    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag.
+    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: None
+    for a builder that does not compress layers.
     """
 
     context: Path
@@ -82,6 +90,7 @@ class BuildRequest:
     builder: str | None = None
     no_cache: bool = False
     pull: bool = False
+    compression: Compression | None = None
 
 
 class BuildFailedError(Exception):
@@ -128,18 +137,14 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
 
     Raises `NotReadyError` for the builder and `UsageError` for a missing file or folder.
     """
-    create = (
-        "create a builder with `docker buildx create --use --driver docker-container`,"
-        " or enable the containerd image store of the engine"
-    )
     label = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
     external_caches = [c for c in request.cache_to if "type=inline" not in c]
     if not builder.exports and external_caches:
-        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", create)
+        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", CREATE_BUILDER)
     if not builder.exports and any("type=oci" in o for o in request.outputs):
-        raise NotReadyError(f"{label} cannot write an OCI archive", create)
+        raise NotReadyError(f"{label} cannot write an OCI archive", CREATE_BUILDER)
     if not builder.exports and len(request.platforms) > 1:
-        raise NotReadyError(f"{label} cannot build several platforms at once", create)
+        raise NotReadyError(f"{label} cannot build several platforms at once", CREATE_BUILDER)
     for platform in request.platforms:
         if builder.platforms and not any(
             known == platform or known.startswith(f"{platform}/") for known in builder.platforms
@@ -188,7 +193,7 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
     if request.platforms:
         arguments += ["--platform", ",".join(request.platforms)]
     for target in request.cache_to:
-        arguments += ["--cache-to", cache_to(target)]
+        arguments += ["--cache-to", cache_to(target, request.compression)]
     for source in request.cache_from:
         arguments += ["--cache-from", source if "type=" in source else f"type=registry,ref={source}"]
     if request.network:
@@ -197,14 +202,24 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         arguments += ["--allow", "network.host"] if request.network == "host" else []
     arguments.append(f"--provenance={'mode=max' if request.provenance else 'false'}")
     arguments.append(f"--sbom={'true' if request.sbom else 'false'}")
-    for output in request.outputs:
-        arguments += ["--output", output]
-    return [*arguments, *(() if request.outputs else ("--load",)), str(request.context)]
+    # `type=docker` is what `--load` means.
+    loaded = ("type=docker",) if request.compression else ()
+    for output in request.outputs or loaded:
+        arguments += ["--output", f"{output},{request.compression.fields}" if request.compression else output]
+    return [*arguments, *(() if request.outputs or loaded else ("--load",)), str(request.context)]
 
 
-def cache_to(target: str) -> str:
-    """Expand `registry/name:tag` to a registry cache of all stages (mode max). A value with `type=` is unchanged."""
-    return target if "type=" in target else f"type=registry,ref={target},mode=max"
+def cache_to(target: str, compression: Compression | None) -> str:
+    """Expand `registry/name:tag` to a registry cache of all stages (mode max).
+
+    A registry cache gets the compression of the image, unless it names one. Other values with `type=` are unchanged.
+    """
+    if "type=" not in target:
+        target = f"type=registry,ref={target},mode=max"
+    fields = target.split(",")
+    if compression is None or "type=registry" not in fields or any(f.startswith("compression=") for f in fields):
+        return target
+    return f"{target},{compression.cache_fields}"
 
 
 def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:
