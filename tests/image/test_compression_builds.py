@@ -129,6 +129,8 @@ class OldRegistry(http.server.BaseHTTPRequestHandler):
     """A registry that has every blob, and accepts manifests without zstd."""
 
     protocol_version = "HTTP/1.1"
+    # Of its reply to the handshake of TLS, which the engine tries first.
+    default_request_version = "HTTP/1.1"
     manifests: dict[str, tuple[str, bytes]]
 
     def log_message(self, *_: object) -> None:
