@@ -1,6 +1,6 @@
 """Measure what compressing a layer costs: seconds, CPU seconds and bytes for gzip and for each level of zstd.
 
-    benchmarks/images/levels.py FOLDER --engine-pid PID [--repeats N] [--builder NAME]
+    benchmarks/images/levels.py FOLDER --engine-pid PID [--repeats N] [--levels 1,3,7,11] [--builder NAME]
 
 FOLDER holds the files of one layer, such as /opt/inferctl/torch of an image. The builder must be able to write OCI
 archives; PID is that of the process that compresses (dockerd or buildkitd). Each build copies FOLDER anew, so that no
@@ -19,11 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-# BuildKit knows four levels of zstd: 0-2, 3-6, 7-8, 9-22 (https://github.com/docker/docs/issues/23757).
-ROWS = {
-    "gzip": "compression=gzip",
-    **{f"zstd {level}": f"compression=zstd,compression-level={level}" for level in (1, 3, 7, 11)},
-}
 DECOMPRESS = {"+gzip": ["gzip", "-dc"], "+zstd": ["zstd", "-dc", "-q"]}
 
 
@@ -69,16 +64,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--engine-pid", type=int, required=True)
     parser.add_argument("--repeats", type=int, default=3)
+    # BuildKit knows four levels of zstd: 0-2, 3-6, 7-8, 9-22 (https://github.com/docker/docs/issues/23757).
+    parser.add_argument("--levels", default="1,3,7,11")
     parser.add_argument("--builder")
     given = parser.parse_args()
+    rows = {f"zstd {level}": f"compression=zstd,compression-level={level}" for level in given.levels.split(",")}
+    rows = {"gzip": "compression=gzip", **rows}
     builder = ["--builder", given.builder] if given.builder else []
-    found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in ROWS}
+    found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in rows}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         (work / "Dockerfile").write_text("FROM scratch\nCOPY --from=layer . /\n")
-        measure(given.folder, ROWS["zstd 1"], given.engine_pid, builder, work)  # sends the files to the builder
+        measure(given.folder, "compression=zstd", given.engine_pid, builder, work)  # sends the files to the builder
         for _ in range(given.repeats):
-            for row, fields in ROWS.items():
+            for row, fields in rows.items():
                 found[row].append(measure(given.folder, fields, given.engine_pid, builder, work))
     print("| compression | seconds | CPU seconds | bytes | CPU seconds to decompress |\n|---|---|---|---|---|")
     for row, runs in found.items():
