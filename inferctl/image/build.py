@@ -17,7 +17,7 @@ from typing import Any
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import size
-from inferctl.image import buildx, compression, layers, library, lint
+from inferctl.image import buildx, layers, library, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
@@ -118,7 +118,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
             builder=options.builder,
             no_cache=options.no_cache,
             pull=options.pull,
-            compression=compression.choose(plan.spec.image.compression, builder, info.version),
+            compression=buildx.choose_compression(plan.spec.image.compression, builder, info.version),
         )
         _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
         yield Phase("build", builder.describe())

@@ -12,21 +12,19 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import failures
+from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished
 from inferctl.image.image_name import host_of
 from inferctl.image.rawjson import Reader
 
-if TYPE_CHECKING:
-    from inferctl.image.compression import Compression
-
 _INSTALL = (
     "install Docker with buildx: `apt-get install docker.io docker-buildx`, or https://docs.docker.com/engine/install/"
 )
-CREATE_BUILDER = (
+_CREATE_BUILDER = (
     "create a builder with `docker buildx create --use --driver docker-container`,"
     " or enable the containerd image store of the engine"
 )
@@ -35,6 +33,8 @@ _STOP_SECONDS = 10.0
 # First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 _CHECK_SINCE = (0, 15, 0)
+# The first Docker Engine that reads zstd layers (https://docs.docker.com/engine/release-notes/23.0/).
+_ZSTD_ENGINE_SINCE = 23
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
     label = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
     external_caches = [c for c in request.cache_to if "type=inline" not in c]
     if not builder.exports and external_caches:
-        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", CREATE_BUILDER)
+        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", _CREATE_BUILDER)
     if not builder.exports and any("type=oci" in o for o in request.outputs):
-        raise NotReadyError(f"{label} cannot write an OCI archive", CREATE_BUILDER)
+        raise NotReadyError(f"{label} cannot write an OCI archive", _CREATE_BUILDER)
     if not builder.exports and len(request.platforms) > 1:
-        raise NotReadyError(f"{label} cannot build several platforms at once", CREATE_BUILDER)
+        raise NotReadyError(f"{label} cannot build several platforms at once", _CREATE_BUILDER)
     for platform in request.platforms:
         if builder.platforms and not any(
             known == platform or known.startswith(f"{platform}/") for known in builder.platforms
@@ -168,6 +168,23 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
                 f"image.wheels: {folder} has no wheels",
                 "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)",
             )
+
+
+def choose_compression(
+    setting: Literal["auto", "zstd", "gzip"], builder: Builder, engine_version: str
+) -> Compression | None:
+    """Return the compression for `image.compression`, None if the engine always compresses with gzip when it pushes.
+
+    Raises `NotReadyError` if the builder cannot do it.
+    """
+    if not builder.exports:
+        if setting == "zstd":
+            raise NotReadyError(f"{builder.describe()} cannot push zstd layers", _CREATE_BUILDER)
+        return None
+    if setting == "auto":
+        major = re.match(r"\d+", engine_version)
+        return Compression("zstd" if major and int(major.group()) >= _ZSTD_ENGINE_SINCE else "gzip")
+    return Compression(setting, every_layer=True)
 
 
 def command(request: BuildRequest, metadata: Path) -> list[str]:

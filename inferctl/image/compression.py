@@ -1,19 +1,13 @@
-"""Chooses how the layers of an image are compressed."""
+"""How the layers of an image are compressed. `buildx.choose_compression` chooses."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
-
-from inferctl.core.errors import NotReadyError
-from inferctl.image.buildx import CREATE_BUILDER, Builder
 
 # BuildKit has four levels: 0-2, 3-6, 7-8 and 9-22 (https://github.com/docker/docs/issues/23757). The third takes about
 # half of the CPU time of gzip; the fourth takes more than gzip. docs/build.md has the measurement.
 ZSTD_LEVEL = 7
-# The first Docker Engine that reads zstd layers (https://docs.docker.com/engine/release-notes/23.0/).
-_ENGINE_SINCE = 23
 
 
 @dataclass(frozen=True)
@@ -41,18 +35,3 @@ class Compression:
         """
         force = ",force-compression=true" if self.every_layer else ""
         return f"{self.cache_fields},oci-mediatypes=true{force}"
-
-
-def choose(setting: Literal["auto", "zstd", "gzip"], builder: Builder, engine_version: str) -> Compression | None:
-    """Return the compression for `image.compression`, None if the engine always compresses with gzip when it pushes.
-
-    Raises `NotReadyError` if the builder cannot do it.
-    """
-    if not builder.exports:
-        if setting == "zstd":
-            raise NotReadyError(f"{builder.describe()} cannot push zstd layers", CREATE_BUILDER)
-        return None
-    if setting == "auto":
-        major = re.match(r"\d+", engine_version)
-        return Compression("zstd" if major and int(major.group()) >= _ENGINE_SINCE else "gzip")
-    return Compression(setting, every_layer=True)

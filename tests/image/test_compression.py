@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from inferctl.core.errors import NotReadyError
-from inferctl.image import buildx, compression, failures
+from inferctl.image import buildx, failures
 from inferctl.image.compression import Compression
 
 CLASSIC = buildx.Builder((0, 13, 1), "default", "docker", (), False)
@@ -35,12 +35,12 @@ CONTAINER = replace(CLASSIC, driver="docker-container")
 def test_the_builder_and_the_engine_decide(
     setting: Any, builder: buildx.Builder, engine: str, expected: Compression | None
 ) -> None:
-    assert compression.choose(setting, builder, engine) == expected
+    assert buildx.choose_compression(setting, builder, engine) == expected
 
 
 def test_the_classic_engine_cannot_push_zstd() -> None:
     with pytest.raises(NotReadyError, match="classic image store cannot push zstd") as caught:
-        compression.choose("zstd", CLASSIC, "28")
+        buildx.choose_compression("zstd", CLASSIC, "28")
     assert "docker buildx create --use" in (caught.value.hint or "")
 
 
