@@ -25,7 +25,8 @@ DECOMPRESS = {"+gzip": ["gzip", "-dc"], "+zstd": ["zstd", "-dc", "-q"]}
 def cpu_seconds(pid: int) -> float:
     """Return the CPU seconds of a process and its descendants, with those that ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    threads = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has its own children
+    children = [child for thread in threads for child in thread.read_text().split()]
     # Fields 14 to 17 of proc(5): user and system time, of the process and of ended children, in ticks of 10 ms.
     return sum(map(int, fields[11:15])) / 100 + sum(cpu_seconds(int(child)) for child in children)
 
