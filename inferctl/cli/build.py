@@ -17,7 +17,7 @@ from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size, size
 from inferctl.facts import catalog
-from inferctl.image import render
+from inferctl.image import cold_start, render
 from inferctl.image.from_spec import check_model_task, rendered_image, task_of
 from inferctl.image.image_name import full_reference
 from inferctl.models import model as model_folder
@@ -266,6 +266,8 @@ def _print(built: Built, as_json: bool) -> None:
     sizes += f" ({' and '.join(built.compressions)})" if built.compressions else ""
     sizes += f", {size(built.pushed)} pushed" if built.pushed is not None else ""
     console.note(f"{', '.join(built.references)}: {sizes}")
+    if built.cold_start:
+        console.note(cold_start.line(built.cold_start))
     if as_json:
         console.document(built.document())
     else:

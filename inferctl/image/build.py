@@ -16,8 +16,9 @@ from typing import Any
 
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.core.sizes import size
-from inferctl.image import buildx, layers, library, lint
+from inferctl.core.sizes import parse_size, size
+from inferctl.image import buildx, cold_start, layers, library, lint
+from inferctl.image.cold_start import StartPart
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
@@ -54,6 +55,7 @@ class Built:
     findings: tuple[Finding, ...]
     verified: Verified | None
     forecast: SizeForecast
+    pull_rate: int
     seconds: Mapping[str, float]
 
     @property
@@ -65,6 +67,17 @@ class Built:
     def digest(self) -> str | None:
         """`name@sha256:...` of the first name; None if nothing was pushed."""
         return self.digests[0] if self.digests else None
+
+    @property
+    def cold_start(self) -> tuple[StartPart, ...]:
+        """The parts of a start on a new node. Pull and unpack are estimated, from sizes in the registry."""
+        if self.compressed is None:
+            return ()
+        parts = cold_start.of_image(
+            self.compressed, self.size, self.pull_rate, "zstd" if "zstd" in self.compressions else "gzip"
+        )
+        ready = self.verified and StartPart("start until ready", self.verified.ready_seconds, "", measured=True)
+        return (*parts, ready) if ready else parts
 
     def document(self) -> dict[str, Any]:
         """Return the image as JSON data, for `--json`."""
@@ -82,6 +95,7 @@ class Built:
             "pushed_bytes": self.pushed,
             "compressions": list(self.compressions),
             "forecast": self.forecast.document(),
+            "cold_start": [part.document() for part in self.cold_start],
             "steps": steps,
             "layers": [vars(layer) for layer in self.layers],
             "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
@@ -159,6 +173,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         findings=tuple(findings),
         verified=checked,
         forecast=plan.forecast,
+        pull_rate=parse_size(plan.spec.deploy.pull_rate),
         seconds=clock.laps,
     )
 
