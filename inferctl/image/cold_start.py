@@ -19,10 +19,10 @@ _GROWTH = {"base image": 2.5, "torch closure": 3.6, "server dependencies": 3.4}
 _CUDA_GROWTH, _OTHER_GROWTH = 1.7, 1.0
 # Uncompressed bytes per second that an engine unpacks. Measured: a CPU image of 1.3 GB pulled from a registry on the
 # same machine, in CPU seconds of Docker Engine 26 with the containerd store. Disks and newer CPUs differ.
-_UNPACK_BYTES_PER_S = {"gzip": 90e6, "zstd": 130e6}
+_UNPACK_BYTES_PER_S = {"gzip": 75e6, "zstd": 110e6}
 # A start of the server for embeddings, reranking and classification: imports, and the comparison with fp32. Measured:
 # CPU seconds of all-MiniLM-L6-v2 in a container. The weights are read twice, from a disk of 500 MB/s.
-_SERVER_S, _READ_BYTES_PER_S = 9.0, 250e6
+_SERVER_S, _READ_BYTES_PER_S = 7.0, 250e6
 
 
 @dataclass(frozen=True)
