@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# BuildKit has four levels: 0-2, 3-6, 7-8 and 9-22 (https://github.com/docker/docs/issues/23757). The third takes 60%
-# of the CPU time of gzip, the fourth twice as much as gzip. docs/build.md has the measurement.
+# BuildKit has four levels: 0-2, 3-6, 7-8 and 9-22 (https://github.com/docker/docs/issues/23757). The third takes two
+# thirds of the CPU time of gzip, the fourth twice as much as gzip. docs/build.md has the measurement.
 ZSTD_LEVEL = 7
 
 
