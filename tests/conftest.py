@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ GOLDEN = ROOT / "tests" / "golden"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
+BRIDGE = "inferctl-ci0"
 # pytest rewrites the assertions of all test files on each start, unless it can keep the result.
 sys.dont_write_bytecode = False
 
@@ -137,6 +140,39 @@ def engine() -> None:
         problem = "docker has no buildx plugin"
     if problem:
         missing("docker", problem)
+
+
+@pytest.fixture(scope="session")
+def exporting_engine(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Socket of a second Docker Engine with the containerd store, which exports caches and attaches provenance.
+
+    Tests that use it have the xdist group `ci`, so that it starts once.
+    """
+    folder = tmp_path_factory.mktemp("engine")
+    config = folder / "daemon.json"
+    config.write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
+    socket = folder / "engine.sock"
+    subprocess.run(["ip", "link", "add", "name", BRIDGE, "type", "bridge"], check=False, capture_output=True)
+    subprocess.run(["ip", "addr", "add", "172.30.98.1/24", "dev", BRIDGE], check=False, capture_output=True)
+    subprocess.run(["ip", "link", "set", BRIDGE, "up"], check=True, capture_output=True)
+    command = ["dockerd", "--config-file", str(config), "--data-root", str(folder / "data"), "--bridge", BRIDGE]
+    command += ["--exec-root", str(folder / "exec"), "--pidfile", str(folder / "engine.pid"), "-H", f"unix://{socket}"]
+    command += ["--iptables=false", "--ip6tables=false", "--ip-masq=false"]
+    log = (folder / "engine.log").open("w")
+    daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(120):
+            if subprocess.run(["docker", "-H", f"unix://{socket}", "info"], capture_output=True).returncode == 0:
+                break
+            assert daemon.poll() is None, (folder / "engine.log").read_text()
+            time.sleep(0.5)
+        yield socket
+    finally:
+        daemon.terminate()
+        daemon.wait(60)
+        log.close()
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
+        shutil.rmtree(folder / "data", ignore_errors=True)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,14 +23,13 @@ from tests import forges, hub
 from tests.forges import Event, GitHub, GitLab, Result
 from tests.packages import install
 
-# Another group than the other builds: its engine is its own, except for one build.
+# Another group than the other builds: its engine is its own, except for one build, and that of test_compression_builds.py.
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.xdist_group("ci")]
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "team/minilm"
 BRANCH = "Release/Trunk"
 TAG = "Release-Trunk"
-BRIDGE = "inferctl-ci0"
 PLAN = {
     "name": "gate",
     "configurations": [{"name": "auto", "precision": "auto"}],
@@ -62,35 +60,6 @@ def output(*command: str | Path, **environment: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same path on the host and in the containers."""
     return tmp_path_factory.mktemp("ci")
-
-
-@pytest.fixture(scope="module")
-def exporting_engine(engine: None, folder: Path) -> Iterator[Path]:
-    """Socket of a second Docker Engine with the containerd store, which exports caches and attaches provenance."""
-    config = folder / "daemon.json"
-    config.write_text(json.dumps({"features": {"containerd-snapshotter": True}}))
-    socket = folder / "engine.sock"
-    subprocess.run(["ip", "link", "add", "name", BRIDGE, "type", "bridge"], check=False, capture_output=True)
-    subprocess.run(["ip", "addr", "add", "172.30.98.1/24", "dev", BRIDGE], check=False, capture_output=True)
-    output("ip", "link", "set", BRIDGE, "up")
-    command = ["dockerd", "--config-file", str(config), "--data-root", str(folder / "data"), "--bridge", BRIDGE]
-    command += ["--exec-root", str(folder / "exec"), "--pidfile", str(folder / "engine.pid"), "-H", f"unix://{socket}"]
-    command += ["--iptables=false", "--ip6tables=false", "--ip-masq=false"]
-    log = (folder / "engine.log").open("w")
-    daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(120):
-            if subprocess.run(["docker", "-H", f"unix://{socket}", "info"], capture_output=True).returncode == 0:
-                break
-            assert daemon.poll() is None, (folder / "engine.log").read_text()
-            time.sleep(0.5)
-        yield socket
-    finally:
-        daemon.terminate()
-        daemon.wait(60)
-        log.close()
-        subprocess.run(["ip", "link", "delete", BRIDGE], check=False, capture_output=True)
-        shutil.rmtree(folder / "data", ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size, size
 from inferctl.facts import catalog
-from inferctl.image import render
+from inferctl.image import cold_start, render
 from inferctl.image.from_spec import check_model_task, rendered_image, task_of
 from inferctl.image.image_name import full_reference
 from inferctl.models import model as model_folder
@@ -46,6 +46,14 @@ def build(
     ] = False,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Reject an image that is larger than SIZE, such as 6GB.")
+    ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=completion.one_of("auto", "zstd", "gzip"),
+            help="Compress the layers with `zstd`, `gzip` or `auto`. [default: from the spec]",
+        ),
     ] = None,
     verify: Annotated[
         bool,
@@ -129,7 +137,7 @@ def build(
     from inferctl.image.plan import BuildOptions, plan
 
     flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
-    resolved = load(spec_file, {**flags, "image.max_size": max_size})
+    resolved = load(spec_file, {**flags, "image.max_size": max_size, "image.compression": compression})
     spec = resolved.spec
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
@@ -255,8 +263,11 @@ def _print(built: Built, as_json: bool) -> None:
         show_verified(built.verified)
     sizes = f"{size(built.size)} uncompressed"
     sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
+    sizes += f" ({' and '.join(built.compressions)})" if built.compressions else ""
     sizes += f", {size(built.pushed)} pushed" if built.pushed is not None else ""
     console.note(f"{', '.join(built.references)}: {sizes}")
+    if built.cold_start:
+        console.note(cold_start.line(built.cold_start))
     if as_json:
         console.document(built.document())
     else:

@@ -23,7 +23,8 @@ from inferctl.core.sizes import size
 from inferctl.deploy import sizing
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
-from inferctl.image import locks
+from inferctl.image import cold_start, locks
+from inferctl.image.cold_start import StartPart
 from inferctl.models import generation_fit, hub
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
@@ -91,13 +92,13 @@ def check(
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    task, summary, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
+    task, summary, general, fits, start = _judge(resolved.spec, all_hardware, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
-        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits))
+        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits, start))
     else:
-        _report(resolved.file, resolved.spec, task, summary, findings, fits)
+        _report(resolved.file, resolved.spec, task, summary, findings, fits, start)
     if failed:
         raise typer.Exit(2)
 
@@ -116,8 +117,8 @@ def _major(driver: str | None) -> int | None:
 
 def _judge(
     spec: Spec, all_hardware: bool, driver: int | None
-) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit]]:
-    """Return the task, how the model is used, the general findings, and those of each hardware.
+) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit], tuple[StartPart, ...]]:
+    """Return the task, how the model is used, the general findings, those of each hardware, and the cold start.
 
     If the model is not known, the task is `auto`. How it is used is None if it is not known or not supported.
     """
@@ -156,7 +157,8 @@ def _judge(
     else:
         general += [check_slo(spec), _cores(spec, parts)]
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
-    return task, summary, *_with_errors_of_all_hardware(general, fits)
+    weights = size.weights_bytes if isinstance(size, ModelSize) and size.weights_bytes else None
+    return task, summary, *_with_errors_of_all_hardware(general, fits), cold_start.of_spec(spec, base, stack, weights)
 
 
 def _cores(spec: Spec, parts: Sequence[str]) -> Finding:
@@ -262,6 +264,7 @@ def _document(
     summary: dict[str, Any] | None,
     findings: list[Finding],
     fits: list[Fit],
+    start: tuple[StartPart, ...],
 ) -> dict[str, Any]:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -293,6 +296,7 @@ def _document(
         "findings": [vars(finding) for finding in findings],
         "problems": [],
         "model": summary,
+        "cold_start": [part.document() for part in start],
     }
 
 
@@ -312,6 +316,7 @@ def _report(
     summary: dict[str, Any] | None,
     findings: list[Finding],
     fits: list[Fit],
+    start: tuple[StartPart, ...],
 ) -> None:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -325,6 +330,7 @@ def _report(
     pieces: list[RenderableType] = [
         Text(f"{spec.name}: {task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
         *([Text(f"model: {line}")] if (line := _line(summary)) else []),
+        *([Text(cold_start.line(start))] if start else []),
         Text(),
     ]
     if fits:

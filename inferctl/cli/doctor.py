@@ -112,7 +112,7 @@ def _docker(_: Environment) -> Iterator[Check]:
 def features(builder: Builder) -> Check:
     """Return which optional features the builder has."""
     feature_support = {
-        "cache export, OCI archives, several platforms at once, SBOM and provenance": builder.exports,
+        "cache export, OCI archives, zstd, several platforms at once, SBOM and provenance": builder.exports,
         "Dockerfile check": builder.checks,
     }
     available, unavailable = (

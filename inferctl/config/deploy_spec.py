@@ -198,6 +198,10 @@ class Deploy(Section):
         le=86_400,
         description="Seconds until a replica on a new node is ready: node, image and load.",
     )
+    pull_rate: Size = Field(
+        "100MB",
+        description="Bytes per second at which a node pulls images, for estimates of a cold start.",
+    )
     utilization: float = Field(
         0.7, ge=0.01, le=1, description="Share of the measured rate of a replica that is planned for."
     )

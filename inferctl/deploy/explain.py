@@ -55,6 +55,7 @@ def flavor_figures(flavor: FlavorPlan) -> list[Figure]:
         found.append(memory)
     return [
         *found,
+        *flavor.image_start,
         flavor.load_s,
         flavor.cold_start_s,
         flavor.startup_failures,

@@ -105,6 +105,7 @@ class FlavorPlan:
     """One kind of hardware of a model: one Deployment, named `name`, with the label value `label`.
 
     `resource` is the GPU as the NVIDIA device plugin names it; a `Placement` has that of its cluster. None for a CPU.
+    `image_start`: pull and unpack of the image on a new node, estimated; empty if its size is unknown.
     `node_labels`: those of the placement, in a plan for one cluster.
     """
 
@@ -128,6 +129,7 @@ class FlavorPlan:
     grace_s: Figure
     memory_bytes: Figure
     cpu: Figure
+    image_start: tuple[Figure, ...] = ()
     node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, TrafficPlan, Warned, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
+from inferctl.image import cold_start
 from inferctl.models import fit, generation_fit
 from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
@@ -245,6 +246,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
         placements=(),
         load_s=load_time,
         cold_start_s=_cold_start(spec, flavor),
+        image_start=_image_start(spec, weights),
         startup_period_s=period,
         startup_failures=failures,
         pre_stop_s=stop,
@@ -358,6 +360,19 @@ def _cold_start(spec: Spec, flavor: Flavor) -> Figure:
     given = "cold_start_s" in spec.deploy.model_fields_set
     source = "spec deploy.cold_start_s" if given else "assumed: the default of deploy.cold_start_s"
     return Figure("cold start", spec.deploy.cold_start_s, "s", "", source)
+
+
+def _image_start(spec: Spec, weights: int | None) -> tuple[Figure, ...]:
+    """Return the seconds until a new node has the image. A load time of its own follows."""
+    base = catalog.base(spec.image.base)
+    found = cold_start.of_spec(spec, base, catalog.stack(base.stack), weights)
+    return tuple(
+        Figure(
+            f"{part.name}, estimated", round(part.seconds, 1), "s", part.formula, "sizes by the forecast of the image"
+        )
+        for part in found
+        if part.name != "load and warm-up"
+    )
 
 
 def _traffic(spec: Spec, rates: Sequence[Rate | None]) -> Warned[TrafficPlan | None]:

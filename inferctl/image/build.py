@@ -16,8 +16,9 @@ from typing import Any
 
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.core.sizes import size
-from inferctl.image import buildx, layers, library, lint
+from inferctl.core.sizes import parse_size, size
+from inferctl.image import buildx, cold_start, layers, library, lint
+from inferctl.image.cold_start import StartPart
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
@@ -38,7 +39,7 @@ class Built:
     """The built image. `references` are its names. `digests` are the `name@sha256:...` of the pushed names.
 
     `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, `pushed` in bytes that this push
-    sent. The last two are None if unknown.
+    sent. The last two are None if unknown. `compressions`: those of the layers in the registry, empty if unknown.
     """
 
     image: str
@@ -47,12 +48,14 @@ class Built:
     size: int
     compressed: int | None
     pushed: int | None
+    compressions: tuple[str, ...]
     steps: tuple[StepFinished, ...]
     layers: tuple[LayerInfo, ...]
     planned_findings: tuple[Finding, ...]
     findings: tuple[Finding, ...]
     verified: Verified | None
     forecast: SizeForecast
+    pull_rate: int
     seconds: Mapping[str, float]
 
     @property
@@ -64,6 +67,17 @@ class Built:
     def digest(self) -> str | None:
         """`name@sha256:...` of the first name; None if nothing was pushed."""
         return self.digests[0] if self.digests else None
+
+    @property
+    def cold_start(self) -> tuple[StartPart, ...]:
+        """The parts of a start on a new node. Pull and unpack are estimated, from sizes in the registry."""
+        if self.compressed is None:
+            return ()
+        parts = cold_start.of_image(
+            self.compressed, self.size, self.pull_rate, "zstd" if "zstd" in self.compressions else "gzip"
+        )
+        ready = self.verified and StartPart("start until ready", self.verified.ready_seconds, "", measured=True)
+        return (*parts, ready) if ready else parts
 
     def document(self) -> dict[str, Any]:
         """Return the image as JSON data, for `--json`."""
@@ -79,7 +93,9 @@ class Built:
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
             "pushed_bytes": self.pushed,
+            "compressions": list(self.compressions),
             "forecast": self.forecast.document(),
+            "cold_start": [part.document() for part in self.cold_start],
             "steps": steps,
             "layers": [vars(layer) for layer in self.layers],
             "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
@@ -116,6 +132,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
             builder=options.builder,
             no_cache=options.no_cache,
             pull=options.pull,
+            compression=buildx.choose_compression(plan.spec.image.compression, builder, info.version),
         )
         _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
         yield Phase("build", builder.describe())
@@ -149,12 +166,14 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         size=sum(layer.size for layer in history),
         compressed=publication.compressed,
         pushed=publication.pushed,
+        compressions=publication.compressions,
         steps=tuple(steps),
         layers=named_layers(history, steps),
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
         forecast=plan.forecast,
+        pull_rate=parse_size(plan.spec.deploy.pull_rate),
         seconds=clock.laps,
     )
 

@@ -12,10 +12,11 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import failures
+from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished
 from inferctl.image.image_name import host_of
 from inferctl.image.rawjson import Reader
@@ -23,11 +24,17 @@ from inferctl.image.rawjson import Reader
 _INSTALL = (
     "install Docker with buildx: `apt-get install docker.io docker-buildx`, or https://docs.docker.com/engine/install/"
 )
+_CREATE_BUILDER = (
+    "create a builder with `docker buildx create --use --driver docker-container`,"
+    " or enable the containerd image store of the engine"
+)
 # Time for buildx to cancel the build and exit after a signal.
 _STOP_SECONDS = 10.0
 # First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 _CHECK_SINCE = (0, 15, 0)
+# The first Docker Engine that reads zstd layers (https://docs.docker.com/engine/release-notes/23.0/).
+_ZSTD_ENGINE_SINCE = 23
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Builder:
 class BuildRequest:
     """The options of one `docker buildx build`. `secrets`: id -> file.
 
-    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag.
+    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: None
+    for a builder that does not compress layers.
     """
 
     context: Path
@@ -82,6 +90,7 @@ class BuildRequest:
     builder: str | None = None
     no_cache: bool = False
     pull: bool = False
+    compression: Compression | None = None
 
 
 class BuildFailedError(Exception):
@@ -128,18 +137,14 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
 
     Raises `NotReadyError` for the builder and `UsageError` for a missing file or folder.
     """
-    create = (
-        "create a builder with `docker buildx create --use --driver docker-container`,"
-        " or enable the containerd image store of the engine"
-    )
     label = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
     external_caches = [c for c in request.cache_to if "type=inline" not in c]
     if not builder.exports and external_caches:
-        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", create)
+        raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", _CREATE_BUILDER)
     if not builder.exports and any("type=oci" in o for o in request.outputs):
-        raise NotReadyError(f"{label} cannot write an OCI archive", create)
+        raise NotReadyError(f"{label} cannot write an OCI archive", _CREATE_BUILDER)
     if not builder.exports and len(request.platforms) > 1:
-        raise NotReadyError(f"{label} cannot build several platforms at once", create)
+        raise NotReadyError(f"{label} cannot build several platforms at once", _CREATE_BUILDER)
     for platform in request.platforms:
         if builder.platforms and not any(
             known == platform or known.startswith(f"{platform}/") for known in builder.platforms
@@ -165,6 +170,23 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
             )
 
 
+def choose_compression(
+    setting: Literal["auto", "zstd", "gzip"], builder: Builder, engine_version: str
+) -> Compression | None:
+    """Return the compression for `image.compression`, None if the engine always compresses with gzip when it pushes.
+
+    Raises `NotReadyError` if the builder cannot do it.
+    """
+    if not builder.exports:
+        if setting == "zstd":
+            raise NotReadyError(f"{builder.describe()} cannot push zstd layers", _CREATE_BUILDER)
+        return None
+    if setting == "auto":
+        major = re.match(r"\d+", engine_version)
+        return Compression("zstd" if major and int(major.group()) >= _ZSTD_ENGINE_SINCE else "gzip")
+    return Compression(setting, every_layer=True)
+
+
 def command(request: BuildRequest, metadata: Path) -> list[str]:
     """Return the command line of a build. Equal requests give equal command lines."""
     arguments = [
@@ -188,7 +210,7 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
     if request.platforms:
         arguments += ["--platform", ",".join(request.platforms)]
     for target in request.cache_to:
-        arguments += ["--cache-to", cache_to(target)]
+        arguments += ["--cache-to", cache_to(target, request.compression)]
     for source in request.cache_from:
         arguments += ["--cache-from", source if "type=" in source else f"type=registry,ref={source}"]
     if request.network:
@@ -197,14 +219,24 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         arguments += ["--allow", "network.host"] if request.network == "host" else []
     arguments.append(f"--provenance={'mode=max' if request.provenance else 'false'}")
     arguments.append(f"--sbom={'true' if request.sbom else 'false'}")
-    for output in request.outputs:
-        arguments += ["--output", output]
-    return [*arguments, *(() if request.outputs else ("--load",)), str(request.context)]
+    # `type=docker` is what `--load` means.
+    loaded = ("type=docker",) if request.compression else ()
+    for output in request.outputs or loaded:
+        arguments += ["--output", f"{output},{request.compression.fields}" if request.compression else output]
+    return [*arguments, *(() if request.outputs or loaded else ("--load",)), str(request.context)]
 
 
-def cache_to(target: str) -> str:
-    """Expand `registry/name:tag` to a registry cache of all stages (mode max). A value with `type=` is unchanged."""
-    return target if "type=" in target else f"type=registry,ref={target},mode=max"
+def cache_to(target: str, compression: Compression | None) -> str:
+    """Expand `registry/name:tag` to a registry cache of all stages (mode max).
+
+    A registry cache gets the compression of the image, unless it names one. Other values with `type=` are unchanged.
+    """
+    if "type=" not in target:
+        target = f"type=registry,ref={target},mode=max"
+    fields = target.split(",")
+    if compression is None or "type=registry" not in fields or any(f.startswith("compression=") for f in fields):
+        return target
+    return f"{target},{compression.cache_fields}"
 
 
 def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,6 +50,13 @@ _TRANSIENT = re.compile(
     r"|connection broken|without a digest|invalid chunk",
     re.IGNORECASE,
 )
+# How registries reject a manifest with an unknown media type: Distribution and Harbor, ECR, Artifactory and Nexus.
+_REJECTED_FORMAT = re.compile(
+    r"manifest[ _]invalid|unsupported|unknown media ?type|invalid media ?type|\b(?:400 Bad|405 Method|415 Unsupp)",
+    re.IGNORECASE,
+)
+# The Docker Engine before 23 and containerd before 1.5 read a zstd layer as a damaged archive.
+_UNREADABLE_LAYER = re.compile(r"invalid tar header|no processor for media-type", re.IGNORECASE)
 
 
 class MissingImageError(NotReadyError):
@@ -63,6 +70,11 @@ class NoBridgeError(NotReadyError):
 def transient(message: str) -> bool:
     """Return whether a retry of the push may succeed."""
     return bool(_TRANSIENT.search(message)) and not (_NO_LOGIN.search(message) or _DISK_FULL.search(message))
+
+
+def rejects_zstd(message: str) -> bool:
+    """Return whether a registry may have rejected a push because of the media type of zstd layers."""
+    return bool(_REJECTED_FORMAT.search(message)) and not (transient(message) or _NO_LOGIN.search(message))
 
 
 def unreachable(message: str) -> bool:
@@ -223,6 +235,11 @@ def push_error(message: str, reference: str) -> InferctlError:
             f"pushing {reference} failed: {message}",
             f"check that {host} is up and reachable, then run `inferctl push {reference}`",
         )
+    if rejects_zstd(message):
+        return InferctlError(
+            f"pushing {reference} failed: {message}",
+            "if the layers have zstd, the registry may not accept it: set `image.compression: gzip`",
+        )
     return InferctlError(
         f"pushing {reference} failed: {message}", f"run `docker push {reference}` for the output of the engine"
     )
@@ -241,6 +258,11 @@ def pull_error(message: str, reference: str) -> InferctlError:
     if _NO_LOGIN.search(text):
         return NotReadyError(
             f"{host} denied access to {reference}: {message}", f"run `docker login {host}` and check the name"
+        )
+    if _UNREADABLE_LAYER.search(text):
+        return NotReadyError(
+            f"the engine cannot read the layers of {reference}: {message}",
+            "zstd layers need Docker Engine 23 or newer: update it, or build with `image.compression: gzip`",
         )
     if _MISSING.search(text) and not unreachable(text):
         return MissingImageError(f"image {reference} not found in {host}", "check the name, tag and digest")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
 
 from inferctl.core.errors import InferctlError
+
+# Before Python 3.14, tarfile does not read zstd.
+if sys.version_info >= (3, 14):
+    import tarfile
+else:
+    from backports.zstd import tarfile
 
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 # Larger entries of the archive are layers, not JSON.

@@ -39,6 +39,7 @@ LEFT_OUT = {
     "mdurl": "rich",
     "pygments": "rich",
     "docker": "builds of images",
+    "backports-zstd": "builds of images",
     "requests": "docker",
     "certifi": "requests",
     "charset-normalizer": "requests",

@@ -163,6 +163,7 @@ def plan(
         wheels=wheel_sizes(rendered, Path(spec.image.wheels)) if spec.image.wheels else None,
         weights=_weights(spec) if baked else None,
         server=sum(file.stat().st_size for file in server_files.values()),
+        zstd=spec.image.compression == "zstd",
     )
     if options.max_bytes is not None:
         size_forecast.check_limit(forecast, options.max_bytes, stack.cuda)

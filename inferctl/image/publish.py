@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image import buildx, failures
+from inferctl.image.compression import Compression
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase
 from inferctl.image.image_name import split
@@ -22,12 +24,14 @@ from inferctl.image.records import ImageInfo
 class Publication:
     """The result of a push. `digests` are `name@sha256:...`, one per name of the image.
 
-    `compressed`: bytes that the registry stores. `pushed`: bytes that the push sent. None if unknown.
+    `compressed`: bytes that the registry stores. `pushed`: bytes that the push sent. None if unknown. `compressions`:
+    those of the layers, such as `gzip` and `zstd`.
     """
 
     digests: tuple[str, ...] = ()
     compressed: int | None = None
     pushed: int | None = None
+    compressions: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str | None:
@@ -41,6 +45,7 @@ class Publication:
             "digests": list(self.digests),
             "compressed_bytes": self.compressed,
             "pushed_bytes": self.pushed,
+            "compressions": list(self.compressions),
         }
 
 
@@ -114,6 +119,7 @@ def _combine(publications: list[Publication]) -> Publication:
         tuple(digest for publication in publications for digest in publication.digests),
         publications[0].compressed,
         None if None in sent else sum(filter(None, sent)),
+        publications[0].compressions,
     )
 
 
@@ -130,10 +136,16 @@ def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator
                 metadata = yield from buildx.run(push_request)
                 return str(metadata["containerimage.digest"])
             except buildx.BuildFailedError as error:
-                if not (push_request.sbom and "buildkit-syft-scanner" in error.text):
-                    raise PushFailedError(failures.last_line(error.text)) from None
-            yield Note("no SBOM: the builder cannot pull its scanner (docker/buildkit-syft-scanner)")
-            push_request = replace(push_request, sbom=False)
+                message = failures.last_line(error.text)
+                if push_request.sbom and "buildkit-syft-scanner" in error.text:
+                    note = "no SBOM: the builder cannot pull its scanner (docker/buildkit-syft-scanner)"
+                    push_request = replace(push_request, sbom=False)
+                elif push_request.compression == Compression("zstd") and failures.rejects_zstd(message):
+                    note = f"the layers are pushed with gzip: the registry does not accept zstd ({message})"
+                    push_request = replace(push_request, compression=Compression("gzip", every_layer=True))
+                else:
+                    raise PushFailedError(message) from None
+            yield Note(note)
 
     return (yield from retrying(attempt, ", ".join(plan.references), options.attempts))
 
@@ -165,6 +177,7 @@ def _confirm(
         return Publication((name,))
     try:
         sizes = [int(layer["size"]) for layer in manifest["layers"]]
+        found_types = [re.search(r"(?:gzip|zstd)$", str(layer["mediaType"])) for layer in manifest["layers"]]
         found = str(manifest["config"]["digest"])
     except (KeyError, TypeError, ValueError):
         raise InferctlError(
@@ -182,4 +195,5 @@ def _confirm(
             size for size, layer in zip(sizes, image.layers, strict=True) if layer.partition(":")[2][:12] in sent
         )
         pushed += int(manifest["config"]["size"])
-    return Publication((name,), sum(sizes) + int(manifest["config"]["size"]), pushed)
+    compressions = sorted({found_type.group() if found_type else "none" for found_type in found_types})
+    return Publication((name,), sum(sizes) + int(manifest["config"]["size"]), pushed, tuple(compressions))

@@ -47,7 +47,7 @@ from inferctl.serve import task_config
 from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.engines import hide_scikit_learn
+from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.main import exit_with
 from inferctl.serve.modules import read_object
 from inferctl.serve.outputs import Form, Role, mark
@@ -307,7 +307,7 @@ def main() -> int:
     if options.library:
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     else:
-        hide_scikit_learn()
+        hide_unused_libraries()
     hint = 'pass a JSON list of texts, such as `["first text", "second text"]`, of pairs of texts, or of chat messages'
     try:
         inputs = json.load(sys.stdin)

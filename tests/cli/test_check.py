@@ -188,7 +188,7 @@ def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
     document = json.loads(capsys.readouterr().out)
     assert list(document) == [
         *("ok", "verdict", "file", "name", "task", "precision", "base", "stack", "hardware", "findings", "problems"),
-        "model",
+        *("model", "cold_start"),
     ]
     t4 = document["hardware"][0]
     assert t4["precision"] == {

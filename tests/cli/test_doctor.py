@@ -36,7 +36,7 @@ def test_a_classic_builder_says_what_it_lacks_and_how_to_get_it() -> None:
     found = features(CLASSIC)
     assert found.verdict == "limited"
     assert found.detail == (
-        "for linux/amd64, linux/386; without: cache export, OCI archives, several platforms at once, "
+        "for linux/amd64, linux/386; without: cache export, OCI archives, zstd, several platforms at once, "
         "SBOM and provenance, Dockerfile check"
     )
     assert found.hint == "docker buildx create --use --driver docker-container"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
-import tarfile
+import sys
 from collections.abc import Iterable, Iterator
 
 import pytest
 
 from inferctl.image import layers, lint
 from inferctl.models.fit import Finding
+
+if sys.version_info >= (3, 14):
+    import tarfile
+else:
+    from backports.zstd import tarfile
 
 CLEAN = "FROM x\nENV PYTHONPATH=/a HOME=/tmp TOKENIZERS_PARALLELISM=false\nUSER 10001\n"
 
@@ -58,9 +63,9 @@ def test_an_image_that_runs_as_root_is_an_error(user: str) -> None:
     assert codes(lint.check_built_image({}, user, None)) == [("runs-as-root", "error")]
 
 
-def tar(files: dict[str, int], compressed: bool = False) -> bytes:
+def tar(files: dict[str, int], compression: str = "") -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz" if compressed else "w") as archive:
+    with tarfile.open(fileobj=out, mode=f"w:{compression}") as archive:
         for name, length in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = length
@@ -85,8 +90,8 @@ def saved(*contents: bytes) -> Iterator[bytes]:
     return (data[at : at + 4097] for at in range(0, len(data), 4097))
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: bool) -> None:
+@pytest.mark.parametrize("compression", ["", "gz", "zst"])
+def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compression: str) -> None:
     bottom = tar(
         {
             "app/model.bin": 2_000_000,
@@ -95,9 +100,9 @@ def test_files_overwritten_or_deleted_by_a_later_layer_are_waste(compressed: boo
             "tmp/cache/b": 200_000,
             "tmp/cache.kept": 10,
         },
-        compressed,
+        compression,
     )
-    top = tar({"app/model.bin": 2_000_000, "tmp/.wh.cache": 0, "app/new": 5}, compressed)
+    top = tar({"app/model.bin": 2_000_000, "tmp/.wh.cache": 0, "app/new": 5}, compression)
     waste = layers.analyze(saved(bottom, top))
     assert waste.bytes == 2_500_000
     assert waste.total == 4_500_025

@@ -12,6 +12,7 @@ from inferctl.facts import catalog
 from inferctl.image.size_forecast import (
     BYTECODE_BYTES,
     SERVER_WHEELS_BYTES,
+    ZSTD_SHARE,
     ImagePart,
     SizeForecast,
     check_limit,
@@ -42,6 +43,14 @@ def test_the_parts_are_sorted_by_size_and_add_up() -> None:
     assert found.total == 4_130_000_000 + 250_000_000 + 90_000_000 + SERVER_WHEELS_BYTES + added + 400_000
     assert found.complete
     assert all(part.source for part in found.parts)
+
+
+def test_zstd_makes_closures_smaller_and_nothing_else() -> None:
+    sizes = {part.name: part.bytes or 0 for part in cuda().parts}
+    smaller = {part.name: part.bytes or 0 for part in cuda(zstd=True).parts}
+    shares = {"torch closure": ZSTD_SHARE["torch"], "server dependencies": ZSTD_SHARE["server"]}
+    for name, bytes_ in sizes.items():
+        assert smaller[name] == pytest.approx(bytes_ * shares.get(name, 1.0), rel=1e-6), name
 
 
 def test_a_base_with_torch_has_no_torch_closure() -> None:

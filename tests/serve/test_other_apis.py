@@ -230,7 +230,6 @@ def test_errors_of_text_embeddings_inference(
         ("/v1/embeddings", {"input": "a", "add_special_tokens": False}),
         ("/v1/embeddings", {"input": "a", "late_chunking": True}),
         ("/v1/embeddings", {"input": "a", "return_multivector": True}),
-        ("/pooling", {"input": "a", "task": "token_embed"}),
         ("/v2/embed", {"texts": ["a"], "max_tokens": 5}),
         ("/v2/embed", {"texts": ["a"], "images": ["data:"]}),
     ],

@@ -78,15 +78,17 @@ def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) ->
     assert done.stdout == ""
 
 
-def test_the_engine_process_does_not_load_scikit_learn(minilm_server: ServerProcess) -> None:
-    """The development tools include it, and transformers would import it."""
+def test_the_engine_process_does_not_load_unused_libraries(minilm_server: ServerProcess) -> None:
+    """The development tools include them, and transformers would import them."""
     assert importlib.util.find_spec("sklearn")
+    assert importlib.util.find_spec("scipy")
     mapped = Path(f"/proc/{minilm_server.engine_pid()}/maps").read_text()
     assert "/torch/" in mapped
     assert "/sklearn/" not in mapped
+    assert "/scipy/" not in mapped
 
 
-def test_the_reference_does_not_load_scikit_learn(minilm: Path) -> None:
+def test_the_reference_does_not_load_unused_libraries(minilm: Path) -> None:
     code = """
 import runpy, sys
 sys.argv[1:] = [sys.stdin.readline().strip()]
@@ -94,7 +96,7 @@ try:
     runpy.run_module("inferctl.serve.reference", run_name="__main__")
 except SystemExit:
     pass
-assert "transformers" in sys.modules and not any(name.startswith("sklearn.") for name in sys.modules)
+assert "transformers" in sys.modules and not any(name.startswith(("sklearn.", "scipy.")) for name in sys.modules)
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=f'{minilm}\n["a"]', capture_output=True, text=True, check=False)

@@ -23,7 +23,7 @@ from inferctl.serve import logs
 from inferctl.serve.engine_process import failures, frames
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.engine_process.frames import Kind
-from inferctl.serve.engines import hide_scikit_learn
+from inferctl.serve.engines import hide_unused_libraries
 
 log = logging.getLogger("inferctl.engine")
 
@@ -114,7 +114,7 @@ def _send(stream: BufferedIOBase, frame: bytes) -> None:
 
 def main() -> None:
     """Run the engine process."""
-    hide_scikit_learn()
+    hide_unused_libraries()
     # Someone may send these to the engine. The API process decides when it ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -391,3 +391,13 @@ def test_without_a_rate_the_servers_of_a_key_are_those_that_run() -> None:
 def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> None:
     """Otherwise these tests would pass with documents that no benchmark writes."""
     assert receipt_document("l4", 1.0).keys() >= receipt._REQUIRED
+
+
+def test_a_new_node_pulls_and_unpacks_the_image_of_the_spec() -> None:
+    (found,) = plans.plan(plans.embed(load_s=70, pull_rate="200MB"), clusters=plans.ONE_CLUSTER).models[0].flavors[:1]
+    figures = {figure.name: figure for figure in explain.flavor_figures(found)}
+    pull, unpack = figures["pull, estimated"], figures["unpack, estimated"]
+    assert pull.value > 0
+    assert "200 MB/s" in pull.formula
+    assert unpack.value > pull.value
+    assert figures["load time"].value == 70, "a load time of the spec or of a receipt is not estimated"

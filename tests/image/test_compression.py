@@ -1,0 +1,103 @@
+"""Tests which compression a build chooses, and the command line that it gets."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.core.errors import NotReadyError
+from inferctl.image import buildx, failures
+from inferctl.image.compression import Compression
+
+CLASSIC = buildx.Builder((0, 13, 1), "default", "docker", (), False)
+CONTAINERD = replace(CLASSIC, containerd_store=True)
+CONTAINER = replace(CLASSIC, driver="docker-container")
+
+
+@pytest.mark.parametrize(
+    ("setting", "builder", "engine", "expected"),
+    [
+        ("auto", CONTAINERD, "26.1.5+dfsg1", Compression("zstd")),
+        ("auto", CONTAINER, "23.0.0", Compression("zstd")),
+        ("auto", CONTAINER, "20.10.25", Compression("gzip")),
+        ("auto", CONTAINER, "dev", Compression("gzip")),
+        ("auto", CLASSIC, "28", None),
+        ("gzip", CLASSIC, "28", None),
+        ("gzip", CONTAINERD, "28", Compression("gzip", every_layer=True)),
+        ("zstd", CONTAINERD, "28", Compression("zstd", every_layer=True)),
+        ("zstd", CONTAINER, "20.10.25", Compression("zstd", every_layer=True)),
+    ],
+)
+def test_the_builder_and_the_engine_decide(
+    setting: Any, builder: buildx.Builder, engine: str, expected: Compression | None
+) -> None:
+    assert buildx.choose_compression(setting, builder, engine) == expected
+
+
+def test_the_classic_engine_cannot_push_zstd() -> None:
+    with pytest.raises(NotReadyError, match="classic image store cannot push zstd") as caught:
+        buildx.choose_compression("zstd", CLASSIC, "28")
+    assert "docker buildx create --use" in (caught.value.hint or "")
+
+
+def fields_of(value: str) -> dict[str, str]:
+    return dict(field.partition("=")[::2] for field in value.split(","))
+
+
+def test_images_and_caches_get_the_compression() -> None:
+    caches = ("r/c:x", "type=registry,ref=r/c:x,ignore-error=true", "type=registry,ref=r/c:x,compression=gzip")
+    request = buildx.BuildRequest(Path("/c"), cache_to=(*caches, "type=gha"), compression=Compression("zstd"))
+    command = buildx.command(request, Path("/m.json"))
+    assert "--load" not in command
+    values = [fields_of(after) for option, after in itertools.pairwise(command) if option == "--cache-to"]
+    assert [value.get("compression") for value in values] == ["zstd", "zstd", "gzip", None]
+    assert all("force-compression" not in value for value in values), "a base is not uploaded to the cache"
+
+    def output(method: Any, every_layer: bool, *outputs: str) -> dict[str, str]:
+        made = replace(request, outputs=outputs, compression=Compression(method, every_layer))
+        command = buildx.command(made, Path("/m.json"))
+        return fields_of(command[command.index("--output") + 1])
+
+    loaded = output("zstd", False)
+    assert (loaded["type"], loaded["compression"], loaded["oci-mediatypes"]) == ("docker", "zstd", "true")
+    assert "force-compression" not in loaded
+    pushed = output("gzip", True, "type=image,push=true")
+    assert (pushed["push"], pushed["compression"], pushed["force-compression"]) == ("true", "gzip", "true")
+    assert "compression-level" not in pushed
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "failed to push r/x:1: unexpected status from PUT request to http://r/v2/x/manifests/1: 400 Bad Request",
+            True,
+        ),
+        ("failed commit on ref: manifest invalid: manifest invalid", True),
+        ("MANIFEST_INVALID: unknown media type application/vnd.oci.image.layer.v1.tar+zstd", True),
+        ("405 Method Not Allowed: Invalid parameter: UnsupportedImageType", True),
+        ("unexpected status: 503 Service Unavailable", False),
+        ("unexpected status: 429 Too Many Requests: unsupported rate", False),
+        ("pull access denied, insufficient_scope: authorization failed", False),
+        ("no space left on device", False),
+    ],
+)
+def test_a_rejection_of_the_format_differs_from_other_failures(message: str, expected: bool) -> None:
+    assert failures.rejects_zstd(message) is expected
+
+
+@pytest.mark.parametrize(
+    "message",
+    [  # Docker Engine 20.10 (aws/amazon-ecs-agent#4179), containerd 1.6 (containerd/containerd#9859)
+        "failed to register layer: Error processing tar file(exit status 1): archive/tar: invalid tar header",
+        "failed to get stream processor for application/vnd.docker.image.rootfs.diff.tar.zstd: no processor for "
+        "media-type: unknown",
+    ],
+)
+def test_an_engine_that_is_too_old_for_zstd_gets_a_hint(message: str) -> None:
+    error = failures.pull_error(message, "registry.example.com/x:1")
+    assert "Docker Engine 23" in (error.hint or "")

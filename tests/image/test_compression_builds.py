@@ -1,0 +1,179 @@
+"""Tests the compression of the layers that a real engine with the containerd store pushes to a real registry."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import random
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from inferctl.core.errors import InferctlError
+from inferctl.image import build, buildx
+from inferctl.image.build import Built
+from inferctl.image.docker import DockerEngine
+from inferctl.image.events import Event, Note
+from inferctl.image.plan import BuildPlan
+from inferctl.image.render import Rendered
+from tests.http_servers import serving
+from tests.image import tiny
+
+# In the group of tests/test_ci_run.py, which uses the same engine.
+pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ci")]
+REGISTRY = "localhost:5000"
+
+
+@pytest.fixture
+def docker(exporting_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerEngine]:
+    """The engine with the containerd store. Images of the test are removed."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{exporting_engine}")
+    monkeypatch.setattr(tiny, "mark", uuid.uuid4().hex)
+    yield DockerEngine.connect()
+    command = ["docker", "images", "--no-trunc", "--quiet", "--filter", f"label=test={tiny.mark}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["docker", "image", "rm", "--force", *set(found)], capture_output=True, check=False)
+
+
+def image(base: str, extra: str = "") -> Rendered:
+    """An image with one layer of 20 MB that is equal in each build."""
+    text = random.Random(uuid.UUID(tiny.mark).int).randbytes(10_000_000).hex().encode()
+    dockerfile = f"""FROM {base} AS made
+RUN --mount=type=bind,source=app,target=/context mkdir -p /layer && cp -R /context /layer/app && \\
+    chmod -R u=rwX,go=rX /layer && find /layer -exec touch --no-dereference --date=@315532800 {{}} +
+FROM {base}
+{extra}
+COPY --link --from=made /layer /
+LABEL test={tiny.mark}
+USER 10001
+"""
+    return Rendered(dockerfile, "", {"app/text": text}, {}, (), {}, {"SOURCE_DATE_EPOCH": "1700000000"})
+
+
+def planned(rendered: Rendered, setting: str, name: str | None = None, **options: object) -> BuildPlan:
+    made = tiny.plan(rendered, name=name or f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x")
+    own = made.spec.image.model_copy(update={"compression": setting})
+    made = replace(made, spec=made.spec.model_copy(update={"image": own}))
+    usual = {"verify": False, "push": True, "network": "host", "provenance": False, "sbom": False}
+    return tiny.with_options(made, **{**usual, **options})
+
+
+def built(docker: DockerEngine, made: BuildPlan) -> tuple[list[Event], Built]:
+    events: list[Event] = []
+    running = build.run(made, docker, docker.info())
+    while True:
+        try:
+            events.append(next(running))
+        except StopIteration as end:
+            return events, end.value
+
+
+def layers(reference: str) -> list[tuple[str, str]]:
+    """Return media type and digest of each layer in the registry."""
+    found = buildx.manifest(reference, "linux/amd64")
+    return [(str(layer["mediaType"]), str(layer["digest"])) for layer in found["layers"]]
+
+
+def methods(reference: str) -> list[str]:
+    prefix = "application/vnd.oci.image.layer.v1.tar+"
+    assert all(kind.startswith(prefix) for kind, _ in layers(reference)), "CRI-O cannot pull Docker's type with zstd"
+    return [kind.removeprefix(prefix) for kind, _ in layers(reference)]
+
+
+def test_each_setting_and_its_layers(docker: DockerEngine, base_image: str) -> None:
+    rendered = image(base_image)
+    pushed: dict[str, Built] = {}
+    for setting in ("auto", "zstd", "gzip"):
+        made = planned(rendered, setting, no_cache=setting != "gzip")
+        _, pushed[setting] = built(docker, made)
+        # Made again without a cache, equal input has equal layers.
+        _, again = built(docker, planned(rendered, setting, no_cache=True))
+        assert layers(again.reference) == layers(pushed[setting].reference), setting
+    (base,) = layers(base_image)
+    first, last = layers(pushed["auto"].reference)
+    assert first[1] == base[1], "the layers of the base are shared with other images"
+    assert last == layers(pushed["zstd"].reference)[1]
+    assert methods(pushed["auto"].reference) == ["gzip", "zstd"]
+    assert methods(pushed["zstd"].reference) == ["zstd", "zstd"]
+    # Taken from the cache, in which it has zstd.
+    assert methods(pushed["gzip"].reference) == ["gzip", "gzip"]
+    assert pushed["auto"].compressions == ("gzip", "zstd")
+    sizes = [found.compressed for found in (pushed["zstd"], pushed["auto"], pushed["gzip"])]
+    assert sizes == sorted(sizes)
+    # All have the same files.
+    configs = {buildx.manifest(found.reference, "linux/amd64")["config"]["digest"] for found in pushed.values()}
+    assert len(configs) == 1
+
+
+def test_a_cache_and_an_archive_have_zstd_and_wasted_bytes_are_found_in_it(
+    docker: DockerEngine, base_image: str, tmp_path: Path
+) -> None:
+    cache, archive = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:cache", tmp_path / "image.tar"
+    rendered = image(base_image, "RUN head -c 9000000 /dev/urandom > /big\nRUN rm /big")
+    _, found = built(docker, planned(rendered, "auto", cache_to=(cache,), oci=archive, lint_layers=True))
+    assert [finding.topic for finding in found.findings] == ["wasted-bytes"]
+    assert "/big (9.0 MB, deleted)" in found.findings[0].why
+    stored = buildx._raw_manifest(cache)
+    kinds = [str(entry["mediaType"]) for entry in stored.get("layers", stored.get("manifests"))]
+    assert sum(kind.endswith("zstd") for kind in kinds) >= 3
+    assert archive.stat().st_size == pytest.approx(found.compressed or 0, rel=0.01)
+
+
+class OldRegistry(http.server.BaseHTTPRequestHandler):
+    """A registry that has every blob, and accepts manifests without zstd."""
+
+    protocol_version = "HTTP/1.1"
+    # Of its reply to the handshake of TLS, which the engine tries first.
+    default_request_version = "HTTP/1.1"
+    manifests: dict[str, tuple[str, bytes]]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"content_length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            with suppress(OSError):
+                self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if "/manifests/" not in self.path:
+            return self.reply(200)
+        kind, body = self.manifests.get(self.path.rpartition("/")[2], ("", b""))
+        digest = f"sha256:{sha256(body).hexdigest()}"
+        return self.reply(200, body, content_type=kind, docker_content_digest=digest) if body else self.reply(404)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if b"zstd" in body:
+            problem = {"errors": [{"code": "MANIFEST_INVALID", "message": "manifest invalid"}]}
+            return self.reply(400, json.dumps(problem).encode())
+        digest = f"sha256:{sha256(body).hexdigest()}"
+        for name in (digest, self.path.rpartition("/")[2]):
+            self.manifests[name] = (self.headers["content-type"], body)
+        return self.reply(201, docker_content_digest=digest)
+
+
+def test_a_registry_that_rejects_zstd_gets_gzip(docker: DockerEngine, base_image: str) -> None:
+    rendered = image(base_image)
+    OldRegistry.manifests = {}
+    with serving(OldRegistry) as port:
+        name = f"localhost:{port}/inferctl-test/old:x"
+        events, found = built(docker, planned(rendered, "auto", name=name))
+        notes = [event.text for event in events if isinstance(event, Note)]
+        assert any("the registry does not accept zstd" in note for note in notes), notes
+        assert found.compressions == ("gzip",)
+        with pytest.raises(InferctlError, match="pushing localhost") as caught:
+            built(docker, planned(rendered, "zstd", name=name, attempts=1))
+    assert "image.compression: gzip" in (caught.value.hint or "")
