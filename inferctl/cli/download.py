@@ -27,10 +27,10 @@ def fetch(source: str, revision: str | None) -> ModelFolder:
 
 def pull_image(source: str) -> ModelFolder:
     """Return the folder of the model image `source` in the cache, pulled if it is not there."""
-    from inferctl.image import model_image
+    from inferctl.image import model_transfer
 
     with BuildView(live=sys.stderr.isatty()) as view:
-        return view.follow(model_image.fetch(source))
+        return view.follow(model_transfer.fetch(source))
 
 
 @contextmanager

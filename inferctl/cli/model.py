@@ -68,12 +68,12 @@ def push(
     Each weight file is a layer, and all other files are one. Equal files make equal layers, so that a registry stores
     them once.
     """
-    from inferctl.image import model_image
+    from inferctl.image import model_transfer
 
     name = tag_reference(reference.removeprefix("oci://"))
     folder = download.fetch(model, revision)
     with BuildView(live=sys.stderr.isatty()) as view:
-        found = view.follow(model_image.push(folder, model, name, license_id, attempts))
+        found = view.follow(model_transfer.push(folder, model, name, license_id, attempts))
     if as_json:
         console.document(found.document())
     else:
@@ -124,7 +124,7 @@ def pull(
 
     Example: inferctl model pull registry.example.com/models/minilm:v1 --output ./minilm
     """
-    from inferctl.image import model_image
+    from inferctl.image import model_image, model_transfer
 
     if output is None:
         folder = download.pull_image(image).path
@@ -133,7 +133,7 @@ def pull(
             raise UsageError(f"{output} already exists", "name a new folder with `--output`")
         outputs.check_folder(output.absolute().parent, "--output")
         with BuildView(live=sys.stderr.isatty()) as view:
-            folder = view.follow(model_image.pull(model_image.inspect(image), output))
+            folder = view.follow(model_transfer.pull(model_image.inspect(image), output))
     if as_json:
         console.document({"image": image_source.reference(image), "folder": str(folder)})
     else:

@@ -75,7 +75,7 @@ class BuildRequest:
     context: Path = Path("-")
     send: Callable[[IO[bytes]], None] | None = None
     receive: Callable[[IO[bytes]], None] | None = None
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: tuple[str, ...] = ()
     contexts: Mapping[str, str] = field(default_factory=dict)
     build_args: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, Path] = field(default_factory=dict)
@@ -203,8 +203,8 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         arguments += ["--allow", "network.host"] if request.network == "host" else []
     arguments.append(f"--provenance={'mode=max' if request.provenance else 'false'}")
     arguments.append(f"--sbom={'true' if request.sbom else 'false'}")
-    for name, value in sorted(request.annotations.items()):
-        arguments += ["--annotation", f"{name}={value}"]
+    for annotation in request.annotations:
+        arguments += ["--annotation", annotation]
     for output in request.outputs:
         arguments += ["--output", output]
     return [*arguments, *(() if request.outputs else ("--load",)), str(request.context)]
