@@ -52,7 +52,7 @@ def push(
     revision = folder.path.name if hub_id and re.fullmatch(r"[0-9a-f]{40}", folder.path.name) else None
     files = _files(folder)
     labels = labels_of(folder, files, hub_id, revision, license_id or _license(folder.path))
-    layers = [layer for layer in groups(files) if layer]
+    layers = [{name: files[name] for name in layer} for layer in groups(files)]
     text = dockerfile(labels, len(layers))
     engine = DockerEngine.connect()
     builder = buildx.detect(engine.info().containerd_store)
@@ -172,8 +172,11 @@ def _license(folder: Path) -> str | None:
     return None
 
 
-def _write_context(stream: IO[bytes], folder: Path, text: str, layers: Sequence[Sequence[str]]) -> None:
-    """Write a build context with the Dockerfile `text` and a folder for each layer as a tar stream."""
+def _write_context(stream: IO[bytes], folder: Path, text: str, layers: Sequence[Mapping[str, int]]) -> None:
+    """Write a build context as a tar stream: the Dockerfile `text`, and a folder for each layer.
+
+    A layer has the bytes of its files by name. Raises `NotReadyError` if a file of `folder` no longer has as many.
+    """
     with (
         _translated(f"{folder} changed while it was pushed"),
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as archive,
@@ -181,14 +184,16 @@ def _write_context(stream: IO[bytes], folder: Path, text: str, layers: Sequence[
         archive.addfile(_entry("Dockerfile", len(text.encode())), io.BytesIO(text.encode()))
         for number, names in enumerate(layers):
             written: set[str] = set()
-            for name in names:
+            for name, bytes_ in names.items():
                 parts = f"{image_source.FOLDER}/{name}".split("/")
                 for end in range(1, len(parts)):
                     if (parent := "/".join(parts[:end])) not in written:
                         archive.addfile(_entry(f"{number}/{parent}"))
                         written.add(parent)
                 with (folder / name).open("rb") as file:
-                    archive.addfile(_entry(f"{number}/{'/'.join(parts)}", os.fstat(file.fileno()).st_size), file)
+                    if os.fstat(file.fileno()).st_size != bytes_:
+                        raise OSError(f"{name} has another size")
+                    archive.addfile(_entry(f"{number}/{'/'.join(parts)}", bytes_), file)
 
 
 def _entry(name: str, bytes_: int | None = None) -> tarfile.TarInfo:
