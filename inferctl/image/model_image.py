@@ -22,8 +22,9 @@ from inferctl.models import image_source
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, resolve_task
 
-# The files are the same for every platform. A builder with the classic image store pushes the first platform only.
-PLATFORMS = ("linux/amd64", "linux/arm64")
+# The files are the same for every platform. Nodes of other platforms mount the image too, because it has no index.
+# With two platforms and a context that is streamed, BuildKit of Engine 26.1 ends with `concurrent map writes`.
+PLATFORM = "linux/amd64"
 LABEL = "io.inferctl.model."
 _WEIGHTS = (".safetensors", ".gguf")
 # An image with the server has up to eight further layers, and overlay file systems mount at most 128.
@@ -128,7 +129,7 @@ def inspect(source: str) -> ModelImage:
     reference = image_source.reference(source)
     name = split(reference)[0]
     digest = image_source.digest(reference) or buildx.digest(reference)
-    found = buildx.remote_image(f"{name}@{digest}", PLATFORMS[0])
+    found = buildx.remote_image(f"{name}@{digest}", PLATFORM)
     return read(f"{name}@{digest}", found.labels, found.layers)
 
 

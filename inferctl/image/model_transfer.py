@@ -21,7 +21,7 @@ from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase
 from inferctl.image.image_name import split
-from inferctl.image.model_image import LABEL, NO_MODEL, PLATFORMS, ModelImage, groups, inspect, labels_of, quoted
+from inferctl.image.model_image import LABEL, NO_MODEL, PLATFORM, ModelImage, groups, inspect, labels_of, quoted
 from inferctl.image.push import PushFailedError, retrying
 from inferctl.image.records import ATTEMPTS
 from inferctl.image.render import EPOCH
@@ -60,21 +60,20 @@ def push(
     request = buildx.BuildRequest(
         send=lambda stream: _write_context(stream, folder.path, text, layers),
         build_args={"SOURCE_DATE_EPOCH": str(EPOCH)},
-        platforms=PLATFORMS if builder.exports else PLATFORMS[:1],
+        platforms=(PLATFORM,),
         outputs=(f"{output},compression=uncompressed,force-compression=true,oci-mediatypes=true",)
         if builder.exports
         else (output,),
         # Those of ModelPack (`org.cncf.model.*`) are for layers, and no builder sets them.
         annotations=tuple(
-            f"{kind}:{name}={value}"
-            for kind in ("index", "manifest")
+            f"manifest:{name}={value}"
             for name, value in labels.items()
             if builder.exports and name.startswith("org.opencontainers.")
         ),
     )
     yield Phase("push", f"{size(sum(files.values()))} in {len(layers)} layers to {reference}")
     if not builder.exports:
-        yield Note("the layers are compressed with gzip, for linux/amd64: " + builder.describe())
+        yield Note("the layers are compressed with gzip, which costs time: " + builder.describe())
 
     def attempt() -> Generator[Event, None, dict[str, Any]]:
         try:
@@ -121,7 +120,7 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
     DockerEngine.connect()
     buildx.detect(containerd_store=False)
     # A name that is no local tag: the builder always asks the registry.
-    text = f"FROM --platform={PLATFORMS[0]} {image.reference}\n"
+    text = f"FROM --platform={PLATFORM} {image.reference}\n"
     request = buildx.BuildRequest(
         send=lambda stream: _write_context(stream, Path(), text, []),
         receive=lambda stream: _extract(stream, image, partial),

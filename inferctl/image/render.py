@@ -30,7 +30,7 @@ from inferctl.core import assets
 from inferctl.core.errors import UsageError
 from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image.locks import Locks
-from inferctl.image.model_image import PLATFORMS, ModelImage, groups
+from inferctl.image.model_image import PLATFORM, ModelImage, groups
 from inferctl.models.image_source import is_image
 from inferctl.models.model import IMAGE_FOLDER, SUFFIXES, is_hub_id, longest_start_s
 
@@ -129,7 +129,7 @@ def render(
         "labels": {},
         "model_image": model_image.reference if model_image else None,
         "model_layers": groups(model_image.files) if model_image else [],
-        "model_platform": PLATFORMS[0],
+        "model_platform": PLATFORM,
         "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
         "packages": list(base.packages),
         "port": port,

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,10 +20,12 @@ from typing import Any
 import pytest
 
 from inferctl.cli import download
+from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, model_image, model_transfer
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Phase
+from inferctl.image.from_spec import rendered_image
 from inferctl.image.model_image import ModelImage
 from inferctl.models import image_source
 from inferctl.models.model import ModelFolder, find
@@ -80,20 +83,60 @@ def test_a_second_push_uploads_nothing_and_a_changed_shard_one_layer(
     registry: RegistryProxy, repository: str, model: Path, tmp_path: Path
 ) -> None:
     first = push(model, f"{repository}:v1")
-    sent = registry.uploads()
-    assert len(sent) == 4  # the configuration of the image, the small files, two shards
-    assert sum(sent) > 2 * sharded.SHARD_BYTES
+    assert shards(registry.uploads()) == 2
     assert push(model, f"{repository}:v2") == first
     assert registry.uploads() == []
     tuned = sharded.copy(model, tmp_path / "tuned")
     sharded.write_shard(tuned / sharded.SHARDS[1], uuid.uuid4().int)
     second = push(tuned, f"{repository}:v3")
-    sent = registry.uploads()
-    assert len(sent) == 2  # the configuration of the image, one shard
-    assert sharded.SHARD_BYTES < max(sent) < 1.1 * sharded.SHARD_BYTES
-    assert min(sent) < 10_000
+    assert shards(registry.uploads()) == 1
     assert len(set(first.layers) - set(second.layers)) == 1
     assert second.sha256 == ModelFolder(tuned).digest != first.sha256
+
+
+def shards(uploads: list[int]) -> int:
+    """Return the number of shards among `uploads`, which have about that size. The others are small."""
+    large = [bytes_ for bytes_ in uploads if bytes_ > 20_000]
+    assert all(sharded.SHARD_BYTES < bytes_ < 1.1 * sharded.SHARD_BYTES for bytes_ in large)
+    return len(large)
+
+
+def test_an_image_with_the_server_uploads_no_weights(
+    registry: RegistryProxy, repository: str, model: Path, base_image: str, tmp_path: Path
+) -> None:
+    pushed = push(model, f"{repository}/model:v1")
+    registry.uploads()
+    flags = {"model.source": f"oci://{pushed.reference}", "model.weights": "bake", "image.base": "cpu"}
+    found = rendered_image(settings.resolve(None, {}, {**flags, "image.base_image": base_image}))
+    # Without the closures of torch and the server, which take minutes.
+    stages = found.dockerfile.split("\nFROM ")
+    stages = [stage for stage in stages if re.search(r"^.* AS (python|model|weights)$", stage, re.MULTILINE)]
+    copies = re.findall(r"^COPY --link --from=weights .*$", found.dockerfile, re.MULTILINE)
+    assert len(copies) == len(pushed.layers) == 3
+    (tmp_path / "Dockerfile").write_text("\nFROM ".join(["", *stages, "python"]) + "\n" + "\n".join(copies) + "\n")
+    name = f"{repository}/server:v1"
+    request = buildx.BuildRequest(
+        context=tmp_path,
+        network="host",
+        no_cache=True,
+        outputs=(f"type=image,name={name},push=true",),
+    )
+    try:
+        list(buildx.run(request))
+    finally:
+        DockerEngine.connect().untag(name)
+    assert diff_ids(name)[-3:] == diff_ids(pushed.reference)
+    if DockerEngine.connect().info().containerd_store:
+        return  # it compresses all layers of an image in one way, and those of the model are not compressed
+    assert buildx.remote_image(name, model_image.PLATFORM).layers[-3:] == pushed.layers
+    assert not [bytes_ for bytes_ in registry.uploads() if sharded.SHARD_BYTES < bytes_ < 1.1 * sharded.SHARD_BYTES]
+    assert any(pushed.layers[1][0].partition(":")[2] in path for path in registry.mounted)
+
+
+def diff_ids(reference: str) -> list[str]:
+    """Return the digests of the uncompressed layers of an image in the registry."""
+    found: list[str] = buildx._imagetools(reference, "{{json .Image}}")["rootfs"]["diff_ids"]
+    return found
 
 
 def test_equal_files_have_one_digest_whenever_and_from_wherever_they_are_pushed(
@@ -172,7 +215,7 @@ def test_an_interrupted_push_leaves_no_image(repository: str, model: Path) -> No
     ("status", "body", "message", "hint"),
     [
         pytest.param(500, b'{"errors": [{"message": "no space left on device"}]}', "500", "full", marks=RETRIED),
-        (403, b'{"errors": [{"code": "DENIED", "message": "quota exceeded"}]}', "quota exceeded", "docker login"),
+        (403, b'{"errors": [{"code": "DENIED", "message": "quota exceeded"}]}', "403|quota exceeded", "docker login"),
     ],
     ids=["full", "quota"],
 )
@@ -182,7 +225,7 @@ def test_a_registry_that_refuses_a_push_leaves_no_image(
     registry.fault = lambda method, _path: (status, body) if method in ("POST", "PATCH", "PUT") else None
     with pytest.raises(NotReadyError) as caught:
         push(model, f"{repository}:v1")
-    assert message in caught.value.message
+    assert re.search(message, caught.value.message)
     assert hint in (caught.value.hint or "")
     registry.fault = lambda _method, _path: None
     with pytest.raises(UsageError, match="not found in its registry"):
