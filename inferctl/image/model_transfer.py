@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from inferctl.config.spec import IMAGE_SCHEME
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, shown
 from inferctl.core.sizes import size
 from inferctl.image import buildx, failures
@@ -95,7 +96,11 @@ def push(
 
 
 def fetch(source: str) -> Generator[Event, None, ModelFolder]:
-    """Return the folder of `source` in the cache, pulled if it is not there. Raises the errors of `pull`."""
+    """Return the folder of `source`, with or without `oci://`, in the cache, pulled if it is not there.
+
+    Asks the registry for the digest of a tag. Raises the errors of `pull`.
+    """
+    source = f"{IMAGE_SCHEME}{image_source.reference(source)}"
     found = inspect(source)
     folder = image_source.cache_folder(found.digest)
     if not folder.is_dir():
@@ -180,7 +185,6 @@ def _write_context(stream: IO[bytes], folder: Path, text: str, layers: Sequence[
         _translated(f"{folder} changed while it was pushed"),
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as archive,
     ):
-        archive.addfile(_entry("Dockerfile", len(text.encode())), io.BytesIO(text.encode()))
         for number, names in enumerate(layers):
             written: set[str] = set()
             for name, bytes_ in names.items():
@@ -193,6 +197,8 @@ def _write_context(stream: IO[bytes], folder: Path, text: str, layers: Sequence[
                     if os.fstat(file.fileno()).st_size != bytes_:
                         raise OSError(f"{name} has another size")
                     archive.addfile(_entry(f"{number}/{'/'.join(parts)}", bytes_), file)
+        # Last, so that a stream that ends early builds no image.
+        archive.addfile(_entry("Dockerfile", len(text.encode())), io.BytesIO(text.encode()))
 
 
 def _entry(name: str, bytes_: int | None = None) -> tarfile.TarInfo:

@@ -172,7 +172,7 @@ def test_a_model_of_a_registry_is_cached(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     pushed = push(model, f"{repository}:v1")
     by_tag, by_digest = f"oci://{repository}:v1", f"oci://{pushed.reference}"
-    folder = download.fetch(by_tag, None)
+    folder = download.pull_image(f"{repository}:v1")
     assert folder.path == image_source.cache_folder(pushed.digest)
     registry.fault = lambda _method, _path: (503, b"")
     assert {download.fetch(source, None) for source in (by_tag, by_digest)} == {folder}
@@ -209,6 +209,25 @@ def test_an_interrupted_push_leaves_no_image(repository: str, model: Path) -> No
     with pytest.raises(UsageError, match="not found in its registry"):
         model_image.inspect(f"{repository}:v1")
     push(model, f"{repository}:v1")
+
+
+def test_a_file_that_changes_during_a_push_leaves_the_tag_as_it_was(
+    repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = push(model, f"{repository}:v1")
+    changing = sharded.copy(model, tmp_path / "changing")
+    sharded.write_shard(changing / sharded.SHARDS[0], uuid.uuid4().int)
+    run = buildx.run
+
+    def change(request: buildx.BuildRequest) -> Any:
+        with (changing / sharded.SHARDS[1]).open("ab") as file:  # the last file of the stream
+            file.write(b"more")
+        return run(request)
+
+    monkeypatch.setattr(buildx, "run", change)
+    with pytest.raises(NotReadyError, match="changed while it was pushed"):
+        push(changing, f"{repository}:v1")
+    assert model_image.inspect(f"{repository}:v1") == before
 
 
 @pytest.mark.parametrize(
