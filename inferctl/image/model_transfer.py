@@ -106,7 +106,8 @@ def fetch(source: str) -> Generator[Event, None, ModelFolder]:
     if not folder.is_dir():
         yield from pull(found, folder)
     if image_source.digest(source) is None:
-        image_source.remember(source, found.digest)
+        with _translated(f"the cache {folder.parent} cannot be written"):
+            image_source.remember(source, found.digest)
     return model_folder.find(source)
 
 
@@ -116,8 +117,26 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
     It gets its name when all files are complete and have the hash of the label. Raises `NotReadyError` if the registry,
     the Docker Engine or the disk fails, `UsageError` for an image with other files than its labels say.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with _translated(f"{target} cannot be written"):
+        partial.mkdir(parents=True)
+    try:
+        yield from _pull(image, target, partial)
+        with suppress(OSError):
+            target.rmdir()  # an empty folder
+        try:
+            partial.rename(target)
+        except OSError:
+            # Another process may have pulled the same image into the cache.
+            if target != image_source.cache_folder(image.digest):
+                raise UsageError(f"{target} already exists", "name a new folder with `--output`") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _pull(image: ModelImage, target: Path, partial: Path) -> Generator[Event, None, None]:
+    """Write the files of `image` to the folder `partial`, and compare their hash with the label."""
     if (free := shutil.disk_usage(target.parent).free) < image.bytes:
         raise NotReadyError(
             f"{image.reference} has {size(image.bytes)}, but {target.parent} has {size(free)} free", "free disk space"
@@ -133,27 +152,14 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
     )
     yield Phase("pull", f"{size(image.bytes)} of {image.reference}")
     try:
-        try:
-            partial.mkdir()
-            yield from buildx.run(request)
-        except buildx.BuildFailedError as error:
-            raise failures.pull_error(failures.last_line(error.text), image.reference) from None
-        if (found := ModelFolder(partial).digest) != image.sha256:
-            raise InferctlError(
-                f"the files of {image.reference} have the hash {found}, but its label says {image.sha256}",
-                "do not use this image; push the model again",
-            )
-        with suppress(OSError):
-            target.rmdir()  # an empty folder
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-            # Another process pulled the same image into the cache.
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+        yield from buildx.run(request)
+    except buildx.BuildFailedError as error:
+        raise failures.pull_error(failures.last_line(error.text), image.reference) from None
+    if (found := ModelFolder(partial).digest) != image.sha256:
+        raise InferctlError(
+            f"the files of {image.reference} have the hash {found}, but its label says {image.sha256}",
+            "do not use this image; push the model again",
+        )
 
 
 def _files(folder: ModelFolder) -> dict[str, int]:
