@@ -83,6 +83,7 @@ class BuildRequest:
     cache_to: tuple[str, ...] = ()
     cache_from: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    target: str | None = None
     network: str | None = None
     provenance: bool = False
     sbom: bool = False
@@ -197,6 +198,7 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         arguments += ["--cache-to", cache_to(target)]
     for source in request.cache_from:
         arguments += ["--cache-from", source if "type=" in source else f"type=registry,ref={source}"]
+    arguments += ["--target", request.target] if request.target else []
     if request.network:
         arguments += ["--network", request.network]
         # A builder in a container also requires the entitlement. The engine's builder grants it.
