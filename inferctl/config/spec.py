@@ -24,16 +24,7 @@ from inferctl.config.sharing_spec import Cache as Cache
 from inferctl.config.sharing_spec import Metering as Metering
 from inferctl.config.sharing_spec import Oidc as Oidc
 from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
-from inferctl.config.spec_types import (
-    IMAGE_REFERENCE,
-    OneLine,
-    Precision,
-    Revision,
-    Section,
-    Size,
-    Slug,
-    Weights,
-)
+from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
 from inferctl.config.spec_types import IMAGE_SCHEME as IMAGE_SCHEME
 from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM

@@ -181,20 +181,19 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
     source = spec.model.source
     try:
         found = locate(spec, model_image.facts)
-    except UsageError as error:
+    except InferctlError as error:
         return size_forecast.ImagePart("weights", None, error.message)
     if isinstance(found, fit.UnknownSize):
         return size_forecast.ImagePart("weights", None, found.why)
-    is_folder = isinstance(found, ModelFolder)
     if found.converted if isinstance(found, ModelFolder) else found.pickled:
         raise UsageError(
             f"{source} cannot be served as it is on the hub, and a build does not convert it",
             f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
         )
-    where = (
-        "the model folder" if is_folder else "the files in the registry" if is_image(source) else "the files on the hub"
+    remote = "the files in the registry" if is_image(source) else "the files on the hub"
+    return size_forecast.ImagePart(
+        "weights", found.bytes, "the model folder" if isinstance(found, ModelFolder) else remote
     )
-    return size_forecast.ImagePart("weights", found.bytes, where)
 
 
 def _check(
