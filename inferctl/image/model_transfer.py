@@ -51,8 +51,12 @@ def push(
     """
     hub_id = source if is_hub_id(source) else None
     revision = folder.path.name if hub_id and re.fullmatch(r"[0-9a-f]{40}", folder.path.name) else None
+    license_id = license_id or _license(folder.path)
+    if image_source.is_image(source):  # a copy has the same digest
+        origin = inspect(source)
+        hub_id, revision, license_id = origin.source, origin.revision, origin.license
     files = _files(folder)
-    labels = labels_of(folder, files, hub_id, revision, license_id or _license(folder.path))
+    labels = labels_of(folder, files, hub_id, revision, license_id)
     layers = [{name: files[name] for name in layer} for layer in groups(files)]
     text = dockerfile(labels, len(layers))
     engine = DockerEngine.connect()

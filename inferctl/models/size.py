@@ -1,4 +1,4 @@
-"""Finds a spec's model and its size: in its folder, a cache, the hub or a registry. And whether its memory is bounded."""
+"""Finds a spec's model and its size: in its folder, a cache, on the hub or in a registry. And memory without a bound."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def push(folder: Path, reference: str, license_id: str | None = None) -> ModelImage:
-    running = model_transfer.push(ModelFolder(folder), str(folder), reference, license_id, attempts=1)
+def push(folder: Path, reference: str, license_id: str | None = None, source: str | None = None) -> ModelImage:
+    running = model_transfer.push(ModelFolder(folder), source or str(folder), reference, license_id, attempts=1)
     try:
         while True:
             next(running)
@@ -166,10 +166,11 @@ def test_a_model_of_a_registry_is_cached(
     registry: RegistryProxy, repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    pushed = push(model, f"{repository}:v1")
+    pushed = push(model, f"{repository}:v1", "mit")
     by_tag, by_digest = f"oci://{repository}:v1", f"oci://{pushed.reference}"
     folder = download.pull_image(f"{repository}:v1")
     assert folder.path == image_source.cache_folder(pushed.digest)
+    assert push(folder.path, f"{repository}/copy:v1", source=by_tag).digest == pushed.digest
     registry.fault = lambda _method, _path: (503, b"")
     assert {download.fetch(source, None) for source in (by_tag, by_digest)} == {folder}
     assert find(by_digest).digest == pushed.sha256
