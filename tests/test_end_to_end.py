@@ -267,6 +267,30 @@ def test_a_new_config_reuses_every_heavy_layer_and_is_obeyed(pushed: str, spec_f
     assert verified["score_difference"] <= verified["tolerance"] == SCORE_TOLERANCE[other]
 
 
+def test_a_model_image_is_baked_without_an_upload_of_its_weights_and_is_served(
+    pushed: str, spec_file: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    source = inferctl("model", "push", minilm, f"{REPOSITORY}-model:v1").stdout.strip()
+    spec = yaml.safe_load(spec_file.read_text())
+    spec["model"] = {"source": source, "weights": "bake"}
+    baked = spec_file.with_name("baked.yaml")
+    baked.write_text(yaml.safe_dump(spec))
+    built = json.loads(inferctl("build", "--spec", baked, "--push", "--network", "host", "--json").stdout)
+    assert built["verified"]["cosine_min"] >= 0.999, built
+    # The layers of torch and the server are in the repository, those of the weights in that of the model.
+    assert built["pushed_bytes"] < 5_000_000
+    assert len(inspect(built["pushed"])["RootFS"]["Layers"]) == len(inspect(pushed)["RootFS"]["Layers"]) + 2
+    vectors = []
+    for model in (source, str(minilm)):
+        server = start(tmp_path, "--model", model, "--name", "minilm", "--precision", PRECISION)
+        try:
+            vectors.append(embed(server.url))
+        finally:
+            assert server.stop() == 0
+    assert np.array_equal(*vectors)
+
+
 def test_a_build_without_cache_has_identical_layers(pushed: str, spec_file: Path, tmp_path: Path, wheels: Path) -> None:
     """Render the image and build it without a cache and at another commit, as on another builder."""
     inferctl("render", "--spec", spec_file, "--output", tmp_path / "build")

@@ -86,9 +86,9 @@ def _end_with(parent: int) -> None:
 
 def run(work: Callable[[Step, Any], None]) -> None:
     """Run a step: its module calls this with its function. The arguments of the process are a JSON object."""
-    from inferctl.serve.engines import hide_scikit_learn
+    from inferctl.serve.engines import hide_unused_libraries
 
-    hide_scikit_learn()
+    hide_unused_libraries()
     settings = json.loads(sys.argv[1])
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     step = Step(Path(settings["file"]), settings["end"])

@@ -21,6 +21,7 @@ from inferctl.image import cold_start, render
 from inferctl.image.from_spec import check_model_task, rendered_image, task_of
 from inferctl.image.image_name import full_reference
 from inferctl.models import model as model_folder
+from inferctl.models.image_source import is_image
 from inferctl.models.model import is_hub_id
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def _run(build_plan: BuildPlan) -> Built:
     from inferctl.image.docker import DockerEngine
 
     source, revision = build_plan.spec.model.source, build_plan.spec.model.revision
-    if build_plan.needs_model and not is_hub_id(source):
+    if build_plan.needs_model and not is_hub_id(source) and not is_image(source):
         build_plan = replace(build_plan, model=model_folder.find(source).path)
     engine = DockerEngine.connect()
     if build_plan.needs_model and build_plan.model is None:

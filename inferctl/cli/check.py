@@ -23,9 +23,9 @@ from inferctl.core.sizes import size
 from inferctl.deploy import sizing
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
-from inferctl.image import cold_start, locks
+from inferctl.image import cold_start, locks, model_image
 from inferctl.image.cold_start import StartPart
-from inferctl.models import generation_fit, hub
+from inferctl.models import generation_fit, hub, image_source
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
     Finding,
@@ -133,7 +133,7 @@ def _judge(
         hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
         general.append(Finding("warn", "hardware", "no hardware specified", why, hint))
     try:
-        found = locate(spec)
+        found = locate(spec, model_image.facts)
     except UsageError as error:
         general.append(Finding("error", "model", error.message, _NEEDS[spec.model.weights], error.hint))
         found = UnknownSize("the model was not found", "fix the model first")
@@ -198,6 +198,10 @@ def _use(
         if isinstance(found, HubModel):
             if not found.weights_bytes:
                 raise UsageError(f"{source} has no weights that can be served", "choose a model with safetensors")
+            if image_source.is_image(source):
+                raise NotReadyError(
+                    f"{source} is not in the cache of this machine", f"run `inferctl model pull {source}`"
+                )
             folder = hub.configuration(source, revision, found)
         else:
             folder = found.path

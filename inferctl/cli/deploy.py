@@ -15,6 +15,7 @@ from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.explain import document
 from inferctl.deploy.plan import DeploymentPlan
 from inferctl.deploy.planning import SpecSource
+from inferctl.image import model_image
 from inferctl.manifests import versions
 from inferctl.models import fit, hub
 from inferctl.models.model import resolve_task
@@ -170,7 +171,7 @@ def _source(resolved: Resolved) -> SpecSource:
     spec = resolved.spec
     folder = Path(resolved.file).parent if resolved.file else Path()
     try:
-        size: fit.ModelSize | fit.UnknownSize = size_of(locate(spec))
+        size: fit.ModelSize | fit.UnknownSize = size_of(locate(spec, model_image.facts))
     except UsageError as error:
         size = fit.UnknownSize(error.message, error.hint or "")
     if isinstance(size, fit.ModelSize):

@@ -9,17 +9,28 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from inferctl.cli import console
-from inferctl.models import hub
+from inferctl.cli.build_view import BuildView
+from inferctl.models import hub, image_source
 from inferctl.models.model import ModelFolder
 
 
 def fetch(source: str, revision: str | None) -> ModelFolder:
-    """Return the folder of the model `source`, after a download if the hub's cache lacks it.
+    """Return the folder of the model `source`, after a download from its hub or registry if the cache lacks it.
 
-    Raises `UsageError` if the model does not exist, `NotReadyError` if the hub cannot be reached.
+    Raises `UsageError` if the model does not exist, `NotReadyError` if the hub or the registry cannot be reached.
     """
+    if image_source.is_image(source):
+        return hub.cached(source, revision) or pull_image(source)
     with shown(source) as progress, shown(source, "convert") as convert_progress:
         return hub.fetch(source, revision, progress, convert_progress)
+
+
+def pull_image(source: str) -> ModelFolder:
+    """Return the folder of the model image `source` in the cache, pulled if it is not there."""
+    from inferctl.image import model_transfer
+
+    with BuildView(live=sys.stderr.isatty()) as view:
+        return view.follow(model_transfer.fetch(source))
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from inferctl.core import assets, document, outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
-from inferctl.models import hub
+from inferctl.image import model_image
+from inferctl.models import hub, image_source
 from inferctl.models import model as model_folder
+from inferctl.models.image_source import is_image
 from inferctl.models.model import find, is_hub_id
 
 _EXAMPLE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # an embedding model
@@ -97,7 +99,9 @@ def init(
     installed = _requirement(package, ci)
     contents: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):
-        if not is_hub_id(model) or Path(model).is_file():
+        if is_image(model):
+            image_source.reference(model)
+        elif not is_hub_id(model) or Path(model).is_file():
             find(model)  # a path that is no model folder is an error
         if base is None:
             # GitHub's standard runners have 14 GB of disk. A CUDA image needs 25 GB.
@@ -108,7 +112,7 @@ def init(
         entry = catalog.bases().get(base)  # the check of the spec reports an unknown base
         values = {
             "name": name or spec.slug(model),
-            "source": model if is_hub_id(model) else _path_relative_to_spec(directory, model),
+            "source": model if is_image(model) or is_hub_id(model) else _path_relative_to_spec(directory, model),
             "revision": None,
             "base": _file_relative_to_spec(directory, base),
             "hardware": [_file_relative_to_spec(directory, key) for key in hardware or _default_hardware(entry)],
@@ -139,9 +143,9 @@ def _generates(source: str) -> bool:
     if source == _EXAMPLE_MODEL:
         return False  # known without the hub
     found: model_folder.ModelFolder | hub.HubModel | None = hub.cached(source, None)
-    if found is None and model_folder.is_hub_id(source):
+    if found is None and (is_image(source) or model_folder.is_hub_id(source)):
         try:
-            found = hub.facts(source, None)
+            found = model_image.facts(source) if is_image(source) else hub.facts(source, None)
         except InferctlError as error:
             console.warn(f"{error.message}. If the model is generative, pass `--base vllm-cuda13.0`")
     try:

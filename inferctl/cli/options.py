@@ -24,7 +24,12 @@ MIN_SLO_MS, MAX_SLO_MS = 0.001, 3_600_000
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ModelSource = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="SOURCE", help="Use this model folder or hub id; no spec file is required."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="SOURCE",
+        help="Use this model folder, hub id or `oci://` image; no spec file is required.",
+    ),
 ]
 PrecisionOption = Annotated[
     str | None,

@@ -10,7 +10,7 @@ import typer
 from inferctl.cli import console, options
 from inferctl.cli.options import Json, SpecFile
 from inferctl.config import settings
-from inferctl.config.spec import DEFAULT_FILE, Spec
+from inferctl.config.spec import DEFAULT_FILE, IMAGE_SCHEME, Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
@@ -108,7 +108,7 @@ def _resolve(
     moved: list[tuple[str, str, str]] = []
     failed: dict[str, InferctlError] = {}
     for each in pins:
-        if each.pinned and each.path == pinning.BASE and each.tracked is None:
+        if each.pinned and each.path != pinning.MODEL and each.tracked is None:
             continue
         try:
             with console.progress(f"resolving {each.path}"):
@@ -129,7 +129,7 @@ def _resolve(
 def _current(spec: Spec, each: Pin) -> str:
     if each.path == pinning.MODEL:
         return hub.commit(spec.model.source, each.tracked)
-    return buildx.digest(each.tracked or "")
+    return buildx.digest((each.tracked or "").removeprefix(IMAGE_SCHEME))
 
 
 def _print_changes(

@@ -12,6 +12,7 @@ import typer
 from inferctl.cli import completion, console, download, lazy, options
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.image.image_name import full_reference
+from inferctl.models.image_source import is_image
 from inferctl.serve import main
 from inferctl.serve.options import ServerOptions
 
@@ -162,6 +163,8 @@ def serve(
         raise NotReadyError(
             f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")
         ) from None
+    if log == "json" and is_image(spec.model.source):
+        download.fetch(spec.model.source, None)  # the server pulls no images
     server_options = ServerOptions(
         device=device,
         engine=engine,

@@ -138,7 +138,7 @@ class Traffic(Section):
 
 
 class WeightsVolume(Section):
-    """Where the pods get mounted weights from, for `model.weights: mount`."""
+    """Where the pods get mounted weights from, for `model.weights: mount`. Default: the model image, if any."""
 
     pvc: ObjectName | None = Field(None, description="Name of a PersistentVolumeClaim with the model folder.")
     image: Image | None = Field(

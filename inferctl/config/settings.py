@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from inferctl.config.spec import DEFAULT_FILE, DEFAULT_PORT, HUB_ID, Spec, slug
+from inferctl.config.spec import DEFAULT_FILE, DEFAULT_PORT, HUB_ID, IMAGE_SCHEME, Spec, slug
 from inferctl.core import document as documents
 from inferctl.core import validation
 from inferctl.core.addresses import is_address
@@ -183,7 +183,7 @@ def _relative_to(folder: Path, path: str, value: str) -> str:
     if value.startswith(("/", "~")) or (path == "access.keys" and is_address(value)):
         return value
     if path == "model.source":
-        local = not re.fullmatch(HUB_ID, value) or (folder / value).is_dir()
+        local = not (re.fullmatch(HUB_ID, value) or value.startswith(IMAGE_SCHEME)) or (folder / value).is_dir()
     elif path in _NAMES_OR_FILES:
         local = value.endswith((".yaml", ".yml")) or (path == "bench.plan" and "/" in value)
     else:

@@ -25,6 +25,7 @@ from inferctl.config.sharing_spec import Metering as Metering
 from inferctl.config.sharing_spec import Oidc as Oidc
 from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
 from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
+from inferctl.config.spec_types import IMAGE_SCHEME as IMAGE_SCHEME
 from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM
 from inferctl.config.spec_types import Task as Task
@@ -64,7 +65,10 @@ _SETTING_OF_OPTION = {
 class Model(Section):
     """The model to serve, and how the container gets its weights."""
 
-    source: OneLine = Field(description="Hub id (`org/name`) or local folder with config.json and safetensors weights.")
+    source: OneLine = Field(
+        description="Hub id (`org/name`), local folder with config.json and safetensors weights, or image of "
+        "`inferctl model push` (`oci://registry/name@sha256:...`)."
+    )
     revision: Revision | None = Field(
         None,
         description="Commit of a hub model. `inferctl build` rejects a branch or tag without `--allow-floating`.",
@@ -86,6 +90,15 @@ class Model(Section):
     def _downloaded_from_a_hub(self) -> Self:
         if self.weights == "download" and not re.fullmatch(HUB_ID, self.source):
             raise ValueError(f"weights: download requires a hub id (org/name), not {self.source!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _named_by_an_image(self) -> Self:
+        if self.source.startswith(IMAGE_SCHEME):
+            if not re.fullmatch(IMAGE_REFERENCE, self.source.removeprefix(IMAGE_SCHEME)):
+                raise ValueError(f"{self.source!r} is not the name of an image: oci://registry/name@sha256:...")
+            if self.revision is not None:
+                raise ValueError("revision is for hub ids: the digest in the source pins an image")
         return self
 
 
@@ -321,6 +334,8 @@ def json_schema() -> dict[str, Any]:
 
 
 def slug(source: str) -> str:
-    """Return a valid `name` for a hub id or a folder: `org/all-MiniLM-L6-v2` -> `all-minilm-l6-v2`."""
+    """Return a valid `name` for a hub id, a folder or an image: `org/all-MiniLM-L6-v2` -> `all-minilm-l6-v2`."""
+    if source.startswith(IMAGE_SCHEME):
+        source = re.sub(r":[^/]*$", "", source.partition("@")[0])
     last = source.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")[:63] or "model"

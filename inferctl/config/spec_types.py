@@ -20,6 +20,8 @@ _LABELS = r"[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)"
 IMAGE_NAME = rf"(?:(?:{_LABELS}+|localhost)/|{_LABELS}*:\d+/)?{_PART}(?:/{_PART})*"
 IMAGE_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 IMAGE_REFERENCE = rf"{IMAGE_NAME}(?::{IMAGE_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
+# Before the name of an image whose files are a model.
+IMAGE_SCHEME = "oci://"
 # Operating system, architecture and variant, such as linux/amd64 or linux/arm/v7.
 PLATFORM = r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9_.]+)?"
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]

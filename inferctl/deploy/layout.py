@@ -130,8 +130,8 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     metering.check(spec)
     bench.check(spec)
     needed = []
-    if spec.model.weights == "mount" and spec.deploy.weights.image:
-        needed.append(("image-volume", "deploy.weights.image"))
+    if spec.model.weights == "mount" and not spec.deploy.weights.pvc:
+        needed.append(("image-volume", "deploy.weights.image" if spec.deploy.weights.image else "a model image"))
     if any(flavor.sharing == "dra" for flavor in model.flavors):
         needed.append(("dra", "sharing: dra"))
     for cluster in clusters:

@@ -20,7 +20,7 @@ from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, Tr
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.image import cold_start
-from inferctl.models import fit, generation_fit
+from inferctl.models import fit, generation_fit, image_source
 from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
 from inferctl.models.size import uses_alibi
@@ -163,6 +163,12 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
     placing = [warning for each in placed for warning in each.warnings]
     warnings = [*(warning for each in planned for warning in each.warnings), *traffic.warnings, *placing]
     warnings += servers.warnings
+    source_name = spec.model.source
+    if image_source.is_image(source_name) and spec.model.weights == "mount" and not image_source.digest(source_name):
+        warnings.append(
+            f"{spec.name}: {source_name} has no digest, so pods that start later can get other weights: run `inferctl "
+            "pin`"
+        )
     if 0 < spec.serve.port < 1024:
         warnings.append(
             f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "
@@ -177,10 +183,12 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
 
 def _check_settings(spec: Spec) -> None:
     settings = spec.deploy
-    if spec.model.weights == "mount" and not (settings.weights.pvc or settings.weights.image):
+    volume = settings.weights.pvc or settings.weights.image or image_source.is_image(spec.model.source)
+    if spec.model.weights == "mount" and not volume:
         raise UsageError(
             f"{spec.name} has mounted weights, but deploy.weights names no volume",
-            "set deploy.weights: {pvc: NAME} or {image: REFERENCE}, or set model.weights: bake",
+            "push the model with `inferctl model push`, and set model.source: oci://REFERENCE; or set deploy.weights: "
+            "{pvc: NAME} or {image: REFERENCE}; or set model.weights: bake",
         )
     if settings.keys_secret and not spec.access.keys:
         raise UsageError(

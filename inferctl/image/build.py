@@ -28,6 +28,7 @@ from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
 from inferctl.models.fit import Finding
+from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
 
 # Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
@@ -139,6 +140,8 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         if builder.checks:
             for warning in buildx.check(request):
                 yield Note(f"Dockerfile check: {warning}")
+        if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
+            yield from buildx.build_once(replace(model_layers(request), platforms=explicit_platforms))
         steps, metadata = yield from buildx.build_once(request)
         clock.lap("build")
         image = _loaded(engine, metadata)
@@ -176,6 +179,16 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         pull_rate=parse_size(plan.spec.deploy.pull_rate),
         seconds=clock.laps,
     )
+
+
+def model_layers(request: buildx.BuildRequest) -> buildx.BuildRequest:
+    """Return a build of only the layers with the model, without compression, for a builder that exports.
+
+    A builder compresses a layer when it first exports it, and keeps that form. So these layers stay equal to those of
+    the model image, and the registry has them already. Not with `--no-cache`, which makes new layers.
+    """
+    output = "type=image,name=inferctl/model-layers,push=false,store=false,compression=uncompressed"
+    return replace(request, target="model-layers", outputs=(output,), cache_to=())
 
 
 def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildRequest, info: DockerInfo) -> None:

@@ -8,11 +8,13 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Generator, Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import failures
@@ -74,9 +76,14 @@ class BuildRequest:
 
     `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: None
     for a builder that does not compress layers.
+    `send` writes the context as a tar stream, in place of the folder `context`. `receive` reads what an output with
+    `dest=-` writes. Both run in a thread, and an error that one raises ends the build.
     """
 
-    context: Path
+    context: Path = Path("-")
+    send: Callable[[IO[bytes]], None] | None = None
+    receive: Callable[[IO[bytes]], None] | None = None
+    annotations: tuple[str, ...] = ()
     contexts: Mapping[str, str] = field(default_factory=dict)
     build_args: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, Path] = field(default_factory=dict)
@@ -84,6 +91,7 @@ class BuildRequest:
     cache_to: tuple[str, ...] = ()
     cache_from: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    target: str | None = None
     network: str | None = None
     provenance: bool = False
     sbom: bool = False
@@ -195,9 +203,8 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         "build",
         "--progress=rawjson",
         f"--metadata-file={metadata}",
-        "--file",
-        str(request.context / "Dockerfile"),
     ]
+    arguments += [] if request.send else ["--file", str(request.context / "Dockerfile")]
     for name, folder in sorted(request.contexts.items()):
         arguments += ["--build-context", f"{name}={Path(folder).resolve()}"]
     for name, file in sorted(request.secrets.items()):
@@ -213,12 +220,15 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         arguments += ["--cache-to", cache_to(target, request.compression)]
     for source in request.cache_from:
         arguments += ["--cache-from", source if "type=" in source else f"type=registry,ref={source}"]
+    arguments += ["--target", request.target] if request.target else []
     if request.network:
         arguments += ["--network", request.network]
         # A builder in a container also requires the entitlement. The engine's builder grants it.
         arguments += ["--allow", "network.host"] if request.network == "host" else []
     arguments.append(f"--provenance={'mode=max' if request.provenance else 'false'}")
     arguments.append(f"--sbom={'true' if request.sbom else 'false'}")
+    for annotation in request.annotations:
+        arguments += ["--annotation", annotation]
     # `type=docker` is what `--load` means.
     loaded = ("type=docker",) if request.compression else ()
     for output in request.outputs or loaded:
@@ -256,7 +266,9 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="inferctl-") as folder:
         metadata = Path(folder) / "metadata.json"
         reader = Reader()
-        child = _start(command(request, metadata))
+        child = _start(command(request, metadata), request)
+        streams = ((request.send, child.stdin), (request.receive, child.stdout))
+        threads = [_StreamThread(transfer, stream) for transfer, stream in streams if transfer and stream]
         try:
             assert child.stderr is not None
             for line in child.stderr:
@@ -266,6 +278,13 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
         except BaseException:
             _stop(child)
             raise
+        for thread in threads:
+            thread.join()
+        errors = [thread.error for thread in threads if thread.error]
+        # If buildx ends first, its own message is the reason, and that of a thread is a broken pipe.
+        for error in errors:
+            if isinstance(error, InferctlError) or not code:
+                raise error
         if code:
             step, log = reader.failed_step() or (None, [])
             raise BuildFailedError(
@@ -341,12 +360,18 @@ def _raw_manifest(reference: str) -> dict[str, Any]:
 class RemoteImage:
     """An image in a registry. `digest` is that of the index, if there is one.
 
-    `compressed_bytes` (all layers) and `environment` are those of one platform.
+    `layers` (digest and bytes in the registry), `environment` and `labels` are those of one platform.
     """
 
     digest: str
-    compressed_bytes: int
+    layers: tuple[tuple[str, int], ...]
     environment: Mapping[str, str]
+    labels: Mapping[str, str]
+
+    @property
+    def compressed_bytes(self) -> int:
+        """The bytes of all layers in the registry."""
+        return sum(size for _, size in self.layers)
 
 
 def digest(reference: str) -> str:
@@ -376,8 +401,9 @@ def remote_image(reference: str, platform: str) -> RemoteImage:
     variables = (variable.partition("=") for variable in config.get("Env") or ())
     return RemoteImage(
         str(found["digest"]),
-        sum(int(layer["size"]) for layer in layers),
+        tuple((str(layer["digest"]), int(layer["size"])) for layer in layers),
         {key: value for key, _, value in variables},
+        dict(config.get("Labels") or {}),
     )
 
 
@@ -416,12 +442,32 @@ def _docker(*arguments: str) -> str:
     return process.stdout
 
 
-def _start(arguments: list[str]) -> subprocess.Popen[str]:
+class _StreamThread(threading.Thread):
+    """Runs `transfer` on a pipe of buildx, closes the pipe, and keeps the error."""
+
+    def __init__(self, transfer: Callable[[IO[bytes]], None], stream: IO[str]) -> None:
+        super().__init__(daemon=True)
+        self._transfer, self._stream = transfer, stream
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            # A tar stream is bytes; only stderr of buildx is text.
+            self._transfer(cast("IO[bytes]", cast("TextIOWrapper", self._stream).buffer))
+        except Exception as error:  # noqa: BLE001  # raised by `run`, in the thread that started the build
+            self.error = error
+        finally:
+            with suppress(OSError):
+                self._stream.close()
+
+
+def _start(arguments: list[str], request: BuildRequest) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if request.send else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if request.receive else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",

@@ -233,7 +233,7 @@ def push_error(message: str, reference: str) -> InferctlError:
     if _UNREACHABLE.search(message) or transient(message):
         return NotReadyError(
             f"pushing {reference} failed: {message}",
-            f"check that {host} is up and reachable, then run `inferctl push {reference}`",
+            f"check that {host} is up, reachable and not full, then push again",
         )
     if rejects_zstd(message):
         return InferctlError(

@@ -15,9 +15,10 @@ from inferctl.config.settings import Resolved
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
-from inferctl.image import locks, render
+from inferctl.image import locks, model_image, render
 from inferctl.image.render import Provenance, Rendered
 from inferctl.models import model as model_folder
+from inferctl.models.image_source import is_image
 from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
 
 
@@ -31,8 +32,11 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     folder = Path(spec.image.locks) if spec.image.locks else None
     package_locks = locks.load(base, folder, int8=spec.serve.precision == "int8")
     provenance = _provenance(Path(resolved.file or ".").resolve().parent)
-    baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(spec.model.source) else None
-    return render.render(spec, base, stack, package_locks, provenance, baked, labels, model.bytes if model else None)
+    source = spec.model.source
+    image = model_image.inspect(source) if spec.model.weights == "bake" and is_image(source) else None
+    baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(source) else None
+    size = image.bytes if image else model.bytes if model else None
+    return render.render(spec, base, stack, package_locks, provenance, baked, labels, size, image)
 
 
 def local_model(spec: Spec) -> ModelFolder | None:

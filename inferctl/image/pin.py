@@ -16,11 +16,12 @@ from inferctl.config import settings
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, SpecError, UsageError
 from inferctl.facts.catalog import BaseImage
+from inferctl.models.image_source import is_image
 from inferctl.models.model import is_hub_id
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w./:@+-]*")
-MODEL, BASE = "model.revision", "image.base_image"
+MODEL, MODEL_IMAGE, BASE = "model.revision", "model.source", "image.base_image"
 # Key -> the key below which it is inserted.
 _AFTER = {"revision": "source", "base_image": "base"}
 _BLOCK = ("|", ">")
@@ -57,12 +58,18 @@ def pins(spec: Spec, base: BaseImage) -> list[Pin]:
         commit = revision if revision and _COMMIT.fullmatch(revision) else None
         # The branch of a commit is unknown, so updates come from the default branch.
         found.append(Pin(MODEL, revision, None if commit else revision, commit))
+    elif is_image(source := spec.model.source):
+        name, at, _ = source.partition("@")
+        found.append(Pin(MODEL_IMAGE, source, name if _tagged(name) or not at else None, source if at else None))
     image = spec.image.base_image
     effective = f"{base.reference}@{base.digest}" if base.digest and not image else image
     name, at, _ = (effective or base.reference).partition("@")
-    tagged = ":" in name.rpartition("/")[2]
-    found.append(Pin(BASE, image, name if tagged or not at else None, effective if at else None))
+    found.append(Pin(BASE, image, name if _tagged(name) or not at else None, effective if at else None))
     return found
+
+
+def _tagged(name: str) -> bool:
+    return ":" in name.rpartition("/")[2]
 
 
 def edit(text: str, changes: Mapping[str, str], file: str) -> str:

@@ -13,14 +13,15 @@ from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import size
 from inferctl.facts.catalog import BaseImage, Stack
-from inferctl.image import lint, locks, size_forecast
+from inferctl.image import lint, locks, model_image, size_forecast
 from inferctl.image.from_spec import local_model, task_of
 from inferctl.image.image_name import host_of
 from inferctl.image.records import ATTEMPTS, READY_SECONDS
 from inferctl.image.render import Rendered
-from inferctl.models import fit, hub
-from inferctl.models import model as model_folder
-from inferctl.models.model import is_hub_id
+from inferctl.models import fit
+from inferctl.models.image_source import is_image
+from inferctl.models.model import ModelFolder, is_hub_id
+from inferctl.models.size import locate
 
 
 @dataclass(frozen=True)
@@ -176,21 +177,24 @@ def plan(
 
 
 def _weights(spec: Spec) -> size_forecast.ImagePart:
-    """Return the size of the baked weights: of the folder, in the hub's cache, or as listed by the hub."""
+    """Return the size of the baked weights: of the folder, in a cache, or as listed by the hub or the registry."""
 
-    source, revision = spec.model.source, spec.model.revision
-    local = not model_folder.is_hub_id(source)
+    source = spec.model.source
     try:
-        folder = model_folder.find(source) if local else hub.cached(source, revision)
-        found = folder or hub.facts(source, revision)
+        found = locate(spec, model_image.facts)
     except InferctlError as error:
         return size_forecast.ImagePart("weights", None, error.message)
-    if found.converted if isinstance(found, model_folder.ModelFolder) else found.pickled:
+    if isinstance(found, fit.UnknownSize):
+        return size_forecast.ImagePart("weights", None, found.why)
+    if found.converted if isinstance(found, ModelFolder) else found.pickled:
         raise UsageError(
             f"{source} cannot be served as it is on the hub, and a build does not convert it",
             f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
         )
-    return size_forecast.ImagePart("weights", found.bytes, "the model folder" if folder else "the files on the hub")
+    remote = "the files in the registry" if is_image(source) else "the files on the hub"
+    return size_forecast.ImagePart(
+        "weights", found.bytes, "the model folder" if isinstance(found, ModelFolder) else remote
+    )
 
 
 def _check(

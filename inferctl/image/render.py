@@ -30,6 +30,8 @@ from inferctl.core import assets
 from inferctl.core.errors import UsageError
 from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image.locks import Locks
+from inferctl.image.model_image import PLATFORM, ModelImage, groups
+from inferctl.models.image_source import is_image
 from inferctl.models.model import IMAGE_FOLDER, SUFFIXES, is_hub_id, longest_start_s
 
 # 1980-01-01, the oldest time that a zip file can store: the modification time of each file in a layer.
@@ -93,11 +95,12 @@ def render(
     weights: str | None = None,
     labels: Mapping[str, str] | None = None,
     weights_bytes: int | None = None,
+    model_image: ModelImage | None = None,
 ) -> Rendered:
     """Render the image of `spec` on `base` with `stack`. Raises `UsageError` if a value is not allowed in a Dockerfile.
 
     `weights`: digest of the local model folder to bake, None if unknown. `labels`: additional labels. `weights_bytes`:
-    size of the weights, None if unknown.
+    size of the weights, None if unknown. `model_image`: the image to bake, if the source is one.
     """
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
@@ -124,6 +127,9 @@ def render(
         "hub_model": hub_model if spec.model.weights == "bake" else None,
         "hub_revision": spec.model.revision,
         "labels": {},
+        "model_image": model_image.reference if model_image else None,
+        "model_layers": groups(model_image.files) if model_image else [],
+        "model_platform": PLATFORM,
         "model_files": [f"*{suffix}" for suffix in sorted(SUFFIXES)],
         "packages": list(base.packages),
         "port": port,
@@ -138,14 +144,15 @@ def render(
         "wheels": spec.image.wheels is not None,
     }
     contexts = {}
-    if spec.model.weights == "bake" and hub_model is None:
+    if spec.model.weights == "bake" and hub_model is None and model_image is None:
         contexts["model"] = spec.model.source
     if spec.image.wheels is not None:
         contexts["wheels"] = spec.image.wheels
     files = {"layers/config/etc/inferctl/inferctl.yaml": _container_config(spec, port), **locks.files()}
     content = None
     if "model" not in contexts or weights is not None:
-        content = _content(_fill("Dockerfile.j2", values), files, weights if "model" in contexts else None)
+        baked = model_image.sha256 if model_image else weights if "model" in contexts else None
+        content = _content(_fill("Dockerfile.j2", values), files, baked)
     tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
     every_label = {**_labels(spec, base_image, stack, provenance, tag, content), **(labels or {})}
     values |= {"labels": every_label, "start_period": _start_period(stack, weights_bytes)}
@@ -223,6 +230,7 @@ def _labels(
     spec: Spec, base_image: str, stack: Stack, provenance: Provenance, tag: str, content: str | None
 ) -> dict[str, str]:
     name, _, digest = base_image.partition("@")
+    source = spec.model.source
     labels = {
         "org.opencontainers.image.title": spec.name,
         "org.opencontainers.image.version": tag,
@@ -235,7 +243,7 @@ def _labels(
         "io.inferctl.content.sha256": content,
         "io.inferctl.precision": spec.serve.precision,
         "io.inferctl.stack": stack.key,
-        "io.inferctl.model.source": spec.model.source if is_hub_id(spec.model.source) else Path(spec.model.source).name,
+        "io.inferctl.model.source": source if is_image(source) or is_hub_id(source) else Path(source).name,
         "io.inferctl.model.revision": spec.model.revision,
         "io.inferctl.model.weights": spec.model.weights,
     }

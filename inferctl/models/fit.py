@@ -13,6 +13,7 @@ from inferctl.core.sizes import size
 from inferctl.facts import catalog, drivers
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import Level, best_precision, capability_of, support
+from inferctl.models import image_source
 from inferctl.models.decoder import KvCapacity
 
 Verdict = Literal["ok", "warn", "error"]
@@ -130,7 +131,7 @@ def check_image(
     build, instead of the platform in the spec.
     """
     return [
-        *(_revision(spec) if hub_model else ()),
+        *(_revision(spec) if hub_model else _image_digest(spec)),
         *_base_digest(spec, base),
         *_end_of_life(base, today),
         *_platforms(spec, base, stack, platforms or (spec.image.platform,)),
@@ -211,6 +212,15 @@ def _revision(spec: Spec) -> Iterator[Finding]:
     if spec.model.weights != "mount":
         hint += "; `inferctl build --allow-floating` builds an unpinned revision"
     yield Finding("warn", "revision", what, why, hint)
+
+
+def _image_digest(spec: Spec) -> Iterator[Finding]:
+    source = spec.model.source
+    if image_source.is_image(source) and image_source.digest(source) is None:
+        hint = "run `inferctl pin` to write its digest into the spec"
+        if spec.model.weights != "mount":
+            hint += "; `inferctl build --allow-floating` builds with the current image of the tag"
+        yield Finding("warn", "revision", f"{source} is not pinned by digest", "the tag can be moved or deleted", hint)
 
 
 def _base_digest(spec: Spec, base: BaseImage) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from inferctl.config.spec import HUB_ID, Task, TaskSetting
 from inferctl.core.errors import UsageError, shown
-from inferctl.models import untrusted
+from inferctl.models import image_source, untrusted
 
 _READ_BYTES_PER_S = 100_000_000  # weights on a slow network disk
 # How long a start of vLLM may take, without reading the weights. The slowest took 423 s, on two cores with other load.
@@ -213,12 +213,19 @@ class ModelFolder:
 
 
 def find(source: str, revision: str | None = None, environment: Mapping[str, str] = os.environ) -> ModelFolder:
-    """Return the local folder of `source`: the folder itself, or its snapshot in the local Hugging Face cache.
+    """Return the local folder of `source`: the folder itself, or a hub model or a model image in the local cache.
 
     Downloads nothing. Raises `UsageError` if there is no folder or it does not contain a complete model.
     """
     path = Path(source).expanduser()
-    if not is_folder(path):
+    if image_source.is_image(source):
+        pulled = image_source.cached(source, environment)
+        if pulled is None:
+            raise UsageError(
+                f"the model of {source} is not in the cache of this machine", f"run `inferctl model pull {source}`"
+            )
+        path = pulled
+    elif not is_folder(path):
         snapshot = _cached_snapshot(source, revision, environment)
         if snapshot is None:
             if os.path.isfile(path):  # noqa: PTH113  # unlike `Path.is_file`, it accepts names that are too long

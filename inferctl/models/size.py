@@ -1,13 +1,13 @@
-"""Finds a spec's model and its size: in its folder, the cache, or on the hub. And whether its memory is bounded."""
+"""Finds a spec's model and its size: in its folder, a cache, on the hub or in a registry. And memory without a bound."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError
-from inferctl.models import hub
+from inferctl.models import hub, image_source
 from inferctl.models import model as model_folder
 from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.models.hub import HubModel
@@ -16,18 +16,20 @@ from inferctl.models.model import ModelFolder
 _UNKNOWN = UnknownSize("the size of the model is unknown", "pass `--model DIR` with a local copy of the model")
 
 
-def locate(spec: Spec) -> ModelFolder | HubModel | UnknownSize:
-    """Return the model's folder, or what the hub says about it; why it is not known if the hub does not respond.
+def locate(spec: Spec, image_facts: Callable[[str], HubModel]) -> ModelFolder | HubModel | UnknownSize:
+    """Return the model's folder, or what its hub or registry says; why it is not known if that does not respond.
 
-    Raises `UsageError` for a folder or a hub model that does not exist or is not usable.
+    `image_facts`: `facts` in `image/model_image.py`. Raises `UsageError` for a model that does not exist or is not
+    usable.
     """
     source, revision = spec.model.source, spec.model.revision
-    if not model_folder.is_hub_id(source):
+    in_image = image_source.is_image(source)
+    if not in_image and not model_folder.is_hub_id(source):
         return model_folder.find(source)
     if folder := hub.cached(source, revision):
         return folder
     try:
-        return hub.facts(source, revision)
+        return image_facts(source) if in_image else hub.facts(source, revision)
     except NotReadyError as error:
         return UnknownSize(error.message, error.hint or _UNKNOWN.hint)
 

@@ -322,6 +322,24 @@ def test_weights_come_from_an_image_volume(build: Build) -> None:
     assert volume["image"] == {"reference": image, "pullPolicy": "IfNotPresent"}
 
 
+def test_a_model_image_is_mounted_without_further_settings(build: Build) -> None:
+    spec = plans.embed(weights={})
+    source = f"registry.example.com/models/minilm{plans.DIGEST}"
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"source": f"oci://{source}"})})
+    objects = build(layout.files(plans.plan(spec, kubernetes="1.35")), OVERLAYS[0])
+    assert [problem for each in objects for problem in problems(each, "1.35")] == []
+    pod = named(objects, "Deployment", "embed-l4")["spec"]["template"]["spec"]
+    (volume,) = (each for each in pod["volumes"] if each["name"] == "model")
+    assert volume["image"] == {"reference": source, "pullPolicy": "IfNotPresent"}
+    (mount,) = (each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "model")
+    assert mount == {"name": "model", "mountPath": "/model", "readOnly": True, "subPath": "model"}
+    with pytest.raises(UsageError, match=r"a model image needs Kubernetes 1\.35"):
+        layout.files(plans.plan(spec, kubernetes="1.34"))
+    unpinned = spec.model_copy(update={"model": spec.model.model_copy(update={"source": "oci://example.com/m:v1"})})
+    assert any("has no digest" in warning for warning in plans.plan(unpinned, kubernetes="1.35").models[0].warnings)
+    assert not any("has no digest" in each for each in plans.plan(spec, kubernetes="1.35").models[0].warnings)
+
+
 def test_a_derived_number_has_its_origin_next_to_it() -> None:
     text = layout.files(plans.plan(clusters=plans.ONE_CLUSTER))["base/embed.yaml"]
     (line,) = {line.strip() for line in text.splitlines() if "failureThreshold" in line and "load time" in line}

@@ -14,6 +14,7 @@ from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
 from inferctl.image.render import CACHE_PATH
 from inferctl.manifests import label_keys
 from inferctl.manifests.label_keys import TASK
+from inferctl.models import image_source
 from inferctl.models.model import IMAGE_FOLDER
 
 _MIB = 1024 * 1024
@@ -213,9 +214,14 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
         found.append(empty("model-cache", CACHE_PATH, _download_limit(model)))
     if spec.model.weights == "mount":
         weights = spec.deploy.weights
+        mount: Object = {"name": "model", "mountPath": IMAGE_FOLDER, "readOnly": True}
         if weights.image:
             volume: Object = {"name": "model", "image": {"reference": weights.image, "pullPolicy": "IfNotPresent"}}
-        else:
+        elif weights.pvc:
             volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
-        found.append((volume, {"name": "model", "mountPath": IMAGE_FOLDER, "readOnly": True}))
+        else:
+            reference = image_source.reference(spec.model.source)
+            volume = {"name": "model", "image": {"reference": reference, "pullPolicy": "IfNotPresent"}}
+            mount["subPath"] = image_source.FOLDER
+        found.append((volume, mount))
     return found + access.volumes(spec) + metering.volumes(spec)

@@ -1,0 +1,140 @@
+"""`inferctl model`: push, inspect and pull models as images of their own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inferctl.cli import console, download
+from inferctl.cli.build import tag_reference
+from inferctl.cli.build_view import BuildView
+from inferctl.cli.options import Json
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import size
+from inferctl.models import image_source
+
+_Image = Annotated[
+    str, typer.Argument(metavar="REF", help="Name of the model image, with or without `oci://`; a digest pins it.")
+]
+
+app = typer.Typer(
+    name="model",
+    help="Push, inspect and pull models as images of their own.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+
+@app.callback()
+def root(context: typer.Context) -> None:
+    console.help_without_command(context)
+
+
+_PUSH_EPILOG = """\b
+Examples:
+  # Push a folder, then serve it by digest on another machine
+  inferctl model push ./all-MiniLM-L6-v2 registry.example.com/models/minilm:v1
+  inferctl serve --model oci://registry.example.com/models/minilm@sha256:...
+  # Push a commit of a hub model
+  inferctl model push org/name registry.example.com/models/name:v1 --revision COMMIT
+"""
+
+
+@app.command(epilog=_PUSH_EPILOG)
+def push(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, hub id or model image (`oci://REF`).")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="Name of the image, such as registry.example.com/models/name:tag.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id. [default: main]")
+    ] = None,
+    license_id: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="License of the model (SPDX). [default: from its README.md]"),
+    ] = None,
+    attempts: Annotated[
+        int, typer.Option(metavar="N", min=1, max=10, help="Try up to N times if the registry or the network fails.")
+    ] = 4,
+    as_json: Json = False,
+) -> None:
+    """Push a model as an image without a base, and print oci://name@digest.
+
+    Each weight file is a layer, and all other files are one. Equal files make equal layers, so that a registry stores
+    them once.
+    """
+    from inferctl.image import model_transfer
+
+    name = tag_reference(reference.removeprefix("oci://"))
+    folder = download.fetch(model, revision)
+    with BuildView(live=sys.stderr.isatty()) as view:
+        found = view.follow(model_transfer.push(folder, model, name, license_id, attempts))
+    if as_json:
+        console.document(found.document())
+    else:
+        console.data(f"oci://{found.reference}")
+
+
+@app.command()
+def inspect(image: _Image, as_json: Json = False) -> None:
+    """Print what a model image contains, from the labels in its registry.
+
+    Pulls nothing.
+
+    Example: inferctl model inspect registry.example.com/models/minilm:v1
+    """
+    from inferctl.image import model_image
+
+    found = model_image.inspect(image)
+    if as_json:
+        console.document(found.document())
+        return
+    facts = {
+        "image": f"oci://{found.reference}",
+        "source": found.source,
+        "revision": found.revision,
+        "license": found.license,
+        "sha256": found.sha256,
+        "architecture": f"{found.architecture}, {found.task}, {found.parameters:,} parameters",
+        "numbers": found.number_formats + (f", {found.quantization}" if found.quantization else ""),
+        "files": f"{size(found.bytes)}, {size(sum(each for _, each in found.layers))} in the registry",
+    }
+    lines = [f"{name:<13} {value}" for name, value in facts.items() if value]
+    lines += [f"  {size(bytes_):>10}  {name}" for name, bytes_ in found.files.items()]
+    console.data("\n".join(map(console.plain, lines)))
+
+
+@app.command()
+def pull(
+    image: _Image,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write a new folder. [default: the cache of this machine]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Pull the files of a model image, check their hash, and print the folder.
+
+    The folder gets its name when it is complete.
+
+    Example: inferctl model pull registry.example.com/models/minilm:v1 --output ./minilm
+    """
+    from inferctl.image import model_image, model_transfer
+
+    if output is None:
+        folder = download.pull_image(image).path
+    else:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UsageError(f"{output} already exists", "name a new folder with `--output`")
+        outputs.check_folder(output.absolute().parent, "--output")
+        with BuildView(live=sys.stderr.isatty()) as view:
+            folder = view.follow(model_transfer.pull(model_image.inspect(image), output))
+    if as_json:
+        console.document({"image": image_source.reference(image), "folder": str(folder)})
+    else:
+        console.data(str(folder))

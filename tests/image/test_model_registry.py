@@ -1,0 +1,384 @@
+"""Tests models as images with the real Docker Engine and the real registry, and with a registry that fails."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.cli import download
+from inferctl.config import settings
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.image import buildx, model_image, model_transfer
+from inferctl.image.build import model_layers
+from inferctl.image.docker import DockerEngine
+from inferctl.image.events import Phase
+from inferctl.image.from_spec import rendered_image
+from inferctl.image.model_image import ModelImage
+from inferctl.models import image_source
+from inferctl.models.model import ModelFolder, find
+from tests.image import sharded
+from tests.image.registry_proxy import RegistryProxy, proxied
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(300), pytest.mark.usefixtures("engine")]
+# The engine itself tries four times more, after 5, 10, 15 and 20 s.
+RETRIED = pytest.mark.slow_measurement
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[RegistryProxy]:
+    with proxied() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def repository(registry: RegistryProxy) -> Iterator[str]:
+    """A new repository of the registry, without faults."""
+    registry.fault = lambda _method, _path: None
+    registry.uploads()
+    yield f"{registry.host}/inferctl-tests/{uuid.uuid4().hex}"
+    registry.fault = lambda _method, _path: None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that no other run has pushed."""
+    folder = sharded.write(tmp_path_factory.mktemp("models") / "sharded", run=uuid.uuid4().hex)
+    for name in sharded.SHARDS:
+        sharded.write_shard(folder / name, uuid.uuid4().int)
+    return folder
+
+
+def push(folder: Path, reference: str, license_id: str | None = None, source: str | None = None) -> ModelImage:
+    running = model_transfer.push(ModelFolder(folder), source or str(folder), reference, license_id, attempts=1)
+    try:
+        while True:
+            next(running)
+    except StopIteration as end:
+        found: ModelImage = end.value
+        return found
+
+
+def pull(image: ModelImage, target: Path) -> None:
+    list(model_transfer.pull(image, target))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_second_push_uploads_nothing_and_a_changed_shard_one_layer(
+    registry: RegistryProxy, repository: str, model: Path, tmp_path: Path
+) -> None:
+    first = push(model, f"{repository}:v1")
+    assert shards(registry.uploads()) == 2
+    assert push(model, f"{repository}:v2") == first
+    assert registry.uploads() == []
+    tuned = sharded.copy(model, tmp_path / "tuned")
+    sharded.write_shard(tuned / sharded.SHARDS[1], uuid.uuid4().int)
+    second = push(tuned, f"{repository}:v3")
+    assert shards(registry.uploads()) == 1
+    assert len(set(first.layers) - set(second.layers)) == 1
+    assert second.sha256 == ModelFolder(tuned).digest != first.sha256
+
+
+def shards(uploads: list[int]) -> int:
+    """Return the number of shards among `uploads`, which have about that size. The others are small."""
+    large = [bytes_ for bytes_ in uploads if bytes_ > 20_000]
+    assert all(sharded.SHARD_BYTES < bytes_ < 1.1 * sharded.SHARD_BYTES for bytes_ in large)
+    return len(large)
+
+
+def test_an_image_with_the_server_uploads_no_weights(
+    registry: RegistryProxy, repository: str, model: Path, base_image: str, tmp_path: Path
+) -> None:
+    pushed = push(model, f"{repository}/model:v1")
+    registry.uploads()
+    flags = {"model.source": f"oci://{pushed.reference}", "model.weights": "bake", "image.base": "cpu"}
+    found = rendered_image(settings.resolve(None, {}, {**flags, "image.base_image": base_image}))
+    # Without the closures of torch and the server, which take minutes.
+    stages = found.dockerfile.split("\nFROM ")
+    stages = [
+        stage for stage in stages if re.search(r"^.* AS (python|model|weights|model-layers)$", stage, re.MULTILINE)
+    ]
+    copies = re.findall(r"^COPY --link --from=weights .*$", found.dockerfile, re.MULTILINE)
+    assert len(copies) == 2 * len(pushed.layers) == 6
+    (tmp_path / "Dockerfile").write_text("\nFROM ".join(["", *stages, "python"]) + "\n" + "\n".join(copies[3:]) + "\n")
+    name = f"{repository}/server:v1"
+    request = buildx.BuildRequest(
+        context=tmp_path,
+        network="host",
+        outputs=(f"type=image,name={name},push=true",),
+    )
+    engine = DockerEngine.connect()
+    try:
+        if engine.info().containerd_store:
+            list(buildx.run(model_layers(request)))
+        list(buildx.run(request))
+    finally:
+        engine.untag(name)
+    assert buildx.remote_image(name, model_image.PLATFORM).layers[-3:] == pushed.layers
+    assert not [bytes_ for bytes_ in registry.uploads() if sharded.SHARD_BYTES < bytes_ < 1.1 * sharded.SHARD_BYTES]
+    assert any(pushed.layers[1][0].partition(":")[2] in path for path in registry.mounted)
+
+
+def test_equal_files_have_one_digest_whenever_and_from_wherever_they_are_pushed(
+    repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = push(model, f"{repository}:v1")
+    command = buildx.command
+    # The builder's cache would hide a difference.
+    monkeypatch.setattr(buildx, "command", lambda request, file: command(replace(request, no_cache=True), file))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert push(sharded.copy(model, tmp_path / "copied"), f"{repository}:v2") == first
+
+
+def test_what_was_pushed_is_inspected_and_pulled(repository: str, model: Path, tmp_path: Path) -> None:
+    license_id = 'Other "x" $HOME \\ end'
+    pushed = push(model, f"{repository}:v1", license_id)
+    found = model_image.inspect(f"oci://{repository}:v1")
+    assert found == pushed == model_image.inspect(found.reference)
+    assert (found.license, found.sha256) == (license_id, ModelFolder(model).digest)
+    assert found.files == {name: len(data) for name, data in content(model).items()}
+    assert DockerEngine.connect().image(f"{repository}:v1") is None
+    pull(found, tmp_path / "new")
+    assert content(tmp_path / "new") == content(model)
+    (tmp_path / "empty").mkdir()
+    pull(found, tmp_path / "empty")
+    assert content(tmp_path / "empty") == content(model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
+
+
+def test_a_model_of_a_registry_is_cached(
+    registry: RegistryProxy, repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    pushed = push(model, f"{repository}:v1", "mit")
+    by_tag, by_digest = f"oci://{repository}:v1", f"oci://{pushed.reference}"
+    folder = download.pull_image(f"{repository}:v1")
+    assert folder.path == image_source.cache_folder(pushed.digest)
+    assert push(folder.path, f"{repository}/copy:v1", source=by_tag).digest == pushed.digest
+    registry.fault = lambda _method, _path: (503, b"")
+    assert {download.fetch(source, None) for source in (by_tag, by_digest)} == {folder}
+    assert find(by_digest).digest == pushed.sha256
+
+
+def command_line(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "inferctl", "model", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_command_line(repository: str, model: Path, tmp_path: Path) -> None:
+    name = f"{repository}:v1"
+    pushed = command_line("push", str(model), name).stdout.strip()
+    assert pushed.startswith(f"oci://{repository}@sha256:")
+    shown = json.loads(command_line("inspect", name, "--json").stdout)
+    assert f"oci://{shown['reference']}" == pushed
+    assert all(file in command_line("inspect", name).stdout for file in content(model))
+    target = str(tmp_path / "pulled")
+    assert command_line("pull", pushed, "--output", target).stdout.strip() == target
+    assert "already exists" in command_line("pull", pushed, "--output", target, code=2).stderr
+    assert "has a digest" in command_line("push", str(model), pushed, code=2).stderr
+
+
+def test_an_interrupted_push_leaves_no_image(repository: str, model: Path) -> None:
+    running = model_transfer.push(ModelFolder(model), str(model), f"{repository}:v1", attempts=1)
+    for event in running:
+        if not isinstance(event, Phase):
+            break
+    running.close()
+    assert DockerEngine.connect().image(f"{repository}:v1") is None
+    with pytest.raises(UsageError, match="not found in its registry"):
+        model_image.inspect(f"{repository}:v1")
+    push(model, f"{repository}:v1")
+
+
+def test_a_file_that_changes_during_a_push_leaves_the_tag_as_it_was(
+    repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = push(model, f"{repository}:v1")
+    changing = sharded.copy(model, tmp_path / "changing")
+    sharded.write_shard(changing / sharded.SHARDS[0], uuid.uuid4().int)
+    run = buildx.run
+
+    def change(request: buildx.BuildRequest) -> Any:
+        with (changing / sharded.SHARDS[1]).open("ab") as file:  # the last file of the stream
+            file.write(b"more")
+        return run(request)
+
+    monkeypatch.setattr(buildx, "run", change)
+    with pytest.raises(NotReadyError, match="changed while it was pushed"):
+        push(changing, f"{repository}:v1")
+    assert model_image.inspect(f"{repository}:v1") == before
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message", "hint"),
+    [
+        pytest.param(500, b'{"errors": [{"message": "no space left on device"}]}', "500", "full", marks=RETRIED),
+        (403, b'{"errors": [{"code": "DENIED", "message": "quota exceeded"}]}', "403|quota exceeded", "docker login"),
+    ],
+    ids=["full", "quota"],
+)
+def test_a_registry_that_refuses_a_push_leaves_no_image(
+    registry: RegistryProxy, repository: str, model: Path, status: int, body: bytes, message: str, hint: str
+) -> None:
+    registry.fault = lambda method, _path: (status, body) if method in ("POST", "PATCH", "PUT") else None
+    with pytest.raises(NotReadyError) as caught:
+        push(model, f"{repository}:v1")
+    assert re.search(message, caught.value.message)
+    assert hint in (caught.value.hint or "")
+    registry.fault = lambda _method, _path: None
+    with pytest.raises(UsageError, match="not found in its registry"):
+        model_image.inspect(f"{repository}:v1")
+    assert push(model, f"{repository}:v1").sha256 == ModelFolder(model).digest
+
+
+@RETRIED
+@pytest.mark.parametrize("fault", ["lost", "changed", "cut"])
+def test_a_registry_that_loses_or_changes_a_layer_leaves_no_folder(
+    registry: RegistryProxy, repository: str, tmp_path: Path, fault: str
+) -> None:
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    (digest,) = put_image(repository, "v1", [layer], labels)  # not a push: the builder must not have the layer
+    image = model_image.inspect(f"{repository}:v1")
+    body = {"lost": b'{"errors": [{"code": "BLOB_UNKNOWN"}]}', "changed": b"x" * len(layer), "cut": layer[:-5000]}[
+        fault
+    ]
+    registry.fault = lambda _method, path: (404 if fault == "lost" else 200, body) if path.endswith(digest) else None
+    with pytest.raises(InferctlError) as caught:
+        pull(image, tmp_path / "pulled")
+    assert caught.value.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    registry.fault = lambda _method, _path: None
+    pull(image, tmp_path / "pulled")
+    assert content(tmp_path / "pulled") == content(tmp_path / "model")
+
+
+def test_an_interrupted_pull_leaves_no_folder(repository: str, tmp_path: Path) -> None:
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    put_image(repository, "v1", [layer], labels)
+    running = model_transfer.pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
+    for event in running:
+        if not isinstance(event, Phase):
+            break
+    running.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_registry_that_lies_about_a_manifest_is_an_error(
+    registry: RegistryProxy, repository: str, model: Path
+) -> None:
+    image = push(model, f"{repository}:v1")
+    registry.fault = lambda _method, path: (200, b'{"schemaVersion": 2}') if path.endswith(image.digest) else None
+    with pytest.raises(InferctlError):
+        model_image.inspect(image.reference)
+
+
+def layer_of(folder: Path, *further: tarfile.TarInfo, without: str = "") -> tuple[bytes, dict[str, str]]:
+    """Return a layer with the model `folder`, with `further` entries and without one file, and the labels of a push."""
+    found = ModelFolder(folder)
+    labels = model_image.labels_of(found, model_transfer._files(found), None, None, None)
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for entry in further:
+            archive.addfile(entry)
+        for name, data in content(folder).items():
+            if name != without:
+                info = tarfile.TarInfo(f"model/{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return stream.getvalue(), labels
+
+
+def put_image(repository: str, tag: str, layers: list[bytes], labels: dict[str, str]) -> list[str]:
+    """Write an image into the registry as it is, whatever a builder would refuse. Return the digests of its layers."""
+    host, _, name = repository.partition("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+
+    def request(method: str, path: str, body: bytes, kind: str = "application/octet-stream") -> str:
+        connection.request(method, path, body, {"content-type": kind})
+        response = connection.getresponse()
+        assert response.status in (201, 202), response.read()
+        response.read()
+        return response.getheader("location") or ""
+
+    def blob(data: bytes, kind: str) -> dict[str, Any]:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        place = urllib.parse.urlsplit(request("POST", f"/v2/{name}/blobs/uploads/", b""))
+        request("PUT", f"{place.path}?{place.query}&digest={digest}", data)
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(data)}
+
+    written = [blob(layer, "layer.v1.tar") for layer in layers]
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Labels": labels},
+        "rootfs": {"type": "layers", "diff_ids": [each["digest"] for each in written]},
+    }
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = {"schemaVersion": 2, "mediaType": kind, "layers": written}
+    manifest["config"] = blob(json.dumps(config).encode(), "config.v1+json")
+    request("PUT", f"/v2/{name}/manifests/{tag}", json.dumps(manifest).encode(), kind)
+    connection.close()
+    return [each["digest"] for each in written]
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.type, found.linkname, found.devmajor, found.devminor = kind, target, 1, 5
+    return found
+
+
+SHARD = f"model/{sharded.SHARDS[0]}"
+HOSTILE = {
+    "link": [special(SHARD, tarfile.SYMTYPE, "../../../../../etc/passwd")],
+    "absolute link": [special(SHARD, tarfile.SYMTYPE, "/etc/passwd")],
+    "hard link": [special("model/x", tarfile.REGTYPE), special(SHARD, tarfile.LNKTYPE, "model/x")],
+    "device": [special(SHARD, tarfile.CHRTYPE)],
+    "pipe": [special(SHARD, tarfile.FIFOTYPE)],
+    "linked folder": [special("model", tarfile.SYMTYPE, "/etc")],
+    "absolute path": [special("/evil.txt", tarfile.REGTYPE)],
+    "parent": [special("../../../../evil.txt", tarfile.REGTYPE)],
+    "more files": [special("etc/passwd", tarfile.REGTYPE)],
+    "case": [special("model/CONFIG.json", tarfile.REGTYPE)],
+    "many": [special(f"model/{number}.json", tarfile.REGTYPE) for number in range(50_000)],
+}
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE, "hash", "missing", "names", "no labels"])
+def test_a_hostile_image_writes_nothing(repository: str, tmp_path: Path, kind: str) -> None:
+    folder = sharded.write(tmp_path / "model", run=uuid.uuid4().hex)
+    listed = any(entry.name == SHARD for entry in HOSTILE.get(kind, []))
+    layer, labels = layer_of(
+        folder, *HOSTILE.get(kind, []), without=sharded.SHARDS[0] if listed or kind == "missing" else ""
+    )
+    if kind == "hash":
+        labels["io.inferctl.model.sha256"] = "0" * 64
+    elif kind == "names":
+        labels["io.inferctl.model.files"] = json.dumps({"../../evil.txt": 0, "config.json": 1})
+    elif kind == "no labels":
+        labels = {}
+    put_image(repository, "v1", [layer], labels)
+    target = tmp_path / "target" / "model"
+    with pytest.raises(InferctlError) as caught:
+        pull(model_image.inspect(f"{repository}:v1"), target)
+    assert caught.value.hint
+    assert not target.parent.exists() or list(target.parent.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", "target"}
+    assert not Path("/evil.txt").exists()
