@@ -13,8 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.processes import ServerProcess, start, until
 from tests.serve.test_classify_api import write_classifier
+from tests.serve.test_outputs import bge, converted_bge
 from tests.serve.test_rerank_api import write_reranker
 
+__all__ = ["bge", "converted_bge"]  # fixtures
 MINILM = pytest.mark.xdist_group("minilm")
 
 
@@ -35,6 +37,13 @@ def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def outputs(converted_bge: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = start(tmp_path_factory.mktemp("outputs"), "--model", str(converted_bge), "--precision", "fp32")
+    yield server
+    server.kill()
+
+
 def answers(server: ServerProcess) -> dict[str, float]:
     """Return the number of responses of the task's endpoints by status."""
     families = text_string_to_metric_families(server.get("/metrics").text)
@@ -45,8 +54,9 @@ def answers(server: ServerProcess) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("fixture", "options", "examples", "operations"),
     [
-        pytest.param("minilm_server", (), 30, "19 selected / 19", marks=MINILM),
-        ("echo", ("--exclude-checks", "not_a_server_error"), 30, "19 selected / 19"),
+        pytest.param("minilm_server", (), 30, "20 selected / 20", marks=MINILM),
+        ("echo", ("--exclude-checks", "not_a_server_error"), 30, "20 selected / 20"),
+        ("outputs", (), 30, "26 selected / 26"),
         ("classifier", (), 30, "14 selected / 14"),
         ("reranker", ("--exclude-path-regex", "score$"), 30, "16 selected / 18"),
         # A schema cannot say that two lists have the same length.
@@ -56,7 +66,7 @@ def answers(server: ServerProcess) -> dict[str, float]:
             30,
             "2 selected / 18",
         ),
-        pytest.param("minilm_server", (), 1000, "19 selected / 19", marks=[MINILM, pytest.mark.slow_measurement]),
+        pytest.param("minilm_server", (), 1000, "20 selected / 20", marks=[MINILM, pytest.mark.slow_measurement]),
     ],
 )
 def test_schemathesis_finds_no_failures(

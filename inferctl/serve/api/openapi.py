@@ -73,10 +73,9 @@ def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
         models += [(operation.request, "validation")]
         models += [(kind, "serialization") for kind in (operation.response, operation.error)]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    if model.dimensions:
-        for name in {*(operation.request.__name__ for operation in operations), "TextOptions"} & schemas[
-            "$defs"
-        ].keys():
+    if model.vocabulary_size:  # an engine is ready
+        names = {*(operation.request.__name__ for operation in operations), "TextOptions"}
+        for name in names & schemas["$defs"].keys():
             _add_limits(schemas["$defs"][name], model)
         if model.task == "embed":
             schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
@@ -105,6 +104,8 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             first["enum"] = [True]
         elif name in prompts:
             found["anyOf"][0] = {"type": "string", "enum": prompts[name]} if prompts[name] else {"type": "null"}
+        elif name == "instruction" and not model.takes_instruction:
+            found["anyOf"][0] = {"type": "null"}
         elif name == "outputs":
             first["items"]["enum"] = list(model.outputs)
         elif name == "prompt" and "input" in properties and not model.prompts.pooled:
