@@ -23,6 +23,7 @@ GOLDEN = ROOT / "tests" / "golden"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 MODEL = ROOT / "models" / "all-MiniLM-L6-v2"
+SPLADE = ROOT / "models" / "splade-tiny"
 BRIDGE = "inferctl-ci0"
 # pytest rewrites the assertions of all test files on each start, unless it can keep the result.
 sys.dont_write_bytecode = False
@@ -98,6 +99,14 @@ def minilm() -> Path:
     if not (MODEL / "model.safetensors").is_file():
         pytest.fail(f"{MODEL.relative_to(ROOT)} not found: download it with `make model`")
     return MODEL
+
+
+@pytest.fixture(scope="session")
+def splade() -> Path:
+    """Folder of a real small SPLADE."""
+    if not (SPLADE / "model.safetensors").is_file():
+        pytest.fail(f"{SPLADE.relative_to(ROOT)} not found: download it with `make model`")
+    return SPLADE
 
 
 @pytest.fixture(scope="session")

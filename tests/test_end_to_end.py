@@ -291,6 +291,13 @@ def test_a_model_image_is_baked_without_an_upload_of_its_weights_and_is_served(
     assert np.array_equal(*vectors)
 
 
+def test_the_image_serves_a_sparse_encoder(pushed: str, splade: Path) -> None:
+    command = ("verify", pushed, "--model", splade, "--network", "host", "--against", "sentence-transformers", "--json")
+    verified = json.loads(inferctl(*command).stdout)["verified"]
+    assert verified["cosine_min"] > 0.99
+    assert verified["library"]["cosine_min"] > 0.99
+
+
 def test_a_build_without_cache_has_identical_layers(pushed: str, spec_file: Path, tmp_path: Path, wheels: Path) -> None:
     """Render the image and build it without a cache and at another commit, as on another builder."""
     inferctl("render", "--spec", spec_file, "--output", tmp_path / "build")

@@ -25,7 +25,6 @@ from tests.serve.saved_models import WIDTH
 
 TEXTS = [text for text in saved_models.TEXTS if text]
 ROLES: tuple[Role, ...] = ("query", "document", None)
-SPLADE = Path(__file__).parents[2] / "models" / "splade-tiny"
 
 
 def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: Any) -> Path:
@@ -117,7 +116,7 @@ def same_vectors(folder: Path) -> None:
             np.testing.assert_allclose(found.tokens, np.asarray(expected), atol=1e-5)
 
 
-def splade(folder: Path, architecture: str, **options: Any) -> Path:
+def write_splade(folder: Path, architecture: str, **options: Any) -> Path:
     from sentence_transformers import SparseEncoder
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -141,17 +140,15 @@ def splade(folder: Path, architecture: str, **options: Any) -> Path:
     ],
 )
 def test_splade(architecture: str, options: dict[str, str], tmp_path: Path) -> None:
-    same_weights(splade(tmp_path, architecture, **options))
+    same_weights(write_splade(tmp_path, architecture, **options))
 
 
-def test_the_real_splade(tmp_path: Path) -> None:
-    if not SPLADE.is_dir():
-        pytest.fail("models/splade-tiny not found: download it with `make model`")
-    same_weights(SPLADE)
-    (found,) = computed(SPLADE, "query", ["Which river flows through Vienna?"])
+def test_the_real_splade(splade: Path) -> None:
+    same_weights(splade)
+    (found,) = computed(splade, "query", ["Which river flows through Vienna?"])
     assert len(found.ids) == 16  # as published with the package
     # In bf16, the largest weights move by less than their rank.
-    exact, rounded = matrix(computed(SPLADE, None), 30522), matrix(computed(SPLADE, None, precision="bf16"), 30522)
+    exact, rounded = matrix(computed(splade, None), 30522), matrix(computed(splade, None, precision="bf16"), 30522)
     cosines = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
     assert cosines.min() > 0.995
 
@@ -160,8 +157,8 @@ def test_a_long_text_is_computed_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
     from inferctl.serve.engines import output_heads
 
     monkeypatch.setattr(output_heads, "_LOGITS_BYTES", 4 * 1101 * 7)  # seven tokens at a time
-    same_weights(splade(tmp_path, "bert"))
-    same_weights(splade(tmp_path / "sum", "bert", pooling_strategy="sum"))
+    same_weights(write_splade(tmp_path, "bert"))
+    same_weights(write_splade(tmp_path / "sum", "bert", pooling_strategy="sum"))
 
 
 def test_stored_weights_of_queries(tmp_path: Path) -> None:
@@ -370,7 +367,7 @@ def test_three_outputs_of_one_forward_pass(bge: Path, converted_bge: Path) -> No
     ],
 )
 def test_a_changed_sparse_encoder_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = splade(tmp_path, "bert")
+    folder = write_splade(tmp_path, "bert")
     for name, content in change.items():
         (folder / name).write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
@@ -420,7 +417,7 @@ def spec(place: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
-    folder = splade(tmp_path / "splade", "bert")
+    folder = write_splade(tmp_path / "splade", "bert")
     expected = matrix(computed(folder, "document"), 2000)
     server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", processes)
     body = {"input": TEXTS, "input_type": "document"}
