@@ -24,7 +24,7 @@ from inferctl.estimate.simulate import UNBOUNDED, SimulationResult, percentile
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.facts.precision import best_precision
-from inferctl.models import fit
+from inferctl.models import fit, model
 from inferctl.models.model import ModelFolder, architecture, resolve_task
 
 _ENGINE = "engine: the rows ran TensorRT; the speed of torch relative to TensorRT is not measured"
@@ -35,6 +35,7 @@ WITHOUT_NETWORK = "network time and clock changes of the device are not included
 _SEQUENCES = 250_000
 # Models of other tasks, and what to do with them.
 _OTHERS = {
+    "outputs": ("a sparse encoder or a multi-vector model", "measure it with `inferctl bench`"),
     "rerank": ("a cross-encoder", "measure a cross-encoder with `inferctl bench`"),
     "classify": ("a classifier", "measure a classifier with `inferctl bench`"),
     "generate": (
@@ -283,9 +284,10 @@ def read_config(path: Path) -> dict[str, Any]:
     folder = ModelFolder(file.parent)
     facts = fit.ModelSize(0, data, has_modules=folder.has_modules, library_type=folder.library_type)
     task = resolve_task("auto", facts, str(file))
-    if task != "embed":
-        # Front end and output were measured for embeddings only.
-        kind, hint = _OTHERS[task]
+    sparse_or_tokens = {folder.library_type, architecture(data)} & model.OTHER_OUTPUTS
+    if task != "embed" or sparse_or_tokens:
+        # Front end and output were measured for dense vectors only.
+        kind, hint = _OTHERS["outputs" if sparse_or_tokens else task]
         raise UsageError(f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})", hint)
     return data
 

@@ -39,6 +39,8 @@ ROUTER_FILE = "router_config.json"
 STATIC = "StaticEmbedding"
 # Ends of the class names of generative models.
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# What sentence-transformers, PyLate and Stanford call models without a dense vector.
+OTHER_OUTPUTS = frozenset({"SparseEncoder", "MultiVectorEncoder", "ColBERT", "HF_ColBERT"})
 # Folders with the layers of BGE-M3 for the weights and the vectors of tokens. Its repository has them as pickles.
 BGE_M3 = ("sparse_linear", "colbert_linear")
 # Of a classifier. The largest published ones have some thousands.

@@ -50,6 +50,12 @@ def estimated(capsys: pytest.CaptureFixture[str], config: str, *arguments: str) 
     return dict(json.loads(capsys.readouterr().out))
 
 
+def test_other_outputs_than_dense_vectors_are_not_estimated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(config).write_text(json.dumps(BERT | {"architectures": ["HF_ColBERT"]}))
+    assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
+    assert "a multi-vector model" in capsys.readouterr().err
+
+
 def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"], "num_labels": 1}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
