@@ -271,6 +271,7 @@ def main() -> None:
     console.print(f"{len(documents)} docstrings, {count} of their first lines as queries")
     with tempfile.TemporaryDirectory(prefix="inferctl-retrieval-") as folder, contextlib.ExitStack() as stack:
         work = Path(folder)
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
         calibrated = work / "dense"
         shutil.copytree(options.dense, calibrated, copy_function=os.link)
         texts = work / "texts.jsonl"
