@@ -14,7 +14,8 @@ import pytest
 
 from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
-from inferctl.serve import outputs, task_config
+from inferctl.serve import outputs as outputs_module
+from inferctl.serve import task_config
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
 from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
@@ -518,14 +519,14 @@ def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Ca
 @pytest.mark.parametrize("products", [None, 1, 50])
 def test_the_largest_similarities_are_added_in_parts(products: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if products is not None:
-        monkeypatch.setattr(outputs, "_PART_PRODUCTS", products)
-        monkeypatch.setattr(outputs, "_PART_NUMBERS", products)
+        monkeypatch.setattr(outputs_module, "_PART_PRODUCTS", products)
+        monkeypatch.setattr(outputs_module, "_PART_NUMBERS", products)
     random = np.random.default_rng(0)
     query, *documents = (random.standard_normal((size, 3), np.float32) for size in (7, 0, 2, 9, 0, 1, 0))
     scores = np.zeros(len(documents), np.float32)
-    parts = len(list(outputs.add_similarities(scores, query, documents)))
+    parts = len(list(outputs_module.add_similarities(scores, query, documents)))
     expected = [(query @ each.T).max(axis=1).sum() if len(each) else 0 for each in documents]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
     assert parts == 1 if products is None else parts > 2
-    assert not list(outputs.add_similarities(scores, query, [documents[0]]))
-    assert not list(outputs.add_similarities(scores, query[:0], documents))
+    assert not list(outputs_module.add_similarities(scores, query, [documents[0]]))
+    assert not list(outputs_module.add_similarities(scores, query[:0], documents))
