@@ -103,7 +103,7 @@ class Inference:
             context.inputs, tokens = len(sequences), sum(map(len, sequences))
             if tokens > self.model.max_tokens:
                 _in_vain(context, tokens)
-                message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
+                message = f"the request has at least {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
             tokenized = time.monotonic()
             return await self.backend.compute(context, sequences, marks), tokenized
