@@ -82,7 +82,7 @@ def computed(folder: Path, pairs: list[Pair], precision: str = "fp32") -> tuple[
     info = engine.load()
     ids, starts = (list(part) for part in zip(*pairs, strict=True))
     lengths = np.array([len(row) for row in ids], dtype=np.int32)
-    logits = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(starts, dtype=np.int32))).vectors
+    logits = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(starts, dtype=np.int32))).rows
     config = task_config.read("rerank", folder)
     return config.scores(logits)[:, 0], info
 

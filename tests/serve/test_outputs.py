@@ -187,6 +187,13 @@ def test_stored_weights_of_queries(tmp_path: Path) -> None:
         model_folder.find(str(saved))
     converted = convert.convert(saved, tmp_path / "converted", lambda *_: None).path
     same_weights(converted, saved)
+    # A query with a token that has no weight failed in the engine.
+    from safetensors.torch import save_file
+
+    (file,) = converted.glob("query_*/model.safetensors")
+    save_file({"weight": weights[: len(weights) - 1].clone()}, file)
+    with pytest.raises(UsageError, match="weights for 1092"):
+        computed(converted, "document", ["ok"])
 
 
 def test_a_router_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
