@@ -87,7 +87,7 @@ def _library(step: Step, model: Path) -> None:
             if row is None or tokens + len(row) > limit:
                 part = ids[first:index]
                 lengths = np.array([len(each) for each in part], dtype=np.int32)
-                rows.append(engine.run(Batch(1, np.concatenate(part), lengths)).vectors)
+                rows.append(engine.run(Batch(1, np.concatenate(part), lengths)).rows)
                 first, tokens = index, 0
             tokens += 0 if row is None else len(row)
         return np.concatenate(rows)

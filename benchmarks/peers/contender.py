@@ -67,7 +67,7 @@ def run_batches(precision: str, model: str, task: Any) -> Callable[[Sequence[Any
                 running.append(pool.submit(engine.run, batch))
                 first, used = index, 0
             used += length
-        return np.concatenate([batch.result().vectors for batch in running])
+        return np.concatenate([batch.result().rows for batch in running])
 
     return run
 

@@ -5,6 +5,7 @@ A sequence asks for some of them by its mark, and gets all of them in one row of
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Literal, NamedTuple, TypeAlias
@@ -14,10 +15,13 @@ import numpy.typing as npt
 
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.modules import Layer
+from inferctl.serve.text_parts import slices
 
 Output: TypeAlias = Literal["dense", "sparse", "tokens"]
 Role: TypeAlias = Literal["query", "document"] | None
 Ids: TypeAlias = npt.NDArray[np.int64]
+# Numbers of documents, and their products with a query, that are computed at a time: 4 MiB and 1 GFLOP.
+_PART_NUMBERS, _PART_PRODUCTS = 2**20, 2**29
 _ATTENDED = 4  # the bit of a mark at which the number of attended tokens begins
 
 
@@ -160,6 +164,18 @@ def top(ids: Ids, weights: Vectors, count: int | None, least: float | None) -> t
     return ids, weights
 
 
-def max_similarity(query: Vectors, document: Vectors) -> float:
-    """Return the sum of the largest product of each token of a query with a token of a document (MaxSim)."""
-    return float((query @ document.T).max(axis=1).sum()) if len(document) else 0.0
+def add_similarities(scores: Vectors, query: Vectors, documents: Sequence[Vectors]) -> Iterator[None]:
+    """Add to `scores` the MaxSim of a query with each document, in parts: each takes about 0.1 s on one core.
+
+    It is the sum of the largest product of each token of the query with a token of the document; 0 without tokens.
+    """
+    for start, stop in slices([each.size for each in documents], _PART_NUMBERS):
+        present = [index for index in range(start, stop) if len(documents[index])]
+        if not present:
+            continue
+        joined = np.concatenate([documents[index] for index in present])
+        firsts = np.cumsum([0, *(len(documents[index]) for index in present[:-1])])
+        rows = max(1, _PART_PRODUCTS // joined.size)
+        for at in range(0, len(query), rows):
+            scores[present] += np.maximum.reduceat(query[at : at + rows] @ joined.T, firsts, axis=1).sum(axis=0)
+            yield

@@ -21,14 +21,14 @@ def head_of(text: str, longest: int) -> str:
     return head if end < 0 else head[:end]
 
 
-def slices(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of consecutive parts of texts of so many characters.
+def slices(sizes: Sequence[int], most: int = _SLICE_CHARACTERS) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of consecutive parts of things of these sizes, such as texts of so many characters.
 
-    Each part has one text or at most `_SLICE_CHARACTERS`.
+    Each part has one thing or a size of at most `most`.
     """
     start = characters = 0
     for index, size in enumerate(sizes):
-        if index > start and characters + size > _SLICE_CHARACTERS:
+        if index > start and characters + size > most:
             yield start, index
             start, characters = index, 0
         characters += size

@@ -255,10 +255,13 @@ class TokenizerPool:
         tenant: str | None = None,
         most: int | None = None,
         prompt: str | None = None,
+        enough: int | None = None,
     ) -> list[Pair]:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
 
         `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count.
+        `enough`: with more tokens than these, the rest of a large request is left out, because it gets no response: with
+        a template, a long query is in the text of each document.
         `prompt`: the instruction for a template; None is the default of the model. Pairs are truncated to `max_tokens`
         as by transformers (`longest_first`): first the longer text, then both. If both are so long that only their
         heads are tokenized, the head with more tokens counts as the longer text. With a template, only the document is
@@ -286,7 +289,11 @@ class TokenizerPool:
             )
             for i, j in slices(sizes)
         ]
-        return await self._run(calls, size, tenant)
+
+        def missing(pairs: list[Pair]) -> bool:
+            return enough is None or sum(len(ids) for ids, _ in pairs) <= enough
+
+        return await self._run(calls, size, tenant, missing)
 
     def encode_now(
         self,
@@ -394,10 +401,16 @@ class TokenizerPool:
 
     def _first_tokens(self, text: str, count: int) -> str:
         """Return a text up to the end of its first `count` tokens."""
-        head = head_of(text, max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * count))
+        size = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * count)
         with self._truncation(None) as tokenizer:
-            (found,) = _guarded(partial(tokenizer.encode_batch, [head], add_special_tokens=False))
-        return text if len(found) <= count and head == text else text[: found.offsets[:count][-1][1]]
+            while True:
+                head = head_of(text, size)
+                (found,) = _guarded(partial(tokenizer.encode_batch, [head], add_special_tokens=False))
+                if len(found) > count:
+                    return text[: found.offsets[count - 1][1]]
+                if len(head) == len(text) or size >= _MAX_HEAD:
+                    return head
+                size *= 4
 
     def _rendered_pairs(
         self,
@@ -448,8 +461,14 @@ class TokenizerPool:
             self._on_truncated(len(long))
         return [np.array(row[-limit:] if left else row[:limit], dtype=np.int32) for row in ids]
 
-    async def _run(self, calls: Sequence[Callable[[], list[T]]], characters: int, tenant: str | None) -> list[T]:
-        """Return the results of `calls`, run one after the other on the threads.
+    async def _run(
+        self,
+        calls: Sequence[Callable[[], list[T]]],
+        characters: int,
+        tenant: str | None,
+        go_on: Callable[[list[T]], bool] = lambda _: True,
+    ) -> list[T]:
+        """Return the results of `calls`, run one after the other on the threads, as long as `go_on(results)`.
 
         Raises `TokenizerBusyError` and `TokenizerShareError`.
         """
@@ -463,6 +482,8 @@ class TokenizerPool:
         try:
             for call in calls:
                 found += await loop.run_in_executor(self._executor, call)
+                if not go_on(found):
+                    break
         finally:
             self._waiting -= characters
             if tenant is not None:

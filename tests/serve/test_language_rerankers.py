@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -157,6 +158,31 @@ def test_only_the_document_is_cut(folders: Callable[[str], Path], name: str) -> 
         with pytest.raises(InputError) as error:
             pool.encode_pairs_now(queries, documents, truncate=truncate)
         assert (error.value.index, error.value.field, error.value.code) == (index, field, "context_length_exceeded")
+    pool.close()
+
+
+def test_a_long_query_is_tokenized_for_few_documents(folders: Callable[[str], Path]) -> None:
+    """A body of 50 kB took 20 s, because each text has the query, and no other request was tokenized meanwhile."""
+    folder = folders("qwen3, tied")
+    pool = TokenizerPool(folder, task_config.read("rerank", folder), threads=1)
+    query, documents = "the river " * 20, ["a"] * 2048
+    each = len(pool.encode_pairs_now(query, ["a"], truncate=True)[0][0])
+    some = asyncio.run(pool.encode_pairs(query, documents, truncate=True, enough=20 * each))
+    assert 20 < len(some) < len(documents)
+    enough = len(documents) * each
+    assert len(asyncio.run(pool.encode_pairs(query, documents, truncate=True, enough=enough))) == len(documents)
+    pool.close()
+
+
+@pytest.mark.parametrize(("word", "count"), [("resistant", 200), ("resistant", 3), (" ", 5)])
+def test_so_many_tokens_of_a_document_remain(folders: Callable[[str], Path], word: str, count: int) -> None:
+    folder = folders("qwen3, tied")
+    pool = TokenizerPool(folder, task_config.read("rerank", folder), threads=1)
+    tokenizer = pool.own_tokenizer()
+    tokenizer.no_truncation()
+    text = word * 3000
+    wanted = tokenizer.encode(text, add_special_tokens=False).ids[:count]
+    assert tokenizer.encode(pool._first_tokens(text, count), add_special_tokens=False).ids == wanted
     pool.close()
 
 

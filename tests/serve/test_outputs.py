@@ -14,6 +14,7 @@ import pytest
 
 from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
+from inferctl.serve import outputs as outputs_module
 from inferctl.serve import task_config
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
@@ -183,6 +184,13 @@ def test_stored_weights_of_queries(tmp_path: Path) -> None:
         model_folder.find(str(saved))
     converted = convert.convert(saved, tmp_path / "converted", lambda *_: None).path
     same_weights(converted, saved)
+    # A query with a token that has no weight failed in the engine.
+    from safetensors.torch import save_file
+
+    (file,) = converted.glob("query_*/model.safetensors")
+    save_file({"weight": weights[: len(weights) - 1].clone()}, file)
+    with pytest.raises(UsageError, match="weights for 1092"):
+        computed(converted, "document", ["ok"])
 
 
 def test_a_router_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
@@ -510,3 +518,19 @@ def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Ca
     assert httpx.post(f"{server.url}/embed", json={"inputs": TEXTS}).json() == [entry["embedding"] for entry in every]
     sparse = httpx.post(f"{server.url}/embed_sparse", json={"inputs": TEXTS[0]}).json()
     assert [entry["index"] for entry in sparse[0]] == every[0]["sparse_embedding"]["indices"]
+
+
+@pytest.mark.parametrize("products", [None, 1, 50])
+def test_the_largest_similarities_are_added_in_parts(products: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if products is not None:
+        monkeypatch.setattr(outputs_module, "_PART_PRODUCTS", products)
+        monkeypatch.setattr(outputs_module, "_PART_NUMBERS", products)
+    random = np.random.default_rng(0)
+    query, *documents = (random.standard_normal((size, 3), np.float32) for size in (7, 0, 2, 9, 0, 1, 0))
+    scores = np.zeros(len(documents), np.float32)
+    parts = len(list(outputs_module.add_similarities(scores, query, documents)))
+    expected = [(query @ each.T).max(axis=1).sum() if len(each) else 0 for each in documents]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert parts == 1 if products is None else parts > 2
+    assert not list(outputs_module.add_similarities(scores, query, [documents[0]]))
+    assert not list(outputs_module.add_similarities(scores, query[:0], documents))

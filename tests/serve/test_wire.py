@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -155,3 +156,24 @@ def test_short_responses_have_a_length_and_long_ones_arrive_in_parts(sizes: list
     assert [message.get("more_body", False) for message in bodies] == [True] * (len(bodies) - 1) + [False]
     assert dict(start["headers"]).get(b"content-length") == (b"%d" % sum(sizes) if has_length else None)
     assert max(len(message["body"]) for message in bodies) < 700_001
+
+
+def test_short_parts_that_take_long_let_others_have_their_turn() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def run() -> None:
+        beside = asyncio.create_task(other())
+        await inference.send_json(send, (time.sleep(0.002) or b"a" for _ in range(50)), RequestContext(""))
+        beside.cancel()
+
+    asyncio.run(run())
+    assert turns > 40

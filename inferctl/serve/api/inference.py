@@ -27,6 +27,7 @@ from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 _INLINE_BODY_BYTES = 64 * 1024
 # Longer responses are sent in parts, without their length before. So many bytes are about one part of floats.
 _WHOLE_BODY_BYTES = 320 * 1024
+_TURN_S = 0.001  # of one response on the event loop, until others have their turn
 _PHASES = ("tokenize", "queue", "inference")
 T = TypeVar("T")
 Tokenize: TypeAlias = Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]]
@@ -102,7 +103,7 @@ class Inference:
             context.inputs, tokens = len(sequences), sum(map(len, sequences))
             if tokens > self.model.max_tokens:
                 _in_vain(context, tokens)
-                message = f"the request has {tokens} tokens; the limit is {self.model.max_tokens}"
+                message = f"the request has at least {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
             tokenized = time.monotonic()
             return await self.backend.compute(context, sequences, marks), tokenized
@@ -152,11 +153,14 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
     if context.cached_tokens:
         headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
     headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
-    rest, body = iter(parts), b""
+    rest, body, turn = iter(parts), b"", time.monotonic()
     for part in rest:
         body += part
         if len(body) > _WHOLE_BODY_BYTES:
             break
+        if time.monotonic() - turn > _TURN_S:  # parts can be short and still take long, such as the largest weights
+            await asyncio.sleep(0)
+            turn = time.monotonic()
     else:
         headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +19,7 @@ from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
-from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, mark, max_similarity, top, unpack
+from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
@@ -28,6 +29,8 @@ _MAX_TOKEN_NUMBERS = 2**25
 _PART_NUMBERS = 16_384
 # MaxSim of more products than this is computed on another thread.
 _INLINE_PRODUCTS = 2_000_000
+# Requests take turns on it. Those of a threads' pool that others use too would keep large bodies from being parsed.
+_executor = ThreadPoolExecutor(1, "similarity")
 
 
 def chosen(model: ServedModel, wanted: Sequence[Output] | None) -> tuple[Output, ...]:
@@ -132,9 +135,15 @@ async def max_similarities(
 
     rows = await inference.run(scope, tokenize)
     first, *others = [row.reshape(-1, model.token_dimensions) for row in rows]
+    scores = np.zeros(len(others), dtype=np.float32)
+    parts = add_similarities(scores, first, others)
 
-    def compute() -> Vectors:
-        return np.array([max_similarity(first, other) for other in others], dtype=np.float32)
+    async def compute() -> None:
+        while not await asyncio.get_running_loop().run_in_executor(_executor, next, parts, True):
+            pass
 
-    products = first.size * sum(map(len, others))
-    return await asyncio.to_thread(compute) if products > _INLINE_PRODUCTS else compute()
+    if first.size * sum(map(len, others)) > _INLINE_PRODUCTS:
+        await inference.unless_disconnected(compute, scope)
+    for _ in parts:
+        pass
+    return scores

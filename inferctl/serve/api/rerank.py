@@ -163,7 +163,7 @@ async def _logits(
 
     async def tokenize() -> tuple[list[Tokens], list[int]]:
         encode = partial(inference.tokenizer.encode_pairs, truncate=allowed, tenant=tenant)
-        pairs = await encode(first, second, most=most, prompt=instruction)
+        pairs = await encode(first, second, most=most, prompt=instruction, enough=inference.model.max_tokens)
         return [ids for ids, _ in pairs], [start for _, start in pairs]
 
     logits = await inference.run_equal(scope, tokenize)

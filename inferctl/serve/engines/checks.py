@@ -82,8 +82,8 @@ class Checks:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
         if self._vocabulary_size > size:
             raise UsageError(
-                f"tokenizer.json has token ids up to {self._vocabulary_size - 1}, but the model has embeddings for "
-                f"{size}, up to {size - 1}",
+                f"tokenizer.json has token ids up to {self._vocabulary_size - 1}, but the model has embeddings "
+                f"or weights for {size}, up to {size - 1}",
                 "use the tokenizer.json that belongs to these weights",
             )
 

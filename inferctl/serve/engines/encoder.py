@@ -107,6 +107,8 @@ class EncoderEngine:
             on_phase(f"loading the weights in {precision.effective}")
             forward = load_model(config.max_batch_tokens)
             check.check_vocabulary(forward.vocabulary_size)
+            if isinstance(forward, Forward) and forward.query_vocabulary_size is not None:
+                check.check_vocabulary(forward.query_vocabulary_size)
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward

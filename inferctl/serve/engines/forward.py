@@ -67,9 +67,9 @@ class Forward:
 
     It returns vectors with an `EmbeddingConfig`, or the outputs that the marks of sequences ask for; else logits.
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
-    `vocabulary_size`: rows of the input embeddings. `causal`: whether tokens attend only to those before them.
-    `warning`: what makes this model slower than it should be, or None. `mark`: that of sequences without one; 0 for the
-    dense vector.
+    `vocabulary_size`: rows of the input embeddings. `query_vocabulary_size`: stored weights of tokens in queries, None
+    without them. `causal`: whether tokens attend only to those before them. `warning`: what makes this model slower
+    than it should be, or None. `mark`: that of sequences without one; 0 for the dense vector.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Forward:
         varlen: bool = False,
     ) -> None:
         self.max_tokens, self.batch_tokens, self.packed, self.mark = config.max_tokens, batch_tokens, False, 0
+        self.query_vocabulary_size: int | None = None
         self._device, self._dtype, self._varlen = device, dtype, varlen
         head: Head | None = None
         self._outputs: OutputHeads | None = None
@@ -112,6 +113,7 @@ class Forward:
             if logits is not None and self._uses_onednn:
                 onednn.pack(logits.module, int8=False)
             self._outputs = OutputHeads(folder, config, logits, device)
+            self.query_vocabulary_size = self._outputs.query_vocabulary_size
             self.mark = 0 if config.checked == Form.DENSE else int(config.checked)
         self._model, self._encoder = model.to(device), encoder
         embeddings = getattr(encoder, "embeddings", None)
@@ -129,12 +131,10 @@ class Forward:
 
     @torch.inference_mode()
     def sizes(self) -> tuple[int, int]:
-        """Return how many numbers a dense vector has, and the vector of a token; 0 for what the model does not have."""
-        if self._head is not None:
-            return 0, 0
+        """Return how many numbers a dense vector has (0 without one, or with logits), and the vector of a token."""
         width = int(self._model.config.get_text_config().hidden_size)
         modes = torch.zeros(1, width * len(self._pooling), device=self._device)
-        dense = self._layers(modes)[:, : self._dimensions].shape[1] if self._pooling else 0
+        dense = self._layers(modes)[:, : self._dimensions].shape[1] if self._pooling and self._head is None else 0
         return dense, self._outputs.token_size(width) if self._outputs else 0
 
     def pack(self, on: bool = True) -> None:

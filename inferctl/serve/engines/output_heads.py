@@ -38,6 +38,11 @@ class OutputHeads:
             self._query_weights = weights.query_weights(folder, config.sparse.query_weights)
         self._layers = Layers(folder, config.tokens.layers if config.tokens else ()).to(device)
 
+    @property
+    def query_vocabulary_size(self) -> int | None:
+        """How many tokens have a stored weight in queries; None without stored weights."""
+        return None if self._query_weights is None else len(self._query_weights)
+
     def token_size(self, width: int) -> int:
         """Return how many numbers the vector of a token has, made of a state with `width` numbers; 0 without any."""
         return self._layers(torch.zeros(1, width, device=self._device)).shape[1] if self._config.tokens else 0
