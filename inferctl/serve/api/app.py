@@ -377,7 +377,8 @@ def create(inference: Inference) -> ASGIApp:
 
     async def unsupported(scope: Scope, *_: object) -> None:
         needs = " or ".join(each.needs for each in ALL if scope["path"] in each.paths)
-        message = f"this endpoint requires a model for {needs}; model {model.name!r} is for {model.task}"
+        has = f" with the output {', '.join(model.trained)}" if model.task == "embed" else ""
+        message = f"this endpoint requires a model for {needs}; model {model.name!r} is for {model.task}{has}"
         raise ApiError(404, message, code="unsupported_task")
 
     own = [endpoint for endpoint in ALL if endpoint.serves(model)]
