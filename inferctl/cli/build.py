@@ -224,7 +224,7 @@ def oci_file(text: str) -> Path:
 def tag_reference(text: str) -> str:
     """Return `full_reference` of a tag. Raises `UsageError` for a digest, because the image determines its digest."""
     if "@" in text:
-        raise UsageError(f"--tag {text!r} has a digest", "pass a name and a tag only: NAME:TAG")
+        raise UsageError(f"image name {text!r} has a digest", "pass a name and a tag only: NAME:TAG")
     return full_reference(text)
 
 

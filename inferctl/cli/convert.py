@@ -20,6 +20,8 @@ EPILOG = """\b
 Examples:
   # Write ./labse-safe, then serve it
   inferctl convert ./LaBSE ./labse-safe && inferctl serve --model ./labse-safe
+  # Download BGE-M3 and convert it
+  inferctl convert BAAI/bge-m3 ./bge-m3
 """
 
 
@@ -33,8 +35,9 @@ def convert(
 ) -> None:
     """Convert pytorch_model.bin to safetensors, and write a missing tokenizer.json.
 
-    Runs no code of the model. A pickle that contains anything but tensors is rejected. NEW_FOLDER has
-    `.conversion.json` with the sha256 of what was read and written.
+    Also writes the layers of BGE-M3 for its other outputs, and unites the folders of a Router. Runs no code of the
+    model. A pickle that contains anything but tensors is rejected. NEW_FOLDER has `.conversion.json` with the sha256 of
+    what was read and written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} already exists", "name a new folder")

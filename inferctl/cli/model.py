@@ -44,6 +44,13 @@ Examples:
   inferctl model push org/name registry.example.com/models/name:v1 --revision COMMIT
 """
 
+_PULL_EPILOG = """\b
+Examples:
+  # Write ./minilm, then serve it
+  inferctl model pull registry.example.com/models/minilm:v1 --output ./minilm
+  inferctl serve --model ./minilm
+"""
+
 
 @app.command(epilog=_PUSH_EPILOG)
 def push(
@@ -63,9 +70,9 @@ def push(
     ] = 4,
     as_json: Json = False,
 ) -> None:
-    """Push a model as an image without a base, and print oci://name@digest.
+    """Push a model as an image and print oci://name@digest.
 
-    Each weight file is a layer, and all other files are one. Equal files make equal layers, so that a registry stores
+    The image has no base. Each weight file is a layer, and all other files are one. Equal files make equal layers, so that a registry stores
     them once.
     """
     from inferctl.image import model_transfer
@@ -82,9 +89,9 @@ def push(
 
 @app.command()
 def inspect(image: _Image, as_json: Json = False) -> None:
-    """Print what a model image contains, from the labels in its registry.
+    """Print what a model image contains.
 
-    Pulls nothing.
+    Reads the labels of the image in its registry, and pulls nothing.
 
     Example: inferctl model inspect registry.example.com/models/minilm:v1
     """
@@ -109,7 +116,7 @@ def inspect(image: _Image, as_json: Json = False) -> None:
     console.data("\n".join(map(console.plain, lines)))
 
 
-@app.command()
+@app.command(epilog=_PULL_EPILOG)
 def pull(
     image: _Image,
     output: Annotated[
@@ -118,11 +125,9 @@ def pull(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Pull the files of a model image, check their hash, and print the folder.
+    """Pull the files of a model image and print their folder.
 
-    The folder gets its name when it is complete.
-
-    Example: inferctl model pull registry.example.com/models/minilm:v1 --output ./minilm
+    Checks their hash. The folder gets its name when it is complete.
     """
     from inferctl.image import model_image, model_transfer
 

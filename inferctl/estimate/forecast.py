@@ -288,7 +288,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if task != "embed" or sparse_or_tokens:
         # Front end and output were measured for dense vectors only.
         kind, hint = _OTHERS["outputs" if sparse_or_tokens else task]
-        raise UsageError(f"estimates are for embedding models, but {file} is of {kind} ({architecture(data)})", hint)
+        raise UsageError(f"estimates are for dense embeddings, but {file} is of {kind} ({architecture(data)})", hint)
     return data
 
 

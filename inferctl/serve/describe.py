@@ -92,7 +92,7 @@ def _of_tei(
     Source: `Info` in its `router/src/lib.rs`.
     """
     if isinstance(config, EmbeddingConfig):
-        pooling = "+".join(config.pooling) or "mean"
+        pooling = "splade" if config.outputs == ("sparse",) else "+".join(config.pooling) or "mean"
         kind: dict[str, Any] = {"embedding": {"pooling": "last_token" if pooling == "last" else pooling}}
     else:
         labels = config.labels if isinstance(config, ClassifyConfig) else ("LABEL_0",)

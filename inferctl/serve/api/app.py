@@ -82,6 +82,11 @@ class Endpoint:
         return self.task == model.task and (self.output is None or self.output in model.trained)
 
     @property
+    def needs(self) -> str:
+        """For which task a model must be, and its output, for an error."""
+        return f"{self.task} with the output {self.output}" if self.output else self.task
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """All paths."""
         return self.operation.path, *self.aliases
@@ -370,8 +375,10 @@ def create(inference: Inference) -> ASGIApp:
     """Return the application. Starlette handles what is not performance-critical."""
     model = inference.model
 
-    async def unsupported(*_: object) -> None:
-        message = f"model {model.name!r} does not support this endpoint; its task is {model.task}"
+    async def unsupported(scope: Scope, *_: object) -> None:
+        needs = " or ".join(each.needs for each in ALL if scope["path"] in each.paths)
+        has = f" with the output {', '.join(model.trained)}" if model.task == "embed" else ""
+        message = f"this endpoint requires a model for {needs}; model {model.name!r} is for {model.task}{has}"
         raise ApiError(404, message, code="unsupported_task")
 
     own = [endpoint for endpoint in ALL if endpoint.serves(model)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -141,6 +142,5 @@ def _bad_request(error: ValidationError) -> ApiError:
         return ApiError(400, "the body must be a JSON object", code="invalid_type")
     if kind == "missing":
         return ApiError(400, f"{field} is missing", code="missing_field", param=field)
-    return ApiError(
-        400, f"{field}: {first['msg'].replace('Input should be', 'must be')}", code="invalid_value", param=field
-    )
+    message = re.sub(r"^(Input|List) should", "must", first["msg"]).replace(" after validation", "")
+    return ApiError(400, f"{field}: {message}", code="invalid_value", param=field)
