@@ -92,6 +92,12 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     if outputs is not None and not outputs.dense:
         settings = input_settings(folder, max_input_tokens, pooled=True)
         texts = {**settings["prompts"].texts, **outputs.prompts}
+        expansion = outputs.tokens.expansion if outputs.tokens else None
+        if expansion is not None and expansion.length > settings["max_tokens"]:
+            raise UsageError(
+                f"queries of {folder} have {expansion.length} tokens, above the limit of {settings['max_tokens']}",
+                "raise `serve.max_input_tokens`, or correct the length of `query_expansion` in the files of the model",
+            )
         settings["prompts"] = replace(settings["prompts"], texts=texts)
         return EmbeddingConfig((), sparse=outputs.sparse, tokens=outputs.tokens, **settings)
     found = modules.read(folder, "embed")

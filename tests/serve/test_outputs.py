@@ -253,6 +253,17 @@ def test_vectors_of_tokens(
     same_vectors(multi_vector(tmp_path, architecture, words, options, **more))
 
 
+def test_more_tokens_for_a_query_than_the_model_accepts(tmp_path: Path) -> None:
+    folder = multi_vector(tmp_path, "bert", [], {"query_expansion": EXPANSION})
+    assert task_config.read("embed", folder, EXPANSION["length"]).max_tokens == EXPANSION["length"]
+    for limit, length in ((16, EXPANSION["length"]), (None, 10**9)):
+        file = folder / "sentence_bert_config.json"
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | {"query_expansion": EXPANSION | {"length": length}}))
+        with pytest.raises(UsageError, match="above the limit"):
+            task_config.read("embed", folder, limit)
+
+
 @pytest.mark.parametrize("settings", [{}, {"do_query_expansion": False}, {"attend_to_expansion_tokens": True}])
 def test_pylate(settings: dict[str, Any], tmp_path: Path) -> None:
     """The layout of PyLate 3, which lists Transformer and Dense alone."""

@@ -98,8 +98,8 @@ class EmbeddingsEndpoint:
             _with_dimensions, dimensions=dimensions, normalized=None if model.normalized else request.normalized
         )
         if names == ("dense",):
-            assert not isinstance(rows, list)
-            await send_json(send, self.api.response(given, shaped(rows), model, context), context)
+            vectors = np.stack(rows) if isinstance(rows, list) else rows
+            await send_json(send, self.api.response(given, shaped(vectors), model, context), context)
             return
         assert isinstance(self.api, OutputsApi)
         found = outputs.unpacked(model, rows, names)

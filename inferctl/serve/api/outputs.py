@@ -23,8 +23,8 @@ from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
-# Numbers of the vectors of all tokens of a response: 128 MiB, and about five times as much JSON.
-_MAX_TOKEN_NUMBERS = 2**25
+# Numbers of the vectors of all tokens of a response: 64 MiB, which a client that does not read keeps in memory.
+_MAX_TOKEN_NUMBERS = 2**24
 # Numbers that are converted to JSON at a time, so that none stops the event loop for long.
 _PART_NUMBERS = 16_384
 # MaxSim of more products than this is computed on another thread.

@@ -23,7 +23,7 @@ import numpy as np
 from inferctl.config.spec import Cache, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core.sizes import parse_size
-from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors, join_rows
+from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
@@ -209,7 +209,7 @@ class VectorCache:
             data = b"".join([found[key] for key in keys])
             rows = np.frombuffer(data, dtype=np.float32).reshape(len(keys), -1)
         elif not non_finite:
-            rows = join_rows([np.frombuffer(found[key], dtype=np.float32) for key in keys])
+            rows = [np.frombuffer(found[key], dtype=np.float32) for key in keys]  # not copied: they can be large
         return RequestResult(rows, non_finite, queue_s, inference_s)
 
     def _start(
