@@ -22,6 +22,7 @@ from inferctl.serve import describe, embedding_config, rerank_config
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig, Tokens, Vectors
 from inferctl.serve.modules import Normalize
+from inferctl.serve.outputs import TokensConfig
 from tests.serve import tiny_models
 
 EXACT = {
@@ -161,12 +162,12 @@ def test_rows_with_nan_are_marked(tiny: Any) -> None:
 
 
 def test_the_embedding_configuration_is_read_from_the_model_folder(minilm: Path, tmp_path: Path) -> None:
-    assert embedding_config.read(minilm) == EmbeddingConfig(("mean",), 256, (Normalize(),))
+    assert embedding_config.read(minilm) == EmbeddingConfig(("mean",), 256, (Normalize(),), tokens=TokensConfig())
     assert embedding_config.read(minilm, max_input_tokens=64).max_tokens == 64
     (tmp_path / "config.json").write_text(
         '{"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}'
     )
-    assert embedding_config.read(tmp_path) == EmbeddingConfig(("mean",), 512, assumed=True)
+    assert embedding_config.read(tmp_path) == EmbeddingConfig(("mean",), 512, assumed=True, tokens=TokensConfig())
 
 
 @pytest.mark.gpu

@@ -205,7 +205,7 @@ LONG_PAIR = {"source_sentence": "a", "sentences": ["b " * 999]}
         ("/embed", {"inputs": ["a " * 999], "truncate": False}, 400, "inputs[0]"),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 400, "inputs"),
         ("/similarity", {"inputs": {"sentences": ["a"]}}, 400, "inputs"),
-        ("/predict", {"inputs": "a"}, 404, "task is embed"),
+        ("/predict", {"inputs": "a"}, 404, "is for embed"),
         ("/", {"inputs": 5}, 400, "inputs"),
         ("/similarity", {"inputs": PAIR, "parameters": {"prompt_name": "no"}}, 400, "prompt"),
         ("/similarity", {"inputs": LONG_PAIR, "parameters": {"truncate": False}}, 400, "inputs[1]"),

@@ -15,8 +15,12 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
+    Rows,
+    Tokens,
+    Vectors,
     finite_rows,
 )
+from inferctl.serve.outputs import Form, Outputs, form_of, pack
 
 NON_FINITE_TOKEN = 13
 FAILING_TOKEN = 14
@@ -46,6 +50,7 @@ class EchoEngine:
         """Return the info of an engine without a model."""
         return EngineInfo(
             dimensions=_DIMENSIONS,
+            token_dimensions=_DIMENSIONS,
             attention="none",
             attention_reason="the echo engine has no model",
             precision=PrecisionInfo(
@@ -79,4 +84,19 @@ class EchoEngine:
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors[firsts == NON_FINITE_TOKEN] = np.nan
         time.sleep(SLOW_SECONDS * int((firsts == SLOW_TOKEN).sum()))
-        return BatchResult(batch.id, vectors, finite_rows(vectors), time.perf_counter() - started)
+        rows: Rows = vectors
+        if batch.marks is not None and self._config.task == "embed":
+            sequences = np.split(batch.tokens, ends[:-1])
+            rows = [_row(*each) for each in zip(vectors, sequences, batch.marks.tolist(), strict=True)]
+        return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)
+
+
+def _row(vector: Vectors, ids: Tokens, mark: int) -> Vectors:
+    """Return the outputs that a sequence asks for: its vector for each token, and the weight 1 of each id."""
+    form, present = form_of(mark), np.unique(ids).astype(np.int64)
+    found = Outputs(dense=vector if Form.DENSE in form else vector[:0])
+    if Form.SPARSE in form:
+        found = found._replace(ids=present, weights=np.ones(len(present), np.float32))
+    if Form.TOKENS in form:
+        found = found._replace(tokens=np.repeat(vector[None], len(ids), axis=0))
+    return pack(form, found)
