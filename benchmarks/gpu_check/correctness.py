@@ -107,7 +107,7 @@ def _run(engine: Any, ids: list[Any], starts: list[int] | None) -> Any:
     result = engine.run(Batch(1, np.concatenate(ids), lengths, second))
     if not result.ok.all():
         raise ValueError(f"{int((~result.ok).sum())} rows have NaN or infinity")
-    return result.vectors
+    return result.rows
 
 
 def _cosines(a: Any, b: Any) -> Any:
