@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import UsageError
-from inferctl.models import model
+from inferctl.models import model, output_vectors
 from inferctl.models.fit import ModelSize
 
 
@@ -160,3 +161,12 @@ def test_an_invalid_model_folder_is_rejected_with_a_hint(tmp_path: Path, broken:
     with pytest.raises(UsageError) as caught:
         model.find(source, environment={"HF_HOME": str(tmp_path)})
     assert caught.value.hint
+
+
+def test_outputs_become_vectors() -> None:
+    encoded = base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()
+    for row in (encoded, [0.5, -2.0]):
+        assert output_vectors.read({"embedding": row}, "dense", 9) == [0.5, -2.0]
+        assert output_vectors.read({"token_embeddings": [row, row]}, "tokens", 9) == [0.5, -2.0, 0.5, -2.0]
+    sparse = {"sparse_embedding": {"indices": [1, 3], "values": [0.5, 2.0]}}
+    assert output_vectors.read(sparse, "sparse", 4) == [0.0, 0.5, 0.0, 2.0]

@@ -21,11 +21,12 @@ def head_of(text: str, longest: int) -> str:
     return head if end < 0 else head[:end]
 
 
-def slices(sizes: Sequence[int], most: int = _SLICE_CHARACTERS) -> Iterator[tuple[int, int]]:
+def slices(sizes: Sequence[int], most: int | None = None) -> Iterator[tuple[int, int]]:
     """Yield the bounds of consecutive parts of things of these sizes, such as texts of so many characters.
 
-    Each part has one thing or a size of at most `most`.
+    Each part has one thing or a size of at most `most`; by default, that of one call of the tokenizer.
     """
+    most = _SLICE_CHARACTERS if most is None else most
     start = characters = 0
     for index, size in enumerate(sizes):
         if index > start and characters + size > most:

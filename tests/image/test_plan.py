@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import math
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,10 +221,6 @@ def test_the_difference_of_scores_is_relative_to_the_largest_one() -> None:
         output_checks.check_scores([math.nan], [0.5], 0.02)
     with pytest.raises(InferctlError, match="text 1 differs"):
         output_checks.check_scores([0.5], [math.nan], 0.02)
-
-
-def test_vectors_are_little_endian_float32() -> None:
-    assert output_checks.decode(base64.b64encode(struct.pack("<2f", 0.5, -2.0)).decode()) == [0.5, -2.0]
 
 
 def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> None:

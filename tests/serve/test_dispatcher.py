@@ -426,12 +426,12 @@ def test_an_engine_with_several_slots_gets_equal_batches_at_once() -> None:
     run(scenario)
 
 
-# Requests of one batch, as texts and their second segments, and the second segments of the batch.
+# Requests of one batch, as texts and their second segments, and those of the batch: 0 for a text.
 SEGMENTS: list[tuple[list[tuple[list[list[int]], list[int] | None]], dict[tuple[int, ...], int] | None]] = [
     ([([[20, 21]], None), ([[30]], None)], None),
     ([([[20, 21]], [1]), ([[30, 31, 32]], [2])], {(20, 21): 1, (30, 31, 32): 2}),
-    ([([[20, 21]], None), ([[30, 31, 32], [40]], [2, 1])], {(20, 21): 2, (30, 31, 32): 2, (40,): 1}),
-    ([([[20, 21]], [0]), ([[30]], None)], {(20, 21): 0, (30,): 1}),
+    ([([[20, 21]], None), ([[30, 31, 32], [40]], [2, 1])], {(20, 21): 0, (30, 31, 32): 2, (40,): 1}),
+    ([([[20, 21]], [1]), ([[30]], None)], {(20, 21): 1, (30,): 0}),
 ]
 
 
