@@ -22,7 +22,7 @@ from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, pa
 _HEAD = struct.Struct("<IB")
 _BATCH = struct.Struct("<QII")  # id, number of sequences, whether `marks` follow `lengths`
 _RESULT = struct.Struct("<QIid")  # id, rows, width (see `pack_rows`), seconds
-_MAX_FRAME = 1 << 30
+_MAX_FRAME = 1 << 29  # below "GET " as a number
 
 
 class Kind(IntEnum):
