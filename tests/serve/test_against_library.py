@@ -17,10 +17,11 @@ import pytest
 from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.core.errors import InferctlError
 from inferctl.image import library, verify
-from inferctl.image.output_checks import QUERY, decode
+from inferctl.image.output_checks import QUERY
 from inferctl.image.records import ContainerState, ImageInfo
 from inferctl.models import reference_process
 from inferctl.models.model import IMAGE_FOLDER
+from inferctl.models.output_vectors import decode
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve.reference import reference
 from tests.processes import ServerProcess, start

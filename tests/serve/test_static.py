@@ -209,7 +209,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another tensor": (table(lambda table: {"embedding.weight": table, "bias": table[0].clone()}), "bias"),
     "one dimension": (table(lambda table: {"embedding.weight": table[0].clone()}), "embedding.weight"),
     "three dimensions": (table(lambda table: {"embeddings": table[None].clone()}), "embeddings"),
-    "less rows than tokens": (table(lambda table: {"embedding.weight": table[:-9].clone()}), "embeddings or weights for"),
+    "less rows than tokens": (
+        table(lambda table: {"embedding.weight": table[:-9].clone()}),
+        "embeddings or weights for",
+    ),
     "8-bit rows": (table(lambda table: {"embeddings": (table * 40).char()}), "fp32, bf16 or fp16"),
     "NaN": (table(lambda table: {"embedding.weight": table * float("nan")}), "NaN"),
     "a short mapping": (mapped(mapping=lambda values: values[:-9].clone()), "mapping"),
