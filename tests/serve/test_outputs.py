@@ -16,6 +16,9 @@ from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
 from inferctl.serve import outputs as outputs_module
 from inferctl.serve import task_config
+from inferctl.serve.api.outputs import held
+from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
 from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
@@ -406,6 +409,20 @@ def test_marks_and_rows_are_the_inverse_of_each_other() -> None:
         back = unpack(pack(form, outputs), form, 3, 4)
         for kept, given in zip(back, outputs, strict=True):
             assert kept.tolist() == given.tolist()
+
+
+def test_responses_that_nobody_reads_hold_a_bounded_number_of_vectors() -> None:
+    model = ServedModel("m", frozenset(), (), 1, 1, truncate=True)
+    large = [Outputs(tokens=np.empty((2**20, 40), np.float32))]
+    with held(model, large):
+        with pytest.raises(ApiError) as rejected, held(model, large):
+            pass
+        assert rejected.value.status == 429
+        with held(model, [Outputs()]):  # it has none
+            pass
+    with held(model, large):  # they were sent
+        pass
+    assert model.held_numbers == 0
 
 
 def test_the_largest_weights_are_kept() -> None:

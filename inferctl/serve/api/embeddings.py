@@ -106,7 +106,8 @@ class EmbeddingsEndpoint:
         if "dense" in names:
             found = [each._replace(dense=shaped(each.dense[None])[0]) for each in found]
         token = self.inference.tokenizer.own_tokenizer().id_to_token
-        await send_json(send, self.api.outputs_response(given, found, names, model, context, token), context)
+        with outputs.held(model, found):
+            await send_json(send, self.api.outputs_response(given, found, names, model, context, token), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
         """Return the request, also in OpenAI's shape, and its prompt, None if it selects none.

@@ -6,6 +6,7 @@ import asyncio
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +18,7 @@ from inferctl.models import vector_format
 from inferctl.models.vector_format import VectorFormat
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
 
@@ -25,6 +26,8 @@ SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
 # Numbers of the vectors of all tokens of a response: 64 MiB, which a client that does not read keeps in memory.
 _MAX_TOKEN_NUMBERS = 2**24
+# Those of all responses that are being sent: 256 MiB.
+_MAX_HELD_NUMBERS = 2**26
 # Numbers that are converted to JSON at a time, so that none stops the event loop for long.
 _PART_NUMBERS = 16_384
 # MaxSim of more products than this is computed on another thread.
@@ -67,6 +70,22 @@ def unpacked(model: ServedModel, rows: Rows, outputs: Sequence[Output]) -> list[
     """Return the outputs in the rows of a request."""
     form = Form(sum(FORMS[name] for name in outputs))
     return [unpack(row, form, model.dimensions, model.token_dimensions) for row in rows]
+
+
+@contextmanager
+def held(model: ServedModel, found: Sequence[Outputs]) -> Iterator[None]:
+    """Count the numbers of tokens of a response while it is sent. Raises `ApiError` 429 if others hold too many.
+
+    Without a limit, clients that do not read would fill the memory. A single response is always sent.
+    """
+    numbers = sum(each.tokens.size for each in found)
+    if numbers and model.held_numbers and model.held_numbers + numbers > _MAX_HELD_NUMBERS:
+        raise at_capacity("the vectors of tokens of other responses wait to be read", "responses_full", 1)
+    model.held_numbers += numbers
+    try:
+        yield
+    finally:
+        model.held_numbers -= numbers
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class ServedModel:
     `max_inputs` and `max_tokens` limit one request.
 
     `outputs`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
+    `held_numbers`: those of the vectors of tokens in responses that are being sent.
 
     `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
     reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready.
@@ -48,6 +49,7 @@ class ServedModel:
     tokens: TokensConfig | None = None
     dimensions: int = 0
     token_dimensions: int = 0
+    held_numbers: int = 0
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
