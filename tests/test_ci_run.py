@@ -23,7 +23,8 @@ from tests import forges, hub
 from tests.forges import Event, GitHub, GitLab, Result
 from tests.packages import install
 
-# Another group than the other builds: its engine is its own, except for one build, and that of test_compression_builds.py.
+# Another group than the other builds: its engine is its own, except for one build, and that of
+# test_compression_builds.py.
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.xdist_group("ci")]
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -67,8 +67,8 @@ class Prompts:
     def select(self, prompt: str | None = None, name: str | None = None, input_type: str | None = None) -> str:
         """Return the prompt of a request: `prompt`, else the one called `name`, else that of `input_type`.
 
-        An `input_type` is the name of a prompt, or a word of Cohere, Voyage and Jina. Raises `UsageError` for an unknown
-        name, and for a prompt that the pooling excludes.
+        An `input_type` is the name of a prompt, or a word of Cohere, Voyage and Jina. Raises `UsageError` for an
+        unknown name, and for a prompt that the pooling excludes.
         """
         wanted = input_type if name is None else name
         if prompt is not None:

@@ -164,8 +164,8 @@ class TokenizerPool:
             special = len(tokenizer.encode(self.private.template.render("", "", self._prompt))) + TEMPLATE_ROOM
         if self.max_tokens <= special:
             raise UsageError(
-                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special or of the template: "
-                "no text fits",
+                f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special or of the "
+                "template: no text fits",
                 "raise `serve.max_input_tokens`, or the limit in the files of the model",
             )
         self._local.tokenizer = self._prepared(tokenizer)
@@ -260,12 +260,14 @@ class TokenizerPool:
         """Return the pair of the query with each document: its token ids (int32), and where its second segment starts.
 
         `query`: one text for all documents, or one text per document. `most`: how many tokens of a document count.
-        `enough`: with more tokens than these, the rest of a large request is left out, because it gets no response: with
-        a template, a long query is in the text of each document.
-        `prompt`: the instruction for a template; None is the default of the model. Pairs are truncated to `max_tokens`
-        as by transformers (`longest_first`): first the longer text, then both. If both are so long that only their
-        heads are tokenized, the head with more tokens counts as the longer text. With a template, only the document is
-        truncated. Raises `InputError` as `encode` does, and for a query that leaves no room in the template.
+        `enough`: with more tokens than these, the rest of a large request is left out, because it gets no response:
+        with a template, a long query is in the text of each document. `prompt`: the instruction for a template; None is
+        the default of the model.
+
+        Pairs are truncated to `max_tokens` as by transformers (`longest_first`): first the longer text, then both. If
+        both are so long that only their heads are tokenized, the head with more tokens counts as the longer text. With
+        a template, only the document is truncated. Raises `InputError` as `encode` does, and for a query that leaves no
+        room in the template.
         """
         queries, prompt = _listed(query), self._prompt if prompt is None else prompt
         repeated = isinstance(query, str) and self.private is None  # else each pair has the query in its text

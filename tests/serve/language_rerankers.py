@@ -36,7 +36,7 @@ def make(
     prompts: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
-    """Write a reranker and return its folder. `single`: with the logit of one token. `classifier`: with its own head."""
+    """Write a reranker and return its folder. `single`: with the logit of one token. `classifier`: with its head."""
     import torch
     from sentence_transformers import CrossEncoder
     from sentence_transformers.base.modules import Transformer

@@ -22,11 +22,9 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 @given(LENGTHS, st.integers(0, 2**63), st.booleans())
 def test_a_batch_is_unchanged_by_packing(lengths: list[int], number: int, segments: bool) -> None:
     tokens, sizes = np.arange(sum(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32)
-    second_starts = sizes // 2 if segments else None
-    arrived = frames.unpack_batch(frames.pack_batch(Batch(number, tokens, sizes, second_starts))[5:])
-    assert (None if arrived.marks is None else arrived.marks.tolist()) == (
-        None if second_starts is None else second_starts.tolist()
-    )
+    marks = sizes // 2 if segments else None
+    arrived = frames.unpack_batch(frames.pack_batch(Batch(number, tokens, sizes, marks))[5:])
+    assert (None if arrived.marks is None else arrived.marks.tolist()) == (None if marks is None else marks.tolist())
     assert arrived.id == number
     assert arrived.lengths.tolist() == lengths
     assert arrived.tokens.tolist() == tokens.tolist()

@@ -260,8 +260,8 @@ class OpenAi:
         context: RequestContext,
         token: Callable[[int], str | None],
     ) -> Iterator[bytes]:
-        """Return the JSON of a response with several outputs. Part of `OutputsApi`."""
-        wanted = request.output_dtype or "float"
+        """Yield the JSON of a response with several outputs. Part of `OutputsApi`."""
+        wanted, encoding = request.output_dtype or "float", request.encoding_format
         sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
         if "tokens" in names and wanted in vector_format.CALIBRATED:
             message = f"`output_dtype` {wanted!r} is for dense vectors alone"
@@ -270,25 +270,7 @@ class OpenAi:
         for each in found:
             check_range(each.dense, wanted)
             check_range(each.tokens, wanted)
-
-        return self._parts(request, found, names, model, context, sparse, ranges, token)
-
-    def _parts(
-        self,
-        request: EmbeddingRequest,
-        found: Sequence[Outputs],
-        names: Sequence[Output],
-        model: ServedModel,
-        context: RequestContext,
-        sparse: SparseOptions,
-        ranges: Ranges | None,
-        token: Callable[[int], str | None],
-    ) -> Iterator[bytes]:
-        wanted, encoding, separator = (
-            request.output_dtype or "float",
-            request.encoding_format,
-            b'{"object":"list","data":[',
-        )
+        separator = b'{"object":"list","data":['
         for index, outputs in enumerate(found):
             entry: dict[str, Any] = {"object": "pooling" if self.pooling else "embedding", "index": index}
             if "dense" in names:

@@ -61,7 +61,10 @@ class OutputsApi(Protocol):
         context: RequestContext,
         token: Callable[[int], str | None],
     ) -> Iterable[bytes]:
-        """Return the JSON of a successful response in parts. `token`: returns the text of an id. Raises `ApiError`."""
+        """Yield the JSON of a successful response in parts. `token` returns the text of an id.
+
+        Raises `ApiError` before the first part.
+        """
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ _executor = ThreadPoolExecutor(1, "similarity")
 
 def chosen(model: ServedModel, wanted: Sequence[Output] | None) -> tuple[Output, ...]:
     """Return the outputs of a request, that of the model if it names none. Raises `ApiError` 400 for others."""
-    names = tuple(dict.fromkeys(wanted or model.outputs[:1]))
+    if wanted is None:
+        return model.outputs[:1]
+    names = tuple(dict.fromkeys(wanted))
     if missing := [name for name in names if name not in model.outputs]:
         message = f"model {model.name!r} has no {missing[0]} output: it has {', '.join(model.outputs)}"
         raise ApiError(400, message, code="invalid_output", param="outputs")
@@ -47,13 +49,13 @@ def chosen(model: ServedModel, wanted: Sequence[Output] | None) -> tuple[Output,
 
 def marked(
     model: ServedModel, sequences: Sequence[Tokens], outputs: Sequence[Output], role: Role
-) -> tuple[list[Tokens], list[int] | None]:
+) -> tuple[Sequence[Tokens], list[int] | None]:
     """Return the sequences of a request, queries with the tokens that follow them, and their marks.
 
     The marks are None for dense vectors of a model without other ones. Raises `ApiError` 400 for too many vectors.
     """
     if outputs == ("dense",) and model.outputs[1:] in ((), ("tokens",)):
-        return list(sequences), None
+        return sequences, None
     form = Form(sum(FORMS[name] for name in outputs)) | (Form.QUERY if role == "query" else Form(0))
     expanded, marks = [], []
     for sequence in sequences:
@@ -138,15 +140,16 @@ async def max_similarities(
     model = inference.model
 
     async def tokenize() -> tuple[list[Tokens], list[int] | None]:
-        ids, marks = [], list[int]()
+        ids, marks = list[Tokens](), list[int]()
         given: dict[Role, list[str]] = {"query": [query], "document": documents}
         for role, texts in given.items():
-            options = model.text_options(role)
+            options, allowed = model.text_options(role), truncate
             if most is not None and role == "document":
                 limit = most + sum(inference.tokenizer.special_ends)
-                options["limit"] = min(limit, options["limit"] or limit)
+                if limit <= (options["limit"] or inference.tokenizer.max_tokens):  # the client asks to truncate
+                    options["limit"], allowed = limit, True
             prompt = model.prompts.select(input_type=role)
-            found = await inference.tokenizer.encode(texts, truncate=truncate, tenant=tenant, prompt=prompt, **options)
+            found = await inference.tokenizer.encode(texts, truncate=allowed, tenant=tenant, prompt=prompt, **options)
             sequences, numbers = marked(model, found, ("tokens",), role)
             ids += sequences
             marks += numbers or []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,15 +82,16 @@ class OutputHeads:
                 rows = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in wanted])
                 part = states[torch.from_numpy(rows).to(states.device)]
             ids = [sequences[index] for index in wanted]
+            each: list[dict[str, Any]]
             if kind is Form.DENSE:
                 vectors = dense(part, torch.from_numpy(lengths[wanted]).to(states.device)).cpu().numpy()
-                each = [Outputs(dense=vector) for vector in vectors]
+                each = [{"dense": vector} for vector in vectors]
             elif kind is Form.SPARSE:
-                each = [Outputs(ids=of, weights=values) for of, values in self._sparse(part, ids)]
+                each = [{"ids": of, "weights": values} for of, values in self._sparse(part, ids)]
             else:
-                each = [Outputs(tokens=rows) for rows in self._tokens(part, ids, [forms[i] for i in wanted])]
-            for index, outputs in zip(wanted, each, strict=True):
-                found[index] = _merged(found[index], outputs, kind)
+                each = [{"tokens": rows} for rows in self._tokens(part, ids, [forms[i] for i in wanted])]
+            for index, fields in zip(wanted, each, strict=True):
+                found[index] = found[index]._replace(**fields)
         return found
 
     def _sparse(self, states: torch.Tensor, sequences: Sequence[Tokens]) -> list[tuple[Ids, Vectors]]:
@@ -146,16 +148,6 @@ class OutputHeads:
                 kept &= ~np.isin(ids, config.skipped)
             found.append(rows[kept])
         return found
-
-
-def _merged(known: Outputs, more: Outputs, kind: Form) -> Outputs:
-    if kind is Form.DENSE:
-        return known._replace(dense=more.dense)
-    return (
-        known._replace(ids=more.ids, weights=more.weights)
-        if kind is Form.SPARSE
-        else known._replace(tokens=more.tokens)
-    )
 
 
 def _activated(logits: torch.Tensor, config: SparseConfig) -> torch.Tensor:
