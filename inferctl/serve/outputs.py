@@ -19,7 +19,7 @@ from inferctl.serve.text_parts import slices
 
 Output: TypeAlias = Literal["dense", "sparse", "tokens"]
 Role: TypeAlias = Literal["query", "document"] | None
-Ids: TypeAlias = npt.NDArray[np.int64]
+Ids: TypeAlias = npt.NDArray[np.int32]
 # Numbers of documents, and their products with a query, that are computed at a time: 4 MiB and 1 GFLOP.
 _PART_NUMBERS, _PART_PRODUCTS = 2**20, 2**29
 _ATTENDED = 4  # the bit of a mark at which the number of attended tokens begins
@@ -118,7 +118,7 @@ class TokensConfig:
         return expanded, 0 if expansion.attend else len(ids)
 
 
-_NONE, _NO_IDS = np.empty(0, np.float32), np.empty(0, np.int64)
+_NONE, _NO_IDS = np.empty(0, np.float32), np.empty(0, np.int32)
 
 
 class Outputs(NamedTuple):
@@ -148,7 +148,7 @@ def unpack(row: Vectors, form: Form, dimensions: int, token_dimensions: int) -> 
     dense, count = row[:start], 0
     if Form.SPARSE in form:
         count, start = int(row[start]), start + 1
-    ids, weights = row[start : start + count].astype(np.int64), row[start + count : start + 2 * count]
+    ids, weights = row[start : start + count].astype(np.int32), row[start + count : start + 2 * count]
     rest = row[start + 2 * count :]
     return Outputs(dense, ids, weights, rest.reshape(-1, token_dimensions) if len(rest) else rest.reshape(0, 0))
 

@@ -6,7 +6,7 @@ import base64
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import orjson
@@ -18,7 +18,6 @@ from pydantic import (
     StrictBool,
     StrictStr,
     ValidationInfo,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -164,15 +163,6 @@ class EmbeddingRequest(ModelRequest):
         "and `document`. Ignored with `prompt` and `prompt_name`.",
     )
 
-    @model_validator(mode="after")
-    def _of_jina(self) -> Self:
-        kind = self.embedding_type[0] if isinstance(self.embedding_type, list) else self.embedding_type
-        if kind == "base64":
-            self.encoding_format, self.output_dtype = "base64", "float"
-        elif kind is not None:
-            self.encoding_format, self.output_dtype = "float", kind
-        return self
-
     @property
     def items(self) -> list[str] | list[list[int]]:
         """The inputs as a list of texts or of token ids."""
@@ -236,9 +226,13 @@ class OpenAi:
     pooling: bool = False
 
     def embedding(self, request: EmbeddingRequest, _: ServedModel) -> EmbeddingRequest:
-        """Return the request. Part of `EmbeddingApi`."""
+        """Return the request without `embedding_type`, and with the outputs of vLLM's task. Part of `EmbeddingApi`."""
+        kind = request.embedding_type[0] if isinstance(request.embedding_type, list) else request.embedding_type
+        if kind is not None:
+            request.encoding_format = "base64" if kind == "base64" else "float"
+            request.output_dtype = "float" if kind == "base64" else kind
         if isinstance(request, PoolingRequest):
-            return request.model_copy(update={"outputs": ["tokens" if request.task == "token_embed" else "dense"]})
+            request.outputs = ["tokens" if request.task == "token_embed" else "dense"]
         return request
 
     def response(
@@ -320,12 +314,10 @@ def response(
 
     `pooling`: the id of a response of `POST /pooling`.
     """
-    kind, key, head = (
-        ("embedding", "embedding", {})
-        if pooling is None
-        else ("pooling", "data", {"id": pooling, "created": int(time.time())})
-    )
-    separator = orjson.dumps({**head, "object": "list"})[:-1] + b',"data":['
+    kind, key, separator = "embedding", "embedding", b'{"object":"list","data":['
+    if pooling is not None:
+        kind, key = "pooling", "data"
+        separator = orjson.dumps({"id": pooling, "created": int(time.time())})[:-1] + b"," + separator[1:]
     for part in parts(vectors):
         rows = vector_format.convert(vectors[part], wanted, ranges)
         if encoding == "base64":

@@ -76,13 +76,13 @@ def unpacked(model: ServedModel, rows: Rows, outputs: Sequence[Output]) -> list[
 
 @contextmanager
 def held(model: ServedModel, found: Sequence[Outputs]) -> Iterator[None]:
-    """Count the numbers of tokens of a response while it is sent. Raises `ApiError` 429 if others hold too many.
+    """Count the numbers of a response while it is sent. Raises `ApiError` 429 if others hold too many.
 
     Without a limit, clients that do not read would fill the memory. A single response is always sent.
     """
-    numbers = sum(each.tokens.size for each in found)
-    if numbers and model.held_numbers and model.held_numbers + numbers > _MAX_HELD_NUMBERS:
-        raise at_capacity("the vectors of tokens of other responses wait to be read", "responses_full", 1)
+    numbers = sum(each.tokens.size + each.ids.size + each.weights.size for each in found)
+    if model.held_numbers and model.held_numbers + numbers > _MAX_HELD_NUMBERS:
+        raise at_capacity("other large responses wait to be read", "responses_full", 1)
     model.held_numbers += numbers
     try:
         yield

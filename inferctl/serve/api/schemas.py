@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import orjson
@@ -63,10 +63,12 @@ def limit_items(value: object, info: ValidationInfo) -> object:
     return value
 
 
-def parts(rows: Vectors) -> Iterator[slice]:
-    """Yield the bounds of consecutive parts of rows, each converted to JSON in one iteration of the event loop."""
+def parts(rows: Vectors) -> list[slice]:
+    """Return the bounds of consecutive parts of rows, each converted to JSON in one iteration of the event loop."""
+    if len(rows) == 1:
+        return [slice(0, 1)]
     step = max(1, min(_PART_ROWS, _PART_NUMBERS // rows.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(rows), step))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 class Usage(BaseModel):
@@ -114,7 +116,7 @@ def parse(kind: type[Request], raw: bytes, *, max_inputs: int) -> Request:
     """Return the parsed body of a request. Raises `ApiError` 400 with the name of the field."""
     try:
         body = orjson.loads(raw)
-        if isinstance(body, dict):
+        if isinstance(body, dict) and not kind.unsupported.keys().isdisjoint(body):
             for name in sorted(kind.unsupported.keys() & body.keys()):
                 if body[name] is not None and body[name] not in kind.unsupported[name]:
                     raise ApiError(400, f"{name} is not supported", code="unsupported_field", param=name)

@@ -93,7 +93,7 @@ class EchoEngine:
 
 def _row(vector: Vectors, ids: Tokens, mark: int) -> Vectors:
     """Return the outputs that a sequence asks for: its vector for each token, and the weight 1 of each id."""
-    form, present = form_of(mark), np.unique(ids).astype(np.int64)
+    form, present = form_of(mark), np.unique(ids)
     found = Outputs(dense=vector if Form.DENSE in form else vector[:0])
     if Form.SPARSE in form:
         found = found._replace(ids=present, weights=np.ones(len(present), np.float32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class OutputHeads:
     def looked_up(self, ids: Tokens) -> Outputs:
         """Return the stored weights of the tokens of a query."""
         assert self._query_weights is not None
-        present = np.unique(ids).astype(np.int64)
+        present = np.unique(ids)
         found = self._query_weights[present]
         return Outputs(ids=present[found != 0], weights=found[found != 0])
 
@@ -101,14 +101,15 @@ class OutputHeads:
             values = torch.relu(self._weights(states.float()))[:, 0].cpu().numpy()
             parts = np.split(values, np.cumsum([len(ids) for ids in sequences])[:-1])
             return [_largest(ids, part, config.ignored) for ids, part in zip(sequences, parts, strict=True)]
-        found = []
-        for row in self._vocabulary(states, [len(ids) for ids in sequences], config):
-            ids = np.flatnonzero(row)
-            found.append((ids, row[ids]))
-        return found
+        return list(self._of_logits(states, [len(ids) for ids in sequences], config))
 
-    def _vocabulary(self, states: torch.Tensor, lengths: Sequence[int], config: SparseConfig) -> Vectors:
-        """Return the weights of all tokens of the vocabulary: [sequences, vocabulary]."""
+    def _of_logits(
+        self, states: torch.Tensor, lengths: Sequence[int], config: SparseConfig
+    ) -> Iterator[tuple[Ids, Vectors]]:
+        """Yield the weights of each sequence, made of the logits of its tokens.
+
+        At no time are there more of them than `_LOGITS_BYTES`, and the weights of one more sequence.
+        """
         assert self._logits is not None
         largest = config.pooling == "max"
         pooled: list[torch.Tensor] = []
@@ -124,16 +125,18 @@ class OutputHeads:
                 part = logits[at : at + count]
                 value = (part.amax(dim=0) if largest else part.sum(dim=0)).float()
                 if used:
-                    value = torch.maximum(pooled[-1], value) if largest else pooled[-1] + value
-                    pooled[-1] = value
-                else:
-                    pooled.append(value)
+                    value = torch.maximum(pooled.pop(), value) if largest else pooled.pop() + value
+                pooled.append(value)
                 at, used = at + count, used + count
                 if used == lengths[index]:
                     index, used = index + 1, 0
-        whole = torch.stack(pooled)
-        result: Vectors = (_activated(whole, config) if largest else whole).cpu().numpy()
-        return result
+            ended = pooled[:-1] if used else pooled
+            pooled = pooled[len(ended) :]
+            if ended:
+                whole = torch.stack(ended)
+                for row in (_activated(whole, config) if largest else whole).cpu().numpy():
+                    ids = np.flatnonzero(row)
+                    yield ids.astype(np.int32), row[ids]
 
     def _tokens(self, states: torch.Tensor, sequences: Sequence[Tokens], forms: Sequence[Form]) -> list[Vectors]:
         config = self._config.tokens
@@ -162,4 +165,4 @@ def _largest(ids: Tokens, values: Vectors, ignored: tuple[int, ...]) -> tuple[Id
     largest = np.zeros(len(present), np.float32)
     np.maximum.at(largest, places, values)
     kept = (largest > 0) & ~np.isin(present, ignored)
-    return present[kept].astype(np.int64), largest[kept]
+    return present[kept], largest[kept]

@@ -144,7 +144,7 @@ class Reference:
             found = found._replace(dense=self._pooled(states)[: config.truncate_dim])
         if Form.SPARSE in form and sparse is not None:
             by_id = _sparse(self._folder, sparse, ids, states, None if states is not None else result.logits[0])
-            found = found._replace(ids=np.array(list(by_id), np.int64), weights=np.array([*by_id.values()], np.float32))
+            found = found._replace(ids=np.array(list(by_id), np.int32), weights=np.array([*by_id.values()], np.float32))
         if Form.TOKENS in form and tokens is not None:
             assert states is not None
             skipped = tokens.skipped if Form.QUERY not in form or tokens.skips_queries else ()
