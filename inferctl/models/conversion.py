@@ -113,8 +113,10 @@ def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
 
     Raises `UsageError` for modules that the server does not compute, and for two tokenizers.
     """
-    types = untrusted.read_json(source / ROUTER_FILE).get("types") or {}
-    routes = untrusted.read_json(source / ROUTER_FILE)["structure"]
+    settings = untrusted.read_json(source / ROUTER_FILE)
+    types, routes = settings.get("types"), settings["structure"]
+    if not isinstance(types, dict):
+        raise UsageError(f"`types` of {source / ROUTER_FILE} is {shown(types)}", "download the model again")
     classes = {role: [str(types.get(name, "")).rpartition(".")[2] for name in names] for role, names in routes.items()}
     query, document = source / router["query"], source / router["document"]
     first, *others = classes["document"]
@@ -124,8 +126,9 @@ def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
             f"{source} has {listed['query']} for queries and {listed['document']} for documents",
             "use a model with weights of tokens for queries, and a transformer for documents",
         )
-    if not (query / "model.safetensors").is_file():
-        raise UsageError(f"{query} has no model.safetensors", "save it with a current sentence-transformers")
+    for file in (query / "model.safetensors", query / "tokenizer.json", document / "tokenizer.json"):
+        if not file.is_file():
+            raise UsageError(f"{file} is missing", "save the model with a current sentence-transformers")
     if (query / "tokenizer.json").read_bytes() != (document / "tokenizer.json").read_bytes():
         raise UsageError(f"{source} has two tokenizers, which is not supported", "use another model")
     names = [(first, ""), *zip(others, routes["document"][1:], strict=True)]

@@ -148,8 +148,12 @@ def _stanford(folder: Path) -> OutputConfig:
 def _bge_m3(folder: Path) -> OutputConfig:
     """Return the three outputs of BGE-M3: FlagEmbedding gives special tokens no weight, and the first one no vector."""
     sparse, tokens = BGE_M3
-    shapes = dict(model.shapes(folder / tokens / "model.safetensors"))
-    out_features, in_features = shapes["linear.weight"]
+    found = [dict(model.shapes(folder / name / "model.safetensors")).get("linear.weight", ()) for name in BGE_M3]
+    width = read_object(folder / "config.json").get("hidden_size")
+    if found[0] != (1, width) or len(found[1]) != 2 or found[1][1] != width:
+        shapes = " and ".join(str(list(shape)) for shape in found)
+        raise UsageError(f"{folder} has layers of {shapes} for states of {shown(width)}", "convert the model again")
+    out_features, in_features = found[1]
     ignored = _ids(_tokenizer(folder), (token for name in _SPECIAL if (token := _special(folder, name))))
     layer = Dense(tokens, in_features, out_features, bias=True, activation="Identity", residual=False)
     return OutputConfig(

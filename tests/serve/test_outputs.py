@@ -210,6 +210,9 @@ def test_a_router_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
         convert.convert(tmp_path / "saved", tmp_path / "converted", lambda *_: None)
     file = tmp_path / "saved" / "router_config.json"
     routes_of = json.loads(file.read_text())
+    file.write_text(json.dumps(routes_of | {"types": [1]}))
+    with pytest.raises(UsageError, match="`types`"):
+        convert.convert(tmp_path / "saved", tmp_path / "converted", lambda *_: None)
     for structure in ({"query": ["a"]}, {"query": ["../.."], "document": ["../.."]}, []):
         file.write_text(json.dumps(routes_of | {"structure": structure}))
         with pytest.raises(UsageError):
@@ -376,6 +379,19 @@ def test_three_outputs_of_one_forward_pass(bge: Path, converted_bge: Path) -> No
         np.testing.assert_allclose(outputs.dense, dense, atol=1e-5)
         assert dict(zip(outputs.ids.tolist(), outputs.weights, strict=True)) == pytest.approx(by_id, abs=1e-5)
         np.testing.assert_allclose(outputs.tokens, vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [("sparse_linear", (2, WIDTH)), ("colbert_linear", (24, WIDTH + 1))])
+def test_layers_of_another_width_are_refused(
+    layer: str, shape: tuple[int, int], converted_bge: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    folder = Path(shutil.copytree(converted_bge, tmp_path / "changed"))
+    weights = {"linear.weight": np.ones(shape, np.float32), "linear.bias": np.ones(shape[0], np.float32)}
+    save_file(weights, folder / layer / "model.safetensors")
+    with pytest.raises(UsageError, match=f"states of {WIDTH}"):
+        task_config.read("embed", folder)
 
 
 @pytest.mark.parametrize(
