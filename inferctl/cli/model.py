@@ -16,6 +16,7 @@ from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.models import image_source
+from inferctl.models.model import is_hub_id
 
 _Image = Annotated[
     str, typer.Argument(metavar="REF", help="Name of the model image, with or without `oci://`; a digest pins it.")
@@ -77,6 +78,8 @@ def push(
     """
     from inferctl.image import model_transfer
 
+    if revision is not None and not is_hub_id(model):
+        raise UsageError(f"{model} has no revision {revision}: it is no hub id", "remove `--revision`")
     name = tag_reference(reference.removeprefix("oci://"))
     folder = download.fetch(model, revision)
     with BuildView(live=sys.stderr.isatty()) as view:

@@ -16,7 +16,6 @@ from inferctl.serve.edge import access
 from inferctl.serve.edge.middleware import EdgeLimits
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
-from inferctl.serve.prompts import NO_PROMPTS, Prompts
 from inferctl.serve.task_config import TaskConfig
 
 
@@ -37,7 +36,12 @@ def document(
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
-        formats = [name for name in vector_format.FORMATS if calibrated or name not in vector_format.CALIBRATED]
+        # Sparse weights are always floats.
+        formats = [
+            name
+            for name in vector_format.FORMATS
+            if config.outputs != ("sparse",) and (calibrated or name not in vector_format.CALIBRATED)
+        ]
         output: dict[str, Any] = {
             "dimensions": info.dimensions,
             "token_dimensions": info.token_dimensions,
@@ -138,11 +142,11 @@ def lines(
     seconds: float,
     settings: Access,
     admission: str | None = None,
-    prompts: Prompts = NO_PROMPTS,
+    config: TaskConfig | None = None,
 ) -> Iterator[str]:
     """Yield the lines printed when the server is ready.
 
-    `settings`: who may use it. `admission`: the result of `admission_line`. `prompts`: those that requests can select.
+    `settings`: who may use it. `admission`: the result of `admission_line`. `config`: that of the model.
     """
     precision, device = info.precision, info.device
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
@@ -157,8 +161,11 @@ def lines(
     yield f"device     {device.name}" + (
         cores if device.threads else f", compute capability {device.compute_capability}"
     )
-    if prompts.summary:
-        yield f"prompts    {prompts.summary}"
+    if isinstance(config, EmbeddingConfig):
+        if config.trained != ("dense",):
+            yield f"outputs    {', '.join(config.trained)}"
+        if config.prompts.summary:
+            yield f"prompts    {config.prompts.summary}"
     if admission:
         yield admission
     for warning in info.warnings:

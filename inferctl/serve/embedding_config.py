@@ -64,10 +64,14 @@ class EmbeddingConfig:
         return tuple(name for name, config in found.items() if config)
 
     @property
+    def trained(self) -> tuple[Output, ...]:
+        """The outputs that the model was trained for: the states of tokens are none of them."""
+        return tuple(name for name in self.outputs if name != "tokens" or self.tokens != TokensConfig())
+
+    @property
     def checked(self) -> Form:
-        """The outputs that the model was trained for."""
-        trained = (name for name in self.outputs if name != "tokens" or self.tokens != TokensConfig())
-        return reduce(or_, (FORMS[name] for name in trained))
+        """The outputs that a start compares with fp32: those that the model was trained for."""
+        return reduce(or_, (FORMS[name] for name in self.trained))
 
     def text_options(self, role: Role) -> dict[str, Any]:
         """Return the options of `TokenizerPool.encode` for a query, a document, or a text of unknown role."""

@@ -25,7 +25,6 @@ from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.pages import Page, Pages
-from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.engines.cpu import usable_cores
@@ -35,7 +34,6 @@ from inferctl.serve.metering import ServerMetering
 from inferctl.serve.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
-from inferctl.serve.prompts import NO_PROMPTS
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from inferctl.serve.vector_cache import keys, vector_cache
@@ -218,11 +216,10 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        prompts = self._config.prompts if isinstance(self._config, EmbeddingConfig) else NO_PROMPTS
-        lines = describe.lines(info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, prompts)
+        about = info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._config
         if self._api:
             self._notify(f"processes  {self._processes} API processes, and this one with limits, queue and cache")
-        for line in lines:
+        for line in describe.lines(*about):
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")

@@ -116,7 +116,7 @@ def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) ->
     )
     if isinstance(config, EmbeddingConfig):
         served.prompts, served.outputs, served.tokens = config.prompts, config.outputs, config.tokens
-        served.text_options = config.text_options
+        served.trained, served.text_options = config.trained, config.text_options
         served.normalized = config.normalize and config.truncate_dim is None
     else:
         served.activation = config.scores

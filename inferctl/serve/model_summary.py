@@ -11,7 +11,6 @@ from inferctl.serve import architecture, task_config
 from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.modules import Dense, LogitScore, read_object
-from inferctl.serve.outputs import FORMS
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
 
@@ -58,7 +57,7 @@ def of_config(config: TaskConfig) -> dict[str, Any]:
         "normalize": config.normalize,
         "truncate_dim": config.truncate_dim,
         "outputs": config.outputs,
-        "trained_outputs": [name for name, form in FORMS.items() if form in config.checked],
+        "trained_outputs": config.trained,
         "prompts": {"names": config.prompts.names, "default": config.prompts.default},
     }
 

@@ -24,7 +24,7 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `outputs`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
+    `outputs`, `trained`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
     `held_numbers`: those of sparse weights and vectors of tokens in responses that are being sent.
 
     `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
@@ -46,17 +46,13 @@ class ServedModel:
     ranges: Mapping[int, Ranges] = field(default_factory=dict)
     text_options: Callable[[Role], dict[str, Any]] = lambda _: {}
     outputs: tuple[Output, ...] = ("dense",)
+    trained: tuple[Output, ...] = ("dense",)
     tokens: TokensConfig | None = None
     dimensions: int = 0
     token_dimensions: int = 0
     held_numbers: int = 0
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def trained(self) -> tuple[Output, ...]:
-        """The outputs that the model was trained for: the states of tokens are none of them."""
-        return tuple(name for name in self.outputs if name != "tokens" or self.tokens != TokensConfig())
 
     def check_name(self, wanted: str | None) -> None:
         """Raise `ApiError` 404 for another model's name."""
