@@ -53,8 +53,8 @@ def weights(spec: Spec) -> Figure:
     """Return how the weights reach a pod, and what this needs."""
     if image := image_source.volume(spec):
         source = (
-            f"image volumes are on by default from Kubernetes 1.{versions.FEATURES['image-volume'].since}; for an older "
-            "cluster, set deploy.weights.pvc, or model.weights: bake"
+            f"image volumes are on by default from Kubernetes 1.{versions.FEATURES['image-volume'].since}; for an "
+            "older cluster, set deploy.weights.pvc, or model.weights: bake"
         )
         return Figure("weights", 1, "image volume", image, source)
     if claim := spec.model.weights == "mount" and spec.deploy.weights.pvc:

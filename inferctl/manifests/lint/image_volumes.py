@@ -16,8 +16,8 @@ from inferctl.manifests.lint.manifests import Manifests
     "warning",
     "life",
     finds="an image volume whose reference has no digest",
-    consequence="a tag can be moved: then pods of one workload serve different weights, by when they started (pullPolicy "
-    "Always) or by what their node has (IfNotPresent)",
+    consequence="a tag can be moved: then pods of one workload serve different weights, by when they started "
+    "(pullPolicy Always) or by what their node has (IfNotPresent)",
     fix="write name@sha256:... as the reference",
 )
 def _unpinned(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
