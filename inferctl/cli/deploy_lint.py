@@ -162,6 +162,7 @@ def _models(plan: DeploymentPlan | None) -> tuple[ModelFacts, ...]:
             load_s=flavor.load_s.value,
             drain_s=flavor.drain_s.value,
             memory_bytes=flavor.fit.memory.total if flavor.fit.memory else None,
+            weights_bytes=model.weights_bytes or None,
         )
         for model in (plan.models if plan else ())
         for flavor in model.flavors

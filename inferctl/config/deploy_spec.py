@@ -190,13 +190,16 @@ class Deploy(Section):
         None,
         gt=0,
         le=86_400,
-        description="Seconds from the start of the container until it is ready. Default: the receipt's, else 120.",
+        description="Seconds from the start of the container until it is ready. Default: the receipt's, else 120; and "
+        "the estimated download of `weights: download`.",
     )
-    cold_start_s: float = Field(
-        240.0,
-        gt=0,
-        le=86_400,
-        description="Seconds until a replica on a new node is ready: node, image and load.",
+    node_s: Seconds = Field(
+        120.0, description="Seconds until a new node accepts pods, for estimates of a cold start. Assumed by default."
+    )
+    cold_start_s: Seconds | None = Field(
+        None,
+        description="Seconds until a replica on a new node is ready. Default: `node_s`, pull and unpack of the image, "
+        "and load time; at least 240 if the size of the image is unknown.",
     )
     pull_rate: Size = Field(
         "100MB",

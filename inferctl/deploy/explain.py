@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferctl.config.spec import Spec
 from inferctl.core.sizes import size
 from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
+from inferctl.manifests import versions
+from inferctl.models import image_source
 
 SCHEMA = "inferctl.deploy/1"
 
@@ -37,12 +40,29 @@ def rows(model: ModelPlan, clusters: Sequence[Cluster]) -> Iterator[tuple[str, F
             yield model.name, figure
     if model.key_servers:
         yield model.name, model.key_servers
+    yield model.name, weights(model.spec)
     for flavor in model.flavors:
         for figure in flavor_figures(flavor):
             yield flavor.name, figure
         for cluster in clusters:
             for figure in placement_figures(flavor.at(cluster)):
                 yield f"{flavor.name} in {cluster.name}", figure
+
+
+def weights(spec: Spec) -> Figure:
+    """Return how the weights reach a pod, and what this needs."""
+    if image := image_source.volume(spec):
+        source = (
+            f"image volumes are on by default from Kubernetes 1.{versions.FEATURES['image-volume'].since}; for an "
+            "older cluster, set deploy.weights.pvc, or model.weights: bake"
+        )
+        return Figure("weights", 1, "image volume", image, source)
+    if claim := spec.model.weights == "mount" and spec.deploy.weights.pvc:
+        source = "spec deploy.weights.pvc; for pods on several nodes, ReadOnlyMany or ReadWriteMany"
+        return Figure("weights", 1, "claim", claim, source)
+    if spec.model.weights == "bake":
+        return Figure("weights", 1, "layer of the image", "", "spec model.weights: bake")
+    return Figure("weights", 1, "download", spec.model.source, "spec model.weights: download; by each pod at its start")
 
 
 def flavor_figures(flavor: FlavorPlan) -> list[Figure]:
@@ -121,6 +141,7 @@ def _model(model: ModelPlan, clusters: Sequence[Cluster]) -> dict[str, Any]:
         "traffic": traffic
         and [figure.as_dict() for figure in (traffic.tokens_per_request, traffic.base, traffic.peak, traffic.slope)],
         "key_servers": model.key_servers and model.key_servers.as_dict(),
+        "weights": weights(model.spec).as_dict(),
         "flavors": [_flavor(flavor, clusters) for flavor in model.flavors],
         "warnings": list(model.warnings),
     }

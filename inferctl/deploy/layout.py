@@ -40,6 +40,7 @@ from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
 from inferctl.manifests import versions
 from inferctl.manifests.label_keys import COMPONENT
+from inferctl.models import image_source
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
@@ -130,7 +131,7 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     metering.check(spec)
     bench.check(spec)
     needed = []
-    if spec.model.weights == "mount" and not spec.deploy.weights.pvc:
+    if image_source.volume(spec):
         needed.append(("image-volume", "deploy.weights.image" if spec.deploy.weights.image else "a model image"))
     if any(flavor.sharing == "dra" for flavor in model.flavors):
         needed.append(("dra", "sharing: dra"))

@@ -163,11 +163,11 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
     placing = [warning for each in placed for warning in each.warnings]
     warnings = [*(warning for each in planned for warning in each.warnings), *traffic.warnings, *placing]
     warnings += servers.warnings
-    source_name = spec.model.source
-    if image_source.is_image(source_name) and spec.model.weights == "mount" and not image_source.digest(source_name):
+    volume = image_source.volume(spec)
+    if volume and not image_source.digest(volume):
         warnings.append(
-            f"{spec.name}: {source_name} has no digest, so pods that start later can get other weights: run `inferctl "
-            "pin`"
+            f"{spec.name}: {volume} has no digest, so pods that start later can get other weights: "
+            + ("write name@digest into deploy.weights.image" if spec.deploy.weights.image else "run `inferctl pin`")
         )
     if 0 < spec.serve.port < 1024:
         warnings.append(
@@ -183,8 +183,7 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
 
 def _check_settings(spec: Spec) -> None:
     settings = spec.deploy
-    volume = settings.weights.pvc or settings.weights.image or image_source.is_image(spec.model.source)
-    if spec.model.weights == "mount" and not volume:
+    if spec.model.weights == "mount" and not (settings.weights.pvc or image_source.volume(spec)):
         raise UsageError(
             f"{spec.name} has mounted weights, but deploy.weights names no volume",
             "push the model with `inferctl model push`, and set model.source: oci://REFERENCE; or set deploy.weights: "
@@ -233,10 +232,13 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             f"measure {precision}, or set `precision: {measured_precision}`",
         )
     effective = _fit(source, flavor, hardware, measured_precision or precision, sharing, where)
-    load_time = sizing.load_s(flavor.load_s, settings.load_s, rate)
     memory, capacity = effective.memory, effective.capacity
     generate = source.task == "generate"
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
+    image_start, download_s = _image_start(spec, weights or None)  # 0: unknown
+    load_time = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s)
+    node_source = "spec deploy.node_s" if "node_s" in settings.model_fields_set else "assumed"
+    node = Figure("node", settings.node_s, "s", "", node_source)
     period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
@@ -253,8 +255,8 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
         resource=gpu.resource(hardware, sharing, gpus, shared_by=flavor.shared_by),
         placements=(),
         load_s=load_time,
-        cold_start_s=_cold_start(spec, flavor),
-        image_start=_image_start(spec, weights),
+        cold_start_s=sizing.cold_start(flavor.cold_start_s, settings.cold_start_s, node, image_start, load_time),
+        image_start=image_start,
         startup_period_s=period,
         startup_failures=failures,
         pre_stop_s=stop,
@@ -362,25 +364,20 @@ def _image(spec: Spec, flavor: Flavor, where: str, *, required: bool) -> Warned[
     return Warned(image, () if "@sha256:" in image else (movable,))
 
 
-def _cold_start(spec: Spec, flavor: Flavor) -> Figure:
-    if flavor.cold_start_s is not None:
-        return Figure("cold start", flavor.cold_start_s, "s", "", "spec deploy.flavors cold_start_s")
-    given = "cold_start_s" in spec.deploy.model_fields_set
-    source = "spec deploy.cold_start_s" if given else "assumed: the default of deploy.cold_start_s"
-    return Figure("cold start", spec.deploy.cold_start_s, "s", "", source)
+def _image_start(spec: Spec, weights: int | None) -> tuple[tuple[Figure, ...], float]:
+    """Return pull and unpack on a new node, empty if a size is unknown, and the seconds of a download by the container.
 
-
-def _image_start(spec: Spec, weights: int | None) -> tuple[Figure, ...]:
-    """Return the seconds until a new node has the image. A load time of its own follows."""
+    The plan has a load time of its own, from a receipt or assumed.
+    """
     base = catalog.base(spec.image.base)
-    found = cold_start.of_spec(spec, base, catalog.stack(base.stack), weights)
-    return tuple(
-        Figure(
-            f"{part.name}, estimated", round(part.seconds, 1), "s", part.formula, "sizes by the forecast of the image"
-        )
-        for part in found
-        if part.name != "load and warm-up"
+    parts = {part.name: part for part in cold_start.of_spec(spec, base, catalog.stack(base.stack), weights)}
+    source = "sizes by the forecast of the image"
+    figures = tuple(
+        Figure(f"{name}, estimated", round(part.seconds, 1), "s", part.formula, source)
+        for name, part in parts.items()
+        if name in ("pull", "unpack")
     )
+    return figures, parts["download"].seconds if "download" in parts else 0.0
 
 
 def _traffic(spec: Spec, rates: Sequence[Rate | None]) -> Warned[TrafficPlan | None]:

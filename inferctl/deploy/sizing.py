@@ -31,6 +31,8 @@ _BEFORE_ENGINE_S = 60
 _PRE_STOP_S = 5
 _MARGIN_S = 5
 _ASSUMED_LOAD_S = 120
+# Of a node, an image and a load of which nothing is known.
+_ASSUMED_COLD_START_S = 240
 # Of the 4 vCPUs of the smallest machines with a GPU (g6.xlarge, g4dn.xlarge), the node itself needs a part.
 _ASSUMED_POD_CORES = 3
 # With less, the relay needs ten seconds for its imports, and a server waits for its keys.
@@ -214,16 +216,49 @@ def overflow(
     return Figure("overflow", value, "replicas", formula, source) if value > 0 else None
 
 
-def load_s(flavor: float | None, deploy: float | None, rate: Rate | None) -> Figure:
-    """Return the seconds from the start of a container until it is ready."""
+def cold_start(
+    flavor: float | None, deploy: float | None, node: Figure, image: Sequence[Figure], load_time: Figure
+) -> Figure:
+    """Return the seconds until a replica on a new node is ready: what is set, else the sum of its parts.
+
+    `image`: pull and unpack; empty if its size is unknown. The sum always has `node`: no size says how long a cloud
+    takes to add a node, and a cold start that is too short leaves the rise of the traffic without nodes.
+    """
+    name = "cold start"
+    if flavor is not None:
+        return Figure(name, flavor, "s", "", "spec deploy.flavors cold_start_s")
+    if deploy is not None:
+        return Figure(name, deploy, "s", "", "spec deploy.cold_start_s")
+    parts = [node, *image, load_time]
+    value = sum(float(part.value) for part in parts)
+    formula = " + ".join(shown(part.value) for part in parts)
+    origin = f"load time ({load_time.source})"
+    if image:
+        source = f"estimated: node ({node.source}), pull and unpack of the image, {origin}"
+        return Figure(name, ceil(value), "s", f"ceil({formula})", source)
+    source = f"assumed, because the size of the image is unknown; at least node ({node.source}) and {origin}"
+    formula = f"ceil(max({_ASSUMED_COLD_START_S}, {formula}))"
+    return Figure(name, ceil(max(_ASSUMED_COLD_START_S, value)), "s", formula, source)
+
+
+def load_s(flavor: float | None, deploy: float | None, rate: Rate | None, download_s: float = 0.0) -> Figure:
+    """Return the seconds from the start of a container until it is ready.
+
+    `download_s`: estimate for the weights that the container downloads. A receipt may be of a run that had them in its
+    cache.
+    """
     name = "load time"
     if flavor is not None:
         return Figure(name, flavor, "s", "", "spec deploy.flavors load_s")
     if deploy is not None:
         return Figure(name, deploy, "s", "", "spec deploy.load_s")
+    seconds, formula, source = float(_ASSUMED_LOAD_S), "", "assumed: neither load_s nor a receipt"
     if rate and rate.load_s:
-        return Figure(name, round(rate.load_s, 1), "s", "longest start of its runs", rate.origin)
-    return Figure(name, _ASSUMED_LOAD_S, "s", "", "assumed: neither load_s nor a receipt")
+        seconds, formula, source = round(rate.load_s, 1), "longest start of its runs", rate.origin
+    if download_s:
+        formula = f"{shown(seconds)} + {shown(round(download_s, 1))}"
+        source += "; and the download of the weights, estimated"
+    return Figure(name, round(seconds + download_s, 1), "s", formula, source)
 
 
 def startup(load_time: Figure, longest_s: float | None = None) -> tuple[Figure, Figure]:

@@ -12,6 +12,7 @@ from inferctl.core.sizes import parse_size, size
 from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image import locks, size_forecast
 from inferctl.image.size_forecast import ImagePart, SizeForecast
+from inferctl.models import image_source
 
 # Uncompressed bytes per compressed byte (gzip), measured: Debian with Python, the closures of the CPU image, torch 2.15
 # with its CUDA 13.2 libraries. Weights hardly compress.
@@ -55,8 +56,12 @@ def of_image(compressed: int, uncompressed: int, pull_rate: int, method: str) ->
 def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> tuple[StartPart, ...]:
     """Return the estimated parts of a cold start of the image of `spec`. Empty if a size is unknown.
 
-    `weights`: bytes of the weights, None if unknown. The load of vLLM depends on too much to be estimated here.
+    `weights`: bytes of the weights, None if unknown. A model image that Kubernetes mounts is pulled and unpacked too.
+    The load of vLLM depends on too much to be estimated here.
     """
+    mounted = image_source.volume(spec) is not None
+    if weights is None and (mounted or spec.model.weights == "download"):
+        return ()
     zstd = spec.image.compression == "zstd"
     try:
         with_gzip, forecast = (_forecast(spec, base, stack, weights, zstd) for zstd in (False, zstd))
@@ -64,10 +69,11 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
         return ()
     if not forecast.complete:
         return ()
-    uncompressed = sum((part.bytes or 0) * _growth(part, stack) for part in with_gzip.parts)
+    volume = weights if mounted and weights else 0
+    uncompressed = volume + sum((part.bytes or 0) * _growth(part, stack) for part in with_gzip.parts)
     rate = parse_size(spec.deploy.pull_rate)
-    parts: list[StartPart] = [*of_image(forecast.total, round(uncompressed), rate, "zstd" if zstd else "gzip")]
-    if weights is not None and spec.model.weights == "download":
+    parts: list[StartPart] = [*of_image(forecast.total + volume, round(uncompressed), rate, "zstd" if zstd else "gzip")]
+    if weights and spec.model.weights == "download":
         parts.append(StartPart("download", weights / rate, f"{size(weights)} / {_rate(rate)}"))
     if weights is not None and stack.vllm is None:
         formula = f"{_SERVER_S:g} s + {size(weights)} / {_rate(_READ_BYTES_PER_S)}"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
+from inferctl.config.spec import Spec
 from inferctl.config.spec_types import IMAGE_REFERENCE, IMAGE_SCHEME
 from inferctl.core.errors import UsageError, shown
 
@@ -43,6 +44,14 @@ def reference(source: str) -> str:
 def digest(source: str) -> str | None:
     """Return the digest in the name of `source` (`sha256:...`), None without one."""
     return source.partition("@")[2] or None
+
+
+def volume(spec: Spec) -> str | None:
+    """Return the image that pods of `spec` mount as a volume with their weights; None if they get them otherwise."""
+    weights = spec.deploy.weights
+    if spec.model.weights != "mount" or weights.pvc:
+        return None
+    return weights.image or (reference(spec.model.source) if is_image(spec.model.source) else None)
 
 
 def cache_folder(digest: str, environment: Mapping[str, str] = os.environ) -> Path:

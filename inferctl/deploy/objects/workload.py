@@ -215,13 +215,11 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
     if spec.model.weights == "mount":
         weights = spec.deploy.weights
         mount: Object = {"name": "model", "mountPath": IMAGE_FOLDER, "readOnly": True}
-        if weights.image:
-            volume: Object = {"name": "model", "image": {"reference": weights.image, "pullPolicy": "IfNotPresent"}}
-        elif weights.pvc:
-            volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
+        if reference := image_source.volume(spec):
+            volume: Object = {"name": "model", "image": {"reference": reference, "pullPolicy": "IfNotPresent"}}
+            if not weights.image:  # a model image has its files in a folder
+                mount["subPath"] = image_source.FOLDER
         else:
-            reference = image_source.reference(spec.model.source)
-            volume = {"name": "model", "image": {"reference": reference, "pullPolicy": "IfNotPresent"}}
-            mount["subPath"] = image_source.FOLDER
+            volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
         found.append((volume, mount))
     return found + access.volumes(spec) + metering.volumes(spec)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inferctl.manifests.lint import access, gpu, life, observability, overflow, placement, scaling, version
+from inferctl.manifests.lint import (
+    access,
+    gpu,
+    image_volumes,
+    life,
+    observability,
+    overflow,
+    placement,
+    scaling,
+    version,
+)
 from inferctl.manifests.lint.finding import LESSONS, Level, LintContext, LintFinding, ModelFacts, Rule
 from inferctl.manifests.lint.manifests import Manifests
 from inferctl.manifests.lint.pod_templates import unread
@@ -12,7 +22,7 @@ from inferctl.manifests.manifests_file import Located
 
 __all__ = ["LESSONS", "RULES", "Level", "LintContext", "LintFinding", "ModelFacts", "Rule", "lint", "unread"]
 
-MODULES = (access, gpu, life, observability, overflow, placement, scaling, version)
+MODULES = (access, gpu, image_volumes, life, observability, overflow, placement, scaling, version)
 # By id, in the order of `MODULES`.
 RULES = {each.id: each for module in MODULES for each in vars(module).values() if isinstance(each, Rule)}
 

@@ -32,21 +32,6 @@ _NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
 
 
 @rule(
-    "gpu-operator-twice",
-    "error",
-    "neighbors",
-    finds="ClusterPolicy (device plugin) and GPUCluster (DRA) for one cluster",
-    consequence="two drivers hand out the same GPUs, so two pods can get one GPU",
-    fix="keep ClusterPolicy and resources.limits, or GPUCluster and resource claims",
-)
-def _operator_twice(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    policies = manifests.of("ClusterPolicy")
-    for each in manifests.of("GPUCluster"):
-        if any(policy.api_version.startswith("nvidia.com/") for policy in policies):
-            yield Hit(each, ("kind",), f"GPUCluster {each.name} next to ClusterPolicy {policies[0].name}")
-
-
-@rule(
     "time-slicing-flags",
     "warning",
     "neighbors",

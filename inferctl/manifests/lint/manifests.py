@@ -188,6 +188,16 @@ class ManifestWorkload:
         return found
 
     @property
+    def image_volumes(self) -> list[tuple[FieldPath, Any]]:
+        """The volumes of its pods that are images, each with its path in the object."""
+        volumes = enumerate(sequence(self.spec, "volumes"))
+        return [
+            ((*self.spec_path, "volumes", index, "image"), each["image"])
+            for index, each in volumes
+            if isinstance(each, dict) and "image" in each
+        ]
+
+    @property
     def is_placeholder(self) -> bool:
         """Whether all containers are pause containers: the pod only holds a place."""
         return bool(self.containers) and all(fields.is_pause(each.image) for each in self.containers)

@@ -100,23 +100,6 @@ def _shown(workload: ManifestWorkload) -> str:
     return ", ".join(f"{name}: {count}" for name, count in workload.gpus.items()) or "no GPU"
 
 
-@rule(
-    "placeholder-grace",
-    "warning",
-    "overflow",
-    finds="placeholder pods with a termination grace period",
-    consequence="a model server waits this long (30 s by default) for the place that the placeholder gives up",
-    fix="set terminationGracePeriodSeconds: 0",
-)
-def _grace(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each in manifests.placeholders:
-        seconds = integer(each.spec, "terminationGracePeriodSeconds")
-        if seconds != 0:
-            path = (*each.spec_path, "terminationGracePeriodSeconds")
-            shown = "30 s by default" if seconds is None else f"{seconds} s"
-            yield Hit(each.object, path, f"the grace period is {shown}")
-
-
 def _buffers(manifests: Manifests) -> list[Located]:
     return manifests.of("CapacityBuffer")
 

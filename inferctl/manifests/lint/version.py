@@ -32,10 +32,8 @@ def _fields(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
 def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
     """Yield each use of a field in the table, with its key there."""
     for workload in manifests.workloads:
-        spec = workload.spec_path
-        for index, volume in enumerate(sequence(workload.spec, "volumes")):
-            if isinstance(volume, dict) and "image" in volume:
-                yield workload.object, (*spec, "volumes", index, "image"), "image-volume"
+        for path, _ in workload.image_volumes:
+            yield workload.object, path, "image-volume"
         for container in workload.all_containers:
             if get(container.data, "lifecycle", "preStop", "sleep"):
                 yield workload.object, (*container.path, "lifecycle", "preStop", "sleep"), "pre-stop-sleep"

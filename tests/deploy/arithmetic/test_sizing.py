@@ -158,13 +158,6 @@ def measured(**values: Any) -> Rate:
     return Rate(1.0, True, "", seal="01234567", **values)
 
 
-def test_the_load_time_of_the_spec_wins_over_the_receipt() -> None:
-    found = [sizing.load_s(*each, measured(load_s=41.5)) for each in ((10, 20), (None, 20), (None, None))]
-    found.append(sizing.load_s(None, None, None))
-    assert [each.value for each in found] == [10, 20, 41.5, 120]
-    assert found[2].source == "receipt 01234567" and "assumed" in found[3].source
-
-
 def test_the_grace_period_covers_the_longest_measured_response() -> None:
     # Longest 41 s: a drain of 82 s instead of 25; 5 + 1 + 82 + 5.
     drain = sizing.drain_s(25, measured(longest_s=41.0))

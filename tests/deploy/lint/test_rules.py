@@ -210,6 +210,62 @@ def test_a_client_with_the_address_of_a_server_is_none() -> None:
     assert not serves("chat.py", "--base-url", "http://vllm:8000/v1")
 
 
+PINNED = f"registry.example.com/models/qwen@sha256:{'ab' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        ({"reference": PINNED}, set()),
+        ({"reference": PINNED, "pullPolicy": "IfNotPresent"}, set()),
+        ({"reference": PINNED, "pullPolicy": "Always"}, {"image-volume-pull"}),
+        ({"reference": PINNED, "pullPolicy": "Never"}, {"image-volume-pull"}),
+        ({"reference": "example.com/qwen:1", "pullPolicy": "Always"}, {"image-volume-unpinned"}),
+        ({"reference": "example.com/qwen:1", "pullPolicy": "Never"}, {"image-volume-unpinned", "image-volume-pull"}),
+        # Kubernetes asks for the registry's current image of `latest`, with a digest too.
+        ({"reference": PINNED.replace("@", ":latest@")}, {"image-volume-pull"}),
+        # The reference is optional: a controller may set it.
+        ({}, set()),
+        ({"reference": "", "pullPolicy": None}, set()),
+        (None, set()),
+        ("qwen", set()),
+    ],
+)
+def test_the_pull_of_an_image_volume_fits_its_reference(image: Any, found: set[str]) -> None:
+    assert rules(changed("Deployment/chat", (*POD, "volumes", 2), {"name": "weights", "image": image})) == found
+
+
+@pytest.mark.parametrize(
+    ("disks", "weights_bytes", "found"),
+    [
+        (["50G"], 60 * 10**9, True),
+        (["50G"], 40 * 10**9, False),
+        # The scheduler does not count images, so a pod can land on the small node.
+        (["100G", "50G"], 60 * 10**9, True),
+        # Nodes and models that do not have the figure prove nothing.
+        ([None], 60 * 10**9, False),
+        (["much"], 60 * 10**9, False),
+        (["50G"], None, False),
+        ([], 60 * 10**9, False),
+    ],
+)
+def test_weights_are_compared_with_the_disks_of_their_nodes(
+    disks: list[str | None], weights_bytes: int | None, found: bool
+) -> None:
+    def node(name: str, product: str, disk: str | None) -> dict[str, Any]:
+        storage = {"allocatable": {"ephemeral-storage": disk} if disk else {}}
+        labels = {"nvidia.com/gpu.product": product}
+        return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": storage}
+
+    # Pods do not run on the T4, so its disk does not count.
+    nodes = [node(f"l4-{number}", "NVIDIA-L4", disk) for number, disk in enumerate(disks)] + [node("t", "T4", "1G")]
+    context = lint.LintContext(
+        nodes=tuple(seeded.located(nodes)), models=(lint.ModelFacts("chat", weights_bytes=weights_bytes),)
+    )
+    objects = changed("Deployment/chat", (*POD, "volumes", 2), {"name": "weights", "image": {"reference": PINNED}})
+    assert ("image-volume-exceeds-disk" in rules(objects, context)) == found
+
+
 def test_versions_decide() -> None:
     tolerance = changed("HorizontalPodAutoscaler/chat", ("spec", "behavior"), {"scaleUp": {"tolerance": "0.05"}})
     assert rules(tolerance, lint.LintContext(35)) == set()
