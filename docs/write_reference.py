@@ -41,11 +41,11 @@ PLANS = """\
 A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](bench.md#plans) has examples.
 """
 METRICS = """\
-A star (*) marks metrics of embeddings and of reranking only. [What their names do not say](observability.md).
+A star (*) marks metrics that servers of generation do not have. [What their names do not say](observability.md).
 """
 ENDPOINTS = """\
-All are POST, and have the same keys, limits, metering, cache and admission. `GET /openapi.json` of a server describes
-its own. [Clients](serve.md#use-a-client-library).
+All are POST, and have the same keys, limits and metering. Except `/tokenize`, they have the same cache and admission.
+`GET /openapi.json` of a server describes its own. [Clients](serve.md#use-a-client-library).
 """
 RULES = """\
 The level is that of the clearest case. [The lint](deploy-lint.md#rules) names the rules that have two.
@@ -173,7 +173,7 @@ def endpoints() -> str:
         paths = ", ".join(f"`{path}`" for path in endpoint.paths)
         shape = endpoint.operation.error.__name__.removesuffix("ErrorResponse") or "OpenAI"
         shape = {"Tei": "text-embeddings-inference"}.get(shape, shape)
-        rows.append(f"| {endpoint.task} | {paths} | {endpoint.operation.summary} | {shape} |")
+        rows.append(f"| {endpoint.needs} | {paths} | {endpoint.operation.summary} | {shape} |")
     return "\n".join(rows) + "\n"
 
 

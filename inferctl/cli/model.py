@@ -73,8 +73,8 @@ def push(
 ) -> None:
     """Push a model as an image and print oci://name@digest.
 
-    The image has no base. Each weight file is a layer, and all other files are one. Equal files make equal layers, so that a registry stores
-    them once.
+    The image has no base. Each weight file is a layer, and all other files are one. Equal files make equal layers, so
+    that a registry stores them once.
     """
     from inferctl.image import model_transfer
 

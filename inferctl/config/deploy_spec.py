@@ -142,7 +142,9 @@ class WeightsVolume(Section):
 
     pvc: ObjectName | None = Field(None, description="Name of a PersistentVolumeClaim with the model folder.")
     image: Image | None = Field(
-        None, description="OCI image with the model folder, mounted as an image volume (Kubernetes 1.35 or newer)."
+        None,
+        description="OCI image with the files of the model at its root, mounted as an image volume (Kubernetes 1.35 or "
+        "newer). Name an image of `inferctl model push` in `model.source` instead.",
     )
 
     @model_validator(mode="after")

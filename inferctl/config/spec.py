@@ -75,10 +75,11 @@ class Model(Section):
     )
     task: TaskSetting = Field(
         "auto",
-        description="Task of the server. `embed`: embeddings. `rerank`: scores of a cross-encoder. "
+        description="Task of the server. `embed`: embeddings. `rerank`: scores of a reranker. "
         "`classify`: scores of each label. `generate`: chat and completions with vLLM. `auto`: for a "
-        "`...ForSequenceClassification` in config.json rerank if it has one label, else classify; generate for a "
-        "`...ForCausalLM`, `...LMHeadModel` or `...ForConditionalGeneration` without modules.json; else embed.",
+        "`...ForSequenceClassification` in config.json rerank if it has one label, else classify; rerank for a "
+        "`CrossEncoder` of sentence-transformers; generate for a `...ForCausalLM`, `...LMHeadModel` or "
+        "`...ForConditionalGeneration` without modules.json; else embed.",
     )
     weights: Weights = Field(
         "mount",
@@ -112,7 +113,7 @@ class Serve(Section):
     )
     allow_inaccurate: bool = Field(
         False,
-        description="Embeddings and reranking: start also if a reduced precision is farther from fp32 than its limit.",
+        description="Not for generation: start also if a reduced precision is farther from fp32 than its limit.",
     )
     host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
     port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
@@ -137,9 +138,8 @@ class Serve(Section):
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
     api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(
         1,
-        description="Embeddings and reranking: processes for HTTP, parsing and tokenization, beside one for limits, "
-        "queue and cache. 1: one process for all. `auto`: one per 4 cores, at most 4. Generation has one, and rejects "
-        "a number above 1.",
+        description="Processes for HTTP, parsing and tokenization, in addition to one for limits, queue and cache. "
+        "1: one process for all. `auto`: one per 4 cores, at most 4. Generation has one, and rejects a number above 1.",
     )
     max_context_tokens: int | None = Field(
         None,

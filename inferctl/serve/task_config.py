@@ -5,7 +5,8 @@ All encoder tasks share tokenization, queue, batches and the packed forward pass
 - `task`; `takes_texts` and `takes_pairs`: whether one of its sequences can be a text, or a pair of texts.
 - `max_tokens`, `prompts` and `lower_case`: how texts become token ids.
 - `pooling` and `layers`: what follows the transformer. Without a pooling, the model of transformers has the head
-  (`engines/head.py`). A sequence gives one row of numbers, as many for each (`EngineInfo.dimensions`).
+  (`engines/head.py`). A sequence gives one row of numbers. All rows of logits or dense vectors have the same width
+  (`EngineInfo.dimensions`); those with other outputs differ (`outputs.py`).
 - `scores(rows)`, if the rows are logits: what clients get of them.
 
 `api/app.py` has the endpoints of each task, which make the responses. `reference.py` has its oracles.

@@ -1,4 +1,4 @@
-"""Endpoints for cross-encoders, in the shapes of several APIs.
+"""Endpoints for rerankers and, except `/v1/score`, models with vectors of tokens, in the shapes of several APIs.
 
 `POST /v1/rerank`: Cohere and Jina. `/rerank`: also text-embeddings-inference. `/voyage/rerank`: Voyage. `/v1/score`:
 vLLM.

@@ -24,8 +24,8 @@ class ServedModel:
 
     `max_inputs` and `max_tokens` limit one request.
 
-    `outputs`, `trained`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector of a token.
-    `held_numbers`: those of sparse weights and vectors of tokens in responses that are being sent.
+    `outputs`, `trained`, `tokens`, `text_options`: as in `EmbeddingConfig`. `token_dimensions`: numbers of the vector
+    of a token. `held_numbers`: those of sparse weights and vectors of tokens in responses that are being sent.
 
     `activation` turns logits into scores. `labels`: of a classifier, one for each logit. `takes_instruction`: whether a
     reranker reads one. `dimensions` and `vocabulary_size` are 0 until an engine is ready.

@@ -141,7 +141,7 @@ class Batch:
 
     `tokens`: their ids, concatenated. `lengths`: one per sequence, none zero. `marks`: one number for each
     sequence, 0 by default. In a task that takes pairs, it is the index at which the second segment begins, 0 without
-    one; of a model with several outputs, a mark of `outputs.py`. None if all are 0.
+    one; in an embedding model, a mark of `outputs.py`, 0 for a dense vector. None if all are 0.
     """
 
     id: int

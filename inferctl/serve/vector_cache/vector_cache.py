@@ -93,7 +93,7 @@ def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
 class VectorCache:
     """The cache of one server. Runs on the event loop. `key_space` is set when the model is loaded.
 
-    `marked`: whether it keeps rows of sequences with a mark, which are those of models with several outputs.
+    `marked`: whether it keeps rows of sequences with a mark: those of embedding models, and no pairs.
     """
 
     def __init__(
