@@ -187,7 +187,7 @@ def _check_settings(spec: Spec) -> None:
         raise UsageError(
             f"{spec.name} has mounted weights, but deploy.weights names no volume",
             "push the model with `inferctl model push`, and set model.source: oci://REFERENCE; or set deploy.weights: "
-            "{pvc: NAME} or {image: REFERENCE}; or set model.weights: bake",
+            "{pvc: NAME}, or {image: REFERENCE} of an image with the files at its top; or set model.weights: bake",
         )
     if settings.keys_secret and not spec.access.keys:
         raise UsageError(

@@ -90,7 +90,7 @@ class EncoderServer(ServerLifetime):
         self._device: dict[str, Any] | None = None  # that of the last one
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
-        self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(task))
+        self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(self._config))
         self._ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
         if processes == 1:
             load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None

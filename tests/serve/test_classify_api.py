@@ -208,6 +208,7 @@ def test_pooling_and_info_have_the_shapes_of_vllm_and_text_embeddings_inference(
     assert [entry["data"] for entry in body["data"]] == [pytest.approx(row) for row in scores]
     assert {entry["object"] for entry in body["data"]} == {"pooling"}
     assert post(server, "/pooling", input="one", task="embed").status_code == 400
+    assert post(server, "/pooling", input="one", encoding_format="base64").status_code == 400
     kind = server.get("/info").json()["model_type"]["classifier"]
     assert kind["id2label"]["7"] == "mood 7"
     assert kind["label2id"] == {label: number for number, label in enumerate(LABELS)}

@@ -511,12 +511,17 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], process
         ("/v1/embeddings", {"input": "a", "top_k": 0}, 400),
         ("/v1/embeddings", {"input": "a", "min_weight": -1}, 400),
         ("/v1/embeddings", {"input": "a", "sparse_format": "other"}, 400),
-        ("/embed", {"inputs": "a"}, 400),
+        ("/v1/embeddings", {"input": "a", "normalized": False}, 200),  # for vectors alone
+        ("/pooling", {"input": "a", "outputs": ["sparse"]}, 400),
+        ("/embed", {"inputs": "a"}, 404),
         ("/embed_all", {"inputs": "a"}, 400),
-        ("/v2/embed", {"texts": ["a"], "input_type": "search_query", "model": "outputs"}, 400),
+        ("/v2/embed", {"texts": ["a"], "input_type": "search_query", "model": "outputs"}, 404),
         ("/v1/rerank", {"query": "a", "documents": ["a"]}, 404),
     ):
         assert httpx.post(f"{server.url}{path}", json=asked).status_code == status, path
+    listed = server.get("/").json()["endpoints"]
+    assert {"/v1/embeddings", "/embed_sparse"} <= set(listed)
+    assert not set(listed) & {"/embed", "/v1/rerank"}
     # The task alone does not say why: /v1/rerank is also for embedding models that have this output.
     found = httpx.post(f"{server.url}/v1/rerank", json={"query": "a", "documents": ["a"]}).json()["error"]["message"]
     assert "rerank" in found

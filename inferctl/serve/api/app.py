@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -42,7 +42,6 @@ from inferctl.serve.api.rerank_schemas import (
     VoyageRerankResponse,
 )
 from inferctl.serve.api.schemas import CohereErrorResponse, TeiErrorResponse, VoyageErrorResponse
-from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tei import (
     EmbedAllResponse,
     EmbedRequest,
@@ -58,7 +57,9 @@ from inferctl.serve.api.tei import (
 )
 from inferctl.serve.api.tokenize import TokenizeEndpoint, TokenizeRequest, TokenizeResponse
 from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
+from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.outputs import Output
+from inferctl.serve.task_config import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class Endpoint:
     error_body: Callable[[ApiError], bytes] = ApiError.body
     output: Output | None = None
 
-    def serves(self, model: ServedModel) -> bool:
-        """Return whether a server of a model has it."""
-        return self.task == model.task and (self.output is None or self.output in model.trained)
+    def serves(self, task: Task, trained: Sequence[Output]) -> bool:
+        """Return whether a server has it. `trained`: the outputs that an embedding model was trained for."""
+        return self.task == task and (self.output is None or self.output in trained)
 
     @property
     def needs(self) -> str:
@@ -139,6 +140,7 @@ _OWN = (
         partial(EmbeddingsEndpoint, api=TeiEmbed()),
         ("/",),
         tei_body,
+        "dense",
     ),
     Endpoint(
         "embeddings",
@@ -182,6 +184,7 @@ _OWN = (
         ),
         partial(EmbeddingsEndpoint, api=TeiSimilarity()),
         error_body=tei_body,
+        output="dense",
     ),
     Endpoint(
         "embeddings",
@@ -212,6 +215,7 @@ _OWN = (
             ),
             partial(EmbeddingsEndpoint, api=CohereEmbed(version)),
             error_body=cohere_body,
+            output="dense",
         )
         for version in _COHERE
     ),
@@ -343,9 +347,10 @@ _OWN = (
 ALL = (*_OWN, *(replace(each, task="embed", output="tokens", aliases=()) for each in _OWN if each.name == "rerank"))
 
 
-def served(task: Task) -> list[str]:
-    """Return the paths that a server of this task has."""
-    return [path for endpoint in ALL if endpoint.task == task for path in endpoint.paths]
+def served(config: TaskConfig) -> list[str]:
+    """Return the paths that a server has."""
+    trained = config.trained if isinstance(config, EmbeddingConfig) else ()
+    return [path for endpoint in ALL if endpoint.serves(config.task, trained) for path in endpoint.paths]
 
 
 def names(task: Task) -> dict[str, str]:
@@ -381,11 +386,11 @@ def create(inference: Inference) -> ASGIApp:
         message = f"this endpoint requires a model for {needs}; model {model.name!r} is for {model.task}{has}"
         raise ApiError(404, message, code="unsupported_task")
 
-    own = [endpoint for endpoint in ALL if endpoint.serves(model)]
+    own = [endpoint for endpoint in ALL if endpoint.serves(model.task, model.trained)]
     operations = [replace(endpoint.operation, path=path) for endpoint in own for path in endpoint.paths]
     endpoints: dict[str, ASGIApp] = {}
-    for each in sorted(ALL, key=lambda endpoint: endpoint.serves(model)):
-        application = each.application(inference) if each.serves(model) else unsupported
+    for each in sorted(ALL, key=lambda endpoint: endpoint.serves(model.task, model.trained)):
+        application = each.application(inference) if each in own else unsupported
         endpoints |= dict.fromkeys(each.paths, application)
 
     async def models(_: Request) -> Response:

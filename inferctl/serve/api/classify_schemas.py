@@ -70,7 +70,8 @@ class ClassifyRequest(ModelRequest):
     unsupported: ClassVar[Unsupported] = {
         "truncate_prompt_tokens": (-1,),
         "add_special_tokens": (True,),
-        "task": ("classify",),  # of /pooling
+        "task": ("classify",),  # this and the next of /pooling
+        "encoding_format": ("float",),
     }
     input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
         description="A text, or a list of texts."

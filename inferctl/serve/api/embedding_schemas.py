@@ -91,8 +91,8 @@ def _wrong_type(name: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_type", message)
 
 
-class EmbeddingRequest(ModelRequest):
-    """The body of `POST /v1/embeddings`."""
+class VectorRequest(ModelRequest):
+    """What the bodies of `POST /v1/embeddings` and `POST /pooling` share."""
 
     unsupported: ClassVar[Unsupported] = {  # of vLLM
         "embed_dtype": ("float32",),
@@ -117,21 +117,6 @@ class EmbeddingRequest(ModelRequest):
         None,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="Truncate the vectors to this many dimensions; only for models that are trained for it.",
-    )
-    outputs: Annotated[list[Output], Field(min_length=1)] | None = Field(
-        None,
-        description="What to return for each input: `dense` (default, in `embedding`), `sparse` (weights of tokens, in "
-        "`sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
-        "are in `GET /info`.",
-    )
-    sparse_format: SparseFormat | None = Field(
-        None,
-        description="`indices` (default): lists of token ids and of weights, as Qdrant takes them. `tokens`: an object "
-        "of weights by token, as OpenSearch, Elasticsearch and Vespa do. `pgvector`: the text of a sparsevec.",
-    )
-    top_k: Count | None = Field(None, description="Return only the largest sparse weights.")
-    min_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="Return only sparse weights that are at least this large."
     )
     user: StrictStr | None = Field(None, description="Ignored.")
     truncate: StrictBool | None = Field(
@@ -170,6 +155,26 @@ class EmbeddingRequest(ModelRequest):
         return [self.input] if single else self.input  # type: ignore[return-value]
 
 
+class EmbeddingRequest(VectorRequest):
+    """The body of `POST /v1/embeddings`."""
+
+    outputs: Annotated[list[Output], Field(min_length=1)] | None = Field(
+        None,
+        description="What to return for each input: `dense` (default, in `embedding`), `sparse` (weights of tokens, in "
+        "`sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
+        "are in `GET /info`.",
+    )
+    sparse_format: SparseFormat | None = Field(
+        None,
+        description="`indices` (default): lists of token ids and of weights, as Qdrant takes them. `tokens`: an object "
+        "of weights by token, as OpenSearch, Elasticsearch and Vespa do. `pgvector`: the text of a sparsevec.",
+    )
+    top_k: Count | None = Field(None, description="Return only the largest sparse weights.")
+    min_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Return only sparse weights that are at least this large."
+    )
+
+
 class Embedding(BaseModel):
     """The outputs of one input. Vectors are base64 texts if the request has `encoding_format: base64`."""
 
@@ -189,9 +194,13 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
-class PoolingRequest(EmbeddingRequest):
+class PoolingRequest(VectorRequest):
     """The body of `POST /pooling`: vLLM's, of which the `task` says what to return."""
 
+    unsupported: ClassVar[Unsupported] = {
+        **VectorRequest.unsupported,
+        **dict.fromkeys(("outputs", "sparse_format", "top_k", "min_weight"), ()),
+    }
     task: Literal["embed", "token_embed"] | None = Field(
         None, description="`embed` (default): a vector for each input. `token_embed`: one for each token."
     )
@@ -225,14 +234,15 @@ class OpenAi:
     request: type[ModelRequest] = EmbeddingRequest
     pooling: bool = False
 
-    def embedding(self, request: EmbeddingRequest, _: ServedModel) -> EmbeddingRequest:
+    def embedding(self, request: EmbeddingRequest | PoolingRequest, _: ServedModel) -> EmbeddingRequest:
         """Return the request without `embedding_type`, and with the outputs of vLLM's task. Part of `EmbeddingApi`."""
         kind = request.embedding_type[0] if isinstance(request.embedding_type, list) else request.embedding_type
         if kind is not None:
             request.encoding_format = "base64" if kind == "base64" else "float"
             request.output_dtype = "float" if kind == "base64" else kind
         if isinstance(request, PoolingRequest):
-            request.outputs = ["tokens" if request.task == "token_embed" else "dense"]
+            outputs: list[Output] = ["tokens" if request.task == "token_embed" else "dense"]
+            return EmbeddingRequest.model_construct(outputs=outputs, **vars(request))
         return request
 
     def response(

@@ -93,9 +93,9 @@ class EmbeddingsEndpoint:
         dimensions = model.dimensions_for(request.dimensions) if "dense" in names else None
         if "dense" in names:
             model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
-        if model.normalized and request.normalized is False:
-            message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
-            raise ApiError(400, message, code="invalid_value", param="normalized")
+            if model.normalized and request.normalized is False:
+                message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
+                raise ApiError(400, message, code="invalid_value", param="normalized")
         rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.tenant))
         shaped = partial(
             _with_dimensions, dimensions=dimensions, normalized=None if model.normalized else request.normalized
