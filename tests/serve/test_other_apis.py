@@ -309,6 +309,10 @@ def test_pooling_of_vllm(minilm_server: ServerProcess, reference: Any) -> None:
     same([entry["data"] for entry in body["data"]], reference)
     packed = CLIENT.post(f"{minilm_server.url}/pooling", json={"input": TEXTS[0], "encoding_format": "base64"}).json()
     same([np.frombuffer(base64.b64decode(packed["data"][0]["data"]), "<f4")], reference[:1])
+    each = {"input": "ok", "task": "token_embed"}
+    (entry,) = CLIENT.post(f"{minilm_server.url}/pooling", json=each).raise_for_status().json()["data"]
+    own = CLIENT.post(f"{minilm_server.url}/v1/embeddings", json={"input": "ok", "outputs": ["tokens"]}).json()["data"]
+    assert entry["data"] == own[0]["token_embeddings"]
 
 
 def test_tokens_of_text_embeddings_inference_and_of_vllm(minilm_server: ServerProcess, minilm: Path) -> None:

@@ -246,7 +246,7 @@ class OpenAi:
         return request
 
     def response(
-        self, request: EmbeddingRequest, vectors: Vectors, model: ServedModel, context: RequestContext
+        self, request: VectorRequest, vectors: Vectors, model: ServedModel, context: RequestContext
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
         wanted = request.output_dtype or "float"
@@ -257,7 +257,7 @@ class OpenAi:
 
     def outputs_response(
         self,
-        request: EmbeddingRequest,
+        request: VectorRequest,
         found: Sequence[Outputs],
         names: Sequence[Output],
         model: ServedModel,
@@ -266,7 +266,9 @@ class OpenAi:
     ) -> Iterator[bytes]:
         """Yield the JSON of a response with several outputs. Part of `OutputsApi`."""
         wanted, encoding = request.output_dtype or "float", request.encoding_format
-        sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
+        sparse = SparseOptions()
+        if isinstance(request, EmbeddingRequest):
+            sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
         if "tokens" in names and wanted in vector_format.CALIBRATED:
             message = f"`output_dtype` {wanted!r} is for dense vectors alone"
             raise ApiError(400, message, code="not_calibrated", param="output_dtype")
