@@ -557,7 +557,13 @@ def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProces
 
     bits = np.array([np.frombuffer(base64.b64decode(row), np.uint8) for row in entry["token_embeddings"]])
     assert np.array_equal(bits, np.packbits(whole > 0, axis=1))
-    assert server.embed(input="a", output_dtype="int8").status_code == 400
+    assert server.embed(input="a new text", output_dtype="int8").status_code == 400
+    assert "x-inferctl-cached-tokens" not in server.embed(input="a new text").headers  # nothing was computed
+
+    pooled = httpx.post(f"{server.url}/pooling", json={"input": TEXTS, "task": "token_embed"}).json()["data"]
+    assert [entry["data"] for entry in pooled] == [
+        entry["token_embeddings"] for entry in server.embed(input=TEXTS).json()["data"]
+    ]
 
 
 def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Callable[..., ServerProcess]) -> None:

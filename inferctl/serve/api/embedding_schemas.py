@@ -266,10 +266,8 @@ class OpenAi:
     ) -> Iterator[bytes]:
         """Yield the JSON of a response with several outputs. Part of `OutputsApi`."""
         wanted, encoding = request.output_dtype or "float", request.encoding_format
-        sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
-        if "tokens" in names and wanted in vector_format.CALIBRATED:
-            message = f"`output_dtype` {wanted!r} is for dense vectors alone"
-            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
+        if "sparse" in names:  # never of /pooling, whose requests lack these fields
+            sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
         ranges = model.ranges_for(wanted, len(found[0].dense)) if "dense" in names else None
         for each in found:
             check_range(each.dense, wanted)
