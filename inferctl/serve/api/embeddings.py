@@ -114,7 +114,7 @@ class EmbeddingsEndpoint:
         if "dense" in names:
             found = [each._replace(dense=shaped(each.dense[None])[0]) for each in found]
         token = self.inference.tokenizer.own_tokenizer().id_to_token
-        with outputs.held(model, found):
+        with outputs.held(model, sum(each.size for each in found)):
             await send_json(send, self.api.outputs_response(given, found, names, model, context, token), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:

@@ -75,12 +75,11 @@ def unpacked(model: ServedModel, rows: Rows, outputs: Sequence[Output]) -> list[
 
 
 @contextmanager
-def held(model: ServedModel, found: Sequence[Outputs]) -> Iterator[None]:
+def held(model: ServedModel, numbers: int) -> Iterator[None]:
     """Count the numbers of a response while it is sent. Raises `ApiError` 429 if others hold too many.
 
-    Without a limit, clients that do not read would fill the memory. A single response is always sent.
+    Without a limit, clients that read slowly would fill the memory. A single response is always sent.
     """
-    numbers = sum(each.tokens.size + each.ids.size + each.weights.size for each in found)
     if model.held_numbers and model.held_numbers + numbers > _MAX_HELD_NUMBERS:
         raise at_capacity("other large responses wait to be read", "responses_full", 1)
     model.held_numbers += numbers
