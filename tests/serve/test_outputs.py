@@ -561,6 +561,11 @@ def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProces
     for path, sent in (("/rerank", texts), ("/v2/rerank", body), ("/voyage/rerank", body)):
         assert httpx.post(f"{server.url}{path}", json=sent).status_code == 200, path
 
+    long = "x " * 500
+    for field, pair in (("documents", {"query": "a", "documents": ["a", long]}), ("query", body | {"query": long})):
+        error = httpx.post(f"{server.url}/v1/rerank", json=pair | {"truncate": False}).json()["error"]
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+
     entry = server.embed(input=TEXTS[0], output_dtype="ubinary", encoding_format="base64").json()["data"][0]
     whole = np.asarray(server.embed(input=TEXTS[0]).json()["data"][0]["token_embeddings"])
     import base64

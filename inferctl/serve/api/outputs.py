@@ -21,6 +21,7 @@ from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
+from inferctl.serve.tokenizer_pool import InputError
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
@@ -148,7 +149,13 @@ async def max_similarities(
                 if limit <= (options["limit"] or inference.tokenizer.max_tokens):  # the client asks to truncate
                     options["limit"], allowed = limit, True
             prompt = model.prompts.select(input_type=role)
-            found = await inference.tokenizer.encode(texts, truncate=allowed, tenant=tenant, prompt=prompt, **options)
+            try:
+                found = await inference.tokenizer.encode(
+                    texts, truncate=allowed, tenant=tenant, prompt=prompt, **options
+                )
+            except InputError as error:
+                index, field = (None, "query") if role == "query" else (error.index, "documents")
+                raise InputError(index, error.code, error.problem, field) from None
             sequences, numbers = marked(model, found, ("tokens",), role)
             ids += sequences
             marks += numbers or []
