@@ -132,6 +132,11 @@ class Outputs(NamedTuple):
     weights: Vectors = _NONE
     tokens: Vectors = _NONE.reshape(0, 0)
 
+    @property
+    def size(self) -> int:
+        """How many numbers the sparse weights and the vectors of tokens have."""
+        return self.tokens.size + self.ids.size + self.weights.size
+
 
 def pack(form: Form, outputs: Outputs) -> Vectors:
     """Return the row of a sequence: dense numbers; count, ids and weights; numbers of tokens.

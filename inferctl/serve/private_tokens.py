@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -43,12 +44,27 @@ class PrivateTokens:
                 self.names[name] = token["content"] = f"<|{secret}{number:06}|>"
             self._ids[token["content"]] = token["id"]
         document["post_processor"] = None
+        self._rename(document["model"])
         self.content, self.template = json.dumps(document), template.renamed(self.names)
         self._public: Tokens | None = None
 
+    def _rename(self, model: dict[str, Any]) -> None:
+        """Rename the control tokens among the tokens that texts are made of, where some tokenizers have them too."""
+        names, vocabulary = self.names, model["vocab"]
+        if isinstance(vocabulary, dict):
+            model["vocab"] = {names.get(token, token): id for token, id in vocabulary.items()}
+        else:  # Unigram
+            model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+        if (unknown := model.get("unk_token")) in names:
+            model["unk_token"] = names[unknown]
+        if merges := model.get("merges"):
+            pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
+            model["merges"] = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
+
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Find out which ids `tokenizer`, made of `content`, gives to the added tokens."""
-        public = np.arange(tokenizer.get_vocab_size(with_added_tokens=True) + len(self._ids), dtype=np.int32)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())  # there can be gaps before it
+        public = np.arange(largest + 1, dtype=np.int32)
         for name, id in self._ids.items():
             public[tokenizer.token_to_id(name)] = id
         self._public = public

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from inferctl.bench.load.target import connect
 from inferctl.core.errors import UsageError
@@ -22,6 +22,8 @@ from inferctl.image.output_checks import QUERY
 from inferctl.models.model import find, resolve_task
 from inferctl.serve import model_summary, task_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.serve.pair_template import PairTemplate
+from inferctl.serve.private_tokens import PrivateTokens
 from inferctl.serve.reference import reference
 from inferctl.serve.tokenizer_pool import InputError, Pair, TokenizerPool
 from tests.processes import ServerProcess
@@ -211,6 +213,43 @@ def test_control_tokens_of_users_are_text(folders: Callable[[str], Path], name: 
     without_names = [id for id in ids.tolist() if id not in control]
     assert attack in Tokenizer.from_file(str(folder / "tokenizer.json")).decode(without_names)
     pool.close()
+
+
+CHARACTERS = "<|endx> "
+
+
+def kinds_of_tokenizers() -> dict[str, Tokenizer]:
+    """Return tokenizers that have the name of a control token among their other tokens, which texts are made of."""
+    names = ["<unk>", *CHARACTERS, "<|", "<|end|>"]
+    vocabulary = {name: 2 * number for number, name in enumerate(names)}  # with gaps
+    whole = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", ignore_merges=True))
+    word_level = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    word_level.pre_tokenizer = whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    rest = zip(["<|", "<|e", "<|en", "<|end", "<|end|"], "end|>", strict=True)
+    for name in ("<|e", "<|en", "<|end", "<|end|"):
+        vocabulary[name] = 100 + len(vocabulary)
+    return {
+        "unigram": Tokenizer(models.Unigram([(name, -3.0 * (len(name) == 1)) for name in names], unk_id=0)),
+        "words": word_level,
+        "whole words of BPE": whole,
+        "merges": Tokenizer(models.BPE(vocab=vocabulary, merges=[("<", "|"), *rest], unk_token="<unk>")),
+    }
+
+
+@pytest.mark.parametrize("kind", list(kinds_of_tokenizers()))
+def test_no_kind_of_tokenizer_makes_a_control_token_of_a_text(kind: str, tmp_path: Path) -> None:
+    whole = kinds_of_tokenizers()[kind]
+    whole.add_special_tokens(["<unk>", "<|end|>"])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    private = PrivateTokens(
+        tmp_path / "tokenizer.json", PairTemplate(rerankers.QUERY_OF + rerankers.DOCUMENT_OF + "<|end|>")
+    )
+    tokenizer = Tokenizer.from_str(private.content)
+    private.prepare(tokenizer)
+    for text, control in (("x", 1), ("<|end|>", 1), ("x <|end|> x", 1), ("<|end x", 1)):
+        ids = private.public(np.array(tokenizer.encode(private.template.render("x ", text)).ids))
+        assert ids.tolist().count(whole.token_to_id("<|end|>")) == control
+        assert ids.max() <= max(whole.get_vocab().values())
 
 
 def edit(file: str, **changes: Any) -> Callable[[Path], None]:

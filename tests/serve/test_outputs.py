@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -12,16 +13,25 @@ import httpx
 import numpy as np
 import pytest
 
+from inferctl.batching.batcher import Batcher, QueueLimits
+from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
 from inferctl.serve import outputs as outputs_module
 from inferctl.serve import task_config
+from inferctl.serve.api import outputs as outputs_api
+from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.outputs import held
 from inferctl.serve.api.served_model import ServedModel
+from inferctl.serve.api.tokenize import TokenizeEndpoint
+from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
+from inferctl.serve.metrics import Metrics
 from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import saved_models, tiny_models
@@ -429,12 +439,12 @@ def test_marks_and_rows_are_the_inverse_of_each_other() -> None:
 
 def test_responses_that_nobody_reads_hold_a_bounded_number_of_vectors() -> None:
     model = ServedModel("m", frozenset(), (), 1, 1, truncate=True)
-    large = [Outputs(tokens=np.empty((2**20, 40), np.float32))]
+    large = Outputs(tokens=np.empty((2**20, 40), np.float32)).size
     with held(model, large):
         with pytest.raises(ApiError) as rejected, held(model, large):
             pass
         assert rejected.value.status == 429
-        with held(model, [Outputs()]):  # it has none
+        with held(model, Outputs().size):  # it has none
             pass
     with held(model, large):  # they were sent
         pass
@@ -551,13 +561,24 @@ def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProces
     for path, sent in (("/rerank", texts), ("/v2/rerank", body), ("/voyage/rerank", body)):
         assert httpx.post(f"{server.url}{path}", json=sent).status_code == 200, path
 
+    long = "x " * 500
+    for field, pair in (("documents", {"query": "a", "documents": ["a", long]}), ("query", body | {"query": long})):
+        error = httpx.post(f"{server.url}/v1/rerank", json=pair | {"truncate": False}).json()["error"]
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+
     entry = server.embed(input=TEXTS[0], output_dtype="ubinary", encoding_format="base64").json()["data"][0]
     whole = np.asarray(server.embed(input=TEXTS[0]).json()["data"][0]["token_embeddings"])
     import base64
 
     bits = np.array([np.frombuffer(base64.b64decode(row), np.uint8) for row in entry["token_embeddings"]])
     assert np.array_equal(bits, np.packbits(whole > 0, axis=1))
-    assert server.embed(input="a", output_dtype="int8").status_code == 400
+    assert server.embed(input="a new text", output_dtype="int8").status_code == 400
+    assert "x-inferctl-cached-tokens" not in server.embed(input="a new text").headers  # nothing was computed
+
+    pooled = httpx.post(f"{server.url}/pooling", json={"input": TEXTS, "task": "token_embed"}).json()["data"]
+    assert [entry["data"] for entry in pooled] == [
+        entry["token_embeddings"] for entry in server.embed(input=TEXTS).json()["data"]
+    ]
 
 
 def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Callable[..., ServerProcess]) -> None:
@@ -573,6 +594,45 @@ def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Ca
     assert httpx.post(f"{server.url}/embed", json={"inputs": TEXTS}).json() == [entry["embedding"] for entry in every]
     sparse = httpx.post(f"{server.url}/embed_sparse", json={"inputs": TEXTS[0]}).json()
     assert [entry["index"] for entry in sparse[0]] == every[0]["sparse_embedding"]["indices"]
+
+
+def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token keeps about 120 bytes: one client with many connections let a server grow by 40 MiB/s."""
+    monkeypatch.setattr(outputs_api, "_MAX_HELD_NUMBERS", 3000)
+    config = task_config.read("embed", minilm)
+    model = ServedModel("m", frozenset(), (), 100, 100, truncate=True)
+    metrics = Metrics()
+    batcher = Batcher(QueueLimits(8, 1_000), LatencyModel(Capacity(0.0, 10.0)))
+    pool = TokenizerPool(minilm, config, threads=1)
+    endpoint = TokenizeEndpoint(Inference(model, pool, LocalBackend(Dispatcher(batcher, metrics), metrics)))
+
+    async def post(sent: asyncio.Event, go_on: asyncio.Event) -> None:
+        body = json.dumps({"inputs": "a " * 60}).encode()
+        scope: Any = {"headers": [], "state": {}}
+        RequestContext.of(scope, "tokenize")
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": body}
+
+        async def send(_: Any) -> None:
+            sent.set()
+            await go_on.wait()
+
+        await endpoint(scope, receive, send)
+
+    async def run() -> None:
+        sent, go_on = asyncio.Event(), asyncio.Event()
+        first = asyncio.create_task(post(sent, go_on))
+        await sent.wait()
+        with pytest.raises(ApiError) as rejected:
+            await asyncio.wait_for(post(asyncio.Event(), go_on), 10)
+        assert rejected.value.status == 429
+        go_on.set()
+        await first
+        await post(sent, go_on)
+
+    asyncio.run(run())
+    pool.close()
 
 
 @pytest.mark.parametrize("products", [None, 1, 50])

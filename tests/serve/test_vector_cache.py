@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inferctl.config.settings import resolve
@@ -257,12 +257,18 @@ def test_a_shared_level_needs_a_local_one() -> None:
 
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+MARKS = st.sampled_from([None, 1, 4])
 
 
-@given(st.lists(st.tuples(st.sampled_from([None, "", "a", "b"]), st.sampled_from(["x", "y"]), IDS), max_size=50))
-def test_keys_are_equal_only_for_equal_scope_identity_and_ids(cases: list[tuple[str | None, str, list[int]]]) -> None:
+@given(st.lists(st.tuples(st.sampled_from([None, "", "a", "b"]), st.sampled_from(["x", "y"]), IDS, MARKS), max_size=50))
+# A client sent the bytes of a mark as token ids, and so chose the vectors that others got for a text.
+@example([(None, "x", [7, 8], 4), (None, "x", [7, 8, 4, 0], None), (None, "x", [7, 8, 4], None)])
+def test_keys_are_equal_only_for_equal_scope_identity_ids_and_marks(
+    cases: list[tuple[str | None, str, list[int], int | None]],
+) -> None:
     spaces = {name: KeySpace({"precision": name}) for name in "xy"}
     found: dict[bytes, object] = {}
-    for scope, name, ids in cases:
-        (key,) = spaces[name].keys(scope, [np.array(ids, dtype=np.int32)])
-        assert found.setdefault(key, (scope, name, ids)) == (scope, name, ids)
+    for scope, name, ids, mark in cases:
+        marks = None if mark is None else [mark]
+        (key,) = spaces[name].keys(scope, [np.array(ids, dtype=np.int32)], marks)
+        assert found.setdefault(key, (scope, name, ids, mark)) == (scope, name, ids, mark)

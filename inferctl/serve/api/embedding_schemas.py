@@ -269,9 +269,6 @@ class OpenAi:
         sparse = SparseOptions()
         if isinstance(request, EmbeddingRequest):
             sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
-        if "tokens" in names and wanted in vector_format.CALIBRATED:
-            message = f"`output_dtype` {wanted!r} is for dense vectors alone"
-            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
         ranges = model.ranges_for(wanted, len(found[0].dense)) if "dense" in names else None
         for each in found:
             check_range(each.dense, wanted)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
+from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api import embedding_schemas, outputs
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, unit
 from inferctl.serve.api.inference import Inference, send_json
@@ -91,8 +92,12 @@ class EmbeddingsEndpoint:
                 self._remind(context.key_id)
         names = outputs.chosen(model, request.outputs)
         dimensions = model.dimensions_for(request.dimensions) if "dense" in names else None
+        # What cannot be returned is rejected before anything is computed.
+        if "tokens" in names and request.output_dtype in CALIBRATED:
+            message = f"`output_dtype` {request.output_dtype!r} is for dense vectors alone"
+            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
         if "dense" in names:
-            model.ranges_for(request.output_dtype, dimensions)  # before anything is computed
+            model.ranges_for(request.output_dtype, dimensions)
             if model.normalized and request.normalized is False:
                 message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
                 raise ApiError(400, message, code="invalid_value", param="normalized")
@@ -109,7 +114,7 @@ class EmbeddingsEndpoint:
         if "dense" in names:
             found = [each._replace(dense=shaped(each.dense[None])[0]) for each in found]
         token = self.inference.tokenizer.own_tokenizer().id_to_token
-        with outputs.held(model, found):
+        with outputs.held(model, sum(each.size for each in found)):
             await send_json(send, self.api.outputs_response(given, found, names, model, context, token), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:

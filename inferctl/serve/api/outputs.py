@@ -21,6 +21,7 @@ from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
+from inferctl.serve.tokenizer_pool import InputError
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
@@ -75,12 +76,11 @@ def unpacked(model: ServedModel, rows: Rows, outputs: Sequence[Output]) -> list[
 
 
 @contextmanager
-def held(model: ServedModel, found: Sequence[Outputs]) -> Iterator[None]:
+def held(model: ServedModel, numbers: int) -> Iterator[None]:
     """Count the numbers of a response while it is sent. Raises `ApiError` 429 if others hold too many.
 
-    Without a limit, clients that do not read would fill the memory. A single response is always sent.
+    Without a limit, clients that read slowly would fill the memory. A single response is always sent.
     """
-    numbers = sum(each.tokens.size + each.ids.size + each.weights.size for each in found)
     if model.held_numbers and model.held_numbers + numbers > _MAX_HELD_NUMBERS:
         raise at_capacity("other large responses wait to be read", "responses_full", 1)
     model.held_numbers += numbers
@@ -149,7 +149,13 @@ async def max_similarities(
                 if limit <= (options["limit"] or inference.tokenizer.max_tokens):  # the client asks to truncate
                     options["limit"], allowed = limit, True
             prompt = model.prompts.select(input_type=role)
-            found = await inference.tokenizer.encode(texts, truncate=allowed, tenant=tenant, prompt=prompt, **options)
+            try:
+                found = await inference.tokenizer.encode(
+                    texts, truncate=allowed, tenant=tenant, prompt=prompt, **options
+                )
+            except InputError as error:
+                index, field = (None, "query") if role == "query" else (error.index, "documents")
+                raise InputError(index, error.code, error.problem, field) from None
             sequences, numbers = marked(model, found, ("tokens",), role)
             ids += sequences
             marks += numbers or []
@@ -168,4 +174,6 @@ async def max_similarities(
         await inference.unless_disconnected(compute, scope)
     for _ in parts:
         pass
+    if not (finite := np.isfinite(scores)).all():
+        raise ApiError(500, f"the score of document {finite.argmin()} is NaN or infinity", code="non_finite")
     return scores

@@ -17,11 +17,14 @@ from pydantic_core import PydanticCustomError
 from starlette.types import Receive, Scope, Send
 
 from inferctl.serve.api.inference import Inference, send_json
+from inferctl.serve.api.outputs import held
 from inferctl.serve.api.schemas import ModelRequest, Unsupported, limit_items
 from inferctl.serve.tokenizer_pool import Token
 
 # How many tokens are converted to JSON at a time.
 _PART_TOKENS = 4096
+# A token keeps as much memory as so many numbers of other responses.
+_TOKEN_NUMBERS = 32
 
 
 class TokenizeRequest(ModelRequest):
@@ -80,12 +83,16 @@ class TokenizeEndpoint:
             tenant=context.tenant,
         )
         found = await inference.tokens(scope, tokenize)
-        if of_vllm:
-            ids = [token.id for token in found[0]]
-            body = TokenIds(count=len(ids), max_model_len=inference.tokenizer.max_tokens, tokens=ids).model_dump()
-            await send_json(send, [orjson.dumps(body)], context)
+        with held(inference.model, _TOKEN_NUMBERS * sum(map(len, found))):
+            await send_json(send, self._parts(found, of_vllm=of_vllm), context)
+
+    def _parts(self, found: list[list[Token]], *, of_vllm: bool) -> Iterator[bytes]:
+        if not of_vllm:
+            yield from _response(found)
             return
-        await send_json(send, _response(found), context)
+        ids = [token.id for token in found[0]]
+        body = TokenIds(count=len(ids), max_model_len=self.inference.tokenizer.max_tokens, tokens=ids).model_dump()
+        yield orjson.dumps(body)
 
 
 def _response(found: list[list[Token]]) -> Iterator[bytes]:

@@ -56,7 +56,9 @@ class KeySpace:
         `scope`: who shares the entries; None for callers without a scope. `marks`: as in `Batch`.
         """
         seed = self._seed(scope)
-        contents = [ids.tobytes() for ids in sequences]
-        if marks is not None:
-            contents = [ids + mark.to_bytes(8, "little") for ids, mark in zip(contents, marks, strict=True)]
-        return [blake2b(content, key=seed, digest_size=KEY_BYTES).digest() for content in contents]
+        # Token ids are chosen by clients, so marks are not appended to them: both would be the content of other ids.
+        persons = [b""] * len(sequences) if marks is None else [mark.to_bytes(8, "little") for mark in marks]
+        return [
+            blake2b(ids.tobytes(), key=seed, digest_size=KEY_BYTES, person=person).digest()
+            for ids, person in zip(sequences, persons, strict=True)
+        ]
