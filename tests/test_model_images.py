@@ -236,6 +236,19 @@ def test_a_large_configuration_is_left_out_and_too_many_names_are_an_error(tmp_p
     assert "names" not in caught.value.message
 
 
+def test_the_index_of_the_shards_is_not_read_for_each_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, names = model_folder.weight_map, list[Path]()
+
+    def counting(index: Path) -> dict[str, str]:
+        names.append(index)
+        return read(index)
+
+    monkeypatch.setattr(model_folder, "weight_map", counting)
+    found = ModelFolder(folder).weight_files
+    assert [file.name for file in found] == list(sharded.SHARDS)
+    assert len(names) == 1
+
+
 @pytest.mark.timeout(20)
 def test_a_push_does_not_wait_for_a_pipe(folder: Path) -> None:
     (folder / "README.md").unlink()
