@@ -284,9 +284,10 @@ def _extract(stream: IO[bytes], image: ModelImage, target: Path) -> None:
 def _translated(message: str) -> Generator[None, None, None]:
     """Convert an error of a file to an `InferctlError`. One of the pipe to buildx stays: buildx says why it ended."""
     try:
-        with failures.raising_disk_full():
-            yield
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise NotReadyError(f"{message}: {error.strerror or error}", "check the folder, and try again") from None
+        raise NotReadyError(
+            f"{message}: {error.strerror or error}", "check the folder and its free space, and try again"
+        ) from None
