@@ -128,6 +128,9 @@ def labels(**values: Any) -> dict[str, str]:
         {"files": "[" * 100_000},
         {"config": "[1]"},
         {"parameters": "many"},
+        {"parameters": "9" * 4000},
+        {"parameters": "-1"},
+        {"files": json.dumps({"a": 10**30})},
     ],
     ids=lambda values: str(values)[:30],
 )
@@ -228,6 +231,30 @@ def test_a_large_configuration_is_left_out_and_too_many_names_are_an_error(tmp_p
     files = {f"{'y' * 60}{number}.json": 1 for number in range(1500)}
     with pytest.raises(UsageError, match="names are too long"):
         model_image.labels_of(ModelFolder(large), files, None, None, None)
+    with pytest.raises(UsageError, match="licenses") as caught:
+        model_image.labels_of(ModelFolder(large), {"config.json": 1}, None, None, "x" * 70_000)
+    assert "names" not in caught.value.message
+
+
+def test_the_index_of_the_shards_is_not_read_for_each_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, names = model_folder.weight_map, list[Path]()
+
+    def counting(index: Path) -> dict[str, str]:
+        names.append(index)
+        return read(index)
+
+    monkeypatch.setattr(model_folder, "weight_map", counting)
+    found = ModelFolder(folder).weight_files
+    assert [file.name for file in found] == list(sharded.SHARDS)
+    assert len(names) == 1
+
+
+@pytest.mark.timeout(20)
+def test_a_push_does_not_wait_for_a_pipe(folder: Path) -> None:
+    (folder / "README.md").unlink()
+    os.mkfifo(folder / "README.md")
+    with pytest.raises(UsageError, match=r"README\.md is not a file"):
+        next(model_transfer.push(ModelFolder(folder), str(folder), f"{NAME}:v1"))
 
 
 @pytest.mark.parametrize("kind", ["link", "device", "case"])
@@ -358,6 +385,7 @@ def test_a_baked_image_has_the_layers_of_the_model_image(folder: Path) -> None:
     copies = re.findall(r"--target-directory=/layer/(\d)/model (.*?) &&", found.dockerfile)
     named = [(int(number), re.findall(r"'(.*?)'", names)) for number, names in copies]
     assert named == list(enumerate(model_image.groups(image.files)))
+    assert all(names.startswith("-- '") for _, names in copies)  # a file may be called `-s`
     layers = ["/layer/0", "/layer/1", "/layer/2"]
     assert re.findall(r"COPY --link --from=weights (\S+) /", found.dockerfile) == 2 * layers  # also exported alone
     assert found.contexts == {}

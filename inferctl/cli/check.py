@@ -327,6 +327,8 @@ def _report(
     gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
     grouped = _grouped(findings)
     notes = Table.grid(padding=(0, 2))
+    notes.add_column()
+    notes.add_column(overflow="fold")  # a hint has commands to paste
     for finding, parts in grouped:
         notes.add_row(Text(_MARK[finding.level], style=_STYLE[finding.level]), Text(_explained(finding, parts)))
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))

@@ -139,6 +139,11 @@ def pull(
     else:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(f"{output} already exists", "name a new folder with `--output`")
+        if output.exists() and (output.is_symlink() or output.is_mount() or output.samefile(Path.cwd())):
+            raise UsageError(
+                f"{output} is a link, a mount point or the current folder, which a pull cannot replace",
+                f"name a new folder in it: `--output {output / 'model'}`",
+            )
         outputs.check_folder(output.absolute().parent, "--output")
         with BuildView(live=sys.stderr.isatty()) as view:
             folder = view.follow(model_transfer.pull(model_image.inspect(image), output))

@@ -32,6 +32,8 @@ _CREATE_BUILDER = (
 )
 # Time for buildx to cancel the build and exit after a signal.
 _STOP_SECONDS = 10.0
+# buildx waits forever for the manifest of an image.
+_REGISTRY_S = 60.0
 # First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 _CHECK_SINCE = (0, 15, 0)
@@ -346,7 +348,7 @@ def manifest(reference: str, platform: str) -> dict[str, Any]:
 
 def _raw_manifest(reference: str) -> dict[str, Any]:
     try:
-        found = json.loads(_docker("buildx", "imagetools", "inspect", "--raw", reference))
+        found = json.loads(_docker("buildx", "imagetools", "inspect", "--raw", reference, timeout_s=_REGISTRY_S))
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -410,7 +412,8 @@ def remote_image(reference: str, platform: str) -> RemoteImage:
 def _imagetools(reference: str, template: str) -> dict[str, Any]:
     """Return the JSON output of `docker buildx imagetools inspect` for `reference`, formatted with `template`."""
     try:
-        found = json.loads(_docker("buildx", "imagetools", "inspect", "--format", template, reference))
+        inspection = _docker("buildx", "imagetools", "inspect", "--format", template, reference, timeout_s=_REGISTRY_S)
+        found = json.loads(inspection)
     except ValueError:
         found = None
     except NotReadyError as error:
@@ -427,9 +430,13 @@ def _imagetools(reference: str, template: str) -> dict[str, Any]:
     return found
 
 
-def _docker(*arguments: str) -> str:
+def _docker(*arguments: str, timeout_s: float | None = None) -> str:
     try:
-        process = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+        process = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise NotReadyError(
+            f"the registry of {arguments[-1]} did not respond within {timeout_s:g} s", "check the network"
+        ) from None
     except FileNotFoundError:
         raise NotReadyError("docker command not found", _INSTALL) from None
     if process.returncode:

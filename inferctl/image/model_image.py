@@ -31,6 +31,8 @@ _WEIGHTS = (".safetensors", ".gguf")
 _MAX_WEIGHT_LAYERS = 100
 # A line of a Dockerfile has at most 65,535 bytes.
 _MAX_LABEL_BYTES = 60_000
+# Labels that lie could have numbers too large for a float.
+_MAX_NUMBER = 10**18
 NO_MODEL = "pass the name of an image that `inferctl model push` pushed"
 
 
@@ -90,7 +92,7 @@ def labels_of(
 ) -> dict[str, str]:
     """Return the labels of the image of `folder`. They do not depend on the machine, the time or the folder's name.
 
-    Raises `UsageError` for a model that no task computes, and if the names of the files are too long for a label.
+    Raises `UsageError` for a model that no task computes, and for values that are too long for a label.
     """
     parameters, formats = folder.parameters, sorted(set(folder.number_formats.values()))
     quantization = folder.config.get("quantization_config")
@@ -113,10 +115,15 @@ def labels_of(
     }
     if len(found[f"{LABEL}config"]) > _MAX_LABEL_BYTES:  # labels of a classifier
         del found[f"{LABEL}config"]
-    if too_long := [name for name, value in found.items() if len(quoted(value)) > _MAX_LABEL_BYTES]:
+    too_long = [name for name, value in found.items() if len(quoted(value)) > _MAX_LABEL_BYTES]
+    if f"{LABEL}files" in too_long:
         raise UsageError(
-            f"{folder.path} has {len(files)} files, whose names are too long for the label {too_long[0]}",
+            f"{folder.path} has {len(files)} files, whose names are too long for a label",
             "merge the shards of the weights into fewer files",
+        )
+    if too_long:
+        raise UsageError(
+            f"{too_long[0]} of {folder.path} is longer than the {_MAX_LABEL_BYTES:,} bytes of a label", "shorten it"
         )
     return found
 
@@ -141,12 +148,13 @@ def read(reference: str, labels: Mapping[str, str], layers: Sequence[tuple[str, 
 
     try:
         files = json.loads(label("files"))
-        if not files or not all(type(bytes_) is int and bytes_ >= 0 for bytes_ in files.values()):
+        if not files or not all(type(bytes_) is int and 0 <= bytes_ <= _MAX_NUMBER for bytes_ in files.values()):
             raise ValueError
         config = json.loads(label("config") or "null")
         if not isinstance(config, dict | None) or not re.fullmatch(r"[0-9a-f]{64}", label("sha256")):
             raise ValueError
-        parameters = int(label("parameters"))
+        if not 0 <= (parameters := int(label("parameters"))) <= _MAX_NUMBER:
+            raise ValueError
     except (ValueError, AttributeError, RecursionError):
         raise UsageError(f"{reference} is not a model image: it has no valid labels {LABEL}*", NO_MODEL) from None
     image_source.check_names(files, reference)

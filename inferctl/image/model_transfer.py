@@ -5,11 +5,15 @@ files -> tar stream -> builder -> registry        registry -> builder -> tar str
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import io
 import os
 import re
 import shutil
 import tarfile
+import time
+import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +36,8 @@ from inferctl.models.model import ModelFolder, is_hub_id
 
 # Texts that a license may require next to the weights.
 _DOCUMENTS = re.compile(r"README\.md|(?:LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
+# A pull locks its folder within this time.
+_NEW_S = 60.0
 
 
 def dockerfile(labels: Mapping[str, str], layers: int) -> str:
@@ -51,11 +57,11 @@ def push(
     """
     hub_id = source if is_hub_id(source) else None
     revision = folder.path.name if hub_id and re.fullmatch(r"[0-9a-f]{40}", folder.path.name) else None
+    files = _files(folder)
     license_id = license_id or _license(folder.path)
     if image_source.is_image(source):  # a copy has the same digest
         origin = inspect(source)
         hub_id, revision, license_id = origin.source, origin.revision, origin.license
-    files = _files(folder)
     labels = labels_of(folder, files, hub_id, revision, license_id)
     layers = [{name: files[name] for name in layer} for layer in groups(files)]
     text = dockerfile(labels, len(layers))
@@ -121,10 +127,14 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
     It gets its name when all files are complete and have the hash of the label. Raises `NotReadyError` if the registry,
     the Docker Engine or the disk fails, `UsageError` for an image with other files than its labels say.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with _translated(f"{target} cannot be written"):
+        _remove_killed(target)
+        # Processes of two containers may have the same id.
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         partial.mkdir(parents=True)
+        lock = os.open(partial, os.O_RDONLY)
     try:
+        _lock(lock)
         yield from _pull(image, target, partial)
         with suppress(OSError):
             target.rmdir()  # an empty folder
@@ -136,7 +146,27 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
                 raise UsageError(f"{target} already exists", "name a new folder with `--output`") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
     return target
+
+
+def _remove_killed(target: Path) -> None:
+    """Remove the files of pulls to `target` that were killed: their folders have no lock."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with suppress(OSError):
+            lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+            if time.time() - os.fstat(lock).st_mtime > _NEW_S and _lock(lock):
+                shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: int) -> bool:
+    """Lock an open folder. Return whether it had no lock: False also on file systems without locks of folders."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _pull(image: ModelImage, target: Path, partial: Path) -> Generator[Event, None, None]:
@@ -237,8 +267,9 @@ def _extract(stream: IO[bytes], image: ModelImage, target: Path) -> None:
             content = archive.extractfile(member) if member.isreg() and missing.get(name) == member.size else None
             if content is None:
                 kind = "file" if member.isreg() else "folder" if member.isdir() else "link or device"
+                size_of = f" with {member.size} bytes" if member.isreg() else ""
                 raise UsageError(
-                    f"{image.reference} has the {kind} {shown(name)}, which its labels do not list", NO_MODEL
+                    f"{image.reference} has the {kind} {shown(name)}{size_of}, which its labels do not list", NO_MODEL
                 )
             del missing[name]
             path = target / name.partition("/")[2]
@@ -253,9 +284,10 @@ def _extract(stream: IO[bytes], image: ModelImage, target: Path) -> None:
 def _translated(message: str) -> Generator[None, None, None]:
     """Convert an error of a file to an `InferctlError`. One of the pipe to buildx stays: buildx says why it ended."""
     try:
-        with failures.raising_disk_full():
-            yield
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise NotReadyError(f"{message}: {error.strerror or error}", "check the folder, and try again") from None
+        raise NotReadyError(
+            f"{message}: {error.strerror or error}", "check the folder and its free space, and try again"
+        ) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
@@ -63,7 +64,7 @@ def remember(source: str, digest: str, environment: Mapping[str, str] = os.envir
     """Store the digest of a tag, so that `cached` finds its files without the registry."""
     file = _tag_file(source, environment)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{os.getpid()}.partial")
+    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
     partial.write_text(digest, encoding="utf-8")
     partial.replace(file)
 

@@ -141,7 +141,8 @@ class ModelFolder:
         Mistral's folders have the weights a second time, in `consolidated.safetensors`.
         """
         top = self.path / (self.static or "")
-        return sorted(file for file in top.glob("*.safetensors") if not self.shards or file.name in self.shards)
+        shards = self.shards  # reads the index, which can have megabytes
+        return sorted(file for file in top.glob("*.safetensors") if not shards or file.name in shards)
 
     @property
     def shards(self) -> set[str]:

@@ -52,6 +52,18 @@ def add_pooling(folder: Path) -> None:
     (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 8}')
 
 
+def test_a_hint_is_complete_however_long_its_names_are(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = tmp_path / ("long" * 40)
+    model_folder(folder, 1000)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    run(["check", "--model", str(folder)])
+    shown = "".join(capsys.readouterr().out.split())
+    assert f"inferctlconvert{folder}" in shown
+
+
 def json_of(command: list[str], capsys: Captured) -> dict[str, Any]:
     assert run([*command, "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)

@@ -6,10 +6,12 @@ import hashlib
 import http.client
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -183,7 +185,7 @@ def command_line(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[
     return done
 
 
-def test_the_command_line(repository: str, model: Path, tmp_path: Path) -> None:
+def test_the_command_line(repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{repository}:v1"
     pushed = command_line("push", str(model), name).stdout.strip()
     assert pushed.startswith(f"oci://{repository}@sha256:")
@@ -193,6 +195,11 @@ def test_the_command_line(repository: str, model: Path, tmp_path: Path) -> None:
     target = str(tmp_path / "pulled")
     assert command_line("pull", pushed, "--output", target).stdout.strip() == target
     assert "already exists" in command_line("pull", pushed, "--output", target, code=2).stderr
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for output in (".", "../link", str(tmp_path / "empty")):
+        assert "name a new folder in it" in command_line("pull", pushed, "--output", output, code=2).stderr
     assert "has a digest" in command_line("push", str(model), pushed, code=2).stderr
 
 
@@ -279,6 +286,35 @@ def test_an_interrupted_pull_leaves_no_folder(repository: str, tmp_path: Path) -
             break
     running.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_the_next_pull_removes_what_a_killed_one_left(repository: str, tmp_path: Path) -> None:
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    put_image(repository, "v1", [layer], labels)
+    image, target = model_image.inspect(f"{repository}:v1"), tmp_path / "pulled"
+    # In a container, each process may have the same id.
+    killed, other = (tmp_path / f".{name}.{os.getpid()}.partial" for name in ("pulled", "other"))
+    running = model_transfer.pull(image, target)
+    next(running)
+    for folder in (killed, other):
+        (folder / "1_Pooling").mkdir(parents=True)
+    for folder in tmp_path.glob(".*"):
+        os.utime(folder, (0, 0))
+    pull(image, target)
+    next(running)  # the files of a pull that runs are still there
+    assert len(list(tmp_path.glob(".pulled.*"))) == 1
+    running.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model", "pulled"]
+    assert content(target) == content(tmp_path / "model")
+
+
+def test_a_registry_that_does_not_respond_is_an_error(
+    registry: RegistryProxy, repository: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buildx, "_REGISTRY_S", 2)
+    registry.fault = lambda _method, _path: time.sleep(6)
+    with pytest.raises(NotReadyError, match="did not respond within 2 s"):
+        model_image.inspect(f"{repository}:v1")
 
 
 def test_a_registry_that_lies_about_a_manifest_is_an_error(
