@@ -83,6 +83,8 @@ def verify(
 
     if against not in (None, *_LIBRARIES):
         raise UsageError(f"--against {against!r} is not supported", f"pass one of {', '.join(_LIBRARIES)}")
+    if url is not None and reference is None and against is None:
+        raise UsageError("`--url` needs the library to compare with", f"add `--against {_LIBRARIES[0]}`")
     if reference is None and against is None:
         hint = (
             f"name one, or compare a server or a model folder: `inferctl verify --model DIR --against {_LIBRARIES[0]}`"

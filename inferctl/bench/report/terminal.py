@@ -318,7 +318,7 @@ def _tokens(rows: Sequence[MeasuredRow]) -> str:
 def describe_load(load: Load) -> str:
     """Return the load in words."""
     if load.mode == "closed":
-        text = f"closed loop, {load.users} users"
+        text = f"closed loop, {load.users} user{'s' * (load.users != 1)}"
     elif load.trace:
         text = f"open loop, times of the trace {Path(load.trace).name}"
     elif load.capacity_percent:
