@@ -1,4 +1,4 @@
-"""Estimates how long a new node takes to pull and unpack an image, and to load its model, from the sizes of its parts."""
+"""Estimates how long a new node takes to pull and unpack an image and to load its model, from the sizes of parts."""
 
 from __future__ import annotations
 

@@ -216,10 +216,11 @@ class EncoderServer(ServerLifetime):
         if lifecycle.draining:
             return
         spec = self._spec
-        about = info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._config
         if self._api:
             self._notify(f"processes  {self._processes} API processes, and this one with limits, queue and cache")
-        for line in describe.lines(*about):
+        for line in describe.lines(
+            info, spec.name, self._url, self._ready_seconds, spec.access, self._admission, self._config
+        ):
             self._notify(line)
         if not access.known(self._access):
             self._notify("warning    the relay has not copied the keys yet; requests get 503 until then")

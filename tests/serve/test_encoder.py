@@ -512,6 +512,42 @@ def test_packing_is_compared_with_padding_if_the_model_is_too_large_for_fp32(
     assert "differs from padded" in info.attention_reason
 
 
+@pytest.mark.parametrize(
+    ("packed_change", "padded_change", "attention"),
+    [
+        (0.0, 0.0, "packed"),
+        (0.01, 0.0, "packed"),  # LLM.int8
+        (0.03, 0.02, "packed"),  # noise of the number format
+        (0.03, 0.0, "padded"),  # neighbors
+        (0.045, 0.02, "padded"),  # more than twice the noise
+        (0.0, 0.06, "padded"),  # farther from padded than bf16 may be
+    ],
+)
+def test_a_result_that_depends_on_neighbors_is_told_from_noise(
+    packed_change: float, padded_change: float, attention: str
+) -> None:
+    """The changes are those of a result in a batch to the same text alone."""
+    from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
+    from inferctl.serve.engines import checks
+    from inferctl.serve.engines.forward import Sequences
+
+    class Forward:
+        change = padded_change
+
+        def pack(self, on: bool = True) -> None:
+            self.change = packed_change if on else padded_change
+
+        def __call__(self, sequences: Sequences) -> Vectors:
+            change = self.change if len(sequences) > 1 else 0.0
+            return np.full((len(sequences), 1), 1 + change, np.float32)
+
+    check = checks.Checks.__new__(checks.Checks)  # its texts alone: no model is needed
+    check._logits, check.texts = True, Sequences([np.array([index], np.int32) for index in range(3)])
+    forward: Any = Forward()
+    chosen = check.choose_attention(forward, PrecisionInfo("bf16", "bf16", "native", ""))
+    assert ("padded" if chosen[2] else "packed") == attention
+
+
 @pytest.mark.parametrize(("capability", "on"), [((7, 5), False), ((8, 0), True)])
 def test_tf32_is_reported_if_fp32_uses_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], on: bool

@@ -207,7 +207,7 @@ _OWN = (
             "embed",
             Operation(
                 f"/v{version}/embed",
-                f"Compute the embeddings of texts in one or several number formats, as version {version} of Cohere's API.",
+                f"Compute embeddings in one or several number formats, as version {version} of Cohere's API.",
                 CohereEmbedRequest,
                 CohereEmbedResponse,
                 {"texts": ["first text", "second text"], "embedding_types": ["float"]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +101,19 @@ class OutputHeads:
             values = torch.relu(self._weights(states.float()))[:, 0].cpu().numpy()
             parts = np.split(values, np.cumsum([len(ids) for ids in sequences])[:-1])
             return [_largest(ids, part, config.ignored) for ids, part in zip(sequences, parts, strict=True)]
-        return list(self._of_logits(states, [len(ids) for ids in sequences], config))
+        return self._of_logits(states, [len(ids) for ids in sequences], config)
 
     def _of_logits(
         self, states: torch.Tensor, lengths: Sequence[int], config: SparseConfig
-    ) -> Iterator[tuple[Ids, Vectors]]:
-        """Yield the weights of each sequence, made of the logits of its tokens.
+    ) -> list[tuple[Ids, Vectors]]:
+        """Return the weights of each sequence, made of the logits of its tokens.
 
-        At no time are there more of them than `_LOGITS_BYTES`, and the weights of one more sequence.
+        Logits take at most `_LOGITS_BYTES` at a time. The weights of the whole vocabulary are kept for the sequences
+        that end among them, so they take hardly more.
         """
         assert self._logits is not None
         largest = config.pooling == "max"
+        found: list[tuple[Ids, Vectors]] = []
         pooled: list[torch.Tensor] = []
         index = used = 0  # the sequence of the next state, and how many of its states were taken
         rows = max(1, _LOGITS_BYTES // (4 * self._logits.size))
@@ -136,7 +138,8 @@ class OutputHeads:
                 whole = torch.stack(ended)
                 for row in (_activated(whole, config) if largest else whole).cpu().numpy():
                     ids = np.flatnonzero(row)
-                    yield ids.astype(np.int32), row[ids]
+                    found.append((ids.astype(np.int32), row[ids]))
+        return found
 
     def _tokens(self, states: torch.Tensor, sequences: Sequence[Tokens], forms: Sequence[Form]) -> list[Vectors]:
         config = self._config.tokens
