@@ -37,6 +37,8 @@ Examples:
   inferctl bench --url vllm=http://10.0.0.7:8000 --users 8 --lengths 128,64
   # Find the highest rate at which 99% of the responses start and flow in time
   inferctl bench --url vllm=http://10.0.0.7:8000 --search --slo-ttft 500 --slo-itl 50
+  # Measure how long a container takes to its first response, with and without the image on the machine
+  inferctl bench --start registry.example.com/ml/minilm:bf16
   # Resume an interrupted benchmark
   inferctl bench --resume bench-results/precision-20260102-030405
 """
@@ -199,8 +201,17 @@ Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="DIR", help="Resume the interrupted benchmark in DIR with its original options."),
 ]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        "--start",
+        metavar="REF",
+        help="Measure the start of a container of this image: it is removed from the engine and pulled again.",
+    ),
+]
 # Headers are needed again because no file of a benchmark has their values.
 _ALLOWED_WITH_RESUME = ("resume", "report", "json_", "header")
+_ALLOWED_WITH_START = ("start", "spec_file", "model", "repeats", "output", "json_")
 
 
 def bench(
@@ -232,12 +243,19 @@ def bench(
     output: Output = Path("bench-results"),
     report: Report = None,
     resume: Resume = None,
+    start: Start = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
 
     If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
     """
+    if start:
+        _reject_options(context, _ALLOWED_WITH_START, "`--start`, which sends one request")
+        from inferctl.cli import bench_start
+
+        bench_start.measure(start, spec_file, model, repeats, output, json_)
+        return
     _require_packages()
     from inferctl.cli import bench_options, bench_setup
 
@@ -247,7 +265,7 @@ def bench(
             inputs += [resume / name for name in ("bench.json", "runs", "receipts")]
         outputs.check(report, "--report", parents=True, inputs=inputs)
     if resume:
-        _reject_options_with_resume(context)
+        _reject_options(context, _ALLOWED_WITH_RESUME, "`--resume`, which uses the original options")
         prepared = bench_setup.prepare_resumed(resume, header or [])
     else:
         overrides: Overrides = {
@@ -337,14 +355,14 @@ def _require_packages() -> None:
         )
 
 
-def _reject_options_with_resume(context: typer.Context) -> None:
-    """Raise `UsageError` if the command line has an option that the interrupted benchmark already defines."""
+def _reject_options(context: typer.Context, allowed: tuple[str, ...], mode: str) -> None:
+    """Raise `UsageError` if the command line has an option that is not `allowed` with `mode`."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if source and source.name == "COMMANDLINE" and parameter.name not in _ALLOWED_WITH_RESUME:
+        if source and source.name == "COMMANDLINE" and parameter.name not in allowed:
             raise UsageError(
-                f"`{parameter.opts[0]}` is not allowed with `--resume`, which uses the original options",
-                f"remove `{parameter.opts[0]}`, or start a new benchmark without `--resume`",
+                f"`{parameter.opts[0]}` is not allowed with {mode}",
+                f"remove `{parameter.opts[0]}`, or {mode.partition(',')[0]}",
             )
 
 

@@ -106,7 +106,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     definition = _Definition(resolved, plan, file, targets, folder, slo, access)
     machine = environment.detect()
     identity = _identity(definition, machine, servers)
-    output = _create_folder(bench_options.output, plan.name)
+    output = create_folder(bench_options.output, plan.name)
     original_options = {
         "spec": str(Path(resolved.file).resolve()) if resolved and resolved.file else None,
         "model": bench_options.model,
@@ -290,7 +290,7 @@ def _targets(plan: Plan, url_targets: list[tuple[str, str]], bench_options: Benc
     return targets
 
 
-def _create_folder(parent: Path, name: str) -> Path:
+def create_folder(parent: Path, name: str) -> Path:
     """Create and return `parent/name-TIME`, with `-2`, `-3`, ... at its end if the name exists."""
     first = (parent / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))

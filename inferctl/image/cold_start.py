@@ -53,6 +53,12 @@ def of_image(compressed: int, uncompressed: int, pull_rate: int, method: str) ->
     )
 
 
+def load(weights: int) -> StartPart:
+    """Return load and warm-up of `weights` bytes by the server for embeddings, reranking and classification."""
+    formula = f"{_SERVER_S:g} s + {size(weights)} / {_rate(_READ_BYTES_PER_S)}"
+    return StartPart("load and warm-up", _SERVER_S + weights / _READ_BYTES_PER_S, formula)
+
+
 def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> tuple[StartPart, ...]:
     """Return the estimated parts of a cold start of the image of `spec`. Empty if a size is unknown.
 
@@ -76,8 +82,7 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
     if weights and spec.model.weights == "download":
         parts.append(StartPart("download", weights / rate, f"{size(weights)} / {_rate(rate)}"))
     if weights is not None and stack.vllm is None:
-        formula = f"{_SERVER_S:g} s + {size(weights)} / {_rate(_READ_BYTES_PER_S)}"
-        parts.append(StartPart("load and warm-up", _SERVER_S + weights / _READ_BYTES_PER_S, formula))
+        parts.append(load(weights))
     return tuple(parts)
 
 

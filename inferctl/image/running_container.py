@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from inferctl.models.model import IMAGE_FOLDER, ModelFolder
 
 # The last lines of a log that an error shows.
 LOG_LINES = 20
+_INSPECT_SECONDS = 0.5
 
 
 def mounts_of(folder: Path) -> dict[str, str]:
@@ -73,6 +76,25 @@ def request(address: tuple[str, int], method: str, path: str, body: Any = None, 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(http_request, timeout=timeout) as response:
         return bytes(response.read())
+
+
+def wait_ready(container: Container, address: tuple[str, int], seconds: float, poll_seconds: float = 0.2) -> bool:
+    """Wait until the server is ready (return True), or its container ended or `seconds` passed (return False)."""
+    end = time.monotonic() + seconds
+    inspect_at = 0.0
+    while (now := time.monotonic()) < end:
+        # Not each time, because an inspection takes time from the server.
+        if now >= inspect_at:
+            if not container.state().running:
+                return False
+            inspect_at = now + _INSPECT_SECONDS
+        try:
+            request(address, "GET", "/readyz", timeout=5.0)
+        except (OSError, http.client.HTTPException):
+            time.sleep(poll_seconds)
+        else:
+            return True
+    return False
 
 
 def free_port() -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
+import math
 import signal
 import stat
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH, KEYS_PATH
-from inferctl.image.running_container import exit_error, free_port, mounts_of, request
+from inferctl.image.running_container import exit_error, free_port, mounts_of, wait_ready
 from inferctl.models import hub
 from inferctl.models import model as model_folder
 
@@ -27,7 +26,6 @@ from inferctl.models import model as model_folder
 _CACHE_VOLUME = "inferctl-models"
 # Added to the drain time of the server, before the engine kills it.
 _STOP_GRACE_SECONDS = 5
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -81,23 +79,32 @@ def run_server(
     if serve_options.keys is not None:
         check_readable(serve_options.keys)
     folder = weights(image, serve_options, fetch)
-    gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     address = serve_options.address
     if not address.port:  # the server names it
         address = replace(address, port=free_port())
-    try:
-        container = engine.start(
-            image.id, options(image, folder, address, gpu, serve_options.arguments, serve_options.keys)
-        )
-    except failures.NoBridgeError as error:
-        log(f"{error.message}; using the host's network")
-        address = replace(address, network="host")
-        container = engine.start(
-            image.id, options(image, folder, address, gpu, serve_options.arguments, serve_options.keys)
-        )
+    container, address = start(engine, image, folder, address, log, serve_options.arguments, serve_options.keys)
     with container:
         timeout = int(serve_options.drain_seconds) + _STOP_GRACE_SECONDS
         return _run_to_end(container, address, log, announce, timeout)
+
+
+def start(
+    engine: DockerEngine,
+    image: ImageInfo,
+    folder: Path | None,
+    address: Address,
+    log: Callable[[str], None],
+    arguments: tuple[str, ...] = (),
+    keys: Path | None = None,
+) -> tuple[Container, Address]:
+    """Start a container and return it with its address: on the network of the host if the engine has no bridge."""
+    gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
+    try:
+        return engine.start(image.id, options(image, folder, address, gpu, arguments, keys)), address
+    except failures.NoBridgeError as error:
+        log(f"{error.message}; using the host's network")
+    address = replace(address, network="host")
+    return engine.start(image.id, options(image, folder, address, gpu, arguments, keys)), address
 
 
 def get_or_pull(engine: DockerEngine, reference: str, log: Callable[[str], None]) -> ImageInfo:
@@ -204,7 +211,7 @@ def _run_to_end(
     try:
         log(f"container  {container.id[:12]}")  # the server in it prints the address
         local_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
-        if announce is not None and _wait_ready(container, (local_host, address.port)):
+        if announce is not None and wait_ready(container, (local_host, address.port), math.inf):
             host = f"[{local_host}]" if ":" in local_host else local_host
             outputs.announce(announce, f"http://{host}:{address.port}")
         while (code := container.wait(3600.0)) is None:
@@ -226,15 +233,3 @@ def _relay_log(container: Container, log: Callable[[str], None]) -> None:
     with suppress(NotReadyError):
         for line in container.follow():
             log(line)
-
-
-def _wait_ready(container: Container, address: tuple[str, int]) -> bool:
-    """Wait until the server is ready (return True) or its container ended (return False)."""
-    while container.state().running:
-        try:
-            request(address, "GET", "/readyz", timeout=5.0)
-        except (OSError, http.client.HTTPException):
-            time.sleep(_POLL_SECONDS)
-        else:
-            return True
-    return False

@@ -33,7 +33,7 @@ from inferctl.image.output_checks import (
 )
 from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH
-from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, with_log
+from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, wait_ready, with_log
 from inferctl.models import divergence, output_vectors
 from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.reference_process import LIBRARIES
@@ -42,7 +42,6 @@ from inferctl.models.reference_process import LIBRARIES
 _CHANCE = 1000.0
 _REFERENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 120.0
-_POLL_SECONDS = 0.2
 T = TypeVar("T")
 
 
@@ -114,7 +113,7 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
         running = engine.start(image.id, container_options)
     with running as container:
         address = ("127.0.0.1", host_port or _published(container, port))
-        _wait_ready(container, address, started, options.ready_seconds)
+        _wait_ready(container, address, options.ready_seconds)
         ready = time.monotonic() - started
         yield Note(f"ready after {ready:.1f} s")
         info = fetch(container, address, "/info")
@@ -225,23 +224,15 @@ def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple
     ), free
 
 
-def _wait_ready(container: Container, address: tuple[str, int], started: float, seconds: float) -> None:
-    while True:
-        if error := exit_error(container):
-            raise InferctlError(f"verification failed: {error.message}", error.hint) from None
-        try:
-            request(address, "GET", "/readyz", timeout=5.0)
-        except (OSError, http.client.HTTPException):
-            pass
-        else:
-            return
-        if time.monotonic() - started > seconds:
-            log = container.log(LOG_LINES)
-            fail(
-                with_log(f"/readyz was not ready within {seconds:.0f} s", log),
-                "wait longer with `--ready-timeout SECONDS`",
-            )
-        time.sleep(_POLL_SECONDS)
+def _wait_ready(container: Container, address: tuple[str, int], seconds: float) -> None:
+    if wait_ready(container, address, seconds):
+        return
+    if error := exit_error(container):
+        raise InferctlError(f"verification failed: {error.message}", error.hint) from None
+    fail(
+        with_log(f"/readyz was not ready within {seconds:.0f} s", container.log(LOG_LINES)),
+        "wait longer with `--ready-timeout SECONDS`",
+    )
 
 
 def _expected(reference: Mapping[str, Any], output: str, vocabulary: int) -> list[list[float]]:

@@ -148,12 +148,8 @@ def test_a_server_names_the_address_at_which_clients_reach_it(
 @pytest.fixture
 def named(base_image: str, tmp_path: Path) -> Iterator[str]:
     """A tiny image with a unique name."""
-    made = tiny.rendered(base_image)
-    for path, content in {"Dockerfile": made.dockerfile.encode(), **made.files}.items():
-        (tmp_path / "context" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "context" / path).write_bytes(content)
     name = f"inferctl-test/{uuid.uuid4().hex}:x"
-    subprocess.run(["docker", "buildx", "build", "--quiet", "--load", "-t", name, tmp_path / "context"], check=True)
+    tiny.build(tiny.rendered(base_image), name, tmp_path / "context")
     yield name
     subprocess.run(["docker", "image", "rm", "--force", name], capture_output=True, check=False)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from platform import machine
 
 from inferctl.config.spec import Spec
@@ -149,6 +151,14 @@ CMD ["serve"]
         "app/inferctl/serve/reference.py": REFERENCE.encode(),
     }
     return Rendered(dockerfile, "", files, {}, (), {}, {})
+
+
+def build(image: Rendered, name: str, context: Path) -> None:
+    """Build an image as `name`, without `inferctl build`. `context`: a folder for its files."""
+    for path, content in {"Dockerfile": image.dockerfile.encode(), **image.files}.items():
+        (context / path).parent.mkdir(parents=True, exist_ok=True)
+        (context / path).write_bytes(content)
+    subprocess.run(["docker", "buildx", "build", "--quiet", "--load", "-t", name, context], check=True)
 
 
 def plan(image: Rendered, options: BuildOptions | None = None, name: str | None = None) -> BuildPlan:

@@ -1,0 +1,163 @@
+"""`inferctl bench --start`: measure how long a container of an image takes to its first response."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inferctl.cli import console, download, options
+from inferctl.core import outputs
+from inferctl.core.errors import UsageError
+from inferctl.core.sizes import parse_size
+from inferctl.facts import catalog
+from inferctl.image.image_name import full_reference
+from inferctl.models import size
+from inferctl.models.fit import UnknownSize
+from inferctl.models.hub import HubModel
+from inferctl.models.model import ModelFolder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from inferctl.config.spec import Spec
+    from inferctl.image.cold_start import StartPart
+    from inferctl.image.container_start import ContainerStart, RegistryImage
+    from inferctl.image.records import ImageInfo
+
+_TEXT = "A container serves its first request."
+_ROUNDS = 3
+# Row of the table -> the parts of an estimate for it.
+_ROWS = {
+    "pull and unpack": ("pull", "unpack"),
+    "start of the container": (),
+    "until the first response": ("load and warm-up",),
+}
+
+
+def measure(
+    reference: str, spec_file: Path | None, model: str | None, rounds: int | None, output: Path, as_json: bool
+) -> None:
+    """Measure the starts of an image, print them next to their estimate, and write start.json below `output`."""
+    from inferctl.bench.load.target import connect
+    from inferctl.cli.bench_setup import create_folder
+    from inferctl.image import container_start, serve_image
+    from inferctl.image.docker import DockerEngine
+
+    reference = full_reference(reference)
+    spec = options.without_model(spec_file, {"model.source": model})
+    engine = DockerEngine.connect()
+    image = serve_image.get_or_pull(engine, reference, console.note)
+    serve_image.check_inferctl_image(image, reference)
+    source = spec.model.source if options.names_model(spec_file, {"model.source": model}) else None
+    address = serve_image.Address("127.0.0.1", 0)
+    named = serve_image.ServeOptions(address, source, spec.model.revision, model is not None)
+    folder = serve_image.weights(image, named, download.fetch)
+    found = container_start.in_registry(image, reference) if image.digests else None
+    if found is None:
+        console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")
+    size_bytes = sum(layer.size for layer in engine.history(image.id))
+    weights = _weights(image, spec, folder, source is not None)
+    estimate = _estimate(found, size_bytes, parse_size(spec.deploy.pull_rate), weights)
+    folder_of_result = create_folder(output, "start")
+
+    def respond(url: str) -> None:
+        server = connect(url)
+        server.request([_TEXT, _TEXT] if server.task == "rerank" else [_TEXT])
+
+    with console.progress(f"starting {reference}") as describe:
+        starts = list(
+            container_start.measure(engine, reference, found is not None, folder, rounds or _ROUNDS, respond, describe)
+        )
+    document = {
+        "image": {
+            "reference": found.reference if found else image.id,
+            "size_bytes": size_bytes,
+            "compressed_bytes": found.compressed if found else None,
+            "compression": found.method if found else None,
+        },
+        "starts": [asdict(each) for each in starts],
+        "estimate": [part.document() for part in estimate],
+    }
+    file = folder_of_result / "start.json"
+    outputs.write(file, json.dumps(document, indent=1) + "\n", "--output")
+    if as_json:
+        console.document(document)
+    else:
+        console.report(_table(starts, estimate))
+        for line in _remarks(starts):
+            console.data(line)
+    console.note(f"starts: {file}")
+
+
+def _estimate(found: RegistryImage | None, size_bytes: int, rate: int, weights: int | None) -> list[StartPart]:
+    """Return the estimated parts of a start, for the image as it is in its registry. Unknown sizes are left out."""
+    from inferctl.image import cold_start
+
+    parts = list(cold_start.of_image(found.compressed, size_bytes, rate, found.method)) if found else []
+    return parts if weights is None else [*parts, cold_start.load(weights)]
+
+
+def _weights(image: ImageInfo, spec: Spec, folder: Path | None, named: bool) -> int | None:
+    """Return the bytes of the weights: of the mounted ones, else of those of the spec. None if unknown, or for vLLM."""
+    from inferctl.image import model_image
+
+    stack = image.labels.get("io.inferctl.stack")
+    if stack is None or catalog.stack(stack).vllm is not None:
+        return None
+    found: ModelFolder | HubModel | UnknownSize | None = ModelFolder(folder) if folder else None
+    if found is None and named:
+        with suppress(UsageError):  # the image has its weights; those of the spec may be gone
+            found = size.locate(spec, model_image.facts)
+    return None if found is None or isinstance(found, UnknownSize) else found.weights_bytes
+
+
+def _table(starts: Sequence[ContainerStart], estimate: Sequence[StartPart]) -> Table:
+    from rich.table import Table
+
+    stores = {"empty store": [each for each in starts if each.pull], "warm store": [s for s in starts if not s.pull]}
+    stores = {name: found for name, found in stores.items() if found}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("seconds")
+    for name in (*stores, *(["estimated"] if estimate else [])):
+        table.add_column(name, justify="right")
+    for row, names in _ROWS.items():
+        measured = [_median([_part(each, row) for each in found]) for found in stores.values()]
+        expected = [sum(part.seconds for part in estimate if part.name in names)] if estimate else []
+        table.add_row(row, *(f"{value:.1f}" if value else "" for value in (*measured, *expected)))
+    totals = [_median([each.seconds for each in found]) for found in stores.values()]
+    whole = [sum(part.seconds for part in estimate)] if estimate else []
+    table.add_row("all", *(f"{value:.1f}" for value in (*totals, *whole)))
+    return table
+
+
+def _part(start: ContainerStart, row: str) -> float:
+    pulled = start.pull.seconds if start.pull else 0.0
+    return dict(zip(_ROWS, (pulled, start.container_s, start.response_s), strict=True))[row]
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _remarks(starts: Sequence[ContainerStart]) -> list[str]:
+    """Return what the table does not show, in sentences."""
+    pulls = [each.pull for each in starts if each.pull]
+    lines = []
+    if pulls:
+        done = _median([each.downloaded_s for each in pulls])
+        lines.append(f"The last layer was downloaded {done:.1f} s after the start of the pull.")
+    if kept := max((each.kept for each in pulls), default=0):
+        lines.append(
+            f"The engine kept {kept} of {pulls[0].layers} layers, which other images or its build cache share: a new "
+            "node takes longer."
+        )
+    longest = max(each.container_s + each.response_s for each in starts)
+    lines.append(
+        f"For `inferctl deploy` on such hardware: `deploy.load_s: {longest:.1f}`, the longest of these starts."
+    )
+    return lines

@@ -1,0 +1,148 @@
+"""Measures how long a container takes to its first response, with an image store that lacks the image and one with it.
+
+A start with an empty store removes the image from the Docker Engine and pulls it again. What the pull wrote is in
+memory when the container reads it, so the disk of a node that starts a container later can be slower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.image import buildx, serve_image
+from inferctl.image.docker import DockerEngine
+from inferctl.image.image_name import familiar, split
+from inferctl.image.records import READY_SECONDS, ImageInfo
+from inferctl.image.running_container import exit_error, free_port, wait_ready
+from inferctl.image.serve_image import Address
+
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A pull. `downloaded_s`: until the last layer was on this machine. `kept`: layers that the engine had."""
+
+    seconds: float
+    downloaded_s: float
+    layers: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class ContainerStart:
+    """A start, in seconds. `pull` is None if the engine had the image. `response_s`: from the start of the container
+    until its first response.
+    """
+
+    pull: Pull | None
+    container_s: float
+    response_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all parts."""
+        return (self.pull.seconds if self.pull else 0.0) + self.container_s + self.response_s
+
+
+@dataclass(frozen=True)
+class RegistryImage:
+    """The image in its registry: `name@digest`, bytes of its layers there, and how they are compressed."""
+
+    reference: str
+    compressed: int
+    method: str
+
+
+def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
+    """Return what the registry has of an image of the engine.
+
+    Raises `UsageError` if it lacks the image, or has another one: to remove it from the engine would lose it.
+    """
+    digest = buildx.digest(reference)
+    name = split(reference)[0]
+    others = [each for each in image.tags if familiar(each) != familiar(reference)]
+    if others:
+        raise UsageError(
+            f"the image has other names in the engine, which keep it: {', '.join(others)}", "remove them first"
+        )
+    if not any(familiar(each) == f"{familiar(name)}@{digest}" for each in image.digests):
+        raise UsageError(
+            f"the registry has another image as {reference} than the engine",
+            "pull it, or push the one of the engine: `inferctl push`",
+        )
+    layers = buildx.manifest(f"{name}@{digest}", image.platform)["layers"]
+    zstd = any(str(layer["mediaType"]).endswith("zstd") for layer in layers)
+    return RegistryImage(f"{name}@{digest}", sum(int(layer["size"]) for layer in layers), "zstd" if zstd else "gzip")
+
+
+def measure(
+    engine: DockerEngine,
+    reference: str,
+    remove: bool,
+    folder: Path | None,
+    rounds: int,
+    respond: Callable[[str], None],
+    on_step: Callable[[str], None],
+) -> Iterator[ContainerStart]:
+    """Yield the starts of each round: if `remove`, one with an empty store, and then one with a warm store.
+
+    `folder`: the weights to mount. `respond` sends a request to a URL, and returns after a valid response. `on_step`
+    is called with what begins. Raises `InferctlError` if the container ends, or does not respond.
+    """
+    for number in range(1, rounds + 1):
+        for pulls in (True, False) if remove else (False,):
+            store = "empty" if pulls else "warm"
+            step = f"round {number} of {rounds}, {store} store"
+            pulled = None
+            if pulls:
+                on_step(f"{step}: pulling")
+                pulled = _pull(engine, reference)
+            on_step(f"{step}: starting")
+            image = engine.image(reference)
+            if image is None:
+                raise NotReadyError(f"image {reference} not found in the engine", "check what removes images there")
+            yield replace(_start(engine, image, folder, respond, on_step), pull=pulled)
+
+
+def _pull(engine: DockerEngine, reference: str) -> Pull:
+    engine.remove_image(reference)
+    began = time.perf_counter()
+    downloaded, layers, kept = began, set(), set()
+
+    def follow(line: Mapping[str, Any]) -> None:
+        nonlocal downloaded
+        status, layer = line.get("status"), line.get("id")
+        if status in ("Pulling fs layer", "Already exists"):
+            layers.add(layer)
+        if status == "Already exists":
+            kept.add(layer)
+        if status == "Download complete":
+            downloaded = time.perf_counter()
+
+    engine.pull(reference, follow)
+    return Pull(time.perf_counter() - began, downloaded - began, len(layers), len(kept))
+
+
+def _start(
+    engine: DockerEngine,
+    image: ImageInfo,
+    folder: Path | None,
+    respond: Callable[[str], None],
+    log: Callable[[str], None],
+) -> ContainerStart:
+    began = time.perf_counter()
+    address = Address("127.0.0.1", free_port())
+    container, address = serve_image.start(engine, image, folder, address, log)
+    with container:
+        started = time.perf_counter()
+        if not wait_ready(container, (address.host, address.port), READY_SECONDS, _POLL_SECONDS):
+            raise exit_error(container, "run it with `inferctl serve --image`") or NotReadyError(
+                f"the server was not ready within {READY_SECONDS:.0f} s", "run it with `inferctl serve --image`"
+            )
+        respond(f"http://{address.host}:{address.port}")
+        return ContainerStart(None, started - began, time.perf_counter() - started)

@@ -1,0 +1,110 @@
+"""Tests `inferctl bench --start` on the real engine and registry, with an image whose server is tiny."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from inferctl import cli
+from tests.image import tiny
+
+pytestmark = pytest.mark.docker
+
+
+def docker(*arguments: str, fails: bool = False) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert fails or done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def built(base_image: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """`built(behaviour)` returns the name of an image whose last layer no build cache has. Afterwards, none is left."""
+    names = []
+
+    def make(behaviour: str = "works") -> str:
+        name = f"localhost:5000/inferctl-test/{uuid.uuid4().hex}:x"
+        names.append(name)
+        tiny.build(tiny.rendered(base_image, behaviour), name, tmp_path / "context")
+        writes = ["run", "--detach", "--user", "0", "--entrypoint", "sh", name, "-c", f"echo {name} > /made"]
+        container = docker(*writes)
+        docker("wait", container)
+        settings = json.loads(docker("image", "inspect", name))[0]["Config"]
+        changes = [
+            f"ENTRYPOINT {json.dumps(settings['Entrypoint'])}",
+            f"CMD {json.dumps(settings['Cmd'])}",
+            "USER 10001",
+        ]
+        docker("commit", *(part for change in changes for part in ("--change", change)), container, name)
+        docker("rm", container)
+        return name
+
+    yield make
+    for name in names:
+        docker("image", "rm", "--force", name, fails=True)
+
+
+def test_each_round_starts_a_pulled_and_a_present_image(
+    built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = built()
+    docker("push", "--quiet", name)
+    assert cli.run(["bench", "--start", name, "--repeats", "2", "--output", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    pulls = [start["pull"] for start in found["starts"]]
+    assert [pull is None for pull in pulls] == [False, True, False, True]
+    assert all(pull["layers"] - pull["kept"] == 1 and pull["downloaded_s"] <= pull["seconds"] for pull in pulls[::2])
+    assert all(start["container_s"] > 0 and start["response_s"] > 0 for start in found["starts"])
+    assert found["image"]["reference"] in docker("image", "inspect", name, "--format", "{{.RepoDigests}}")
+    assert 0 < found["image"]["compressed_bytes"] < found["image"]["size_bytes"]
+    assert [part["name"] for part in found["estimate"]] == ["pull", "unpack"]
+    assert json.loads(next(tmp_path.glob("start-*/start.json")).read_text()) == found
+    assert docker("ps", "--all", "--quiet", "--filter", f"ancestor={name}") == ""
+
+
+def test_an_image_in_no_registry_is_never_removed(
+    built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = built()
+    assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path), "--json"]) == 0
+    assert [start["pull"] for start in json.loads(capsys.readouterr().out)["starts"]] == [None]
+
+
+@pytest.mark.parametrize("problem", ["other image", "other name", "in use", "ends", "wrong response"])
+def test_an_image_that_cannot_be_measured_is_kept(
+    problem: str, built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = built({"ends": "dies", "wrong response": "refuses"}.get(problem, "works"))
+    docker("push", "--quiet", name)
+    identity = docker("image", "inspect", name, "--format", "{{.Id}}")
+    other = f"inferctl-test/{uuid.uuid4().hex}:x"
+    if problem == "other image":
+        docker("tag", name, other)
+        docker("tag", built(), name)
+        docker("push", "--quiet", name)
+        docker("tag", other, name)
+        docker("image", "rm", other)
+    elif problem == "other name":
+        docker("tag", name, other)
+    elif problem == "in use":
+        container = docker("create", name)
+    try:
+        code = cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)])
+    finally:
+        if problem == "in use":
+            docker("rm", container)
+        if problem == "other name":
+            docker("image", "rm", other)
+    assert (code, "Traceback" in capsys.readouterr().err) == (1 if problem in ("ends", "wrong response") else 2, False)
+    assert docker("image", "inspect", name, "--format", "{{.Id}}") == identity
+    assert docker("ps", "--all", "--quiet", "--filter", f"ancestor={name}") == ""
+
+
+def test_options_of_a_load_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "--start", "a:b", "--users", "3"]) == 2
+    assert "--users" in capsys.readouterr().err
