@@ -17,7 +17,7 @@ import inferctl
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
-from inferctl.bench.measure import digests, environment, neighbors, resume, runner
+from inferctl.bench.measure import environment, neighbors, resume, runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
@@ -29,7 +29,7 @@ from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardwa
 from inferctl.config import spec
 from inferctl.config.settings import Resolved
 from inferctl.config.spec import Task
-from inferctl.core import validation
+from inferctl.core import assets, validation
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import hub
 from inferctl.models import model as model_folder
@@ -130,7 +130,7 @@ def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedB
     output = output.resolve()
     manifest = resume.read_manifest(output)
     saved, original_options = manifest.identity, manifest.original_options
-    if saved["code"] != (code := {"version": inferctl.__version__, "sha256": digests.of_code()}):
+    if saved["code"] != (code := {"version": inferctl.__version__, "sha256": assets.code_digest()}):
         # Checked first because another version may not be able to read the other keys.
         resume.check_unchanged({"code": saved["code"]}, {"code": code}, output)
     access_options = _saved_access(original_options["reach"], headers or [], output)

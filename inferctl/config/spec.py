@@ -123,6 +123,11 @@ class Serve(Section):
     max_input_tokens: int | None = Field(
         None, ge=8, le=1_048_576, description="Maximum number of tokens in one input. Default: the model's own limit."
     )
+    check_record: OneLine | None = Field(
+        None,
+        description="Not for generation: file with the results of the checks at the start. With those of the same model "
+        "and code, a start takes less time. The server writes it if it can and the file has none.",
+    )
     max_queue_tokens: int = Field(
         262_144,
         ge=64,
@@ -239,6 +244,11 @@ class Image(Section):
         "auto",
         description="Compression of the layers. `zstd` and `gzip` also convert the layers of the base. `auto` compresses new "
         "layers with zstd where the builder and the registry can, and otherwise with gzip.",
+    )
+    check_record: bool = Field(
+        False,
+        description="Not for generation: start the built image once, and store the results of the checks at its start in "
+        "it (`serve.check_record`). Starts take less time. The layer depends on the hardware that builds it.",
     )
     max_size: Size | None = Field(
         None, description="Maximum compressed size of the image, such as `6GB`. A larger image fails the build."

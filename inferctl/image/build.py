@@ -25,8 +25,9 @@ from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
 from inferctl.image.publish import Publication, publish
 from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
+from inferctl.image.render import CHECK_RECORD
 from inferctl.image.size_forecast import SizeForecast
-from inferctl.image.verify import Verified, VerifyOptions, verify
+from inferctl.image.verify import Verified, VerifyOptions, record_checks, verify
 from inferctl.models.fit import Finding
 from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
@@ -142,10 +143,21 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
                 yield Note(f"Dockerfile check: {warning}")
         if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
             yield from buildx.build_once(replace(model_layers(request), platforms=explicit_platforms))
-        steps, metadata = yield from buildx.build_once(request)
+        records = plan.spec.image.check_record and options.verify and plan.task != "generate"
+        steps, metadata = yield from buildx.build_once(replace(request, cache_to=()) if records else request)
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
+            if records:
+                yield Phase("record", "the checks at the start of the server")
+                record = yield from record_checks(engine, image, _verify_options(plan, info))
+                engine.discard(image.id)
+                (context / "layers/config" / CHECK_RECORD).write_bytes(record)
+                _, metadata = yield from buildx.build_once(replace(request, no_cache=False, pull=False))
+                image = _loaded(engine, metadata)
+                clock.lap("record")
+            elif plan.spec.image.check_record:
+                yield Note("the checks at the start are not recorded: the image is not started, or it generates text")
             _check_expected(options.expected, image)
             yield from check_size(plan, info, image)
             yield from note_unverified(plan, native)
@@ -325,26 +337,30 @@ def _lint_and_verify(
     if not options.verify:
         return findings, None
     downloads = plan.spec.model.weights == "download"
-    gpu = plan.stack.cuda is not None and info.gpu
+    verify_options = _verify_options(plan, info)
+    gpu = verify_options.gpu
     yield Phase(
         "verify",
         "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
     )
     if downloads:
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
+    return findings, (yield from verify(engine, image, verify_options))
+
+
+def _verify_options(plan: BuildPlan, info: DockerInfo) -> VerifyOptions:
+    downloads = plan.spec.model.weights == "download"
     # Without its weights on this machine, or for generation, the library has nothing to load.
     embeds = plan.model is not None and not downloads and plan.task != "generate"
     needed = LIBRARIES.get(plan.task) if embeds else None
-    library_model = plan.model if needed and library.installed(needed) else None
-    verify_options = VerifyOptions(
+    return VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
-        network=options.network,
-        gpu=gpu,
-        ready_seconds=options.ready_seconds,
+        network=plan.options.network,
+        gpu=plan.stack.cuda is not None and info.gpu,
+        ready_seconds=plan.options.ready_seconds,
         compare=not downloads,
-        library_model=library_model,
+        library_model=plan.model if needed and library.installed(needed) else None,
     )
-    return findings, (yield from verify(engine, image, verify_options))
 
 
 def _write_metadata(

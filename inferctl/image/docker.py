@@ -94,6 +94,12 @@ class Container:
         with _translate_errors("read the log of a container"):
             return bytes(self._api.logs(self.id, tail=lines)).decode("utf-8", "replace").strip()
 
+    def read(self, path: str) -> bytes:
+        """Return the content of a file of the running container, also of one in memory."""
+        with _translate_errors("read a file of a container"):
+            command = self._api.exec_create(self.id, ["cat", path], stderr=False)
+            return bytes(self._api.exec_start(command["Id"]))
+
     def follow(self) -> Iterator[str]:
         """Yield the lines of stdout and stderr until the container ends."""
         partial = b""

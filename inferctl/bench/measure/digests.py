@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 from inferctl.bench.load import records
-from inferctl.core import assets
 
 
 def of_file(path: Path) -> str:
@@ -17,11 +16,3 @@ def of_file(path: Path) -> str:
 def of_records(folder: Path) -> dict[str, str]:
     """Return the digest of each records file in `folder`, by file name."""
     return {file.name: of_file(file) for file in (*records.files(folder), *records.event_files(folder))}
-
-
-def of_code() -> str:
-    """Return the digest of the whole code of inferctl, load generator included."""
-    total = hashlib.sha256()
-    for file in sorted(assets.package().rglob("*.py")):
-        total.update(f"{file.name}\0".encode() + file.read_bytes())
-    return total.hexdigest()

@@ -37,7 +37,7 @@ from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Plan, Run
 from inferctl.bench.plan.shape import Load
-from inferctl.core import outputs
+from inferctl.core import assets, outputs
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import reference_process
 from inferctl.receipts import receipt
@@ -98,7 +98,7 @@ def identity(
         "model": model_sha256,
         "checkpoints": dict(checkpoints),
         "spec": spec_sha256,
-        "code": {"version": inferctl.__version__, "sha256": digests.of_code()},
+        "code": {"version": inferctl.__version__, "sha256": assets.code_digest()},
         "machine": _machine(environment),
         "servers": dict(servers),
     }

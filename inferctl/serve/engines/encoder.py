@@ -27,8 +27,8 @@ from inferctl.serve.engine_process.engine_protocol import (
     PrecisionInfo,
     finite_rows,
 )
+from inferctl.serve.engines import check_record, packed
 from inferctl.serve.engines import device as devices
-from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
@@ -52,8 +52,8 @@ class EncoderEngine:
 
         Architectures and odd values in `config.json` fail in any way, at any place: all that is a `UsageError`.
 
-        If the configuration has the info of an earlier engine on an equal device, the comparison is skipped, because
-        clients wait for a restart.
+        If the configuration has the info of an earlier engine on an equal device, or its record of checks has it, the
+        comparison is skipped, because clients wait for the start.
         """
         try:
             return self._load(on_phase)
@@ -96,14 +96,22 @@ class EncoderEngine:
         if static:
             load_model = partial(StaticForward, folder.path, static, device)
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
-        if info and devices.equal(info.device, device_info) and info.precision == precision:
+        if info and not (devices.equal(info.device, device_info) and info.precision == precision):
+            info = None
+        record, hardware = None, ""
+        if config.check_record:
+            record, hardware = check_record.read(config), check_record.hardware(config, device_info)
+            info = info or record.engine(hardware, precision)
+        if info:
             forward = load_model(info.batch_tokens)
             if isinstance(forward, Forward):
                 forward.pack(info.attention == "packed")
         else:
-            on_phase("computing the check texts in fp32")
+            recorded = record.expected if record else None
+            if recorded is None:
+                on_phase("computing the check texts in fp32")
             # Before the model is loaded: memory may be insufficient for both.
-            check = Checks(folder, settings, self._memory_hint)
+            check = Checks(folder, settings, self._memory_hint, recorded)
             on_phase(f"loading the weights in {precision.effective}")
             forward = load_model(config.max_batch_tokens)
             check.check_vocabulary(forward.vocabulary_size)
@@ -111,6 +119,8 @@ class EncoderEngine:
                 check.check_vocabulary(forward.query_vocabulary_size)
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
+            if record:
+                check_record.write(config, replace(record, expected=check.expected), hardware, info)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
