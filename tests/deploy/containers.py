@@ -192,8 +192,8 @@ def start(
             command += ["--tmpfs", f"{mount['mountPath']}:size={size},mode=1777"]
         else:
             mode = ":ro" if mount.get("readOnly") or "image" in volume else ""
-            source = volumes[mount["name"]] / mount.get("subPath", "")
-            command += ["--volume", f"{source}:{mount['mountPath']}{mode}"]
+            # The subPath of an image volume is left out, because containerd before 2.2 ignores it.
+            command += ["--volume", f"{volumes[mount['name']]}:{mount['mountPath']}{mode}"]
     arguments = [*container.get("command", ())[1:], *container.get("args", ())]
     if "command" in container:
         command += ["--entrypoint", container["command"][0]]

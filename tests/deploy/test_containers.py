@@ -248,9 +248,10 @@ def test_a_server_with_a_model_image_as_a_volume_returns_the_embeddings_of_the_f
         url, headers = f"{server.url()}/v1/embeddings", {"authorization": f"Bearer {key}"}
         body = {"input": ["the cat sat on the mat", "Quarterly revenue grew by nine percent.", "naïve café ☕"]}
         of_image = network.run(lambda: httpx.post(url, json=body, headers=headers, timeout=60))
-        vectors = [[each["embedding"] for each in answer.json()["data"]] for answer in (of_image, host.embed(**body))]
+        answers = (of_image, host.embed(**body))
+        mounted, local = (np.array([each["embedding"] for each in answer.json()["data"]]) for answer in answers)
         # With equal weights, precision and code, only the order of additions can differ.
-        assert np.min(np.sum(np.multiply(*vectors), axis=1)) > 0.9999
+        assert np.min(np.sum(mounted * local, axis=1)) > 0.9999
     finally:
         server.remove()
         network.remove()
