@@ -241,11 +241,16 @@ class DockerEngine:
 
     def create(self, image: str, options: ContainerOptions) -> Container:
         """Create a container with the same options as `start`, without starting it."""
-        mounts = [
+        mounts: list[Any] = [
             docker.types.Mount(path, source, type="bind", read_only=True)
             for path, source in (options.mounts or {}).items()
         ]
         mounts += [docker.types.Mount(path, volume, type="volume") for path, volume in (options.volumes or {}).items()]
+        # The SDK has no class for them.
+        mounts += [
+            {"Type": "image", "Source": image, "Target": path, "ReadOnly": True}
+            for path, image in (options.images or {}).items()
+        ]
         published = options.port if options.network is None else None
         host_config = self._api.create_host_config(
             mounts=mounts,

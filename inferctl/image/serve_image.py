@@ -14,13 +14,14 @@ from pathlib import Path
 from inferctl.config import settings
 from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
-from inferctl.image import failures
+from inferctl.image import failures, model_image
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH, KEYS_PATH
 from inferctl.image.running_container import exit_error, free_port, mounts_of, wait_ready
-from inferctl.models import hub
+from inferctl.models import hub, image_source
 from inferctl.models import model as model_folder
+from inferctl.models.model import IMAGE_FOLDER
 
 # The volume that keeps the weights that containers download.
 _CACHE_VOLUME = "inferctl-models"
@@ -78,11 +79,11 @@ def run_server(
     check_inferctl_image(image, reference)
     if serve_options.keys is not None:
         check_readable(serve_options.keys)
-    folder = weights(image, serve_options, fetch)
+    model = image_to_mount(engine, image, serve_options, log) or weights(image, serve_options, fetch)
     address = serve_options.address
     if not address.port:  # the server names it
         address = replace(address, port=free_port())
-    container, address = start(engine, image, folder, address, log, serve_options.arguments, serve_options.keys)
+    container, address = start(engine, image, model, address, log, serve_options.arguments, serve_options.keys)
     with container:
         timeout = int(serve_options.drain_seconds) + _STOP_GRACE_SECONDS
         return _run_to_end(container, address, log, announce, timeout)
@@ -91,7 +92,7 @@ def run_server(
 def start(
     engine: DockerEngine,
     image: ImageInfo,
-    folder: Path | None,
+    model: Path | str | None,
     address: Address,
     log: Callable[[str], None],
     arguments: tuple[str, ...] = (),
@@ -100,11 +101,11 @@ def start(
     """Start a container and return it with its address: on the network of the host if the engine has no bridge."""
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
     try:
-        return engine.start(image.id, options(image, folder, address, gpu, arguments, keys)), address
+        return engine.start(image.id, options(image, model, address, gpu, arguments, keys)), address
     except failures.NoBridgeError as error:
         log(f"{error.message}; using the host's network")
     address = replace(address, network="host")
-    return engine.start(image.id, options(image, folder, address, gpu, arguments, keys)), address
+    return engine.start(image.id, options(image, model, address, gpu, arguments, keys)), address
 
 
 def get_or_pull(engine: DockerEngine, reference: str, log: Callable[[str], None]) -> ImageInfo:
@@ -143,6 +144,27 @@ def check_readable(keys: Path) -> None:
         )
 
 
+def image_to_mount(
+    engine: DockerEngine, image: ImageInfo, serve_options: ServeOptions, log: Callable[[str], None]
+) -> str | None:
+    """Return the model image whose files the engine mounts without a copy, pulled; None if it does not.
+
+    A model in the cache stays there, because it may have been pulled where the registry cannot be reached. Raises
+    `UsageError` for an image that is no model.
+    """
+    source, info = serve_options.model or "", engine.info()
+    if image.labels.get("io.inferctl.model.weights") != "mount" or not image_source.is_image(source):
+        return None
+    # The engine of another processor may reject an image for this platform.
+    if not info.image_mounts or info.platform != model_image.PLATFORM or image_source.cached(source):
+        return None
+    reference = image_source.reference(source)
+    if engine.image(reference) is None:
+        model_image.inspect(reference)  # what is not a model is not pulled
+    model_image.read(reference, get_or_pull(engine, reference, log).labels, ())
+    return reference
+
+
 def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model_folder.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
@@ -159,13 +181,16 @@ def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = mo
 
 def options(
     image: ImageInfo,
-    folder: Path | None,
+    model: Path | str | None,
     address: Address,
     gpu: bool,
     arguments: tuple[str, ...] = (),
     keys: Path | None = None,
 ) -> ContainerOptions:
-    """Return the options of the container. `arguments` come last, so that they override those of the image."""
+    """Return the options of the container. `arguments` come last, so that they override those of the image.
+
+    `model`: the folder of the weights, or the model image that the engine mounts; None if `image` needs neither.
+    """
     container_port = listening_port(image)
     on_host = address.network == "host"
     port = address.port if on_host else container_port
@@ -175,7 +200,10 @@ def options(
     )
     reference = ("--image-reference", image.digests[0] if image.digests else image.id)
     environment = {"INFERCTL_SERVE_PORT": str(port)}
-    mounts = mounts_of(folder) if folder else {}
+    mounts = mounts_of(model) if isinstance(model, Path) else {}
+    images = {IMAGE_FOLDER: model} if isinstance(model, str) else {}
+    if images:
+        environment["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
     if keys is not None:
         mounts[KEYS_PATH] = str(keys.resolve().parent)
         environment["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{keys.resolve().name}"
@@ -183,6 +211,7 @@ def options(
         command=(*image.command, *listen, *reference, *arguments),
         environment=environment,
         mounts=mounts,
+        images=images,
         volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},
         port=container_port,
         host=address.host,

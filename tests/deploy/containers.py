@@ -191,7 +191,8 @@ def start(
             size = _bytes(directory["sizeLimit"])
             command += ["--tmpfs", f"{mount['mountPath']}:size={size},mode=1777"]
         else:
-            mode = ":ro" if mount.get("readOnly") else ""
+            mode = ":ro" if mount.get("readOnly") or "image" in volume else ""
+            # The subPath of an image volume is left out, because containerd before 2.2 ignores it.
             command += ["--volume", f"{volumes[mount['name']]}:{mount['mountPath']}{mode}"]
     arguments = [*container.get("command", ())[1:], *container.get("args", ())]
     if "command" in container:
@@ -209,6 +210,21 @@ def folders(pod: Pod, root: Path) -> dict[str, Path]:
             folder.mkdir(parents=True)
             os.chown(folder, 0, pod["securityContext"]["fsGroup"])
             folder.chmod(0o2777)
+            found[volume["name"]] = folder
+    return found
+
+
+def image_volumes(pod: Pod, root: Path) -> dict[str, Path]:
+    """Return the root file system of the image of each image volume of `pod`, with its owners and modes."""
+    found = {}
+    for volume in pod["volumes"]:
+        if "image" in volume:
+            reference, folder = volume["image"]["reference"], root / volume["name"]
+            container = docker("create", reference, "none").strip()  # the image has no command; this one does not run
+            folder.mkdir(parents=True)
+            docker("cp", "--archive", f"{container}:/.", str(folder))
+            docker("rm", "--volumes", container)
+            docker("image", "rm", reference)
             found[volume["name"]] = folder
     return found
 

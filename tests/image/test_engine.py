@@ -39,6 +39,11 @@ def test_folders_for_device_specifications_are_not_a_gpu(devices: Any) -> None:
     assert not read_engine({**CDI, "DiscoveredDevices": devices, "CDISpecDirs": folders}, VERSION).gpu
 
 
+@pytest.mark.parametrize(("api", "mounts"), [("1.9", False), ("1.47", False), ("1.48", True), ("1.51", True)])
+def test_engines_mount_images_from_a_version_of_their_api(api: str, mounts: bool) -> None:
+    assert read_engine(CDI, {**VERSION, "ApiVersion": api}).image_mounts == mounts
+
+
 def test_the_nvidia_runtime_is_a_gpu() -> None:
     assert read_engine({"Runtimes": {"nvidia": {}, "runc": {}}}, VERSION).gpu
 

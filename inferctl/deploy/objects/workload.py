@@ -117,6 +117,9 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
         "INFERCTL_SERVE_PRECISION": flavor.precision,
         "INFERCTL_SERVE_DRAIN_SECONDS": drain,
     }
+    if image_source.volume(spec) and not spec.deploy.weights.image:
+        # Not by the `subPath` of the mount, which containerd ignores before 2.2: the whole image would be at /model.
+        found["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
     if spec.deploy.router == "envoy-gateway":
         found["INFERCTL_SERVE_LOAD_REPORTS"] = "true"
     found |= access.environment(spec)
@@ -213,13 +216,13 @@ def _volumes(model: ModelPlan) -> list[tuple[Object, Object]]:
     if spec.model.weights == "download":
         found.append(empty("model-cache", CACHE_PATH, _download_limit(model)))
     if spec.model.weights == "mount":
-        weights = spec.deploy.weights
         mount: Object = {"name": "model", "mountPath": IMAGE_FOLDER, "readOnly": True}
         if reference := image_source.volume(spec):
             volume: Object = {"name": "model", "image": {"reference": reference, "pullPolicy": "IfNotPresent"}}
-            if not weights.image:  # a model image has its files in a folder
-                mount["subPath"] = image_source.FOLDER
         else:
-            volume = {"name": "model", "persistentVolumeClaim": {"claimName": weights.pvc, "readOnly": True}}
+            volume = {
+                "name": "model",
+                "persistentVolumeClaim": {"claimName": spec.deploy.weights.pvc, "readOnly": True},
+            }
         found.append((volume, mount))
     return found + access.volumes(spec) + metering.volumes(spec)
