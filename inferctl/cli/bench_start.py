@@ -56,12 +56,14 @@ def measure(
     source = spec.model.source if options.names_model(spec_file, {"model.source": model}) else None
     address = serve_image.Address("127.0.0.1", 0)
     named = serve_image.ServeOptions(address, source, spec.model.revision, model is not None)
-    folder = serve_image.weights(image, named, download.fetch)
+    mounted = serve_image.image_to_mount(engine, image, named, console.note) or serve_image.weights(
+        image, named, download.fetch
+    )
     found = container_start.in_registry(image, reference) if image.digests else None
     if found is None:
         console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")
     size_bytes = sum(layer.size for layer in engine.history(image.id))
-    weights = _weights(image, spec, folder, source is not None)
+    weights = _weights(image, spec, mounted, source is not None)
     estimate = _estimate(found, size_bytes, parse_size(spec.deploy.pull_rate), weights)
     folder_of_result = create_folder(output, "start")
 
@@ -71,7 +73,7 @@ def measure(
 
     with console.progress(f"starting {reference}") as describe:
         starts = list(
-            container_start.measure(engine, reference, found is not None, folder, rounds or _ROUNDS, respond, describe)
+            container_start.measure(engine, reference, found is not None, mounted, rounds or _ROUNDS, respond, describe)
         )
     document = {
         "image": {
@@ -102,14 +104,14 @@ def _estimate(found: RegistryImage | None, size_bytes: int, rate: int, weights: 
     return parts if weights is None else [*parts, cold_start.load(weights)]
 
 
-def _weights(image: ImageInfo, spec: Spec, folder: Path | None, named: bool) -> int | None:
+def _weights(image: ImageInfo, spec: Spec, mounted: Path | str | None, named: bool) -> int | None:
     """Return the bytes of the weights: of the mounted ones, else of those of the spec. None if unknown, or for vLLM."""
     from inferctl.image import model_image
 
     stack = image.labels.get("io.inferctl.stack")
     if stack is None or catalog.stack(stack).vllm is not None:
         return None
-    found: ModelFolder | HubModel | UnknownSize | None = ModelFolder(folder) if folder else None
+    found: ModelFolder | HubModel | UnknownSize | None = ModelFolder(mounted) if isinstance(mounted, Path) else None
     if found is None and named:
         with suppress(UsageError):  # the image has its weights; those of the spec may be gone
             found = size.locate(spec, model_image.facts)

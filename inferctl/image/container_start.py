@@ -84,14 +84,14 @@ def measure(
     engine: DockerEngine,
     reference: str,
     remove: bool,
-    folder: Path | None,
+    model: Path | str | None,
     rounds: int,
     respond: Callable[[str], None],
     on_step: Callable[[str], None],
 ) -> Iterator[ContainerStart]:
     """Yield the starts of each round: if `remove`, one with an empty store, and then one with a warm store.
 
-    `folder`: the weights to mount. `respond` sends a request to a URL, and returns after a valid response. `on_step`
+    `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns after a valid response. `on_step`
     is called with what begins. Raises `InferctlError` if the container ends, or does not respond.
     """
     for number in range(1, rounds + 1):
@@ -106,7 +106,7 @@ def measure(
             image = engine.image(reference)
             if image is None:
                 raise NotReadyError(f"image {reference} not found in the engine", "check what removes images there")
-            yield replace(_start(engine, image, folder, respond, on_step), pull=pulled)
+            yield replace(_start(engine, image, model, respond, on_step), pull=pulled)
 
 
 def _pull(engine: DockerEngine, reference: str) -> Pull:
@@ -131,13 +131,13 @@ def _pull(engine: DockerEngine, reference: str) -> Pull:
 def _start(
     engine: DockerEngine,
     image: ImageInfo,
-    folder: Path | None,
+    model: Path | str | None,
     respond: Callable[[str], None],
     log: Callable[[str], None],
 ) -> ContainerStart:
     began = time.perf_counter()
     address = Address("127.0.0.1", free_port())
-    container, address = serve_image.start(engine, image, folder, address, log)
+    container, address = serve_image.start(engine, image, model, address, log)
     with container:
         started = time.perf_counter()
         if not wait_ready(container, (address.host, address.port), READY_SECONDS, _POLL_SECONDS):
