@@ -47,7 +47,7 @@ BGE_M3 = ("sparse_linear", "colbert_linear")
 _MAX_LABELS = 1_000_000
 _MADE_FOR: dict[TaskSetting, str] = {
     "embed": "an embedding model",
-    "rerank": "a cross-encoder",
+    "rerank": "a reranker",
     "classify": "a classifier",
     "generate": "a generative model",
 }
@@ -330,7 +330,7 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
     """Return the task of the model `source`: `requested`, or for `auto` the one that its files imply.
 
     sentence-transformers decides, if it wrote the files. With modules, an embedding model can have the architecture of
-    a generative one. A classifier with one label is a cross-encoder, unless `classify` is requested. Raises
+    a generative one. A classifier with one label is a reranker, unless `classify` is requested. Raises
     `UsageError` if the model is made for another task.
     """
     config = model.config
