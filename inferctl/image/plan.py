@@ -165,6 +165,7 @@ def plan(
         weights=_weights(spec) if baked else None,
         server=sum(file.stat().st_size for file in server_files.values()),
         zstd=spec.image.compression == "zstd",
+        base_image=spec.image.base_image,
     )
     if options.max_bytes is not None:
         size_forecast.check_limit(forecast, options.max_bytes, stack.cuda)
