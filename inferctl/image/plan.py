@@ -192,10 +192,11 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
             f"{source} cannot be served as it is on the hub, and a build does not convert it",
             f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
         )
-    remote = "the files in the registry" if is_image(source) else "the files on the hub"
-    return size_forecast.ImagePart(
-        "weights", found.bytes, "the model folder" if isinstance(found, ModelFolder) else remote
-    )
+    if isinstance(found, ModelFolder):
+        place = "the files in the cache" if is_image(source) or is_hub_id(source) else "the model folder"
+    else:
+        place = "the files in the registry" if is_image(source) else "the files on the hub"
+    return size_forecast.ImagePart("weights", found.bytes, place)
 
 
 def _check(
