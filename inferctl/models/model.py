@@ -251,10 +251,10 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             raise UnconvertedError(
                 path, source, "is a Router of sentence-transformers, with its model in a folder below"
             )
-        raise UsageError(
-            f"{path} is not a model folder: config.json not found",
-            "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
-        )
+        hint = "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors"
+        if (path / image_source.FOLDER / "config.json").is_file():  # the root of a model image
+            hint = f"pass {path / image_source.FOLDER}, or for a pod name the model image in model.source"
+        raise UsageError(f"{path} is not a model folder: config.json not found", hint)
     untrusted.check(path, folder.files())
     _ = folder.config
     if pickled := folder.pickled:
