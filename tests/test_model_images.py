@@ -265,16 +265,33 @@ def test_labels_are_quoted_for_a_dockerfile() -> None:
     )
 
 
-def test_a_large_configuration_is_left_out_and_too_many_names_are_an_error(tmp_path: Path) -> None:
+def test_a_large_configuration_is_left_out_and_a_long_license_is_an_error(tmp_path: Path) -> None:
     names = {str(number): f"label {number} {'x' * 40}" for number in range(2000)}
     large = sharded.write(tmp_path / "large", id2label=names)
     assert described(large).config is None
-    files = {f"{'y' * 60}{number}.json": 1 for number in range(1500)}
-    with pytest.raises(UsageError, match="names are too long"):
-        model_image.labels_of(ModelFolder(large), files, None, None, None)
     with pytest.raises(UsageError, match="licenses") as caught:
         model_image.labels_of(ModelFolder(large), {"config.json": 1}, None, None, "x" * 70_000)
     assert "names" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "accepted"),
+    [
+        ("model-{number:05}-of-{count:05}.safetensors", 1200, True),
+        ("model-{number:05}-of-{count:05}.safetensors", 1500, False),
+        ("{number}.json", 2000, True),
+        ("y" * 60 + "{number}.json", 1000, False),
+    ],
+)
+def test_the_names_of_all_files_fit_a_label(tmp_path: Path, name: str, count: int, accepted: bool) -> None:
+    files = {name.format(number=number, count=count): 4_999_999_999 for number in range(count)}
+    if accepted:
+        image_source.check_names(files, "x")
+        assert model_image.labels_of(ModelFolder(sharded.write(tmp_path / "model")), files, None, None, None)
+        return
+    # No folder: the error comes before the model is read, which takes long.
+    with pytest.raises(UsageError, match=f"{count:,} files"):
+        model_image.labels_of(ModelFolder(tmp_path / "none"), files, None, None, None)
 
 
 def test_the_index_of_the_shards_is_not_read_for_each_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
