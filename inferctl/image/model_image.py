@@ -120,7 +120,7 @@ def labels_of(
         for name, value in {"source": source, "revision": revision, "licenses": license_id}.items()
         if value
     }
-    if len(found[f"{LABEL}config"]) > _MAX_LABEL_BYTES:  # labels of a classifier
+    if len(quoted(found[f"{LABEL}config"])) > _MAX_LABEL_BYTES:  # labels of a classifier
         del found[f"{LABEL}config"]
     too_long = [name for name, value in found.items() if len(quoted(value)) > _MAX_LABEL_BYTES]
     if too_long:
