@@ -24,6 +24,7 @@ _UNPACK_BYTES_PER_S = {"gzip": 75e6, "zstd": 110e6}
 # A start of the server for embeddings, reranking and classification: imports, and the comparison with fp32. Measured:
 # CPU seconds of all-MiniLM-L6-v2 in a container. The weights are read twice, from a disk of 500 MB/s.
 _SERVER_S, _READ_BYTES_PER_S = 7.0, 250e6
+LOAD = "load and warm-up"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
         parts.append(StartPart("download", weights / rate, f"{size(weights)} / {_rate(rate)}"))
     if weights is not None and stack.vllm is None:
         formula = f"{_SERVER_S:g} s + {size(weights)} / {_rate(_READ_BYTES_PER_S)}"
-        parts.append(StartPart("load and warm-up", _SERVER_S + weights / _READ_BYTES_PER_S, formula))
+        parts.append(StartPart(LOAD, _SERVER_S + weights / _READ_BYTES_PER_S, formula))
     return tuple(parts)
 
 
