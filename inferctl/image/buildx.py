@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -34,6 +36,8 @@ _CREATE_BUILDER = (
 _STOP_SECONDS = 10.0
 # buildx waits forever for the manifest of an image.
 _REGISTRY_S = 60.0
+# Without progress for this time, a step gets a note: BuildKit waits forever for a registry that sends nothing.
+_QUIET_S = 30.0
 # First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 _CHECK_SINCE = (0, 15, 0)
@@ -273,8 +277,16 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
         threads = [_StreamThread(transfer, stream) for transfer, stream in streams if transfer and stream]
         try:
             assert child.stderr is not None
-            for line in child.stderr:
-                yield from reader.feed(line)
+            progress = noted = time.monotonic()
+            for line in _lines(child.stderr):
+                events = list(reader.feed(line)) if line else []
+                yield from events
+                now = time.monotonic()
+                if events:
+                    progress = noted = now
+                elif now - noted >= _QUIET_S:
+                    noted = now
+                    yield reader.waiting(now - progress)
             yield from reader.finish()
             code = child.wait()
         except BaseException:
@@ -447,6 +459,28 @@ def _docker(*arguments: str, timeout_s: float | None = None) -> str:
             f"`docker {' '.join(arguments[:3])}` failed: {output}", "run `inferctl doctor` to check this machine"
         )
     return process.stdout
+
+
+def _lines(stream: IO[str]) -> Iterator[str | None]:
+    """Yield the lines of `stream`, and None after each second without one."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with suppress(OSError, ValueError):  # `_stop` closes it
+            for line in stream:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            yield None
+        else:
+            if line is None:
+                return
+            yield line
 
 
 class _StreamThread(threading.Thread):

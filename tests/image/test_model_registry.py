@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import urllib.parse
 import uuid
@@ -27,7 +28,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, model_image, model_transfer
 from inferctl.image.build import model_layers
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import Phase
+from inferctl.image.events import Phase, StepWaiting
 from inferctl.image.from_spec import rendered_image
 from inferctl.image.model_image import ModelImage
 from inferctl.models import image_source
@@ -285,6 +286,25 @@ def test_an_interrupted_pull_leaves_no_folder(repository: str, tmp_path: Path) -
         if not isinstance(event, Phase):
             break
     running.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_pull_says_that_a_layer_does_not_come_and_can_be_interrupted(
+    registry: RegistryProxy, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buildx, "_QUIET_S", 1)
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    (digest,) = put_image(repository, "v1", [layer], labels)
+    interrupted = threading.Event()
+    registry.fault = lambda _method, path: (404, b"") if path.endswith(digest) and interrupted.wait(60) else None
+    running = model_transfer.pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
+    waiting = next(event for event in running if isinstance(event, StepWaiting))
+    assert "FROM" in waiting.name
+    assert waiting.seconds >= 1
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 5
+    interrupted.set()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
