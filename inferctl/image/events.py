@@ -92,5 +92,5 @@ class Note:
 
 
 BuildEvent = StepStarted | StepFinished | StepLog | StepBytes | StepWaiting
-PushEvent = LayerPush | Retry
-Event = Phase | BuildEvent | PushEvent | Note
+PushEvent = LayerPush | Retry | Note
+Event = Phase | BuildEvent | PushEvent

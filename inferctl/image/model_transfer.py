@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from inferctl.config.spec import IMAGE_SCHEME
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, shown
@@ -67,12 +67,12 @@ def push(
     text = dockerfile(labels, len(layers))
     engine = DockerEngine.connect()
     builder = buildx.detect(engine.info().containerd_store)
-    output = f"type=image,name={reference},push=true"
+    output = f"type=image,name={reference}"
     request = buildx.BuildRequest(
         send=lambda stream: _write_context(stream, folder.path, text, layers),
         build_args={"SOURCE_DATE_EPOCH": str(EPOCH)},
         platforms=(PLATFORM,),
-        outputs=(f"{output},compression=uncompressed,force-compression=true,oci-mediatypes=true",)
+        outputs=(f"{output},push=true,compression=uncompressed,force-compression=true,oci-mediatypes=true",)
         if builder.exports
         else (output,),
         # Those of ModelPack (`org.cncf.model.*`) are for layers, and no builder sets them.
@@ -86,17 +86,19 @@ def push(
     if not builder.exports:
         yield Note("the layers are compressed with gzip, which costs time: " + builder.describe())
 
-    def attempt() -> Generator[Event, None, dict[str, Any]]:
+    def attempt() -> Generator[Event, None, str]:
         try:
-            return (yield from buildx.run(request))
+            return str((yield from buildx.run(request)).get("containerimage.digest"))
         except buildx.BuildFailedError as error:
             raise PushFailedError(failures.last_line(error.text)) from None
 
     try:
-        metadata = yield from retrying(attempt, reference, attempts)
+        digest = yield from retrying(attempt, reference, attempts if builder.exports else 1)
+        if not builder.exports:
+            digest = (yield from engine.push(reference, attempts)).digest
     finally:
         engine.untag(reference)  # buildx names the image in the engine, too
-    found = inspect(f"{split(reference)[0]}@{metadata['containerimage.digest']}")
+    found = inspect(f"{split(reference)[0]}@{digest}")
     if found.sha256 != labels[f"{LABEL}sha256"] or found.files != files:
         raise InferctlError(
             f"{found.reference} in the registry is not the model that was pushed",
