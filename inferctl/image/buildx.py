@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.partial_folders import partial_folder
 from inferctl.image import failures
 from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished
@@ -269,8 +270,8 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
 
     buildx runs in its own process group, so that Ctrl-C does not signal it twice. Closing the generator stops it.
     """
-    with tempfile.TemporaryDirectory(prefix="inferctl-") as folder:
-        metadata = Path(folder) / "metadata.json"
+    with partial_folder(Path(tempfile.gettempdir()) / "inferctl-build", 0o700) as folder:
+        metadata = folder / "metadata.json"
         reader = Reader()
         child = _start(command(request, metadata), request)
         streams = ((request.send, child.stdin), (request.receive, child.stdout))

@@ -5,22 +5,19 @@ files -> tar stream -> builder -> registry        registry -> builder -> tar str
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import io
 import os
 import re
 import shutil
 import tarfile
-import time
-import uuid
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from inferctl.config.spec import IMAGE_SCHEME
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, shown
+from inferctl.core.partial_folders import partial_folder
 from inferctl.core.sizes import size
 from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
@@ -36,8 +33,6 @@ from inferctl.models.model import ModelFolder, is_hub_id
 
 # Texts that a license may require next to the weights.
 _DOCUMENTS = re.compile(r"README\.md|(?:LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
-# A pull locks its folder within this time.
-_NEW_S = 60.0
 
 
 def dockerfile(labels: Mapping[str, str], layers: int) -> str:
@@ -129,14 +124,9 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
     It gets its name when all files are complete and have the hash of the label. Raises `NotReadyError` if the registry,
     the Docker Engine or the disk fails, `UsageError` for an image with other files than its labels say.
     """
-    with _translated(f"{target} cannot be written"):
-        _remove_killed(target)
-        # Processes of two containers may have the same id.
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        partial.mkdir(parents=True)
-        lock = os.open(partial, os.O_RDONLY)
-    try:
-        _lock(lock)
+    with ExitStack() as stack:
+        with _translated(f"{target} cannot be written"):
+            partial = stack.enter_context(partial_folder(target))
         yield from _pull(image, target, partial)
         with suppress(OSError):
             target.rmdir()  # an empty folder
@@ -146,29 +136,7 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
             # Another process may have pulled the same image into the cache.
             if target != image_source.cache_folder(image.digest):
                 raise UsageError(f"{target} already exists", "name a new folder with `--output`") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
     return target
-
-
-def _remove_killed(target: Path) -> None:
-    """Remove the files of pulls to `target` that were killed: their folders have no lock."""
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        with suppress(OSError):
-            lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
-            if time.time() - os.fstat(lock).st_mtime > _NEW_S and _lock(lock):
-                shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(folder: int) -> bool:
-    """Lock an open folder. Return whether it had no lock: False also on file systems without locks of folders."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _pull(image: ModelImage, target: Path, partial: Path) -> Generator[Event, None, None]:
