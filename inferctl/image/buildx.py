@@ -436,6 +436,8 @@ def _imagetools(reference: str, template: str) -> dict[str, Any]:
         if message.endswith(": not found"):
             hint = "check the name and the tag; the registry may have deleted an old tag"
             raise UsageError(f"image {reference} not found in its registry", hint) from None
+        if page := failures.web_page(message, reference):
+            raise page from None
         hint = f"check the network, or run `docker login {host_of(reference)}`"
         raise NotReadyError(f"cannot query the registry of {reference}: {message}", hint) from None
     if not isinstance(found, dict):

@@ -337,6 +337,21 @@ def test_a_registry_that_does_not_respond_is_an_error(
         model_image.inspect(f"{repository}:v1")
 
 
+def test_a_web_page_in_place_of_a_registry_is_an_error(registry: RegistryProxy, repository: str) -> None:
+    registry.fault = lambda _method, _path: (200, b"<!DOCTYPE html><html><body>Sign in</body></html>")
+    with pytest.raises(NotReadyError) as caught:
+        model_image.inspect(f"{repository}:v1")
+    assert "login page" in (caught.value.hint or "")
+
+
+def test_an_image_with_labels_that_the_builder_does_not_accept_is_an_error(repository: str, tmp_path: Path) -> None:
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    put_image(repository, "v1", [layer], labels | {"other": "x" * 3_000_000})
+    with pytest.raises(InferctlError) as caught:
+        pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
+    assert "labels" in (caught.value.hint or "")
+
+
 def test_a_registry_that_lies_about_a_manifest_is_an_error(
     registry: RegistryProxy, repository: str, model: Path
 ) -> None:
