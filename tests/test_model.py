@@ -63,9 +63,10 @@ def test_the_task_is_the_one_that_the_model_is_made_for() -> None:
         assert task("embed", config) == "embed"
     with pytest.raises(UsageError, match=r"generate requires a generative model, but m is an embedding model"):
         task("generate", encoder)
-    with pytest.raises(UsageError, match=r"m is an embedding model \(BertModel\)"):
+    # Also a language model can be a reranker.
+    with pytest.raises(UsageError, match=r"rerank requires a reranker, but m is an embedding model \(BertModel\)"):
         task("rerank", encoder)
-    with pytest.raises(UsageError, match=r"m is a cross-encoder \(XLMRobertaForSequenceClassification\)"):
+    with pytest.raises(UsageError, match=r"m is a reranker \(XLMRobertaForSequenceClassification\)"):
         task("embed", cross_encoder)
 
 
@@ -74,7 +75,7 @@ def test_the_word_of_sentence_transformers_comes_before_the_architecture() -> No
     assert task("auto", decoder, has_modules=True, library_type="SentenceTransformer") == "embed"
     for config in (decoder, {"architectures": ["ModernBertModel"]}):
         assert task("auto", config, has_modules=True, library_type="CrossEncoder") == "rerank"
-        with pytest.raises(UsageError, match="m is a cross-encoder"):
+        with pytest.raises(UsageError, match="m is a reranker"):
             task("embed", config, has_modules=True, library_type="CrossEncoder")
         for kind in ("SparseEncoder", "MultiVectorEncoder", "ColBERT"):
             assert task("auto", config, has_modules=True, library_type=kind) == "embed"

@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from inferctl.config import settings, spec
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, SpecError, UsageError
 from inferctl.facts import catalog
-from inferctl.image import locks, model_image, model_transfer, pin, render
+from inferctl.image import locks, model_image, model_transfer, pin, plan, render
 from inferctl.image.model_image import ModelImage
 from inferctl.models import fit, image_source
 from inferctl.models import model as model_folder
@@ -69,6 +70,28 @@ def test_a_spec_elsewhere_names_the_same_image(tmp_path: Path) -> None:
 def test_settings_of_a_hub_model_are_rejected(model: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"revision is for hub ids|requires a hub id"):
         spec.Model.model_validate({"source": f"oci://{NAME}:v1", **model})
+
+
+@pytest.mark.parametrize(
+    ("image", "accepted"),
+    [
+        (f"{NAME}:v1", False),
+        (f"{NAME}@{DIGEST}", False),
+        (f"{NAME}-files:v1", True),
+    ],
+)
+def test_a_model_image_is_not_mounted_as_one_with_files_at_its_root(image: str, accepted: bool) -> None:
+    document = {"name": "m", "model": {"source": f"oci://{NAME}:v1"}, "deploy": {"weights": {"image": image}}}
+    with nullcontext() if accepted else pytest.raises(ValueError, match="needs no"):
+        Spec.model_validate(document)
+
+
+def test_the_root_of_a_model_image_is_no_model_folder(folder: Path) -> None:
+    root = folder.parent / "volume"
+    sharded.copy(folder, root / image_source.FOLDER)
+    with pytest.raises(UsageError) as caught:
+        model_folder.find(str(root))
+    assert "model.source" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +202,24 @@ def test_the_size_of_a_model_is_known_without_its_weights(folder: Path, monkeypa
     assert of_image == of_folder
 
 
+@pytest.mark.parametrize(
+    ("source", "cached", "place"),
+    [("", False, "the model folder"), (f"oci://{NAME}:v1", False, "registry"), (f"oci://{NAME}:v1", True, "cache")],
+)
+def test_the_forecast_says_where_the_size_of_baked_weights_is_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, cached: bool, place: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(folder.parent / "home"))
+    found = described(folder)
+    monkeypatch.setattr(model_image, "inspect", lambda _: found)
+    if cached:
+        sharded.copy(folder, image_source.cache_folder(DIGEST))
+        image_source.remember(source, DIGEST)
+    part = plan._weights(model_spec(source or str(folder), "bake"))
+    assert place in part.source
+    assert part.bytes
+
+
 @pytest.mark.parametrize(("shards", "layers"), [(0, 1), (1, 2), (100, 101), (101, 52), (163, 83), (1500, 101)])
 def test_each_weight_file_is_a_layer_up_to_what_an_engine_mounts(shards: int, layers: int) -> None:
     files = {f"model-{number:05}.safetensors": 1 for number in range(shards)} | {"config.json": 1, "a/b.json": 1}
@@ -224,16 +265,34 @@ def test_labels_are_quoted_for_a_dockerfile() -> None:
     )
 
 
-def test_a_large_configuration_is_left_out_and_too_many_names_are_an_error(tmp_path: Path) -> None:
-    names = {str(number): f"label {number} {'x' * 40}" for number in range(2000)}
+@pytest.mark.parametrize("count", [980, 2000])  # 980 have less than 60,000 bytes without their backslashes
+def test_a_large_configuration_is_left_out_and_a_long_license_is_an_error(tmp_path: Path, count: int) -> None:
+    names = {str(number): f"label {number} {'x' * 40}" for number in range(count)}
     large = sharded.write(tmp_path / "large", id2label=names)
     assert described(large).config is None
-    files = {f"{'y' * 60}{number}.json": 1 for number in range(1500)}
-    with pytest.raises(UsageError, match="names are too long"):
-        model_image.labels_of(ModelFolder(large), files, None, None, None)
     with pytest.raises(UsageError, match="licenses") as caught:
         model_image.labels_of(ModelFolder(large), {"config.json": 1}, None, None, "x" * 70_000)
     assert "names" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "accepted"),
+    [
+        ("model-{number:05}-of-{count:05}.safetensors", 1200, True),
+        ("model-{number:05}-of-{count:05}.safetensors", 1500, False),
+        ("{number}.json", 2000, True),
+        ("y" * 60 + "{number}.json", 1000, False),
+    ],
+)
+def test_the_names_of_all_files_fit_a_label(tmp_path: Path, name: str, count: int, accepted: bool) -> None:
+    files = {name.format(number=number, count=count): 4_999_999_999 for number in range(count)}
+    if accepted:
+        image_source.check_names(files, "x")
+        assert model_image.labels_of(ModelFolder(sharded.write(tmp_path / "model")), files, None, None, None)
+        return
+    # No folder: the error comes before the model is read, which takes long.
+    with pytest.raises(UsageError, match=f"{count:,} files"):
+        model_image.labels_of(ModelFolder(tmp_path / "none"), files, None, None, None)
 
 
 def test_the_index_of_the_shards_is_not_read_for_each_of_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

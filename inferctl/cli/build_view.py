@@ -24,6 +24,7 @@ from inferctl.image.events import (
     StepFinished,
     StepLog,
     StepStarted,
+    StepWaiting,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ class BuildView:
                 )
             case StepLog(id, name, text):
                 self._run(id, f"{short(name, name_width() // 2)}  {text[: name_width() // 2]}")
+            case StepWaiting(id, name, seconds):
+                text = f"no progress for {seconds:.0f} s: {short(name)}".removesuffix(": ")
+                if self._progress:
+                    self._run(id, text)
+                else:
+                    console.note(f"  ... {text}")
             case StepFinished():
                 self._finished(event)
             case LayerPush():

@@ -192,8 +192,8 @@ class Deploy(Section):
         None,
         gt=0,
         le=86_400,
-        description="Seconds from the start of the container until it is ready. Default: the receipt's, else 120; and "
-        "the estimated download of `weights: download`.",
+        description="Seconds from the start of the container until it is ready. Default: the receipt's, else "
+        "estimated, or 120 without an estimate; and the estimated download of `weights: download`.",
     )
     node_s: Seconds = Field(
         120.0, description="Seconds until a new node accepts pods, for estimates of a cold start. Assumed by default."

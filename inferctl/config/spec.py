@@ -307,6 +307,15 @@ class Spec(Section):
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""
         return {} if value is None else value
 
+    @model_validator(mode="after")
+    def _weights_of_one_image(self) -> Self:
+        image, source = self.deploy.weights.image, self.model.source
+        if image and source.startswith(IMAGE_SCHEME) and _image_name(image) == _image_name(source):
+            raise ValueError(
+                "deploy.weights.image is the image of model.source, which needs no deploy.weights: remove it"
+            )
+        return self
+
     # Dotted path -> value in the file (JSON), for paths that `settings.py` made relative to the working directory.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -346,6 +355,11 @@ def json_schema() -> dict[str, Any]:
 def slug(source: str) -> str:
     """Return a valid `name` for a hub id, a folder or an image: `org/all-MiniLM-L6-v2` -> `all-minilm-l6-v2`."""
     if source.startswith(IMAGE_SCHEME):
-        source = re.sub(r":[^/]*$", "", source.partition("@")[0])
+        source = _image_name(source)
     last = source.rstrip("/").rsplit("/", 1)[-1].lower()
     return re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")[:63] or "model"
+
+
+def _image_name(image: str) -> str:
+    """Return an image without its scheme, tag and digest."""
+    return re.sub(r":[^/]*$", "", image.removeprefix(IMAGE_SCHEME).partition("@")[0])

@@ -235,11 +235,13 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     memory, capacity = effective.memory, effective.capacity
     generate = source.task == "generate"
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
-    image_start, download_s = _image_start(spec, weights or None)  # 0: unknown
-    load_time = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s)
+    image_start, download_s, estimate = _image_start(spec, weights or None)  # 0: unknown
+    load_time = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s, estimate)
+    assumed = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s)
+    slowest = max(load_time, assumed, key=lambda figure: figure.value)
     node_source = "spec deploy.node_s" if "node_s" in settings.model_fields_set else "assumed"
     node = Figure("node", settings.node_s, "s", "", node_source)
-    period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
+    period, failures = sizing.startup(slowest, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
     return FlavorPlan(
@@ -364,10 +366,10 @@ def _image(spec: Spec, flavor: Flavor, where: str, *, required: bool) -> Warned[
     return Warned(image, () if "@sha256:" in image else (movable,))
 
 
-def _image_start(spec: Spec, weights: int | None) -> tuple[tuple[Figure, ...], float]:
+def _image_start(spec: Spec, weights: int | None) -> tuple[tuple[Figure, ...], float, tuple[float, str] | None]:
     """Return pull and unpack on a new node, empty if a size is unknown, and the seconds of a download by the container.
 
-    The plan has a load time of its own, from a receipt or assumed.
+    Also returns the seconds of a load and their formula, None without an estimate.
     """
     base = catalog.base(spec.image.base)
     parts = {part.name: part for part in cold_start.of_spec(spec, base, catalog.stack(base.stack), weights)}
@@ -377,7 +379,12 @@ def _image_start(spec: Spec, weights: int | None) -> tuple[tuple[Figure, ...], f
         for name, part in parts.items()
         if name in ("pull", "unpack")
     )
-    return figures, parts["download"].seconds if "download" in parts else 0.0
+    load = parts.get(cold_start.LOAD)
+    return (
+        figures,
+        parts["download"].seconds if "download" in parts else 0.0,
+        (load.seconds, load.formula) if load else None,
+    )
 
 
 def _traffic(spec: Spec, rates: Sequence[Rate | None]) -> Warned[TrafficPlan | None]:

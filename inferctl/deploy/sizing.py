@@ -241,11 +241,17 @@ def cold_start(
     return Figure(name, ceil(max(_ASSUMED_COLD_START_S, value)), "s", formula, source)
 
 
-def load_s(flavor: float | None, deploy: float | None, rate: Rate | None, download_s: float = 0.0) -> Figure:
+def load_s(
+    flavor: float | None,
+    deploy: float | None,
+    rate: Rate | None,
+    download_s: float = 0.0,
+    estimate: tuple[float, str] | None = None,
+) -> Figure:
     """Return the seconds from the start of a container until it is ready.
 
     `download_s`: estimate for the weights that the container downloads. A receipt may be of a run that had them in its
-    cache.
+    cache. `estimate`: seconds of a load without a receipt, and their formula.
     """
     name = "load time"
     if flavor is not None:
@@ -255,6 +261,9 @@ def load_s(flavor: float | None, deploy: float | None, rate: Rate | None, downlo
     seconds, formula, source = float(_ASSUMED_LOAD_S), "", "assumed: neither load_s nor a receipt"
     if rate and rate.load_s:
         seconds, formula, source = round(rate.load_s, 1), "longest start of its runs", rate.origin
+    elif estimate:
+        seconds, formula = round(estimate[0], 1), estimate[1]
+        source = "estimated: neither load_s nor a receipt"
     if download_s:
         formula = f"{shown(seconds)} + {shown(round(download_s, 1))}"
         source += "; and the download of the weights, estimated"
@@ -264,7 +273,8 @@ def load_s(flavor: float | None, deploy: float | None, rate: Rate | None, downlo
 def startup(load_time: Figure, longest_s: float | None = None) -> tuple[Figure, Figure]:
     """Return the period of the startup probe and the failures that it allows.
 
-    `longest_s`: when the server itself ends a start and reports the reason. A probe that kills it earlier hides that.
+    `load_time`: not an estimate, because a pod that starts more slowly would be killed again and again. `longest_s`:
+    when the server itself ends a start and reports the reason. A probe that kills it earlier hides that.
     """
     least, source = float(_LEAST_START_S), f"load time: {load_time.source}"
     if longest_s is not None:

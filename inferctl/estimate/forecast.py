@@ -36,7 +36,7 @@ _SEQUENCES = 250_000
 # Models of other tasks, and what to do with them.
 _OTHERS = {
     "outputs": ("a sparse encoder or a multi-vector model", "measure it with `inferctl bench`"),
-    "rerank": ("a cross-encoder", "measure a cross-encoder with `inferctl bench`"),
+    "rerank": ("a reranker", "measure a reranker with `inferctl bench`"),
     "classify": ("a classifier", "measure a classifier with `inferctl bench`"),
     "generate": (
         "a generative model",

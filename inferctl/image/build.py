@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import parse_size, size
-from inferctl.image import buildx, cold_start, layers, library, lint
+from inferctl.image import buildx, cold_start, layers, library, lint, model_image
 from inferctl.image.cold_start import StartPart
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
@@ -28,9 +29,11 @@ from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.render import CHECK_RECORD
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, record_checks, verify
-from inferctl.models.fit import Finding
+from inferctl.models import image_source
+from inferctl.models.fit import Finding, UnknownSize
 from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
+from inferctl.models.size import locate
 
 # Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
 _MAX_ANALYZED_BYTES = 4_000_000_000
@@ -42,6 +45,7 @@ class Built:
 
     `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, `pushed` in bytes that this push
     sent. The last two are None if unknown. `compressions`: those of the layers in the registry, empty if unknown.
+    `mounted`: bytes of the model image that Kubernetes mounts with this one, 0 without one, None if unknown.
     """
 
     image: str
@@ -51,6 +55,7 @@ class Built:
     compressed: int | None
     pushed: int | None
     compressions: tuple[str, ...]
+    mounted: int | None
     steps: tuple[StepFinished, ...]
     layers: tuple[LayerInfo, ...]
     planned_findings: tuple[Finding, ...]
@@ -72,11 +77,15 @@ class Built:
 
     @property
     def cold_start(self) -> tuple[StartPart, ...]:
-        """The parts of a start on a new node. Pull and unpack are estimated, from sizes in the registry."""
-        if self.compressed is None:
+        """The parts of a start on a new node. Pull and unpack are estimated, from sizes in the registry.
+
+        Empty if a size is unknown.
+        """
+        if self.compressed is None or self.mounted is None:
             return ()
+        compression = "zstd" if "zstd" in self.compressions else "gzip"
         parts = cold_start.of_image(
-            self.compressed, self.size, self.pull_rate, "zstd" if "zstd" in self.compressions else "gzip"
+            self.compressed + self.mounted, self.size + self.mounted, self.pull_rate, compression
         )
         ready = self.verified and StartPart("start until ready", self.verified.ready_seconds, "", measured=True)
         return (*parts, ready) if ready else parts
@@ -182,6 +191,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         compressed=publication.compressed,
         pushed=publication.pushed,
         compressions=publication.compressions,
+        mounted=_mounted(plan.spec),
         steps=tuple(steps),
         layers=named_layers(history, steps),
         planned_findings=plan.findings,
@@ -191,6 +201,17 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         pull_rate=parse_size(plan.spec.deploy.pull_rate),
         seconds=clock.laps,
     )
+
+
+def _mounted(spec: Spec) -> int | None:
+    """Return the bytes of the model image that Kubernetes mounts: 0 without one, None if they are unknown."""
+    if image_source.volume(spec) is None:
+        return 0
+    try:
+        found = locate(spec, model_image.facts)
+    except InferctlError:  # the image is built
+        return None
+    return None if isinstance(found, UnknownSize) else found.weights_bytes
 
 
 def model_layers(request: buildx.BuildRequest) -> buildx.BuildRequest:

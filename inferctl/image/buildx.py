@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.partial_folders import partial_folder
 from inferctl.image import failures
 from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished
@@ -34,6 +37,8 @@ _CREATE_BUILDER = (
 _STOP_SECONDS = 10.0
 # buildx waits forever for the manifest of an image.
 _REGISTRY_S = 60.0
+# Without progress for this time, a step gets a note: BuildKit waits forever for a registry that sends nothing.
+_QUIET_S = 30.0
 # First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 _CHECK_SINCE = (0, 15, 0)
@@ -265,16 +270,24 @@ def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
 
     buildx runs in its own process group, so that Ctrl-C does not signal it twice. Closing the generator stops it.
     """
-    with tempfile.TemporaryDirectory(prefix="inferctl-") as folder:
-        metadata = Path(folder) / "metadata.json"
+    with partial_folder(Path(tempfile.gettempdir()) / "inferctl-build", 0o700) as folder:
+        metadata = folder / "metadata.json"
         reader = Reader()
         child = _start(command(request, metadata), request)
         streams = ((request.send, child.stdin), (request.receive, child.stdout))
         threads = [_StreamThread(transfer, stream) for transfer, stream in streams if transfer and stream]
         try:
             assert child.stderr is not None
-            for line in child.stderr:
-                yield from reader.feed(line)
+            progress = noted = time.monotonic()
+            for line in _lines(child.stderr):
+                events = list(reader.feed(line)) if line else []
+                yield from events
+                now = time.monotonic()
+                if events:
+                    progress = noted = now
+                elif now - noted >= _QUIET_S:
+                    noted = now
+                    yield reader.waiting(now - progress)
             yield from reader.finish()
             code = child.wait()
         except BaseException:
@@ -423,6 +436,8 @@ def _imagetools(reference: str, template: str) -> dict[str, Any]:
         if message.endswith(": not found"):
             hint = "check the name and the tag; the registry may have deleted an old tag"
             raise UsageError(f"image {reference} not found in its registry", hint) from None
+        if page := failures.web_page(message, reference):
+            raise page from None
         hint = f"check the network, or run `docker login {host_of(reference)}`"
         raise NotReadyError(f"cannot query the registry of {reference}: {message}", hint) from None
     if not isinstance(found, dict):
@@ -447,6 +462,28 @@ def _docker(*arguments: str, timeout_s: float | None = None) -> str:
             f"`docker {' '.join(arguments[:3])}` failed: {output}", "run `inferctl doctor` to check this machine"
         )
     return process.stdout
+
+
+def _lines(stream: IO[str]) -> Iterator[str | None]:
+    """Yield the lines of `stream`, and None after each second without one."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with suppress(OSError, ValueError):  # `_stop` closes it
+            for line in stream:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            yield None
+        else:
+            if line is None:
+                return
+            yield line
 
 
 class _StreamThread(threading.Thread):

@@ -24,6 +24,7 @@ _UNPACK_BYTES_PER_S = {"gzip": 75e6, "zstd": 110e6}
 # A start of the server for embeddings, reranking and classification: imports, and the comparison with fp32. Measured:
 # CPU seconds of all-MiniLM-L6-v2 in a container. The weights are read twice, from a disk of 500 MB/s.
 _SERVER_S, _READ_BYTES_PER_S = 7.0, 250e6
+LOAD = "load and warm-up"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def of_image(compressed: int, uncompressed: int, pull_rate: int, method: str) ->
 def load(weights: int) -> StartPart:
     """Return load and warm-up of `weights` bytes by the server for embeddings, reranking and classification."""
     formula = f"{_SERVER_S:g} s + {size(weights)} / {_rate(_READ_BYTES_PER_S)}"
-    return StartPart("load and warm-up", _SERVER_S + weights / _READ_BYTES_PER_S, formula)
+    return StartPart(LOAD, _SERVER_S + weights / _READ_BYTES_PER_S, formula)
 
 
 def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> tuple[StartPart, ...]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from inferctl.core.errors import InferctlError
+from inferctl.core.partial_folders import partial_folder
 from inferctl.image.failures import raising_disk_full
 from inferctl.image.render import Rendered
 from inferctl.models.model import ModelFolder
@@ -27,9 +28,9 @@ def staged(rendered: Rendered, server: Mapping[str, Path]) -> Iterator[tuple[Pat
     The folder has the Dockerfile, .dockerignore, `rendered.files` and the `server` files (context path -> local file).
     Raises `NotReadyError` if the disk is full.
     """
-    with tempfile.TemporaryDirectory(prefix="inferctl-context-") as name:
+    with partial_folder(Path(tempfile.gettempdir()) / "inferctl-context", 0o700) as parent:
         with raising_disk_full():
-            folder, contexts = _write(Path(name), rendered, server)
+            folder, contexts = _write(parent, rendered, server)
         yield folder, contexts
 
 

@@ -56,6 +56,15 @@ class StepBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class StepWaiting:
+    """The builder has reported no progress for `seconds`. The step is the last one that started, empty if none runs."""
+
+    id: str
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPush:
     """Progress of the push of a layer. `current` and `total` are uncompressed bytes, as the engine reports them."""
 
@@ -82,6 +91,6 @@ class Note:
     text: str
 
 
-BuildEvent = StepStarted | StepFinished | StepLog | StepBytes
-PushEvent = LayerPush | Retry
-Event = Phase | BuildEvent | PushEvent | Note
+BuildEvent = StepStarted | StepFinished | StepLog | StepBytes | StepWaiting
+PushEvent = LayerPush | Retry | Note
+Event = Phase | BuildEvent | PushEvent

@@ -14,7 +14,7 @@ from inferctl.image.image_name import host_of, split
 _NO_LOGIN = re.compile(
     r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied"
     r"|insufficient_scope|requested access to the resource is denied|\bdenied\b(?!:? permission)"
-    r"|(?:status|code)[^\n]{0,40}\b40[13]\b|403 Forbidden|401 Unauthorized",
+    r"|(?:status|code)[^\n]{0,40}\b40[13]\b|403 Forbidden|401 Unauthorized|HTTP 40[13] response",
     re.IGNORECASE,
 )
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
@@ -55,6 +55,14 @@ _REJECTED_FORMAT = re.compile(
     r"manifest[ _]invalid|unsupported|unknown media ?type|invalid media ?type|\b(?:400 Bad|405 Method|415 Unsupp)",
     re.IGNORECASE,
 )
+# What a client says about a web page in place of a response of a registry. With an error status it can be a proxy's.
+_WEB_PAGE = re.compile(
+    r"(?<!response body: )invalid character '<'"
+    r"|unexpected (?:HTTP status|status from [A-Z]+ request to \S+): [23]\d\d",
+    re.IGNORECASE,
+)
+# gRPC of the builder accepts 4 MB, with all labels.
+_LARGE_LABELS = re.compile(r"received message larger than max", re.IGNORECASE)
 # The Docker Engine before 23 and containerd before 1.5 read a zstd layer as a damaged archive.
 _UNREADABLE_LAYER = re.compile(r"invalid tar header|no processor for media-type", re.IGNORECASE)
 
@@ -69,7 +77,8 @@ class NoBridgeError(NotReadyError):
 
 def transient(message: str) -> bool:
     """Return whether a retry of the push may succeed."""
-    return bool(_TRANSIENT.search(message)) and not (_NO_LOGIN.search(message) or _DISK_FULL.search(message))
+    permanent = (_NO_LOGIN, _DISK_FULL, _WEB_PAGE)
+    return bool(_TRANSIENT.search(message)) and not any(each.search(message) for each in permanent)
 
 
 def rejects_zstd(message: str) -> bool:
@@ -99,6 +108,17 @@ def raising_disk_full() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full() from None
         raise
+
+
+def web_page(message: str, reference: str) -> NotReadyError | None:
+    """Return the error for a web page in place of a registry, None if `message` is about something else."""
+    if not _WEB_PAGE.search(message):
+        return None
+    host = host_of(reference)
+    return NotReadyError(
+        f"{host} did not respond to the request for {reference} as a registry does: {message}",
+        f"check the name {host}, and whether a login page or a proxy responds in its place",
+    )
 
 
 def engine_error(message: str, action: str) -> NotReadyError:
@@ -230,6 +250,8 @@ def push_error(message: str, reference: str) -> InferctlError:
         return NotReadyError(
             f"pushing {reference} failed: {message}", f"run `docker login {host}` with an account that has write access"
         )
+    if error := web_page(message, reference):
+        return error
     if _UNREACHABLE.search(message) or transient(message):
         return NotReadyError(
             f"pushing {reference} failed: {message}",
@@ -264,6 +286,13 @@ def pull_error(message: str, reference: str) -> InferctlError:
             f"the engine cannot read the layers of {reference}: {message}",
             "zstd layers need Docker Engine 23 or newer: update it, or build with `image.compression: gzip`",
         )
+    if _LARGE_LABELS.search(text):
+        return InferctlError(
+            f"the labels of {reference} are too large for the builder: {message}",
+            "use another image, or build or push it again with smaller labels",
+        )
+    if error := web_page(message, reference):
+        return error
     if _MISSING.search(text) and not unreachable(text):
         return MissingImageError(f"image {reference} not found in {host}", "check the name, tag and digest")
     return NotReadyError(f"pulling {reference} failed: {message}", f"check that {host} is up and reachable")

@@ -94,6 +94,13 @@ def labels_of(
 
     Raises `UsageError` for a model that no task computes, and for values that are too long for a label.
     """
+    listed = _compact(dict(sorted(files.items())))
+    if len(quoted(listed)) > _MAX_LABEL_BYTES:  # before the hash, which reads all files
+        raise UsageError(
+            f"{folder.path} has {len(files):,} files. Their names and sizes have {len(quoted(listed)):,} bytes, and a "
+            f"label has at most {_MAX_LABEL_BYTES:,}",
+            "merge the shards of the weights into fewer files, or shorten the names",
+        )
     parameters, formats = folder.parameters, sorted(set(folder.number_formats.values()))
     quantization = folder.config.get("quantization_config")
     own = {
@@ -102,7 +109,7 @@ def labels_of(
         "task": resolve_task("auto", folder, source or str(folder.path)),
         "number_formats": ",".join(formats),
         "parameters": str(parameters),
-        "files": _compact(dict(sorted(files.items()))),
+        "files": listed,
         "library_type": folder.library_type,
         "quantization": str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else None,
         "config": _compact(folder.config),
@@ -113,14 +120,9 @@ def labels_of(
         for name, value in {"source": source, "revision": revision, "licenses": license_id}.items()
         if value
     }
-    if len(found[f"{LABEL}config"]) > _MAX_LABEL_BYTES:  # labels of a classifier
+    if len(quoted(found[f"{LABEL}config"])) > _MAX_LABEL_BYTES:  # labels of a classifier
         del found[f"{LABEL}config"]
     too_long = [name for name, value in found.items() if len(quoted(value)) > _MAX_LABEL_BYTES]
-    if f"{LABEL}files" in too_long:
-        raise UsageError(
-            f"{folder.path} has {len(files)} files, whose names are too long for a label",
-            "merge the shards of the weights into fewer files",
-        )
     if too_long:
         raise UsageError(
             f"{too_long[0]} of {folder.path} is longer than the {_MAX_LABEL_BYTES:,} bytes of a label", "shorten it"

@@ -5,22 +5,19 @@ files -> tar stream -> builder -> registry        registry -> builder -> tar str
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import io
 import os
 import re
 import shutil
 import tarfile
-import time
-import uuid
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from inferctl.config.spec import IMAGE_SCHEME
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, shown
+from inferctl.core.partial_folders import partial_folder
 from inferctl.core.sizes import size
 from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
@@ -36,8 +33,6 @@ from inferctl.models.model import ModelFolder, is_hub_id
 
 # Texts that a license may require next to the weights.
 _DOCUMENTS = re.compile(r"README\.md|(?:LICEN[CS]E|NOTICE|COPYING)[\w.-]*", re.IGNORECASE)
-# A pull locks its folder within this time.
-_NEW_S = 60.0
 
 
 def dockerfile(labels: Mapping[str, str], layers: int) -> str:
@@ -67,12 +62,12 @@ def push(
     text = dockerfile(labels, len(layers))
     engine = DockerEngine.connect()
     builder = buildx.detect(engine.info().containerd_store)
-    output = f"type=image,name={reference},push=true"
+    output = f"type=image,name={reference}"
     request = buildx.BuildRequest(
         send=lambda stream: _write_context(stream, folder.path, text, layers),
         build_args={"SOURCE_DATE_EPOCH": str(EPOCH)},
         platforms=(PLATFORM,),
-        outputs=(f"{output},compression=uncompressed,force-compression=true,oci-mediatypes=true",)
+        outputs=(f"{output},push=true,compression=uncompressed,force-compression=true,oci-mediatypes=true",)
         if builder.exports
         else (output,),
         # Those of ModelPack (`org.cncf.model.*`) are for layers, and no builder sets them.
@@ -86,17 +81,19 @@ def push(
     if not builder.exports:
         yield Note("the layers are compressed with gzip, which costs time: " + builder.describe())
 
-    def attempt() -> Generator[Event, None, dict[str, Any]]:
+    def attempt() -> Generator[Event, None, str]:
         try:
-            return (yield from buildx.run(request))
+            return str((yield from buildx.run(request)).get("containerimage.digest"))
         except buildx.BuildFailedError as error:
             raise PushFailedError(failures.last_line(error.text)) from None
 
     try:
-        metadata = yield from retrying(attempt, reference, attempts)
+        digest = yield from retrying(attempt, reference, attempts if builder.exports else 1)
+        if not builder.exports:
+            digest = (yield from engine.push(reference, attempts)).digest
     finally:
         engine.untag(reference)  # buildx names the image in the engine, too
-    found = inspect(f"{split(reference)[0]}@{metadata['containerimage.digest']}")
+    found = inspect(f"{split(reference)[0]}@{digest}")
     if found.sha256 != labels[f"{LABEL}sha256"] or found.files != files:
         raise InferctlError(
             f"{found.reference} in the registry is not the model that was pushed",
@@ -127,14 +124,9 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
     It gets its name when all files are complete and have the hash of the label. Raises `NotReadyError` if the registry,
     the Docker Engine or the disk fails, `UsageError` for an image with other files than its labels say.
     """
-    with _translated(f"{target} cannot be written"):
-        _remove_killed(target)
-        # Processes of two containers may have the same id.
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-        partial.mkdir(parents=True)
-        lock = os.open(partial, os.O_RDONLY)
-    try:
-        _lock(lock)
+    with ExitStack() as stack:
+        with _translated(f"{target} cannot be written"):
+            partial = stack.enter_context(partial_folder(target))
         yield from _pull(image, target, partial)
         with suppress(OSError):
             target.rmdir()  # an empty folder
@@ -144,29 +136,7 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
             # Another process may have pulled the same image into the cache.
             if target != image_source.cache_folder(image.digest):
                 raise UsageError(f"{target} already exists", "name a new folder with `--output`") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
     return target
-
-
-def _remove_killed(target: Path) -> None:
-    """Remove the files of pulls to `target` that were killed: their folders have no lock."""
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        with suppress(OSError):
-            lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
-            if time.time() - os.fstat(lock).st_mtime > _NEW_S and _lock(lock):
-                shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(folder: int) -> bool:
-    """Lock an open folder. Return whether it had no lock: False also on file systems without locks of folders."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _pull(image: ModelImage, target: Path, partial: Path) -> Generator[Event, None, None]:

@@ -165,6 +165,7 @@ def plan(
         weights=_weights(spec) if baked else None,
         server=sum(file.stat().st_size for file in server_files.values()),
         zstd=spec.image.compression == "zstd",
+        base_image=spec.image.base_image,
     )
     if options.max_bytes is not None:
         size_forecast.check_limit(forecast, options.max_bytes, stack.cuda)
@@ -191,10 +192,11 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
             f"{source} cannot be served as it is on the hub, and a build does not convert it",
             f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
         )
-    remote = "the files in the registry" if is_image(source) else "the files on the hub"
-    return size_forecast.ImagePart(
-        "weights", found.bytes, "the model folder" if isinstance(found, ModelFolder) else remote
-    )
+    if isinstance(found, ModelFolder):
+        place = "the files in the cache" if is_image(source) or is_hub_id(source) else "the model folder"
+    else:
+        place = "the files in the registry" if is_image(source) else "the files on the hub"
+    return size_forecast.ImagePart("weights", found.bytes, place)
 
 
 def _check(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from inferctl.core.errors import InferctlError
 from inferctl.image import failures
-from inferctl.image.events import LayerPush, LayerStatus, PushEvent, Retry
+from inferctl.image.events import LayerPush, LayerStatus, Note, PushEvent, Retry
 from inferctl.image.records import ATTEMPTS
 
 Step = TypeVar("Step")
@@ -27,6 +27,7 @@ _STATUS: dict[str, LayerStatus] = {
     "Pushed": "pushed",
     "Layer already exists": "exists",
 }
+_DONE = ("pushed", "exists", "mounted")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Pushed:
 
 
 class PushFailedError(Exception):
-    """A push attempt failed. The text is from the engine."""
+    """A push attempt failed. The text is from the engine. `retried`: whether it has retried the upload itself."""
+
+    def __init__(self, message: str, *, retried: bool = False) -> None:
+        super().__init__(message)
+        self.retried = retried
 
 
 def retrying(
@@ -54,6 +59,7 @@ def retrying(
 ) -> Generator[Step | Retry, None, Result]:
     """Run `attempt` until it succeeds, and retry after a transient `PushFailedError` with delays of 1, 2, 4, ... s.
 
+    A failure that the engine has retried is the last one: its retries of a layer take 50 s.
     Raises `failures.push_error` of the last failure.
     """
     for number in range(1, attempts + 1):
@@ -61,7 +67,7 @@ def retrying(
             return (yield from attempt())
         except PushFailedError as error:
             message = str(error)
-            if number == attempts or not failures.transient(message):
+            if number == attempts or error.retried or not failures.transient(message):
                 raise failures.push_error(message, reference) from None
             delay = _FIRST_DELAY * 2 ** (number - 1)
             yield Retry(number, attempts, delay, message)
@@ -79,16 +85,22 @@ def push(
     return (yield from retrying(lambda: read(open_stream()), reference, attempts, sleep))
 
 
-def read(lines: Iterable[Mapping[str, Any]]) -> Generator[LayerPush, None, Pushed]:
+def read(lines: Iterable[Mapping[str, Any]]) -> Generator[LayerPush | Note, None, Pushed]:
     """Read the lines of one attempt. Raises `PushFailedError` for an error line or a response without a digest."""
     layers: dict[str, LayerStatus] = {}
+    retried: set[str] = set()
     digest: str | None = None
     for line in lines:
         if problem := line.get("error") or line.get("errorDetail"):
             raise PushFailedError(
-                str(problem.get("message", problem)) if isinstance(problem, Mapping) else str(problem)
+                str(problem.get("message", problem)) if isinstance(problem, Mapping) else str(problem),
+                retried=any(layers.get(layer) not in _DONE for layer in retried),
             )
         digest = _digest(line) or digest
+        if str(line.get("status", "")).startswith("Retrying in "):
+            if not retried:
+                yield Note("the upload of a layer failed: the engine retries it for up to 50 s")
+            retried.add(str(line.get("id")))
         for event in _layer(line):
             layers[event.id] = event.status
             yield event

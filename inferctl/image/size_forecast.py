@@ -74,17 +74,20 @@ def forecast(
     weights: ImagePart | None,
     server: int,
     zstd: bool = False,
+    base_image: str | None = None,
 ) -> SizeForecast:
     """Return the forecast size of an image. Pure function.
 
     `locks`: names of the installed closures (`torch`, `vllm`, `server`, `int8`). `wheels`: closure -> bytes, if a wheel
     folder replaces the index. `weights`: the baked weights. `server`: bytes of the server's own files. `zstd`: whether
-    all layers get zstd; otherwise they count with gzip, which is larger.
+    all layers get zstd; otherwise they count with gzip, which is larger. `base_image`: the image that replaces `base`.
+    Its size is not known here, so that of `base` counts.
     """
     base_source = "; ".join(s.title for s in base.sources if "compressed_bytes" in s.facts)
-    parts = [
-        ImagePart("base image", base.compressed_bytes, base_source or base.notes.get("compressed_bytes", "unknown"))
-    ]
+    base_source = base_source or base.notes.get("compressed_bytes", "unknown")
+    if base_image and base_image.partition("@")[0] != base.reference:
+        base_source = f"{base.reference}, in place of image.base_image: {base_source}"
+    parts = [ImagePart("base image", base.compressed_bytes, base_source)]
     closures = {
         "torch": ("torch closure", stack.compressed_bytes, _titles(stack)),
         "vllm": ("vLLM closure", stack.vllm_bytes, _titles(stack, "vllm_bytes")),

@@ -18,7 +18,7 @@ from inferctl.core.errors import UsageError, shown
 
 # The folder of the model in its image. An image with the server has its weights there too, so layers can be equal.
 FOLDER = "model"
-# The labels of an image have the names and sizes of all files, and a Dockerfile has at most 64 KB in a line.
+# For labels of others. A push has less room: one label has all names and sizes (`image/model_image.py`).
 _MAX_FILES = 2000
 _MAX_NAME_BYTES = 255
 

@@ -47,7 +47,7 @@ BGE_M3 = ("sparse_linear", "colbert_linear")
 _MAX_LABELS = 1_000_000
 _MADE_FOR: dict[TaskSetting, str] = {
     "embed": "an embedding model",
-    "rerank": "a cross-encoder",
+    "rerank": "a reranker",
     "classify": "a classifier",
     "generate": "a generative model",
 }
@@ -251,10 +251,10 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             raise UnconvertedError(
                 path, source, "is a Router of sentence-transformers, with its model in a folder below"
             )
-        raise UsageError(
-            f"{path} is not a model folder: config.json not found",
-            "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors",
-        )
+        hint = "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors"
+        if (path / image_source.FOLDER / "config.json").is_file():  # the root of a model image
+            hint = f"pass {path / image_source.FOLDER}, or for a pod name the model image in model.source"
+        raise UsageError(f"{path} is not a model folder: config.json not found", hint)
     untrusted.check(path, folder.files())
     _ = folder.config
     if pickled := folder.pickled:
@@ -330,7 +330,7 @@ def resolve_task(requested: TaskSetting, model: TaskFacts, source: str) -> Task:
     """Return the task of the model `source`: `requested`, or for `auto` the one that its files imply.
 
     sentence-transformers decides, if it wrote the files. With modules, an embedding model can have the architecture of
-    a generative one. A classifier with one label is a cross-encoder, unless `classify` is requested. Raises
+    a generative one. A classifier with one label is a reranker, unless `classify` is requested. Raises
     `UsageError` if the model is made for another task.
     """
     config = model.config

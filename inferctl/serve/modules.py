@@ -274,7 +274,7 @@ def _changes(settings: dict[str, Any], task: Task) -> Iterator[str]:
 
 
 def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> None:
-    """Raise `UsageError` unless each Dense continues with the vector, and the last one of a cross-encoder scores it."""
+    """Raise `UsageError` unless each Dense continues with the vector, and the last one of a reranker scores it."""
     for index, (name, path) in enumerate(entries):
         if name not in ("Dense", "Normalize"):
             continue
@@ -287,7 +287,7 @@ def _check_outputs(folder: Path, entries: list[tuple[str, str]], task: Task) -> 
                 f"the {name} module in {path} of {folder} turns {source} into {target}", "use another model"
             )
     if task != "embed" and entries[-1][0] != "Dense":
-        raise UsageError(f"the modules of {folder} return no scores", "use a cross-encoder whose last module is Dense")
+        raise UsageError(f"the modules of {folder} return no scores", "use a reranker whose last module is Dense")
 
 
 def settings_of(folder: Path, path: str) -> dict[str, Any]:

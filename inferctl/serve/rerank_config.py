@@ -80,7 +80,7 @@ def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:
         return RerankConfig(activation, **settings)
     *_, last = found.layers
     if not isinstance(last, LogitScore) and not (isinstance(last, Dense) and last.out_features == 1):
-        raise UsageError(f"{folder} returns several scores for a pair", "use a cross-encoder with one score")
+        raise UsageError(f"{folder} returns several scores for a pair", "use a reranker with one score")
     return RerankConfig(activation, pooling=found.pooling, layers=found.layers, **settings)
 
 

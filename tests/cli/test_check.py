@@ -109,7 +109,7 @@ def test_the_task_follows_from_the_model_and_a_contradiction_ends_with_2(here: P
     (here / "inferctl.yaml").write_text(SPEC.replace("source: model", "source: model, task: embed"))
     assert run(["check"]) == 2
     told = " ".join(capsys.readouterr().out.split())
-    assert "model is a cross-encoder (BertForSequenceClassification)" in told
+    assert "model is a reranker (BertForSequenceClassification)" in told
     assert "hint: set `model.task: auto`, or choose an embedding model" in told
 
 

@@ -60,8 +60,8 @@ def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFix
     Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"], "num_labels": 1}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     told = capsys.readouterr().err
-    assert "config.json is of a cross-encoder (BertForSequenceClassification)" in told
-    assert "hint: measure a cross-encoder with `inferctl bench`" in told
+    assert "config.json is of a reranker (BertForSequenceClassification)" in told
+    assert "hint: measure a reranker with `inferctl bench`" in told
     Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"]}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     told = capsys.readouterr().err

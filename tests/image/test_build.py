@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
 from inferctl.image import build, buildx, publish
@@ -30,7 +31,7 @@ from inferctl.image.running_container import exit_error
 from inferctl.image.size_forecast import ImagePart, SizeForecast
 from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
-from tests.image import tiny
+from tests.image import sharded, tiny
 
 pytestmark = pytest.mark.docker
 REGISTRY = "localhost:5000"
@@ -191,6 +192,37 @@ def test_the_pushed_image_is_the_verified_one_and_a_second_push_sends_little(
     assert second.digest != built.digest
     assert second.pushed is not None
     assert second.pushed < 10_000
+
+
+@pytest.mark.parametrize(
+    ("weights", "source", "counted"),
+    [
+        ({"image": "registry.example.com/m:1"}, "model", True),
+        ({"pvc": "claim"}, "model", False),
+        ({"image": "registry.example.com/m:1"}, "none", None),
+    ],
+)
+def test_a_cold_start_counts_the_model_image_that_is_mounted(
+    docker: DockerEngine,
+    base_image: str,
+    tmp_path: Path,
+    weights: dict[str, str],
+    source: str,
+    counted: bool | None,
+) -> None:
+    model = sharded.write(tmp_path / "model")
+    made = tiny.plan(tiny.rendered(base_image), name=f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x")
+    document = made.spec.model_dump() | {"model": {"source": str(tmp_path / source)}, "deploy": {"weights": weights}}
+    _, built = run(
+        docker, tiny.with_options(replace(made, spec=Spec.model_validate(document)), push=True, verify=False)
+    )
+    if counted is None:
+        assert built.cold_start == ()
+        return
+    assert built.compressed is not None
+    added = ModelFolder(model).weights_bytes if counted else 0
+    assert [part.name for part in built.cold_start] == ["pull", "unpack"]
+    assert built.cold_start[0].seconds == pytest.approx((built.compressed + added) / built.pull_rate)
 
 
 def test_every_name_of_an_image_is_tagged_and_pushed_under_one_digest(docker: DockerEngine, base_image: str) -> None:

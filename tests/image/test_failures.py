@@ -155,10 +155,36 @@ def test_transient_failures(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["denied: no", "unauthorized: 503", "write: no space left on device: EOF", "manifest invalid"]
+    "message",
+    [
+        "denied: no",
+        "unauthorized: 503",
+        "write: no space left on device: EOF",
+        "manifest invalid",
+        "received unexpected HTTP status: 200 OK",
+    ],
 )
 def test_permanent_failures(message: str) -> None:
     assert not failures.transient(message)
+
+
+@pytest.mark.parametrize(
+    ("message", "push", "pull"),
+    [
+        ("invalid character '<' looking for beginning of value", "login page", "login page"),
+        ("received unexpected HTTP status: 200 OK", "login page", "login page"),
+        ("unexpected status from POST request to http://r.example.com:443/v2/x: 302 Found", "login page", "login page"),
+        # The page of a proxy: the status says more.
+        ("error parsing HTTP 413 response body: invalid character '<': \"<html>\"", "docker push", "reachable"),
+        ("error parsing HTTP 403 response body: invalid character '<': \"<html>\"", "docker login", "docker login"),
+        ("unexpected status from GET request to http://r.example.com/v2/x: 502 Bad Gateway", "up, reach", "reachable"),
+        ("ResourceExhausted: grpc: received message larger than max (6003879 vs. 4194304)", "docker push", "labels"),
+    ],
+)
+def test_the_hint_fits_what_is_wrong_with_a_registry(message: str, push: str, pull: str) -> None:
+    reference = "r.example.com/team/x:1"
+    assert push in (failures.push_error(message, reference).hint or "")
+    assert pull in (failures.pull_error(message, reference).hint or "")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import urllib.parse
 import uuid
@@ -27,7 +28,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, model_image, model_transfer
 from inferctl.image.build import model_layers
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import Phase
+from inferctl.image.events import Phase, StepWaiting
 from inferctl.image.from_spec import rendered_image
 from inferctl.image.model_image import ModelImage
 from inferctl.models import image_source
@@ -288,6 +289,25 @@ def test_an_interrupted_pull_leaves_no_folder(repository: str, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_pull_says_that_a_layer_does_not_come_and_can_be_interrupted(
+    registry: RegistryProxy, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buildx, "_QUIET_S", 1)
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    (digest,) = put_image(repository, "v1", [layer], labels)
+    interrupted = threading.Event()
+    registry.fault = lambda _method, path: (404, b"") if path.endswith(digest) and interrupted.wait(60) else None
+    running = model_transfer.pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
+    waiting = next(event for event in running if isinstance(event, StepWaiting))
+    assert "FROM" in waiting.name
+    assert waiting.seconds >= 1
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 5
+    interrupted.set()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_the_next_pull_removes_what_a_killed_one_left(repository: str, tmp_path: Path) -> None:
     layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
     put_image(repository, "v1", [layer], labels)
@@ -315,6 +335,21 @@ def test_a_registry_that_does_not_respond_is_an_error(
     registry.fault = lambda _method, _path: time.sleep(6)
     with pytest.raises(NotReadyError, match="did not respond within 2 s"):
         model_image.inspect(f"{repository}:v1")
+
+
+def test_a_web_page_in_place_of_a_registry_is_an_error(registry: RegistryProxy, repository: str) -> None:
+    registry.fault = lambda _method, _path: (200, b"<!DOCTYPE html><html><body>Sign in</body></html>")
+    with pytest.raises(NotReadyError) as caught:
+        model_image.inspect(f"{repository}:v1")
+    assert "login page" in (caught.value.hint or "")
+
+
+def test_an_image_with_labels_that_the_builder_does_not_accept_is_an_error(repository: str, tmp_path: Path) -> None:
+    layer, labels = layer_of(sharded.write(tmp_path / "model", run=uuid.uuid4().hex))
+    put_image(repository, "v1", [layer], labels | {"other": "x" * 3_000_000})
+    with pytest.raises(InferctlError) as caught:
+        pull(model_image.inspect(f"{repository}:v1"), tmp_path / "pulled")
+    assert "labels" in (caught.value.hint or "")
 
 
 def test_a_registry_that_lies_about_a_manifest_is_an_error(

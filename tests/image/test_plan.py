@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +81,25 @@ def test_a_context_is_removed_after_a_failed_build() -> None:
     with pytest.raises(ZeroDivisionError), staged(RENDERED, {}) as (folder, _):
         raise ZeroDivisionError
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "removed"), [("context", True, True), ("context", False, False), ("other", True, False)]
+)
+def test_the_next_context_removes_those_of_killed_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, old: bool, removed: bool
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = tmp_path / f".inferctl-{name}.{'0' * 32}.partial"
+    (killed / "inferctl").mkdir(parents=True)
+    if old:
+        os.utime(killed, (0, 0))
+    with staged(RENDERED, {}) as (running, _):
+        os.utime(running.parent, (0, 0))
+        with staged(RENDERED, {}):
+            assert running.is_dir()
+    assert killed.exists() != removed
+    assert len(list(tmp_path.iterdir())) == (0 if removed else 1)
 
 
 def test_a_full_disk_while_a_context_is_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

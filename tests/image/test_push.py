@@ -17,7 +17,7 @@ import pytest
 
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import LayerPush, PushEvent, Retry
+from inferctl.image.events import LayerPush, Note, PushEvent, Retry
 from inferctl.image.push import Pushed, PushFailedError, push, read
 
 DIGEST = "sha256:" + "a" * 64
@@ -178,6 +178,31 @@ def test_repeated_transient_failures_end_after_the_last_attempt() -> None:
     with pytest.raises(NotReadyError, match="502 Bad Gateway"):
         list(push(attempt, "localhost:5000/t:x", attempts=3, sleep=lambda _: None))
     assert len(tried) == 3
+
+
+RETRYING = [
+    {"status": f"Retrying in {seconds} seconds", "progressDetail": {}, "id": layer}
+    for seconds in (5, 4)
+    for layer in ("e729a1e34409", "0a5cbea82d5c")
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "attempts"),
+    [
+        ([*GOOD[:4], *RETRYING, *failing("received unexpected HTTP status: 503 Service Unavailable")[-1:]], 1),
+        # The layers have arrived in the end; the engine does not retry the manifest.
+        ([*GOOD[:4], *RETRYING, *GOOD[4:8], *failing("received unexpected HTTP status: 503")[-1:]], 3),
+    ],
+    ids=["layer", "manifest"],
+)
+def test_what_the_engine_has_retried_is_not_retried_again(lines: list[dict[str, Any]], attempts: int) -> None:
+    events: list[PushEvent] = []
+    going = push(lambda: lines, "localhost:5000/t:x", attempts=3, sleep=lambda _: None)
+    with pytest.raises(NotReadyError, match="503"):
+        while True:
+            events.append(next(going))
+    assert len([event for event in events if isinstance(event, Note)]) == attempts
 
 
 def test_a_truncated_response_is_not_a_success(fake: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.cli.build_view import BuildView, short
-from inferctl.image.events import Event, LayerPush, Note, Phase, Retry
+from inferctl.image.events import Event, LayerPush, Note, Phase, Retry, StepWaiting
 from inferctl.image.rawjson import Reader
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -48,6 +48,11 @@ def test_a_repeated_build_for_an_export_shows_only_new_steps(capsys: pytest.Capt
     lines = shown([Phase("push", "r/x:1"), *recorded("cached.txt")], capsys)
     assert not any(line.endswith("CACHED") for line in lines)
     assert any("exporting to image" in line for line in lines)
+
+
+@pytest.mark.parametrize(("name", "line"), [("[1/1] FROM r/m", "no progress for 30 s: [1/1] FROM r/m"), ("", "30 s")])
+def test_a_step_without_progress_has_a_line(name: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown([StepWaiting("", name, 30.2)], capsys)[0].endswith(line)
 
 
 def test_layers_and_retries_of_a_push(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from inferctl.config.spec import Spec
 from inferctl.deploy import explain, sizing
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.plan import FlavorPlan, Rate
+from inferctl.facts import catalog
+from inferctl.image import cold_start
 from inferctl.models.fit import ModelSize, UnknownSize
 
 DIGEST = f"sha256:{'cd' * 32}"
@@ -59,24 +62,31 @@ def test_a_cold_start_is_set_or_the_sum_of_its_parts(
 
 
 @pytest.mark.parametrize(
-    ("set_", "rate", "download", "value"),
+    ("set_", "rate", "download", "estimate", "value"),
     [
-        ((10.0, 20.0), 41.5, 30.0, 10),
-        ((None, 20.0), 41.5, 30.0, 20),
+        ((10.0, 20.0), 41.5, 30.0, (7.8, "7 s + 0.8 s"), 10),
+        ((None, 20.0), 41.5, 30.0, (7.8, "7 s + 0.8 s"), 20),
         # The receipt may be of a run with the model in its cache; the pods download it first.
-        ((None, None), 41.5, 30.0, 71.5),
-        ((None, None), 41.5, 0.0, 41.5),
-        ((None, None), None, 30.0, 150),
-        ((None, None), None, 0.0, 120),
+        ((None, None), 41.5, 30.0, (7.8, "7 s + 0.8 s"), 71.5),
+        ((None, None), 41.5, 0.0, (7.8, "7 s + 0.8 s"), 41.5),
+        ((None, None), None, 30.0, (7.8, "7 s + 0.8 s"), 37.8),
+        ((None, None), None, 0.0, (7.8, "7 s + 0.8 s"), 7.8),
+        ((None, None), None, 30.0, None, 150),
+        ((None, None), None, 0.0, None, 120),
     ],
 )
 def test_a_load_time_has_the_download_unless_it_is_set(
-    set_: tuple[float | None, float | None], rate: float | None, download: float, value: float
+    set_: tuple[float | None, float | None],
+    rate: float | None,
+    download: float,
+    estimate: tuple[float, str] | None,
+    value: float,
 ) -> None:
     measured = Rate(1.0, measured=True, source="", seal="01234567", load_s=rate) if rate else None
-    found = sizing.load_s(*set_, measured, download)
+    found = sizing.load_s(*set_, measured, download, estimate)
     assert found.value == value
-    assert ("estimated" in found.source) == (value in (71.5, 150))
+    assert ("estimated" in found.source) == (value in (71.5, 37.8, 7.8, 150))
+    assert found.formula == "7 s + 0.8 s" or value != 7.8
 
 
 def planned(
@@ -132,7 +142,37 @@ def test_a_startup_probe_waits_for_a_download() -> None:
     # 200 MB at 1 MB/s: the first start of a pod takes 200 s more than one with the weights in its image.
     baked, loaded = planned(pull_rate="1MB"), planned(model={"weights": "download"}, pull_rate="1MB")
     assert loaded.load_s.value - baked.load_s.value == 200
-    assert loaded.startup_failures.value * 5 == 3 * loaded.load_s.value
+    assert loaded.startup_failures.value * 5 == 3 * (120 + 200)
+
+
+# Of 32 GB: 7 s + 32e9 / 250e6 = 135 s.
+LARGE = replace(SMALL, weights_bytes=32_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("size", "base", "deploy", "load", "source", "probe"),
+    [
+        # 7 s + 200 MB / 250 MB/s. The probe allows what it allowed without an estimate.
+        (SMALL, "cuda13.0", {}, 7.8, "estimated", 360),
+        (LARGE, "cuda13.0", {}, 135, "estimated", 405),
+        (UNKNOWN, "cuda13.0", {}, 120, "assumed", 360),
+        (GENERATOR, "vllm-cuda13.0", {}, 120, "assumed", 965),
+        (SMALL, "cuda13.0", {"load_s": 20}, 20, "spec", 60),
+    ],
+)
+def test_the_load_is_that_of_check_and_its_estimate_makes_no_probe_stricter(
+    size: ModelSize | UnknownSize, base: str, deploy: dict[str, Any], load: float, source: str, probe: int
+) -> None:
+    found = planned(size, base, **deploy)
+    assert found.load_s.value == load
+    assert found.load_s.source.startswith(source)
+    assert found.startup_failures.value * found.startup_period_s.value == probe
+    entry = catalog.base(base)
+    spec = Spec.model_validate({"name": "x", "model": {"source": "org/x", "weights": "bake"}, "image": {"base": base}})
+    weights = size.weights_bytes if isinstance(size, ModelSize) else None
+    parts = cold_start.of_spec(spec, entry, catalog.stack(entry.stack), weights)
+    checked = [part.seconds for part in parts if part.name == cold_start.LOAD]
+    assert source != "estimated" or checked == [pytest.approx(load)]
 
 
 @pytest.mark.parametrize(
