@@ -125,8 +125,8 @@ class Serve(Section):
     )
     check_record: OneLine | None = Field(
         None,
-        description="Not for generation: file with the results of the checks at the start. With those of the same model "
-        "and code, a start takes less time. The server writes it if it can and the file has none.",
+        description="File for the results of the checks at the start. If it has those of the same model and code, the "
+        "start does not repeat these checks; otherwise the server writes them. Not for generation.",
     )
     max_queue_tokens: int = Field(
         262_144,
@@ -247,8 +247,9 @@ class Image(Section):
     )
     check_record: bool = Field(
         False,
-        description="Not for generation: start the built image once, and store the results of the checks at its start in "
-        "it (`serve.check_record`). Starts take less time. The layer depends on the hardware that builds it.",
+        description="Start the built image once, and store the results of the checks at its start in its last layer "
+        "(`serve.check_record`), so that later starts take less time. Builds can then differ in this layer. Not for "
+        "generation.",
     )
     max_size: Size | None = Field(
         None, description="Maximum compressed size of the image, such as `6GB`. A larger image fails the build."

@@ -115,6 +115,16 @@ def test_an_image_gets_what_the_checks_at_its_first_start_found(
         assert any("not recorded" in event.text for event in events if isinstance(event, Note))
 
 
+def test_the_expected_image_gives_its_record_to_the_build_that_publishes_it(
+    docker: DockerEngine, base_image: str
+) -> None:
+    _, measured = run(docker, recording(base_image))
+    again = tiny.with_options(recording(base_image), verify=False, expected=measured.image)
+    events, published = run(docker, again)
+    assert published.image == measured.image
+    assert not any("not recorded" in event.text for event in events if isinstance(event, Note))
+
+
 def test_an_image_that_does_not_start_gets_no_record_and_no_name(docker: DockerEngine, base_image: str) -> None:
     made = recording(base_image, "dies")
     with pytest.raises(InferctlError, match="there is no such model"):
