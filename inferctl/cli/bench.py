@@ -250,7 +250,7 @@ def bench(
 
     If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
     """
-    if start:
+    if start is not None:
         _reject_options(context, _ALLOWED_WITH_START, "`--start`, which sends one request")
         from inferctl.cli import bench_start
 

@@ -49,6 +49,8 @@ def measure(
     from inferctl.image.docker import DockerEngine
 
     reference = full_reference(reference)
+    if rounds is not None and rounds < 1:
+        raise UsageError(f"`--repeats {rounds}` is less than 1", "pass the number of rounds, such as `--repeats 3`")
     spec = options.without_model(spec_file, {"model.source": model})
     engine = DockerEngine.connect()
     image = serve_image.get_or_pull(engine, reference, console.note)
@@ -150,7 +152,7 @@ def _remarks(starts: Sequence[ContainerStart]) -> list[str]:
     """Return what the table does not show, in sentences."""
     pulls = [each.pull for each in starts if each.pull]
     lines = []
-    if pulls:
+    if any(each.kept < each.layers for each in pulls):
         done = _median([each.downloaded_s for each in pulls])
         lines.append(f"The last layer was downloaded {done:.1f} s after the start of the pull.")
     if kept := max((each.kept for each in pulls), default=0):

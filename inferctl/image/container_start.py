@@ -68,12 +68,13 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
     others = [each for each in image.tags if familiar(each) != familiar(reference)]
     if others:
         raise UsageError(
-            f"the image has other names in the engine, which keep it: {', '.join(others)}", "remove them first"
+            f"the image has other names in the engine, which keep it: {', '.join(others)}",
+            f"remove them with `docker image rm {' '.join(others)}`",
         )
     if not any(familiar(each) == f"{familiar(name)}@{digest}" for each in image.digests):
         raise UsageError(
             f"the registry has another image as {reference} than the engine",
-            "pull it, or push the one of the engine: `inferctl push`",
+            f"run `docker pull {reference}`, or push the image of the engine with `inferctl push {reference}`",
         )
     layers = buildx.manifest(f"{name}@{digest}", image.platform)["layers"]
     zstd = any(str(layer["mediaType"]).endswith("zstd") for layer in layers)
@@ -91,8 +92,8 @@ def measure(
 ) -> Iterator[ContainerStart]:
     """Yield the starts of each round: if `remove`, one with an empty store, and then one with a warm store.
 
-    `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns after a valid response. `on_step`
-    is called with what begins. Raises `InferctlError` if the container ends, or does not respond.
+    `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns
+    after a valid response. `on_step` is called with what begins. Raises `InferctlError` if the container ends, or does not respond.
     """
     for number in range(1, rounds + 1):
         for pulls in (True, False) if remove else (False,):

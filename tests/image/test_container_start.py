@@ -105,6 +105,12 @@ def test_an_image_that_cannot_be_measured_is_kept(
     assert docker("ps", "--all", "--quiet", "--filter", f"ancestor={name}") == ""
 
 
-def test_options_of_a_load_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["bench", "--start", "a:b", "--users", "3"]) == 2
-    assert "--users" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["a:b", "--users", "3"], "--users"), (["a:b", "--repeats", "0"], "--repeats"), ([""], "image name")],
+)
+def test_options_of_a_load_and_wrong_values_are_rejected(
+    options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["bench", "--start", *options]) == 2
+    assert named in capsys.readouterr().err
