@@ -46,7 +46,8 @@ def built(base_image: str, tmp_path: Path) -> Iterator[Callable[..., str]]:
 
     yield make
     for name in names:
-        docker("image", "rm", "--force", name, fails=True)
+        repository = name.removesuffix(":x")  # also images that lost their tag to another one
+        docker("image", "rm", "--force", *set(docker("images", "--quiet", repository).split()), fails=True)
 
 
 def test_each_round_starts_a_pulled_and_a_present_image(

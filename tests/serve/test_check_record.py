@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def config(folder: Path, file: Path, **settings: Any) -> EngineConfig:
     return EngineConfig(model=str(folder), check_record=str(file), **options)
 
 
+@pytest.fixture(scope="module")
+def record(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The text of a record of `model`."""
+    file = tmp_path_factory.mktemp("record") / "record.json"
+    start(config(model, file))
+    return file.read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "phases"),
     [
@@ -55,10 +64,10 @@ def config(folder: Path, file: Path, **settings: Any) -> EngineConfig:
     ],
 )
 def test_a_start_repeats_what_the_record_does_not_have(
-    settings: dict[str, Any], phases: list[str], model: Path, tmp_path: Path
+    settings: dict[str, Any], phases: list[str], record: str, model: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "record.json"
-    assert start(config(model, file))[0] == ALL
+    file.write_text(record)
     found, info = start(config(model, file, **settings))
     assert found == phases and info.within_limit
     assert start(config(model, file, **settings))[0] == NOTHING, "the second of these starts has a record"
@@ -66,10 +75,10 @@ def test_a_start_repeats_what_the_record_does_not_have(
 
 @pytest.mark.parametrize("changed", ["code", "instructions", "variable"])
 def test_another_code_or_hardware_is_checked(
-    changed: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: str, record: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "record.json"
-    start(config(model, file))
+    file.write_text(record)
     if changed == "code":
         monkeypatch.setattr(assets, "code_digest", lambda: "other")
     elif changed == "variable":
@@ -79,30 +88,37 @@ def test_another_code_or_hardware_is_checked(
     assert start(config(model, file))[0] == (ALL if changed == "code" else COMPARED)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "[" * 100_000, '{"seal": "x"}', "cut", "not sealed", "folder", "missing folder"]
-)
-def test_a_file_without_a_record_is_ignored(content: str, model: Path, tmp_path: Path) -> None:
+NO_RECORDS: dict[str, Callable[[str], str]] = {
+    "empty": lambda _: "",
+    "no JSON": lambda _: "{",
+    "no object": lambda _: "[]",
+    "deep": lambda _: "[" * 100_000,
+    "other object": lambda _: '{"seal": "x"}',
+    "cut": lambda text: text[:-100],
+    "not sealed": lambda text: text.replace('"count"', '"Count"'),
+}
+
+
+@pytest.mark.parametrize("kind", [*NO_RECORDS, "folder", "missing"])
+def test_a_file_without_a_record_is_ignored(kind: str, record: str, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "record.json"
-    if content == "folder":
+    if kind == "folder":
         file.mkdir()
-    elif content == "missing folder":
-        file = tmp_path / "none" / "record.json"
-    elif content in ("cut", "not sealed"):
-        start(config(model, file))
-        text = file.read_text()
-        file.write_text(text[:-100] if content == "cut" else text.replace('"count"', '"Count"'))
-    else:
-        file.write_text(content)
-    phases, info = start(config(model, file))
+    elif kind != "missing":
+        file.write_text(NO_RECORDS[kind](record))
+    found = check_record.read(config(model, file))
+    assert found.expected is None and not found.engines
+
+
+def test_a_start_that_cannot_write_a_record_is_a_start(model: Path, tmp_path: Path) -> None:
+    phases, info = start(config(model, tmp_path / "missing" / "record.json"))
     assert phases == ALL and info.within_limit
 
 
-def test_results_that_differ_from_those_of_the_record_end_the_start(model: Path, tmp_path: Path) -> None:
+def test_results_that_differ_from_those_of_the_record_end_the_start(record: str, model: Path, tmp_path: Path) -> None:
     """On other hardware, the results of a start are compared with those of the record."""
     file = tmp_path / "record.json"
-    start(config(model, file))
-    document = json.loads(file.read_text())
+    document = json.loads(record)
     del document["seal"]
     document["engines"].clear()
     values = np.frombuffer(base64.b64decode(document["expected"]["values"]), np.float32)[::-1]
