@@ -172,7 +172,10 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
                 image = _loaded(engine, metadata)
                 clock.lap("record")
             elif wanted and not record:
-                yield Note("the checks at the start are not recorded: the image is not started, or it generates text")
+                why = (
+                    "generation has none" if plan.task == "generate" else "with `--no-verify`, the image is not started"
+                )
+                yield Note(f"the checks at the start are not recorded: {why}")
             _check_expected(options.expected, image)
             yield from check_size(plan, info, image)
             yield from note_unverified(plan, native)

@@ -438,7 +438,8 @@ def _imagetools(reference: str, template: str) -> dict[str, Any]:
             raise UsageError(f"image {reference} not found in its registry", hint) from None
         if page := failures.web_page(message, reference):
             raise page from None
-        hint = f"check the network, or run `docker login {host_of(reference)}`"
+        login = f"check the network, or run `docker login {host_of(reference)}`"
+        hint = failures.without_registry(reference) or login
         raise NotReadyError(f"cannot query the registry of {reference}: {message}", hint) from None
     if not isinstance(found, dict):
         raise InferctlError(f"the registry returned no JSON object for {reference}", "check the log of the registry")

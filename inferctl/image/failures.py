@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.image.image_name import host_of, split
+from inferctl.image.image_name import host_of, normalized, split
 
 _NO_LOGIN = re.compile(
     r"no basic auth credentials|unauthorized|authentication required|authorization failed|pull access denied"
@@ -108,6 +108,13 @@ def raising_disk_full() -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full() from None
         raise
+
+
+def without_registry(reference: str) -> str | None:
+    """Return the hint for a name without a registry, which is one of Docker Hub; None if it has one."""
+    if normalized(reference) == reference or reference.partition("/")[0].endswith("docker.io"):
+        return None
+    return f"name the registry, as in registry.example.com/{reference}, or check that docker.io is up and reachable"
 
 
 def web_page(message: str, reference: str) -> NotReadyError | None:
@@ -255,7 +262,7 @@ def push_error(message: str, reference: str) -> InferctlError:
     if _UNREACHABLE.search(message) or transient(message):
         return NotReadyError(
             f"pushing {reference} failed: {message}",
-            f"check that {host} is up, reachable and not full, then push again",
+            without_registry(reference) or f"check that {host} is up, reachable and not full, then push again",
         )
     if rejects_zstd(message):
         return InferctlError(
@@ -295,7 +302,8 @@ def pull_error(message: str, reference: str) -> InferctlError:
         return error
     if _MISSING.search(text) and not unreachable(text):
         return MissingImageError(f"image {reference} not found in {host}", "check the name, tag and digest")
-    return NotReadyError(f"pulling {reference} failed: {message}", f"check that {host} is up and reachable")
+    hint = without_registry(reference) or f"check that {host} is up and reachable"
+    return NotReadyError(f"pulling {reference} failed: {message}", hint)
 
 
 def last_line(text: str) -> str:

@@ -187,6 +187,13 @@ def test_the_hint_fits_what_is_wrong_with_a_registry(message: str, push: str, pu
     assert pull in (failures.pull_error(message, reference).hint or "")
 
 
+@pytest.mark.parametrize(("reference", "named"), [("minilm:1", False), ("docker.io/a/b:1", True), ("r.io/b:1", True)])
+def test_a_name_without_a_registry_gets_a_hint(reference: str, named: bool) -> None:
+    message = "dial tcp: lookup registry-1.docker.io: no such host"
+    for error in (failures.push_error(message, reference), failures.pull_error(message, reference)):
+        assert ("name the registry" not in (error.hint or "")) == named
+
+
 @pytest.mark.parametrize(
     ("name", "full", "short"),
     [
