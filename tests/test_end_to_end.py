@@ -289,7 +289,7 @@ def test_a_model_image_is_baked_without_an_upload_of_its_weights_and_is_served(
     server = start(tmp_path, "--image", built["pushed"])
     try:
         with urllib.request.urlopen(f"{server.url}/info") as response:
-            assert json.load(response)["fidelity"]["check"].endswith("(from a record)")
+            assert json.load(response)["fidelity"]["check"].endswith(", from a record")
     finally:
         assert server.stop() == 0
     vectors = []

@@ -237,7 +237,10 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
     image_start, download_s, estimate = _image_start(spec, weights or None)  # 0: unknown
     load_time = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s, estimate)
-    assumed = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s)
+    assumed = replace(
+        sizing.load_s(flavor.load_s, settings.load_s, rate, download_s),
+        source="assumed in place of a shorter estimate",
+    )
     slowest = max(load_time, assumed, key=lambda figure: figure.value)
     node_source = "spec deploy.node_s" if "node_s" in settings.model_fields_set else "assumed"
     node = Figure("node", settings.node_s, "s", "", node_source)

@@ -110,9 +110,12 @@ def test_a_file_without_a_record_is_ignored(kind: str, record: str, model: Path,
     assert found.expected is None and not found.engines
 
 
-def test_a_start_that_cannot_write_a_record_is_a_start(model: Path, tmp_path: Path) -> None:
+def test_a_start_that_cannot_write_a_record_is_a_start(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     phases, info = start(config(model, tmp_path / "missing" / "record.json"))
     assert phases == ALL and info.within_limit
+    assert [entry.levelname for entry in caplog.records if "record.json" in entry.getMessage()] == ["WARNING"]
 
 
 def test_results_that_differ_from_those_of_the_record_end_the_start(record: str, model: Path, tmp_path: Path) -> None:

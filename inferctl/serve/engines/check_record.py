@@ -8,6 +8,7 @@ right, is valid only on equal hardware with equal settings; then a start compare
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import logging
@@ -54,7 +55,7 @@ class CheckRecord:
         if (found := self.engines.get(hardware)) is None:
             return None
         info = EngineInfo.from_json(found)
-        return replace(info, check=f"{info.check} (from a record)") if info.precision == precision else None
+        return replace(info, check=f"{info.check}, from a record") if info.precision == precision else None
 
 
 def identity(config: EngineConfig) -> str:
@@ -110,7 +111,7 @@ def read(config: EngineConfig) -> CheckRecord:
 def write(config: EngineConfig, record: CheckRecord, hardware_key: str, info: EngineInfo) -> None:
     """Write the record with what an engine found to the file of the configuration, if that is possible.
 
-    An image and a mounted configuration are read-only: their record stays as it is.
+    An image and a mounted configuration are read-only: their record stays as it is, without a warning.
     """
     rows = None
     if record.expected is not None:
@@ -122,7 +123,8 @@ def write(config: EngineConfig, record: CheckRecord, hardware_key: str, info: En
     try:
         outputs.replace(file, json.dumps({**document, "seal": _sha256(document)}) + "\n")
     except OSError as error:
-        log.info("the record of checks %s is not written: %s", file, error.strerror)
+        level = logging.INFO if error.errno in (errno.EROFS, errno.EACCES) else logging.WARNING
+        log.log(level, "the record of checks %s is not written: %s", file, error.strerror)
 
 
 def _sha256(value: object) -> str:
