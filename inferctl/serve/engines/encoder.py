@@ -46,6 +46,8 @@ class EncoderEngine:
         self._config = config
         self._compute: AnyForward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
+        # Whether to read the record of checks, and whether that had something for this start.
+        self._reads_record, self._recorded = True, False
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory.
@@ -53,12 +55,15 @@ class EncoderEngine:
         Architectures and odd values in `config.json` fail in any way, at any place: all that is a `UsageError`.
 
         If the configuration has the info of an earlier engine on an equal device, or its record of checks has it, the
-        comparison is skipped, because clients wait for the start.
+        comparison is skipped, because clients wait for the start. A start that fails with a record is repeated without
+        it, because the record may be wrong.
         """
         try:
             return self._load(on_phase)
-        except InferctlError:
-            raise
+        except InferctlError as error:
+            if not self._recorded or isinstance(error, NotReadyError):
+                raise
+            problem = error.message
         except Exception as error:
             if failures.out_of_memory(error):
                 message = f"insufficient memory to load the model: {failures.summary(error)}"
@@ -66,12 +71,17 @@ class EncoderEngine:
             # It ran before, the GPU is gone, or the API process ended: not a fault of the model.
             if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
                 raise
-            name = model.find(self._config.model).architecture
-            raise UsageError(
-                f"{name} cannot be computed: {type(error).__name__}: {failures.summary(error)}",
-                "correct config.json if it has an odd value, use a model of another architecture, or try "
-                "`--precision fp32`",
-            ) from error
+            problem = f"{type(error).__name__}: {failures.summary(error)}"
+            if not self._recorded:
+                name = model.find(self._config.model).architecture
+                raise UsageError(
+                    f"{name} cannot be computed: {problem}",
+                    "correct config.json if it has an odd value, use a model of another architecture, or try "
+                    "`--precision fp32`",
+                ) from error
+        log.warning("the checks are repeated without the record %s: %s", self._config.check_record, problem)
+        self._reads_record = self._recorded = False
+        return self.load(on_phase)
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:
         """Do what `load` does, with the errors that torch raises."""
@@ -100,8 +110,11 @@ class EncoderEngine:
             info = None
         record, hardware = None, ""
         if config.check_record:
-            record, hardware = check_record.read(config), check_record.hardware(config, device_info)
-            info = info or record.engine(hardware, precision)
+            hardware = check_record.hardware(config, device_info)
+            record = check_record.read(config) if self._reads_record else check_record.empty(config)
+            self._recorded = record.expected is not None or bool(record.engines)
+            if not info and (info := record.engine(hardware, precision)):
+                info = replace(info, device=device_info)  # with the memory of this machine
         if info:
             forward = load_model(info.batch_tokens)
             if isinstance(forward, Forward):
