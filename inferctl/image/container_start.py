@@ -91,9 +91,11 @@ def measure(
 ) -> Iterator[ContainerStart]:
     """Yield the starts of each round: if `remove`, one with an empty store, and then one with a warm store.
 
-    `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns after a valid response. `on_step`
-    is called with what begins. Raises `InferctlError` if the container ends, or does not respond.
+    `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns
+    after a valid response. `on_step` is called with what begins. Raises `InferctlError` if the container ends, or does
+    not respond, or if the image changes in the engine or in the registry.
     """
+    first = engine.image(reference)
     for number in range(1, rounds + 1):
         for pulls in (True, False) if remove else (False,):
             store = "empty" if pulls else "warm"
@@ -104,8 +106,8 @@ def measure(
                 pulled = _pull(engine, reference)
             on_step(f"{step}: starting")
             image = engine.image(reference)
-            if image is None:
-                raise NotReadyError(f"image {reference} not found in the engine", "check what removes images there")
+            if image is None or first is None or image.id != first.id:
+                raise NotReadyError(f"{reference} is another image now", "check what changes it, and measure again")
             yield replace(_start(engine, image, model, respond, on_step), pull=pulled)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from inferctl import cli
+from inferctl.core.errors import NotReadyError
+from inferctl.image.docker import DockerEngine
 from tests.image import tiny
 
 pytestmark = pytest.mark.docker
@@ -108,3 +110,44 @@ def test_an_image_that_cannot_be_measured_is_kept(
 def test_options_of_a_load_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["bench", "--start", "a:b", "--users", "3"]) == 2
     assert "--users" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "101"])
+def test_an_odd_number_of_rounds_is_rejected(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "--start", "a:b", "--repeats", rounds]) == 2
+    assert "--repeats" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problem", ["registry fails", "interrupted", "tag is moved"])
+def test_a_changed_image_is_named_and_not_measured(
+    problem: str,
+    built: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, remove = built(), DockerEngine.remove_image
+    docker("push", "--quiet", name)
+    kept = docker("image", "inspect", name, "--format", "{{index .RepoDigests 0}}")
+
+    def follow(engine: DockerEngine, reference: str) -> None:
+        remove(engine, reference)
+        if problem == "interrupted":
+            raise KeyboardInterrupt
+        if problem == "tag is moved":
+            docker("tag", built(), name)
+            docker("push", "--quiet", name)
+        else:
+            monkeypatch.setattr(DockerEngine, "pull", failing)
+
+    def failing(*_: object) -> str:
+        raise NotReadyError("the registry is down", "start it")
+
+    monkeypatch.setattr(DockerEngine, "remove_image", follow)
+    code = cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert code == (130 if problem == "interrupted" else 3)
+    assert (f"docker pull {name}" in error) == (problem != "tag is moved")
+    assert list(tmp_path.rglob("start.json")) == []
+    docker("pull", "--quiet", kept)
+    docker("image", "rm", kept)
