@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inferctl.config import settings
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.image import buildx, serve_image
 from inferctl.image.docker import DockerEngine
@@ -139,7 +140,8 @@ def _start(
 ) -> ContainerStart:
     began = time.perf_counter()
     address = Address("127.0.0.1", free_port())
-    container, address = serve_image.start(engine, image, model, address, log)
+    # Without the keys of the image, which the request has not.
+    container, address = serve_image.start(engine, image, model, address, log, environment=settings.OPEN_ACCESS)
     with container:
         started = time.perf_counter()
         if not wait_ready(container, (address.host, address.port), READY_SECONDS, _POLL_SECONDS):

@@ -77,6 +77,10 @@ def test_an_image_in_no_registry_is_never_removed(
     assert [start["pull"] for start in json.loads(capsys.readouterr().out)["starts"]] == [None]
 
 
+def test_an_image_that_asks_for_keys_is_measured_without_them(built: Callable[..., str], tmp_path: Path) -> None:
+    assert cli.run(["bench", "--start", built("locked"), "--repeats", "1", "--output", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("problem", ["other image", "other name", "in use", "ends", "wrong response"])
 def test_an_image_that_cannot_be_measured_is_kept(
     problem: str, built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

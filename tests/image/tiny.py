@@ -49,6 +49,8 @@ print("tiny server:", how, flush=True)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 if how == "dies":
     sys.exit("there is no such model")
+if how == "locked" and os.environ.get("INFERCTL_ACCESS_KEYS") != "null":
+    sys.exit("the key file is missing")
 if how == "forbidden":
     open("/model/config.json")
 if how == "hungry":
