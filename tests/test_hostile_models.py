@@ -137,6 +137,11 @@ def module_through_a_link(folder: Path) -> None:
     write_modules(folder, "2_Link")
 
 
+def module_in_a_dotted_folder(folder: Path) -> None:
+    (folder / "1_Pooling").rename(folder / ".pooling")
+    write_modules(folder, ".pooling")
+
+
 def header(text: str, length: int | None = None) -> Callable[[Path], object]:
     """Replace the weights by a header alone."""
     data = struct.pack("<Q", len(text) if length is None else length) + text.encode()
@@ -175,6 +180,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "module-in-parent": (modules_in("../outside"), ALL),
     "module-in-parent-of-a-child": (modules_in("1_Pooling/../../outside"), ALL),
     "module-at-root": (modules_in("/etc"), ALL),
+    "module-outside-of-the-digest": (module_in_a_dotted_folder, ALL),
     "module-with-nul": (modules_in("a\0b"), ALL),
     "module-with-number": (modules_in(5), ALL),
     "module-through-a-link": (module_through_a_link, ALL),

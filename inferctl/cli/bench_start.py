@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from inferctl.cli import console, download, options
 from inferctl.core import outputs
-from inferctl.core.errors import UsageError
+from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.facts import catalog
 from inferctl.image.image_name import full_reference
@@ -48,6 +48,9 @@ def measure(
     from inferctl.image import container_start, serve_image
     from inferctl.image.docker import DockerEngine
 
+    rounds = _ROUNDS if rounds is None else rounds
+    if not 1 <= rounds <= 100:
+        raise UsageError(f"--repeats {rounds} is not accepted", "pass a number from 1 to 100")
     reference = full_reference(reference)
     if rounds is not None and rounds < 1:
         raise UsageError(f"`--repeats {rounds}` is less than 1", "pass the number of rounds, such as `--repeats 3`")
@@ -73,10 +76,16 @@ def measure(
         server = connect(url)
         server.request([_TEXT, _TEXT] if server.task == "rerank" else [_TEXT])
 
-    with console.progress(f"starting {reference}") as describe:
-        starts = list(
-            container_start.measure(engine, reference, found is not None, mounted, rounds or _ROUNDS, respond, describe)
-        )
+    try:
+        with console.progress(f"starting {reference}") as describe:
+            starts = list(
+                container_start.measure(engine, reference, found is not None, mounted, rounds, respond, describe)
+            )
+    except BaseException:  # also Ctrl-C
+        with suppress(InferctlError):
+            if engine.image(reference) is None:
+                console.warn(f"the engine does not have {reference} now: `docker pull {reference}` gets it back")
+        raise
     document = {
         "image": {
             "reference": found.reference if found else image.id,

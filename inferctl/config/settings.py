@@ -210,9 +210,10 @@ def paths() -> dict[str, Any]:
 
 
 _ABSENT = object()
-# Settings that can be a local folder; `~` is expanded.
+# Settings that can be a local file or folder; `~` is expanded.
 _PATHS = (
     "model.source",
+    "serve.check_record",
     "image.wheels",
     "image.locks",
     "access.keys",

@@ -24,8 +24,10 @@ def partial_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
     """
     for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         with suppress(OSError):
-            lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
-            if time.time() - os.fstat(lock).st_mtime > _NEW_S and _lock(lock):
+            # In /tmp, others can make such names: a pipe would block this process, and root can remove their folders.
+            lock = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            found = os.fstat(lock)
+            if found.st_uid == os.geteuid() and time.time() - found.st_mtime > _NEW_S and _lock(lock):
                 shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
     # Processes of two containers may have the same id.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inferctl.config import settings
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.image import buildx, serve_image
 from inferctl.image.docker import DockerEngine
@@ -93,8 +94,10 @@ def measure(
     """Yield the starts of each round: if `remove`, one with an empty store, and then one with a warm store.
 
     `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns
-    after a valid response. `on_step` is called with what begins. Raises `InferctlError` if the container ends, or does not respond.
+    after a valid response. `on_step` is called with what begins. Raises `InferctlError` if the container ends, or does
+    not respond, or if the image changes in the engine or in the registry.
     """
+    first = engine.image(reference)
     for number in range(1, rounds + 1):
         for pulls in (True, False) if remove else (False,):
             store = "empty" if pulls else "warm"
@@ -105,8 +108,8 @@ def measure(
                 pulled = _pull(engine, reference)
             on_step(f"{step}: starting")
             image = engine.image(reference)
-            if image is None:
-                raise NotReadyError(f"image {reference} not found in the engine", "check what removes images there")
+            if image is None or first is None or image.id != first.id:
+                raise NotReadyError(f"{reference} is another image now", "check what changes it, and measure again")
             yield replace(_start(engine, image, model, respond, on_step), pull=pulled)
 
 
@@ -138,7 +141,8 @@ def _start(
 ) -> ContainerStart:
     began = time.perf_counter()
     address = Address("127.0.0.1", free_port())
-    container, address = serve_image.start(engine, image, model, address, log)
+    # Without the keys of the image, which the request has not.
+    container, address = serve_image.start(engine, image, model, address, log, environment=settings.OPEN_ACCESS)
     with container:
         started = time.perf_counter()
         if not wait_ready(container, (address.host, address.port), READY_SECONDS, _POLL_SECONDS):

@@ -45,9 +45,9 @@ _PACKAGE_MISSING = re.compile(
 _KILLED = re.compile(r"exit code: 137|signal: killed|cannot allocate memory", re.IGNORECASE)
 _PORT = re.compile(r"port is already allocated|address already in use|Bind for \S+ failed", re.IGNORECASE)
 _TRANSIENT = re.compile(
-    r"timeout|timed out|connection reset|broken pipe|\bEOF\b|connection refused|\b50[0234]\b|too many requests|\b429\b"
-    r"|blob upload unknown|upload invalid|TLS handshake|temporar|unexpected http status|http: server closed"
-    r"|connection broken|without a digest|invalid chunk",
+    r"timeout|timed out|deadline exceeded|connection reset|broken pipe|\bEOF\b|connection refused|\b50[0234]\b"
+    r"|too many requests|\b429\b|blob upload unknown|upload invalid|TLS handshake|temporar|unexpected http status"
+    r"|http: server closed|connection broken|without a digest|invalid chunk",
     re.IGNORECASE,
 )
 # How registries reject a manifest with an unknown media type: Distribution and Harbor, ECR, Artifactory and Nexus.

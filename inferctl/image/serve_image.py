@@ -6,7 +6,7 @@ import math
 import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,15 +97,24 @@ def start(
     log: Callable[[str], None],
     arguments: tuple[str, ...] = (),
     keys: Path | None = None,
+    environment: Mapping[str, str] = {},
 ) -> tuple[Container, Address]:
-    """Start a container and return it with its address: on the network of the host if the engine has no bridge."""
+    """Start a container and return it with its address: on the network of the host if the engine has no bridge.
+
+    `environment` is added to that of `options`.
+    """
     gpu = engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment
+
+    def started() -> Container:
+        found = options(image, model, address, gpu, arguments, keys)
+        return engine.start(image.id, replace(found, environment={**(found.environment or {}), **environment}))
+
     try:
-        return engine.start(image.id, options(image, model, address, gpu, arguments, keys)), address
+        return started(), address
     except failures.NoBridgeError as error:
         log(f"{error.message}; using the host's network")
     address = replace(address, network="host")
-    return engine.start(image.id, options(image, model, address, gpu, arguments, keys)), address
+    return started(), address
 
 
 def get_or_pull(engine: DockerEngine, reference: str, log: Callable[[str], None]) -> ImageInfo:

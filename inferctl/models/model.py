@@ -194,7 +194,12 @@ class ModelFolder:
         if not isinstance(found, list) or not all(isinstance(module, dict) for module in found):
             raise UsageError(f"{file} is not a list of modules", "download the model again")
         for module in found:
-            untrusted.inside(self.path, module.get("path", ""))
+            path = untrusted.inside(self.path, module.get("path", "")).relative_to(self.path)
+            if not is_loaded(path):  # `digest` and images leave it out
+                raise UsageError(
+                    f"{file} names {path}, and dotted folders, `onnx` and `openvino` are not part of a model",
+                    "rename the folder, also in modules.json",
+                )
         return found
 
     @property

@@ -125,9 +125,14 @@ def test_the_expected_image_gives_its_record_to_the_build_that_publishes_it(
     assert not any("not recorded" in event.text for event in events if isinstance(event, Note))
 
 
-def test_an_image_that_does_not_start_gets_no_record_and_no_name(docker: DockerEngine, base_image: str) -> None:
-    made = recording(base_image, "dies")
-    with pytest.raises(InferctlError, match="there is no such model"):
+@pytest.mark.parametrize(
+    ("behaviour", "problem"), [("dies", "there is no such model"), ("forgets", "check-record.json")]
+)
+def test_an_image_whose_first_start_leaves_no_record_gets_no_name(
+    behaviour: str, problem: str, docker: DockerEngine, base_image: str
+) -> None:
+    made = recording(base_image, behaviour)
+    with pytest.raises(InferctlError, match=problem):
         run(docker, made)
     assert _created("images", "--all", "--no-trunc") == []
 

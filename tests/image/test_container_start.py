@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from inferctl import cli
+from inferctl.core.errors import NotReadyError
+from inferctl.image.docker import DockerEngine
 from tests.image import tiny
 
 pytestmark = pytest.mark.docker
@@ -76,6 +78,10 @@ def test_an_image_in_no_registry_is_never_removed(
     assert [start["pull"] for start in json.loads(capsys.readouterr().out)["starts"]] == [None]
 
 
+def test_an_image_that_asks_for_keys_is_measured_without_them(built: Callable[..., str], tmp_path: Path) -> None:
+    assert cli.run(["bench", "--start", built("locked"), "--repeats", "1", "--output", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("problem", ["other image", "other name", "in use", "ends", "wrong response"])
 def test_an_image_that_cannot_be_measured_is_kept(
     problem: str, built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -108,10 +114,49 @@ def test_an_image_that_cannot_be_measured_is_kept(
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["a:b", "--users", "3"], "--users"), (["a:b", "--repeats", "0"], "--repeats"), ([""], "image name")],
+    [
+        (["a:b", "--users", "3"], "--users"),
+        *((["a:b", "--repeats", rounds], "--repeats") for rounds in ("0", "-1", "101")),
+        ([""], "image name"),
+    ],
 )
 def test_options_of_a_load_and_wrong_values_are_rejected(
     options: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.run(["bench", "--start", *options]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problem", ["registry fails", "interrupted", "tag is moved"])
+def test_a_changed_image_is_named_and_not_measured(
+    problem: str,
+    built: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, remove = built(), DockerEngine.remove_image
+    docker("push", "--quiet", name)
+    kept = docker("image", "inspect", name, "--format", "{{index .RepoDigests 0}}")
+
+    def follow(engine: DockerEngine, reference: str) -> None:
+        remove(engine, reference)
+        if problem == "interrupted":
+            raise KeyboardInterrupt
+        if problem == "tag is moved":
+            docker("tag", built(), name)
+            docker("push", "--quiet", name)
+        else:
+            monkeypatch.setattr(DockerEngine, "pull", failing)
+
+    def failing(*_: object) -> str:
+        raise NotReadyError("the registry is down", "start it")
+
+    monkeypatch.setattr(DockerEngine, "remove_image", follow)
+    code = cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert code == (130 if problem == "interrupted" else 3)
+    assert (f"docker pull {name}" in error) == (problem != "tag is moved")
+    assert list(tmp_path.rglob("start.json")) == []
+    docker("pull", "--quiet", kept)
+    docker("image", "rm", kept)

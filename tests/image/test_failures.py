@@ -148,7 +148,13 @@ def test_the_registry_of_a_reference(reference: str, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["net/http: TLS handshake timeout", "EOF", "unexpected HTTP status: 503 Service Unavailable"]
+    "message",
+    [
+        "net/http: TLS handshake timeout",
+        "EOF",
+        "unexpected HTTP status: 503 Service Unavailable",
+        'Get "http://r.example.com/v2/": context deadline exceeded',
+    ],
 )
 def test_transient_failures(message: str) -> None:
     assert failures.transient(message)

@@ -102,6 +102,28 @@ def test_the_next_context_removes_those_of_killed_builds(
     assert len(list(tmp_path.iterdir())) == (0 if removed else 1)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder of another user"])
+def test_what_others_put_into_the_temporary_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found, target = tmp_path / f".inferctl-context.{'0' * 32}.partial", tmp_path / "target"
+    target.mkdir()
+    if kind == "pipe":
+        os.mkfifo(found)
+    elif kind == "link":
+        found.symlink_to(target)
+    else:
+        found.mkdir()
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    os.utime(target, (0, 0))
+    os.utime(found, (0, 0))
+    with staged(RENDERED, {}):
+        pass
+    assert os.path.lexists(found) and target.is_dir()
+
+
 def test_a_full_disk_while_a_context_is_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "_inside", lambda *_: Path("/dev/full"))
     with pytest.raises(NotReadyError, match="the disk is full"), staged(RENDERED, {}):

@@ -49,13 +49,15 @@ print("tiny server:", how, flush=True)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 if how == "dies":
     sys.exit("there is no such model")
+if how == "locked" and os.environ.get("INFERCTL_ACCESS_KEYS") != "null":
+    sys.exit("the key file is missing")
 if how == "forbidden":
     open("/model/config.json")
 if how == "hungry":
     hoard = []
     while True:
         hoard.append(bytearray(10_000_000))
-if record := os.environ.get("INFERCTL_SERVE_CHECK_RECORD"):
+if how != "forgets" and (record := os.environ.get("INFERCTL_SERVE_CHECK_RECORD")):
     with open(record, "w") as file:
         file.write("the checks of " + how)
 port = int(sys.argv[sys.argv.index("--port") + 1] if "--port" in sys.argv else os.environ["INFERCTL_SERVE_PORT"])

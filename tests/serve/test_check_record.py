@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ import pytest
 from inferctl.config.spec import Task
 from inferctl.core import assets
 from inferctl.core.errors import UsageError
-from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
-from inferctl.serve.engines import check_record
+from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo, pack_rows
+from inferctl.serve.engines import check_record, checks
 from tests.serve import tiny_models
 
 # The phases of a start: what is new of the model, of the hardware, or nothing.
@@ -73,7 +75,7 @@ def test_a_start_repeats_what_the_record_does_not_have(
     assert start(config(model, file, **settings))[0] == NOTHING, "the second of these starts has a record"
 
 
-@pytest.mark.parametrize("changed", ["code", "instructions", "variable"])
+@pytest.mark.parametrize("changed", ["code", "library", "instructions", "variable"])
 def test_another_code_or_hardware_is_checked(
     changed: str, record: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,11 +83,13 @@ def test_another_code_or_hardware_is_checked(
     file.write_text(record)
     if changed == "code":
         monkeypatch.setattr(assets, "code_digest", lambda: "other")
+    elif changed == "library":
+        monkeypatch.setattr(metadata, "version", lambda name: f"other {name}")
     elif changed == "variable":
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     else:
         monkeypatch.setattr(check_record, "hardware", lambda *_: "other")
-    assert start(config(model, file))[0] == (ALL if changed == "code" else COMPARED)
+    assert start(config(model, file))[0] == (ALL if changed in ("code", "library") else COMPARED)
 
 
 NO_RECORDS: dict[str, Callable[[str], str]] = {
@@ -118,17 +122,85 @@ def test_a_start_that_cannot_write_a_record_is_a_start(
     assert [entry.levelname for entry in caplog.records if "record.json" in entry.getMessage()] == ["WARNING"]
 
 
-def test_results_that_differ_from_those_of_the_record_end_the_start(record: str, model: Path, tmp_path: Path) -> None:
-    """On other hardware, the results of a start are compared with those of the record."""
-    file = tmp_path / "record.json"
-    document = json.loads(record)
+def forge(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record and seal it, as a damaged or hostile program could."""
+    document = json.loads(file.read_text())
     del document["seal"]
-    document["engines"].clear()
-    values = np.frombuffer(base64.b64decode(document["expected"]["values"]), np.float32)[::-1]
-    document["expected"]["values"] = base64.b64encode(values.tobytes()).decode()
+    change(document)
     file.write_text(json.dumps({**document, "seal": check_record._sha256(document)}))
+
+
+def rows(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Callable[[dict[str, Any]], object]:
+    """Return a change of the fp32 results. What engines found is removed."""
+
+    def replace_rows(document: dict[str, Any]) -> None:
+        document["engines"].clear()
+        found = document["expected"]
+        values = np.frombuffer(base64.b64decode(found["values"]), np.float32).reshape(found["count"], found["width"])
+        count, width, body = pack_rows(change(values))
+        document["expected"] = {"count": count, "width": width, "values": base64.b64encode(body).decode()}
+
+    return replace_rows
+
+
+def engine(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    """Return a change of what the engines found."""
+    return lambda document: [info.update(fields) for info in document["engines"].values()]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(rows(lambda found: found[::-1]), id="other rows"),
+        pytest.param(rows(lambda found: found[1:]), id="a row less"),
+        pytest.param(rows(lambda found: found[:, 1:]), id="narrow rows"),
+        pytest.param(rows(lambda found: found * np.float32("nan")), id="NaN"),
+        pytest.param(lambda document: document["expected"].update(count=2**70), id="huge count"),
+        pytest.param(lambda document: document.update(engines=[1]), id="engines in a list"),
+        pytest.param(lambda document: document["engines"].update(dict.fromkeys(document["engines"], 5)), id="number"),
+        pytest.param(engine(batch_tokens="many"), id="text in place of a number"),
+    ],
+)
+def test_a_start_ignores_a_wrong_record_and_writes_a_right_one(
+    change: Callable[[dict[str, Any]], object], record: str, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(record)
+    forge(file, change)
+    phases, info = start(config(model, file))
+    assert phases[-4:] == ALL and info.within_limit
+    assert start(config(model, file))[0] == NOTHING
+
+
+def test_results_that_differ_from_fp32_end_a_start_with_a_record(
+    record: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(record)
+    forge(file, lambda document: document["engines"].clear())
+    monkeypatch.setitem(checks._MAX_COSINE_DISTANCE, "fp32", -1.0)
     with pytest.raises(UsageError, match="cosine to fp32"):
         start(config(model, file))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "other file", "other json", "large", "long name"])
+def test_a_file_that_is_no_record_is_never_replaced(
+    kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ("n" * 300 if kind == "long name" else "file")
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind != "long name":
+        file.write_text({"other file": "name: mine\n", "other json": '{"keys": []}', "large": "x" * 5000}[kind])
+    monkeypatch.setattr(check_record, "_MAX_BYTES", 4000)
+    before = file.read_text() if kind not in ("pipe", "long name") else ""
+    phases, info = start(config(model, file))
+    assert phases == ALL and info.within_limit
+    if kind == "pipe":
+        assert file.is_fifo()
+    elif kind != "long name":
+        assert file.read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ([] if kind == "long name" else ["file"])
 
 
 @pytest.mark.parametrize("task", ["rerank", "sparse"])

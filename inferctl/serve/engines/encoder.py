@@ -46,6 +46,8 @@ class EncoderEngine:
         self._config = config
         self._compute: AnyForward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
+        # Whether to read the record of checks, and whether that had something for this start.
+        self._reads_record, self._recorded = True, False
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory.
@@ -53,12 +55,15 @@ class EncoderEngine:
         Architectures and odd values in `config.json` fail in any way, at any place: all that is a `UsageError`.
 
         If the configuration has the info of an earlier engine on an equal device, or its record of checks has it, the
-        comparison is skipped, because clients wait for the start.
+        comparison is skipped, because clients wait for the start. A start that fails with a record is repeated without
+        it, because the record may be wrong.
         """
         try:
             return self._load(on_phase)
-        except InferctlError:
-            raise
+        except InferctlError as error:
+            if not self._recorded or isinstance(error, NotReadyError):
+                raise
+            problem = error.message
         except Exception as error:
             if failures.out_of_memory(error):
                 message = f"insufficient memory to load the model: {failures.summary(error)}"
@@ -66,12 +71,17 @@ class EncoderEngine:
             # It ran before, the GPU is gone, or the API process ended: not a fault of the model.
             if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
                 raise
-            name = model.find(self._config.model).architecture
-            raise UsageError(
-                f"{name} cannot be computed: {type(error).__name__}: {failures.summary(error)}",
-                "correct config.json if it has an odd value, use a model of another architecture, or try "
-                "`--precision fp32`",
-            ) from error
+            problem = f"{type(error).__name__}: {failures.summary(error)}"
+            if not self._recorded:
+                name = model.find(self._config.model).architecture
+                raise UsageError(
+                    f"{name} cannot be computed: {problem}",
+                    "correct config.json if it has an odd value, use a model of another architecture, or try "
+                    "`--precision fp32`",
+                ) from error
+        log.warning("the checks are repeated without the record %s: %s", self._config.check_record, problem)
+        self._reads_record = self._recorded = False
+        return self.load(on_phase)
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:
         """Do what `load` does, with the errors that torch raises."""
@@ -98,14 +108,22 @@ class EncoderEngine:
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
         if info and not (devices.equal(info.device, device_info) and info.precision == precision):
             info = None
-        record, hardware = None, ""
+        record, hardware, measures = None, "", False
         if config.check_record:
-            record, hardware = check_record.read(config), check_record.hardware(config, device_info)
-            info = info or record.engine(hardware, precision)
+            hardware = check_record.hardware(config, device_info)
+            record = check_record.read(config) if self._reads_record else check_record.empty(config)
+            self._recorded = record.expected is not None or bool(record.engines)
+            if not info and (info := record.engine(hardware, precision)):
+                # With the memory of this machine, and its cores at their present load.
+                info = replace(info, device=device_info, batch_tokens=config.max_batch_tokens)
+                measures = True
         if info:
             forward = load_model(info.batch_tokens)
             if isinstance(forward, Forward):
                 forward.pack(info.attention == "packed")
+            if measures:
+                batch_tokens, parallel = self._batches(forward, device_info, cores)
+                info = replace(info, batch_tokens=batch_tokens, parallel=parallel)
         else:
             recorded = record.expected if record else None
             if recorded is None:
@@ -155,10 +173,7 @@ class EncoderEngine:
             padded = f"{PADDED}: {padded}"
         attention = "none" if isinstance(forward, StaticForward) else "packed" if forward.packed else "padded"
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
-        batch_tokens, parallel = self._config.max_batch_tokens, 1
-        if device.kind == "cpu":
-            threads = choose_threads(forward, cores)
-            batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
+        batch_tokens, parallel = self._batches(forward, device, cores)
         unused_gpu = devices.unused_gpu(self._config.device)
         if isinstance(results, np.ndarray) and not dimensions:
             dimensions = results.shape[1]  # logits
@@ -181,6 +196,13 @@ class EncoderEngine:
             warnings=[warning for warning in (unused_gpu, padded, inaccurate, forward.warning) if warning],
             **fidelity,
         )
+
+    def _batches(self, forward: AnyForward, device: DeviceInfo, cores: int) -> tuple[int, int]:
+        """Return the tokens of the largest useful batch, and how many batches run at a time."""
+        if device.kind != "cpu":
+            return self._config.max_batch_tokens, 1
+        threads = choose_threads(forward, cores)
+        return min(self._config.max_batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
 
     def run(self, batch: Batch) -> BatchResult:
         """Return the vectors of a batch, or the logits of its sequences ([sequences, labels]).
