@@ -20,7 +20,8 @@ from inferctl.serve import rerank_config, task_config
 from inferctl.serve import segments as segments_of
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference as scores_of
-from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
+from inferctl.serve.text_parts import Pair
+from inferctl.serve.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import tiny_models
 

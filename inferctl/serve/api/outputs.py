@@ -21,7 +21,7 @@ from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
-from inferctl.serve.tokenizer_pool import InputError
+from inferctl.serve.text_parts import InputError
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
