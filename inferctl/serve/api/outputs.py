@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -35,6 +35,14 @@ _PART_NUMBERS = 16_384
 _INLINE_PRODUCTS = 2_000_000
 # Requests take turns on it. Those of a threads' pool that others use too would keep large bodies from being parsed.
 _executor = ThreadPoolExecutor(1, "similarity")
+
+
+class SeveralOutputs(NamedTuple):
+    """The outputs of each input. `names`: those of the request; `token(id)`: the text of a token."""
+
+    names: Sequence[Output]
+    rows: Sequence[Outputs]
+    token: Callable[[int], str | None]
 
 
 def chosen(model: ServedModel, wanted: Sequence[Output] | None) -> tuple[Output, ...]:
