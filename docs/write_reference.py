@@ -171,9 +171,9 @@ def endpoints() -> str:
     rows = ["| task | endpoint | what it does | errors |", "|---|---|---|---|"]
     for endpoint in ALL:
         paths = ", ".join(f"`{path}`" for path in endpoint.paths)
-        shape = endpoint.operation.error.__name__.removesuffix("ErrorResponse") or "OpenAI"
+        shape = endpoint.errors[1].__name__.removesuffix("ErrorResponse") or "OpenAI"
         shape = {"Tei": "text-embeddings-inference"}.get(shape, shape)
-        rows.append(f"| {endpoint.needs} | {paths} | {endpoint.operation.summary} | {shape} |")
+        rows.append(f"| {endpoint.needs} | {paths} | {endpoint.summary} | {shape} |")
     return "\n".join(rows) + "\n"
 
 

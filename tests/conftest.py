@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import execute
 from tests.required import missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,12 +204,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def base_image(engine: None) -> str:
     """Digest reference of the base image (Debian with Python 3.11) that `.ci/stand-in-base` builds and pushes."""
     name = "localhost:5000/base:trixie-python3.11"
-    done = subprocess.run(
-        ["docker", "image", "inspect", "--format", "{{index .RepoDigests 0}}", name],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = execute("docker", "image", "inspect", "--format", "{{index .RepoDigests 0}}", name)
     if done.returncode:
         hint = f"build it with `.ci/stand-in-base {name}` (as root, with a registry at localhost:5000)"
         missing("docker", f"image {name} not found: {hint}")

@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from tests.processes import execute
+
 _LIMIT_SECONDS = 1200
 
 
@@ -49,7 +51,7 @@ def machine(
     command += ["--volume", f"{folder}:{folder}", "--volume", f"{socket}:/var/run/docker.sock"]
     for path in mounts:
         command += ["--volume", f"{path}:{path}:ro"]
-    started = subprocess.run([*command, image, "sleep", "infinity"], capture_output=True, text=True, check=True)
+    started = execute(*command, image, "sleep", "infinity", code=0)
     container = started.stdout.strip()
     try:
         yield Machine(container, folder, environment)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -36,6 +36,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def execute(*command: object, code: int | None = None, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. With `code`, fails with its output if it ends with another exit code."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **settings)
+    assert code in (None, done.returncode), f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def python(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return execute(sys.executable, *arguments, **settings)
+
+
+def inferctl(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return python("-m", "inferctl", *arguments, **{"timeout": 200, **settings})
 
 
 @dataclass

@@ -24,27 +24,23 @@ import yaml
 from inferctl.config import settings
 from inferctl.facts import catalog
 from inferctl.image import locks, render
+from tests.http_servers import Handler
+from tests.processes import execute, inferctl
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
 
 USER, PASSWORD = "builder", "s3cret-token-0451"
 
 
-class Index(http.server.SimpleHTTPRequestHandler):
+class Index(Handler, http.server.SimpleHTTPRequestHandler):
     """A package index (simple repository API) with a password, for a folder of `<project>/<wheel>`."""
 
     def do_GET(self) -> None:
         expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
         if self.headers.get("Authorization") != expected:
-            self.send_response(401)
-            self.send_header("WWW-Authenticate", 'Basic realm="index"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.reply(401, www_authenticate='Basic realm="index"')
+        else:
+            super().do_GET()
 
 
 @pytest.fixture(scope="module")
@@ -102,22 +98,8 @@ def spec_file(base_image: str, private_wheels: Path, minilm: Path, tmp_path_fact
 
 
 def build(spec_file: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "inferctl",
-        "build",
-        "--spec",
-        spec_file,
-        "--no-verify",
-        "--network",
-        "host",
-        "--json",
-        *flags,
-    ]
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+    options = ("--spec", spec_file, "--no-verify", "--network", "host", "--json")
+    return inferctl("build", *options, *flags, stdin=subprocess.DEVNULL, timeout=None)
 
 
 def test_build_secrets_give_access_and_are_not_in_the_image(
@@ -169,7 +151,7 @@ def test_the_torch_closure_uses_the_index_of_its_stack_by_default(
     (tmp_path / "Dockerfile").write_text(made.dockerfile)
     command = ["docker", "buildx", "build", "--network", "host", "--target", "torch", "--quiet", str(tmp_path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = execute(*command)
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stderr

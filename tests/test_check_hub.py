@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hub import Hub, online, serving
+from tests.processes import inferctl
 from tests.published_models import write
 
 E5 = "intfloat/multilingual-e5-large-instruct"
@@ -107,11 +106,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def check(hub: Hub, folder: Path, name: str, *more: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "inferctl", "check", "--model", name, *more]
-    environment = online(hub, folder / "home")
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = inferctl("check", "--model", name, *more, cwd=folder, env=online(hub, folder / "home"))
     assert done.stderr == ""
     return done.returncode, done.stdout
 

@@ -22,6 +22,7 @@ import yaml
 from tests import forges, hub
 from tests.forges import Event, GitHub, GitLab, Result
 from tests.packages import install
+from tests.processes import execute, python
 
 # Another group than the other builds: its engine is its own, except for one build, and that of
 # test_compression_builds.py.
@@ -46,14 +47,7 @@ RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends python3
 
 
 def output(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = execute(*command, env={**os.environ, **environment}, code=0)
     return done.stdout.strip()
 
 
@@ -69,7 +63,7 @@ def machine_image(base_image: str) -> Iterator[str]:
     name = "inferctl-test/ci-machine"
     command = ["docker", "buildx", "build", "--quiet", "--network", "host", "--load", "--tag", name, "-"]
     text = MACHINE.format(base=base_image)
-    subprocess.run(command, input=text, text=True, check=True, capture_output=True)
+    execute(*command, input=text, code=0)
     yield name
     subprocess.run(["docker", "image", "rm", "--force", name], check=False, capture_output=True)
 
@@ -78,9 +72,7 @@ def machine_image(base_image: str) -> Iterator[str]:
 def package(folder: Path) -> str:
     """The requirement for pip: a wheel of this checkout."""
     code = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
-    name = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()[-1]
+    name = python("-c", code, cwd=ROOT, code=0).stdout.splitlines()[-1]
     return f"inferctl[bench] @ file://{folder / name}"
 
 

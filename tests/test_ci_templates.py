@@ -18,6 +18,7 @@ from typer.main import get_command
 from inferctl import cli
 from inferctl.config import settings
 from inferctl.core.errors import UsageError
+from tests.processes import execute, python
 
 GITHUB = (".github/actions/inferctl/action.yml", ".github/workflows/inferctl.yml")
 GITLAB = (".gitlab/inferctl.yml", ".gitlab-ci.yml")
@@ -89,8 +90,7 @@ def run_step(
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
     found = {"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin", **environment}
-    command = ["bash", "-eo", "pipefail", "-c", script]
-    return subprocess.run(command, cwd=folder, env=found, check=False, capture_output=True, text=True)
+    return execute("bash", "-eo", "pipefail", "-c", script, cwd=folder, env=found)
 
 
 def verb(words: list[str]) -> str:
@@ -100,9 +100,7 @@ def verb(words: list[str]) -> str:
 
 @pytest.mark.parametrize("path", [*GITHUB, *GITLAB])
 def test_each_file_is_valid_for_its_ci(written: Path, path: str) -> None:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{SCHEMAS[path]}", path]
-    done = subprocess.run(command, cwd=written, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python("-m", "check_jsonschema", "--builtin-schema", f"vendor.{SCHEMAS[path]}", path, cwd=written, code=0)
 
 
 @pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
@@ -111,14 +109,7 @@ def test_every_script_passes_shellcheck(written: Path, path: str) -> None:
     found = scripts(written / path)
     assert found
     for script in found:
-        done = subprocess.run(
-            [shellcheck, "--shell", "bash", "--exclude", "SC2034", "-"],
-            input="set -euo pipefail\n" + script,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
+        execute(shellcheck, "--shell", "bash", "--exclude", "SC2034", "-", input="set -euo pipefail\n" + script, code=0)
 
 
 def test_the_workflow_passes_actionlint(written: Path, tmp_path: Path) -> None:
@@ -130,8 +121,7 @@ def test_the_workflow_passes_actionlint(written: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yml"
     wrong.write_text((written / GITHUB[1]).read_text().replace("runs-on", "runs-off"))
     for path, code in ((written / GITHUB[1], 0), (wrong, 1)):
-        done = subprocess.run([actionlint, path], cwd=written, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
+        execute(actionlint, path, cwd=written, code=code)
 
 
 @pytest.mark.parametrize("files", [GITHUB, GITLAB], ids=["github", "gitlab"])

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import conversion, convert, model
 from tests.hub import online, serving
-from tests.processes import until
+from tests.processes import execute, inferctl, python, until
 from tests.serve.tiny_models import CROSS_ENCODERS, make_tokenizer
 
 if TYPE_CHECKING:
@@ -290,11 +290,6 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def inferctl(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **settings)
-
-
 def test_the_command_names_the_new_folder_which_can_be_served(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "new"
     with pytest.raises(UsageError) as refused:
@@ -377,10 +372,7 @@ def test_time_and_memory_are_bounded(source: Path, tmp_path: Path, monkeypatch: 
         convert.convert(source, tmp_path / "new", lambda *_: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     code = "from inferctl.models import conversion as c; c.bound_memory(0); bytearray({}); print('allocated')"
-    runs = {
-        size: subprocess.run([sys.executable, "-c", code.format(size)], capture_output=True, text=True, check=False)
-        for size in (1 << 20, 6 << 30)
-    }
+    runs = {size: python("-c", code.format(size)) for size in (1 << 20, 6 << 30)}
     assert [run.stdout for run in runs.values()] == ["allocated\n", ""]
     assert "MemoryError" in runs[6 << 30].stderr
 
@@ -391,9 +383,7 @@ def test_a_hub_model_with_a_pickle_is_converted_when_it_is_fetched(source: Path,
     )
 
     def fetch(environment: dict[str, str]) -> list[str]:
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        done = python("-c", code, env=environment, timeout=300, code=0)
         return done.stdout.splitlines()
 
     (source / "onnx").mkdir()
@@ -430,8 +420,7 @@ def test_code_in_the_current_folder_is_not_imported(source: Path, tmp_path: Path
     program = str(Path(sys.executable).with_name("inferctl"))
     environment = os.environ | {"MARK": str(tmp_path / "mark")}
     command = [program, "convert", ".", str(tmp_path / "new")]
-    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    execute(*command, cwd=source, env=environment, code=0)
     for file in source.glob("*.py"):
         shutil.copy(file, tmp_path / "new")
     announced = tmp_path / "ready.json"

@@ -15,6 +15,7 @@ import yaml
 from typer.main import get_command
 
 from inferctl import cli
+from tests.processes import execute
 from tests.published_models import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def test_the_commands_a_page_shows_exist(page: Path) -> None:
 def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
     """Build the site from copies of the configuration and the pages in `folder`."""
     zensical = Path(sys.executable).with_name("zensical")
-    return subprocess.run([zensical, "build", "--strict"], cwd=folder, capture_output=True, text=True, check=False)
+    return execute(zensical, "build", "--strict", cwd=folder)
 
 
 def test_the_site_builds_strictly_and_its_pages_load_nothing_from_other_hosts(tmp_path: Path) -> None:
@@ -138,9 +139,7 @@ def test_the_help_of_every_command_has_an_example() -> None:
 
 
 def test_no_path_of_a_developers_machine_is_in_the_repository() -> None:
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    names = execute("git", "ls-files", cwd=ROOT, code=0).stdout.splitlines()
     for name in names:
         text = (ROOT / name).read_bytes()
         for trace in (b"/ro" + b"ot/.pyenv", b"/wo" + b"rk/", b"/opt/" + b"wheels", b"/ho" + b"me/"):

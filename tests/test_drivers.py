@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -31,93 +32,68 @@ def judged(base: str, part: catalog.Hardware, driver: int) -> drivers.DriverVerd
     return verdict
 
 
-@pytest.mark.parametrize("part", DATA_CENTER)
-@pytest.mark.parametrize(
-    ("base", "driver", "level", "rule"),
-    [
-        ("cuda12.8", 520, "error", "image"),
-        ("cuda12.8", 525, "warn", "image"),  # CUDA 12 runs, and the image starts in CDI mode
-        ("cuda12.8", 535, "ok", "stack"),
-        ("cuda12.8", 545, "warn", "image"),  # newer than 535, and not listed
-        ("cuda12.8", 550, "ok", "stack"),
-        ("cuda12.8", 570, "ok", "stack"),
-        ("cuda12.8", 575, "ok", "stack"),
-        ("cuda12.8", 580, "ok", "stack"),
-        ("cuda13.0", 525, "error", "image"),
-        ("cuda13.0", 535, "ok", "cuda-compat"),
-        ("cuda13.0", 545, "error", "image"),
-        ("cuda13.0", 550, "ok", "cuda-compat"),
-        ("cuda13.0", 570, "ok", "cuda-compat"),
-        ("cuda13.0", 575, "ok", "cuda-compat"),
-        ("cuda13.0", 580, "ok", "stack"),
-        ("cuda13.0", 615, "ok", "stack"),
-        ("ngc25.12", 570, "error", "cuda-compat"),  # the toolkit does not find its cuda-compat
-        ("ngc25.12", 580, "ok", "stack"),
-    ],
-)
-def test_drivers_of_data_center_gpus(part: str, base: str, driver: int, level: str, rule: str) -> None:
-    verdict = judged(base, catalog.hardware(part), driver)
-    assert (verdict.level, verdict.rule) == (level, rule), verdict
-
-
-@pytest.mark.parametrize(
-    ("base", "driver", "level", "rule"),
-    [
-        ("cuda12.8", 520, "error", "image"),
-        ("cuda12.8", 535, "warn", "image"),
-        ("cuda12.8", 550, "warn", "image"),
-        ("cuda12.8", 570, "ok", "stack"),
-        ("cuda13.0", 535, "error", "image"),
-        ("cuda13.0", 575, "error", "image"),
-        ("cuda13.0", 580, "ok", "stack"),
-        ("ngc25.12", 570, "error", "cuda-compat"),
-        ("ngc25.12", 580, "ok", "stack"),
-    ],
-)
-def test_drivers_of_geforce_cards_have_no_forward_compatibility(base: str, driver: int, level: str, rule: str) -> None:
-    verdict = judged(base, GEFORCE, driver)
-    assert (verdict.level, verdict.rule) == (level, rule), verdict
-    assert verdict.level == "ok" or "geforcertx" in verdict.why
-
-
-@pytest.mark.parametrize(
-    ("base", "driver", "level", "rule"),
-    [
-        ("cuda12.8", 535, "ok", "stack"),
-        ("cuda13.0", 550, "warn", "cuda-compat"),  # the image starts; some boards have forward compatibility
-        ("cuda13.0", 580, "ok", "stack"),
-    ],
-)
-def test_drivers_of_rtx_boards_may_have_forward_compatibility(base: str, driver: int, level: str, rule: str) -> None:
-    verdict = judged(base, RTX, driver)
-    assert (verdict.level, verdict.rule) == (level, rule), verdict
+_OF_DATA_CENTER_GPUS = [
+    ("cuda12.8", 520, "error", "image"),
+    ("cuda12.8", 525, "warn", "image"),  # CUDA 12 runs, and the image starts in CDI mode
+    ("cuda12.8", 535, "ok", "stack"),
+    ("cuda12.8", 545, "warn", "image"),  # newer than 535, and not listed
+    ("cuda12.8", 550, "ok", "stack"),
+    ("cuda12.8", 570, "ok", "stack"),
+    ("cuda12.8", 575, "ok", "stack"),
+    ("cuda12.8", 580, "ok", "stack"),
+    ("cuda13.0", 525, "error", "image"),
+    ("cuda13.0", 535, "ok", "cuda-compat"),
+    ("cuda13.0", 545, "error", "image"),
+    ("cuda13.0", 550, "ok", "cuda-compat"),
+    ("cuda13.0", 570, "ok", "cuda-compat"),
+    ("cuda13.0", 575, "ok", "cuda-compat"),
+    ("cuda13.0", 580, "ok", "stack"),
+    ("cuda13.0", 615, "ok", "stack"),
+    ("ngc25.12", 570, "error", "cuda-compat"),  # the toolkit does not find its cuda-compat
+    ("ngc25.12", 580, "ok", "stack"),
+]
+_OF_OTHERS = [
+    (GEFORCE, "cuda12.8", 520, "error", "image"),
+    (GEFORCE, "cuda12.8", 535, "warn", "image"),
+    (GEFORCE, "cuda12.8", 550, "warn", "image"),
+    (GEFORCE, "cuda12.8", 570, "ok", "stack"),
+    (GEFORCE, "cuda13.0", 535, "error", "image"),
+    (GEFORCE, "cuda13.0", 575, "error", "image"),
+    (GEFORCE, "cuda13.0", 580, "ok", "stack"),
+    (GEFORCE, "ngc25.12", 570, "error", "cuda-compat"),
+    (GEFORCE, "ngc25.12", 580, "ok", "stack"),
+    (RTX, "cuda12.8", 535, "ok", "stack"),
+    (RTX, "cuda13.0", 550, "warn", "cuda-compat"),  # the image starts; some boards have forward compatibility
+    (RTX, "cuda13.0", 580, "ok", "stack"),
+    (catalog.hardware("b200-sxm"), "cuda12.8", 535, "error", "gpu"),
+    (catalog.hardware("b200-sxm"), "cuda12.8", 565, "error", "gpu"),
+    (catalog.hardware("b200-sxm"), "cuda12.8", 570, "ok", "stack"),
+    (catalog.hardware("b200-sxm"), "cuda13.0", 535, "error", "gpu"),  # cuda-compat does not replace the kernel module
+    (catalog.hardware("b200-sxm"), "cuda13.0", 570, "ok", "cuda-compat"),
+    (catalog.hardware("b200-sxm"), "ngc25.12", 550, "error", "gpu"),
+    (catalog.hardware("b200-sxm"), "ngc25.12", 580, "ok", "stack"),
+    (catalog.hardware("rtx-pro-6000-server"), "cuda12.8", 550, "error", "gpu"),
+    (catalog.hardware("rtx-pro-6000-server"), "cuda12.8", 570, "ok", "stack"),
+    (catalog.hardware("t4"), "cuda12.8", 470, "error", "image"),
+    (catalog.hardware("h100-nvl"), "cuda12.8", 470, "error", "gpu"),
+    (catalog.hardware("h100-sxm"), "cuda13.0", 515, "error", "gpu"),
+    (catalog.hardware("h100-sxm"), "cuda13.0", 535, "ok", "cuda-compat"),
+    (catalog.hardware("l4"), "cuda12.8", 515, "error", "gpu"),
+    (catalog.hardware("a10"), "cuda12.8", 450, "error", "gpu"),
+    (catalog.hardware("a100-40gb-mig-3g.20gb"), "cuda12.8", 440, "error", "gpu"),
+    (catalog.hardware("t4"), "cuda12.8", 390, "error", "gpu"),
+]
 
 
 @pytest.mark.parametrize(
     ("part", "base", "driver", "level", "rule"),
-    [
-        ("b200-sxm", "cuda12.8", 535, "error", "gpu"),
-        ("b200-sxm", "cuda12.8", 565, "error", "gpu"),
-        ("b200-sxm", "cuda12.8", 570, "ok", "stack"),
-        ("b200-sxm", "cuda13.0", 535, "error", "gpu"),  # cuda-compat does not replace the kernel module
-        ("b200-sxm", "cuda13.0", 570, "ok", "cuda-compat"),
-        ("b200-sxm", "ngc25.12", 550, "error", "gpu"),
-        ("b200-sxm", "ngc25.12", 580, "ok", "stack"),
-        ("rtx-pro-6000-server", "cuda12.8", 550, "error", "gpu"),
-        ("rtx-pro-6000-server", "cuda12.8", 570, "ok", "stack"),
-        ("t4", "cuda12.8", 470, "error", "image"),
-        ("h100-nvl", "cuda12.8", 470, "error", "gpu"),
-        ("h100-sxm", "cuda13.0", 515, "error", "gpu"),
-        ("h100-sxm", "cuda13.0", 535, "ok", "cuda-compat"),
-        ("l4", "cuda12.8", 515, "error", "gpu"),
-        ("a10", "cuda12.8", 450, "error", "gpu"),
-        ("a100-40gb-mig-3g.20gb", "cuda12.8", 440, "error", "gpu"),
-        ("t4", "cuda12.8", 390, "error", "gpu"),
-    ],
+    [*_OF_OTHERS, *((catalog.hardware(part), *row) for part in DATA_CENTER for row in _OF_DATA_CENTER_GPUS)],
 )
-def test_a_driver_older_than_the_gpu_runs_no_image(part: str, base: str, driver: int, level: str, rule: str) -> None:
-    verdict = judged(base, catalog.hardware(part), driver)
+def test_which_drivers_run_an_image(part: catalog.Hardware, base: str, driver: int, level: str, rule: str) -> None:
+    """GeForce cards have no forward compatibility, some RTX boards do. A driver older than the GPU runs no image."""
+    verdict = judged(base, part, driver)
     assert (verdict.level, verdict.rule) == (level, rule), verdict
+    assert part is not GEFORCE or verdict.level == "ok" or "geforcertx" in verdict.why
 
 
 @pytest.mark.parametrize(
@@ -177,20 +153,19 @@ def test_the_message_names_the_rule_that_decides() -> None:
     assert plain.hint is None
 
 
-def test_an_image_without_the_compat_libraries_needs_the_newer_driver() -> None:
-    base = dataclasses.replace(catalog.base("cuda13.0"), cuda_compat=None)
+@pytest.mark.parametrize(
+    ("change", "level", "said"),
+    [
+        ({"cuda_compat": None}, "error", "has no cuda-compat libraries"),
+        ({"require_cuda": "cuda>=9.0"}, "warn", "container toolkit 1.17.5 or newer"),
+    ],
+)
+def test_forward_compatibility_needs_the_libraries_and_the_branch(change: Any, level: str, said: str) -> None:
+    base = dataclasses.replace(catalog.base("cuda13.0"), **change)
     verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 550)
     assert verdict is not None
-    assert (verdict.level, verdict.rule) == ("error", "cuda-compat")
-    assert "has no cuda-compat libraries" in verdict.why
-
-
-def test_an_image_that_lists_no_branches_may_work_through_forward_compatibility() -> None:
-    base = dataclasses.replace(catalog.base("cuda13.0"), require_cuda="cuda>=9.0")
-    verdict = fit.judge_driver(base, catalog.stack(base.stack), drivers.CudaGpu("nvidia"), 550)
-    assert verdict is not None
-    assert (verdict.level, verdict.rule) == ("warn", "cuda-compat")
-    assert "container toolkit 1.17.5 or newer" in (verdict.hint or "")
+    assert (verdict.level, verdict.rule) == (level, "cuda-compat")
+    assert said in f"{verdict.why} {verdict.hint}"
 
 
 def test_an_image_without_cuda_requires_no_driver() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from inferctl.facts.precision import best_precision
 from inferctl.image import locks
 from inferctl.image.output_checks import SCORE_TOLERANCE
 from inferctl.serve.engines import cpu
-from tests.processes import free_port, start
+from tests import processes
+from tests.processes import execute, free_port, start
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,17 +37,11 @@ REPOSITORY = "localhost:5000/e2e/minilm"
 PRECISION = best_precision(cpu.detect()[1])
 
 
-def inferctl(*arguments: str | Path, code: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+inferctl = partial(processes.inferctl, code=0, timeout=1800, stdin=subprocess.DEVNULL)
 
 
 def inspect(reference: str) -> dict[str, Any]:
-    done = subprocess.run(["docker", "image", "inspect", reference], capture_output=True, text=True, check=True)
+    done = execute("docker", "image", "inspect", reference, code=0)
     found: dict[str, Any] = json.loads(done.stdout)[0]
     return found
 
@@ -79,44 +74,18 @@ def pushed(spec_file: Path) -> Iterator[str]:
     built = json.loads(done.stdout)
     assert built["verified"]["cosine_min"] >= 0.999, built
     yield str(built["pushed"])
-    images = subprocess.run(["docker", "images", "--quiet", "--no-trunc", REPOSITORY], capture_output=True, text=True)
+    images = execute("docker", "images", "--quiet", "--no-trunc", REPOSITORY)
     subprocess.run(["docker", "image", "rm", "--force", *set(images.stdout.split())], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def container(pushed: str, minilm: Path) -> Iterator[str]:
+def container(pushed: str, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a container with the image from the registry. The local image is removed first."""
     subprocess.run(["docker", "image", "rm", "--force", inspect(pushed)["Id"]], capture_output=True, check=True)
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "inferctl",
-        "serve",
-        "--image",
-        pushed,
-        "--model",
-        str(minilm),
-        "--port",
-        str(port),
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{url}/readyz", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, server.stderr.read() if server.stderr else ""
-                time.sleep(0.2)
-        yield url
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
-    running = subprocess.run(
-        ["docker", "ps", "--quiet", "--filter", f"ancestor={pushed}"], capture_output=True, text=True, check=True
-    )
+    server = start(tmp_path_factory.mktemp("container"), "--image", pushed, "--model", str(minilm))
+    yield server.url
+    assert server.stop() == 0
+    running = execute("docker", "ps", "--quiet", "--filter", f"ancestor={pushed}", code=0)
     assert running.stdout == ""
 
 
@@ -191,8 +160,9 @@ def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, mini
     docker = ["docker", "run", "--network", "host", "--volume", f"{minilm}:/model:ro", "--volume", f"{seen}:/seen"]
     docker += ["--volume", f"{watch}:/watch:ro", "--env", f"PYTHONPATH=/watch:{path}"]
     port = str(free_port())
-    command = [*docker, "--detach", "--env", "RUN=server", pushed, "--host", "127.0.0.1", "--port", port]
-    server = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    server = execute(
+        *docker, "--detach", "--env", "RUN=server", pushed, "--host", "127.0.0.1", "--port", port, code=0
+    ).stdout.strip()
     try:
         for _ in range(600):
             try:
@@ -209,7 +179,7 @@ def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, mini
     python = inspect(pushed)["Config"]["Entrypoint"][0]
     once = [*docker, "--rm", "--interactive", "--env", "RUN=reference", "--entrypoint", python, pushed]
     subprocess.run([*once, "-m", "inferctl.serve.reference", "/model"], input=b'["a"]', capture_output=True, check=True)
-    listed = subprocess.run([*once, "-c", INSTALLED], capture_output=True, text=True, check=True).stdout
+    listed = execute(*once, "-c", INSTALLED, code=0).stdout
     runs = list(seen.iterdir())
     assert len(runs) >= 3, "the API process, its engine process and the reference"
     imported = {file for run in runs for file in run.read_text().splitlines()}
@@ -220,10 +190,9 @@ def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, mini
 
 def test_an_option_of_the_server_is_an_argument_of_docker_run(pushed: str, minilm: Path) -> None:
     command = ["docker", "run", "--rm", "--network", "none", "--volume", f"{minilm}:/model:ro", pushed]
-    done = subprocess.run([*command, "--precision", "int4"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    done = execute(*command, "--precision", "int4", code=2)
     assert "serve.precision (from --precision): 'int4' is not one of" in done.stderr
-    assert "usage: " in subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "usage: " in execute(*command, "--help", code=0).stdout
 
 
 def test_a_short_benchmark_runs_against_the_container(container: str, minilm: Path, tmp_path: Path) -> None:
@@ -283,8 +252,11 @@ def test_a_model_image_is_baked_without_an_upload_of_its_weights_and_is_served(
     assert built["pushed_bytes"] < 5_000_000
     assert len(inspect(built["pushed"])["RootFS"]["Layers"]) == len(inspect(pushed)["RootFS"]["Layers"]) + 2
     # The second start of the image, to verify it, read what the first one wrote.
-    show = ["docker", "run", "--rm", "--entrypoint", "cat", built["pushed"], "/etc/inferctl/check-record.json"]
-    record = json.loads(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
+    record = json.loads(
+        execute(
+            "docker", "run", "--rm", "--entrypoint", "cat", built["pushed"], "/etc/inferctl/check-record.json", code=0
+        ).stdout
+    )
     assert [info["precision"]["effective"] for info in record["engines"].values()] == [PRECISION]
     server = start(tmp_path, "--image", built["pushed"])
     try:
@@ -325,9 +297,7 @@ def test_a_build_without_cache_has_identical_layers(pushed: str, spec_file: Path
         "--build-arg",
         "SOURCE_DATE_EPOCH=1700000000",
     ]
-    image = subprocess.run(
-        [*command, str(tmp_path / "build")], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    image = execute(*command, tmp_path / "build", code=0).stdout.strip()
     try:
         assert inspect(image)["RootFS"]["Layers"] == inspect(pushed)["RootFS"]["Layers"]
         assert inspect(image)["Created"].startswith("2023-11-14T22:13:20")

@@ -32,7 +32,8 @@ from tests.deploy.chats import COMPLETE, Chats
 from tests.deploy.conftest import objects, write
 from tests.deploy.containers import Network, assert_constrained, folders, secret_with_key, start
 from tests.deploy.test_layout import named
-from tests.test_end_to_end import free_port, inferctl, inspect
+from tests.processes import ServerProcess, execute
+from tests.test_end_to_end import inferctl, inspect
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(3000)]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -62,33 +63,22 @@ def spec_file(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 def pushed(spec_file: Path) -> Iterator[str]:
     """`name@sha256:...` of an image from `inferctl build --push`."""
     inferctl("check", "--spec", spec_file)
-    done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json", timeout=1800)
+    done = inferctl("build", "--spec", spec_file, "--push", "--network", "host", "--json")
     built = json.loads(done.stdout)
     assert built["verified"]["task"] == "generate"
     assert built["verified"]["kl"] <= built["verified"]["tolerance"], built
     yield str(built["pushed"])
-    images = subprocess.run(["docker", "images", "--quiet", "--no-trunc", REPOSITORY], capture_output=True, text=True)
+    images = execute("docker", "images", "--quiet", "--no-trunc", REPOSITORY)
     subprocess.run(["docker", "image", "rm", "--force", *set(images.stdout.split())], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
-def container(pushed: str) -> Iterator[str]:
+def container(pushed: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a container with the pushed image, which has a read-only root. `test_end_to_end.py` tests the pull."""
-    port = free_port()
-    command = [sys.executable, "-m", "inferctl", "serve", "--image", pushed, "--model", str(MODEL), "--port", str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(4500):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, server.stderr.read() if server.stderr else ""
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0
+    command = ("inferctl", "serve", "--image", pushed, "--model", str(MODEL), "--port", "0")
+    server = ServerProcess.launch(tmp_path_factory.mktemp("container"), *command).wait_announced(900)
+    yield server.url
+    assert server.stop() == 0
 
 
 def test_the_image_by_digest_answers_the_openai_client(container: str, pushed: str) -> None:

@@ -24,6 +24,7 @@ from inferctl.facts.precision import best_precision
 from inferctl.image.from_spec import check_model_task
 from inferctl.models.model import ModelFolder
 from inferctl.serve.engines import cpu
+from tests import processes
 from tests.cli.test_first_steps import small_llama
 from tests.hub import Hub, Repository, online, serving
 from tests.processes import free_port, until
@@ -57,8 +58,7 @@ def here(tmp_path: Path) -> Path:
 
 
 def inferctl(here: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", *arguments]
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return processes.inferctl(*arguments, cwd=here, env=environment)
 
 
 def write_spec(here: Path) -> None:

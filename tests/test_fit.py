@@ -58,68 +58,68 @@ def finding(judged: fit.Fit, topic: str) -> fit.Finding:
     return found
 
 
-def test_bf16_on_a_t4_is_a_warning_that_names_fp16() -> None:
-    judged = on("t4")
-    found = finding(judged, "precision")
-    assert (judged.verdict, judged.level, found.what) == ("warn", "emulated", "bf16 is emulated")
-    assert found.hint == "set serve.precision: fp16, or auto to select it for each hardware"
+@pytest.mark.parametrize(
+    ("part", "precision", "base", "topic", "level", "what", "hint"),
+    [
+        ("t4", "bf16", "cuda13.0", "precision", "warn", "bf16 is emulated", "set serve.precision: fp16, or auto"),
+        ("t4", "int8", "cuda13.0", "int8", "ok", "int8 saves memory but not time", "set serve.precision: fp16"),
+        ("t4", "fp16", "cpu", "kernels", "error", "", ""),
+        ("cpu", "fp32", "cuda13.0", "kernels", "warn", "the image is larger than necessary", ""),
+        ("l4", "bf16", "ngc25.12", "kernels", "warn", "unknown whether the stack has kernels", ""),
+        (
+            *("a10", "bf16", "cuda13.0", "driver", "ok"),
+            "needs driver 580 or newer, or R535, R550, R565, R570 or R575 with forward compatibility",
+            "i",
+        ),
+    ],
+)
+def test_a_finding_says_what_and_how_to_avoid_it(
+    part: str, precision: str, base: str, topic: str, level: str, what: str, hint: str
+) -> None:
+    found = finding(on(part, precision, base), topic)
+    assert found.level == level
+    assert what in found.what
+    assert hint in (found.hint or "")
 
 
-def test_auto_takes_fp16_on_a_t4_and_bf16_on_an_a100() -> None:
-    assert (on("t4", "auto").precision, on("t4", "auto").verdict) == ("fp16", "ok")
-    assert (on("a100-40gb-sxm", "auto").precision, on("a100-40gb-sxm", "auto").verdict) == ("bf16", "ok")
+@pytest.mark.parametrize(
+    ("part", "given", "base", "precision", "level", "verdict", "kernels"),
+    [
+        ("t4", "bf16", "cuda13.0", "bf16", "emulated", "warn", True),
+        ("t4", "auto", "cuda13.0", "fp16", "native", "ok", True),
+        ("a100-40gb-sxm", "auto", "cuda13.0", "bf16", "native", "ok", True),
+        ("l4", "bf16", "ngc25.12", "bf16", "native", "warn", None),
+        ("cpu", "fp32", "cpu", "fp32", "native", "ok", True),
+        ("cpu", "bf16", "cpu", "bf16", "depends", "warn", True),
+        ("cpu", "fp16", "cpu", "fp16", "depends", "warn", True),
+        ("cpu", "int8", "cpu", "int8", "depends", "warn", True),
+    ],
+)
+def test_how_a_precision_runs(
+    part: str, given: str, base: str, precision: str, level: str, verdict: str, kernels: bool | None
+) -> None:
+    judged = on(part, given, base)
+    assert (judged.precision, judged.level, judged.verdict, judged.kernels) == (precision, level, verdict, kernels)
+
+
+# No V100 is in the catalog.
+VOLTA = dataclasses.replace(catalog.hardware("t4"), key="v100", compute_capability="7.0")
 
 
 def test_a_precision_that_does_not_run_is_an_error() -> None:
-    volta = catalog.Hardware(
-        **{**vars(catalog.hardware("t4")), "key": "v100", "compute_capability": "7.0"}  # no V100 in the catalog
-    )
-    judged = serving("int8", "cuda12.8", volta)
+    judged = serving("int8", "cuda12.8", VOLTA)
     assert (judged.verdict, judged.level) == ("error", "unsupported")
     assert finding(judged, "precision").hint == "set serve.precision: fp16"
     assert not [f for f in judged.findings if f.topic == "int8"]
 
 
 def test_a_stack_without_kernels_for_the_gpu_is_an_error() -> None:
-    volta = catalog.Hardware(**{**vars(catalog.hardware("t4")), "key": "v100", "compute_capability": "7.0"})
-    modern = serving("fp16", "cuda13.0", volta)
-    conservative = serving("fp16", "cuda12.8", volta)
+    modern, conservative = serving("fp16", "cuda13.0", VOLTA), serving("fp16", "cuda12.8", VOLTA)
     assert (modern.verdict, modern.kernels) == ("error", False)
     assert finding(modern, "kernels").why == (
         "torch2.13-cu130 is built for compute capability 7.5, 8.0, 8.6, 9.0, 10.0, 12.0 (no PTX); the part is 7.0"
     )
     assert (conservative.verdict, conservative.kernels) == ("ok", True)
-
-
-def test_unread_kernels_are_unknown() -> None:
-    judged = on("l4", base="ngc25.12")
-    assert (judged.verdict, judged.kernels) == ("warn", None)
-    assert finding(judged, "kernels").what == "unknown whether the stack has kernels"
-
-
-def test_a_cpu_stack_on_a_gpu_is_an_error_and_a_gpu_stack_on_a_cpu_a_warning() -> None:
-    assert finding(on("t4", "fp16", base="cpu"), "kernels").level == "error"
-    assert finding(on("cpu", "fp32"), "kernels").what == "the image is larger than necessary"
-    assert on("cpu", "fp32", base="cpu").verdict == "ok"
-
-
-def test_without_a_driver_the_oldest_driver_is_reported() -> None:
-    found = finding(on("a10"), "driver")
-    expected = "needs driver 580 or newer, or R535, R550, R565, R570 or R575 with forward compatibility"
-    assert (found.level, found.what) == ("ok", expected)
-    assert found.hint
-
-
-def test_int8_saves_memory_but_not_time() -> None:
-    found = finding(on("t4", "int8"), "int8")
-    assert (found.level, found.what) == ("ok", "int8 saves memory but not time")
-    assert found.hint == "for speed, set serve.precision: fp16"
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
-def test_precision_on_a_cpu_depends_on_the_processor(precision: str) -> None:
-    judged = on("cpu", precision, base="cpu")
-    assert (judged.level, judged.verdict) == ("depends", "warn")
 
 
 def test_memory_is_parameters_times_bytes_plus_one_layer_and_overhead() -> None:

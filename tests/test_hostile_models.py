@@ -8,7 +8,6 @@ import os
 import pickle
 import resource
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -22,6 +21,7 @@ import pytest
 from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.models import conversion, model
+from tests.processes import inferctl
 from tests.serve.tiny_models import make_tokenizer
 from tests.test_model import write_model
 
@@ -400,8 +400,6 @@ def limit_memory() -> None:
 )
 def test_memory_is_bounded_when_a_folder_is_checked(change: Callable[[Path], object], folder: Path) -> None:
     change(folder)
-    command = [sys.executable, "-m", "inferctl", "check", "--model", "./model"]
-    done = subprocess.run(command, preexec_fn=limit_memory, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
+    done = inferctl("check", "--model", "./model", preexec_fn=limit_memory, code=2)
     assert "Traceback" not in done.stderr
     assert "hint: " in done.stdout

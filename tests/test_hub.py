@@ -5,8 +5,6 @@ The calls run in another process, because `huggingface_hub` reads its environmen
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from inferctl.models import model
 from inferctl.models.hub import HubModel
 from tests.hub import Hub, Repository, online, serving
+from tests.processes import python
 from tests.test_model import write_model
 
 SOURCE = "org/m"
@@ -48,8 +47,7 @@ def run(environment: dict[str, str], *calls: str) -> list[str]:
     for call in calls:
         script += f"try:\n    print({call})\nexcept errors.InferctlError as e:\n"
         script += "    print(type(e).__name__, e.message, '|', e.hint)\nprint('\\f', end='')\n"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = python("-c", script, env=environment, timeout=60)
     assert done.stderr == ""
     found = done.stdout.split("\f")[:-1]
     assert len(found) == len(calls), done

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python
+
 PACKAGE = Path(__file__).resolve().parent.parent / "inferctl"
 # Room -> the rooms that it may import. `cli` may import all.
 ALLOWED = {
@@ -207,7 +209,7 @@ def test_the_command_line_and_its_help_load_nothing_heavy() -> None:
         "    cli.run(['--help'])\n"
         f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, code=0)
     assert json.loads(done.stdout) == []
 
 
@@ -232,7 +234,7 @@ def test_a_call_imports_only_the_command_that_it_runs(line: list[str], expected:
         "modules = {command.module for command in cli.Root.table.values()}\n"
         "print(json.dumps([m.removeprefix('inferctl.cli.') for m in modules if m in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, code=0)
     assert json.loads(done.stdout) == expected
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from inferctl.core import assets
 from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
 from inferctl.image import locks
+from tests.processes import inferctl
 
 LOCK = (
     "a-b==1.0 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\ntorch==2.13.0+cpu \\\n    --hash=sha256:bb\n"
@@ -109,8 +109,7 @@ def test_missing_locks_have_a_hint_with_the_command(tmp_path: Path) -> None:
 @USES_WHEELS
 def test_a_wheel_folder_resolves_to_its_versions(wheels: Path, tmp_path: Path) -> None:
     """The folder of the fixture has the versions of the shipped locks."""
-    command = ["lock", "--base", "cpu", "--wheels", str(wheels), "--output", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "inferctl", *command], check=True, capture_output=True)
+    inferctl("lock", "--base", "cpu", "--wheels", wheels, "--output", tmp_path, code=0)
     shipped = locks.load(catalog.base("cpu"), None, int8=False)
     for name, text in (("torch", shipped.torch or ""), ("server", shipped.server)):
         assert locks.versions((tmp_path / f"{name}.txt").read_text()) == locks.versions(text)
@@ -144,8 +143,7 @@ def test_a_lock_without_a_header_is_checked_by_its_torch(tmp_path: Path) -> None
 
 
 def lock(base: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "lock", "--base", base, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return inferctl("lock", "--base", base, *arguments)
 
 
 def with_older_orjson(folder: Path, stack: str) -> Path:

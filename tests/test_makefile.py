@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.processes import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "https://user:pa$word@index.example/simple"
@@ -36,11 +37,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def make(checkout: Path, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_", "MAKE"))}
-    command = ["make", "--silent", *arguments]
-    done = subprocess.run(
-        command, cwd=checkout, env=environment | SETTINGS, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = execute("make", "--silent", *arguments, cwd=checkout, env=environment | SETTINGS, code=0)
     return done.stdout
 
 

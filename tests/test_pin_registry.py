@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from tests.hub import Hub, Repository, online, serving
+from tests.processes import execute, inferctl
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(180)]
 SOURCE, COMMIT, NEWER = "org/m", "1" * 40, "2" * 40
@@ -57,7 +57,7 @@ class Registry:
 
 
 def _docker(*arguments: str) -> str:
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    return execute("docker", *arguments, code=0).stdout.strip()
 
 
 @pytest.fixture
@@ -72,11 +72,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (tmp_path / "model").mkdir()
     with serving({SOURCE: Repository(tmp_path / "model", commit=COMMIT)}) as running:
         yield running
-
-
-def inferctl(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @contextmanager
@@ -97,7 +92,7 @@ def test_pin_writes_both_pins_and_updates_them_only_on_request(registry: Registr
     environment = online(hub, tmp_path / "home")
 
     def pin(*options: str) -> subprocess.CompletedProcess[str]:
-        return inferctl("pin", "--spec", str(file), *options, environment=environment)
+        return inferctl("pin", "--spec", file, *options, env=environment)
 
     unpinned = pin("--check")
     assert unpinned.returncode == 1, unpinned.stderr
@@ -120,7 +115,7 @@ def test_pin_writes_both_pins_and_updates_them_only_on_request(registry: Registr
     assert file.stat().st_mode & 0o777 == 0o640
     assert pin("--check").returncode == 0
 
-    found = json.loads(inferctl("check", "--spec", str(file), "--json", environment=environment).stdout)
+    found = json.loads(inferctl("check", "--spec", file, "--json", env=environment).stdout)
     assert not [f for f in found["findings"] if f["topic"] in ("base.digest", "revision")], found["findings"]
     with changed(file) as lines:
         assert "is unchanged" in pin().stderr
@@ -145,7 +140,7 @@ def test_a_pinned_spec_renders_and_builds(registry: Registry, hub: Hub, tmp_path
     _docker("build", "--quiet", str(tmp_path))
     file = tmp_path / "inferctl.yaml"
     file.write_text(SPEC.replace("IMAGE", tagged))
-    done = inferctl("render", "--spec", str(file), "--output", str(tmp_path / "out"))
+    done = inferctl("render", "--spec", file, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     dockerfile = (tmp_path / "out" / "Dockerfile").read_text()
     assert tagged in dockerfile
@@ -159,7 +154,7 @@ def test_the_commit_is_written_if_the_registry_does_not_respond(
     file = tmp_path / "inferctl.yaml"
     file.write_text(SPEC.replace("IMAGE", f"{registry.name}:none" if image == "missing" else image))
     with changed(file) as lines:
-        done = inferctl("pin", "--spec", str(file), environment=online(hub, tmp_path / "home"))
+        done = inferctl("pin", "--spec", file, env=online(hub, tmp_path / "home"))
     assert done.returncode == (2 if image == "missing" else 3), done.stderr
     assert lines == [f'  revision: "{COMMIT}"']
     assert "image.base_image is not pinned" in done.stderr
@@ -171,7 +166,7 @@ def test_the_digest_is_written_if_the_hub_does_not_respond(registry: Registry, h
     hub.status = 503
     file = tmp_path / "inferctl.yaml"
     file.write_text(SPEC.replace("IMAGE", f"{registry.name}:1"))
-    done = inferctl("pin", "--spec", str(file), "--json", environment=online(hub, tmp_path / "home"))
+    done = inferctl("pin", "--spec", file, "--json", env=online(hub, tmp_path / "home"))
     document = json.loads(done.stdout)
     assert done.returncode == 3, done.stderr
     assert [failure["path"] for failure in document["failed"]] == ["model.revision"]
@@ -199,7 +194,7 @@ def test_catalog_check_compares_facts_with_the_registry(registry: Registry, tmp_
     pushed = registry.push("1", size=1_000_000, CUDA_VERSION="12.8.1", NVIDIA_REQUIRE_CUDA=REQUIRE)
     reference, digest = f"{registry.name}:1", pushed.partition("@")[2]
     file = base_file(tmp_path, reference, digest=digest, compressed_bytes=1_100_000)
-    done = inferctl("catalog", "check", str(file), "--json")
+    done = inferctl("catalog", "check", file, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     expected = ["tag", "digest", "compressed_bytes", "cuda", "require_cuda"]
     assert facts_of(done) == dict.fromkeys(expected, "same")
@@ -215,7 +210,7 @@ def test_catalog_check_compares_facts_with_the_registry(registry: Registry, tmp_
         done = inferctl("catalog", "check", str(base_file(tmp_path, reference, **given)), "--json")
         assert done.returncode == (1 if verdict == "differs" else 0), (fact, done.stdout, done.stderr)
         assert {key: v for key, v in facts_of(done).items() if v != "same"} == {fact: verdict}
-    done = inferctl("catalog", "check", str(file))
+    done = inferctl("catalog", "check", file)
     assert "differs" in done.stdout
 
 
@@ -224,8 +219,8 @@ def test_catalog_check_distinguishes_a_missing_tag_from_a_registry_that_is_down(
     registry: Registry, tmp_path: Path, image: str, code: int
 ) -> None:
     file = base_file(tmp_path, f"{registry.name}:none" if image == "missing" else image)
-    done = inferctl("catalog", "check", str(file), "--json")
+    done = inferctl("catalog", "check", file, "--json")
     assert done.returncode == code, done.stderr
     assert facts_of(done) == {"tag": "differs" if code == 1 else "unknown"}
     assert not json.loads(done.stdout)["same"]
-    assert inferctl("catalog", "check", str(file)).returncode == code
+    assert inferctl("catalog", "check", file).returncode == code

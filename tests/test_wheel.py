@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.packages import install
+from tests.processes import execute
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (
@@ -25,10 +26,7 @@ SHIPPED = (
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = execute(*command, cwd=cwd, stdin=subprocess.DEVNULL, code=0)
     return done.stdout
 
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from inferctl.cli import completion, console
+from inferctl.cli import completion, console, options
 from inferctl.cli.options import Json
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.facts import catalog
@@ -30,18 +30,7 @@ def _key(offered: completion.Callback) -> Any:
     )
 
 
-app = typer.Typer(
-    name="catalog",
-    help="List known base images, torch stacks and hardware, with sources.",
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    add_completion=False,
-)
-
-
-@app.callback()
-def root(context: typer.Context) -> None:
-    console.help_without_command(context)
+app = options.group("catalog", "List known base images, torch stacks and hardware, with sources.")
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from inferctl.bench.judge.run_metrics import METRICS, REJECTED
 from inferctl.bench.report import comparison, junit
 from inferctl.cli import completion, console, options
 from inferctl.core import outputs
-from inferctl.core.errors import UsageError, did_you_mean
+from inferctl.core.errors import UsageError
 
 FORMATS = ("text", "markdown", "json", "junit")
 _SUFFIXES = {".txt": "text", ".md": "markdown", ".json": "json", ".xml": "junit"}
@@ -121,7 +120,7 @@ def compare(
     inputs = [*comparable.files(old), *comparable.files(new)]
     for file in output or []:
         outputs.check(file, "--output", parents=True, inputs=inputs)
-    style = "json" if json_ else _known(format_, FORMATS, "--format")
+    style = "json" if json_ else options.known(format_, FORMATS, "--format")
     compare_options = _options(threshold, floor_ms, metric, max_cosine_drop, max_recall_drop, allow)
     pairs, notes = comparable.pairs(old, new)
     result = comparing.compare(pairs, notes, compare_options)
@@ -149,7 +148,7 @@ def _options(
     for text in threshold or []:
         name, separator, value = text.rpartition("=")
         if separator:
-            _known(name, METRICS, "--threshold")
+            options.known(name, METRICS, "--threshold")
         shares[name] = _share(value)
     overall = shares.pop("", None)
     if overall is not None:
@@ -157,10 +156,10 @@ def _options(
     return comparing.CompareOptions(
         thresholds=shares,
         floor_ms=floor_ms,
-        metrics=[_known(name, (*METRICS, REJECTED), "--metric") for name in metric or []],
+        metrics=[options.known(name, (*METRICS, REJECTED), "--metric") for name in metric or []],
         cosine_drop=cosine_drop,
         recall_drop=recall_drop,
-        allow=[_known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],
+        allow=[options.known(name, comparable.ALLOWABLE, "--allow") for name in allow or []],
     )
 
 
@@ -173,13 +172,6 @@ def _share(percent: str) -> float:
     if not 0 < value < 100:
         raise UsageError(f"--threshold {percent!r} is not a percentage between 0 and 100", "as in `--threshold 5`")
     return value / 100
-
-
-def _known(name: str, names: Collection[str], option: str) -> str:
-    """Return `name` if it is one of `names`; raise `UsageError` otherwise."""
-    if name not in names:
-        raise UsageError(f"{option} cannot be {name!r}", did_you_mean(name, names) or f"use: {', '.join(names)}")
-    return name
 
 
 def _text(result: CompareResult, style: str) -> str:

@@ -48,18 +48,7 @@ _Environment = Annotated[
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Replace the file of `--output`.")]
 
-app = typer.Typer(
-    name="keys",
-    help="Create, list, revoke and rotate API keys.",
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    add_completion=False,
-)
-
-
-@app.callback()
-def root(context: typer.Context) -> None:
-    console.help_without_command(context)
+app = options.group("keys", "Create, list, revoke and rotate API keys.")
 
 
 _CREATE_EPILOG = """\b

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from inferctl.cli import console, download
+from inferctl.cli import console, download, options
 from inferctl.cli.build import tag_reference
 from inferctl.cli.build_view import BuildView
 from inferctl.cli.options import Json
@@ -22,18 +22,7 @@ _Image = Annotated[
     str, typer.Argument(metavar="REF", help="Name of the model image, with or without `oci://`; a digest pins it.")
 ]
 
-app = typer.Typer(
-    name="model",
-    help="Push, inspect and pull models as images of their own.",
-    invoke_without_command=True,
-    rich_markup_mode=None,
-    add_completion=False,
-)
-
-
-@app.callback()
-def root(context: typer.Context) -> None:
-    console.help_without_command(context)
+app = options.group("model", "Push, inspect and pull models as images of their own.")
 
 
 _PUSH_EPILOG = """\b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from inferctl.cli import completion, console
 from inferctl.config import settings, spec
 from inferctl.config.settings import Resolved
 from inferctl.config.spec import Access, Spec
-from inferctl.core.errors import UsageError
+from inferctl.core.errors import UsageError, did_you_mean
 from inferctl.facts import catalog
 
 SpecFile = Annotated[
@@ -59,6 +60,24 @@ LedgerUrl = Annotated[
         help="Use this ledger: sqlite:///FILE or postgresql://... [default: the spec's, else metering/ledger.sqlite]",
     ),
 ]
+
+
+def group(name: str, help_: str) -> typer.Typer:
+    """Return a group of commands. Without a command, it prints its help."""
+    app = typer.Typer(name=name, help=help_, invoke_without_command=True, rich_markup_mode=None, add_completion=False)
+
+    @app.callback()
+    def root(context: typer.Context) -> None:
+        console.help_without_command(context)
+
+    return app
+
+
+def known(name: str, names: Collection[str], option: str) -> str:
+    """Return `name` if it is one of `names`; raise `UsageError` otherwise."""
+    if name not in names:
+        raise UsageError(f"{option} cannot be {name!r}", did_you_mean(name, names) or f"use: {', '.join(names)}")
+    return name
 
 
 def without_model(spec_file: Path | None, flags: dict[str, Any]) -> Spec:

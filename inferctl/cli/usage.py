@@ -15,7 +15,7 @@ from rich.text import Text
 from inferctl.cli import completion, console, options
 from inferctl.cli.key_place import Place
 from inferctl.config.spec import Access
-from inferctl.core.errors import InferctlError, NotReadyError, UsageError, did_you_mean, install_hint
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from inferctl.tenancy.metering.report import Report
@@ -87,20 +87,14 @@ def usage(
     Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were
     killed, whose last requests may be missing.
     """
-    style = "json" if json_ else format_
-    if style not in FORMATS:
-        raise UsageError(f"--format cannot be {style!r}", did_you_mean(style, FORMATS) or f"use: {', '.join(FORMATS)}")
+    style = "json" if json_ else options.known(format_, FORMATS, "--format")
     try:
         from inferctl.tenancy.metering import ledger as ledgers
         from inferctl.tenancy.metering import prices as price_books
         from inferctl.tenancy.metering import report as reports
         from inferctl.tenancy.metering import times
 
-        names = [name.strip() for name in by.split(",") if name.strip()]
-        for name in names:
-            if name not in ledgers.DIMENSIONS:
-                known = list(ledgers.DIMENSIONS)
-                raise UsageError(f"--by cannot be {name!r}", did_you_mean(name, known) or f"use: {', '.join(known)}")
+        names = [options.known(name.strip(), ledgers.DIMENSIONS, "--by") for name in by.split(",") if name.strip()]
         if currency and not prices:
             raise UsageError("`--currency` requires prices", "pass `--prices FILE`")
         now_ms = ledgers.now_ms()

@@ -51,7 +51,8 @@ from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.main import exit_with
 from inferctl.serve.modules import read_object
 from inferctl.serve.outputs import Form, Role, mark
-from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
+from inferctl.serve.text_parts import Pair
+from inferctl.serve.tokenizer_pool import TokenizerPool
 
 # The classes of sentence-transformers by what a model was trained for. It has none for BGE-M3, except for its vector.
 _CLASSES = {

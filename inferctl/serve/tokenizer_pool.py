@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, processors
@@ -27,11 +27,24 @@ from inferctl.serve import tokenizer_files, word_piece
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.private_tokens import PrivateTokens
+from inferctl.serve.rendered_pairs import TEMPLATE_ROOM, RenderedPairs
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.text_parts import common_end, head_of, longest_first, slices
-from inferctl.serve.word_piece import TokenizedText, is_panic
+from inferctl.serve.text_parts import (
+    CHARACTERS_PER_TOKEN,
+    MAX_HEAD,
+    MIN_HEAD,
+    InputError,
+    Pair,
+    head_of,
+    listed,
+    longest_first,
+    not_empty,
+    require_truncation,
+    slices,
+)
+from inferctl.serve.word_piece import TokenizedText, guarded, is_panic
 
 log = logging.getLogger("inferctl.tokenizer")
 
@@ -42,26 +55,14 @@ _INLINE_CHARACTERS, _INLINE_CHARACTERS_WORD_PIECE = 1_000, 20_000
 _TEXT_CHARACTERS = 40
 # The most characters per call of the tokenizer, which takes 100 bytes per token, until the call ends.
 _BATCH_CHARACTERS = 250_000
-# A text is first tokenized up to this many characters per token that the model accepts. To tokenize 30 MiB of words
-# would take 20 s and 5 GB, for 256 tokens.
-_CHARACTERS_PER_TOKEN = 8
-# Half of the shortest head is longer than the longest word that BERT's tokenizer splits (100 or 200 characters).
-_MIN_HEAD = 1_024
-# A text that has not enough tokens in this many characters is blanks or one very long word. It is rejected.
-_MAX_HEAD = 250_000
 # The most characters that wait for the threads. They take 1 to 2 s, also in each of several API processes.
 _MAX_WAITING_CHARACTERS = 4_000_000
 THREADS = 2  # unless another number is given
 # Executors start a thread only if none is idle. So each warm-up task waits up to this long (s) for the others.
 _WARM_UP_TIMEOUT_S = 60.0
 
-# The token ids of a pair of texts, and the index of the first token of the second segment: the number of ids if the
-# tokenizer gives no second segment.
-Pair: TypeAlias = tuple[Tokens, int]
 # A text without tokens for static embeddings, whose table ends with a row of zeros: its vector is zero.
 _NO_TOKENS = np.array([-1], dtype=np.int32)
-# Tokens that a template and a query must leave for a document: those of the texts that `_rendered_pairs` cuts with.
-TEMPLATE_ROOM = 8
 T = TypeVar("T")
 _version = cache(metadata.version)  # it searches the folders of all packages
 
@@ -75,18 +76,6 @@ class Token:
     special: bool
     start: int | None
     stop: int | None
-
-
-class InputError(Exception):
-    """Text `index` of a request (None: its only query) cannot be tokenized.
-
-    `code` is stable: `context_length_exceeded`, `empty_input` or `text_too_long`. `field` names the argument: `input`,
-    `query` or `documents`. `problem` is what is wrong with the text.
-    """
-
-    def __init__(self, index: int | None, code: str, message: str, field: str = "input") -> None:
-        super().__init__(f"{field} {message}" if index is None else f"{field}[{index}] {message}")
-        self.index, self.code, self.problem, self.field = index, code, message, field
 
 
 class TokenizerBusyError(Exception):
@@ -125,6 +114,7 @@ class TokenizerPool:
             )
         self._has_segments = returns_segments(folder)
         template = config.template if isinstance(config, RerankConfig) else None
+        self._rendered: RenderedPairs | None = None
         self._local = threading.local()
         self._waiting = 0  # characters of the requests on the threads
         self._shares = Shares(_MAX_WAITING_CHARACTERS)  # the part of them that tenants have
@@ -159,9 +149,12 @@ class TokenizerPool:
             self.private = PrivateTokens(self._file, template)
             tokenizer = self._load()
             self.private.prepare(tokenizer)
-        special = tokenizer.num_special_tokens_to_add(config.takes_pairs) + (self._eos is not None)
-        if self.private is not None:
+            encodings = partial(self._encodings, prompt="", add_special_tokens=False)
+            untruncated = partial(self._truncation, None)
+            self._rendered = RenderedPairs(self.private, self.max_tokens, encodings, untruncated)
             special = len(tokenizer.encode(self.private.template.render("", "", self._prompt))) + TEMPLATE_ROOM
+        else:
+            special = tokenizer.num_special_tokens_to_add(config.takes_pairs) + (self._eos is not None)
         if self.max_tokens <= special:
             raise UsageError(
                 f"{folder} is limited to {self.max_tokens} tokens, and {special} of them are special or of the "
@@ -269,14 +262,14 @@ class TokenizerPool:
         a template, only the document is truncated. Raises `InputError` as `encode` does, and for a query that leaves no
         room in the template.
         """
-        queries, prompt = _listed(query), self._prompt if prompt is None else prompt
-        repeated = isinstance(query, str) and self.private is None  # else each pair has the query in its text
+        queries, prompt = listed(query), self._prompt if prompt is None else prompt
         more = len(prompt) + (len(self.private.template.source) if self.private else 0)
-        firsts = [0] * len(documents) if repeated else [more + len(text) for text in queries]
-        if isinstance(query, str) and not repeated:
-            firsts *= len(documents)
+        firsts, once = [more + len(text) for text in queries], 0
+        if isinstance(query, str):
+            once = firsts[0] if self.private is None else 0  # else each pair has the query in its text
+            firsts = [firsts[0] - once] * len(documents)
         sizes = [first + len(document) for first, document in zip(firsts, documents, strict=True)]
-        size = sum(sizes) + (len(prompt) + len(queries[0]) if repeated else 0)
+        size = once + sum(sizes)
         if self._is_small(size, len(queries) + len(documents)):
             return self.encode_pairs_now(query, documents, truncate=truncate, most=most, prompt=prompt)
         calls = [
@@ -315,18 +308,18 @@ class TokenizerPool:
         found = encode(texts, "input", prompt, first, add_special_tokens=special_tokens)
         for index, (ids, size) in enumerate(found, first):
             if size > len(ids):
-                self._allow_truncation(index, truncate)
+                require_truncation(index, truncate, self.max_tokens)
                 truncated += 1
             if limit is not None and len(ids) > limit:
                 if size == len(ids):  # else it is counted
-                    self._allow_truncation(index, truncate, limit=limit)
+                    require_truncation(index, truncate, limit)
                     truncated += 1
                 before, after = self.special_ends
                 first_kept = before if left else limit - after
                 ids = np.concatenate([ids[:first_kept], ids[len(ids) - (limit - first_kept) :]])
             if self._eos is not None:
                 ids = np.append(ids, np.int32(self._eos))
-            rows.append(_NO_TOKENS if not len(ids) and self._static is not None else _not_empty(ids, index))
+            rows.append(_NO_TOKENS if not len(ids) and self._static is not None else not_empty(ids, index))
         if truncated:
             self._on_truncated(truncated)
         return rows
@@ -343,12 +336,16 @@ class TokenizerPool:
     ) -> list[Pair]:
         """Do what `encode_pairs` does, on the calling thread. `first`: the index of the first document in errors."""
         prompt = self._prompt if prompt is None else prompt
-        if self.private is not None:
-            shortened = documents if most is None else [self._first_tokens(text, most) for text in documents]
-            return self._rendered_pairs(self.private, query, shortened, prompt, truncate, first)
+        if self._rendered is not None:
+            pairs, truncated = self._rendered.encode(
+                query, documents, prompt, truncate=truncate, first=first, most=most
+            )
+            if truncated:
+                self._on_truncated(truncated)
+            return pairs
         before, between, after, has_segments = self._pair_format
         limit = self._config.max_tokens - len(before) - len(between) - len(after)
-        queries = self._encodings(_listed(query), "query", prompt, first, add_special_tokens=False)
+        queries = self._encodings(listed(query), "query", prompt, first, add_special_tokens=False)
         firsts = list(queries)
         if isinstance(query, str):
             firsts *= len(documents)
@@ -360,11 +357,11 @@ class TokenizerPool:
             second_size = second_size if most is None else min(most, second_size)
             first_kept, second_kept = longest_first(first_size, second_size, limit)
             if first_kept + second_kept < first_size + second_size:
-                self._allow_truncation(index, truncate, "documents")
+                require_truncation(index, truncate, self.max_tokens, "documents")
                 truncated += 1
             ids = np.concatenate((before, first_ids[:first_kept], between, second_ids[:second_kept], after))
             second_start = len(before) + first_kept + len(between) if has_segments else len(ids)
-            pairs.append((_not_empty(ids, index, "documents"), second_start))
+            pairs.append((not_empty(ids, index, "documents"), second_start))
         if truncated:
             self._on_truncated(truncated)
         return pairs
@@ -388,7 +385,7 @@ class TokenizerPool:
 
     def _tokens_now(self, texts: list[str], add_special_tokens: bool) -> list[list[Token]]:
         with self._truncation(None) as tokenizer:
-            found = _guarded(partial(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens))
+            found = guarded(partial(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens))
         eos = [] if self._eos is None or not add_special_tokens else [self._eos]
         return [
             [
@@ -401,65 +398,12 @@ class TokenizerPool:
             for text, each in zip(texts, found, strict=True)
         ]
 
-    def _first_tokens(self, text: str, count: int) -> str:
-        """Return a text up to the end of its first `count` tokens."""
-        size = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * count)
-        with self._truncation(None) as tokenizer:
-            while True:
-                head = head_of(text, size)
-                (found,) = _guarded(partial(tokenizer.encode_batch, [head], add_special_tokens=False))
-                if len(found) > count:
-                    return text[: found.offsets[count - 1][1]]
-                if len(head) == len(text) or size >= _MAX_HEAD:
-                    return head
-                size *= 4
-
-    def _rendered_pairs(
-        self,
-        private: PrivateTokens,
-        query: str | Sequence[str],
-        documents: Sequence[str],
-        instruction: str,
-        truncate: bool,
-        first: int,
-    ) -> list[Pair]:
-        """Return the pairs in the text that the template makes of them. Of a long one, the end of its document is cut.
-
-        As in sentence-transformers, what follows the document is tokenized on its own if it is cut.
-        """
-        render = private.template.render
-        # First without documents, because each text repeats the query.
-        without = [render(text, "", instruction) for text in _listed(query)]
-        sizes = self._encodings(without, "query", "", first, add_special_tokens=False)
-        for index, (_, size) in enumerate(sizes, first):
-            if size + TEMPLATE_ROOM > self.max_tokens:
-                message = f"leaves no room for a document: the model accepts {self.max_tokens} tokens of both"
-                only_query = isinstance(query, str)
-                raise InputError(None if only_query else index, "context_length_exceeded", message, "query")
-        queries = [query] * len(documents) if isinstance(query, str) else query
-        texts = [render(text, document, instruction) for text, document in zip(queries, documents, strict=True)]
-        pairs, truncated = [], 0
-        ends: dict[str, Tokens] = {}
-        found = self._encodings(texts, "documents", "", first, add_special_tokens=False)
-        for index, (text, (ids, size)) in enumerate(zip(queries, found, strict=True), first):
-            if size > len(ids):
-                self._allow_truncation(index, truncate, "documents")
-                truncated += 1
-                if text not in ends:
-                    short = [render(text, document, instruction) for document in ("0", "1 2 3 4")]
-                    ends[text] = common_end(*(row.ids for row in self._encode(short, add_special_tokens=False)))
-                ids = np.concatenate((ids[: len(ids) - len(ends[text])], ends[text]))
-            pairs.append((private.public(_not_empty(ids, index, "documents")), len(ids)))
-        if truncated:
-            self._on_truncated(truncated)
-        return pairs
-
     def truncate(self, ids: Sequence[Sequence[int]], *, truncate: bool, left: bool = False) -> list[Tokens]:
         """Return token ids as arrays of at most `max_tokens`. Raises `InputError` unless `truncate`."""
         limit = self.max_tokens
         long = [index for index, row in enumerate(ids) if len(row) > limit]
         if long:
-            self._allow_truncation(long[0], truncate)
+            require_truncation(long[0], truncate, limit)
             self._on_truncated(len(long))
         return [np.array(row[-limit:] if left else row[:limit], dtype=np.int32) for row in ids]
 
@@ -492,21 +436,16 @@ class TokenizerPool:
                 self._shares.release(tenant, characters)
         return found
 
-    def _allow_truncation(self, index: int, truncate: bool, field: str = "input", limit: int | None = None) -> None:
-        if not truncate:
-            message = f"has more than {limit or self.max_tokens} tokens; set `truncate` to true to shorten it"
-            raise InputError(index, "context_length_exceeded", message, field)
-
     def _encodings(
         self, texts: Sequence[str], field: str, prompt: str, first: int, *, add_special_tokens: bool = True
     ) -> Iterator[TokenizedText]:
         """Yield the ids of the prompt and each text, up to a head with more tokens than the model accepts.
 
-        Tokenizes longer and longer heads of a long text. Raises `InputError` if `_MAX_HEAD` is insufficient.
+        Tokenizes longer and longer heads of a long text. Raises `InputError` if `MAX_HEAD` is insufficient.
         """
         texts = [prompt + text for text in texts]
-        shortest = max(_MIN_HEAD, _CHARACTERS_PER_TOKEN * self._config.max_tokens)
-        step, largest = max(1, _BATCH_CHARACTERS // shortest), max(_MAX_HEAD, 4 * shortest)
+        shortest = max(MIN_HEAD, CHARACTERS_PER_TOKEN * self._config.max_tokens)
+        step, largest = max(1, _BATCH_CHARACTERS // shortest), max(MAX_HEAD, 4 * shortest)
         for start in range(0, len(texts), step):
             part = texts[start : start + step]
             heads = [head_of(text, shortest) for text in part]
@@ -537,8 +476,8 @@ class TokenizerPool:
             yield from found
 
     def _check_whole(self, characters: int, index: int | None, field: str) -> None:
-        if characters > _MAX_HEAD:
-            message = f"has {characters} characters to be tokenized as a whole; the limit is {_MAX_HEAD}"
+        if characters > MAX_HEAD:
+            message = f"has {characters} characters to be tokenized as a whole; the limit is {MAX_HEAD}"
             raise InputError(index, "text_too_long", message, field)
 
     @contextmanager
@@ -573,7 +512,7 @@ class TokenizerPool:
         """Return the ids of texts by tokenizers."""
         tokenizer = self.own_tokenizer()
         # It computes no offsets and takes 10% to 20% less time than `encode`, also for a single text.
-        found = _guarded(partial(tokenizer.encode_batch_fast, texts, add_special_tokens=add_special_tokens))
+        found = guarded(partial(tokenizer.encode_batch_fast, texts, add_special_tokens=add_special_tokens))
         added = tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
         return [
             TokenizedText(_ids(encoding), len(encoding) + sum(len(part) - added for part in encoding.overflowing))
@@ -615,11 +554,9 @@ class TokenizerPool:
                 f"{self._file} cannot be read: {error}", "the download may be incomplete; download the model again"
             ) from None
         tokenizer.no_padding()
-        markers = (
-            self._config.tokens.markers if isinstance(self._config, EmbeddingConfig) and self._config.tokens else ()
-        )
-        if markers:
-            tokenizer.add_special_tokens([AddedToken(marker, normalized=False, special=True) for marker in markers])
+        if self._markers:
+            special = [AddedToken(marker, normalized=False, special=True) for marker in self._markers]
+            tokenizer.add_special_tokens(special)
         if self._static is not None:
             tokenizer.post_processor = processors.Sequence([])  # which adds the special tokens
         return tokenizer
@@ -631,28 +568,5 @@ class TokenizerPool:
         return tokenizer
 
 
-def _guarded(encode: Callable[[], list[Encoding]]) -> list[Encoding]:
-    """Return `encode()`. Raises `RuntimeError` for a panic of tokenizers.
-
-    A panic is not an `Exception`. It would end a thread and leave a request without a response.
-    """
-    try:
-        return encode()
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise RuntimeError(f"the tokenizer panicked: {error}") from error
-
-
-def _listed(query: str | Sequence[str]) -> Sequence[str]:
-    return [query] if isinstance(query, str) else query
-
-
 def _ids(encoding: Encoding) -> Tokens:
     return np.array(encoding.ids, dtype=np.int32)
-
-
-def _not_empty(ids: Tokens, index: int, field: str = "input") -> Tokens:
-    if not len(ids):
-        raise InputError(index, "empty_input", "has no tokens", field)
-    return ids

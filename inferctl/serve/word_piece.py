@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from inferctl.serve.engine_process.engine_protocol import Tokens
 
@@ -116,6 +116,19 @@ def create(
 def is_panic(error: BaseException) -> bool:
     """Return whether an error is a panic of a library in Rust, which is no `Exception`."""
     return type(error).__name__ == "PanicException"
+
+
+def guarded(encode: Callable[[], list[Encoding]]) -> list[Encoding]:
+    """Return `encode()`. Raises `RuntimeError` for a panic of tokenizers.
+
+    A panic is not an `Exception`. It would end a thread and leave a request without a response.
+    """
+    try:
+        return encode()
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise RuntimeError(f"the tokenizer panicked: {error}") from error
 
 
 def hard_texts(special: Sequence[str], longest: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from inferctl.serve.edge import access
 from inferctl.serve.edge.errors import ApiError
 from inferctl.tenancy.access.key_table import BusyError, UnavailableError
 from inferctl.tenancy.access.oidc import TokenTable
+from tests.http_servers import Handler
 from tests.processes import until
 
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -48,7 +49,7 @@ class Provider(http.server.ThreadingHTTPServer):
         return jwt.encode(chosen, key, algorithm, headers={"kid": kid}).encode()
 
 
-class _Pages(http.server.BaseHTTPRequestHandler):
+class _Pages(Handler):
     server: Provider
 
     def do_GET(self) -> None:
@@ -59,14 +60,7 @@ class _Pages(http.server.BaseHTTPRequestHandler):
         else:
             self.server.fetched += 1
             body = {"keys": self.server.keys}
-        content = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.reply(200, json.dumps(body).encode())
 
 
 @pytest.fixture

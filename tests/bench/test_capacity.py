@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from inferctl import cli
 from inferctl.batching.latency_model import Capacity
 from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.receipts import capacity, receipt
-from tests.processes import ServerProcess, start
+from tests.processes import ServerProcess, inferctl, start
 
 FOUND = {"slo_p99_ms": 100.0, "max_goodput_rps": 84.0, "first_failing_rps": 88.0, "limited_by": "p99"}
 
@@ -119,10 +117,6 @@ def test_no_rate_comes_from_a_search_without_a_result(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_path: Path) -> None:
-    def inferctl(*arguments: str) -> str:
-        line = [sys.executable, "-m", "inferctl", *arguments]
-        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-
     with contextlib.ExitStack() as servers:
 
         def serve(*options: str) -> ServerProcess:
@@ -134,7 +128,7 @@ def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_pat
         assert server.get("/info").json()["pace"]["tokens_per_s"] is None
         load = ("--plan", SHORT_PLAN, "--slo", "80", "--users", "64", "--duration", "3")
         line = ("bench", "--url", f"echo={server.url}", *load, "--json")
-        document = json.loads(inferctl(*line))
+        document = json.loads(inferctl(*line, cwd=tmp_path, code=0, timeout=None).stdout)
         (row,) = document["rows"]
         resources = receipt.load(Path(row["receipt"])).data["resources"]
         # Nothing takes as little time as this engine.
@@ -143,7 +137,8 @@ def test_a_server_admits_by_the_capacity_that_was_measured(minilm: Path, tmp_pat
             "front end limited the server: the event loop of the API process had" in text for text in row["cautions"]
         )
         server.stop()
-        made = inferctl("capacity", document["rows"][0]["receipt"], "-o", "capacity.json").strip()
+        measured = document["rows"][0]["receipt"]
+        made = inferctl("capacity", measured, "-o", "capacity.json", cwd=tmp_path, code=0).stdout.strip()
         found = Capacity.read(tmp_path / made)
         assert found.tokens_per_s > 0
         info = serve("--capacity", "capacity.json").get("/info").json()

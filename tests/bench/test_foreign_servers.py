@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.server
 import json
 import os
 import struct
 import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +21,8 @@ import pytest
 from inferctl import cli
 from inferctl.bench.load import http_json, target
 from inferctl.core.errors import NotReadyError, UsageError
-from tests.http_servers import serving
+from tests.http_servers import Handler, serving
+from tests.processes import inferctl
 
 KEY = "sk-7f3a9c-secret"
 VECTOR = [0.6, 0.8]
@@ -96,31 +95,23 @@ def serve() -> Iterator[Serve]:
     with contextlib.ExitStack() as stack:
 
         def start(respond: Callable[[str, Body | None], Answer], key: str | None = None) -> str:
-            class Handler(http.server.BaseHTTPRequestHandler):
+            class Foreign(Handler):
                 protocol_version = "HTTP/1.1"
                 wbufsize = -1
                 disable_nagle_algorithm = True
-
-                def log_message(self, *_: object) -> None:
-                    pass
 
                 def do_GET(self, body: Body | None = None) -> None:
                     sent = self.headers.get("Authorization")
                     status, value, headers = respond(self.path, body)
                     if key and sent != f"Bearer {key}":
                         status, value, headers = 401, {"error": f"Unauthorized: {sent}"}, {}
-                    content = json.dumps(value).encode()
-                    self.send_response(status)
-                    for name, text in {"Content-Length": str(len(content)), **headers}.items():
-                        self.send_header(name, text)
-                    self.end_headers()
-                    self.wfile.write(content)
+                    self.reply(status, json.dumps(value).encode(), **headers)
                     self.wfile.flush()
 
                 def do_POST(self) -> None:
-                    self.do_GET(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                    self.do_GET(json.loads(self.body()))
 
-            return f"http://127.0.0.1:{stack.enter_context(serving(Handler))}"
+            return f"http://127.0.0.1:{stack.enter_context(serving(Foreign))}"
 
         yield start
 
@@ -201,14 +192,12 @@ def test_a_key_in_a_response_is_masked_in_errors(serve: Serve) -> None:
 
 
 def bench(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "inferctl", "bench", "--plan", str(folder / "plan.yaml"), "--output", "out", "--json"]
+    options = ("--plan", folder / "plan.yaml", "--output", "out", "--json")
     (folder / "plan.yaml").write_text(
         "name: short\ncorpus: short\nquality: null\n"
         "load: {mode: closed, users: 2, duration_s: 1, warmup_s: 1, window_s: 0.2}\n"
     )
-    return subprocess.run(
-        [*line, *arguments], cwd=folder, capture_output=True, text=True, env={**os.environ, **variables}, timeout=120
-    )
+    return inferctl("bench", *options, *arguments, cwd=folder, env={**os.environ, **variables})
 
 
 def test_servers_with_a_key_are_measured_and_no_file_or_command_line_has_the_key(serve: Serve, tmp_path: Path) -> None:
@@ -245,10 +234,8 @@ def test_headers_are_sent_with_each_request_and_resume_requires_them_again(serve
     done = bench(tmp_path, "--url", f"peer={serve(vllm, key=KEY)}", *given)
     assert done.returncode == 0, done.stderr
     folder = json.loads(done.stdout)["output"]
-    line = [sys.executable, "-m", "inferctl", "bench", "--resume", folder, "--json"]
     for more, code in ((given, 0), ([], 2)):
-        again = subprocess.run([*line, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert again.returncode == code, again.stderr
+        again = inferctl("bench", "--resume", folder, "--json", *more, cwd=tmp_path, code=code)
     assert "--header 'authorization: ...' --header 'x-team: ...'" in again.stderr
 
 

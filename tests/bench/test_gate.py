@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from inferctl.bench.judge import comparable, compare
 from inferctl.bench.plan import plan, shape
 from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
+from tests.processes import inferctl
 
 # The plan `gate`, with short runs.
 SHORT = """name: short
@@ -29,8 +28,7 @@ load: {mode: open, rate: 50%, users: 4, capacity_s: 1, duration_s: 3, warmup_s: 
 
 def bench(folder: Path, *options: str) -> dict[str, Any]:
     (folder / "short.yaml").write_text(SHORT)
-    command = [sys.executable, "-m", "inferctl", "bench", "--plan", "short.yaml", "--json", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = inferctl("bench", "--plan", "short.yaml", "--json", *options, cwd=folder, timeout=None)
     assert done.returncode in (0, 5), done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -114,8 +112,7 @@ def test_an_interrupted_bench_keeps_its_capacity(answering: Callable[..., str], 
     folder = Path(found["output"])
     capacity = found["rows"][0]["closed_loop"]["reference_rps"]
     (folder / "runs" / "a-2" / "run.json").unlink()
-    command = [sys.executable, "-m", "inferctl", "bench", "--resume", str(folder), "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = inferctl("bench", "--resume", folder, "--json", cwd=tmp_path, timeout=None)
     assert done.returncode in (0, 5), done.stderr
     row = json.loads(done.stdout)["rows"][0]
     assert row["closed_loop"]["reference_rps"] == capacity

@@ -22,6 +22,7 @@ from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, prompts, shape, tokens, workload
 from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
+from tests.processes import inferctl
 
 # In one worker, so that the server is measured once.
 pytestmark = pytest.mark.xdist_group("generation_bench")
@@ -45,8 +46,7 @@ def server() -> Iterator[str]:
 
 def bench(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """Run `inferctl bench`; return the process and its result."""
-    command = [sys.executable, "-m", "inferctl", "bench", *options, "--json", "-o", str(folder / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    done = inferctl("bench", *options, "--json", "-o", folder / "out", cwd=folder, timeout=None)
     return done, json.loads(done.stdout) if done.stdout else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import math
 import random
@@ -21,7 +20,7 @@ from inferctl.bench.measure.resume import _decoded
 from inferctl.bench.plan.sections import Quality
 from inferctl.models import model as models
 from inferctl.serve.reference import reference
-from tests.http_servers import serving
+from tests.http_servers import Handler, serving
 from tests.serve import tiny_models
 
 TOKENS = 300
@@ -32,14 +31,14 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.make_generator(tmp_path_factory.mktemp("generator"))
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Server(Handler):
     """Answers with the 20 most likely tokens of the reference, moved by what `mode` says."""
 
     texts: dict[tuple[int, ...], dict[str, Any]]
     mode = ""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = json.loads(self.body())
         assert (body["prompt_logprobs"], body["max_tokens"]) == (20, 1)
         if self.mode.isdigit():
             self.send_error(int(self.mode))
@@ -55,20 +54,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             rows.append({key: {"logprob": math.nan if self.mode == "nan" else best[key]} for key in best})
         choice: dict[str, Any] = {"index": 0, "text": "x"}
         content = json.dumps({"choices": [choice if self.mode == "without" else choice | {"prompt_logprobs": rows}]})
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(content.encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        self.reply(200, content.encode())
 
 
 @pytest.fixture(scope="module")
 def target(generator: Path) -> Iterator[ServerConnection]:
     texts = [json.loads(line)["text"] for line in tiny_models.CORPUS.with_name("mixed.jsonl").read_text().splitlines()]
-    Handler.texts = {tuple(t["ids"]): t for t in reference(str(generator), texts, max_tokens=TOKENS)["texts"]}
+    Server.texts = {tuple(t["ids"]): t for t in reference(str(generator), texts, max_tokens=TOKENS)["texts"]}
     info = {"model": {"sha256": models.ModelFolder(generator).digest}}
-    with serving(Handler) as port:
+    with serving(Server) as port:
         yield ServerConnection(f"http://127.0.0.1:{port}", "m", info, task="generate")
 
 
@@ -78,7 +72,7 @@ def checker(generator: Path) -> QualityChecker:
 
 
 def check(checker: QualityChecker, target: ServerConnection, mode: str) -> QualityResult:
-    Handler.mode = mode
+    Server.mode = mode
     return checker(target, lambda _: None)
 
 
@@ -88,8 +82,8 @@ def test_a_server_that_equals_fp32_has_no_divergence(checker: QualityChecker, ta
     assert found.kl and found.agreement and found.perplexity
     assert (found.kl.mean, found.agreement.share, found.agreement.interval) == (0, 1, (1, 1))
     assert found.perplexity.served == found.perplexity.fp32 > 100
-    assert found.texts == len(Handler.texts)
-    assert found.positions == sum(len(ids) - 1 for ids in Handler.texts) > TOKENS - found.texts
+    assert found.texts == len(Server.texts)
+    assert found.positions == sum(len(ids) - 1 for ids in Server.texts) > TOKENS - found.texts
     assert found.limits == {"kl": 0.1, "top_1": 0.8}
     assert _decoded(QualityResult, json.loads(json.dumps(found.as_dict()))) == found
 

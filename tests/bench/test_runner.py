@@ -33,6 +33,7 @@ from inferctl.cli import bench_setup
 from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.models import model as models
 from inferctl.receipts import receipt
+from tests.processes import inferctl
 
 CHECKED = {"corpus": "short", "texts": 40}
 
@@ -304,8 +305,7 @@ ONE = "--url a=http://127.0.0.1:9"
 
 
 def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "inferctl", "bench", *arguments]
-    return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    return inferctl("bench", *arguments, cwd=folder, timeout=None)
 
 
 def test_the_command_measures_a_running_server_and_prints_one_document(

@@ -7,8 +7,6 @@ import functools
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from inferctl.bench.report import search_findings
 from inferctl.cli import bench_options
 from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
+from tests.processes import inferctl
 
 SERVICE_S = 0.010
 
@@ -584,8 +583,7 @@ def searched(url: str, folder: Path, settings: str) -> tuple[dict[str, Any], lis
         "name: mine\nconfigurations: [{name: a, precision: fp32}]\ncorpus: short\nquality: null\n"
         f"load: {{mode: open, rate: 1, duration_s: 4, warmup_s: 1}}\nsearch: {{{settings}}}\n"
     )
-    line = [sys.executable, "-m", "inferctl", "bench", "--plan", "mine.yaml", "--url", f"mine={url}", "--json"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    done = inferctl("bench", "--plan", "mine.yaml", "--url", f"mine={url}", "--json", cwd=folder, timeout=None)
     if done.returncode == 4 and "the machine is too unsteady" in done.stderr:
         pytest.skip("the search found this machine too unsteady for a result")
     assert done.returncode in (0, 4), done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from inferctl import cli
+from tests.processes import inferctl
 
 SPEC = "name: m\nmodel:\n  source: org/m\n"
 
@@ -143,13 +142,6 @@ def test_a_taken_port_is_answered_with_what_to_do(minilm: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--port", str(port)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-    assert done.returncode == 3, done.stderr
+        done = inferctl("serve", "--model", minilm, "--port", port, code=3)
     assert f":{port}" in done.stderr
     assert "hint: " in done.stderr

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.processes import execute, python
 
 PROGRAM = [sys.executable, "-m", "inferctl"]
 
@@ -51,14 +52,12 @@ print(json.dumps(found))
 
 
 def test_values_are_offered(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMPLETE],
+    done = python(
+        "-c",
+        COMPLETE,
         env={**os.environ, "_INFERCTL_COMPLETE": "complete_bash"},
         cwd=tmp_path,
         input=json.dumps(list(VALUES)),
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     offered = json.loads(done.stdout)
@@ -80,14 +79,12 @@ def test_bash_completes_with_the_script_that_it_gets(tmp_path: Path) -> None:
     echo "${COMPREPLY[@]}"
     """
     path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=False)
+    done = execute("bash", "-c", script, env=path)
     assert (done.returncode, done.stdout) == (0, "quick\n"), done.stderr
 
 
 def test_zsh_gets_values_too(tmp_path: Path) -> None:
     environment = {"_INFERCTL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "inferctl init --ci gith"}
-    done = subprocess.run(
-        PROGRAM, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = execute(*PROGRAM, env={**os.environ, **environment}, cwd=tmp_path, code=0)
     assert '"github"' in done.stdout
     assert "gitlab" not in done.stdout

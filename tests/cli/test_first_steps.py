@@ -6,8 +6,6 @@ import functools
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from inferctl.estimate import forecast
 from inferctl.facts import catalog
 from inferctl.image import locks
 from tests.http_servers import answering
+from tests.processes import inferctl, python
 
 ROOT = Path(__file__).parents[2]
 Captured = pytest.CaptureFixture[str]
@@ -128,8 +127,7 @@ def test_a_dockerfile_of_someone_else_is_overwritten_only_with_force(here: Path,
 def test_an_estimate_without_the_bench_extra_says_what_to_install(here: Path, minilm: Path) -> None:
     arguments = ["estimate", "--model", str(minilm), "--hardware", "t4"]
     code = f"import sys; sys.modules['numpy'] = None; from inferctl import cli; sys.exit(cli.run({arguments!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
+    done = python("-c", code, code=3)
     assert "in a clone of inferctl: `pip install '.[bench]'`, or pass `--length`" in done.stderr
 
 
@@ -147,9 +145,7 @@ def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.Monkey
 def test_an_estimate_does_not_retry_where_the_hub_does_not_respond(here: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "cache")}
     environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-m", "inferctl", "estimate", "--model", "org/m", "--hardware", "t4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 3
+    done = inferctl("estimate", "--model", "org/m", "--hardware", "t4", env=environment, code=3)
     assert "Retrying" not in done.stderr
     assert "hint: " in done.stderr
 

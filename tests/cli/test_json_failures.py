@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from inferctl import cli
+from tests.processes import python
 
 Captured = pytest.CaptureFixture[str]
 
@@ -123,7 +124,7 @@ sys.meta_path.insert(0, Finder)
 sys.argv = ["inferctl", "doctor", "--json"]
 {_STARTS[start]}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = python("-c", code, timeout=60)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
     assert json.loads(done.stdout)["error"]["message"] == "interrupted"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from inferctl import cli
 from inferctl.image.from_spec import public_url
+from tests.processes import execute
 
 Render = Callable[..., tuple[int, str, str]]
 SPEC = "name: m\nmodel: {source: org/m}\n"
@@ -55,9 +55,7 @@ def test_labels_and_age_of_the_image_are_those_of_the_commit(
 
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
-        return subprocess.run(
-            ["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return execute("git", *identity, *arguments, cwd=tmp_path, code=0).stdout.strip()
 
     git("init", "--quiet")
     git("remote", "add", "origin", "https://user:secret@host.example/team/m")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import execute
+
 # What a result on stdout may be: text, a Rich table, JSON, help, a version.
 PRINTING = {
     "text": "render --model org/m",
@@ -27,13 +29,12 @@ FAILING = {"usage": ("biuld", 2), "json": ("check --json", 2)}
 def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a line of bash in which `inferctl` is this one; its exit code is that of its last command."""
     program = f'inferctl() {{ {sys.executable} -m inferctl "$@"; }}\n'
-    return subprocess.run(
-        ["bash", "-c", program + line],
+    return execute(
+        "bash",
+        "-c",
+        program + line,
         cwd=folder,
         env={**os.environ, "DOCKER_HOST": "unix:///nowhere", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
         timeout=60,
     )
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.processes import execute, python
+
 Objects = list[dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = Path(sys.executable).with_name("kubectl")
@@ -25,8 +27,7 @@ KUBECTL = Path(sys.executable).with_name("kubectl")
 
 def kustomize(folder: Path) -> str:
     """Return what `kubectl kustomize` builds from `folder`."""
-    done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = execute(KUBECTL, "kustomize", folder, code=0)
     return done.stdout
 
 
@@ -76,7 +77,7 @@ def tools(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (extras,) = re.findall(r"\.whl\)(\[[^]]+\])", text)
     base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("tools")
     make_wheel = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", make_wheel], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python("-c", make_wheel, cwd=ROOT, code=0)
     wheel = folder / done.stdout.strip().splitlines()[-1]
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary"]
     subprocess.run([*download, ":all:", "--dest", str(base / "wheels"), f"{wheel}{extras}"], check=True)

@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -15,6 +14,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tests.processes import execute, inferctl
 
 Container = Mapping[str, Any]
 Pod = Mapping[str, Any]
@@ -96,7 +97,7 @@ class RunningContainer:
         return found
 
     def logs(self) -> str:
-        done = subprocess.run(["docker", "logs", self.name], capture_output=True, text=True, check=True)
+        done = execute("docker", "logs", self.name, code=0)
         return done.stdout + done.stderr
 
     def probe(self, kind: str) -> bool:
@@ -146,8 +147,7 @@ class RunningContainer:
 
 
 def docker(*arguments: str) -> str:
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"docker {' '.join(arguments[:6])}: {done.stderr}"
+    done = execute("docker", *arguments, code=0)
     return done.stdout
 
 
@@ -249,8 +249,7 @@ def assert_constrained(running: RunningContainer) -> None:
 def secret_with_key(folder: Path) -> str:
     """Write a key file into the folder of a Secret, with the mode that a kubelet gives it, and return its key."""
     file = folder / "keys.json"
-    command = [sys.executable, "-m", "inferctl", "keys", "create", "team-a", "--file", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = inferctl("keys", "create", "team-a", "--file", file, code=0)
     folder.chmod(0o755)
     os.chown(file, 0, 10001)
     file.chmod(0o440)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import venv
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tests.deploy import plans
 from tests.deploy.conftest import kustomize, write
 from tests.deploy.test_example import SPECS
 from tests.packages import install
+from tests.processes import execute
 from tests.required import requires
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -67,7 +67,7 @@ def test_checkov_finds_nothing_that_has_no_reason(checkov: Path, tmp_path: Path)
     file = tmp_path / "all.yaml"
     file.write_text("---\n".join(built))
     command = [checkov, "-f", file, "--framework", "kubernetes", "--output", "json", "--compact", "--quiet"]
-    done = subprocess.run([*command, "--skip-download"], capture_output=True, text=True, check=False)
+    done = execute(*command, "--skip-download")
     assert done.stdout, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["summary"]["parsing_errors"] == 0

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -44,6 +43,7 @@ from tests.deploy.containers import (
 from tests.deploy.test_layout import named
 from tests.gateway.test_gateway import ENVOY
 from tests.metering.parts import ORIGIN, Nats, event
+from tests.processes import execute, inferctl
 from tests.processes import start as start_on_host
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -54,11 +54,7 @@ PORT = 8081  # other than that of the gateway, because the pods share a network 
 
 
 def run(*arguments: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "inferctl", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return inferctl(*arguments, code=0, timeout=None).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +77,7 @@ def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pyt
 def image(spec_file: Path) -> Iterator[str]:
     built = json.loads(run("build", "--spec", spec_file, "--push", "--network", "host", "--no-verify", "--json"))
     yield str(built["pushed"])
-    images = subprocess.run(["docker", "images", "--quiet", "--no-trunc", REPOSITORY], capture_output=True, text=True)
+    images = execute("docker", "images", "--quiet", "--no-trunc", REPOSITORY)
     subprocess.run(["docker", "image", "rm", "--force", *set(images.stdout.split())], capture_output=True, check=False)
 
 
@@ -420,10 +416,5 @@ def stored(folder: Path) -> int:
     """Return the number of requests in the ledger."""
     if not (folder / "ledger.sqlite").exists():
         return 0
-    done = subprocess.run(
-        [sys.executable, "-m", "inferctl", "usage", "--ledger", f"sqlite:///{folder}/ledger.sqlite", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = inferctl("usage", "--ledger", f"sqlite:///{folder}/ledger.sqlite", "--json")
     return sum(row["requests"] for row in json.loads(done.stdout)["rows"]) if done.returncode == 0 else 0

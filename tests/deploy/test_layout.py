@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from inferctl.manifests.kubernetes.resources import of_pod
 from tests.deploy import plans
 from tests.deploy.conftest import KUBECTL, Objects
 from tests.deploy.validation import VERSIONS, problems
+from tests.processes import execute
 
 Build = Callable[[dict[str, str], str], Objects]
 OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
@@ -34,7 +34,7 @@ def pods(objects: Objects) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_kubectl_is_the_version_that_the_documentation_names() -> None:
-    done = subprocess.run([KUBECTL, "version", "--client"], capture_output=True, text=True, check=True)
+    done = execute(KUBECTL, "version", "--client", code=0)
     assert "Client Version: v1.37" in done.stdout
 
 

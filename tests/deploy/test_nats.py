@@ -30,7 +30,7 @@ from tests.deploy.test_access import variables
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import VERSIONS, problems
 from tests.metering.parts import Part, batch
-from tests.processes import until
+from tests.processes import execute, until
 
 Build = Callable[[dict[str, str], str], Objects]
 NATS = {"storage": "10GiB"}
@@ -200,8 +200,7 @@ def servers(build: Build, tmp_path: Path) -> Iterator[list[Server]]:
 @has_nats
 def test_nats_accepts_the_configuration(servers: list[Server]) -> None:
     for each in servers:
-        done = subprocess.run([*each.command, "-t"], env=each.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        execute(*each.command, "-t", env=each.environment, code=0)
 
 
 @has_nats

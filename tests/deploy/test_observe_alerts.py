@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from inferctl.manifests import metric_names
 from inferctl.serve.metrics import AT_CAPACITY
 from tests.conftest import ROOT
 from tests.deploy.watched_models import CHAT, EMBED
+from tests.processes import execute
 
 MINUTES = 120
 FAULT = 40  # minute at which most faults start
@@ -309,8 +309,7 @@ def promtool() -> str:
 
 
 def run(promtool: str, *arguments: str) -> None:
-    done = subprocess.run([promtool, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    execute(promtool, *arguments, code=0)
 
 
 @pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from inferctl.deploy.observe.dashboard import dashboard
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor, template
 from inferctl.manifests import metric_names
 from tests.deploy.watched_models import CHAT, EMBED
+from tests.processes import execute
 
 BOTH = pytest.mark.parametrize("watched", [EMBED, CHAT], ids=lambda watched: watched.name)
 
@@ -62,10 +62,7 @@ def test_prometheus_accepts_every_query(watched: Watched, tmp_path: Path) -> Non
         for number, expression in enumerate(expressions(watched))
     ]
     (tmp_path / "rules.yaml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
-    done = subprocess.run(
-        [promtool, "check", "rules", str(tmp_path / "rules.yaml")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    execute(promtool, "check", "rules", tmp_path / "rules.yaml", code=0)
 
 
 @BOTH

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from inferctl.deploy.observe.objects import watched
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
+from tests.processes import execute
 
 Build = Callable[[dict[str, str], str], Objects]
 OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
@@ -75,8 +75,7 @@ def test_promtool_accepts_the_rules_of_an_overlay(built: Objects, tmp_path: Path
     for name, rule in of_kind(built, "PrometheusRule").items():
         (tmp_path / f"{name}.yaml").write_text(json.dumps(rule["spec"]))
     files = [str(file) for file in sorted(tmp_path.glob("*-alerts.yaml"))]
-    done = subprocess.run([promtool, "check", "rules", *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    execute(promtool, "check", "rules", *files, code=0)
 
 
 def test_what_is_watched_follows_the_plan() -> None:

@@ -16,6 +16,7 @@ from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import problems
 from tests.gateway.test_gateway import ENVOY
+from tests.processes import execute
 
 Build = Callable[[dict[str, str], str], Objects]
 # Without a published schema among those of tests/deploy/crds/.
@@ -154,12 +155,10 @@ def test_envoy_accepts_the_configuration_of_the_gateway(build: Build, tmp_path: 
     deployment = named(built, "Deployment", "embed-gateway")["spec"]["template"]
     config = named(built, "ConfigMap", "embed-gateway")["data"]["envoy.yaml"]
     container = deployment["spec"]["containers"][0]
-    version = subprocess.run([ENVOY, "--version"], capture_output=True, text=True, check=True).stdout
+    version = execute(ENVOY, "--version", code=0).stdout
     assert f"/{container['image'].rpartition(':v')[2]}/" in version
     file = tmp_path / "envoy.yaml"
     file.write_text(config)
-    command = [ENVOY, "--mode", "validate", "-c", file, *container["args"]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    execute(ENVOY, "--mode", "validate", "-c", file, *container["args"], code=0)
     # The pods have to start again if the configuration changes.
     assert len(deployment["metadata"]["annotations"]["inferctl.io/config-sha256"]) == 64

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from inferctl.tenancy.access import channel
 from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.access.test_keys import add
 from tests.metering.parts import Nats, Postgres
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, inferctl, start, until
 
 LIMIT = 120  # requests per minute
 
@@ -56,10 +54,8 @@ class Fleet:
 
     def keys(self, *arguments: str, broker: str | None) -> None:
         environment = {"INFERCTL_ACCESS_BROKER": broker} if broker else {}
-        command = [sys.executable, "-m", "inferctl", "keys", *arguments, "--keys", self.address]
         environment |= {name: value for name, value in os.environ.items() if not name.startswith("INFERCTL_ACCESS")}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        inferctl("keys", *arguments, "--keys", self.address, cwd=self.folder, env=environment, code=0)
 
     def offer(self, secret: str, rate: float, seconds: float) -> int:
         """Send requests at `rate` per second and server, and return how many were admitted."""

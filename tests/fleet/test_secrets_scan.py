@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import python
 from tests.required import missing
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,14 +26,7 @@ def test_a_scan_of_a_fleet_finds_no_text_and_no_key(minilm: Path, tmp_path: Path
         missing("services", "Envoy is not installed")
     file = tmp_path / "found.json"
     script = ROOT / "benchmarks" / "peers" / "secrets_scan.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "fleet", "--engine", "echo", "--json", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python(script, "fleet", "--engine", "echo", "--json", file, timeout=280, code=0)
     found = json.loads(file.read_text())["fleet"]
     accepted = ("valid", "token ids", "key: token", "key: rotated key", "key: new key", "chat: valid", "chat: stream")
     assert {name: found["statuses"][name] for name in (*accepted, "without a consumer", "without stores")} == (

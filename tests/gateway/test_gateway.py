@@ -27,7 +27,7 @@ from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.gateway import config, servers
 from tests.access.test_keys import add
-from tests.processes import ServerProcess, free_port, until
+from tests.processes import ServerProcess, execute, free_port, until
 from tests.serve.conftest import serve  # noqa: F401  # a fixture
 
 BACKEND = Path(__file__).with_name("backend.py")
@@ -329,7 +329,7 @@ def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_pat
 
 def test_an_ended_envoy_is_started_again_on_the_same_port(backends: Backends, start: Any) -> None:
     gateway = start("--server", backends.start("a"))
-    children = subprocess.run(["pgrep", "-P", str(gateway.process.pid)], capture_output=True, text=True, check=True)
+    children = execute("pgrep", "-P", gateway.process.pid, code=0)
     os.kill(int(children.stdout), signal.SIGKILL)
 
     def answers() -> bool:
@@ -373,10 +373,7 @@ def test_envoy_accepts_the_configuration(balancing: Any, tmp_path: Path) -> None
     (tmp_path / "servers" / "endpoints.yaml").write_text(json.dumps(config.endpoints([("10.0.0.7", 8080)])))
     file = tmp_path / "envoy.yaml"
     file.write_text(json.dumps(config.bootstrap(settings, tmp_path)))
-    done = subprocess.run(
-        [str(ENVOY), "--mode", "validate", "-c", str(file)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = execute(ENVOY, "--mode", "validate", "-c", file, code=0)
     assert "deprecated" not in done.stderr.lower()
 
 

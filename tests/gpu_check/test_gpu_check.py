@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check"
@@ -23,8 +24,7 @@ FAULTS = Path(__file__).with_name("faults")
 def run(output: Path, *options: str, fault: str = "") -> tuple[int, str, dict[str, Any]]:
     """Run the check with the stand-in. Return its exit code, what it printed, and its JSON."""
     environment = {**os.environ, "PYTHONPATH": str(FAULTS), "GPU_CHECK_TEST_FAULT": fault}
-    command = [sys.executable, str(SCRIPT), "--stand-in", "--short", "--output", str(output), *options]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    ran = python(SCRIPT, "--stand-in", "--short", "--output", output, *options, env=environment, cwd=ROOT)
     assert ran.returncode in (0, 1), ran.stderr
     return ran.returncode, ran.stdout, json.loads((output / "gpu-check-stand-in.json").read_text())
 
@@ -39,9 +39,7 @@ def run_code(folder: Path, code: str, *arguments: str, **variables: str) -> list
     start += "step = results.Step(Path(sys.argv[1]), time.time() + 90)\n"
     environment = {**os.environ, "PYTHONPATH": paths(folder), **variables}
     file = folder / "step.json"
-    command = [sys.executable, "-c", start + code, str(file), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder, timeout=90)
-    assert ran.returncode == 0, ran.stderr
+    ran = python("-c", start + code, file, *arguments, env=environment, cwd=folder, timeout=90, code=0)
     (folder / "printed").write_text(ran.stdout)
     found: list[dict[str, Any]] = json.loads(file.read_text())
     return found
@@ -121,9 +119,7 @@ def test_the_time_of_a_step(
 def test_a_machine_without_git_has_no_commit(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(SCRIPT)!r}); import runpy; "
     code += f"print(runpy.run_path({str(SCRIPT / '__main__.py')!r}, run_name='x')['_commit']())"
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": str(tmp_path)}
-    )
+    ran = python("-c", code, env={"PATH": str(tmp_path)}, code=0)
     assert ran.stdout == "None\n"
 
 
@@ -139,8 +135,7 @@ def test_a_step_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     parent += (
         "print(p.pid, flush=True)\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\nos.kill(os.getpid(), 9)"
     )
-    started = [sys.executable, "-c", parent, str(pid), *command]
-    ran = subprocess.run(started, capture_output=True, text=True, check=False, timeout=60)
+    ran = python("-c", parent, pid, *command, timeout=60)
     assert ended(int(ran.stdout)), "the step still runs"
     assert ended(int(pid.read_text())), "its server still runs"
 

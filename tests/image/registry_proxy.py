@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.http_servers import serving
+from tests.http_servers import Handler, serving
 
 # Returns the status and the body of the response to (method, path), in place of the registry; None forwards it.
 Fault = Callable[[str, str], tuple[int, bytes] | None]
@@ -48,17 +48,14 @@ def proxied(registry: str = "localhost:5000") -> Iterator[RegistryProxy]:
     """Forward requests on a free port to the registry."""
     proxy = RegistryProxy()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Forward(Handler):
         protocol_version = "HTTP/1.1"
         # Builders try TLS first, and then need a response with a status to continue without it.
         default_request_version = "HTTP/1.1"
 
-        def log_message(self, *_: object) -> None:
-            pass
-
         def _body(self) -> bytes:
             if self.headers.get("transfer-encoding", "").lower() != "chunked":
-                return self.rfile.read(int(self.headers.get("content-length") or 0))
+                return self.body()
             parts = []
             while length := int(self.rfile.readline().split(b";")[0], 16):
                 parts.append(self.rfile.read(length))
@@ -95,8 +92,8 @@ def proxied(registry: str = "localhost:5000") -> Iterator[RegistryProxy]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _forward  # noqa: N815
+        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _forward
 
-    with serving(Handler) as port:
+    with serving(Forward) as port:
         proxy.host = f"localhost:{port}"
         yield proxy

@@ -32,6 +32,7 @@ from inferctl.image.size_forecast import ImagePart, SizeForecast
 from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
 from tests.image import sharded, tiny
+from tests.processes import inferctl
 
 pytestmark = pytest.mark.docker
 REGISTRY = "localhost:5000"
@@ -522,13 +523,7 @@ def test_an_image_is_served_until_it_receives_a_signal(docker: DockerEngine, bas
 def test_a_server_container_that_exits_ends_with_its_log_and_exit_code(docker: DockerEngine, base_image: str) -> None:
     made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "dies")), verify=False)
     _, built = run(docker, made)
-    done = subprocess.run(
-        [sys.executable, "-m", "inferctl", "serve", "--image", built.reference, "--port", "0"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
+    done = inferctl("serve", "--image", built.reference, "--port", "0", code=1)
     assert "ended with exit code 1" in done.stderr
     assert "there is no such model" in done.stderr
     assert "hint: see the log above\n" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
 import os
@@ -15,7 +14,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,7 +21,7 @@ import yaml
 
 from inferctl import cli
 from inferctl.core import assets
-from tests.http_servers import serving
+from tests.http_servers import Handler, serving
 
 HASH = f"--hash=sha256:{'0' * 64}"
 
@@ -255,15 +253,12 @@ def silent_index() -> Iterator[tuple[str, threading.Event]]:
     """A package index that never responds, and an event that is set by its first request."""
     asked, over = threading.Event(), threading.Event()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class Silent(Handler):
         def do_GET(self) -> None:
             asked.set()
             over.wait()
 
-    with serving(Handler) as port:
+    with serving(Silent) as port:
         yield f"http://127.0.0.1:{port}/", asked
         over.set()
 

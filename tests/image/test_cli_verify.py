@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from inferctl.image import build
 from inferctl.image.docker import DockerEngine
 from tests.image import tiny
+from tests.processes import inferctl
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(120)]
 
@@ -41,8 +41,7 @@ def built(docker: DockerEngine, base: str, behaviour: str) -> str:
 
 
 def verify(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "verify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, cwd=cwd)
+    return inferctl("verify", *arguments, cwd=cwd)
 
 
 def containers() -> str:
@@ -100,9 +99,7 @@ def test_an_image_that_fails_verification_is_kept(docker: DockerEngine, base_ima
 def test_an_image_not_built_by_inferctl_is_a_usage_error(
     docker: DockerEngine, base_image: str, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    whole = [sys.executable, "-m", "inferctl", *command, base_image]
-    done = subprocess.run(whole, capture_output=True, text=True, check=False, timeout=100, cwd=tmp_path)
-    assert done.returncode == 2
+    done = inferctl(*command, base_image, cwd=tmp_path, code=2)
     assert "was not built by inferctl" in done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import random
 import subprocess
@@ -12,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +22,7 @@ from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note
 from inferctl.image.plan import BuildPlan
 from inferctl.image.render import Rendered
-from tests.http_servers import serving
+from tests.http_servers import Handler, serving
 from tests.image import tiny
 
 # In the group of tests/test_ci_run.py, which uses the same engine.
@@ -125,7 +125,7 @@ def test_a_cache_and_an_archive_have_zstd_and_wasted_bytes_are_found_in_it(
     assert archive.stat().st_size == pytest.approx(found.compressed or 0, rel=0.01)
 
 
-class OldRegistry(http.server.BaseHTTPRequestHandler):
+class OldRegistry(Handler):
     """A registry that has every blob, and accepts manifests without zstd."""
 
     protocol_version = "HTTP/1.1"
@@ -133,17 +133,9 @@ class OldRegistry(http.server.BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.1"
     manifests: dict[str, tuple[str, bytes]]
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def reply(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"content_length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            with suppress(OSError):
-                self.wfile.write(body)
+    def reply(self, *given: Any, **headers: str) -> None:
+        with suppress(OSError):
+            super().reply(*given, **headers)
 
     def do_GET(self) -> None:
         if "/manifests/" not in self.path:
@@ -152,10 +144,10 @@ class OldRegistry(http.server.BaseHTTPRequestHandler):
         digest = f"sha256:{sha256(body).hexdigest()}"
         return self.reply(200, body, content_type=kind, docker_content_digest=digest) if body else self.reply(404)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
+        body = self.body()
         if b"zstd" in body:
             problem = {"errors": [{"code": "MANIFEST_INVALID", "message": "manifest invalid"}]}
             return self.reply(400, json.dumps(problem).encode())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import ssl
 import subprocess
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +16,7 @@ import trustme
 from inferctl.config import settings
 from inferctl.facts import catalog
 from inferctl.image import locks, render
+from tests.http_servers import Handler, serving
 
 pytestmark = pytest.mark.docker
 LOCK = f"nothing==1 --hash=sha256:{'0' * 64}\n"
@@ -65,21 +64,15 @@ def mirror() -> Iterator[tuple[int, trustme.CA, list[str]]]:
     """An HTTPS server with its own certificate authority: its port, the authority, and the requested paths."""
     authority, requests = trustme.CA(), []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Mirror(Handler):
         def do_GET(self) -> None:
             requests.append(self.path)
             self.send_error(404)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port, authority, requests
-    server.shutdown()
+    with serving(Mirror, context) as port:
+        yield port, authority, requests
 
 
 def test_apt_uses_a_mirror_with_a_private_certificate_authority(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import socketserver
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, read_engine
+from tests.http_servers import Handler, serving_socket
 
 VERSION = {"Version": "28.3.0", "ApiVersion": "1.51", "Os": "linux", "Arch": "amd64"}
 # Response of Docker 28.3 on a machine with a CDI file for its GPU and without the NVIDIA runtime.
@@ -52,58 +52,40 @@ class FakeEngine:
     """An engine on a Unix socket. `answers`: end of a path -> JSON or a status. `posted`: the last posted body."""
 
     def __init__(self, folder: Path, answers: dict[str, Any]) -> None:
-        self.url = f"http+unix://{folder / 'engine.sock'}"
         self.posted: dict[str, Any] = {}
-        self._socket = folder / "engine.sock"
         known = {"_ping": "OK", "version": VERSION, **answers}
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def address_string(self) -> str:
-                return "unix"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
+        class Answers(Handler):
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 found = next((answer for end, answer in known.items() if path.endswith(end)), 404)
                 status = found if isinstance(found, int) else 200
                 body = json.dumps({"message": "the daemon is unwell"} if isinstance(found, int) else found).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                self.reply(status, body, content_type="application/json")
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length") or 0))
-                outer.posted = json.loads(body or b"{}")
+                outer.posted = json.loads(self.body() or b"{}")
                 self.do_GET()
 
-        self.server = socketserver.ThreadingUnixStreamServer(str(self._socket), Handler)
-        self.server.daemon_threads = True
-        self.server.block_on_close = False
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self._running = ExitStack()
+        self.url = self._running.enter_context(serving_socket(Answers, folder / "engine.sock"))
 
     def die(self) -> None:
         """Close the socket, so that connections are refused as after a crash."""
-        self.server.shutdown()
-        self.server.server_close()
+        self._running.close()
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Any]:
-    made: list[FakeEngine] = []
+    with ExitStack() as made:
 
-    def make(**answers: Any) -> tuple[FakeEngine, DockerEngine]:
-        one = FakeEngine(tmp_path, answers)
-        made.append(one)
-        return one, DockerEngine.connect(one.url)
+        def make(**answers: Any) -> tuple[FakeEngine, DockerEngine]:
+            one = FakeEngine(tmp_path, answers)
+            made.callback(one.die)
+            return one, DockerEngine.connect(one.url)
 
-    yield make
-    for one in made:
-        one.die()
+        yield make
 
 
 ASKED: dict[str, Callable[[DockerEngine], object]] = {
@@ -150,40 +132,20 @@ def test_waiting_for_a_running_container_returns_none(tmp_path: Path) -> None:
     """Engines send the response header at once and the exit code at the end."""
     over = threading.Event()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def address_string(self) -> str:
-            return "unix"
-
-        def log_message(self, *_: object) -> None:
-            pass
-
+    class Waiting(Handler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
             if self.path.endswith(("_ping", "version")):
-                body = json.dumps(VERSION).encode()
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                self.reply(200, json.dumps(VERSION).encode(), content_type="application/json")
                 return
-            self.send_header("content-length", "20")
-            self.end_headers()
+            self.reply(200, content_type="application/json", content_length="20")
             self.wfile.flush()
             over.wait()
 
-        do_POST = do_GET  # noqa: N815
+        do_POST = do_GET
 
-    server = socketserver.ThreadingUnixStreamServer(str(tmp_path / "engine.sock"), Handler)
-    server.daemon_threads = True
-    server.block_on_close = False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        engine = DockerEngine.connect(f"http+unix://{tmp_path / 'engine.sock'}")
-        assert Container(engine._api, "c").wait(1) is None
-    finally:
+    with serving_socket(Waiting, tmp_path / "engine.sock") as url:
+        assert Container(DockerEngine.connect(url)._api, "c").wait(1) is None
         over.set()
-        server.shutdown()
-        server.server_close()
 
 
 def test_two_mounts_may_have_the_same_source_file(fake: Any, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -35,6 +34,7 @@ from inferctl.models import image_source
 from inferctl.models.model import ModelFolder, find
 from tests.image import sharded
 from tests.image.registry_proxy import RegistryProxy, proxied
+from tests.processes import inferctl
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(300), pytest.mark.usefixtures("engine")]
 # The engine itself tries four times more, after 5, 10, 15 and 20 s.
@@ -180,10 +180,7 @@ def test_a_model_of_a_registry_is_cached(
 
 
 def command_line(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "model", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == code, done.stderr
-    return done
+    return inferctl("model", *arguments, code=code)
 
 
 def test_the_command_line(repository: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import uuid
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from inferctl.core.errors import NotReadyError
 from inferctl.image import failures
 from tests.http_servers import answering
+from tests.processes import inferctl
 
 REFERENCE = "localhost:5000/team/model:main"
 # Messages of Engine 26.1 with the classic and the containerd image store.
@@ -51,8 +51,7 @@ def test_words_in_the_name_of_an_image_are_ignored() -> None:
 
 
 def pull(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "pull", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return inferctl("pull", *arguments)
 
 
 @pytest.mark.docker

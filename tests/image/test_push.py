@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import json
 import os
 import socket
-import socketserver
-import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import LayerPush, Note, PushEvent, Retry
 from inferctl.image.push import Pushed, PushFailedError, push, read
+from tests.http_servers import Handler, serving_socket
 
 DIGEST = "sha256:" + "a" * 64
 GOOD = [
@@ -39,38 +38,19 @@ def failing(message: str) -> list[dict[str, Any]]:
     return [*GOOD[:2], {"errorDetail": {"message": message}, "error": message}]
 
 
-class Server(socketserver.ThreadingUnixStreamServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def handle_error(self, *_: object) -> None:
-        """Ignore errors: some tests disconnect on purpose."""
-
-
 class FakeEngine:
     """An engine on a Unix socket. Each push gets the next of `answers`: JSON lines, or None to cut the connection."""
 
     def __init__(self, folder: Path, answers: list[list[dict[str, Any]] | None]) -> None:
         self.pushes = 0
         self.asked: list[tuple[str, str]] = []
-        self.url = f"http+unix://{folder / 'engine.sock'}"
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Pushes(Handler):
             protocol_version = "HTTP/1.1"
 
-            def address_string(self) -> str:
-                return "unix"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
             def do_GET(self) -> None:
-                body = b"OK" if self.path.endswith("_ping") else json.dumps({"ApiVersion": "1.45"}).encode()
-                self.send_response(200)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                self.reply(200, b"OK" if self.path.endswith("_ping") else json.dumps({"ApiVersion": "1.45"}).encode())
 
             def do_POST(self) -> None:
                 answer = answers[min(outer.pushes, len(answers) - 1)]
@@ -87,22 +67,19 @@ class FakeEngine:
                     return
                 self.wfile.write(b"0\r\n\r\n")
 
-        self.server = Server(str(folder / "engine.sock"), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.running, self.url = serving_socket(Pushes, folder / "engine.sock"), ""
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Any]:
-    made: list[FakeEngine] = []
+    with ExitStack() as made:
 
-    def make(*answers: list[dict[str, Any]] | None) -> FakeEngine:
-        made.append(FakeEngine(tmp_path, list(answers)))
-        return made[-1]
+        def make(*answers: list[dict[str, Any]] | None) -> FakeEngine:
+            found = FakeEngine(tmp_path, list(answers))
+            found.url = made.enter_context(found.running)
+            return found
 
-    yield make
-    for one in made:
-        one.server.shutdown()
-        one.server.server_close()
+        yield make
 
 
 def run(engine: FakeEngine, reference: str = "localhost:5000/t:x", attempts: int = 1) -> tuple[list[PushEvent], Pushed]:

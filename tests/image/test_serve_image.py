@@ -25,7 +25,7 @@ from inferctl.image.serve_image import Address, ServeOptions
 from inferctl.models import image_source
 from inferctl.serve.edge import access, listener
 from tests.image import sharded, tiny
-from tests.processes import start
+from tests.processes import inferctl, start
 
 HERE = Address("127.0.0.1", 0)
 
@@ -173,9 +173,8 @@ def test_the_container_gets_a_model_image_from_the_engine_or_from_the_cache(
     """Docker Engine 28 and newer mount the image. Older ones mount its files in the cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = sharded.write(tmp_path / "model", run=uuid.uuid4().hex)
-    push = [sys.executable, "-m", "inferctl", "model", "push", str(folder)]
     name = f"localhost:5000/inferctl-tests/{uuid.uuid4().hex}:x"
-    source = subprocess.run([*push, name], capture_output=True, text=True, check=True).stdout.strip()
+    source = inferctl("model", "push", folder, name, code=0).stdout.strip()
     server = start(tmp_path, "--image", named, "--model", source)
     try:
         (container,) = _docker("ps", "-q", "--filter", f"ancestor={named}").split()

@@ -23,7 +23,7 @@ import pytest
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
 from tests.metering.parts import Postgres
-from tests.processes import ServerProcess, until
+from tests.processes import ServerProcess, python, until
 
 ALL = (0, 2**62)
 SECRET = "a-text-that-must-stay-private"
@@ -333,5 +333,5 @@ def test_the_api_process_imports_no_package_of_the_ledger() -> None:
         "from inferctl.serve import encoder_server, metering, relay_process\n"
         "print(json.dumps([m for m in ('sqlalchemy', 'alembic', 'psycopg', 'nats') if m in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, code=0)
     assert json.loads(done.stdout) == []

@@ -14,13 +14,11 @@ import pytest
 
 from inferctl.config.spec import Metering, Spec
 from inferctl.serve import metering
-from tests.processes import until
+from tests.processes import inferctl, python, until
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "inferctl", "relay", "--data", "meterng"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
+    done = inferctl("relay", "--data", "meterng", cwd=tmp_path, code=2)
     assert "the folder meterng does not exist" in done.stderr
     assert "hint:" in done.stderr
     assert not (tmp_path / "meterng").exists()
@@ -31,8 +29,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     metering = {"mode": "on", "data": "file/metering"}
     spec = Spec.model_validate({"name": "m", "model": {"source": "x"}, "metering": metering})
     line = json.dumps({"spec": spec.model_dump(mode="json")}) + "\n"
-    command = [sys.executable, "-m", "inferctl.tenancy.relay"]
-    done = subprocess.run(command, cwd=tmp_path, input=line, capture_output=True, text=True, timeout=60, check=False)
+    done = python("-m", "inferctl.tenancy.relay", cwd=tmp_path, input=line, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 

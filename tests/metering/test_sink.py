@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +18,36 @@ from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import EventRecorder
 from inferctl.tenancy.relay.relay import Relay
+from tests.http_servers import Handler, serving
 from tests.metering.parts import ORIGIN, batch, end, event
 
 
-class Product(ThreadingHTTPServer):
+@dataclass
+class Product:
     """A metering product. `statuses`: of its next responses, then 204."""
 
-    def __init__(self) -> None:
-        self.statuses: list[int] = []
-        self.requests: list[tuple[dict[str, str], list[dict[str, Any]]]] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/api/v1/events"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Product
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append((dict(self.headers), body))
-        self._respond(self.server.statuses.pop(0) if self.server.statuses else 204)
-
-    def do_GET(self) -> None:
-        self.server.requests.append((dict(self.headers), []))
-        self._respond(200)
-
-    def _respond(self, status: int) -> None:
-        self.send_response(status)
-        if 300 <= status < 400:
-            self.send_header("location", f"{self.server.url}/login")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Print nothing."""
+    url: str = ""
+    statuses: list[int] = field(default_factory=list)
+    requests: list[tuple[dict[str, str], list[dict[str, Any]]]] = field(default_factory=list)
 
 
 @pytest.fixture
 def product() -> Iterator[Product]:
-    server = Product()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    found = Product()
+
+    class Events(Handler):
+        def do_POST(self) -> None:
+            found.requests.append((dict(self.headers), json.loads(self.body())))
+            status = found.statuses.pop(0) if found.statuses else 204
+            self.reply(status, **({"location": f"{found.url}/login"} if 300 <= status < 400 else {}))
+
+        def do_GET(self) -> None:
+            found.requests.append((dict(self.headers), []))
+            self.reply()
+
+    with serving(Events) as port:
+        found.url = f"http://127.0.0.1:{port}/api/v1/events"
+        yield found
 
 
 def test_each_event_is_sent_once_as_it_was_recorded(ledger: Ledger, product: Product) -> None:

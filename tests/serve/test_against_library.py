@@ -24,7 +24,7 @@ from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.output_vectors import decode
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve.reference import reference
-from tests.processes import ServerProcess, start
+from tests.processes import ServerProcess, inferctl, start
 from tests.serve import saved_models, tiny_models
 from tests.serve.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed
 
@@ -177,13 +177,8 @@ def test_the_limit_of_the_server_cuts_the_texts_of_the_library(
     assert compared(connect(server.url), right("embed")).difference < library.FP32_LIMIT
 
 
-def inferctl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "verify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, cwd=cwd)
-
-
 def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: ServerProcess, tmp_path: Path) -> None:
-    done = inferctl("--url", server.url, "--against", library.NAME, "--json", cwd=tmp_path)
+    done = inferctl("verify", "--url", server.url, "--against", library.NAME, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["library"]
     assert found["difference"] <= library.FP32_LIMIT
@@ -192,17 +187,17 @@ def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: Se
 
 @pytest.mark.slow
 def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tmp_path: Path) -> None:
-    done = inferctl("--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path)
+    done = inferctl("verify", "--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"equals {library.NAME} " in done.stderr
 
 
 @pytest.mark.slow
 def test_each_task_has_its_library(right: Callable[[str], Path], server: ServerProcess, tmp_path: Path) -> None:
-    done = inferctl("--model", str(right("classify")), *FP32, "--against", "transformers", cwd=tmp_path)
+    done = inferctl("verify", "--model", str(right("classify")), *FP32, "--against", "transformers", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "equals transformers " in done.stderr
-    done = inferctl("--url", server.url, "--against", "transformers", cwd=tmp_path)
+    done = inferctl("verify", "--url", server.url, "--against", "transformers", cwd=tmp_path)
     assert (done.returncode, f"--against {library.NAME}" in done.stderr) == (2, True)
 
 
@@ -220,7 +215,7 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
         modules_changed(lambda listed: listed.append(entry))(folder)
     else:
         edit(folder / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
-    done = inferctl("--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder)
+    done = inferctl("verify", "--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder)
     assert done.returncode == 3
     assert "own.Model" in done.stderr
     assert not list(tmp_path.rglob("ran"))
@@ -238,7 +233,7 @@ def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
     ],
 )
 def test_options_that_do_not_fit_are_usage_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = inferctl(*arguments, cwd=tmp_path)
+    done = inferctl("verify", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
 

@@ -14,8 +14,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -42,7 +40,7 @@ from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
 from tests.metering.test_metered_server import Load
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, inferctl, start, until
 
 PROCESSES = 4
 BATCH_TOKENS, QUEUE_TOKENS = 256, 4096
@@ -683,13 +681,10 @@ def test_a_start_that_fails_says_so_and_leaves_no_process(minilm: Path, tmp_path
         env |= {"INFERCTL_METERING_MODE": "on", "INFERCTL_METERING_DATA": "file/metering"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1] if cause == "port in use" else 0)
-        command = [sys.executable, "-m", "inferctl", "serve", "--model", str(model), "--engine", "echo", "--port", port]
+        command = ("serve", "--model", model, "--engine", "echo", "--port", port, "--name", "echo")
 
         def end(processes: int) -> tuple[int, str]:
-            more = ["--name", "echo", "--api-processes", str(processes)]
-            done = subprocess.run(
-                [*command, *more], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
-            )
+            done = inferctl(*command, "--api-processes", processes, cwd=tmp_path, env=env)
             return done.returncode, done.stderr[done.stderr.rindex("error: ") :]  # a relay may report the folder before
 
         code, said = end(2)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.processes import ServerProcess
+from tests.processes import ServerProcess, execute
 from tests.serve.conftest import TEXTS
 
 pytestmark = pytest.mark.xdist_group("minilm")
@@ -126,7 +125,5 @@ def test_curl(server: ServerProcess, reference: Matrix, tmp_path: Path, extra: t
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"input": TEXTS}))
     command = ["curl", "-sS", "--fail-with-body", "--max-time", "60", *extra, "-H", "content-type: application/json"]
-    done = subprocess.run(
-        [*command, "-d", f"@{body}", f"{server.url}/v1/embeddings"], capture_output=True, text=True, check=True
-    )
+    done = execute(*command, "-d", f"@{body}", f"{server.url}/v1/embeddings", code=0)
     same([entry["embedding"] for entry in json.loads(done.stdout)["data"]], reference)

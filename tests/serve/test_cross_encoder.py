@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +19,9 @@ from inferctl.serve import rerank_config, task_config
 from inferctl.serve import segments as segments_of
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference as scores_of
-from inferctl.serve.tokenizer_pool import Pair, TokenizerPool
-from tests.processes import ServerProcess
+from inferctl.serve.text_parts import Pair
+from inferctl.serve.tokenizer_pool import TokenizerPool
+from tests.processes import ServerProcess, execute
 from tests.serve import tiny_models
 
 PADDED = {"mpnet", "deberta-v2", "albert"}
@@ -113,11 +113,11 @@ def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
 
     stdin = json.dumps([[query, document] for document in documents])
     command = [sys.executable, "-m", "inferctl.serve.reference", str(folder)]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=True)
+    done = execute(*command, input=stdin, code=0)
     document = json.loads(done.stdout)
     assert dict(enumerate(document["scores"])) == pytest.approx(expected, abs=1e-5)
     assert sum(document["tokens"]) == body["usage"]["total_tokens"]
-    done = subprocess.run(command, input='["a text"]', capture_output=True, text=True, check=False)
+    done = execute(*command, input='["a text"]')
     assert (done.returncode, "is a model for rerank" in done.stderr) == (2, True)
 
 

@@ -16,7 +16,7 @@ from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.image import render
 from inferctl.image.locks import LEFT_OUT
 from inferctl.serve import main
-from tests.processes import ServerProcess
+from tests.processes import ServerProcess, python
 
 # Module names of the packages that an image omits, if they differ from the package names.
 _MODULES = {
@@ -143,8 +143,5 @@ def test_a_sigterm_during_an_import_that_drops_exceptions_ends_the_start(
         f"runpy.run_module({module!r}, run_name='__main__')\n"
     )
     options = [*(["serve"] if module == "inferctl" else []), "--model", str(minilm), "--engine", "echo", "--port", "0"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == EXIT_INTERRUPTED
+    done = python("-c", program, *options, timeout=60, code=EXIT_INTERRUPTED)
     assert "Traceback" not in done.stderr

@@ -10,8 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +32,7 @@ from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.supervisor import VllmSupervisor
 from inferctl.serve.generate.vllm_request import VllmRequest
-from tests.processes import ServerProcess, until
+from tests.processes import ServerProcess, python, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
 CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
@@ -380,17 +378,14 @@ sys.argv[1:] = ["cpu"]
 runpy.run_module("inferctl.serve.generate.probe", run_name="__main__")
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", code, code=0)
     found = DeviceProbe.from_json(done.stdout)
     assert (found.device.kind, found.traits.kind) == ("cpu", "cpu")
     assert found.traits.cpu_flags
 
 
 def test_a_device_is_found_with_torch() -> None:
-    command = [sys.executable, "-m", "inferctl.serve.generate.probe", "auto"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = python("-m", "inferctl.serve.generate.probe", "auto", code=0)
     found = DeviceProbe.from_json(done.stdout)
     assert found.device.kind == found.traits.kind
     assert found.device.memory_bytes

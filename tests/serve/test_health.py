@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-
-class Handler(BaseHTTPRequestHandler):
-    status = 200
-
-    def do_GET(self) -> None:
-        self.send_response(self.status if self.path == "/readyz" else 404)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+from tests.http_servers import Handler, serving
+from tests.processes import execute
 
 
 @pytest.fixture
 def port(request: pytest.FixtureRequest) -> Iterator[int]:
     """A server whose `/readyz` returns the status in the test's parameter."""
-    handler = type("Answer", (Handler,), {"status": getattr(request, "param", 200)})
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
+
+    class Answer(Handler):
+        def do_GET(self) -> None:
+            self.reply(getattr(request, "param", 200) if self.path == "/readyz" else 404)
+
+    with serving(Answer) as port:
+        yield port
 
 
 def check(argument: object, **environment: str) -> int:
     command = [sys.executable, "-m", "inferctl.serve.health", str(argument)]
     inherited = {name: value for name, value in os.environ.items() if name != "INFERCTL_SERVE_PORT"}
-    done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, check=False)
+    done = execute(*command, env={**inherited, **environment})
     assert done.stderr == ""
     return done.returncode
 

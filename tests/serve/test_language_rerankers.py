@@ -25,7 +25,8 @@ from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, V
 from inferctl.serve.pair_template import PairTemplate
 from inferctl.serve.private_tokens import PrivateTokens
 from inferctl.serve.reference import reference
-from inferctl.serve.tokenizer_pool import InputError, Pair, TokenizerPool
+from inferctl.serve.text_parts import InputError, Pair
+from inferctl.serve.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import language_rerankers as rerankers
 from tests.serve import tiny_models
@@ -184,7 +185,7 @@ def test_so_many_tokens_of_a_document_remain(folders: Callable[[str], Path], wor
     tokenizer.no_truncation()
     text = word * 3000
     wanted = tokenizer.encode(text, add_special_tokens=False).ids[:count]
-    assert tokenizer.encode(pool._first_tokens(text, count), add_special_tokens=False).ids == wanted
+    assert tokenizer.encode(pool._rendered.first_tokens(text, count), add_special_tokens=False).ids == wanted
     pool.close()
 
 

@@ -17,6 +17,7 @@ from inferctl.models import divergence
 from inferctl.models.divergence import Divergence, Scored
 from inferctl.models.model import ModelFolder
 from inferctl.serve.reference import reference
+from tests.processes import python
 from tests.serve import tiny_models
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "prepare_int8.py"
@@ -50,8 +51,7 @@ def test_the_reference_prints_what_transformers_computes(generator: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(generator)
     chat = [{"role": "user", "content": "which bread"}]
     inputs = ["one loaf of bread", "x " * 600, chat]
-    command = [sys.executable, "-m", "inferctl.serve.reference", str(generator)]
-    done = subprocess.run(command, input=json.dumps(inputs), capture_output=True, text=True, check=True)
+    done = python("-m", "inferctl.serve.reference", generator, input=json.dumps(inputs), code=0)
     document = json.loads(done.stdout)
     assert document["tokens"][1] == 256
     assert document["texts"][0]["ids"] == tokenizer(inputs[0])["input_ids"]

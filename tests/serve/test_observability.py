@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
 from inferctl.serve.engines.echo import FAILING_TOKEN
-from tests.processes import ServerProcess, until
+from tests.http_servers import Handler, serving
+from tests.processes import ServerProcess, python, until
 
 Serve = Callable[..., ServerProcess]
 
@@ -55,25 +53,15 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """The requests that an OTLP collector received."""
     got: list[bytes] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Collector(Handler):
         def do_POST(self) -> None:
-            got.append(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
+            got.append(self.body())
+            self.reply()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
-    yield got
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Collector) as port:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        yield got
 
 
 def test_traces_go_to_the_configured_endpoint_and_join_the_callers_trace(
@@ -103,7 +91,7 @@ def test_traces_go_to_the_configured_endpoint_and_join_the_callers_trace(
 @pytest.mark.usefixtures("collector")
 def test_traces_without_the_packages_are_an_error(minilm: Path, tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['opentelemetry.sdk'] = None; from inferctl.cli import main; main()"
-    command = [sys.executable, "-c", hidden, "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
+    done = python(
+        "-c", hidden, "serve", "--model", minilm, "--engine", "echo", "--port", "0", cwd=tmp_path, timeout=120, code=2
+    )
     assert "in a clone of inferctl: `pip install '.[otel]'`" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes import ServerProcess, start, until
+from tests.processes import ServerProcess, execute, start, until
 from tests.serve.test_classify_api import write_classifier
 from tests.serve.test_outputs import bge, converted_bge
 from tests.serve.test_rerank_api import write_reranker
@@ -89,8 +88,7 @@ def test_schemathesis_finds_no_failures(
         "--generation-database",
         "none",
     ]
-    done = subprocess.run([*command, *bounds, *options], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stdout
+    done = execute(*command, *bounds, *options, cwd=tmp_path, code=0)
     assert f"{operations} total" in done.stdout
     generated = re.search(r"(\d+) generated", done.stdout)
     assert generated

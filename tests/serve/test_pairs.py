@@ -13,10 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from inferctl.serve import embedding_config, tokenizer_pool
+from inferctl.serve import embedding_config, text_parts
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.prompts import Prompts
-from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+from inferctl.serve.text_parts import InputError
+from inferctl.serve.tokenizer_pool import TokenizerPool
 
 CORPUS = ["A river runs through it, unbelievably slowly.", "The naïve \U0001f680 was a rock in 北京."] * 20
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -136,7 +137,7 @@ def test_long_texts_of_pairs_are_bounded(minilm: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pool, "_encode", spy)
     pool.encode_pairs_now("river " * 10**6, ["rock " * 10**6], truncate=True)
-    assert max(sizes) <= tokenizer_pool._MIN_HEAD
+    assert max(sizes) <= text_parts.MIN_HEAD
     for query, documents, field in (("a", ["b", " " * 10**7], "documents[1]"), (" " * 10**7, ["b"], "query")):
         with pytest.raises(InputError) as rejected:
             pool.encode_pairs_now(query, documents, truncate=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from tests.processes import ServerProcess
+from tests.processes import ServerProcess, inferctl, python
 from tests.serve.conftest import TEXTS
 
 pytestmark = pytest.mark.xdist_group("minilm")
@@ -62,18 +60,14 @@ def test_a_model_folder_with_incomplete_weights_is_rejected(minilm: Path, tmp_pa
     for name in ("config.json", "tokenizer.json", "modules.json"):
         (broken / name).write_bytes((minilm / name).read_bytes())
     (broken / "model.safetensors").write_bytes((minilm / "model.safetensors").read_bytes()[:-100])
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(broken), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
-    assert done.returncode == 2
+    done = inferctl("serve", "--model", broken, "--port", "0", cwd=tmp_path, code=2)
     assert "is not a complete safetensors file" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("stdin", ["", "{}", "[]", "[1]", '[["a"]]', '["a", ["b", "c"]]', '[["a", "b"]]'])
 def test_the_reference_accepts_only_a_list_of_texts(minilm: Path, stdin: str) -> None:
-    command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    done = python("-m", "inferctl.serve.reference", minilm, input=stdin, code=2)
     assert "hint:" in done.stderr
     assert done.stdout == ""
 
@@ -98,6 +92,4 @@ except SystemExit:
     pass
 assert "transformers" in sys.modules and not any(name.startswith(("sklearn.", "scipy.")) for name in sys.modules)
 """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, input=f'{minilm}\n["a"]', capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    python("-c", code, input=f'{minilm}\n["a"]', code=0)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ServerProcess
+from tests.processes import ServerProcess, python
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -20,14 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def test_a_scan_of_everything_finds_no_text_and_no_key(minilm: Path, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     script = ROOT / "benchmarks" / "peers" / "secrets_scan.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "server", "--engine", "echo", "--json", str(file)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    python(script, "server", "--engine", "echo", "--json", file, timeout=300, code=0)
     found = json.loads(file.read_text())["server"]
     assert {found["statuses"][name] for name in ("valid", "cached", "token ids", "truncated")} == {200}
     assert found["statuses"]["engine fails"] == 500

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, inferctl, start, until
 from tests.test_settings import SERVICE_LINKS
 
 Serve = Callable[..., ServerProcess]
@@ -276,63 +276,37 @@ def test_the_engine_ends_when_the_api_process_is_killed(serve: Serve, minilm: Pa
     until(lambda: not Path(f"/proc/{engine}").exists() or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2])
 
 
-def run_serve(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "inferctl", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
-
-
 def test_a_port_in_use_is_an_error(minilm: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = run_serve(*echo_arguments(minilm), "--port", port, "--announce", "ready.json", cwd=tmp_path)
-    assert done.returncode == 3
+        options = ("--port", port, "--announce", "ready.json")
+        done = inferctl("serve", *echo_arguments(minilm), *options, cwd=tmp_path, code=3)
     assert f"error: cannot listen on 127.0.0.1:{port}: address already in use" in done.stderr
     assert "hint: `--port 0`" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "ready.json").exists()
 
 
-def test_an_announce_file_that_cannot_be_written_is_an_error(minilm: Path, tmp_path: Path) -> None:
-    done = run_serve(*echo_arguments(minilm), "--announce", "nowhere/ready.json", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "error: nowhere/ready.json cannot be written" in done.stderr
-    (tmp_path / "folder").mkdir()
-    done = run_serve(*echo_arguments(minilm), "--announce", "folder", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "error: folder cannot be written" in done.stderr
-
-
 @pytest.mark.parametrize(
-    ("host", "port", "said"),
+    ("options", "code", "said"),
     [
-        ("no.such.host.invalid", "0", "cannot listen on no.such.host.invalid:0"),
-        ("192.0.2.1", "0", "cannot assign requested address"),
+        (["--announce", "nowhere/ready.json"], 2, "error: nowhere/ready.json cannot be written"),
+        (["--announce", "folder"], 2, "error: folder cannot be written"),
+        (["--host", "no.such.host.invalid"], 3, "cannot listen on no.such.host.invalid:0"),
+        (["--host", "192.0.2.1"], 3, "cannot assign requested address"),
+        (["--model", "./nothing"], 2, "error: model folder ./nothing not found"),
+        (["--engine", "encoder", "--device", "cuda"], 3, "error: no usable CUDA GPU found"),
     ],
 )
-def test_an_address_of_another_machine_is_an_error(
-    minilm: Path, tmp_path: Path, host: str, port: str, said: str
+def test_what_the_machine_does_not_have_is_an_error(
+    minilm: Path, tmp_path: Path, options: list[str], code: int, said: str
 ) -> None:
-    done = run_serve(*echo_arguments(minilm), "--host", host, "--port", port, cwd=tmp_path)
-    assert done.returncode == 3
-    assert said in done.stderr
-    assert "hint: `--host " in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
-    done = run_serve("--model", "./nothing", "--port", "0", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "error: model folder ./nothing not found" in done.stderr
-
-
-def test_a_missing_gpu_is_an_error(minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--device", "cuda", "--port", "0"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120, check=False
-    )
-    assert done.returncode == 3
-    assert "error: no usable CUDA GPU found" in done.stderr
+    arguments = ("serve", *echo_arguments(minilm), "--port", "0", *options)
+    done = inferctl(*arguments, cwd=tmp_path, env=environment, code=code)
+    assert said in done.stderr
+    assert ("hint: `--host " in done.stderr) == ("--host" in options)
     assert "Traceback" not in done.stderr
 
 
@@ -360,7 +334,4 @@ def test_the_server_starts_next_to_a_kubernetes_service_of_the_same_name(
     assert running.get("/readyz").status_code == 200
     assert "INFERCTL_" not in running.log.read_text()
     for verb in ("check", "config"):
-        command = [sys.executable, "-m", "inferctl", verb, "--model", str(minilm)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "INFERCTL_" not in done.stderr
+        assert "INFERCTL_" not in inferctl(verb, "--model", minilm, cwd=tmp_path, code=0).stderr

@@ -6,8 +6,6 @@ import asyncio
 import ctypes
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +21,7 @@ import pytest
 from inferctl.serve.engine_process.engine_protocol import BatchResult, EngineConfig, EngineInfo, EngineProcess
 from inferctl.serve.engine_process.pool import EnginePool, more_engines
 from inferctl.serve.engines.echo import CLOSING_TOKEN, CRASHING_TOKEN
-from tests.processes import ServerProcess, until
+from tests.processes import ServerProcess, inferctl, until
 from tests.serve.test_dispatcher import INFO
 
 Serve = Callable[..., ServerProcess]
@@ -308,14 +306,6 @@ EngineSupervisor._engine_ready = failing
 def test_an_unexpected_error_of_any_supervisor_ends_the_server(minilm: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SUPERVISOR_BUG)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--port", "0"]
-    done = subprocess.run(
-        [*command, "--engine", "echo", "--engines", "2"],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
+    options = ("--model", minilm, "--port", "0", "--engine", "echo", "--engines", "2")
+    done = inferctl("serve", *options, env={**os.environ, "PYTHONPATH": paths}, code=1)
     assert "RuntimeError: injected bug" in done.stderr

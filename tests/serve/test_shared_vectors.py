@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from inferctl.core.errors import UsageError
 from inferctl.serve.vector_cache.shared import SharedLevel
 from tests.access.test_keys import add
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, execute, start, until
 from tests.required import missing
 from tests.serve.test_vector_cache import CACHED, computed, spec, vectors
 
@@ -44,7 +44,7 @@ class Valkey:
 
     def count(self) -> int:
         """Return the number of stored values."""
-        done = subprocess.run(["valkey-cli", "-s", self.socket, "dbsize"], capture_output=True, text=True, check=True)
+        done = execute("valkey-cli", "-s", self.socket, "dbsize", code=0)
         return int(done.stdout)
 
     def signal(self, number: int) -> None:

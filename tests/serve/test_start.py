@@ -20,7 +20,7 @@ from inferctl.serve.generate.process import _PHASES
 from inferctl.serve.generate.server import _probe
 from inferctl.serve.progress import StartProgress
 from inferctl.serve.signals import StopSignals
-from tests.processes import ServerProcess
+from tests.processes import ServerProcess, python
 
 # A module whose import ends in the middle of a start: a signal for the whole process group, as a terminal sends it.
 _SIGNALS = """
@@ -51,15 +51,19 @@ def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
 ) -> None:
     group = "os.getppid()" if "engine_process" in process else "0"
     (tmp_path / "sitecustomize.py").write_text(_SIGNALS.format(name=name, process=process, number=number, group=group))
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "--model", str(minilm), "--engine", "echo", "--port", "0"],
+    done = python(
+        "-m",
+        *command.split(),
+        "--model",
+        minilm,
+        "--engine",
+        "echo",
+        "--port",
+        "0",
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
         cwd=tmp_path,
         timeout=120,
         start_new_session=True,
-        check=False,
     )
     # A server that listens drains after SIGTERM.
     assert done.returncode == EXIT_INTERRUPTED or (number == "SIGTERM" and done.returncode == 0), done.stderr

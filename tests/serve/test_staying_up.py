@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +23,7 @@ from inferctl.serve.engines.echo import (
     SLOW_TOKEN,
 )
 from tests import processes
-from tests.processes import ServerProcess, until
+from tests.processes import ServerProcess, inferctl, until
 
 Serve = Callable[..., ServerProcess]
 
@@ -202,10 +200,8 @@ threading.Thread.start = start_and_signal
 def test_a_stop_while_the_server_starts_a_thread_ends_it(minilm: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SIGNAL_WITHIN_A_START)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "inferctl", "serve", "--model", str(minilm), "--engine", "echo", "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ("--model", minilm, "--engine", "echo", "--port", "0")
+    done = inferctl("serve", *options, env={**os.environ, "PYTHONPATH": paths}, code=0)
     assert "stopped" in done.stderr
     assert "Traceback" not in done.stderr
 

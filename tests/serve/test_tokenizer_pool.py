@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from inferctl.batching.fairness import Shares
-from inferctl.serve import embedding_config, tokenizer_pool
+from inferctl.serve import embedding_config, text_parts, tokenizer_pool
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.tokenizer_pool import InputError, TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.serve.text_parts import InputError
+from inferctl.serve.tokenizer_pool import TokenizerBusyError, TokenizerPool, TokenizerShareError
 
 LIMIT = 16
 WORDS = st.sampled_from(
@@ -131,7 +132,7 @@ def test_tokens_have_their_places_in_the_whole_text(pool: TokenizerPool, minilm:
 
 def test_only_the_start_of_a_huge_text_is_tokenized(pool: TokenizerPool, tokenized: list[tuple[str, str]]) -> None:
     assert len(pool.encode_now(["word " * 2_000_000], truncate=True)[0]) == LIMIT
-    assert sum(len(text) for text, _ in tokenized) <= tokenizer_pool._MIN_HEAD
+    assert sum(len(text) for text, _ in tokenized) <= text_parts.MIN_HEAD
 
 
 def test_long_texts_are_not_all_tokenized_in_one_call(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_a_huge_text_without_words_is_rejected(
     with pytest.raises(InputError, match=r"input\[1\] is too long") as rejected:
         pool.encode_now(["a", character * 8_000_000], truncate=True)
     assert (str(rejected.value).split()[0], rejected.value.code) == ("input[1]", "text_too_long")
-    assert max(len(text) for text, _ in tokenized) <= tokenizer_pool._MAX_HEAD
+    assert max(len(text) for text, _ in tokenized) <= text_parts.MAX_HEAD
 
 
 def test_the_index_of_a_long_text_is_right_after_the_first_batch(pool: TokenizerPool) -> None:

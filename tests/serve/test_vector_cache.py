@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINIT
 from inferctl.serve.vector_cache.keys import KeySpace
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, python, start, until
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHED = "x-inferctl-cached-tokens"
@@ -132,9 +130,7 @@ def test_equal_requests_are_computed_once_and_all_recorded(
 def test_the_ledger_has_what_the_engines_computed(tmp_path: Path) -> None:
     """Clients that leave, half-close and send equal requests, and inputs that fail or crash the engine."""
     script, file = ROOT / "benchmarks" / "peers" / "charges.py", tmp_path / "figures.json"
-    command = [sys.executable, str(script), "--requests", "500", "--engine", "echo", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python(script, "--requests", "500", "--engine", "echo", "--json", file, timeout=600, code=0)
     figures = json.loads(file.read_text())
     assert figures["charged_tokens"] == figures["computed_tokens"] > 0
     assert figures["requests_in_ledger"] == 500

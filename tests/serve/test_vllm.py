@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.manifests import metric_names
 from tests.conftest import ROOT
 from tests.packages import install
-from tests.processes import ServerProcess, until
+from tests.processes import ServerProcess, execute, python, until
 from tests.required import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
@@ -220,9 +219,7 @@ def older_clients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", [LLAMAINDEX, LITELLM], ids=["llamaindex", "litellm"])
 def test_clients_with_an_older_openai(server: ServerProcess, older_clients: dict[str, str], script: str) -> None:
-    command = [sys.executable, "-c", script, f"{server.url}/v1"]
-    done = subprocess.run(command, env=older_clients, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", script, f"{server.url}/v1", env=older_clients, code=0)
     answer, stream = done.stdout.splitlines()
     assert "Paris" in answer
     assert "Paris" in stream
@@ -237,8 +234,7 @@ def test_llm_comply(server: ServerProcess) -> None:
     names = ("basic-response", "system-prompt", "multi-turn", "tool-calling", "streaming-response", "streaming-usage")
     # vLLM sends optional fields as null, where OpenAI's document has no null.
     options += ["--filter", ",".join(f"chat-{name}" for name in names), "--ignore", "None is not"]
-    done = subprocess.run([command, *options, "--json"], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    execute(command, *options, "--json", timeout=280, code=0)
 
 
 @pytest.mark.timeout(600)
@@ -248,15 +244,9 @@ def test_schemathesis_finds_no_failures(tmp_path: Path) -> None:
     command = ["--no-color", "--seed", "1", "--max-examples", "10", "--request-timeout", "60"]
     command += ["--generation-database", "none", "--checks", "not_a_server_error"]
     with serving(tmp_path, {**SPEC, "serve": serve}) as server:
-        done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *command],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=250,
-            check=False,
+        done = python(
+            "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *command, cwd=tmp_path, timeout=250, code=0
         )
-        assert done.returncode == 0, done.stdout[-5000:]
         generated = re.search(r"(\d+) generated, \1 passed", done.stdout)
         assert generated and int(generated[1]) > 1000
         assert server.get("/readyz").status_code == 200
@@ -290,9 +280,7 @@ def test_a_killed_engine_is_replaced_and_no_stream_ends_silently(server: ServerP
     )
     next(iter(stream))
     group = str(server.engine_pid())
-    engines = subprocess.run(
-        ["pgrep", "-g", group, "-f", "^VLLM::EngineCore"], capture_output=True, text=True, check=True
-    )
+    engines = execute("pgrep", "-g", group, "-f", "^VLLM::EngineCore", code=0)
     os.kill(int(engines.stdout), signal.SIGKILL)
     with pytest.raises(openai.APIError):
         list(stream)

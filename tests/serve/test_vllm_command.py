@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from inferctl.core.errors import NotReadyError
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 from inferctl.serve.generate import command
 from inferctl.serve.generate.command import VllmModel
+from tests.processes import python
 
 A100 = DeviceInfo("cuda", "NVIDIA A100-SXM4-80GB", "8.0", 85_000_000_000)
 BF16 = PrecisionInfo("auto", "bf16", "native", "it has bf16 tensor cores", "vLLM")
@@ -126,5 +125,5 @@ def test_vllm_asks_nvml_for_another_gpu_than_that_of_the_slice(visible: str, ask
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
-    ran = subprocess.run([sys.executable, "-c", _NVML], env=environment, capture_output=True, text=True, check=False)
+    ran = python("-c", _NVML, env=environment)
     assert ran.stdout.split("\n")[-2:-1] == [asked], ran.stderr

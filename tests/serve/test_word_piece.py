@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from inferctl.serve import embedding_config
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.tokenizer_pool import InputError, TokenizerPool
+from inferctl.serve.text_parts import InputError
+from inferctl.serve.tokenizer_pool import TokenizerPool
 
 # Texts per tokenizer.
 COUNT = int(os.environ.get("INFERCTL_TOKENIZER_TEXTS", "400"))

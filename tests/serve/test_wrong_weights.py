@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
 from inferctl.serve.reference import reference
+from tests.processes import python
 from tests.serve import tiny_models
 
 Weights: TypeAlias = dict[str, Any]
@@ -319,15 +318,7 @@ def test_tied_weights_are_not_missing(original: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [["inferctl", "serve"], ["inferctl.serve"]])
 def test_a_server_ends_once_with_what_is_wrong(original: Any, tmp_path: Path, command: list[str]) -> None:
     folder = altered(original("embed", "bert"), tmp_path / "model", without(".1."))
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "--model", str(folder), "--port", "0"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
+    done = python("-m", *command, "--model", folder, "--port", "0", cwd=tmp_path, timeout=120, code=2)
     assert done.stderr.count("encoder.layer.1.attention.output.LayerNorm.bias") == 1
     assert "and 13 more" in done.stderr
     assert "hint: " in done.stderr

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import orjson
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,7 +28,7 @@ from inferctl.serve.api.embedding_schemas import (
     PoolingRequest,
     PoolingResponse,
 )
-from inferctl.serve.api.embeddings import EmbeddingsEndpoint
+from inferctl.serve.api.embeddings import EmbeddingApi, EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
 from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint, TeiRerankEndpoint, VoyageRerankEndpoint
@@ -41,7 +42,7 @@ from inferctl.serve.api.rerank_schemas import (
     VoyageRerankRequest,
     VoyageRerankResponse,
 )
-from inferctl.serve.api.schemas import CohereErrorResponse, TeiErrorResponse, VoyageErrorResponse
+from inferctl.serve.api.schemas import CohereErrorResponse, ErrorResponse, TeiErrorResponse, VoyageErrorResponse
 from inferctl.serve.api.tei import (
     EmbedAllResponse,
     EmbedRequest,
@@ -50,9 +51,8 @@ from inferctl.serve.api.tei import (
     SimilarityRequest,
     SimilarityResponse,
     TeiEmbed,
-    TeiEmbedAll,
-    TeiEmbedSparse,
     TeiOptions,
+    TeiOutput,
     TeiSimilarity,
 )
 from inferctl.serve.api.tokenize import TokenizeEndpoint, TokenizeRequest, TokenizeResponse
@@ -61,21 +61,31 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.outputs import Output
 from inferctl.serve.task_config import TaskConfig
 
+_Shape: TypeAlias = tuple[Callable[[ApiError], bytes], type[BaseModel]]
+_OPENAI: _Shape = ApiError.body, ErrorResponse
+_TEI: _Shape = tei_body, TeiErrorResponse
+_COHERE: _Shape = cohere_body, CohereErrorResponse
+_VOYAGE: _Shape = voyage_body, VoyageErrorResponse  # that of Jina too
+
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What one task answers at the path of `operation` and at its `aliases`.
+    """What one task answers at `path` and at its `aliases`.
 
-    `name`: in usage events and the scopes of keys. `application`: makes it, once for a server. `error_body`: the shape
-    of its errors. `output`: the one that a model must have been trained for.
+    `name`: in usage events and the scopes of keys. `bodies`: the models of its requests and responses. `application`:
+    makes it, once for a server. `errors`: what makes the body of an error, and its model. `output`: the one that a
+    model must have been trained for.
     """
 
     name: str
     task: Task
-    operation: Operation
+    path: str
+    summary: str
+    bodies: tuple[type[BaseModel], type[BaseModel]]
+    example: dict[str, Any]
     application: Callable[[Inference], ASGIApp]
+    errors: _Shape = _OPENAI
     aliases: tuple[str, ...] = ()
-    error_body: Callable[[ApiError], bytes] = ApiError.body
     output: Output | None = None
 
     def serves(self, task: Task, trained: Sequence[Output]) -> bool:
@@ -90,255 +100,176 @@ class Endpoint:
     @property
     def paths(self) -> tuple[str, ...]:
         """All paths."""
-        return self.operation.path, *self.aliases
+        return self.path, *self.aliases
+
+    @property
+    def operations(self) -> list[Operation]:
+        """What the OpenAPI document says about each path."""
+        return [Operation(path, self.summary, *self.bodies, self.example, self.errors[1]) for path in self.paths]
 
 
 _TASKS: tuple[Task, ...] = ("embed", "rerank", "classify")
-_COHERE: tuple[Literal[1, 2], ...] = (2, 1)
+_VERSIONS: tuple[Literal[1, 2], ...] = (2, 1)  # of Cohere's API
 _POOLING = "Compute embeddings, or the scores of all labels: as vLLM does for one `task`."
+_TEXTS = ["first text", "second text"]
+_INPUT, _INPUTS = {"input": _TEXTS}, {"inputs": _TEXTS}
+
+
+def _embed(
+    path: str, summary: str, bodies: tuple[type[BaseModel], type[BaseModel]], api: EmbeddingApi, **others: Any
+) -> Endpoint:
+    application = partial(EmbeddingsEndpoint, api=api)
+    return Endpoint("embeddings", "embed", path, summary, bodies, application=application, **others)
+
+
+def _tei_embed(
+    path: str, summary: str, bodies: tuple[type[BaseModel], type[BaseModel]], api: EmbeddingApi, **others: Any
+) -> Endpoint:
+    summary = f"Compute {summary}, as text-embeddings-inference does."
+    return _embed(path, summary, bodies, api, **{"example": _INPUTS} | others, errors=_TEI)
+
+
+def _rerank(path: str, summary: str = "", errors: _Shape = _OPENAI) -> Endpoint:
+    summary = f"Order documents by their relevance to a query{summary}."
+    example = {"query": "a question", "documents": _TEXTS}
+    return Endpoint("rerank", "rerank", path, summary, (RerankRequest, RerankResponse), example, RerankEndpoint, errors)
+
+
 _OWN = (
     *(
         Endpoint(
             "tokenize",
             task,
-            Operation(
-                "/tokenize",
-                "Return the tokens of texts, as text-embeddings-inference does, or with `prompt` as vLLM does.",
-                TokenizeRequest,
-                TokenizeResponse,
-                {"inputs": ["first text", "second text"]},
-                TeiErrorResponse,
-            ),
+            "/tokenize",
+            "Return the tokens of texts, as text-embeddings-inference does, or with `prompt` as vLLM does.",
+            (TokenizeRequest, TokenizeResponse),
+            _INPUTS,
             TokenizeEndpoint,
-            error_body=tei_body,
+            _TEI,
         )
         for task in _TASKS
     ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/v1/embeddings",
-            "Compute the embeddings of texts: one vector per input, in order.",
-            EmbeddingRequest,
-            EmbeddingResponse,
-            {"input": ["first text", "second text"]},
-        ),
-        EmbeddingsEndpoint,
+    _embed(
+        "/v1/embeddings",
+        "Compute the embeddings of texts: one vector per input, in order.",
+        (EmbeddingRequest, EmbeddingResponse),
+        OpenAi(),
+        example=_INPUT,
     ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/embed",
-            "Compute the embeddings of texts, as text-embeddings-inference does.",
-            EmbedRequest,
-            EmbedResponse,
-            {"inputs": ["first text", "second text"]},
-            TeiErrorResponse,
-        ),
-        partial(EmbeddingsEndpoint, api=TeiEmbed()),
-        ("/",),
-        tei_body,
-        "dense",
-    ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/embed_sparse",
-            "Compute the sparse weights of texts, as text-embeddings-inference does.",
-            TeiOptions,
-            EmbedSparseResponse,
-            {"inputs": ["first text", "second text"]},
-            TeiErrorResponse,
-        ),
-        partial(EmbeddingsEndpoint, api=TeiEmbedSparse()),
-        error_body=tei_body,
-        output="sparse",
-    ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/embed_all",
-            "Compute one vector for each token of texts, as text-embeddings-inference does.",
-            TeiOptions,
-            EmbedAllResponse,
-            {"inputs": ["first text", "second text"]},
-            TeiErrorResponse,
-        ),
-        partial(EmbeddingsEndpoint, api=TeiEmbedAll()),
-        error_body=tei_body,
-    ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/similarity",
-            "Compute the cosines of a text and others, as text-embeddings-inference does.",
-            SimilarityRequest,
-            SimilarityResponse,
-            {"inputs": {"source_sentence": "a text", "sentences": ["first text", "second text"]}},
-            TeiErrorResponse,
-        ),
-        partial(EmbeddingsEndpoint, api=TeiSimilarity()),
-        error_body=tei_body,
+    _tei_embed(
+        "/embed",
+        "the embeddings of texts",
+        (EmbedRequest, EmbedResponse),
+        TeiEmbed(),
+        aliases=("/",),
         output="dense",
     ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation(
-            "/voyage/embeddings",
-            "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage and Jina.",
-            EmbeddingRequest,
-            EmbeddingResponse,
-            {"input": ["first text", "second text"], "output_dtype": "float"},
-            VoyageErrorResponse,
-        ),
-        EmbeddingsEndpoint,
-        ("/jina/v1/embeddings",),
-        error_body=voyage_body,
+    _tei_embed(
+        "/embed_sparse",
+        "the sparse weights of texts",
+        (TeiOptions, EmbedSparseResponse),
+        TeiOutput("sparse"),
+        output="sparse",
+    ),
+    _tei_embed("/embed_all", "one vector for each token of texts", (TeiOptions, EmbedAllResponse), TeiOutput("tokens")),
+    _tei_embed(
+        "/similarity",
+        "the cosines of a text and others",
+        (SimilarityRequest, SimilarityResponse),
+        TeiSimilarity(),
+        example={"inputs": {"source_sentence": "a text", "sentences": _TEXTS}},
+        output="dense",
+    ),
+    _embed(
+        "/voyage/embeddings",
+        "Compute the embeddings of texts: as /v1/embeddings, with the errors of Voyage and Jina.",
+        (EmbeddingRequest, EmbeddingResponse),
+        OpenAi(),
+        example={**_INPUT, "output_dtype": "float"},
+        aliases=("/jina/v1/embeddings",),
+        errors=_VOYAGE,
     ),
     *(
-        Endpoint(
-            "embeddings",
-            "embed",
-            Operation(
-                f"/v{version}/embed",
-                f"Compute embeddings in one or several number formats, as version {version} of Cohere's API.",
-                CohereEmbedRequest,
-                CohereEmbedResponse,
-                {"texts": ["first text", "second text"], "embedding_types": ["float"]},
-                CohereErrorResponse,
-            ),
-            partial(EmbeddingsEndpoint, api=CohereEmbed(version)),
-            error_body=cohere_body,
+        _embed(
+            f"/v{version}/embed",
+            f"Compute embeddings in one or several number formats, as version {version} of Cohere's API.",
+            (CohereEmbedRequest, CohereEmbedResponse),
+            CohereEmbed(version),
+            example={"texts": _TEXTS, "embedding_types": ["float"]},
+            errors=_COHERE,
             output="dense",
         )
-        for version in _COHERE
+        for version in _VERSIONS
     ),
-    Endpoint(
-        "embeddings",
-        "embed",
-        Operation("/pooling", _POOLING, PoolingRequest, PoolingResponse, {"input": ["first text", "second text"]}),
-        partial(EmbeddingsEndpoint, api=OpenAi(request=PoolingRequest, pooling=True)),
+    _embed(
+        "/pooling",
+        _POOLING,
+        (PoolingRequest, PoolingResponse),
+        OpenAi(request=PoolingRequest, pooling=True),
+        example=_INPUT,
     ),
-    Endpoint(
-        "rerank",
-        "rerank",
-        Operation(
-            "/v1/rerank",
-            "Order documents by their relevance to a query.",
-            RerankRequest,
-            RerankResponse,
-            {"query": "a question", "documents": ["first text", "second text"]},
-        ),
-        RerankEndpoint,
-    ),
+    _rerank("/v1/rerank"),
     Endpoint(
         "rerank",
         "rerank",
-        Operation(
-            "/rerank",
-            "Order texts by their relevance to a query, as text-embeddings-inference does; `documents` as /v1/rerank.",
-            TeiRerankRequest,
-            TeiRerankResponse,
-            {"query": "a question", "texts": ["first text", "second text"]},
-            TeiErrorResponse,
-        ),
+        "/rerank",
+        "Order texts by their relevance to a query, as text-embeddings-inference does; `documents` as /v1/rerank.",
+        (TeiRerankRequest, TeiRerankResponse),
+        {"query": "a question", "texts": _TEXTS},
         TeiRerankEndpoint,
+        _TEI,
         ("/",),
-        tei_body,
     ),
     Endpoint(
         "rerank",
         "rerank",
-        Operation(
-            "/voyage/rerank",
-            "Order documents by their relevance to a query, as Voyage does.",
-            VoyageRerankRequest,
-            VoyageRerankResponse,
-            {"query": "a question", "documents": ["first text", "second text"]},
-            VoyageErrorResponse,
-        ),
+        "/voyage/rerank",
+        "Order documents by their relevance to a query, as Voyage does.",
+        (VoyageRerankRequest, VoyageRerankResponse),
+        {"query": "a question", "documents": _TEXTS},
         VoyageRerankEndpoint,
-        error_body=voyage_body,
+        _VOYAGE,
     ),
-    Endpoint(
-        "rerank",
-        "rerank",
-        Operation(
-            "/jina/v1/rerank",
-            "Order documents by their relevance to a query, with the errors of Jina.",
-            RerankRequest,
-            RerankResponse,
-            {"query": "a question", "documents": ["first text", "second text"]},
-            VoyageErrorResponse,
-        ),
-        RerankEndpoint,
-        error_body=voyage_body,
-    ),
-    Endpoint(
-        "rerank",
-        "rerank",
-        Operation(
-            "/v2/rerank",
-            "Order documents by their relevance to a query, with the errors of Cohere.",
-            RerankRequest,
-            RerankResponse,
-            {"query": "a question", "documents": ["first text", "second text"]},
-            CohereErrorResponse,
-        ),
-        RerankEndpoint,
-        error_body=cohere_body,
-    ),
+    _rerank("/jina/v1/rerank", ", with the errors of Jina", _VOYAGE),
+    _rerank("/v2/rerank", ", with the errors of Cohere", _COHERE),
     Endpoint(
         "score",
         "rerank",
-        Operation(
-            "/v1/score",
-            "Compute the relevance of pairs of texts, in order.",
-            ScoreRequest,
-            ScoreResponse,
-            {"text_1": "a question", "text_2": ["first text", "second text"]},
-        ),
+        "/v1/score",
+        "Compute the relevance of pairs of texts, in order.",
+        (ScoreRequest, ScoreResponse),
+        {"text_1": "a question", "text_2": _TEXTS},
         ScoreEndpoint,
-        ("/score",),  # of vLLM, too
+        aliases=("/score",),  # of vLLM, too
     ),
     Endpoint(
         "classify",
         "classify",
-        Operation(
-            "/classify",
-            "Compute the scores of all labels for texts, in order.",
-            ClassifyRequest,
-            ClassifyResponse,
-            {"input": ["first text", "second text"]},
-        ),
+        "/classify",
+        "Compute the scores of all labels for texts, in order.",
+        (ClassifyRequest, ClassifyResponse),
+        _INPUT,
         ClassifyEndpoint,
     ),
     Endpoint(
         "classify",
         "classify",
-        Operation("/pooling", _POOLING, ClassifyRequest, PoolingResponse, {"input": ["first text", "second text"]}),
+        "/pooling",
+        _POOLING,
+        (ClassifyRequest, PoolingResponse),
+        _INPUT,
         partial(ClassifyEndpoint, pooling=True),
     ),
     Endpoint(
         "predict",
         "classify",
-        Operation(
-            "/predict",
-            "Order the labels of texts or pairs of texts by their scores.",
-            PredictRequest,
-            PredictResponse,
-            {"inputs": [["a text"], ["first text of a pair", "second text"]]},
-            TeiErrorResponse,
-        ),
+        "/predict",
+        "Order the labels of texts or pairs of texts by their scores.",
+        (PredictRequest, PredictResponse),
+        {"inputs": [["a text"], ["first text of a pair", "second text"]]},
         PredictEndpoint,
+        _TEI,
         ("/",),
-        tei_body,
     ),
 )
 
@@ -360,7 +291,7 @@ def names(task: Task) -> dict[str, str]:
 
 def error_body(task: Task) -> Callable[[str, ApiError], bytes]:
     """Return the function that makes the body of an error at a path, also at one that no API has."""
-    shapes = {path: endpoint.error_body for endpoint in _of_task_last(task) for path in endpoint.paths}
+    shapes = {path: endpoint.errors[0] for endpoint in _of_task_last(task) for path in endpoint.paths}
     prefixes = {"/voyage/": voyage_body, "/jina/": voyage_body, "/v2/": cohere_body}
 
     def body(path: str, error: ApiError) -> bytes:
@@ -387,7 +318,7 @@ def create(inference: Inference) -> ASGIApp:
         raise ApiError(404, message, code="unsupported_task")
 
     own = [endpoint for endpoint in ALL if endpoint.serves(model.task, model.trained)]
-    operations = [replace(endpoint.operation, path=path) for endpoint in own for path in endpoint.paths]
+    operations = [operation for endpoint in own for operation in endpoint.operations]
     endpoints: dict[str, ASGIApp] = {}
     for each in sorted(ALL, key=lambda endpoint: endpoint.serves(model.task, model.trained)):
         application = each.application(inference) if each in own else unsupported

@@ -13,7 +13,7 @@ from inferctl.serve.api.classify_schemas import ClassifyRequest, Item, PredictRe
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.edge.request_context import context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.tokenizer_pool import InputError
+from inferctl.serve.text_parts import InputError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -22,7 +22,6 @@ from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
-_NAMES = {"input": "texts", "dimensions": "output_dimension", "output_dtype": "embedding_types"}
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
@@ -79,8 +78,12 @@ class CohereEmbed:
     """It is an `EmbeddingApi`. `version`: of Cohere's API."""
 
     version: Literal[1, 2]
-    names: Mapping[str, str] = field(default_factory=lambda: dict(_NAMES))
-    request: type[ModelRequest] = CohereEmbedRequest
+    names: ClassVar[Mapping[str, str]] = {
+        "input": "texts",
+        "dimensions": "output_dimension",
+        "output_dtype": "embedding_types",
+    }
+    request: ClassVar[type[ModelRequest]] = CohereEmbedRequest
 
     def embedding(self, request: CohereEmbedRequest, model: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -23,13 +23,13 @@ from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import Ranges, VectorFormat
-from inferctl.serve.api.outputs import SparseFormat, SparseOptions, token_vectors
+from inferctl.serve.api.outputs import SeveralOutputs, SparseFormat, SparseOptions, token_vectors
 from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.outputs import Output, Outputs
+from inferctl.serve.outputs import Output
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PROMPT_CHARACTERS = 8192
@@ -230,7 +230,7 @@ class PoolingResponse(BaseModel):
 class OpenAi:
     """It is an `EmbeddingApi`. `pooling`: whether responses are those of `POST /pooling`."""
 
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: ClassVar[Mapping[str, str]] = {}
     request: type[ModelRequest] = EmbeddingRequest
     pooling: bool = False
 
@@ -246,35 +246,31 @@ class OpenAi:
         return request
 
     def response(
-        self, request: VectorRequest, vectors: Vectors, model: ServedModel, context: RequestContext
+        self, request: VectorRequest, found: Vectors | SeveralOutputs, model: ServedModel, context: RequestContext
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
+        if isinstance(found, SeveralOutputs):
+            return self._several(request, found, model, context)
         wanted = request.output_dtype or "float"
-        ranges = model.ranges_for(wanted, vectors.shape[1])
-        check_range(vectors, wanted)
+        ranges = model.ranges_for(wanted, found.shape[1])
+        check_range(found, wanted)
         pooling = context.id.decode() if self.pooling else None
-        return response(vectors, request.encoding_format, model.name, context.input_tokens, wanted, ranges, pooling)
+        return response(found, request.encoding_format, model.name, context.input_tokens, wanted, ranges, pooling)
 
-    def outputs_response(
-        self,
-        request: VectorRequest,
-        found: Sequence[Outputs],
-        names: Sequence[Output],
-        model: ServedModel,
-        context: RequestContext,
-        token: Callable[[int], str | None],
+    def _several(
+        self, request: VectorRequest, found: SeveralOutputs, model: ServedModel, context: RequestContext
     ) -> Iterator[bytes]:
-        """Yield the JSON of a response with several outputs. Part of `OutputsApi`."""
+        names, rows, token = found
         wanted, encoding = request.output_dtype or "float", request.encoding_format
         sparse = SparseOptions()
         if isinstance(request, EmbeddingRequest):
             sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
-        ranges = model.ranges_for(wanted, len(found[0].dense)) if "dense" in names else None
-        for each in found:
+        ranges = model.ranges_for(wanted, len(rows[0].dense)) if "dense" in names else None
+        for each in rows:
             check_range(each.dense, wanted)
             check_range(each.tokens, wanted)
         separator = b'{"object":"list","data":['
-        for index, outputs in enumerate(found):
+        for index, outputs in enumerate(rows):
             entry: dict[str, Any] = {"object": "pooling" if self.pooling else "embedding", "index": index}
             if "dense" in names:
                 (row,) = vector_format.convert(outputs.dense[None], wanted, ranges)

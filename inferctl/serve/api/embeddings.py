@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
 from inferctl.models.vector_format import CALIBRATED
-from inferctl.serve.api import embedding_schemas, outputs
+from inferctl.serve.api import outputs
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, unit
 from inferctl.serve.api.inference import Inference, send_json
+from inferctl.serve.api.outputs import SeveralOutputs
 from inferctl.serve.api.schemas import ModelRequest
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.outputs import Output, Outputs
+from inferctl.serve.outputs import Output
 
 log = logging.getLogger("inferctl.prompts")
 
@@ -45,26 +46,10 @@ class EmbeddingApi(Protocol):
     def embedding(self, request: Any, model: ServedModel) -> EmbeddingRequest:
         """Return a request in the shape of OpenAI's. Raises `ApiError` 400 for what the model does not support."""
 
-    def response(self, request: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterable[bytes]:
-        """Return the JSON of a successful response in parts. Raises `ApiError`."""
+    def response(self, request: Any, found: Any, model: ServedModel, context: RequestContext) -> Iterable[bytes]:
+        """Return the JSON of a successful response in parts. Raises `ApiError` before the first part.
 
-
-@runtime_checkable
-class OutputsApi(Protocol):
-    """The shape of an API whose requests can name other outputs than dense vectors."""
-
-    def outputs_response(
-        self,
-        request: Any,
-        found: Sequence[Outputs],
-        names: Sequence[Output],
-        model: ServedModel,
-        context: RequestContext,
-        token: Callable[[int], str | None],
-    ) -> Iterable[bytes]:
-        """Yield the JSON of a successful response in parts. `token` returns the text of an id.
-
-        Raises `ApiError` before the first part.
+        `found`: `Vectors`, or `SeveralOutputs` if `embedding` returned a request for others than dense vectors.
         """
 
 
@@ -73,7 +58,7 @@ class EmbeddingsEndpoint:
     """The application of an endpoint for embeddings."""
 
     inference: Inference
-    api: EmbeddingApi = field(default_factory=embedding_schemas.OpenAi)
+    api: EmbeddingApi
     reminded: set[str] = field(default_factory=set, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,20 +87,19 @@ class EmbeddingsEndpoint:
                 message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
                 raise ApiError(400, message, code="invalid_value", param="normalized")
         rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.tenant))
-        shaped = partial(
-            _with_dimensions, dimensions=dimensions, normalized=None if model.normalized else request.normalized
-        )
+        normalized = None if model.normalized else request.normalized
         if names == ("dense",):
             vectors = np.stack(rows) if isinstance(rows, list) else rows
-            await send_json(send, self.api.response(given, shaped(vectors), model, context), context)
+            vectors = _with_dimensions(vectors, dimensions, normalized)
+            await send_json(send, self.api.response(given, vectors, model, context), context)
             return
-        assert isinstance(self.api, OutputsApi)
         found = outputs.unpacked(model, rows, names)
         if "dense" in names:
-            found = [each._replace(dense=shaped(each.dense[None])[0]) for each in found]
-        token = self.inference.tokenizer.own_tokenizer().id_to_token
+            shaped = (_with_dimensions(each.dense[None], dimensions, normalized)[0] for each in found)
+            found = [each._replace(dense=vector) for each, vector in zip(found, shaped, strict=True)]
+        several = SeveralOutputs(names, found, self.inference.tokenizer.own_tokenizer().id_to_token)
         with outputs.held(model, sum(each.size for each in found)):
-            await send_json(send, self.api.outputs_response(given, found, names, model, context, token), context)
+            await send_json(send, self.api.response(given, several, model, context), context)
 
     def _parse(self, raw: bytes) -> tuple[ModelRequest, EmbeddingRequest, str | None]:
         """Return the request, also in OpenAI's shape, and its prompt, None if it selects none.
@@ -175,7 +159,7 @@ class EmbeddingsEndpoint:
         return outputs.marked(model, await asyncio.to_thread(call) if large else call(), names, role)
 
 
-def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool | None = None) -> Vectors:
+def _with_dimensions(vectors: Vectors, dimensions: int | None, normalized: bool | None) -> Vectors:
     """Return the first `dimensions` values of each vector, scaled to length one; None returns all, unchanged.
 
     `normalized`: whether to scale them, in place of that rule.

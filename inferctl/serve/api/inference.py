@@ -20,7 +20,8 @@ from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.serve.tokenizer_pool import InputError, Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.serve.text_parts import InputError
+from inferctl.serve.tokenizer_pool import Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.

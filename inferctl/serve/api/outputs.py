@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -21,7 +21,7 @@ from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
-from inferctl.serve.tokenizer_pool import InputError
+from inferctl.serve.text_parts import InputError
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
@@ -35,6 +35,14 @@ _PART_NUMBERS = 16_384
 _INLINE_PRODUCTS = 2_000_000
 # Requests take turns on it. Those of a threads' pool that others use too would keep large bodies from being parsed.
 _executor = ThreadPoolExecutor(1, "similarity")
+
+
+class SeveralOutputs(NamedTuple):
+    """The outputs of each input. `names`: those of the request; `token(id)`: the text of a token."""
+
+    names: Sequence[Output]
+    rows: Sequence[Outputs]
+    token: Callable[[int], str | None]
 
 
 def chosen(model: ServedModel, wanted: Sequence[Output] | None) -> tuple[Output, ...]:

@@ -5,8 +5,8 @@ The names are those of `router/src/http/types.rs` of its version 1.9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,12 +14,12 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictStr
 
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
-from inferctl.serve.api.outputs import token_vectors
+from inferctl.serve.api.outputs import SeveralOutputs, token_vectors
 from inferctl.serve.api.schemas import Count, ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.outputs import Output, Outputs
+from inferctl.serve.outputs import Output
 
 
 class TextOptions(BaseModel):
@@ -88,12 +88,11 @@ class SimilarityResponse(RootModel[list[float]]):
     """The successful response of `POST /similarity`: the cosine of the first text and each other one."""
 
 
-@dataclass(frozen=True)
 class TeiEmbed:
     """It is an `EmbeddingApi`."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs", "normalized": "normalize"})
-    request: type[ModelRequest] = EmbedRequest
+    names: ClassVar[Mapping[str, str]] = {"input": "inputs", "normalized": "normalize"}
+    request: ClassVar[type[ModelRequest]] = EmbedRequest
 
     def embedding(self, request: EmbedRequest, model: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
@@ -112,59 +111,37 @@ class TeiEmbed:
 
 
 @dataclass(frozen=True)
-class _TeiOutputs:
-    """It is an `EmbeddingApi`, except for its response."""
+class TeiOutput:
+    """It is an `EmbeddingApi`. `output`: `sparse` or `tokens`, which its responses have."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
-    request: type[ModelRequest] = TeiOptions
-    output: ClassVar[Output]
+    output: Output
+    names: ClassVar[Mapping[str, str]] = {"input": "inputs"}
+    request: ClassVar[type[ModelRequest]] = TeiOptions
 
     def embedding(self, request: TeiOptions, _: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
         return _embedding(request, request.inputs, output=self.output)
 
-    def response(self, *_: Any) -> Iterator[bytes]:
-        """Not used. Part of `EmbeddingApi`."""
-        raise NotImplementedError
-
-
-class TeiEmbedSparse(_TeiOutputs):
-    """It is an `EmbeddingApi` and an `OutputsApi`."""
-
-    output: ClassVar[Output] = "sparse"
-
-    def outputs_response(self, _: Any, found: Sequence[Outputs], *__: Any) -> Iterator[bytes]:
-        """Return the JSON of a response. Part of `OutputsApi`."""
+    def response(self, _: Any, found: SeveralOutputs, *__: Any) -> Iterator[bytes]:
+        """Return the JSON of a response. Part of `EmbeddingApi`."""
         separator = b"["
-        for outputs in found:
-            pairs = zip(outputs.ids.tolist(), outputs.weights, strict=True)
-            entries = [{"index": number, "value": weight} for number, weight in pairs]
-            yield separator + orjson.dumps(entries, option=orjson.OPT_SERIALIZE_NUMPY)
-            separator = b","
-        yield b"]"
-
-
-class TeiEmbedAll(_TeiOutputs):
-    """It is an `EmbeddingApi` and an `OutputsApi`."""
-
-    output: ClassVar[Output] = "tokens"
-
-    def outputs_response(self, _: Any, found: Sequence[Outputs], *__: Any) -> Iterator[bytes]:
-        """Return the JSON of a response. Part of `OutputsApi`."""
-        separator = b"["
-        for outputs in found:
+        for outputs in found.rows:
             yield separator
-            yield from token_vectors(outputs.tokens)
+            if self.output == "tokens":
+                yield from token_vectors(outputs.tokens)
+            else:
+                pairs = zip(outputs.ids.tolist(), outputs.weights, strict=True)
+                entries = [{"index": number, "value": weight} for number, weight in pairs]
+                yield orjson.dumps(entries, option=orjson.OPT_SERIALIZE_NUMPY)
             separator = b","
         yield b"]"
 
 
-@dataclass(frozen=True)
 class TeiSimilarity:
     """It is an `EmbeddingApi`."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: {"input": "inputs"})
-    request: type[ModelRequest] = SimilarityRequest
+    names: ClassVar[Mapping[str, str]] = {"input": "inputs"}
+    request: ClassVar[type[ModelRequest]] = SimilarityRequest
 
     def embedding(self, request: SimilarityRequest, _: ServedModel) -> EmbeddingRequest:
         """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""

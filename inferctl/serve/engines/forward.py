@@ -20,7 +20,7 @@ from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.outputs import Form, attended_of, form_of
 from inferctl.serve.outputs import pack as pack_outputs
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import Pair
+from inferctl.serve.text_parts import Pair
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 

@@ -22,7 +22,7 @@ from inferctl.serve.modules import Dense, Layer, LayerNorm, LogitScore, PoolingM
 from inferctl.serve.outputs import Form, Outputs, SparseConfig, attended_of, form_of
 from inferctl.serve.segments import returns_segments
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import Pair
+from inferctl.serve.text_parts import Pair
 
 # Types with a decoder, which `AutoModel` would load with random weights if the folder has only the encoder.
 _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})

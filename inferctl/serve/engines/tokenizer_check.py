@@ -19,9 +19,11 @@ from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import plain
 from inferctl.serve.modules import read_object
 from inferctl.serve.pair_template import PairTemplate
+from inferctl.serve.rendered_pairs import TEMPLATE_ROOM
 from inferctl.serve.rerank_config import RerankConfig
 from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import TEMPLATE_ROOM, InputError, TokenizerPool
+from inferctl.serve.text_parts import InputError
+from inferctl.serve.tokenizer_pool import TokenizerPool
 
 # Each has something that settings of tokenizers treat in two ways: case, accents (composed or not), scripts, widths,
 # controls, blanks, numbers, punctuation, long words, and characters that no vocabulary has.

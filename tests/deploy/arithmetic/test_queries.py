@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from deploy_sources import HALF, IMAGE, plan, spec
 from inferctl.deploy import queries
 from inferctl.deploy.plan import ModelPlan
 from inferctl.deploy.queries import Link
+from tests.processes import execute
 
 pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool not found: install prometheus")
 
@@ -54,7 +54,7 @@ def evaluate(folder: Path, query: str, series: dict[str, str], at: str = "10m") 
     }
     file = folder / "test.yaml"
     file.write_text(json.dumps({"rule_files": ["rules.yaml"], "evaluation_interval": "15s", "tests": [test]}))
-    done = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True, check=False)
+    done = execute("promtool", "test", "rules", file)
     text = done.stdout + done.stderr
     got = text.partition("got:")[2]
     assert "got:" in text, text

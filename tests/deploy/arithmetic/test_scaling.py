@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from deploy_sources import HALF, IMAGE, plan, spec
 from inferctl.deploy import manifest
 from inferctl.deploy.objects import scaling, workload
 from inferctl.deploy.plan import DeploymentPlan
+from tests.processes import execute
 
 
 def planned(
@@ -92,8 +92,7 @@ def test_an_hpa_reads_the_recorded_series_of_the_same_queries(tmp_path: Path) ->
     assert len(read) == 6
     file = tmp_path / "rules.json"
     file.write_text(json.dumps({"groups": rule["spec"]["groups"]}))
-    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    execute("promtool", "check", "rules", file, code=0)
     keda = {trigger["metadata"]["query"] for each in scalers(planned()) for trigger in each["spec"]["triggers"]}
     assert {each["expr"] for group in rule["spec"]["groups"] for each in group["rules"]} >= {
         query for query in keda if "kube_deployment" not in query
