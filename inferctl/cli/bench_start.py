@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from inferctl.image.records import ImageInfo
 
 _TEXT = "A container serves its first request."
-_ROUNDS = 3
+_ROUNDS, _MAX_ROUNDS = 3, 100
 # Row of the table -> the parts of an estimate for it.
 _ROWS = {
     "pull and unpack": ("pull", "unpack"),
@@ -49,11 +49,11 @@ def measure(
     from inferctl.image.docker import DockerEngine
 
     rounds = _ROUNDS if rounds is None else rounds
-    if not 1 <= rounds <= 100:
-        raise UsageError(f"--repeats {rounds} is not accepted", "pass a number from 1 to 100")
+    if not 1 <= rounds <= _MAX_ROUNDS:
+        raise UsageError(
+            f"`--repeats {rounds}` is not allowed with `--start`", f"pass a number from 1 to {_MAX_ROUNDS}"
+        )
     reference = full_reference(reference)
-    if rounds is not None and rounds < 1:
-        raise UsageError(f"`--repeats {rounds}` is less than 1", "pass the number of rounds, such as `--repeats 3`")
     spec = options.without_model(spec_file, {"model.source": model})
     engine = DockerEngine.connect()
     image = serve_image.get_or_pull(engine, reference, console.note)
