@@ -427,7 +427,7 @@ def test_a_second_interrupt_while_a_server_stops_still_ends_its_whole_group() ->
 
 
 def test_two_benches_in_the_same_second_have_two_folders(tmp_path: Path) -> None:
-    places = [bench_setup._create_folder(tmp_path, "quick") for _ in range(3)]
+    places = [bench_setup.create_folder(tmp_path, "quick") for _ in range(3)]
     assert len(set(places)) == 3
     assert all(place.is_dir() for place in places)
 
