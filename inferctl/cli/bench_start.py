@@ -132,7 +132,10 @@ def _weights(image: ImageInfo, spec: Spec, mounted: Path | str | None, named: bo
 def _table(starts: Sequence[ContainerStart], estimate: Sequence[StartPart]) -> Table:
     from rich.table import Table
 
-    stores = {"empty store": [each for each in starts if each.pull], "warm store": [s for s in starts if not s.pull]}
+    pulls = [each.pull for each in starts if each.pull]
+    kept = max((each.kept for each in pulls), default=0)
+    pulled = f"{pulls[0].layers - kept} of {pulls[0].layers} layers pulled" if kept else "empty store"
+    stores = {pulled: [each for each in starts if each.pull], "warm store": [s for s in starts if not s.pull]}
     stores = {name: found for name, found in stores.items() if found}
     table = Table(box=None, pad_edge=False)
     table.add_column("seconds")

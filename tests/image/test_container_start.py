@@ -160,3 +160,13 @@ def test_a_changed_image_is_named_and_not_measured(
     assert list(tmp_path.rglob("start.json")) == []
     docker("pull", "--quiet", kept)
     docker("image", "rm", kept)
+
+
+def test_the_table_calls_no_store_empty_that_kept_layers(
+    built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = built()
+    docker("push", "--quiet", name)
+    assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of " in printed and "empty store" not in printed and "deploy.load_s" in printed
