@@ -8,26 +8,27 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.table import Table
+
+from inferctl.bench.load.target import connect
 from inferctl.cli import console, download, options
+from inferctl.cli.bench_setup import create_folder
+from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.facts import catalog
+from inferctl.image import cold_start, container_start, model_image, serve_image
+from inferctl.image.cold_start import StartPart
+from inferctl.image.container_start import ContainerStart, RegistryImage
+from inferctl.image.docker import DockerEngine
 from inferctl.image.image_name import full_reference
+from inferctl.image.records import ImageInfo
 from inferctl.models import size
 from inferctl.models.fit import UnknownSize
 from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from inferctl.config.spec import Spec
-    from inferctl.image.cold_start import StartPart
-    from inferctl.image.container_start import ContainerStart, RegistryImage
-    from inferctl.image.records import ImageInfo
 
 _TEXT = "A container serves its first request."
 _ROUNDS, _MAX_ROUNDS = 3, 100
@@ -35,7 +36,7 @@ _ROUNDS, _MAX_ROUNDS = 3, 100
 _ROWS = {
     "pull and unpack": ("pull", "unpack"),
     "start of the container": (),
-    "until the first response": ("load and warm-up",),
+    "until the first response": (cold_start.LOAD,),
 }
 
 
@@ -43,11 +44,6 @@ def measure(
     reference: str, spec_file: Path | None, model: str | None, rounds: int | None, output: Path, as_json: bool
 ) -> None:
     """Measure the starts of an image, print them next to their estimate, and write start.json below `output`."""
-    from inferctl.bench.load.target import connect
-    from inferctl.cli.bench_setup import create_folder
-    from inferctl.image import container_start, serve_image
-    from inferctl.image.docker import DockerEngine
-
     rounds = _ROUNDS if rounds is None else rounds
     if not 1 <= rounds <= _MAX_ROUNDS:
         raise UsageError(
@@ -109,16 +105,12 @@ def measure(
 
 def _estimate(found: RegistryImage | None, size_bytes: int, rate: int, weights: int | None) -> list[StartPart]:
     """Return the estimated parts of a start, for the image as it is in its registry. Unknown sizes are left out."""
-    from inferctl.image import cold_start
-
     parts = list(cold_start.of_image(found.compressed, size_bytes, rate, found.method)) if found else []
     return parts if weights is None else [*parts, cold_start.load(weights)]
 
 
 def _weights(image: ImageInfo, spec: Spec, mounted: Path | str | None, named: bool) -> int | None:
     """Return the bytes of the weights: of the mounted ones, else of those of the spec. None if unknown, or for vLLM."""
-    from inferctl.image import model_image
-
     stack = image.labels.get("io.inferctl.stack")
     if stack is None or catalog.stack(stack).vllm is not None:
         return None
@@ -130,34 +122,32 @@ def _weights(image: ImageInfo, spec: Spec, mounted: Path | str | None, named: bo
 
 
 def _table(starts: Sequence[ContainerStart], estimate: Sequence[StartPart]) -> Table:
-    from rich.table import Table
-
     pulls = [each.pull for each in starts if each.pull]
     kept = max((each.kept for each in pulls), default=0)
     pulled = f"{pulls[0].layers - kept} of {pulls[0].layers} layers pulled" if kept else "empty store"
     stores = {pulled: [each for each in starts if each.pull], "warm store": [s for s in starts if not s.pull]}
-    stores = {name: found for name, found in stores.items() if found}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("seconds")
-    for name in (*stores, *(["estimated"] if estimate else [])):
+    columns = {name: _medians(found) for name, found in stores.items() if found}
+    if estimate:
+        parts = [sum(part.seconds for part in estimate if part.name in names) for names in _ROWS.values()]
+        columns["estimated"] = [*parts, sum(part.seconds for part in estimate)]
+    table = Table("seconds", box=None, pad_edge=False)
+    for name in columns:
         table.add_column(name, justify="right")
-    for row, names in _ROWS.items():
-        measured = [_median([_part(each, row) for each in found]) for found in stores.values()]
-        expected = [sum(part.seconds for part in estimate if part.name in names)] if estimate else []
-        table.add_row(row, *(f"{value:.1f}" if value else "" for value in (*measured, *expected)))
-    totals = [_median([each.seconds for each in found]) for found in stores.values()]
-    whole = [sum(part.seconds for part in estimate)] if estimate else []
-    table.add_row("all", *(f"{value:.1f}" for value in (*totals, *whole)))
+    for row, *values in zip((*_ROWS, "all"), *columns.values(), strict=True):
+        table.add_row(str(row), *(f"{value:.1f}" if value else "" for value in values))
     return table
 
 
-def _part(start: ContainerStart, row: str) -> float:
-    pulled = start.pull.seconds if start.pull else 0.0
-    return dict(zip(_ROWS, (pulled, start.container_s, start.response_s), strict=True))[row]
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
+def _medians(starts: Sequence[ContainerStart]) -> list[float]:
+    """Return the median seconds of each row, and of all."""
+    pulled = [each.pull.seconds if each.pull else 0.0 for each in starts]
+    parts = (
+        pulled,
+        [each.container_s for each in starts],
+        [each.response_s for each in starts],
+        [each.seconds for each in starts],
+    )
+    return [statistics.median(values) for values in parts]
 
 
 def _remarks(starts: Sequence[ContainerStart]) -> list[str]:
@@ -165,7 +155,7 @@ def _remarks(starts: Sequence[ContainerStart]) -> list[str]:
     pulls = [each.pull for each in starts if each.pull]
     lines = []
     if any(each.kept < each.layers for each in pulls):
-        done = _median([each.downloaded_s for each in pulls])
+        done = statistics.median(each.downloaded_s for each in pulls)
         lines.append(f"The last layer was downloaded {done:.1f} s after the start of the pull.")
     if kept := max((each.kept for each in pulls), default=0):
         lines.append(

@@ -232,8 +232,8 @@ _HINTS = {
     "metering.outbox_size": "write a size such as 1GiB or 256MB",
     "serve.api_processes": "`auto` takes one per 4 cores, at most 4",
     "model.revision": "set a commit, a branch or a tag of the model",
-    "model": "set model.source to a hub id, to a folder with `weights: mount` or `weights: bake`, or to an image without "
-    "`revision`: oci://registry/team/model:tag",
+    "model": "set model.source to a hub id, to a folder with `weights: mount` or `weights: bake`, or to an image "
+    "without `revision`: oci://registry/team/model:tag",
 }
 
 _MISSING = {

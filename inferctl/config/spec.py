@@ -242,8 +242,8 @@ class Image(Section):
     )
     compression: Literal["auto", "zstd", "gzip"] = Field(
         "auto",
-        description="Compression of the layers. `zstd` and `gzip` also convert the layers of the base. `auto` compresses new "
-        "layers with zstd where the builder and the registry can, and otherwise with gzip.",
+        description="Compression of the layers. `zstd` and `gzip` also convert the layers of the base. `auto` compresses "
+        "new layers with zstd where the builder and the registry can, and otherwise with gzip.",
     )
     check_record: bool = Field(
         False,

@@ -197,7 +197,7 @@ def library(
 
 
 def _pipeline(folder: Path, max_input_tokens: int | None, device: str, dtype: Any) -> Callable[..., Any]:
-    """Return the scores of transformers' pipeline `text-classification` for a text or a pair, in the order of labels."""
+    """Return the scores of transformers' pipeline `text-classification` of a text or a pair, in the order of labels."""
     import transformers
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}

@@ -33,6 +33,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     pack_rows,
     unpack_rows,
 )
+from inferctl.serve.engines import cpu
 
 log = logging.getLogger("inferctl.engine")
 
@@ -58,6 +59,11 @@ class CheckRecord:
     expected: Rows | None = None
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def has_results(self) -> bool:
+        """Whether a start can use it."""
+        return self.expected is not None or bool(self.engines)
+
     def engine(self, hardware: str, precision: PrecisionInfo) -> EngineInfo | None:
         """Return what an engine found on equal hardware; None if there was none."""
         if (found := self.engines.get(hardware)) is None:
@@ -82,13 +88,12 @@ def identity(config: EngineConfig) -> str:
 
 def hardware(config: EngineConfig, device: DeviceInfo) -> str:
     """Return a digest of the device with its driver or instructions, and of the settings of an engine."""
-    cpu = Path("/proc/cpuinfo")
-    fields = dict(re.findall(r"^([\w ]+?)\s*:(.*)$", cpu.read_text() if cpu.exists() else "", re.MULTILINE))
+    processor = cpu.fields()
     kept = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU part")
     driver = Path("/proc/driver/nvidia/version")
     parts = [
         [device.kind, device.name, device.compute_capability, device.threads, device.count],
-        [fields.get(name) for name in kept] if device.kind == "cpu" else driver.exists() and driver.read_text(),
+        [processor.get(name) for name in kept] if device.kind == "cpu" else driver.exists() and driver.read_text(),
         [config.precision, config.device, config.max_batch_tokens, config.engines, config.allow_inaccurate],
         {name: value for name, value in os.environ.items() if _VARIABLES.fullmatch(name)},
     ]
@@ -129,8 +134,8 @@ def read(config: EngineConfig) -> CheckRecord:
 def write(config: EngineConfig, record: CheckRecord, hardware_key: str, info: EngineInfo) -> None:
     """Write the record with what an engine found to the file of the configuration, if that is possible.
 
-    An image and a mounted configuration are read-only: their record stays as it is, without a warning. So does a file
-    that is no record.
+    An image and a mounted configuration are read-only: their record stays as it is, without a warning. A file that
+    is no record stays, too.
     """
     rows = None
     if record.expected is not None:

@@ -29,8 +29,13 @@ def usable_cores() -> int:
         return cores
 
 
-def _name_and_flags() -> tuple[str, frozenset[str]]:
+def fields() -> dict[str, str]:
+    """Return the fields of one core in /proc/cpuinfo; empty without that file."""
     file = Path("/proc/cpuinfo")
-    fields = dict(re.findall(r"^([\w ]+?)\s*:(.*)$", file.read_text() if file.exists() else "", re.MULTILINE))
-    flags = fields.get("flags") or fields.get("Features", "")
-    return fields.get("model name", platform.machine()).strip(), frozenset(flags.split())
+    return dict(re.findall(r"^([\w ]+?)\s*:(.*)$", file.read_text() if file.exists() else "", re.MULTILINE))
+
+
+def _name_and_flags() -> tuple[str, frozenset[str]]:
+    found = fields()
+    flags = found.get("flags") or found.get("Features", "")
+    return found.get("model name", platform.machine()).strip(), frozenset(flags.split())

@@ -29,6 +29,7 @@ from inferctl.serve.engine_process.engine_protocol import (
 )
 from inferctl.serve.engines import check_record, packed
 from inferctl.serve.engines import device as devices
+from inferctl.serve.engines.check_record import CheckRecord
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
@@ -46,8 +47,7 @@ class EncoderEngine:
         self._config = config
         self._compute: AnyForward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
-        # Whether to read the record of checks, and whether that had something for this start.
-        self._reads_record, self._recorded = True, False
+        self._record: CheckRecord | None = None
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory.
@@ -58,10 +58,13 @@ class EncoderEngine:
         comparison is skipped, because clients wait for the start. A start that fails with a record is repeated without
         it, because the record may be wrong.
         """
+        if self._config.check_record and self._record is None:
+            self._record = check_record.read(self._config)
+        recorded = self._record is not None and self._record.has_results
         try:
             return self._load(on_phase)
         except InferctlError as error:
-            if not self._recorded or isinstance(error, NotReadyError):
+            if not recorded or isinstance(error, NotReadyError):
                 raise
             problem = error.message
         except Exception as error:
@@ -72,7 +75,7 @@ class EncoderEngine:
             if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
                 raise
             problem = f"{type(error).__name__}: {failures.summary(error)}"
-            if not self._recorded:
+            if not recorded:
                 name = model.find(self._config.model).architecture
                 raise UsageError(
                     f"{name} cannot be computed: {problem}",
@@ -80,7 +83,7 @@ class EncoderEngine:
                     "`--precision fp32`",
                 ) from error
         log.warning("the checks are repeated without the record %s: %s", self._config.check_record, problem)
-        self._reads_record = self._recorded = False
+        self._record = check_record.empty(self._config)
         return self.load(on_phase)
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:
@@ -108,11 +111,9 @@ class EncoderEngine:
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
         if info and not (devices.equal(info.device, device_info) and info.precision == precision):
             info = None
-        record, hardware, measures = None, "", False
-        if config.check_record:
+        record, hardware, measures = self._record, "", False
+        if record:
             hardware = check_record.hardware(config, device_info)
-            record = check_record.read(config) if self._reads_record else check_record.empty(config)
-            self._recorded = record.expected is not None or bool(record.engines)
             if not info and (info := record.engine(hardware, precision)):
                 # With the memory of this machine, and its cores at their present load.
                 info = replace(info, device=device_info, batch_tokens=config.max_batch_tokens)
