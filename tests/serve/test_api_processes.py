@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -220,17 +221,27 @@ def pool(shared: Pool) -> Pool:
     return shared
 
 
-async def load(pool: Pool, clients: int, each: int, body: Callable[[int], Any], key: str) -> list[Answer]:
+async def load(
+    pool: Pool,
+    clients: int,
+    each: int,
+    body: Callable[[int], Any],
+    key: str,
+    on_answer: Callable[[Answer], None] = lambda _: None,
+) -> list[Answer]:
     """Let clients send `each` requests, one after the other, and return all answers."""
+    answers: list[Answer] = []
 
-    async def run(client: Client, first: int) -> list[Answer]:
-        return [await client.ask(body(number), pool.secrets[key]) for number in range(first, first + each)]
+    async def run(client: Client, first: int) -> None:
+        for number in range(first, first + each):
+            answers.append(await client.ask(body(number), pool.secrets[key]))
+            on_answer(answers[-1])
 
     opened = await pool.clients(clients)
-    found = await asyncio.gather(*(run(client, each * number) for number, client in enumerate(opened)))
+    await asyncio.gather(*(run(client, each * number) for number, client in enumerate(opened)))
     for client in opened:
         client.close()
-    return [answer for answers in found for answer in answers]
+    return answers
 
 
 @pytest.mark.parametrize("key", ["requests", "tokens"])
@@ -509,14 +520,18 @@ def test_the_outboxes_of_all_processes_have_each_request(pool: Pool) -> None:
     def body(number: int) -> Any:
         return {"input": [[FAILING_TOKEN, number]] if number % 50 == 7 else [[5, number], [6, number, 9]]}
 
-    killer = threading.Timer(0.5, os.kill, (pool.server.children("inferctl.serve.engine_process.main")[0], 9))
-    killer.start()
-    answers = asyncio.run(load(pool, 32, 50, body, "counted"))
-    killer.join()
+    engine = pool.server.children("inferctl.serve.engine_process.main")[0]
+    answered = itertools.count(1)
+
+    def kill_engine(answer: Answer) -> None:
+        if answer.status == 200 and next(answered) == 600:
+            os.kill(engine, signal.SIGKILL)
+
+    answers = asyncio.run(load(pool, 32, 50, body, "counted", kill_engine))
     seen = Counter(answer.status for answer in answers)
     until(lambda: {status: count for status, (count, _) in pool.recorded("counted").items()} == seen)
     assert pool.recorded("counted")[200][1] == 5 * seen[200]
-    assert seen[200] > 500
+    assert seen[200] >= 600
 
 
 def _send_in_vain(server: ServerProcess, rows: list[list[int]]) -> None:
