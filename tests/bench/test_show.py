@@ -133,7 +133,7 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
     assert page.loaded == []
     figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
     assert set(figures) == set(page.ids)
-    assert set(figures) == {"percentiles", "throughput", "quality", "memory", "timeline"}
+    assert set(figures) == {"percentiles", "throughput", "timeline"}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_netwo
     assert page.stat().st_size < 1_000_000
     assert not re.findall(r"(?:src|href)=", page.read_text())
     drawn = in_browser(page)
-    for name in charts.all_charts(receipts, found.rows):
+    for name in charts.all_charts(receipts):
         chart = drawn[drawn.index(f'id="{name}"') :].partition("</section>")[0]
         assert 'class="main-svg"' in chart, chart[:200]
         assert "<path" in chart

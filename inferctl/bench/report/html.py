@@ -13,7 +13,7 @@ from inferctl.bench.report import charts, search_findings, terminal
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.result import Result
-from inferctl.bench.report.rows import ESTIMATED, MeasuredRow
+from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core import assets, outputs
 from inferctl.receipts.receipt import Receipt
 
@@ -70,7 +70,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"milliseconds": milliseconds, "code": code}
-    drawn = charts.all_charts(receipts, result.rows)
+    drawn = charts.all_charts(receipts)
     document = result.as_dict()
     rows = [{**row, "runs_as": terminal.runs_as(row["precision"])} for row in document["rows"]]
     running = any(receipt.data["configuration"]["url"] for receipt in receipts)
@@ -78,8 +78,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
     figures = {name: {"data": chart.data, "layout": chart.layout} for name, chart in drawn.items()}
     return environment.get_template("report.html.j2").render(
         result=document,
-        rows=[row for row in rows if row["outcome"] != ESTIMATED],
-        estimated=[row for row in rows if row["outcome"] == ESTIMATED],
+        rows=rows,
         costs=(measured := [row for row in rows if row["receipt"]]),
         cost_columns=[
             (key, title.format(unit=unit_of(result.load.task)))

@@ -10,11 +10,9 @@ from inferctl.bench import privacy, stats
 from inferctl.bench.judge import slo, summary
 from inferctl.bench.judge.summary_types import GenerationSummary
 from inferctl.bench.measure.outcome import Outcome
-from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.receipts.receipt import JsonObject, Receipt
 
-MEASURED, FAILED, NOT_RUN = "measured", "failed", "not run"
-NOT_MEASURED_HERE, ESTIMATED = "not measured here", "estimated"
+MEASURED, FAILED, NOT_RUN, NOT_MEASURED_HERE = "measured", "failed", "not run", "not measured here"
 
 
 @dataclass(frozen=True)
@@ -33,16 +31,13 @@ class Row:
     cautions: Sequence[str] = ()
     receipt: str | None = None
     hardware: JsonObject | None = None
-    estimate: EstimatedFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `rows` key of a result."""
-        row = {key.name: getattr(self, key.name) for key in fields(Row) if key.name not in ("hardware", "estimate")}
+        row = {key.name: getattr(self, key.name) for key in fields(Row) if key.name != "hardware"}
         row |= {"reasons": list(self.reasons), "cautions": list(self.cautions)}
         if self.hardware is not None:
             row["hardware"] = self.hardware
-        if self.estimate is not None:
-            row["estimate"] = self.estimate.as_dict()
         return row
 
 

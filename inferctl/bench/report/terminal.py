@@ -15,7 +15,6 @@ from inferctl.bench.judge.summary import failures
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import unit_of
-from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import Costs, MeasuredRow, Row
@@ -38,14 +37,11 @@ def render(result: Result) -> RenderableType:
     if invalid := [row for row in measured if not row.valid]:
         parts += [Text(f"INVALID {row.configuration}: {'; '.join(row.reasons)}", style="bold red") for row in invalid]
         parts.append(Text(""))
-    estimated = [row for row in result.rows if row.estimate]
-    missing = [row for row in result.rows if not isinstance(row, MeasuredRow) and not row.estimate]
+    missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
         sections = (hardware, searches, neighbors, stages, costs)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
-    if estimated:
-        blocks.append(estimates(estimated))
     if missing:
         blocks.append(without_figures(missing))
     for block in blocks:
@@ -170,29 +166,6 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     per_1000 = [name for name in known if name in ("CPU s", "J")]
     title = {"CPU s": "CPU seconds per 1,000 requests", "J": "energy (J) per 1,000 requests"}
     return _titled(title[per_1000[0]] if len(known) == len(per_1000) == 1 else "cost per 1,000 requests", grid)
-
-
-def estimates(rows: Sequence[Row]) -> RenderableType:
-    """Return the table of estimated figures, which are bounds."""
-    grid = _grid("on", "p50", "p90", "p99", "req/s")
-    for row in rows:
-        if row.estimate:
-            keys = ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")
-            figures = [_estimated(row.estimate, key) for key in keys]
-            grid.add_row(row.configuration, (row.hardware or {}).get("key"), *figures, style="italic")
-    return _titled("ESTIMATED, not measured", grid)
-
-
-def _estimated(figures: EstimatedFigures, key: str) -> str:
-    """Return a bound. The rate that an open loop offers is not an estimate."""
-    found = figures.ranges.get(key)
-    if found is None:
-        return _UNKNOWN
-    if found.bound:
-        return f"{found.bound}\n{short(found.high if found.low is None else found.low)}"
-    if found.value is None:
-        return _UNKNOWN
-    return f"{short(found.value)}\noffered" if key == "requests_per_s" else f"~{short(found.value)}"
 
 
 def _titled(title: str, grid: Table) -> Group:
