@@ -34,7 +34,7 @@ class Distribution:
 
 
 LATENCY = Distribution(
-    "curve", "latency_ms", "latency (ms)", "Latency by percentile", "Latency of the slowest requests."
+    "curve", "latency_ms", "latency (ms)", "Latency by percentile", "1% of the requests were slower than the p99."
 )
 TTFT = Distribution(
     "ttft_curve",

@@ -37,9 +37,10 @@ def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
         layout |= {"shapes": [*shapes, line], "annotations": [note]}
     text = (
         "Each probe of the search, with the 95% interval of its p99. Cross: the probe violated a constraint. Open "
-        "triangle: the probe stopped early, and its true p99 is higher. Vertical line: the highest rate within the "
-        "SLO, confirmed by another probe."
+        "triangle: the probe stopped early, and its true p99 is higher."
     )
+    if shapes:
+        text += " Vertical line: the highest rate within the SLO, confirmed by another probe."
     return Chart("Offered rate and p99", text, data, layout)
 
 

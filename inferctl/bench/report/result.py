@@ -65,7 +65,7 @@ def collect(context: ReceiptContext, outcomes: Sequence[Outcome], receipts: Sequ
         plan=plan.name,
         load=plan.load,
         repeats=plan.repeats,
-        findings=findings.describe(every, plan.load.mode, plan.error_budget_percent),
+        findings=findings.describe(every, plan.error_budget_percent),
         caveats=caveats(every),
         rows=every,
         environment=context.environment,
