@@ -157,9 +157,10 @@ def winner(rows: Sequence[MeasuredRow], measured: int, groups: int, pairs: int) 
     if noise := noise_of(rows):
         what = f"Too noisy to {'compare' if len(rows) > 1 else 'judge'} {_names(rows)}"
         figures = ", ".join(f"{row.configuration} {value_of(row, by)}" for row in rows)
+        quality = f", {_quality(rows[0])}" if len(rows) == 1 else ""
         return [
             f"{what}: {noise.text}; {noise.action}.",
-            f"Measured next to this load: {figures}. Intervals do not cover its effect.",
+            f"Measured next to this load: {figures}{quality}. Intervals do not cover its effect.",
         ]
     best, *others = sorted(rows, key=by.cost)
     if others and math.isinf(by.cost(best)):

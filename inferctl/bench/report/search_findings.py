@@ -84,12 +84,11 @@ def _without_rate(search: JsonObject) -> str:
         return f"{none}, not enough samples; give each probe more time (`max_probe_s`)"
     if search["verdict"] == "not confirmed":
         if search.get("expired"):
-            return f"{none}, the budget left no time for it{_band(search)}"
+            return f"{none}, the budget left no time to confirm one{_band(search)}"
         return f"{none} by a second probe; the machine is too unsteady"
-    lowest = min(probe["rate"] for probe in search["probes"])
     unknown = max((probe["rate"] for probe in search["probes"] if probe["holds"] is None), default=None)
     rest = f"; {unknown:g} requests/s is inconclusive (not enough samples)" if unknown else ""
-    return f"{none}, from {lowest:g} requests/s on{rest}"
+    return f"{none}{rest}"
 
 
 def _band(search: JsonObject) -> str:
