@@ -208,11 +208,13 @@ def pooled_search(folder: Path) -> Measurement:
     def take(work: workload.Workload, place: Path, *_: Any) -> Measurement:
         load = work.load
         rate = load.rate or 95
-        arrivals, ends = waits(rate, load.duration_s, next(seeds))
+        arrivals, ends = waits(rate, load.duration_s, seed := next(seeds))
         rows = table(*(row(at * 1e3, (end - at) * 1e3) for at, end in zip(arrivals, ends, strict=True)))
         part = summary.RunRecords(rows, 0, int(load.duration_s * SECOND), 1, len(rows))
         (place / "requests-0.bin").write_bytes(rows.tobytes())
-        return Measurement(plan.Run("a", 0), 0.0, part, {"place": str(place)}, {}, place, {}, 1)
+        # Other processes used the cores next to the first probe only.
+        used = {"other_cores": 1.5 if seed == 5001 else 0.0}
+        return Measurement(plan.Run("a", 0), 0.0, part, {"place": str(place)}, used, place, {}, 1)
 
     return searcher_of(folder / "runs" / "a-1", take, probe_s=8, max_probe_s=30, max_probes=24).run()
 
@@ -223,6 +225,7 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert measured.search is not None
     best = [probe for probe in measured.search["probes"] if probe["rate"] == measured.search["max_goodput_rps"]][-1]
     assert best["runs"] == len(measured.all_records) > 1
+    assert best is not measured.search["probes"][0] and measured.resources["other_cores"] == 1.5
     judged = judgment.judge_outcome(Outcome(BenchTarget("a"), [measured]), 2, 0.1).summary
     p99 = judged["latency_ms"]["p99"]
     assert (p99["value"], [p99["low"], p99["high"]]) == (best["p99_ms"], list(best["p99_interval_ms"]))
