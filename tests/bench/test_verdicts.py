@@ -36,23 +36,45 @@ def judged(part: summary.RunRecords, **resources: float) -> validity.Validity:
     return validity.combine([validity.judge(found, resources, {"steady": True}, cores=2)], found, 0.1)
 
 
-def test_a_calm_run_is_valid_and_needs_no_caution() -> None:
-    assert judged(steady(100, 10), client_cpu_percent=89.9) == validity.Validity((), ())
+def offered(part: summary.RunRecords, count: int) -> summary.RunRecords:
+    return dataclasses.replace(part, offered=count)
 
 
-def test_a_busy_load_generator_makes_a_run_invalid() -> None:
-    assert "bottleneck" in judged(steady(100, 10), client_cpu_percent=90.1).reasons[0]
+def late(every: int) -> summary.RunRecords:
+    """Return an open loop in which each n-th request is sent 2 ms late."""
+    rows = [row(10 * i, 5, late_ms=2 if i % every == 0 else 0) for i in range(1000)]
+    return summary.RunRecords(table(*rows), 0, 10 * SECOND, 1, offered=1000)
 
 
-def test_less_than_98_per_cent_of_the_offered_rate_is_invalid() -> None:
-    part = steady(97, 1)
-    short = summary.RunRecords(part.rows, part.start_ns, part.end_ns, 1, offered=1000)
-    enough = summary.RunRecords(part.rows, part.start_ns, part.end_ns, 1, offered=985)
-    assert judged(short).reasons == (
-        "970 of 1000 offered requests were completed in time (97%, limit 98%), because the server fell behind: "
-        "lower the rate",
-    )
-    assert judged(enough).valid
+def slow(indices: Sequence[int]) -> summary.RunRecords:
+    """Return an open loop in which the responses of these indices are slow."""
+    rows = [row(10 * i, 50 if i in indices else 5) for i in range(1000)]
+    return summary.RunRecords(table(*rows), 0, 11 * SECOND, 1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("part", "resources", "reason", "caution"),
+    [
+        (steady(100, 10), {"client_cpu_percent": 89.9}, "", ""),
+        (steady(100, 10), {"client_cpu_percent": 90.1}, "used 90% of its core (limit 90%) and was the bottleneck", ""),
+        (offered(steady(97, 1), 1000), {}, "970 of 1000 offered requests were completed in time (97%, limit 98%)", ""),
+        (offered(steady(97, 1), 985), {}, "", ""),
+        (late(50), {}, "", "sent 20 of 1000 requests over 1 ms late (2.0%)"),
+        (late(100), {}, "", ""),
+        (steady(3, 10), {}, "30 of the 36 responses that a p90 needs", ""),
+        (offered(steady(30, 10), 300), {}, "", "300 of the 368 responses that a p99 needs"),
+        (steady(30, 10), {}, "", ""),
+        # Responses that depend on each other say too little for a p99.
+        (slow(range(400, 440)), {}, "", "(1000 responses, autocorrelated), and the p99 needs 368"),
+        (slow(range(0, 1000, 25)), {}, "", ""),
+    ],
+)
+def test_a_run_is_judged_by_its_figures(
+    part: summary.RunRecords, resources: dict[str, float], reason: str, caution: str
+) -> None:
+    found = judged(part, **resources)
+    assert [bool(found.reasons), bool(found.cautions)] == [bool(reason), bool(caution)]
+    assert reason in "".join(found.reasons) and caution in "".join(found.cautions)
 
 
 @pytest.mark.parametrize(("failed", "valid"), [(1, True), (2, True), (6, False), (20, False)])
@@ -226,24 +248,6 @@ def test_a_front_end_without_time_left_is_named_if_engines_had_some(
         assert ("serve.api_processes" in text) == any("serve.api_processes" in each for each in words)
 
 
-def test_too_few_answers_are_invalid_and_too_few_for_the_p99_of_an_open_loop_a_caution() -> None:
-    assert judged(steady(3, 10)).reasons == ("30 of the 36 responses that a p90 needs: use a longer `--duration`",)
-    opened = judged(dataclasses.replace(steady(30, 10), offered=300)).cautions
-    assert opened == ("300 of the 368 responses that a p99 needs: use a longer `--duration`",)
-    assert judged(steady(30, 10)).cautions == ()
-
-
-def test_answers_that_depend_on_each_other_are_a_caution_where_they_say_too_little_for_a_p99() -> None:
-    slow = [row(10 * i, 50 if 400 <= i < 440 else 5) for i in range(1000)]
-    spread = [row(10 * i, 50 if i % 25 == 0 else 5) for i in range(1000)]
-    cautions, none = (
-        judged(summary.RunRecords(table(*rows), 0, 11 * SECOND, 1, 1000)).cautions for rows in (slow, spread)
-    )
-    assert cautions[0].startswith("the true p99 may be above its interval, since the effective sample size is ")
-    assert "(1000 responses, autocorrelated), and the p99 needs 368: use a longer `--duration`" in cautions[0]
-    assert none == ()
-
-
 def alone(part: summary.RunRecords, **resources: float) -> validity.Validity:
     return validity.judge(summary.summarize([part]), resources, {"steady": True}, cores=2)
 
@@ -306,17 +310,6 @@ def test_a_server_that_falls_behind_is_found_by_its_growing_delay(slower_by: flo
     found = judged(offering(100, 20, slower_by=slower_by))
     assert found.valid is valid
     assert all("the server fell behind" in reason for reason in found.reasons)
-
-
-def test_late_sends_above_one_per_cent_are_a_caution_in_an_open_loop() -> None:
-    rows = [row(10 * i, 5, late_ms=2 if i % 50 == 0 else 0) for i in range(1000)]
-    few = [row(10 * i, 5, late_ms=2 if i % 100 == 0 else 0) for i in range(1000)]
-    said = judged(summary.RunRecords(table(*rows), 0, 10 * SECOND, 1, offered=1000)).cautions
-    assert [one for one in said if "late" in one] == [
-        "the load generator sent 20 of 1000 requests over 1 ms late (2.0%), and latencies include this delay: "
-        "add load generators with `--workers`"
-    ]
-    assert judged(summary.RunRecords(table(*few), 0, 10 * SECOND, 1, offered=1000)).cautions == ()
 
 
 def test_one_invalid_run_makes_the_configuration_invalid() -> None:
