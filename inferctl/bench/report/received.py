@@ -21,7 +21,7 @@ def describe(data: JsonObject) -> str:
         parts.append(f"{100 * load['query_share']:g}% queries")
     runs, seconds = found["runs"], f"{round(found['seconds'], 1):g} s"
     parts.append(f"one run of {seconds}" if runs == 1 else f"{runs} runs, {seconds} in all")
-    return ", ".join([*_of_search(data.get("search")), *parts])
+    return _of_search(data.get("search")) + ", ".join(parts)
 
 
 def _loop(load: JsonObject, offered: float | None, capacity: JsonObject | None) -> str:
@@ -34,8 +34,8 @@ def _loop(load: JsonObject, offered: float | None, capacity: JsonObject | None) 
     return text
 
 
-def _of_search(search: JsonObject | None) -> list[str]:
+def _of_search(search: JsonObject | None) -> str:
     """Return which probe of a search the figures are of."""
     if not search:
-        return []
-    return ["at the highest confirmed rate" if search["max_goodput_rps"] else "no rate confirmed, at the lowest one"]
+        return ""
+    return "highest confirmed rate: " if search["max_goodput_rps"] else "no rate confirmed, lowest complete probe: "

@@ -18,12 +18,10 @@ def sentences(name: str, search: JsonObject) -> list[str]:
     """
     found = [f"{name} meets the SLO{_result(search)}." if _confirmed(search) else f"{name}{_without_rate(search)}."]
     if search["first_failing_rps"]:
-        times = search.get("first_failing_times") or 2
-        once = "in one probe only" if times == 1 else f"in {times} probes"
+        times = search.get("first_failing_times")  # receipts of older versions have none
+        once = " in one probe only" if times == 1 else f" in {times} probes" if times else ""
         above = "the lowest such rate above it" if search["max_goodput_rps"] else "the lowest such rate"
-        found.append(
-            f"{name} failed at {search['first_failing_rps']:g} requests/s {once}, {above}: {search['reason']}."
-        )
+        found.append(f"{name} failed at {search['first_failing_rps']:g} requests/s{once}, {above}: {search['reason']}.")
     if search.get("failed_below"):
         rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])
         found.append(f"{name} also failed at {rates} requests/s, below rates within the SLO: the machine was unsteady.")
