@@ -63,8 +63,9 @@ def finding(costs: Values, mode: str) -> str:
     rows = []
     for number, values in enumerate(costs.T.tolist()):
         runs = [RunFigures(repeat, 1 / value, value, value) for repeat, value in enumerate(values)]
-        rows.append(replace(ROW, configuration=str(number), requests_per_s=1.0, p50_ms=1.0, p99_ms=1.0, runs=runs))
-    return findings.describe(rows, mode, 0.1)[0]
+        figures = {"requests_per_s": 1.0, "p50_ms": 1.0, "p99_ms": 1.0}
+        rows.append(replace(ROW, configuration=str(number), mode=mode, runs=runs, **figures))
+    return findings.describe(rows, 0.1)[0]
 
 
 def shares(configurations: int, mode: str, noise: float, faster: float, trials: int, seed: int) -> tuple[float, float]:

@@ -93,15 +93,6 @@ ServedModel = Annotated[
         help="Request this model from the --url servers. [default: the first they list]",
     ),
 ]
-Hardware = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--hardware",
-        metavar="KEY,...",
-        autocompletion=completion.HARDWARE,
-        help="Add estimated rows for this hardware; repeatable.",
-    ),
-]
 PlanName = Annotated[
     str | None,
     typer.Option(
@@ -226,7 +217,6 @@ def bench(
     header: Headers = None,
     api_key_env: ApiKeyEnv = None,
     served_model: ServedModel = None,
-    hardware: Hardware = None,
     duration: Duration = None,
     users: Users = None,
     rate: Rate = None,
@@ -277,7 +267,6 @@ def bench(
             "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
             "batch_tokens": batch_tokens,
             "corpora": corpus,
-            "hardware": bench_options.parse_hardware(hardware or []),
             "search": {"slo_p99_ms": slo} if search else None,
             "slo_p99_ms": slo,
             "budget_s": None if budget is None else bench_options.parse_seconds(budget),

@@ -11,8 +11,7 @@ from typing import Any
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.plan import prompts
 from inferctl.bench.plan.overrides import Overrides
-from inferctl.core.errors import UsageError, did_you_mean
-from inferctl.facts import catalog
+from inferctl.core.errors import UsageError
 
 MAX_NAME_LENGTH = 40
 
@@ -86,17 +85,6 @@ def parse_lengths(text: str | None) -> dict[str, int | str]:
         return {"input_tokens": int(match[1]), "output_tokens": int(match[2])}
     prompts.read_lengths(text)
     return {"lengths": text}
-
-
-def parse_hardware(texts: list[str]) -> list[str]:
-    """Return the catalog keys of `--hardware a,b --hardware c`. Raises `UsageError` for an unknown key."""
-    known_keys = list(catalog.hardware_profiles())
-    keys = [key.strip() for text in texts for key in text.split(",") if key.strip()]
-    for key in keys:
-        if key not in known_keys:
-            hint = did_you_mean(key, known_keys) or "`inferctl catalog hardware` lists the known keys"
-            raise UsageError(f"hardware {key!r} not found in the catalog", hint)
-    return keys
 
 
 def parse_target(text: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.report.receipts import ReceiptContext
 from inferctl.cli import bench_checks, console, download, options
-from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_hardware, parse_target
+from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_target
 from inferctl.config import spec
 from inferctl.config.settings import Resolved
 from inferctl.config.spec import Task
@@ -90,7 +90,6 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     needs_model = any(target.url is None for target in targets) or bench_options.model is not None
     slo = bench_options.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
-    parse_hardware(plan.hardware)
     bench_checks.check_search(plan, targets, slo)
     bench_checks.check_neighbors(plan, targets)
     bench_checks.check_corpora(plan, targets)
@@ -233,16 +232,14 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
         mig_devices,
         definition.access,
     )
-    hardware = [*plan.hardware, *(resolved.spec.hardware if resolved else [])]
     context = ReceiptContext(
         plan=plan,
         environment=machine,
         model_source=resolved.spec.model.source if resolved else None,
-        hardware_wanted=list(dict.fromkeys(hardware)),
+        hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
         slo_p99_ms=definition.slo_p99_ms,
         output=output,
         targets=definition.targets,
-        model=definition.folder,
     )
     return benchmark, context
 

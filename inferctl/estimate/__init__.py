@@ -3,7 +3,3 @@
 The server's batcher runs on a virtual clock with a calibrated latency model. docs/method/estimate.md has the error of
 its bounds.
 """
-
-from inferctl.estimate.forecast import Estimate, read_config, rows
-
-__all__ = ["Estimate", "read_config", "rows"]

@@ -23,7 +23,6 @@ from inferctl.estimate.search import REQUESTS, SimulatedServer
 from inferctl.estimate.simulate import UNBOUNDED, SimulationResult, percentile
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
-from inferctl.facts.precision import best_precision
 from inferctl.models import fit, model
 from inferctl.models.model import ModelFolder, architecture, resolve_task
 
@@ -165,33 +164,6 @@ class Estimate:
             "bounded_by": list(self.bounded_by),
             "notes": list(self.notes),
         }
-
-
-def rows(
-    config: Path,
-    precision: str,
-    hardware: str,
-    load: OfferedLoad,
-    tokens: Sequence[int],
-    batch_tokens: int = 16_384,
-    seed: int = 0,
-) -> Estimate:
-    """Estimate `inferctl serve` on the part `hardware` under `load`.
-
-    `config`: the `config.json` of the model, or its folder. `tokens`: lengths of the inputs. Raises `UsageError` if no
-    rows support the estimate, which includes int8 on GPUs: no row ran LLM.int8.
-    """
-    part = catalog.hardware(hardware)
-    effective = best_precision(part.traits) if precision == "auto" else precision
-    if effective == "int8" and part.kind == "cuda":
-        raise UsageError(
-            f"cannot estimate int8 on {part.key}: the rows ran TensorRT INT8, but the server runs LLM.int8",
-            "estimate fp16: LLM.int8 was slower in every measurement; `inferctl estimate -p int8` shows TensorRT INT8",
-        )
-    data = read_config(config)
-    calibrated = calibration.load().of(part.key, effective)
-    scenario = Scenario(tokens, load.inputs_per_request, batch_tokens, seed)
-    return under_load(calibrated, Transformer.of(data), scenario, load, notes_for(calibrated, data, batch_tokens))
 
 
 def under_load(

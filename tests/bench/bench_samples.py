@@ -108,7 +108,7 @@ def document(name: str, rate: float, latency_ms: float, level: str = "native", *
         "created": "2026-01-02T03:04:05+00:00",
         "inferctl": "0",
         "configuration": {"name": name, "precision": name, "url": None, "this_machine": True},
-        "plan": {"name": "quick"},
+        "plan": {"name": "quick", "load": {"mode": "closed", "users": 8, "arrivals": "poisson"}},
         "slo": {"p99_ms": None},
         "workload": {"sha256": "ab" * 32, "corpus": "short", "corpus_sha256": "cd" * 32, "seed": 1, "inputs": "unique"},
         "model": {"source": "models/test", "sha256": "ef" * 32},
@@ -138,6 +138,13 @@ def document(name: str, rate: float, latency_ms: float, level: str = "native", *
         "runs": [{"repeat": 0, "timeline": summary.timeline(part), "records": []}],
     }
     return made | changes
+
+
+def open_loop(made: dict[str, Any], rate: float) -> dict[str, Any]:
+    """Return the document of a receipt as one of an open loop of `rate` requests/s."""
+    offered = {"offered": made["summary"]["requests"], "requested_per_s": rate}
+    load = {"mode": "open", "rate": rate, "arrivals": "poisson"}
+    return made | {"plan": {"name": "quick", "load": load}, "summary": {**made["summary"], **offered}}
 
 
 def sealed(folder: Path, *documents: dict[str, Any]) -> list[receipt.Receipt]:

@@ -19,7 +19,7 @@ from inferctl.bench.load import target
 from inferctl.bench.measure import quality
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.plan import plan, sections
-from inferctl.bench.report import charts, html, terminal
+from inferctl.bench.report import html, terminal
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.models import model as models
 from inferctl.receipts import receipt
@@ -85,11 +85,10 @@ def test_a_classifier_is_measured_and_compared_with_fp32(
     assert terminal.cells(row)[-2:] == [f"{row.score_difference:.2g}", f"{row.top_1:.1%}"]
     assert any("share of texts with the same label" in note for note in terminal.notes(found))
     if passes:
-        assert f"scores within {row.score_difference:.2g} of fp32" in found.findings[0]
+        assert any(f"scores within {row.score_difference:.2g} of fp32" in text for text in found.findings)
     else:
         assert any("fails the quality check: score difference" in text for text in found.findings)
     sealed = [receipt.load(Path(str(row.receipt)))]
-    assert charts.distance(sealed, charts.colors_of(sealed)).data[0]["x"][0] > 0
     page = html.render(found, sealed)
     assert "<th>score difference</th><th>same label</th>" in page and f"{row.score_difference:.3g}" in page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from inferctl.bench.measure import quality, resume
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, sections, workload
-from inferctl.bench.report import charts, comparison, html, terminal
+from inferctl.bench.report import comparison, html, terminal
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts.precision import best_precision
@@ -189,21 +190,19 @@ def test_a_cross_encoder_is_measured_in_pairs_and_compared_with_fp32(tmp_path: P
         f"{row.score_difference:.2g}",
         f"{row.kendall:.3f}",
     ]
-    assert f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}" in found.findings[0]
-    assert any(
-        "16 documents per request" in note and "maximum score difference" in note for note in terminal.notes(found)
+    quality = f"scores within {row.score_difference:.2g} of fp32 and Kendall's tau {row.kendall:.3f}"
+    assert any(quality in text for text in found.findings)
+    assert {"16 documents per request", "maximum score difference"} <= set(
+        re.findall("16 documents per request|maximum score difference", " ".join(terminal.notes(found)))
     )
     restored = [Outcome(BenchTarget("bf16", "bf16"))]
     assert resume.restore(tmp_path, work.order, restored) == 1
     assert restored[0].quality == outcomes[0].quality
     sealed = [receipt.load(Path(str(row.receipt)))]
     assert (sealed[0].task, sealed[0].data["plan"]["load"]["inputs_per_request"]) == ("rerank", 16)
-    assert charts.distance(sealed, charts.colors_of(sealed)).data[0]["x"][0] > 0
-    # A chart of one configuration would have single points.
-    assert "quality" not in charts.all_charts(sealed)
     page = html.render(found, sealed)
     assert "<th>pairs/s</th><th>score difference</th><th>Kendall's tau</th>" in page
-    assert f"{row.score_difference:.3g}" in page and "documents per request: 16" in page
+    assert f"{row.score_difference:.3g}" in page and "16 documents per request" in page
 
 
 def test_a_server_with_wrong_scores_cannot_win(tmp_path: Path, weights: tuple[Path, str]) -> None:

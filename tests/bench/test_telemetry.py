@@ -408,6 +408,7 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
     measured = Measurement(
         plan.Run("fp16", 0), 0.0, steady(100, 10), {"steady": True}, {}, tmp_path, {}, 1,
         telemetry=Telemetry(gpus=(shared,)), workload=WorkloadRecord(corpus="short", seed=1, sha256="ab"),
+        load=plan.read_plan("quick").load,
     )  # fmt: skip
     outcome = Outcome(BenchTarget("fp16", "fp16"), [measured])
     context = result.ReceiptContext(plan.read_plan("quick"), environment.detect(), None, [], None, tmp_path)

@@ -25,7 +25,6 @@ VALUES = {
     "inferctl serve --log ": {"text", "json"},
     "inferctl bench --plan ": {"quick", "precision", "search"},
     "inferctl bench --corpus ": {"short", "paragraphs", "mixed"},
-    "inferctl bench --hardware t4,a100-40gb-s": {"t4,a100-40gb-sxm"},
     "inferctl estimate --against t": {"t4"},
     "inferctl compare A B --format ": {"text", "markdown", "json", "junit"},
     "inferctl compare A B --metric p": {"p50", "p90", "p99"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inferctl.bench.judge import comparable, quality_drop, run_metrics, verdict
 from inferctl.bench.judge.comparable import ReceiptPair
@@ -24,6 +24,7 @@ from inferctl.bench.judge.compare_result import (
 )
 from inferctl.bench.judge.run_metrics import METRICS, REJECTED, Metric, RunValues, geometric_mean
 from inferctl.core.errors import UsageError
+from inferctl.receipts.noise import of_receipt
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
 
 def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> PairResult:
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
-    rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
+    rows = [_beside_noise(pair, judge(pair, metric, options, family)) for metric in options.selected(pair)]
     rows += _judge_rejected(pair, options, family)
     drops = {"cosine_p1": options.cosine_drop, "recall_at_10": options.recall_drop}
     rows += quality_drop.judge(pair, drops, options.allow)
@@ -148,6 +149,19 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
             spread=round(effect.spread, 5),
         ),
     )
+
+
+def _beside_noise(pair: ReceiptPair, row: MetricResult) -> MetricResult:
+    """Return a figure of speed without its verdict, if noise was above its limit in runs that do not alternate.
+
+    In interleaved runs, the noise is in the differences within the repeats, and so in the interval.
+    """
+    noise = [found for sealed in (pair.old, pair.new) if sealed for found in of_receipt(sealed.data)]
+    if pair.interleaved or not noise or row.unit not in ("ms", "/s") or row.outcome == "not compared":
+        return row
+    worst = max(noise, key=lambda found: found.share)
+    reason = f"{worst.text}, and the runs do not alternate: measure both in one benchmark, or {worst.action}"
+    return replace(row, outcome="not enough evidence", reason=reason, repeats_needed=None, seconds_needed=None)
 
 
 def _too_few(metric: Metric, values: RunValues, tolerance: verdict.Tolerance, required: bool) -> MetricResult:

@@ -258,7 +258,7 @@ def advice(result: CompareResult) -> str:
         commands = " and ".join(f"`inferctl bench --resume {shlex.quote(folder)}`" for folder in folders)
         return f"resume the interrupted benchmark: {commands}"
     inconclusive = [metric for pair in pairs for metric in pair.metrics if metric.outcome == "not enough evidence"]
-    if any(metric.interval and not metric.repeats_needed for metric in inconclusive):
+    if any(metric.interval and not metric.repeats_needed and not metric.reason for metric in inconclusive):
         return (
             f"over {verdict.MAX_REPEATS} repeats would be needed: allow a larger change with `--threshold`, or measure "
             "longer runs on a quieter machine"

@@ -10,14 +10,12 @@ from typing import Any
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
 from inferctl.config.spec import MOST_API_PROCESSES
-from inferctl.receipts import rejections, shares
+from inferctl.receipts import noise, rejections, shares
 from inferctl.receipts.receipt import JsonObject
 
 CLIENT_CPU_LIMIT = 90.0
 ACHIEVED_LIMIT = 0.98
 LATE_LIMIT = 0.01
-OTHERS_LIMIT = 0.10
-STOLEN_LIMIT = 0.05
 CACHED_LIMIT_PERCENT = 1.0
 # An event loop, or engines, that were busy for a larger share of the time had none left.
 BUSY_LIMIT = 90.0
@@ -109,16 +107,9 @@ def judge(
             "the warm-up did not settle, so the first requests may be slower than the others: "
             "raise `warmup_s` in the plan"
         )
-    if (others := resources.get("other_cores", 0.0) / cores) > OTHERS_LIMIT:
-        cautions.append(
-            f"other processes used {others:.0%} of the cores (limit {OTHERS_LIMIT:.0%}), which raises latencies: "
-            "stop them and measure again"
-        )
-    if (stolen := resources.get("stolen_cores", 0.0) / cores) > STOLEN_LIMIT:
-        cautions.append(
-            f"the hypervisor withheld {stolen:.0%} of the cores (limit {STOLEN_LIMIT:.0%}), which raises latencies: "
-            "use a machine with dedicated cores"
-        )
+    cautions += [
+        f"{found.text}, which raises latencies: {found.action}" for found in noise.above_limits(resources, cores)
+    ]
     return Validity(tuple(reasons), tuple(cautions))
 
 

@@ -132,7 +132,16 @@ class Searcher:
         # The last measurement of a rate is pooled with the earlier ones.
         chosen = best or min(reversed(complete), key=lambda pair: pair[0].rate)[1]
         bounds = self.load.generation and self.load.generation.bounds
-        return replace(chosen, search=found.as_dict() | ({"bounds_ms": bounds} if bounds else {}))
+        # Other load next to any probe can have decided the result.
+        noise = {
+            key: max(run.resources.get(key, 0.0) for _, run in self._measured)
+            for key in chosen.resources.keys() & {"other_cores", "stolen_cores"}
+        }
+        return replace(
+            chosen,
+            resources={**chosen.resources, **noise},
+            search=found.as_dict() | ({"bounds_ms": bounds} if bounds else {}),
+        )
 
     def _remaining_s(self) -> float:
         return self._deadline - time.monotonic()

@@ -21,7 +21,6 @@ class Overrides(TypedDict, total=False):
     generation: Mapping[str, object] | None  # keys of `load.generation`
     batch_tokens: Sequence[int] | None  # each value multiplies the configurations
     corpora: Sequence[str] | None  # two or more multiply the configurations
-    hardware: Sequence[str] | None  # added to the plan's
     search: Mapping[str, object] | None  # keys of the search; an empty mapping requests a search with defaults
     slo_p99_ms: float | None  # of a search that the plan has
     budget_s: float | None
@@ -41,8 +40,6 @@ def apply(plan: Mapping[str, Any], precisions: Sequence[str] | None, overrides: 
     for key in ("repeats", "error_budget_percent", "neighbours"):
         if (value := overrides.get(key)) is not None:
             changed[key] = value
-    if hardware := overrides.get("hardware"):
-        changed["hardware"] = list(dict.fromkeys([*plan.get("hardware", ()), *hardware]))
     changed |= _search(plan, overrides)
     return changed | _configurations(plan, precisions, overrides)
 

@@ -36,9 +36,6 @@ class Plan(Section):
         default_factory=list, description="What to measure. Default: `--precision` or `--url`."
     )
     matrix: Matrix | None = Field(None, description="Instead of `configurations`: every combination of the values.")
-    hardware: list[str] = Field(
-        default_factory=list, description="Catalog keys to add as estimated rows, if no row ran on them."
-    )
     search: Search | None = Field(None, description="Find the highest rate within an SLO.")
     # The British spelling of plans, receipts and file names. Modules and functions have `neighbors`.
     neighbours: int = Field(0, ge=0, le=64, description="Number of loaded neighbors on the same device.")
@@ -73,9 +70,7 @@ class Plan(Section):
             )
         expanded = self
         if self.matrix:
-            hardware = list(dict.fromkeys([*self.hardware, *self.matrix.hardware]))
-            update = {"configurations": self.matrix.configurations(), "matrix": None, "hardware": hardware}
-            expanded = self.model_copy(update=update)
+            expanded = self.model_copy(update={"configurations": self.matrix.configurations(), "matrix": None})
         loads = [(configuration.name, configuration.load) for configuration in expanded.configurations]
         loads += [("generate", self.generate.load)] if self.generate else []
         for name, changes in loads:

@@ -81,7 +81,6 @@ class Matrix(Section):
     load: dict[Name, Keys] = Field(
         default_factory=dict, description="Loads by name, each with the keys that differ from the plan's."
     )
-    hardware: list[str] = Field(default_factory=list, description="As `hardware` of the plan.")
 
     def configurations(self) -> list[Configuration]:
         """Return one configuration per combination, named after the axes that have more than one value."""

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from inferctl.bench.judge import validity
-from inferctl.bench.report.rows import ESTIMATED, NOT_MEASURED_HERE, NOT_RUN, MeasuredRow, Row
+from inferctl.bench.report.rows import NOT_MEASURED_HERE, NOT_RUN, MeasuredRow, Row
 
 
 @dataclass(frozen=True)
 class Caveat:
     """A limitation of a result.
 
-    `kind` is one of `invalid`, `absent` (not run, or not measured), `estimated`, `emulated`, `unchecked` (quality) and
-    `caution`, which reports show as `warning`.
+    `kind` is one of `invalid`, `absent` (not run, or not measured), `emulated`, `unchecked` (quality) and `caution`, which
+    reports show as `warning`.
     """
 
     kind: str
@@ -33,39 +33,31 @@ def caveats(rows: Sequence[Row]) -> list[Caveat]:
     found += [
         Caveat("absent", f"{row.configuration} did not run: {row.reason}") for row in rows if row.outcome == NOT_RUN
     ]
-    elsewhere = _by_text((row.reason, row.configuration) for row in rows if row.outcome == NOT_MEASURED_HERE)
+    elsewhere = by_text((row.reason, row.configuration) for row in rows if row.outcome == NOT_MEASURED_HERE)
     found += [Caveat("absent", f"not measured here: {names}; {reason}") for reason, names in elsewhere]
-    found += [Caveat("estimated", text) for text in _of_estimates(rows)]
     emulated = (
         (row.precision.get("reason"), row.configuration) for row in rows if row.precision.get("level") == "emulated"
     )
-    found += [Caveat("emulated", f"{names}: {reason}") for reason, names in _by_text(emulated)]
+    found += [Caveat("emulated", f"{names}: {reason}") for reason, names in by_text(emulated)]
     unchecked = ((row.quality["reason"], row.configuration) for row in measured if not row.quality["checked"])
-    found += [Caveat("unchecked", f"{names}: quality not checked, {reason}") for reason, names in _by_text(unchecked)]
+    found += [Caveat("unchecked", f"{names}: quality not checked, {reason}") for reason, names in by_text(unchecked)]
     cautions = [(caution, row.configuration) for row in rows for caution in row.cautions]
     highest = validity.highest_shares([caution for caution, _ in cautions])
     by_kind = {validity.kind_of(caution): caution for caution in highest}
-    alike = _by_text((by_kind[validity.kind_of(caution)], name) for caution, name in cautions)
+    alike = by_text((by_kind[validity.kind_of(caution)], name) for caution, name in cautions)
     return found + [Caveat("caution", f"{names}: {caution}") for caution, names in alike]
 
 
-def _of_estimates(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield each note of the estimated rows once, with the rows that it is about."""
-    estimates = [(row, row.estimate) for row in rows if row.outcome == ESTIMATED and row.estimate]
-    notes = (
-        (note, f"{row.configuration} on {(row.hardware or {}).get('key')}")
-        for row, figures in estimates
-        for note in figures.notes
-    )
-    for note, names in _by_text(notes):
-        about_all = len(estimates) > 1 and all(note in figures.notes for _, figures in estimates)
-        yield f"{'all estimates' if about_all else names}: {note}"
-
-
-def _by_text(pairs: Iterable[tuple[str | None, str]]) -> Iterator[tuple[str | None, str]]:
+def by_text(pairs: Iterable[tuple[str | None, str]]) -> Iterator[tuple[str | None, str]]:
     """Yield each text of (text, name) pairs once, with all its names."""
     groups: dict[str | None, list[str]] = {}
     for text, name in pairs:
         groups.setdefault(text, []).append(name)
     for text, names in groups.items():
         yield text, ", ".join(dict.fromkeys(names))
+
+
+def lines(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each text of (text, name) pairs once, with the names that it is about if there are several texts."""
+    groups = list(by_text(pairs))
+    return [str(text) if len(groups) == 1 else f"{names}: {text}" for text, names in groups]

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 from inferctl.bench.report import load_charts
 from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
-from inferctl.bench.report.rows import Row
-from inferctl.estimate.forecast import Range
 from inferctl.receipts.receipt import Receipt
 
 # Colors by Okabe and Ito: distinct with each kind of color vision, on white and on black.
@@ -36,7 +34,7 @@ class Distribution:
 
 
 LATENCY = Distribution(
-    "curve", "latency_ms", "latency (ms)", "Latency by percentile", "Latency of the slowest requests."
+    "curve", "latency_ms", "latency (ms)", "Latency by percentile", "1% of the requests were slower than the p99."
 )
 TTFT = Distribution(
     "ttft_curve",
@@ -54,39 +52,15 @@ ITL = Distribution(
 )
 
 
-# By task: the key of the quality, the axis of the distance to fp32, and its text.
-_DISTANCES = {
-    "embed": ("cosine", "1 - cosine", "1 - cosine between each vector and the fp32 vector of the same text"),
-    "rerank": (
-        "score_difference",
-        "absolute score difference",
-        "Difference of each score and the fp32 score of the same pair",
-    ),
-    "classify": (
-        "score_difference",
-        "absolute score difference",
-        "Difference of each score and the fp32 score of the same label",
-    ),
-    "generate": ("kl", "KL divergence (nats)", "KL divergence of the next tokens from fp32, a lower bound"),
-}
-
-
-def all_charts(receipts: Sequence[Receipt], rows: Sequence[Row] = ()) -> dict[str, Chart]:
-    """Return the charts that have data, by id, in the order of the page.
-
-    `rows` are those of the result. Estimated figures have hatched bars and the label `estimated`.
-    """
+def all_charts(receipts: Sequence[Receipt]) -> dict[str, Chart]:
+    """Return the charts that have data, by id, in the order of the page."""
     colors = colors_of(receipts)
-    estimated = [row for row in rows if row.estimate]
     charts = {
         "goodput": load_charts.goodput(receipts, colors),
-        "neighbours": load_charts.neighbors(receipts, colors),
         "ttft": percentiles(receipts, colors, TTFT),
         "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
-        "throughput": throughput(receipts, colors, estimated),
-        "quality": distance(receipts, colors),
-        "memory": memory(receipts, colors),
+        "throughput": throughput(receipts, colors),
         "timeline": timeline(receipts, colors),
         "latency": load_charts.latency_over_time(receipts, colors),
     }
@@ -200,8 +174,8 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribu
     return Chart(distribution.title, text, data, layout)
 
 
-def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Sequence[Row] = ()) -> Chart:
-    """Return measured requests/s (generation: output tokens/s), and those of the estimated `rows`."""
+def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
+    """Return requests/s, or output tokens/s of generation."""
     generates = _task(receipts) == "generate"
     key, unit = ("output_tokens_per_s", "output tokens/s") if generates else ("requests_per_s", "requests/s")
     values = [receipt.data["summary"][key] for receipt in receipts]
@@ -214,43 +188,9 @@ def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str], rows: Seq
         ]
     )
     data = [bars] if receipts else []
-    estimated = [(row, found) for row in rows if row.estimate and (found := row.estimate.ranges.get("requests_per_s"))]
-    with_bar = [(row, found) for row, found in estimated if _bar_end(found) is not None]
-    if with_bar:
-        data.append(_estimated_bars(with_bar))
     what = "Output tokens of successful responses" if generates else "Successful responses"
-    text = f"{what} per second in the measured window, with 95% intervals. Filled and hatched: emulated precision." + (
-        " Outlines are estimated upper bounds." if rows else ""
-    )
-    return Chart("Throughput", text, data, _bar_layout(len(receipts) + len(with_bar), unit))
-
-
-def _bar_end(found: Range) -> float | None:
-    """Return an estimated figure, or its upper bound."""
-    return found.high if found.bound else found.value
-
-
-def _estimated_bars(rows: Sequence[tuple[Row, Range]]) -> Json:
-    """Return the bars of estimates: hollow, hatched and labeled."""
-    values = [_bar_end(found) or 0.0 for _, found in rows]
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "y": [f"{short(row.configuration)}, estimated<br>{(row.hardware or {}).get('key')}" for row, _ in rows],
-        "x": values,
-        "text": [
-            f"{found.bound} {_figure(value)}" if found.bound else f"~{_figure(value)}"
-            for value, (_, found) in zip(values, rows, strict=True)
-        ],
-        "textposition": "none",
-        "width": 0.6,
-        "marker": {
-            "color": "rgba(0,0,0,0)",
-            "line": {"color": GREY, "width": 1.5},
-            "pattern": {"shape": "x", "fgcolor": GREY, "fgopacity": 0.7, "solidity": 0.15, "size": 7},
-        },
-        "hovertemplate": "%{y}: %{text} requests/s<extra></extra>",
-    }
+    text = f"{what} per second in the measured window, with 95% intervals. Hatched: emulated precision."
+    return Chart("Throughput", text, data, _bar_layout(len(receipts), unit))
 
 
 def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
@@ -264,53 +204,9 @@ def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
     }
 
 
-def distance(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return the distance to fp32: of vectors, of scores or of the next tokens of generation."""
-    task = _task(receipts)
-    section, title, what = _DISTANCES[task]
-    checked = [receipt for receipt in receipts if section in receipt.data["quality"]]
-    marks = [("mean", "mean", "circle"), ("p1", "worst 1%", "diamond"), ("min", "worst", "triangle-up")]
-    if section == "score_difference":
-        marks = [("mean", "mean", "circle"), ("max", "worst", "triangle-up")]
-    if task == "generate":
-        marks = [("mean", "mean", "circle"), ("p99", "worst 1%", "diamond")]
-    if task == "embed" and all(
-        one.data["quality"][section]["min"] == one.data["quality"][section]["p1"] for one in checked
-    ):
-        marks = [("mean", "mean", "circle"), ("min", "worst", "diamond")]
-    data: list[Json] = []
-    for key, name, symbol in marks if checked else ():
-        marker = {"symbol": symbol, "size": 12}
-        values = [receipt.data["quality"][section][key] for receipt in checked]
-        # The legend explains the shapes, so an empty trace in a neutral color draws it.
-        legend = {"name": name, "x": [None], "y": [None], "marker": {**marker, "color": GREY}}
-        points = {
-            "showlegend": False,
-            "marker": {**marker, "color": [colors[receipt.name] for receipt in checked]},
-            "y": [short(label(receipt)) for receipt in checked],
-            "x": [max(_LOWEST_ERROR, 1 - value if task == "embed" else value) for value in values],
-            "customdata": values,
-            "hovertemplate": f"%{{y}}: {section.replace('_', ' ')} %{{customdata:.6f}}<extra>{name}</extra>",
-        }
-        data += [{"type": "scatter", "mode": "markers", **trace} for trace in (points, legend)]
-    axis = {"type": "log", "title": {"text": title}, "exponentformat": "power", "dtick": 1}
-    layout = _bar_layout(len(checked), "") | {"xaxis": axis, "showlegend": True}
-    text = f"{what}; lower is closer. At 1e-7 and below, the difference is float rounding."
-    return Chart("Distance to fp32", text, data, layout | {"yaxis": {**layout["yaxis"], "showgrid": True}})
-
-
 def _task(receipts: Sequence[Receipt]) -> str:
     """Return the task, which all receipts share."""
     return receipts[0].task if receipts else "embed"
-
-
-def memory(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return the peak memory of each server."""
-    known = [receipt for receipt in receipts if receipt.data["resources"].get("server_peak_bytes")]
-    values = [receipt.data["resources"]["server_peak_bytes"] / 2**20 for receipt in known]
-    bars = _bars(known, colors, values, "%{y}: %{x:.0f} MiB<extra></extra>")
-    text = "Peak resident memory of all server processes in the measured window."
-    return Chart("Memory", text, [bars] if known else [], _bar_layout(len(known), "peak memory (MiB)"))
 
 
 def timeline(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:

@@ -12,14 +12,14 @@ from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow,
 from inferctl.receipts.receipt import JsonObject
 
 
-def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> list[str]:
-    """Return what the benchmark found, the most important first. `mode` is that of the load (open or closed)."""
+def describe(rows: Sequence[Row], error_budget_percent: float) -> list[str]:
+    """Return what the benchmark found, the most important first."""
     with_receipt = [row for row in rows if isinstance(row, MeasuredRow)]
     measured = [row for row in with_receipt if row.outcome == MEASURED and row.valid]
     groups = comparable(measured)
-    sentences = _winners(groups, mode, error_budget_percent) or ["No valid measurement: see the reasons."]
+    sentences = _winners(groups, error_budget_percent) or ["No valid measurement: see the reasons."]
     error_rate = ranking.ERROR_RATE / max(1, sum(math.comb(len(group), 2) for group in groups.values()))
-    sentences += [text for group in groups.values() for text in _emulation(group, _mode(group[0], mode), error_rate)]
+    sentences += [text for group in groups.values() for text in _emulation(group, error_rate)]
     sentences += [
         f"{row.configuration} fails the quality check: {_failure(row.quality)}; it is not recommended."
         for row in with_receipt
@@ -34,15 +34,15 @@ def describe(rows: Sequence[Row], mode: str, error_budget_percent: float) -> lis
     sentences += _slo([row for row in measured if row.slo and not row.search])
     sentences += [text for row in measured if (text := _burst(row))]
     sentences += [_with_neighbors(row.configuration, row.neighbours) for row in measured if row.neighbours]
-    return sentences + _compact(measured) + _memory(measured)
+    return list(dict.fromkeys(sentences + _compact(measured)))
 
 
-def _winners(groups: dict[str, list[MeasuredRow]], mode: str, error_budget_percent: float) -> list[str]:
+def _winners(groups: dict[str, list[MeasuredRow]], error_budget_percent: float) -> list[str]:
     """Return the results of all groups, then what is to say about each."""
     eligible = {name: ranking.eligible(group, error_budget_percent) for name, group in groups.items()}
     pairs = sum(math.comb(len(group), 2) for group in eligible.values())
     winners = {
-        name: ranking.winner(eligible[name], _mode(group[0], mode), len(groups), pairs)
+        name: ranking.winner(eligible[name], len(group), len(groups), pairs)
         if eligible[name]
         else [ranking.none_eligible(group)]
         for name, group in groups.items()
@@ -62,19 +62,14 @@ def comparable(rows: Sequence[MeasuredRow]) -> dict[str, list[MeasuredRow]]:
     return groups
 
 
-def _mode(row: MeasuredRow, mode: str) -> str:
-    """Return the mode of the load of a row: its own if the plan changes it."""
-    changes = row.workload[1] or {}
-    implied = "open" if "rate" in changes else "closed" if "users" in changes else mode
-    return str(changes.get("mode", implied))
-
-
-def _emulation(rows: Sequence[MeasuredRow], mode: str, error_rate: float) -> list[str]:
+def _emulation(rows: Sequence[MeasuredRow], error_rate: float) -> list[str]:
     """Return how each emulated precision compares with fp32, which all hardware runs natively.
 
-    If fp32 is the best one, the first finding says so.
+    If fp32 is the best one, the first finding says so. Noise hides the difference.
     """
-    by = ranking.criterion(rows, mode)
+    if ranking.noise_of(rows):
+        return []
+    by = ranking.criterion(rows)
     ordered = sorted((row for row in rows if math.isfinite(by.cost(row))), key=by.cost)
     native = {row.precision.get("effective"): row for row in ordered if row.precision.get("level") == "native"}
     fp32 = native.get("fp32")
@@ -284,19 +279,3 @@ def _compact(rows: Sequence[MeasuredRow]) -> list[str]:
             )
             return [f"Smaller vectors (`output_dtype`) of {row.configuration}, recall@10 to fp32: {figures}."]
     return []
-
-
-def _memory(rows: Sequence[MeasuredRow]) -> list[str]:
-    """Return the peak memory if int8 and another precision are measured: 8-bit weights are about memory."""
-    known = [(row, row.server_peak_bytes / 2**20) for row in rows if row.server_peak_bytes]
-    precisions = {row.precision.get("effective") for row, _ in known}
-    if "int8" not in precisions or len(precisions) == 1:
-        return []
-    runs = max(len(row.runs) for row, _ in known)
-    peaks = [mebibytes for _, mebibytes in known]
-    no_difference = "No clear difference in memory. " if max(peaks) < (1 + ranking.MIN_DIFFERENCE) * min(peaks) else ""
-    figures = ", ".join(f"{row.configuration} {mebibytes:.0f} MiB" for row, mebibytes in known)
-    return [
-        f"{no_difference}Peak memory of all server processes in "
-        f"{'this run' if runs <= 1 else f'these {runs} runs'}: {figures}."
-    ]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from inferctl.bench.judge import summary, verdict
 from inferctl.bench.report import charts, search_findings, terminal
-from inferctl.bench.report.caveats import Caveat
+from inferctl.bench.report.caveats import Caveat, lines
 from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.result import Result
-from inferctl.bench.report.rows import ESTIMATED, MeasuredRow
+from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core import assets, outputs
 from inferctl.receipts.receipt import Receipt
 
@@ -31,14 +31,15 @@ GENERATION_COLUMNS = (
 )
 
 
-# The columns of the table of costs: the key of a row, and the heading.
+# The columns of the table of costs: the key of a row, the heading, and its unit in that of the key.
 COSTS = (
-    ("cpu_seconds_per_1000_requests", "CPU time per 1,000 requests (s)"),
-    ("joules_per_1000_requests", "energy per 1,000 requests (J)"),
-    ("joules_per_million_texts", "energy per 1M {unit} (J)"),
-    ("watts", "power (W)"),
-    ("gpu_utilisation_percent", "GPU utilization (%)"),
-    ("usd_per_million_texts", "USD per 1M {unit}"),
+    ("cpu_seconds_per_1000_requests", "CPU time per 1,000 requests (s)", 1),
+    ("joules_per_1000_requests", "energy per 1,000 requests (J)", 1),
+    ("joules_per_million_texts", "energy per 1M {unit} (J)", 1),
+    ("watts", "power (W)", 1),
+    ("gpu_utilisation_percent", "GPU utilization (%)", 1),
+    ("usd_per_million_texts", "USD per 1M {unit}", 1),
+    ("server_peak_bytes", "peak memory of all server processes (MiB)", 2**20),
 )
 
 
@@ -70,27 +71,28 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"milliseconds": milliseconds, "code": code}
-    drawn = charts.all_charts(receipts, result.rows)
+    drawn = charts.all_charts(receipts)
     document = result.as_dict()
     rows = [{**row, "runs_as": terminal.runs_as(row["precision"])} for row in document["rows"]]
+    measured = [row for row in result.rows if isinstance(row, MeasuredRow)]
     running = any(receipt.data["configuration"]["url"] for receipt in receipts)
     machines = list(dict.fromkeys(receipt.data["hardware"]["name"] for receipt in receipts))
     figures = {name: {"data": chart.data, "layout": chart.layout} for name, chart in drawn.items()}
     return environment.get_template("report.html.j2").render(
         result=document,
-        rows=[row for row in rows if row["outcome"] != ESTIMATED],
-        estimated=[row for row in rows if row["outcome"] == ESTIMATED],
-        costs=(measured := [row for row in rows if row["receipt"]]),
+        rows=rows,
+        costs=(with_receipt := [row for row in rows if row["receipt"]]),
         cost_columns=[
-            (key, title.format(unit=unit_of(result.load.task)))
-            for key, title in COSTS
-            if any(row.get(key) is not None for row in measured)
+            (key, title.format(unit=unit_of(result.load.task)), unit)
+            for key, title, unit in COSTS
+            if any(row.get(key) is not None for row in with_receipt)
         ],
-        sent=terminal.describe_load(result.load),
-        unique={"rerank": "query", "generate": "prompt"}.get(result.load.task, "input")
-        if result.load.inputs == "unique"
-        else None,
-        prices=list(terminal.prices([row.costs for row in result.rows if isinstance(row, MeasuredRow)])),
+        sent=terminal.received(measured),
+        requests=lines((_requests(one), one.name) for one in receipts),
+        models=lines((_model(one), one.name) for one in receipts),
+        opened=any(row.mode == "open" for row in measured),
+        noisy=any(row.noise for row in measured),
+        prices=list(terminal.prices([row.costs for row in measured])),
         unknown=unknown_costs(receipts),
         limitations=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
         machines=machines,
@@ -126,29 +128,37 @@ def unknown_costs(receipts: Sequence[Receipt]) -> list[str]:
 def limitations(result: Result, receipts: Sequence[Receipt]) -> list[Caveat]:
     """Return what a reader must know before using the numbers: caveats of the result, and properties of the setup."""
     notes = list(result.caveats)
-    if result.load.mode == "closed":
-        notes.append(
-            Caveat(
-                "setup",
-                "Closed loop: a slow server receives fewer requests. Its latency at a fixed rate would be higher.",
-            )
-        )
+    measured = [row for row in result.rows if isinstance(row, MeasuredRow)]
+    if any(row.mode == "closed" for row in measured):
+        text = "Closed loop: a slow server receives fewer requests. Its latency at a fixed rate would be higher."
+        notes.append(Caveat("setup", text))
     if any(receipt.data["configuration"]["this_machine"] for receipt in receipts):
-        notes.append(
-            Caveat(
-                "setup",
-                "Load generator and server share the cores of this machine: "
-                "compare the rows with each other, not with other machines.",
-            )
-        )
-    if result.repeats == 1:
-        text = "One run each: intervals do not include differences between runs."
-    elif result.repeats < verdict.MIN_RUNS:
-        text = f"{result.repeats} runs each: intervals of latencies do not include differences between runs."
-    else:
         text = (
-            f"{result.repeats} runs each: intervals of latencies include differences between runs if these are large."
+            "Load generator and server share the cores of this machine: compare the rows with each other, not with "
+            "other machines."
         )
-    if result.repeats < verdict.RECOMMENDED_REPEATS:
+        notes.append(Caveat("setup", text))
+    fewest = min((len(receipt.runs) for receipt in receipts), default=1)
+    runs = "One run" if fewest == 1 else f"{fewest} runs"
+    do = "include" if fewest >= verdict.MIN_RUNS else "do not include"
+    which = "intervals" if fewest == 1 else "intervals of latencies"
+    text = f"{runs} each: {which} {do} differences between runs{' if these are large' if do == 'include' else ''}."
+    if fewest < verdict.RECOMMENDED_REPEATS:
         text += f" `inferctl compare` needs {verdict.MIN_RUNS} repeats; {verdict.RECOMMENDED_REPEATS} are recommended."
     return [*notes, Caveat("setup", text)]
+
+
+def _requests(receipt: Receipt) -> str:
+    """Return the texts that a configuration received."""
+    work = receipt.data["workload"]
+    text = f"corpus {work['corpus']}, seed {work['seed']}, schedule `{str(work['sha256'])[:16]}…`"
+    if work["inputs"] == "unique":
+        what = {"rerank": "query", "generate": "prompt"}.get(receipt.task, "input")
+        text += f"; each {what} starts with two numbers (about four tokens), so that no cache can respond"
+    return text
+
+
+def _model(receipt: Receipt) -> str:
+    found = receipt.data["model"]
+    digest = f", sha256 `{found['sha256'][:16]}…`" if found.get("sha256") else ""
+    return f"{found['source'] or 'not stated'}{digest}"

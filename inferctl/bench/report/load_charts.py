@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from inferctl.bench.judge.verdict import RECOMMENDED_REPEATS
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.chart import Chart, Json, slo_line, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
@@ -38,9 +37,10 @@ def goodput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
         layout |= {"shapes": [*shapes, line], "annotations": [note]}
     text = (
         "Each probe of the search, with the 95% interval of its p99. Cross: the probe violated a constraint. Open "
-        "triangle: the probe stopped early, and its true p99 is higher. Vertical line: the highest rate within the "
-        "SLO, confirmed by another probe."
+        "triangle: the probe stopped early, and its true p99 is higher."
     )
+    if shapes:
+        text += " Vertical line: the highest rate within the SLO, confirmed by another probe."
     return Chart("Offered rate and p99", text, data, layout)
 
 
@@ -72,52 +72,6 @@ def _symbol(probe: JsonObject) -> str:
     if probe["ended_early"]:
         return "triangle-up-open"
     return "circle" if probe["holds"] else "x" if probe["holds"] is False else "circle-open"
-
-
-def neighbors(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return a line from the latency with idle neighbors to that with loaded ones, for each percentile."""
-    data: list[Json] = []
-    notes: list[Json] = []
-    for receipt in receipts:
-        for key, found in ((receipt.data.get("neighbours") or {}).get("percentiles") or {}).items():
-            if found["factor"] is None:
-                continue
-            row = f"{receipt.name} {key}"
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "showlegend": False,
-                    "line": {"color": colors[receipt.name], "width": 3},
-                    "marker": {"size": 11, "symbol": ["circle", "diamond"]},
-                    "x": [found["without_ms"], found["with_ms"]],
-                    "y": [row, row],
-                    "hovertemplate": "%{x:.2f} ms<extra>" + row + "</extra>",
-                }
-            )
-            interval = "" if found["low"] is None else f" ({found['low']:.2f} – {found['high']:.2f})"
-            text = f"{found['factor']:.2f}x{interval}"
-            furthest = max(found["without_ms"], found["with_ms"])
-            notes.append(
-                {"text": text, "x": math.log10(furthest), "y": row, "xanchor": "left", "xshift": 10, "showarrow": False}
-            )
-    values = [x for trace in data for x in trace["x"]]
-    reach = (
-        [math.log10(min(values) * 0.8), math.log10(max(values) * (max(values) / min(values)) ** 0.9 * 1.2)]
-        if values
-        else None
-    )
-    layout = {
-        "xaxis": {"type": "log", "title": {"text": "latency (ms)"}, "range": reach, **ticks(values)},
-        "yaxis": {"type": "category", "autorange": "reversed"},
-        "annotations": notes,
-        "height": 90 + 34 * len(data),
-    }
-    text = (
-        "Circle: idle neighbors. Diamond: loaded neighbors on the same device. The number is the factor between them, "
-        f"with its 95% interval. An interval needs {RECOMMENDED_REPEATS} pairs of runs."
-    )
-    return Chart("Latency with loaded neighbors", text, data, layout)
 
 
 def latency_over_time(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:

@@ -18,8 +18,10 @@ from typing import Literal
 
 from inferctl.bench import stats
 from inferctl.bench.judge import verdict
+from inferctl.bench.report import search_findings
 from inferctl.bench.report.rows import MeasuredRow, RunFigures
 from inferctl.receipts import shares
+from inferctl.receipts.noise import Noise
 from inferctl.receipts.receipt import JsonObject
 
 # A smaller difference is not a clear one, whatever its interval: the same system differs by this much between runs.
@@ -74,8 +76,8 @@ class Criterion:
         return [by_repeat[repeat] or math.inf for repeat in self.repeats]
 
 
-def criterion(rows: Sequence[MeasuredRow], mode: str) -> Criterion:
-    """Return how to compare `rows` under a load of this `mode`.
+def criterion(rows: Sequence[MeasuredRow]) -> Criterion:
+    """Return how to compare `rows`, which received the same load.
 
     A closed loop compares requests/s, or output tokens/s of generation. An open loop compares the p99 if every run has
     one, else the p50. With fewer than the recommended repeats, it is enough if all runs of a row together have a p99.
@@ -83,7 +85,7 @@ def criterion(rows: Sequence[MeasuredRow], mode: str) -> Criterion:
     """
     if any(row.search for row in rows):
         return Criterion("goodput")
-    if mode == "closed":
+    if rows[0].mode == "closed":
         figure: Figure = "output_tokens_per_s" if any(row.generation for row in rows) else "requests_per_s"
         return Criterion(figure, _common_repeats(rows, figure))
     found = Criterion("p50", _common_repeats(rows, "p50"))
@@ -145,15 +147,29 @@ def none_eligible(rows: Sequence[MeasuredRow]) -> str:
     )
 
 
-def winner(rows: Sequence[MeasuredRow], mode: str, groups: int, pairs: int) -> list[str]:
-    """Return the findings on the eligible configurations `rows`, one or more. The first one is the result.
+def winner(rows: Sequence[MeasuredRow], measured: int, groups: int, pairs: int) -> list[str]:
+    """Return the findings on the eligible ones of the `measured` configurations. The first one is the result.
 
-    `mode` is that of the load. All `groups` of the result, with `pairs` of configurations, share one error rate.
+    All `groups` of the result, with `pairs` of configurations, share one error rate. If other programs used the cores,
+    no configuration is better than another one: the noise may differ between their runs, and its effect too.
     """
-    by = criterion(rows, mode)
+    by = criterion(rows)
+    if noise := noise_of(rows):
+        what = f"Too noisy to {'compare' if len(rows) > 1 else 'judge'} {_names(rows)}"
+        figures = ", ".join(f"{row.configuration} {value_of(row, by)}" for row in rows)
+        quality = f", {_quality(rows[0])}" if len(rows) == 1 else ""
+        return [
+            f"{what}: {noise.text}; {noise.action}.",
+            f"Measured next to this load: {figures}{quality}. Intervals do not cover its effect.",
+        ]
     best, *others = sorted(rows, key=by.cost)
+    if others and math.isinf(by.cost(best)):
+        return [f"{_names(rows)}: {value_of(best, by)}."]
     if not others:
-        return [f"{best.configuration} is the only eligible configuration: {value_of(best, by)}, {_quality(best)}."]
+        if best.search and measured == 1:
+            return search_findings.sentences(best.configuration, best.search)[:1]
+        name = best.configuration if measured == 1 else f"Only {best.configuration} can be recommended"
+        return [f"{name}: {value_of(best, by)}, {_quality(best)}."]
     compared = [compare(best, row, by, ERROR_RATE / groups) for row in others]
     if not all(comparison.faster for comparison in compared):
         compared = [compare(best, row, by, ERROR_RATE / pairs) for row in others]
@@ -178,6 +194,11 @@ def winner(rows: Sequence[MeasuredRow], mode: str, groups: int, pairs: int) -> l
     if not by.tested and by.figure != "goodput":
         sentences.append(f"For a winner, run again with `--repeats {verdict.RECOMMENDED_REPEATS}`.")
     return sentences
+
+
+def noise_of(rows: Sequence[MeasuredRow]) -> Noise | None:
+    """Return the largest noise during the runs of `rows`; None if none is above its limit."""
+    return max((found for row in rows for found in row.noise), key=lambda found: found.share, default=None)
 
 
 def runs_of(by: Criterion) -> str:
@@ -209,15 +230,18 @@ def enumerated(parts: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
+def _names(rows: Sequence[MeasuredRow]) -> str:
+    return enumerated([row.configuration for row in rows])
+
+
 def _no_difference(best: MeasuredRow, tied: Sequence[Comparison], by: Criterion) -> str:
     """Name configurations without a clear difference, the one with the best quality first, with their ratios."""
     group = [best, *(comparison.row for comparison in tied)]
     if all(row.quality.get("checked") for row in group):
         group.sort(key=_distance)
-    names = enumerated([row.configuration for row in group])
     where = f"{len(by.repeats)} repeats" if by.tested else runs_of(by)
     ratios = [ratio_to(best, comparison, by, number == 0) for number, comparison in enumerate(tied)]
-    return f"no clear difference between {names} in {where}: {named(best)} has {enumerated(ratios)}"
+    return f"no clear difference between {_names(group)} in {where}: {named(best)} has {enumerated(ratios)}"
 
 
 def _unclear(best: MeasuredRow, comparison: Comparison, by: Criterion) -> str:
@@ -338,7 +362,8 @@ def value_of(row: MeasuredRow, by: Criterion) -> str:
     """Return the compared figure of all runs of a configuration, with its unit."""
     if by.figure == "goodput":
         best = row.search and row.search["max_goodput_rps"]
-        return f"{best:.1f} requests/s within the SLO" if best else "no rate met the SLO"
+        within = f"within the SLO ({search_findings.slo_of(row.search or {})})"
+        return f"{best:.1f} requests/s {within}" if best else f"no rate {within} was confirmed"
     value = row.p99_ms if by.figure == "p99" else row.p50_ms
     if by.figure in _RATES or not value:
         return f"{rate_of(row, by):.1f} {_RATES.get(by.figure, 'requests/s')}"

@@ -29,9 +29,8 @@ class ReceiptContext:
     """The properties of a benchmark that all its receipts share.
 
     - `model_source`: the source of the weights in the spec.
-    - `hardware_wanted`: the catalog keys that spec and plan request.
+    - `hardware_wanted`: the catalog keys that the spec requests.
     - `targets`: the benchmark targets, if they are not the configurations of the plan.
-    - `model`: the model folder; estimates read the sizes of the model from it.
     """
 
     plan: Plan
@@ -41,7 +40,6 @@ class ReceiptContext:
     slo_p99_ms: float | None
     output: Path
     targets: Sequence[BenchTarget] = ()
-    model: Path | None = None
 
 
 def write_all(context: ReceiptContext, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:

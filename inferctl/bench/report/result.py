@@ -13,7 +13,7 @@ from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
-from inferctl.bench.report import estimated, findings, rows, search_findings
+from inferctl.bench.report import findings, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats
 from inferctl.bench.report.receipts import ReceiptContext, load_without_folder
 from inferctl.bench.report.rows import Row
@@ -60,12 +60,12 @@ def collect(context: ReceiptContext, outcomes: Sequence[Outcome], receipts: Sequ
     plan = _with_found_users(context.plan, outcomes)
     by_name = {receipt.name: receipt for receipt in receipts}
     measured = [rows.of_outcome(outcome, by_name.get(outcome.target.name), context.slo_p99_ms) for outcome in outcomes]
-    every = [*measured, *other_hardware(dataclasses.replace(context, plan=plan), measured)]
+    every = [*measured, *other_hardware(context, measured)]
     return Result(
         plan=plan.name,
         load=plan.load,
         repeats=plan.repeats,
-        findings=findings.describe(every, plan.load.mode, plan.error_budget_percent),
+        findings=findings.describe(every, plan.error_budget_percent),
         caveats=caveats(every),
         rows=every,
         environment=context.environment,
@@ -96,44 +96,12 @@ def other_hardware(context: ReceiptContext, measured: Sequence[Row]) -> list[Row
     used = [row.hardware for row in measured if row.hardware]
     names = ", ".join(dict.fromkeys(hardware["name"] for hardware in used))
     reason = f"the hardware measured is {names}" if names else "nothing was measured"
-    known = catalog.hardware_profiles()
-    missing = [key for key in context.hardware_wanted if key not in {hardware["key"] for hardware in used}]
+    profiles = catalog.hardware_profiles()
     return [
-        row
-        for key in missing
-        for row in _estimated_rows(context, key, known[key].name if key in known else key, reason)
+        Row(key, rows.NOT_MEASURED_HERE, reason, hardware={"key": key, "name": getattr(profiles.get(key), "name", key)})
+        for key in context.hardware_wanted
+        if key not in {hardware["key"] for hardware in used}
     ]
-
-
-def _estimated_rows(context: ReceiptContext, key: str, name: str, reason: str) -> list[Row]:
-    """Return the rows of hardware that was not measured: estimated, else one for each reason why not."""
-    hardware = {"key": key, "name": name}
-    found: list[Row] = []
-    targets_by_reason: dict[str, list[str]] = {}
-    for target, figures in estimated.each(context.plan, context.targets, context.model, key):
-        if isinstance(figures, str):
-            targets_by_reason.setdefault(figures, []).append(target.name)
-            continue
-        found.append(
-            Row(
-                target.name,
-                rows.ESTIMATED,
-                f"{reason}; estimated from {figures.rests_on}",
-                precision={"requested": target.precision, "effective": figures.precision},
-                hardware=hardware,
-                estimate=figures,
-            )
-        )
-    found += [
-        Row(
-            f"{key}: {', '.join(names)}",
-            rows.NOT_MEASURED_HERE,
-            f"{reason}; not estimated: {why}",
-            hardware=hardware,
-        )
-        for why, names in targets_by_reason.items()
-    ]
-    return found or [Row(key, rows.NOT_MEASURED_HERE, reason, hardware=hardware)]
 
 
 def problem(result: Result) -> InferctlError | None:
@@ -141,7 +109,7 @@ def problem(result: Result) -> InferctlError | None:
 
     It is an error if nothing was measured, if a measured row is invalid, or if no search has a result.
     """
-    requested = [row for row in result.rows if row.outcome not in (rows.NOT_MEASURED_HERE, rows.ESTIMATED)]
+    requested = [row for row in result.rows if row.outcome != rows.NOT_MEASURED_HERE]
     measured = [row for row in requested if row.receipt]
     if not measured:
         reasons = "; ".join(f"{row.configuration}: {row.reason}" for row in requested)

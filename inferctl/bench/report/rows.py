@@ -10,11 +10,12 @@ from inferctl.bench import privacy, stats
 from inferctl.bench.judge import slo, summary
 from inferctl.bench.judge.summary_types import GenerationSummary
 from inferctl.bench.measure.outcome import Outcome
-from inferctl.bench.report.estimated import EstimatedFigures
+from inferctl.bench.report import received
+from inferctl.receipts import noise
+from inferctl.receipts.noise import Noise
 from inferctl.receipts.receipt import JsonObject, Receipt
 
-MEASURED, FAILED, NOT_RUN = "measured", "failed", "not run"
-NOT_MEASURED_HERE, ESTIMATED = "not measured here", "estimated"
+MEASURED, FAILED, NOT_RUN, NOT_MEASURED_HERE = "measured", "failed", "not run", "not measured here"
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,13 @@ class Row:
     cautions: Sequence[str] = ()
     receipt: str | None = None
     hardware: JsonObject | None = None
-    estimate: EstimatedFigures | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `rows` key of a result."""
-        row = {key.name: getattr(self, key.name) for key in fields(Row) if key.name not in ("hardware", "estimate")}
+        row = {key.name: getattr(self, key.name) for key in fields(Row) if key.name != "hardware"}
         row |= {"reasons": list(self.reasons), "cautions": list(self.cautions)}
         if self.hardware is not None:
             row["hardware"] = self.hardware
-        if self.estimate is not None:
-            row["estimate"] = self.estimate.as_dict()
         return row
 
 
@@ -55,6 +53,7 @@ class RunFigures:
     p50_ms: float | None
     p99_ms: float | None
     output_tokens_per_s: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ class ClosedLoopFigures:
 class MeasuredRow(Row):
     """A row with figures, from a receipt.
 
-    `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
+    `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
+    above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
     `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
@@ -108,7 +108,9 @@ class MeasuredRow(Row):
     """
 
     task: str = "embed"
-
+    mode: str = "closed"
+    received: str = ""
+    noise: Sequence[Noise] = ()
     max_batch_tokens: int | None = None
     workload: tuple[str | None, JsonObject | None] = (None, None)
     search: JsonObject | None = None
@@ -157,6 +159,7 @@ class MeasuredRow(Row):
             "slo": self.slo and asdict(self.slo),
             "closed_loop": self.closed_loop and asdict(self.closed_loop),
             "runs": [asdict(run) for run in self.runs],
+            "noise": [asdict(found) for found in self.noise],
             "workload": list(self.workload),
             "p50_interval_ms": list(self.p50_interval_ms),
             "p99_interval_ms": list(self.p99_interval_ms),
@@ -174,6 +177,9 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
     latency, rerank = figures["latency_ms"], receipt.task == "rerank"
     return MeasuredRow(
         task=receipt.task,
+        mode="closed" if figures["offered"] is None else "open",
+        received=received.describe(data),
+        noise=noise.of_receipt(data),
         configuration=receipt.name,
         outcome=FAILED if outcome.failure else MEASURED,
         reason=privacy.without_folders(outcome.failure),
@@ -255,6 +261,7 @@ def _run_figures(run: JsonObject) -> RunFigures:
         latency["p50"]["value"],
         latency["p99"]["value"],
         found.get("output_tokens_per_s"),
+        found.get("seconds"),
     )
 
 

@@ -18,11 +18,10 @@ def sentences(name: str, search: JsonObject) -> list[str]:
     """
     found = [f"{name} meets the SLO{_result(search)}." if _confirmed(search) else f"{name}{_without_rate(search)}."]
     if search["first_failing_rps"]:
-        once = " (one probe only)" if search.get("first_failing_times") == 1 else ""
-        found.append(
-            f"{name} first fails at {search['first_failing_rps']:g} requests/s{once}, limited by "
-            f"{search['limited_by']}: {search['reason']}."
-        )
+        times = search.get("first_failing_times")  # receipts of older versions have none
+        once = " in one probe only" if times == 1 else f" in {times} probes" if times else ""
+        above = "the lowest such rate above it" if search["max_goodput_rps"] else "the lowest such rate"
+        found.append(f"{name} failed at {search['first_failing_rps']:g} requests/s{once}, {above}: {search['reason']}.")
     if search.get("failed_below"):
         rates = ", ".join(f"{rate:g}" for rate in search["failed_below"])
         found.append(f"{name} also failed at {rates} requests/s, below rates within the SLO: the machine was unsteady.")
@@ -32,7 +31,8 @@ def sentences(name: str, search: JsonObject) -> list[str]:
             f"{budget['spent_s']:.0f} s); a longer budget narrows the band."
         )
     if cliff := search["cliff"]:
-        found.append(f"{name} has a cliff at {cliff['rps']:g} requests/s: {cliff['kind']}, {cliff['reason']}.")
+        what = "requests fail" if cliff["kind"] == "errors" else cliff["kind"]
+        found.append(f"From {cliff['rps']:g} requests/s on, {what} at {name}: {cliff['reason']}.")
     return found
 
 
@@ -77,19 +77,16 @@ def _result(search: JsonObject) -> str:
 
 def _without_rate(search: JsonObject) -> str:
     """Return why the search has no rate within the SLO."""
-    target = f"the SLO ({slo_of(search)})"
+    none = f": no rate within the SLO ({slo_of(search)}) was confirmed"
     if search["verdict"] == "n too small":
-        return (
-            f": inconclusive, not enough samples to say which rate meets {target}; "
-            "give each probe more time (`max_probe_s`)"
-        )
+        return f"{none}, not enough samples; give each probe more time (`max_probe_s`)"
     if search["verdict"] == "not confirmed":
         if search.get("expired"):
-            return f": inconclusive, the budget left no time to confirm a rate that meets {target}{_band(search)}"
-        return f": inconclusive, no rate met {target} in two probes; the machine is too unsteady"
+            return f"{none}, the budget left no time to confirm one{_band(search)}"
+        return f"{none} by a second probe; the machine is too unsteady"
     unknown = max((probe["rate"] for probe in search["probes"] if probe["holds"] is None), default=None)
     rest = f"; {unknown:g} requests/s is inconclusive (not enough samples)" if unknown else ""
-    return f" meets {target} at no probed rate{rest}"
+    return f"{none}{rest}"
 
 
 def _band(search: JsonObject) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -12,10 +11,9 @@ from rich.text import Text
 
 from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
-from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import search_findings
+from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import unit_of
-from inferctl.bench.report.estimated import EstimatedFigures
 from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import Costs, MeasuredRow, Row
@@ -38,14 +36,11 @@ def render(result: Result) -> RenderableType:
     if invalid := [row for row in measured if not row.valid]:
         parts += [Text(f"INVALID {row.configuration}: {'; '.join(row.reasons)}", style="bold red") for row in invalid]
         parts.append(Text(""))
-    estimated = [row for row in result.rows if row.estimate]
-    missing = [row for row in result.rows if not isinstance(row, MeasuredRow) and not row.estimate]
+    missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
         sections = (hardware, searches, neighbors, stages, costs)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
-    if estimated:
-        blocks.append(estimates(estimated))
     if missing:
         blocks.append(without_figures(missing))
     for block in blocks:
@@ -83,13 +78,12 @@ def searches(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     found = [(row.configuration, row.search) for row in rows if row.search]
     if not found:
         return None
-    grid = _grid("max rate", "band", "first failing", "limited by", "knee", "saturation")
+    grid = _grid("max rate", "limit between", "lowest failing", "limited by")
     for name, search in found:
-        keys = ("max_goodput_rps", "first_failing_rps", "knee_rps", "saturation_rps")
-        best, failing, *shape = (short(search[key]) for key in keys)
+        best, failing = (short(search[key]) for key in ("max_goodput_rps", "first_failing_rps"))
         at_least = ">" if search["verdict"] == "at least" else ""
         limited_by = search["limited_by"] or ("" if search["verdict"] == "found" else search["verdict"])
-        grid.add_row(name, at_least + best, _band(search), failing, limited_by, *shape)
+        grid.add_row(name, at_least + best, _band(search), failing, limited_by)
     return _titled(f"highest rate (req/s) within the SLO: {search_findings.slo_of(found[0][1])}", grid)
 
 
@@ -148,7 +142,7 @@ def _quantile(found: JsonObject) -> str:
 
 
 def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
-    """Return the costs of 1,000 requests and of a million texts or pairs.
+    """Return the costs of 1,000 requests and of a million texts or pairs, and the peak memory.
 
     A column is absent if no row has a value for it.
     """
@@ -160,6 +154,7 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         f"$/M {unit}": [row.costs.usd_per_million_texts for row in rows],
         "GPU %": [row.costs.gpu_utilisation_percent for row in rows],
         "W": [row.costs.watts for row in rows],
+        "MiB": [row.server_peak_bytes and row.server_peak_bytes / 2**20 for row in rows],
     }
     known = {title: values for title, values in columns.items() if any(value is not None for value in values)}
     if not known:
@@ -167,32 +162,12 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     grid = _grid(*known)
     for row, *values in zip(rows, *known.values(), strict=True):
         grid.add_row(row.configuration, *(short(value) for value in values))
-    per_1000 = [name for name in known if name in ("CPU s", "J")]
-    title = {"CPU s": "CPU seconds per 1,000 requests", "J": "energy (J) per 1,000 requests"}
-    return _titled(title[per_1000[0]] if len(known) == len(per_1000) == 1 else "cost per 1,000 requests", grid)
-
-
-def estimates(rows: Sequence[Row]) -> RenderableType:
-    """Return the table of estimated figures, which are bounds."""
-    grid = _grid("on", "p50", "p90", "p99", "req/s")
-    for row in rows:
-        if row.estimate:
-            keys = ("p50_ms", "p90_ms", "p99_ms", "requests_per_s")
-            figures = [_estimated(row.estimate, key) for key in keys]
-            grid.add_row(row.configuration, (row.hardware or {}).get("key"), *figures, style="italic")
-    return _titled("ESTIMATED, not measured", grid)
-
-
-def _estimated(figures: EstimatedFigures, key: str) -> str:
-    """Return a bound. The rate that an open loop offers is not an estimate."""
-    found = figures.ranges.get(key)
-    if found is None:
-        return _UNKNOWN
-    if found.bound:
-        return f"{found.bound}\n{short(found.high if found.low is None else found.low)}"
-    if found.value is None:
-        return _UNKNOWN
-    return f"{short(found.value)}\noffered" if key == "requests_per_s" else f"~{short(found.value)}"
+    titles = {
+        "CPU s": "CPU seconds per 1,000 requests",
+        "J": "energy (J) per 1,000 requests",
+        "MiB": "peak memory of all server processes (MiB)",
+    }
+    return _titled("; ".join(titles[name] for name in known if name in titles), grid)
 
 
 def _titled(title: str, grid: Table) -> Group:
@@ -274,29 +249,28 @@ def short(value: float | None) -> str:
 
 def notes(result: Result) -> Iterator[str]:
     """Yield the lines below the tables: units and load, further findings, prices, and limitations."""
-    load = result.load
     measured = [row for row in result.rows if isinstance(row, MeasuredRow)]
-    searched = any(row.search for row in measured)
-    kind = "the open loop that confirmed the highest rate of each" if searched else describe_load(load)
-    runs = f"{result.repeats} runs each" if result.repeats > 1 else "one run each"
+    task = measured[0].task if measured else None
     quality = "cosine (mean) and recall@10 against fp32"
     latency = "latency in ms"
-    if load.task == "rerank":
-        kind += f", {load.inputs_per_request} documents per request"
+    if task == "rerank":
         quality = "maximum score difference and Kendall's tau (mean) against fp32"
-    if load.task == "classify":
+    if task == "classify":
         quality = "maximum score difference against fp32, and share of texts with the same label"
-    if load.task == "generate":
+    if task == "generate":
         latency = "TTFT (percentiles over requests) and ITL (over gaps) in ms; tok/s: output tokens/s"
         quality = f"{_tokens(measured)}; KL divergence (mean) and top-1 agreement with fp32"
-    if any(_is_bound(row) for row in measured) and load.task != "generate":
+    if any(_is_bound(row) for row in measured) and task != "generate":
         latency += f" ({_OR_MORE}: or more, since too few samples are independent)"
-    yield f"{latency}; {kind}, {load.duration_s:g} s, {runs}; {quality}"
-    if load.mode == "open" or searched:
+    if any(cell.startswith("n<") for row in measured for cell in cells(row)):
+        latency += "; n<N: fewer than the N responses that this percentile needs"
+    yield from received(measured)
+    yield f"{latency}; {quality}"
+    if any(row.mode == "open" for row in measured):
         sends = ", ".join(
             f"{row.configuration} {row.late:,} late and {row.dropped:,} dropped of {row.requests:,}" for row in measured
         )
-        yield f"requests sent over 1 ms late, and requests dropped: {sends or 'none'}"
+        yield f"requests sent over 1 ms late, and requests dropped: {sends}"
     yield from result.findings[1:]
     yield from prices([row.costs for row in measured])
     yield from (
@@ -315,26 +289,9 @@ def _tokens(rows: Sequence[MeasuredRow]) -> str:
     return f"mean: {', '.join(different)}, as the server counts"
 
 
-def describe_load(load: Load) -> str:
-    """Return the load in words."""
-    if load.mode == "closed":
-        text = f"closed loop, {load.users} user{'s' * (load.users != 1)}"
-    elif load.trace:
-        text = f"open loop, times of the trace {Path(load.trace).name}"
-    elif load.capacity_percent:
-        share = f"{load.capacity_percent:g}% of the capacity of the first target"
-        text = f"open loop at {share} ({load.arrivals}), after a closed loop of {load.users} users"
-    elif load.rate is None:
-        text = f"open loop ({load.arrivals})"
-    else:
-        text = f"open loop, {load.rate:g} requests/s offered ({load.arrivals})"
-    if spike := load.spike:
-        text += f", {spike.times:g}x that from {spike.at_s:g} s for {spike.duration_s:g} s"
-    if load.prompt_name is not None:
-        text += f", with the prompt {load.prompt_name}"
-    if load.query_share is not None:
-        text += f", {100 * load.query_share:g}% queries"
-    return f"{text}, {len(load.stages)} stages" if load.stages else text
+def received(rows: Sequence[MeasuredRow]) -> list[str]:
+    """Return each load that rows received, with their names if they received different ones."""
+    return lines((row.received, row.configuration) for row in rows)
 
 
 def prices(rows: Sequence[Costs]) -> Iterator[str]:
