@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from inferctl.config.deploy_spec import Omitted
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.manifests.kubernetes.fields import quantity
@@ -42,7 +43,7 @@ def test_kubectl_is_the_version_that_the_documentation_names() -> None:
 def test_every_object_is_valid_in_every_version(version: str, build: Build) -> None:
     files = layout.files(plans.plan(kubernetes=version))
     folders = sorted({name.rpartition("/")[0] for name in files if name.startswith(("overlays/", "bench/"))})
-    assert len(folders) == 6
+    assert len(folders) == 4
     built = {json.dumps(each, sort_keys=True): each for folder in folders for each in build(files, folder)}
     assert len(built) > 60
     assert [problem for each in built.values() for problem in problems(each, version)] == []
@@ -55,12 +56,26 @@ def test_each_overlay_is_complete_and_has_each_object_once(overlay: str, build: 
     assert len(names) == len(set(names))
     kinds = {each["kind"] for each in built}
     assert kinds >= {
-        *("Namespace", "PriorityClass", "ResourceQuota", "ServiceAccount", "NetworkPolicy", "Service", "Deployment"),
+        *("Namespace", "ResourceQuota", "ServiceAccount", "NetworkPolicy", "Service", "Deployment"),
         *("PodDisruptionBudget", "ServiceMonitor", "ScaledObject", "ConfigMap"),
     }
     for each in built:
         if each["kind"] not in ("Namespace", "PriorityClass", "NodePool"):
             assert each["metadata"]["namespace"] == "inference"
+
+
+@pytest.mark.parametrize("omitted", get_args(Omitted))
+def test_what_others_make_is_left_out_and_the_rest_stays(omitted: str, build: Build) -> None:
+    """One spec says it for all: the namespace is theirs together."""
+    everything = plans.plan(plans.embed(), plans.generate(), kubernetes="1.34")
+    without = plans.plan(plans.embed(omit=[omitted]), plans.generate(), kubernetes="1.34")
+    gone, folders = set(), [*OVERLAYS, "bench/aws-us-east-1"]
+    for folder in folders:
+        before, after = build(layout.files(everything), folder), build(layout.files(without), folder)
+        assert all(each in before for each in after)
+        gone |= {f"{each['kind']}/{each['metadata']['name']}" for each in before if each not in after}
+        assert not {each["kind"] for each in after} & {omitted}
+    assert gone and all(f"{name}/".startswith(f"{omitted}/") for name in gone)
 
 
 def test_equal_plans_give_equal_files() -> None:
@@ -97,7 +112,7 @@ def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
     files = plans.files()
-    built = [*build(files, overlay), *build(files, overlay.replace("overlays", "bench"))]
+    built = [*build(files, overlay), *build(files, "bench/aws-us-east-1")]
     found = list(pods(built))
     assert len(found) >= 5
     for name, pod in found:
@@ -195,12 +210,10 @@ def test_a_flavor_is_absent_where_its_hardware_is(build: Build) -> None:
     assert "embed-t4" not in names[OVERLAYS[1]]  # max_replicas: {t4: 0}
 
 
-def test_requests_stay_in_their_zone_as_the_version_allows(build: Build) -> None:
-    for version, distribution in (("1.33", "PreferClose"), ("1.34", "PreferSameZone")):
-        files = layout.files(plans.plan(kubernetes=version))
-        built = build(files, OVERLAYS[0])
-        for name in ("embed", "embed-gateway"):
-            assert named(built, "Service", name)["spec"]["trafficDistribution"] == distribution
+def test_requests_stay_in_their_zone(build: Build) -> None:
+    built = build(plans.files(), OVERLAYS[0])
+    for name in ("embed", "embed-gateway"):
+        assert named(built, "Service", name)["spec"]["trafficDistribution"] == "PreferClose"
 
 
 def test_the_quota_covers_maximum_rollout_and_overflow(build: Build) -> None:

@@ -394,10 +394,22 @@ def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> Non
 
 
 def test_a_new_node_pulls_and_unpacks_the_image_of_the_spec() -> None:
-    (found,) = plans.plan(plans.embed(load_s=70, pull_rate="200MB"), clusters=plans.ONE_CLUSTER).models[0].flavors[:1]
+    (found,) = plans.plan(plans.embed(load_s=70), clusters=plans.ONE_CLUSTER).models[0].flavors[:1]
     figures = {figure.name: figure for figure in explain.flavor_figures(found)}
     pull, unpack = figures["pull, estimated"], figures["unpack, estimated"]
     assert pull.value > 0
-    assert "200 MB/s" in pull.formula
+    assert "100 MB/s" in pull.formula
     assert unpack.value > pull.value
     assert figures["load time"].value == 70, "a load time of the spec or of a receipt is not estimated"
+
+
+def test_unknown_weights_are_a_warning_until_a_receipt_has_the_memory(tmp_path: Path) -> None:
+    measured = write_receipt(tmp_path / "l4.json", "l4", 100.0, resources={"server_peak_bytes": 2**30})
+    unknown = UnknownSize("no network", "")
+    for deploy, size, warned in (
+        (one(), unknown, True),
+        (one(), SMALL, False),
+        (one(tokens_per_second=None, receipt=str(measured)), unknown, False),
+    ):
+        (planned,) = plan(spec(deploy), size=size).models
+        assert any("without the weights" in warning for warning in planned.warnings) == warned
