@@ -242,10 +242,16 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     period, failures = sizing.startup(slowest, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
-    if memory is None and not (rate and rate.memory_bytes):
+    without = {
+        "memory limit": memory is None and not (rate and rate.memory_bytes),
+        "startup probe": generate and not weights and not (settings.load_s or (rate and rate.load_s)),
+        "volume of the download": not weights and spec.model.weights == "download",
+    }
+    if any(without.values()):
         warnings += (
-            f"{name}: its memory limit is without the weights, whose size is unknown, so its pods can be killed: set a "
-            "receipt, or run `inferctl deploy` where the model can be read",
+            f"{name}: the size of the weights is unknown, so they do not count in its "
+            f"{' and '.join(what for what, affected in without.items() if affected)}, and pods can be killed: run "
+            "`inferctl deploy` where the model can be read, or set a receipt",
         )
     return FlavorPlan(
         name=name,

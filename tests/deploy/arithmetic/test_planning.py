@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -403,13 +404,15 @@ def test_a_new_node_pulls_and_unpacks_the_image_of_the_spec() -> None:
     assert figures["load time"].value == 70, "a load time of the spec or of a receipt is not estimated"
 
 
-def test_unknown_weights_are_a_warning_until_a_receipt_has_the_memory(tmp_path: Path) -> None:
+def test_unknown_weights_are_a_warning_about_what_lacks_them(tmp_path: Path) -> None:
     measured = write_receipt(tmp_path / "l4.json", "l4", 100.0, resources={"server_peak_bytes": 2**30})
-    unknown = UnknownSize("no network", "")
-    for deploy, size, warned in (
-        (one(), unknown, True),
-        (one(), SMALL, False),
-        (one(tokens_per_second=None, receipt=str(measured)), unknown, False),
+    unknown, receipt_of = UnknownSize("no network", ""), one(tokens_per_second=None, receipt=str(measured))
+    for deploy, weights, size, lacking in (
+        (one(), "bake", unknown, ["memory limit"]),
+        (one(), "bake", SMALL, None),
+        (receipt_of, "bake", unknown, None),
+        (receipt_of, "download", unknown, ["volume of the download"]),
     ):
-        (planned,) = plan(spec(deploy), size=size).models
-        assert any("without the weights" in warning for warning in planned.warnings) == warned
+        (planned,) = plan(spec(deploy, model={"source": "org/x", "weights": weights}), size=size).models
+        found = [warning for warning in planned.warnings if "size of the weights is unknown" in warning]
+        assert [part for each in found for part in re.findall(r"in its (.*), and pods", each)] == (lacking or [])
