@@ -123,10 +123,10 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
     for model in plan.models:
         check(model, plan.clusters)
     omitted = {each for model in plan.models for each in model.spec.deploy.omit}
-    base = _base(plan).without(omitted)
+    base = _base(plan, omitted).without(omitted)
     components = {name: each.without(omitted) for name, each in _components(plan, omitted).items()}
     overlays = {each.name: _overlay(plan, each, base, components).without(omitted) for each in plan.clusters}
-    jobs = {name: each.without(omitted) for name, each in _benches(plan).items()}
+    jobs = {name: each.without(omitted) for name, each in _benches(plan, omitted).items()}
     for overlay in overlays.values():
         _check_names([base, *components.values(), overlay])
     for folder in (base, *components.values(), *overlays.values(), *jobs.values()):
@@ -196,16 +196,19 @@ def _check_lengths(folder: Folder) -> None:
             )
 
 
-def _base(plan: DeploymentPlan) -> Folder:
+def _base(plan: DeploymentPlan, omitted: Container[str]) -> Folder:
     namespace = plan.namespace
-    found = Folder({"namespace.yaml": _namespace(namespace)})
+    found = Folder({"namespace.yaml": _namespace(namespace, omitted)})
     for model in plan.models:
         found.resources[_file_of(model)] = _model(model, namespace)
     return found
 
 
-def _namespace(name: str) -> list[Object]:
-    return [policy.namespace(name), policy.deny_all(name), policy.allow_dns(name)]
+def _namespace(name: str, omitted: Container[str]) -> list[Object]:
+    denied = policy.deny_all(name)
+    own = (SERVER, gateway.GATEWAY, metering.CONSUMER, BENCH)
+    components = own if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
+    return [policy.namespace(name), denied, policy.allow_dns(name, components)]
 
 
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
@@ -312,7 +315,7 @@ def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
     return monitors
 
 
-def _benches(plan: DeploymentPlan) -> dict[str, Folder]:
+def _benches(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Folder]:
     """Return the Jobs by cluster. A receipt is of a kind of hardware, so one Job measures a flavor for all clusters."""
     found: dict[str, Folder] = {}
     for model in (each for each in plan.models if each.spec.deploy.bench):
@@ -322,7 +325,7 @@ def _benches(plan: DeploymentPlan) -> dict[str, Folder]:
             if cluster := next(able, None):
                 by_cluster.setdefault(cluster.name, []).append(flavor.only_at(cluster))
         for name, flavors in by_cluster.items():
-            folder = found.setdefault(name, Folder({"namespace.yaml": _namespace(plan.namespace)}))
+            folder = found.setdefault(name, Folder({"namespace.yaml": _namespace(plan.namespace, omitted)}))
             folder.resources[_file_of(model)] = bench.objects(model, flavors, plan.namespace)
     return found
 

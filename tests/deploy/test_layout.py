@@ -12,6 +12,7 @@ import pytest
 from inferctl.config.deploy_spec import Omitted
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
+from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import quantity
 from inferctl.manifests.kubernetes.resources import of_pod
 from tests.deploy import plans
@@ -67,15 +68,33 @@ def test_each_overlay_is_complete_and_has_each_object_once(overlay: str, build: 
 @pytest.mark.parametrize("omitted", get_args(Omitted))
 def test_what_others_make_is_left_out_and_the_rest_stays(omitted: str, build: Build) -> None:
     """One spec says it for all: the namespace is theirs together."""
-    everything = plans.plan(plans.embed(), plans.generate(), kubernetes="1.34")
-    without = plans.plan(plans.embed(omit=[omitted]), plans.generate(), kubernetes="1.34")
-    gone, folders = set(), [*OVERLAYS, "bench/aws-us-east-1"]
-    for folder in folders:
-        before, after = build(layout.files(everything), folder), build(layout.files(without), folder)
-        assert all(each in before for each in after)
-        gone |= {f"{each['kind']}/{each['metadata']['name']}" for each in before if each not in after}
-        assert not {each["kind"] for each in after} & {omitted}
+    everything = layout.files(plans.plan(plans.embed(), plans.generate(), kubernetes="1.34"))
+    without = layout.files(plans.plan(plans.embed(omit=[omitted]), plans.generate(), kubernetes="1.34"))
+    gone, changed = set(), set()
+    for folder in (*OVERLAYS, "bench/aws-us-east-1"):
+        before, after = (
+            {f"{each['kind']}/{each['metadata']['name']}": each for each in build(files, folder)}
+            for files in (everything, without)
+        )
+        assert after.keys() <= before.keys()
+        gone |= before.keys() - after.keys()
+        changed |= {name for name in after if after[name] != before[name]}
+        # Only the default policy is about pods of others in the namespace.
+        assert not changed or (changed == {"NetworkPolicy/allow-dns"} and omitted == "NetworkPolicy/default-deny")
+        policies = [each for name, each in after.items() if name.startswith("NetworkPolicy/")]
+        assert any(each["spec"]["podSelector"] == {} for each in policies) == (not omitted.startswith("NetworkPolicy"))
     assert gone and all(f"{name}/".startswith(f"{omitted}/") for name in gone)
+
+
+def test_without_the_default_policy_all_own_pods_resolve_names(build: Build) -> None:
+    files = layout.files(plans.plan(plans.embed(omit=["NetworkPolicy/default-deny"]), kubernetes="1.34"))
+    for folder in (*OVERLAYS, "bench/aws-us-east-1"):
+        built = build(files, folder)
+        selector = named(built, "NetworkPolicy", "allow-dns")["spec"]["podSelector"]
+        for each in built:
+            if each["kind"] in ("Deployment", "Job") and not each["metadata"]["name"].endswith("-overflow"):
+                labels = each["spec"]["template"]["metadata"]["labels"]
+                assert selectors.matches(selector, labels), each["metadata"]["name"]
 
 
 def test_equal_plans_give_equal_files() -> None:

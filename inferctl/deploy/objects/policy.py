@@ -16,7 +16,7 @@ from inferctl.deploy.objects.metadata import (
     labels_of,
     metadata,
 )
-from inferctl.manifests.label_keys import CLIENT
+from inferctl.manifests.label_keys import CLIENT, COMPONENT
 
 OVERFLOW_PRIORITY = "inferctl-overflow"
 # Cluster Autoscaler ignores pods below -10 by default (--expendable-pods-priority-cutoff).
@@ -85,10 +85,17 @@ def deny_all(namespace: str) -> Object:
     return _policy("default-deny", namespace, {}, [], [])
 
 
-def allow_dns(namespace: str) -> Object:
-    """Return the policy that lets all pods of the namespace resolve names."""
+def allow_dns(namespace: str, components: Sequence[str] = ()) -> Object:
+    """Return the policy that lets pods resolve names: all of the namespace, or those of some components.
+
+    It forbids other connections of the pods that it selects, so without `deny_all` it must select no pods of others.
+    """
     rule = {"ports": [{"protocol": protocol, "port": Noted(53, _DNS_NOTE)} for protocol in ("UDP", "TCP")]}
-    return _policy("allow-dns", namespace, {}, None, [rule])
+    found = _policy("allow-dns", namespace, {}, None, [rule])
+    if components:
+        chosen = {"key": COMPONENT, "operator": "In", "values": list(components)}
+        found["spec"]["podSelector"] = {"matchExpressions": [chosen]}
+    return found
 
 
 def client_policy(model: str, namespace: str, component: str, port: int) -> Object:
