@@ -17,7 +17,6 @@ from inferctl.cli.bench_setup import create_folder
 from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
-from inferctl.core.sizes import parse_size
 from inferctl.facts import catalog
 from inferctl.image import cold_start, container_start, model_image, serve_image
 from inferctl.image.cold_start import StartPart
@@ -65,7 +64,7 @@ def measure(
         console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")
     size_bytes = sum(layer.size for layer in engine.history(image.id))
     weights = _weights(image, spec, mounted, source is not None)
-    estimate = _estimate(found, size_bytes, parse_size(spec.deploy.pull_rate), weights)
+    estimate = _estimate(found, size_bytes, weights)
     folder_of_result = create_folder(output, "start")
 
     def respond(url: str) -> None:
@@ -103,9 +102,9 @@ def measure(
     console.note(f"starts: {file}")
 
 
-def _estimate(found: RegistryImage | None, size_bytes: int, rate: int, weights: int | None) -> list[StartPart]:
+def _estimate(found: RegistryImage | None, size_bytes: int, weights: int | None) -> list[StartPart]:
     """Return the estimated parts of a start, for the image as it is in its registry. Unknown sizes are left out."""
-    parts = list(cold_start.of_image(found.compressed, size_bytes, rate, found.method)) if found else []
+    parts = list(cold_start.of_image(found.compressed, size_bytes, found.method)) if found else []
     return parts if weights is None else [*parts, cold_start.load(weights)]
 
 

@@ -27,7 +27,7 @@ def report(plan: DeploymentPlan) -> None:
     if cost.least is not None:
         text = (
             f"{cost.least:,.2f} USD/month at the minimum, {cost.peak:,.2f} if the peak lasts, at most {cost.most:,.2f} "
-            "with all flavors at their maximum"
+            "with all flavors at their maximum, each with the overflow"
         )
     without = f"; no list price: {', '.join(cost.unknown)}" if cost.unknown else ""
     pieces.append(Text(f"Cost at list price, {sizing.HOURS_PER_MONTH} h: {text}{without}"))

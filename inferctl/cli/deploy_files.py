@@ -34,10 +34,10 @@ def write(plan: DeploymentPlan, folder: Path) -> list[str]:
 
 
 def _written_before(file: Path) -> bool:
-    """Return whether `inferctl deploy` wrote `file`. JSON has no comments, but alerts and dashboards have names."""
+    """Return whether `inferctl deploy` wrote `file`. JSON has no comments, but dashboards have names."""
     starts = {
         ".yaml": [manifest.HEADER],
-        ".json": ['{\n "groups": [\n  {\n   "name": "inferctl.', '{\n "uid": "inferctl-'],
+        ".json": ['{"uid": "inferctl-', '{\n "groups": [\n  {\n   "name": "inferctl.', '{\n "uid": "inferctl-'],
     }
     with file.open("rb") as content:
         return content.read(200).startswith(tuple(start.encode() for start in starts.get(file.suffix, [])))

@@ -145,7 +145,10 @@ def _nodes(file: Path) -> list[Located]:
                 "kind": "Node",
                 "metadata": {"name": node.name, "labels": dict(node.labels)},
                 "spec": {"taints": [taint._asdict() for taint in node.taints]},
-                "status": {"allocatable": dict(node.allocatable)},
+                "status": {
+                    "allocatable": dict(node.allocatable),
+                    "nodeInfo": {"containerRuntimeVersion": node.runtime},
+                },
             },
             str(file),
         )
@@ -162,7 +165,6 @@ def _models(plan: DeploymentPlan | None) -> tuple[ModelFacts, ...]:
             load_s=flavor.load_s.value,
             drain_s=flavor.drain_s.value,
             memory_bytes=flavor.fit.memory.total if flavor.fit.memory else None,
-            weights_bytes=model.weights_bytes or None,
         )
         for model in (plan.models if plan else ())
         for flavor in model.flavors

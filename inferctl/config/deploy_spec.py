@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section, Size
+from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section
 from inferctl.core.addresses import StoreAddress
 
 # A name of an object in Kubernetes, and of a label or a Service (DNS label).
@@ -46,6 +46,16 @@ def _public(text: str) -> str:
 Url = Annotated[str, Field(max_length=2000), AfterValidator(_public)]
 Image = Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")]
 Sharing = Literal["whole", "mig", "time-slicing", "mps", "dra"]
+Omitted = Literal[
+    "Namespace",
+    "NetworkPolicy",
+    "NetworkPolicy/default-deny",
+    "NodePool",
+    "PriorityClass",
+    "PrometheusRule",
+    "ResourceQuota",
+    "ServiceMonitor",
+]
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -85,12 +95,6 @@ class Flavor(Section):
     )
     max_replicas: Replicas | None = Field(
         None, description="Maximum number of replicas in each cluster. Default: from the peak traffic."
-    )
-    load_s: Seconds | None = Field(
-        None, description="Seconds from the start of the container until it is ready. Default: the receipt's."
-    )
-    cold_start_s: Seconds | None = Field(
-        None, description="Seconds until a replica on a new node is ready. Default: `deploy.cold_start_s`."
     )
 
     @model_validator(mode="after")
@@ -154,27 +158,6 @@ class WeightsVolume(Section):
         return self
 
 
-class Nats(Section):
-    """NATS in the namespace of the deployment: three servers with JetStream, each with a volume."""
-
-    storage: Size | None = Field(
-        None,
-        description="Write three NATS servers too, in place of `deploy.broker`. Size of the volume of each, such as "
-        "`10GiB`; JetStream uses up to 90% of it. Default: no NATS.",
-    )
-    storage_class: ObjectName | None = Field(
-        None, description="Class of the volumes, each for one node. Default: that of the cluster."
-    )
-    image: Image = Field("nats:2.15.1-alpine", description="Image of NATS.")
-
-    @model_validator(mode="after")
-    def _with_storage(self) -> Self:
-        # Not `model_fields_set`: a server gives its relay all settings, with their defaults.
-        if self.storage is None and (self.storage_class or self.image != type(self).model_fields["image"].default):
-            raise ValueError("deploy.nats has no storage: set it, as in `nats: {storage: 10GiB}`")
-        return self
-
-
 class Deploy(Section):
     """Kubernetes: traffic, flavors of hardware and options of `inferctl deploy`."""
 
@@ -182,6 +165,13 @@ class Deploy(Section):
         None, description="File with the clusters (docs/deploy.md). Default: one cluster `default`, on-premises."
     )
     namespace: DnsLabel = Field("inference", description="Namespace of all objects.")
+    omit: list[Omitted] = Field(
+        default_factory=list,
+        max_length=8,
+        description="Objects to leave out, because others make them: `Namespace`, `NetworkPolicy` (all), "
+        "`NetworkPolicy/default-deny`, `NodePool`, `PriorityClass`, `PrometheusRule`, `ResourceQuota` or "
+        "`ServiceMonitor`. What one spec omits is omitted for all.",
+    )
     flavors: list[Flavor] = Field(
         default_factory=list,
         max_length=10,
@@ -195,17 +185,10 @@ class Deploy(Section):
         description="Seconds from the start of the container until it is ready. Default: the receipt's, else "
         "estimated, or 120 without an estimate; and the estimated download of `weights: download`.",
     )
-    node_s: Seconds = Field(
-        120.0, description="Seconds until a new node accepts pods, for estimates of a cold start. Assumed by default."
-    )
     cold_start_s: Seconds | None = Field(
         None,
-        description="Seconds until a replica on a new node is ready. Default: `node_s`, pull and unpack of the image, "
-        "and load time; at least 240 if the size of the image is unknown.",
-    )
-    pull_rate: Size = Field(
-        "100MB",
-        description="Bytes per second at which a node pulls images, for estimates of a cold start.",
+        description="Seconds until a replica on a new node is ready. Default: 120 for the node, pull and "
+        "unpack of the image, and load time; at least 240 if the size of the image is unknown.",
     )
     utilization: float = Field(
         0.7, ge=0.01, le=1, description="Share of the measured rate of a replica that is planned for."
@@ -237,10 +220,9 @@ class Deploy(Section):
     )
     broker_secret: ObjectName | None = Field(
         None,
-        description="Secret with the URL of the NATS server and its credentials, under `url`. With `nats`: with "
-        "passwords, under `password` and `cluster-password`. Default: NATS asks for none.",
+        description="Secret with the URL of the NATS server and its credentials, under `url`. Default: NATS asks for "
+        "none.",
     )
-    nats: Nats = Field(default_factory=Nats)  # type: ignore[arg-type]
     ledger_secret: ObjectName | None = Field(
         None, description="Secret with the URL of the ledger, under `url`, for the relay of usage events."
     )
@@ -252,17 +234,6 @@ class Deploy(Section):
     gateway_tls_secret: ObjectName | None = Field(
         None,
         description="Secret of the type `kubernetes.io/tls` with the certificate of the gateway. Default: no TLS.",
-    )
-    gateway_max_replicas: int = Field(
-        4,
-        ge=2,
-        le=1000,
-        description="Most pods of the gateway in each cluster. It has at least 2, and an autoscaler adds some by their "
-        "CPU. 2: no autoscaler.",
-    )
-    router: Literal["none", "epp", "envoy-gateway"] = Field(
-        "none",
-        description="Router: `none` (Service), `epp` (InferencePool) or `envoy-gateway` (HTTPRoute).",
     )
     bench: bool = Field(False, description="Write a Job per flavor that runs `inferctl bench` in the cluster.")
 
@@ -284,7 +255,7 @@ class Deploy(Section):
             )
         return name
 
-    @field_validator("traffic", "weights", "nats", mode="before")
+    @field_validator("traffic", "weights", mode="before")
     @classmethod
     def _empty_section(cls, value: object) -> object:
         """Replace null, which YAML reads for `traffic:` without content, with an empty section."""
@@ -295,12 +266,6 @@ class Deploy(Section):
         keys = [(each.name or each.hardware) for each in self.flavors]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
             raise ValueError(f"deploy.flavors has {twice} twice: give each flavor its own name")
-        if self.gateway != "none" and self.router != "none":
-            raise ValueError("deploy.gateway and deploy.router are two ways to route: set one of them to none")
         if self.gateway == "none" and self.gateway_tls_secret:
             raise ValueError("deploy.gateway_tls_secret is set, but there is no gateway: set deploy.gateway: envoy")
-        if self.nats.storage and self.broker:
-            raise ValueError("deploy.nats and deploy.broker are two brokers: remove one of them")
-        if self.nats.storage and not self.broker_secret:
-            raise ValueError("deploy.nats has no passwords: create a Secret and set deploy.broker_secret to its name")
         return self

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 
-# Name of the Service of the NATS that `objects/nats.py` writes, and its port.
-NATS_SERVICE, NATS_PORT = "nats", 4222
 SCHEME_PORTS = {
     "http": 80,
     "https": 443,
@@ -83,18 +81,11 @@ def public_endpoint(url: str, default_namespace: str) -> Endpoint:
 
 def events_broker(spec: Spec) -> str | None:
     """Return the URL of the broker of usage events, without credentials; None if there is none."""
-    return broker_address(spec) if spec.metering.mode != "off" else None
+    return spec.deploy.broker if spec.metering.mode != "off" else None
 
 
 def limits_broker(spec: Spec) -> str | None:
     """Return the URL of the broker of limits and revoked keys, without credentials; None if there is none."""
     if not (spec.access.required and spec.access.broker):
         return None
-    return broker_address(spec) or spec.access.broker.public
-
-
-def broker_address(spec: Spec) -> str | None:
-    """Return the URL of the NATS that is written, else of the given one, without credentials; None without both."""
-    return (
-        f"nats://{NATS_SERVICE}.{spec.deploy.namespace}:{NATS_PORT}" if spec.deploy.nats.storage else spec.deploy.broker
-    )
+    return spec.deploy.broker or spec.access.broker.public

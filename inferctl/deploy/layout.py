@@ -1,20 +1,19 @@
 """The files of a deployment, for kustomize: `base/`, one component for each capability, one overlay for each cluster.
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
-    components/NAME/       a capability that an overlay includes: monitoring, gateway, metering, ...
+    components/NAME/       a capability that an overlay includes: monitoring, gateway, metering
     first/CLUSTER.yaml     Deployments that start from zero, for `kubectl create` before the first apply
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
-    bench/CLUSTER/         the bench Jobs of one cluster, which run before the rest is deployed
+    bench/CLUSTER/         bench Jobs, which run before the rest is deployed: each flavor once, in its first cluster
     gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
-    monitoring/            alerts and dashboards as plain files, for a Prometheus and a Grafana without operators
 
 `kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from inferctl.core.errors import UsageError
 from inferctl.deploy import cluster_limits, endpoints, manifest
@@ -26,16 +25,14 @@ from inferctl.deploy.objects import (
     broker,
     gateway,
     metering,
-    nats,
     other_products,
     policy,
-    router,
     scaling,
     service,
     sharing,
     workload,
 )
-from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of
+from inferctl.deploy.objects.metadata import BENCH, PART_OF, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
 from inferctl.manifests import versions
@@ -44,10 +41,10 @@ from inferctl.models import image_source
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
-# All files are in these.
+# All files are in these; those of earlier versions also in `monitoring`.
 FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring")
 # Files of a folder that are not of one model, so no model may have the name of one.
-_OTHER_FILES = ("kustomization", "namespace", "priorities", "network")
+_OTHER_FILES = ("kustomization", "namespace", "network")
 
 # `inferctl bench` accepts no longer name of a server. It is in the name of the receipt.
 LONGEST_BENCH = 40
@@ -63,17 +60,36 @@ _LONGEST: Mapping[tuple[str, str | None], tuple[int, str]] = {
 
 @dataclass
 class Folder:
-    """One kustomization: files with objects, files with patches of objects of others, and objects to delete."""
+    """One kustomization: files with objects, files with patches of objects of others, and objects to delete.
+
+    `config_maps`: those that kustomize makes of files, which have the names of their keys. `other`: files for which
+    there is no object.
+    """
 
     resources: dict[str, list[Object]] = field(default_factory=dict)
     patches: dict[str, list[Object]] = field(default_factory=dict)
+    config_maps: dict[str, Object] = field(default_factory=dict)
+    other: dict[str, str] = field(default_factory=dict)
     deleted: list[Object] = field(default_factory=list)
     bases: list[str] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
 
     def objects_of(self, model: ModelPlan) -> list[Object]:
         """Return the objects that are only for one model."""
-        return self.resources.get(_file_of(model), [])
+        name = _file_of(model)
+        return [*self.resources.get(name, []), *(each for key, each in self.config_maps.items() if key == name)]
+
+    def without(self, omitted: Container[str]) -> Folder:
+        """Return the folder without the objects whose kind, or kind and name, are in `omitted`."""
+        kept = {
+            file: [
+                each
+                for each in objects
+                if each["kind"] not in omitted and f"{each['kind']}/{each['metadata']['name']}" not in omitted
+            ]
+            for file, objects in self.resources.items()
+        }
+        return replace(self, resources=kept)
 
     def files(self, path: str, kind: str = "Kustomization") -> dict[str, str]:
         """Return the files by path. Files without objects are left out."""
@@ -83,13 +99,18 @@ class Folder:
         kustomization: Object = {"apiVersion": f"{_KUSTOMIZE}/{version}", "kind": kind}
         if listed := [*self.bases, *resources]:
             kustomization["resources"] = listed
+        if kind == "Kustomization":
+            kustomization["labels"] = [{"pairs": PART_OF}]
         if self.components:
             kustomization["components"] = self.components
+        if self.config_maps:
+            kustomization["configMapGenerator"] = [_generator(each) for each in self.config_maps.values()]
         # Not several in one file: the kustomize of kubectl 1.32 and 1.33 panics then.
         inline = [{"patch": manifest.document(_deletion(each))} for each in self.deleted]
         if inline or patches:
             kustomization["patches"] = [*inline, *({"path": name} for name in patches)]
         found = {name: manifest.dump(objects) for name, objects in {**resources, **patches}.items()}
+        found |= self.other | {name: text for each in self.config_maps.values() for name, text in each["data"].items()}
         return {f"{path}/{name}": text for name, text in {_FILE: manifest.dump([kustomization]), **found}.items()}
 
 
@@ -101,10 +122,11 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
     """Return all files of the deployment: relative path -> text. Raises `UsageError` if a cluster cannot run it."""
     for model in plan.models:
         check(model, plan.clusters)
-    base, components = _base(plan), _components(plan)
-    overlays = {cluster.name: _overlay(plan, cluster, base, components) for cluster in plan.clusters}
-    benches = [model for model in plan.models if model.spec.deploy.bench]
-    jobs = {cluster.name: _bench(plan, benches, cluster) for cluster in plan.clusters if benches}
+    omitted = {each for model in plan.models for each in model.spec.deploy.omit}
+    base = _base(plan, omitted).without(omitted)
+    components = {name: each.without(omitted) for name, each in _components(plan, omitted).items()}
+    overlays = {each.name: _overlay(plan, each, base, components).without(omitted) for each in plan.clusters}
+    jobs = {name: each.without(omitted) for name, each in _benches(plan, omitted).items()}
     for overlay in overlays.values():
         _check_names([base, *components.values(), overlay])
     for folder in (base, *components.values(), *overlays.values(), *jobs.values()):
@@ -114,12 +136,12 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
         found |= component.files(f"components/{name}", "Component")
     for cluster in plan.clusters:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
-        if benches:
+        if cluster.name in jobs:
             found |= jobs[cluster.name].files(f"bench/{cluster.name}")
         found |= _gpu_operator(plan, cluster)
         if first := _first(plan, cluster):
             found[f"first/{cluster.name}.yaml"] = manifest.dump(first)
-    return dict(sorted((found | observe.plain_files(plan)).items()))
+    return dict(sorted(found.items()))
 
 
 def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
@@ -174,16 +196,19 @@ def _check_lengths(folder: Folder) -> None:
             )
 
 
-def _base(plan: DeploymentPlan) -> Folder:
+def _base(plan: DeploymentPlan, omitted: Container[str]) -> Folder:
     namespace = plan.namespace
-    found = Folder({"namespace.yaml": _namespace(namespace), "priorities.yaml": policy.priority_classes()})
+    found = Folder({"namespace.yaml": _namespace(namespace, omitted)})
     for model in plan.models:
         found.resources[_file_of(model)] = _model(model, namespace)
     return found
 
 
-def _namespace(name: str) -> list[Object]:
-    return [policy.namespace(name), policy.deny_all(name), policy.allow_dns(name)]
+def _namespace(name: str, omitted: Container[str]) -> list[Object]:
+    denied = policy.deny_all(name)
+    own = (SERVER, gateway.GATEWAY, metering.CONSUMER, BENCH)
+    components = own if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
+    return [policy.namespace(name), denied, policy.allow_dns(name, components)]
 
 
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
@@ -209,31 +234,19 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     ]
 
 
-def _components(plan: DeploymentPlan) -> dict[str, Folder]:
+def _components(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Folder]:
     """Return the components that the plan uses, by name."""
     namespace = plan.namespace
     found: dict[str, Folder] = {}
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
     if gateways:
         found["gateway"] = Folder({_file_of(model): gateway.objects(model, namespace) for model in gateways})
-    routed = [model for model in plan.models if model.spec.deploy.router != "none"]
-    if routed:
-        found["router"] = Folder({_file_of(model): _routed(model, namespace) for model in routed})
     if consumers := metering.consumers(plan.models, namespace):
         accounts = [policy.service_account(metering.CONSUMER, namespace)]
         found["metering"] = Folder({"usage-relay.yaml": [*accounts, *consumers]})
-    if brokers := nats.objects(plan.models, namespace):
-        found["broker"] = Folder({"nats.yaml": brokers})
     if sources := _prometheus_namespaces(plan):
-        found["monitoring"] = _monitoring(plan, sources)
+        found["monitoring"] = _monitoring(plan, sources, omitted)
     return found
-
-
-def _routed(model: ModelPlan, namespace: str) -> list[Object]:
-    if model.spec.deploy.router == "epp":
-        return [*router.objects(model, namespace), other_products.http_route(model, namespace, pool=True)]
-    route = other_products.http_route(model, namespace, pool=False)
-    return [route, other_products.backend_traffic_policy(model, namespace)]
 
 
 def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
@@ -275,7 +288,8 @@ def _gpu_operator(plan: DeploymentPlan, cluster: Cluster) -> dict[str, str]:
     return {**found, f"{folder}/values.yaml": manifest.dump([values])}
 
 
-def _monitoring(plan: DeploymentPlan, sources: Sequence[str]) -> Folder:
+def _monitoring(plan: DeploymentPlan, sources: Sequence[str], omitted: Container[str]) -> Folder:
+    """Return monitors, alerts and dashboards. Without PrometheusRules, the alerts are plain files for Prometheus."""
     namespace = plan.namespace
     policies = [policy.scrape_policy("allow-prometheus", namespace, {COMPONENT: SERVER}, "http", sources)]
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
@@ -284,8 +298,14 @@ def _monitoring(plan: DeploymentPlan, sources: Sequence[str]) -> Folder:
         policies.append(
             policy.scrape_policy("allow-prometheus-gateway", namespace, selector, service.METRICS_PORT, sources)
         )
-    watched = {_file_of(model): [*_monitors(model, namespace), *observe.objects(plan, model)] for model in plan.models}
-    return Folder({"network.yaml": policies, **watched})
+    found = Folder({"network.yaml": policies})
+    for model in plan.models:
+        rules = observe.rules(plan, model)
+        found.resources[_file_of(model)] = [*_monitors(model, namespace), rules]
+        found.config_maps[_file_of(model)] = observe.config_map(plan, model)
+        if rules["kind"] in omitted:
+            found.other[f"{model.name}-alerts.yaml"] = manifest.dump([rules["spec"]])
+    return found
 
 
 def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
@@ -295,10 +315,19 @@ def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
     return monitors
 
 
-def _bench(plan: DeploymentPlan, models: Sequence[ModelPlan], cluster: Cluster) -> Folder:
-    namespace = plan.namespace
-    jobs = {_file_of(model): bench.objects(model, cluster, namespace) for model in models}
-    return Folder({"namespace.yaml": _namespace(namespace), **jobs})
+def _benches(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Folder]:
+    """Return the Jobs by cluster. A receipt is of a kind of hardware, so one Job measures a flavor for all clusters."""
+    found: dict[str, Folder] = {}
+    for model in (each for each in plan.models if each.spec.deploy.bench):
+        by_cluster: dict[str, list[FlavorPlan]] = {}
+        for flavor in model.flavors:
+            able = (each for each in plan.clusters if flavor.at(each).max_replicas.value)
+            if cluster := next(able, None):
+                by_cluster.setdefault(cluster.name, []).append(flavor.only_at(cluster))
+        for name, flavors in by_cluster.items():
+            folder = found.setdefault(name, Folder({"namespace.yaml": _namespace(plan.namespace, omitted)}))
+            folder.resources[_file_of(model)] = bench.objects(model, flavors, plan.namespace)
+    return found
 
 
 def _prometheus_namespaces(plan: DeploymentPlan) -> list[str]:
@@ -312,6 +341,13 @@ def _prometheus_namespaces(plan: DeploymentPlan) -> list[str]:
     if not found and any(model.spec.deploy.scaling != "none" for model in plan.models):
         found = {default}
     return sorted(name for name in found if name)
+
+
+def _generator(config_map: Object) -> Object:
+    """Return what makes a ConfigMap of files. Its name has no hash: nothing has to start again when it changes."""
+    names = {key: config_map["metadata"][key] for key in ("name", "namespace")}
+    options = {"disableNameSuffixHash": True, "labels": config_map["metadata"]["labels"]}
+    return {**names, "files": list(config_map["data"]), "options": options}
 
 
 def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: Mapping[str, Folder]) -> Folder:
@@ -328,12 +364,10 @@ def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: M
             deleted.append(deployment)
         elif found := workload.in_cluster(model, flavor, placed, namespace):
             patches.append(found)
-    same = versions.works("prefer-same-zone", cluster.kubernetes)
-    gateways = [model.name for model in present if model.spec.deploy.gateway == "envoy"]
-    names = [*(model.name for model in present), *(f"{name}-{gateway.GATEWAY}" for name in gateways)]
-    zones = [service.zones(name, namespace, "PreferSameZone" if same else "PreferClose") for name in names]
     scalers = [each for model in present for each in scaling.scaling(model, cluster, namespace)]
     spare = [each for model, flavor in flavors for each in _overflow(model, flavor, cluster, namespace)]
+    if any(each["kind"] == "Deployment" for each in spare):
+        spare.insert(0, policy.overflow_priority())
     pools = other_products.node_pools(plan, cluster)
     return Folder(
         resources={
@@ -342,7 +376,7 @@ def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: M
             "overflow.yaml": spare,
             "nodepools.yaml": pools,
         },
-        patches={"flavors.yaml": patches, "zones.yaml": zones},
+        patches={"flavors.yaml": patches},
         deleted=deleted,
         bases=["../../base"],
         components=[f"../../components/{name}" for name in components],

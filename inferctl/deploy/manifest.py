@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,6 +15,8 @@ HEADER = "# Written by `inferctl deploy`. Change inferctl.yaml or clusters.yaml 
 _AMBIGUOUS = re.compile(
     r"(?i:y|n|yes|no|on|off|true|false|null|~|)|[-+]?\.?\d.*|(?i:[-+]?\.(?:inf|nan))|.*\s", re.DOTALL
 )
+# Of a collection that is written on one line.
+_LONGEST_LINE = 90
 # Line breaks of YAML besides `\n`.
 _OTHER_BREAKS = re.compile(r"[\r\x85\u2028\u2029]")
 # libyaml is many times faster, but some builds of PyYAML do not contain it.
@@ -74,6 +76,24 @@ def _notes(value: Any, node: Any) -> Iterator[tuple[int, str]]:
 class _Dumper(_SafeDumper):  # type: ignore[misc]
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> Any:
+        return _short(super().represent_mapping(tag, mapping, flow_style), mapping.values())
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
+        return _short(super().represent_sequence(tag, sequence, flow_style), sequence)
+
+
+def _short(node: Any, values: Iterable[Any]) -> Any:
+    """Return a node of a collection, on one line if it is short, has no other collection, and no comment."""
+    scalars = [each for entry in node.value for each in (entry if isinstance(entry, tuple) else (entry,))]
+    plain = all(isinstance(each, yaml.ScalarNode) and each.style != "|" for each in scalars)
+    node.flow_style = (
+        plain
+        and not any(isinstance(value, Noted) for value in values)
+        and sum(len(each.value) + 2 for each in scalars) <= _LONGEST_LINE
+    )
+    return node
 
 
 def _represent_text(dumper: Any, value: str) -> Any:

@@ -114,12 +114,11 @@ def with_costs(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> FlavorPlan:
     placements = []
     for cluster in clusters:
         placed = flavor.at(cluster)
-        extra = int(placed.overflow.value) if placed.overflow else 0
         priced = replace(
             placed,
-            cost_min=_cost("cost at the minimum", int(placed.min_replicas.value) + extra, flavor, cluster),
-            cost_peak=_cost("cost at the peak", running_at_peak(placed) + extra, flavor, cluster),
-            cost_max=_cost("cost at the maximum", int(placed.max_replicas.value) + extra, flavor, cluster),
+            cost_min=_cost("cost at the minimum", int(placed.min_replicas.value), flavor, cluster),
+            cost_peak=_cost("cost at the peak", running_at_peak(placed), flavor, cluster),
+            cost_max=_cost("cost at the maximum", int(placed.max_replicas.value), flavor, cluster),
         )
         placements.append(priced)
     return replace(flavor, placements=tuple(placements))
@@ -133,7 +132,16 @@ def running_at_peak(placed: Placement) -> int:
 
 def _cost(name: str, count: int, flavor: FlavorPlan, cluster: Cluster) -> Figure | None:
     gpus = flavor.resource.count if flavor.resource else 1
-    return sizing.cost(name, count, flavor.hardware, cluster.cloud, gpus=gpus, shared_by=flavor.shared_by)
+    spare = flavor.at(cluster).overflow
+    return sizing.cost(
+        name,
+        count,
+        flavor.hardware,
+        cluster.cloud,
+        gpus=gpus,
+        shared_by=flavor.shared_by,
+        overflow=int(spare.value) if spare else 0,
+    )
 
 
 def _uncovered_peak(

@@ -236,17 +236,23 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     generate = source.task == "generate"
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
     image_start, download_s, estimate = _image_start(spec, weights or None)  # 0: unknown
-    load_time = sizing.load_s(flavor.load_s, settings.load_s, rate, download_s, estimate)
-    assumed = replace(
-        sizing.load_s(flavor.load_s, settings.load_s, rate, download_s),
-        source="assumed in place of a shorter estimate",
-    )
+    load_time = sizing.load_s(settings.load_s, rate, download_s, estimate)
+    assumed = replace(sizing.load_s(settings.load_s, rate, download_s), source="assumed in place of a shorter estimate")
     slowest = max(load_time, assumed, key=lambda figure: figure.value)
-    node_source = "spec deploy.node_s" if "node_s" in settings.model_fields_set else "assumed"
-    node = Figure("node", settings.node_s, "s", "", node_source)
     period, failures = sizing.startup(slowest, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
+    without = {
+        "memory limit": memory is None and not (rate and rate.memory_bytes),
+        "startup probe": generate and not weights and not (settings.load_s or (rate and rate.load_s)),
+        "volume of the download": not weights and spec.model.weights == "download",
+    }
+    if any(without.values()):
+        warnings += (
+            f"{name}: the size of the weights is unknown, so they do not count in its "
+            f"{' and '.join(what for what, affected in without.items() if affected)}, and pods can be killed: run "
+            "`inferctl deploy` where the model can be read, or set a receipt",
+        )
     return FlavorPlan(
         name=name,
         label=label,
@@ -260,7 +266,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
         resource=gpu.resource(hardware, sharing, gpus, shared_by=flavor.shared_by),
         placements=(),
         load_s=load_time,
-        cold_start_s=sizing.cold_start(flavor.cold_start_s, settings.cold_start_s, node, image_start, load_time),
+        cold_start_s=sizing.cold_start(settings.cold_start_s, image_start, load_time),
         image_start=image_start,
         startup_period_s=period,
         startup_failures=failures,

@@ -31,8 +31,8 @@ _BEFORE_ENGINE_S = 60
 _PRE_STOP_S = 5
 _MARGIN_S = 5
 _ASSUMED_LOAD_S = 120
-# Of a node, an image and a load of which nothing is known.
-_ASSUMED_COLD_START_S = 240
+# Of a cloud that adds a node; of a node, an image and a load of which nothing is known.
+_ASSUMED_NODE_S, _ASSUMED_COLD_START_S = 120, 240
 # Of the 4 vCPUs of the smallest machines with a GPU (g6.xlarge, g4dn.xlarge), the node itself needs a part.
 _ASSUMED_POD_CORES = 3
 # With less, the relay needs ten seconds for its imports, and a server waits for its keys.
@@ -216,37 +216,28 @@ def overflow(
     return Figure("overflow", value, "replicas", formula, source) if value > 0 else None
 
 
-def cold_start(
-    flavor: float | None, deploy: float | None, node: Figure, image: Sequence[Figure], load_time: Figure
-) -> Figure:
+def cold_start(setting: float | None, image: Sequence[Figure], load_time: Figure) -> Figure:
     """Return the seconds until a replica on a new node is ready: what is set, else the sum of its parts.
 
-    `image`: pull and unpack; empty if its size is unknown. The sum always has `node`: no size says how long a cloud
-    takes to add a node, and a cold start that is too short leaves the rise of the traffic without nodes.
+    `image`: pull and unpack; empty if its size is unknown. The sum always has the time until a cloud has added a node:
+    a cold start that is too short leaves the rise of the traffic without nodes.
     """
     name = "cold start"
-    if flavor is not None:
-        return Figure(name, flavor, "s", "", "spec deploy.flavors cold_start_s")
-    if deploy is not None:
-        return Figure(name, deploy, "s", "", "spec deploy.cold_start_s")
-    parts = [node, *image, load_time]
-    value = sum(float(part.value) for part in parts)
-    formula = " + ".join(shown(part.value) for part in parts)
+    if setting is not None:
+        return Figure(name, setting, "s", "", "spec deploy.cold_start_s")
+    parts = [_ASSUMED_NODE_S, *(float(part.value) for part in (*image, load_time))]
+    value, formula = sum(parts), " + ".join(map(shown, parts))
     origin = f"load time ({load_time.source})"
     if image:
-        source = f"estimated: node ({node.source}), pull and unpack of the image, {origin}"
+        source = f"estimated: node (assumed), pull and unpack of the image, {origin}"
         return Figure(name, ceil(value), "s", f"ceil({formula})", source)
-    source = f"assumed, because the size of the image is unknown; at least node ({node.source}) and {origin}"
+    source = f"assumed, because the size of the image is unknown; at least node (assumed) and {origin}"
     formula = f"ceil(max({_ASSUMED_COLD_START_S}, {formula}))"
     return Figure(name, ceil(max(_ASSUMED_COLD_START_S, value)), "s", formula, source)
 
 
 def load_s(
-    flavor: float | None,
-    deploy: float | None,
-    rate: Rate | None,
-    download_s: float = 0.0,
-    estimate: tuple[float, str] | None = None,
+    setting: float | None, rate: Rate | None, download_s: float = 0.0, estimate: tuple[float, str] | None = None
 ) -> Figure:
     """Return the seconds from the start of a container until it is ready.
 
@@ -254,10 +245,8 @@ def load_s(
     cache. `estimate`: seconds of a load without a receipt, and their formula.
     """
     name = "load time"
-    if flavor is not None:
-        return Figure(name, flavor, "s", "", "spec deploy.flavors load_s")
-    if deploy is not None:
-        return Figure(name, deploy, "s", "", "spec deploy.load_s")
+    if setting is not None:
+        return Figure(name, setting, "s", "", "spec deploy.load_s")
     seconds, formula, source = float(_ASSUMED_LOAD_S), "", "assumed: neither load_s nor a receipt"
     if rate and rate.load_s:
         seconds, formula, source = round(rate.load_s, 1), "longest start of its runs", rate.origin
@@ -323,9 +312,10 @@ def memory_bytes(rate: Rate | None, weights: int | None, model: int | None, *, c
         return Figure("host memory", value, "bytes", formula, f"peak of {rate.origin}{also}")
     known = model if model is not None else weights
     value = ceil((gpus * ((known or 0) + _ASSUMED_HOST_BYTES) + cache) / _MIB) * _MIB
-    formula = f"{size(known, 1)} + {size(_ASSUMED_HOST_BYTES, 1)}" if known else size(_ASSUMED_HOST_BYTES, 1)
+    formula = f"{size(known, 1) if known else 'unknown weights'} + {size(_ASSUMED_HOST_BYTES, 1)}"
     formula = f"{gpus} x ({formula})" if gpus > 1 else formula
-    source = f"assumed: weights and 4 GiB{' per GPU' if gpus > 1 else ''}, no receipt with memory{also}"
+    parts = "weights and 4 GiB" if known else "4 GiB without the weights"
+    source = f"assumed: {parts}{' per GPU' if gpus > 1 else ''}, no receipt with memory{also}"
     return Figure("host memory", value, "bytes", formula + added, source)
 
 
@@ -359,8 +349,10 @@ def price_of(hardware: Hardware, cloud: str) -> Price | None:
     return next((price for price in whole.prices if price.provider == cloud), None)
 
 
-def cost(name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, shared_by: int) -> Figure | None:
-    """Return the list price of `count` replicas for a month of 730 hours; None if the catalog has no price.
+def cost(
+    name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, shared_by: int, overflow: int = 0
+) -> Figure | None:
+    """Return the list price of `count` replicas and the overflow for 730 hours; None if the catalog has no price.
 
     A MIG slice or a shared GPU costs its share of the GPU, which assumes that the other shares are used too.
     """
@@ -369,10 +361,11 @@ def cost(name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, sh
         return None
     divided = hardware.parts * shared_by
     each = price.usd_per_hour * gpus / divided
-    factors = [str(count), *([str(gpus)] if gpus > 1 else []), f"{price.usd_per_hour:g} USD/h"]
+    replicas = f"({count} + overflow {overflow})" if overflow else str(count)
+    factors = [replicas, *([str(gpus)] if gpus > 1 else []), f"{price.usd_per_hour:g} USD/h"]
     formula = " x ".join(factors) + (f" / {divided}" if divided > 1 else "") + f" x {HOURS_PER_MONTH} h"
     source = f"catalog: list price of {price.instance} on {price.provider}, {price.date}"
-    return Figure(name, round(count * each * HOURS_PER_MONTH, 2), "USD/month", formula, source)
+    return Figure(name, round((count + overflow) * each * HOURS_PER_MONTH, 2), "USD/month", formula, source)
 
 
 def ceil(value: float) -> int:

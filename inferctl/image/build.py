@@ -17,7 +17,7 @@ from typing import Any
 from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.core.sizes import parse_size, size
+from inferctl.core.sizes import size
 from inferctl.image import buildx, cold_start, layers, library, lint, model_image
 from inferctl.image.cold_start import StartPart
 from inferctl.image.context import staged
@@ -63,7 +63,6 @@ class Built:
     findings: tuple[Finding, ...]
     verified: Verified | None
     forecast: SizeForecast
-    pull_rate: int
     seconds: Mapping[str, float]
 
     @property
@@ -85,9 +84,7 @@ class Built:
         if self.compressed is None or self.mounted is None:
             return ()
         compression = "zstd" if "zstd" in self.compressions else "gzip"
-        parts = cold_start.of_image(
-            self.compressed + self.mounted, self.size + self.mounted, self.pull_rate, compression
-        )
+        parts = cold_start.of_image(self.compressed + self.mounted, self.size + self.mounted, compression)
         ready = self.verified and StartPart("start until ready", self.verified.ready_seconds, "", measured=True)
         return (*parts, ready) if ready else parts
 
@@ -207,7 +204,6 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         findings=tuple(findings),
         verified=checked,
         forecast=plan.forecast,
-        pull_rate=parse_size(plan.spec.deploy.pull_rate),
         seconds=clock.laps,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError
-from inferctl.core.sizes import parse_size, size
+from inferctl.core.sizes import size
 from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image import locks, size_forecast
 from inferctl.image.size_forecast import ImagePart, SizeForecast
@@ -18,6 +18,8 @@ from inferctl.models import image_source
 # with its CUDA 13.2 libraries. Weights hardly compress.
 _GROWTH = {"base image": 2.5, "torch closure": 3.6, "server dependencies": 3.4}
 _CUDA_GROWTH, _OTHER_GROWTH = 1.7, 1.0
+# From a registry or a hub, assumed.
+_PULL_BYTES_PER_S = 100e6
 # Uncompressed bytes per second that an engine unpacks. Measured: a CPU image of 1.3 GB pulled from a registry on the
 # same machine, in CPU seconds of Docker Engine 26 with the containerd store. Disks and newer CPUs differ.
 _UNPACK_BYTES_PER_S = {"gzip": 75e6, "zstd": 110e6}
@@ -45,11 +47,11 @@ class StartPart:
         return vars(self)
 
 
-def of_image(compressed: int, uncompressed: int, pull_rate: int, method: str) -> tuple[StartPart, StartPart]:
-    """Return pull and unpack of an image with known sizes (bytes). `pull_rate`: bytes per second."""
+def of_image(compressed: int, uncompressed: int, method: str) -> tuple[StartPart, StartPart]:
+    """Return pull and unpack of an image with known sizes in bytes."""
     unpack = _UNPACK_BYTES_PER_S[method]
     return (
-        StartPart("pull", compressed / pull_rate, f"{size(compressed)} / {_rate(pull_rate)}"),
+        StartPart("pull", compressed / _PULL_BYTES_PER_S, f"{size(compressed)} / {_rate(_PULL_BYTES_PER_S)}"),
         StartPart("unpack", uncompressed / unpack, f"{size(uncompressed)} / {_rate(unpack)}, {method}"),
     )
 
@@ -78,10 +80,10 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
         return ()
     volume = weights if mounted and weights else 0
     uncompressed = volume + sum((part.bytes or 0) * _growth(part, stack) for part in with_gzip.parts)
-    rate = parse_size(spec.deploy.pull_rate)
-    parts: list[StartPart] = [*of_image(forecast.total + volume, round(uncompressed), rate, "zstd" if zstd else "gzip")]
+    parts: list[StartPart] = [*of_image(forecast.total + volume, round(uncompressed), "zstd" if zstd else "gzip")]
     if weights and spec.model.weights == "download":
-        parts.append(StartPart("download", weights / rate, f"{size(weights)} / {_rate(rate)}"))
+        download = weights / _PULL_BYTES_PER_S
+        parts.append(StartPart("download", download, f"{size(weights)} / {_rate(_PULL_BYTES_PER_S)}"))
     if weights is not None and stack.vllm is None:
         parts.append(load(weights))
     return tuple(parts)

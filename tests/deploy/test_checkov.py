@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.deploy import layout
-from tests.deploy import plans
-from tests.deploy.conftest import kustomize, write
+from tests.deploy.conftest import kustomize
 from tests.deploy.test_example import SPECS
 from tests.packages import install
 from tests.processes import execute
@@ -29,16 +27,15 @@ WAIVED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "CKV_K8S_9": (("-overflow", ".usage-relay"), "nobody sends requests to them, so readiness has no meaning"),
     "CKV_K8S_15": (
-        ("-overflow", "-gateway", "-picker", ".nats"),
+        ("-overflow", "-gateway"),
         "tags of releases, which do not move: a node may keep them",
     ),
     "CKV_K8S_35": (
-        (".usage-relay", ".nats", "-a100-half", "-l4", "-t4"),
-        "the relay reads URLs of the ledger and of NATS from variables, and NATS its passwords",
+        (".usage-relay", "-a100-half", "-l4", "-t4"),
+        "the relay reads URLs of the ledger and of NATS from variables",
     ),
-    "CKV_K8S_38": (("-picker",), "the picker watches pods and the pool; its role allows nothing else"),
     "CKV_K8S_43": (
-        ("-overflow", "-gateway", "-picker", ".nats"),
+        ("-overflow", "-gateway"),
         "images of other projects by their release: a digest would be for one platform, and mirrors change it",
     ),
 }
@@ -59,11 +56,9 @@ def checkov(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_checkov_finds_nothing_that_has_no_reason(checkov: Path, tmp_path: Path) -> None:
     assert cli.run(["deploy", *SPECS, "--output", str(tmp_path / "example")]) == 0
-    routed = plans.plan(plans.embed(router="epp", gateway="none"), clusters=plans.ONE_CLUSTER)
-    write(layout.files(routed), tmp_path / "routed")
-    folders = [*(tmp_path / "example" / "overlays").iterdir(), *(tmp_path / "routed").glob("*/aws-us-east-1")]
+    folders = (tmp_path / "example" / "overlays").iterdir()
     built = [kustomize(folder) for folder in folders if (folder / "kustomization.yaml").exists()]
-    assert len(built) == 5
+    assert len(built) == 3
     file = tmp_path / "all.yaml"
     file.write_text("---\n".join(built))
     command = [checkov, "-f", file, "--framework", "kubernetes", "--output", "json", "--compact", "--quiet"]

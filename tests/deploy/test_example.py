@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from inferctl import cli
 from inferctl.deploy import manifest
@@ -14,6 +15,7 @@ from tests.deploy.conftest import ROOT, objects
 from tests.deploy.validation import VERSIONS, problems
 
 EXAMPLE = ROOT / "docs" / "examples" / "kubernetes"
+MODELS, FLAVORS = ("embed", "generate"), ("a100-half", "l4", "t4")
 SPECS = ["-f", str(EXAMPLE / "embed.yaml"), "-f", str(EXAMPLE / "generate.yaml")]
 
 
@@ -28,6 +30,22 @@ def test_every_manifest_of_the_example_is_valid(version: str, tmp_path: Path) ->
     # Slices on Karpenter have no overflow, so that of GKE is the only buffer, from 1.35.
     assert ("CapacityBuffer" in kinds) == (version >= "1.35")
     assert [problem for each in built.values() for problem in problems(each, version)] == []
+
+
+def test_the_example_has_everything_once_and_is_as_long_as_the_page_says(tmp_path: Path) -> None:
+    assert cli.run(["deploy", *SPECS, "--output", str(tmp_path)]) == 0
+    texts = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+    expressions, jobs = [], []
+    for text in texts:
+        loaded = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each]  # JSON is YAML
+        rules = [rule for each in loaded for group in each.get("spec", {}).get("groups", ()) for rule in group["rules"]]
+        queries = [query for each in loaded for panel in each.get("panels", ()) for query in panel.get("targets", ())]
+        expressions += {each["expr"] for each in (*rules, *queries)}
+        jobs += [each["metadata"]["name"] for each in loaded if each.get("kind") == "Job"]
+    assert len(expressions) == len(set(expressions)) > 50
+    assert sorted(jobs) == sorted(f"bench-{model}-{flavor}" for model in MODELS for flavor in FLAVORS)
+    lines = round(sum(text.count("\n") for text in texts), -2)
+    assert f"{len(texts)} files with {lines:,} lines" in (ROOT / "docs/deploy.md").read_text()
 
 
 def test_output_overwrites_no_file_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,15 +7,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from typer.main import get_command
 
 from inferctl import cli
-from inferctl.deploy import layout, manifest
-from inferctl.deploy.objects import other_products
+from inferctl.deploy.objects import policy
 from inferctl.deploy.objects.other_products import NODE_CLASS
 from inferctl.deploy.objects.scaling import DEFAULT_PROMETHEUS
 from tests.conftest import ROOT
@@ -85,8 +83,7 @@ def test_the_commands_of_deploy_run_and_overlays_are_where_the_guide_says(
     assert named
     assert named <= names
     page = (ROOT / "docs/deploy.md").read_text()
-    (overflow,) = (each["value"] for each in built if each["metadata"]["name"] == "inferctl-overflow")
-    assert f"(priority {overflow})" in (ROOT / "docs/deploy-preview.md").read_text()
+    assert f"(priority {policy.overflow_priority()['value'].value})" in (ROOT / "docs/deploy-preview.md").read_text()
     crds = {each["kind"] for each in built if re.search(r"(keda|coreos|karpenter|x-k8s)\b", each["apiVersion"])}
     assert crds >= {"ScaledObject", "ServiceMonitor", "PrometheusRule", "NodePool"}
     assert {kind for kind in crds if not re.search(rf"^\| [^|]*\b{kind}\b", page, re.MULTILINE)} == set()
@@ -117,10 +114,10 @@ def test_each_file_is_made_before_it_is_used() -> None:
 
 def test_what_the_specs_name_outside_of_the_manifests_is_made_in_the_guide() -> None:
     specs = [yaml.safe_load((EXAMPLE / f"{name}.yaml").read_text()) for name in ("embed", "generate")]
-    (passwords,) = (words for words in commands("kubectl") if specs[0]["deploy"]["broker_secret"] in words)
-    keys = {word.partition("=")[2].partition("=")[0] for word in passwords if word.startswith("--from-literal")}
-    assert keys == {"password", "cluster-password"}
-    assert specs[0]["deploy"]["nats"] == specs[1]["deploy"]["nats"]
+    (secret,) = (words for words in commands("kubectl") if specs[0]["deploy"]["broker_secret"] in words)
+    (url,) = (word.partition("url=")[2] for word in secret if word.startswith("--from-literal"))
+    address = specs[0]["deploy"]["broker"]
+    assert url.replace("$TOKEN@", "") == address == specs[1]["deploy"]["broker"] == specs[0]["access"]["broker"]
     weights = list(yaml.safe_load_all((EXAMPLE / "cluster/weights.yaml").read_text()))
     claim = specs[1]["deploy"]["weights"]["pvc"]
     assert (weights[0]["kind"], weights[0]["metadata"]["name"]) == ("PersistentVolumeClaim", claim)
@@ -163,18 +160,15 @@ def test_the_smallest_deployment_comes_first_and_is_as_small_as_it_says(tmp_path
     (service,) = (each for each in built if each["kind"] == "Service")
     assert (service["metadata"]["name"], service["metadata"]["namespace"]) == (backend["name"], "inference")
     assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
-    # The header that proxies set is removed, as in the routes that `router` writes.
-    written = manifest.plain(other_products.http_route(plans.plan().models[0], "inference", pool=False))["spec"][
-        "rules"
-    ][0]
-    assert route["spec"]["rules"][0]["filters"] == written["filters"]
+    # Servers trust this header of proxies.
+    assert route["spec"]["rules"][0]["filters"] == [
+        {"type": "RequestHeaderModifier", "requestHeaderModifier": {"remove": ["x-inferctl-key-id"]}}
+    ]
 
 
 def test_the_page_lists_the_images_of_others() -> None:
     page = (ROOT / "docs/deploy.md").read_text().partition("\n## Images of others\n")[2].partition("\n## ")[0]
-    nats: dict[str, Any] = {"nats": {"storage": "10GiB"}, "broker": None, "broker_secret": "nats"}
-    specs = [plans.embed(**nats), plans.embed(router="epp", gateway="none", **nats)]
-    files = [text for spec in specs for text in layout.files(plans.plan(spec)).values()]
+    files = plans.files().values()
     images = {image for text in files for image in re.findall(r"^ *(?:- )?image: (\S+)", text, re.MULTILINE)}
     by_tag = {image.rpartition(":")[0] for image in images if "@sha256:" not in image}
     assert set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)) == by_tag

@@ -44,7 +44,7 @@ def required(built: Objects, name: str) -> dict[str, Any]:
     return {each["key"]: each.get("values", each["operator"]) for each in term["matchExpressions"]}
 
 
-@pytest.mark.parametrize("name", ["namespace", "priorities", "kustomization", "network"])
+@pytest.mark.parametrize("name", ["namespace", "kustomization", "network"])
 def test_a_model_cannot_replace_a_file_of_the_manifests(name: str) -> None:
     """The model `namespace` would replace the policy that forbids all other connections."""
     with pytest.raises(UsageError, match=f"the name {name} is that of a file"):
@@ -336,7 +336,7 @@ def test_another_output_in_the_folder_is_kept(tmp_path: Path) -> None:
     deploy_files.write(both, tmp_path)
     (tmp_path / "base" / "own.yaml").write_text("kind: ConfigMap\n")
     deploy_files.write(one, tmp_path)
-    gone = ("base/chat.yaml", "monitoring/chat-alerts.json", "monitoring/chat-dashboard.json")
+    gone = ("base/chat.yaml", "components/monitoring/chat.yaml", "components/monitoring/inferctl-chat.json")
     assert not [name for name in gone if (tmp_path / name).exists()]
-    kept = (*(f"team/{name}" for name in gone), "base/own.yaml", "monitoring/embed-alerts.json")
+    kept = (*(f"team/{name}" for name in gone), "base/own.yaml", "components/monitoring/inferctl-embed.json")
     assert [name for name in kept if (tmp_path / name).exists()] == list(kept)

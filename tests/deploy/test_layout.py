@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from inferctl.config.deploy_spec import Omitted
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
+from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import quantity
 from inferctl.manifests.kubernetes.resources import of_pod
 from tests.deploy import plans
@@ -42,7 +44,7 @@ def test_kubectl_is_the_version_that_the_documentation_names() -> None:
 def test_every_object_is_valid_in_every_version(version: str, build: Build) -> None:
     files = layout.files(plans.plan(kubernetes=version))
     folders = sorted({name.rpartition("/")[0] for name in files if name.startswith(("overlays/", "bench/"))})
-    assert len(folders) == 6
+    assert len(folders) == 4
     built = {json.dumps(each, sort_keys=True): each for folder in folders for each in build(files, folder)}
     assert len(built) > 60
     assert [problem for each in built.values() for problem in problems(each, version)] == []
@@ -55,12 +57,44 @@ def test_each_overlay_is_complete_and_has_each_object_once(overlay: str, build: 
     assert len(names) == len(set(names))
     kinds = {each["kind"] for each in built}
     assert kinds >= {
-        *("Namespace", "PriorityClass", "ResourceQuota", "ServiceAccount", "NetworkPolicy", "Service", "Deployment"),
+        *("Namespace", "ResourceQuota", "ServiceAccount", "NetworkPolicy", "Service", "Deployment"),
         *("PodDisruptionBudget", "ServiceMonitor", "ScaledObject", "ConfigMap"),
     }
     for each in built:
         if each["kind"] not in ("Namespace", "PriorityClass", "NodePool"):
             assert each["metadata"]["namespace"] == "inference"
+
+
+@pytest.mark.parametrize("omitted", get_args(Omitted))
+def test_what_others_make_is_left_out_and_the_rest_stays(omitted: str, build: Build) -> None:
+    """One spec says it for all: the namespace is theirs together."""
+    everything = layout.files(plans.plan(plans.embed(), plans.generate(), kubernetes="1.34"))
+    without = layout.files(plans.plan(plans.embed(omit=[omitted]), plans.generate(), kubernetes="1.34"))
+    gone, changed = set(), set()
+    for folder in (*OVERLAYS, "bench/aws-us-east-1"):
+        before, after = (
+            {f"{each['kind']}/{each['metadata']['name']}": each for each in build(files, folder)}
+            for files in (everything, without)
+        )
+        assert after.keys() <= before.keys()
+        gone |= before.keys() - after.keys()
+        changed |= {name for name in after if after[name] != before[name]}
+        # Only the default policy is about pods of others in the namespace.
+        assert not changed or (changed == {"NetworkPolicy/allow-dns"} and omitted == "NetworkPolicy/default-deny")
+        policies = [each for name, each in after.items() if name.startswith("NetworkPolicy/")]
+        assert any(each["spec"]["podSelector"] == {} for each in policies) == (not omitted.startswith("NetworkPolicy"))
+    assert gone and all(f"{name}/".startswith(f"{omitted}/") for name in gone)
+
+
+def test_without_the_default_policy_all_own_pods_resolve_names(build: Build) -> None:
+    files = layout.files(plans.plan(plans.embed(omit=["NetworkPolicy/default-deny"]), kubernetes="1.34"))
+    for folder in (*OVERLAYS, "bench/aws-us-east-1"):
+        built = build(files, folder)
+        selector = named(built, "NetworkPolicy", "allow-dns")["spec"]["podSelector"]
+        for each in built:
+            if each["kind"] in ("Deployment", "Job") and not each["metadata"]["name"].endswith("-overflow"):
+                labels = each["spec"]["template"]["metadata"]["labels"]
+                assert selectors.matches(selector, labels), each["metadata"]["name"]
 
 
 def test_equal_plans_give_equal_files() -> None:
@@ -97,7 +131,7 @@ def test_selectors_find_their_pods(overlay: str, build: Build) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_restricted(overlay: str, build: Build) -> None:
     files = plans.files()
-    built = [*build(files, overlay), *build(files, overlay.replace("overlays", "bench"))]
+    built = [*build(files, overlay), *build(files, "bench/aws-us-east-1")]
     found = list(pods(built))
     assert len(found) >= 5
     for name, pod in found:
@@ -195,12 +229,10 @@ def test_a_flavor_is_absent_where_its_hardware_is(build: Build) -> None:
     assert "embed-t4" not in names[OVERLAYS[1]]  # max_replicas: {t4: 0}
 
 
-def test_requests_stay_in_their_zone_as_the_version_allows(build: Build) -> None:
-    for version, distribution in (("1.33", "PreferClose"), ("1.34", "PreferSameZone")):
-        files = layout.files(plans.plan(kubernetes=version))
-        built = build(files, OVERLAYS[0])
-        for name in ("embed", "embed-gateway"):
-            assert named(built, "Service", name)["spec"]["trafficDistribution"] == distribution
+def test_requests_stay_in_their_zone(build: Build) -> None:
+    built = build(plans.files(), OVERLAYS[0])
+    for name in ("embed", "embed-gateway"):
+        assert named(built, "Service", name)["spec"]["trafficDistribution"] == "PreferClose"
 
 
 def test_the_quota_covers_maximum_rollout_and_overflow(build: Build) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from inferctl.deploy.observe.objects import watched
+from inferctl.deploy import layout
+from inferctl.deploy.observe.objects import rules, watched
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.processes import execute
@@ -95,8 +97,9 @@ def test_what_is_watched_follows_the_plan() -> None:
     }
 
 
-def test_plain_files_are_next_to_the_objects(tmp_path: Path) -> None:
-    files = plans.files()
-    rules = json.loads(files["monitoring/embed-alerts.json"])
-    assert rules["groups"][0]["rules"]
-    assert json.loads(files["monitoring/embed-dashboard.json"])["panels"]
+def test_without_prometheus_rules_the_alerts_are_plain_files(tmp_path: Path) -> None:
+    files = layout.files(plans.plan(plans.embed(omit=["PrometheusRule"]), plans.generate()))
+    plan = plans.plan()
+    for model in plan.models:
+        text = files[f"components/monitoring/{model.name}-alerts.yaml"]
+        assert yaml.safe_load(text) == rules(plan, model)["spec"]

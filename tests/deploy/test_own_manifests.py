@@ -28,28 +28,25 @@ def findings(folder: Path, minor: int) -> list[str]:
 def test_the_lint_finds_nothing_in_the_example(tmp_path: Path) -> None:
     assert cli.run(["deploy", *SPECS, "--output", str(tmp_path)]) == 0
     folders = [folder for part in ("overlays", "bench") for folder in sorted((tmp_path / part).iterdir())]
-    assert len(folders) == 6
+    assert len(folders) == 4
     assert {str(folder): findings(folder, 35) for folder in folders} == {str(folder): [] for folder in folders}
 
 
 @pytest.mark.parametrize(
     "deploy",
     [
-        {"router": "epp", "gateway": "none"},
-        {"router": "envoy-gateway", "gateway": "none"},
         {"scaling": "hpa"},
         {"scaling": "none", "flavors": ONE_EACH},
         {"flavors": [{**plans.FLAVORS[1], "sharing": "time-slicing", "shared_by": 4}]},
         {"flavors": [{**plans.FLAVORS[1], "sharing": "mps", "shared_by": 2}]},
         {"flavors": [{**flavor, "sharing": "dra"} for flavor in plans.FLAVORS[:2]]},
-        {"nats": {"storage": "10GiB"}, "broker": None, "broker_secret": "nats"},
         {"gateway_tls_secret": "tls"},
         {"flavors": [CPU, *plans.FLAVORS]},
         {"load_s": 3},
         {"flavors": [{**plans.FLAVORS[1], "min_replicas": 1, "max_replicas": 1}], "overflow": 0},
     ],
     ids=[
-        *("epp", "envoy-gateway", "hpa", "fixed", "time-slicing", "mps", "dra", "nats", "tls"),
+        *("hpa", "fixed", "time-slicing", "mps", "dra", "tls"),
         *("cpu-first", "short-load", "one-replica"),
     ],
 )
@@ -75,8 +72,7 @@ def test_a_cluster_without_hardware_for_a_model_has_none_of_its_objects(tmp_path
         {**plans.CLUSTERS[0], "share": 0.5},
         {**plans.CLUSTERS[2], "share": 0.5, "max_replicas": {"l4": 0}},
     ]
-    chat = plans.generate(router="envoy-gateway")
-    write(layout.files(plans.plan(plans.embed(gateway="none"), chat, clusters=clusters)), tmp_path)
+    write(layout.files(plans.plan(plans.embed(gateway="none"), plans.generate(), clusters=clusters)), tmp_path)
     folders = [tmp_path / "overlays" / each["name"] for each in clusters]
     assert {folder.name: findings(folder, 35) for folder in folders} == {folder.name: [] for folder in folders}
     here, there = (kustomize(folder).count("app.kubernetes.io/name: chat") for folder in folders)

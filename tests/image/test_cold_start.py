@@ -30,9 +30,9 @@ def start(
 
 
 def test_known_sizes_are_divided_by_the_rates() -> None:
-    pull, unpack = cold_start.of_image(3_000_000_000, 5_200_000_000, 100_000_000, "zstd")
+    pull, unpack = cold_start.of_image(3_000_000_000, 5_200_000_000, "zstd")
     assert (pull.seconds, unpack.seconds) == (30, pytest.approx(47.3, abs=0.1))
-    assert cold_start.of_image(3_000_000_000, 5_200_000_000, 100_000_000, "gzip")[1].seconds > unpack.seconds
+    assert cold_start.of_image(3_000_000_000, 5_200_000_000, "gzip")[1].seconds > unpack.seconds
 
 
 def test_the_estimate_is_close_to_a_measured_image() -> None:
@@ -59,10 +59,6 @@ def test_the_parts_of_each_image(base: str, stored: str, expected: set[str]) -> 
 def test_weights_in_the_image_are_pulled() -> None:
     more = start(stored="bake")["pull"].seconds - start(stored="mount")["pull"].seconds
     assert more == pytest.approx(WEIGHTS / 100_000_000)
-
-
-def test_the_rate_of_the_spec_counts() -> None:
-    assert start(pull_rate="50MB")["pull"].seconds == pytest.approx(2 * start()["pull"].seconds)
 
 
 def test_without_a_size_there_is_no_estimate() -> None:

@@ -8,13 +8,13 @@ other, and needs no Deployment. It writes its receipts to the log, from which a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from inferctl.config.settings import OPEN_ACCESS
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import sizing
-from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.endpoints import Endpoint
 from inferctl.deploy.objects import access, metering, sharing, workload
 from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources
@@ -39,13 +39,12 @@ def check(spec: Spec) -> None:
         )
 
 
-def objects(model: ModelPlan, cluster: Cluster, namespace: str) -> list[Object]:
-    """Return the Jobs of a model in a cluster, of the flavors that it can have, and their network policy."""
-    here = [flavor.only_at(cluster) for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
+def objects(model: ModelPlan, flavors: Sequence[FlavorPlan], namespace: str) -> list[Object]:
+    """Return the Jobs of `flavors`, which are those of one cluster, and their network policy."""
     account = service_account(f"{model.name}-{BENCH}", namespace)
     policy = bench_policy(model.name, namespace, _egress(model))
-    claims = [sharing.claim_template(model, flavor, namespace) for flavor in here if flavor.sharing == "dra"]
-    return [account, policy, *claims, *(_job(model, flavor, namespace) for flavor in here)]
+    claims = [sharing.claim_template(model, flavor, namespace) for flavor in flavors if flavor.sharing == "dra"]
+    return [account, policy, *claims, *(_job(model, flavor, namespace) for flavor in flavors)]
 
 
 def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
@@ -82,7 +81,7 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
                 "spec": reserve_disk(
                     {
                         "restartPolicy": "Never",
-                        **pod_base(f"{model.name}-{BENCH}", priority=None),
+                        **pod_base(f"{model.name}-{BENCH}"),
                         # Otherwise, the bench cannot see the memory and the cores that the server uses.
                         "shareProcessNamespace": True,
                         **({"affinity": affinity} if affinity else {}),

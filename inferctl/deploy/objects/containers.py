@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 
 from inferctl.deploy.objects.metadata import Object
-from inferctl.deploy.objects.policy import SERVING_PRIORITY
 from inferctl.manifests.kubernetes.fields import quantity
 
 # User and group of the images that inferctl builds.
@@ -26,30 +25,29 @@ def pod_security() -> Object:
     }
 
 
-def pod_base(account: str, priority: str | None = SERVING_PRIORITY, grace_s: object = None) -> Object:
-    """Return what the specs of all pods have: an account without a token, a priority, a grace period, no privileges."""
+def pod_base(account: str, grace_s: object = None) -> Object:
+    """Return what the specs of all pods have: an account without a token, a grace period, no privileges."""
     return {
         "serviceAccountName": account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        **({"priorityClassName": priority} if priority else {}),
         **({} if grace_s is None else {"terminationGracePeriodSeconds": grace_s}),
         "securityContext": pod_security(),
     }
 
 
-def spread(labels: Mapping[str, str], *, revisions: bool = True) -> Object:
+def spread(labels: Mapping[str, str]) -> Object:
     """Return the spread over zones. It is soft: when GPUs run out in one zone, the others must serve.
 
-    `revisions`: whether each revision is spread on its own. Otherwise, pods of the old version count during a rollout,
-    and the new ones end up uneven.
+    Each revision is spread on its own. Otherwise, pods of the old version count during a rollout, and the new ones end
+    up uneven.
     """
     constraint = {
         "maxSkew": 1,
         "topologyKey": "topology.kubernetes.io/zone",
         "whenUnsatisfiable": "ScheduleAnyway",
         "nodeTaintsPolicy": "Honor",
-        **({"matchLabelKeys": ["pod-template-hash"]} if revisions else {}),
+        "matchLabelKeys": ["pod-template-hash"],
         "labelSelector": {"matchLabels": dict(labels)},
     }
     return {"topologySpreadConstraints": [constraint]}

@@ -35,7 +35,7 @@ _LISTEN, _LISTEN_TLS = 8080, 8443
 _METRICS = 9901
 _DRAIN = 9902
 _CPUS = 2
-_REPLICAS = 2
+_LEAST_REPLICAS, _MOST_REPLICAS = 2, 10
 # Of the requested CPU. The rest is for the time until new pods are ready, and for the loss of one.
 _UTILIZATION_PERCENT = 60
 _FOLDER = Path("/run/inferctl-gateway")
@@ -85,7 +85,7 @@ def objects(model: ModelPlan, namespace: str) -> list[Object]:
             "data": files,
         },
         _deployment(model, name, namespace, text),
-        *([_autoscaler(model, name, namespace)] if _scaled(model) else []),
+        _autoscaler(model, name, namespace),
         service(model.name, namespace, GATEWAY, _METRICS, tls=tls),
         headless(model.name, namespace),
         disruption_budget(name, namespace, labels),
@@ -118,11 +118,6 @@ def _listener(model: ModelPlan) -> tuple[str, int]:
     return (HTTPS_PORT, _LISTEN_TLS) if model.spec.deploy.gateway_tls_secret else (HTTP_PORT, _LISTEN)
 
 
-def _scaled(model: ModelPlan) -> bool:
-    """Return whether an autoscaler sets the replicas."""
-    return model.spec.deploy.gateway_max_replicas > _REPLICAS
-
-
 def _autoscaler(model: ModelPlan, name: str, namespace: str) -> Object:
     """Return what adds pods at once, and removes one per minute, each of which drains."""
     target = {"type": "Utilization", "averageUtilization": _UTILIZATION_PERCENT}
@@ -132,8 +127,8 @@ def _autoscaler(model: ModelPlan, name: str, namespace: str) -> Object:
         "metadata": metadata(name, namespace, labels_of(model.name, GATEWAY)),
         "spec": {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
-            "minReplicas": _REPLICAS,
-            "maxReplicas": model.spec.deploy.gateway_max_replicas,
+            "minReplicas": _LEAST_REPLICAS,
+            "maxReplicas": _MOST_REPLICAS,
             "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": target}}],
             "behavior": {
                 "scaleUp": {"stabilizationWindowSeconds": 0},
@@ -171,7 +166,6 @@ def _deployment(model: ModelPlan, name: str, namespace: str, text: str) -> Objec
         "kind": "Deployment",
         "metadata": metadata(name, namespace, labels),
         "spec": {
-            **({} if _scaled(model) else {"replicas": _REPLICAS}),
             "revisionHistoryLimit": 3,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "selector": {"matchLabels": labels},

@@ -22,18 +22,20 @@ NAMESPACE_NAME = "kubernetes.io/metadata.name"
 SERVER = "server"
 BENCH = "bench"
 HTTP_PORT, HTTPS_PORT = "http", "https"
-# The label by which an endpoint picker knows which metrics a server has.
-ENGINE = {"llm-d.ai/engine-type": "inferctl"}
 
 
 def metadata(
     name: str, namespace: str | None, labels: Mapping[str, str], annotations: Mapping[str, str | Noted] | None = None
 ) -> Object:
-    """Return the metadata of an object. `namespace`: None for an object of the whole cluster."""
+    """Return the metadata of an object. `namespace`: None for an object of the whole cluster.
+
+    Kustomize adds the labels `PART_OF`.
+    """
     found: Object = {"name": name}
     if namespace:
         found["namespace"] = namespace
-    found["labels"] = {**labels, **PART_OF}
+    if labels:
+        found["labels"] = dict(labels)
     if annotations:
         found["annotations"] = dict(annotations)
     return found

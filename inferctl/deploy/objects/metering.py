@@ -112,7 +112,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
         "volumeMounts": [tmp_mount],
     }
     pod = {
-        **pod_base(CONSUMER, priority=None, grace_s=60),
+        **pod_base(CONSUMER, grace_s=60),
         "containers": [container],
         "volumes": [tmp],
     }

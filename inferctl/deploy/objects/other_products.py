@@ -1,4 +1,4 @@
-"""Objects of other products that a deployment can use: Karpenter, the GPU Operator, Gateway API."""
+"""Objects of other products that a deployment can use: Karpenter and the GPU Operator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from inferctl.deploy import cluster_limits, manifest, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Noted
-from inferctl.deploy.objects import service, sharing
-from inferctl.deploy.objects.metadata import SERVER, Object, labels_of, metadata
-from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement, object_name
+from inferctl.deploy.objects import sharing
+from inferctl.deploy.objects.metadata import Object, metadata
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, Placement, object_name
 from inferctl.facts.catalog import Hardware, hardware_profiles
 
-# Names of objects that the platform team makes: the Gateway with its namespace, and the class of nodes of Karpenter.
-GATEWAY = {"name": "inference-gateway", "namespace": "gateways"}
+# The class of nodes of Karpenter, which the platform team makes.
 NODE_CLASS = "default"
 _MIB = 1024 * 1024
 # Cloud, or autoscaler of EKS Auto Mode -> group and kind of the class of nodes, and the domain of instance labels.
@@ -24,8 +23,6 @@ _NODE_CLASSES = {
     "eks-auto": ("eks.amazonaws.com", "NodeClass", "eks.amazonaws.com/instance-gpu-name"),
     "azure": ("karpenter.azure.com", "AKSNodeClass", "karpenter.azure.com/sku-gpu-name"),
 }
-# Gateways stop a request after 15 s by default; a stream of generation has no limit of its own.
-_TIMEOUT = {"embed": "60s", "rerank": "60s", "classify": "60s", "generate": "0s"}
 
 
 def node_pools(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
@@ -143,48 +140,3 @@ def gpu_operator(flavors: Sequence[FlavorPlan], strategy: str) -> tuple[list[Obj
         if len(configs) == 1 and all(each.hardware.mig and strategy == "mixed" for each in others):
             values["devicePlugin"]["config"]["default"] = next(iter(configs))
     return objects, values
-
-
-def http_route(model: ModelPlan, namespace: str, *, pool: bool) -> Object:
-    """Return the route from the Gateway to the servers of `model`: by Service, or through its pool."""
-    backend: Object = {"name": model.name, "port": service.PORT}
-    if pool:
-        backend = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": model.name}
-    return {
-        "apiVersion": "gateway.networking.k8s.io/v1",
-        "kind": "HTTPRoute",
-        "metadata": metadata(model.name, namespace, labels_of(model.name, SERVER)),
-        "spec": {
-            "parentRefs": [dict(GATEWAY)],
-            "hostnames": [f"{model.name}.inference.internal"],
-            "rules": [
-                {
-                    # Servers trust this header from proxies, so a client must not send it.
-                    "filters": [
-                        {
-                            "type": "RequestHeaderModifier",
-                            "requestHeaderModifier": {"remove": ["x-inferctl-key-id"]},
-                        }
-                    ],
-                    "backendRefs": [backend],
-                    "timeouts": {"request": _TIMEOUT[model.task]},
-                }
-            ],
-        },
-    }
-
-
-def backend_traffic_policy(model: ModelPlan, namespace: str) -> Object:
-    """Return Envoy Gateway's policy: requests by the load that servers report (ORCA), in its version 1.9 or newer."""
-    return {
-        "apiVersion": "gateway.envoyproxy.io/v1alpha1",
-        "kind": "BackendTrafficPolicy",
-        "metadata": metadata(model.name, namespace, labels_of(model.name, SERVER)),
-        "spec": {
-            "targetRefs": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "name": model.name}],
-            "loadBalancer": {
-                "type": "BackendUtilization",
-                "backendUtilization": {"blackoutPeriod": "5s", "weightUpdatePeriod": "1s"},
-            },
-        },
-    }

@@ -16,14 +16,11 @@ from inferctl.deploy.objects.metadata import (
     labels_of,
     metadata,
 )
-from inferctl.manifests.label_keys import CLIENT
+from inferctl.manifests.label_keys import CLIENT, COMPONENT
 
-SERVING_PRIORITY = "inferctl-serving"
 OVERFLOW_PRIORITY = "inferctl-overflow"
 # Cluster Autoscaler ignores pods below -10 by default (--expendable-pods-priority-cutoff).
 _OVERFLOW_VALUE = -5
-# The priority of pods without a class: servers preempt placeholders, which are below it, and no pods of other teams.
-_SERVING_VALUE = 0
 # CoreDNS is pods, but EKS Auto Mode resolves names on the node, and GKE with Cloud DNS and NodeLocal DNSCache at
 # link-local addresses (169.254.169.254, 169.254.20.10): no selector is right everywhere.
 _DNS_NOTE = "to all addresses: name servers are pods, the node, or 169.254.x.x, as the cloud has them"
@@ -35,17 +32,9 @@ def namespace(name: str) -> Object:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata(name, None, levels)}
 
 
-def priority_classes() -> list[Object]:
-    """Return the priority of servers, and the lower one of placeholders, which servers preempt."""
-    serving = {
-        "apiVersion": "scheduling.k8s.io/v1",
-        "kind": "PriorityClass",
-        "metadata": metadata(SERVING_PRIORITY, None, {}),
-        "value": _SERVING_VALUE,
-        "globalDefault": False,
-        "description": "Model servers: they preempt placeholders, and no pods without a priority.",
-    }
-    overflow = {
+def overflow_priority() -> Object:
+    """Return the priority of placeholders. Servers have none of their own, so 0: they preempt placeholders only."""
+    return {
         "apiVersion": "scheduling.k8s.io/v1",
         "kind": "PriorityClass",
         "metadata": metadata(OVERFLOW_PRIORITY, None, {}),
@@ -54,7 +43,6 @@ def priority_classes() -> list[Object]:
         "preemptionPolicy": "Never",
         "description": "Placeholders that keep nodes alive and empty for servers.",
     }
-    return [serving, overflow]
 
 
 def quota(namespace: str, hard: Mapping[str, Noted]) -> Object:
@@ -97,10 +85,17 @@ def deny_all(namespace: str) -> Object:
     return _policy("default-deny", namespace, {}, [], [])
 
 
-def allow_dns(namespace: str) -> Object:
-    """Return the policy that lets all pods of the namespace resolve names."""
+def allow_dns(namespace: str, components: Sequence[str] = ()) -> Object:
+    """Return the policy that lets pods resolve names: all of the namespace, or those of some components.
+
+    It forbids other connections of the pods that it selects, so without `deny_all` it must select no pods of others.
+    """
     rule = {"ports": [{"protocol": protocol, "port": Noted(53, _DNS_NOTE)} for protocol in ("UDP", "TCP")]}
-    return _policy("allow-dns", namespace, {}, None, [rule])
+    found = _policy("allow-dns", namespace, {}, None, [rule])
+    if components:
+        chosen = {"key": COMPONENT, "operator": "In", "values": list(components)}
+        found["spec"]["podSelector"] = {"matchExpressions": [chosen]}
+    return found
 
 
 def client_policy(model: str, namespace: str, component: str, port: int) -> Object:
@@ -134,16 +129,6 @@ def gateway_policy(model: str, namespace: str, component: str, port: int, listen
     return _policy(f"{model}-{component}", namespace, labels_of(model, component), ingress, egress)
 
 
-def picker_policy(model: str, namespace: str, component: str, port: int) -> Object:
-    """Return the policy of the endpoint picker: gateways in; servers and the API server out."""
-    to = [{"podSelector": {"matchLabels": labels_of(model, SERVER)}}]
-    api: Object = {"ports": [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]}
-    servers: Object = {"to": to, "ports": [{"protocol": "TCP", "port": port}]}
-    egress = [servers, api]
-    ingress = [_ingress(client_sources(), "grpc")]
-    return _policy(f"{model}-{component}", namespace, labels_of(model, component), ingress, egress)
-
-
 def scrape_policy(name: str, namespace: str, selector: Mapping[str, str], port: str, sources: Sequence[str]) -> Object:
     """Return the policy that lets Prometheus in the namespaces `sources` read the metrics on a named port."""
     return _policy(name, namespace, selector, [_ingress([_in_namespace(each) for each in sources], port)], None)
@@ -157,28 +142,6 @@ def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Obje
 def egress_policy(name: str, namespace: str, selector: Mapping[str, str], egress: Iterable[Endpoint]) -> Object:
     """Return the policy of pods that only connect to others."""
     return _policy(name, namespace, selector, [], egress_rules(egress))
-
-
-def broker_policy(
-    name: str,
-    namespace: str,
-    selector: Mapping[str, str],
-    *,
-    clients: Sequence[Mapping[str, str]],
-    client_port: int,
-    routes_port: int,
-) -> Object:
-    """Return the policy of brokers: clients with these labels in this namespace, and the other brokers."""
-    routes = {"podSelector": {"matchLabels": dict(selector)}}
-    ports = [{"protocol": "TCP", "port": routes_port}]
-    ingress = [
-        {
-            "from": [{"podSelector": {"matchLabels": dict(labels)}} for labels in clients],
-            "ports": [{"protocol": "TCP", "port": client_port}],
-        },
-        {"from": [routes], "ports": ports},
-    ]
-    return _policy(name, namespace, selector, ingress, [{"to": [routes], "ports": ports}])
 
 
 def client_sources() -> list[Object]:

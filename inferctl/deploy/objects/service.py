@@ -24,7 +24,8 @@ def service(
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata(model if component == SERVER else f"{model}-{component}", namespace, labels),
-        "spec": {"type": "ClusterIP", "selector": labels, "ports": ports},
+        # Requests stay in the zone of their client. From 1.34 it is an alias of PreferSameZone, which older ones lack.
+        "spec": {"type": "ClusterIP", "selector": labels, "ports": ports, "trafficDistribution": "PreferClose"},
     }
 
 
@@ -32,19 +33,14 @@ def headless(model: str, namespace: str) -> Object:
     """Return a Service without an address of its own: its name means the addresses of all ready servers."""
     found = service(model, namespace)
     found["metadata"] = metadata(headless_name(model), namespace, labels_of(model, PODS))
-    found["spec"] = {**found["spec"], "clusterIP": "None"}
+    del found["spec"]["trafficDistribution"]
+    found["spec"]["clusterIP"] = "None"
     return found
 
 
 def headless_name(model: str) -> str:
     """Return the name of the headless Service."""
     return f"{model}-{PODS}"
-
-
-def zones(service_name: str, namespace: str, distribution: str) -> Object:
-    """Return a patch that keeps requests in the zone of the client. `distribution`: what the version has."""
-    name = {"name": service_name, "namespace": namespace}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": name, "spec": {"trafficDistribution": distribution}}
 
 
 def monitor(model: str, namespace: str, component: str = SERVER, port: str = HTTP_PORT) -> Object:

@@ -9,7 +9,7 @@ from inferctl.config.spec import DEFAULT_PORT
 from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import access, metering, relay, sharing
 from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, spread
-from inferctl.deploy.objects.metadata import ENGINE, HTTP_PORT, SERVER, Object, labels_of, metadata
+from inferctl.deploy.objects.metadata import HTTP_PORT, SERVER, Object, labels_of, metadata
 from inferctl.deploy.plan import FlavorPlan, GpuResource, ModelPlan, Placement
 from inferctl.image.render import CACHE_PATH
 from inferctl.manifests import label_keys
@@ -27,7 +27,6 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     Its GPU resource and node labels are those of NVIDIA's device plugin, which the patch of a cluster can replace.
     """
     labels = labels_of(model.name, SERVER, flavor.label)
-    engine = ENGINE if model.spec.deploy.router == "epp" else {}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -41,12 +40,7 @@ def deployment(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
                 "metadata": {
                     # The name of the container that `kubectl logs` and `kubectl exec` use.
                     "annotations": {"kubectl.kubernetes.io/default-container": SERVER},
-                    "labels": {
-                        **labels,
-                        "app.kubernetes.io/part-of": "inferctl",
-                        TASK: model.task,
-                        **engine,
-                    },
+                    "labels": {**labels, "app.kubernetes.io/part-of": "inferctl", TASK: model.task},
                 },
                 "spec": pod(model, flavor),
             },
@@ -120,8 +114,6 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
     if image_source.volume(spec) and not spec.deploy.weights.image:
         # Not by the `subPath` of the mount, which containerd ignores before 2.2: the whole image would be at /model.
         found["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
-    if spec.deploy.router == "envoy-gateway":
-        found["INFERCTL_SERVE_LOAD_REPORTS"] = "true"
     found |= access.environment(spec)
     if model.key_servers:
         found["INFERCTL_ACCESS_REPLICAS"] = Noted(f"{model.key_servers.value:g}", model.key_servers.note)

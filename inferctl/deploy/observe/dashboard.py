@@ -30,8 +30,6 @@ def dashboard(watched: Watched) -> dict[str, Any]:
         "templating": {
             "list": [{"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}]
         },
-        "annotations": {"list": []},
-        "links": [],
         "panels": list(_laid_out(_rows(watched))),
     }
 
@@ -77,18 +75,13 @@ def _json(panel: dict[str, Any], number: int, place: dict[str, int]) -> dict[str
         "datasource": _SOURCE,
         "gridPos": place,
         "fieldConfig": {"defaults": {"unit": panel["unit"], "min": 0, "custom": custom}, "overrides": []},
-        "options": {
-            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
-            "tooltip": {"mode": "multi", "sort": "desc"},
-        },
+        "options": {"tooltip": {"mode": "multi", "sort": "desc"}},
         "targets": [
             {
                 "refId": chr(ord("A") + index),
                 "datasource": _SOURCE,
                 "expr": expression,
                 "legendFormat": legend,
-                "editorMode": "code",
-                "range": True,
             }
             for index, (legend, expression) in enumerate(panel["queries"].items())
         ],

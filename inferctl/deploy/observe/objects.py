@@ -19,24 +19,6 @@ from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan
 _GRAFANA = {"grafana_dashboard": "1"}
 
 
-def objects(plan: DeploymentPlan, model: ModelPlan) -> list[Object]:
-    """Return the alerts and the dashboard of a model."""
-    return [rules(plan, model), config_map(plan, model)]
-
-
-def plain_files(plan: DeploymentPlan) -> dict[str, str]:
-    """Return the alerts and dashboards as files for a Prometheus and a Grafana without operators: path -> JSON.
-
-    Prometheus reads JSON as the YAML that it is.
-    """
-    found = {}
-    for model in plan.models:
-        about = watched(plan, model)
-        found[f"monitoring/{model.name}-alerts.json"] = _json(groups(about))
-        found[f"monitoring/{model.name}-dashboard.json"] = _json(dashboard(about))
-    return found
-
-
 def rules(plan: DeploymentPlan, model: ModelPlan) -> Object:
     """Return the alerts of a model as a PrometheusRule."""
     return {
@@ -76,7 +58,9 @@ def watched(plan: DeploymentPlan, model: ModelPlan) -> Watched:
 
 
 def _json(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=1) + "\n"
+    """Return a dashboard with one line for each panel, so that a changed panel is one changed line."""
+    panels = ",\n  ".join(map(json.dumps, document["panels"]))
+    return f"{json.dumps(document | {'panels': []})[:-2]}\n  {panels}\n]}}\n"
 
 
 def _flavor(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> WatchedFlavor:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from inferctl.manifests.lint import (
     access,
     gpu,
-    image_volumes,
+    images,
     life,
     observability,
     overflow,
     placement,
+    ports,
     scaling,
     version,
 )
@@ -22,7 +23,7 @@ from inferctl.manifests.manifests_file import Located
 
 __all__ = ["LESSONS", "RULES", "Level", "LintContext", "LintFinding", "ModelFacts", "Rule", "lint", "unread"]
 
-MODULES = (access, gpu, image_volumes, life, observability, overflow, placement, scaling, version)
+MODULES = (access, gpu, images, life, observability, overflow, placement, ports, scaling, version)
 # By id, in the order of `MODULES`.
 RULES = {each.id: each for module in MODULES for each in vars(module).values() if isinstance(each, Rule)}
 

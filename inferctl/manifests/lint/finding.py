@@ -33,16 +33,13 @@ class ModelFacts:
     """What is known about one model on its hardware, for rules that need more than the manifests say. None: unknown.
 
     `load_s`: seconds from start until ready. `drain_s`: seconds that accepted requests may need after SIGTERM.
-    `memory_bytes`: memory on the device. `weights_bytes`: on disk. `alibi`: whether its positions are ALiBi biases.
-    `name`: of its Deployment.
+    `memory_bytes`: memory on the device. `name`: of its Deployment.
     """
 
     name: str
     load_s: float | None = None
     drain_s: float | None = None
     memory_bytes: int | None = None
-    weights_bytes: int | None = None
-    alibi: bool | None = None
 
 
 @dataclass(frozen=True)

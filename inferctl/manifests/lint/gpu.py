@@ -10,25 +10,9 @@ from inferctl.manifests.kubernetes.fields import as_float, get, mapping, sequenc
 from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.manifests.lint import models
 from inferctl.manifests.lint.finding import Hit, LintContext, rule
-from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, is_gpu, same_namespace
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 
-_SHARING = "nvidia.com/gpu.sharing-strategy"
-_GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
-# GPUs (by product label) -> MIG profiles that they can make, by NVIDIA's user guide of MIG. A test compares them with
-# the slices of the catalog.
-MIG_PROFILES = {
-    "A100.*40GB": ("1g.5gb", "1g.10gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb"),
-    "A100.*80GB": ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"),
-    "A30": ("1g.6gb", "2g.12gb", "4g.24gb"),
-    "H100-NVL": ("1g.12gb", "1g.24gb", "2g.24gb", "3g.47gb", "4g.47gb", "7g.94gb"),
-    "H100": ("1g.10gb", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"),
-    "H200": ("1g.18gb", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb"),
-    "B200": ("1g.23gb", "1g.45gb", "2g.45gb", "3g.90gb", "4g.90gb", "7g.180gb"),
-    "GH200": ("1g.12gb", "1g.24gb", "2g.24gb", "3g.48gb", "4g.48gb", "7g.96gb"),
-    "RTX-PRO-6000": ("1g.24gb", "2g.48gb", "4g.96gb"),
-}
 _GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
-_NO_MIG = re.compile(r"T4|L4|A10|V100|L40|P100", re.IGNORECASE)
 
 
 @rule(
@@ -73,36 +57,6 @@ def _visible(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 
 
 @rule(
-    "alibi-shared-gpu",
-    "error",
-    "neighbors",
-    finds="a model with ALiBi positions on a GPU that is shared without isolation (time slicing, MPS)",
-    consequence="its attention biases need memory that grows with the square of the input length, and nothing keeps "
-    "them out of the memory of the other pods on the GPU",
-    fix="give it a whole GPU or a MIG slice",
-)
-def _alibi(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        how, name = _shared(workload), models.alibi_model(workload, context)
-        if how and name:
-            container = next((each for each in workload.containers if each.gpus), None)
-            path = (*container.path, "resources") if container else workload.spec_path
-            yield Hit(workload.object, path, f"{name} has ALiBi positions, and its GPU is shared: {how}")
-
-
-def _shared(workload: ManifestWorkload) -> str | None:
-    """Return what says that the GPU of a workload is shared without isolation."""
-    if "nvidia.com/gpu.shared" in workload.gpus:
-        return "resource nvidia.com/gpu.shared"
-    for key, values in workload.node_labels.items():
-        if key in (_SHARING, _GKE_SHARING) and values & {"time-slicing", "time-sharing", "mps"}:
-            return f"node label {key}"
-        if key == GPU_PRODUCT and any(value.endswith("-SHARED") for value in values):
-            return f"node label {key} ends with -SHARED"
-    return None
-
-
-@rule(
     "model-exceeds-memory",
     "error",
     "placement",
@@ -139,6 +93,25 @@ def _parallel(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             yield Hit(workload.object, (*container.path, "resources"), what)
 
 
+@rule(
+    "shared-memory-missing",
+    "error",
+    "placement",
+    finds="a server that spreads a model over several GPUs of a pod, without a volume at /dev/shm",
+    consequence="its processes exchange tensors there, and the default of container runtimes is 64 MiB: the server "
+    "ends with a bus error or an error of NCCL",
+    fix="mount an emptyDir with medium: Memory and a sizeLimit of some GiB at /dev/shm",
+)
+def _shared_memory(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+    for workload in manifests.model_servers:
+        count = models.devices(workload)
+        for each in workload.containers:
+            mounted = {text(mount, "mountPath").rstrip("/") for mount in sequence(each.data, "volumeMounts")}
+            several = count > 1 and sum(each.gpus.values()) > 1
+            if several and "/dev/shm" not in mounted and get(workload.spec, "hostIPC") is not True:
+                yield Hit(workload.object, (*each.path, "volumeMounts"), f"{each.name} uses {count} GPUs")
+
+
 def _device_bytes(workload: ManifestWorkload) -> tuple[int, str] | None:
     """Return the memory of one GPU of a workload, and which GPU it is: the largest that the node labels allow."""
     for name in workload.gpus:
@@ -172,42 +145,6 @@ def _mig_state(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
         slices = [value for value in labels.get(GPU_PRODUCT, ()) if "-MIG-" in value]
         if slices and "nvidia.com/gpu" in workload.gpus and labels.get(MIG_STATE) != {"success"}:
             yield Hit(workload.object, _node_path(workload), f"{GPU_PRODUCT} is {slices[0]} whatever the state of MIG")
-
-
-@rule(
-    "mig-profile-unknown",
-    "error",
-    "placement",
-    finds="a MIG profile that the GPU cannot make",
-    consequence="no node ever has this resource, so the pod stays pending",
-    fix="use a profile of the GPU: `inferctl catalog hardware` lists those of A100 and H100",
-)
-def _mig_profile(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    known = {profile for profiles in MIG_PROFILES.values() for profile in profiles}
-    for workload in manifests.workloads:
-        products = {value.partition("-MIG-")[0] for value in workload.node_labels.get(GPU_PRODUCT, ())}
-        for container in workload.all_containers:
-            for name in container.gpus:
-                found = re.match(r"nvidia\.com/mig-(.+)", name)
-                if not found:
-                    continue
-                profile = re.sub(r"[.+](?:me|gfx).*", "", found[1])
-                path = (*container.path, "resources", "limits", name)
-                for product in sorted(products):
-                    made = _profiles(product)
-                    if made is not None and profile not in made:
-                        can = f"it makes {', '.join(made)}" if made else "it has no MIG"
-                        yield Hit(workload.object, path, f"{product} cannot make {profile}: {can}")
-                if not products and profile not in known:
-                    yield Hit(workload.object, path, f"no known GPU makes {profile}", level="warning")
-
-
-def _profiles(product: str) -> tuple[str, ...] | None:
-    """Return the MIG profiles of a GPU by its product label, () for a GPU without MIG, None if unknown."""
-    for pattern, profiles in MIG_PROFILES.items():
-        if re.search(rf"(?<![A-Z]){pattern}(?!\d)", product):
-            return profiles
-    return () if _NO_MIG.search(product) and "A100" not in product else None
 
 
 def _node_path(workload: ManifestWorkload) -> tuple[str | int, ...]:
@@ -274,18 +211,3 @@ def _quota(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
                 parts = ", ".join(f"{each.object.name} {need}" for each, need in zip(users, needs, strict=True))
                 what = f"{name}: {limit:g} allowed, {sum(needs)} needed at most ({parts})"
                 yield Hit(quota, ("spec", "hard", key), what)
-
-
-@rule(
-    "gpu-quota-key",
-    "error",
-    "guardrails",
-    finds="a ResourceQuota for GPUs with a key other than requests.NAME",
-    consequence="for extended resources, Kubernetes counts only keys with requests.: this one limits nothing",
-    fix="use requests.NAME, such as requests.nvidia.com/gpu",
-)
-def _quota_key(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for quota in manifests.of("ResourceQuota"):
-        for key in mapping(quota.data, "spec", "hard"):
-            if is_gpu(str(key).removeprefix("limits.")):
-                yield Hit(quota, ("spec", "hard", key), f"the key {key} without requests.")

@@ -43,27 +43,6 @@ def _blocks(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 
 
 @rule(
-    "no-pdb",
-    "note",
-    "life",
-    finds="a model server with several replicas and no PodDisruptionBudget",
-    consequence="a node upgrade may evict all replicas at the same time",
-    fix="add a PodDisruptionBudget with maxUnavailable: 1 and unhealthyPodEvictionPolicy: AlwaysAllow",
-)
-def _no_budget(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    covered = {
-        workload
-        for each in manifests.of("PodDisruptionBudget")
-        if (selector := get(each.data, "spec", "selector")) is not None
-        for workload in manifests.selected(each, selector)
-    }
-    for workload in manifests.model_servers:
-        most = manifests.replicas(workload)[1]
-        if workload.object.kind in ("Deployment", "StatefulSet") and most > 1 and workload not in covered:
-            yield Hit(workload.object, ("spec",), f"up to {most} replicas, and no budget")
-
-
-@rule(
     "grace-too-short",
     "error",
     "life",
@@ -239,24 +218,6 @@ def _stops_all(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
         if recreate or unavailable >= most:
             how = "the strategy Recreate" if recreate else "maxUnavailable"
             yield Hit(workload.object, ("spec", "strategy"), f"{how} stops up to {most} replicas at once")
-
-
-@rule(
-    "progress-deadline-short",
-    "warning",
-    "life",
-    finds="a startupProbe that allows a model more time to load than progressDeadlineSeconds (600 by default)",
-    consequence="the rollout counts as failed while the model still loads, and tools that wait for it end or roll back",
-    fix="set progressDeadlineSeconds above the time of the startupProbe and of the start of a node",
-)
-def _deadline(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        deadline = integer(workload.object.data, "spec", "progressDeadlineSeconds", default=600)
-        for each in workload.containers:
-            startup = mapping(each.data, "startupProbe")
-            if workload.object.kind in ("Deployment", "Rollout") and startup and _window(startup) > deadline:
-                what = f"the startupProbe of {each.name} allows {_window(startup)} s, and the rollout {deadline} s"
-                yield Hit(workload.object, (*each.path, "startupProbe"), what)
 
 
 def integer_of(value: Any) -> int:

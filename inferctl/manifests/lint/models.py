@@ -1,4 +1,4 @@
-"""What manifests say about the model that a workload serves: its name, the size of its weights, its positions."""
+"""What manifests say about the model that a workload serves: its name, the size of its weights, its parallel sizes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,6 @@ _FORMAT_VARIABLES = ("QUANTIZE", "QUANTIZATION", "HF_MODEL_QUANTIZE", "DTYPE", "
 _FORMAT_WORD = re.compile(r"llama-server|llama\.cpp|ollama|--load[-_](?:in[-_])?[48]-?bit")
 # Parameters in the name of a model: 7B, 0.5b, 8x7B. Not A3B, the active parameters of a mixture of experts.
 _PARAMETERS = re.compile(r"(?<![A-Za-z0-9.])(?:(\d{1,3})x)?(\d{1,4}(?:\.\d{1,3})?)[bB](?![A-Za-z0-9])")
-_ALIBI = re.compile(
-    r"(?<![a-z])(?:mpt-\d|bloomz?(?![a-z])|falcon-rw|replit-code|jina-embeddings-v2|baichuan2?-13b|btlm-3b)",
-    re.IGNORECASE,
-)
 # Models of gpt-oss are published in MXFP4, and those of Ollama in 4 bits unless a name says otherwise.
 _BITS = (
     (re.compile(r"exl[23]|bpw|bitnet|i?q[123]_", re.IGNORECASE), 0.2),
@@ -86,13 +82,13 @@ def name_of(workload: ManifestWorkload) -> str:
         if not get(container.data, "command") and _SERVE_IMAGE.search(container.image):
             serve += container.programs[:1]
         named = [each for each in serve if not each.startswith("-")]
-        found = [*_values(container, _OPTIONS), *named, *_values(container, (), _VARIABLES)]
+        found = [*values(container, _OPTIONS), *named, *values(container, (), _VARIABLES)]
         if found:
             return found[0].strip("'\"")
     return ""
 
 
-def _values(container: ManifestContainer, options: Sequence[str], variables: Sequence[str] = ()) -> list[str]:
+def values(container: ManifestContainer, options: Sequence[str], variables: Sequence[str] = ()) -> list[str]:
     """Return the values of options in the command line of a container, then those of environment variables."""
     words, found = container.expanded, []
     for index, word in enumerate(words):
@@ -105,15 +101,6 @@ def _values(container: ManifestContainer, options: Sequence[str], variables: Seq
     return [each for each in (*found, *(known.get(name, "") for name in variables)) if each]
 
 
-def alibi_model(workload: ManifestWorkload, context: LintContext) -> str | None:
-    """Return the name of the model if its positions are ALiBi biases; None if not, or if that is unknown."""
-    known = facts(workload, context)
-    if known is not None and known.alibi is not None:
-        return known.name if known.alibi else None
-    name = name_of(workload)
-    return name if _ALIBI.search(name) else None
-
-
 def weights(workload: ManifestWorkload, context: LintContext) -> Weights | None:
     """Return the memory that the model needs at least: from the context, else from the parameters in its name."""
     known = facts(workload, context)
@@ -124,9 +111,7 @@ def weights(workload: ManifestWorkload, context: LintContext) -> Weights | None:
     if not found:
         return None
     words = [word for each in workload.containers for word in each.expanded]
-    formats = [
-        part for each in workload.containers for part in (each.image, *_values(each, _FORMAT, _FORMAT_VARIABLES))
-    ]
+    formats = [part for each in workload.containers for part in (each.image, *values(each, _FORMAT, _FORMAT_VARIABLES))]
     line = " ".join([name, *formats, *(word for word in words if _FORMAT_WORD.search(word))])
     width = next((width for pattern, width in _BITS if pattern.search(line)), None)
     if any(_OFFLOAD.fullmatch(word.partition("=")[0]) for word in words) or (
@@ -143,7 +128,7 @@ def devices(workload: ManifestWorkload) -> int:
     """Return over how many GPUs a server spreads the weights: tensor times pipeline parallel size."""
     count = 1
     for options, variables in _PARALLEL:
-        found = [value for each in workload.containers for value in _values(each, options, variables)]
+        found = [value for each in workload.containers for value in values(each, options, variables)]
         numbers = [int(value[:4]) for value in found if value.isascii() and value.isdigit()]
         count *= max(1, next(iter(numbers), 1))
     return count

@@ -7,7 +7,7 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, mapping, sequence, text
-from inferctl.manifests.lint import pools, promql
+from inferctl.manifests.lint import promql
 from inferctl.manifests.lint.finding import Hit, LintContext, rule
 from inferctl.manifests.lint.manifests import Manifests, same_namespace
 from inferctl.manifests.manifests_file import FieldPath, Located
@@ -102,36 +102,3 @@ def _monitor(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 def _in_reach(monitor: Located, service: Located) -> bool:
     """Return whether a ServiceMonitor looks into the namespace of a Service."""
     return bool(mapping(monitor.data, "spec", "namespaceSelector")) or same_namespace(monitor, service)
-
-
-@rule(
-    "engine-label-missing",
-    "warning",
-    "observability",
-    finds="pods behind an InferencePool that do not run vLLM and have no label llm-d.ai/engine-type",
-    consequence="the endpoint picker reads them with the metric names of vLLM, sees no load, and routes blindly",
-    fix="label the pods with llm-d.ai/engine-type, and declare the engine in the core-metrics-extractor of the picker",
-)
-def _engine(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for pool in manifests.of("InferencePool"):
-        for workload in manifests.selected(pool, pools.selector(pool)):
-            words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers).lower()
-            if "vllm" not in words.replace("inferctl-vllm", "") and "llm-d.ai/engine-type" not in workload.labels:
-                path = (*workload.path, "metadata", "labels")
-                what = f"{pool.name} routes to {workload.object.name}, whose engine it does not know"
-                yield Hit(workload.object, path, what)
-
-
-@rule(
-    "pool-without-picker",
-    "error",
-    "placement",
-    finds="an InferencePool without endpointPickerRef",
-    consequence="the field is optional in the schema from 1.6, but most gateways ignore a pool without it",
-    fix="set endpointPickerRef to the Service of the picker",
-)
-def _picker(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for pool in manifests.of("InferencePool"):
-        field, name = pools.picker(pool)
-        if not name:
-            yield Hit(pool, ("spec",), f"no {field}")

@@ -39,21 +39,6 @@ def _priority(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 
 
 @rule(
-    "placeholder-preempts",
-    "warning",
-    "overflow",
-    finds="a PriorityClass of placeholders without preemptionPolicy: Never",
-    consequence="a placeholder may evict pods of even lower priority instead of waiting for a new node",
-    fix="set preemptionPolicy: Never in the PriorityClass",
-)
-def _preempts(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each in manifests.placeholders:
-        found = _priority_class(manifests, each)
-        if found is not None and get(found.data, "preemptionPolicy") != "Never":
-            yield Hit(found, ("preemptionPolicy",), f"the placeholder {each.object.name} may preempt")
-
-
-@rule(
     "placeholder-differs",
     "error",
     "overflow",
@@ -100,26 +85,6 @@ def _shown(workload: ManifestWorkload) -> str:
     return ", ".join(f"{name}: {count}" for name, count in workload.gpus.items()) or "no GPU"
 
 
-def _buffers(manifests: Manifests) -> list[Located]:
-    return manifests.of("CapacityBuffer")
-
-
-@rule(
-    "buffer-and-placeholders",
-    "warning",
-    "overflow",
-    finds="a CapacityBuffer and placeholder pods for one kind of GPU",
-    consequence="the overflow is kept twice, and paid twice",
-    fix="keep the CapacityBuffer where the autoscaler knows it, else the placeholders",
-)
-def _buffer_and_placeholders(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for buffer in _buffers(manifests):
-        target = buffer_target(manifests, buffer)
-        for each in manifests.placeholders:
-            if target is not None and each.gpus == target.gpus and same_namespace(buffer, each.object):
-                yield Hit(buffer, ("spec",), f"{each.object.name} keeps the same GPUs free")
-
-
 def buffer_target(manifests: Manifests, buffer: Located) -> ManifestWorkload | None:
     """Return the workload or pod template that a CapacityBuffer keeps room for; None if it is not among the objects."""
     for key, kind in (("scalableRef", ""), ("podTemplateRef", "PodTemplate")):
@@ -138,7 +103,7 @@ def buffer_target(manifests: Manifests, buffer: Located) -> ManifestWorkload | N
     fix="set scalableRef to the Deployment, or podTemplateRef to a PodTemplate",
 )
 def _reference(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for buffer in _buffers(manifests):
+    for buffer in manifests.of("CapacityBuffer"):
         set_ = [key for key in ("scalableRef", "podTemplateRef") if get(buffer.data, "spec", key)]
         if len(set_) != 1:
             yield Hit(buffer, ("spec",), f"it has {' and '.join(set_) or 'neither scalableRef nor podTemplateRef'}")
@@ -148,48 +113,3 @@ def _reference(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             name = get(buffer.data, "spec", set_[0], "name")
             what = f"{set_[0]} names {name}, which is not among these manifests"
             yield Hit(buffer, ("spec", set_[0]), what, level="warning")
-
-
-@rule(
-    "buffer-size",
-    "warning",
-    "overflow",
-    finds="a CapacityBuffer with both replicas and percentage, with percentage but no scalableRef, or without a size",
-    consequence="Cluster Autoscaler takes the larger of both, Karpenter the smaller: the size depends on the cloud",
-    fix="set replicas or percentage (percentage only with scalableRef), not both",
-)
-def _size(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for buffer in _buffers(manifests):
-        spec = mapping(buffer.data, "spec")
-        if "replicas" in spec and "percentage" in spec:
-            yield Hit(buffer, ("spec", "percentage"), "it has both replicas and percentage")
-        elif "percentage" in spec and "scalableRef" not in spec:
-            yield Hit(buffer, ("spec", "percentage"), "percentage of what? There is no scalableRef")
-        elif not {"replicas", "percentage", "limits"} & spec.keys():
-            yield Hit(buffer, ("spec",), "it has no replicas, percentage or limits")
-
-
-@rule(
-    "buffer-version",
-    "error",
-    "versions",
-    finds="a CapacityBuffer of a version that the autoscaler does not know",
-    consequence="the API server refuses the object, or no controller acts on it",
-    fix="v1beta1 from Kubernetes 1.35 and for Karpenter, v1alpha1 only for Cluster Autoscaler of 1.34",
-)
-def _version(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    karpenter = any(each.api_version.startswith("karpenter.sh/") for each in manifests.of("NodePool"))
-    for buffer in _buffers(manifests):
-        version = buffer.api_version.rpartition("/")[2]
-        path = ("apiVersion",)
-        if version not in ("v1alpha1", "v1beta1"):
-            yield Hit(buffer, path, f"there is no version {version}")
-        elif karpenter:
-            if version == "v1alpha1":
-                yield Hit(buffer, path, "Karpenter knows only v1beta1, and there is a NodePool of Karpenter")
-        elif context.minor < 34:
-            yield Hit(buffer, path, f"Cluster Autoscaler of 1.{context.minor} does not know CapacityBuffer")
-        elif version == "v1beta1" and context.minor < 35:
-            yield Hit(buffer, path, f"Cluster Autoscaler of 1.{context.minor} does not know v1beta1")
-        elif version == "v1alpha1" and context.minor >= 35:
-            yield Hit(buffer, path, f"v1alpha1 is deprecated from 1.35 (this is 1.{context.minor})", level="warning")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.manifests.kubernetes.labels import HOSTNAME, ZONE
 from inferctl.manifests.label_keys import CLIENT
-from inferctl.manifests.lint import pools
 from inferctl.manifests.lint.finding import Hit, LintContext, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import FieldPath
@@ -20,12 +19,12 @@ _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
     "service-selects-nothing",
     "error",
     "placement",
-    finds="a Service, PodDisruptionBudget, NetworkPolicy or InferencePool whose selector selects no pod",
+    finds="a Service, PodDisruptionBudget or NetworkPolicy whose selector selects no pod",
     consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
     fix="use labels of the pod template",
 )
 def _selects_nothing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy", "InferencePool"):
+    for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy"):
         path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
         selector = mapping(each.data, *path)
         if not selector or not any(same_namespace(each, workload.object) for workload in manifests.workloads):
@@ -34,8 +33,6 @@ def _selects_nothing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             continue  # clients in the namespace are pods of others
         if each.kind == "Service":
             selector = {"matchLabels": selector}
-        elif each.kind == "InferencePool":
-            selector = pools.selector(each)
         if not any(manifests.selected(each, selector)):
             # An operator may make the pods. With all label keys of these pods, it is more likely a wrong value.
             keys = mapping(selector, "matchLabels").keys()
@@ -44,30 +41,6 @@ def _selects_nothing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             )
             what = "the selector selects no pod of these manifests"
             yield Hit(each, path, what, level=None if near else "warning")
-
-
-@rule(
-    "port-name-unknown",
-    "error",
-    "placement",
-    finds="a targetPort of a Service with a name that no port of the pods has",
-    consequence="the Service has no endpoints for this port: requests to it fail",
-    fix="use the name of a port in ports of the container, or a number",
-)
-def _port_names(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for service in manifests.of("Service"):
-        known = [workload.port_names for workload in manifests.behind(service)]
-        names = set().union(*(each for each in known if each))
-        for index, port in enumerate(sequence(service.data, "spec", "ports")):
-            target = get(port, "targetPort")
-            if known and None not in known and isinstance(target, str) and target not in names:
-                what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
-                yield Hit(service, ("spec", "ports", index, "targetPort"), what)
-
-
-def _or(names: Iterable[str]) -> str:
-    """Return the names that there are, as the end of a sentence."""
-    return f", but {', '.join(sorted(filter(None, names)))}" if any(names) else ""
 
 
 @rule(
@@ -127,66 +100,6 @@ def _is_share(workload: ManifestWorkload) -> str | None:
             return name
     products = workload.node_labels.get("nvidia.com/gpu.product", set())
     return next((value for value in sorted(products) if "-MIG-" in value or value.endswith("-SHARED")), None)
-
-
-@rule(
-    "spread-counts-old-pods",
-    "warning",
-    "placement",
-    finds="topology spread without matchLabelKeys: [pod-template-hash]",
-    consequence="a rollout counts the pods of the old version too, so the new ones end up on one side",
-    fix="add matchLabelKeys: [pod-template-hash]",
-)
-def _match_label_keys(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
-            if workload.object.kind == "Deployment" and "pod-template-hash" not in sequence(each, "matchLabelKeys"):
-                path = (*workload.spec_path, "topologySpreadConstraints", index)
-                yield Hit(workload.object, path, f"spread over {text(each, 'topologyKey')} without matchLabelKeys")
-
-
-@rule(
-    "spread-ignores-taints",
-    "note",
-    "placement",
-    finds="required topology spread without nodeTaintsPolicy: Honor",
-    consequence="zones whose nodes the pod does not tolerate count as empty, so pods wait for a place there",
-    fix="add nodeTaintsPolicy: Honor",
-)
-def _taints_policy(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for workload in manifests.model_servers:
-        for index, each in enumerate(sequence(workload.spec, "topologySpreadConstraints")):
-            if get(each, "whenUnsatisfiable") != "ScheduleAnyway" and get(each, "nodeTaintsPolicy") != "Honor":
-                path = (*workload.spec_path, "topologySpreadConstraints", index)
-                yield Hit(workload.object, path, f"spread over {text(each, 'topologyKey')} ignores taints")
-
-
-@rule(
-    "zones-without-traffic-distribution",
-    "warning",
-    "regions",
-    finds="pods in several zones behind a Service without trafficDistribution",
-    consequence="most requests cross zones: that costs money and a millisecond each way",
-    fix="set trafficDistribution: PreferSameZone, or PreferClose before Kubernetes 1.34",
-)
-def _traffic(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for service in manifests.of("Service"):
-        spread = [
-            workload
-            for workload in manifests.behind(service)
-            if workload.is_model_server
-            and any(get(each, "topologyKey") == ZONE for each in sequence(workload.spec, "topologySpreadConstraints"))
-        ]
-        annotations = mapping(service.data, "metadata", "annotations")
-        headless = get(service.data, "spec", "clusterIP") == "None"
-        if (
-            spread
-            and not headless
-            and not get(service.data, "spec", "trafficDistribution")
-            and (annotations.get("service.kubernetes.io/topology-mode") != "Auto")
-        ):
-            what = f"{spread[0].object.name} is spread over zones, and traffic to it is not kept in one"
-            yield Hit(service, ("spec",), what)
 
 
 @rule(

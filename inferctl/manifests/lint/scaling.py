@@ -8,7 +8,7 @@ from typing import Any
 
 from inferctl.manifests.kubernetes.fields import as_float, get, integer, mapping, sequence, text
 from inferctl.manifests.lint.finding import Hit, LintContext, rule
-from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
+from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.lint.placement import replicas_path
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -70,24 +70,6 @@ def _replicas(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             count = get(workload.object.data, "spec", "replicas")
             what = f"replicas: {count} next to {found[0].kind} {found[0].name}"
             yield Hit(workload.object, ("spec", "replicas"), what)
-
-
-@rule(
-    "autoscaler-without-target",
-    "warning",
-    "guardrails",
-    finds="an autoscaler whose target is not among the manifests",
-    consequence="nothing is scaled, and only the status of the autoscaler says so",
-    fix="correct kind and name in scaleTargetRef",
-)
-def _target(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each in manifests.autoscalers:
-        scalable = [w for w in manifests.workloads if w.object.kind in ("Deployment", "StatefulSet")]
-        reference = mapping(each.data, "spec", "scaleTargetRef")
-        known = text(reference, "kind") in ("", "Deployment", "StatefulSet")
-        if known and manifests.target(each) is None and any(same_namespace(each, w.object) for w in scalable):
-            name = f"{text(reference, 'kind') or 'Deployment'} {reference.get('name')}"
-            yield Hit(each, ("spec", "scaleTargetRef"), f"{name} is not among these manifests")
 
 
 @rule(

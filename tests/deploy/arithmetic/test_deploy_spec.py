@@ -54,7 +54,7 @@ def test_specs_without_a_deployment_keep_their_digests(text: str, digest: str) -
         ("flavors: [{hardware: l4, recipt: r.json}]", "did you mean receipt?"),
         ("namespace: Inference", "deploy.namespace"),
         ("weights: {pvc: a, image: b}", "keep one of them"),
-        ("gateway: envoy\n  router: epp", "two ways to route"),
+        ("omit: [Deployment]", "deploy.omit.0"),
         ("broker: nats", "deploy.broker"),
         ("flavours: []", "did you mean flavors?"),
     ],

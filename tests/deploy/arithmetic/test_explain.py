@@ -24,7 +24,7 @@ deploy:
   clusters: clusters.yaml
   flavors:
     - {{hardware: {HALF}, name: half, receipt: half.json, image: "{IMAGE}"}}
-    - {{hardware: l4, tokens_per_second: 40000, image: "{IMAGE}", cold_start_s: 300}}
+    - {{hardware: l4, tokens_per_second: 40000, image: "{IMAGE}"}}
   traffic: {{base_rps: 200, peak_rps: 1400, tokens_per_request: 250, rise_s: 200}}
   utilization: 0.8
   cold_start_s: 150
@@ -109,7 +109,7 @@ def test_every_number_is_the_one_worked_out_by_hand(capsys: pytest.CaptureFixtur
         "cost at the maximum": 5_287.54,
     }
     # Cluster two: 70,000 / 32,000 = 2.2 -> 3. No half can be added there, so the L4 has the overflow:
-    # 0.2 x 1,500 x min(300, 200) / 40,000 = 1.5 -> 2.
+    # 0.2 x 1,500 x min(150, 200) / 40,000 = 1.1 -> 2.
     assert values(l4["clusters"][1]["figures"]) == {
         "replicas at base": 0,
         "replicas at peak": 0,

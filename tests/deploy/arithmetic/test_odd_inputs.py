@@ -115,7 +115,7 @@ def test_the_window_of_an_autoscaler_is_one_that_the_api_server_accepts(cold_sta
 
 
 def test_a_cold_start_below_a_second_gives_a_range_that_prometheus_accepts() -> None:
-    _, second = scalers({**L4, "cold_start_s": 0.5}, T4)
+    _, second = scalers(L4, T4, cold_start_s=0.5)
     for trigger in second["triggers"]:
         assert "[1s]" in trigger["metadata"]["query"]
         assert promql.problem(trigger["metadata"]["query"]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -394,10 +395,24 @@ def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> Non
 
 
 def test_a_new_node_pulls_and_unpacks_the_image_of_the_spec() -> None:
-    (found,) = plans.plan(plans.embed(load_s=70, pull_rate="200MB"), clusters=plans.ONE_CLUSTER).models[0].flavors[:1]
+    (found,) = plans.plan(plans.embed(load_s=70), clusters=plans.ONE_CLUSTER).models[0].flavors[:1]
     figures = {figure.name: figure for figure in explain.flavor_figures(found)}
     pull, unpack = figures["pull, estimated"], figures["unpack, estimated"]
     assert pull.value > 0
-    assert "200 MB/s" in pull.formula
+    assert "100 MB/s" in pull.formula
     assert unpack.value > pull.value
     assert figures["load time"].value == 70, "a load time of the spec or of a receipt is not estimated"
+
+
+def test_unknown_weights_are_a_warning_about_what_lacks_them(tmp_path: Path) -> None:
+    measured = write_receipt(tmp_path / "l4.json", "l4", 100.0, resources={"server_peak_bytes": 2**30})
+    unknown, receipt_of = UnknownSize("no network", ""), one(tokens_per_second=None, receipt=str(measured))
+    for deploy, weights, size, lacking in (
+        (one(), "bake", unknown, ["memory limit"]),
+        (one(), "bake", SMALL, None),
+        (receipt_of, "bake", unknown, None),
+        (receipt_of, "download", unknown, ["volume of the download"]),
+    ):
+        (planned,) = plan(spec(deploy, model={"source": "org/x", "weights": weights}), size=size).models
+        found = [warning for warning in planned.warnings if "size of the weights is unknown" in warning]
+        assert [part for each in found for part in re.findall(r"in its (.*), and pods", each)] == (lacking or [])

@@ -27,8 +27,6 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, f"{path}.{key}")
-    elif isinstance(value, str) and value.startswith("{\n"):
-        yield from leaves(json.loads(value), path)  # a dashboard
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             name = inner.get("name", index) if isinstance(inner, dict) else index
@@ -40,8 +38,8 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def values(folder: Path) -> dict[str, Any]:
     """Return every value of every manifest: `file Kind/name.path` -> value."""
     found: dict[str, Any] = {}
-    for file in sorted(folder.rglob("*.yaml")):
-        for each in yaml.safe_load_all(file.read_text()):
+    for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+        for each in yaml.safe_load_all(file.read_text()):  # JSON is YAML
             name = (each.get("metadata") or {}).get("name", "")
             head = f"{file.relative_to(folder).as_posix()} {each.get('kind')}/{name}"
             found |= leaves(each, head)
@@ -90,7 +88,7 @@ def test_a_changed_receipt_changes_exactly_what_comes_from_it(tmp_path: Path, mo
     }
     # Panels of the dashboard have what the available replicas of all flavors serve.
     assert {path.partition("[")[0] for path in queries if "ScaledObject" not in path} == {
-        "components/monitoring/embed.yaml ConfigMap/embed-dashboard.data.inferctl-embed.json.panels"
+        "components/monitoring/inferctl-embed.json None/.panels"
     }
     # The rate, the planned rate, and the maximum of the L4 in the queries of the T4.
     becomes = {"42000": "35000", "60000": "50000", "vector(9)": "vector(11)", "vector(5)": "vector(6)"}

@@ -174,6 +174,9 @@ def test_memory_and_cores_are_measured_or_called_assumed() -> None:
     # 200,000,000 + 4 GiB = 4,494,967,296 = 4,286.7 MiB -> 4,287 MiB
     assumed = sizing.memory_bytes(None, 200_000_000, None)
     assert (assumed.value, "assumed" in assumed.source) == (4287 * 1024**2, True)
+    unknown = sizing.memory_bytes(None, None, None)
+    assert unknown.value == 4 * 1024**3
+    assert "unknown" in unknown.formula and "without the weights" in unknown.source
     # A pod of 3 cores, also with a relay or a load generator, fits the 4 vCPUs of a g6.xlarge.
     assert (sizing.cores(None).value, "assumed" in sizing.cores(None).source) == (3, True)
     assert (sizing.cores(None, 0.1).value, sizing.cores(None, 0.1).formula) == (2.9, "3 - 0.1")
@@ -195,21 +198,23 @@ def test_the_memory_of_a_generator_on_a_cpu_has_its_kv_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "key", "cloud", "gpus", "shared_by", "value", "formula"),
+    ("count", "overflow", "key", "cloud", "gpus", "shared_by", "value", "formula"),
     [
         # 3,005.775, rounded to cents, half to even in binary
-        (3, "a100-40gb-mig-3g.20gb", "aws", 1, 1, 3_005.78, "3 x 2.745 USD/h / 2 x 730 h"),
-        (2, "l4", "aws", 2, 1, 2350.02, "2 x 2 x 0.8048 USD/h x 730 h"),  # two L4 for each replica
-        (4, "t4", "aws", 1, 4, 383.98, "4 x 0.526 USD/h / 4 x 730 h"),  # four pods on one T4
+        (3, 0, "a100-40gb-mig-3g.20gb", "aws", 1, 1, 3_005.78, "3 x 2.745 USD/h / 2 x 730 h"),
+        (2, 0, "l4", "aws", 2, 1, 2350.02, "2 x 2 x 0.8048 USD/h x 730 h"),  # two L4 for each replica
+        (4, 0, "t4", "aws", 1, 4, 383.98, "4 x 0.526 USD/h / 4 x 730 h"),  # four pods on one T4
+        (2, 3, "l4", "aws", 1, 1, 2_937.52, "(2 + overflow 3) x 0.8048 USD/h x 730 h"),
         # An unknown price is never that of another cloud.
-        (1, "l4", "gcp", 1, 1, None, ""),
-        (1, "a10", "aws", 1, 1, None, ""),
+        (1, 0, "l4", "gcp", 1, 1, None, ""),
+        (1, 0, "a10", "aws", 1, 1, None, ""),
     ],
 )
 def test_a_pod_costs_its_part_of_the_gpus_for_730_hours(
-    count: int, key: str, cloud: str, gpus: int, shared_by: int, value: float | None, formula: str
+    count: int, overflow: int, key: str, cloud: str, gpus: int, shared_by: int, value: float | None, formula: str
 ) -> None:
-    found = sizing.cost("cost", count, catalog.hardware(key), cloud, gpus=gpus, shared_by=shared_by)
+    hardware = catalog.hardware(key)
+    found = sizing.cost("cost", count, hardware, cloud, gpus=gpus, shared_by=shared_by, overflow=overflow)
     if value is None:
         assert found is None
         return

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from inferctl.facts import catalog
 from inferctl.manifests import lint, manifests_file
-from inferctl.manifests.lint import gpu, models, sarif
+from inferctl.manifests.lint import models, sarif
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
 from tests.deploy import kube
@@ -140,7 +139,6 @@ SILENT = {
         "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]}}}]
     ),
-    "ALiBi on a whole GPU": changed("Deployment/chat", (*SERVER, "args"), ["--model", "mosaicml/mpt-7b"]),
     "a toleration of all taints": changed("Deployment/chat", (*POD, "tolerations"), [{"operator": "Exists"}]),
     "time slicing of something else": changed("ConfigMap/device-plugin", ("data", "t4"), "sharing is caring: [\n"),
     "a budget of half of the pods": changed("PodDisruptionBudget/chat", ("spec", "minAvailable"), "50%"),
@@ -184,16 +182,7 @@ def test_findings_name_the_place_and_what_differs_there() -> None:
         (found,) = (f for f in lint.lint(seeded.located(fault.objects), fault.context) if f.rule == rule)
         return found
 
-    assert finding("alibi-shared-gpu", "MPT on a GPU shared by time slicing").field.endswith("containers.0.resources")
     assert finding("placeholder-differs", "a placeholder for other nodes").what.endswith(": nvidia.com/gpu.product")
-    # One finding: it names what this GPU can make, so it is not said again that another one could.
-    assert "cannot make 3g.40gb" in finding("mig-profile-unknown", "the slice of an 80 GB A100 on one of 40 GB").what
-
-
-def test_a_profile_that_no_gpu_makes_is_one_error_if_the_gpu_is_known() -> None:
-    objects = changed("Deployment/embed", (*SERVER, "resources", "limits"), {"nvidia.com/mig-9g.99gb": 1})
-    found = [f for f in lint.lint(seeded.located(objects)) if f.rule == "mig-profile-unknown"]
-    assert [finding.level for finding in found] == ["error"]
 
 
 def test_a_volume_without_a_source_is_an_empty_dir() -> None:
@@ -218,12 +207,7 @@ PINNED = f"registry.example.com/models/qwen@sha256:{'ab' * 32}"
     [
         ({"reference": PINNED}, set()),
         ({"reference": PINNED, "pullPolicy": "IfNotPresent"}, set()),
-        ({"reference": PINNED, "pullPolicy": "Always"}, {"image-volume-pull"}),
-        ({"reference": PINNED, "pullPolicy": "Never"}, {"image-volume-pull"}),
         ({"reference": "example.com/qwen:1", "pullPolicy": "Always"}, {"image-volume-unpinned"}),
-        ({"reference": "example.com/qwen:1", "pullPolicy": "Never"}, {"image-volume-unpinned", "image-volume-pull"}),
-        # Kubernetes asks for the registry's current image of `latest`, with a digest too.
-        ({"reference": PINNED.replace("@", ":latest@")}, {"image-volume-pull"}),
         # The reference is optional: a controller may set it.
         ({}, set()),
         ({"reference": "", "pullPolicy": None}, set()),
@@ -231,39 +215,109 @@ PINNED = f"registry.example.com/models/qwen@sha256:{'ab' * 32}"
         ("qwen", set()),
     ],
 )
-def test_the_pull_of_an_image_volume_fits_its_reference(image: Any, found: set[str]) -> None:
+def test_an_image_volume_has_a_digest(image: Any, found: set[str]) -> None:
     assert rules(changed("Deployment/chat", (*POD, "volumes", 2), {"name": "weights", "image": image})) == found
 
 
+def server(**changes: Any) -> list[dict[str, Any]]:
+    """Return a Deployment of vLLM on port 8000 with a Service, with changes of its container."""
+    container = {
+        "name": "vllm",
+        "image": "vllm/vllm-openai:v0.12.0",
+        "args": ["--model", "Qwen/Qwen2.5-7B-Instruct", "--port", "8000"],
+        "ports": [{"name": "http", "containerPort": 8000}],
+        "readinessProbe": {"httpGet": {"path": "/health", "port": 8000}},
+        **changes,
+    }
+    sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9100}]}
+    labels = {"app": "vllm"}
+    pod = {"containers": [container, sidecar], "automountServiceAccountToken": False}
+    ports = [{"port": 80, "targetPort": 8000}]
+    service = kube.thing("Service", "llm", {"selector": labels, "ports": ports})
+    return [kube.deployment("llm", labels, pod, 1), service]
+
+
 @pytest.mark.parametrize(
-    ("disks", "weights_bytes", "found"),
+    ("changes", "places"),
     [
-        (["50G"], 60 * 10**9, True),
-        (["50G"], 40 * 10**9, False),
-        # The scheduler does not count images, so a pod can land on the small node.
-        (["100G", "50G"], 60 * 10**9, True),
-        # Nodes and models that do not have the figure prove nothing.
-        ([None], 60 * 10**9, False),
-        (["much"], 60 * 10**9, False),
-        (["50G"], None, False),
-        ([], 60 * 10**9, False),
+        ({}, []),
+        ({"readinessProbe": {"httpGet": {"port": 8080}}}, ["readinessProbe.httpGet.port"]),
+        ({"livenessProbe": {"tcpSocket": {"port": "http"}}, "startupProbe": {"grpc": {"port": 1}}}, ["startupProbe.grpc.port"]),
+        # Another container of the pod, and a second port of the server.
+        ({"readinessProbe": {"httpGet": {"port": 9100}}}, []),
+        ({"args": ["--port=8000", "--metrics-port", "9001"], "readinessProbe": {"httpGet": {"port": 9001}}}, []),
+        ({"args": ["serve", "--port", "$(PORT)"], "env": [{"name": "PORT", "value": "8000"}]}, []),
+        # The name of a port is that of a number on which nothing listens.
+        ({"ports": [{"name": "http", "containerPort": 8080}]}, ["ports.0"]),
+        ({"args": ["--port", "8001"]}, ["ports.0", "readinessProbe.httpGet.port"]),
+        # Without --port, nothing is known about the server: only the Service is compared, with the ports in the pod.
+        ({"args": ["serve"], "readinessProbe": {"httpGet": {"port": 8080}}}, []),
+        ({"args": ["serve"], "ports": [{"containerPort": 8080}]}, ["Service"]),
+        ({"args": ["serve"], "ports": []}, ["Service"]),
+        ({"args": ["bash", "-c", "ray start --head --port=6379; vllm serve --port 8000"]}, []),
+    ],
+)  # fmt: skip
+def test_ports_are_those_on_which_the_server_listens(changes: dict[str, Any], places: list[str]) -> None:
+    objects = server(**changes)
+    found = [each for each in lint.lint(seeded.located(objects)) if each.rule == "port-mismatch"]
+    prefix = "spec.template.spec.containers.0."
+    assert [each.field.removeprefix(prefix) if "Depl" in each.object else "Service" for each in found] == places
+    assert all(each.level == ("warning" if "Service" in places else "error") for each in found)
+    if not places:  # the twin with another Service
+        objects[1]["spec"]["ports"] = [{"port": 9000}]
+        assert "port-mismatch" in rules(objects)
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        *(("vllm/vllm-openai:latest", True), ("vllm/vllm-openai", True), ("localhost:5000/vllm", True)),
+        *(("ghcr.io/huggingface/text-embeddings-inference:89-latest", True), ("ghcr.io/ggml-org/llama.cpp:server-cuda", True)),
+        *(("lmsysorg/sglang:nightly-20260101", True), ("vllm/vllm-openai:v0.12.0", False), (f"vllm@sha256:{'ab' * 32}", False)),
+        *(("ghcr.io/ggml-org/llama.cpp:server-cuda-b7000", False), ("localhost:5000/vllm:v1", False)),
+    ],
+)  # fmt: skip
+def test_the_image_of_a_server_is_that_of_a_release(image: str, found: bool) -> None:
+    assert ("image-unpinned" in rules(server(image=image))) == found
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "found"),
+    [
+        ({}, 2, False),  # a model on one of them
+        ({"args": ["--tensor-parallel-size", "2"]}, 2, True),
+        ({"args": ["--tp=2"], "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm/"}]}, 2, False),
+        # Over two pods, each with one GPU: no processes of a pod exchange tensors.
+        ({"args": ["--pipeline-parallel-size", "2"]}, 1, False),
     ],
 )
-def test_weights_are_compared_with_the_disks_of_their_nodes(
-    disks: list[str | None], weights_bytes: int | None, found: bool
-) -> None:
-    def node(name: str, product: str, disk: str | None) -> dict[str, Any]:
-        storage = {"allocatable": {"ephemeral-storage": disk} if disk else {}}
-        labels = {"nvidia.com/gpu.product": product}
-        return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": storage}
+def test_processes_of_several_gpus_have_shared_memory(changes: dict[str, Any], gpus: int, found: bool) -> None:
+    objects = server(resources={"limits": {"nvidia.com/gpu": gpus}}, **changes)
+    assert ("shared-memory-missing" in rules(objects)) == found
+    objects[0]["spec"]["template"]["spec"]["hostIPC"] = True
+    assert "shared-memory-missing" not in rules(objects)
 
-    # Pods do not run on the T4, so its disk does not count.
-    nodes = [node(f"l4-{number}", "NVIDIA-L4", disk) for number, disk in enumerate(disks)] + [node("t", "T4", "1G")]
-    context = lint.LintContext(
-        nodes=tuple(seeded.located(nodes)), models=(lint.ModelFacts("chat", weights_bytes=weights_bytes),)
-    )
-    objects = changed("Deployment/chat", (*POD, "volumes", 2), {"name": "weights", "image": {"reference": PINNED}})
-    assert ("image-volume-exceeds-disk" in rules(objects, context)) == found
+
+@pytest.mark.parametrize(
+    ("runtimes", "found"),
+    [
+        *(([], True), (["containerd://2.1.4"], True), (["containerd://2.2.0"], False), (["containerd://v2.10.1"], False)),
+        *((["cri-o://1.35.0", "containerd://2.2.1"], False), (["containerd://2.2.1", "containerd://1.7.28"], True)),
+        *(([""], True), (["docker://28.0"], True)),
+    ],
+)  # fmt: skip
+def test_a_sub_path_of_an_image_needs_a_runtime_that_knows_it(runtimes: list[str], found: bool) -> None:
+    objects = server(volumeMounts=[{"name": "weights", "mountPath": "/model", "subPath": "model"}])
+    volumes = [{"name": "weights", "image": {"reference": PINNED}}]
+    objects[0]["spec"]["template"]["spec"]["volumes"] = volumes
+    nodes = [
+        kube.thing("Node", f"n{number}") | {"status": {"nodeInfo": {"containerRuntimeVersion": runtime}}}
+        for number, runtime in enumerate(runtimes)
+    ]
+    context = lint.LintContext(nodes=tuple(seeded.located(nodes)))
+    assert ("image-volume-subpath" in rules(objects, context)) == found
+    volumes[0] = {"name": "weights", "emptyDir": {"sizeLimit": "1Gi"}}
+    assert "image-volume-subpath" not in rules(objects, context)
 
 
 def test_versions_decide() -> None:
@@ -273,34 +327,12 @@ def test_versions_decide() -> None:
     assert rules(zone, lint.LintContext(35)) == set()
 
 
-@pytest.mark.parametrize(
-    ("version", "minor", "karpenter", "level"),
-    [
-        ("v1beta1", 32, True, None),
-        ("v1beta1", 35, False, None),
-        ("v1beta1", 34, False, "error"),
-        ("v1alpha1", 34, False, None),
-        ("v1alpha1", 33, False, "error"),
-        ("v1alpha1", 35, False, "warning"),
-        ("v1alpha1", 35, True, "error"),
-        ("v1", 37, True, "error"),
-    ],
-)
-def test_the_autoscaler_decides_on_the_version_of_a_buffer(
-    version: str, minor: int, karpenter: bool, level: str | None
-) -> None:
-    objects = changed("CapacityBuffer/chat", ("apiVersion",), f"autoscaling.x-k8s.io/{version}")
-    kept = [each for each in objects if karpenter or each["kind"] != "NodePool"]
-    found = {f.rule: f.level for f in lint.lint(seeded.located(kept), lint.LintContext(minor))}
-    assert found.get("buffer-version") == level
-
-
 def test_an_annotation_ignores_a_rule_for_its_object() -> None:
     objects = changed("Deployment/chat", (*POD, "volumes", 1), {"name": "tmp"})
     deployment = next(each for each in objects if each["metadata"]["name"] == "chat" and each["kind"] == "Deployment")
-    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb, empty-dir-unbounded"}
+    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "one-zone, empty-dir-unbounded"}
     assert rules(objects) == set()
-    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "no-pdb"}
+    deployment["metadata"]["annotations"] = {"inferctl.io/lint-ignore": "one-zone"}
     assert rules(objects) == {"empty-dir-unbounded"}
 
 
@@ -310,18 +342,6 @@ def test_measured_facts_replace_guesses() -> None:
     facts = (lint.ModelFacts("chat", memory_bytes=10_000_000_000),)
     assert rules(objects) == {"model-exceeds-memory"}
     assert rules(objects, lint.LintContext(models=facts)) == set()
-
-
-def test_mig_profiles_include_those_of_the_catalog() -> None:
-    slices = [part for part in catalog.hardware_profiles().values() if part.mig]
-    assert slices
-    for part in slices:
-        product = part.labels["nvidia.com/gpu.product"].partition("-MIG-")[0]
-        assert part.mig and part.mig.profile in (gpu._profiles(product) or ()), part.key
-    assert gpu._profiles("NVIDIA-L4") == gpu._profiles("Tesla-T4") == gpu._profiles("NVIDIA-A10G") == ()
-    assert gpu._profiles("NVIDIA-Something-New") is None
-    assert "1g.18gb" in (gpu._profiles("NVIDIA-H200") or ())
-    assert "1g.12gb" in (gpu._profiles("NVIDIA-GH200-480GB") or ())
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ import pytest
 import yaml
 
 from inferctl import cli
-from inferctl.deploy import manifest
-from inferctl.deploy.objects import policy
 from tests.deploy import kube
 
 NODES = """
@@ -156,9 +154,8 @@ def test_servers_preempt_placeholders_and_no_pods_of_other_teams(
     node = {"name": "g", "allocatable": {"cpu": 4, "nvidia.com/gpu": 1}}
     nodes.write_text(yaml.safe_dump_all([{"nodes": [node]}, other]))
     server = {"name": "a", "image": "s:1", "resources": gpu}
-    pod = {"priorityClassName": policy.SERVING_PRIORITY, "containers": [server]}
-    deployment = kube.deployment("embed", {"app": "embed"}, pod, 1)
-    file.write_text(yaml.safe_dump_all([*map(manifest.plain, policy.priority_classes()), deployment]))
+    deployment = kube.deployment("embed", {"app": "embed"}, {"containers": [server]}, 1)
+    file.write_text(yaml.safe_dump(deployment))
     assert cli.run(["deploy", "--preview", str(nodes), str(file), "--json"]) == (0 if evicted else 1)
     (cluster,) = json.loads(capsys.readouterr().out)["clusters"]
     (group,) = cluster["deployments"][0]["pods"]
