@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.core.partial_folders import partial_folder
+from inferctl.core.partials import partial_folder
 from inferctl.image import failures
 from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.core.partials import partial_folder
 from inferctl.image import buildx, failures
 from inferctl.image.compression import Compression
 from inferctl.image.docker import DockerEngine
@@ -151,12 +152,10 @@ def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator
 
 
 def _export(request: buildx.BuildRequest, target: Path) -> Generator[Event, None, None]:
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield from buildx.build_once(replace(request, outputs=(f"type=oci,dest={partial}",)))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_folder(target, 0o700) as folder:
+        archive = folder / "archive.tar"
+        yield from buildx.build_once(replace(request, outputs=(f"type=oci,dest={archive}",)))
+        archive.replace(target)
 
 
 def _confirm(

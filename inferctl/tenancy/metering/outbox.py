@@ -24,7 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError
+from inferctl.core.partials import partial_file
 from inferctl.tenancy.metering import cloud_event
 
 _LOCK, _EVENTS, _WATERMARK, _INSTANCE = "lock", "events.sqlite", "watermark", "instance"
@@ -262,9 +264,7 @@ def read_watermark(folder: Path) -> int:
 
 def write_watermark(folder: Path, watermark: int) -> None:
     """Tell the server process that the ledger has the events up to `watermark`. Raises `OSError`."""
-    partial = folder / f"{_WATERMARK}.new"
-    partial.write_text(f"{watermark}\n")
-    partial.rename(folder / _WATERMARK)
+    outputs.replace(folder / _WATERMARK, f"{watermark}\n", sync=False)
 
 
 @contextlib.contextmanager
@@ -289,14 +289,11 @@ def instance(data: Path) -> str:
     try:
         return file.read_text().strip()
     except FileNotFoundError:
-        partial = data / f"{_INSTANCE}.{secrets.token_hex(4)}"
-        partial.write_text(f"{socket.gethostname()}-{secrets.token_hex(4)}\n")
-        try:
-            os.link(partial, file)  # unlike a rename, this does not replace the name that another process chose
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink()
+        with partial_file(file) as (partial, to):
+            to.write(f"{socket.gethostname()}-{secrets.token_hex(4)}\n".encode())
+            to.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, file)  # unlike a rename, this does not replace the name that another process chose
         return file.read_text().strip()
 
 
