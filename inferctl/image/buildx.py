@@ -348,15 +348,31 @@ def manifest(reference: str, platform: str) -> dict[str, Any]:
     The sizes of its layers are in compressed bytes.
     """
     found = _raw_manifest(reference)
-    if "manifests" in found:
-        wanted = platform.split("/")
-        for entry in found["manifests"]:
-            offered = entry.get("platform") or {}
-            if [offered.get("os"), offered.get("architecture")] == wanted[:2]:
-                name = reference.partition("@")[0]
-                return _raw_manifest(f"{name}@{entry['digest']}")
+    if (entry := _entry(found, platform)) is not None:
+        found = _raw_manifest(f"{reference.partition('@')[0]}@{entry}")
+    elif "manifests" in found:
         raise InferctlError(f"{reference} has no image for {platform}", f"build it with `--platform {platform}`")
+    layers, config = found.get("layers"), found.get("config")
+    if not isinstance(layers, list) or not isinstance(config, dict) or not all(map(_is_layer, [*layers, config])):
+        raise InferctlError(
+            f"the manifest of {reference} is not one of an image: it has no valid list of layers",
+            "check the name: a Helm chart or a signature is no image",
+        )
     return found
+
+
+def _is_layer(found: Any) -> bool:
+    return isinstance(found, dict) and type(found.get("size")) is int and isinstance(found.get("digest"), str)
+
+
+def _entry(index: Mapping[str, Any], platform: str) -> str | None:
+    """Return the digest of the image for `platform` in an index, None without one."""
+    entries = index.get("manifests")
+    for entry in entries if isinstance(entries, list) else []:
+        offered = entry.get("platform") if isinstance(entry, dict) else None
+        if isinstance(offered, dict) and [offered.get("os"), offered.get("architecture")] == platform.split("/")[:2]:
+            return str(entry.get("digest"))
+    return None
 
 
 def _raw_manifest(reference: str) -> dict[str, Any]:
@@ -400,17 +416,10 @@ def digest(reference: str) -> str:
 def remote_image(reference: str, platform: str) -> RemoteImage:
     """Return facts of `reference` on `platform` from its registry, without a pull. Raises the errors of `digest`."""
     found = _imagetools(reference, "{{json .Manifest}}")
-    name = reference.partition("@")[0]
     if "manifests" in found:
-        wanted = platform.split("/")
-        of_platform = [
-            entry["digest"]
-            for entry in found["manifests"]
-            if [(entry.get("platform") or {}).get(key) for key in ("os", "architecture")] == wanted[:2]
-        ]
-        if not of_platform:
+        if (entry := _entry(found, platform)) is None:
             raise UsageError(f"{reference} has no image for {platform}", "pass another platform or image")
-        reference = f"{name}@{of_platform[0]}"
+        reference = f"{reference.partition('@')[0]}@{entry}"
     layers = manifest(reference, platform)["layers"]
     config = _imagetools(reference, "{{json .Image}}").get("config") or {}
     variables = (variable.partition("=") for variable in config.get("Env") or ())
