@@ -39,9 +39,8 @@ _STOP_SECONDS = 10.0
 _REGISTRY_S = 60.0
 # Without progress for this time, a step gets a note: BuildKit waits forever for a registry that sends nothing.
 _QUIET_S = 30.0
-# First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
+# The first version of buildx with `--progress=rawjson` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
-_CHECK_SINCE = (0, 15, 0)
 # The first Docker Engine that reads zstd layers (https://docs.docker.com/engine/release-notes/23.0/).
 _ZSTD_ENGINE_SINCE = 23
 
@@ -63,11 +62,6 @@ class Builder:
         Only the default builder of an engine with the classic image store cannot.
         """
         return self.driver != "docker" or self.containerd_store
-
-    @property
-    def checks(self) -> bool:
-        """Whether `docker buildx build --check` exists."""
-        return self.version >= _CHECK_SINCE
 
     def describe(self) -> str:
         """Return the builder as one line of text."""
@@ -330,16 +324,6 @@ def build_once(request: BuildRequest) -> Generator[BuildEvent, None, tuple[list[
             return steps, end.value
         except BuildFailedError as error:
             raise failures.build_error(error.text, error.step, error.log) from None
-
-
-def check(request: BuildRequest) -> list[str]:
-    """Return the warnings of the builder's Dockerfile linter, one per line. Requires `Builder.checks`."""
-    builder = ["--builder", request.builder] if request.builder else []
-    arguments = ["docker", "buildx", "build", *builder, "--check", "--file", str(request.context / "Dockerfile")]
-    for name, folder in sorted(request.contexts.items()):
-        arguments += ["--build-context", f"{name}={Path(folder).resolve()}"]
-    process = subprocess.run([*arguments, str(request.context)], capture_output=True, text=True, check=False)
-    return [line for line in (process.stdout + process.stderr).splitlines() if line.startswith(("WARNING:", "ERROR:"))]
 
 
 def manifest(reference: str, platform: str) -> dict[str, Any]:

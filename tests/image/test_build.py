@@ -331,16 +331,6 @@ def test_an_image_that_runs_as_root_is_rejected(docker: DockerEngine, base_image
         run(docker, tiny.plan(tiny.rendered(base_image, user="root")))
 
 
-def test_bytes_hidden_by_a_later_layer_are_found(docker: DockerEngine, base_image: str) -> None:
-    marker = uuid.uuid4().hex
-    extra = f"RUN echo {marker} && head -c 9000000 /dev/urandom > /big\nRUN rm /big"
-    _, built = run(
-        docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, extra=extra)), verify=False, lint_layers=True)
-    )
-    assert [finding.topic for finding in built.findings] == ["wasted-bytes"]
-    assert "/big (9.0 MB, deleted)" in built.findings[0].why
-
-
 def test_the_platform_of_the_spec_is_used(docker: DockerEngine, base_image: str) -> None:
     made = tiny.plan(tiny.rendered(base_image))
     image = made.spec.image.model_copy(update={"platform": "linux/s390x"})
