@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,20 +311,47 @@ def test_the_command_names_the_new_folder_which_can_be_served(source: Path, tmp_
 
 
 def test_a_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(source: Path, tmp_path: Path) -> None:
-    target, partial = tmp_path / "new", tmp_path / ".new.partial"
+    target = tmp_path / "new"
     command = [sys.executable, "-m", "inferctl", "convert", str(source), str(target)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    until(lambda: partial.exists() or process.poll() is not None)
+    until(lambda: list(tmp_path.glob(".new.*.partial")) or process.poll() is not None)
     process.kill()
     process.wait()
     assert not target.exists()
+    (partial,) = tmp_path.glob(".new.*.partial")
     with pytest.raises(InferctlError):
         model.find(str(partial))
-    # Two at a time, while the process of the killed one may still hold the lock.
+    os.utime(partial, (0, 0))
+    # Two at a time: both have the model of the first one that is complete.
     with ThreadPoolExecutor(2) as threads:
         runs = [threads.submit(convert.convert, source, target, lambda *_: None) for _ in range(2)]
         assert {run.result().path for run in runs} == {target}
-    assert not partial.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "source"]
+
+
+@pytest.mark.parametrize("name", [".new.partial", "new", f".new.{'0' * 32}.partial"])
+def test_a_conversion_into_a_shared_folder_follows_no_link(
+    source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user knows the names that are not random. The last one is guessed."""
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    shared.mkdir()
+    victim.mkdir()
+    (victim / "file").write_text("of somebody")
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    (shared / name).symlink_to(victim)
+    with nullcontext() if name == ".new.partial" else pytest.raises(NotReadyError, match="cannot be written"):
+        assert convert.convert(source, shared / "new", lambda *_: None).path == shared / "new"
+    assert {file.name: file.read_text() for file in victim.iterdir()} == {"file": "of somebody"}
+
+
+def test_what_another_user_puts_in_the_place_of_a_conversion_is_not_used(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save({"w": torch.zeros(1)}, tmp_path / "new" / "model.safetensors")
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(NotReadyError, match="cannot be written"):
+        convert.convert(source, tmp_path / "new", lambda *_: None)
 
 
 def test_an_interrupted_conversion_ends_its_process(source: Path, tmp_path: Path) -> None:

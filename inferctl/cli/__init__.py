@@ -17,8 +17,9 @@ import typer
 from typer.exceptions import TyperException
 
 import inferctl
-from inferctl.cli import console, streams
+from inferctl.cli import console
 from inferctl.cli.lazy import Command, LazyGroup
+from inferctl.core import streams
 from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, UsageError, without_addresses
 
 

@@ -68,9 +68,8 @@ def build(
             metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
         ),
     ] = 900.0,
-    lint_layers: Annotated[
-        bool, typer.Option("--lint/--no-lint", help="Look for wasted bytes in the layers of the image.")
-    ] = True,
+    # Files that an earlier `inferctl init --ci` wrote pass `--no-lint`, which has no effect any more.
+    _: Annotated[bool, typer.Option("--lint/--no-lint", hidden=True)] = True,
     platform: Annotated[
         str | None,
         typer.Option(
@@ -147,7 +146,6 @@ def build(
     options = BuildOptions(
         push=push,
         verify=verify,
-        lint_layers=lint_layers,
         platforms=parse_platforms(platform) if platform is not None else (),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),

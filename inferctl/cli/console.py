@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from inferctl.cli import streams
+from inferctl.core import streams
 from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError, SpecError
 
 if TYPE_CHECKING:
@@ -51,20 +51,23 @@ def check_read() -> None:
 
 def note(text: str) -> None:
     """Write a message to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(streams.printable(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """Write a warning to stderr: what will go wrong, and how to avoid it."""
-    print(f"{_paint('warning:', '33')} {text}", file=sys.stderr, flush=True)
+    _print_label("warning:", "33")
+    note(f" {text}")
 
 
 def error(problem: InferctlError) -> None:
     """Write `error: what happened`, a blank line and `hint: what to do next` to stderr."""
-    print(f"{_paint('error:', '1;31')} {problem.message}", file=sys.stderr)
+    _print_label("error:", "1;31")
+    note(f" {problem.message}")
     if problem.hint:
-        print(f"\n{_paint('hint:', '1;36')} {problem.hint}", file=sys.stderr)
-    sys.stderr.flush()
+        note("")
+        _print_label("hint:", "1;36")
+        note(f" {problem.hint}")
 
 
 def fail(problem: InferctlError) -> int:
@@ -108,15 +111,25 @@ def help_without_command(context: typer.Context) -> None:
 
 
 def plain(text: str) -> str:
-    """Return `text` with escapes in place of what a terminal could obey, for texts that others may have written."""
+    """Return `text` on one line, with escapes in place of line breaks and of what the streams escape."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def rich(stderr: bool = False) -> Console:
-    """Return a Rich console. Rich itself respects NO_COLOR, TERM and COLUMNS."""
+    """Return a Rich console, which reads no markup. Rich itself respects NO_COLOR, TERM and COLUMNS."""
     from rich.console import Console
+    from rich.segment import Segment
 
-    return Console(stderr=stderr, highlight=False)
+    class Printable(Console):
+        """A console whose own escape sequences reach the terminal, but not those in texts."""
+
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for text, style, control in super().render(*arguments, **options):
+                yield Segment(text if control else streams.printable(text), style, control)
+
+    file = sys.stderr if stderr else sys.stdout
+    file = getattr(file, "rich_proxied_file", file)  # while a progress bar is shown
+    return Printable(file=streams.raw(file), highlight=False, markup=False, emoji=False)
 
 
 def report(renderable: RenderableType) -> None:
@@ -158,5 +171,6 @@ def progress(description: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, description=text)
 
 
-def _paint(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else text
+def _print_label(text: str, code: str) -> None:
+    colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    streams.raw(sys.stderr).write(f"\x1b[{code}m{text}\x1b[0m" if colored else text)

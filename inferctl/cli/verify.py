@@ -190,7 +190,7 @@ def _verify_image(
     engine = DockerEngine.connect()
     image = serve_image.get_or_pull(engine, reference, console.note)
     serve_image.check_inferctl_image(image, reference)
-    findings = lint.check_built_image(image.environment, image.user, None)
+    findings = lint.check_built_image(image.environment, image.user)
     for finding in findings:
         console.warn(finding.text())
     raise_for([finding for finding in findings if finding.level == "error"])

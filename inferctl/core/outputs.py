@@ -8,8 +8,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.core.partials import new_file, next_to, partial_file
 
 
 def check(file: Path, option: str, *, parents: bool = False, inputs: Iterable[Path] = ()) -> None:
@@ -66,26 +68,20 @@ def write_all(folder: Path, files: Mapping[str, bytes], option: str) -> None:
         write(folder / name, content, option)
 
 
-def replace(file: Path, text: str, mode: int = 0o666, before: Callable[[], None] = lambda: None) -> None:
+def replace(
+    file: Path, text: str, mode: int = 0o666, before: Callable[[], None] = lambda: None, *, sync: bool = True
+) -> None:
     """Replace `file` atomically: a reader sees the old content or all of `text`. Raises `OSError`.
 
     An existing file keeps its permissions; a new one gets `mode`, reduced by the umask. `before` is called when all of
-    `text` is on disk; if it raises, `file` does not change.
+    `text` is on disk; if it raises, `file` does not change. `sync`: False if `file` may be empty after a power failure.
     """
-    partial = file.with_name(f".inferctl-{os.getpid()}.partial")
-    try:
-        with open(
-            partial, "w", encoding="utf-8", newline="", opener=lambda path, flags: os.open(path, flags, mode)
-        ) as to:
-            to.write(text)
-            to.flush()
-            os.fsync(to.fileno())  # otherwise a power failure can leave an empty file
+    with partial_file(file, mode) as (partial, to):
+        _write_synced(to, text, sync)
         if file.exists():
             shutil.copymode(file, partial)
         before()
         partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -97,17 +93,14 @@ def secret(file: Path, text: str, option: str, *, force: bool, inputs: Iterable[
     """
     check(file, option, inputs=inputs)
     file = file.resolve()  # a link stays a link
-    place = file.with_name(f".{file.name}.{os.getpid()}.partial") if force else file
+    place = next_to(file) if force else file
     try:
-        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with new_file(place, 0o600) as to:
+            _write_synced(to, text)
     except FileExistsError:
         hint = f"pass `--force` to replace it, or name another file with `{option}`"
         raise UsageError(f"{file} already exists", hint) from None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as to:
-            to.write(text)
-            to.flush()
-            os.fsync(descriptor)
         yield
     except BaseException:
         place.unlink(missing_ok=True)
@@ -165,9 +158,15 @@ def _probe(folder: Path, parents: bool) -> None:
     """Create and remove a file in `folder`, or with `parents` in its closest existing parent. Raises `OSError`."""
     while parents and not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
-    probe = folder / f".inferctl-{os.getpid()}.partial"
-    probe.open("xb").close()
-    probe.unlink()
+    with partial_file(folder / "inferctl"):
+        pass
+
+
+def _write_synced(to: BinaryIO, text: str, sync: bool = True) -> None:
+    to.write(text.encode())
+    to.flush()
+    if sync:
+        os.fsync(to.fileno())  # otherwise a power failure can leave an empty file
 
 
 def _reason(error: OSError) -> str:

@@ -18,7 +18,7 @@ from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.core.sizes import size
-from inferctl.image import buildx, cold_start, layers, library, lint, model_image
+from inferctl.image import buildx, cold_start, library, lint, model_image
 from inferctl.image.cold_start import StartPart
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
@@ -35,8 +35,6 @@ from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.models.size import locate
 
-# Reading an image from the engine to find hidden files takes about 1 s per 100 MB.
-_MAX_ANALYZED_BYTES = 4_000_000_000
 _READ_SECONDS = 60.0
 
 
@@ -145,9 +143,6 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         )
         _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
         yield Phase("build", builder.describe())
-        if builder.checks:
-            for warning in buildx.check(request):
-                yield Note(f"Dockerfile check: {warning}")
         if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
             yield from buildx.build_once(replace(model_layers(request), platforms=explicit_platforms))
         wanted, record_file = plan.spec.image.check_record, context / "layers/config" / CHECK_RECORD
@@ -176,7 +171,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
             _check_expected(options.expected, image)
             yield from check_size(plan, info, image)
             yield from note_unverified(plan, native)
-            findings, checked = yield from _lint_and_verify(plan, engine, info, image, steps)
+            findings, checked = yield from _lint_and_verify(plan, engine, info, image)
             clock.lap("verify")
             publication = yield from publish(
                 plan, engine, builder, request, explicit_platforms, image, _config_digest(metadata, image)
@@ -294,34 +289,22 @@ def check_size(plan: BuildPlan, info: DockerInfo, image: ImageInfo) -> Iterator[
     )
 
 
-def match_steps(history: list[LayerInfo], steps: list[StepFinished]) -> list[tuple[LayerInfo, StepFinished | None]]:
-    """Return each layer with the step of the last stage that created it; None for layers of the base and metadata."""
+def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
+    """Return the layers with the instruction in the Dockerfile if known, else with the description of the engine."""
     numbered = [(m, s) for s in steps if (m := re.match(r"\[(?:(\S+) )?(\d+)/\d+\] (?!FROM |LINK )", s.name))]
     if not numbered:
-        return [(layer, None) for layer in history]
+        return tuple(history)
     # The last stage has no name; BuildKit calls it stage-<number>.
     stage = max((m.group(1) or "" for m, _ in numbered), key=lambda name: name.startswith("stage-"))
     stage_steps = [
         step for m, step in sorted(numbered, key=lambda pair: int(pair[0].group(2))) if (m.group(1) or "") == stage
     ]
     filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
-    found = {}
+    found = list(history)
     if len(filled) >= len(stage_steps):
-        found = dict(zip(filled[-len(stage_steps) :], stage_steps, strict=True))
-    return [(layer, found.get(index)) for index, layer in enumerate(history)]
-
-
-def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
-    """Return the layers with the instruction in the Dockerfile if known, else with the description of the engine."""
-    return tuple(
-        replace(layer, created_by=step.name.partition("] ")[2]) if step else layer
-        for layer, step in match_steps(history, steps)
-    )
-
-
-def new_bytes(history: list[LayerInfo], steps: list[StepFinished]) -> int:
-    """Return the uncompressed bytes of the layers that this build created and did not find in the cache."""
-    return sum(layer.size for layer, step in match_steps(history, steps) if step is not None and not step.cached)
+        for index, step in zip(filled[-len(stage_steps) :], stage_steps, strict=True):
+            found[index] = replace(found[index], created_by=step.name.partition("] ")[2])
+    return tuple(found)
 
 
 class _PhaseClock:
@@ -353,23 +336,15 @@ def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
 
 
 def _lint_and_verify(
-    plan: BuildPlan, engine: DockerEngine, info: DockerInfo, image: ImageInfo, steps: list[StepFinished]
+    plan: BuildPlan, engine: DockerEngine, info: DockerInfo, image: ImageInfo
 ) -> Generator[Event, None, tuple[list[Finding], Verified | None]]:
-    """Check the layers of the untagged image, start it and compare its output with fp32.
+    """Check the config of the untagged image, start it and compare its output with fp32.
 
     Returns the findings, and the verification or None without one. Raises `InferctlError` if one of them fails.
     """
-    options = plan.options
-    waste = None
-    # Cached layers were analyzed when they were built.
-    analyze = options.lint_layers and new_bytes(engine.history(image.id), steps) >= lint.WASTE_BYTES
-    if analyze and image.size <= _MAX_ANALYZED_BYTES:
-        waste = layers.analyze(engine.save(image.id))
-    elif analyze:
-        yield Note(f"layers not analyzed for wasted bytes: the image is too large ({size(image.size)})")
-    findings = lint.check_built_image(image.environment, image.user, waste)
+    findings = lint.check_built_image(image.environment, image.user)
     raise_for([finding for finding in findings if finding.level == "error"])
-    if not options.verify:
+    if not plan.options.verify:
         return findings, None
     downloads = plan.spec.model.weights == "download"
     verify_options = _verify_options(plan, info)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.core.partial_folders import partial_folder
+from inferctl.core.partials import partial_folder
 from inferctl.image import failures
 from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished
@@ -39,9 +39,8 @@ _STOP_SECONDS = 10.0
 _REGISTRY_S = 60.0
 # Without progress for this time, a step gets a note: BuildKit waits forever for a registry that sends nothing.
 _QUIET_S = 30.0
-# First versions of buildx with `--progress=rawjson` and `--check` (docker/buildx release notes).
+# The first version of buildx with `--progress=rawjson` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
-_CHECK_SINCE = (0, 15, 0)
 # The first Docker Engine that reads zstd layers (https://docs.docker.com/engine/release-notes/23.0/).
 _ZSTD_ENGINE_SINCE = 23
 
@@ -63,11 +62,6 @@ class Builder:
         Only the default builder of an engine with the classic image store cannot.
         """
         return self.driver != "docker" or self.containerd_store
-
-    @property
-    def checks(self) -> bool:
-        """Whether `docker buildx build --check` exists."""
-        return self.version >= _CHECK_SINCE
 
     def describe(self) -> str:
         """Return the builder as one line of text."""
@@ -332,31 +326,37 @@ def build_once(request: BuildRequest) -> Generator[BuildEvent, None, tuple[list[
             raise failures.build_error(error.text, error.step, error.log) from None
 
 
-def check(request: BuildRequest) -> list[str]:
-    """Return the warnings of the builder's Dockerfile linter, one per line. Requires `Builder.checks`."""
-    builder = ["--builder", request.builder] if request.builder else []
-    arguments = ["docker", "buildx", "build", *builder, "--check", "--file", str(request.context / "Dockerfile")]
-    for name, folder in sorted(request.contexts.items()):
-        arguments += ["--build-context", f"{name}={Path(folder).resolve()}"]
-    process = subprocess.run([*arguments, str(request.context)], capture_output=True, text=True, check=False)
-    return [line for line in (process.stdout + process.stderr).splitlines() if line.startswith(("WARNING:", "ERROR:"))]
-
-
 def manifest(reference: str, platform: str) -> dict[str, Any]:
     """Return the image manifest of `reference` in its registry, from an index for `platform`.
 
     The sizes of its layers are in compressed bytes.
     """
     found = _raw_manifest(reference)
-    if "manifests" in found:
-        wanted = platform.split("/")
-        for entry in found["manifests"]:
-            offered = entry.get("platform") or {}
-            if [offered.get("os"), offered.get("architecture")] == wanted[:2]:
-                name = reference.partition("@")[0]
-                return _raw_manifest(f"{name}@{entry['digest']}")
+    if (entry := _entry(found, platform)) is not None:
+        found = _raw_manifest(f"{reference.partition('@')[0]}@{entry}")
+    elif "manifests" in found:
         raise InferctlError(f"{reference} has no image for {platform}", f"build it with `--platform {platform}`")
+    layers, config = found.get("layers"), found.get("config")
+    if not isinstance(layers, list) or not isinstance(config, dict) or not all(map(_is_layer, [*layers, config])):
+        raise InferctlError(
+            f"the manifest of {reference} is not one of an image: it has no valid list of layers",
+            "check the name: a Helm chart or a signature is no image",
+        )
     return found
+
+
+def _is_layer(found: Any) -> bool:
+    return isinstance(found, dict) and type(found.get("size")) is int and isinstance(found.get("digest"), str)
+
+
+def _entry(index: Mapping[str, Any], platform: str) -> str | None:
+    """Return the digest of the image for `platform` in an index, None without one."""
+    entries = index.get("manifests")
+    for entry in entries if isinstance(entries, list) else []:
+        offered = entry.get("platform") if isinstance(entry, dict) else None
+        if isinstance(offered, dict) and [offered.get("os"), offered.get("architecture")] == platform.split("/")[:2]:
+            return str(entry.get("digest"))
+    return None
 
 
 def _raw_manifest(reference: str) -> dict[str, Any]:
@@ -400,17 +400,10 @@ def digest(reference: str) -> str:
 def remote_image(reference: str, platform: str) -> RemoteImage:
     """Return facts of `reference` on `platform` from its registry, without a pull. Raises the errors of `digest`."""
     found = _imagetools(reference, "{{json .Manifest}}")
-    name = reference.partition("@")[0]
     if "manifests" in found:
-        wanted = platform.split("/")
-        of_platform = [
-            entry["digest"]
-            for entry in found["manifests"]
-            if [(entry.get("platform") or {}).get(key) for key in ("os", "architecture")] == wanted[:2]
-        ]
-        if not of_platform:
+        if (entry := _entry(found, platform)) is None:
             raise UsageError(f"{reference} has no image for {platform}", "pass another platform or image")
-        reference = f"{name}@{of_platform[0]}"
+        reference = f"{reference.partition('@')[0]}@{entry}"
     layers = manifest(reference, platform)["layers"]
     config = _imagetools(reference, "{{json .Image}}").get("config") or {}
     variables = (variable.partition("=") for variable in config.get("Env") or ())

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from inferctl.core.errors import InferctlError
-from inferctl.core.partial_folders import partial_folder
+from inferctl.core.partials import partial_folder
 from inferctl.image.failures import raising_disk_full
 from inferctl.image.render import Rendered
 from inferctl.models.model import ModelFolder

@@ -185,11 +185,6 @@ class DockerEngine:
             for row in rows[::-1]
         ]
 
-    def save(self, reference: str) -> Iterator[bytes]:
-        """Yield the image as a tar stream, as `docker save` writes it."""
-        with _translate_errors(f"save the image {reference}"):
-            yield from cast("Iterator[bytes]", self._api.get_image(reference))
-
     def tag(self, image: str, reference: str) -> None:
         """Tag the image `image` as `reference`."""
         repository, tag = split(reference)

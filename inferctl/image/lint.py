@@ -1,19 +1,12 @@
-"""Checks a Dockerfile and a built image for secrets, root users and wasted bytes. `models.fit` checks the spec."""
+"""Checks a Dockerfile and a built image for secrets and root users. `models.fit` checks the spec."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
-from inferctl.core.sizes import size
 from inferctl.models.fit import Finding
 
-if TYPE_CHECKING:
-    from inferctl.image.layers import Waste
-
-# Waste below these limits is not reported: a rewritten configuration file, a changed package database.
-WASTE_BYTES, _WASTE_SHARE = 1_000_000, 0.01
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?)(?:$|_)", re.IGNORECASE
 )
@@ -24,21 +17,14 @@ _SECRET_VALUE = re.compile(
 )
 
 
-def check_built_image(environment: Mapping[str, str], user: str, waste: Waste | None) -> list[Finding]:
-    """Return the findings about a built image. `environment` and `user` are from its config.
-
-    `waste`: None if the layers were not analyzed.
-    """
+def check_built_image(environment: Mapping[str, str], user: str) -> list[Finding]:
+    """Return the findings about a built image. `environment` and `user` are from its config."""
     secret_names = [
         name
         for name, value in environment.items()
         if value and (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
     ]
-    return [
-        *(_secret(name, "the environment of the image") for name in sorted(secret_names)),
-        *_root(user),
-        *(_wasted(waste) if waste else ()),
-    ]
+    return [*(_secret(name, "the environment of the image") for name in sorted(secret_names)), *_root(user)]
 
 
 def secrets_in_dockerfile(dockerfile: str) -> Iterator[Finding]:
@@ -66,13 +52,3 @@ def _root(user: str) -> Iterator[Finding]:
     if user.partition(":")[0] in ("", "0", "root"):
         why = "an attacker who controls the server controls the container, and many clusters reject such images"
         yield Finding("error", "runs-as-root", "the image runs as root", why, "end the Dockerfile with a numeric USER")
-
-
-def _wasted(waste: Waste) -> Iterator[Finding]:
-    if waste.bytes < WASTE_BYTES or waste.bytes < waste.total * _WASTE_SHARE:
-        return
-    largest: Sequence[str] = [f"{file.path} ({size(file.bytes)}, {file.how})" for file in waste.files[:3]]
-    what = f"{size(waste.bytes)} of the image's {size(waste.total)} are hidden"
-    why = f"a later layer overwrites or deletes {len(waste.files)} files of an earlier one: {', '.join(largest)}"
-    hint = "delete or change files in the RUN that creates them; use `COPY --chown` instead of `chown -R`"
-    yield Finding("warn", "wasted-bytes", what, why, hint)

@@ -39,7 +39,6 @@ LEFT_OUT = {
     "mdurl": "rich",
     "pygments": "rich",
     "docker": "builds of images",
-    "backports-zstd": "builds of images",
     "requests": "docker",
     "certifi": "requests",
     "charset-normalizer": "requests",

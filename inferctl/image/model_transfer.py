@@ -17,7 +17,7 @@ from typing import IO
 
 from inferctl.config.spec import IMAGE_SCHEME
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, shown
-from inferctl.core.partial_folders import partial_folder
+from inferctl.core.partials import complete, partial_folder
 from inferctl.core.sizes import size
 from inferctl.image import buildx, failures
 from inferctl.image.docker import DockerEngine
@@ -128,14 +128,10 @@ def pull(image: ModelImage, target: Path) -> Generator[Event, None, Path]:
         with _translated(f"{target} cannot be written"):
             partial = stack.enter_context(partial_folder(target))
         yield from _pull(image, target, partial)
-        with suppress(OSError):
-            target.rmdir()  # an empty folder
-        try:
-            partial.rename(target)
-        except OSError:
+        with _translated(f"{target} cannot be written"):
             # Another process may have pulled the same image into the cache.
-            if target != image_source.cache_folder(image.digest):
-                raise UsageError(f"{target} already exists", "name a new folder with `--output`") from None
+            if not complete(partial, target) and target != image_source.cache_folder(image.digest):
+                raise UsageError(f"{target} already exists", "name a new folder with `--output`")
     return target
 
 

@@ -34,7 +34,6 @@ class BuildOptions:
 
     push: bool = False
     verify: bool = True
-    lint_layers: bool = True
     platforms: tuple[str, ...] = ()
     cache_to: tuple[str, ...] = ()
     cache_from: tuple[str, ...] = ()

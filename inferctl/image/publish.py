@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.core.partials import partial_folder
 from inferctl.image import buildx, failures
 from inferctl.image.compression import Compression
 from inferctl.image.docker import DockerEngine
@@ -151,12 +152,10 @@ def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator
 
 
 def _export(request: buildx.BuildRequest, target: Path) -> Generator[Event, None, None]:
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield from buildx.build_once(replace(request, outputs=(f"type=oci,dest={partial}",)))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with partial_folder(target, 0o700) as folder:
+        archive = folder / "archive.tar"
+        yield from buildx.build_once(replace(request, outputs=(f"type=oci,dest={archive}",)))
+        archive.replace(target)
 
 
 def _confirm(
@@ -175,15 +174,9 @@ def _confirm(
             raise
         yield Note(f"the image is pushed, but not compared with the verified image: {error.message}")
         return Publication((name,))
-    try:
-        sizes = [int(layer["size"]) for layer in manifest["layers"]]
-        found_types = [re.search(r"(?:gzip|zstd)$", str(layer["mediaType"])) for layer in manifest["layers"]]
-        found = str(manifest["config"]["digest"])
-    except (KeyError, TypeError, ValueError):
-        raise InferctlError(
-            f"{name} is not an image: its manifest in the registry has no layers or no config",
-            f"inspect it with `docker buildx imagetools inspect {name}`, then build and push again",
-        ) from None
+    sizes = [int(layer["size"]) for layer in manifest["layers"]]
+    found_types = [re.search(r"(?:gzip|zstd)$", str(layer.get("mediaType"))) for layer in manifest["layers"]]
+    found = str(manifest["config"]["digest"])
     if config is not None and found != config:
         raise InferctlError(
             f"{name} is not the verified image: its config is {found}, expected {config}",

@@ -18,6 +18,8 @@ from inferctl.models.model import IMAGE_FOLDER, ModelFolder
 # The last lines of a log that an error shows.
 LOG_LINES = 20
 _INSPECT_SECONDS = 0.5
+# The image may be one of somebody else. A longer response is cut, so it is no JSON.
+_MAX_RESPONSE_BYTES = 512 << 20
 
 
 def mounts_of(folder: Path) -> dict[str, str]:
@@ -75,7 +77,7 @@ def request(address: tuple[str, int], method: str, path: str, body: Any = None, 
     # Without the proxy settings of the environment: the container is local.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(http_request, timeout=timeout) as response:
-        return bytes(response.read())
+        return bytes(response.read(_MAX_RESPONSE_BYTES))
 
 
 def wait_ready(container: Container, address: tuple[str, int], seconds: float, poll_seconds: float = 0.2) -> bool:

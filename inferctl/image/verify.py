@@ -361,7 +361,7 @@ def fetch(
     try:
         return dict(json.loads(request(address, "POST" if body else "GET", path, body, _REQUEST_SECONDS)))
     except urllib.error.HTTPError as error:
-        text = error.read().decode("utf-8", "replace")
+        text = error.read(4000).decode("utf-8", "replace")
         fail(with_log(f"{path} returned {error.code}: {text[:500]}", container.log(LOG_LINES)))
     except (OSError, http.client.HTTPException, ValueError) as error:
         if ended := exit_error(container):

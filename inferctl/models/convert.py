@@ -7,7 +7,6 @@ folder gets its name when it is complete.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -15,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.core.partials import complete, partial_folder
 from inferctl.core.sizes import size
 from inferctl.models import model as model_folder
 from inferctl.models import untrusted
@@ -57,56 +57,24 @@ def record(folder: Path) -> dict[str, Any]:
 def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
     """Write the converted model of the folder `source` to the new folder `target`, and return it.
 
-    An interrupted conversion leaves nothing with the name `target`. If another process writes the same folder, waits
-    for it. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or read-only disk, and
+    An interrupted conversion leaves nothing with the name `target`. If two processes write the same folder, the first
+    one that is complete counts. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or read-only disk, and
     if the conversion takes too long or too much memory.
     """
     folder = ModelFolder(source)
     total = folder.bytes + sum(file.stat().st_size for file in folder.pickled)
     try:
-        with _reserved(target) as (partial, lock):
-            if partial is not None:
-                _check_space(target.parent, total)
-                _run(source, partial, lock, total, progress)
-                partial.rename(target)
-                progress(total, total)
+        with partial_folder(target) as partial:
+            _check_space(target.parent, total)
+            _run(source, partial, total, progress)
+            complete(partial, target)
+            progress(total, total)
     except OSError as error:
         raise NotReadyError(
             f"{target} cannot be written: {(error.strerror or str(error)).lower()}",
             "name a folder on a disk that is writable and has space",
         ) from None
     return model_folder.find(str(target))
-
-
-@contextlib.contextmanager
-def _reserved(target: Path) -> Iterator[tuple[Path | None, int]]:
-    """Yield an empty folder next to `target` that only this process writes, and its lock; None if `target` exists.
-
-    The process that converts inherits the lock, in case this one is killed.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if target.exists() and any(target.iterdir()):
-                with contextlib.suppress(OSError):
-                    partial.rmdir()
-                yield None, descriptor
-                return
-            # Another process may have renamed or removed the folder while this one waited.
-            if not partial.exists() or not os.path.samestat(partial.stat(), os.fstat(descriptor)):
-                continue
-            for left in partial.iterdir():  # of a process that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            try:
-                yield partial, descriptor
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            return
-        finally:
-            os.close(descriptor)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
@@ -117,7 +85,7 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _run(source: Path, partial: Path, lock: int, total: int, progress: Progress) -> None:
+def _run(source: Path, partial: Path, total: int, progress: Progress) -> None:
     """Run the process, and report the bytes that it has written. Raises its error."""
     # `-P`: the current folder, which may be the model's, is not searched for modules.
     folders = [str(source.resolve()), str(partial.resolve())]
@@ -133,7 +101,6 @@ def _run(source: Path, partial: Path, lock: int, total: int, progress: Progress)
             stdout=stdout,
             stderr=stderr,
             env=os.environ | offline,
-            pass_fds=(lock,),
             start_new_session=True,
         )
         try:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 from inferctl.config.spec import Spec
 from inferctl.config.spec_types import IMAGE_REFERENCE, IMAGE_SCHEME
+from inferctl.core import outputs
 from inferctl.core.errors import UsageError, shown
 
 # The folder of the model in its image. An image with the server has its weights there too, so layers can be equal.
@@ -64,9 +64,7 @@ def remember(source: str, digest: str, environment: Mapping[str, str] = os.envir
     """Store the digest of a tag, so that `cached` finds its files without the registry."""
     file = _tag_file(source, environment)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
-    partial.write_text(digest, encoding="utf-8")
-    partial.replace(file)
+    outputs.replace(file, digest)
 
 
 def cached(source: str, environment: Mapping[str, str] = os.environ) -> Path | None:

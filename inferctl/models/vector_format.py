@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.models import untrusted
 from inferctl.models.model import VECTOR_RANGES
@@ -104,11 +105,8 @@ def write(folder: Path, digest: str, ranges: Mapping[int, Ranges], source: Mappi
     `digest`: that of the model. `source`: the texts and the precision, for the reader.
     """
     file = folder / VECTOR_RANGES
-    temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(
-        json.dumps({"schema": _SCHEMA, "model_sha256": digest, **source, "ranges": to_json(ranges)}) + "\n"
-    )
-    temporary.replace(file)
+    document = {"schema": _SCHEMA, "model_sha256": digest, **source, "ranges": to_json(ranges)}
+    outputs.replace(file, json.dumps(document) + "\n")
     return file
 
 

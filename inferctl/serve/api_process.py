@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Spec
+from inferctl.core import streams
 from inferctl.core.errors import InferctlError
 from inferctl.models import vector_format
 from inferctl.serve import event_loop, logs, metering, task_config
@@ -253,6 +254,7 @@ async def _main() -> None:
 
 def main() -> None:
     """Run the API process."""
+    streams.guard()
     # Someone may send these to all processes. The backend decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

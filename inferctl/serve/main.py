@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from inferctl.core import streams
 from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 
 # Option -> the setting that it sets.
@@ -98,6 +99,7 @@ def reference(image: str | None) -> tuple[str, str | None] | None:
 
 def exit_with(run: Callable[[], int]) -> NoReturn:
     """Exit with the code that `run` returns, or print its error and exit with the code of the error."""
+    streams.guard()
     try:
         code = run()
     except InferctlError as error:

@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 
 from inferctl import cli
 from inferctl.bench.load import http_json, target
-from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from tests.http_servers import Handler, serving
 from tests.processes import inferctl
 
@@ -183,6 +184,35 @@ def test_a_missing_or_wrong_key_is_reported_without_showing_it(serve: Serve, res
             target.connect(url, access=access)
         assert ("--api-key-env" in (caught.value.hint or "")) == (not access.headers)
         assert KEY not in f"{caught.value.message} {access!r}"
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.02])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_response_without_end_is_an_error(method: str, pause_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast, it fills the memory. Slowly, each read succeeds in time."""
+    monkeypatch.setattr(http_json, "_MAX_RESPONSE_BYTES", 16 << 20)
+    sent = 0
+
+    class Endless(Handler):
+        def respond(self) -> None:
+            nonlocal sent
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    sent += self.wfile.write(bytes(1 if pause_s else 1 << 16))
+                    time.sleep(pause_s)
+
+        do_GET = do_POST = respond
+
+    with serving(Endless) as port:
+        timeout_s = 0.3 if pause_s else 60
+        with pytest.raises(InferctlError, match="did not end within" if pause_s else "has more than"):
+            if method == "GET":
+                http_json.get(f"http://127.0.0.1:{port}/info", timeout_s, http_json.ServerAccess())
+            else:
+                http_json.send(f"http://127.0.0.1:{port}/info", timeout_s, {}, http_json.ServerAccess())
+    assert sent < 100 << 20
 
 
 def test_a_key_in_a_response_is_masked_in_errors(serve: Serve) -> None:

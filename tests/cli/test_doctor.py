@@ -37,7 +37,7 @@ def test_a_classic_builder_says_what_it_lacks_and_how_to_get_it() -> None:
     assert found.verdict == "limited"
     assert found.detail == (
         "for linux/amd64, linux/386; without: cache export, OCI archives, zstd, several platforms at once, "
-        "SBOM and provenance, Dockerfile check"
+        "SBOM and provenance"
     )
     assert found.hint == "docker buildx create --use --driver docker-container"
 

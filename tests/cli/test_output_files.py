@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from inferctl import cli
+from inferctl.bench.measure import resume
 from inferctl.core import outputs
-from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.core.errors import InferctlError, NotReadyError, UsageError
+from inferctl.models import image_source
+from inferctl.tenancy.metering import outbox
 
 Captured = pytest.CaptureFixture[str]
 ANNOUNCEMENT = '{"url": "http://127.0.0.1:1", "pid": 1}'
@@ -147,6 +154,51 @@ def test_what_an_earlier_server_announced_is_removed(tmp_path: Path) -> None:
     outputs.announce(tmp_path / "ready.json", "http://127.0.0.1:1")
     outputs.retract(tmp_path / "ready.json")
     assert not (tmp_path / "ready.json").exists()
+
+
+def _secret(folder: Path) -> None:
+    with outputs.secret(folder / "file", "new", "--output", force=True):
+        pass
+
+
+# What writes a file of a fixed name into a folder that others may share.
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "replace": lambda folder: outputs.replace(folder / "file", "new"),
+    "announce": lambda folder: outputs.announce(folder / "file", "http://127.0.0.1:1"),
+    "secret": _secret,
+    "probe": lambda folder: outputs.check(folder / "absent", "--output"),
+    "resume": lambda folder: resume.write(folder / "file", {}),
+    "lock": lambda folder: resume.lock(folder).__enter__(),
+    "watermark": lambda folder: outbox.write_watermark(folder, 7),
+    "instance": outbox.instance,
+    "tag": lambda folder: image_source.remember("oci://r/m:1", "sha256:1", {"HF_HOME": str(folder)}),
+}
+
+
+@pytest.mark.parametrize("guessed", [False, True])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_nothing_is_written_through_a_link_of_another_user(
+    writer: str, guessed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that are not random are known. Those that are random may be guessed."""
+    folder, victim = tmp_path / "shared", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("of somebody")
+    if guessed:
+        monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    WRITERS[writer](folder)
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    known = [".lock", f".inferctl-{os.getpid()}.partial", f".file.{os.getpid()}.partial", "watermark.new"]
+    shutil.rmtree(folder)
+    for path in [folder / "x", *written]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name in [*known, f".{path.name}.{'0' * 32}.partial"]:
+            with contextlib.suppress(FileExistsError):
+                (path.parent / name).symlink_to(victim)
+    with contextlib.suppress(OSError, InferctlError):
+        WRITERS[writer](folder)
+        assert not any(path.is_symlink() for path in written if path.name != ".lock")
+    assert victim.read_text() == "of somebody"
 
 
 def test_a_disk_that_fills_up_later_is_an_error_of_the_machine() -> None:

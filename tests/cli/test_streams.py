@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -49,6 +51,51 @@ def test_a_reader_that_is_gone_does_not_change_the_exit_code(command: str, reade
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+# Each of these makes a terminal do something: set its title, clear, color by one character, overwrite, reorder.
+OBEYED = ("\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "good\rbad", "\u202e", "\x7f\x08")
+WRITES = """
+import logging, sys
+from inferctl.core import streams
+from inferctl.cli import console
+streams.guard()
+text = sys.argv[1]
+console.note(text), console.warn(text), console.data(text), console.document({"a": text}), print(text)
+logging.basicConfig(), logging.warning("%s", text)
+from rich.table import Table
+table = Table(text, title=text)
+table.add_row(text)
+console.report(table)
+with console.progress(text) as show:
+    show(text)
+    console.rich(stderr=True).print(text), console.note(text)
+    with console.progress(text):
+        pass
+console.fail(console.NotReadyError(text, text))
+raise ValueError(text)
+"""
+
+
+def test_no_text_of_others_reaches_the_terminal_as_an_escape_sequence() -> None:
+    """Whatever prints it: messages, tables, progress, the log, a traceback."""
+    text = "".join(OBEYED)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", WRITES, text])
+    written = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(terminal, 65536):
+            written += part
+    os.waitpid(pid, 0)
+    shown = written.decode()
+    assert shown.count("u202e") >= 12 and "ValueError" in shown
+    assert "\x1b[" in shown, "Rich's own sequences work"
+    for obeyed in OBEYED:
+        assert obeyed not in shown
+    done = execute(sys.executable, "-c", WRITES, text)
+    assert not any(obeyed in done.stdout + done.stderr for obeyed in OBEYED)
+    assert f'"a": "{json.dumps(text)[1:-1]}"' in done.stdout, "still the same JSON value"
 
 
 @pytest.mark.parametrize("command", PRINTING.values(), ids=PRINTING)

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -330,16 +331,6 @@ def test_an_image_that_runs_as_root_is_rejected(docker: DockerEngine, base_image
         run(docker, tiny.plan(tiny.rendered(base_image, user="root")))
 
 
-def test_bytes_hidden_by_a_later_layer_are_found(docker: DockerEngine, base_image: str) -> None:
-    marker = uuid.uuid4().hex
-    extra = f"RUN echo {marker} && head -c 9000000 /dev/urandom > /big\nRUN rm /big"
-    _, built = run(
-        docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, extra=extra)), verify=False, lint_layers=True)
-    )
-    assert [finding.topic for finding in built.findings] == ["wasted-bytes"]
-    assert "/big (9.0 MB, deleted)" in built.findings[0].why
-
-
 def test_the_platform_of_the_spec_is_used(docker: DockerEngine, base_image: str) -> None:
     made = tiny.plan(tiny.rendered(base_image))
     image = made.spec.image.model_copy(update={"platform": "linux/s390x"})
@@ -462,6 +453,32 @@ def test_another_image_in_the_registry_is_an_error_and_an_unreachable_registry_a
     (note,) = confirm("localhost:1", digest)
     assert isinstance(note, Note)
     assert "not compared with the verified image" in note.text
+
+
+BLOB = {"digest": f"sha256:{'0' * 64}", "size": 1}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"layers": {}, "config": BLOB},
+        {"layers": [BLOB, 1], "config": BLOB},
+        {"layers": [{"size": 1}], "config": BLOB},
+        {"layers": [BLOB | {"size": "1"}], "config": BLOB},
+        {"layers": [BLOB]},
+        {"manifests": 1},
+        {"manifests": [1, {"platform": "linux"}, {"platform": {"os": "linux", "architecture": "amd64"}}]},
+    ],
+)
+def test_a_manifest_that_is_not_one_of_an_image_is_an_error(engine: None, body: dict[str, Any]) -> None:
+    content = json.dumps(
+        {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json"} | body
+    ).encode()
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    headers = {"content_type": "application/vnd.oci.image.manifest.v1+json", "docker_content_digest": digest}
+    with answering(200, content, **headers) as host, pytest.raises(InferctlError):
+        buildx.manifest(f"{host}/inferctl-test/x@{digest}", "linux/amd64")
 
 
 def test_a_push_without_login_fails_and_removes_the_tag(docker: DockerEngine, base_image: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import buildx, context, output_checks, running_container, verify
-from inferctl.image.build import check_size, named_layers, new_bytes, note_unverified
+from inferctl.image.build import check_size, named_layers, note_unverified
 from inferctl.image.context import staged
 from inferctl.image.events import StepFinished
 from inferctl.image.plan import BuildOptions
@@ -142,10 +142,8 @@ def test_a_context_rejects_paths_outside_its_folder(path: str) -> None:
 def test_the_inspection_of_a_builder_is_parsed() -> None:
     assert (CLASSIC.name, CLASSIC.driver, CLASSIC.platforms[0]) == ("default", "docker", "linux/amd64")
     assert not CLASSIC.exports
-    assert not CLASSIC.checks
     assert replace(CLASSIC, containerd_store=True).exports
     assert replace(CLASSIC, driver="docker-container").exports
-    assert replace(CLASSIC, version=(0, 19, 0)).checks
 
 
 @pytest.mark.parametrize(
@@ -371,4 +369,3 @@ def test_link_steps_of_a_containerd_store_are_not_layers() -> None:
     steps = [StepFinished(name, name, 1.0, "1/2" in name) for name in names]
     history = [LayerInfo("COPY a / # buildkit", 5_000_000), LayerInfo("COPY b / # buildkit", 3_000_000)]
     assert [layer.created_by for layer in named_layers(history, steps)] == ["COPY a /", "COPY b /"]
-    assert new_bytes(history, steps) == 3_000_000

@@ -1,4 +1,4 @@
-"""Tests parsing of buildx output: recorded from buildx 0.13 (indented objects), and with one object per line."""
+"""Tests parsing of recorded buildx output: with one object per line, and indented as buildx 0.13 writes them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,12 @@ def read(lines: list[str]) -> tuple[list[BuildEvent], Reader]:
 
 
 def recorded(name: str, style: str) -> list[str]:
-    """Return the recorded lines, either unchanged or with each JSON object on one line."""
+    """Return the recorded lines, either unchanged or with indented JSON objects."""
     lines = (RECORDED / name).read_text().splitlines(keepends=True)
-    if style == "indented":
+    if style == "one per line":
         return lines
-    compact: list[str] = []
-    inside: list[str] = []
-    for line in lines:
-        if inside or line.startswith("{"):
-            inside.append(line)
-            if line.startswith("}"):
-                compact.append(json.dumps(json.loads("".join(inside)), separators=(",", ":")) + "\n")
-                inside = []
-        else:
-            compact.append(line)
-    assert len(compact) < len(lines)
-    return compact
+    texts = (json.dumps(json.loads(line), indent=2) + "\n" if line.startswith("{") else line for line in lines)
+    return "".join(texts).splitlines(keepends=True)
 
 
 @pytest.mark.parametrize("style", ["indented", "one per line"])

@@ -182,7 +182,7 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
         model=None,
         forecast=SizeForecast(()),
         findings=(),
-        options=options or BuildOptions(ready_seconds=60.0, lint_layers=False),
+        options=options or BuildOptions(ready_seconds=60.0),
     )
 
 

@@ -19,7 +19,7 @@ from inferctl.tenancy.fleet.key_store import KeyStore
 from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering import ledger as ledger_module
 from inferctl.tenancy.metering.cloud_event import Item
-from inferctl.tenancy.metering.ledger import Ledger
+from inferctl.tenancy.metering.ledger import SUMS, Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
 from tests.metering.parts import DAY, ORIGIN, batch, end, event
 
@@ -121,10 +121,34 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
 
 
 def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
-    for content in (b"no json", b'[{"source": "a"}]', b"[1]", b'{"requests": []}', b"{}"):
+    valid = (
+        dict.fromkeys(cloud_event.FIELDS)
+        | dict.fromkeys(SUMS, 1)
+        | {"engine_ms": 1.0, "duration_ms": 1.0, "status": 200}
+    )
+    common, row = valid, [1, 1000, *(valid[name] for name in cloud_event.FIELDS[:11])]
+    contents = [b"no json", b'[{"source": "a"}]', b"[1]", b'{"requests": []}', b"{}", b"1", b"[" * 100_000]
+    # What a database would reject, as if it were not available.
+    for name, value in [
+        *((name, bad) for name in ("key_id", "endpoint", "code") for bad in (7, ["x"], "\0", "\ud800")),
+        *((name, bad) for name in ("inputs", "input_tokens", "status") for bad in (-1, 2**63, 1.5, "1", True, None)),
+        *((name, bad) for name in ("engine_ms", "duration_ms") for bad in (float("inf"), float("nan"), "1", None)),
+        ("number", 0),
+        ("number", 2),
+        ("number", "1"),
+        ("time", -1),
+        ("time", 2**60),
+    ]:
+        place = ["number", "time", *cloud_event.FIELDS].index(name)
+        contents.append(json.dumps({"common": common, "requests": [[*row[:place], value, *row[place + 1 :]]]}).encode())
+    for content in contents:
         with pytest.raises(ValueError, match="no batch"):
             ledger.apply([batch("b", 1, 5), EventBatch("a", 1, 1, 0, content)])
+    for first, last, time_ms in ((0, 1, 0), (1, 2**63, 0), (1, 1, -1)):
+        with pytest.raises(ValueError, match="the numbers"):
+            ledger.apply([EventBatch("a", first, last, time_ms, b"[]")])
     assert requests(ledger) == 0
+    assert ledger.apply([EventBatch("a", 1, 1, 0, json.dumps({"common": common, "requests": [row]}).encode())])
 
 
 def test_several_relays_can_start_at_the_same_time(ledger_url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -11,8 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError
+from inferctl.core.sizes import size
 
 ABSENT = (404, 405, 501)
+# Of a page such as `/info` or `/metrics`, and of a response of the model: 512 texts with vectors of tokens have 300 MB.
+_MAX_PAGE_BYTES, _MAX_RESPONSE_BYTES = 16 << 20, 512 << 20
 # No proxies, as in the load generator: the latency of a proxy is not that of the server.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -63,8 +67,7 @@ def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
     """Return the page at `url`; empty if the server has no such page. Raises `NotReadyError` as `get_json` does."""
     try:
         with _OPENER.open(_request(url, access), timeout=timeout_s) as response:
-            content: bytes = response.read()
-            return content
+            return _content(response, _MAX_PAGE_BYTES, timeout_s)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in ABSENT:
@@ -75,6 +78,18 @@ def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
         raise NotReadyError(
             f"cannot connect to {url}: {reason}", "start the server first, or check host and port"
         ) from None
+
+
+def _content(response: http.client.HTTPResponse, most: int, timeout_s: float) -> bytes:
+    """Return the body of a response. Raises `OSError` above `most` bytes, or if it does not end in `timeout_s`."""
+    content, deadline = bytearray(), time.monotonic() + timeout_s
+    while part := response.read1(1 << 16):
+        content += part
+        if len(content) > most:
+            raise OSError(f"the response has more than {size(most)}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the response did not end within {timeout_s:g} s")
+    return bytes(content)
 
 
 def _request(url: str, access: ServerAccess, body: bytes | None = None) -> urllib.request.Request:
@@ -114,8 +129,7 @@ def send(url: str, timeout_s: float, body: Mapping[str, Any], access: ServerAcce
     """Return the body of the response to a POST request. Raises `InferctlError`."""
     try:
         with _OPENER.open(_request(url, access, json.dumps(body).encode()), timeout=timeout_s) as response:
-            content: bytes = response.read()
-            return content
+            return _content(response, _MAX_RESPONSE_BYTES, timeout_s)
     except urllib.error.HTTPError as error:
         with error:
             message = access.without_secrets(error.read(300).decode(errors="replace"))

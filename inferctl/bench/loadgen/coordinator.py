@@ -16,6 +16,7 @@ import gevent
 
 from inferctl.bench.loadgen import clock
 from inferctl.bench.loadgen.recorder import exit_on_write_error
+from inferctl.core import outputs
 
 STEADY_WINDOWS, STEADY_SPREAD = 3, 0.10
 LEAD_NS = 300_000_000
@@ -124,10 +125,8 @@ class Coordinator:
     def publish(self, **changes: Any) -> None:
         """Add `changes` to the state, and replace `state-0.json` atomically."""
         self.state.update(changes)
-        part = self.folder / ".state-0.json"
         with exit_on_write_error():
-            part.write_text(json.dumps(self.state))
-            part.rename(self.folder / "state-0.json")
+            outputs.replace(self.folder / "state-0.json", json.dumps(self.state), sync=False)
 
     def _warm_up(self, started: int) -> None:
         """Return when three consecutive windows agree within 10%, or after `warmup_s`."""

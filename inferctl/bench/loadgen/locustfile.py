@@ -68,6 +68,7 @@ from inferctl.bench.loadgen.recorder import (
     Recorder,
     exit_on_write_error,
 )
+from inferctl.core import outputs
 
 FILE = os.environ.get("INFERCTL_LOAD_FILE")
 LOAD: dict[str, Any] | None = json.loads(Path(FILE).read_text()) if FILE else None
@@ -205,10 +206,9 @@ def connect(environment: Any, **_: Any) -> None:
         coordinator = Coordinator(environment, LOAD, lambda: load_files(LOAD))
         environment.events.test_start.add_listener(lambda **_: gevent.spawn(coordinator.run))
         if isinstance(runner, MasterRunner):
-            temporary = Path(LOAD["output"]) / ".master.json"
+            port = json.dumps({"port": runner.server.port})
             with exit_on_write_error():
-                temporary.write_text(json.dumps({"port": runner.server.port}))
-                temporary.rename(temporary.with_name("master.json"))
+                outputs.replace(Path(LOAD["output"]) / "master.json", port, sync=False)
 
 
 @events.spawning_complete.add_listener

@@ -199,7 +199,8 @@ def lock(output: Path) -> Iterator[None]:
 
     The lock ends with the process, also if the process is killed.
     """
-    with (output / ".lock").open("w") as stream:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(output / ".lock", flags, 0o666), "wb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

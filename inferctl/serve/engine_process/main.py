@@ -18,6 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedIOBase
 
+from inferctl.core import streams
 from inferctl.core.errors import InferctlError
 from inferctl.serve import logs
 from inferctl.serve.engine_process import failures, frames
@@ -114,6 +115,7 @@ def _send(stream: BufferedIOBase, frame: bytes) -> None:
 
 def main() -> None:
     """Run the engine process."""
+    streams.guard()
     hide_unused_libraries()
     # Someone may send these to the engine. The API process decides when it ends.
     for number in (signal.SIGINT, signal.SIGTERM):

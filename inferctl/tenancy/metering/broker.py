@@ -112,8 +112,7 @@ class EventBroker:
             _OLDEST: str(batch.oldest),
             _TIME: str(batch.time_ms),
         }
-        events = cloud_event.read(batch.source, batch.content)
-        content = json.dumps([event.as_cloud_event(batch.source) for event in events]).encode()
+        content = json.dumps([event.as_cloud_event(batch.source) for event in batch.events]).encode()
         subject = f"{SUBJECT}.{batch.source.partition('/')[0].replace('.', '-')}"
         try:
             try:

@@ -10,6 +10,7 @@ The outbox has them as rows, without what they have in common: that takes a fift
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,7 +39,11 @@ _ROW = [
 ]
 _WIDTH = len(_ROW)
 # `data` of the event of a request: its row and its `Origin`. The columns of the ledger have the same names.
-FIELDS = [*_ROW, "requests", "model", "model_sha256", "task", "hardware"]
+_COMMON = ["model", "model_sha256", "task", "hardware"]
+FIELDS = [*_ROW, "requests", *_COMMON]
+_TEXTS = {"key_id", "endpoint", "code", "request_id", *_COMMON}
+_SECONDS = {"engine_ms", "duration_ms"}
+_MAX_TIME_MS = 253_402_300_800_000  # the year 10000
 
 
 class RequestUsage(Protocol):
@@ -147,22 +152,46 @@ def end(number: int, time_ms: int, *, clean: bool) -> bytes:
     return json.dumps({"end": [number, time_ms, clean]}).encode()
 
 
-def read(source: str, content: bytes) -> list[Event]:
-    """Return the events of a batch: of the outbox, or a JSON array of CloudEvents. Raises `ValueError` for others."""
+def read(source: str, content: bytes, first: int = 1, last: int = 2**62) -> list[Event]:
+    """Return the events of a batch: of the outbox, or a JSON array of CloudEvents.
+
+    Raises `ValueError` for anything else: for what the ledger cannot store, and for numbers not from `first` to `last`.
+    """
     try:
-        found = json.loads(content)
-        if isinstance(found, list):
-            return [_event(each) for each in found if each["source"] == source]
-        if "end" in found:
-            number, time_ms, clean = found["end"]
-            return [Event(number, time_ms, END, {"clean": clean})]
-        common = found["common"]
-        return [
-            Event(number, time_ms, REQUEST, dict(zip(_ROW, values[:_WIDTH], strict=True)) | _count(values) | common)
-            for number, time_ms, *values in found["requests"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
+        events = _read(source, json.loads(content))
+        for event in events:
+            if not (first <= event.id <= last and 0 <= event.time_ms < _MAX_TIME_MS):
+                raise ValueError(f"the number {event.id} at {event.time_ms}")
+            for name, value in event.data.items():
+                _check(name, value)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"no batch of usage events: {error}") from None
+    return events
+
+
+def _read(source: str, found: Any) -> list[Event]:
+    if isinstance(found, list):
+        return [_event(each) for each in found if each["source"] == source]
+    if "end" in found:
+        number, time_ms, clean = found["end"]
+        return [Event(number, time_ms, END, {"clean": clean})]
+    common = {name: found["common"][name] for name in _COMMON}
+    return [
+        Event(number, time_ms, REQUEST, dict(zip(_ROW, values[:_WIDTH], strict=True)) | _count(values) | common)
+        for number, time_ms, *values in found["requests"]
+    ]
+
+
+def _check(name: str, value: Any) -> None:
+    """Raise `ValueError` for a value that a database rejects, which would look as if the database were gone."""
+    if name in _TEXTS:
+        if value is not None and b"\0" in value.encode():
+            raise ValueError(f"{name} has a NUL")
+    elif name in _SECONDS:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    elif not (type(value) is int or name == "clean") or not 0 <= value < (2**31 if name == "status" else 2**62):
+        raise ValueError(f"{name} is {value!r}")
 
 
 def _event(found: dict[str, Any]) -> Event:

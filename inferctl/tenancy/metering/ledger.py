@@ -157,7 +157,7 @@ class Ledger:
                 continue
             if batch.first > watermark + 1 and batch.first > batch.oldest:
                 break  # its predecessor exists and will come
-            events = {event.id: event for event in _parse(batch) if event.id > watermark}
+            events = {event.id: event for event in batch.events if event.id > watermark}
             expected = watermark + 1
             for number in [*sorted(events), batch.last + 1]:
                 if number > expected:
@@ -246,13 +246,6 @@ class Ledger:
     def _transaction(self) -> Iterator[sa.Connection]:
         with _SCHEMA.reported(self._address), self._engine.begin() as connection:
             yield connection
-
-
-def _parse(batch: EventBatch) -> list[Event]:
-    try:
-        return cloud_event.read(batch.source, batch.content)
-    except ValueError as error:
-        raise ValueError(f"{batch.source} {batch.first}: {error}") from None
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,26 +13,38 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import secrets
 import shutil
 import socket
 import sqlite3
+import stat
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError
+from inferctl.core.partials import partial_file
 from inferctl.tenancy.metering import cloud_event
+from inferctl.tenancy.metering.cloud_event import Event
 
 _LOCK, _EVENTS, _WATERMARK, _INSTANCE = "lock", "events.sqlite", "watermark", "instance"
-_REMOVED = ".removed"
-# SQLite's `user_version`: of an outbox, and of one with the event of its end.
-_OPEN, _ENDED = 1, 2
+_REMOVED, _DAMAGED = ".removed", ".damaged"
+_MAX_NUMBER = 2**62
+_OPEN = 1  # SQLite's `user_version` of a file with the table
 _BUSY_S = 0.2
 _WAL_BYTES = 16 * 1024 * 1024
+# A batch has up to 200 events. A larger one was not written by a server, and would only fill the memory of the relay.
+_MAX_BATCH_BYTES = 8 * 1024 * 1024
+# What may pass: a lock, a full disk. The others may be a matter of permissions; if they are not, the file is damaged.
+_LATER = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR}
+_DENIED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY}
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,13 @@ class EventBatch:
     time_ms: int
     content: bytes
     oldest: int = 1
+
+    @functools.cached_property
+    def events(self) -> list[Event]:
+        """The events in `content`. Raises `ValueError` for anything else, and for numbers that no server gives."""
+        if not (0 < self.first <= self.last < _MAX_NUMBER and 0 <= self.time_ms < _MAX_NUMBER):
+            raise ValueError(f"the numbers {self.first} to {self.last} at {self.time_ms}")
+        return cloud_event.read(self.source, self.content, self.first, self.last)
 
 
 class Outbox:
@@ -89,25 +108,6 @@ class Outbox:
             ) from None
         return cls(folder, source, lock, max_bytes)
 
-    @classmethod
-    def adopt(cls, folder: Path) -> Outbox | None:
-        """Return the outbox of a process that ended; None if it still runs."""
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        return cls(folder, f"{instance(folder.parent)}/{folder.name}", lock, None)
-
-    @property
-    def issued(self) -> int:
-        """How many numbers were given to events."""
-        return self._issued[0]
-
     def issue(self, number: int) -> None:
         """Note that `number` was given to an event. This survives a SIGKILL, so the ledger can tell what it lost."""
         self._issued[0] = number
@@ -142,46 +142,23 @@ class Outbox:
         row = self._connected().execute("select time from batches order by first limit 1").fetchone()
         return None if row is None else int(row[0])
 
-    def end(self, *, clean: bool) -> None:
-        """Write the event of the end, if it is not there, with the next number. Raises `sqlite3.Error`."""
-        connection = self._connected()
-        if connection.execute("pragma user_version").fetchone()[0] == _ENDED:
-            return
-        row = connection.execute("select max(last) from batches").fetchone()
-        covered = max(row[0] or 0, read_watermark(self._folder))
-        number, now_ms = max(self.issued, covered) + 1, int(1000 * time.time())
-        connection.execute("begin immediate")
-        try:
-            row_of_end = (covered + 1, number, now_ms, cloud_event.end(number, now_ms, clean=clean))
-            connection.execute("insert into batches values (?, ?, ?, ?)", row_of_end)
-            connection.execute(f"pragma user_version = {_ENDED}")
-            connection.execute("commit")
-        except sqlite3.Error:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("rollback")
-            raise
+    def end(self, covered: int) -> None:
+        """Write the event of a clean end, with the next number. Raises `sqlite3.Error`.
 
-    def disconnect(self) -> None:
-        """Close the file, and keep the lock."""
+        `covered`: the last number of the batches.
+        """
+        number, now_ms = max(self._issued[0], covered) + 1, int(1000 * time.time())
+        self.append(covered + 1, number, now_ms, cloud_event.end(number, now_ms, clean=True))
+
+    def close(self) -> None:
+        """Close the file, and release the lock."""
         if self._connection is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
             self._connection = None
-
-    def close(self) -> None:
-        """Close the file, and release the lock."""
-        self.disconnect()
         self._issued.release()
         self._map.close()
         os.close(self._lock)
-
-    def remove(self) -> None:
-        """Delete the files of an adopted outbox whose events are all in the ledger."""
-        self.close()
-        # First renamed, so that a crash in the middle leaves no outbox that lacks its events.
-        self._folder.rename(self._folder.with_suffix(_REMOVED))
-        for removed in self._folder.parent.glob(f"*{_REMOVED}"):
-            shutil.rmtree(removed, ignore_errors=True)
 
     def _connected(self) -> sqlite3.Connection:
         """Return the only connection that writes."""
@@ -211,60 +188,137 @@ class Outbox:
 
 
 class OutboxReader:
-    """Reads an outbox, also one that a server process writes. It cannot change it."""
+    """Reads an outbox, also one that a server process writes. It cannot change that one.
+
+    `source`: that of its events. `issued`: how many numbers the process gave to events; None if it still runs.
+    `damage`: what was found that can never be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.source = folder, f"{instance(folder.parent)}/{folder.name}"
+        self.issued: int | None = None
+        self.damage: str | None = None
+        self._lock: int | None = None
         self._connection: sqlite3.Connection | None = None
 
+    def take_over(self) -> bool:
+        """Lock the outbox if its process ended. Return whether this reader has the lock. Raises `OSError`."""
+        if self._lock is None:
+            lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                content = os.pread(lock, 8, 0)
+            except OSError as error:
+                os.close(lock)
+                if isinstance(error, BlockingIOError):
+                    return False
+                raise
+            self.close()  # from now on, this process alone has the file, and may recover its journal
+            self._lock, self.issued = lock, int.from_bytes(content, sys.byteorder) if len(content) == 8 else 0
+        return True
+
     def read(self, after: int, limit: int) -> list[EventBatch]:
-        """Return up to `limit` batches with numbers above `after`, in order. Raises `sqlite3.Error`."""
+        """Return up to `limit` batches with numbers above `after`, in order, without those that are damaged.
+
+        Raises `OSError` or `sqlite3.Error` if they cannot be read now.
+        """
+        found: list[EventBatch] = []
+        expected = after + 1
+        try:
+            for first, last, time_ms, content, oldest in self._rows(after):
+                # The ledger does not wait for what is not there.
+                batch = EventBatch(self.source, first, last, time_ms, content, first if first > expected else oldest)
+                if not self._is_valid(batch):
+                    self.damage = f"the batch {first!r} to {last!r} is not one of a server"
+                    continue
+                found.append(batch)
+                expected = last + 1
+                if len(found) == limit:
+                    break
+        except sqlite3.Error as error:
+            self._close_file()
+            code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+            if code in _LATER or (code in _DENIED and not self._is_accessible()):
+                raise
+            self.damage = str(error)
+        return found
+
+    def _is_valid(self, batch: EventBatch) -> bool:
+        try:
+            return batch.events is not None and (self.issued is None or batch.last <= self.issued + 1)
+        except (TypeError, ValueError):
+            return False
+
+    def _rows(self, after: int) -> Iterator[tuple[Any, ...]]:
         if self._connection is None:
-            if not (self.folder / _EVENTS).exists():
-                return []
+            file = self.folder / _EVENTS
+            try:
+                regular = stat.S_ISREG(file.lstat().st_mode)
+            except FileNotFoundError:
+                return
+            if not regular:  # SQLite would wait for a pipe
+                self.damage = f"{_EVENTS} is not a file"
+                return
+            mode = "ro" if self._lock is None else "rw"
             self._connection = sqlite3.connect(
-                f"{(self.folder / _EVENTS).absolute().as_uri()}?mode=ro",
+                f"{file.absolute().as_uri()}?mode={mode}",
                 uri=True,
                 timeout=_BUSY_S,
                 isolation_level=None,
                 check_same_thread=False,
             )
-        if not self._connection.execute("pragma user_version").fetchone()[0]:  # the server has not made the table yet
-            return []
-        rows = self._connection.execute(
-            "select first, last, time, content, (select min(first) from batches) from batches "
-            "where last > ? order by first limit ?",
-            (after, limit),
-        ).fetchall()
-        return [EventBatch(self.source, *row) for row in rows]
+        if self._connection.execute("pragma user_version").fetchone()[0]:  # otherwise the server has made no table yet
+            yield from self._connection.execute(
+                "select first, last, time, case when length(content) < ? then content end, "
+                "(select min(first) from batches) from batches where last > ? order by first",
+                (_MAX_BATCH_BYTES, after),
+            )
+
+    def _is_accessible(self) -> bool:
+        return os.access(self.folder, os.R_OK | os.W_OK | os.X_OK) and os.access(self.folder / _EVENTS, os.R_OK)
+
+    def remove(self) -> None:
+        """Delete the files of an outbox that was taken over. If it is damaged, keep them. Raises `OSError`."""
+        self._close_file()
+        # First renamed, so that a crash in the middle leaves no outbox that lacks its events.
+        self.folder.rename(self.folder.with_suffix(_DAMAGED if self.damage else _REMOVED))
+        for removed in self.folder.parent.glob(f"*{_REMOVED}"):
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _close_file(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+            self._connection = None
 
     def close(self) -> None:
-        """Close the file."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """Close the file, and release the lock."""
+        self._close_file()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def folders(data: Path) -> list[Path]:
     """Return the folders of all outboxes in `data`, in the order of their starts."""
     with contextlib.suppress(FileNotFoundError):
-        return sorted(found.parent for found in data.glob(f"*/{_LOCK}") if found.parent.suffix != _REMOVED)
+        found = (lock.parent for lock in data.glob(f"*/{_LOCK}"))
+        return sorted(folder for folder in found if folder.suffix not in (_REMOVED, _DAMAGED))
     return []
 
 
 def read_watermark(folder: Path) -> int:
-    """Return what `write_watermark` wrote; 0 before that."""
+    """Return what `write_watermark` wrote; 0 before that, and for anything else."""
     try:
-        return int((folder / _WATERMARK).read_text())
-    except (FileNotFoundError, ValueError):
+        with os.fdopen(os.open(folder / _WATERMARK, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+            return int(file.read(20))
+    except (OSError, ValueError):
         return 0
 
 
 def write_watermark(folder: Path, watermark: int) -> None:
     """Tell the server process that the ledger has the events up to `watermark`. Raises `OSError`."""
-    partial = folder / f"{_WATERMARK}.new"
-    partial.write_text(f"{watermark}\n")
-    partial.rename(folder / _WATERMARK)
+    outputs.replace(folder / _WATERMARK, f"{watermark}\n", sync=False)
 
 
 @contextlib.contextmanager
@@ -289,14 +343,11 @@ def instance(data: Path) -> str:
     try:
         return file.read_text().strip()
     except FileNotFoundError:
-        partial = data / f"{_INSTANCE}.{secrets.token_hex(4)}"
-        partial.write_text(f"{socket.gethostname()}-{secrets.token_hex(4)}\n")
-        try:
-            os.link(partial, file)  # unlike a rename, this does not replace the name that another process chose
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink()
+        with partial_file(file) as (partial, to):
+            to.write(f"{socket.gethostname()}-{secrets.token_hex(4)}\n".encode())
+            to.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(partial, file)  # unlike a rename, this does not replace the name that another process chose
         return file.read_text().strip()
 
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from pathlib import Path
 
-from inferctl.tenancy.metering import outbox
-from inferctl.tenancy.metering.outbox import EventBatch, Outbox, OutboxReader
+from inferctl.tenancy.metering import cloud_event, outbox
+from inferctl.tenancy.metering.outbox import EventBatch, OutboxReader
 
 log = logging.getLogger("inferctl.metering")
 
+_LOG_S = 30.0
+
 
 class Outboxes:
-    """Reads the outboxes in `data`, and takes over those of processes that ended."""
+    """Reads the outboxes in `data`, and takes over those of processes that ended.
+
+    One that cannot be read delays no other one. If its process ended, the numbers that it lost are in the ledger.
+    """
 
     def __init__(self, data: Path) -> None:
         self._data = data
         self._readers: dict[str, OutboxReader] = {}
-        self._adopted: dict[str, Outbox] = {}
+        self._ends: dict[str, EventBatch] = {}
         self._confirmed: dict[str, int] = {}
+        self._logged: dict[str, float] = {}
 
     @property
     def sources(self) -> list[str]:
@@ -27,34 +34,48 @@ class Outboxes:
         return list(self._readers)
 
     def refresh(self) -> None:
-        """Find new outboxes, and write the event of the end into those whose process ended without it."""
+        """Find new outboxes, and take over those whose process ended."""
         known = {reader.folder for reader in self._readers.values()}
         for folder in outbox.folders(self._data):
             if folder not in known:
                 reader = OutboxReader(folder)
                 self._readers[reader.source] = reader
-        for source, reader in self._readers.items():
-            if source not in self._adopted and (adopted := Outbox.adopt(reader.folder)):
-                self._adopt(source, adopted)
-
-    def _adopt(self, source: str, adopted: Outbox) -> None:
-        try:
-            adopted.end(clean=False)
-        except sqlite3.Error as error:
-            adopted.close()  # the next `refresh` tries again
-            log.error("the outbox of a server process that ended cannot be read: %s: %s", source, error)
-        else:
-            adopted.disconnect()
-            self._adopted[source] = adopted
+        for reader in self._readers.values():
+            try:
+                reader.take_over()
+            except OSError as error:
+                self._report(reader, error)
 
     def read(self, source: str, after: int, limit: int) -> list[EventBatch]:
-        """Return up to `limit` batches with numbers above `after`; none if the outbox cannot be read now."""
+        """Return up to `limit` batches with numbers above `after`; none if the outbox cannot be read now.
+
+        After those of a process that ended without it, there is the event of its end.
+        """
         try:
-            return self._readers[source].read(after, limit)
-        except sqlite3.Error as error:
-            self._readers[source].close()
-            log.warning("the outbox %s cannot be read: %s", source, error)
+            return self._read(source, after, limit)
+        except (OSError, sqlite3.Error) as error:
+            self._report(self._readers[source], error)
             return []
+
+    def _read(self, source: str, after: int, limit: int) -> list[EventBatch]:
+        reader = self._readers[source]
+        found = reader.read(after, limit)
+        if reader.damage:
+            self._report(reader, reader.damage)
+        if found:
+            return found
+        if reader.issued is None:
+            return []
+        # A ledger that was restored may lack what was freed.
+        covered = max(after, min(self.confirmed(source), reader.issued + 1))
+        if covered > reader.issued:
+            return []
+        if source not in self._ends:
+            number, now = reader.issued + 1, int(1000 * time.time())
+            content = cloud_event.end(number, now, clean=False)
+            self._ends[source] = EventBatch(source, covered + 1, number, now, content, covered + 1)
+        end = self._ends[source]
+        return [end] if end.last > after else []
 
     def confirmed(self, source: str) -> int:
         """Return the last watermark that `confirm` wrote, in this or an earlier process."""
@@ -65,20 +86,31 @@ class Outboxes:
     def confirm(self, source: str, watermark: int) -> None:
         """Let the server process free its events up to `watermark`. Remove the outbox of an ended one without others.
 
-        Raises `OSError`.
+        The files of a damaged one are kept under another name.
         """
         reader = self._readers[source]
-        if self.confirmed(source) != watermark:
-            outbox.write_watermark(reader.folder, watermark)
-            self._confirmed[source] = watermark
-        if source in self._adopted and not self.read(source, watermark, 1):
-            reader.close()
-            self._adopted.pop(source).remove()
-            del self._readers[source], self._confirmed[source]
+        try:
+            if self.confirmed(source) != watermark:
+                outbox.write_watermark(reader.folder, watermark)
+                self._confirmed[source] = watermark
+            if reader.issued is None or self._read(source, watermark, 1):
+                return
+            reader.remove()
+        except (OSError, sqlite3.Error) as error:
+            self._report(reader, error)
+            return
+        if reader.damage:
+            log.error("the events that %s lost are a gap in the ledger; its files are in *.damaged", source)
+        reader.close()
+        del self._readers[source], self._confirmed[source]
+
+    def _report(self, reader: OutboxReader, error: object) -> None:
+        now = time.monotonic()
+        if now - self._logged.get(reader.source, -_LOG_S) >= _LOG_S:
+            self._logged[reader.source] = now
+            log.error("the outbox %s cannot be read: %s", reader.folder, error)
 
     def close(self) -> None:
         """Close all files."""
         for reader in self._readers.values():
             reader.close()
-        for adopted in self._adopted.values():
-            adopted.close()

@@ -60,8 +60,11 @@ class EventRecorder:
         self._issued = self._written = 0
         self._pending: deque[Item] = deque()
         self._sums: dict[tuple[Any, ...], tuple[int, float, RequestUsage]] = {}  # their first value: the key id
+        self._summed = 0  # requests in sums that are not on disk, without one for each number of a sum
         self._sums_began = 0.0
-        self._encoded: tuple[int, int, int, bytes] | None = None  # a batch that was not written yet
+        self._encoded: tuple[tuple[int, int, int, bytes], int] | None = (
+            None  # a batch to write, and its part of `_summed`
+        )
         self._oldest_ms: int | None = None  # of what is in the outbox
         self._failed_at = self._logged_at = 0.0
         self._refused_until = -math.inf
@@ -76,22 +79,22 @@ class EventRecorder:
         at = time.time()
         with self._lock:
             if cloud_event.is_free(usage):
-                if not self._add(usage, at):
-                    return
+                self._add(usage, at)
+                self._summed += 1
             elif len(self._pending) >= self._limit:
                 self._issued += 1
                 self.dropped += 1
             else:
                 self._issued += 1
                 self._pending.append(Item(self._issued, at, usage))
-            # With the sums, which get their numbers later: so the ledger can tell how many a SIGKILL lost.
-            self._outbox.issue(self._issued + len(self._sums))
+            # With the requests in sums, which get fewer numbers later: so the ledger can tell what a SIGKILL lost.
+            self._outbox.issue(self._issued + self._summed)
         if not self._awake:
             self._awake = True
             self._wake.set()
 
-    def _add(self, usage: RequestUsage, at: float) -> bool:
-        """Add a request that used nothing to its sum. Return whether the sum is new."""
+    def _add(self, usage: RequestUsage, at: float) -> None:
+        """Add a request that used nothing to its sum."""
         # A sum is of one day, because it counts on that of its last request.
         kind = (usage.endpoint, usage.status, usage.code, at // _DAY_S)
         key = (usage.key_id, *kind)
@@ -101,7 +104,6 @@ class EventRecorder:
             self._sums_began = time.monotonic()
         known = self._sums.get(key)
         self._sums[key] = (known[0] + 1 if known else 1, at, usage)
-        return known is None
 
     @property
     def full(self) -> bool:
@@ -163,11 +165,16 @@ class EventRecorder:
             if self._sums and self._has_place():
                 self._end_sums()
             while self._encoded or self._pending:
-                batch = self._encoded = self._encoded or self._encode()
-                if batch is None:
+                self._encoded = self._encoded or self._encode()
+                if self._encoded is None:
                     continue
+                batch, summed = self._encoded
                 self._outbox.append(*batch)
                 self._written, self._encoded = batch[1], None
+                if summed:
+                    with self._lock:
+                        self._summed -= summed
+                        self._outbox.issue(self._issued + self._summed)
                 if self._oldest_ms is None:
                     self._oldest_ms = batch[2]
         except Exception as error:  # noqa: BLE001  # without this thread, no event would be recorded any more
@@ -190,11 +197,12 @@ class EventRecorder:
         with self._lock:
             for (key_id, *_), (count, at, usage) in self._sums.items():
                 self._issued += 1
+                self._summed -= 1
                 self._pending.append(Item(self._issued, at, usage, count, key_id))
             self._sums.clear()
 
-    def _encode(self) -> tuple[int, int, int, bytes] | None:
-        """Return the next batch; None if none of its events can be encoded."""
+    def _encode(self) -> tuple[tuple[int, int, int, bytes], int] | None:
+        """Return the next batch, and its part of `_summed`; None if none of its events can be encoded."""
         items = [self._pending.popleft() for _ in range(min(_BATCH_EVENTS, len(self._pending)))]
         try:
             content = self._content(items)
@@ -208,7 +216,8 @@ class EventRecorder:
                 self._pending.extendleft(reversed(items))
                 raise
         # From the number after the last batch on, so that dropped events show as missing.
-        return self._written + 1, items[-1][0], int(1000 * items[0][1]), content
+        batch = self._written + 1, items[-1].number, int(1000 * items[0].at), content
+        return batch, sum(item.requests - 1 for item in items)
 
     def _content(self, items: Sequence[Item]) -> bytes:
         return orjson.dumps(cloud_event.requests(self.origin, items))
@@ -244,7 +253,7 @@ class EventRecorder:
         """Write the event of the end. Without it, the relay reports that the process was killed."""
         while True:
             try:
-                self._outbox.end(clean=True)
+                self._outbox.end(self._written)
                 return
             except Exception as error:  # noqa: BLE001  # `_run` must close the outbox
                 self._failed(error)

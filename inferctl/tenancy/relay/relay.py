@@ -18,6 +18,7 @@ from inferctl.config.spec import Access, Metering
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.tenancy.metering import outbox, sink
 from inferctl.tenancy.metering.ledger import Ledger
+from inferctl.tenancy.metering.outbox import EventBatch
 from inferctl.tenancy.metering.outboxes import Outboxes
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ log = logging.getLogger("inferctl.relay")
 _INTERVAL_S = 0.25
 _RETRY_S = 1.0
 _LOG_S = 30.0
-# Of one outbox in one transaction. A row has up to 200 events.
-_ROWS = 50
+# Of one outbox, and of all of them in one transaction. A row has up to 200 events.
+_ROWS, _MOST_ROWS = 50, 200
 _ONLY_RELAY_S = 0.5
 
 
@@ -134,13 +135,20 @@ class Relay:
         unknown = [source for source in outboxes.sources if source not in self._watermarks]
         if unknown:
             self._watermarks |= dict.fromkeys(unknown, 0) | ledger.watermarks(unknown)
-        found = {source: outboxes.read(source, self._watermarks[source], _ROWS) for source in outboxes.sources}
-        batches = [batch for rows in found.values() for batch in rows]
+        batches: list[EventBatch] = []
+        more = False
+        for source in outboxes.sources:
+            rows = outboxes.read(source, self._watermarks[source], _ROWS)
+            more |= len(rows) == _ROWS
+            batches += rows
+            if len(batches) >= _MOST_ROWS:
+                self._watermarks |= ledger.apply(batches)
+                batches.clear()
         if batches:
             self._watermarks |= ledger.apply(batches)
-        for source in found:
+        for source in outboxes.sources:
             outboxes.confirm(source, self._watermarks[source])
-        return any(len(rows) == _ROWS for rows in found.values())
+        return more
 
     async def _publish(self, outboxes: Outboxes) -> bool:
         """Publish the next batches of all outboxes, and return whether there are more."""

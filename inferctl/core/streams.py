@@ -1,4 +1,7 @@
-"""Standard streams that report a lost result: stdout and stderr that are closed, full or not UTF-8.
+"""Standard streams of each program: what terminals would obey is escaped, and a lost result is reported.
+
+Names in model files, responses of servers and log lines are written by others. So every text is escaped here, also that
+of a traceback or of a library. Only what inferctl makes itself, such as colors, is written with `raw`.
 
 - If the reader of a pipe has exited (`| head -1`), or a stream is closed (`>&-`), the output is dropped.
   The command keeps its exit code.
@@ -11,10 +14,12 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import json
 import os
+import re
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from inferctl.core.errors import NotReadyError
 
@@ -37,6 +42,8 @@ _ASCII = {
     "²": "^2",
 }
 _ERRORS = "inferctl.plain"
+# Terminals obey these (ECMA-48), or write what follows in another order. A lone carriage return overwrites its line.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
 
 
 class _Descriptor(io.FileIO):
@@ -70,6 +77,32 @@ class _Descriptor(io.FileIO):
         return view.nbytes
 
 
+class _Stream(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        return super().write(printable(text))
+
+
+class _Raw:
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return io.TextIOWrapper.write(self._stream, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def printable(text: str) -> str:
+    """Return `text` with escapes as in JSON in place of control characters, except line breaks and tabs."""
+    return _CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def raw(stream: TextIO) -> TextIO:
+    """Return `stream` without escapes, for texts in which all that others wrote is escaped."""
+    return cast(TextIO, _Raw(stream)) if isinstance(stream, _Stream) else stream
+
+
 def guard() -> None:
     """Replace `sys.stdout` and `sys.stderr` by streams that follow the rules above; open closed ones on /dev/null."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -90,7 +123,7 @@ def stdout_is_lost() -> bool:
 def _guarded(stream: TextIO | None, number: int) -> TextIO:
     if stream is not None and not isinstance(stream, io.TextIOWrapper):
         return stream
-    return io.TextIOWrapper(
+    return _Stream(
         io.BufferedWriter(_Descriptor(number, stream is None)),
         encoding=stream.encoding if stream else "utf-8",
         errors=_ERRORS,
