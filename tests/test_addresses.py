@@ -168,8 +168,6 @@ _SETTINGS = {
     "deploy.prometheus": "https://h?token=geheim",
     "access.keys": "postgresql://u:geh/eim@h/d",
     "access.broker": "geheim@a,geheim@b",
-    "access.oidc.issuer": "https://u:geheim@idp",
-    "access.oidc.jwks": "https://idp/keys?auth=geheim",
     "metering.ledger": "postgresql://u:x@geheim@h/d",
     "metering.broker": "nats://u:x@geheim@h",
     "metering.sink": "https://geheim@h",

@@ -41,7 +41,6 @@ ONLY_IN = {
     "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "sentence_transformers": ("serve/reference.py",),
     "docker": ("image/docker.py",),
-    "jwt": ("tenancy/access/oidc.py",),
     "huggingface_hub": ("models/hub.py",),
     "yaml": ("deploy/manifest.py", "core/document.py", "image/pin.py", "image/render.py"),
     "sqlalchemy": (

@@ -1,4 +1,4 @@
-"""Servers with the parts that `outages.py` stops: NATS, an outbox, PostgreSQL, Valkey and an OIDC provider."""
+"""Servers with the parts that `outages.py` stops: NATS, an outbox, PostgreSQL and Valkey."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ import peers
 
 sys.path.insert(0, str(peers.ROOT))
 
-from tests.access.test_oidc import Provider
 from tests.metering.parts import Nats, Part, Postgres
 
 PORT = 18561
@@ -168,65 +165,10 @@ def valkey(folder: Path, _: float) -> Iterator[Outage]:
         part.kill()
 
 
-class StallingProvider(Provider):
-    """Counts the connections that it accepts."""
-
-    accepted = 0
-
-    def process_request(self, *given: Any) -> None:
-        self.accepted += 1
-        super().process_request(*given)
-
-    def handle_error(self, *_: object) -> None:
-        """Print nothing: the server closes connections that stalled."""
-
-
-@contextmanager
-def jwks(folder: Path, seconds: float) -> Iterator[Outage]:
-    provider = StallingProvider()
-    valid = int(time.time()) + 24 * 3600
-    accepted = fetched = 0
-
-    def ask() -> None:
-        """Send a token with an unknown key."""
-        unknown = provider.token(kid=f"k{provider.accepted}", exp=valid).decode()
-        headers = {"authorization": f"Bearer {unknown}", "content-type": "application/json"}
-        try:
-            urllib.request.urlopen(urllib.request.Request(server.url + server.path, b"{}", headers), timeout=10)
-        except urllib.error.HTTPError as error:
-            assert error.code == 401
-
-    def stall() -> float:
-        nonlocal accepted, fetched
-        accepted, fetched = provider.accepted, provider.fetched
-        provider.stalled.set()
-        ask()
-        peers.wait_until(lambda: provider.accepted > accepted)  # it asks once in 30 s
-        return time.monotonic()
-
-    try:
-        access = {"oidc": {"issuer": provider.url, "audience": "inferctl"}}
-        server = edge_cost.start(folder, PORT, "jwks", sections(folder, access=access))
-        yield Outage(
-            server,
-            {"authorization": f"Bearer {provider.token(exp=valid).decode()}"},
-            stall,
-            provider.stalled.clear,
-            seconds,
-            lambda *_: provider.accepted > accepted and provider.fetched == fetched,
-            lambda *_: provider.fetched > fetched,
-        )
-    finally:
-        provider.stalled.clear()
-        provider.shutdown()
-        provider.server_close()
-
-
 OUTAGES: dict[str, Callable[[Path, float], Any]] = {
     "broker-stalled": lambda folder, seconds: broker(folder, seconds, killed=False),
     "broker-killed": lambda folder, seconds: broker(folder, seconds, killed=True),
     "outbox-locked": outbox,
     "postgresql-stalled": postgresql,
     "valkey-stalled": valkey,
-    "jwks-stalled": jwks,
 }

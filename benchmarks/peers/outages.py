@@ -1,4 +1,4 @@
-"""What a part that stops to respond costs the requests of a server: broker, outbox, PostgreSQL, Valkey, OIDC provider.
+"""What a part that stops to respond costs the requests of a server: broker, outbox, PostgreSQL, Valkey.
 
     python benchmarks/peers/outages.py [--broker-seconds 60] [--seconds 10] [--rounds 6] [--json FILE] [OUTAGE ...]
 
@@ -9,8 +9,6 @@ The outages, default all; each one has a server of its own, with the echo engine
 - `outbox-locked`: another process holds BEGIN EXCLUSIVE on the outbox for `--seconds`
 - `postgresql-stalled`: PostgreSQL with ledger and keys is stopped
 - `valkey-stalled`: Valkey, the shared level of the cache, is stopped for 2 s at a time, five times as often
-- `jwks-stalled`: the OIDC provider accepts connections and does not respond. Requests have its tokens, and a token with
-  an unknown key makes the server ask the provider. The outage is measured from when the server waits for it
 
 An open loop runs at 40% of the throughput of a closed loop. Calm windows and outages alternate on the same server (A B
 B A). A ratio is p99 in an outage / p99 in the calm window of the same round, and a figure is the median over the

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import jwt
 import peers
 import psutil
 import psycopg
@@ -27,7 +26,6 @@ from secret_marks import Client, Marks, launch, search, search_all, search_error
 sys.path.insert(0, str(peers.ROOT))
 
 from inferctl.gateway import admin
-from tests.access import test_oidc
 from tests.metering.parts import Nats, Part, Postgres
 from tests.serve.test_generation import FAKE, stand_in
 
@@ -140,9 +138,8 @@ class Fleet:
         }
 
     def start(self, engine: str | None, vllm: Path | None) -> None:
-        """Create keys and tokens, and start all processes."""
+        """Create keys, and start all processes."""
         self.create_keys()
-        self.create_tokens()
         self.consumer = launch(self.folder, "consumer.log", "relay", "--consume", **self._addresses)
         self.running.append(self.consumer)
         keys = self.marks.keys
@@ -173,23 +170,11 @@ class Fleet:
             log.write(done.stderr if arguments[:2] == ("keys", "rotate") else done.stderr + done.stdout)
         return done.stdout.strip()
 
-    def create_tokens(self) -> None:
-        """Make the keys of an OIDC provider, a valid token and one with a wrong signature."""
-        keys = {"keys": [test_oidc.public(test_oidc.EC_KEY, "ec")]}
-        (self.folder / "jwks.json").write_text(json.dumps(keys))
-        claims = {"iss": "https://issuer", "aud": "inferctl", "sub": "oidc-team", "exp": int(time.time()) + 3600}
-        token = jwt.encode(claims, test_oidc.EC_KEY, "ES256", headers={"kid": "ec"})
-        other = test_oidc.ec.generate_private_key(test_oidc.ec.SECP256R1())
-        forged = jwt.encode(claims, other, "ES256", headers={"kid": "ec"})
-        self.marks.keys |= {"token": token, "signature of the token": token.rpartition(".")[2], "forged token": forged}
-
     def _embeddings(self, engine: str | None) -> str:
         environment = {
             **self._addresses,
             "INFERCTL_METERING_DATA": str(self.folder / "metering"),
             "INFERCTL_ACCESS_DATA": str(self.folder / "access"),
-            "INFERCTL_ACCESS_OIDC_ISSUER": "https://issuer",
-            "INFERCTL_ACCESS_OIDC_JWKS": str(self.folder / "jwks.json"),
             "INFERCTL_ACCESS_REQUESTS_PER_MINUTE": "100000",
             "INFERCTL_SERVE_LOAD_REPORTS": "true",
         }
@@ -329,7 +314,7 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         embed, generate, stores = fleet.embed, fleet.generate, fleet.stores
         # Relays copy the keys first, and have the lowest priority.
         peers.wait_until(lambda: embed.send(path, body) == generate.send("/v1/models") == 200, peers.START_SECONDS)
-        used = ("token", "forged token", "rotated key", "new key", "revoked key")
+        used = ("rotated key", "new key", "revoked key")
         statuses = {f"key: {name}": embed.send(path, body, marks.keys[name]) for name in used}
         statuses |= {f"chat: {name}": status for name, status in chat(generate, marks).items()}
         statuses |= embed.traffic()

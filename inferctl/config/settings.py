@@ -29,13 +29,12 @@ ENVIRONMENT_PREFIX = "INFERCTL_"
 # Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
 # Settings of a spec file that `null` in a variable removes. Other texts stay texts.
-_REMOVABLE = ("access.keys", "access.broker", "access.oidc.issuer", "cache.size", "cache.shared", "slo.p99_ms")
+_REMOVABLE = ("access.keys", "access.broker", "cache.size", "cache.shared", "slo.p99_ms")
 # The environment of a server that only its parent process uses: it asks for no keys and computes every input, whatever
 # the spec says.
 OPEN_ACCESS = {
     "INFERCTL_ACCESS_KEYS": "null",
     "INFERCTL_ACCESS_BROKER": "null",
-    "INFERCTL_ACCESS_OIDC_ISSUER": "null",
     "INFERCTL_ACCESS_TRUSTED_PROXIES": "",
     "INFERCTL_CACHE_SIZE": "null",
     "INFERCTL_CACHE_SHARED": "null",

@@ -22,7 +22,6 @@ from inferctl.config.deploy_spec import Deploy
 from inferctl.config.sharing_spec import Access as Access
 from inferctl.config.sharing_spec import Cache as Cache
 from inferctl.config.sharing_spec import Metering as Metering
-from inferctl.config.sharing_spec import Oidc as Oidc
 from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
 from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
 from inferctl.config.spec_types import IMAGE_SCHEME as IMAGE_SCHEME

@@ -73,14 +73,6 @@ def _namespace(host: str, default: str) -> str | None:
     return words[1] if len(words) == 2 or words[2] == "svc" else None
 
 
-def public_endpoint(url: str, default_namespace: str) -> Endpoint:
-    """Return the endpoint of a URL that is often outside of the cluster: `https://gitlab.com` is not in `com`."""
-    found = endpoint(url, default_namespace)
-    parts = urllib.parse.urlsplit(url)
-    outside = parts.scheme == "https" and (parts.hostname or "").count(".") == 1
-    return Endpoint(found.port, None) if outside else found
-
-
 def events_broker(spec: Spec) -> str | None:
     """Return the URL of the broker of usage events, without credentials; None if there is none."""
     return broker_address(spec) if spec.metering.mode != "off" else None

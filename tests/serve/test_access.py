@@ -425,7 +425,7 @@ def test_a_private_server_asks_for_no_key(
     serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `inferctl bench` and the verification of an image start it."""
-    limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"], "oidc": {"issuer": "https://x.example.com"}}
+    limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"]}
     spec = {"name": "echo", "model": {"source": str(minilm)}, "access": limits}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     for variable, text in settings.OPEN_ACCESS.items():
