@@ -54,7 +54,6 @@ ONLY_IN = {
     "nats": ("tenancy/metering/broker.py", "tenancy/fleet/broker.py"),
     "nanotoken": ("serve/word_piece.py",),
     "moka_py": ("serve/vector_cache/store.py",),
-    "valkey": ("serve/vector_cache/shared.py",),
     "promql_parser": ("manifests/lint/promql.py",),
     "locust": ("bench/loadgen/",),
     "gevent": ("bench/loadgen/",),

@@ -1,4 +1,4 @@
-"""Servers with the parts that `outages.py` stops: NATS, an outbox, PostgreSQL and Valkey."""
+"""Servers with the parts that `outages.py` stops: NATS, an outbox and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import peers
 
 sys.path.insert(0, str(peers.ROOT))
 
-from tests.metering.parts import Nats, Part, Postgres
+from tests.metering.parts import Nats, Postgres
 
 PORT = 18561
-VALKEY_S, VALKEY_TIMES, VALKEY_TEXTS = 2.0, 5, 60_000
 _LOCK = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
@@ -46,8 +45,6 @@ class Outage:
     seconds: float
     noticed: Callable[[dict[str, float], int], bool]
     recovered: Callable[[dict[str, float], float], bool]
-    times: int = 1
-    texts: int = 500
 
 
 def events_wait(metrics: dict[str, float], sent: int) -> bool:
@@ -138,37 +135,9 @@ def postgresql(folder: Path, seconds: float) -> Iterator[Outage]:
         postgres.kill()
 
 
-@contextmanager
-def valkey(folder: Path, _: float) -> Iterator[Outage]:
-    socket = folder / "valkey"
-    command = ["valkey-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder)]
-    # Few entries, so that nearly all requests compute, as they do in an outage.
-    part = Part([*command, "--maxmemory", "3mb", "--maxmemory-policy", "allkeys-lru"])
-    part.start()
-    try:
-        peers.wait_until(socket.exists)
-        limited, headers = edge_cost.keys(folder)
-        cache = {"size": "64KiB", "shared": f"unix://{socket}"}
-        server = edge_cost.start(folder, PORT, "valkey", sections(folder, **limited, cache=cache))
-        yield Outage(
-            server,
-            headers,
-            at_once(lambda: part.signal(signal.SIGSTOP)),
-            lambda: part.signal(signal.SIGCONT),
-            VALKEY_S,
-            lambda metrics, _: metrics["inferctl_cache_shared_up"] == 0,
-            lambda metrics, rate: metrics["inferctl_cache_shared_up"] == 1 and events_arrive(metrics, rate),
-            VALKEY_TIMES,
-            VALKEY_TEXTS,
-        )
-    finally:
-        part.kill()
-
-
 OUTAGES: dict[str, Callable[[Path, float], Any]] = {
     "broker-stalled": lambda folder, seconds: broker(folder, seconds, killed=False),
     "broker-killed": lambda folder, seconds: broker(folder, seconds, killed=True),
     "outbox-locked": outbox,
     "postgresql-stalled": postgresql,
-    "valkey-stalled": valkey,
 }

@@ -26,7 +26,7 @@ from secret_marks import Client, Marks, launch, search, search_all, search_error
 sys.path.insert(0, str(peers.ROOT))
 
 from inferctl.gateway import admin
-from tests.metering.parts import Nats, Part, Postgres
+from tests.metering.parts import Nats, Postgres
 from tests.serve.test_generation import FAKE, stand_in
 
 _PAGES = ("config_dump?include_eds", "clusters", "listeners", "stats", "server_info", "memory", "runtime", "certs")
@@ -62,10 +62,10 @@ class _Collected(http.server.BaseHTTPRequestHandler):
 
 
 class Stores:
-    """PostgreSQL, NATS and Valkey, whose addresses have passwords."""
+    """PostgreSQL and NATS, whose addresses have passwords."""
 
     def __init__(self, folder: Path, marks: Marks) -> None:
-        marked = {name: f"pw{secrets.token_hex(10)}" for name in ("postgresql", "nats", "valkey")}
+        marked = {name: f"pw{secrets.token_hex(10)}" for name in ("postgresql", "nats")}
         marks.keys |= {f"password of {name}": password for name, password in marked.items()}
         passwords = {name: f"{_HOSTILE}{password}{_HOSTILE}" for name, password in marked.items()}
         escaped = {name: quote(password, safe="") for name, password in passwords.items()}
@@ -76,18 +76,12 @@ class Stores:
         with (folder / "nats" / "n.conf").open("a") as config:
             config.write(f"authorization {{ {user} }}\n")
         self.nats_url = self.nats.url.replace("//", f"//scan:{escaped['nats']}@")
-        socket = folder / "valkey.sock"
-        (folder / "valkey").mkdir()
-        command = ["valkey-server", "--port", "0", "--unixsocket", str(socket), "--dir", str(folder / "valkey")]
-        self.valkey = Part([*command, "--appendonly", "yes", "--requirepass", passwords["valkey"]])
-        self.valkey_url = f"unix://{socket}?password={escaped['valkey']}"
-        for part in (self.postgres, self.nats, self.valkey):
+        for part in (self.postgres, self.nats):
             part.start()
         (folder / "nats" / "n.conf").unlink()  # it has the password, and was read
         self.keys = self.postgres.url().replace("postgres@", f"postgres:{escaped['postgresql']}@")
         self.ledger = f"{self.postgres.url()}&password={escaped['postgresql']}"
         self._ask_for_password(folder / "postgres" / "data", passwords["postgresql"])
-        peers.wait_until(socket.exists)
 
     def _ask_for_password(self, data: Path, password: str) -> None:
         """Let PostgreSQL ask for a password. Its log gets only the hash."""
@@ -109,7 +103,7 @@ class Stores:
             connection.execute("checkpoint")
 
     def kill(self) -> None:
-        for part in (self.postgres, self.nats, self.valkey):
+        for part in (self.postgres, self.nats):
             part.kill()
 
 
@@ -132,7 +126,6 @@ class Fleet:
             "INFERCTL_ACCESS_REPLICAS": "2",
             "INFERCTL_ACCESS_KEYS": self.stores.keys,
             "INFERCTL_CACHE_SIZE": "16MiB",
-            "INFERCTL_CACHE_SHARED": self.stores.valkey_url,
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.collector.url,
             "OTEL_BSP_SCHEDULE_DELAY": "500",
         }
@@ -363,7 +356,6 @@ def unseen(fleet: Fleet) -> list[str]:
         "access/keys-*.json": key,
         "metering/*/events.sqlite*": b"minilm",
         "nats/js/**/*.blk": other,
-        "valkey/**/*": b"inferctl:vector:1:",
         "collected/v1-traces-*": b"minilm",
         "collected/sink-*": key,
         "embed.log": key,

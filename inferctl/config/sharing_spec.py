@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     Field,
@@ -13,12 +13,11 @@ from pydantic import (
     PlainValidator,
     WithJsonSchema,
     field_validator,
-    model_validator,
 )
 
 from inferctl.config.spec_types import OneLine, Section, Size
 from inferctl.core import addresses
-from inferctl.core.addresses import DatabaseAddress, NatsAddress, ValkeyAddress, WebAddress
+from inferctl.core.addresses import DatabaseAddress, NatsAddress, WebAddress
 
 
 def _key_place(value: object) -> str | DatabaseAddress:
@@ -165,14 +164,3 @@ class Cache(Section):
         description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
         "a caller which inputs others sent.",
     )
-    shared: ValkeyAddress | None = Field(
-        None,
-        description="URL of a Valkey server (`valkey://host:6379`, `unix:///path`) through which servers share "
-        "their entries. Requires `cache.size`.",
-    )
-
-    @model_validator(mode="after")
-    def _second_level(self) -> Self:
-        if self.shared and not self.size:
-            raise ValueError("cache.shared requires cache.size, such as 256MiB")
-        return self
