@@ -64,7 +64,7 @@ class EdgeAccess:
         if page in self._open:
             return None
         key = self._find(scope)
-        context.key_id = key.id
+        context.key_id, context.team = key.id, key.team
         if self._proxies or (self._table and self._table.shared):
             context.tenant = key.id
         if key.priority == "bulk":

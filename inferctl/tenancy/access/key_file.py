@@ -44,13 +44,14 @@ class StoredDigest(_Record):
 class ApiKey(_Record):
     """One API key. A key that was rotated has several digests for some time.
 
-    `models`, `endpoints`: the names that it may use, None for all. `admin`: whether it may read metrics, documentation
+    `team`: who pays for its usage. `models`, `endpoints`: the names that it may use, None for all. `admin`: whether it may read metrics, documentation
     and the description of the server. `priority`: `bulk` makes each of its requests a bulk request. Limits: None for
     the default of the server.
     """
 
     id: Annotated[str, Field(pattern=rf"^{keys.ID}$")]
     name: Annotated[str, Field(min_length=1, max_length=100)]
+    team: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     digests: list[StoredDigest]
     created: AwareDatetime
     expires: AwareDatetime | None = None

@@ -21,8 +21,8 @@ END = "inferctl.end.v1"
 BATCH_MEDIA_TYPE = "application/cloudevents-batch+json"
 # `subject` of the events of requests without an API key.
 ANONYMOUS = "anonymous"
-# What a row of the outbox has of a request, after its number and time. A row of a sum also has how many it stands for;
-# without it, an older version reads the others.
+# What a row of the outbox has of a request, after its number and time. After these, a row of a sum has how many it stands
+# for, and one of a key with a team has this number and the team; without them, an older version reads the others.
 _ROW = [
     "key_id",
     "endpoint",
@@ -38,7 +38,7 @@ _ROW = [
 ]
 _WIDTH = len(_ROW)
 # `data` of the event of a request: its row and its `Origin`. The columns of the ledger have the same names.
-FIELDS = [*_ROW, "requests", "model", "model_sha256", "task", "hardware"]
+FIELDS = [*_ROW, "requests", "team", "model", "model_sha256", "task", "hardware"]
 
 
 class RequestUsage(Protocol):
@@ -54,6 +54,8 @@ class RequestUsage(Protocol):
     def code(self) -> str | None: ...
     @property
     def key_id(self) -> str | None: ...
+    @property
+    def team(self) -> str | None: ...
     @property
     def inputs(self) -> int: ...
     @property
@@ -135,7 +137,7 @@ def requests(origin: Origin, items: Sequence[Item]) -> dict[str, Any]:
             usage.status,
             usage.code,
             usage.request_id,
-            *((count,) if count > 1 else ()),
+            *_more(count, usage.team if caller in (None, usage.key_id) else None),
         )
         for number, at, usage, count, caller in items
     ]
@@ -158,7 +160,12 @@ def read(source: str, content: bytes) -> list[Event]:
             return [Event(number, time_ms, END, {"clean": clean})]
         common = found["common"]
         return [
-            Event(number, time_ms, REQUEST, dict(zip(_ROW, values[:_WIDTH], strict=True)) | _count(values) | common)
+            Event(
+                number,
+                time_ms,
+                REQUEST,
+                dict(zip(_ROW, values[:_WIDTH], strict=True)) | _read_more(*values[_WIDTH:]) | common,
+            )
             for number, time_ms, *values in found["requests"]
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -169,11 +176,15 @@ def _event(found: dict[str, Any]) -> Event:
     time_ms = round(1000 * datetime.fromisoformat(found["time"]).timestamp())
     data = found["data"]
     if found["type"] == REQUEST:
-        data = {"requests": 1, **data}  # an older version does not sum requests
+        data = {"requests": 1, "team": None, **data}  # an older version does not have them
     names = FIELDS if found["type"] == REQUEST else ["clean"]
     return Event(int(found["id"]), time_ms, found["type"], {name: data[name] for name in names})
 
 
-def _count(values: Sequence[Any]) -> dict[str, int]:
-    (count,) = values[_WIDTH:] or (1,)
-    return {"requests": count}
+def _more(count: int, team: str | None) -> tuple[Any, ...]:
+    """Return the end of a row."""
+    return (count, team) if team is not None else (count,) if count > 1 else ()
+
+
+def _read_more(requests: int = 1, team: str | None = None) -> dict[str, Any]:
+    return {"requests": requests, "team": team}
