@@ -396,6 +396,9 @@ def test_rejections_do_not_fill_the_outbox(
 
 def test_a_row_of_an_older_version_is_one_request() -> None:
     row = [7, 1000, "k1", "embeddings", 1, 10, 0, 0, 2.0, 500.0, 200, None, "request"]
+    assert len(cloud_event.requests(ORIGIN, [cloud_event.Item(1, 0, event(team="t"))])["requests"][0]) == len(row), (
+        "it reads ours"
+    )
     common = {"model": "m", "model_sha256": None, "task": "embed", "hardware": None}
     (found,) = cloud_event.read("a", json.dumps({"common": common, "requests": [row]}).encode())
     assert (found.data["requests"], found.data["team"]) == (1, None)

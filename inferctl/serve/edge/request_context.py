@@ -54,9 +54,9 @@ class UsageEvent:
     None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
     byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
     that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
-    `trace`: the W3C trace context of the client. `key_id`: of the API key, never the key itself; `team`: its team. `engine_seconds`: the
-    share of its batches' times, by tokens; 0 for generation, because vLLM does not report it. `content_length`: of the
-    body, as the client declared it; `body_bytes` were read.
+    `trace`: the W3C trace context of the client. `key_id`, `team`: of the API key, never the key itself.
+    `engine_seconds`: the share of its batches' times, by tokens; 0 for generation, because vLLM does not report it.
+    `content_length`: of the body, as the client declared it; `body_bytes` were read.
     """
 
     request_id: str

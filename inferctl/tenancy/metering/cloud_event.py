@@ -21,8 +21,8 @@ END = "inferctl.end.v1"
 BATCH_MEDIA_TYPE = "application/cloudevents-batch+json"
 # `subject` of the events of requests without an API key.
 ANONYMOUS = "anonymous"
-# What a row of the outbox has of a request, after its number and time. After these, a row of a sum has how many it stands
-# for, and one of a key with a team has this number and the team; without them, an older version reads the others.
+# What a row of the outbox has of a request, after its number and time. A row of a sum also has how many it stands for;
+# without it, an older version reads the others.
 _ROW = [
     "key_id",
     "endpoint",
@@ -137,11 +137,13 @@ def requests(origin: Origin, items: Sequence[Item]) -> dict[str, Any]:
             usage.status,
             usage.code,
             usage.request_id,
-            *_more(count, usage.team if caller in (None, usage.key_id) else None),
+            *((count,) if count > 1 else ()),
         )
         for number, at, usage, count, caller in items
     ]
-    return {"common": asdict(origin), "requests": rows}
+    # By key, in a field that an older relay does not read.
+    teams = {item.usage.key_id: item.usage.team for item in items if item.usage.team}
+    return {"common": asdict(origin), "requests": rows} | ({"teams": teams} if teams else {})
 
 
 def end(number: int, time_ms: int, *, clean: bool) -> bytes:
@@ -158,14 +160,9 @@ def read(source: str, content: bytes) -> list[Event]:
         if "end" in found:
             number, time_ms, clean = found["end"]
             return [Event(number, time_ms, END, {"clean": clean})]
-        common = found["common"]
+        common, teams = found["common"], dict(found.get("teams", {}))
         return [
-            Event(
-                number,
-                time_ms,
-                REQUEST,
-                dict(zip(_ROW, values[:_WIDTH], strict=True)) | _read_more(*values[_WIDTH:]) | common,
-            )
+            Event(number, time_ms, REQUEST, _row(values) | {"team": teams.get(values[0])} | common)
             for number, time_ms, *values in found["requests"]
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -181,10 +178,6 @@ def _event(found: dict[str, Any]) -> Event:
     return Event(int(found["id"]), time_ms, found["type"], {name: data[name] for name in names})
 
 
-def _more(count: int, team: str | None) -> tuple[Any, ...]:
-    """Return the end of a row."""
-    return (count, team) if team is not None else (count,) if count > 1 else ()
-
-
-def _read_more(requests: int = 1, team: str | None = None) -> dict[str, Any]:
-    return {"requests": requests, "team": team}
+def _row(values: Sequence[Any]) -> dict[str, Any]:
+    (count,) = values[_WIDTH:] or (1,)
+    return dict(zip(_ROW, values[:_WIDTH], strict=True)) | {"requests": count}

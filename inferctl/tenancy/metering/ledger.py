@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import groupby
@@ -256,7 +256,7 @@ def _day(number: int) -> str:
     return (_EPOCH + datetime.timedelta(number)).isoformat()
 
 
-def _sums(row: Mapping[str, Any], dimensions: Sequence[str]) -> dict[str, Any]:
+def _sums(row: sa.RowMapping, dimensions: Sequence[str]) -> dict[str, Any]:
     """Return the dimensions and `SUMS` of a row. A sum of PostgreSQL is a Decimal."""
     sums = {name: int(row[name]) for name in SUMS if name in row}
     return (
