@@ -126,6 +126,8 @@ def test_aliases_are_words_that_commas_separate() -> None:
     for wrong in ("a b", "-x", "a\x1b", "a" * 201, ",".join(["a"] * 33)):
         with pytest.raises(SpecError, match=r"serve\.aliases"):
             settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_ALIASES": wrong}, {})
+    with pytest.raises(SpecError, match="'a b' is not a valid item of aliases"):
+        settings.resolve(settings.parse(GOOD), {}, {"serve.aliases": "a b"})
 
 
 @pytest.mark.parametrize("variable", ["INFERCTL_ACCESS_KEY", "INFERCTL_ACCESS_OIDC_ISSUER"])

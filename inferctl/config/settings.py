@@ -292,6 +292,8 @@ def _hint_for(kind: str, path: str, value: object) -> str | None:
         return f"add `{example}`, or pass `--model SOURCE`"
     if kind == "string_pattern_mismatch" and path == "name":
         return f"use lower case, digits, '-' and '.', as in {slug(str(value))}"
+    if path.startswith("serve.aliases."):
+        return "use one word of letters, digits and ._:/@+-, as in text-embedding-3-small"
     return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error", "count_or_auto") else None
 
 
