@@ -14,8 +14,8 @@ B A). A ratio is p99 in an outage / p99 in the calm window of the same round, an
 rounds. A window has all requests in flight in it. "After" begins at the end of the outage, when the server catches up,
 and lasts as long, up to 20 s.
 
-Exits with 1 if a p99 rises by more than 5%, if a request gets another response than 200, or if the server lost an event,
-did not notice an outage, or did not recover from it.
+Exits with 1 if a p99 rises by more than 5%, if a request gets another response than 200, or if the server lost an
+event, did not notice an outage, or did not recover from it.
 """
 
 from __future__ import annotations
