@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import valkey.asyncio.connection
 from nats.aio.client import Client
 from sqlalchemy.engine import make_url
 
@@ -17,9 +16,8 @@ from inferctl import cli
 from inferctl.config import settings
 from inferctl.config.spec import Spec
 from inferctl.core import addresses
-from inferctl.core.addresses import DatabaseAddress, NatsAddress, StoreAddress, ValkeyAddress, WebAddress
+from inferctl.core.addresses import DatabaseAddress, NatsAddress, StoreAddress, WebAddress
 from inferctl.core.errors import UsageError
-from inferctl.serve.vector_cache.shared import SharedLevel
 from inferctl.tenancy.metering.ledger import Ledger
 
 SECRET = "geheim"
@@ -49,9 +47,6 @@ SECRET = "geheim"
         ),
         (DatabaseAddress, "postgresql://u@/d?host=/a", "postgresql://u@/d?host=/a", "postgresql://u@/d?host=/a"),
         (DatabaseAddress, "sqlite:////a b/ü@x.sqlite?mode=ro", "sqlite:////a b/ü@x.sqlite?mode=ro", None),
-        (ValkeyAddress, "valkey://:geheim@h:1", "valkey://***@h:1", "valkey://h:1"),
-        (ValkeyAddress, "valkey://geheim@h:1/0", "valkey://***@h:1/0", "valkey://h:1/0"),
-        (ValkeyAddress, "unix:///s?db=1&password=geheim", "unix:///s?db=1&***", "unix:///s?db=1"),
         (NatsAddress, "nats://geheim@h:4222", "nats://***@h:4222", "nats://h:4222"),
         (NatsAddress, "geheim@h:4222", "nats://***@h:4222", "nats://h:4222"),
         (NatsAddress, "geheim@h", "nats://***@h", "nats://h"),
@@ -90,11 +85,6 @@ _PLACES = [
     (NatsAddress, "nats://u:{}@h:4222"),
     (NatsAddress, "nats://{}@a:1,nats://{}@b:1"),
     (NatsAddress, "NATS://{}@h"),
-    (ValkeyAddress, "valkey://:{}@h"),
-    (ValkeyAddress, "valkey://{}@h:1/0"),
-    (ValkeyAddress, "unix://:{}@/s"),
-    (ValkeyAddress, "unix:///s?password={}"),
-    (ValkeyAddress, "valkey://h?auth={}"),
     (WebAddress, "https://{}@h/x"),
     (WebAddress, "https://u:{}@h/x"),
     (WebAddress, "https://h/x?token={}"),
@@ -125,9 +115,6 @@ def split(kind: type[StoreAddress], text: str) -> tuple[Any, Any, Any]:
         url = make_url(text)
         rest = {key: value for key, value in url.query.items() if key != "password"}
         return url.username, url.password or url.query.get("password"), (url.host, url.port, url.database, rest)
-    if kind is ValkeyAddress:
-        found: dict[str, Any] = valkey.asyncio.connection.parse_url(text)
-        return found.pop("username", None), found.pop("password", None), sorted(map(str, found.items()))
     if kind is NatsAddress:
         parts = Client._parse_server_uri(text)
         return parts.username, parts.password, (parts.scheme, parts.hostname, parts.port, parts.path)
@@ -168,12 +155,9 @@ _SETTINGS = {
     "deploy.prometheus": "https://h?token=geheim",
     "access.keys": "postgresql://u:geh/eim@h/d",
     "access.broker": "geheim@a,geheim@b",
-    "access.oidc.issuer": "https://u:geheim@idp",
-    "access.oidc.jwks": "https://idp/keys?auth=geheim",
     "metering.ledger": "postgresql://u:x@geheim@h/d",
     "metering.broker": "nats://u:x@geheim@h",
     "metering.sink": "https://geheim@h",
-    "cache.shared": "valkey://:x/geheim@h",
 }
 
 
@@ -209,7 +193,6 @@ def test_a_spec_has_passwords_only_for_its_relay() -> None:
     values = {
         "access": {"keys": "postgresql://u:geheim@h/d", "broker": "geheim@h"},
         "metering": {"ledger": "postgresql://h/d?password=geheim", "sink": "https://h?t=geheim", "broker": "geheim@h"},
-        "cache": {"size": "1MiB", "shared": "unix:///s?password=geheim"},
     }
     spec = Spec.model_validate({"name": "x", "model": {"source": "."}, **values})
     shown = f"{spec!r} {spec} {spec.model_dump()} {spec.model_dump_json()} {spec.access.key_file}"
@@ -256,7 +239,5 @@ def test_what_only_the_driver_finds_invalid_is_an_error_too(address: str, capfd:
 def test_numbers_in_queries_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite?timeout=x")
-    with pytest.raises(UsageError):
-        SharedLevel("valkey://:geheim@h?db=x")
     with pytest.raises(UsageError):
         DatabaseAddress("sqlite://?mode=x:geheim@h")  # SQLAlchemy reads a host and a password

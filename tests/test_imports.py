@@ -41,7 +41,6 @@ ONLY_IN = {
     "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "sentence_transformers": ("serve/reference.py",),
     "docker": ("image/docker.py",),
-    "jwt": ("tenancy/access/oidc.py",),
     "huggingface_hub": ("models/hub.py",),
     "yaml": ("deploy/manifest.py", "core/document.py", "image/pin.py", "image/render.py"),
     "sqlalchemy": (
@@ -55,7 +54,6 @@ ONLY_IN = {
     "nats": ("tenancy/metering/broker.py", "tenancy/fleet/broker.py"),
     "nanotoken": ("serve/word_piece.py",),
     "moka_py": ("serve/vector_cache/store.py",),
-    "valkey": ("serve/vector_cache/shared.py",),
     "promql_parser": ("manifests/lint/promql.py",),
     "locust": ("bench/loadgen/",),
     "gevent": ("bench/loadgen/",),

@@ -260,12 +260,3 @@ def test_labels_of_the_user_and_the_commit_are_in_the_image_and_not_in_its_tag()
     # The file times are the same at each commit.
     steps = [[line for line in made.dockerfile.splitlines() if "touch" in line] for made in (one, two)]
     assert steps[0] == steps[1] != []
-
-
-def test_an_image_gets_no_password_of_its_cache() -> None:
-    shared = {"cache__size": "1MiB", "cache__shared": "valkey://:geheim@cache:6379"}
-    with pytest.raises(UsageError, match=r"cache\.shared has a password") as failed:
-        rendered(**shared)
-    assert "geheim" not in f"{failed.value.message}{failed.value.hint}"
-    shared["cache__shared"] = "valkey://cache:6379"
-    assert b"shared: valkey://cache:6379" in b"".join(map(bytes, rendered(**shared).files.values()))

@@ -120,6 +120,24 @@ def test_lists_in_variables_are_separated_by_commas() -> None:
     assert resolved.spec.hardware == ["t4", "l4"]
 
 
+def test_aliases_are_words_that_commas_separate() -> None:
+    for environment, flags in (({"INFERCTL_SERVE_ALIASES": "a, b/c"}, {}), ({}, {"serve.aliases": "a,b/c"})):
+        assert settings.resolve(settings.parse(GOOD), environment, flags).spec.serve.aliases == ["a", "b/c"]
+    for wrong in ("a b", "-x", "a\x1b", "a" * 201, ",".join(["a"] * 33)):
+        with pytest.raises(SpecError, match=r"serve\.aliases"):
+            settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_ALIASES": wrong}, {})
+    with pytest.raises(SpecError, match="'a b' is not a valid item of aliases"):
+        settings.resolve(settings.parse(GOOD), {}, {"serve.aliases": "a b"})
+
+
+@pytest.mark.parametrize("variable", ["INFERCTL_ACCESS_KEY", "INFERCTL_ACCESS_OIDC_ISSUER"])
+def test_an_unknown_variable_of_access_is_an_error(variable: str) -> None:
+    """With a warning, the server would be open to everyone."""
+    with pytest.raises(UsageError, match=f"{variable} is not a setting") as caught:
+        settings.resolve(settings.parse(GOOD), {variable: "keys.json"}, {})
+    assert caught.value.hint
+
+
 def test_an_unknown_variable_is_a_warning_with_the_closest_name() -> None:
     resolved = settings.resolve(settings.parse(GOOD), {"INFERCTL_SERVE_PRECISON": "bf16", "INFERCTL_REQUIRE": "x"}, {})
     assert resolved.warnings == ["INFERCTL_SERVE_PRECISON is not a setting; did you mean INFERCTL_SERVE_PRECISION?"]

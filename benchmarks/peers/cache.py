@@ -160,7 +160,7 @@ def shortest_inputs(rounds: int) -> dict[str, float]:
 
     random = np.random.default_rng(1)
     run = run_batches("auto", str(peers.MODEL), "embed")
-    space, store = KeySpace({"model": "minilm"}), VectorStore(1 << 22)
+    space, store = KeySpace(), VectorStore(1 << 22)
     found: dict[str, list[float]] = {"look-up": [], "store": [], "model": []}
     for number in range(rounds + 1):
         ids = random.integers(1000, 20_000, (SHORT_INPUTS, SHORT_TOKENS), dtype=np.int32)

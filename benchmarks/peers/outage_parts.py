@@ -1,4 +1,4 @@
-"""Servers with the parts that `outages.py` stops: NATS, an outbox, PostgreSQL, Valkey and an OIDC provider."""
+"""Servers with the parts that `outages.py` stops: NATS, an outbox and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +17,9 @@ import peers
 
 sys.path.insert(0, str(peers.ROOT))
 
-from tests.access.test_oidc import Provider
-from tests.metering.parts import Nats, Part, Postgres
+from tests.metering.parts import Nats, Postgres
 
 PORT = 18561
-VALKEY_S, VALKEY_TIMES, VALKEY_TEXTS = 2.0, 5, 60_000
 _LOCK = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
@@ -49,8 +45,6 @@ class Outage:
     seconds: float
     noticed: Callable[[dict[str, float], int], bool]
     recovered: Callable[[dict[str, float], float], bool]
-    times: int = 1
-    texts: int = 500
 
 
 def events_wait(metrics: dict[str, float], sent: int) -> bool:
@@ -141,92 +135,9 @@ def postgresql(folder: Path, seconds: float) -> Iterator[Outage]:
         postgres.kill()
 
 
-@contextmanager
-def valkey(folder: Path, _: float) -> Iterator[Outage]:
-    socket = folder / "valkey"
-    command = ["valkey-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder)]
-    # Few entries, so that nearly all requests compute, as they do in an outage.
-    part = Part([*command, "--maxmemory", "3mb", "--maxmemory-policy", "allkeys-lru"])
-    part.start()
-    try:
-        peers.wait_until(socket.exists)
-        limited, headers = edge_cost.keys(folder)
-        cache = {"size": "64KiB", "shared": f"unix://{socket}"}
-        server = edge_cost.start(folder, PORT, "valkey", sections(folder, **limited, cache=cache))
-        yield Outage(
-            server,
-            headers,
-            at_once(lambda: part.signal(signal.SIGSTOP)),
-            lambda: part.signal(signal.SIGCONT),
-            VALKEY_S,
-            lambda metrics, _: metrics["inferctl_cache_shared_up"] == 0,
-            lambda metrics, rate: metrics["inferctl_cache_shared_up"] == 1 and events_arrive(metrics, rate),
-            VALKEY_TIMES,
-            VALKEY_TEXTS,
-        )
-    finally:
-        part.kill()
-
-
-class StallingProvider(Provider):
-    """Counts the connections that it accepts."""
-
-    accepted = 0
-
-    def process_request(self, *given: Any) -> None:
-        self.accepted += 1
-        super().process_request(*given)
-
-    def handle_error(self, *_: object) -> None:
-        """Print nothing: the server closes connections that stalled."""
-
-
-@contextmanager
-def jwks(folder: Path, seconds: float) -> Iterator[Outage]:
-    provider = StallingProvider()
-    valid = int(time.time()) + 24 * 3600
-    accepted = fetched = 0
-
-    def ask() -> None:
-        """Send a token with an unknown key."""
-        unknown = provider.token(kid=f"k{provider.accepted}", exp=valid).decode()
-        headers = {"authorization": f"Bearer {unknown}", "content-type": "application/json"}
-        try:
-            urllib.request.urlopen(urllib.request.Request(server.url + server.path, b"{}", headers), timeout=10)
-        except urllib.error.HTTPError as error:
-            assert error.code == 401
-
-    def stall() -> float:
-        nonlocal accepted, fetched
-        accepted, fetched = provider.accepted, provider.fetched
-        provider.stalled.set()
-        ask()
-        peers.wait_until(lambda: provider.accepted > accepted)  # it asks once in 30 s
-        return time.monotonic()
-
-    try:
-        access = {"oidc": {"issuer": provider.url, "audience": "inferctl"}}
-        server = edge_cost.start(folder, PORT, "jwks", sections(folder, access=access))
-        yield Outage(
-            server,
-            {"authorization": f"Bearer {provider.token(exp=valid).decode()}"},
-            stall,
-            provider.stalled.clear,
-            seconds,
-            lambda *_: provider.accepted > accepted and provider.fetched == fetched,
-            lambda *_: provider.fetched > fetched,
-        )
-    finally:
-        provider.stalled.clear()
-        provider.shutdown()
-        provider.server_close()
-
-
 OUTAGES: dict[str, Callable[[Path, float], Any]] = {
     "broker-stalled": lambda folder, seconds: broker(folder, seconds, killed=False),
     "broker-killed": lambda folder, seconds: broker(folder, seconds, killed=True),
     "outbox-locked": outbox,
     "postgresql-stalled": postgresql,
-    "valkey-stalled": valkey,
-    "jwks-stalled": jwks,
 }

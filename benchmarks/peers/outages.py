@@ -1,4 +1,4 @@
-"""What a part that stops to respond costs the requests of a server: broker, outbox, PostgreSQL, Valkey, OIDC provider.
+"""What a part that stops to respond costs the requests of a server: broker, outbox, PostgreSQL.
 
     python benchmarks/peers/outages.py [--broker-seconds 60] [--seconds 10] [--rounds 6] [--json FILE] [OUTAGE ...]
 
@@ -8,28 +8,23 @@ The outages, default all; each one has a server of its own, with the echo engine
 - `broker-killed`: the same NATS is killed, and started again after that time
 - `outbox-locked`: another process holds BEGIN EXCLUSIVE on the outbox for `--seconds`
 - `postgresql-stalled`: PostgreSQL with ledger and keys is stopped
-- `valkey-stalled`: Valkey, the shared level of the cache, is stopped for 2 s at a time, five times as often
-- `jwks-stalled`: the OIDC provider accepts connections and does not respond. Requests have its tokens, and a token with
-  an unknown key makes the server ask the provider. The outage is measured from when the server waits for it
 
 An open loop runs at 40% of the throughput of a closed loop. Calm windows and outages alternate on the same server (A B
 B A). A ratio is p99 in an outage / p99 in the calm window of the same round, and a figure is the median over the
 rounds. A window has all requests in flight in it. "After" begins at the end of the outage, when the server catches up,
-and lasts as long, up to 20 s. For Valkey, the requests until the breaker opens are shown apart: those of all rounds.
+and lasts as long, up to 20 s.
 
-Exits with 1 if a p99 rises by more than 5% (Valkey: by more than 2 ms until its breaker opens), if a request gets
-another response than 200, or if the server lost an event, did not notice an outage, or did not recover from it.
+Exits with 1 if a p99 rises by more than 5%, if a request gets another response than 200, or if the server lost an
+event, did not notice an outage, or did not recover from it.
 """
 
 from __future__ import annotations
 
 import gc
-import re
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +34,8 @@ from outage_parts import OUTAGES, Outage
 from recorder import OpenLoop, Record, latencies, quantile, statuses
 
 CLIENTS, LOAD = 64, 0.4
-MAX_RATIO, MAX_BREAKER_MS = 1.05, 2.0
+MAX_RATIO = 1.05
 AFTER_S, RECOVERY_S, PAUSE_S = 20.0, 120.0, 1.0
-# The server logs it when the breaker opens.
-_BREAKER = re.compile(r"^(\S+ \S+) WARNING inferctl.cache: .* the Valkey server failed", re.MULTILINE)
 
 
 def in_flight(records: list[Record], begin: float, end: float) -> list[Record]:
@@ -55,14 +48,6 @@ def wait_until_recovered(outage: Outage, rate: float) -> bool:
     except AssertionError:
         return False
     return True
-
-
-def breaker_opened(server: peers.Server, begin: float, end: float) -> float | None:
-    """Return when the breaker opened, by the log of the server; None if it did not, or was open before."""
-    log = (peers.LOGS / f"{server.name}.log").read_text()
-    offset = time.time() - time.monotonic()
-    times = [datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp() - offset for at in _BREAKER.findall(log)]
-    return min((at for at in times if begin <= at <= end), default=None)
 
 
 def run_round(outage: Outage, ready: list[bytes], rate: float, kinds: list[str], seed: int) -> dict[str, Any]:
@@ -95,16 +80,10 @@ def run_round(outage: Outage, ready: list[bytes], rate: float, kinds: list[str],
     gc.enable()
     gc.collect()
     found = {name: latencies(in_flight(running.records, *window)) for name, window in windows.items()}
-    breaker: list[float] | None = None
-    if outage.times > 1:  # Valkey
-        begin, end = windows["outage"]
-        opened = breaker_opened(outage.server, begin, end)
-        breaker = latencies(in_flight(running.records, begin, opened + 0.001)) if opened else []  # the log has ms
     return {
         "p99_ms": {name: quantile(values, 0.99) for name, values in found.items()},
         "statuses": statuses(running.records),
         "problems": problems,
-        "until_breaker_ms": breaker,
         "max_lateness_s": running.max_lateness_s,
     }
 
@@ -112,7 +91,7 @@ def run_round(outage: Outage, ready: list[bytes], rate: float, kinds: list[str],
 def measure(outage: Outage, rounds: int) -> dict[str, Any]:
     """Return the figures of all rounds of one outage."""
     texts = peers.texts(500)
-    bodies = [{"input": f"{number} {texts[number % len(texts)]}"} for number in range(outage.texts)]
+    bodies = [{"input": f"{number} {texts[number % len(texts)]}"} for number in range(len(texts))]
     ready = load.requests(outage.server.url, outage.server.path, bodies, outage.headers)
     peak = load.run_closed(outage.server.url, ready, CLIENTS, 3, warm=2)
     assert not peak.failures, f"rejected requests: {peak.statuses}"
@@ -120,7 +99,7 @@ def measure(outage: Outage, rounds: int) -> dict[str, Any]:
     if not wait_until_recovered(outage, rate):
         sys.exit(f"error: {outage.server.name}: events do not reach the ledger\nhint: end other work on the machine")
     order = [["calm", "outage"], ["outage", "calm"]]
-    found = [run_round(outage, ready, rate, order[n % 2], n) for n in range(rounds * outage.times)]
+    found = [run_round(outage, ready, rate, order[n % 2], n) for n in range(rounds)]
     problems = [problem for each in found for problem in each["problems"]]
     try:
         peers.wait_until(lambda: peers.metrics(outage.server)["inferctl_outbox_events"] == 0, RECOVERY_S)
@@ -143,13 +122,6 @@ def measure(outage: Outage, rounds: int) -> dict[str, Any]:
         ratios = sorted(b / a for a, b in zip(calm, figures["p99_ms"][name], strict=True))
         figures[f"{name}_ratio"] = peers.median(ratios)
         figures[f"{name}_ratios"] = ratios
-    if outage.times > 1:
-        waited = [latency for each in found for latency in each["until_breaker_ms"]]
-        figures["until_breaker"] = {
-            "requests": len(waited),
-            "p99_ms": quantile(waited, 0.99),
-            "added_ms": quantile(waited, 0.99) - peers.median(calm),
-        }
     figures["problems"] = problems + not_met(figures)
     return figures
 
@@ -164,11 +136,6 @@ def not_met(figures: dict[str, Any]) -> list[str]:
         for name, when in (("outage", "in the outage"), ("after", "after the outage"))
         if figures[f"{name}_ratio"] > MAX_RATIO
     ]
-    breaker = figures.get("until_breaker")
-    if breaker and not breaker["requests"]:
-        found.append("the breaker did not open")
-    elif breaker and breaker["added_ms"] > MAX_BREAKER_MS:
-        found.append(f"p99 +{breaker['added_ms']:.2f} ms until the breaker opens")
     return found
 
 
@@ -209,11 +176,6 @@ def main() -> int:
     ]
     head = ("outage", "requests/s", "p99 calm (ms)", "outage", "after", "ratio, outage", "rounds", "after", "responses")
     peers.table(head, rows)
-    if breaker := figures.get("valkey-stalled", {}).get("until_breaker"):
-        print(
-            f"Valkey, until the breaker opens: {breaker['requests']} requests, p99 {breaker['p99_ms']:.2f} ms, "
-            f"{breaker['added_ms']:+.2f} ms"
-        )
     failed = {name: each["problems"] for name, each in figures.items() if each["problems"]}
     for name, problems in failed.items():
         print(f"NOT MET: {name}: {'; '.join(problems)}")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import jwt
 import peers
 import psutil
 import psycopg
@@ -27,8 +26,7 @@ from secret_marks import Client, Marks, launch, search, search_all, search_error
 sys.path.insert(0, str(peers.ROOT))
 
 from inferctl.gateway import admin
-from tests.access import test_oidc
-from tests.metering.parts import Nats, Part, Postgres
+from tests.metering.parts import Nats, Postgres
 from tests.serve.test_generation import FAKE, stand_in
 
 _PAGES = ("config_dump?include_eds", "clusters", "listeners", "stats", "server_info", "memory", "runtime", "certs")
@@ -64,10 +62,10 @@ class _Collected(http.server.BaseHTTPRequestHandler):
 
 
 class Stores:
-    """PostgreSQL, NATS and Valkey, whose addresses have passwords."""
+    """PostgreSQL and NATS, whose addresses have passwords."""
 
     def __init__(self, folder: Path, marks: Marks) -> None:
-        marked = {name: f"pw{secrets.token_hex(10)}" for name in ("postgresql", "nats", "valkey")}
+        marked = {name: f"pw{secrets.token_hex(10)}" for name in ("postgresql", "nats")}
         marks.keys |= {f"password of {name}": password for name, password in marked.items()}
         passwords = {name: f"{_HOSTILE}{password}{_HOSTILE}" for name, password in marked.items()}
         escaped = {name: quote(password, safe="") for name, password in passwords.items()}
@@ -78,18 +76,12 @@ class Stores:
         with (folder / "nats" / "n.conf").open("a") as config:
             config.write(f"authorization {{ {user} }}\n")
         self.nats_url = self.nats.url.replace("//", f"//scan:{escaped['nats']}@")
-        socket = folder / "valkey.sock"
-        (folder / "valkey").mkdir()
-        command = ["valkey-server", "--port", "0", "--unixsocket", str(socket), "--dir", str(folder / "valkey")]
-        self.valkey = Part([*command, "--appendonly", "yes", "--requirepass", passwords["valkey"]])
-        self.valkey_url = f"unix://{socket}?password={escaped['valkey']}"
-        for part in (self.postgres, self.nats, self.valkey):
+        for part in (self.postgres, self.nats):
             part.start()
         (folder / "nats" / "n.conf").unlink()  # it has the password, and was read
         self.keys = self.postgres.url().replace("postgres@", f"postgres:{escaped['postgresql']}@")
         self.ledger = f"{self.postgres.url()}&password={escaped['postgresql']}"
         self._ask_for_password(folder / "postgres" / "data", passwords["postgresql"])
-        peers.wait_until(socket.exists)
 
     def _ask_for_password(self, data: Path, password: str) -> None:
         """Let PostgreSQL ask for a password. Its log gets only the hash."""
@@ -111,7 +103,7 @@ class Stores:
             connection.execute("checkpoint")
 
     def kill(self) -> None:
-        for part in (self.postgres, self.nats, self.valkey):
+        for part in (self.postgres, self.nats):
             part.kill()
 
 
@@ -134,15 +126,13 @@ class Fleet:
             "INFERCTL_ACCESS_REPLICAS": "2",
             "INFERCTL_ACCESS_KEYS": self.stores.keys,
             "INFERCTL_CACHE_SIZE": "16MiB",
-            "INFERCTL_CACHE_SHARED": self.stores.valkey_url,
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.collector.url,
             "OTEL_BSP_SCHEDULE_DELAY": "500",
         }
 
     def start(self, engine: str | None, vllm: Path | None) -> None:
-        """Create keys and tokens, and start all processes."""
+        """Create keys, and start all processes."""
         self.create_keys()
-        self.create_tokens()
         self.consumer = launch(self.folder, "consumer.log", "relay", "--consume", **self._addresses)
         self.running.append(self.consumer)
         keys = self.marks.keys
@@ -173,23 +163,11 @@ class Fleet:
             log.write(done.stderr if arguments[:2] == ("keys", "rotate") else done.stderr + done.stdout)
         return done.stdout.strip()
 
-    def create_tokens(self) -> None:
-        """Make the keys of an OIDC provider, a valid token and one with a wrong signature."""
-        keys = {"keys": [test_oidc.public(test_oidc.EC_KEY, "ec")]}
-        (self.folder / "jwks.json").write_text(json.dumps(keys))
-        claims = {"iss": "https://issuer", "aud": "inferctl", "sub": "oidc-team", "exp": int(time.time()) + 3600}
-        token = jwt.encode(claims, test_oidc.EC_KEY, "ES256", headers={"kid": "ec"})
-        other = test_oidc.ec.generate_private_key(test_oidc.ec.SECP256R1())
-        forged = jwt.encode(claims, other, "ES256", headers={"kid": "ec"})
-        self.marks.keys |= {"token": token, "signature of the token": token.rpartition(".")[2], "forged token": forged}
-
     def _embeddings(self, engine: str | None) -> str:
         environment = {
             **self._addresses,
             "INFERCTL_METERING_DATA": str(self.folder / "metering"),
             "INFERCTL_ACCESS_DATA": str(self.folder / "access"),
-            "INFERCTL_ACCESS_OIDC_ISSUER": "https://issuer",
-            "INFERCTL_ACCESS_OIDC_JWKS": str(self.folder / "jwks.json"),
             "INFERCTL_ACCESS_REQUESTS_PER_MINUTE": "100000",
             "INFERCTL_SERVE_LOAD_REPORTS": "true",
         }
@@ -329,7 +307,7 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         embed, generate, stores = fleet.embed, fleet.generate, fleet.stores
         # Relays copy the keys first, and have the lowest priority.
         peers.wait_until(lambda: embed.send(path, body) == generate.send("/v1/models") == 200, peers.START_SECONDS)
-        used = ("token", "forged token", "rotated key", "new key", "revoked key")
+        used = ("rotated key", "new key", "revoked key")
         statuses = {f"key: {name}": embed.send(path, body, marks.keys[name]) for name in used}
         statuses |= {f"chat: {name}": status for name, status in chat(generate, marks).items()}
         statuses |= embed.traffic()
@@ -378,7 +356,6 @@ def unseen(fleet: Fleet) -> list[str]:
         "access/keys-*.json": key,
         "metering/*/events.sqlite*": b"minilm",
         "nats/js/**/*.blk": other,
-        "valkey/**/*": b"inferctl:vector:1:",
         "collected/v1-traces-*": b"minilm",
         "collected/sink-*": key,
         "embed.log": key,

@@ -12,11 +12,11 @@ forms of the marks and for token ids.
 core: a server without its limit of core files is killed. What its core file has is shown: it is what the limit
 prevents.
 
-fleet: a server of embeddings and one of generation, each behind a gateway, with keys in PostgreSQL and SQLite, tokens
-of an OIDC provider, passwords with characters like / and @ in all addresses, NATS for limits, keys and usage events, a
-ledger in PostgreSQL, an HTTP sink, Valkey and OpenTelemetry traces. Commands get addresses that are rejected. Then the
-stores fail, and all processes are killed. Searched are the files of all parts, the logs, all that Envoy's admin
-interface and the metrics say, traces, what the sink got, and error responses.
+fleet: a server of embeddings and one of generation, each behind a gateway, with keys in PostgreSQL and SQLite,
+passwords with characters like / and @ in all addresses, NATS for limits, keys and usage events, a ledger in PostgreSQL,
+an HTTP sink and OpenTelemetry traces. Commands get addresses that are rejected. Then the stores fail, and all processes
+are killed. Searched are the files of all parts, the logs, all that Envoy's admin interface and the metrics say, traces,
+what the sink got, and error responses.
 For each of them, the scan checks that it finds there what may be there, such as ids of keys. Generation is the stand-in
 of the tests for vLLM, or with `--vllm`, the real one. The log of PostgreSQL has all statements and their values.
 """

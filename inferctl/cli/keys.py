@@ -55,6 +55,8 @@ _CREATE_EPILOG = """\b
 Examples:
   # Create a key, and keep it in a file; the server accepts it within 0.5 s
   inferctl keys create team-a --output team-a.key
+  # Create a second key for bulk requests of the same service, whose usage the same team pays for
+  inferctl keys create search --team team-a --priority bulk --output search-bulk.key
   # Limit a key to embeddings, 600 requests and 100,000 tokens a minute, and 90 days
   inferctl keys create team-b --endpoint embeddings --requests-per-minute 600 \\
       --tokens-per-minute 100000 --expires 90d
@@ -65,7 +67,7 @@ Examples:
 
 @app.command(epilog=_CREATE_EPILOG)
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who uses the key: a team, a service or a person.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who uses the key: a service, a team or a person.")],
     keys_: _KeysOption = None,
     spec_file: options.SpecFile = None,
     expires: Annotated[
@@ -82,6 +84,9 @@ def create(
             autocompletion=completion.one_of(*_ENDPOINTS),
             help=f"Limit the key to {', '.join(_ENDPOINTS[:-1])} or {_ENDPOINTS[-1]}; repeatable. [default: all]",
         ),
+    ] = None,
+    team: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Set who pays for the usage, for `inferctl usage --by team`.")
     ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow /metrics, /info, /docs and /openapi.json too.")] = False,
     priority: Annotated[
@@ -114,10 +119,11 @@ def create(
         raise UsageError(
             f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
         )
-    # `-` would mean stdin in other commands, and a key as a name would be in all lists.
-    if not name.isprintable() or not 0 < len(name.strip()) == len(name) <= 100 or name == "-" or keys.parse(name):
-        message = "the name of a key must have 1 to 100 printable characters, and must not be `-` or a key"
-        raise UsageError(message, "use a name such as team-a")
+    for what, text in (("key", name), *((("team", team),) if team is not None else ())):
+        # `-` would mean stdin in other commands, and no team in reports. A key as a name would be in all lists.
+        if not text.isprintable() or not 0 < len(text.strip()) == len(text) <= 100 or text == "-" or keys.parse(text):
+            message = f"the name of a {what} must have 1 to 100 printable characters, and must not be `-` or a key"
+            raise UsageError(message, "use a name such as team-a")
     for each in endpoint or ():
         if each not in _ENDPOINTS:
             known = f"known: {', '.join(_ENDPOINTS)}"
@@ -128,6 +134,7 @@ def create(
     key = ApiKey(
         id=key_id,
         name=name,
+        team=team,
         digests=[StoredDigest(sha256=keys.digest(secret.encode()).hex())],
         created=now,
         expires=_end(now, expires, "--expires", least=1) if expires is not None else None,
@@ -140,10 +147,15 @@ def create(
     )
 
     def add(found: dict[str, ApiKey]) -> ApiKey:
-        same = [each.id for each in found.values() if each.name == name and each.status(now) == "active"]
+        named = [each for each in found.values() if each.name == name and each.status(now) == "active"]
+        same = [each.id for each in named if each.priority == priority]
         if same or name in found:
-            one = f"the key {', '.join(same)} has the name {name!r}" if same else f"{name!r} is the id of a key"
-            raise UsageError(one, "use another name, or replace that key with `inferctl keys rotate`")
+            one = (
+                f"the {priority} key {', '.join(same)} has the name {name!r}"
+                if same
+                else f"{name!r} is the id of a key"
+            )
+            raise UsageError(one, "use another name or `--priority`, or replace that key with `inferctl keys rotate`")
         found[key_id] = key
         return key
 
@@ -154,7 +166,7 @@ def create(
 
 @app.command("list")
 def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json: options.Json = False) -> None:
-    """List the keys: id, name, status, scopes and limits.
+    """List the keys: id, name, team, priority, status, scopes and limits.
 
     Example: inferctl keys list --file keys.json
     """
@@ -167,7 +179,7 @@ def list_(keys_: _KeysOption = None, spec_file: options.SpecFile = None, as_json
         console.note(f"{place.name} has no keys")
         return
     rows: list[tuple[str, ...]] = [
-        ("id", "name", "status", "created", "expires", "scopes", "requests/min", "tokens/min")
+        ("id", "name", "team", "priority", "status", "created", "expires", "scopes", "requests/min", "tokens/min")
     ]
     rows += [_row(key, now) for key in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -270,7 +282,7 @@ def _id_of(text: str) -> str:
 
 
 def _find(found: dict[str, ApiKey], text: str, place: str, now: datetime) -> ApiKey:
-    """Return the key with the id or the name `text`. An earlier version let several keys have one name."""
+    """Return the key with the id or the name `text`. Keys of different priorities may have one name."""
     if text in found:
         return found[text]
     named = [key for key in found.values() if key.name == text]
@@ -278,7 +290,7 @@ def _find(found: dict[str, ApiKey], text: str, place: str, now: datetime) -> Api
     if len(named) == 1:
         return named[0]
     if named:
-        ids = " or ".join(key.id for key in named)
+        ids = " or ".join(f"{key.id} ({key.priority})" for key in named)
         raise UsageError(f"{place} has {len(named)} keys with the name {shown(text)}", f"use the id: {ids}")
     hint = did_you_mean(text, [*found, *{console.plain(key.name) for key in found.values()}])
     message = f"{place} has no key with the id or the name {shown(text)}"
@@ -346,6 +358,8 @@ def _row(key: ApiKey, now: datetime) -> tuple[str, ...]:
     return (
         key.id,
         console.plain(key.name),
+        console.plain(key.team or "-"),
+        key.priority,
         key.status(now),
         f"{key.created:%Y-%m-%d}",
         f"{key.expires:%Y-%m-%d}" if key.expires else "-",

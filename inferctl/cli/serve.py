@@ -47,6 +47,12 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="Set the model name of the API. [default: from the spec or the model]"),
     ] = None,
+    aliases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Also accept these model names in requests, as in a,b. [default: the spec's]"
+        ),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Listen on this address; 0.0.0.0 means all. [default: 127.0.0.1]"),

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 FORMATS = ("text", "csv", "json")
 EPILOG = """\b
 Examples:
-  # Requests and tokens of each API key in the last 30 days
-  inferctl usage --by key,model --since 30d
+  # Requests and tokens of each team and API key in the last 30 days
+  inferctl usage --by team,key --since 30d
   # The cost of each key and day, as CSV
   inferctl usage --by key,day --since 2026-11-01 --prices prices.yaml --format csv
 """
@@ -45,7 +45,7 @@ def usage(
         str,
         typer.Option(
             metavar="NAMES",
-            help="Group by these: key, day, month, model, task, endpoint, hardware, status, code, source.",
+            help="Group by these: key, team, day, month, model, task, endpoint, hardware, status, code, source.",
         ),
     ] = "key,day,model",
     since: Annotated[

@@ -29,16 +29,14 @@ ENVIRONMENT_PREFIX = "INFERCTL_"
 # Variables that the command line or the tests read. They are not settings of the spec.
 RESERVED_VARIABLES = frozenset({"INFERCTL_SPEC", "INFERCTL_REQUIRE"})
 # Settings of a spec file that `null` in a variable removes. Other texts stay texts.
-_REMOVABLE = ("access.keys", "access.broker", "access.oidc.issuer", "cache.size", "cache.shared", "slo.p99_ms")
+_REMOVABLE = ("access.keys", "access.broker", "cache.size", "slo.p99_ms")
 # The environment of a server that only its parent process uses: it asks for no keys and computes every input, whatever
 # the spec says.
 OPEN_ACCESS = {
     "INFERCTL_ACCESS_KEYS": "null",
     "INFERCTL_ACCESS_BROKER": "null",
-    "INFERCTL_ACCESS_OIDC_ISSUER": "null",
     "INFERCTL_ACCESS_TRUSTED_PROXIES": "",
     "INFERCTL_CACHE_SIZE": "null",
-    "INFERCTL_CACHE_SHARED": "null",
 }
 # The environment of a server whose capacity is measured: it accepts every request.
 WITHOUT_ADMISSION = {
@@ -109,14 +107,17 @@ def resolve(
             continue
         if variable not in variables:
             close = difflib.get_close_matches(variable, variables, 1)
-            warnings.append(f"{variable} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+            hint = f"did you mean {close[0]}?" if close else None
+            if variable.startswith(f"{ENVIRONMENT_PREFIX}ACCESS_"):  # without it, the server would be open to everyone
+                raise UsageError(f"{variable} is not a setting", hint or f"unset {variable}")
+            warnings.append(f"{variable} is not a setting" + (f"; {hint}" if hint else ""))
             continue
         path = variables[variable]
         _put(data, path, None if path in _REMOVABLE and text == "null" else _from_text(text, known[path]))
         origins[path] = f"env {variable}"
     for path, value in flags.items():
         if value is not None:
-            _put(data, path, value)
+            _put(data, path, _from_text(value, known[path]) if path == "serve.aliases" else value)
             origins[path] = f"flag {_flag(path)}"
     for path in _PATHS:
         if isinstance(value := _get(data, path), str) and value.startswith("~"):
@@ -291,6 +292,8 @@ def _hint_for(kind: str, path: str, value: object) -> str | None:
         return f"add `{example}`, or pass `--model SOURCE`"
     if kind == "string_pattern_mismatch" and path == "name":
         return f"use lower case, digits, '-' and '.', as in {slug(str(value))}"
+    if path.startswith("serve.aliases."):
+        return "use one word of letters, digits and ._:/@+-, as in text-embedding-3-small"
     return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error", "count_or_auto") else None
 
 

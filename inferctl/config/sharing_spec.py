@@ -5,22 +5,19 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
-    AfterValidator,
     Field,
     PlainSerializer,
     PlainValidator,
     WithJsonSchema,
     field_validator,
-    model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from inferctl.config.spec_types import OneLine, Section, Size
 from inferctl.core import addresses
-from inferctl.core.addresses import DatabaseAddress, NatsAddress, ValkeyAddress, WebAddress
+from inferctl.core.addresses import DatabaseAddress, NatsAddress, WebAddress
 
 
 def _key_place(value: object) -> str | DatabaseAddress:
@@ -29,37 +26,12 @@ def _key_place(value: object) -> str | DatabaseAddress:
     return cast(DatabaseAddress, DatabaseAddress.of(value))
 
 
-def _without_credentials(value: str) -> str:
-    """Reject credentials in what everyone may read: the edge of a server of generation has it in a file."""
-    if (":" in value and "@" in value) or ("://" in value and set(re.findall(r"[?&#]([^=&]*)", value)) - _PUBLIC):
-        raise PydanticCustomError(
-            "address",
-            "expected a public address; the given one is not shown, because it may have a user, a password or a token",
-            {"hint": "for public keys that are not public, set access.oidc.jwks to a file"},
-        )
-    return value
-
-
-# Parameters in addresses of public keys.
-_PUBLIC = {"p", "appid", "client_id", "version", "api-version"}
 _KeyPlace = Annotated[
     DatabaseAddress | str,
     PlainValidator(_key_place),
     PlainSerializer(addresses.serialized),
     WithJsonSchema({"type": "string", "pattern": r"^[^\r\n\x00]+$"}),
 ]
-
-
-class Oidc(Section):
-    """Tokens of an OIDC provider, such as those of service accounts. They require the extra `oidc`."""
-
-    issuer: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
-        None, description="Accept tokens (JWT) of this issuer as keys. The claim `sub` is the key id."
-    )
-    audience: OneLine = Field("inferctl", description="Audience that the tokens must have.")
-    jwks: Annotated[OneLine, AfterValidator(_without_credentials)] | None = Field(
-        None, description="URL or file of the public keys. Default: from the issuer's discovery document."
-    )
 
 
 class Access(Section):
@@ -86,7 +58,6 @@ class Access(Section):
         default_factory=list,
         description="Networks (CIDR) of gateways that name the caller in x-inferctl-key-id.",
     )
-    oidc: Oidc = Field(default_factory=Oidc)  # type: ignore[arg-type]  # pydantic fills the defaults
     requests_per_minute: int | None = Field(
         None, ge=1, le=1_000_000_000, description="Limit of each key without its own. Default: no limit."
     )
@@ -116,7 +87,7 @@ class Access(Section):
     @property
     def required(self) -> bool:
         """Whether a client must say who it is."""
-        return bool(self.keys or self.trusted_proxies or self.oidc.issuer)
+        return bool(self.keys or self.trusted_proxies)
 
     @property
     def key_store(self) -> DatabaseAddress | None:
@@ -193,14 +164,3 @@ class Cache(Section):
         description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
         "a caller which inputs others sent.",
     )
-    shared: ValkeyAddress | None = Field(
-        None,
-        description="URL of a Valkey server (`valkey://host:6379`, `unix:///path`) through which servers share "
-        "their entries. Requires `cache.size`.",
-    )
-
-    @model_validator(mode="after")
-    def _second_level(self) -> Self:
-        if self.shared and not self.size:
-            raise ValueError("cache.shared requires cache.size, such as 256MiB")
-        return self

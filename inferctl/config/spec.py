@@ -22,9 +22,18 @@ from inferctl.config.deploy_spec import Deploy
 from inferctl.config.sharing_spec import Access as Access
 from inferctl.config.sharing_spec import Cache as Cache
 from inferctl.config.sharing_spec import Metering as Metering
-from inferctl.config.sharing_spec import Oidc as Oidc
 from inferctl.config.spec_types import IMAGE_NAME as IMAGE_NAME
-from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Revision, Section, Size, Slug, Weights
+from inferctl.config.spec_types import (
+    IMAGE_REFERENCE,
+    ModelAlias,
+    OneLine,
+    Precision,
+    Revision,
+    Section,
+    Size,
+    Slug,
+    Weights,
+)
 from inferctl.config.spec_types import IMAGE_SCHEME as IMAGE_SCHEME
 from inferctl.config.spec_types import IMAGE_TAG as IMAGE_TAG
 from inferctl.config.spec_types import PLATFORM as PLATFORM
@@ -139,6 +148,11 @@ class Serve(Section):
         gt=0,
         le=86_400,
         description="Maximum predicted time in the queue. The server rejects requests with a longer one with 429.",
+    )
+    aliases: list[ModelAlias] = Field(
+        default_factory=list,
+        max_length=32,
+        description="Further names that requests may use for the model, such as `text-embedding-3-small`.",
     )
     max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
     api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(

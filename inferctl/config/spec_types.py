@@ -25,6 +25,8 @@ IMAGE_SCHEME = "oci://"
 # Operating system, architecture and variant, such as linux/amd64 or linux/arm/v7.
 PLATFORM = r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9_.]+)?"
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:(?:\.|-+)[a-z0-9]+)*$", max_length=63)]
+# A model name in requests: one word, also in a list that commas separate.
+ModelAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$", max_length=200)]
 Size = Annotated[str, Field(pattern=r"^\d+(?:\.\d+)? ?[kKmMgGtT]?i?[bB]?$")]
 # A value in a Dockerfile or a label must not contain a line break.
 OneLine = Annotated[str, Field(pattern=r"^[^\r\n\x00]+$")]

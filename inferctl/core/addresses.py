@@ -1,6 +1,6 @@
 """Addresses of stores, whose text has no password: only `secret` and `credentials` return one.
 
-The grammar is what RFC 3986, SQLAlchemy, nats-py, valkey and urllib split in the same way. Other addresses are
+The grammar is what RFC 3986, SQLAlchemy, nats-py and urllib split in the same way. Other addresses are
 rejected, because what is a password for one reader would be a host or a path for another, and appear in its messages.
 """
 
@@ -31,6 +31,15 @@ _SQLITE = re.compile(
     r"(?P<path>(?:/[^?\r\n\0]*)?)(?:\?(?P<query>(?:(?!@)[!-~])*))?",
     re.IGNORECASE,
 )
+# The public parameters of libpq, and those of SQLite in the name of a file.
+_DATABASE_PARAMETERS = """
+    application_name channel_binding client_encoding connect_timeout dbname fallback_application_name gssdelegation
+    gssencmode gsslib host hostaddr keepalives keepalives_count keepalives_idle keepalives_interval krbsrvname
+    load_balance_hosts max_protocol_version min_protocol_version oauth_client_id oauth_issuer oauth_scope options
+    passfile port replication require_auth requirepeer service ssl_max_protocol_version ssl_min_protocol_version
+    sslcert sslcertmode sslcompression sslcrl sslcrldir sslkey sslkeylogfile sslmode sslnegotiation sslrootcert sslsni
+    target_session_attrs tcp_user_timeout user cache immutable mode nolock psow timeout uri vfs
+"""
 
 
 class StoreAddress:
@@ -137,64 +146,7 @@ class DatabaseAddress(StoreAddress):
     example = "sqlite:///file.sqlite or postgresql://user@host/database"
     schemes = ("postgresql", "postgresql+psycopg", "sqlite", "sqlite+pysqlite")
     shows_user = True
-    # What libpq has, and what SQLite has in the name of a file.
-    public_names = frozenset(
-        [
-            "application_name",
-            "channel_binding",
-            "client_encoding",
-            "connect_timeout",
-            "dbname",
-            "fallback_application_name",
-            "gssdelegation",
-            "gssencmode",
-            "gsslib",
-            "host",
-            "hostaddr",
-            "keepalives",
-            "keepalives_count",
-            "keepalives_idle",
-            "keepalives_interval",
-            "krbsrvname",
-            "load_balance_hosts",
-            "max_protocol_version",
-            "min_protocol_version",
-            "oauth_client_id",
-            "oauth_issuer",
-            "oauth_scope",
-            "options",
-            "passfile",
-            "port",
-            "replication",
-            "require_auth",
-            "requirepeer",
-            "service",
-            "ssl_max_protocol_version",
-            "ssl_min_protocol_version",
-            "sslcert",
-            "sslcertmode",
-            "sslcompression",
-            "sslcrl",
-            "sslcrldir",
-            "sslkey",
-            "sslkeylogfile",
-            "sslmode",
-            "sslnegotiation",
-            "sslrootcert",
-            "sslsni",
-            "target_session_attrs",
-            "tcp_user_timeout",
-            "user",
-            "cache",
-            "immutable",
-            "mode",
-            "nolock",
-            "psow",
-            "timeout",
-            "uri",
-            "vfs",
-        ]
-    )
+    public_names = frozenset(_DATABASE_PARAMETERS.split())
     secret_names = frozenset(("password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"))
 
     @classmethod
@@ -232,40 +184,6 @@ class NatsAddress(StoreAddress):
         if self._password:
             return {"user": unquote(self._user or ""), "password": unquote(self._password[1:])}
         return {"token": unquote(self._user)} if self._user else {}
-
-
-class ValkeyAddress(StoreAddress):
-    """A Valkey server."""
-
-    what = "a Valkey server"
-    example = "valkey://host:6379, valkey://:password@host:6379 or unix:///path/of/socket?password=..."
-    schemes = ("valkey", "valkeys", "redis", "rediss", "unix")
-    public_names = frozenset(
-        [
-            "db",
-            "client_name",
-            "health_check_interval",
-            "protocol",
-            "retry_on_timeout",
-            "socket_connect_timeout",
-            "socket_keepalive",
-            "socket_timeout",
-            "ssl_ca_certs",
-            "ssl_cert_reqs",
-            "ssl_certfile",
-            "ssl_check_hostname",
-            "ssl_keyfile",
-        ]
-    )
-    secret_names = frozenset(("username", "password"))
-
-    @classmethod
-    def _valid(cls, found: re.Match[str]) -> bool:
-        if found["scheme"].lower() == "unix":
-            place = not found["host"] and not found["port"] and len(found["path"]) > 1
-        else:
-            place = bool(found["host"]) and "," not in found["host"] and bool(re.fullmatch("/?[0-9]*", found["path"]))
-        return super()._valid(found) and place
 
 
 class WebAddress(StoreAddress):

@@ -89,7 +89,9 @@ def _problem(error: Mapping[str, Any], keys_at: KeysAt, hint_for: HintFor, where
         what = f"{shown(value)} is not one of {', '.join(allowed)}"
         hint = did_you_mean(str(value), allowed) or hint
     elif kind == "string_pattern_mismatch":
-        what = f"{shown(value)} is not a valid {path.rsplit('.', 1)[-1].replace('_', ' ')}"
+        *rest, name = (str(part) for part in location)
+        name = f"item of {rest[-1]}" if isinstance(location[-1], int) else name
+        what = f"{shown(value)} is not a valid {name.replace('_', ' ')}"
     elif kind == "model_type":
         got = value if isinstance(value, int | float) else "text" if isinstance(value, str) else "a list"
         what, hint = f"expected `key: value` lines, got {got}", f"known in {path}: {', '.join(keys_at(location))}"

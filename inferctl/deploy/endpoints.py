@@ -13,10 +13,6 @@ SCHEME_PORTS = {
     "https": 443,
     "nats": 4222,
     "tls": 4222,
-    "valkey": 6379,
-    "valkeys": 6379,
-    "redis": 6379,
-    "rediss": 6379,
     "ws": 80,
     "postgresql": 5432,
     "postgres": 5432,
@@ -69,14 +65,6 @@ def _namespace(host: str, default: str) -> str | None:
     if len(words) == 1:
         return default
     return words[1] if len(words) == 2 or words[2] == "svc" else None
-
-
-def public_endpoint(url: str, default_namespace: str) -> Endpoint:
-    """Return the endpoint of a URL that is often outside of the cluster: `https://gitlab.com` is not in `com`."""
-    found = endpoint(url, default_namespace)
-    parts = urllib.parse.urlsplit(url)
-    outside = parts.scheme == "https" and (parts.hostname or "").count(".") == 1
-    return Endpoint(found.port, None) if outside else found
 
 
 def events_broker(spec: Spec) -> str | None:

@@ -214,10 +214,6 @@ def _namespace(name: str, omitted: Container[str]) -> list[Object]:
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
-    if spec.cache.size and spec.cache.shared and spec.cache.shared.scheme != "unix":
-        egress += endpoints.endpoints(spec.cache.shared.public, namespace)
-    oidc = spec.access.oidc
-    egress += [endpoints.public_endpoint(url, namespace) for url in (oidc.issuer, oidc.jwks) if url and "://" in url]
     if spec.model.weights == "download":
         egress.append(endpoints.Endpoint(443, None))
     through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None

@@ -205,11 +205,6 @@ def server_files() -> dict[str, Path]:
 def _container_config(spec: Spec, port: int) -> bytes:
     """Return the spec for the container, without paths of the build machine and without build settings."""
     exclude = {"image", "deploy", "bench", "hardware", "metering"}
-    if spec.cache.shared and spec.cache.shared.hidden:
-        raise UsageError(
-            "cache.shared has a password, which everyone who pulls the image would see",
-            "remove it from the spec, and set INFERCTL_CACHE_SHARED to the whole address where the image runs",
-        )
     data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
     # The addresses may have passwords, and only the relay needs them, which runs outside of the container.
     metering = spec.metering.model_dump(mode="json", include={"mode", "data", "outbox_size"}, exclude_defaults=True)

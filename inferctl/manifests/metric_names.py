@@ -51,8 +51,6 @@ ENCODERS = frozenset(
         "inferctl_cache_misses_total",
         "inferctl_cache_coalesced_total",
         "inferctl_cache_bytes",
-        "inferctl_cache_shared_up",
-        "inferctl_cache_shared_failures_total",
         "inferctl_batch_tokens_bucket",
         "inferctl_batch_tokens_count",
         "inferctl_batch_tokens_sum",

@@ -36,7 +36,7 @@ from inferctl.serve.options import ServerOptions
 from inferctl.serve.progress import StartProgress
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.tokenizer_pool import TokenizerPool
-from inferctl.serve.vector_cache import keys, vector_cache
+from inferctl.serve.vector_cache import vector_cache
 
 # `serve.api_processes: auto`. One API process does not keep a GPU busy with small models; a CPU needs its cores itself.
 _CORES_PER_API_PROCESS, _MOST_AUTO = 4, 4
@@ -135,18 +135,16 @@ class EncoderServer(ServerLifetime):
     async def _serve(self) -> int:
         self._metering.watch(self._metrics)
         self._engines = asyncio.create_task(self._pool.run())
-        sharing = [asyncio.create_task(self._cache.shared.run())] if self._cache and self._cache.shared else []
-        if self._limits:
-            sharing.append(asyncio.create_task(self._limits.exchange()))
+        exchange = asyncio.create_task(self._limits.exchange()) if self._limits else None
         serving = asyncio.create_task(self._front.serve([self._socket]))
         await asyncio.wait((serving, self._engines), return_when=asyncio.FIRST_COMPLETED)
         if self._engines.done():
             self._dispatcher.fail_all("the server ends because of an error")
         self._front.close()
         await serving
-        for task in sharing:
-            task.cancel()
-            await asyncio.wait((task,))
+        if exchange:
+            exchange.cancel()
+            await asyncio.wait((exchange,))
         return self._front.unfinished_responses
 
     async def _end(self) -> None:
@@ -183,8 +181,6 @@ class EncoderServer(ServerLifetime):
         self._sizes = vectors | {"vocabulary_size": size}
         if isinstance(self._front, FrontEnd):
             self._front.set_sizes(self._sizes)
-        if self._cache:
-            self._cache.model_loaded(keys.identity(self._folder.digest, self._config, info), info.dimensions)
         self._info = describe.document(
             self._spec,
             self._folder,
@@ -342,5 +338,4 @@ def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
     document["access"] |= {"keys": spec.access.public_key_store or spec.access.keys, "broker": None}
     document["metering"] |= dict.fromkeys(("ledger", "broker", "sink"))
     document["metering"]["outbox_size"] = str(parse_size(spec.metering.outbox_size) // count)
-    document["cache"]["shared"] = None
     return document

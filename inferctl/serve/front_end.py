@@ -107,7 +107,8 @@ class FrontEnd:
 def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) -> ServedModel:
     served = ServedModel(
         spec.name,
-        frozenset({spec.model.source}),
+        spec.model.source,
+        spec.serve.aliases,
         config.matryoshka if isinstance(config, EmbeddingConfig) else (),
         spec.serve.max_client_batch,
         max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),

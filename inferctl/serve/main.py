@@ -19,6 +19,7 @@ from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, UsageError
 SETTINGS = {
     "model": "model.source",
     "name": "name",
+    "aliases": "serve.aliases",
     "precision": "serve.precision",
     "allow_inaccurate": "serve.allow_inaccurate",
     "host": "serve.host",

@@ -100,6 +100,9 @@ def test_revoke_and_rotate(run: Run, tmp_path: Path) -> None:
         (("create", "-"), "must not be `-`"),
         (("create", " a"), "1 to 100 printable characters"),
         (("create", keys.generate("a" * 12)), "or a key"),
+        (("create", "a", "--team", "-"), "must not be `-`"),
+        (("create", "a", "--team", "a\x1b"), "1 to 100 printable characters"),
+        (("create", "a", "--team", ""), "1 to 100 printable characters"),
         (("create", "a", "--expires", "soon"), "'soon' is not a time"),
         (("create", "a", "--expires", "0s"), "'0s' is not a time"),
         (("create", "a", "--expires=-1d"), "'-1d' is not a time"),
@@ -154,6 +157,25 @@ def test_an_unknown_id_and_a_key_as_an_argument(run: Run, tmp_path: Path) -> Non
     assert key not in done.stderr
     assert "typing error" in run("revoke", "-", code=2, stdin=key[:-1]).stderr
     assert (tmp_path / "keys.json").read_bytes() == before
+
+
+def test_keys_of_one_service_differ_in_their_priority_and_belong_to_a_team(run: Run) -> None:
+    ids = {}
+    for priority in ("interactive", "bulk"):
+        ids[priority] = (
+            keys.parse(run("create", "search", "--priority", priority, "--team", "t 1").stdout.strip()) or ""
+        )
+        assert ids[priority] in run("create", "search", "--priority", priority, code=2).stderr
+    assert {(each["id"], each["name"], each["priority"], each["team"]) for each in listed(run)} == {
+        (key_id, "search", priority, "t 1") for priority, key_id in ids.items()
+    }
+    table = run("list").stdout.splitlines()
+    done = run("revoke", "search", code=2)
+    for priority, key_id in ids.items():
+        assert any(key_id in line and priority in line and "t 1" in line for line in table)
+        assert f"{key_id} ({priority})" in done.stderr
+    run("revoke", ids["bulk"])
+    assert keys.parse(run("rotate", "search").stdout.strip()) == ids["interactive"]
 
 
 def test_a_name_stands_for_one_key(run: Run, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def test_a_file_that_others_can_write_is_an_error(tmp_path: Path, mode: int) -> 
         '{"version": 1, "keys": [], "unknown": "hunter2"}',
         '{"keys": [{"id": "abcdefghijkl", "name": "a", "created": "2026-01-01T00:00:00Z", "digests": '
         '[{"sha256": "hunter2"}]}]}',
+        '{"keys": [{"id": "abcdefghijkl", "name": "a", "created": "2026-01-01T00:00:00Z", "digests": [], '
+        '"team": "hunter2\\u0000"}]}',
         "\udcff",
     ],
 )

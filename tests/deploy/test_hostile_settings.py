@@ -101,11 +101,6 @@ def test_a_url_without_a_valid_host_and_port_is_an_error(url: str) -> None:
     with pytest.raises(ValidationError, match=r"deploy\.broker\s+expected an address") as caught:
         plans.embed(broker=url)
     assert url not in str(caught.value)
-    oidc = plans.embed().access.oidc.model_copy(update={"issuer": "https://login:99999"})
-    spec = plans.embed()
-    spec = spec.model_copy(update={"access": spec.access.model_copy(update={"oidc": oidc})})
-    with pytest.raises(UsageError, match="no valid host and port"):
-        layout.files(plans.plan(spec))
 
 
 @pytest.mark.parametrize("labels", [{"a b": "x"}, {"team": "x y"}, {"a/b/c": "x"}, {"team": "x" * 64}, {"-a": "x"}])
@@ -138,17 +133,6 @@ def test_one_prometheus_of_several_clusters_is_a_warning() -> None:
 
     assert warned("https://thanos.example.com")
     assert not warned("http://prometheus.monitoring:9090")  # a Service of each cluster
-
-
-def test_servers_reach_a_public_issuer_and_its_keys(build: Build) -> None:
-    spec = plans.embed()
-    oidc = spec.access.oidc.model_copy(update={"issuer": "https://gitlab.com", "jwks": "http://keys.auth:8080/jwks"})
-    spec = spec.model_copy(update={"access": spec.access.model_copy(update={"oidc": oidc})})
-    built = build(layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER)), OVERLAYS[0])
-    rules = named(built, "NetworkPolicy", "embed-server")["spec"]["egress"]
-    assert {"ports": [{"protocol": "TCP", "port": 443}]} in rules  # not only to the namespace `com`
-    auth = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "auth"}}}
-    assert {"to": [auth], "ports": [{"protocol": "TCP", "port": 8080}]} in rules
 
 
 def test_gke_gives_no_slice_or_shared_gpu_to_a_pod_that_wants_a_whole_one(build: Build) -> None:

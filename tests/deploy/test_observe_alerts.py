@@ -79,7 +79,6 @@ def healthy(watched: Watched) -> dict[str, Series]:
             f"inferctl_tokens_total{{{server}}}": counter(60 * 70_000),
             f"inferctl_non_finite_total{{{server}}}": counter(0),
             f"inferctl_out_of_memory_total{{{server}}}": counter(0),
-            f"inferctl_cache_shared_up{{{server}}}": gauge(1),
             f"inferctl_outbox_age_seconds{{{server}}}": gauge(2),
             f"inferctl_outbox_dropped_events{{{server}}}": gauge(0),
             f"vllm:num_preemptions_total{{{server}}}": counter(1),
@@ -250,7 +249,6 @@ CASES = [
     fault("queues of 4 s", "", ("inferctl_queue_tokens", gauge(20_000, 400_000))),
     fault("NaN", "NonFiniteVectors", ("inferctl_non_finite_total", gauge(0, 1, LAST))),
     fault("out of memory", "DeviceOutOfMemory", ("inferctl_out_of_memory_total", gauge(0, 1, LAST))),
-    fault("the shared cache is down", "SharedCacheDown", ("inferctl_cache_shared_up", gauge(1, 0))),
     fault("an Xid", "GpuError", ("DCGM_FI_DEV_XID_ERRORS", gauge(0, 79, LAST))),
     fault(
         "an Xid, with renamed labels",
@@ -384,6 +382,5 @@ def test_options_that_a_model_lacks_have_no_alerts() -> None:
         "InferctlScalerErrors",
         "InferctlOutboxOld",
         "InferctlUsageEventsDropped",
-        "InferctlSharedCacheDown",
         "InferctlGpuError",
     }

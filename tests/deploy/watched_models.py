@@ -6,5 +6,5 @@ from inferctl.deploy.observe.watched import Watched, WatchedFlavor
 
 HALF = WatchedFlavor("embed-a100-half", 240, 45, rate=90_000, measured=True, overflow="embed-a100-half-overflow")
 L4 = WatchedFlavor("embed-l4", 300, 200, rate=40_000, measured=True)
-EMBED = Watched("embed", "inference", "embed", (HALF, L4), cache=True, shared_cache=True, metering=True)
+EMBED = Watched("embed", "inference", "embed", (HALF, L4), cache=True, metering=True)
 CHAT = Watched("chat", "inference", "generate", (WatchedFlavor("chat-a100", 600, 90, rate=3_000),), metering=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
     found = [(row["key"], row["day"], row["requests"], row["input_tokens"]) for row in rows]
     assert found == [("k1", "2026-09-21", 5, 50), ("k1", "2026-09-22", 2, 20), ("k2", "2026-09-21", 3, 30)]
     (total,) = ledger.usage([], *ALL)
-    assert (total["engine_seconds"], total["errors"]) == (pytest.approx(0.02), 0)
+    assert (total["engine_seconds"], total["errors"]) == (Decimal("0.02"), 0)
     assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["month"] == "2026-09"
     assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["requests"] == 2
 
@@ -74,7 +75,7 @@ def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
 def summed(source: str, first: int, *, cloud_events: bool = False) -> EventBatch:
     """Two events: of a request that was computed, and of 40 rejected ones."""
     items = [
-        Item(first, DAY, event()),
+        Item(first, DAY, event(team="t")),
         Item(first + 1, DAY, event(tokens=0, status=429, engine_seconds=0.0), 40),
     ]
     content = json.dumps(cloud_event.requests(ORIGIN, items)).encode()
@@ -96,7 +97,7 @@ def test_an_event_counts_the_requests_that_it_stands_for(ledger: Ledger, cloud_e
 
 
 def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
-    """Its rows are one request each, and a relay of the older version that still runs can store more."""
+    """Its rows are one request each without a team, and a relay of the older version that still runs can store more."""
     engine = Schema("it", MIGRATIONS, "usage_version").engine(DatabaseAddress(ledger_url))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -114,8 +115,8 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
     ledger.apply([summed("new", 1)])
     with engine.begin() as connection:
         connection.exec_driver_sql(row.format(sums, 2, "1, 2, 0, 0, 1.5"))
-    found = [(row["source"], row["requests"]) for row in ledger.usage(["source"], *ALL)]
-    assert found == [("new", 41), ("old", 2)]
+    found = [(row["source"], row["team"], row["requests"]) for row in ledger.usage(["source", "team"], *ALL)]
+    assert sorted(found, key=str) == [("new", "t", 41), ("old", None, 2)]
     ledger.close()
     engine.dispose()
 

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import openai
 import pytest
 
 from inferctl.tenancy.metering.ledger import Ledger
@@ -124,11 +125,40 @@ def test_after_sigterm_under_load_the_ledger_has_every_accepted_request(metered:
         assert SECRET.encode() not in file.read_bytes()
 
 
+def test_an_alias_names_the_model_in_requests_only(
+    metered: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Responses, cache, scopes of keys and usage have the real name."""
+    alias, keys = "text-embedding-3-small", tmp_path / "keys.json"
+    _, secret = add(keys, models=["echo"])
+    _, other = add(keys, models=[alias])  # of another server, whose model has this name
+    for name, value in {"SERVE_ALIASES": f"{alias}, a/b", "CACHE_SIZE": "1MiB", "ACCESS_KEYS": str(keys)}.items():
+        monkeypatch.setenv(f"INFERCTL_{name}", value)
+    server = metered()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=secret, max_retries=0) as client:
+        assert [each.id for each in client.models.list()] == ["echo", alias, "a/b"]
+        assert [client.models.retrieve(name).id for name in ("echo", alias, "a/b")] == ["echo", alias, "a/b"]
+        found = [client.embeddings.create(model=name, input="the same") for name in ("echo", alias, "a/b")]
+        assert {each.model for each in found} == {"echo"}
+        with pytest.raises(openai.NotFoundError, match=f"'echo' or '{alias}' or 'a/b'"):
+            client.embeddings.create(model="text-embedding-3-large", input="x")
+        with pytest.raises(openai.NotFoundError, match=r"POST to .*/v1/embeddings") as missing:
+            client.with_options(base_url=server.url).post("/embedding", cast_to=object, body={"input": "x"})
+        assert missing.value.code == "not_found"
+        with pytest.raises(openai.PermissionDeniedError):
+            client.with_options(api_key=other).embeddings.create(model=alias, input="x")
+    assert server.stop() == 0
+    rows_of = {row["model"]: (row["requests"], row["inputs"]) for row in ledger_of(tmp_path).usage(["model"], *ALL)}
+    assert rows_of.keys() == {"echo"} and rows_of["echo"][1] == 3
+    (cached,) = [row["cached_tokens"] for row in ledger_of(tmp_path).usage([], *ALL)]
+    assert cached == 2 * found[0].usage.prompt_tokens
+
+
 def test_the_ledger_counts_all_rejected_requests_in_few_rows_and_none_that_anyone_can_send(
     metered: Metered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, secret = add(tmp_path / "keys.json", requests_per_minute=10)
-    other, other_secret = add(tmp_path / "keys.json")
+    other, other_secret = add(tmp_path / "keys.json", team="t")
     monkeypatch.setenv("INFERCTL_ACCESS_KEYS", str(tmp_path / "keys.json"))
     monkeypatch.setenv("INFERCTL_ACCESS_OPEN", "docs")
     server = metered(mode="required")
@@ -165,6 +195,8 @@ def test_the_ledger_counts_all_rejected_requests_in_few_rows_and_none_that_anyon
     ledger = ledger_of(tmp_path)
     found = ledger.usage(["key", "status"], *ALL)
     assert {(row["key"], row["status"]): row["requests"] for row in found} == seen
+    teams = {row["team"]: row["requests"] for row in ledger.usage(["team"], *ALL)}
+    assert teams == {"t": sum(seen[each] for each in seen if each[0] == other.id), None: teams["t"]}
     assert sum(row["inputs"] for row in found) == sum(row["input_tokens"] for row in found) // 3
     assert ledger.gaps(*ALL) == []
     with sqlite3.connect(tmp_path / "metering" / "ledger.sqlite") as connection:

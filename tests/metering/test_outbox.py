@@ -110,6 +110,7 @@ def test_an_event_has_exactly_these_fields(make: Make, tmp_path: Path) -> None:
             "hardware": "l4",
             "request_id": "request",
             "requests": 1,
+            "team": None,
         },
     }
 
@@ -400,12 +401,28 @@ def test_rejections_do_not_fill_the_outbox(
 
 def test_a_row_of_an_older_version_is_one_request() -> None:
     row = [7, 1000, "k1", "embeddings", 1, 10, 0, 0, 2.0, 500.0, 200, None, "request"]
+    assert len(cloud_event.requests(ORIGIN, [cloud_event.Item(1, 0, event(team="t"))])["requests"][0]) == len(row), (
+        "it reads ours"
+    )
     common = {"model": "m", "model_sha256": None, "task": "embed", "hardware": None}
     (found,) = cloud_event.read("a", json.dumps({"common": common, "requests": [row]}).encode())
-    assert found.data["requests"] == 1
+    assert (found.data["requests"], found.data["team"]) == (1, None)
     shown = found.as_cloud_event("a")
-    del shown["data"]["requests"]
-    assert cloud_event.read("a", json.dumps([shown]).encode())[0].data["requests"] == 1
+    shown["data"] = {name: value for name, value in found.data.items() if name not in ("requests", "team")}
+    assert cloud_event.read("a", json.dumps([shown]).encode()) == [found]
+
+
+def test_events_have_the_team_of_their_key_and_no_sum_that_of_another(make: Make, tmp_path: Path) -> None:
+    recorder = make(max_bytes=16 * MIB)
+    for number in range(1500):
+        recorder.record(event(f"k{number}", status=429, team=f"t{number}", **REJECTED))
+    recorder.record(event("k1", team="t1"))
+    recorder.record(event("k2"))
+    assert recorder.close(10)
+    found = data(tmp_path / "m")[:-1]
+    assert (total(found, team="t1", key_id="k1"), total(found, key_id="k2", team=None)) == (2, 1)
+    assert total(found, key_id="(others)", team=None) == total(found, key_id="(others)") > 0
+    assert all(each["team"] in (None, each["key_id"].replace("k", "t")) for each in found)
 
 
 KILLED = """

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import random
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.tenancy.metering import prices, report
+from inferctl.tenancy.metering import cloud_event, prices, report
+from inferctl.tenancy.metering.cloud_event import Item
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.metering.parts import DAY, batch
+from inferctl.tenancy.metering.outbox import EventBatch
+from tests.metering.parts import DAY, ORIGIN, batch, event
 
 BOOK = """\
 prices:
@@ -20,7 +26,7 @@ prices:
 """
 ALL = (0, 2**62)
 ROW = {"hardware": "l4", "day": "2026-09-21", "input_tokens": 3_000_000, "cached_tokens": 1_000_000}
-ROW |= {"output_tokens": 1_000_000, "engine_seconds": 10.0}
+ROW |= {"output_tokens": 1_000_000, "engine_seconds": Decimal(10)}
 
 
 @pytest.fixture
@@ -93,3 +99,30 @@ def test_a_report_adds_costs_over_days_with_different_prices(ledger: Ledger, boo
         "key,requests,errors,inputs,input_tokens,cached_tokens,output_tokens,engine_seconds,cost,key_name",
         "k1,8,0,8,80,0,0,0.016,0.006065,",
     ]
+
+
+def test_sums_and_costs_are_exact_decimals(ledger: Ledger, tmp_path: Path) -> None:
+    """The expected ones are sums of integers. Those of floats had figures such as 0.00012119619999999998."""
+    chosen = random.Random(1)
+    usages = [
+        event(f"k{number % 3}", chosen.randrange(10**6), engine_seconds=chosen.randrange(10**7) / 1e6)
+        for number in range(3000)
+    ]
+    content = json.dumps(
+        cloud_event.requests(ORIGIN, [Item(n, DAY, each) for n, each in enumerate(usages, 1)])
+    ).encode()
+    events = cloud_event.read("a", content)
+    ledger.apply([EventBatch("a", 1, len(usages), int(1000 * DAY), content)])
+    (tmp_path / "exact.yaml").write_text(
+        "prices: [{hardware: l4, currency: EUR, from: 2026-01-01, input: 0.07, engine_second: 0.0002}]"
+    )
+    made = report.make(ledger, ["key"], *ALL, prices.read(tmp_path / "exact.yaml", None), {})
+    for kind, rows in (("csv", list(csv.DictReader(io.StringIO(made.to_csv())))), ("json", made.to_json()["rows"])):
+        assert [row["key"] for row in rows] == ["k0", "k1", "k2"]
+        for row in rows:
+            own = [each.data for each in events if each.data["key_id"] == row["key"]]
+            tokens, us = sum(each["input_tokens"] for each in own), sum(round(1000 * each["engine_ms"]) for each in own)
+            assert Decimal(str(row["engine_seconds"])) * 10**6 == us, kind
+            # In units of 10**-10: 0.07 per million tokens are 700, 0.0002 per second is 2 per microsecond.
+            assert Decimal(row["cost"]) * 10**10 == 700 * tokens + 2 * us, kind
+    assert Decimal(made.to_json()["total"]["cost"]) == sum(row["cost"] for row in made.rows)

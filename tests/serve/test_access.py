@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from inferctl import cli
 from inferctl.bench.load import http_json, target
 from inferctl.config import settings
 from inferctl.config.spec import Access
@@ -421,11 +422,24 @@ def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> No
     assert "--admin" in str(error.value.hint)
 
 
+def test_a_limit_that_stops_a_benchmark_is_its_error(
+    guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Clients wait after a 429, so few responses are one. The error was that responses are missing."""
+    _, key = guarded.key(admin=True, requests_per_minute=20)
+    monkeypatch.setenv("LIMITED", key)
+    options = ["--url", f"a={guarded.server.url}", "--api-key-env", "LIMITED", "--output", str(tmp_path / "out")]
+    plan = Path(__file__).parent.parent / "bench" / "short.yaml"
+    assert cli.run(["bench", "--plan", str(plan), *options]) == 1
+    error = capfd.readouterr().err
+    assert "limit of this key is 20 requests per minute" in error and "--requests-per-minute" in error
+
+
 def test_a_private_server_asks_for_no_key(
     serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `inferctl bench` and the verification of an image start it."""
-    limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"], "oidc": {"issuer": "https://x.example.com"}}
+    limits = {"keys": "none.json", "trusted_proxies": ["127.0.0.0/8"]}
     spec = {"name": "echo", "model": {"source": str(minilm)}, "access": limits}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     for variable, text in settings.OPEN_ACCESS.items():

@@ -749,7 +749,6 @@ def test_api_processes_get_no_password_and_the_same_key_file_and_share_the_disk(
             "ledger": f"postgresql://user:{secret}@db.example.com/ledger",
             "outbox_size": "1.5 GiB",
         },
-        "cache": {"size": "1MiB", "shared": f"redis://:{secret}@valkey.example.com"},
     }
     whole = Spec.model_validate({"name": "m", "model": {"source": "a/b"}, **stores})
     sent = json.loads(json.dumps(_for_api_processes(whole, 3)))

@@ -18,8 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inferctl.config.settings import resolve
-from inferctl.core.errors import SpecError, UsageError
+from inferctl.core.errors import UsageError
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
 from inferctl.serve.vector_cache.keys import KeySpace
 from inferctl.tenancy.metering.ledger import Ledger
@@ -246,25 +245,19 @@ def test_the_memory_is_bounded(minilm: Path, tmp_path: Path, serve: Callable[...
         assert server.metric("inferctl_cache_bytes") <= 1.1 * 64 * 1024
 
 
-def test_a_shared_level_needs_a_local_one() -> None:
-    with pytest.raises(SpecError) as caught:
-        resolve(None, {}, {"model.source": "m", "cache.shared": "valkey://host"})
-    assert "cache.shared requires cache.size" in str(caught.value)
-
-
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 MARKS = st.sampled_from([None, 1, 4])
 
 
-@given(st.lists(st.tuples(st.sampled_from([None, "", "a", "b"]), st.sampled_from(["x", "y"]), IDS, MARKS), max_size=50))
+@given(st.lists(st.tuples(st.sampled_from([None, "", "a", "b"]), st.sampled_from([0, 1]), IDS, MARKS), max_size=50))
 # A client sent the bytes of a mark as token ids, and so chose the vectors that others got for a text.
-@example([(None, "x", [7, 8], 4), (None, "x", [7, 8, 4, 0], None), (None, "x", [7, 8, 4], None)])
-def test_keys_are_equal_only_for_equal_scope_identity_ids_and_marks(
-    cases: list[tuple[str | None, str, list[int], int | None]],
+@example([(None, 0, [7, 8], 4), (None, 0, [7, 8, 4, 0], None), (None, 0, [7, 8, 4], None)])
+def test_keys_are_equal_only_for_equal_scope_cache_ids_and_marks(
+    cases: list[tuple[str | None, int, list[int], int | None]],
 ) -> None:
-    spaces = {name: KeySpace({"precision": name}) for name in "xy"}
+    spaces = [KeySpace(), KeySpace()]
     found: dict[bytes, object] = {}
-    for scope, name, ids, mark in cases:
+    for scope, cache, ids, mark in cases:
         marks = None if mark is None else [mark]
-        (key,) = spaces[name].keys(scope, [np.array(ids, dtype=np.int32)], marks)
-        assert found.setdefault(key, (scope, name, ids, mark)) == (scope, name, ids, mark)
+        (key,) = spaces[cache].keys(scope, [np.array(ids, dtype=np.int32)], marks)
+        assert found.setdefault(key, (scope, cache, ids, mark)) == (scope, cache, ids, mark)

@@ -44,12 +44,13 @@ def test_settings_become_options_of_vllm() -> None:
     chosen = options(kv_cache="4GB", gpus=2, max_sequences=64, max_context_tokens=100)
     assert chosen["--kv-cache-memory-bytes"] == "4000000000"
     assert chosen["--gpu-memory-utilization"] == "0.9"  # vLLM compares it with the free memory in any case
+    assert options(aliases=["gpt-4o", "m"])["--served-model-name"] == "m org/model gpt-4o"
     assert (chosen["--tensor-parallel-size"], chosen["--max-num-seqs"]) == ("2", "64")
 
 
 def test_vllm_gets_the_edge_and_no_address_of_a_store(tmp_path: Path) -> None:
     spec = Spec.model_validate({"name": "m", "model": {"source": "org/model"}})
-    names = ("METERING_LEDGER", "METERING_BROKER", "METERING_SINK", "ACCESS_KEYS", "ACCESS_BROKER", "CACHE_SHARED")
+    names = ("METERING_LEDGER", "METERING_BROKER", "METERING_SINK", "ACCESS_KEYS", "ACCESS_BROKER")
     base = {
         "PGPASSWORD": "geheim",
         "PATH": "/bin",

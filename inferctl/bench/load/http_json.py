@@ -50,6 +50,11 @@ class StatusError(InferctlError):
         super().__init__(message)
         self.status = status
 
+    @property
+    def is_limit(self) -> bool:
+        """Whether the key of the client is above its limit. OpenAI and others have the same code."""
+        return self.status == 429 and "rate_limit_exceeded" in self.message
+
 
 def get_json(url: str, timeout_s: float, access: ServerAccess) -> Info:
     """Return the JSON object at `url`; empty if the server has no such page or returns something else.
@@ -98,6 +103,11 @@ def _request(url: str, access: ServerAccess, body: bytes | None = None) -> urlli
         # A redirect to another host must not send the headers there.
         request.add_unredirected_header(name, value)
     return request
+
+
+WITHOUT_LIMITS = (
+    "raise the limits of its key with `--requests-per-minute` and `--tokens-per-minute` of `inferctl keys create`"
+)
 
 
 def hint(status: int, access: ServerAccess) -> str:

@@ -23,7 +23,18 @@ from typing import Any, Literal
 
 from inferctl.bench.load import generation, process_usage
 from inferctl.bench.load.generation import GenerationApi
-from inferctl.bench.load.http_json import ABSENT, Body, Info, ServerAccess, StatusError, get_json, hint, post, send
+from inferctl.bench.load.http_json import (
+    ABSENT,
+    WITHOUT_LIMITS,
+    Body,
+    Info,
+    ServerAccess,
+    StatusError,
+    get_json,
+    hint,
+    post,
+    send,
+)
 from inferctl.config.spec import Task
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import divergence, output_vectors
@@ -118,6 +129,18 @@ class ServerConnection:
         if self.task == "classify":
             return self.classify(texts, timeout_s)
         return self.rerank(texts, timeout_s) if self.task == "rerank" else self.embed(texts, timeout_s)
+
+    def check_limit(self) -> None:
+        """Send one request, after others got 429. Raises `InferctlError` if the key is above its limit."""
+        try:
+            self.request(["ready", "ready"] if self.task in ("rerank", "generate") else ["ready"], _PROBE_S)
+        except StatusError as error:
+            if error.is_limit:
+                raise InferctlError(
+                    f"a limit of the API key stopped the load; {WITHOUT_LIMITS}: {error.message}"
+                ) from None
+        except InferctlError:
+            return  # overload, which the records show
 
     def generate(self, texts: list[str], timeout_s: float = 120, output_tokens: int = 1) -> list[Body]:
         """Return the chunks of the stream of a completion. Raises `InferctlError` unless the stream is complete."""
@@ -311,7 +334,8 @@ def _probe(server: ServerConnection, path: str | None) -> ServerConnection:
             # A model without a chat template has no chat; vLLM says so with a 400.
             no_chat = server.task == "generate" and "chat template" in error.message
             if error.status not in ABSENT and not no_chat:
-                raise NotReadyError(error.message, hint(error.status, server.access)) from None
+                advice = WITHOUT_LIMITS if error.is_limit else hint(error.status, server.access)
+                raise NotReadyError(error.message, advice) from None
             absent.append(error)
         except InferctlError as error:
             raise NotReadyError(error.message, f"check that it serves {_SERVES[server.task]}") from None

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from inferctl.bench import privacy
 from inferctl.bench.judge import summary
-from inferctl.bench.load import child_server, load_run, process_usage
+from inferctl.bench.load import child_server, load_run, process_usage, records
 from inferctl.bench.load.server_activity import ServerActivity
 from inferctl.bench.load.target import ServerConnection, connect, is_local, local_pid
 from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
@@ -95,6 +95,8 @@ class MeasuredServer:
                 )
             finally:
                 load_run.delete_inputs(folder)
+        if connection.access.headers and (measured.rows["status"] == records.REJECTED).any():
+            connection.check_limit()
         start, end = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
         resources = sampler.between(start, end) | activity.between(start, end)
         if pid is None and is_local(self.connection.url):

@@ -50,7 +50,6 @@ def watched(plan: DeploymentPlan, model: ModelPlan) -> Watched:
         flavors=tuple(_flavor(flavor, plan.clusters) for flavor in model.flavors),
         backlog_s=spec.deploy.backlog_s,
         cache=model.task in CACHED and spec.cache.size is not None,
-        shared_cache=model.task in CACHED and spec.cache.size is not None and spec.cache.shared is not None,
         metering=spec.metering.mode != "off",
         keda=spec.deploy.scaling == "keda",
         gpu=any(flavor.hardware.kind == "cuda" for flavor in model.flavors),

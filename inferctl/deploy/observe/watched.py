@@ -39,8 +39,8 @@ class WatchedFlavor:
 class Watched:
     """One model in one namespace. `name`: of its Service, which is the label `service` of its series.
 
-    `backlog_s`: seconds of queued work per replica from which replicas are added. `cache`, `shared_cache`, `metering`:
-    whether the servers have them. `keda`: whether KEDA scales them.
+    `backlog_s`: seconds of queued work per replica from which replicas are added. `cache`, `metering`: whether
+    the servers have them. `keda`: whether KEDA scales them.
     """
 
     name: str
@@ -49,7 +49,6 @@ class Watched:
     flavors: tuple[WatchedFlavor, ...]
     backlog_s: float = 1.0
     cache: bool = False
-    shared_cache: bool = False
     metering: bool = False
     keda: bool = True
     gpu: bool = True
@@ -60,7 +59,6 @@ class Watched:
             "generate": self.task == "generate",
             "encoder": self.task != "generate",
             "cache": self.cache,
-            "shared_cache": self.shared_cache,
             "metering": self.metering,
             "keda": self.keda,
             "gpu": self.gpu,

@@ -325,11 +325,12 @@ def create(inference: Inference) -> ASGIApp:
         endpoints |= dict.fromkeys(each.paths, application)
 
     async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [entry]})
+        return _json({"object": "list", "data": [entry(name) for name in model.names]})
 
     async def one_model(request: Request) -> Response:
-        model.check_name(request.path_params["name"])
-        return _json(entry)
+        name = request.path_params["name"]
+        model.check_name(name)
+        return _json(entry(name if name in model.aliases else model.name))
 
     async def document(_: Request) -> Response:
         return _json(openapi.document(model, operations))
@@ -341,11 +342,19 @@ def create(inference: Inference) -> ASGIApp:
 
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+            if error.status_code == 404:
+                error = ApiError(404, absent, code="not_found")
+            else:
+                error = ApiError(error.status_code, str(error.detail), headers=error.headers)
         assert isinstance(error, ApiError)
         return Response(body_of(request.url.path, error), error.status, error.headers, "application/json")
 
-    entry = {"id": model.name, "object": "model", "created": model.created, "owned_by": "inferctl"}
+    def entry(name: str) -> dict[str, Any]:
+        alias = {} if name == model.name else {"root": model.name}
+        return {"id": name, "object": "model", "created": model.created, "owned_by": "inferctl", **alias}
+
+    absent = f"no such endpoint; POST to {', '.join(each.path for each in own)}; GET /v1/models or /docs"
+
     others = Starlette(
         routes=[
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 @dataclass
 class ServedModel:
-    """`aliases`: other accepted names. `matryoshka` and `prompts`: as in `EmbeddingConfig`.
+    """`aliases`: other names, which `/v1/models` lists. Requests may also use `source`. `matryoshka` and `prompts`: as in `EmbeddingConfig`.
 
     `ranges`: those of the vectors by number of dimensions, if the model is calibrated.
 
@@ -32,7 +32,8 @@ class ServedModel:
     """
 
     name: str
-    aliases: frozenset[str]
+    source: str
+    aliases: Sequence[str]
     matryoshka: tuple[int, ...] | None
     max_inputs: int
     max_tokens: int
@@ -54,10 +55,15 @@ class ServedModel:
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def names(self) -> list[str]:
+        """The names that `/v1/models` lists."""
+        return list(dict.fromkeys((self.name, *self.aliases)))
+
     def check_name(self, wanted: str | None) -> None:
         """Raise `ApiError` 404 for another model's name."""
-        if wanted not in (None, self.name) and wanted not in self.aliases:
-            message = f"model {wanted!r} not found; this server serves {self.name!r}"
+        if wanted not in (None, self.name, self.source) and wanted not in self.aliases:
+            message = f"model {wanted!r} not found; this server serves {' or '.join(map(repr, self.names))}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def prompt_for(self, prompt: str | None, name: str | None, input_type: str | None) -> str:

@@ -10,21 +10,16 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
 from inferctl.config import spec
-from inferctl.core.errors import NotReadyError, install_hint
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import OTHER, RequestContext, Usage
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
-from inferctl.tenancy.access.key_table import BusyError, KeyTable, UnavailableError
+from inferctl.tenancy.access.key_table import KeyTable, UnavailableError
 from inferctl.tenancy.access.keys import PREFIX
 from inferctl.tenancy.access.limits import PERIOD_S, LimitError
-
-if TYPE_CHECKING:
-    from inferctl.tenancy.access.oidc import TokenTable
 
 log = logging.getLogger("inferctl.access")
 
@@ -47,18 +42,15 @@ class EdgeAccess:
     """Who may use one server. `names`: of its model. `settings`: of the spec."""
 
     def __init__(self, settings: spec.Access, names: Iterable[str]) -> None:
-        """Raises `UsageError` if the key file is missing or not valid, `NotReadyError` without PyJWT for tokens."""
+        """Raises `UsageError` if the key file is missing or not valid."""
         self._table = None
         if settings.key_file:
             self._table = KeyTable(Path(settings.key_file), log.warning, awaited=bool(settings.key_store))
-        self._tokens = _tokens(settings.oidc)
         self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
         self._names, self._open = frozenset(names), frozenset(settings.open)
         if self._table:
             self._table.follow()
-        if self._tokens:
-            self._tokens.follow()
 
     @property
     def ready(self) -> bool:
@@ -72,8 +64,8 @@ class EdgeAccess:
         if page in self._open:
             return None
         key = self._find(scope)
-        context.key_id = key.id
-        if self._tokens or self._proxies or (self._table and self._table.shared):
+        context.key_id, context.team = key.id, key.team
+        if self._proxies or (self._table and self._table.shared):
             context.tenant = key.id
         if key.priority == "bulk":
             context.priority = b"bulk"
@@ -102,37 +94,20 @@ class EdgeAccess:
         # Of two names, the proxy may have set only one.
         credential = b"" if len(named) > 1 else _credential(scope["headers"])
         try:
-            key = self._known(credential, scope) if credential else None
+            key = self._table.find(credential, time.time()) if self._table and credential else None
         except UnavailableError as error:
             headers = {"retry-after": "5"}
             raise ApiError(503, str(error), code="access_unavailable", headers=headers) from None
-        except BusyError as error:  # not 503, for which a gateway ejects the server: one client can cause it
-            raise ApiError(429, str(error), code="too_many_tokens", headers={"retry-after": "1"}) from None
         if key is None:
             # The same text for every reason: it must not say which keys exist.
             message = "the API key is missing or not valid; send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         return key
 
-    def _known(self, credential: bytes, scope: Scope) -> ApiKey | None:
-        if self._tokens and credential.count(b".") == 2:
-            return self._tokens.find(credential, time.time(), self._address(scope))
-        return self._table.find(credential, time.time()) if self._table else None
-
     def revoke(self, ids: Iterable[str]) -> None:
         """Refuse keys from now on, before the key file says so."""
         if self._table:
             self._table.revoke(ids)
-
-    def _address(self, scope: Scope) -> str:
-        """Return the address of a client: behind a trusted proxy, what that appended to x-forwarded-for."""
-        client = scope.get("client")
-        address: str = client[0] if client else ""
-        if self._proxies and self._trusts(address):
-            for name, value in scope["headers"]:
-                if name == b"x-forwarded-for":
-                    address = value.rpartition(b",")[2].strip().decode("latin-1")
-        return address
 
     def _is_proxy(self, address: str) -> bool:
         try:
@@ -141,18 +116,6 @@ class EdgeAccess:
             return any(found in network for network in self._proxies)
         except ValueError:
             return False
-
-
-def _tokens(settings: spec.Oidc) -> TokenTable | None:
-    if not settings.issuer:
-        return None
-    try:
-        from inferctl.tenancy.access.oidc import TokenTable
-    except ModuleNotFoundError as error:
-        raise NotReadyError(
-            f"access.oidc requires the package {error.name}, not installed", install_hint("oidc")
-        ) from None
-    return TokenTable(settings.issuer, settings.audience, settings.jwks, log.warning)
 
 
 def create(settings: spec.Access, names: Iterable[str]) -> EdgeAccess | None:

@@ -54,9 +54,9 @@ class UsageEvent:
     None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
     byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
     that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
-    `trace`: the W3C trace context of the client. `key_id`: of the API key, never the key itself. `engine_seconds`: the
-    share of its batches' times, by tokens; 0 for generation, because vLLM does not report it. `content_length`: of the
-    body, as the client declared it; `body_bytes` were read.
+    `trace`: the W3C trace context of the client. `key_id`, `team`: of the API key, never the key itself.
+    `engine_seconds`: the share of its batches' times, by tokens; 0 for generation, because vLLM does not report it.
+    `content_length`: of the body, as the client declared it; `body_bytes` were read.
     """
 
     request_id: str
@@ -76,6 +76,7 @@ class UsageEvent:
     cached_tokens: int = 0
     engine_seconds: float = 0.0
     content_length: int = 0
+    team: str | None = None
 
 
 OTHER = "other"  # the name of paths that are no endpoint of a task
@@ -117,6 +118,7 @@ class RequestContext:
     shared_bytes: int = 0  # bytes of the body that count in the share of the tenant
     engine_seconds: float = 0.0
     use: Use | None = None
+    team: str | None = None
 
     @classmethod
     def of(cls, scope: Scope, endpoint: str) -> RequestContext:
@@ -158,6 +160,7 @@ class RequestContext:
             self.cached_tokens,
             self.engine_seconds,
             self.content_length,
+            self.team,
         )
 
 

@@ -74,7 +74,7 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
     elif not cpp_compiler:
         yield Derived("--enforce-eager", "", "no C++ compiler")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")
-    yield Derived("--served-model-name", " ".join(_names(spec)), "name, model.source")
+    yield Derived("--served-model-name", " ".join(dict.fromkeys(_names(spec))), "name, model.source, serve.aliases")
     # vLLM's default is `--data-parallel-size`. Each process would have an edge, with limits of its own.
     yield Derived("--api-server-count", "1", "the edge of inferctl")
     yield Derived("--middleware", MIDDLEWARE, "the edge of inferctl")
@@ -87,8 +87,9 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
 def _names(spec: Spec) -> Iterator[str]:
     """Yield the names that requests may use and `/v1/models` lists. A folder of this machine is none of them."""
     yield spec.name
-    if is_hub_id(spec.model.source) and spec.model.source != spec.name:
+    if is_hub_id(spec.model.source):
         yield spec.model.source
+    yield from spec.serve.aliases
 
 
 def arguments(spec: Spec, model: VllmModel, derived: list[Derived]) -> list[str]:

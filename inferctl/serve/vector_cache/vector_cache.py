@@ -3,7 +3,7 @@
     keys -> store ----------------------------------------------> vectors
               | missing                                             ^
               +-> joined: another request computes it --------------+
-              +-> a flight of this request: shared level -> engines +
+              +-> a flight of this request: engines ----------------+
 
 A flight runs as long as any request waits for it, so a client that disconnects does not hurt the others. What engines
 compute for a flight counts for the request that started it, also if its client disconnected.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -28,7 +28,6 @@ from inferctl.serve.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
 from inferctl.serve.vector_cache.keys import KeySpace
-from inferctl.serve.vector_cache.shared import SharedLevel
 from inferctl.serve.vector_cache.store import VectorStore
 
 # A request joins the flights of others this often. If they fail for reasons of their own, it computes everything.
@@ -52,22 +51,19 @@ class Compute(Protocol):
 
 @dataclass(eq=False)
 class _Flight:
-    """Missing sequences of one request that are looked up in the shared level and computed.
+    """Missing sequences of one request that are computed.
 
     `future`: of the computation. `ended`: that it is done, for the request that started it, which may cancel this one.
     `waiters`: how many requests need the flight. `joined`: futures of single vectors that other requests wait for; None
-    means that the flight failed. `marks`: as in `Batch`.
+    means that the flight failed.
     """
 
-    sequences: dict[bytes, Tokens]
-    marks: dict[bytes, int] | None
+    keys: list[bytes]
     bulk: bool
     ended: asyncio.Future[None]
-    use: EngineUse
-    future: asyncio.Future[RequestResult | None] = field(init=False)
+    future: asyncio.Future[RequestResult] = field(init=False)
     waiters: int = 0
     found: dict[bytes, bytes] = field(default_factory=dict)
-    from_shared: set[bytes] = field(default_factory=set)
     joined: dict[bytes, asyncio.Future[bytes | None]] = field(default_factory=dict)
     error: BaseException | None = None
 
@@ -81,17 +77,16 @@ class _Flight:
 def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
     """Return the cache of a server, None without one: also for a task whose results are not cached.
 
-    Raises `NotReadyError` if a package is missing, `UsageError` for a bad size or URL.
+    Raises `NotReadyError` if a package is missing, `UsageError` for a bad size.
     """
     if task not in CACHED or not settings.size:
         return None
-    shared = SharedLevel(settings.shared, metrics.cache_shared_failures.inc) if settings.shared else None
     store = VectorStore(parse_size(settings.size))
-    return VectorCache(store, metrics, shared, scoped=settings.scope == "key", marked=task == "embed")
+    return VectorCache(store, metrics, scoped=settings.scope == "key", marked=task == "embed")
 
 
 class VectorCache:
-    """The cache of one server. Runs on the event loop. `key_space` is set when the model is loaded.
+    """The cache of one server. Runs on the event loop.
 
     `marked`: whether it keeps rows of sequences with a mark: those of embedding models, and no pairs.
     """
@@ -100,24 +95,16 @@ class VectorCache:
         self,
         store: VectorStore,
         metrics: Metrics,
-        shared: SharedLevel | None = None,
         *,
         scoped: bool = True,
         marked: bool = True,
     ) -> None:
-        self.shared, self.marked = shared, marked
+        self.marked = marked
         self._store, self._metrics, self._scoped = store, metrics, scoped
-        self._local_hits, self._shared_hits = (metrics.cache_hits.labels(level) for level in ("local", "shared"))
+        self._hits = metrics.cache_hits.labels("local")
         metrics.cache_bytes.set_function(lambda: store.bytes)
-        metrics.cache_shared_up.set_function(lambda: shared is not None and shared.up)
-        self._key_space: KeySpace | None = None
+        self._key_space = KeySpace()
         self._flights: dict[bytes, _Flight] = {}  # who computes a vector now
-
-    def model_loaded(self, identity: Mapping[str, object], dimensions: int) -> None:
-        """Set what determines a vector except its token ids."""
-        self._key_space = KeySpace(identity)
-        if self.shared:
-            self.shared.vector_bytes = 4 * dimensions
 
     async def run(
         self,
@@ -137,7 +124,6 @@ class VectorCache:
         Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
         `compute` raises.
         """
-        assert self._key_space is not None
         keys = self._key_space.keys(scope if self._scoped else None, sequences, marks)
         if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
             if b"no-store" in wanted:
@@ -157,7 +143,7 @@ class VectorCache:
         bulk: bool,
     ) -> RequestResult:
         found: dict[bytes, bytes] = {}
-        computed = from_shared = joins = 0
+        computed = joins = 0
         queue_s = inference_s = 0.0
         local = 0
         while True:
@@ -182,27 +168,24 @@ class VectorCache:
             await self._wait({*joined.values(), *((own,) if own else ())}, own, list(waiting.values()))
             if own:
                 result = own.future.result()
-                if result and not joins and len(missing) == len(keys) and not own.from_shared:
+                if not joins and len(missing) == len(keys):
                     # The most common case: all inputs are new. To put the vectors together again would take as long.
                     self._metrics.cache_misses.inc(len(keys))
                     return result
                 found |= own.found
-                computed += len(own.found) - len(own.from_shared)
-                from_shared += len(own.from_shared)
-                if result:
-                    queue_s, inference_s = queue_s + result.queue_seconds, inference_s + result.inference_seconds
+                computed += len(own.found)
+                queue_s, inference_s = queue_s + result.queue_seconds, inference_s + result.inference_seconds
             elif waiting:
                 queue_s += time.monotonic() - started
             for key, future in waiting.items():
                 if (joined_vector := future.result()) is not None:
                     found[key] = joined_vector
-                elif (error := joined[key].error) and len(joined[key].sequences) == 1:
+                elif (error := joined[key].error) and len(joined[key].keys) == 1:
                     raise error  # the same sequence would fail again
             joins += 1
-        self._local_hits.inc(local)
-        self._shared_hits.inc(from_shared)
+        self._hits.inc(local)
         self._metrics.cache_misses.inc(computed)
-        self._metrics.cache_coalesced.inc(len(keys) - local - from_shared - computed)
+        self._metrics.cache_coalesced.inc(len(keys) - local - computed)
         non_finite = [index for index, key in enumerate(keys) if not found[key]]
         rows: Rows = np.empty((0, 0), np.float32)
         if not non_finite and marks is None:
@@ -220,34 +203,14 @@ class VectorCache:
         use: EngineUse,
         bulk: bool,
     ) -> _Flight:
-        flight = _Flight(missing, marks, bulk, asyncio.get_running_loop().create_future(), use)
-        if self.shared and self.shared.up and marks is None:  # it checks that rows have the width of this model
-            flight.future = asyncio.ensure_future(self._through_shared(flight, self.shared, compute))
-            use.begin()  # it may compute after its request was cancelled
-            flight.future.add_done_callback(use.end)
-        else:
-            flight.future = self._computed(flight, list(missing), compute)  # type: ignore[assignment]
+        flight = _Flight(list(missing), bulk, asyncio.get_running_loop().create_future())
+        in_order = None if marks is None else [marks[key] for key in missing]
+        arrived = partial(self._arrived, flight)
+        flight.future = compute(list(missing.values()), in_order, on_vector=arrived, use=use)
         flight.future.add_done_callback(partial(self._finished, flight))
         for key in missing:
             self._flights[key] = flight
         return flight
-
-    async def _through_shared(self, flight: _Flight, shared: SharedLevel, compute: Compute) -> RequestResult | None:
-        """Look the sequences of a flight up in the shared level, and compute the rest."""
-        for key, vector in (await shared.get(list(flight.sequences))).items():
-            flight.from_shared.add(key)
-            self._resolve(flight, key, vector)
-        missing = [key for key in flight.sequences if key not in flight.found]
-        if not missing:
-            return None
-        result = await self._computed(flight, missing, compute)
-        shared.put({key: flight.found[key] for key in missing if flight.found[key]})
-        return result
-
-    def _computed(self, flight: _Flight, keys: Sequence[bytes], compute: Compute) -> asyncio.Future[RequestResult]:
-        sequences, arrived = [flight.sequences[key] for key in keys], partial(self._arrived, flight, keys)
-        marks = None if flight.marks is None else [flight.marks[key] for key in keys]
-        return compute(sequences, marks, on_vector=arrived, use=flight.use)
 
     async def _wait(
         self, flights: set[_Flight], own: _Flight | None, futures: Sequence[asyncio.Future[bytes | None]]
@@ -269,8 +232,8 @@ class VectorCache:
                     self._forget(flight)
                     flight.future.cancel()
 
-    def _arrived(self, flight: _Flight, keys: Sequence[bytes], index: int, vector: Vectors, ok: bool) -> None:
-        self._resolve(flight, keys[index], vector.tobytes() if ok else _NON_FINITE)
+    def _arrived(self, flight: _Flight, index: int, vector: Vectors, ok: bool) -> None:
+        self._resolve(flight, flight.keys[index], vector.tobytes() if ok else _NON_FINITE)
 
     def _resolve(self, flight: _Flight, key: bytes, vector: bytes) -> None:
         flight.found[key] = vector
@@ -281,7 +244,7 @@ class VectorCache:
         if (future := flight.joined.get(key)) and not future.done():
             future.set_result(vector)
 
-    def _finished(self, flight: _Flight, future: asyncio.Future[RequestResult | None]) -> None:
+    def _finished(self, flight: _Flight, future: asyncio.Future[RequestResult]) -> None:
         flight.error = asyncio.CancelledError() if future.cancelled() else future.exception()
         self._forget(flight)
         if not flight.ended.done():
@@ -291,7 +254,7 @@ class VectorCache:
                 joined.set_result(None)
 
     def _forget(self, flight: _Flight) -> None:
-        for key in flight.sequences:
+        for key in flight.keys:
             if self._flights.get(key) is flight:
                 del self._flights[key]
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
@@ -34,6 +34,12 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():  # PostgreSQL stores no NUL, so it would stop the ledger
+        raise ValueError("must have printable characters only")
+    return text
+
+
 class StoredDigest(_Record):
     """The SHA-256 (hex) of one key, which is accepted until `not_after`."""
 
@@ -44,13 +50,14 @@ class StoredDigest(_Record):
 class ApiKey(_Record):
     """One API key. A key that was rotated has several digests for some time.
 
-    `models`, `endpoints`: the names that it may use, None for all. `admin`: whether it may read metrics, documentation
-    and the description of the server. `priority`: `bulk` makes each of its requests a bulk request. Limits: None for
-    the default of the server.
+    `team`: who pays for its usage. `models`, `endpoints`: the names that it may use, None for all. `admin`: whether it
+    may read metrics, documentation and the description of the server. `priority`: `bulk` makes each of its requests a
+    bulk request. Limits: None for the default of the server.
     """
 
     id: Annotated[str, Field(pattern=rf"^{keys.ID}$")]
     name: Annotated[str, Field(min_length=1, max_length=100)]
+    team: Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_printable)] | None = None
     digests: list[StoredDigest]
     created: AwareDatetime
     expires: AwareDatetime | None = None

@@ -26,10 +26,6 @@ class UnavailableError(Exception):
     """A credential cannot be checked now. A retry after some seconds may succeed."""
 
 
-class BusyError(Exception):
-    """Too many credentials of this kind wait to be checked. A retry in the next second may succeed."""
-
-
 class Entry(NamedTuple):
     """What a key opens, until `not_after` (Unix time)."""
 

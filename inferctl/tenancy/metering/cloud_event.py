@@ -40,8 +40,8 @@ _ROW = [
 _WIDTH = len(_ROW)
 # `data` of the event of a request: its row and its `Origin`. The columns of the ledger have the same names.
 _COMMON = ["model", "model_sha256", "task", "hardware"]
-FIELDS = [*_ROW, "requests", *_COMMON]
-_TEXTS = {"key_id", "endpoint", "code", "request_id", *_COMMON}
+FIELDS = [*_ROW, "requests", "team", *_COMMON]
+_TEXTS = {"key_id", "endpoint", "code", "request_id", "team", *_COMMON}
 _SECONDS = {"engine_ms", "duration_ms"}
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
 
@@ -59,6 +59,8 @@ class RequestUsage(Protocol):
     def code(self) -> str | None: ...
     @property
     def key_id(self) -> str | None: ...
+    @property
+    def team(self) -> str | None: ...
     @property
     def inputs(self) -> int: ...
     @property
@@ -144,7 +146,9 @@ def requests(origin: Origin, items: Sequence[Item]) -> dict[str, Any]:
         )
         for number, at, usage, count, caller in items
     ]
-    return {"common": asdict(origin), "requests": rows}
+    # By key, in a field that an older relay does not read.
+    teams = {item.usage.key_id: item.usage.team for item in items if item.usage.team}
+    return {"common": asdict(origin), "requests": rows} | ({"teams": teams} if teams else {})
 
 
 def end(number: int, time_ms: int, *, clean: bool) -> bytes:
@@ -175,9 +179,9 @@ def _read(source: str, found: Any) -> list[Event]:
     if "end" in found:
         number, time_ms, clean = found["end"]
         return [Event(number, time_ms, END, {"clean": clean})]
-    common = {name: found["common"][name] for name in _COMMON}
+    common, teams = {name: found["common"][name] for name in _COMMON}, dict(found.get("teams", {}))
     return [
-        Event(number, time_ms, REQUEST, dict(zip(_ROW, values[:_WIDTH], strict=True)) | _count(values) | common)
+        Event(number, time_ms, REQUEST, _row(values) | {"team": teams.get(values[0])} | common)
         for number, time_ms, *values in found["requests"]
     ]
 
@@ -198,11 +202,11 @@ def _event(found: dict[str, Any]) -> Event:
     time_ms = round(1000 * datetime.fromisoformat(found["time"]).timestamp())
     data = found["data"]
     if found["type"] == REQUEST:
-        data = {"requests": 1, **data}  # an older version does not sum requests
+        data = {"requests": 1, "team": None, **data}  # an older version does not have them
     names = FIELDS if found["type"] == REQUEST else ["clean"]
     return Event(int(found["id"]), time_ms, found["type"], {name: data[name] for name in names})
 
 
-def _count(values: Sequence[Any]) -> dict[str, int]:
+def _row(values: Sequence[Any]) -> dict[str, Any]:
     (count,) = values[_WIDTH:] or (1,)
-    return {"requests": count}
+    return dict(zip(_ROW, values[:_WIDTH], strict=True)) | {"requests": count}

@@ -12,6 +12,7 @@ import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -41,6 +42,7 @@ EVENTS = sa.Table(
     sa.Column("status", sa.Integer),
     *(sa.Column(name, sa.String) for name in ("code", "hardware", "request_id")),
     sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("team", sa.String),
 )
 # `sent`: what an HTTP sink has. `ended`: None, clean or unclean (the process was killed).
 SOURCES = sa.Table(
@@ -64,6 +66,7 @@ GAPS = sa.Table(
 # What `usage` can group by -> its column.
 DIMENSIONS: dict[str, Any] = {
     "key": EVENTS.c.key_id,
+    "team": EVENTS.c.team,
     "day": EVENTS.c.day,
     "month": sa.func.substr(EVENTS.c.day, 1, 7),
     **{name: EVENTS.c[name] for name in ("model", "task", "endpoint", "hardware", "status", "code", "source")},
@@ -212,21 +215,13 @@ class Ledger:
         event = EVENTS.c
         errors = sa.func.sum(sa.case((event.status >= 400, event.requests), else_=0)).label("errors")
         sums = [sa.func.sum(event[name]).label(name) for name in SUMS if name in event]
-        query = sa.select(
-            *columns,
-            errors,
-            *sums,
-            (sa.func.sum(event.engine_ms) / 1000.0).label("engine_seconds"),
-        )
+        # Events have whole microseconds. Their sum as integers is exact, that of the floats is not.
+        engine_us = sa.func.sum(sa.cast(sa.func.round(event.engine_ms * 1000), sa.BigInteger)).label("engine_us")
+        query = sa.select(*columns, errors, *sums, engine_us)
         query = query.where(event.time_ms >= since_ms, event.time_ms < until_ms)
         with self._transaction() as connection:
             found = connection.execute(query.group_by(*columns).order_by(*columns)).mappings().all()
-        # A sum of PostgreSQL is a Decimal.
-        return [
-            {**row, **{name: float(row[name]) if name == "engine_seconds" else int(row[name]) for name in SUMS}}
-            for row in found
-            if row["requests"]
-        ]
+        return [_sums(row, dimensions) for row in found if row["requests"]]
 
     def gaps(self, since_ms: int, until_ms: int) -> list[Gap]:
         """Return the lost events that were noticed from `since_ms` to before `until_ms`."""
@@ -252,6 +247,14 @@ class Ledger:
 def _day(number: int) -> str:
     """Return the date of a day, counted from 1970."""
     return (_EPOCH + datetime.timedelta(number)).isoformat()
+
+
+def _sums(row: sa.RowMapping, dimensions: Sequence[str]) -> dict[str, Any]:
+    """Return the dimensions and `SUMS` of a row. A sum of PostgreSQL is a Decimal."""
+    sums = {name: int(row[name]) for name in SUMS if name in row}
+    return (
+        {name: row[name] for name in dimensions} | sums | {"engine_seconds": Decimal(int(row["engine_us"])) / 1_000_000}
+    )
 
 
 def _event(row: Any) -> dict[str, Any]:

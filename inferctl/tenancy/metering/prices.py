@@ -72,7 +72,8 @@ class TokenPrice(Section):
         output: int = row["output_tokens"]
         cached_price = self.input if self.cached is None else self.cached
         tokens = self.input * computed + cached_price * cached + self.output * output
-        return tokens / _MILLION + self.engine_second * Decimal(str(row["engine_seconds"]))
+        seconds: Decimal = row["engine_seconds"]
+        return tokens / _MILLION + self.engine_second * seconds
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Report:
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in _plain(row).items()} for row in self.rows)
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in self.rows)
         return text.getvalue()
 
 
@@ -103,12 +103,14 @@ def _empty(book: PriceBook | None) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return f"{value:f}"
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     plain = dict(row)
-    plain["engine_seconds"] = round(row["engine_seconds"], 6)
+    plain["engine_seconds"] = float(row["engine_seconds"])
     if "cost" in row:
         plain["cost"] = f"{row['cost']:f}"
     return plain
