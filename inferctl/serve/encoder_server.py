@@ -13,6 +13,7 @@ from typing import Any
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
+from inferctl.core import cgroup
 from inferctl.core.sizes import parse_size
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
@@ -27,7 +28,6 @@ from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
-from inferctl.serve.engines.cpu import usable_cores
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metering import ServerMetering
@@ -329,7 +329,7 @@ def _api_processes(spec: Spec) -> int:
     """Return how many API processes the server has. With one, this process is it."""
     if spec.serve.api_processes != "auto":
         return spec.serve.api_processes
-    return max(1, min(_MOST_AUTO, usable_cores() // _CORES_PER_API_PROCESS))
+    return max(1, min(_MOST_AUTO, cgroup.cores() // _CORES_PER_API_PROCESS))
 
 
 def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
