@@ -191,7 +191,6 @@ class Fleet:
             "INFERCTL_ACCESS_OIDC_ISSUER": "https://issuer",
             "INFERCTL_ACCESS_OIDC_JWKS": str(self.folder / "jwks.json"),
             "INFERCTL_ACCESS_REQUESTS_PER_MINUTE": "100000",
-            "INFERCTL_SERVE_LOAD_REPORTS": "true",
         }
         arguments = ["--model", str(peers.MODEL), "--name", "minilm", *(["--engine", engine] if engine else [])]
         process, url = serve(self.folder, "embed", *arguments, **environment)

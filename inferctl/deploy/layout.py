@@ -232,8 +232,7 @@ def _components(plan: DeploymentPlan) -> dict[str, Folder]:
 def _routed(model: ModelPlan, namespace: str) -> list[Object]:
     if model.spec.deploy.router == "epp":
         return [*router.objects(model, namespace), other_products.http_route(model, namespace, pool=True)]
-    route = other_products.http_route(model, namespace, pool=False)
-    return [route, other_products.backend_traffic_policy(model, namespace)]
+    return [other_products.http_route(model, namespace, pool=False)]
 
 
 def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:

@@ -172,19 +172,3 @@ def http_route(model: ModelPlan, namespace: str, *, pool: bool) -> Object:
             ],
         },
     }
-
-
-def backend_traffic_policy(model: ModelPlan, namespace: str) -> Object:
-    """Return Envoy Gateway's policy: requests by the load that servers report (ORCA), in its version 1.9 or newer."""
-    return {
-        "apiVersion": "gateway.envoyproxy.io/v1alpha1",
-        "kind": "BackendTrafficPolicy",
-        "metadata": metadata(model.name, namespace, labels_of(model.name, SERVER)),
-        "spec": {
-            "targetRefs": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "name": model.name}],
-            "loadBalancer": {
-                "type": "BackendUtilization",
-                "backendUtilization": {"blackoutPeriod": "5s", "weightUpdatePeriod": "1s"},
-            },
-        },
-    }

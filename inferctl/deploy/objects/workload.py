@@ -120,8 +120,6 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
     if image_source.volume(spec) and not spec.deploy.weights.image:
         # Not by the `subPath` of the mount, which containerd ignores before 2.2: the whole image would be at /model.
         found["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
-    if spec.deploy.router == "envoy-gateway":
-        found["INFERCTL_SERVE_LOAD_REPORTS"] = "true"
     found |= access.environment(spec)
     if model.key_servers:
         found["INFERCTL_ACCESS_REPLICAS"] = Noted(f"{model.key_servers.value:g}", model.key_servers.note)
