@@ -392,7 +392,7 @@ def test_closing_a_build_stops_it_and_tags_nothing(docker: DockerEngine, base_im
 def test_an_image_above_the_size_limit_is_not_tagged(docker: DockerEngine, base_image: str) -> None:
     unknown = SizeForecast((ImagePart("base image", None, "not known"),))
     made = replace(tiny.plan(tiny.rendered(base_image)), forecast=unknown)
-    with pytest.raises(InferctlError, match=r"exceeds --max-size 1\.0 MB") as caught:
+    with pytest.raises(InferctlError, match=r"exceeds image.max_size 1\.0 MB") as caught:
         run(docker, tiny.with_options(made, max_bytes=1_000_000))
     assert caught.value.exit_code == 1
     assert docker.image(made.reference) is None

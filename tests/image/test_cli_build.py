@@ -150,7 +150,7 @@ def test_a_size_limit_with_an_incomplete_forecast_is_a_warning(tmp_path: Path) -
     done = inferctl("build", "--dry-run", "--max-size", "6GB", "--spec", file)
     assert done.returncode == 0
     assert "size forecast: at least" in done.stdout
-    assert "--max-size is checked only after the build" in done.stderr
+    assert "image.max_size is checked only after the build" in done.stderr
     assert "base image" in done.stderr
 
 
@@ -186,7 +186,7 @@ def failed(done: subprocess.CompletedProcess[str], code: int, message: str, hint
 def test_an_image_above_the_size_limit_is_rejected_before_the_build(tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/none"
     done = inferctl("build", "--max-size", "10MB", "--spec", spec(tmp_path), DOCKER_HOST=nowhere)
-    failed(done, 1, "exceeds --max-size 10.0 MB", "--max-size")
+    failed(done, 1, "exceeds image.max_size 10.0 MB", "--max-size")
     assert "server dependencies" in done.stderr
 
 

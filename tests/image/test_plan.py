@@ -311,9 +311,9 @@ KNOWN, UNKNOWN = ImagePart("base image", 1_000_000, "measured"), ImagePart("base
 @pytest.mark.parametrize(
     ("containerd", "part", "size", "what"),
     [
-        (True, KNOWN, 9_000_000, "image size 9.0 MB exceeds --max-size 5.0 MB (compressed)"),
-        (True, UNKNOWN, 9_000_000, "exceeds --max-size 5.0 MB (compressed)"),
-        (False, UNKNOWN, 9_000_000, "image size 9.0 MB (uncompressed) exceeds --max-size 5.0 MB"),
+        (True, KNOWN, 9_000_000, "image size 9.0 MB exceeds image.max_size 5.0 MB (compressed)"),
+        (True, UNKNOWN, 9_000_000, "exceeds image.max_size 5.0 MB (compressed)"),
+        (False, UNKNOWN, 9_000_000, "image size 9.0 MB (uncompressed) exceeds image.max_size 5.0 MB"),
         (False, KNOWN, 9_000_000, None),
         (False, UNKNOWN, 5_000_000, None),
         (True, KNOWN, 5_000_000, None),
