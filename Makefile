@@ -8,14 +8,21 @@ BIN := $(VENV)/bin
 # -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
 # the same tests took 15% more CPU time.
 PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
-# uv, where it is installed, is many times faster than pip. It gets the indexes and the folders of wheels from pip's
-# variables, but does not read pip's configuration files: `make UV=` uses pip. The variables are set in the recipes, not
-# exported, because `inferctl lock` uses uv too. uv gets no options for them, because all users can read command lines.
+# The torch of the published figures and of the shipped CPU lock. pip and uv prefer a newer one of PyPI, with CUDA, to an
+# older CPU build in a folder or an index that they were given.
+TORCH := torch==2.13.*
+# uv, where it is installed, is many times faster than pip. It gets the indexes and the folders of wheels that pip's
+# variables or configuration files name; `make UV=` uses pip. The variables are set in the recipes, not exported,
+# because `inferctl lock` uses uv too. uv gets no options for them, because all users can read command lines.
 UV ?= $(shell command -v uv)
-UV_INSTALL = { test -z "$$PIP_INDEX_URL" || export UV_DEFAULT_INDEX="$$PIP_INDEX_URL"; \
-  test -z "$$PIP_EXTRA_INDEX_URL" || export UV_INDEX="$$PIP_EXTRA_INDEX_URL" UV_INDEX_STRATEGY=unsafe-best-match; \
-  test -z "$$PIP_FIND_LINKS" || export UV_FIND_LINKS="$$(echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)"; } && \
+PIP_SETTING = $$(if [ -n "$$PIP_$(1)" ]; then printf %s "$$PIP_$(1)"; else $(BIN)/python -m pip config list 2>/dev/null | \
+  sed -n "s/^global.$(2)='\(.*\)'$$/\1/p" | sed 's/\\n/ /g'; fi | tr -s ' ' '$(3)' | sed 's/^[ ,]//')
+UV_INSTALL = { index="$(call PIP_SETTING,INDEX_URL,index-url, )"; test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; \
+  index="$(call PIP_SETTING,EXTRA_INDEX_URL,extra-index-url, )"; \
+  test -z "$$index" || export UV_INDEX="$$index" UV_INDEX_STRATEGY=unsafe-best-match; \
+  links="$(call PIP_SETTING,FIND_LINKS,find-links,$(COMMA))"; test -z "$$links" || export UV_FIND_LINKS="$$links"; } && \
   $(UV) pip install --python $(BIN)/python
+COMMA := ,
 INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-version-check)
 
 .DEFAULT_GOAL := help
@@ -52,7 +59,7 @@ check: $(VENV)/.dev  ## run lint, format and type checks
 golden: $(VENV)/.dev model  ## update the golden files; read the diff before you commit it
 	$(PYTEST) -q --update-golden
 
-docs: $(VENV)/.dev  ## regenerate docs/reference.md from the help, and docs/models.md from the checks at a start
+docs: $(VENV)/.dev  ## regenerate docs/reference/ from the help, and docs/models.md from the checks at a start
 	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docs/write_models.py
 
@@ -107,10 +114,12 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo 'error: cannot create a virtual environment'; echo; echo 'hint: apt-get install python3-venv'; exit 1; }
 
-# The torch wheel on PyPI includes CUDA (about 3 GB). Set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL for a CPU build.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@echo "installing inferctl with torch, transformers and Locust ..."
-	@$(INSTALL) --quiet --editable '.[serve,int8,bench]'
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip config list 2>/dev/null | grep -qE 'find-links|index-url' || \
+	  { echo 'note: the torch of PyPI includes CUDA (3 GB). This machine has no GPU; for the CPU build, end this and run'; \
+	    echo "      PIP_EXTRA_INDEX_URL=$$(sed -n 's/^ *index: //p' base-images/stacks.yaml | head -n 1) make demo"; }
+	@echo "installing inferctl with $(TORCH), transformers and Locust ..."
+	@$(INSTALL) --quiet --editable '.[serve,int8,bench]' '$(TORCH)'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo

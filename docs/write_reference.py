@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the help of the command line, exit codes, keys of files, metrics and lint rules.
+"""Writes docs/reference/ from the help of the command line, exit codes, keys of files, metrics and lint rules.
 
 `make docs` runs it, and a test compares the result.
 
@@ -18,12 +18,22 @@ from typing import Any
 
 from pydantic import BaseModel
 
-TARGET = Path(__file__).resolve().parent / "reference.md"
+TARGET = Path(__file__).resolve().parent / "reference"
 HEAD = """\
 # Reference
 
-`make docs` writes this page from the program, and a test compares the two. A command prints its result on stdout and
-messages on stderr. With `--json` the result is one JSON document.
+`make docs` writes these pages from the program, and a test compares the two.
+
+| page | has |
+|---|---|
+| [Commands](commands.md) | every command with its options |
+| [Settings](settings.md) | the keys of `inferctl.yaml`, of a clusters file and of a plan |
+| [Server](server.md) | endpoints and metrics |
+| [Rules of the lint](lint.md) | what `inferctl deploy --lint` finds |
+
+## Exit codes and output
+
+A command prints its result on stdout and messages on stderr. With `--json` the result is one JSON document.
 """
 JSON_ERRORS = """\
 If a command with `--json` fails before it has a result, stdout is this document. `problems` lists the errors of a
@@ -38,17 +48,17 @@ If the reader of stdout is gone (`| head -1`) or stdout is closed, the command d
 A stderr that cannot be written never changes the exit code.
 """
 PLANS = """\
-A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](bench.md#plans) has examples.
+A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](../bench.md#plans) has examples.
 """
 METRICS = """\
-A star (*) marks metrics that servers of generation do not have. [What their names do not say](observability.md).
+A star (*) marks metrics that servers of generation do not have. [What their names do not say](../observability.md).
 """
 ENDPOINTS = """\
 All are POST, and have the same keys, limits and metering. Except `/tokenize`, they have the same cache and admission.
-`GET /openapi.json` of a server describes its own. [Clients](serve.md#use-a-client-library).
+`GET /openapi.json` of a server describes its own. [Clients](../serve.md#use-a-client-library).
 """
 RULES = """\
-The level is that of the clearest case. [The lint](deploy-lint.md#rules) names the rules that have two.
+The level is that of the clearest case. [The lint](../deploy-lint.md#rules) names the rules that have two.
 """
 
 
@@ -177,23 +187,31 @@ def endpoints() -> str:
     return "\n".join(rows) + "\n"
 
 
-def reference() -> str:
-    """Return the whole page."""
-    parts = [HEAD, exit_codes(), JSON_ERRORS, "## inferctl\n", f"```text\n{help_of()}```\n"]
-    for command in commands():
-        parts += [f"## inferctl {' '.join(command)}\n", f"```text\n{help_of(*command)}```\n"]
+def pages() -> dict[str, str]:
+    """Return all pages by their file names."""
     from inferctl.bench.plan.plan import Plan
     from inferctl.config.spec import Spec
     from inferctl.deploy.clusters import Clusters
 
-    parts += ["## Keys of inferctl.yaml\n", keys(Spec)]
-    parts += ["## Keys of a clusters file\n", keys(Clusters)]
-    parts += ["## Keys of a plan\n", PLANS, keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})]
-    parts += ["## Endpoints of a server\n", ENDPOINTS, endpoints()]
-    parts += ["## Metrics of a server\n", METRICS, metrics(), "## Rules of the lint\n", RULES, rules()]
-    return "\n".join(parts)
+    helps = [("inferctl", help_of()), *((f"inferctl {' '.join(each)}", help_of(*each)) for each in commands())]
+    plan = keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})
+    parts = {
+        "index": [HEAD, exit_codes(), JSON_ERRORS],
+        "commands": ["# Commands\n", *(f"## {name}\n\n```text\n{text}```\n" for name, text in helps)],
+        "settings": [
+            *("# Settings\n", "## Keys of inferctl.yaml\n", keys(Spec)),
+            *("## Keys of a clusters file\n", keys(Clusters), "## Keys of a plan\n", PLANS, plan),
+        ],
+        "server": [
+            *("# Server\n", "## Endpoints of a server\n", ENDPOINTS, endpoints()),
+            *("## Metrics of a server\n", METRICS, metrics()),
+        ],
+        "lint": ["# Rules of the lint\n", RULES, rules()],
+    }
+    return {f"{name}.md": "\n".join(each) for name, each in parts.items()}
 
 
 if __name__ == "__main__":
-    TARGET.write_text(reference(), encoding="utf-8")
-    print(TARGET)
+    for name, text in pages().items():
+        (TARGET / name).write_text(text, encoding="utf-8")
+        print(TARGET / name)

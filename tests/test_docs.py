@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -20,15 +20,9 @@ from tests.published_models import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("inferctl", "tests", "benchmarks", "docs")
+# What a team lead who pays by usage types into the search.
+SEARCHED = ("disconnected", "client", "charged")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-
-
-def test_the_reference_matches_the_program() -> None:
-    located = importlib.util.spec_from_file_location("write_reference", ROOT / "docs" / "write_reference.py")
-    assert located and located.loader
-    module = importlib.util.module_from_spec(located)
-    located.loader.exec_module(module)
-    assert module.TARGET.read_text(encoding="utf-8") == module.reference(), "`make docs` writes it anew"
 
 
 def anchors(page: Path) -> set[str]:
@@ -80,6 +74,10 @@ def test_the_site_builds_strictly_and_its_pages_load_nothing_from_other_hosts(tm
             r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//[^>]*", file.read_text()
         )
         assert loaded == [], file.name
+    # The search of the site finds sections that have a word that begins with each word.
+    sections = json.loads((tmp_path / ".cache" / "site" / "search.json").read_text())["items"]
+    found = [each["location"] for each in sections if all(f" {word}" in each["text"] for word in SEARCHED)]
+    assert any(location.startswith("share/metering.html#") for location in found), found
     (tmp_path / "docs" / "index.md").write_text("[dead](no-such-page.md)\n")
     assert build_site(tmp_path).returncode != 0
 

@@ -274,6 +274,13 @@ def test_a_model_image_is_baked_without_an_upload_of_its_weights_and_is_served(
     assert np.array_equal(*vectors)
 
 
+def test_a_container_without_enough_memory_names_its_limit(pushed: str, minilm: Path) -> None:
+    ended = execute("docker", "run", "--rm", "--memory", "300m", "--volume", f"{minilm}:/model:ro", pushed)
+    assert ended.returncode == 3, ended.stderr
+    assert "314.6 MB" in ended.stderr
+    assert "raise the memory limit" in ended.stderr.partition("hint:")[2]
+
+
 def test_the_image_serves_a_sparse_encoder(pushed: str, splade: Path) -> None:
     command = ("verify", pushed, "--model", splade, "--network", "host", "--against", "sentence-transformers", "--json")
     verified = json.loads(inferctl(*command).stdout)["verified"]

@@ -60,10 +60,10 @@ def test_a_context_that_does_not_fit_is_an_error_with_what_does() -> None:
     found = finding(judged, "memory")
     assert judged.capacity
     assert (judged.verdict, judged.capacity.sequences) == ("error", 0)
-    assert found.what == "does not fit, estimated: no memory for one sequence of 131,072 tokens"
+    assert "131,072" in found.what
     longest = judged.capacity.longest_context_tokens
     assert found.hint is not None
-    assert found.hint.startswith(f"use serve.max_context_tokens: {longest}, or serve.precision: fp8 with ")
+    assert f"serve.max_context_tokens: {longest}" in found.hint and "fp8" in found.hint
     assert found.hint.endswith(", or serve.gpus: 2")
     assert on("l4", max_context_tokens=longest).verdict == "ok"
     assert on("l4", max_context_tokens=longest + 1).verdict == "error"
@@ -81,7 +81,7 @@ def test_the_hints_fit() -> None:
 
 def test_nothing_helps_a_model_that_is_much_too_large() -> None:
     large = fit.ModelSize(400_000_000_000, LLAMA.config)
-    assert finding(on("t4", large), "memory").hint == "use hardware with more memory or a smaller model"
+    assert "hardware" in (finding(on("t4", large), "memory").hint or "")
 
 
 def test_the_weights_and_the_kv_heads_are_divided_among_gpus() -> None:
@@ -94,7 +94,7 @@ def test_the_weights_and_the_kv_heads_are_divided_among_gpus() -> None:
     assert two.capacity.kv_bytes_per_token == one.capacity.kv_bytes_per_token // 2
     assert two.capacity.sequences > 2 * one.capacity.sequences
     assert "on each of 2 GPUs" in finding(two, "memory").why
-    assert finding(on("a100-40gb-mig-3g.20gb", gpus=2), "gpus").what == "serve.gpus: 2 MIG slices cannot share a model"
+    assert "serve.gpus: 2" in finding(on("a100-40gb-mig-3g.20gb", gpus=2), "gpus").what
 
 
 def test_fp8_halves_the_linear_layers_but_not_the_tables() -> None:
@@ -116,9 +116,7 @@ def test_a_prepared_checkpoint_keeps_its_format_and_the_size_of_its_files() -> N
     assert (judged.precision, judged.level, judged.memory.weights) == ("int8", "unknown", 9_000_000_000)
     rejected = on("t4", model, precision="fp8")
     assert (rejected.verdict, rejected.memory) == ("error", None)
-    assert finding(rejected, "precision").why == (
-        "the weights of the checkpoint are int8 (gptq); vLLM does not convert them to fp8"
-    )
+    assert "int8 (gptq)" in finding(rejected, "precision").why
 
 
 def test_int8_of_a_plain_checkpoint_and_bf16_on_a_t4_are_errors() -> None:
@@ -130,7 +128,7 @@ def test_a_gpu_older_than_turing_is_an_error() -> None:
     volta = catalog.Hardware(**{**vars(catalog.hardware("t4")), "key": "v100", "compute_capability": "7.0"})
     base = catalog.base("cuda12.8")
     judged = generation_fit.check_part(spec(), base, catalog.stack(base.stack), volta, FALCON)
-    assert finding(judged, "vllm").what == "vLLM does not run on compute capability 7.0"
+    assert finding(judged, "vllm").what.endswith("7.0")
 
 
 def test_auto_keeps_fp16_weights_in_fp16() -> None:
@@ -141,7 +139,7 @@ def test_auto_keeps_fp16_weights_in_fp16() -> None:
 def test_a_cpu_has_the_kv_cache_of_the_spec() -> None:
     judged = on("cpu", FALCON, precision="bf16")
     assert judged.level == "depends"
-    assert judged.reason == "native if the CPU has amx_bf16 or avx512_bf16; else emulated"
+    assert "amx_bf16 or avx512_bf16" in judged.reason
     assert judged.capacity
     assert judged.capacity.kv_cache_bytes == 4 * GIB
     long = on("cpu", precision="bf16").capacity
@@ -157,7 +155,7 @@ def test_a_kv_cache_of_a_fixed_size_must_fit_beside_the_weights() -> None:
     assert fixed.capacity
     assert (fixed.verdict, fixed.capacity.kv_cache_bytes) == ("ok", 4_000_000_000)
     found = finding(on("l4", kv_cache="8GB", max_context_tokens=8192), "memory")
-    assert (found.level, found.hint) == ("error", "set serve.kv_cache to at most 5.7 GB, or remove it")
+    assert found.level == "error" and "5.7 GB" in (found.hint or "")
     assert finding(on("t4", kv_cache="8GB"), "memory").hint == "remove serve.kv_cache"
 
 
@@ -170,7 +168,7 @@ def test_what_is_unknown_is_stated() -> None:
     hybrid = fit.ModelSize(8_000_000_000, LLAMA.config | {"layer_types": ["linear_attention"]})
     judged = on("l4", hybrid)
     assert (judged.verdict, judged.memory, judged.capacity) == ("warn", None, None)
-    assert finding(judged, "memory").what == "KV cache not estimated; the weights take about 16.0 GB"
+    assert "16.0 GB" in finding(judged, "memory").what
     assert finding(on("t4", hybrid), "memory").level == "error"
     unknown = on("t4", fit.UnknownSize("the hub does not respond", "check the network"))
     assert finding(unknown, "memory").why == "the hub does not respond"
@@ -189,7 +187,7 @@ def test_an_architecture_that_vllm_does_not_run_is_an_error(name: str) -> None:
 def test_a_context_beyond_the_model_is_an_error_unless_the_model_scales_it() -> None:
     (found,) = checked(DOLLY_12B, max_context_tokens=4096)
     assert (found.level, found.hint) == ("error", "set at most 2048")
-    assert found.what == "serve.max_context_tokens: 4,096 is more than the model's context of 2,048 tokens"
+    assert "4,096" in found.what and "2,048" in found.what
     assert checked(DOLLY_12B, max_context_tokens=2048) == []
     scaled = DOLLY_12B | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     assert [found.level for found in checked(scaled, max_context_tokens=4096)] == ["warn"]
@@ -198,15 +196,15 @@ def test_a_context_beyond_the_model_is_an_error_unless_the_model_scales_it() -> 
 
 def test_the_heads_must_be_divisible_by_the_number_of_gpus() -> None:
     (found,) = checked(dict(LLAMA.config), gpus=3)
-    assert (found.topic, found.hint) == ("gpus", "set it to one of 1, 2, 4, 8, 16")
+    assert found.topic == "gpus" and "1, 2, 4, 8, 16" in (found.hint or "")
 
 
 def test_settings_of_another_task_are_a_warning_only_if_they_are_set() -> None:
     assert list(generation_fit.check_settings(spec(), "generate")) == []
     (found,) = generation_fit.check_settings(spec(max_client_batch=2048, gpus=1), "generate")
-    assert (found.level, found.what) == ("warn", "serve.max_client_batch: not used by the task generate")
+    assert found.level == "warn" and "serve.max_client_batch" in found.what
     (found,) = generation_fit.check_settings(spec(gpus=2, kv_cache="4GB"), "embed")
-    assert found.what == "serve.kv_cache, serve.gpus: not used by the task embed"
+    assert "serve.kv_cache, serve.gpus" in found.what
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,16 +30,17 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "pyproject.toml").touch()
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.touch()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     uv = tmp_path / "uv"
     uv.write_text('#!/bin/sh\ntr "\\0" " " </proc/$$/cmdline\necho\nenv\n')
     uv.chmod(0o755)
     return tmp_path
 
 
-def make(checkout: Path, *arguments: str) -> str:
+def make(checkout: Path, *arguments: str, settings: dict[str, str] = SETTINGS) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_", "MAKE"))}
-    done = execute("make", "--silent", *arguments, cwd=checkout, env=environment | SETTINGS, code=0)
+    done = execute("make", "--silent", *arguments, cwd=checkout, env=environment | settings, code=0)
     return done.stdout
 
 
@@ -49,6 +52,18 @@ def test_uv_gets_the_settings_of_pip_and_no_command_line_has_them(checkout: Path
     assert "UV_FIND_LINKS=/o'brien/wheels,/other" in lines
     (command,) = (line for line in lines if " pip install " in line)
     assert "index.example" not in command
+    # A newer torch of an index, with CUDA, is not installed in place of the CPU build of a folder.
+    (torch,) = re.findall(r"torch==(\d+\.\d+)\.\*", command)
+    assert f"\ntorch=={torch}." in (ROOT / "base-images" / "locks" / "torch2.13-cpu" / "torch.txt").read_text()
+
+
+def test_uv_gets_what_the_configuration_files_of_pip_say(checkout: Path) -> None:
+    file = checkout / "pip.conf"
+    file.write_text(f"[global]\nindex-url = {SECRET}\nfind-links =\n    /a\n    /b\n")
+    lines = make(checkout, f"UV={checkout}/uv", ".venv/.demo", settings={"PIP_CONFIG_FILE": str(file)}).splitlines()
+    assert f"UV_DEFAULT_INDEX={SECRET}" in lines
+    assert "UV_FIND_LINKS=/a,/b" in lines
+    assert not [line for line in lines if line.startswith("UV_INDEX=")]
 
 
 def test_other_recipes_do_not_get_them(checkout: Path) -> None:

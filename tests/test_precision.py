@@ -74,15 +74,13 @@ def test_levels(precision: str, device: DeviceTraits, checkpoint: Checkpoint, le
 
 def test_int8_of_a_plain_checkpoint_says_why_and_what_to_do() -> None:
     found = generation_support("int8", A100)
-    assert (
-        found.reason == "vLLM does not convert the weights of a checkpoint to int8: it runs prepared checkpoints only"
-    )
-    assert found.hint == "choose a checkpoint in compressed-tensors W8A8 or GPTQ with 8 bits, or use fp8"
+    assert "prepared checkpoints" in found.reason
+    assert "W8A8" in (found.hint or "")
 
 
 def test_bf16_on_a_t4_is_rejected_for_generation_but_emulated_for_embeddings() -> None:
     found = generation_support("bf16", T4)
-    assert found.reason == "vLLM rejects bf16 below compute capability 8.0; this GPU has 7.5"
+    assert "8.0" in found.reason and "7.5" in found.reason
     assert found.hint == "use fp16"
     assert support("bf16", T4).level == "emulated"
 
@@ -90,10 +88,7 @@ def test_bf16_on_a_t4_is_rejected_for_generation_but_emulated_for_embeddings() -
 @pytest.mark.parametrize("device", [T4, A100, CPU])
 def test_fp8_is_rejected_for_embeddings(device: DeviceTraits) -> None:
     found = support("fp8", device)
-    assert (found.level, found.reason) == (
-        "unsupported",
-        "fp8 is for generation; embeddings and reranking do not have it",
-    )
+    assert found.level == "unsupported" and "fp8" in found.reason
 
 
 @pytest.mark.parametrize(

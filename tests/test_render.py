@@ -29,7 +29,7 @@ def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) 
     return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE)
 
 
-@pytest.mark.parametrize("base", ["cuda12.8", "cuda13.0", "ngc25.12", "cpu", "vllm-cuda13.0", "vllm-cpu"])
+@pytest.mark.parametrize("base", ["cuda13.0", "ngc25.12", "cpu", "vllm-cuda13.0"])
 def test_each_base_renders_its_golden_dockerfile(base: str, golden: Callable[[str, str], None]) -> None:
     chosen = LOCKS if base != "ngc25.12" else locks.Locks(torch=None, server=LOCKS.server)
     chosen = VLLM_LOCKS if base.startswith("vllm") else chosen
@@ -149,7 +149,6 @@ def test_the_config_in_the_image_is_a_valid_spec() -> None:
 
 
 NONSENSE = {
-    ("frontend", "is not allowed in a Dockerfile", ""): ['a"b/c', "a/b$HOME", "a/b; rm -rf x", "a/`id`", "a/b\\c"],
     ("platform", "is not a valid platform", "linux/amd64"): [
         *("linux/amd64; rm -rf /", "linux", "linux/", "linux/arm/v7/x", "linux/amd64\n")
     ],
@@ -212,7 +211,6 @@ def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -
         ({"image__max_size": "6GB"}, True),
         ({"image__repository": "registry.example.com/ml/m"}, True),
         ({"image__platform": "linux/amd64"}, True),
-        ({"image__frontend": "docker/dockerfile:1"}, True),
         ({"bench__plan": "quick"}, True),
         ({"hardware": ["t4"]}, True),
         ({"metering__ledger": "postgresql://usage:secret@db/usage"}, True),

@@ -9,8 +9,8 @@ from typing import Any
 
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.load import load_run, target
-from inferctl.bench.measure import environment
 from inferctl.bench.plan import plan, workload
+from inferctl.core import cgroup
 
 SERIAL = 100_000
 
@@ -35,7 +35,7 @@ def judge(result: load_run.LoadResult, part: summary.RunRecords) -> validity.Val
     """Return the validity of a run as `inferctl bench` has it, without the check for other processes of the machine."""
     client = summary.client_cpu_percent(result.state)
     resources = {} if client is None else {"client_cpu_percent": client}
-    return validity.judge(summary.summarize([part]), resources, result.state, environment.cores())
+    return validity.judge(summary.summarize([part]), resources, result.state, cgroup.cores())
 
 
 def write(path: Path | None, document: dict[str, Any]) -> None:

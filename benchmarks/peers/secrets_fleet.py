@@ -169,7 +169,6 @@ class Fleet:
             "INFERCTL_METERING_DATA": str(self.folder / "metering"),
             "INFERCTL_ACCESS_DATA": str(self.folder / "access"),
             "INFERCTL_ACCESS_REQUESTS_PER_MINUTE": "100000",
-            "INFERCTL_SERVE_LOAD_REPORTS": "true",
         }
         arguments = ["--model", str(peers.MODEL), "--name", "minilm", *(["--engine", engine] if engine else [])]
         process, url = serve(self.folder, "embed", *arguments, **environment)

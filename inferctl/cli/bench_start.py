@@ -73,9 +73,7 @@ def measure(
 
     try:
         with console.progress(f"starting {reference}") as describe:
-            starts = list(
-                container_start.measure(engine, reference, found is not None, mounted, rounds, respond, describe)
-            )
+            starts = list(container_start.measure(engine, reference, found, mounted, rounds, respond, describe))
     except BaseException:  # also Ctrl-C
         with suppress(InferctlError):
             if engine.image(reference) is None:

@@ -46,8 +46,8 @@ def gateway(
         str,
         typer.Option(
             metavar="NAME",
-            autocompletion=completion.one_of("least-request", "load-reports", "round-robin"),
-            help="Choose a server by least-request, load-reports (the servers' own, by ORCA) or round-robin.",
+            autocompletion=completion.one_of("least-request", "round-robin"),
+            help="Choose a server by least-request or round-robin.",
         ),
     ] = "least-request",
     timeout: Annotated[
@@ -93,7 +93,7 @@ def gateway(
     Least request, retries on another server, ejection of servers that fail, TLS, and a drain without lost requests.
     Keys, limits and usage stay in the servers.
     """
-    known = ("least-request", "load-reports", "round-robin")
+    known = ("least-request", "round-robin")
     if balancing not in known:
         hint = did_you_mean(balancing, known) or f"known: {', '.join(known)}"
         raise UsageError(f"--balancing: {balancing!r} is not known", hint)

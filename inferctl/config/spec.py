@@ -194,11 +194,6 @@ class Serve(Section):
     drain_seconds: float = Field(
         25.0, ge=0, le=86_400, description="After SIGTERM, how long the server waits for accepted requests to finish."
     )
-    load_reports: bool = Field(
-        False,
-        description="Add the header endpoint-load-metrics (ORCA) to responses, for `inferctl gateway --balancing "
-        "load-reports`, which removes it.",
-    )
 
     @property
     def least_api_processes(self) -> int:
@@ -249,11 +244,6 @@ class Image(Section):
         None, description="Folder of wheels to use instead of a package index (air-gapped builds)."
     )
     locks: OneLine | None = Field(None, description="Folder with your own hashed locks, from `inferctl lock`.")
-    frontend: OneLine | None = Field(
-        None,
-        description="Dockerfile frontend to pull, such as `docker/dockerfile:1`. "
-        "Default: the frontend of the builder, because an air-gapped builder cannot pull one.",
-    )
     compression: Literal["auto", "zstd", "gzip"] = Field(
         "auto",
         description="Compression of the layers. `zstd` and `gzip` also convert the layers of the base. `auto` compresses "

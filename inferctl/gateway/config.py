@@ -15,11 +15,10 @@ from inferctl.gateway import overload
 _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
 TRUSTED_HEADERS = ("x-inferctl-key-id",)
-LOAD_REPORT = "endpoint-load-metrics"
 # The release that this configuration is for, and whose image `inferctl deploy` runs.
 ENVOY_VERSION = "1.40.0"
 
-Balancing = Literal["least-request", "load-reports", "round-robin"]
+Balancing = Literal["least-request", "round-robin"]
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,6 @@ def _http(settings: Settings) -> dict[str, Any]:
         "route_config": {
             "name": "routes",
             "request_headers_to_remove": list(TRUSTED_HEADERS),
-            # The servers' load reports are for Envoy only. It uses them before it removes them.
-            "response_headers_to_remove": [LOAD_REPORT],
             "virtual_hosts": [
                 {
                     "name": "all",
@@ -301,12 +298,6 @@ def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
 def _policy(balancing: Balancing) -> dict[str, Any]:
     policies = f"{_TYPE}.extensions.load_balancing_policies"
     slow_start = {"slow_start_window": "10s"}
-    if balancing == "load-reports":
-        return {
-            "@type": f"{policies}.client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin",
-            "blackout_period": "5s",
-            "weight_update_period": "1s",
-        }
     if balancing == "round-robin":
         return {"@type": f"{policies}.round_robin.v3.RoundRobin", "slow_start_config": slow_start}
     return {

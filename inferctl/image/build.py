@@ -266,7 +266,7 @@ def note_unverified(plan: BuildPlan, native: str) -> Iterator[Note]:
 
 
 def check_size(plan: BuildPlan, info: DockerInfo, image: ImageInfo) -> Iterator[Note]:
-    """Compare the image with --max-size. Raises `InferctlError` if it is larger.
+    """Compare the image with `image.max_size`. Raises `InferctlError` if it is larger.
 
     The size is compressed if the engine stores it. Otherwise it is uncompressed, which is always larger, and the
     forecast decides.
@@ -274,18 +274,20 @@ def check_size(plan: BuildPlan, info: DockerInfo, image: ImageInfo) -> Iterator[
     limit = plan.options.max_bytes
     if limit is None or image.size <= limit:
         return
-    advice = "raise --max-size, or reduce the largest part: `inferctl build --dry-run` lists the parts"
+    advice = (
+        "raise image.max_size (`--max-size`), or reduce the largest part: `inferctl build --dry-run` lists the parts"
+    )
     if info.containerd_store:
-        raise InferctlError(f"image size {size(image.size)} exceeds --max-size {size(limit)} (compressed)", advice)
+        raise InferctlError(f"image size {size(image.size)} exceeds image.max_size {size(limit)} (compressed)", advice)
     if not plan.forecast.complete:
         raise InferctlError(
-            f"image size {size(image.size)} (uncompressed) exceeds --max-size {size(limit)}; this engine does not know "
-            f"the compressed size, and the forecast lacks the size of {', '.join(plan.forecast.unknown)}",
-            "raise --max-size to the uncompressed size, or use the engine's containerd image store",
+            f"image size {size(image.size)} (uncompressed) exceeds image.max_size {size(limit)}; this engine does not "
+            f"know the compressed size, and the forecast lacks the size of {', '.join(plan.forecast.unknown)}",
+            "raise image.max_size to the uncompressed size, or use the engine's containerd image store",
         )
     yield Note(
-        f"image size {size(image.size)} (uncompressed); this engine does not know the compressed size, so --max-size "
-        f"is compared with the forecast of {size(plan.forecast.total)}"
+        f"image size {size(image.size)} (uncompressed); this engine does not know the compressed size, so "
+        f"image.max_size is compared with the forecast of {size(plan.forecast.total)}"
     )
 
 

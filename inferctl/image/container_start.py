@@ -7,7 +7,7 @@ memory when the container reads it, so the disk of a node that starts a containe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,15 @@ class ContainerStart:
 
 @dataclass(frozen=True)
 class RegistryImage:
-    """The image in its registry: `name@digest`, bytes of its layers there, and how they are compressed."""
+    """The image in its registry: `name@digest`, bytes of its layers there, and how they are compressed.
+
+    `tags`: further names of the image in the engine, of the same repository.
+    """
 
     reference: str
     compressed: int
     method: str
+    tags: tuple[str, ...] = ()
 
 
 def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
@@ -66,8 +70,8 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
     """
     digest = buildx.digest(reference)
     name = split(reference)[0]
-    others = [each for each in image.tags if familiar(each) != familiar(reference)]
-    if others:
+    names = [each for each in image.tags if familiar(each) != familiar(reference)]
+    if others := [each for each in names if familiar(split(each)[0]) != familiar(name)]:
         raise UsageError(
             f"the image has other names in the engine, which keep it: {', '.join(others)}",
             f"remove them with `docker image rm {' '.join(others)}`",
@@ -79,19 +83,21 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
         )
     layers = buildx.manifest(f"{name}@{digest}", image.platform)["layers"]
     zstd = any(str(layer["mediaType"]).endswith("zstd") for layer in layers)
-    return RegistryImage(f"{name}@{digest}", sum(int(layer["size"]) for layer in layers), "zstd" if zstd else "gzip")
+    return RegistryImage(
+        f"{name}@{digest}", sum(int(layer["size"]) for layer in layers), "zstd" if zstd else "gzip", tuple(names)
+    )
 
 
 def measure(
     engine: DockerEngine,
     reference: str,
-    remove: bool,
+    found: RegistryImage | None,
     model: Path | str | None,
     rounds: int,
     respond: Callable[[str], None],
     on_step: Callable[[str], None],
 ) -> Iterator[ContainerStart]:
-    """Yield the starts of each round: if `remove`, one with an empty store, and then one with a warm store.
+    """Yield the starts of each round: one with an empty store if the image was `found` in a registry, then a warm one.
 
     `model`: the weights to mount, as `serve_image.start` takes them. `respond` sends a request to a URL, and returns
     after a valid response. `on_step` is called with what begins. Raises `InferctlError` if the container ends, or does
@@ -99,13 +105,17 @@ def measure(
     """
     first = engine.image(reference)
     for number in range(1, rounds + 1):
-        for pulls in (True, False) if remove else (False,):
+        for pulls in (True, False) if found else (False,):
             store = "empty" if pulls else "warm"
             step = f"round {number} of {rounds}, {store} store"
             pulled = None
-            if pulls:
+            if pulls and found:
                 on_step(f"{step}: pulling")
-                pulled = _pull(engine, reference)
+                try:
+                    pulled = _pull(engine, reference, found.tags)
+                finally:
+                    for tag in found.tags if engine.image(reference) else ():
+                        engine.tag(reference, tag)
             on_step(f"{step}: starting")
             image = engine.image(reference)
             if image is None or first is None or image.id != first.id:
@@ -113,8 +123,10 @@ def measure(
             yield replace(_start(engine, image, model, respond, on_step), pull=pulled)
 
 
-def _pull(engine: DockerEngine, reference: str) -> Pull:
-    engine.remove_image(reference)
+def _pull(engine: DockerEngine, reference: str, tags: Sequence[str]) -> Pull:
+    for name in (*tags, reference):
+        if engine.image(name) is not None:  # with the last tag of a repository, its digests go too
+            engine.remove_image(name)
     began = time.perf_counter()
     downloaded, layers, kept = began, set(), set()
 

@@ -199,17 +199,12 @@ def build_error(text: str, step: str | None = None, log: list[str] | None = None
 
 
 def _source_error(reference: str, text: str) -> InferctlError:
-    """Return the error for a base image, frontend or SBOM scanner that the builder could not read."""
+    """Return the error for a base image or SBOM scanner that the builder could not read."""
     host = host_of(reference)
     what = f"the base image {reference}"
     hint = "mirror the base to your own registry and set image.base_image"
     if "buildkit-syft-scanner" in reference:
         what, hint = f"the SBOM scanner {reference}", "pass `--no-sbom`"
-    elif "docker/dockerfile" in reference:
-        what, hint = (
-            f"the Dockerfile frontend {reference}",
-            "remove image.frontend from the spec to use the frontend of the builder",
-        )
     last = last_line(text)
     if found := _UNREACHABLE.search(last):
         return NotReadyError(

@@ -223,7 +223,9 @@ def raise_for(findings: list[fit.Finding]) -> None:
 def _incomplete_forecast(forecast: size_forecast.SizeForecast) -> fit.Finding:
     unknown = ", ".join(forecast.unknown)
     why = f"the size of {unknown} is unknown; the other parts have {size(forecast.total)} (compressed)"
-    return fit.Finding("warn", "size", "--max-size is checked only after the build", why, "`--dry-run` lists the parts")
+    return fit.Finding(
+        "warn", "size", "image.max_size is checked only after the build", why, "`--dry-run` lists the parts"
+    )
 
 
 def _check_outputs(options: BuildOptions) -> None:

@@ -120,7 +120,6 @@ def render(
         "base_key": base.key,
         "compiles": stack.vllm is not None and stack.cuda is not None,
         "epoch": EPOCH,
-        "frontend": spec.image.frontend,
         "gpu": stack.cuda is not None,
         "has_int8_lock": locks.int8 is not None,
         "has_server_lock": has_server_lock,

@@ -129,7 +129,7 @@ def check_limit(found: SizeForecast, limit: int, cuda: str | None = None) -> Non
     minimum = "" if found.complete else "at least "
     parts = "\n".join(f"  {line}" for line in found.lines())
     raise InferctlError(
-        f"forecast image size {minimum}{size(found.total)} exceeds --max-size {size(limit)} (compressed)\n{parts}",
+        f"forecast image size {minimum}{size(found.total)} exceeds image.max_size {size(limit)} (compressed)\n{parts}",
         _advice(found, cuda),
     )
 
@@ -142,4 +142,4 @@ def _advice(found: SizeForecast, cuda: str | None) -> str:
         return "select a CUDA 13 base: its torch closure is 1.1 to 1.4 GB smaller (requires driver R580 or newer)"
     if largest == "base image":
         return "select a `-base` tag, because torch has its own CUDA libraries: `inferctl catalog bases`"
-    return "raise --max-size, or reduce the largest part"
+    return "raise image.max_size (`--max-size`), or reduce the largest part"

@@ -21,7 +21,7 @@ _WORST = ("ok", "warn", "error")
 
 # CUDA context, library workspaces and allocator overhead of one process. A conservative round figure, not measured.
 CUDA_OVERHEAD_BYTES = 1_000_000_000
-_BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _FULL_SHARE = 0.9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # CUDA libraries that the torch wheels contain.
@@ -192,7 +192,7 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
     hidden = _first_int(config, "hidden_size", "dim", "n_embd", "d_model")
     width = _first_int(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * hidden
     table = min(model.parameters, _first_int(config, "vocab_size") * hidden)
-    weights = model.parameters * _BYTES_PER_PARAMETER[precision] + (table if precision == "int8" else 0)
+    weights = model.parameters * BYTES_PER_PARAMETER[precision] + (table if precision == "int8" else 0)
     cell = 4 if precision == "fp32" else 2
     activations = batch_tokens * (5 * hidden + 2 * width) * cell
     return Memory(weights, activations, CUDA_OVERHEAD_BYTES if part.kind == "cuda" else 0)

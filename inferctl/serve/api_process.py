@@ -31,7 +31,6 @@ from inferctl.serve.backend.remote import RemoteBackend
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.metering import ServerMetering
@@ -77,9 +76,6 @@ class ApiProcess:
         self._backend = RemoteBackend(self.link, limits.limits_of)
         tokenizer = TokenizerPool(folder, config, on_truncated=metrics.truncated.inc)
         metrics.watch_threads("api", tokenizer.threads)
-        load = None
-        if spec.serve.load_reports:
-            load = LoadReport(lambda: self._state["slots"], lambda: self._state["waiting"], processes=processes)
         self._front = FrontEnd(
             spec,
             task,
@@ -88,12 +84,9 @@ class ApiProcess:
             self._backend,
             self._lifecycle,
             self._page,
-            lambda *more: metering.emitter(
-                metrics, self._metering, welcome["log"], welcome["traces"], spec.name, *more
-            ),
+            metering.emitter(metrics, self._metering, welcome["log"], welcome["traces"], spec.name),
             self._metering.check,
             self._access,
-            load,
             truncate=welcome["truncate"],
             ranges=vector_format.of_json(welcome["ranges"]),
             processes=processes,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
+from inferctl.core import cgroup
 from inferctl.core.sizes import parse_size
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
@@ -23,11 +22,9 @@ from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge import access
 from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
-from inferctl.serve.engines.cpu import usable_cores
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.metering import ServerMetering
@@ -93,7 +90,6 @@ class EncoderServer(ServerLifetime):
         self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(self._config))
         self._ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
         if processes == 1:
-            load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
             self._front = FrontEnd(
                 spec,
                 task,
@@ -102,10 +98,9 @@ class EncoderServer(ServerLifetime):
                 self._backend,
                 self._lifecycle,
                 self._page,
-                partial(self._emitter, metrics),
+                self._emitter(metrics),
                 self._metering.check,
                 self._access,
-                load,
                 truncate=options.truncate,
                 ranges=self._ranges,
             )
@@ -162,11 +157,6 @@ class EncoderServer(ServerLifetime):
         self._pool.kill()
         if self._api:
             self._api.kill()
-
-    def _expected_wait(self) -> float:
-        """Return the predicted wait of a request, as a share of the longest one that is accepted."""
-        limits = self._batcher.limits
-        return self._batcher.expected_wait() / min(limits.slo_s or math.inf, limits.max_wait_s or math.inf)
 
     def _batch_timeout(self) -> float:
         """Return the seconds after which a batch counts as hung: 20 times the largest one, at least `hang_seconds`."""
@@ -263,8 +253,6 @@ class EncoderServer(ServerLifetime):
             **self._sizes,
         }
         state |= {name: getattr(lifecycle, name) for name in ("started", "draining", "closed")}
-        if self._spec.serve.load_reports:
-            state |= {"slots": self._batcher.slots, "waiting": round(self._expected_wait(), 2)}
         return state
 
     def _rates(self) -> dict[str, float]:
@@ -325,7 +313,7 @@ def _api_processes(spec: Spec) -> int:
     """Return how many API processes the server has. With one, this process is it."""
     if spec.serve.api_processes != "auto":
         return spec.serve.api_processes
-    return max(1, min(_MOST_AUTO, usable_cores() // _CORES_PER_API_PROCESS))
+    return max(1, min(_MOST_AUTO, cgroup.cores() // _CORES_PER_API_PROCESS))
 
 
 def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:

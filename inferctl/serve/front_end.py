@@ -16,7 +16,6 @@ from inferctl.serve.edge import listener
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import UsageEvent
@@ -32,8 +31,8 @@ _MAX_REQUEST_TOKENS = 262_144
 class FrontEnd:
     """`model`: what the endpoints know of it; its sizes are set when an engine is ready.
 
-    `emitter(*sinks)` returns what gets the usage events. `processes`: how many front ends the server has, which share
-    what it can hold. `load`: the load report, None without one.
+    `emit` gets the usage events. `processes`: how many front ends the server has, which share
+    what it can hold.
     """
 
     def __init__(
@@ -45,10 +44,9 @@ class FrontEnd:
         backend: Backend,
         lifecycle: Lifecycle,
         page: Callable[[str], Awaitable[Page]],
-        emitter: Callable[..., Callable[[UsageEvent], None]],
+        emit: Callable[[UsageEvent], None],
         check_metering: Callable[[], None],
         access: EdgeAccess | None,
-        load: LoadReport | None,
         *,
         truncate: bool,
         ranges: Mapping[int, Ranges],
@@ -64,7 +62,7 @@ class FrontEnd:
         self._edge = Edge(
             app.create(Inference(self.model, tokenizer, backend)),
             lifecycle,
-            emit=emitter(*([load.record] if load else [])),
+            emit=emit,
             page=page,
             endpoints=app.names(task),
             error_body=app.error_body(task),
@@ -72,7 +70,6 @@ class FrontEnd:
             access=access,
             charge=backend.charge,
             check_metering=check_metering,
-            load_line=load.line if load else None,
         )
         self.http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected, connection)
 

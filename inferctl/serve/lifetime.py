@@ -105,10 +105,10 @@ class ServerLifetime(ABC):
         yield from access.warnings(self._spec.access, host)
         yield from metering.warnings(self._spec.metering)
 
-    def _emitter(self, metrics: RequestMetrics, *more: Callable[[UsageEvent], None]) -> Callable[[UsageEvent], None]:
-        """Return what the edge calls with each event. `more`: sinks that only this server has."""
+    def _emitter(self, metrics: RequestMetrics) -> Callable[[UsageEvent], None]:
+        """Return what the edge calls with each event."""
         options = self._options
-        return metering.emitter(metrics, self._metering, options.log, options.traces, self._spec.name, *more)
+        return metering.emitter(metrics, self._metering, options.log, options.traces, self._spec.name)
 
     def _announce(self) -> None:
         """Write the file that other processes wait for. If that fails, the server ends: they would wait forever."""

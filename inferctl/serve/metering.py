@@ -88,13 +88,12 @@ def emitter(
     log: str,
     traces: bool,
     name: str,
-    *more: Callable[[UsageEvent], None],
 ) -> Callable[[UsageEvent], None]:
     """Return the function that the edge calls with each event: for metrics, metering, the request log and traces.
 
-    `log`: text or json. `name`: of the model, in traces. `more`: further sinks.
+    `log`: text or json. `name`: of the model, in traces.
     """
-    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, metering.record, *more]
+    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, metering.record]
     if log == "json":
         sinks.append(logs.log_request)
     if traces:

@@ -6,8 +6,6 @@ import dataclasses
 import io
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +20,7 @@ from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
 from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
-from tests.required import missing
+from tests.browser import in_browser
 
 
 def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
@@ -205,17 +203,6 @@ def test_late_and_dropped_sends_of_an_open_loop_are_shown(tmp_path: Path) -> Non
     page = " ".join(html.render(found, receipts).split())
     assert "<th>late sends</th><th>dropped sends</th>" in page
     assert "<td>31</td><td>7</td>" in page
-
-
-def in_browser(page: Path, width: int = 1280) -> str:
-    """Return the document after a browser without network has drawn it."""
-    if not (browser := shutil.which("chromium")):
-        missing("services", "chromium not found")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    profile = page.with_name("profile")
-    offline = ["--disable-background-networking", "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}"]
-    command = [browser, *options, *offline, f"--window-size={width},900", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def test_the_report_is_one_small_file_whose_charts_a_browser_draws_without_network(tmp_path: Path) -> None:

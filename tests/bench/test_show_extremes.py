@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from bench_samples import SECOND, WARMUP, document, open_loop, row, sealed, table
 from rich.console import Console
-from test_show import in_browser
 
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.measure import environment
@@ -22,6 +21,7 @@ from inferctl.bench.report import charts, findings, html, result, terminal
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.receipts import receipt
+from tests.browser import in_browser
 
 MACHINE = environment.Environment(
     "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5

@@ -16,7 +16,6 @@ from test_foreign_servers import MODEL, Answer, Body, Serve, serve, vllm
 from inferctl.bench.load import process_usage, server_activity, target
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.server_activity import ServerActivity
-from inferctl.bench.measure import environment
 from inferctl.core.errors import NotReadyError
 
 __all__ = ["serve"]
@@ -92,23 +91,6 @@ def test_a_forwarder_is_not_the_server(tmp_path: Path) -> None:
         port = json.loads(process.stdout.readline())
         assert process_usage.listener(port) is None
         process.communicate(b"\n")
-
-
-def test_cores_are_limited_by_the_smallest_quota_of_the_parents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inner = tmp_path / "a" / "b"
-    inner.mkdir(parents=True)
-    (tmp_path / "a" / "cpu.max").write_text("50000 100000")
-    (inner / "cpu.max").write_text("max 100000")
-    process = tmp_path / "proc" / "self"
-    process.mkdir(parents=True)
-    (process / "cgroup").write_text("0::/a/b\n")
-    monkeypatch.setattr(environment, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
-    assert environment.cores() == 1
-    (tmp_path / "a" / "cpu.max").unlink()
-    assert environment.cores() == len(os.sched_getaffinity(0))
 
 
 def exposition(created: float = 5, **seconds: float) -> str:

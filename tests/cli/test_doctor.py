@@ -39,7 +39,7 @@ def test_a_classic_builder_says_what_it_lacks_and_how_to_get_it() -> None:
         "for linux/amd64, linux/386; without: cache export, OCI archives, zstd, several platforms at once, "
         "SBOM and provenance"
     )
-    assert found.hint == "docker buildx create --use --driver docker-container"
+    assert "docker buildx create" in (found.hint or "")
 
 
 def test_a_builder_that_has_it_all_is_able() -> None:

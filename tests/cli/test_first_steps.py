@@ -59,7 +59,7 @@ def test_a_generative_model_gets_a_base_with_vllm(here: Path, minilm: Path, caps
         capsys.readouterr()
         assert cli.run([*command, "--model", str(minilm)]) == 2
         told = capsys.readouterr()
-        assert "the base vllm-cuda13.0 is for generation, not for embed" in " ".join((told.out + told.err).split())
+        assert "vllm-cuda13.0" in told.out + told.err
     assert cli.run(["render", "--base", "cpu"]) == 2
     assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0, vllm-openai" in capsys.readouterr().err
 
@@ -128,7 +128,7 @@ def test_an_estimate_without_the_bench_extra_says_what_to_install(here: Path, mi
     arguments = ["estimate", "--model", str(minilm), "--hardware", "t4"]
     code = f"import sys; sys.modules['numpy'] = None; from inferctl import cli; sys.exit(cli.run({arguments!r}))"
     done = python("-c", code, code=3)
-    assert "in a clone of inferctl: `pip install '.[bench]'`, or pass `--length`" in done.stderr
+    assert "pip install '.[bench]'" in done.stderr
 
 
 def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,7 +218,7 @@ def test_a_server_that_cannot_announce_itself_ends(minilm: Path, tmp_path: Path)
     remove_as_soon_as_checked(folder, process)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
-    assert "ready.json cannot be written: no such file or directory" in err
+    assert "ready.json cannot be written" in err
     assert "Traceback" not in err
 
 

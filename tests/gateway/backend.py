@@ -1,4 +1,4 @@
-"""A server behind the gateway, for tests: `backend.py NAME PORT DELAY_S`, with the load report of the real server.
+"""A server behind the gateway, for tests: `backend.py NAME PORT DELAY_S`.
 
 It answers with its name and the request headers that it got. `/v1/chat/completions` streams five events. `/unready`
 makes `/readyz` fail, as a drain does. `/status/N` answers with the status N, and `/statuses` with the number of such
@@ -10,16 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
-
-from inferctl.serve.edge.load_report import LoadReport
-from inferctl.serve.edge.request_context import UsageEvent
 
 
 async def main() -> None:
     name, port, delay_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     slots, ready, statuses = asyncio.Semaphore(4), True, 0
-    load = LoadReport(lambda: 4)
 
     def answer(status: str, body: bytes, *headers: str) -> bytes:
         head = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers]
@@ -62,11 +57,9 @@ async def main() -> None:
                 writer.write(b"0\r\n\r\n")
             else:
                 async with slots:
-                    started = time.monotonic()
                     await asyncio.sleep(delay_s)
-                    load.record(UsageEvent("", "", 200, engine_seconds=time.monotonic() - started))
                 body = json.dumps({"server": name, "headers": headers, "bytes": len(received)}).encode()
-                writer.write(answer("200 OK", body, load.line().decode().strip()))
+                writer.write(answer("200 OK", body))
             await writer.drain()
         writer.close()
 

@@ -300,16 +300,6 @@ def test_only_what_another_server_can_answer_is_repeated(backends: Backends, sta
     assert requests == {429: 1, 500: 1, 503: 3}
 
 
-def test_load_reports_send_most_requests_to_the_server_that_can_do_most(backends: Backends, start: Any) -> None:
-    urls = [backends.start("slow", 0.3), backends.start("fast", 0.03)]
-    gateway = start(*(part for url in urls for part in ("--server", url)), "--balancing", "load-reports")
-    wait_for_servers(gateway.url, {"slow", "fast"})
-    asyncio.run(load(gateway.url, 8, 8))  # Envoy first collects reports, for five seconds
-    names = Counter(name for _, name, _ in asyncio.run(load(gateway.url, 8, 5)))
-    # By their capacity, the ratio is 10. In turns, it would be 1.
-    assert names["fast"] > 4 * names["slow"] > 0
-
-
 def test_the_file_of_servers_is_followed(backends: Backends, start: Any, tmp_path: Path) -> None:
     file = tmp_path / "servers.txt"
     file.write_text(f"{backends.start('a')}  # the first\n")
@@ -366,7 +356,7 @@ def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: P
     until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context).status_code == 200)
 
 
-@pytest.mark.parametrize("balancing", ["least-request", "load-reports", "round-robin"])
+@pytest.mark.parametrize("balancing", ["least-request", "round-robin"])
 def test_envoy_accepts_the_configuration(balancing: Any, tmp_path: Path) -> None:
     settings = config.Settings(balancing=balancing, metrics_port=9900, host="::")
     (tmp_path / "servers").mkdir()
@@ -578,7 +568,6 @@ def test_slow_uploads_without_a_key_take_nothing_from_others(
 ) -> None:
     small_heap(tmp_path, monkeypatch)
     _, key = add(tmp_path / "keys.json")
-    monkeypatch.setenv("INFERCTL_SERVE_LOAD_REPORTS", "true")
     server = serve("--model", str(minilm), "--engine", "echo", "--keys", str(tmp_path / "keys.json"))
     gateway = start("--server", server.url)
     headers = {"authorization": f"Bearer {key}"}
@@ -587,7 +576,6 @@ def test_slow_uploads_without_a_key_take_nothing_from_others(
         return httpx.post(f"{gateway.url}/v1/embeddings", json={"input": "hello"}, headers=headers)
 
     until(lambda: embed().status_code == 200)
-    assert "endpoint-load-metrics" not in embed().headers
     body = bytes(7 << 20)
     with contextlib.ExitStack() as clients:
         slow = []

@@ -70,6 +70,24 @@ def test_each_round_starts_a_pulled_and_a_present_image(
     assert docker("ps", "--all", "--quiet", "--filter", f"ancestor={name}") == ""
 
 
+def test_the_name_that_build_prints_is_measured_and_tags_are_kept(
+    built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = built()
+    docker("push", "--quiet", name)
+    digest = docker("image", "inspect", name, "--format", "{{index .RepoDigests 0}}")
+    assert cli.run(["bench", "--start", digest, "--repeats", "2", "--output", str(tmp_path), "--json"]) == 0
+    starts = json.loads(capsys.readouterr().out)["starts"]
+    assert [start["pull"] is not None for start in starts] == [True, False, True, False]
+    container = docker("create", digest)
+    try:
+        assert cli.run(["bench", "--start", digest, "--repeats", "1", "--output", str(tmp_path)]) == 2
+    finally:
+        docker("rm", container)
+    tagged, pulled = (docker("image", "inspect", each, "--format", "{{.Id}}") for each in (name, digest))
+    assert tagged == pulled
+
+
 def test_an_image_in_no_registry_is_never_removed(
     built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,14 +51,6 @@ BASE = (
             3,
         ),
         (
-            "ERROR: failed to solve: failed to resolve source metadata for docker.io/docker/dockerfile:1: dial tcp: "
-            "lookup docker.io: no such host",
-            [],
-            "Dockerfile frontend",
-            "image.frontend",
-            3,
-        ),
-        (
             'ERROR: failed to solve: process "pip" did not complete successfully: exit code: 1',
             ["OSError: [Errno 28] No space left on device"],
             "disk is full",

@@ -1,4 +1,4 @@
-"""Tests the size forecast: exact sums, unknown parts, and the limit of --max-size."""
+"""Tests the size forecast: exact sums, unknown parts, and `image.max_size`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_image_above_the_limit_is_rejected_with_its_parts() -> None:
         check_limit(cuda(), parse_size("2GB"), STACK.cuda)
     assert caught.value.exit_code == 1
     lines = caught.value.message.splitlines()
-    assert lines[0].startswith("forecast image size 4.47 GB exceeds --max-size 2.00 GB")
+    assert lines[0].startswith("forecast image size 4.47 GB exceeds image.max_size 2.00 GB")
     assert "torch closure" in lines[1]
     assert "4.15 GB" in lines[1]
     assert "CUDA 13" in (caught.value.hint or "")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.browser import in_browser
 from tests.processes import ServerProcess, execute, start, until
 from tests.serve.test_classify_api import write_classifier
 from tests.serve.test_outputs import bge, converted_bge
@@ -99,3 +100,12 @@ def test_schemathesis_finds_no_failures(
     assert statuses["400"] > 0
     if fixture != "echo":
         assert not [status for status in statuses if status.startswith("5")], statuses
+
+
+def test_the_page_of_the_endpoints_fits_a_small_window(echo: ServerProcess, tmp_path: Path) -> None:
+    text = echo.get("/docs").text
+    assert "`" not in re.sub(r"<pre>.*?</pre>", "", text)
+    measured = "<script>document.body.append(`width ${document.documentElement.scrollWidth} of ${innerWidth}`)</script>"
+    (tmp_path / "docs.html").write_text(text + measured)
+    (width, window) = re.findall(r"width (\d+) of (\d+)", in_browser(tmp_path / "docs.html", 600))[-1]
+    assert int(width) <= int(window)

@@ -248,10 +248,10 @@ def test_the_engines_share_the_gpus_and_the_results_of_the_first(
 
 
 def test_an_encoder_uses_the_results_of_an_equal_device_and_its_share_of_the_cores(minilm: Path) -> None:
-    from inferctl.serve.engines.cpu import usable_cores
+    from inferctl.core import cgroup
     from inferctl.serve.engines.encoder import EncoderEngine
 
-    config = EngineConfig(model=str(minilm), precision="fp32", device="cpu", engines=usable_cores())
+    config = EngineConfig(model=str(minilm), precision="fp32", device="cpu", engines=cgroup.cores())
     first = EncoderEngine(config).load()
     assert (first.parallel, first.batch_tokens) == (1, 1024), "the limits of one core"
     # Another GPU of the same machine differs in `count`, because its name is cuda:1 and not auto.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.bench.measure.nvml import Nvml, NvmlUnavailableError
+from inferctl.core import cgroup
 from inferctl.facts import catalog
 
-_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Instructions that determine the speed of a precision.
 _CPU_FLAGS = (
     "avx2",
@@ -93,7 +92,7 @@ def detect() -> Environment:
         name=gpus[0].name if gpus else model,
         cpu_model=model,
         cpu_flags=tuple(flag for flag in _CPU_FLAGS if flag in flags),
-        cores=cores(),
+        cores=cgroup.cores(),
         machine_cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=gpus,
@@ -103,13 +102,6 @@ def detect() -> Environment:
         variables={name: value for name in _VARIABLES if (value := os.environ.get(name))},
         load_1m=round(os.getloadavg()[0], 2),
     )
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use: its affinity, limited by the CPU quotas of its cgroups."""
-    found = len(os.sched_getaffinity(0))
-    quotas = [quota for folder in _cgroups() if (quota := _quota(folder))]
-    return max(1, min([found, *(math.ceil(quota) for quota in quotas)]))
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -143,26 +135,3 @@ def _gpus() -> Iterator[Gpu]:
             yield Gpu(device.name, key, device.memory_bytes, device.driver, device.compute_capability)
     finally:
         gpus.close()
-
-
-def _cgroups() -> Iterator[Path]:
-    """Return the folders of this process's cgroup (version 2) and of its parents."""
-    try:
-        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("0::"):
-            inner = _CGROUPS / line.removeprefix("0::").strip("/")
-            # In a container, the path is often that of the host and does not exist. The container's own cgroup is at
-            # the top.
-            yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(_CGROUPS))
-
-
-def _quota(folder: Path) -> float | None:
-    """Return the cores that the cgroup in `folder` may use; None without a limit."""
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import NotReadyError
 from inferctl.serve.backend import frames, samples
 from inferctl.serve.backend.api_process_link import ApiProcessLink
@@ -269,7 +270,7 @@ class _ApiProcess:
 
     async def _run_once(self) -> None:
         """Run one process until it ends."""
-        loop = asyncio.get_running_loop()
+        loop, kills = asyncio.get_running_loop(), MemoryKills()
         self._lost.clear()
         ours, theirs = socket.socketpair()
         self._control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -304,7 +305,8 @@ class _ApiProcess:
             self._scraped.set_result(None)
         # It may take time to end, but it takes nothing more. Its descriptor of a connection that it did not take ends
         # with it, so it must be gone before another process answers.
-        how = await reap(self._process, _EXIT_S)
+        ended = await reap(self._process, _EXIT_S)
+        how = kills.text() or ended
         self._error = link.fatal or (f"an API process ended unexpectedly ({how})", "see the log above")
         kept, self._kept = list(self._kept.values()), {}
         for connection in kept:

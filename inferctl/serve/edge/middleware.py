@@ -112,8 +112,7 @@ class Edge:
     `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
     events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
     may use the server; None for everyone. `charge` charges a request to its key, and raises `LimitError`.
-    `check_metering()` raises `ApiError` if the event of another request could not be recorded. `load_line()` returns a
-    header with the load of the server as a line, for a gateway.
+    `check_metering()` raises `ApiError` if the event of another request could not be recorded.
     """
 
     def __init__(
@@ -129,7 +128,6 @@ class Edge:
         access: EdgeAccess | None = None,
         charge: Callable[[ApiKey, RequestContext], None] = lambda _key, _context: None,
         check_metering: Callable[[], None] = lambda: None,
-        load_line: Callable[[], bytes] | None = None,
     ) -> None:
         self.in_flight = 0
         self.unfinished_responses = 0  # of complete requests that were still running when the drain ended
@@ -142,7 +140,7 @@ class Edge:
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
         self._page, self._endpoints, self._access, self._charge = page, endpoints, access, charge
         self.error_body = error_body
-        self._check_metering, self.load_line = check_metering, load_line
+        self._check_metering = check_metering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -287,12 +285,8 @@ class _EdgeRequest:
                 await asyncio.sleep(0)
 
     def _add_lines(self) -> None:
-        usage, load_line = self._context.usage, self._edge.load_line
-        lines = edge_access.limit_lines(usage) if usage is not None else b""
-        if load_line is not None:
-            lines += load_line()
-        if lines:
-            self._scope["state"][HEADER_LINES] = lines
+        if (usage := self._context.usage) is not None:
+            self._scope["state"][HEADER_LINES] = edge_access.limit_lines(usage)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""

@@ -12,13 +12,17 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
+from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import InferctlError
-from inferctl.serve.engine_process import frames
+from inferctl.models.model import ModelFolder
+from inferctl.serve.engine_process import frames, memory
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo, Listener
 from inferctl.serve.engine_process.frames import Kind
 
@@ -116,7 +120,7 @@ class EngineSupervisor:
 
     async def _run_process(self) -> EngineStartError:
         """Run one engine process until it ends, and return why it ended."""
-        self._started = asyncio.get_running_loop().time()
+        self._started, kills = asyncio.get_running_loop().time(), MemoryKills()
         try:
             reader, self._writer = await self._spawn()
         except OSError as error:  # no memory or descriptors are left
@@ -138,9 +142,13 @@ class EngineSupervisor:
             else:
                 self._failures += 1
             how = await reap(self._process, _EXIT_TIMEOUT_S if self._stopping.is_set() else _STOP_TIMEOUT_S)
-        return fatal or EngineStartError(
-            f"the engine process ended unexpectedly ({how})", "see the engine log above", 1
-        )
+        if fatal:
+            return fatal
+        if how == f"signal {signal.SIGKILL:d}" and (why := kills.text()):
+            return EngineStartError(
+                f"the engine process was {why}", memory.hint(ModelFolder(Path(self._config.model))), 3
+            )
+        return EngineStartError(f"the engine process ended unexpectedly ({how})", "see the engine log above", 1)
 
     async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         parent_socket, child_socket = socket.socketpair()

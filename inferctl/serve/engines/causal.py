@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from inferctl.core import cgroup
 from inferctl.core.errors import UsageError
 from inferctl.models.divergence import REFERENCE_TOKENS
 from inferctl.serve.engines import plain, weights
-from inferctl.serve.engines.cpu import usable_cores
 
 # Bounds the logits of one text in memory: 256 MB for a vocabulary of 256,000 tokens.
 MAX_TEXT_TOKENS = 256
@@ -32,7 +32,7 @@ class CausalModel:
         plain.silence_libraries()
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        torch.set_num_threads(min(usable_cores(), torch.get_num_threads()))
+        torch.set_num_threads(min(cgroup.cores(), torch.get_num_threads()))
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
 from pathlib import Path
 
+from inferctl.core import cgroup
 from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
 
@@ -16,17 +16,7 @@ def detect() -> tuple[DeviceInfo, DeviceTraits]:
     """Return the CPU, with the cores that this process can use, and its instructions."""
     name, flags = _name_and_flags()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DeviceInfo("cpu", name, None, memory_bytes, usable_cores(), "cpu"), DeviceTraits("cpu", cpu_flags=flags)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process can use: its affinity, limited by the CPU quota (cgroup v2) rounded up."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
+    return DeviceInfo("cpu", name, None, memory_bytes, cgroup.cores(), "cpu"), DeviceTraits("cpu", cpu_flags=flags)
 
 
 def fields() -> dict[str, str]:

@@ -17,7 +17,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.serve import task_config
 from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process import failures
+from inferctl.serve.engine_process import failures, memory
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
@@ -108,6 +108,8 @@ class EncoderEngine:
         load_model = partial(Forward, folder.path, settings, device, dtype, precision, varlen=varlen)
         if static:
             load_model = partial(StaticForward, folder.path, static, device)
+        if on_cpu:
+            memory.check(folder, precision.effective)
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
         if info and not (devices.equal(info.device, device_info) and info.precision == precision):
             info = None

@@ -36,7 +36,6 @@ class EdgeSettings:
     models: list[str] = field(default_factory=list)
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
-    load_reports: bool = False
     started: float = 0.0
 
     def write(self, folder: Path) -> None:

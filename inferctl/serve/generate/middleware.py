@@ -24,7 +24,6 @@ from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.load_report import LoadReport
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.generate import control, endpoint
@@ -101,19 +100,15 @@ class _EdgeServer:
             sequences,
             metrics.offer_body,
         )
-        # The engine's time is not known, but many requests in flight are slow ones.
-        load = LoadReport(waiting=lambda: self._edge.in_flight / sequences) if settings.load_reports else None
-        more = [load.record] if load else []
         self._edge = Edge(
             self._generation,
             self._lifecycle,
-            emit=metering.emitter(metrics, self._metering, settings.log, settings.traces, settings.name, *more),
+            emit=metering.emitter(metrics, self._metering, settings.log, settings.traces, settings.name),
             page=Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(endpoint.ENDPOINTS)).answer,
             endpoints=endpoint.ENDPOINTS,
             access=self._access,
             charge=limits_of_keys.charge if limits_of_keys else lambda _key, _context: None,
             check_metering=self._metering.check,
-            load_line=load.line if load else None,
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()

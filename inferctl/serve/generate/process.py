@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import NotReadyError
 
 _TERMINATE_S = 10.0
@@ -88,6 +89,7 @@ class VllmProcess:
         self._process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
         self._ending = False
+        self._kills = MemoryKills()
 
     async def start(self, arguments: list[str], environment: Mapping[str, str]) -> None:
         """Start the process."""
@@ -137,6 +139,11 @@ class VllmProcess:
 
     def failure(self, code: int) -> NotReadyError:
         """Return why the process did not start, from its output."""
+        if why := self._kills.text():
+            return NotReadyError(
+                f"vLLM did not start: a process was {why}",
+                "raise the limit, lower serve.kv_cache or serve.max_context_tokens, or use a smaller model",
+            )
         lines = [_LINE.sub(r"\1", line) for line in self._tail]
         for pattern, hint in _HINTS:
             for line in lines:

@@ -170,7 +170,6 @@ class GenerationServer(ServerLifetime):
             | dict.fromkeys(("ledger", "broker", "sink"))
             | {"data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
-            spec.serve.load_reports,
             time.monotonic() if self._supervisor.restarts else self._started,
         )
 

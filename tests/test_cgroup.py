@@ -1,0 +1,85 @@
+"""Limits of cgroups, read from files as the kernel writes them in versions 1 and 2."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from inferctl.core import cgroup
+from inferctl.core.errors import NotReadyError
+from inferctl.models.model import ModelFolder
+from inferctl.serve.engine_process import memory
+
+ALL = len(os.sched_getaffinity(0))
+V1 = "4:memory:/docker/id\n1:cpu:/docker/id\n0::/docker/id\n"
+# Content of /proc/self/cgroup, files, cores, limit of memory, memory in use.
+CASES = {
+    "no cgroups": ("", {}, ALL, None, 0),
+    "a quota of the parent": ("0::/a/b\n", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000"}, 1, None, 0),
+    "a limit of the parent": (
+        "0::/a/b\n",
+        {"a/memory.max": "300000", "a/b/memory.max": "max", "a/b/memory.stat": "file 5\nanon 70\n"},
+        ALL,
+        300_000,
+        70,
+    ),
+    "a container without the path of the host": ("0::/docker/id\n", {"memory.max": "1000"}, ALL, 1000, 0),
+    "version 1": (
+        V1,
+        {"memory/memory.limit_in_bytes": "4096", "memory/memory.stat": "rss 1\ntotal_rss 2\n"},
+        ALL,
+        4096,
+        2,
+    ),
+    "version 1 without a limit": (V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, ALL, None, 0),
+}
+
+
+def write(top: Path, groups: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"proc/self/cgroup": groups, **{f"cgroup/{name}": text for name, text in files.items()}}.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(text)
+    monkeypatch.setattr(cgroup, "_PROC", top / "proc")
+    monkeypatch.setattr(cgroup, "_CGROUPS", top / "cgroup")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_limits(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, files, cores, limit, used = CASES[case]
+    write(tmp_path, groups, files, monkeypatch)
+    assert (cgroup.cores(), cgroup.memory_limit(), cgroup.memory_in_use()) == (cores, limit, used)
+
+
+@pytest.mark.parametrize(
+    ("groups", "name", "text"),
+    [
+        ("0::/\n", "memory.events", "max 9\noom 9\noom_kill {}\noom_group_kill 0\n"),
+        (V1, "memory/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"),
+    ],
+)
+def test_only_later_kills_count(
+    groups: str, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = {name.replace("events", "max").replace("oom_control", "limit_in_bytes"): "5000000"}
+    write(tmp_path, groups, limit | {name: text.format(3)}, monkeypatch)
+    kills = cgroup.MemoryKills()
+    assert kills.text() is None
+    (tmp_path / "cgroup" / name).write_text(text.format(4))
+    assert "5.0 MB" in (kills.text() or "")
+
+
+@pytest.mark.parametrize(("precision", "fits"), [("bf16", True), ("fp32", False)])
+def test_weights_that_exceed_the_limit_are_not_loaded(
+    precision: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: Path
+) -> None:
+    """23 million parameters need 45 MB in bf16 and 91 MB in fp32. 60 MB are free."""
+    write(tmp_path, "0::/\n", {"memory.max": "360000000", "memory.stat": "anon 300000000\n"}, monkeypatch)
+    if fits:
+        memory.check(ModelFolder(minilm), precision)
+        return
+    with pytest.raises(NotReadyError) as raised:
+        memory.check(ModelFolder(minilm), precision)
+    for number in ("360.0 MB", "300.0 MB", "90.9 MB"):
+        assert number in raised.value.message
