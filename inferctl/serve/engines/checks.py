@@ -41,22 +41,19 @@ class Checks:
     """The check texts and their fp32 results. Create it before the model is loaded: memory may not suffice for both.
 
     For a head that takes pairs, the texts are paired. `expected` is None if the model is too large to be loaded
-    in fp32. `description` says what is compared. `hint` is that of errors about insufficient memory. `recorded`: the
-    fp32 results of an earlier start of this model with this code; then they and the tokenizer are not computed again.
+    in fp32. `description` says what is compared. `hint` is that of errors about insufficient memory.
     """
 
-    def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str, recorded: Rows | None = None) -> None:
+    def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str) -> None:
         self._logits, self._hint = config.task != "embed", hint
-        self.expected = recorded
+        self.expected: Rows | None = None
         small = folder.parameters <= _MAX_CHECKED_PARAMETERS
-        computes = small and recorded is None
         pool = TokenizerPool(folder.path, config, threads=1)
-        if recorded is None:
-            tokenizer_check.check(folder.path, config, pool)
+        tokenizer_check.check(folder.path, config, pool)
         self._vocabulary_size = pool.vocabulary_size
         if isinstance(config, EmbeddingConfig):
             self.texts = _embedded(pool, config)
-            if computes:
+            if small:
                 loaded = plain.Reference(folder.path, config)
                 self.check_vocabulary(loaded.vocabulary_size)
                 if self.texts.marks is None:
@@ -71,7 +68,7 @@ class Checks:
             if config.takes_texts:
                 inputs += [(ids, len(ids)) for ids in pool.encode_now(_TEXTS, truncate=True)]
             self.texts = Sequences.of_pairs(inputs)
-            if computes:
+            if small:
                 self.expected = plain.Reference(folder.path, config).score(inputs)
         pool.close()
         self.sizes = 0, 0  # those of `Forward.sizes`
@@ -80,7 +77,6 @@ class Checks:
             kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
             what = " and ".join(kind for kind, taken in kinds.items() if taken)
             self.description = f"{len(self.texts)} {what} compared with padded fp32"
-            self.description += "" if computes else " of a record"
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
