@@ -162,7 +162,7 @@ class EncoderEngine:
             batch_tokens=batch_tokens,
             parallel=parallel,
             vocabulary_size=forward.vocabulary_size,
-            causal=forward.causal,
+            causal=check.causal,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
