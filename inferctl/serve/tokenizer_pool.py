@@ -122,7 +122,7 @@ class TokenizerPool:
         self._executor = ThreadPoolExecutor(threads, "tokenize", lambda: ids.append(threading.get_native_id()))
         self.threads = ids, threads  # those that started, and how many there can be
         tokenizer = self._load()
-        self.max_tokens = config.max_tokens
+        self.max_tokens = config.longest_text if isinstance(config, EmbeddingConfig) else config.max_tokens
         if self._static is not None:  # the library runs tokenizer.json alone
             cut = tokenizer.truncation or {}
             if cut.get("direction") == "left":

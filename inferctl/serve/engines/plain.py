@@ -157,8 +157,8 @@ class Reference:
         sparse, tokens = config.sparse, config.tokens
         if sparse is not None and sparse.query_weights is not None and Form.QUERY in form:
             table = weights.query_weights(self._folder, sparse.query_weights)
-            present = np.array(sorted(set(ids.tolist())))
-            return Outputs(ids=present[table[present] != 0], weights=table[present][table[present] != 0])
+            by_id = _largest({token: float(table[token]) for token in set(ids.tolist()) if table[token]}, sparse.most)
+            return Outputs(ids=np.array(list(by_id), np.int32), weights=np.array([*by_id.values()], np.float32))
         result = self._run({"input_ids": ids}, attended_of(number, len(ids)))
         states = None if config.has_logits else result.last_hidden_state[0].double().numpy()
         if Form.DENSE in form:
@@ -166,6 +166,7 @@ class Reference:
             found = found._replace(dense=self._pooled(states)[: config.truncate_dim])
         if Form.SPARSE in form and sparse is not None:
             by_id = _sparse(self._folder, sparse, ids, states, None if states is not None else result.logits[0])
+            by_id = _largest(by_id, sparse.most)
             found = found._replace(ids=np.array(list(by_id), np.int32), weights=np.array([*by_id.values()], np.float32))
         if Form.TOKENS in form and tokens is not None:
             assert states is not None
@@ -290,6 +291,11 @@ def _sparse(
     values = np.log1p(values) if config.twice else values
     whole = values.max(axis=0) if config.pooling == "max" else values.sum(axis=0)
     return {int(token): float(whole[token]) for token in np.flatnonzero(whole)}
+
+
+def _largest(by_id: dict[int, float], most: int | None) -> dict[int, float]:
+    """Return the largest weights, in the order of the tokens."""
+    return dict(sorted(sorted(by_id.items(), key=lambda item: -item[1])[:most]))
 
 
 def _embeds_segments_as_words(model: Any) -> bool:

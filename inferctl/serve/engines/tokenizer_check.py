@@ -74,6 +74,8 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
             f"{type(error).__name__}: {error}",
             "correct `tokenizer_class` in tokenizer_config.json: `PreTrainedTokenizerFast` uses tokenizer.json alone",
         ) from None
+    if isinstance(config, EmbeddingConfig) and config.tokens:  # as sentence-transformers and the pool add them
+        library.add_tokens(list(config.tokens.markers), special_tokens=True)
     if config.lower_case and library.is_fast:
         library.backend_tokenizer.normalizer = tokenizer_files.with_lower_case(library.backend_tokenizer.normalizer)
     texts = [*_PROBES, *_own_probes(pool, library.get_added_vocab()), "start " + "a " * pool.max_tokens + "end"]
