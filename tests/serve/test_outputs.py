@@ -341,12 +341,28 @@ def with_markers(folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
+def with_vocabulary_of_bert(folder: Path) -> Path:
+    """Write the tokenizer files of bert-base-uncased: the markers are in the vocabulary, and no added tokens."""
+    from transformers import BertTokenizer
+
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    file = folder.parent / "vocab.txt"
+    file.write_text("\n".join([*special, *(word for word in words if word not in special)][: len(words)]))
+    BertTokenizer(vocab=str(file), model_max_length=128).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("metadata", [None, {"query_maxlen": 16, "doc_maxlen": 40, "mask_punctuation": False}])
-def test_stanford(metadata: dict[str, Any] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["added tokens", "vocabulary"])
+def test_stanford(metadata: dict[str, Any] | None, kind: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder = with_markers(base(tmp_path / "model", "bert"), ["[unused0]", "[unused1]"])
+    folder = base(tmp_path / "model", "bert")
+    folder = (
+        with_vocabulary_of_bert(folder) if kind == "vocabulary" else with_markers(folder, ["[unused0]", "[unused1]"])
+    )
     weights = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     torch.manual_seed(1)
     weights["linear.weight"] = torch.randn(8, WIDTH)

@@ -50,8 +50,7 @@ class Checks:
     def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str) -> None:
         self._logits, self._hint = config.task != "embed", hint
         large = folder.parameters > _MAX_CHECKED_PARAMETERS
-        pool = TokenizerPool(folder.path, config, threads=1)
-        tokenizer_check.check(folder.path, config, pool)
+        pool = tokenizer_check.checked(folder.path, config)
         self._vocabulary_size = pool.vocabulary_size
         if isinstance(config, EmbeddingConfig):
             self.texts = _embedded(pool, config)
