@@ -183,7 +183,10 @@ def _cores(spec: Spec, parts: Sequence[str]) -> Finding:
 def _use(
     spec: Spec, found: ModelFolder | HubModel | UnknownSize, findings: list[Finding]
 ) -> tuple[str, dict[str, Any] | None]:
-    """Return the task and how the server uses the model, from its small files. Adds to `findings`."""
+    """Return the task and how the server uses the model, from its small files. Adds to `findings`.
+
+    The tokenizer of a local folder is compared with that of transformers, as the start of a server does.
+    """
     source, revision = spec.model.source, spec.model.revision
     if isinstance(found, UnknownSize):
         return spec.model.task, None

@@ -118,7 +118,7 @@ def _has_longrope(config: Mapping[str, Any]) -> bool:
     scaling = config.get("rope_parameters") or config.get("rope_scaling")
     if not isinstance(scaling, Mapping):
         return False
-    names = {"longrope", "su", *(["yarn"] if str(config.get("model_type", "")).startswith("phi") else [])}
+    names = {"longrope", "su", *(["yarn"] if config.get("model_type") in ("phi3", "phi4_multimodal") else [])}
     each = [scaling, *(value for value in scaling.values() if isinstance(value, Mapping))]
     return any(names & {str(found.get("rope_type")), str(found.get("type"))} for found in each)
 
