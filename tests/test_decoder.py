@@ -23,7 +23,13 @@ LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
-    "rope_scaling": {"factor": 8.0, "rope_type": "llama3", "original_max_position_embeddings": 8192},
+    "rope_scaling": {
+        "factor": 8.0,
+        "rope_type": "llama3",
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
 }
 LLAMA_2_7B = {**LLAMA_31_8B, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096}
 GPT2_XL = {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25, "n_positions": 1024, "vocab_size": 50257}

@@ -206,7 +206,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config-is-large": (hole("config.json", 17 * 2**20), ALL),
     "config-is-huge": (hole("config.json", 2**36), ALL),
     "modules-are-deep": (written("modules.json", DEEP), ALL),
-    "tokenizer-is-deep": (written("tokenizer.json", DEEP), ("serve",)),
+    "tokenizer-is-deep": (written("tokenizer.json", DEEP), ("check", "serve")),
     "tokenizer-is-huge": (hole("tokenizer.json", 2**36), ALL),
     "vocabulary-is-huge": (lambda folder: (written("vocab.txt", "a")(folder), hole("vocab.txt", 2**36)(folder)), ALL),
     "header-is-longer-than-the-file": (header("{}", 2**62), ALL),

@@ -267,7 +267,6 @@ ELSEWHERE = """model: {source: models/minilm}
 image: {base: base.yaml, wheels: w, locks: ./l}
 hardware: [t4, gpu.yaml]
 bench: {plan: plans/p.yaml}
-serve: {check_record: checks.json}
 """
 
 
@@ -286,8 +285,7 @@ def test_paths_in_a_spec_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.
         one = found[name]
         image = one.image
         paths = [one.model.source, image.wheels, image.locks, one.bench.plan, one.hardware[1], image.base]
-        paths.append(one.serve.check_record)
-        expected = ["models/minilm", "w", "l", "plans/p.yaml", "gpu.yaml", "base.yaml", "checks.json"]
+        expected = ["models/minilm", "w", "l", "plans/p.yaml", "gpu.yaml", "base.yaml"]
         assert [Path(path or "").absolute() for path in paths] == [folder / path for path in expected]
         assert not model.is_hub_id(one.model.source)
         assert (one.hardware[0], one.name) == ("t4", "minilm")

@@ -25,7 +25,7 @@ from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
 from inferctl.image import cold_start, locks, model_image
 from inferctl.image.cold_start import StartPart
-from inferctl.models import generation_fit, hub, image_source
+from inferctl.models import convert, generation_fit, hub, image_source
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
     Finding,
@@ -183,7 +183,10 @@ def _cores(spec: Spec, parts: Sequence[str]) -> Finding:
 def _use(
     spec: Spec, found: ModelFolder | HubModel | UnknownSize, findings: list[Finding]
 ) -> tuple[str, dict[str, Any] | None]:
-    """Return the task and how the server uses the model, from its small files. Adds to `findings`."""
+    """Return the task and how the server uses the model, from its small files. Adds to `findings`.
+
+    The tokenizer of a local folder is compared with that of transformers, as the start of a server does.
+    """
     source, revision = spec.model.source, spec.model.revision
     if isinstance(found, UnknownSize):
         return spec.model.task, None
@@ -192,8 +195,9 @@ def _use(
     except UsageError as error:
         findings.append(Finding("error", "task", error.message, "the server does not start", error.hint))
         return spec.model.task, None
+    summary = None
     try:
-        from inferctl.serve import model_summary
+        from inferctl.serve import model_summary, task_config
 
         if isinstance(found, HubModel):
             if not found.weights_bytes:
@@ -206,10 +210,18 @@ def _use(
         else:
             folder = found.path
         summary = model_summary.read(task, folder)
+        if (
+            isinstance(found, ModelFolder)
+            and task != "generate"
+            and not (is_hub_id(source) and convert.needed(found))  # the start of the server converts it
+        ):
+            from inferctl.serve.engines import tokenizer_check
+
+            tokenizer_check.checked(folder, task_config.read(task, folder, spec.serve.max_input_tokens)).close()
     except ModuleNotFoundError as error:
         what, hint = f"how the model is used was not checked: the package {error.name} is not installed", "serve"
         findings.append(Finding("warn", "model", what, "it needs no weights, but that package", install_hint(hint)))
-        return task, None
+        return task, summary
     except NotReadyError as error:
         findings.append(Finding("warn", "model", error.message, "how it is used was not checked", error.hint))
         return task, None

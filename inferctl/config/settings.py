@@ -214,7 +214,6 @@ _ABSENT = object()
 # Settings that can be a local file or folder; `~` is expanded.
 _PATHS = (
     "model.source",
-    "serve.check_record",
     "image.wheels",
     "image.locks",
     "access.keys",

@@ -132,11 +132,6 @@ class Serve(Section):
     max_input_tokens: int | None = Field(
         None, ge=8, le=1_048_576, description="Maximum number of tokens in one input. Default: the model's own limit."
     )
-    check_record: OneLine | None = Field(
-        None,
-        description="File for the results of the checks at the start. If it has those of the same model and code, the "
-        "start does not repeat these checks; otherwise the server writes them. Not for generation.",
-    )
     max_queue_tokens: int = Field(
         262_144,
         ge=64,
@@ -248,12 +243,6 @@ class Image(Section):
         "auto",
         description="Compression of the layers. `zstd` and `gzip` also convert the layers of the base. `auto` compresses "
         "new layers with zstd where the builder and the registry can, and otherwise with gzip.",
-    )
-    check_record: bool = Field(
-        False,
-        description="Start the built image once, and store the results of the checks at its start in its last layer "
-        "(`serve.check_record`), so that later starts take less time. Builds can then differ in this layer. Not for "
-        "generation.",
     )
     max_size: Size | None = Field(
         None, description="Maximum compressed size of the image, such as `6GB`. A larger image fails the build."

@@ -25,17 +25,14 @@ from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
 from inferctl.image.publish import Publication, publish
-from inferctl.image.records import ContainerOptions, DockerInfo, ImageInfo, LayerInfo
-from inferctl.image.render import CHECK_RECORD
+from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
-from inferctl.image.verify import Verified, VerifyOptions, record_checks, verify
+from inferctl.image.verify import Verified, VerifyOptions, verify
 from inferctl.models import image_source
 from inferctl.models.fit import Finding, UnknownSize
 from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.models.size import locate
-
-_READ_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -145,29 +142,10 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         yield Phase("build", builder.describe())
         if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
             yield from buildx.build_once(replace(model_layers(request), platforms=explicit_platforms))
-        wanted, record_file = plan.spec.image.check_record, context / "layers/config" / CHECK_RECORD
-        # Another start records other figures, so the image would have another id.
-        record = _record_of(engine, options.expected) if wanted and options.expected else None
-        if record:
-            record_file.write_bytes(record)
-        records = wanted and not record and options.verify and plan.task != "generate"
-        steps, metadata = yield from buildx.build_once(replace(request, cache_to=()) if records else request)
+        steps, metadata = yield from buildx.build_once(request)
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
-            if records:
-                yield Phase("record", "the checks at the start of the server")
-                record = yield from record_checks(engine, image, _verify_options(plan, info))
-                engine.discard(image.id)
-                record_file.write_bytes(record)
-                _, metadata = yield from buildx.build_once(replace(request, no_cache=False, pull=False))
-                image = _loaded(engine, metadata)
-                clock.lap("record")
-            elif wanted and not record:
-                why = (
-                    "generation has none" if plan.task == "generate" else "with `--no-verify`, the image is not started"
-                )
-                yield Note(f"the checks at the start are not recorded: {why}")
             _check_expected(options.expected, image)
             yield from check_size(plan, info, image)
             yield from note_unverified(plan, native)
@@ -201,15 +179,6 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         forecast=plan.forecast,
         seconds=clock.laps,
     )
-
-
-def _record_of(engine: DockerEngine, image: str) -> bytes | None:
-    """Return the record of checks in an image of the engine, None if it has none."""
-    if engine.image(image) is None:
-        return None
-    options = ContainerOptions(entrypoint=("cat",), command=(f"/{CHECK_RECORD}",), network="none")
-    code, content, _ = engine.run_with_input(image, options, b"", _READ_SECONDS)
-    return content if code == 0 else None
 
 
 def _mounted(spec: Spec) -> int | None:

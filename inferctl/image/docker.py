@@ -94,16 +94,6 @@ class Container:
         with _translate_errors("read the log of a container"):
             return bytes(self._api.logs(self.id, tail=lines)).decode("utf-8", "replace").strip()
 
-    def read(self, path: str) -> bytes:
-        """Return the content of a file of the running container, also of one in memory. Raises `InferctlError`."""
-        with _translate_errors("read a file of a container"):
-            command = self._api.exec_create(self.id, ["cat", path], stderr=False)
-            content = bytes(self._api.exec_start(command["Id"]))
-            code = self._api.exec_inspect(command["Id"])["ExitCode"]
-        if code:
-            raise InferctlError(f"the container has no file {path} that can be read", "see the log of its server")
-        return content
-
     def follow(self) -> Iterator[str]:
         """Yield the lines of stdout and stderr until the container ends."""
         partial = b""

@@ -38,8 +38,6 @@ from inferctl.models.model import IMAGE_FOLDER, SUFFIXES, is_hub_id, longest_sta
 EPOCH = 315532800
 # Where an image expects the folder of its key file. A mounted file alone would not change when it is replaced.
 KEYS_PATH = "/keys"
-# What the checks at the start found, in an image that was started once when it was built.
-CHECK_RECORD = "etc/inferctl/check-record.json"
 # Where an image stores the weights that it downloads. templates/Dockerfile.j2 has it too.
 CACHE_PATH = "/model-cache"
 # HEALTHCHECK does not count failures before the server can be ready. Embeddings: imports and the comparison with fp32.
@@ -210,9 +208,6 @@ def _container_config(spec: Spec, port: int) -> bytes:
     if metering:
         data["metering"] = metering
     data["serve"] |= {"port": port, "host": "0.0.0.0"}
-    data["serve"].pop("check_record", None)  # a file of the build machine
-    if spec.image.check_record:
-        data["serve"]["check_record"] = f"/{CHECK_RECORD}"
     if spec.model.weights != "download":
         data["model"]["source"] = IMAGE_FOLDER
     if spec.access.keys:

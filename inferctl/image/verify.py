@@ -42,8 +42,6 @@ from inferctl.models.reference_process import LIBRARIES
 _CHANCE = 1000.0
 _REFERENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 120.0
-# In memory: the root file system of the container is read-only.
-_RECORD = "/tmp/check-record.json"
 T = TypeVar("T")
 
 
@@ -106,7 +104,13 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     """
     started = time.monotonic()
     port = settings.listening_port(image.environment)
-    running, host_port = yield from _start(engine, image, options, port)
+    container_options, host_port = server_options(image, options, port)
+    try:
+        running = engine.start(image.id, container_options)
+    except failures.NoBridgeError as error:
+        yield Note(f"{error.message}; verifying on the host's network")
+        container_options, host_port = server_options(image, replace(options, network="host"), port)
+        running = engine.start(image.id, container_options)
     with running as container:
         address = ("127.0.0.1", host_port or _published(container, port))
         _wait_ready(container, address, options.ready_seconds)
@@ -194,39 +198,11 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     return verified
 
 
-def record_checks(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, bytes]:
-    """Start the image, and return what the checks at its start found, as it reads it from `serve.check_record`.
-
-    Raises `InferctlError` as `verify` does. Removes its container.
-    """
-    port = settings.listening_port(image.environment)
-    recorded = {"INFERCTL_SERVE_CHECK_RECORD": _RECORD}
-    running, host_port = yield from _start(engine, image, options, port, recorded)
-    with running as container:
-        _wait_ready(container, ("127.0.0.1", host_port or _published(container, port)), options.ready_seconds)
-        return container.read(_RECORD)
-
-
-def _start(
-    engine: DockerEngine, image: ImageInfo, options: VerifyOptions, port: int, environment: Mapping[str, str] = {}
-) -> Generator[Note, None, tuple[Container, int | None]]:
-    """Start the server, and return its container and what `server_options` returns."""
-    container_options, host_port = server_options(image, options, port, environment)
-    try:
-        return engine.start(image.id, container_options), host_port
-    except failures.NoBridgeError as error:
-        yield Note(f"{error.message}; using the host's network")
-    container_options, host_port = server_options(image, replace(options, network="host"), port, environment)
-    return engine.start(image.id, container_options), host_port
-
-
-def server_options(
-    image: ImageInfo, options: VerifyOptions, port: int, environment: Mapping[str, str] = {}
-) -> tuple[ContainerOptions, int | None]:
+def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[ContainerOptions, int | None]:
     """Return the options of the container, and its host port on the host's network (None on the bridge)."""
     mounts = mounts_of(options.model) if options.model else {}
     labels = {"io.inferctl.role": "verify"}
-    environment = {**settings.OPEN_ACCESS, **environment}
+    environment = settings.OPEN_ACCESS
     if options.network != "host":
         return ContainerOptions(
             environment=environment,

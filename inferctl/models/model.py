@@ -256,6 +256,9 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             raise UnconvertedError(
                 path, source, "is a Router of sentence-transformers, with its model in a folder below"
             )
+        below = str(next(iter(folder.modules), {}).get("path", ""))
+        if below and (path / below / "config.json").is_file():
+            raise transformer_below(path, below)
         hint = "pass a folder in Hugging Face layout: config.json, tokenizer.json, *.safetensors"
         if (path / image_source.FOLDER / "config.json").is_file():  # the root of a model image
             hint = f"pass {path / image_source.FOLDER}, or for a pod name the model image in model.source"
@@ -277,6 +280,14 @@ def find(source: str, revision: str | None = None, environment: Mapping[str, str
             "download the model again",
         )
     return folder
+
+
+def transformer_below(folder: Path, path: str) -> UsageError:
+    """Return the error for a folder of sentence-transformers whose transformer is in the folder `path` of it."""
+    return UsageError(
+        f"the Transformer module of {folder} is in {path}",
+        f"move the files of {path} into the model folder, and set its path in modules.json to an empty text",
+    )
 
 
 def architecture(config: Mapping[str, Any]) -> str:

@@ -71,8 +71,7 @@ def native_config(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(config.get("is_causal", False), bool):
         raise UsageError(f"{folder} has `is_causal: {config['is_causal']}` in config.json", "write true or false")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if isinstance(scaling, Mapping) and "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+    if _has_longrope(config):
         raise UsageError(
             f"{folder} has positions (longrope) that depend on the longest text of a batch, which is not supported",
             _HINT,
@@ -112,6 +111,16 @@ def native_config(folder: Path) -> dict[str, Any]:
         found.pop("rope_scaling")
         found["rope_parameters"] = _gte_rope(folder, config, scaling)
     return found
+
+
+def _has_longrope(config: Mapping[str, Any]) -> bool:
+    """Return whether positions are scaled by the length of a text, in all layers or in those of one kind."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return False
+    names = {"longrope", "su", *(["yarn"] if config.get("model_type") in ("phi3", "phi4_multimodal") else [])}
+    each = [scaling, *(value for value in scaling.values() if isinstance(value, Mapping))]
+    return any(names & {str(found.get("rope_type")), str(found.get("type"))} for found in each)
 
 
 def _own_code(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ The formats are those of the files that sentence-transformers writes (see `modul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -17,7 +18,8 @@ from inferctl.core.errors import UsageError
 from inferctl.models import model
 from inferctl.serve import architecture, modules, output_config, prompts
 from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
-from inferctl.serve.outputs import FORMS, Form, Output, Role, SparseConfig, TokensConfig
+from inferctl.serve.output_config import STATIC_TOKENS
+from inferctl.serve.outputs import FORMS, ROLES, Form, Output, Role, SparseConfig, TokensConfig
 from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 # RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
@@ -25,8 +27,6 @@ _OFFSET_TYPES = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm", "data2vec-text"}
 )
 _NO_LIMIT = 1_000_000
-# Static embeddings have no longest text. The tokenizer needs 100 bytes per token of one.
-_STATIC_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,16 @@ class EmbeddingConfig:
 
     def text_options(self, role: Role) -> dict[str, Any]:
         """Return the options of `TokenizerPool.encode` for a query, a document, or a text of unknown role."""
-        looked_up = role == "query" and self.sparse is not None and self.sparse.query_weights is not None
-        limit = self.tokens.limit(query=role == "query") if self.tokens and role else None
-        return {"limit": limit, "special_tokens": not looked_up}
+        limit = self.tokens.limit(role) if self.tokens else None
+        if self.sparse is None or self.sparse.query_length is None:
+            return {"limit": limit, "special_tokens": True}
+        looked_up = role == "query"
+        return {"limit": self.sparse.query_length if looked_up else self.max_tokens, "special_tokens": not looked_up}
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of any text, also of a query that the transformer does not read."""
+        return max(self.max_tokens, (self.sparse.query_length or 0) if self.sparse else 0)
 
     @property
     def has_logits(self) -> bool:
@@ -94,16 +101,22 @@ def read(folder: Path, max_input_tokens: int | None = None) -> EmbeddingConfig:
     """Return the configuration of a model folder. Raises `UsageError` for what is not supported."""
     outputs = output_config.read(folder)
     if outputs is not None and not outputs.dense:
-        settings = input_settings(folder, max_input_tokens, pooled=True)
+        tokens, sparse = outputs.tokens, outputs.sparse
+        lengths = [tokens.limit(role) or 0 for role in ROLES] if tokens else []
+        settings = input_settings(folder, max_input_tokens, pooled=True, lengths=lengths)
         texts = {**settings["prompts"].texts, **outputs.prompts}
-        expansion = outputs.tokens.expansion if outputs.tokens else None
+        expansion = tokens.expansion if tokens else None
         if expansion is not None and expansion.length > settings["max_tokens"]:
             raise UsageError(
                 f"queries of {folder} have {expansion.length} tokens, above the limit of {settings['max_tokens']}",
                 "raise `serve.max_input_tokens`, or correct the length of `query_expansion` in the files of the model",
             )
         settings["prompts"] = replace(settings["prompts"], texts=texts)
-        return EmbeddingConfig((), sparse=outputs.sparse, tokens=outputs.tokens, **settings)
+        if tokens is not None:
+            tokens = replace(tokens, length=input_settings(folder, max_input_tokens, pooled=True)["max_tokens"])
+        if sparse is not None and sparse.query_length is not None and max_input_tokens is not None:
+            sparse = replace(sparse, query_length=min(sparse.query_length, max_input_tokens))
+        return EmbeddingConfig((), sparse=sparse, tokens=tokens, **settings)
     found = modules.read(folder, "embed")
     static = found.static if found else None
     pooled = found is None or found.include_prompt
@@ -128,10 +141,18 @@ def _assumed_pooling(folder: Path) -> tuple[PoolingMode, ...]:
     return ("last",) if causal else ("mean",)
 
 
-def input_settings(folder: Path, max_input_tokens: int | None, *, pooled: bool, static: bool = False) -> dict[str, Any]:
-    """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`."""
+def input_settings(
+    folder: Path, max_input_tokens: int | None, *, pooled: bool, static: bool = False, lengths: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return `max_tokens`, `prompts` and `lower_case` of a model folder of any task. `pooled`: as in `Prompts`.
+
+    `lengths`: of queries and documents, which may be above `max_seq_length`.
+    """
     transformer = {} if static else modules.transformer_settings(folder)
-    longest = _STATIC_TOKENS if static else _longest(folder, read_object(folder / "config.json"), transformer)
+    config = read_object(folder / "config.json")
+    longest = STATIC_TOKENS if static else _longest(folder, config, transformer)
+    if max(lengths, default=0) > longest:
+        longest = _longest(folder, config, transformer | {"max_seq_length": max(lengths)})
     return {
         "max_tokens": min(longest, max_input_tokens or longest),
         "prompts": prompts.read(modules.library_settings(folder), pooled=pooled),

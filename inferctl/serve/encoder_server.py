@@ -304,8 +304,6 @@ def _engine_config(spec: Spec, task: Task, options: ServerOptions, folder: Model
         engines=options.engines or 1,
         log=options.log,
         allow_inaccurate=spec.serve.allow_inaccurate,
-        check_record=spec.serve.check_record,
-        model_sha256=folder.digest if spec.serve.check_record else "",
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
+from inferctl.models import model
 from inferctl.models.model import LIBRARY_FILE, STATIC, ModelFolder
 from inferctl.models.untrusted import inside, read_json
 
@@ -162,6 +163,8 @@ def read(folder: Path, task: Task) -> Modules | None:
     if names[1:2] != ["Pooling"]:
         found = f"no Pooling module after Transformer, but {names[1]}" if names[1:] else "no Pooling module"
         raise UsageError(f"{folder} has {found}: its vectors are those of tokens", _HINT)
+    if "Pooling" in names[2:]:
+        raise UsageError(f"{folder} has two Pooling modules", "remove one of them from modules.json")
     layers = tuple(read_layer(folder, name, path) for name, path in entries[2:])
     _check_outputs(folder, entries, task)
     pooling, include_prompt = _pooling(folder, entries[1][1])
@@ -237,9 +240,7 @@ def check_transformer(
     elif name != "Transformer":
         raise UsageError(f"{folder} has a {name} module first, which is not supported", _HINT)
     if path not in ("", "."):
-        raise UsageError(
-            f"the Transformer module of {folder} is in {path}", "move its files into the model folder, with path ''"
-        )
+        raise model.transformer_below(folder, path)
     settings = transformer_settings(folder)
     if (found := settings.get("transformer_task", default)) != wanted:
         raise UsageError(f"the transformer of {folder} is made for {found}, not for {wanted}", "use another model")

@@ -26,6 +26,9 @@ _TOKEN_SETTINGS = ("query_length", "document_length", "query_expansion")
 # What ColBERT and PyLate add to a query, and the tokens that documents of them do not return.
 _DEFAULT_QUERY_LENGTH = 32
 _PUNCTUATION = tuple(string.punctuation)
+TOKENIZER = "tokenizer_config.json"
+# The most tokens of what no transformer reads. The tokenizer needs 100 bytes per token.
+STATIC_TOKENS = 32_768
 _SPECIAL = ("cls_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -44,7 +47,11 @@ def read(folder: Path) -> OutputConfig | None:
 
     Raises `UsageError` for modules and settings that are not supported.
     """
-    kind = modules.library_settings(folder).get("model_type")
+    settings = modules.library_settings(folder)
+    kind = settings.get("model_type")
+    packages = {str(module.get("type", "")).partition(".")[0] for module in ModelFolder(folder).modules}
+    if kind is None and ("pylate" in packages or {"query_prefix", "document_prefix"} & settings.keys()):
+        kind = "ColBERT"  # of a PyLate that did not say so
     if kind == "SparseEncoder":
         return OutputConfig(sparse=_splade(folder))
     if kind in ("MultiVectorEncoder", "ColBERT"):
@@ -68,7 +75,14 @@ def _splade(folder: Path) -> SparseConfig:
         raise UsageError(f"{folder} has SpladePooling with {shown(pooling)} and {shown(activation)}", _HINT)
     routes = modules.read_object(folder / ROUTER_FILE).get("structure") or {}
     query = str(routes["query"][0]) if routes.get("query") else None
-    return SparseConfig(pooling=pooling, twice=activation == "log1p_relu", query_weights=query)
+    length = None if query is None else _length(folder, read_object(folder / query / TOKENIZER), "model_max_length")
+    return SparseConfig(
+        pooling=pooling,
+        twice=activation == "log1p_relu",
+        query_weights=query,
+        query_length=None if query is None else min(length or STATIC_TOKENS, STATIC_TOKENS),
+        most=_length(folder, modules.library_settings(folder), "max_active_dims"),
+    )
 
 
 def _multi_vector(folder: Path, *, old: bool) -> OutputConfig:
@@ -115,6 +129,7 @@ def _multi_vector(folder: Path, *, old: bool) -> OutputConfig:
         document_length=_length(folder, lengths, "document_length"),
         expansion=_expansion(folder, tokenizer, lengths.get("query_expansion")),
         markers=_markers(tokenizer, prefixes.values()),
+        mean=settings.get("similarity_fn_name") == "meanmaxsim",
     )
     return OutputConfig(tokens=config, prompts=composed)
 
@@ -216,5 +231,5 @@ def _words(settings: Mapping[str, Any], name: str, default: list[str]) -> list[s
 def _length(folder: Path, settings: Mapping[str, Any], name: str) -> int | None:
     value = settings.get(name)
     if value is not None and (type(value) is not int or value < 1):
-        raise UsageError(f"`{name}` of {folder} is {shown(value)}, not a number of tokens", "correct the file")
+        raise UsageError(f"`{name}` of {folder} is {shown(value)}, not a number above 0", "correct the file")
     return value

@@ -19,6 +19,7 @@ from inferctl.serve.text_parts import slices
 
 Output: TypeAlias = Literal["dense", "sparse", "tokens"]
 Role: TypeAlias = Literal["query", "document"] | None
+ROLES: tuple[Role, ...] = ("query", "document", None)
 Ids: TypeAlias = npt.NDArray[np.int32]
 # Numbers of documents, and their products with a query, that are computed at a time: 4 MiB and 1 GFLOP.
 _PART_NUMBERS, _PART_PRODUCTS = 2**20, 2**29
@@ -59,15 +60,18 @@ class SparseConfig:
     `folder`: that of a layer which gives each token of the text a weight, of which the largest counts for its id, as in
     BGE-M3. None: the masked language model gives each token of the text a logit for each token of the vocabulary
     (SPLADE). `pooling` takes the largest or the sum of log(1 + max(0, logit)), or of that of the result if `twice`.
-    `query_weights`: the folder with the weights of the tokens in a query, which are then not computed. `ignored`: ids
-    without a weight.
+    `query_weights`: the folder with the weights of the tokens in a query, which are then not computed, and
+    `query_length` the most tokens of one. `ignored`: ids without a weight. `most`: how many weights a text has, the
+    largest ones; None for all.
     """
 
     folder: str | None = None
     pooling: Literal["max", "sum"] = "max"
     twice: bool = False
     query_weights: str | None = None
+    query_length: int | None = None
     ignored: tuple[int, ...] = ()
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class TokensConfig:
 
     `layers`: applied to each state. `first`: tokens at the start that have no vector. `skipped`: ids that have none in
     documents, and in queries if `skips_queries`. `query_length`, `document_length`: the most tokens of each, with
-    special ones. `markers`: texts in prompts that are one token, also where the tokenizer would split them.
+    special ones; `length`: of texts without one of these. `markers`: texts in prompts that are one token, also where
+    the tokenizer would split them. `mean`: whether MaxSim is divided by the number of the query's vectors.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -98,16 +103,17 @@ class TokensConfig:
     skips_queries: bool = False
     query_length: int | None = None
     document_length: int | None = None
+    length: int | None = None
     expansion: Expansion | None = None
     markers: tuple[str, ...] = ()
+    mean: bool = False
 
-    def limit(self, *, query: bool) -> int | None:
-        """Return the most tokens of a query or a document; None for the limit of the model."""
-        if not query or self.expansion is None:
-            return self.query_length if query else self.document_length
-        if self.expansion.fixed or self.query_length is None:
-            return self.expansion.length if self.expansion.fixed else None
-        return max(self.query_length, self.expansion.length)
+    def limit(self, role: Role) -> int | None:
+        """Return the most tokens of a query, a document or another text; None for the limit of the model."""
+        found = {"query": self.query_length, "document": self.document_length, None: None}[role]
+        if role == "query" and self.expansion is not None:
+            found = self.expansion.length if self.expansion.fixed else found and max(found, self.expansion.length)
+        return found or self.length
 
     def expand(self, ids: Tokens) -> tuple[Tokens, int]:
         """Return the token ids of a query with those that follow it, and how many are attended to (0: all)."""

@@ -26,6 +26,26 @@ def refuse_code(folder: Path) -> None:
         )
 
 
+def refuse_unsteady(folder: Path, tokenizer: Tokenizer, *, static: bool, rendered: bool) -> None:
+    """Raise `UsageError` for a tokenizer that drops merges at random, or truncates the start of a text.
+
+    `static`: sentence-transformers runs tokenizer.json alone. `rendered`: pairs are truncated in their own way.
+    """
+    if dropout := getattr(tokenizer.model, "dropout", None):
+        raise UsageError(
+            f"the tokenizer of {folder} has `dropout: {dropout:g}`: it makes other tokens of a text each time",
+            'set "dropout" of "model" in tokenizer.json to null',
+        )
+    side = None if static else read_object(folder / "tokenizer_config.json").get("truncation_side")
+    found = side or (tokenizer.truncation or {}).get("direction", "right")
+    if found.lower() == "left" and not rendered:
+        raise UsageError(
+            f"the tokenizer of {folder} truncates at the start of a text, which is not supported",
+            'if texts are not truncated, set `truncation_side` in tokenizer_config.json, and "direction" of '
+            '"truncation" in tokenizer.json, to "right"',
+        )
+
+
 def eos(tokenizer: Tokenizer) -> str | None:
     """Return the special token that the tokenizer itself adds after a text, else None."""
     encoding = tokenizer.encode("a")

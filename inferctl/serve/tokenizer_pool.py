@@ -122,14 +122,11 @@ class TokenizerPool:
         self._executor = ThreadPoolExecutor(threads, "tokenize", lambda: ids.append(threading.get_native_id()))
         self.threads = ids, threads  # those that started, and how many there can be
         tokenizer = self._load()
-        self.max_tokens = config.max_tokens
-        if self._static is not None:  # the library runs tokenizer.json alone
+        self.max_tokens = config.longest_text if isinstance(config, EmbeddingConfig) else config.max_tokens
+        static = self._static is not None
+        tokenizer_files.refuse_unsteady(folder, tokenizer, static=static, rendered=template is not None)
+        if static:  # the library runs tokenizer.json alone
             cut = tokenizer.truncation or {}
-            if cut.get("direction") == "left":
-                raise UsageError(
-                    f"the tokenizer of {folder} truncates at the start of a text, which is not supported",
-                    'set "direction" of "truncation" in tokenizer.json to "Right" if texts are not truncated',
-                )
             self.max_tokens = min(self.max_tokens, cut.get("max_length", self.max_tokens))
         else:
             tokenizer_files.refuse_code(folder)

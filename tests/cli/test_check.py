@@ -42,6 +42,10 @@ def model_folder(path: Path, rows: int, width: int = 384, config: dict[str, Any]
     with (path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
+    words = {"[UNK]": 0, "a": 1}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    (path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def add_pooling(folder: Path) -> None:
@@ -252,6 +256,12 @@ def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -
     assert "memory was not checked" in " ".join(told.split())
     assert "can run it" not in told
     assert "not pinned" in told
+
+
+def test_a_tokenizer_that_ends_the_start_is_an_error(here: Path, capsys: Captured) -> None:
+    (here / "model" / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    assert run(["check"]) == 2
+    assert "truncates at the start of a text" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None:

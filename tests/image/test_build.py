@@ -90,55 +90,6 @@ def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image:
     ]
 
 
-def recording(base_image: str, behaviour: str = "works") -> BuildPlan:
-    """Return a plan whose image gets the record of the checks at its start."""
-    rendered = tiny.rendered(base_image, behaviour, "COPY --link layers/config /")
-    files = {**rendered.files, "layers/config/etc/inferctl/inferctl.yaml": b""}
-    made = tiny.plan(replace(rendered, files=files))
-    image = made.spec.image.model_copy(update={"check_record": True})
-    return replace(made, spec=made.spec.model_copy(update={"image": image}))
-
-
-@pytest.mark.parametrize("verifies", [True, False])
-def test_an_image_gets_what_the_checks_at_its_first_start_found(
-    verifies: bool, docker: DockerEngine, base_image: str
-) -> None:
-    made = tiny.with_options(recording(base_image), verify=verifies)
-    events, built = run(docker, made)
-    phases = [event.name for event in events if isinstance(event, Phase)]
-    shown = ["docker", "run", "--rm", "--entrypoint", "cat", made.reference, "/etc/inferctl/check-record.json"]
-    done = subprocess.run(shown, capture_output=True, text=True, check=False)
-    if verifies:
-        assert phases == ["build", "record", "verify", "tag"]
-        assert (done.stdout, built.verified is not None) == ("the checks of works", True)
-        assert len(_created("images", "--all", "--no-trunc")) == 1, "the image without the record is gone"
-    else:
-        assert phases == ["build", "tag"] and done.returncode == 1
-        assert any("not recorded" in event.text for event in events if isinstance(event, Note))
-
-
-def test_the_expected_image_gives_its_record_to_the_build_that_publishes_it(
-    docker: DockerEngine, base_image: str
-) -> None:
-    _, measured = run(docker, recording(base_image))
-    again = tiny.with_options(recording(base_image), verify=False, expected=measured.image)
-    events, published = run(docker, again)
-    assert published.image == measured.image
-    assert not any("not recorded" in event.text for event in events if isinstance(event, Note))
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "problem"), [("dies", "there is no such model"), ("forgets", "check-record.json")]
-)
-def test_an_image_whose_first_start_leaves_no_record_gets_no_name(
-    behaviour: str, problem: str, docker: DockerEngine, base_image: str
-) -> None:
-    made = recording(base_image, behaviour)
-    with pytest.raises(InferctlError, match=problem):
-        run(docker, made)
-    assert _created("images", "--all", "--no-trunc") == []
-
-
 @pytest.mark.parametrize("task", ["generate", "auto"])
 def test_an_image_of_vllm_for_gpus_is_not_verified_without_a_gpu(
     docker: DockerEngine, base_image: str, tmp_path: Path, task: str

@@ -57,9 +57,6 @@ if how == "hungry":
     hoard = []
     while True:
         hoard.append(bytearray(10_000_000))
-if how != "forgets" and (record := os.environ.get("INFERCTL_SERVE_CHECK_RECORD")):
-    with open(record, "w") as file:
-        file.write("the checks of " + how)
 port = int(sys.argv[sys.argv.index("--port") + 1] if "--port" in sys.argv else os.environ["INFERCTL_SERVE_PORT"])
 
 class Handler(http.server.BaseHTTPRequestHandler):

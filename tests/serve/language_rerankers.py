@@ -51,7 +51,7 @@ def make(
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.2}
     known = {**sizes, **more, "vocab_size": len(tokenizer) + 4, "pad_token_id": tokenizer.pad_token_id, "num_labels": 1}
-    config = AutoConfig.for_model(architecture, **known, **settings)
+    config = AutoConfig.for_model(architecture, **(known | settings))
     auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     auto.from_config(config).save_pretrained(folder / "bare")
     tokenizer.save_pretrained(folder / "bare")

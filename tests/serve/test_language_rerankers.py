@@ -116,6 +116,53 @@ def test_tokens_and_scores_equal_sentence_transformers(folders: Callable[[str], 
     assert reduced.within_limit
 
 
+def other_head(folder: Path) -> None:
+    """Store output embeddings that are not those of the input, although config.json says so."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].roll(1, 0)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(stored["lm_head.weight"][1], stored["model.embed_tokens.weight"][0])
+
+
+_MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+# Models that scale their logits, each in its own way, and one with an output matrix of its own.
+SCALED: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
+    "granite": ({"architecture": "granite", "logits_scaling": 8.0}, lambda _: None),
+    "cohere": ({"architecture": "cohere", "logit_scale": 0.0625}, lambda _: None),
+    "cohere2": ({"architecture": "cohere2", "logit_scale": 0.25}, lambda _: None),
+    "minicpm3": (
+        {"architecture": "minicpm3", "dim_model_base": 128, "num_key_value_heads": 4, **_MLA},
+        lambda _: None,
+    ),
+    "falcon_h1": ({"architecture": "falcon_h1", "lm_head_multiplier": 0.2, **_MAMBA}, lambda _: None),
+    "tied, with another head": ({"architecture": "qwen3", "tie_word_embeddings": True}, other_head),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_logits_are_scaled_as_the_model_scales_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inferctl.serve.engines import checks, weights
+
+    settings, change = SCALED[name]
+    folder = rerankers.make(tmp_path, activation="Identity", **settings)
+    change(folder)
+    expected = rerankers.oracle(folder).predict(PAIRS)
+    pairs, limit = encoded(folder, PAIRS), 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(computed(folder, pairs)[0], expected, rtol=0, atol=limit)
+    monkeypatch.setattr(checks, "_MAX_CHECKED_PARAMETERS", 0)  # a large model
+    found, info = computed(folder, pairs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
+    assert info.logit_error is not None and info.logit_error < 1e-5
+    rows = weights.output_rows
+    monkeypatch.setattr(weights, "output_rows", lambda *given: rows(*given) * 2)
+    with pytest.raises(UsageError, match="relative error of logits 1"):
+        computed(folder, pairs)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["qwen3, tied", "mistral"])
 def test_the_common_start_of_pairs_is_computed_once(

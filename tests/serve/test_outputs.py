@@ -111,11 +111,17 @@ def encode(library: Any, role: Role, texts: list[str] = TEXTS) -> Any:
     return function(texts)
 
 
-def same_weights(folder: Path, original: Path | None = None) -> None:
+def edit(file: Path, **changes: Any) -> None:
+    """Change values of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def same_weights(folder: Path, original: Path | None = None, texts: list[str] = TEXTS) -> None:
     library = encoder("SparseEncoder", original or folder)
     for role in ROLES:
-        expected = encode(library, role).to_dense().numpy()
-        found = matrix(computed(folder, role), expected.shape[1])
+        expected = encode(library, role, texts).to_dense().numpy()
+        found = matrix(computed(folder, role, texts), expected.shape[1])
         np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, expected.max()))
         assert (
             np.array_equal(found > 0, expected > 0)
@@ -157,6 +163,14 @@ def test_splade(architecture: str, options: dict[str, str], tmp_path: Path) -> N
     same_weights(write_splade(tmp_path, architecture, **options))
 
 
+@pytest.mark.parametrize("strategy", ["max", "sum"])
+def test_only_so_many_weights_as_the_model_keeps(strategy: str, tmp_path: Path) -> None:
+    folder = write_splade(tmp_path, "bert", pooling_strategy=strategy)
+    edit(folder / "config_sentence_transformers.json", max_active_dims=12)
+    same_weights(folder)
+    assert all(len(found.ids) == 12 for found in computed(folder, None))
+
+
 def test_the_real_splade(splade: Path) -> None:
     same_weights(splade)
     (found,) = computed(splade, "query", ["Which river flows through Vienna?"])
@@ -192,11 +206,13 @@ def test_stored_weights_of_queries(tmp_path: Path) -> None:
         [document, SpladePooling(activation_function="log1p_relu")],
     )
     saved = tmp_path / "saved"
-    SparseEncoder(modules=[router], device="cpu").save(str(saved))
+    SparseEncoder(modules=[router], device="cpu", max_active_dims=9).save(str(saved))
+    (tokenizer,) = saved.glob("query_*/tokenizer_config.json")
+    edit(tokenizer, model_max_length=300)  # above the limit of documents
     with pytest.raises(model_folder.UnconvertedError, match="Router"):
         model_folder.find(str(saved))
     converted = convert.convert(saved, tmp_path / "converted", lambda *_: None).path
-    same_weights(converted, saved)
+    same_weights(converted, saved, [*TEXTS, "the " * 200 + "river flows " * 60 + "through Vienna"])
     # A query with a token that has no weight failed in the engine.
     from safetensors.torch import save_file
 
@@ -280,7 +296,16 @@ def test_more_tokens_for_a_query_than_the_model_accepts(tmp_path: Path) -> None:
             task_config.read("embed", folder, limit)
 
 
-@pytest.mark.parametrize("settings", [{}, {"do_query_expansion": False}, {"attend_to_expansion_tokens": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_query_expansion": False},
+        {"attend_to_expansion_tokens": True},
+        {"model_type": None},
+        {"document_length": 100, "query_length": 120},
+    ],
+)
 def test_pylate(settings: dict[str, Any], tmp_path: Path) -> None:
     """The layout of PyLate 3, which lists Transformer and Dense alone."""
     saved = multi_vector(tmp_path, "bert", [], {})
@@ -298,7 +323,10 @@ def test_pylate(settings: dict[str, Any], tmp_path: Path) -> None:
     (saved / "modules.json").write_text(json.dumps(listing))
     config = {"model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 20}
     config |= {"document_length": 60, "skiplist_words": [",", "the"], **settings}
-    (saved / "config_sentence_transformers.json").write_text(json.dumps(config))
+    (saved / "config_sentence_transformers.json").write_text("{}")
+    edit(saved / "config_sentence_transformers.json", **config)
+    # PyLate saves the length without the marker.
+    edit(saved / "sentence_bert_config.json", max_seq_length=config["document_length"] - 1)
     same_vectors(with_markers(saved, ["[Q] ", "[D] "]))
 
 
@@ -313,12 +341,28 @@ def with_markers(folder: Path, tokens: list[str]) -> Path:
     return folder
 
 
+def with_vocabulary_of_bert(folder: Path) -> Path:
+    """Write the tokenizer files of bert-base-uncased: the markers are in the vocabulary, and no added tokens."""
+    from transformers import BertTokenizer
+
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    file = folder.parent / "vocab.txt"
+    file.write_text("\n".join([*special, *(word for word in words if word not in special)][: len(words)]))
+    BertTokenizer(vocab=str(file), model_max_length=128).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("metadata", [None, {"query_maxlen": 16, "doc_maxlen": 40, "mask_punctuation": False}])
-def test_stanford(metadata: dict[str, Any] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["added tokens", "vocabulary"])
+def test_stanford(metadata: dict[str, Any] | None, kind: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder = with_markers(base(tmp_path / "model", "bert"), ["[unused0]", "[unused1]"])
+    folder = base(tmp_path / "model", "bert")
+    folder = (
+        with_vocabulary_of_bert(folder) if kind == "vocabulary" else with_markers(folder, ["[unused0]", "[unused1]"])
+    )
     weights = {f"bert.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     torch.manual_seed(1)
     weights["linear.weight"] = torch.randn(8, WIDTH)
@@ -541,6 +585,8 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], process
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
     folder = multi_vector(tmp_path / "multi", "bert", [","], {"query_expansion": EXPANSION})
+    if processes == "2":
+        edit(folder / "config_sentence_transformers.json", similarity_fn_name="meanmaxsim")
     library = encoder("MultiVectorEncoder", folder)
     server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", processes)
     for role in ("query", "document"):

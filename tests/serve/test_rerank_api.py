@@ -107,6 +107,10 @@ def test_clients_of_other_apis_rank_as_v1_rerank_does(server: ServerProcess) -> 
     raw = post(server, "/rerank", query="a query", texts=documents, raw_scores=True).json()
     assert [row["index"] for row in raw] == [row["index"] for row in rows]
     assert len(post(server, "/rerank", query="a query", texts=["", "one"]).json()) == 2
+    empty = post(server, "/v1/rerank", query="a query", documents=["one", "", {"text": ""}])
+    assert len({result["relevance_score"] for result in empty.json()["results"]}) == 2
+    assert len(post(server, "/v1/score", text_1="a query", text_2=["", "one"]).json()["data"]) == 2
+    assert post(server, "/v1/rerank", query="", documents=["one"]).status_code == 400
     long = post(server, "/rerank", query="a query", texts=["one " * 999], truncate=False)
     assert long.json()["error"].startswith("texts[0]")
     # Two tokens of each document count.

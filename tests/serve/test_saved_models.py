@@ -383,7 +383,8 @@ def test_a_cross_encoder_with_head_modules_equals_sentence_transformers(tmp_path
     first = saved_models.transformer(tmp_path / "transformer", architecture)
     scorer = dense(WIDTH, 1, "Identity", module_output_name="scores")
     modules = [first, pooled("cls"), dense(WIDTH, WIDTH, "GELU", bias=False), layer_norm(WIDTH), scorer]
-    CrossEncoder(modules=modules, device="cpu").save_pretrained(str(tmp_path / "saved"))
+    prompts = {"prompts": {"q": "the query: "}, "default_prompt_name": "q"} if architecture == "bert" else {}
+    CrossEncoder(modules=modules, device="cpu", **prompts).save_pretrained(str(tmp_path / "saved"))
     folder = tmp_path / "saved"
     queries, documents = TEXTS[:8], TEXTS[:8][::-1]
     expected = CrossEncoder(str(folder), device="cpu").predict(list(zip(queries, documents, strict=True)))
@@ -468,6 +469,28 @@ def test_a_token_that_the_tokenizer_adds_is_not_added_again(saved: Any) -> None:
     (ids,) = pool.encode_now(["a"], truncate=True)
     assert len(set(ids.tolist()[-2:])) == 2
     assert pool.facts["eos_added_by"] == "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "causal"),
+    [
+        ("bloom", {"n_layer": 2, "n_head": 4}, True),
+        ("mpt", {"d_model": WIDTH, "n_layers": 2, "n_heads": 4}, True),
+        ("mamba", {"state_size": 4, "num_hidden_layers": 2}, True),
+        ("falcon", {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}, True),
+        ("xlnet", {"d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 64}, False),
+        ("fnet", {"num_hidden_layers": 2}, False),
+    ],
+)
+def test_the_direction_of_attention_is_that_of_the_model(
+    architecture: str, settings: dict[str, Any], causal: bool
+) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    from inferctl.serve.engines import plain
+
+    known = {"hidden_size": WIDTH, "vocab_size": 50, **settings}
+    assert plain.is_causal(AutoModel.from_config(AutoConfig.for_model(architecture, **known)).eval()) is causal
 
 
 Change: TypeAlias = Callable[[Path], Any]
@@ -565,6 +588,13 @@ def hundred_tokens(folder: Path) -> None:
         folder / "tokenizer_config.json",
         settings | {"added_tokens_decoder": {str(last): added[last] | {"single_word": True}}},
     )
+
+
+def transformer_below(folder: Path) -> None:
+    (folder / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.move(folder / name, folder / "0_Transformer")
+    module_with(0, path="0_Transformer")(folder)
 
 
 ADDED = {"content": "foo", **dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)}
@@ -718,12 +748,23 @@ HOLES: dict[str, tuple[Change, str]] = {
     },
     "truncation at the start": (
         changed("tokenizer_config.json", {"truncation_side": "left"}),
-        "disagree",
+        "truncates at the start",
     ),
     "truncation at the start by tokenizer.json": (
         changed("tokenizer.json", {"truncation": CUT}),
-        "disagree",
+        "truncates at the start",
     ),
+    "two poolings": (modules_changed(lambda listed: listed.insert(2, {**listed[1], "name": "9"})), "two Pooling"),
+    "all of the transformer in a folder": (transformer_below, "Transformer module of .* is in 0_Transformer"),
+    **{
+        f"positions of {name}": (changed("config.json", {"model_type": kind, key: scaling}), "longrope")
+        for name, kind, key, scaling in [
+            ("longrope", "phi3", "rope_scaling", {"type": "longrope"}),
+            ("longrope by its old name", "phi3", "rope_scaling", {"type": "su"}),
+            ("longrope that Phi calls yarn", "phi3", "rope_parameters", {"rope_type": "yarn"}),
+            ("longrope in some layers", "bert", "rope_parameters", {"full": {"rope_type": "longrope"}}),
+        ]
+    },
 }
 
 
@@ -743,15 +784,24 @@ def test_what_would_be_computed_otherwise_does_not_start(with_dense: Path, tmp_p
         started(folder)
 
 
+def test_a_tokenizer_with_dropout_does_not_start(saved: Any) -> None:
+    """Each text got other vectors each time."""
+    folder = saved("roberta")
+    started(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"dropout: 0\.1"):
+        started(folder)
+
+
 def started(folder: Path) -> None:
     """Do what the start of a server does with the files of a folder, without the weights of the transformer."""
     from inferctl.serve.engines import tokenizer_check
     from inferctl.serve.engines.pooling import Layers
 
     config = task_config.read(resolve_task("auto", find(str(folder)), "m"), folder)
-    pool = TokenizerPool(folder, config, threads=1)
-    pool.close()
-    tokenizer_check.check(folder, config, pool)
+    tokenizer_check.checked(folder, config).close()
     Layers(folder, config.layers)
 
 

@@ -182,6 +182,8 @@ async def max_similarities(
         await inference.unless_disconnected(compute, scope)
     for _ in parts:
         pass
+    if model.tokens is not None and model.tokens.mean:
+        scores /= max(1, len(first))
     if not (finite := np.isfinite(scores)).all():
         raise ApiError(500, f"the score of document {finite.argmin()} is NaN or infinity", code="non_finite")
     return scores

@@ -32,10 +32,10 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    text: Text
+    text: StrictStr
 
 
-_Documents = Annotated[list[Text | Document], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
+_Documents = Annotated[list[StrictStr | Document], Field(min_length=1, fail_fast=True), BeforeValidator(limit_items)]
 
 
 class RerankRequest(ModelRequest):
@@ -100,7 +100,7 @@ class ScoreRequest(ModelRequest):
     """The body of `POST /v1/score`: one text with several, or two lists of the same length."""
 
     text_1: Text | _Texts = Field(description="A text, or a list of texts.")
-    text_2: Text | _Texts = Field(description="A text, or a list of as many texts as `text_1` has.")
+    text_2: Text | _MaybeEmptyTexts = Field(description="A text, or a list of as many texts as `text_1` has.")
     truncate: StrictBool | None = _TRUNCATE
     instruction: Text | None = _INSTRUCTION
 

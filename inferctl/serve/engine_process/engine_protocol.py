@@ -30,10 +30,9 @@ class EngineConfig:
 
     `previous_info`: the `EngineInfo` (as JSON) of an earlier engine with the same configuration. If the device is the
     same, the engine uses it instead of running the start-up checks again. `engines`: how many engines divide the cores
-    of a CPU. `check_record`: file with the results of earlier checks (`engines/check_record.py`); then `model_sha256`
-    is that of the model. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The
-    task decides what the rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one
-    logit for each pair of texts, `classify` one for each label.
+    of a CPU. `allow_inaccurate`: start also if a reduced precision is farther from fp32 than its limit. The task decides
+    what the rows of a result are: vectors for `embed`, else logits, without the activation. `rerank` gives one logit for
+    each pair of texts, `classify` one for each label.
     """
 
     engine: Literal["encoder", "echo"] = "encoder"
@@ -47,8 +46,6 @@ class EngineConfig:
     log: str = "text"
     allow_inaccurate: bool = False
     previous_info: dict[str, Any] | None = None
-    check_record: str | None = None
-    model_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, unp
 from inferctl.serve.task_config import TaskConfig
 from inferctl.serve.tokenizer_pool import TokenizerPool
 
-# Larger models are not loaded a second time for the comparison with fp32.
+# Of larger models, one text or two sequences are compared, which fp32 computes one layer at a time.
 _MAX_CHECKED_PARAMETERS = 1_500_000_000
+# Which ones, of those that are made of the texts: two pairs, or one text as a document and as a query.
+_SAMPLE = (1, 9)
 # The largest error to fp32, and of packed to padded in the same format. `isolated`: of packed texts to the same texts
 # in batches of one. LLM.int8 depends on them a little. The error of a text that attends to its neighbors is far above.
 _MAX_COSINE_DISTANCE = {"fp32": 0.00001, "bf16": 0.01, "fp16": 0.001, "int8": 0.05, "isolated": 0.005}
@@ -40,30 +43,17 @@ _TEXTS = (
 class Checks:
     """The check texts and their fp32 results. Create it before the model is loaded: memory may not suffice for both.
 
-    For a head that takes pairs, the texts are paired. `expected` is None if the model is too large to be loaded
-    in fp32. `description` says what is compared. `hint` is that of errors about insufficient memory. `recorded`: the
-    fp32 results of an earlier start of this model with this code; then they and the tokenizer are not computed again.
+    For a head that takes pairs, the texts are paired. `description` says what is compared. `causal`: as in
+    `EngineInfo`. `hint` is that of errors about insufficient memory.
     """
 
-    def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str, recorded: Rows | None = None) -> None:
+    def __init__(self, folder: ModelFolder, config: TaskConfig, hint: str) -> None:
         self._logits, self._hint = config.task != "embed", hint
-        self.expected = recorded
-        small = folder.parameters <= _MAX_CHECKED_PARAMETERS
-        computes = small and recorded is None
-        pool = TokenizerPool(folder.path, config, threads=1)
-        if recorded is None:
-            tokenizer_check.check(folder.path, config, pool)
+        large = folder.parameters > _MAX_CHECKED_PARAMETERS
+        pool = tokenizer_check.checked(folder.path, config)
         self._vocabulary_size = pool.vocabulary_size
         if isinstance(config, EmbeddingConfig):
             self.texts = _embedded(pool, config)
-            if computes:
-                loaded = plain.Reference(folder.path, config)
-                self.check_vocabulary(loaded.vocabulary_size)
-                if self.texts.marks is None:
-                    self.expected = loaded.embed(self.texts.ids)
-                else:
-                    each = zip(self.texts.ids, self.texts.marks, strict=True)
-                    self.expected = [pack(form_of(number), loaded.outputs(ids, number)) for ids, number in each]
         else:
             # Some texts are paired with themselves, so that not all scores are low. A template needs a short query.
             queries = _TEXTS + _TEXTS[:4] if pool.private is None else _TEXTS[:1] * 12
@@ -71,16 +61,25 @@ class Checks:
             if config.takes_texts:
                 inputs += [(ids, len(ids)) for ids in pool.encode_now(_TEXTS, truncate=True)]
             self.texts = Sequences.of_pairs(inputs)
-            if computes:
-                self.expected = plain.Reference(folder.path, config).score(inputs)
         pool.close()
+        self._compared = [index for index in _SAMPLE if index < len(self.texts)] if large else range(len(self.texts))
+        loaded = plain.Reference(folder.path, config, by_layer=large)
+        self.check_vocabulary(loaded.vocabulary_size)
+        self.causal = loaded.causal
+        sample = self.texts.take(self._compared)
+        self._marks = sample.marks
+        self._expected: Rows
+        if self._logits:
+            self._expected = loaded.score(list(zip(sample.ids, sample.marks or (), strict=True)))
+        elif sample.marks is None:
+            self._expected = loaded.embed(sample.ids)
+        else:
+            each = zip(sample.ids, sample.marks, strict=True)
+            self._expected = [pack(form_of(number), loaded.outputs(ids, number)) for ids, number in each]
         self.sizes = 0, 0  # those of `Forward.sizes`
-        self.description = f"not compared with fp32: {folder.parameters / 1e9:.1f} billion parameters"
-        if small:
-            kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
-            what = " and ".join(kind for kind, taken in kinds.items() if taken)
-            self.description = f"{len(self.texts)} {what} compared with padded fp32"
-            self.description += "" if computes else " of a record"
+        kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
+        what = " and ".join(kind for kind, taken in kinds.items() if taken)
+        self.description = f"{len(sample)} {what} compared with padded fp32" + ", layer by layer" * large
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
@@ -110,12 +109,13 @@ class Checks:
             reason = f"{type(error).__name__}: {failures.summary(error)}"
         else:
             limits = _MAX_LOGIT_ERROR if self._logits else _MAX_COSINE_DISTANCE
-            errors = self._errors(batched, padded), self._errors(batched, isolated)
+            marks = self.texts.marks
+            errors = self._errors(batched, padded, marks), self._errors(batched, isolated, marks)
             limit = limits["isolated"]
             if errors[0].max() <= limits[precision.effective] and errors[1].max() > limit:
                 # Deep models in bf16 round differently for each size of a batch, without any attention to neighbors.
                 forward.pack(False)
-                limit = max(limit, 2 * float(self._errors(padded, self._run_alone(forward)).max()))
+                limit = max(limit, 2 * float(self._errors(padded, self._run_alone(forward), marks).max()))
                 forward.pack()
             if errors[0].max() <= limits[precision.effective] and errors[1].max() <= limit:
                 return "no padding; equals the padded result", batched, None
@@ -139,9 +139,7 @@ class Checks:
         if len({ids.tobytes() for ids in self.texts.ids}) > 1 and len({row.tobytes() for row in results}) == 1:
             raise UsageError("the model returns the same result for all check texts", "check the weights of the model")
         fields: dict[str, Any] = {"check": self.description}
-        if self.expected is None:
-            return fields, None
-        errors = self._errors(results, self.expected)
+        errors = self._errors([results[index] for index in self._compared], self._expected, self._marks)
         worst = float(errors.max())
         if self._logits:
             limit = _MAX_LOGIT_ERROR[effective]
@@ -185,18 +183,18 @@ class Checks:
         parts = range(half), range(half, len(sequences))
         return join_rows([row for part in parts for row in self._run_in_parts(forward, sequences.take(part))])
 
-    def _errors(self, results: Rows, expected: Rows) -> Vectors:
+    def _errors(self, results: Rows, expected: Rows, marks: Sequence[int] | None) -> Vectors:
         """Return for each row its distance to the expected one, or the error of logits, relative to the largest.
 
-        The distance of vectors of equal length is 1 - cosine. A wrong length adds to it. Of several outputs, the
-        largest distance counts.
+        The distance of vectors of equal length is 1 - cosine. A wrong length adds to it. Of several outputs, which
+        `marks` name, the largest distance counts.
         """
         if self._logits:
             relative: Vectors = np.abs(np.subtract(results, expected)).max(axis=1) / max(1e-12, np.abs(expected).max())
             return relative
-        if self.texts.marks is None:
+        if marks is None:
             return np.array([_distance(*pair) for pair in zip(results, expected, strict=True)], dtype=np.float32)
-        forms = [form_of(number) for number in self.texts.marks]
+        forms = [form_of(number) for number in marks]
         rows = [
             [unpack(row, form, *self.sizes) for row, form in zip(each, forms, strict=True)]
             for each in (results, expected)

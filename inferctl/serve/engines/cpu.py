@@ -19,13 +19,8 @@ def detect() -> tuple[DeviceInfo, DeviceTraits]:
     return DeviceInfo("cpu", name, None, memory_bytes, cgroup.cores(), "cpu"), DeviceTraits("cpu", cpu_flags=flags)
 
 
-def fields() -> dict[str, str]:
-    """Return the fields of one core in /proc/cpuinfo; empty without that file."""
-    file = Path("/proc/cpuinfo")
-    return dict(re.findall(r"^([\w ]+?)\s*:(.*)$", file.read_text() if file.exists() else "", re.MULTILINE))
-
-
 def _name_and_flags() -> tuple[str, frozenset[str]]:
-    found = fields()
+    file = Path("/proc/cpuinfo")
+    found = dict(re.findall(r"^([\w ]+?)\s*:(.*)$", file.read_text() if file.exists() else "", re.MULTILINE))
     flags = found.get("flags") or found.get("Features", "")
     return found.get("model name", platform.machine()).strip(), frozenset(flags.split())

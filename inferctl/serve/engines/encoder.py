@@ -27,9 +27,8 @@ from inferctl.serve.engine_process.engine_protocol import (
     PrecisionInfo,
     finite_rows,
 )
-from inferctl.serve.engines import check_record, packed
 from inferctl.serve.engines import device as devices
-from inferctl.serve.engines.check_record import CheckRecord
+from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
@@ -47,26 +46,19 @@ class EncoderEngine:
         self._config = config
         self._compute: AnyForward | Cores | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
-        self._record: CheckRecord | None = None
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Load, compare with fp32 and warm up. Raises `InferctlError`, also for insufficient memory.
 
         Architectures and odd values in `config.json` fail in any way, at any place: all that is a `UsageError`.
 
-        If the configuration has the info of an earlier engine on an equal device, or its record of checks has it, the
-        comparison is skipped, because clients wait for the start. A start that fails with a record is repeated without
-        it, because the record may be wrong.
+        If the configuration has the info of an earlier engine on an equal device, the comparison is skipped, because
+        clients wait for the restart.
         """
-        if self._config.check_record and self._record is None:
-            self._record = check_record.read(self._config)
-        recorded = self._record is not None and self._record.has_results
         try:
             return self._load(on_phase)
-        except InferctlError as error:
-            if not recorded or isinstance(error, NotReadyError):
-                raise
-            problem = error.message
+        except InferctlError:
+            raise
         except Exception as error:
             if failures.out_of_memory(error):
                 message = f"insufficient memory to load the model: {failures.summary(error)}"
@@ -74,17 +66,12 @@ class EncoderEngine:
             # It ran before, the GPU is gone, or the API process ended: not a fault of the model.
             if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
                 raise
-            problem = f"{type(error).__name__}: {failures.summary(error)}"
-            if not recorded:
-                name = model.find(self._config.model).architecture
-                raise UsageError(
-                    f"{name} cannot be computed: {problem}",
-                    "correct config.json if it has an odd value, use a model of another architecture, or try "
-                    "`--precision fp32`",
-                ) from error
-        log.warning("the checks are repeated without the record %s: %s", self._config.check_record, problem)
-        self._record = check_record.empty(self._config)
-        return self.load(on_phase)
+            name = model.find(self._config.model).architecture
+            raise UsageError(
+                f"{name} cannot be computed: {type(error).__name__}: {failures.summary(error)}",
+                "correct config.json if it has an odd value, use a model of another architecture, or try "
+                "`--precision fp32`",
+            ) from error
 
     def _load(self, on_phase: Callable[[str], None]) -> EngineInfo:
         """Do what `load` does, with the errors that torch raises."""
@@ -111,28 +98,14 @@ class EncoderEngine:
         if on_cpu:
             memory.check(folder, precision.effective)
         info = EngineInfo.from_json(config.previous_info) if config.previous_info else None
-        if info and not (devices.equal(info.device, device_info) and info.precision == precision):
-            info = None
-        record, hardware, measures = self._record, "", False
-        if record:
-            hardware = check_record.hardware(config, device_info)
-            if not info and (info := record.engine(hardware, precision)):
-                # With the memory of this machine, and its cores at their present load.
-                info = replace(info, device=device_info, batch_tokens=config.max_batch_tokens)
-                measures = True
-        if info:
+        if info and devices.equal(info.device, device_info) and info.precision == precision:
             forward = load_model(info.batch_tokens)
             if isinstance(forward, Forward):
                 forward.pack(info.attention == "packed")
-            if measures:
-                batch_tokens, parallel = self._batches(forward, device_info, cores)
-                info = replace(info, batch_tokens=batch_tokens, parallel=parallel)
         else:
-            recorded = record.expected if record else None
-            if recorded is None:
-                on_phase("computing the check texts in fp32")
+            on_phase("computing the check texts in fp32")
             # Before the model is loaded: memory may be insufficient for both.
-            check = Checks(folder, settings, self._memory_hint, recorded)
+            check = Checks(folder, settings, self._memory_hint)
             on_phase(f"loading the weights in {precision.effective}")
             forward = load_model(config.max_batch_tokens)
             check.check_vocabulary(forward.vocabulary_size)
@@ -140,8 +113,6 @@ class EncoderEngine:
                 check.check_vocabulary(forward.query_vocabulary_size)
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
-            if record:
-                check_record.write(config, replace(record, expected=check.expected), hardware, info)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
@@ -176,7 +147,10 @@ class EncoderEngine:
             padded = f"{PADDED}: {padded}"
         attention = "none" if isinstance(forward, StaticForward) else "packed" if forward.packed else "padded"
         fidelity, inaccurate = check.compare(results, precision, self._config.allow_inaccurate)
-        batch_tokens, parallel = self._batches(forward, device, cores)
+        batch_tokens, parallel = self._config.max_batch_tokens, 1
+        if device.kind == "cpu":
+            threads = choose_threads(forward, cores)
+            batch_tokens, parallel = min(batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
         unused_gpu = devices.unused_gpu(self._config.device)
         if isinstance(results, np.ndarray) and not dimensions:
             dimensions = results.shape[1]  # logits
@@ -190,7 +164,7 @@ class EncoderEngine:
             batch_tokens=batch_tokens,
             parallel=parallel,
             vocabulary_size=forward.vocabulary_size,
-            causal=forward.causal,
+            causal=check.causal,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -199,13 +173,6 @@ class EncoderEngine:
             warnings=[warning for warning in (unused_gpu, padded, inaccurate, forward.warning) if warning],
             **fidelity,
         )
-
-    def _batches(self, forward: AnyForward, device: DeviceInfo, cores: int) -> tuple[int, int]:
-        """Return the tokens of the largest useful batch, and how many batches run at a time."""
-        if device.kind != "cpu":
-            return self._config.max_batch_tokens, 1
-        threads = choose_threads(forward, cores)
-        return min(self._config.max_batch_tokens, BATCH_TOKENS_PER_CORE * threads), cores // threads
 
     def run(self, batch: Batch) -> BatchResult:
         """Return the vectors of a batch, or the logits of its sequences ([sequences, labels]).

@@ -14,7 +14,7 @@ from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.engines import weights
 from inferctl.serve.engines.head import MaskedLanguageHead
 from inferctl.serve.engines.pooling import Layers
-from inferctl.serve.outputs import Form, Ids, Outputs, SparseConfig
+from inferctl.serve.outputs import Form, Ids, Outputs, SparseConfig, top
 
 # Logits of so many bytes are computed at a time: those of 8,192 tokens and BERT's vocabulary would have 1 GB.
 _LOGITS_BYTES = 64 * 2**20
@@ -57,7 +57,8 @@ class OutputHeads:
         assert self._query_weights is not None
         present = np.unique(ids)
         found = self._query_weights[present]
-        return Outputs(ids=present[found != 0], weights=found[found != 0])
+        ids, weights = self._most(present[found != 0], found[found != 0])
+        return Outputs(ids=ids, weights=weights)
 
     def compute(
         self,
@@ -87,12 +88,17 @@ class OutputHeads:
                 vectors = dense(part, torch.from_numpy(lengths[wanted]).to(states.device)).cpu().numpy()
                 each = [{"dense": vector} for vector in vectors]
             elif kind is Form.SPARSE:
-                each = [{"ids": of, "weights": values} for of, values in self._sparse(part, ids)]
+                kept = (self._most(*found) for found in self._sparse(part, ids))
+                each = [{"ids": of, "weights": values} for of, values in kept]
             else:
                 each = [{"tokens": rows} for rows in self._tokens(part, ids, [forms[i] for i in wanted])]
             for index, fields in zip(wanted, each, strict=True):
                 found[index] = found[index]._replace(**fields)
         return found
+
+    def _most(self, ids: Ids, weights: Vectors) -> tuple[Ids, Vectors]:
+        """Return the weights that the model keeps: `max_active_dims` of sentence-transformers."""
+        return top(ids, weights, self._config.sparse.most if self._config.sparse else None, None)
 
     def _sparse(self, states: torch.Tensor, sequences: Sequence[Tokens]) -> list[tuple[Ids, Vectors]]:
         config = self._config.sparse

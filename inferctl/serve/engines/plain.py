@@ -88,6 +88,20 @@ def attention(model: Any) -> str:
     return "eager" if soft_cap or not getattr(model, "_supports_sdpa", True) else "sdpa"
 
 
+@torch.inference_mode()
+def is_causal(model: Any) -> bool:
+    """Return whether the tokens of a model attend only to those before them."""
+    encoder = model.base_model
+    if getattr(model.config, "is_causal", True) is False:
+        return False
+    said = [found for each in encoder.modules() if (found := getattr(each, "is_causal", None)) is not None]
+    if said:
+        return any(said)
+    # Bloom, MPT and Mamba say it nowhere. Then the state of a token does not depend on the one after it.
+    first, other = (encoder(input_ids=torch.tensor([[1, last]])).last_hidden_state[0, 0] for last in (2, 3))
+    return torch.allclose(first, other, rtol=1e-4)
+
+
 def silence_libraries() -> None:
     """Keep what transformers logs while it loads a model out of the log: errors remain."""
     # transformers imports torchao if it is installed, which logs errors about kernels for absent GPUs.
@@ -103,19 +117,27 @@ class Reference:
     """A model folder with one sequence at a time, in formulas that share no code with `pooling` and `Forward`.
 
     It shares the configuration of the folder and the model of transformers with them, so errors in those do not show.
-    `vocabulary_size`: as in `Forward`.
+    `vocabulary_size`: as in `Forward`. `causal`: as in `EngineInfo`.
     """
 
-    def __init__(self, folder: Path, config: TaskConfig) -> None:
-        """Raises `UsageError` as `load_model` does."""
+    def __init__(self, folder: Path, config: TaskConfig, *, by_layer: bool = False) -> None:
+        """Raises `UsageError` as `load_model` does.
+
+        `by_layer`: keep the weights in the format of the files, and convert those of one layer at a time.
+        """
         self._folder, self._config = folder, config
         self._scored = next((layer for layer in config.layers if isinstance(layer, LogitScore)), None)
         task: Task = "generate" if self._scored else "embed" if config.pooling else config.task
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
+        self.causal: bool | None = None
         if static is None:
-            self._model = load_model(folder, task=task, config=config)
+            dtype = weights.stored_format(folder) if by_layer else torch.float32
+            self._model = load_model(folder, dtype, task=task, config=config)
+            if dtype != torch.float32:
+                _compute_in_fp32(self._model)
             self.vocabulary_size = int(self._model.base_model.get_input_embeddings().num_embeddings)
+            self.causal = is_causal(self._model)
         else:
             self._table = weights.static_table(folder, static).double().numpy()
             self.vocabulary_size = len(self._table) - 1
@@ -135,8 +157,8 @@ class Reference:
         sparse, tokens = config.sparse, config.tokens
         if sparse is not None and sparse.query_weights is not None and Form.QUERY in form:
             table = weights.query_weights(self._folder, sparse.query_weights)
-            present = np.array(sorted(set(ids.tolist())))
-            return Outputs(ids=present[table[present] != 0], weights=table[present][table[present] != 0])
+            by_id = _largest({token: float(table[token]) for token in set(ids.tolist()) if table[token]}, sparse.most)
+            return Outputs(ids=np.array(list(by_id), np.int32), weights=np.array([*by_id.values()], np.float32))
         result = self._run({"input_ids": ids}, attended_of(number, len(ids)))
         states = None if config.has_logits else result.last_hidden_state[0].double().numpy()
         if Form.DENSE in form:
@@ -144,6 +166,7 @@ class Reference:
             found = found._replace(dense=self._pooled(states)[: config.truncate_dim])
         if Form.SPARSE in form and sparse is not None:
             by_id = _sparse(self._folder, sparse, ids, states, None if states is not None else result.logits[0])
+            by_id = _largest(by_id, sparse.most)
             found = found._replace(ids=np.array(list(by_id), np.int32), weights=np.array([*by_id.values()], np.float32))
         if Form.TOKENS in form and tokens is not None:
             assert states is not None
@@ -190,6 +213,29 @@ class Reference:
         for layer in self._config.layers:
             vector = _applied(self._folder, layer, vector)
         return vector.astype(np.float32)
+
+
+def _compute_in_fp32(model: Any) -> None:
+    """Let each module compute in fp32, with a copy of its weights that exists while it runs."""
+    stored: dict[torch.nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def widen(module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        stored[module] = [(own, dict(own)) for own in (module._parameters, module._buffers)]
+        for own, tensors in stored[module]:
+            own |= {name: wide(each) for name, each in tensors.items()}
+        return tuple(map(wide, given))  # T5 and DeBERTa take the format from weights of other modules
+
+    def restore(module: torch.nn.Module, *_: Any) -> None:
+        for own, tensors in stored.pop(module):
+            own |= tensors
+
+    for module in model.modules():
+        if module._parameters or module._buffers:
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(restore)
 
 
 def _pooled(states: npt.NDArray[np.float64], mode: PoolingMode) -> npt.NDArray[np.float64]:
@@ -245,6 +291,11 @@ def _sparse(
     values = np.log1p(values) if config.twice else values
     whole = values.max(axis=0) if config.pooling == "max" else values.sum(axis=0)
     return {int(token): float(whole[token]) for token in np.flatnonzero(whole)}
+
+
+def _largest(by_id: dict[int, float], most: int | None) -> dict[int, float]:
+    """Return the largest weights, in the order of the tokens."""
+    return dict(sorted(sorted(by_id.items(), key=lambda item: -item[1])[:most]))
 
 
 def _embeds_segments_as_words(model: Any) -> bool:

@@ -56,13 +56,19 @@ _PIECES, _PIECES_PER_TEXT = 256, 32
 _SHOWN, _LONGEST = 8, 60  # tokens and characters in errors
 
 
-def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
-    """Raise `UsageError` if transformers makes other tokens or segments of some texts than `pool` does.
+def checked(folder: Path, config: TaskConfig) -> TokenizerPool:
+    """Return the tokenizer of a model folder, with one thread.
 
-    Nothing is compared for static embeddings: sentence-transformers too runs `tokenizer.json` alone for them.
+    Raises `UsageError` as it does, and if transformers makes other tokens or segments of some texts. Nothing is
+    compared for static embeddings: sentence-transformers too runs `tokenizer.json` alone for them.
     """
-    if isinstance(config, EmbeddingConfig) and config.static is not None:
-        return
+    pool = TokenizerPool(folder, config, threads=1)
+    if not isinstance(config, EmbeddingConfig) or config.static is None:
+        _check(folder, config, pool)
+    return pool
+
+
+def _check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
     plain.silence_libraries()
     try:
         library = transformers.AutoTokenizer.from_pretrained(
@@ -74,6 +80,8 @@ def check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
             f"{type(error).__name__}: {error}",
             "correct `tokenizer_class` in tokenizer_config.json: `PreTrainedTokenizerFast` uses tokenizer.json alone",
         ) from None
+    if isinstance(config, EmbeddingConfig) and config.tokens:  # as sentence-transformers and the pool add them
+        library.add_tokens(list(config.tokens.markers), special_tokens=True)
     if config.lower_case and library.is_fast:
         library.backend_tokenizer.normalizer = tokenizer_files.with_lower_case(library.backend_tokenizer.normalizer)
     texts = [*_PROBES, *_own_probes(pool, library.get_added_vocab()), "start " + "a " * pool.max_tokens + "end"]
@@ -140,7 +148,8 @@ def _encoded(pool: TokenizerPool, texts: Sequence[str]) -> tuple[list[int], int]
             (ids,) = pool.encode_now(texts, truncate=True, prompt="")
             second_start = len(ids)
         else:
-            ((ids, second_start),) = pool.encode_pairs_now(texts[0], texts[1:], truncate=True)
+            prompt = None if pool.private else ""  # a template has the instruction of the model
+            ((ids, second_start),) = pool.encode_pairs_now(texts[0], texts[1:], truncate=True, prompt=prompt)
     except InputError as error:
         if error.code != "empty_input":
             raise
