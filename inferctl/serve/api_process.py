@@ -22,7 +22,6 @@ from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError
-from inferctl.models import vector_format
 from inferctl.serve import event_loop, logs, metering, task_config
 from inferctl.serve.backend import frames, samples
 from inferctl.serve.backend.frames import Kind, Link
@@ -94,7 +93,6 @@ class ApiProcess:
             self._access,
             load,
             truncate=welcome["truncate"],
-            ranges=vector_format.of_json(welcome["ranges"]),
             processes=processes,
             connection=_counting(self.link, processes),
         )

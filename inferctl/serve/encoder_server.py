@@ -14,7 +14,6 @@ from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
 from inferctl.core.sizes import parse_size
-from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.serve import describe, event_loop, task_config
 from inferctl.serve.api import app
@@ -91,7 +90,6 @@ class EncoderServer(ServerLifetime):
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
         self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(self._config))
-        self._ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
         if processes == 1:
             load = LoadReport(lambda: self._batcher.slots, self._expected_wait) if spec.serve.load_reports else None
             self._front = FrontEnd(
@@ -107,7 +105,6 @@ class EncoderServer(ServerLifetime):
                 self._access,
                 load,
                 truncate=options.truncate,
-                ranges=self._ranges,
             )
         else:
             welcome = {
@@ -115,7 +112,6 @@ class EncoderServer(ServerLifetime):
                 "task": task,
                 "folder": str(folder.path),
                 "processes": processes,
-                "ranges": vector_format.to_json(self._ranges),
                 "truncate": options.truncate,
                 "log": options.log,
                 "traces": options.traces,
@@ -193,7 +189,6 @@ class EncoderServer(ServerLifetime):
             info,
             self._options.truncate,
             self._options.image,
-            sorted(self._ranges),
         )
         self._metrics.describe_model(self._info)
         if self._lifecycle.started:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.models.vector_format import CALIBRATED, Ranges, VectorFormat
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Vectors
 from inferctl.serve.outputs import Output, Role, TokensConfig
@@ -19,8 +18,6 @@ from inferctl.serve.prompts import NO_PROMPTS, Prompts
 @dataclass
 class ServedModel:
     """`aliases`: other accepted names. `matryoshka` and `prompts`: as in `EmbeddingConfig`.
-
-    `ranges`: those of the vectors by number of dimensions, if the model is calibrated.
 
     `max_inputs` and `max_tokens` limit one request.
 
@@ -43,7 +40,6 @@ class ServedModel:
     prompts: Prompts = NO_PROMPTS
     takes_instruction: bool = False
     normalized: bool = True
-    ranges: Mapping[int, Ranges] = field(default_factory=dict)
     text_options: Callable[[Role], dict[str, Any]] = lambda _: {}
     outputs: tuple[Output, ...] = ("dense",)
     trained: tuple[Output, ...] = ("dense",)
@@ -88,19 +84,3 @@ class ServedModel:
         possible = f"1 to {self.dimensions}" if sizes is None else " or ".join(allowed)
         message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
         raise ApiError(400, message, code="invalid_dimensions", param="dimensions")
-
-    def ranges_for(self, wanted: VectorFormat | None, dimensions: int | None) -> Ranges | None:
-        """Return the ranges that a number format of vectors of so many dimensions needs.
-
-        Raises `ApiError` 400 for int8 or uint8 if the model is not calibrated for them.
-        """
-        ranges = self.ranges.get(dimensions or self.dimensions)
-        if wanted in CALIBRATED and ranges is None:
-            calibrated = " or ".join(map(str, sorted(self.ranges)))
-            message = (
-                f"`output_dtype` {wanted!r} needs `dimensions` {calibrated}, for which the model is calibrated"
-                if calibrated
-                else f"`output_dtype` {wanted!r} needs a calibrated model: run `inferctl calibrate` on its folder"
-            )
-            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
-        return ranges
