@@ -158,7 +158,7 @@ class VectorRequest(ModelRequest):
 class EmbeddingRequest(VectorRequest):
     """The body of `POST /v1/embeddings`."""
 
-    outputs: Annotated[list[Output], Field(min_length=1)] | None = Field(
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] | None = Field(
         None,
         description="What to return for each input: `dense` (default, in `embedding`), `sparse` (weights of tokens, in "
         "`sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
