@@ -51,6 +51,9 @@ KEYS: dict[str, dict[str, Any]] = {
     "requests": {"requests_per_minute": 600},
     "tokens": {"tokens_per_minute": 6000},
     "few tokens": {"tokens_per_minute": 10},
+    "few bytes": {"tokens_per_minute": 2000},
+    "few chunks": {"tokens_per_minute": 2000},
+    **{f"few requests {path}": {"requests_per_minute": 10} for path in ("/tokenize", "/v1/embeddings", "/nothing")},
     "counted": {},
     "killed": {},
     "left": {},
@@ -220,11 +223,13 @@ def pool(shared: Pool) -> Pool:
     return shared
 
 
-async def load(pool: Pool, clients: int, each: int, body: Callable[[int], Any], key: str) -> list[Answer]:
+async def load(
+    pool: Pool, clients: int, each: int, body: Callable[[int], Any], key: str, path: str = "/v1/embeddings"
+) -> list[Answer]:
     """Let clients send `each` requests, one after the other, and return all answers."""
 
     async def run(client: Client, first: int) -> list[Answer]:
-        return [await client.ask(body(number), pool.secrets[key]) for number in range(first, first + each)]
+        return [await client.ask(body(number), pool.secrets[key], path=path) for number in range(first, first + each)]
 
     opened = await pool.clients(clients)
     found = await asyncio.gather(*(run(client, each * number) for number, client in enumerate(opened)))
@@ -239,6 +244,29 @@ def test_a_limit_of_a_key_is_exact_for_all_processes(pool: Pool, key: str) -> No
     assert Counter(answer.status for answer in answers) == {200: 600, 429: 768 - 600}
     assert {answer.code for answer in answers if answer.status == 429} == {"rate_limit_exceeded"}
     assert min(int(answer.headers[f"x-ratelimit-remaining-{key}"]) for answer in answers) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/tokenize", {"inputs": "a"}, 200),
+        ("/v1/embeddings", {"input": "a", "model": "another"}, 404),
+        ("/nothing", {}, 404),
+    ],
+)
+def test_a_limit_of_requests_is_exact_for_what_is_not_computed(pool: Pool, path: str, body: Any, status: int) -> None:
+    """Three processes admitted 300 of 300 with a limit of 10."""
+    answers = asyncio.run(load(pool, 16, 4, lambda _: body, f"few requests {path}", path))
+    assert Counter(answer.status for answer in answers) == {status: 10, 429: 64 - 10}
+    assert min(int(answer.headers["x-ratelimit-remaining-requests"]) for answer in answers) == 0
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_limit_of_tokens_bounds_the_bytes_of_bodies(pool: Pool, declared: bool) -> None:
+    body = {"input": [[5]], "user": "a" * 230_000}  # 898 tokens
+    key = "few bytes" if declared else "few chunks"
+    answers = asyncio.run(load(pool, 16, 1, lambda _: body if declared else json.dumps(body), key))
+    assert Counter(answer.status for answer in answers) == {200: 2, 429: 14}
 
 
 def test_equal_requests_in_all_processes_are_computed_once(pool: Pool) -> None:

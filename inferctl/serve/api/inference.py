@@ -46,7 +46,7 @@ class Inference:
     async def admit(self, scope: Scope) -> RequestContext:
         """Return the context of a request.
 
-        Raises `ApiError` or `LimitError` if its headers, a limit of its key or a full queue rule it out.
+        Raises `ApiError` if its headers or a full queue rule it out.
         """
         context = context_of(scope)
         schemas.check_content_type(context.content_type)
@@ -73,8 +73,6 @@ class Inference:
         Raises what `read_body` raises, and the `ApiError` of `parse`.
         """
         raw = await read_body(context, receive)
-        if not context.content_length:  # the client did not declare the size before
-            await self.backend.admit(context, len(raw), read=True)
         try:
             return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
         except ApiError:

@@ -43,11 +43,9 @@ class ApiProcessLink:
         self._backend, self._page = backend, page
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
         self._keys: dict[int, ApiKey] = {}
-        self._closes: dict[int, tuple[bool, int]] = {}  # CLOSE frames that arrived before the end of their request
         self._computing: dict[int, asyncio.Future[RequestResult]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
-        self._ended = False
+        self._charged: dict[int, RequestContext] = {}  # until the API process says how they ended
         self.fatal: tuple[str, str | None] | None = None  # why the process could not start, and a hint
         self.link = Link(self._on_frame, self._lost)
 
@@ -60,19 +58,14 @@ class ApiProcessLink:
         if kind is Kind.SUBMIT:
             self._submit(frames.unpack_submit(body))
         elif kind is Kind.ADMIT:
-            number, key, flags, size = frames.unpack_numbers(body)
-            self._admit(number, key, flags, size)
+            self._admit(*frames.unpack_numbers(body))
         elif kind is Kind.CANCEL:
             (number,) = frames.unpack_numbers(body)
             if future := self._computing.get(number):
                 future.cancel()
             # Else its RESULT or REJECT is sent, or will be.
         elif kind is Kind.CLOSE:
-            number, give_back, computed = frames.unpack_numbers(body)
-            if (context := self._cancelled.pop(number, None)) and context.charge is not None:
-                context.charge.close(give_back=bool(give_back), computed=computed)
-            elif number in self._tasks or number in self._computing:
-                self._closes[number] = bool(give_back), computed
+            self._close(*frames.unpack_numbers(body))
         elif kind is Kind.CHARGE:
             self._charge(*frames.unpack_numbers(body))
         elif kind is Kind.KEY:
@@ -94,22 +87,20 @@ class ApiProcessLink:
         task = self._tasks[number] = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
-    def _context(self, key: ApiKey | None, bulk: bool, shared: bool) -> RequestContext:
-        """Return the context of a request of a key."""
-        context = RequestContext("", priority=b"bulk" if bulk else b"")
-        if key is not None:
-            context.key_id = key.id
-            context.tenant = key.id if shared else None
+    def _context(self, number: int, key: int, bulk: bool, shared: bool) -> RequestContext:
+        """Return the context of a request of a key: the one that was charged, if it was."""
+        context = self._charged.get(number) or RequestContext("")
+        context.priority = b"bulk" if bulk else b""
+        if key:
+            context.key_id = self._keys[key].id
+            context.tenant = context.key_id if shared else None
         return context
 
     def _submit(self, submission: Submission) -> None:
         """Start a request. There is no task for it: that would take a fifth of its time here."""
-        key = self._keys[submission.key] if submission.key else None
-        context = self._context(key, submission.bulk, submission.shared)
+        context = self._context(submission.id, submission.key, submission.bulk, submission.shared)
         context.cache_control = submission.directives
         try:
-            if key is not None:
-                self._backend.charge(key, context)
             future = self._backend.start(context, submission.sequences, submission.marks)
         except (ApiError, LimitError) as error:
             self._reject(submission.id, context, error)
@@ -149,9 +140,6 @@ class ApiProcessLink:
         if isinstance(error, LimitError):
             error = limit_exceeded(error)
         tokens, cached = context.input_tokens, context.cached_tokens
-        self._closes.pop(number, None)
-        if context.charge is not None:
-            context.charge.close(give_back=error.status == 429 or error.status >= 500, computed=tokens - cached)
         computed = tokens, cached, context.engine_seconds
         self.link.send(frames.pack_reject(number, error, _quotas(context), computed))
 
@@ -161,38 +149,40 @@ class ApiProcessLink:
         if (use := context.use) is not None:
             await use.settled()
             tokens, seconds = use.tokens, use.seconds
-        if self._ended:
-            return  # its charge stays
-        if context.charge is not None:
-            if (close := self._closes.pop(number, None)) is not None:
-                context.charge.close(give_back=close[0], computed=close[1])
-            else:
-                self._cancelled[number] = context
         self.link.send(frames.pack_ended(number, tokens, seconds))
 
-    def _admit(self, number: int, key: int, flags: int, size: int) -> None:
-        found = self._keys[key] if key else None
-        context = self._context(found, bool(flags & 1), bool(flags & 2))
+    def _admit(self, number: int, key: int, flags: int) -> None:
+        context = self._context(number, key, bool(flags & 1), bool(flags & 2))
+        self._answer_with(number, context, lambda: self._backend.check_queue(context))
+
+    def _charge(self, number: int, key: int, size: int) -> None:
+        """Charge a request, if it was not yet, and the least that its body costs."""
+        context = self._charged.get(number) or RequestContext("")
+
+        def charge() -> None:
+            if context.charge is None:
+                self._backend.charge(self._keys[key], context)
+            if context.charge is not None:
+                self._charged[number] = context
+                context.charge.charge_body(size, time.time())
+
+        self._answer_with(number, context, charge)
+
+    def _close(self, number: int, give_back: int, computed: int, in_vain: int) -> None:
+        if (context := self._charged.pop(number, None)) and context.charge is not None:
+            context.charge.in_vain(in_vain, time.time())
+            context.charge.close(give_back=bool(give_back), computed=computed)
+
+    def _answer_with(self, number: int, context: RequestContext, check: Callable[[], None]) -> None:
         try:
-            self._backend.check(found, context, size)
+            check()
         except (ApiError, LimitError) as error:
             self._reject(number, context, error)
         except Exception:
             log.exception("a request of an API process")
             self._reject(number, context, _INTERNAL)
         else:
-            self.link.send(frames.pack_numbers(Kind.ADMITTED, number))
-
-    def _charge(self, key: int, in_vain: int) -> None:
-        """Charge a request that the API process rejected."""
-        context = RequestContext("")
-        try:
-            self._backend.charge(self._keys[key], context)
-        except LimitError:
-            return
-        if context.charge is not None:
-            context.charge.in_vain(in_vain, time.time())
-            context.charge.close(give_back=False)
+            self.link.send(frames.pack_admitted(number, _quotas(context)))
 
     async def _answer(self, number: int, path: str) -> None:
         try:
@@ -203,10 +193,9 @@ class ApiProcessLink:
         self.link.send(frames.pack_answer(number, *page))
 
     def _lost(self) -> None:
-        self._ended = True
         for future in list(self._computing.values()):
             future.cancel()
-        self._cancelled.clear()
+        self._charged.clear()  # what they were charged stays
         self._on_lost()
 
 

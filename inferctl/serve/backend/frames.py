@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple, cast
 
@@ -42,10 +42,10 @@ class Kind(IntEnum):
     HELLO = 1  # the API process can take connections: empty
     KEY = 2  # {"index", "fields"}: the number of a key in later frames; its id, and its limits per minute
     SUBMIT = 3  # a request
-    ADMIT = 4  # id, key, flags, size: may a body of this size be read?
+    ADMIT = 4  # id, key, flags: may a large body be read?
     CANCEL = 5  # id: the client left
-    CLOSE = 6  # id, give_back, computed: the end of a cancelled request
-    CHARGE = 7  # key, tokens: a request that was rejected before SUBMIT, and its tokens in vain
+    CLOSE = 6  # id, give_back, computed, tokens in vain: the end of a charged request
+    CHARGE = 7  # id, key, size: charge a request, once, and the bytes of its body
     PAGE = 8  # id, then a path: what to answer
     STATS = 9  # the samples of the metrics, as JSON: each second, and after SCRAPE
     TAKEN = 10  # id: a connection was taken over
@@ -58,7 +58,7 @@ class Kind(IntEnum):
     WELCOME = 32  # what it needs to start, as JSON
     RESULT = 33
     REJECT = 34  # the error of a request as JSON, see `pack_reject`
-    ADMITTED = 35  # id
+    ADMITTED = 35  # id, and what is left of limits, see `pack_admitted`
     ENDED = 36  # id, tokens (u32), seconds (f64): what engines computed for a cancelled request
     STATE = 37  # the state of the server, as JSON
     REVOKED = 38  # ids of revoked keys, as JSON
@@ -148,12 +148,9 @@ def unpack_submit(body: bytes) -> Submission:
 def pack_result(reply: Reply) -> bytes:
     """Return a RESULT frame."""
     count, width, rows = pack_rows(reply.result.rows)
-    requests, tokens = reply.quotas or (None, None)
-    flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
+    flags, quotas = _pack_quotas(reply.quotas)
     times = reply.engine_seconds, reply.result.queue_seconds, reply.result.inference_seconds
     head = _RESULT.pack(reply.id, flags, count, width, reply.cached_tokens, *times)
-    numbers = (*(requests or (0, 0, 0)), *(tokens or (0, 0, 0)))
-    quotas = _QUOTAS.pack(*(min(number, _MOST) for number in numbers)) if flags else b""
     size = 1 + len(head) + len(quotas) + len(rows)
     return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, rows))
 
@@ -161,13 +158,21 @@ def pack_result(reply: Reply) -> bytes:
 def unpack_result(body: bytes) -> Reply:
     """Return what `pack_result` packed."""
     number, flags, count, width, cached, engine_s, queue_s, inference_s = _RESULT.unpack_from(body)
-    start, quotas = _RESULT.size, None
-    if flags:
-        values = _QUOTAS.unpack_from(body, start)
-        start += _QUOTAS.size
-        quotas = _quota(flags & _REQUESTS, values[:3]), _quota(flags & _TOKENS, values[3:])
-    rows, _ = unpack_rows(count, width, body, start)
+    quotas = _unpack_quotas(flags, body, _RESULT.size)
+    rows, _ = unpack_rows(count, width, body, _RESULT.size + _QUOTAS.size * (flags > 0))
     return Reply(number, RequestResult(rows, (), queue_s, inference_s), cached, engine_s, quotas)
+
+
+def pack_admitted(number: int, quotas: Quotas | None) -> bytes:
+    """Return an ADMITTED frame."""
+    flags, packed = _pack_quotas(quotas)
+    return pack(Kind.ADMITTED, struct.pack("<IB", number, flags) + packed)
+
+
+def unpack_admitted(body: bytes) -> tuple[int, Quotas | None]:
+    """Return the id of an ADMITTED frame, and what is left of the limits of the key."""
+    number, flags = struct.unpack_from("<IB", body)
+    return number, _unpack_quotas(flags, body, 5)
 
 
 def pack_reject(
@@ -275,6 +280,16 @@ class Link(asyncio.Protocol):
         self._on_lost()
 
 
-def _quota(known: int, values: Sequence[int]) -> Quota | None:
-    limit, left, seconds = values
-    return (limit, left, seconds) if known else None
+def _pack_quotas(quotas: Quotas | None) -> tuple[int, bytes]:
+    """Return which quotas there are, and their numbers."""
+    requests, tokens = quotas or (None, None)
+    flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
+    numbers = (*(requests or (0, 0, 0)), *(tokens or (0, 0, 0)))
+    return flags, _QUOTAS.pack(*(min(number, _MOST) for number in numbers)) if flags else b""
+
+
+def _unpack_quotas(flags: int, body: bytes, start: int) -> Quotas | None:
+    if not flags:
+        return None
+    a, b, c, *tokens = _QUOTAS.unpack_from(body, start)
+    return (a, b, c) if flags & _REQUESTS else None, (tokens[0], tokens[1], tokens[2]) if flags & _TOKENS else None
