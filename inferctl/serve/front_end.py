@@ -55,6 +55,7 @@ class FrontEnd:
     ) -> None:
         self.up, self.restarts = 1, 0  # as of `ApiProcesses`
         self.model = _served_model(spec, task, truncate, config)
+        self.model.max_held_numbers //= processes
         self._tokenizer = tokenizer
         whole = EdgeLimits()
         limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)

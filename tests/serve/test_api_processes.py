@@ -261,6 +261,20 @@ def test_a_limit_of_requests_is_exact_for_what_is_not_computed(pool: Pool, path:
     assert min(int(answer.headers["x-ratelimit-remaining-requests"]) for answer in answers) == 0
 
 
+def test_results_that_are_sent_in_parts_are_those_of_small_requests(pool: Pool) -> None:
+    def rows(start: int, stop: int) -> dict[str, Any]:
+        return {"input": [[5, number] for number in range(start, stop)], "encoding_format": "base64"}
+
+    def vectors(answers: list[Answer]) -> list[str]:
+        return [row["embedding"] for answer in answers for row in json.loads(answer.content)["data"]]
+
+    large = asyncio.run(load(pool, PROCESSES, 2, lambda _: rows(0, 1000), "plain"))  # 1.5 MB each
+    small = asyncio.run(load(pool, 1, 10, lambda number: rows(100 * number, 100 * number + 100), "plain"))
+    assert {answer.status for answer in (*large, *small)} == {200}
+    for answer in large:
+        assert vectors([answer]) == vectors(small)
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_limit_of_tokens_bounds_the_bytes_of_bodies(pool: Pool, declared: bool) -> None:
     body = {"input": [[5]], "user": "a" * 230_000}  # 898 tokens

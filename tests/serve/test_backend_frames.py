@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inferctl.serve.backend import frames, remote
+from inferctl.serve.backend.api_process_link import ApiProcessLink
 from inferctl.serve.backend.frames import Kind, Link, Reply, Submission
 from inferctl.serve.backend.remote import RemoteBackend
 from inferctl.serve.edge.errors import ApiError
@@ -51,7 +53,7 @@ def test_a_result_is_bitwise_unchanged(
     if len(set(widths)) < 2:
         rows = np.array(rows, dtype=np.float32).reshape(len(rows), -1) if rows else np.empty((0, 3), np.float32)
     sent = Reply(number, RequestResult(rows, (), queue, inference), cached, engine, quotas)
-    arrived = frames.unpack_result(body(frames.pack_result(sent)))
+    arrived = frames.unpack_result(body(b"".join(frames.pack_result(sent))))
     assert [row.tobytes() for row in arrived.result.rows] == [row.tobytes() for row in rows]
     assert arrived._replace(result=arrived.result._replace(rows=rows)) == sent
 
@@ -81,6 +83,8 @@ def test_the_other_frames_are_unchanged(
     numbers: list[int], number: int, tokens: int, seconds: float, path: str, status: int, content: bytes, media: str
 ) -> None:
     assert frames.unpack_numbers(body(frames.pack_numbers(Kind.ADMIT, *numbers))) == tuple(numbers)
+    for quotas in (None, ((number, tokens, 60), None), (None, (tokens, number, 60))):
+        assert frames.unpack_admitted(body(frames.pack_admitted(number, quotas))) == (number, quotas)
     assert frames.unpack_ended(body(frames.pack_ended(number, tokens, seconds))) == (number, tokens, seconds)
     assert frames.unpack_page(body(frames.pack_page(number, path))) == (number, path)
     page = frames.pack_answer(number, status, content, media)
@@ -94,14 +98,15 @@ def _each_kind() -> list[tuple[Kind, bytes]]:
     result = RequestResult(np.ones((2, 3), np.float32), (), 0.1, 0.2)
     special = {
         Kind.SUBMIT: frames.pack_submit(Submission(1, 2, False, True, b"no-store", tokens, [1])),
-        Kind.RESULT: frames.pack_result(Reply(1, result, 3, 0.5, ((9, 8, 7), None))),
+        Kind.RESULT: b"".join(frames.pack_result(Reply(1, result, 3, 0.5, ((9, 8, 7), None)))),
         Kind.REJECT: frames.pack_reject(1, ApiError(429, "full"), None),
         Kind.ENDED: frames.pack_ended(1, 2, 0.5),
+        Kind.ADMITTED: frames.pack_admitted(1, (None, (9, 8, 7))),
         Kind.ANSWER: frames.pack_answer(1, 200, b"ok\n", "text/plain"),
         Kind.PAGE: frames.pack_page(1, "/info"),
         Kind.HELLO: frames.pack(Kind.HELLO),
     }
-    found = {kind: special.get(kind) or frames.pack_numbers(kind, 1, 2) for kind in Kind}
+    found = {kind: special.get(kind) or frames.pack_numbers(kind, 1, 2) for kind in Kind if kind is not Kind.PART}
     return list(found.items())
 
 
@@ -122,6 +127,65 @@ def test_frames_that_are_cut_at_any_byte_arrive_once_and_in_order() -> None:
     assert arrived == expected
 
 
+def test_a_large_frame_waits_for_its_reader_and_holds_up_no_other() -> None:
+    """Each result that an API process had not read was in the memory of the backend: 4 GB of 64 requests."""
+    rows = [np.full(2**16, number, np.float32) for number in range(64)]  # 16 MiB
+    large = frames.pack_result(Reply(7, RequestResult(rows, (), 0.1, 0.2), 1, 0.5, None))
+    arrived: list[tuple[Kind, bytes]] = []
+
+    async def run() -> None:
+        complete, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def on_frame(kind: Kind, content: bytes) -> None:
+            arrived.append((kind, content))
+            if sum(kind is Kind.RESULT for kind, _ in arrived) == 2:
+                complete.set()
+
+        sender, receiver = Link(lambda *_: None, lambda: None), Link(on_frame, lambda: None)
+        here, there = socket.socketpair()
+        reading, _ = await loop.create_connection(lambda: receiver, sock=there)
+        await loop.create_connection(lambda: sender, sock=here)
+        reading.pause_reading()
+        sender.send_large(large)
+        sender.send_large(large)
+        before = -1
+        while sender.buffered != before:  # until nothing more fits into the socket
+            before = sender.buffered
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert 0 < before < 2 * frames.PART_BYTES + 2**17
+        sender.send(frames.pack(Kind.HELLO))
+        reading.resume_reading()
+        await asyncio.wait_for(complete.wait(), 60)
+        assert sender.large_bytes == 0
+        for each in (sender, receiver):
+            each.close()
+
+    asyncio.run(run())
+    assert [kind for kind, _ in arrived] == [Kind.HELLO, Kind.RESULT, Kind.RESULT]
+    for _, content in arrived[1:]:
+        np.testing.assert_array_equal(frames.unpack_result(content).result.rows, rows)
+
+
+def test_large_results_that_are_not_read_are_bounded() -> None:
+    def frame(size: int) -> list[frames.Buffer]:
+        return frames.pack_result(
+            Reply(1, RequestResult(np.ones((1, size // 4), np.float32), (), 0.1, 0.2), 1, 0.5, None)
+        )
+
+    async def run() -> None:
+        nothing: Any = None
+        found = ApiProcessLink(nothing, nothing, nothing, nothing, lambda: None, most_unsent=5 << 20)
+        found._send_result(frame(8 << 20))  # a single one is always sent
+        with pytest.raises(ApiError) as error:
+            found._send_result(frame(2 << 20))
+        assert (error.value.status, error.value.code) == (429, "responses_full")
+        found._send_result(frame(100))
+        found.link.connection_lost(None)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("head", [b"\xff\xff\xff\xff\x01", b"\x01\x00\x00\x00\xf0"], ids=["too large", "no such kind"])
 def test_an_invalid_frame_is_an_error(head: bytes) -> None:
     with pytest.raises(ValueError):
@@ -139,7 +203,7 @@ class Sent(Link):
         self.frames.append(frame)
 
 
-RESULT = frames.pack_result(Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, None))
+RESULT = b"".join(frames.pack_result(Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, None)))
 REJECT = frames.pack_reject(1, ApiError(503, "failed", code="engine_unavailable"), None, (2, 0, 0.25))
 
 
@@ -176,7 +240,7 @@ def test_a_limit_above_64_bits_is_sent_as_the_largest_number() -> None:
     frame = frames.pack_result(
         Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, ((2**70, 2**70, 60), None))
     )
-    assert frames.unpack_result(body(frame)).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
+    assert frames.unpack_result(body(b"".join(frame))).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
 
 
 def test_keys_are_told_once_and_again_after_there_were_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ class ServedModel:
     dimensions: int = 0
     token_dimensions: int = 0
     held_numbers: int = 0
+    max_held_numbers: int = 2**26  # 256 MiB
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 

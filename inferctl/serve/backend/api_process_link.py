@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from inferctl.serve.backend import frames
 from inferctl.serve.backend.frames import Kind, Link, Quotas, Reply, Submission
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.access import limit_exceeded
-from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.scheduling.dispatcher import RequestResult
@@ -23,6 +23,8 @@ from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.api_processes")
 
+# Results above this size, and those of a process that has not read so much, are sent in parts, and their bytes bounded.
+_LARGE_BYTES, _MOST_BUFFERED = 1 << 20, 1 << 22
 _INTERNAL = ApiError(500, "internal error; see the server log", code="internal_error")
 
 
@@ -30,6 +32,7 @@ class ApiProcessLink:
     """Runs the requests of one API process. `page(path)` answers for the whole server.
 
     `on_control(kind, numbers)` gets the frames about connections and life, `on_stats` the content of STATS frames.
+    `most_unsent`: bytes of large results that may wait until the API process reads them.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class ApiProcessLink:
         on_control: Callable[[Kind, tuple[int, ...]], None],
         on_stats: Callable[[Any], None],
         on_lost: Callable[[], None],
+        most_unsent: int,
     ) -> None:
+        self._most_unsent = most_unsent
         self._backend, self._page = backend, page
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
         self._keys: dict[int, ApiKey] = {}
@@ -122,12 +127,22 @@ class ApiProcessLink:
         try:
             result = self._backend.finish(context, future, tokens)
             reply = Reply(number, result, context.cached_tokens, context.engine_seconds, _quotas(context))
-            self.link.send(frames.pack_result(reply))
+            self._send_result(frames.pack_result(reply))
         except ApiError as error:
             self._start(number, self._fail(number, context, error))
         except Exception:
             log.exception("a request of an API process")
             self._start(number, self._fail(number, context, _INTERNAL))
+
+    def _send_result(self, frame: Sequence[frames.Buffer]) -> None:
+        """Send a result. Raises `ApiError` if too many wait; a single one is always sent."""
+        size, link = sum(map(len, frame)), self.link
+        if size <= _LARGE_BYTES and link.buffered <= _MOST_BUFFERED:
+            link.send(b"".join(frame))
+        elif link.large_bytes and link.large_bytes + size > self._most_unsent:
+            raise at_capacity("other large responses wait to be sent", "responses_full", 1)
+        else:
+            link.send_large(frame)
 
     async def _fail(self, number: int, context: RequestContext, error: ApiError) -> None:
         """Send the error of a request when engines compute nothing more for it."""

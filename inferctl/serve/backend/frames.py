@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.engine_process.engine_protocol import Tokens, pack_rows, unpack_rows
+from inferctl.serve.engine_process.engine_protocol import Tokens, row_buffers, unpack_rows
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.limits import Quota
 
@@ -32,6 +33,8 @@ _MOST = (1 << 63) - 1  # a limit can be any number
 _BULK, _TENANT, _MARKS = 1, 2, 4
 _REQUESTS, _TOKENS = 1, 2  # which quotas a result has
 _MAX_FRAME = 1 << 30
+# A large frame is sent in parts of this size. Between them, others have their turn.
+PART_BYTES = 1 << 18
 _MOST_ID = (1 << 32) - 1
 
 
@@ -65,9 +68,11 @@ class Kind(IntEnum):
     DRAIN = 39  # take no more connections, and end after the responses in flight: empty
     SCRAPE = 40  # send STATS now: empty
     ANSWER = 41  # id (u32), status (u16), bytes of the media type (u16), media type, body
+    PART = 42  # the next bytes of a large frame
 
 
 Quotas = tuple[Quota | None, Quota | None]
+Buffer: TypeAlias = bytes | memoryview
 
 
 class Submission(NamedTuple):
@@ -145,14 +150,14 @@ def unpack_submit(body: bytes) -> Submission:
     return Submission(number, key, bool(flags & _BULK), bool(flags & _TENANT), directives, sequences, marks)
 
 
-def pack_result(reply: Reply) -> bytes:
-    """Return a RESULT frame."""
-    count, width, rows = pack_rows(reply.result.rows)
+def pack_result(reply: Reply) -> list[Buffer]:
+    """Return the parts of a RESULT frame, of which the rows are not copied."""
+    count, width, rows = row_buffers(reply.result.rows)
     flags, quotas = _pack_quotas(reply.quotas)
     times = reply.engine_seconds, reply.result.queue_seconds, reply.result.inference_seconds
     head = _RESULT.pack(reply.id, flags, count, width, reply.cached_tokens, *times)
-    size = 1 + len(head) + len(quotas) + len(rows)
-    return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, rows))
+    size = 1 + len(head) + len(quotas) + sum(map(len, rows))
+    return [_HEAD.pack(size, Kind.RESULT) + head + quotas, *rows]
 
 
 def unpack_result(body: bytes) -> Reply:
@@ -234,14 +239,40 @@ class Link(asyncio.Protocol):
     def __init__(self, on_frame: Callable[[Kind, bytes], None], on_lost: Callable[[], None]) -> None:
         self._on_frame, self._on_lost = on_frame, on_lost
         self._transport: asyncio.Transport | None = None
-        self._received = bytearray()
+        self._received, self._parts = bytearray(), bytearray()
         self._unsent: list[bytes] = []
+        self._large: deque[Sequence[Buffer]] = deque()  # frames that are sent in parts, one after the other
+        self.large_bytes = 0  # of them
+        self._sending: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     def send(self, frame: bytes) -> None:
         """Send a frame at the end of this turn of the event loop. After the end of the link, it is dropped."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self.flush)
         self._unsent.append(frame)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that the other process has not read."""
+        waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return waiting + sum(map(len, self._unsent))
+
+    def send_large(self, frame: Sequence[Buffer]) -> None:
+        """Send a frame in parts, as fast as the other process reads them. What is sent meanwhile does not wait."""
+        self._large.append(frame)
+        self.large_bytes += sum(map(len, frame))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.get_running_loop().create_task(self._send_parts())
+
+    async def _send_parts(self) -> None:
+        while self._large:
+            for part in _parts(self._large[0]):
+                await self._writable.wait()
+                self.send(pack(Kind.PART, part))
+                await asyncio.sleep(0)
+            self.large_bytes -= sum(map(len, self._large.popleft()))
 
     def flush(self) -> None:
         """Send what waits."""
@@ -271,13 +302,49 @@ class Link(asyncio.Protocol):
             end = start + 4 + size
             if len(received) < end:
                 break
-            self._on_frame(Kind(kind), bytes(received[start + _HEAD.size : end]))
+            body = bytes(received[start + _HEAD.size : end])
+            if kind == Kind.PART:
+                self._part_received(body)
+            else:
+                self._on_frame(Kind(kind), body)
             start = end
         del received[:start]
 
+    def _part_received(self, body: bytes) -> None:
+        self._parts += body
+        size, kind = _HEAD.unpack_from(self._parts)
+        if len(self._parts) == 4 + size:
+            frame, self._parts = self._parts, bytearray()
+            self._on_frame(Kind(kind), bytes(memoryview(frame)[_HEAD.size :]))
+
+    def pause_writing(self) -> None:
+        """Part of `asyncio.Protocol`."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Part of `asyncio.Protocol`."""
+        self._writable.set()
+
     def connection_lost(self, error: Exception | None) -> None:
         """Part of `asyncio.Protocol`."""
+        if self._sending is not None:
+            self._sending.cancel()
         self._on_lost()
+
+
+def _parts(frame: Sequence[Buffer]) -> Iterator[bytes]:
+    """Yield the bytes of a frame, about `PART_BYTES` at a time."""
+    found: list[Buffer] = []
+    size = 0
+    for buffer in frame:
+        for start in range(0, len(buffer), PART_BYTES):
+            found.append(buffer[start : start + PART_BYTES])
+            size += len(found[-1])
+            if size >= PART_BYTES:
+                yield b"".join(found)
+                found, size = [], 0
+    if found:
+        yield b"".join(found)
 
 
 def _pack_quotas(quotas: Quotas | None) -> tuple[int, bytes]:
