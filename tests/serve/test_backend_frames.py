@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.backend import frames, remote
+from inferctl.serve.backend import frames
 from inferctl.serve.backend.api_process_link import ApiProcessLink
 from inferctl.serve.backend.frames import Kind, Link, Reply, Submission
 from inferctl.serve.backend.remote import RemoteBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.tenancy.access.key_file import limits_alone
 
 U32 = st.integers(0, 2**32 - 1)
 I32 = st.integers(-(2**31), 2**31 - 1)
@@ -34,12 +33,12 @@ def body(frame: bytes) -> bytes:
     return frame[HEAD:]
 
 
-@given(U32, U32, st.booleans(), st.booleans(), st.binary(max_size=40), SEQUENCES, st.booleans())
+@given(U32, st.text(max_size=9), st.booleans(), st.booleans(), st.binary(max_size=40), SEQUENCES, st.booleans())
 def test_a_request_is_unchanged(
-    number: int, key: int, bulk: bool, shared: bool, directives: bytes, rows: list[list[int]], pairs: bool
+    number: int, key_id: str, bulk: bool, shared: bool, directives: bytes, rows: list[list[int]], pairs: bool
 ) -> None:
     starts = [len(row) // 2 for row in rows] if pairs else None
-    sent = Submission(number, key, bulk, shared, directives, [np.array(row, np.int32) for row in rows], starts)
+    sent = Submission(number, key_id, bulk, shared, directives, [np.array(row, np.int32) for row in rows], starts)
     arrived = frames.unpack_submit(body(frames.pack_submit(sent)))
     assert [row.tolist() for row in arrived.sequences] == rows
     assert arrived._replace(sequences=[]) == sent._replace(sequences=[])
@@ -78,17 +77,9 @@ def test_an_error_is_unchanged(
     assert (arrived_number, arrived_quotas, arrived_used) == (number, quotas, used)
 
 
-@given(st.lists(U32, max_size=9), U32, U32, SECONDS, st.text(), st.integers(100, 599), st.binary(), st.text(max_size=9))
-def test_the_other_frames_are_unchanged(
-    numbers: list[int], number: int, tokens: int, seconds: float, path: str, status: int, content: bytes, media: str
-) -> None:
-    assert frames.unpack_numbers(body(frames.pack_numbers(Kind.ADMIT, *numbers))) == tuple(numbers)
-    for quotas in (None, ((number, tokens, 60), None), (None, (tokens, number, 60))):
-        assert frames.unpack_admitted(body(frames.pack_admitted(number, quotas))) == (number, quotas)
-    assert frames.unpack_ended(body(frames.pack_ended(number, tokens, seconds))) == (number, tokens, seconds)
-    assert frames.unpack_page(body(frames.pack_page(number, path))) == (number, path)
-    page = frames.pack_answer(number, status, content, media)
-    assert frames.unpack_answer(body(page)) == (number, (status, content, media))
+@given(st.lists(U32, max_size=9), st.text())
+def test_the_other_frames_are_unchanged(numbers: list[int], path: str) -> None:
+    assert frames.unpack_numbers(body(frames.pack_numbers(Kind.CLOSE, *numbers))) == tuple(numbers)
     assert json.loads(body(frames.pack_json(Kind.STATE, {path: numbers}))) == {path: numbers}
 
 
@@ -97,13 +88,10 @@ def _each_kind() -> list[tuple[Kind, bytes]]:
     tokens = [np.arange(3, dtype=np.int32)]
     result = RequestResult(np.ones((2, 3), np.float32), (), 0.1, 0.2)
     special = {
-        Kind.SUBMIT: frames.pack_submit(Submission(1, 2, False, True, b"no-store", tokens, [1])),
+        Kind.SUBMIT: frames.pack_submit(Submission(1, "a", False, True, b"no-store", tokens, [1])),
         Kind.RESULT: b"".join(frames.pack_result(Reply(1, result, 3, 0.5, ((9, 8, 7), None)))),
         Kind.REJECT: frames.pack_reject(1, ApiError(429, "full"), None),
-        Kind.ENDED: frames.pack_ended(1, 2, 0.5),
-        Kind.ADMITTED: frames.pack_admitted(1, (None, (9, 8, 7))),
-        Kind.ANSWER: frames.pack_answer(1, 200, b"ok\n", "text/plain"),
-        Kind.PAGE: frames.pack_page(1, "/info"),
+        Kind.ADMITTED: frames.pack_json(Kind.ADMITTED, [1, None]),
         Kind.HELLO: frames.pack(Kind.HELLO),
     }
     found = {kind: special.get(kind) or frames.pack_numbers(kind, 1, 2) for kind in Kind if kind is not Kind.PART}
@@ -241,38 +229,6 @@ def test_a_limit_above_64_bits_is_sent_as_the_largest_number() -> None:
         Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, ((2**70, 2**70, 60), None))
     )
     assert frames.unpack_result(body(b"".join(frame))).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
-
-
-def test_keys_are_told_once_and_again_after_there_were_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the key of a request that took long to arrive, meanwhile others with many keys were complete."""
-    monkeypatch.setattr(remote, "_MANY_KEYS", 2)
-    link, told, requests = Sent(), dict[int, Any](), []
-
-    async def run() -> None:
-        backend, contexts = RemoteBackend(link, lambda _: (None, None)), []
-        for name, limit in (("a", None), ("a", None), ("a", 5), *((name, None) for name in "bcdef")):
-            contexts.append(RequestContext(""))
-            backend.charge(limits_alone(name, limit, None), contexts[-1])
-        for context in (*contexts[1:], contexts[0]):
-            computing = asyncio.create_task(backend.compute(context, [np.arange(4, dtype=np.int32)], None))
-            await asyncio.sleep(0)
-            computing.cancel()
-
-    asyncio.run(run())
-    kinds = [Kind(frame[4]) for frame in link.frames]
-    for kind, frame in zip(kinds, link.frames, strict=True):
-        if kind is Kind.KEY:
-            key = json.loads(body(frame))
-            assert key["index"] not in told, "a number is never that of another key"
-            told[key["index"]] = key["fields"]
-        elif kind is Kind.FORGET:
-            told = dict.fromkeys(told)
-        elif kind is Kind.SUBMIT:
-            requests.append(told[frames.unpack_submit(body(frame)).key])
-    names = (("a", None), ("a", 5), *((name, None) for name in "bcdefa"))
-    assert requests == [[name, limit, None] for name, limit in names]
-    assert kinds.count(Kind.KEY) == len(names)
-    assert kinds.count(Kind.FORGET) == 3
 
 
 def test_ids_need_32_bits_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.tenancy.access.key_file import ApiKey, limits_alone
+from inferctl.tenancy.access.key_file import limits_alone
 from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.api_processes")
@@ -47,7 +47,6 @@ class ApiProcessLink:
         self._most_unsent = most_unsent
         self._backend, self._page = backend, page
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
-        self._keys: dict[int, ApiKey] = {}
         self._computing: dict[int, asyncio.Future[RequestResult]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._charged: dict[int, RequestContext] = {}  # until the API process says how they ended
@@ -63,7 +62,7 @@ class ApiProcessLink:
         if kind is Kind.SUBMIT:
             self._submit(frames.unpack_submit(body))
         elif kind is Kind.ADMIT:
-            self._admit(*frames.unpack_numbers(body))
+            self._admit(*json.loads(body))
         elif kind is Kind.CANCEL:
             (number,) = frames.unpack_numbers(body)
             if future := self._computing.get(number):
@@ -72,14 +71,9 @@ class ApiProcessLink:
         elif kind is Kind.CLOSE:
             self._close(*frames.unpack_numbers(body))
         elif kind is Kind.CHARGE:
-            self._charge(*frames.unpack_numbers(body))
-        elif kind is Kind.KEY:
-            found = json.loads(body)
-            self._keys[found["index"]] = limits_alone(*found["fields"])
-        elif kind is Kind.FORGET:
-            self._keys.clear()
+            self._charge(*json.loads(body))
         elif kind is Kind.PAGE:
-            number, path = frames.unpack_page(body)
+            number, path = json.loads(body)
             self._start(number, self._answer(number, path))
         elif kind is Kind.STATS:
             self._on_stats(json.loads(body))
@@ -92,18 +86,17 @@ class ApiProcessLink:
         task = self._tasks[number] = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
-    def _context(self, number: int, key: int, bulk: bool, shared: bool) -> RequestContext:
+    def _context(self, number: int, key_id: str | None, bulk: bool, shared: bool) -> RequestContext:
         """Return the context of a request of a key: the one that was charged, if it was."""
         context = self._charged.get(number) or RequestContext("")
         context.priority = b"bulk" if bulk else b""
-        if key:
-            context.key_id = self._keys[key].id
-            context.tenant = context.key_id if shared else None
+        context.key_id = key_id or None
+        context.tenant = context.key_id if shared else None
         return context
 
     def _submit(self, submission: Submission) -> None:
         """Start a request. There is no task for it: that would take a fifth of its time here."""
-        context = self._context(submission.id, submission.key, submission.bulk, submission.shared)
+        context = self._context(submission.id, submission.key_id, submission.bulk, submission.shared)
         context.cache_control = submission.directives
         try:
             future = self._backend.start(context, submission.sequences, submission.marks)
@@ -164,19 +157,19 @@ class ApiProcessLink:
         if (use := context.use) is not None:
             await use.settled()
             tokens, seconds = use.tokens, use.seconds
-        self.link.send(frames.pack_ended(number, tokens, seconds))
+        self.link.send(frames.pack_json(Kind.ENDED, [number, tokens, seconds]))
 
-    def _admit(self, number: int, key: int, flags: int) -> None:
-        context = self._context(number, key, bool(flags & 1), bool(flags & 2))
+    def _admit(self, number: int, key_id: str | None, bulk: bool, shared: bool) -> None:
+        context = self._context(number, key_id, bulk, shared)
         self._answer_with(number, context, lambda: self._backend.check_queue(context))
 
-    def _charge(self, number: int, key: int, size: int) -> None:
+    def _charge(self, number: int, key: Sequence[Any], size: int) -> None:
         """Charge a request, if it was not yet, and the least that its body costs."""
         context = self._charged.get(number) or RequestContext("")
 
         def charge() -> None:
             if context.charge is None:
-                self._backend.charge(self._keys[key], context)
+                self._backend.charge(limits_alone(*key), context)
             if context.charge is not None:
                 self._charged[number] = context
                 context.charge.charge_body(size, time.time())
@@ -197,7 +190,7 @@ class ApiProcessLink:
             log.exception("a request of an API process")
             self._reject(number, context, _INTERNAL)
         else:
-            self.link.send(frames.pack_admitted(number, _quotas(context)))
+            self.link.send(frames.pack_json(Kind.ADMITTED, [number, _quotas(context)]))
 
     async def _answer(self, number: int, path: str) -> None:
         try:
@@ -205,7 +198,8 @@ class ApiProcessLink:
         except Exception:
             log.exception("the page %s", path)
             page = 500, _INTERNAL.body(), "application/json"
-        self.link.send(frames.pack_answer(number, *page))
+        status, content, media_type = page
+        self.link.send(frames.pack_json(Kind.ANSWER, [number, status, content.decode(), media_type]))
 
     def _lost(self) -> None:
         for future in list(self._computing.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,6 @@ from inferctl.tenancy.access.limits import Charge
 
 # For larger bodies, the backend is asked before they are read. A smaller one is tokenized in about the time that takes.
 _ASKED_BYTES = 16 * 1024
-# Keys that are remembered. Behind a proxy, callers can have any number of ids.
-_MANY_KEYS = 10_000
 _GONE = ApiError(503, "the server ends because of an error", code="engine_unavailable", headers={"retry-after": "1"})
 
 
@@ -32,21 +31,17 @@ class RemoteBackend:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
-        self._keys: dict[tuple[str, int | None, int | None], int] = {}  # id and limits -> number in frames
-        self._key_numbers = frames.ids()
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
-        """Note that a request has a key, and whether its limits are to be charged. Part of `Backend`."""
-        context.key = key
+        """Note whether limits of the key of a request are to be charged. Part of `Backend`."""
         if self._limits_of(key) != (None, None):
-            context.charge = RemoteCharge(self, context, next(self._ids))
+            context.charge = RemoteCharge(self, key, context, next(self._ids))
 
     async def admit(self, context: RequestContext, size: int) -> None:
         """Ask for a large body. Part of `Backend`."""
         if size > _ASKED_BYTES:
-            flags = (context.priority == b"bulk") + 2 * (context.tenant is not None)
-            number, key = next(self._ids), self.index(context.key)
-            await self.ask(context, number, frames.pack_numbers(Kind.ADMIT, number, key, flags))
+            bulk, shared, number = context.priority == b"bulk", context.tenant is not None, next(self._ids)
+            await self.ask(context, number, frames.pack_json(Kind.ADMIT, [number, context.key_id, bulk, shared]))
 
     async def compute(
         self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None
@@ -56,7 +51,7 @@ class RemoteBackend:
         number = charge.number if isinstance(charge, RemoteCharge) else next(self._ids)
         submission = Submission(
             number,
-            self.index(context.key),
+            context.key_id or "",
             context.priority == b"bulk",
             context.tenant is not None,
             context.cache_control,
@@ -87,7 +82,7 @@ class RemoteBackend:
         """Return what the server answers at a path of `pages.PATHS`."""
         number = next(self._ids)
         try:
-            page: Page = await self.ask(None, number, frames.pack_page(number, path))
+            page: Page = await self.ask(None, number, frames.pack_json(Kind.PAGE, [number, path]))
         except ApiError as error:
             return error.status, error.body(), "application/json"
         return page
@@ -107,14 +102,14 @@ class RemoteBackend:
             self._resolve(number, error)
             self._end_use(number, *computed)
         elif kind is Kind.ADMITTED:
-            number, quotas = frames.unpack_admitted(body)
+            number, quotas = json.loads(body)
             self._set_usage(number, quotas)
             self._resolve(number, None)
         elif kind is Kind.ANSWER:
-            number, page = frames.unpack_answer(body)
-            self._resolve(number, page)
+            number, status, text, media_type = json.loads(body)
+            self._resolve(number, (status, text.encode(), media_type))
         elif kind is Kind.ENDED:
-            number, tokens, seconds = frames.unpack_ended(body)
+            number, tokens, seconds = json.loads(body)
             self._end_use(number, tokens, 0, seconds)
 
     def lost(self) -> None:
@@ -158,19 +153,6 @@ class RemoteBackend:
         if quotas is not None and (context := self._contexts.get(number)):
             context.usage = RemoteUsage(quotas)
 
-    def index(self, key: ApiKey | None) -> int:
-        """Return the number of a key in the next frame, which the backend is told first; 0 for none."""
-        if key is None:
-            return 0
-        fields = key.id, key.requests_per_minute, key.tokens_per_minute
-        if (index := self._keys.get(fields)) is None:
-            if len(self._keys) >= _MANY_KEYS:
-                self._keys.clear()
-                self.link.send(frames.pack(Kind.FORGET))
-            index = self._keys[fields] = next(self._key_numbers)  # never that of another key
-            self.link.send(frames.pack_json(Kind.KEY, {"index": index, "fields": fields}))
-        return index
-
 
 class RemoteUsage:
     """What a key used, as the backend said with the response."""
@@ -186,16 +168,17 @@ class RemoteUsage:
 class RemoteCharge(Charge):
     """What a request is charged, in the backend, which knows the request by `number` until `close`."""
 
-    __slots__ = ("_asked", "_backend", "_context", "_in_vain", "number")
+    __slots__ = ("_asked", "_backend", "_context", "_in_vain", "_key", "number")
 
-    def __init__(self, backend: RemoteBackend, context: RequestContext, number: int) -> None:
+    def __init__(self, backend: RemoteBackend, key: ApiKey, context: RequestContext, number: int) -> None:
         self._backend, self._context, self.number = backend, context, number
+        self._key = key.id, key.requests_per_minute, key.tokens_per_minute
         self._in_vain, self._asked = 0, False
 
     async def body(self, size: int, now: float) -> None:
         """Let the backend charge the request, if it has not yet, and the least that its body costs."""
         backend, self._asked = self._backend, True
-        frame = frames.pack_numbers(Kind.CHARGE, self.number, backend.index(self._context.key), size)
+        frame = frames.pack_json(Kind.CHARGE, [self.number, self._key, size])
         await backend.ask(self._context, self.number, frame)
 
     def in_vain(self, amount: int, now: float) -> None:
