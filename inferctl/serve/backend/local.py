@@ -38,8 +38,8 @@ class LocalBackend:
         if self._limits is not None:
             self._limits.charge(key, context)
 
-    async def admit(self, context: RequestContext, size: int) -> None:
-        """Rule a request out before its body is read. Part of `Backend`."""
+    async def admit(self, context: RequestContext, _: int) -> None:
+        """Do what `check_queue` does. Part of `Backend`."""
         self.check_queue(context)
 
     def check_queue(self, context: RequestContext) -> None:
