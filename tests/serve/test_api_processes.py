@@ -223,13 +223,11 @@ def pool(shared: Pool) -> Pool:
     return shared
 
 
-async def load(
-    pool: Pool, clients: int, each: int, body: Callable[[int], Any], key: str, path: str = "/v1/embeddings"
-) -> list[Answer]:
+async def load(pool: Pool, clients: int, each: int, body: Callable[[int], Any], key: str) -> list[Answer]:
     """Let clients send `each` requests, one after the other, and return all answers."""
 
     async def run(client: Client, first: int) -> list[Answer]:
-        return [await client.ask(body(number), pool.secrets[key], path=path) for number in range(first, first + each)]
+        return [await client.ask(body(number), pool.secrets[key]) for number in range(first, first + each)]
 
     opened = await pool.clients(clients)
     found = await asyncio.gather(*(run(client, each * number) for number, client in enumerate(opened)))
@@ -256,7 +254,15 @@ def test_a_limit_of_a_key_is_exact_for_all_processes(pool: Pool, key: str) -> No
 )
 def test_a_limit_of_requests_is_exact_for_what_is_not_computed(pool: Pool, path: str, body: Any, status: int) -> None:
     """Three processes admitted 300 of 300 with a limit of 10."""
-    answers = asyncio.run(load(pool, 16, 4, lambda _: body, f"few requests {path}", path))
+
+    async def run() -> list[Answer]:
+        secret, clients = pool.secrets[f"few requests {path}"], await pool.clients(64)
+        found = await asyncio.gather(*(client.ask(body, secret, path=path) for client in clients))
+        for client in clients:
+            client.close()
+        return list(found)
+
+    answers = asyncio.run(run())
     assert Counter(answer.status for answer in answers) == {status: 10, 429: 64 - 10}
     assert min(int(answer.headers["x-ratelimit-remaining-requests"]) for answer in answers) == 0
 
