@@ -51,6 +51,7 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+_MANY_LAYERS = 200  # of the largest published models, about 130
 # The width of gte-Qwen2-1.5B and its descendants, whose own code and config.json contradict each other.
 _CONTRADICTION = 1536
 # Types whose vectors depend on padding or chance, and those that turn sparse attention off after the first short text.
@@ -126,11 +127,11 @@ def _own_code(config: Mapping[str, Any]) -> str:
 
 
 def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for more layers than tensors: transformers makes layers until the memory is full."""
+    """Raise `UsageError` for many layers without tensors: transformers makes layers until the memory is full."""
     tensors = len(ModelFolder(folder).number_formats)
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         for name in _LAYERS:
-            if isinstance(layers := part.get(name), int) and 0 < tensors < layers:
+            if isinstance(layers := part.get(name), int) and layers > max(tensors, _MANY_LAYERS):
                 raise UsageError(
                     f"{folder} has `{name}: {layers}` in config.json, and its weights have {tensors} tensors in all",
                     "download the model again",
