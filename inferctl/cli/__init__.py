@@ -37,9 +37,6 @@ class Root(LazyGroup):
         "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
         "model": Command("inferctl.cli.model", "app", "Push, inspect and pull models as images of their own."),
-        "calibrate": Command(
-            "inferctl.cli.calibrate", "calibrate", "Find the ranges of vectors that int8 and uint8 need."
-        ),
         "convert": Command(
             "inferctl.cli.convert", "convert", "Convert pickled weights to safetensors, and a tokenizer."
         ),

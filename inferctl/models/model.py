@@ -25,8 +25,6 @@ _START_S = 900
 _UNKNOWN_WEIGHTS_BYTES = 150_000_000_000
 # Weights, tokenizer and configuration. Other files, such as a README, do not change what the model computes.
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja", ".metadata"})
-# The ranges of the vectors, by `inferctl calibrate` (see `vector_format`). They change no vector.
-VECTOR_RANGES = "vector_ranges.json"
 # Folder next to `snapshots` in the hub's cache, with converted snapshots by commit.
 CONVERTED = "converted"
 # Where an image has its weights, or expects them to be mounted.
@@ -166,11 +164,9 @@ class ModelFolder:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over the names and contents of `files`, without what only changes the format of vectors."""
+        """sha256 (hex) over the names and contents of `files`."""
         total = hashlib.sha256()
         for file in self.files():
-            if file.name == VECTOR_RANGES:
-                continue
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             total.update(f"{file.relative_to(self.path).as_posix()}\0{content}\n".encode())

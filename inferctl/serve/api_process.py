@@ -23,7 +23,6 @@ from typing import Any
 from inferctl.config.spec import Spec
 from inferctl.core import streams
 from inferctl.core.errors import InferctlError
-from inferctl.models import vector_format
 from inferctl.serve import event_loop, logs, metering, task_config
 from inferctl.serve.backend import frames, samples
 from inferctl.serve.backend.frames import Kind, Link
@@ -88,7 +87,6 @@ class ApiProcess:
             self._metering.check,
             self._access,
             truncate=welcome["truncate"],
-            ranges=vector_format.of_json(welcome["ranges"]),
             processes=processes,
             connection=_counting(self.link, processes),
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.models.model import architecture
+from inferctl.models.model import ModelFolder, architecture
 from inferctl.serve.modules import read_object
 
 # Types that transformers computes as the code of their first repositories did, with the starts of its class names.
@@ -50,6 +50,8 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_rms_norm": (False, None),
     },
 }
+_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+_MANY_LAYERS = 200  # of the largest published models, about 130
 # The width of gte-Qwen2-1.5B and its descendants, whose own code and config.json contradict each other.
 _CONTRADICTION = 1536
 # Types whose vectors depend on padding or chance, and those that turn sparse attention off after the first short text.
@@ -69,6 +71,7 @@ def native_config(folder: Path) -> dict[str, Any]:
             f"{folder} has an adapter (adapter_config.json), which is not supported",
             "merge it into the weights: `PeftModel.merge_and_unload()` of peft, then `save_pretrained(folder)`",
         )
+    _check_layers(folder, config)
     if not isinstance(config.get("is_causal", False), bool):
         raise UsageError(f"{folder} has `is_causal: {config['is_causal']}` in config.json", "write true or false")
     if _has_longrope(config):
@@ -130,6 +133,18 @@ def _own_code(config: Mapping[str, Any]) -> str:
         return ""
     names = sorted((key for key in listed if str(key).startswith("AutoModel")), key=len)
     return str(listed[names[0]]) if names else ""
+
+
+def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for many layers without tensors: transformers makes layers until the memory is full."""
+    tensors = len(ModelFolder(folder).number_formats)
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for name in _LAYERS:
+            if isinstance(layers := part.get(name), int) and layers > max(tensors, _MANY_LAYERS):
+                raise UsageError(
+                    f"{folder} has `{name}: {layers}` in config.json, and its weights have {tensors} tensors in all",
+                    "download the model again",
+                )
 
 
 def _check_settings(folder: Path, kind: str, config: Mapping[str, Any]) -> None:

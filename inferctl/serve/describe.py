@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import inferctl
@@ -27,27 +27,21 @@ def document(
     info: EngineInfo,
     truncate: bool,
     image: tuple[str, str | None] | None,
-    calibrated: Sequence[int],
 ) -> dict[str, Any]:
     """Return the part of `GET /info` that does not change while an engine process runs.
 
-    `tokenizer`: `facts` of the tokenizer. `calibrated`: the numbers of dimensions with ranges.
+    `tokenizer`: `facts` of the tokenizer.
     """
     engine = info.to_json()
     fidelity: dict[str, Any] = {"within_limit": info.within_limit, "check": info.check}
     if isinstance(config, EmbeddingConfig):
         # Sparse weights are always floats.
-        formats = [
-            name
-            for name in vector_format.FORMATS
-            if config.outputs != ("sparse",) and (calibrated or name not in vector_format.CALIBRATED)
-        ]
+        formats = vector_format.FORMATS if config.outputs != ("sparse",) else ()
         output: dict[str, Any] = {
             "dimensions": info.dimensions,
             "token_dimensions": info.token_dimensions,
             "vocabulary_size": info.vocabulary_size,
             "output_dtypes": formats,
-            "calibrated_dimensions": calibrated,
         }
         fidelity |= {"cosine_min": info.cosine_min, "cosine_mean": info.cosine_mean, "limit": info.cosine_limit}
     else:

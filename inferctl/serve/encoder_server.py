@@ -13,7 +13,6 @@ from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Spec, Task
 from inferctl.core import cgroup
 from inferctl.core.sizes import parse_size
-from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.serve import describe, event_loop, task_config
 from inferctl.serve.api import app
@@ -88,7 +87,6 @@ class EncoderServer(ServerLifetime):
         self._api: ApiProcesses | None = None
         self._front: FrontEnd | ApiProcesses
         self._pages = Pages(self._lifecycle, self._describe, self._exposition, app.served(self._config))
-        self._ranges = vector_format.read(folder.path, lambda: folder.digest) if task == "embed" else {}
         if processes == 1:
             self._front = FrontEnd(
                 spec,
@@ -102,7 +100,6 @@ class EncoderServer(ServerLifetime):
                 self._metering.check,
                 self._access,
                 truncate=options.truncate,
-                ranges=self._ranges,
             )
         else:
             welcome = {
@@ -110,7 +107,6 @@ class EncoderServer(ServerLifetime):
                 "task": task,
                 "folder": str(folder.path),
                 "processes": processes,
-                "ranges": vector_format.to_json(self._ranges),
                 "truncate": options.truncate,
                 "log": options.log,
                 "traces": options.traces,
@@ -179,7 +175,6 @@ class EncoderServer(ServerLifetime):
             info,
             self._options.truncate,
             self._options.image,
-            sorted(self._ranges),
         )
         self._metrics.describe_model(self._info)
         if self._lifecycle.started:

@@ -6,7 +6,6 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from inferctl.config.spec import Spec, Task
-from inferctl.models.vector_format import Ranges
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -49,13 +48,12 @@ class FrontEnd:
         access: EdgeAccess | None,
         *,
         truncate: bool,
-        ranges: Mapping[int, Ranges],
         processes: int = 1,
         connection: type[Connection] = Connection,
     ) -> None:
         self.up, self.restarts = 1, 0  # as of `ApiProcesses`
         self.model = _served_model(spec, task, truncate, config)
-        self.model.ranges = ranges
+        self.model.max_held_numbers //= processes
         self._tokenizer = tokenizer
         whole = EdgeLimits()
         limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)

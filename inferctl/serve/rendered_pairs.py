@@ -56,7 +56,7 @@ class RenderedPairs:
         As in sentence-transformers, what follows the document is tokenized on its own if it is cut.
         """
         render = self.private.template.render
-        if most is not None:
+        if most is not None and most < self.max_tokens:  # else the pair is truncated before
             documents = [self.first_tokens(text, most) for text in documents]
         # First without documents, because each text repeats the query.
         without = [render(text, "", instruction) for text in listed(query)]
@@ -92,4 +92,4 @@ class RenderedPairs:
                     return text[: found.offsets[count - 1][1]]
                 if len(head) == len(text) or size >= MAX_HEAD:
                     return head
-                size *= 4
+                size = min(4 * size, MAX_HEAD)

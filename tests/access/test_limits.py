@@ -117,6 +117,40 @@ def test_a_failed_request_keeps_what_was_computed() -> None:
     assert (requests, tokens) == (8, 2)
 
 
+@pytest.mark.parametrize(
+    ("size", "tokens", "left"),
+    [(255, 0, 100), (0, 30, 70), (2_560, 0, 90), (2_560, 4, 90), (2_560, 30, 70), (25_600, 7, 0)],
+)
+def test_a_body_costs_at_least_a_token_for_256_bytes(size: int, tokens: int, left: int) -> None:
+    """333 bodies of 4 MB were read and parsed for 999 tokens."""
+    limiter, who = Limiter(tokens=100), key()
+    found = charge(limiter, who, START)
+    usage = limiter.usage(who, START)
+    assert found
+    assert usage
+    found.charge_body(0, START)  # of a client that did not declare it
+    found.charge_body(size, START)
+    found.tokens(tokens, START + 1)
+    assert (usage.quotas(START + 1)[1] or ())[:2] == (100, left)
+    found.close(give_back=True, computed=tokens)
+    assert (usage.quotas(START + 1)[1] or ())[:2] == (100, 100 - tokens)
+
+
+def test_a_reservation_and_its_end_replace_what_a_body_cost() -> None:
+    limiter, who = Limiter(tokens=100), key()
+    found = charge(limiter, who, START)
+    usage = limiter.usage(who, START)
+    assert found
+    assert usage
+    found.charge_body(2_560, START)
+    found.reserve(50, START)
+    assert (usage.quotas(START)[1] or ())[:2] == (100, 50)
+    found.settle(20, START)
+    assert (usage.quotas(START)[1] or ())[:2] == (100, 80)
+    with pytest.raises(LimitError, match="about 98 tokens for its 25300 bytes"):
+        Charge(usage, START).charge_body(25_300, START)
+
+
 def test_what_was_not_computed_is_given_back() -> None:
     limiter, who = Limiter(requests=2, tokens=10), key()
     for _ in range(5):

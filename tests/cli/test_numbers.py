@@ -22,7 +22,6 @@ OPTIONS = {
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --users --slo-p99-ms --inputs --api-processes --seed",
     "compare A B": "--floor-ms --max-cosine-drop --max-recall-drop",
-    "calibrate ./absent short": "--count --dimensions",
     "capacity absent.json": "--slo",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",

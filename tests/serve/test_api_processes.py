@@ -52,6 +52,9 @@ KEYS: dict[str, dict[str, Any]] = {
     "requests": {"requests_per_minute": 600},
     "tokens": {"tokens_per_minute": 6000},
     "few tokens": {"tokens_per_minute": 10},
+    "few bytes": {"tokens_per_minute": 2000},
+    "few chunks": {"tokens_per_minute": 2000},
+    **{f"few requests {path}": {"requests_per_minute": 10} for path in ("/tokenize", "/v1/embeddings", "/nothing")},
     "counted": {},
     "killed": {},
     "left": {},
@@ -250,6 +253,51 @@ def test_a_limit_of_a_key_is_exact_for_all_processes(pool: Pool, key: str) -> No
     assert Counter(answer.status for answer in answers) == {200: 600, 429: 768 - 600}
     assert {answer.code for answer in answers if answer.status == 429} == {"rate_limit_exceeded"}
     assert min(int(answer.headers[f"x-ratelimit-remaining-{key}"]) for answer in answers) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/tokenize", {"inputs": "a"}, 200),
+        ("/v1/embeddings", {"input": "a", "model": "another"}, 404),
+        ("/nothing", {}, 404),
+    ],
+)
+def test_a_limit_of_requests_is_exact_for_what_is_not_computed(pool: Pool, path: str, body: Any, status: int) -> None:
+    """Three processes admitted 300 of 300 with a limit of 10."""
+
+    async def run() -> list[Answer]:
+        secret, clients = pool.secrets[f"few requests {path}"], await pool.clients(64)
+        found = await asyncio.gather(*(client.ask(body, secret, path=path) for client in clients))
+        for client in clients:
+            client.close()
+        return list(found)
+
+    answers = asyncio.run(run())
+    assert Counter(answer.status for answer in answers) == {status: 10, 429: 64 - 10}
+    assert min(int(answer.headers["x-ratelimit-remaining-requests"]) for answer in answers) == 0
+
+
+def test_results_that_are_sent_in_parts_are_those_of_small_requests(pool: Pool) -> None:
+    def rows(start: int, stop: int) -> dict[str, Any]:
+        return {"input": [[5, number] for number in range(start, stop)], "encoding_format": "base64"}
+
+    def vectors(answers: list[Answer]) -> list[str]:
+        return [row["embedding"] for answer in answers for row in json.loads(answer.content)["data"]]
+
+    large = asyncio.run(load(pool, PROCESSES, 2, lambda _: rows(0, 1000), "plain"))  # 1.5 MB each
+    small = asyncio.run(load(pool, 1, 10, lambda number: rows(100 * number, 100 * number + 100), "plain"))
+    assert {answer.status for answer in (*large, *small)} == {200}
+    for answer in large:
+        assert vectors([answer]) == vectors(small)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_limit_of_tokens_bounds_the_bytes_of_bodies(pool: Pool, declared: bool) -> None:
+    body = {"input": [[5]], "user": "a" * 230_000}  # 898 tokens
+    key = "few bytes" if declared else "few chunks"
+    answers = asyncio.run(load(pool, 16, 1, lambda _: body if declared else json.dumps(body), key))
+    assert Counter(answer.status for answer in answers) == {200: 2, 429: 14}
 
 
 def test_equal_requests_in_all_processes_are_computed_once(pool: Pool) -> None:

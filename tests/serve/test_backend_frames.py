@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.backend import frames, remote
+from inferctl.serve.backend import frames
+from inferctl.serve.backend.api_process_link import ApiProcessLink
 from inferctl.serve.backend.frames import Kind, Link, Reply, Submission
 from inferctl.serve.backend.remote import RemoteBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.tenancy.access.key_file import limits_alone
 
 U32 = st.integers(0, 2**32 - 1)
 I32 = st.integers(-(2**31), 2**31 - 1)
@@ -32,12 +33,12 @@ def body(frame: bytes) -> bytes:
     return frame[HEAD:]
 
 
-@given(U32, U32, st.booleans(), st.booleans(), st.binary(max_size=40), SEQUENCES, st.booleans())
+@given(U32, st.text(max_size=9), st.booleans(), st.booleans(), st.binary(max_size=40), SEQUENCES, st.booleans())
 def test_a_request_is_unchanged(
-    number: int, key: int, bulk: bool, shared: bool, directives: bytes, rows: list[list[int]], pairs: bool
+    number: int, key_id: str, bulk: bool, shared: bool, directives: bytes, rows: list[list[int]], pairs: bool
 ) -> None:
     starts = [len(row) // 2 for row in rows] if pairs else None
-    sent = Submission(number, key, bulk, shared, directives, [np.array(row, np.int32) for row in rows], starts)
+    sent = Submission(number, key_id, bulk, shared, directives, [np.array(row, np.int32) for row in rows], starts)
     arrived = frames.unpack_submit(body(frames.pack_submit(sent)))
     assert [row.tolist() for row in arrived.sequences] == rows
     assert arrived._replace(sequences=[]) == sent._replace(sequences=[])
@@ -51,7 +52,7 @@ def test_a_result_is_bitwise_unchanged(
     if len(set(widths)) < 2:
         rows = np.array(rows, dtype=np.float32).reshape(len(rows), -1) if rows else np.empty((0, 3), np.float32)
     sent = Reply(number, RequestResult(rows, (), queue, inference), cached, engine, quotas)
-    arrived = frames.unpack_result(body(frames.pack_result(sent)))
+    arrived = frames.unpack_result(body(b"".join(frames.pack_result(sent))))
     assert [row.tobytes() for row in arrived.result.rows] == [row.tobytes() for row in rows]
     assert arrived._replace(result=arrived.result._replace(rows=rows)) == sent
 
@@ -76,15 +77,9 @@ def test_an_error_is_unchanged(
     assert (arrived_number, arrived_quotas, arrived_used) == (number, quotas, used)
 
 
-@given(st.lists(U32, max_size=9), U32, U32, SECONDS, st.text(), st.integers(100, 599), st.binary(), st.text(max_size=9))
-def test_the_other_frames_are_unchanged(
-    numbers: list[int], number: int, tokens: int, seconds: float, path: str, status: int, content: bytes, media: str
-) -> None:
-    assert frames.unpack_numbers(body(frames.pack_numbers(Kind.ADMIT, *numbers))) == tuple(numbers)
-    assert frames.unpack_ended(body(frames.pack_ended(number, tokens, seconds))) == (number, tokens, seconds)
-    assert frames.unpack_page(body(frames.pack_page(number, path))) == (number, path)
-    page = frames.pack_answer(number, status, content, media)
-    assert frames.unpack_answer(body(page)) == (number, (status, content, media))
+@given(st.lists(U32, max_size=9), st.text())
+def test_the_other_frames_are_unchanged(numbers: list[int], path: str) -> None:
+    assert frames.unpack_numbers(body(frames.pack_numbers(Kind.CLOSE, *numbers))) == tuple(numbers)
     assert json.loads(body(frames.pack_json(Kind.STATE, {path: numbers}))) == {path: numbers}
 
 
@@ -93,15 +88,13 @@ def _each_kind() -> list[tuple[Kind, bytes]]:
     tokens = [np.arange(3, dtype=np.int32)]
     result = RequestResult(np.ones((2, 3), np.float32), (), 0.1, 0.2)
     special = {
-        Kind.SUBMIT: frames.pack_submit(Submission(1, 2, False, True, b"no-store", tokens, [1])),
-        Kind.RESULT: frames.pack_result(Reply(1, result, 3, 0.5, ((9, 8, 7), None))),
+        Kind.SUBMIT: frames.pack_submit(Submission(1, "a", False, True, b"no-store", tokens, [1])),
+        Kind.RESULT: b"".join(frames.pack_result(Reply(1, result, 3, 0.5, ((9, 8, 7), None)))),
         Kind.REJECT: frames.pack_reject(1, ApiError(429, "full"), None),
-        Kind.ENDED: frames.pack_ended(1, 2, 0.5),
-        Kind.ANSWER: frames.pack_answer(1, 200, b"ok\n", "text/plain"),
-        Kind.PAGE: frames.pack_page(1, "/info"),
+        Kind.ADMITTED: frames.pack_json(Kind.ADMITTED, [1, None]),
         Kind.HELLO: frames.pack(Kind.HELLO),
     }
-    found = {kind: special.get(kind) or frames.pack_numbers(kind, 1, 2) for kind in Kind}
+    found = {kind: special.get(kind) or frames.pack_numbers(kind, 1, 2) for kind in Kind if kind is not Kind.PART}
     return list(found.items())
 
 
@@ -122,6 +115,65 @@ def test_frames_that_are_cut_at_any_byte_arrive_once_and_in_order() -> None:
     assert arrived == expected
 
 
+def test_a_large_frame_waits_for_its_reader_and_holds_up_no_other() -> None:
+    """Each result that an API process had not read was in the memory of the backend: 4 GB of 64 requests."""
+    rows = [np.full(2**16, number, np.float32) for number in range(64)]  # 16 MiB
+    large = frames.pack_result(Reply(7, RequestResult(rows, (), 0.1, 0.2), 1, 0.5, None))
+    arrived: list[tuple[Kind, bytes]] = []
+
+    async def run() -> None:
+        complete, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def on_frame(kind: Kind, content: bytes) -> None:
+            arrived.append((kind, content))
+            if sum(kind is Kind.RESULT for kind, _ in arrived) == 2:
+                complete.set()
+
+        sender, receiver = Link(lambda *_: None, lambda: None), Link(on_frame, lambda: None)
+        here, there = socket.socketpair()
+        reading, _ = await loop.create_connection(lambda: receiver, sock=there)
+        await loop.create_connection(lambda: sender, sock=here)
+        reading.pause_reading()
+        sender.send_large(large)
+        sender.send_large(large)
+        before = -1
+        while sender.buffered != before:  # until nothing more fits into the socket
+            before = sender.buffered
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert 0 < before < 2 * frames.PART_BYTES + 2**17
+        sender.send(frames.pack(Kind.HELLO))
+        reading.resume_reading()
+        await asyncio.wait_for(complete.wait(), 60)
+        assert sender.large_bytes == 0
+        for each in (sender, receiver):
+            each.close()
+
+    asyncio.run(run())
+    assert [kind for kind, _ in arrived] == [Kind.HELLO, Kind.RESULT, Kind.RESULT]
+    for _, content in arrived[1:]:
+        np.testing.assert_array_equal(frames.unpack_result(content).result.rows, rows)
+
+
+def test_large_results_that_are_not_read_are_bounded() -> None:
+    def frame(size: int) -> list[frames.Buffer]:
+        return frames.pack_result(
+            Reply(1, RequestResult(np.ones((1, size // 4), np.float32), (), 0.1, 0.2), 1, 0.5, None)
+        )
+
+    async def run() -> None:
+        nothing: Any = None
+        found = ApiProcessLink(nothing, nothing, nothing, nothing, lambda: None, most_unsent=5 << 20)
+        found._send_result(frame(8 << 20))  # a single one is always sent
+        with pytest.raises(ApiError) as error:
+            found._send_result(frame(2 << 20))
+        assert (error.value.status, error.value.code) == (429, "responses_full")
+        found._send_result(frame(100))
+        found.link.connection_lost(None)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("head", [b"\xff\xff\xff\xff\x01", b"\x01\x00\x00\x00\xf0"], ids=["too large", "no such kind"])
 def test_an_invalid_frame_is_an_error(head: bytes) -> None:
     with pytest.raises(ValueError):
@@ -139,7 +191,7 @@ class Sent(Link):
         self.frames.append(frame)
 
 
-RESULT = frames.pack_result(Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, None))
+RESULT = b"".join(frames.pack_result(Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, None)))
 REJECT = frames.pack_reject(1, ApiError(503, "failed", code="engine_unavailable"), None, (2, 0, 0.25))
 
 
@@ -176,39 +228,7 @@ def test_a_limit_above_64_bits_is_sent_as_the_largest_number() -> None:
     frame = frames.pack_result(
         Reply(1, RequestResult(np.ones((1, 3), np.float32), (), 0.1, 0.2), 1, 0.5, ((2**70, 2**70, 60), None))
     )
-    assert frames.unpack_result(body(frame)).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
-
-
-def test_keys_are_told_once_and_again_after_there_were_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the key of a request that took long to arrive, meanwhile others with many keys were complete."""
-    monkeypatch.setattr(remote, "_MANY_KEYS", 2)
-    link, told, requests = Sent(), dict[int, Any](), []
-
-    async def run() -> None:
-        backend, contexts = RemoteBackend(link, lambda _: (None, None)), []
-        for name, limit in (("a", None), ("a", None), ("a", 5), *((name, None) for name in "bcdef")):
-            contexts.append(RequestContext(""))
-            backend.charge(limits_alone(name, limit, None), contexts[-1])
-        for context in (*contexts[1:], contexts[0]):
-            computing = asyncio.create_task(backend.compute(context, [np.arange(4, dtype=np.int32)], None))
-            await asyncio.sleep(0)
-            computing.cancel()
-
-    asyncio.run(run())
-    kinds = [Kind(frame[4]) for frame in link.frames]
-    for kind, frame in zip(kinds, link.frames, strict=True):
-        if kind is Kind.KEY:
-            key = json.loads(body(frame))
-            assert key["index"] not in told, "a number is never that of another key"
-            told[key["index"]] = key["fields"]
-        elif kind is Kind.FORGET:
-            told = dict.fromkeys(told)
-        elif kind is Kind.SUBMIT:
-            requests.append(told[frames.unpack_submit(body(frame)).key])
-    names = (("a", None), ("a", 5), *((name, None) for name in "bcdefa"))
-    assert requests == [[name, limit, None] for name, limit in names]
-    assert kinds.count(Kind.KEY) == len(names)
-    assert kinds.count(Kind.FORGET) == 3
+    assert frames.unpack_result(body(b"".join(frame))).quotas == ((2**63 - 1, 2**63 - 1, 60), None)
 
 
 def test_ids_need_32_bits_and_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
-from inferctl.serve.api import schemas
+from inferctl.serve.api import app, schemas
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engines import echo
@@ -189,6 +190,40 @@ def test_bodies_that_are_expensive_to_parse(client: httpx.Client, raw: bytes, st
     answer = post(client, raw)
     assert (accepted_or_rejected(answer), answer.json()["error"]["code"]) == (status, code)
     assert len(answer.content) < 4000
+
+
+def arrays(schema: dict[str, Any], known: dict[str, Any]) -> Iterator[list[str | int]]:
+    """Yield the path of each list in a JSON schema: names of fields, and 0 for the item of a list."""
+    schema = known[str(schema["$ref"]).rpartition("/")[2]] if "$ref" in schema else schema
+    if schema.get("type") == "array":
+        yield []
+    inner = [([], part) for name in ("anyOf", "allOf", "oneOf") for part in schema.get(name, ())]
+    inner += [([name], part) for name, part in schema.get("properties", {}).items()]
+    inner += [([0], schema["items"])] if "items" in schema else []
+    for before, part in inner:
+        for path in arrays(part, known):
+            yield [*before, *path]
+
+
+REQUESTS = dict.fromkeys(endpoint.bodies[0] for endpoint in app.ALL)
+SCHEMAS = {model: model.model_json_schema() for model in REQUESTS}
+LISTS = [(model, path) for model, schema in SCHEMAS.items() for path in arrays(schema, schema.get("$defs", {}))]
+
+
+@pytest.mark.parametrize(("model", "path"), LISTS, ids=[f"{model.__name__} {path}" for model, path in LISTS])
+@pytest.mark.parametrize("item", [0, 0.5, "x", "", None, [], {}, [0], [[0]], {"text": 0}], ids=str)
+def test_no_list_of_a_request_keeps_an_error_for_each_item(
+    model: type[schemas.ModelRequest], path: list[str | int], item: Any
+) -> None:
+    """pydantic keeps one error of about 1 kB for each invalid item of a list without `max_length` or `fail_fast`."""
+    example = next(endpoint.example for endpoint in app.ALL if endpoint.bodies[0] is model)
+    value: Any = [item] * 5_000
+    for name in reversed(path):
+        value = [value] if name == 0 else {name: value}
+    try:
+        model.model_validate(example | value, context={"max_inputs": 2048})
+    except ValidationError as error:
+        assert error.error_count() <= 16
 
 
 @pytest.mark.parametrize("item", ["1.5", '"a"', "true", "null", "{}"])

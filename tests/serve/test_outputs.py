@@ -19,11 +19,10 @@ from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
 from inferctl.serve import outputs as outputs_module
 from inferctl.serve import task_config
-from inferctl.serve.api import outputs as outputs_api
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.outputs import held
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.api.tokenize import TokenizeEndpoint
+from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
@@ -642,15 +641,14 @@ def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Ca
     assert [entry["index"] for entry in sparse[0]] == every[0]["sparse_embedding"]["indices"]
 
 
-def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path) -> None:
     """Each token keeps about 120 bytes: one client with many connections let a server grow by 40 MiB/s."""
-    monkeypatch.setattr(outputs_api, "_MAX_HELD_NUMBERS", 3000)
     config = task_config.read("embed", minilm)
-    model = ServedModel("m", frozenset(), (), 100, 100, truncate=True)
+    model = ServedModel("m", frozenset(), (), 100, 100, truncate=True, max_held_numbers=3000)
     metrics = Metrics()
     batcher = Batcher(QueueLimits(8, 1_000), LatencyModel(Capacity(0.0, 10.0)))
     pool = TokenizerPool(minilm, config, threads=1)
-    endpoint = TokenizeEndpoint(Inference(model, pool, LocalBackend(Dispatcher(batcher, metrics), metrics)))
+    inference = Inference(model, pool, LocalBackend(Dispatcher(batcher, metrics), metrics))
 
     async def post(sent: asyncio.Event, go_on: asyncio.Event) -> None:
         body = json.dumps({"inputs": "a " * 60}).encode()
@@ -664,7 +662,7 @@ def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path, monke
             sent.set()
             await go_on.wait()
 
-        await endpoint(scope, receive, send)
+        await tokenize(inference, scope, receive, send)
 
     async def run() -> None:
         sent, go_on = asyncio.Event(), asyncio.Event()

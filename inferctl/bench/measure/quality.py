@@ -26,7 +26,6 @@ from inferctl.core.errors import InferctlError
 from inferctl.models import divergence, reference_process, vector_format
 from inferctl.models import model as model_folder
 from inferctl.models.divergence import Divergence, Limits, NoLogprobsError
-from inferctl.models.vector_format import Ranges
 
 NEIGHBORS = 10
 _MOST_COMPACT = 2000  # vectors, of which all pairs are compared in each number format
@@ -151,7 +150,7 @@ class QualityChecker:
             self.failed = True
             return unchecked(expected)
         try:
-            return check(server, expected, self._limits, self._model.path)
+            return check(server, expected, self._limits)
         except NoLogprobsError as error:
             return unchecked(error.message)
         except InferctlError as error:
@@ -219,12 +218,8 @@ def _padded(rows: Sequence[Sequence[float] | Matrix], width: int = 0) -> Matrix:
     return padded
 
 
-def check(
-    server: ServerConnection, expected: Reference | TokenReference, limits: Quality, model: Path | None = None
-) -> QualityResult:
+def check(server: ServerConnection, expected: Reference | TokenReference, limits: Quality) -> QualityResult:
     """Send the inputs of the reference to `server` and compare the vectors, the scores or the log-probabilities.
-
-    `model`: the folder of the model, which may have ranges of the vectors.
 
     Raises `InferctlError` if the server fails or returns outputs that cannot be compared.
     """
@@ -253,8 +248,7 @@ def check(
         raise InferctlError("the server returned vectors of zeros")
     wanted = _padded(list(expected.values), vectors.shape[1])
     if dense:
-        ranges = vector_format.read(model).get(size) if model else None
-        result = compare(wanted, vectors, limits, ranges)
+        result = compare(wanted, vectors, limits)
     else:
         per_token = int(server.info["model"]["token_dimensions"]) if server.output == "tokens" else None
         result = compare(wanted, vectors, limits, compact_formats=False, per_token=per_token)
@@ -265,14 +259,12 @@ def compare(
     expected: Matrix,
     found: Matrix,
     limits: Quality,
-    ranges: Ranges | None = None,
     *,
     compact_formats: bool = True,
     per_token: int | None = None,
 ) -> QualityResult:
     """Return cosine and recall@10 of two matrices of shape (n, dimensions), row by row.
 
-    `ranges`: those of the model for int8; None takes those of every second vector, so that others can be beyond.
     `per_token`: each row has vectors of tokens, of so many numbers each, and MaxSim decides which rows are near.
     """
     cosine = np.sort(np.sum(_unit(expected) * _unit(found), axis=1))
@@ -288,9 +280,7 @@ def compare(
         texts=len(expected),
         cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
         recall_at_10=round(recall, 4),
-        compact=compact(expected[:_MOST_COMPACT], found[:_MOST_COMPACT], ranges or Ranges.of(found[::2]))
-        if compact_formats
-        else None,
+        compact=compact(expected[:_MOST_COMPACT], found[:_MOST_COMPACT]) if compact_formats else None,
         limits={"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
     )
 
@@ -388,7 +378,7 @@ def max_similarities(rows: Matrix, per_token: int) -> Matrix:
     return np.stack([np.maximum.reduceat(each @ every, starts, axis=1).sum(axis=0) for each in tokens])
 
 
-def compact(expected: Matrix, found: Matrix, ranges: Ranges) -> list[dict[str, Any]]:
+def compact(expected: Matrix, found: Matrix) -> list[dict[str, Any]]:
     """Return bytes and recall@10 of the vectors in each number format of responses.
 
     The distance of bits is the number of different ones, that of numbers the cosine.
@@ -397,7 +387,7 @@ def compact(expected: Matrix, found: Matrix, ranges: Ranges) -> list[dict[str, A
     for name in vector_format.FORMATS:
         if name == "binary":  # the same bits as ubinary
             continue
-        converted = vector_format.convert(found, name, ranges)
+        converted = vector_format.convert(found, name)
         if name == "ubinary":
             bits = np.unpackbits(converted, axis=1, count=found.shape[1]).astype(np.float32)
             got = _closest(-(bits @ (1 - bits).T) - (1 - bits) @ bits.T, NEIGHBORS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inferctl.config.spec import Task
 from inferctl.serve.api import openapi
-from inferctl.serve.api.classify import ClassifyEndpoint, PredictEndpoint
+from inferctl.serve.api.classify import classify, predict
 from inferctl.serve.api.classify_schemas import ClassifyRequest, ClassifyResponse, PredictRequest, PredictResponse
 from inferctl.serve.api.cohere import CohereEmbed, CohereEmbedRequest, CohereEmbedResponse
 from inferctl.serve.api.embedding_schemas import (
@@ -31,7 +31,7 @@ from inferctl.serve.api.embedding_schemas import (
 from inferctl.serve.api.embeddings import EmbeddingApi, EmbeddingsEndpoint
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.openapi import Operation
-from inferctl.serve.api.rerank import RerankEndpoint, ScoreEndpoint, TeiRerankEndpoint, VoyageRerankEndpoint
+from inferctl.serve.api.rerank import rerank, score, tei_rerank, voyage_rerank
 from inferctl.serve.api.rerank_schemas import (
     RerankRequest,
     RerankResponse,
@@ -55,7 +55,7 @@ from inferctl.serve.api.tei import (
     TeiOutput,
     TeiSimilarity,
 )
-from inferctl.serve.api.tokenize import TokenizeEndpoint, TokenizeRequest, TokenizeResponse
+from inferctl.serve.api.tokenize import TokenizeRequest, TokenizeResponse, tokenize
 from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.outputs import Output
@@ -115,6 +115,11 @@ _TEXTS = ["first text", "second text"]
 _INPUT, _INPUTS = {"input": _TEXTS}, {"inputs": _TEXTS}
 
 
+def _of(function: Callable[..., Awaitable[None]]) -> Callable[[Inference], ASGIApp]:
+    """Return what makes the application of a function of `Inference` and the three arguments of ASGI."""
+    return lambda inference: partial(function, inference)
+
+
 def _embed(
     path: str, summary: str, bodies: tuple[type[BaseModel], type[BaseModel]], api: EmbeddingApi, **others: Any
 ) -> Endpoint:
@@ -132,7 +137,7 @@ def _tei_embed(
 def _rerank(path: str, summary: str = "", errors: _Shape = _OPENAI) -> Endpoint:
     summary = f"Order documents by their relevance to a query{summary}."
     example = {"query": "a question", "documents": _TEXTS}
-    return Endpoint("rerank", "rerank", path, summary, (RerankRequest, RerankResponse), example, RerankEndpoint, errors)
+    return Endpoint("rerank", "rerank", path, summary, (RerankRequest, RerankResponse), example, _of(rerank), errors)
 
 
 _OWN = (
@@ -144,7 +149,7 @@ _OWN = (
             "Return the tokens of texts, as text-embeddings-inference does, or with `prompt` as vLLM does.",
             (TokenizeRequest, TokenizeResponse),
             _INPUTS,
-            TokenizeEndpoint,
+            _of(tokenize),
             _TEI,
         )
         for task in _TASKS
@@ -216,7 +221,7 @@ _OWN = (
         "Order texts by their relevance to a query, as text-embeddings-inference does; `documents` as /v1/rerank.",
         (TeiRerankRequest, TeiRerankResponse),
         {"query": "a question", "texts": _TEXTS},
-        TeiRerankEndpoint,
+        _of(tei_rerank),
         _TEI,
         ("/",),
     ),
@@ -227,7 +232,7 @@ _OWN = (
         "Order documents by their relevance to a query, as Voyage does.",
         (VoyageRerankRequest, VoyageRerankResponse),
         {"query": "a question", "documents": _TEXTS},
-        VoyageRerankEndpoint,
+        _of(voyage_rerank),
         _VOYAGE,
     ),
     _rerank("/jina/v1/rerank", ", with the errors of Jina", _VOYAGE),
@@ -239,7 +244,7 @@ _OWN = (
         "Compute the relevance of pairs of texts, in order.",
         (ScoreRequest, ScoreResponse),
         {"text_1": "a question", "text_2": _TEXTS},
-        ScoreEndpoint,
+        _of(score),
         aliases=("/score",),  # of vLLM, too
     ),
     Endpoint(
@@ -249,7 +254,7 @@ _OWN = (
         "Compute the scores of all labels for texts, in order.",
         (ClassifyRequest, ClassifyResponse),
         _INPUT,
-        ClassifyEndpoint,
+        _of(classify),
     ),
     Endpoint(
         "classify",
@@ -258,7 +263,7 @@ _OWN = (
         _POOLING,
         (ClassifyRequest, PoolingResponse),
         _INPUT,
-        partial(ClassifyEndpoint, pooling=True),
+        _of(partial(classify, pooling=True)),
     ),
     Endpoint(
         "predict",
@@ -267,7 +272,7 @@ _OWN = (
         "Order the labels of texts or pairs of texts by their scores.",
         (PredictRequest, PredictResponse),
         {"inputs": [["a text"], ["first text of a pair", "second text"]]},
-        PredictEndpoint,
+        _of(predict),
         _TEI,
         ("/",),
     ),

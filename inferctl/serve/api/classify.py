@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from starlette.types import Receive, Scope, Send
@@ -16,43 +15,26 @@ from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 from inferctl.serve.text_parts import InputError
 
 
-@dataclass(frozen=True)
-class ClassifyEndpoint:
+async def classify(inference: Inference, scope: Scope, receive: Receive, send: Send, *, pooling: bool = False) -> None:
     """The application of `POST /classify`, and of `POST /pooling`: the scores of all labels for each text."""
-
-    inference: Inference
-    pooling: bool = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, request = await inference.receive(scope, receive, partial(inference.parse, ClassifyRequest))
-        logits = await _logits(inference, scope, request.input, request.truncate, "input")
-        scores = logits if request.use_activation is False else inference.model.activation(logits)
-        model, tokens, id_ = inference.model, context.input_tokens, context.id.decode()
-        if self.pooling:
-            parts = embedding_schemas.response(scores, "float", model.name, tokens, pooling=id_)
-        else:
-            parts = classify_schemas.classify_response(scores, model.labels, id_, model.name, tokens)
-        await send_json(send, parts, context)
+    context, request = await inference.receive(scope, receive, partial(inference.parse, ClassifyRequest))
+    logits = await _logits(inference, scope, request.input, request.truncate, "input")
+    scores = logits if request.use_activation is False else inference.model.activation(logits)
+    model, tokens, id_ = inference.model, context.input_tokens, context.id.decode()
+    if pooling:
+        parts = embedding_schemas.response(scores, "float", model.name, tokens, pooling=id_)
+    else:
+        parts = classify_schemas.classify_response(scores, model.labels, id_, model.name, tokens)
+    await send_json(send, parts, context)
 
 
-@dataclass(frozen=True)
-class PredictEndpoint:
+async def predict(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:
     """The application of `POST /predict`: the labels of each text or pair, the highest score first."""
-
-    inference: Inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, request = await inference.receive(scope, receive, partial(inference.parse, PredictRequest))
-        logits = await _logits(inference, scope, request.items, request.truncate, "inputs")
-        scores = logits if request.raw_scores else inference.model.activation(logits)
-        several = isinstance(request.inputs, list)
-        await send_json(
-            send, classify_schemas.predict_response(scores, inference.model.labels, several=several), context
-        )
+    context, request = await inference.receive(scope, receive, partial(inference.parse, PredictRequest))
+    logits = await _logits(inference, scope, request.items, request.truncate, "inputs")
+    scores = logits if request.raw_scores else inference.model.activation(logits)
+    several = isinstance(request.inputs, list)
+    await send_json(send, classify_schemas.predict_response(scores, inference.model.labels, several=several), context)
 
 
 async def _logits(

@@ -15,14 +15,13 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
 from inferctl.models import vector_format
-from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Vectors
 
-EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+EmbeddingType = Literal["float", "binary", "ubinary", "base64"]
 
 
 class CohereEmbedRequest(ModelRequest):
@@ -35,8 +34,8 @@ class CohereEmbedRequest(ModelRequest):
     input_type: StrictStr | None = Field(
         None, description="What the texts are: `search_query`, `search_document`, `classification`, `clustering`."
     )
-    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=6)] | None = Field(
-        None, description="The numbers of the vectors, one or several: int8 and uint8 if the model is calibrated."
+    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=4)] | None = Field(
+        None, description="The numbers of the vectors, one or several."
     )
     output_dimension: Count | None = Field(
         None, description="Truncate the vectors to this many dimensions; only for models that are trained for it."
@@ -56,8 +55,6 @@ class ByType(BaseModel):
     """The vectors of all texts, for each type of the request."""
 
     float: _Floats | None = None
-    int8: _Integers | None = None
-    uint8: _Integers | None = None
     binary: _Integers | None = None
     ubinary: _Integers | None = None
     base64: list[str] | None = None
@@ -86,11 +83,7 @@ class CohereEmbed:
     request: ClassVar[type[ModelRequest]] = CohereEmbedRequest
 
     def embedding(self, request: CohereEmbedRequest, model: ServedModel) -> EmbeddingRequest:
-        """Return the request in OpenAI's shape. Part of `EmbeddingApi`.
-
-        Its `output_dtype` is one that the model may not support, so that nothing is computed then.
-        """
-        calibrated = [name for name in request.embedding_types or () if name in CALIBRATED]
+        """Return the request in OpenAI's shape. Part of `EmbeddingApi`."""
         return EmbeddingRequest.model_construct(
             outputs=["dense"],
             input=request.texts,
@@ -98,14 +91,12 @@ class CohereEmbed:
             input_type=request.input_type,
             truncate=None if request.truncate is None else request.truncate != "NONE",
             truncation_side="left" if request.truncate == "START" else None,
-            output_dtype=calibrated[0] if calibrated else None,
         )
 
     def response(
         self, request: CohereEmbedRequest, vectors: Vectors, model: ServedModel, context: RequestContext
     ) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
-        ranges = model.ranges.get(vectors.shape[1])
         plain = self.version == 1 and request.embedding_types is None
         kind = "embeddings_floats" if plain else "embeddings_by_type"
         yield orjson.dumps({"id": context.id.decode(), "response_type": kind})[:-1] + b',"embeddings":'
@@ -116,7 +107,7 @@ class CohereEmbed:
                 if name == "base64":
                     part = orjson.dumps([base64.b64encode(row).decode() for row in rows.astype("<f4", copy=False)])
                 else:
-                    converted = np.ascontiguousarray(vector_format.convert(rows, name, ranges))
+                    converted = np.ascontiguousarray(vector_format.convert(rows, name))
                     part = orjson.dumps(converted, option=orjson.OPT_SERIALIZE_NUMPY)
                 yield separator + part[1:-1]
                 separator = b","

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
-from inferctl.models.vector_format import Ranges, VectorFormat
+from inferctl.models.vector_format import VectorFormat
 from inferctl.serve.api.outputs import SeveralOutputs, SparseFormat, SparseOptions, token_vectors
 from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, parts
 from inferctl.serve.api.served_model import ServedModel
@@ -110,8 +110,8 @@ class VectorRequest(ModelRequest):
     )
     output_dtype: VectorFormat | None = Field(
         None,
-        description="The numbers of the vectors: `float` (default, 32 bits), `float16`, `int8` and `uint8` if the "
-        "model is calibrated, `binary` and `ubinary` (signed and unsigned bytes, each of 8 dimensions).",
+        description="The numbers of the vectors: `float` (default, 32 bits), `float16`, `binary` and `ubinary` (signed "
+        "and unsigned bytes, each of 8 dimensions).",
     )
     dimensions: Count | None = Field(
         None,
@@ -158,7 +158,7 @@ class VectorRequest(ModelRequest):
 class EmbeddingRequest(VectorRequest):
     """The body of `POST /v1/embeddings`."""
 
-    outputs: Annotated[list[Output], Field(min_length=1)] | None = Field(
+    outputs: Annotated[list[Output], Field(min_length=1, max_length=3)] | None = Field(
         None,
         description="What to return for each input: `dense` (default, in `embedding`), `sparse` (weights of tokens, in "
         "`sparse_embedding`), `tokens` (one vector for each token, in `token_embeddings`). Those that the model has "
@@ -252,10 +252,9 @@ class OpenAi:
         if isinstance(found, SeveralOutputs):
             return self._several(request, found, model, context)
         wanted = request.output_dtype or "float"
-        ranges = model.ranges_for(wanted, found.shape[1])
         check_range(found, wanted)
         pooling = context.id.decode() if self.pooling else None
-        return response(found, request.encoding_format, model.name, context.input_tokens, wanted, ranges, pooling)
+        return response(found, request.encoding_format, model.name, context.input_tokens, wanted, pooling)
 
     def _several(
         self, request: VectorRequest, found: SeveralOutputs, model: ServedModel, context: RequestContext
@@ -265,7 +264,6 @@ class OpenAi:
         sparse = SparseOptions()
         if isinstance(request, EmbeddingRequest):
             sparse = SparseOptions(request.sparse_format or "indices", request.top_k, request.min_weight)
-        ranges = model.ranges_for(wanted, len(rows[0].dense)) if "dense" in names else None
         for each in rows:
             check_range(each.dense, wanted)
             check_range(each.tokens, wanted)
@@ -273,7 +271,7 @@ class OpenAi:
         for index, outputs in enumerate(rows):
             entry: dict[str, Any] = {"object": "pooling" if self.pooling else "embedding", "index": index}
             if "dense" in names:
-                (row,) = vector_format.convert(outputs.dense[None], wanted, ranges)
+                (row,) = vector_format.convert(outputs.dense[None], wanted)
                 entry["embedding"] = _encoded(row) if encoding == "base64" else row
             if "sparse" in names:
                 entry["sparse_embedding"] = sparse.shape(outputs.ids, outputs.weights, model.vocabulary_size, token)
@@ -312,7 +310,6 @@ def response(
     model: str,
     tokens: int,
     wanted: VectorFormat = "float",
-    ranges: Ranges | None = None,
     pooling: str | None = None,
 ) -> Iterator[bytes]:
     """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long.
@@ -324,7 +321,7 @@ def response(
         kind, key = "pooling", "data"
         separator = orjson.dumps({"id": pooling, "created": int(time.time())})[:-1] + b"," + separator[1:]
     for part in parts(vectors):
-        rows = vector_format.convert(vectors[part], wanted, ranges)
+        rows = vector_format.convert(vectors[part], wanted)
         if encoding == "base64":
             rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         data = [

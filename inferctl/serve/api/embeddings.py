@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve.api import outputs
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, unit
 from inferctl.serve.api.inference import Inference, send_json
@@ -78,14 +77,9 @@ class EmbeddingsEndpoint:
         names = outputs.chosen(model, request.outputs)
         dimensions = model.dimensions_for(request.dimensions) if "dense" in names else None
         # What cannot be returned is rejected before anything is computed.
-        if "tokens" in names and request.output_dtype in CALIBRATED:
-            message = f"`output_dtype` {request.output_dtype!r} is for dense vectors alone"
-            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
-        if "dense" in names:
-            model.ranges_for(request.output_dtype, dimensions)
-            if model.normalized and request.normalized is False:
-                message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
-                raise ApiError(400, message, code="invalid_value", param="normalized")
+        if "dense" in names and model.normalized and request.normalized is False:
+            message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
+            raise ApiError(400, message, code="invalid_value", param="normalized")
         rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.tenant))
         normalized = None if model.normalized else request.normalized
         if names == ("dense",):

@@ -43,19 +43,6 @@ class Inference:
     tokenizer: TokenizerPool
     backend: Backend
 
-    async def admit(self, scope: Scope) -> RequestContext:
-        """Return the context of a request.
-
-        Raises `ApiError` or `LimitError` if its headers, a limit of its key or a full queue rule it out.
-        """
-        context = context_of(scope)
-        schemas.check_content_type(context.content_type)
-        if context.priority not in (b"", b"interactive", b"bulk"):
-            message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
-            raise ApiError(400, message, code="invalid_priority", param="x-priority")
-        await self.backend.admit(context, context.content_length)  # before the body is read
-        return context
-
     def parse(self, kind: type[schemas.Request], raw: bytes) -> schemas.Request:
         """Return a request. Raises `ApiError` 400, or 404 for another model."""
         request = schemas.parse(kind, raw, max_inputs=self.model.max_inputs)
@@ -63,20 +50,20 @@ class Inference:
         return request
 
     async def receive(self, scope: Scope, receive: Receive, parse: Callable[[bytes], T]) -> tuple[RequestContext, T]:
-        """Return the context of a request, and `parse(body)`. Raises what `admit` and `parsed_body` raise."""
-        context = await self.admit(scope)
-        return context, await self.parsed_body(context, receive, parse)
+        """Return the context of a request, and `parse(body)`, run on another thread for a large body.
 
-    async def parsed_body(self, context: RequestContext, receive: Receive, parse: Callable[[bytes], T]) -> T:
-        """Return `parse(body)`, run on another thread for a large body.
-
-        Raises what `read_body` raises, and the `ApiError` of `parse`.
+        Raises `ApiError` if its headers or a full queue rule it out, what `read_body` raises, and the error of `parse`.
         """
+        context = context_of(scope)
+        schemas.check_content_type(context.content_type)
+        if context.priority not in (b"", b"interactive", b"bulk"):
+            message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
+            raise ApiError(400, message, code="invalid_priority", param="x-priority")
+        await self.backend.admit(context, context.content_length)  # before the body is read
         raw = await read_body(context, receive)
-        if not context.content_length:  # the client did not declare the size before
-            await self.backend.admit(context, len(raw), read=True)
         try:
-            return await asyncio.to_thread(_parse_large, parse, raw) if len(raw) > _INLINE_BODY_BYTES else parse(raw)
+            large = len(raw) > _INLINE_BODY_BYTES
+            return context, await asyncio.to_thread(_parse_large, parse, raw) if large else parse(raw)
         except ApiError:
             _in_vain(context, len(raw) // BYTES_PER_TOKEN)
             raise

@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import inferctl
-from inferctl.models.vector_format import CALIBRATED
 from inferctl.serve import docs_page
 from inferctl.serve.api.schemas import ErrorResponse
 from inferctl.serve.api.served_model import ServedModel
@@ -110,10 +109,6 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             first["items"]["enum"] = list(model.outputs)
         elif name == "prompt" and "input" in properties and not model.prompts.pooled:
             first["maxLength"] = 0
-        elif name in ("output_dtype", "embedding_types"):
-            formats = first if name == "output_dtype" else first["items"]
-            if not _calibrated(model):
-                formats["enum"] = [each for each in formats["enum"] if each not in CALIBRATED]
         elif name in ("input", "inputs") and len(found.get("anyOf", ())) == 4:
             text, texts, ids, rows = found["anyOf"]
             texts["maxItems"] = rows["maxItems"] = model.max_inputs
@@ -121,12 +116,6 @@ def _add_limits(schema: dict[str, Any], model: ServedModel) -> None:
             # Token ids have no prompt.
             no_prompt = {key: {"type": "null"} for key in ("prompt", *prompts) if key in properties}
             schema["anyOf"] = [{"properties": {name: {"anyOf": [text, texts]}}}, {"properties": no_prompt}]
-
-
-def _calibrated(model: ServedModel) -> bool:
-    """Return whether there are ranges for every number of dimensions that a request can ask for."""
-    sizes = model.matryoshka
-    return sizes is not None and {*(d for d in sizes if d < model.dimensions), model.dimensions} <= model.ranges.keys()
 
 
 def _sizes(model: ServedModel) -> dict[str, Any]:

@@ -27,8 +27,6 @@ SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 
 # Numbers of the vectors of all tokens of a response: 64 MiB, which a client that does not read keeps in memory.
 _MAX_TOKEN_NUMBERS = 2**24
-# Those of all responses that are being sent: 256 MiB.
-_MAX_HELD_NUMBERS = 2**26
 # Numbers that are converted to JSON at a time, so that none stops the event loop for long.
 _PART_NUMBERS = 16_384
 # MaxSim of more products than this is computed on another thread.
@@ -89,7 +87,7 @@ def held(model: ServedModel, numbers: int) -> Iterator[None]:
 
     Without a limit, clients that read slowly would fill the memory. A single response is always sent.
     """
-    if model.held_numbers and model.held_numbers + numbers > _MAX_HELD_NUMBERS:
+    if model.held_numbers and model.held_numbers + numbers > model.max_held_numbers:
         raise at_capacity("other large responses wait to be read", "responses_full", 1)
     model.held_numbers += numbers
     try:

@@ -7,7 +7,6 @@ vLLM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,86 +22,59 @@ from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
 
-@dataclass(frozen=True)
-class RerankEndpoint:
+async def rerank(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:
     """The application of `POST /v1/rerank`: documents in the order of their relevance to a query."""
-
-    inference: Inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, request = await inference.receive(scope, receive, partial(inference.parse, RerankRequest))
-        await _rerank(inference, scope, send, context, request)
+    context, request = await inference.receive(scope, receive, partial(inference.parse, RerankRequest))
+    await _rerank(inference, scope, send, context, request)
 
 
-@dataclass(frozen=True)
-class TeiRerankEndpoint:
+async def tei_rerank(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:
     """The application of `POST /rerank`: as `POST /v1/rerank`, or with `texts` as text-embeddings-inference."""
-
-    inference: Inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, request = await inference.receive(scope, receive, self._parse)
-        if isinstance(request, RerankRequest):
-            await _rerank(inference, scope, send, context, request)
-            return
-        try:
-            logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
-        except ApiError as error:
-            raise error.renamed({"documents": "texts"}) from None
-        raw = request.raw_scores or inference.model.task == "embed"
-        scores = logits if raw else inference.model.activation(logits)
-        results: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in _order(scores)]
-        if request.return_text:
-            results = [entry | {"text": request.texts[entry["index"]]} for entry in results]
-        await send_json(send, [orjson.dumps(results)], context)
-
-    def _parse(self, raw: bytes) -> RerankRequest | TeiRerankRequest:
-        try:
-            return self.inference.parse(RerankRequest, raw)
-        except ApiError as error:
-            if (error.code, error.param) != ("missing_field", "documents"):
-                raise
-            without_documents = error
-        try:
-            return self.inference.parse(TeiRerankRequest, raw)
-        except ApiError as error:
-            raise (without_documents if error.code == "missing_field" else error) from None
+    context, request = await inference.receive(scope, receive, partial(_parse_tei, inference))
+    if isinstance(request, RerankRequest):
+        await _rerank(inference, scope, send, context, request)
+        return
+    try:
+        logits = await _logits(inference, scope, request.query, request.texts, request.truncate)
+    except ApiError as error:
+        raise error.renamed({"documents": "texts"}) from None
+    raw = request.raw_scores or inference.model.task == "embed"
+    scores = logits if raw else inference.model.activation(logits)
+    results: list[dict[str, Any]] = [{"index": index, "score": float(scores[index])} for index in _order(scores)]
+    if request.return_text:
+        results = [entry | {"text": request.texts[entry["index"]]} for entry in results]
+    await send_json(send, [orjson.dumps(results)], context)
 
 
-@dataclass(frozen=True)
-class VoyageRerankEndpoint:
+def _parse_tei(inference: Inference, raw: bytes) -> RerankRequest | TeiRerankRequest:
+    try:
+        return inference.parse(RerankRequest, raw)
+    except ApiError as error:
+        if (error.code, error.param) != ("missing_field", "documents"):
+            raise
+        without_documents = error
+    try:
+        return inference.parse(TeiRerankRequest, raw)
+    except ApiError as error:
+        raise (without_documents if error.code == "missing_field" else error) from None
+
+
+async def voyage_rerank(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:
     """The application of `POST /voyage/rerank`: documents in the order of their relevance to a query."""
-
-    inference: Inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, given = await inference.receive(scope, receive, partial(inference.parse, VoyageRerankRequest))
-        request = given.rerank
-        results = await _results(inference, scope, request)
-        if request.return_documents:
-            results = [entry | {"document": request.texts[entry["index"]]} for entry in results]
-        await _respond(send, context, inference.model.name, {"object": "list"}, {"data": results})
+    context, given = await inference.receive(scope, receive, partial(inference.parse, VoyageRerankRequest))
+    request = given.rerank
+    results = await _results(inference, scope, request)
+    if request.return_documents:
+        results = [entry | {"document": request.texts[entry["index"]]} for entry in results]
+    await _respond(send, context, inference.model.name, {"object": "list"}, {"data": results})
 
 
-@dataclass(frozen=True)
-class ScoreEndpoint:
+async def score(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:
     """The application of `POST /v1/score`: one score per pair of texts, in order."""
-
-    inference: Inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, request = await inference.receive(scope, receive, partial(inference.parse, ScoreRequest))
-        scores = await _scores(inference, scope, *request.pairs, request.truncate, instruction=request.instruction)
-        data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
-        await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
+    context, request = await inference.receive(scope, receive, partial(inference.parse, ScoreRequest))
+    scores = await _scores(inference, scope, *request.pairs, request.truncate, instruction=request.instruction)
+    data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores.tolist())]
+    await _respond(send, context, inference.model.name, {"object": "list"}, {"data": data})
 
 
 async def _rerank(

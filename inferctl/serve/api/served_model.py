@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.models.vector_format import CALIBRATED, Ranges, VectorFormat
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engine_process.engine_protocol import Vectors
 from inferctl.serve.outputs import Output, Role, TokensConfig
@@ -18,9 +17,9 @@ from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 @dataclass
 class ServedModel:
-    """`aliases`: other names, which `/v1/models` lists. Requests may also use `source`. `matryoshka` and `prompts`: as in `EmbeddingConfig`.
+    """`aliases`: other names, which `/v1/models` lists. Requests may also use `source`.
 
-    `ranges`: those of the vectors by number of dimensions, if the model is calibrated.
+    `matryoshka` and `prompts`: as in `EmbeddingConfig`.
 
     `max_inputs` and `max_tokens` limit one request.
 
@@ -44,7 +43,6 @@ class ServedModel:
     prompts: Prompts = NO_PROMPTS
     takes_instruction: bool = False
     normalized: bool = True
-    ranges: Mapping[int, Ranges] = field(default_factory=dict)
     text_options: Callable[[Role], dict[str, Any]] = lambda _: {}
     outputs: tuple[Output, ...] = ("dense",)
     trained: tuple[Output, ...] = ("dense",)
@@ -52,6 +50,7 @@ class ServedModel:
     dimensions: int = 0
     token_dimensions: int = 0
     held_numbers: int = 0
+    max_held_numbers: int = 2**26  # 256 MiB
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -94,19 +93,3 @@ class ServedModel:
         possible = f"1 to {self.dimensions}" if sizes is None else " or ".join(allowed)
         message = f"`dimensions` of model {self.name!r} must be {possible}, got {wanted}"
         raise ApiError(400, message, code="invalid_dimensions", param="dimensions")
-
-    def ranges_for(self, wanted: VectorFormat | None, dimensions: int | None) -> Ranges | None:
-        """Return the ranges that a number format of vectors of so many dimensions needs.
-
-        Raises `ApiError` 400 for int8 or uint8 if the model is not calibrated for them.
-        """
-        ranges = self.ranges.get(dimensions or self.dimensions)
-        if wanted in CALIBRATED and ranges is None:
-            calibrated = " or ".join(map(str, sorted(self.ranges)))
-            message = (
-                f"`output_dtype` {wanted!r} needs `dimensions` {calibrated}, for which the model is calibrated"
-                if calibrated
-                else f"`output_dtype` {wanted!r} needs a calibrated model: run `inferctl calibrate` on its folder"
-            )
-            raise ApiError(400, message, code="not_calibrated", param="output_dtype")
-        return ranges

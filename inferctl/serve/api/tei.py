@@ -150,7 +150,13 @@ class TeiSimilarity:
 
     def response(self, _: Any, vectors: Vectors, model: ServedModel, context: RequestContext) -> Iterator[bytes]:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
-        yield orjson.dumps(vectors[1:] @ vectors[0], option=orjson.OPT_SERIALIZE_NUMPY)
+        first, others, separator = vectors[0], vectors[1:], b"["
+        for part in parts(others):
+            # Not `@`, for which BLAS would take all cores, which are those of the engine.
+            cosines = np.einsum("ij,j->i", others[part], first)
+            yield separator + orjson.dumps(cosines, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            separator = b","
+        yield b"]"
 
 
 def _embedding(

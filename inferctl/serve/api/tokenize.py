@@ -7,7 +7,6 @@ Sources: `TokenizeRequest` and `SimpleToken` in `router/src/http/types.rs` of th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar, Self
 
@@ -62,37 +61,27 @@ class TokenizeResponse(RootModel[list[list[Token]] | TokenIds]):
     """The successful response of `POST /tokenize`: the tokens of each of `inputs`, or the ids of those of `prompt`."""
 
 
-@dataclass(frozen=True)
-class TokenizeEndpoint:
+async def tokenize(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:
     """The application of `POST /tokenize`. Nothing is truncated."""
-
-    inference: Inference
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request. Raises `ApiError`, which the edge sends."""
-        inference = self.inference
-        context, request = await inference.receive(scope, receive, partial(inference.parse, TokenizeRequest))
-        of_vllm, given, prompt = "inputs" not in request.model_fields_set, request.inputs, None
-        if request.prompt_name is not None:
-            prompt = inference.model.prompt_for(None, request.prompt_name, None)
-        tokenize = partial(
-            inference.tokenizer.tokens,
-            [request.prompt] if of_vllm else [given] if isinstance(given, str) else given,
-            add_special_tokens=request.add_special_tokens,
-            prompt="" if of_vllm else prompt,
-            tenant=context.tenant,
-        )
-        found = await inference.tokens(scope, tokenize)
-        with held(inference.model, _TOKEN_NUMBERS * sum(map(len, found))):
-            await send_json(send, self._parts(found, of_vllm=of_vllm), context)
-
-    def _parts(self, found: list[list[Token]], *, of_vllm: bool) -> Iterator[bytes]:
-        if not of_vllm:
-            yield from _response(found)
-            return
-        ids = [token.id for token in found[0]]
-        body = TokenIds(count=len(ids), max_model_len=self.inference.tokenizer.max_tokens, tokens=ids).model_dump()
-        yield orjson.dumps(body)
+    context, request = await inference.receive(scope, receive, partial(inference.parse, TokenizeRequest))
+    of_vllm, given, prompt = "inputs" not in request.model_fields_set, request.inputs, None
+    if request.prompt_name is not None:
+        prompt = inference.model.prompt_for(None, request.prompt_name, None)
+    call = partial(
+        inference.tokenizer.tokens,
+        [request.prompt] if of_vllm else [given] if isinstance(given, str) else given,
+        add_special_tokens=request.add_special_tokens,
+        prompt="" if of_vllm else prompt,
+        tenant=context.tenant,
+    )
+    found = await inference.tokens(scope, call)
+    with held(inference.model, _TOKEN_NUMBERS * sum(map(len, found))):
+        parts = _response(found)
+        if of_vllm:
+            ids = [token.id for token in found[0]]
+            body = TokenIds(count=len(ids), max_model_len=inference.tokenizer.max_tokens, tokens=ids)
+            parts = iter([orjson.dumps(body.model_dump())])
+        await send_json(send, parts, context)
 
 
 def _response(found: list[list[Token]]) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,17 @@ from inferctl.serve.backend import frames
 from inferctl.serve.backend.frames import Kind, Link, Quotas, Reply, Submission
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.access import limit_exceeded
-from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.tenancy.access.key_file import ApiKey, limits_alone
+from inferctl.tenancy.access.key_file import limits_alone
 from inferctl.tenancy.access.limits import LimitError
 
 log = logging.getLogger("inferctl.api_processes")
 
+# Results above this size, and those of a process that has not read so much, are sent in parts, and their bytes bounded.
+_LARGE_BYTES, _MOST_BUFFERED = 1 << 20, 1 << 22
 _INTERNAL = ApiError(500, "internal error; see the server log", code="internal_error")
 
 
@@ -30,6 +32,7 @@ class ApiProcessLink:
     """Runs the requests of one API process. `page(path)` answers for the whole server.
 
     `on_control(kind, numbers)` gets the frames about connections and life, `on_stats` the content of STATS frames.
+    `most_unsent`: bytes of large results that may wait until the API process reads them.
     """
 
     def __init__(
@@ -39,15 +42,14 @@ class ApiProcessLink:
         on_control: Callable[[Kind, tuple[int, ...]], None],
         on_stats: Callable[[Any], None],
         on_lost: Callable[[], None],
+        most_unsent: int,
     ) -> None:
+        self._most_unsent = most_unsent
         self._backend, self._page = backend, page
         self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
-        self._keys: dict[int, ApiKey] = {}
-        self._closes: dict[int, tuple[bool, int]] = {}  # CLOSE frames that arrived before the end of their request
         self._computing: dict[int, asyncio.Future[RequestResult]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._cancelled: dict[int, RequestContext] = {}  # until the API process says how they ended
-        self._ended = False
+        self._charged: dict[int, RequestContext] = {}  # until the API process says how they ended
         self.fatal: tuple[str, str | None] | None = None  # why the process could not start, and a hint
         self.link = Link(self._on_frame, self._lost)
 
@@ -60,28 +62,18 @@ class ApiProcessLink:
         if kind is Kind.SUBMIT:
             self._submit(frames.unpack_submit(body))
         elif kind is Kind.ADMIT:
-            number, key, flags, size = frames.unpack_numbers(body)
-            self._admit(number, key, flags, size)
+            self._admit(*json.loads(body))
         elif kind is Kind.CANCEL:
             (number,) = frames.unpack_numbers(body)
             if future := self._computing.get(number):
                 future.cancel()
             # Else its RESULT or REJECT is sent, or will be.
         elif kind is Kind.CLOSE:
-            number, give_back, computed = frames.unpack_numbers(body)
-            if (context := self._cancelled.pop(number, None)) and context.charge is not None:
-                context.charge.close(give_back=bool(give_back), computed=computed)
-            elif number in self._tasks or number in self._computing:
-                self._closes[number] = bool(give_back), computed
+            self._close(*frames.unpack_numbers(body))
         elif kind is Kind.CHARGE:
-            self._charge(*frames.unpack_numbers(body))
-        elif kind is Kind.KEY:
-            found = json.loads(body)
-            self._keys[found["index"]] = limits_alone(*found["fields"])
-        elif kind is Kind.FORGET:
-            self._keys.clear()
+            self._charge(*json.loads(body))
         elif kind is Kind.PAGE:
-            number, path = frames.unpack_page(body)
+            number, path = json.loads(body)
             self._start(number, self._answer(number, path))
         elif kind is Kind.STATS:
             self._on_stats(json.loads(body))
@@ -94,22 +86,19 @@ class ApiProcessLink:
         task = self._tasks[number] = asyncio.get_running_loop().create_task(work)
         task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
-    def _context(self, key: ApiKey | None, bulk: bool, shared: bool) -> RequestContext:
-        """Return the context of a request of a key."""
-        context = RequestContext("", priority=b"bulk" if bulk else b"")
-        if key is not None:
-            context.key_id = key.id
-            context.tenant = key.id if shared else None
+    def _context(self, number: int, key_id: str | None, bulk: bool, shared: bool) -> RequestContext:
+        """Return the context of a request of a key: the one that was charged, if it was."""
+        context = self._charged.get(number) or RequestContext("")
+        context.priority = b"bulk" if bulk else b""
+        context.key_id = key_id or None
+        context.tenant = context.key_id if shared else None
         return context
 
     def _submit(self, submission: Submission) -> None:
         """Start a request. There is no task for it: that would take a fifth of its time here."""
-        key = self._keys[submission.key] if submission.key else None
-        context = self._context(key, submission.bulk, submission.shared)
+        context = self._context(submission.id, submission.key_id, submission.bulk, submission.shared)
         context.cache_control = submission.directives
         try:
-            if key is not None:
-                self._backend.charge(key, context)
             future = self._backend.start(context, submission.sequences, submission.marks)
         except (ApiError, LimitError) as error:
             self._reject(submission.id, context, error)
@@ -131,12 +120,22 @@ class ApiProcessLink:
         try:
             result = self._backend.finish(context, future, tokens)
             reply = Reply(number, result, context.cached_tokens, context.engine_seconds, _quotas(context))
-            self.link.send(frames.pack_result(reply))
+            self._send_result(frames.pack_result(reply))
         except ApiError as error:
             self._start(number, self._fail(number, context, error))
         except Exception:
             log.exception("a request of an API process")
             self._start(number, self._fail(number, context, _INTERNAL))
+
+    def _send_result(self, frame: Sequence[frames.Buffer]) -> None:
+        """Send a result. Raises `ApiError` if too many wait; a single one is always sent."""
+        size, link = sum(map(len, frame)), self.link
+        if size <= _LARGE_BYTES and link.buffered <= _MOST_BUFFERED:
+            link.send(b"".join(frame))
+        elif link.large_bytes and link.large_bytes + size > self._most_unsent:
+            raise at_capacity("other large responses wait to be sent", "responses_full", 1)
+        else:
+            link.send_large(frame)
 
     async def _fail(self, number: int, context: RequestContext, error: ApiError) -> None:
         """Send the error of a request when engines compute nothing more for it."""
@@ -149,9 +148,6 @@ class ApiProcessLink:
         if isinstance(error, LimitError):
             error = limit_exceeded(error)
         tokens, cached = context.input_tokens, context.cached_tokens
-        self._closes.pop(number, None)
-        if context.charge is not None:
-            context.charge.close(give_back=error.status == 429 or error.status >= 500, computed=tokens - cached)
         computed = tokens, cached, context.engine_seconds
         self.link.send(frames.pack_reject(number, error, _quotas(context), computed))
 
@@ -161,38 +157,40 @@ class ApiProcessLink:
         if (use := context.use) is not None:
             await use.settled()
             tokens, seconds = use.tokens, use.seconds
-        if self._ended:
-            return  # its charge stays
-        if context.charge is not None:
-            if (close := self._closes.pop(number, None)) is not None:
-                context.charge.close(give_back=close[0], computed=close[1])
-            else:
-                self._cancelled[number] = context
-        self.link.send(frames.pack_ended(number, tokens, seconds))
+        self.link.send(frames.pack_json(Kind.ENDED, [number, tokens, seconds]))
 
-    def _admit(self, number: int, key: int, flags: int, size: int) -> None:
-        found = self._keys[key] if key else None
-        context = self._context(found, bool(flags & 1), bool(flags & 2))
+    def _admit(self, number: int, key_id: str | None, bulk: bool, shared: bool) -> None:
+        context = self._context(number, key_id, bulk, shared)
+        self._answer_with(number, context, lambda: self._backend.check_queue(context))
+
+    def _charge(self, number: int, key: Sequence[Any], size: int) -> None:
+        """Charge a request, if it was not yet, and the least that its body costs."""
+        context = self._charged.get(number) or RequestContext("")
+
+        def charge() -> None:
+            if context.charge is None:
+                self._backend.charge(limits_alone(*key), context)
+            if context.charge is not None:
+                self._charged[number] = context
+                context.charge.charge_body(size, time.time())
+
+        self._answer_with(number, context, charge)
+
+    def _close(self, number: int, give_back: int, computed: int, in_vain: int) -> None:
+        if (context := self._charged.pop(number, None)) and context.charge is not None:
+            context.charge.in_vain(in_vain, time.time())
+            context.charge.close(give_back=bool(give_back), computed=computed)
+
+    def _answer_with(self, number: int, context: RequestContext, check: Callable[[], None]) -> None:
         try:
-            self._backend.check(found, context, size)
+            check()
         except (ApiError, LimitError) as error:
             self._reject(number, context, error)
         except Exception:
             log.exception("a request of an API process")
             self._reject(number, context, _INTERNAL)
         else:
-            self.link.send(frames.pack_numbers(Kind.ADMITTED, number))
-
-    def _charge(self, key: int, in_vain: int) -> None:
-        """Charge a request that the API process rejected."""
-        context = RequestContext("")
-        try:
-            self._backend.charge(self._keys[key], context)
-        except LimitError:
-            return
-        if context.charge is not None:
-            context.charge.in_vain(in_vain, time.time())
-            context.charge.close(give_back=False)
+            self.link.send(frames.pack_json(Kind.ADMITTED, [number, _quotas(context)]))
 
     async def _answer(self, number: int, path: str) -> None:
         try:
@@ -200,13 +198,13 @@ class ApiProcessLink:
         except Exception:
             log.exception("the page %s", path)
             page = 500, _INTERNAL.body(), "application/json"
-        self.link.send(frames.pack_answer(number, *page))
+        status, content, media_type = page
+        self.link.send(frames.pack_json(Kind.ANSWER, [number, status, content.decode(), media_type]))
 
     def _lost(self) -> None:
-        self._ended = True
         for future in list(self._computing.values()):
             future.cancel()
-        self._cancelled.clear()
+        self._charged.clear()  # what they were charged stays
         self._on_lost()
 
 

@@ -42,6 +42,7 @@ _EXIT_S = 3.0  # to end after the drain
 _BACKLOG = 256
 _WARN_S = 30.0
 _MANY_REVOKED = 10_000
+_MOST_UNSENT = 1 << 28  # bytes of large results that API processes have not read
 _ACCEPTED_AT_ONCE = 64
 _CRASH_LOOP_STARTS = 5
 
@@ -221,7 +222,8 @@ class ApiProcesses:
 
     def link(self, process: _ApiProcess) -> ApiProcessLink:
         """Return the link of a process that starts."""
-        return ApiProcessLink(self._backend, self._page, process.on_control, process.on_stats, process.on_lost)
+        most = _MOST_UNSENT // len(self._processes)
+        return ApiProcessLink(self._backend, self._page, process.on_control, process.on_stats, process.on_lost, most)
 
 
 class _ApiProcess:

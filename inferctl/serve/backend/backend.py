@@ -15,13 +15,13 @@ class Backend(Protocol):
     """Limits of keys, queue, cache and engines. Everything that must be exact for the whole server is decided here."""
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
-        """Charge one request of a key, and set `charge` and `usage` of its context. Raises `LimitError`."""
+        """Set `charge` and `usage` of the context of a request. Raises `LimitError`.
 
-    async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
-        """Raise `ApiError` or `LimitError` if a body of `size` bytes need not be read or tokenized.
-
-        `read`: it was read, because the client did not declare its size. `read_body` asked the charge already.
+        The request is charged when its charge gets the size of the body, at the latest.
         """
+
+    async def admit(self, context: RequestContext, size: int) -> None:
+        """Raise `ApiError` if a body of `size` bytes need not be read, because the queue is full."""
 
     async def compute(
         self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None

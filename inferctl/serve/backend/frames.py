@@ -11,19 +11,20 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.engine_process.engine_protocol import Tokens, pack_rows, unpack_rows
+from inferctl.serve.engine_process.engine_protocol import Tokens, row_buffers, unpack_rows
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.limits import Quota
 
 _HEAD = struct.Struct("<IB")
-_SUBMIT = struct.Struct("<IIBII")  # id, key, flags, bytes of the cache directives, sequences
+_SUBMIT = struct.Struct("<IBIII")  # id, flags, bytes of the key id and of the cache directives, sequences
 _RESULT = struct.Struct(
     "<IBIiIddd"
 )  # id, flags, rows, width (see `pack_rows`), cached tokens, seconds: engine, queue, inference
@@ -32,49 +33,51 @@ _MOST = (1 << 63) - 1  # a limit can be any number
 _BULK, _TENANT, _MARKS = 1, 2, 4
 _REQUESTS, _TOKENS = 1, 2  # which quotas a result has
 _MAX_FRAME = 1 << 30
+# A large frame is sent in parts of this size. Between them, others have their turn.
+PART_BYTES = 1 << 18
 _MOST_ID = (1 << 32) - 1
 
 
 class Kind(IntEnum):
-    """The kind of a frame, which determines its body. `id`, `key` and `size` are u32."""
+    """The kind of a frame, which determines its body: numbers are u32, what is in brackets is JSON."""
 
     # To the backend.
     HELLO = 1  # the API process can take connections: empty
-    KEY = 2  # {"index", "fields"}: the number of a key in later frames; its id, and its limits per minute
     SUBMIT = 3  # a request
-    ADMIT = 4  # id, key, flags, size: may a body of this size be read?
+    ADMIT = 4  # [id, key id, bulk, shared]: may a large body be read?
     CANCEL = 5  # id: the client left
-    CLOSE = 6  # id, give_back, computed: the end of a cancelled request
-    CHARGE = 7  # key, tokens: a request that was rejected before SUBMIT, and its tokens in vain
-    PAGE = 8  # id, then a path: what to answer
+    CLOSE = 6  # id, give_back, computed, tokens in vain: the end of a charged request
+    CHARGE = 7  # [id, [key id, its limits], size]: charge a request, once, and the bytes of its body
+    PAGE = 8  # [id, path]: what to answer
     STATS = 9  # the samples of the metrics, as JSON: each second, and after SCRAPE
     TAKEN = 10  # id: a connection was taken over
     GONE = 11  # count: connections that ended
     ALIVE = 12  # the event loop runs: empty
     REFUSED = 13  # id: a connection could not be taken over
-    FORGET = 14  # the keys so far are not in later frames: empty
     FATAL = 15  # [message, hint]: why the process cannot start, as JSON
     # To the API process.
     WELCOME = 32  # what it needs to start, as JSON
     RESULT = 33
     REJECT = 34  # the error of a request as JSON, see `pack_reject`
-    ADMITTED = 35  # id
-    ENDED = 36  # id, tokens (u32), seconds (f64): what engines computed for a cancelled request
+    ADMITTED = 35  # [id, what is left of the limits]
+    ENDED = 36  # [id, tokens, seconds]: what engines computed for a cancelled request
     STATE = 37  # the state of the server, as JSON
     REVOKED = 38  # ids of revoked keys, as JSON
     DRAIN = 39  # take no more connections, and end after the responses in flight: empty
     SCRAPE = 40  # send STATS now: empty
-    ANSWER = 41  # id (u32), status (u16), bytes of the media type (u16), media type, body
+    ANSWER = 41  # [id, status, body, media type]
+    PART = 42  # the next bytes of a large frame
 
 
 Quotas = tuple[Quota | None, Quota | None]
+Buffer: TypeAlias = bytes | memoryview
 
 
 class Submission(NamedTuple):
-    """The body of a SUBMIT frame: one request whose inputs are tokenized. `key`: 0 for none."""
+    """The body of a SUBMIT frame: one request whose inputs are tokenized. `key_id`: empty for none."""
 
     id: int
-    key: int
+    key_id: str
     bulk: bool
     shared: bool  # whether the key is a tenant, among whom the queue is shared
     directives: bytes
@@ -123,50 +126,45 @@ def unpack_numbers(body: bytes) -> tuple[int, ...]:
 
 def pack_submit(submission: Submission) -> bytes:
     """Return a SUBMIT frame."""
-    each, marks = submission, submission.marks
+    each, marks, key_id = submission, submission.marks, submission.key_id.encode()
     flags = _BULK * each.bulk | _TENANT * each.shared | _MARKS * (marks is not None)
-    head = _SUBMIT.pack(each.id, each.key, flags, len(each.directives), len(each.sequences))
+    head = _SUBMIT.pack(each.id, flags, len(key_id), len(each.directives), len(each.sequences))
     lengths = np.array([len(sequence) for sequence in each.sequences], dtype="<i4")
     arrays = [lengths, *([] if marks is None else [np.array(marks, dtype="<i4")]), *each.sequences]
-    return pack(Kind.SUBMIT, b"".join([head, each.directives, *(array.tobytes() for array in arrays)]))
+    return pack(Kind.SUBMIT, b"".join([head, key_id, each.directives, *(array.tobytes() for array in arrays)]))
 
 
 def unpack_submit(body: bytes) -> Submission:
     """Return what `pack_submit` packed."""
-    number, key, flags, size, count = _SUBMIT.unpack_from(body)
-    start = _SUBMIT.size + size
+    number, flags, key_size, size, count = _SUBMIT.unpack_from(body)
+    directives = _SUBMIT.size + key_size
+    start = directives + size
     values = np.frombuffer(body[start:], dtype="<i4")
     lengths, rest = values[:count], values[count:]
     marks = None
     if flags & _MARKS:
         marks, rest = rest[:count].tolist(), rest[count:]
     sequences = [rest] if count == 1 else np.split(rest, np.cumsum(lengths)[:-1])
-    directives = body[_SUBMIT.size : start]
-    return Submission(number, key, bool(flags & _BULK), bool(flags & _TENANT), directives, sequences, marks)
+    key_id = body[_SUBMIT.size : directives].decode()
+    shared = bool(flags & _TENANT)
+    return Submission(number, key_id, bool(flags & _BULK), shared, body[directives:start], sequences, marks)
 
 
-def pack_result(reply: Reply) -> bytes:
-    """Return a RESULT frame."""
-    count, width, rows = pack_rows(reply.result.rows)
-    requests, tokens = reply.quotas or (None, None)
-    flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
+def pack_result(reply: Reply) -> list[Buffer]:
+    """Return the parts of a RESULT frame, of which the rows are not copied."""
+    count, width, rows = row_buffers(reply.result.rows)
+    flags, quotas = _pack_quotas(reply.quotas)
     times = reply.engine_seconds, reply.result.queue_seconds, reply.result.inference_seconds
     head = _RESULT.pack(reply.id, flags, count, width, reply.cached_tokens, *times)
-    numbers = (*(requests or (0, 0, 0)), *(tokens or (0, 0, 0)))
-    quotas = _QUOTAS.pack(*(min(number, _MOST) for number in numbers)) if flags else b""
-    size = 1 + len(head) + len(quotas) + len(rows)
-    return b"".join((_HEAD.pack(size, Kind.RESULT), head, quotas, rows))
+    size = 1 + len(head) + len(quotas) + sum(map(len, rows))
+    return [_HEAD.pack(size, Kind.RESULT) + head + quotas, *rows]
 
 
 def unpack_result(body: bytes) -> Reply:
     """Return what `pack_result` packed."""
     number, flags, count, width, cached, engine_s, queue_s, inference_s = _RESULT.unpack_from(body)
-    start, quotas = _RESULT.size, None
-    if flags:
-        values = _QUOTAS.unpack_from(body, start)
-        start += _QUOTAS.size
-        quotas = _quota(flags & _REQUESTS, values[:3]), _quota(flags & _TOKENS, values[3:])
-    rows, _ = unpack_rows(count, width, body, start)
+    quotas = _unpack_quotas(flags, body, _RESULT.size)
+    rows, _ = unpack_rows(count, width, body, _RESULT.size + _QUOTAS.size * (flags > 0))
     return Reply(number, RequestResult(rows, (), queue_s, inference_s), cached, engine_s, quotas)
 
 
@@ -187,39 +185,6 @@ def unpack_reject(body: bytes) -> tuple[int, ApiError, Quotas | None, tuple[int,
     return number, error, quotas and tuple(quota and tuple(quota) for quota in quotas), tuple(computed)
 
 
-def pack_ended(number: int, tokens: int, seconds: float) -> bytes:
-    """Return an ENDED frame."""
-    return pack(Kind.ENDED, struct.pack("<IId", number, tokens, seconds))
-
-
-def unpack_ended(body: bytes) -> tuple[int, int, float]:
-    """Return the id, the tokens and the seconds of an ENDED frame."""
-    number, tokens, seconds = struct.unpack("<IId", body)
-    return number, tokens, seconds
-
-
-def pack_page(number: int, path: str) -> bytes:
-    """Return a PAGE frame."""
-    return pack(Kind.PAGE, struct.pack("<I", number) + path.encode())
-
-
-def unpack_page(body: bytes) -> tuple[int, str]:
-    """Return the id and the path of a PAGE frame."""
-    return int.from_bytes(body[:4], "little"), body[4:].decode()
-
-
-def pack_answer(number: int, status: int, body: bytes, media_type: str) -> bytes:
-    """Return an ANSWER frame."""
-    media = media_type.encode()
-    return pack(Kind.ANSWER, struct.pack("<IHH", number, status, len(media)) + media + body)
-
-
-def unpack_answer(body: bytes) -> tuple[int, tuple[int, bytes, str]]:
-    """Return the id of an ANSWER frame, and its status, body and media type."""
-    number, status, size = struct.unpack_from("<IHH", body)
-    return number, (status, body[8 + size :], body[8 : 8 + size].decode())
-
-
 class Link(asyncio.Protocol):
     """One end of the socket. Frames of one turn of the event loop are sent together.
 
@@ -229,20 +194,48 @@ class Link(asyncio.Protocol):
     def __init__(self, on_frame: Callable[[Kind, bytes], None], on_lost: Callable[[], None]) -> None:
         self._on_frame, self._on_lost = on_frame, on_lost
         self._transport: asyncio.Transport | None = None
-        self._received = bytearray()
+        self._received, self._parts = bytearray(), bytearray()
         self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._large: deque[Sequence[Buffer]] = deque()  # frames that are sent in parts, one after the other
+        self.large_bytes = 0  # of them
+        self._sending: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     def send(self, frame: bytes) -> None:
         """Send a frame at the end of this turn of the event loop. After the end of the link, it is dropped."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self.flush)
         self._unsent.append(frame)
+        self._unsent_bytes += len(frame)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that the other process has not read."""
+        waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return waiting + self._unsent_bytes
+
+    def send_large(self, frame: Sequence[Buffer]) -> None:
+        """Send a frame in parts, as fast as the other process reads them. What is sent meanwhile does not wait."""
+        self._large.append(frame)
+        self.large_bytes += sum(map(len, frame))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.get_running_loop().create_task(self._send_parts())
+
+    async def _send_parts(self) -> None:
+        while self._large:
+            for part in _parts(self._large[0]):
+                await self._writable.wait()
+                self.send(pack(Kind.PART, part))
+                await asyncio.sleep(0)
+            self.large_bytes -= sum(map(len, self._large.popleft()))
 
     def flush(self) -> None:
         """Send what waits."""
         if self._unsent and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(self._unsent))
-        self._unsent = []
+        self._unsent, self._unsent_bytes = [], 0
 
     def close(self) -> None:
         """End the link after what was sent."""
@@ -266,15 +259,61 @@ class Link(asyncio.Protocol):
             end = start + 4 + size
             if len(received) < end:
                 break
-            self._on_frame(Kind(kind), bytes(received[start + _HEAD.size : end]))
+            body = bytes(received[start + _HEAD.size : end])
+            if kind == Kind.PART:
+                self._part_received(body)
+            else:
+                self._on_frame(Kind(kind), body)
             start = end
         del received[:start]
 
+    def _part_received(self, body: bytes) -> None:
+        self._parts += body
+        size, kind = _HEAD.unpack_from(self._parts)
+        if len(self._parts) == 4 + size:
+            frame, self._parts = self._parts, bytearray()
+            self._on_frame(Kind(kind), bytes(memoryview(frame)[_HEAD.size :]))
+
+    def pause_writing(self) -> None:
+        """Part of `asyncio.Protocol`."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Part of `asyncio.Protocol`."""
+        self._writable.set()
+
     def connection_lost(self, error: Exception | None) -> None:
         """Part of `asyncio.Protocol`."""
+        if self._sending is not None:
+            self._sending.cancel()
         self._on_lost()
 
 
-def _quota(known: int, values: Sequence[int]) -> Quota | None:
-    limit, left, seconds = values
-    return (limit, left, seconds) if known else None
+def _parts(frame: Sequence[Buffer]) -> Iterator[bytes]:
+    """Yield the bytes of a frame, about `PART_BYTES` at a time."""
+    found: list[Buffer] = []
+    size = 0
+    for buffer in frame:
+        for start in range(0, len(buffer), PART_BYTES):
+            found.append(buffer[start : start + PART_BYTES])
+            size += len(found[-1])
+            if size >= PART_BYTES:
+                yield b"".join(found)
+                found, size = [], 0
+    if found:
+        yield b"".join(found)
+
+
+def _pack_quotas(quotas: Quotas | None) -> tuple[int, bytes]:
+    """Return which quotas there are, and their numbers."""
+    requests, tokens = quotas or (None, None)
+    flags = _REQUESTS * (requests is not None) | _TOKENS * (tokens is not None)
+    numbers = (*(requests or (0, 0, 0)), *(tokens or (0, 0, 0)))
+    return flags, _QUOTAS.pack(*(min(number, _MOST) for number in numbers)) if flags else b""
+
+
+def _unpack_quotas(flags: int, body: bytes, start: int) -> Quotas | None:
+    if not flags:
+        return None
+    a, b, c, *tokens = _QUOTAS.unpack_from(body, start)
+    return (a, b, c) if flags & _REQUESTS else None, (tokens[0], tokens[1], tokens[2]) if flags & _TOKENS else None

@@ -38,21 +38,12 @@ class LocalBackend:
         if self._limits is not None:
             self._limits.charge(key, context)
 
-    async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
-        """Rule a request out before its body is read. Part of `Backend`."""
-        if read:
-            return
-        if context.charge is not None:
-            context.charge.check_size(size, time.time())
-        self._check_queue(context)
+    async def admit(self, context: RequestContext, _: int) -> None:
+        """Do what `check_queue` does. Part of `Backend`."""
+        self.check_queue(context)
 
-    def check(self, key: ApiKey | None, context: RequestContext, size: int) -> None:
-        """Do what `charge` and `admit` do without charging anything."""
-        if self._limits is not None and key is not None:
-            self._limits.check(key, context, size)
-        self._check_queue(context)
-
-    def _check_queue(self, context: RequestContext) -> None:
+    def check_queue(self, context: RequestContext) -> None:
+        """Raise `ApiError` if the queue is full."""
         if self._cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
             try:
                 self._dispatcher.check_admission(bulk=context.priority == b"bulk", tenant=context.tenant)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +19,6 @@ from inferctl.tenancy.access.limits import Charge
 
 # For larger bodies, the backend is asked before they are read. A smaller one is tokenized in about the time that takes.
 _ASKED_BYTES = 16 * 1024
-# Keys that are remembered. Behind a proxy, callers can have any number of ids.
-_MANY_KEYS = 10_000
-# For this long (s) after a key exceeded a limit, or had texts tokenized in vain, the backend is asked for each request.
-_ASKED_S = 60.0
 _GONE = ApiError(503, "the server ends because of an error", code="engine_unavailable", headers={"retry-after": "1"})
 
 
@@ -35,46 +31,34 @@ class RemoteBackend:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._contexts: dict[int, RequestContext] = {}
         self._uses: dict[int, RemoteUse] = {}  # of cancelled requests
-        self._keys: dict[tuple[str, int | None, int | None], int] = {}  # id and limits -> number in frames
-        self._key_numbers = frames.ids()
-        self._suspects: dict[str, float] = {}  # until when the backend is asked for each request of a key
 
     def charge(self, key: ApiKey, context: RequestContext) -> None:
-        """Note that a request has a key. It is charged with its tokens. Part of `Backend`."""
-        context.key = key
-        if (limits := self._limits_of(key)) != (None, None):
-            context.charge = RemoteCharge(self, key, limits[1])
+        """Note whether limits of the key of a request are to be charged. Part of `Backend`."""
+        if self._limits_of(key) != (None, None):
+            context.charge = RemoteCharge(self, key, context, next(self._ids))
 
-    async def admit(self, context: RequestContext, size: int, *, read: bool = False) -> None:
-        """Ask for a large body, also after it was read if the client did not declare its size. Part of `Backend`."""
-        most, charge = _ASKED_BYTES, context.charge
-        if isinstance(charge, RemoteCharge):
-            if charge.token_limit is not None:  # what does not fit for sure
-                most = min(most, charge.token_limit)
-            if self._suspects.get(context.key_id or "", 0.0) > time.monotonic():
-                most = -1
-        if size > most:
-            flags = (context.priority == b"bulk") + 2 * (context.tenant is not None)
-            key = self.index(context.key)
-            await self._ask(context, lambda id: frames.pack_numbers(Kind.ADMIT, id, key, flags, size))
+    async def admit(self, context: RequestContext, size: int) -> None:
+        """Ask for a large body. Part of `Backend`."""
+        if size > _ASKED_BYTES:
+            bulk, shared, number = context.priority == b"bulk", context.tenant is not None, next(self._ids)
+            await self.ask(context, number, frames.pack_json(Kind.ADMIT, [number, context.key_id, bulk, shared]))
 
     async def compute(
         self, context: RequestContext, sequences: Sequence[Tokens], marks: Sequence[int] | None
     ) -> RequestResult:
         """Send a request to the backend, and return its result. Part of `Backend`."""
-        number = next(self._ids)
+        charge = context.charge
+        number = charge.number if isinstance(charge, RemoteCharge) else next(self._ids)
         submission = Submission(
             number,
-            self.index(context.key),
+            context.key_id or "",
             context.priority == b"bulk",
             context.tenant is not None,
             context.cache_control,
             list(sequences),
             None if marks is None else list(marks),
         )
-        frame, charge = frames.pack_submit(submission), context.charge
-        if isinstance(charge, RemoteCharge):
-            charge.submitted = True
+        frame = frames.pack_submit(submission)
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[number], self._contexts[number] = future, context
         self.link.send(frame)
@@ -84,8 +68,6 @@ class RemoteBackend:
             future = self._waiting[number]
             if future.cancelled():
                 context.use = self._uses[number] = RemoteUse(sum(map(len, sequences)))
-                if isinstance(charge, RemoteCharge):
-                    charge.cancelled = number
                 self.link.send(frames.pack_numbers(Kind.CANCEL, number))
             elif not future.exception():  # the result arrived at the same time
                 _count(context, sequences, future.result())
@@ -98,8 +80,9 @@ class RemoteBackend:
 
     async def page(self, path: str) -> Page:
         """Return what the server answers at a path of `pages.PATHS`."""
+        number = next(self._ids)
         try:
-            page: Page = await self._ask(None, lambda id: frames.pack_page(id, path))
+            page: Page = await self.ask(None, number, frames.pack_json(Kind.PAGE, [number, path]))
         except ApiError as error:
             return error.status, error.body(), "application/json"
         return page
@@ -116,18 +99,17 @@ class RemoteBackend:
             self._set_usage(number, quotas)
             if context := self._contexts.get(number):
                 context.input_tokens, context.cached_tokens, context.engine_seconds = computed
-                if error.code == "rate_limit_exceeded":
-                    self.suspect(context.key_id or "")
             self._resolve(number, error)
             self._end_use(number, *computed)
         elif kind is Kind.ADMITTED:
-            (number,) = frames.unpack_numbers(body)
+            number, quotas = json.loads(body)
+            self._set_usage(number, quotas)
             self._resolve(number, None)
         elif kind is Kind.ANSWER:
-            number, page = frames.unpack_answer(body)
-            self._resolve(number, page)
+            number, status, text, media_type = json.loads(body)
+            self._resolve(number, (status, text.encode(), media_type))
         elif kind is Kind.ENDED:
-            number, tokens, seconds = frames.unpack_ended(body)
+            number, tokens, seconds = json.loads(body)
             self._end_use(number, tokens, 0, seconds)
 
     def lost(self) -> None:
@@ -137,12 +119,12 @@ class RemoteBackend:
         for use in self._uses.values():
             use.end(0, 0.0)
 
-    async def _ask(self, context: RequestContext | None, frame: Callable[[int], bytes]) -> Any:
-        number = next(self._ids)
+    async def ask(self, context: RequestContext | None, number: int, frame: bytes) -> Any:
+        """Send a frame, and return what answers it. Raises `ApiError`."""
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
         if context is not None:
             self._contexts[number] = context
-        self.link.send(frame(number))
+        self.link.send(frame)
         try:
             return await future
         finally:
@@ -153,10 +135,6 @@ class RemoteBackend:
         """Set what a cancelled request used, also if its result was on the way. `tokens`: None for all of it."""
         if (use := self._uses.pop(number, None)) is not None:
             use.end((use.submitted if tokens is None else tokens) - cached_tokens, seconds)
-
-    def suspect(self, key_id: str) -> None:
-        """Ask the backend for each request of a key for some time."""
-        self._suspects[key_id] = time.monotonic() + _ASKED_S
 
     def _resolve(self, number: int, value: Any) -> None:
         if (future := self._waiting.get(number)) is None:
@@ -175,20 +153,6 @@ class RemoteBackend:
         if quotas is not None and (context := self._contexts.get(number)):
             context.usage = RemoteUsage(quotas)
 
-    def index(self, key: ApiKey | None) -> int:
-        """Return the number of a key in the next frame, which the backend is told first; 0 for none."""
-        if key is None:
-            return 0
-        fields = key.id, key.requests_per_minute, key.tokens_per_minute
-        if (index := self._keys.get(fields)) is None:
-            if len(self._keys) >= _MANY_KEYS:
-                self._keys.clear()
-                self._suspects.clear()
-                self.link.send(frames.pack(Kind.FORGET))
-            index = self._keys[fields] = next(self._key_numbers)  # never that of another key
-            self.link.send(frames.pack_json(Kind.KEY, {"index": index, "fields": fields}))
-        return index
-
 
 class RemoteUsage:
     """What a key used, as the backend said with the response."""
@@ -202,32 +166,30 @@ class RemoteUsage:
 
 
 class RemoteCharge(Charge):
-    """What a request is charged, in the backend. `submitted`: the backend charges and closes it itself.
+    """What a request is charged, in the backend, which knows the request by `number` until `close`."""
 
-    `cancelled`: the id of a submitted request whose client left.
-    """
+    __slots__ = ("_asked", "_backend", "_context", "_in_vain", "_key", "number")
 
-    __slots__ = ("_backend", "_in_vain", "_key", "cancelled", "submitted", "token_limit")
+    def __init__(self, backend: RemoteBackend, key: ApiKey, context: RequestContext, number: int) -> None:
+        self._backend, self._context, self.number = backend, context, number
+        self._key = key.id, key.requests_per_minute, key.tokens_per_minute
+        self._in_vain, self._asked = 0, False
 
-    def __init__(self, backend: RemoteBackend, key: ApiKey, token_limit: int | None) -> None:
-        self._backend, self._key, self.token_limit, self._in_vain = backend, key, token_limit, 0
-        self.submitted, self.cancelled = False, 0
-
-    def check_size(self, size: int, now: float) -> None:
-        """Do nothing: `RemoteBackend.admit` asks."""
+    async def body(self, size: int, now: float) -> None:
+        """Let the backend charge the request, if it has not yet, and the least that its body costs."""
+        backend, self._asked = self._backend, True
+        frame = frames.pack_json(Kind.CHARGE, [self.number, self._key, size])
+        await backend.ask(self._context, self.number, frame)
 
     def in_vain(self, amount: int, now: float) -> None:
         """Count tokens of a request that was rejected after its texts were tokenized."""
         self._in_vain += amount
-        self._backend.suspect(self._key.id)
 
     def close(self, *, give_back: bool, computed: int = 0) -> None:
         """End the request."""
-        backend = self._backend
-        if self.cancelled:
-            backend.link.send(frames.pack_numbers(Kind.CLOSE, self.cancelled, give_back, computed))
-        elif not self.submitted and not give_back:
-            backend.link.send(frames.pack_numbers(Kind.CHARGE, backend.index(self._key), self._in_vain))
+        if self._asked:
+            numbers = self.number, give_back, computed, self._in_vain
+            self._backend.link.send(frames.pack_numbers(Kind.CLOSE, *numbers))
 
 
 class RemoteUse:

@@ -28,14 +28,6 @@ class KeyLimits:
         if context.usage is not None:
             context.charge = Charge(context.usage, now)
 
-    def check(self, key: ApiKey, context: RequestContext, size: int) -> None:
-        """Raise `LimitError` if a request with a body of `size` bytes cannot be charged now. Sets its `usage`."""
-        now = time.time()
-        context.usage = usage = self._limiter.usage(key, now)
-        if usage is not None:
-            usage.check(0, 1, now)
-            usage.check_size(size, now)
-
     async def exchange(self) -> None:
         """Share limits with other servers, and hear of revoked keys, until this is cancelled."""
         if self._exchange:

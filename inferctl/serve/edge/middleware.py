@@ -81,8 +81,8 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
 async def read_body(context: RequestContext, receive: Receive) -> bytes:
     """Return the body of a request.
 
-    Raises `ClientDisconnectedError`, and `LimitError` if its key may not have such a body tokenized. The size that the
-    client declared is checked before.
+    Raises `ClientDisconnectedError`, and `LimitError` if the body exceeds a limit of its key. A size that the client
+    declared is charged before.
     """
     parts, more = [], True
     while more:
@@ -93,7 +93,7 @@ async def read_body(context: RequestContext, receive: Receive) -> bytes:
         more = message.get("more_body", False)
     raw = b"".join(parts)
     if context.charge is not None and not context.content_length:
-        context.charge.check_size(len(raw), time.time())
+        await context.charge.body(len(raw), time.time())
     return raw
 
 
@@ -170,6 +170,8 @@ class Edge:
                 counted = context.tenant
             if key and scope["method"] == "POST":
                 self._charge(key, context)
+                if context.charge is not None:
+                    await context.charge.body(context.content_length, time.time())
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
             stopped = True

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from starlette.types import Scope
 
-from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge, Quota
 
 log = logging.getLogger("inferctl.usage")
@@ -88,9 +87,8 @@ class RequestContext:
 
     `use`: what counts if the request does not complete, as when its client disconnects.
 
-    `usage`: what the key used, None without limits; `charge`: what this request was charged. `key`: for a backend in
-    another process. `tenant`: among whom the queue is shared; None for a client without a key, and if there is one key
-    only.
+    `usage`: what the key used, None without limits; `charge`: what this request was charged. `tenant`: among whom the
+    queue is shared; None for a client without a key, and if there is one key only.
     """
 
     endpoint: str
@@ -113,7 +111,6 @@ class RequestContext:
     cached_tokens: int = 0
     usage: Usage | None = None
     charge: Charge | None = None
-    key: ApiKey | None = None
     tenant: str | None = None
     shared_bytes: int = 0  # bytes of the body that count in the share of the tenant
     engine_seconds: float = 0.0

@@ -323,8 +323,6 @@ class _Call:
 
 async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], VllmRequest]) -> VllmRequest:
     """Return what the body asks for. Raises what `read_body` raises, and the `ApiError` of `parse`."""
-    if context.charge is not None:
-        context.charge.check_size(context.content_length, time.time())
     raw = await read_body(context, receive)
     try:
         return parse(raw)

@@ -31,6 +31,9 @@ DELAY_S = 0.5
 _SETTLED_S = 1.0
 # An estimate, for requests that are not tokenized.
 BYTES_PER_TOKEN = 4
+# A request counts at least one token for so many bytes of its body, which must be read and parsed. Texts have about 5
+# bytes for each token; a text of 512 tokens may have 128 KiB, of which the rest is truncated.
+MOST_BYTES_PER_TOKEN = 256
 # Keys that were not used for a while are forgotten when there are more than this many.
 _MANY_KEYS = 10_000
 # `next_counters` returns all keys in this many calls: when all other servers are heard, which know them, and when not.
@@ -60,7 +63,7 @@ class KeyUsage:
         self.key: ApiKey | None = None
         self.limits: tuple[int | None, int | None] = (None, None)
 
-    def check(self, index: int, amount: int, now: float, *, estimated: bool = False) -> None:
+    def check(self, index: int, amount: int, now: float, *, size: int = 0) -> None:
         """Raise `LimitError` if `amount` of a resource (0: requests, 1: tokens) does not fit into its window."""
         limit, limiter = self.limits[index], self._limiter
         used, unknown = self._state(index, now)
@@ -84,7 +87,7 @@ class KeyUsage:
         elif amount <= own_limit:
             wait = window.seconds_until(used + unknown + amount * (1 + others) - limit, now, limiter.last_heard)
         shown = self._shown(used, unknown, shared)
-        raise LimitError(resource, own_limit, shown, amount, wait, estimated=estimated)
+        raise LimitError(resource, own_limit, shown, amount, wait, size=size)
 
     def check_size(self, size: int, now: float) -> None:
         """Raise `LimitError` for a request of `size` bytes that must not be tokenized.
@@ -104,13 +107,13 @@ class KeyUsage:
         try:
             self.check(1, 1, now)
         except LimitError:
-            self.check(1, estimate, now, estimated=True)  # raises, and says when so many tokens fit
+            self.check(1, estimate, now, size=size)  # raises, and says when so many tokens fit
             raise
         self.rejected.advance(int(now // CELL_S))
         if (rejected := self.rejected.own_total) >= limit:
             wait = self.rejected.seconds_until(rejected - limit + 1, now)
             shown = self._shown(used, unknown, shared)
-            raise LimitError("tokens", own_limit, shown, estimate, wait, estimated=True)
+            raise LimitError("tokens", own_limit, shown, estimate, wait, size=size)
 
     def quotas(self, now: float) -> tuple[Quota | None, Quota | None]:
         """Return the state of the limits of requests and of tokens; None for no limit."""
@@ -184,17 +187,30 @@ class Charge:
         """Whether the key has a limit of tokens."""
         return self._usage.limits[1] is not None
 
-    def check_size(self, size: int, now: float) -> None:
-        """Raise `LimitError` for a request of `size` bytes that must not be tokenized."""
+    async def body(self, size: int, now: float) -> None:
+        """Do what `charge_body` does. In an API process, the backend does it."""
+        self.charge_body(size, now)
+
+    def charge_body(self, size: int, now: float) -> None:
+        """Charge the tokens that `size` bytes cost at least. Raises `LimitError`, also if they must not be tokenized."""
         self._usage.check_size(size, now)
+        if least := size // MOST_BYTES_PER_TOKEN:
+            self._usage.check(1, least, now, size=size)
+            self._charge(least, now)
 
     def tokens(self, amount: int, now: float) -> None:
-        """Charge tokens before they are computed. Raises `LimitError`."""
+        """Charge tokens before they are computed, in place of those of the body. Raises `LimitError`."""
+        if amount <= self._tokens:
+            return
         try:
-            self._usage.check(1, amount, now)
+            self._usage.check(1, amount - self._tokens, now)
         except LimitError:
             self.in_vain(amount, now)
             raise
+        self._usage.windows[1].give_back(self._token_slot, self._tokens)
+        self._charge(amount, now)
+
+    def _charge(self, amount: int, now: float) -> None:
         self._token_slot, self._tokens = self._usage.windows[1].charge(amount, now), amount
         self._usage.note_change()
 
@@ -205,6 +221,7 @@ class Charge:
 
     def reserve(self, amount: int, now: float) -> None:
         """Keep tokens for a request whose use is known at its end only. Raises `LimitError`."""
+        amount = max(0, amount - self._tokens)
         self._usage.check(1, amount, now)
         self._usage.windows[1].reserved += amount
         self._reserved += amount
@@ -214,7 +231,7 @@ class Charge:
         self._release()
         window = self._usage.windows[1]
         window.advance(int(now // CELL_S))
-        window.charge(amount, now)
+        window.charge(max(0, amount - self._tokens), now)
         self._usage.note_change()
 
     def close(self, *, give_back: bool, computed: int = 0) -> None:
