@@ -62,6 +62,17 @@ class OfferedLoad(Protocol):
 
 
 @dataclass(frozen=True)
+class RequestLoad:
+    """An open loop of `rate` requests per second, or a closed loop of `users`."""
+
+    mode: Literal["open", "closed"]
+    users: int = 1
+    rate: float | None = None
+    arrivals: str = "poisson"
+    inputs_per_request: int = 1
+
+
+@dataclass(frozen=True)
 class Range:
     """An estimated figure. "at most": only `high` is known. "at least": only `low` is known.
 
@@ -99,8 +110,8 @@ class Scenario:
     """The requests of an estimate and the server that receives them.
 
     `tokens`: length of each input. `inputs`: number of inputs per request. `batch_tokens`: limit of the batcher.
-    `count`: number of requests. `slots`: number of batches that the engine runs at a time. `front`: seconds of the
-    front end per request, None for the measured time of `api_processes`.
+    `count`: number of requests. `front`: seconds of the front end per request, None for the measured time of
+    `api_processes`.
     """
 
     tokens: Sequence[int]
@@ -108,7 +119,6 @@ class Scenario:
     batch_tokens: int = 16_384
     seed: int = 0
     count: int = REQUESTS
-    slots: int = 1
     front: float | None = None
     api_processes: int = 1
 
@@ -130,7 +140,7 @@ class Scenario:
         drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
         front = self.front_seconds if front is None else front
-        return SimulatedServer(cost, QueueLimits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
+        return SimulatedServer(cost, QueueLimits(self.batch_tokens, UNBOUNDED), requests, self.seed, front)
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,14 @@ def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario)
     return min(engine * calibrated.band_for(model).throughput[1], scenario.front_rate)
 
 
+def served(calibrated: CalibratedPart, model: Transformer, scenario: Scenario, slo_p99_ms: float | None) -> float:
+    """Return the most requests per second that one replica serves, within the SLO if there is one."""
+    most = capacity(calibrated, model, scenario)
+    if slo_p99_ms is None:
+        return most
+    return scenario.server(calibrated.fastest(model)).highest_rate(slo_p99_ms / 1000, most)
+
+
 def at_least_ms(latencies: Sequence[float], q: float) -> Range:
     """Return a percentile in ms of latencies in seconds, as a lower bound."""
     return Range.at_least(percentile(latencies, q) * 1000)
@@ -235,13 +253,17 @@ def simulate(server: SimulatedServer, load: OfferedLoad) -> SimulationResult | N
 
 def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
     """Return the limitations of the figures for this part, precision and model."""
+    return [*memory_problem(calibrated, config, batch_tokens), *calibrated.notes, WITHOUT_NETWORK]
+
+
+def memory_problem(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
+    """Return how much memory the model needs and the part has if it does not fit, else nothing."""
     model, part = Transformer.of(config), calibrated.part
-    found = [*calibrated.notes, WITHOUT_NETWORK]
     vocabulary = int(config.get("vocab_size") or 0) * int(config.get("hidden_size") or config.get("dim") or 0)
     need = fit.memory(fit.ModelSize(model.weights + vocabulary, config), calibrated.precision, batch_tokens, part)
     if part.memory_bytes and need.total > part.memory_bytes:
-        found.insert(0, f"does not fit: needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}")
-    return found
+        return [f"does not fit: needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}"]
+    return []
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -277,8 +299,3 @@ def prices(part: Hardware) -> list[dict[str, Any]]:
         }
         for price in whole.prices
     ]
-
-
-def per_million(usd_per_hour: float, texts_per_s: float) -> Range:
-    """Return US dollars per million texts, at least. `texts_per_s`: at most."""
-    return Range.at_least(usd_per_hour / 3600 * 1e6 / texts_per_s)
