@@ -118,16 +118,19 @@ class Server:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def cpu_seconds(self) -> float:
-        """Return the CPU seconds of all its processes so far."""
-        ticks = 0
+        """Return the CPU seconds of its process and all below it so far, which may have sessions of their own."""
+        parents, ticks = {}, {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:  # the process has ended
                 continue
-            if int(fields[3]) == self.process.pid:  # its session
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+            parents[int(stat.parent.name)] = int(fields[1])
+            ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+        found = {self.process.pid}
+        while new := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= new
+        return sum(ticks.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)

@@ -17,7 +17,6 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.estimate import calibration, document, forecast, lengths
 from inferctl.estimate.document import Question
-from inferctl.estimate.forecast import RequestLoad
 from inferctl.models import hub
 from inferctl.models import model as model_folder
 
@@ -74,9 +73,6 @@ def estimate(
         float | None,
         typer.Option(metavar="N", min=0.001, max=100_000, help="Estimate an open loop of N requests/s (Poisson)."),
     ] = None,
-    users: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=10_000, help="Estimate a closed loop of N users.")
-    ] = None,
     slo: Annotated[
         float | None,
         typer.Option(
@@ -95,34 +91,22 @@ def estimate(
         int | None,
         typer.Option(metavar="N", min=1, max=64, help="Assume N API processes. [default: the spec's, else 1]"),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=2**63 - 1, metavar="N", help="Seed arrivals and order; equal seeds give equal figures."
-        ),
-    ] = 0,
     as_json: options.Json = False,
 ) -> None:
     """Estimate which hardware is the cheapest, with replicas, latency and cost.
 
     Every figure is estimated from published results, not measured. Lists accept commas: --hardware t4,l4.
     """
-    if rate and users:
-        raise UsageError("`--rate` and `--users` exclude each other", "pass one of them")
     if corpus is not None and length is not None:
         raise UsageError("`--corpus` and `--length` exclude each other: both set the input lengths", "pass one of them")
     spec, file = _model(spec_file, model, config)
     data = forecast.read_config(file)
     max_tokens = _max_tokens(data)
-    calibration_data = calibration.load()
-    tokens, token_source = _tokens(corpus, length, file, max_tokens, calibration_data.mean_length, seed)
+    tokens, token_source = _tokens(corpus, length, file, max_tokens)
     processes = api_processes or (spec.serve.least_api_processes if spec else 1)
     batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
-    work = forecast.Scenario(tokens, inputs, batch_tokens, seed, api_processes=processes)
-    load = None
-    if rate or users:
-        load = RequestLoad("open" if rate else "closed", users or 1, rate, inputs_per_request=inputs)
-    question = Question(load, slo or (spec.slo.p99_ms if spec else None), _count(texts))
+    work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
+    question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
     keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
     precisions = _split(precision) or [spec.serve.precision if spec else "auto"]
     with console.progress("estimating"):
@@ -164,11 +148,9 @@ def _max_tokens(config: dict[str, Any]) -> int:
     return int(positions) - offset if isinstance(positions, int) and positions > offset else 512
 
 
-def _tokens(
-    corpus: str | None, length: str | None, config: Path, max_tokens: int, squad_mean: float, seed: int
-) -> tuple[list[int], str]:
+def _tokens(corpus: str | None, length: str | None, config: Path, max_tokens: int) -> tuple[list[int], str]:
     if length is not None:
-        return lengths.parse(length, max_tokens, squad_mean, 20_000, seed), f"drawn: {length}"
+        return lengths.parse(length, max_tokens, calibration.load().mean_length, 20_000), f"drawn: {length}"
     try:
         from inferctl.bench.plan import workload
     except ModuleNotFoundError as error:
@@ -199,13 +181,12 @@ def _split(values: list[str] | None) -> list[str]:
 
 def render(result: dict[str, Any]) -> RenderableType:
     """Return the conclusion, the table, data sources, prices and limitations, 80 columns wide."""
-    loaded, slo, texts = result["load"], result["slo_p99_ms"], result["texts"]
-    rate = loaded and loaded["rate"]
+    rate, slo, texts = result["load"], result["slo_p99_ms"], result["texts"]
     headings = ["hardware", "runs as"]
     headings += ["replicas\nat least", "USD/h\nat least"] if rate else ["hours\nat least"] if texts else []
     headings += [f"USD for\n{_compact(texts or 10**6)} texts\nat least"]
     headings += ["req/s at\nthe SLO\nat most" if slo else "offline\ntexts/s\nat most"]
-    headings += [f"{'' if loaded else 'single'}\np99 ms\nat least"]
+    headings += [f"{'' if rate else 'single'}\np99 ms\nat least"]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
         left_aligned = heading in ("hardware", "runs as")
@@ -220,7 +201,7 @@ def render(result: dict[str, Any]) -> RenderableType:
         elif texts:
             cells = [row.get("hours"), *cells]
         cells += [row["highest_rate" if slo else "offline_texts_per_s"]]
-        cells += [row["load"]["p99_ms"] if loaded else row["single_ms"]["p99"]]
+        cells += [row["load"]["p99_ms"] if rate else row["single_ms"]["p99"]]
         table.add_row(row["hardware"], row["precision"], *map(_shown, cells))
     head = Text(f"estimated, not measured: {_summary(result)}", style="bold")
     return Group(head, Text(), *map(Text, conclusion(result)), Text(), table, Text(), *map(Text, lines(result)))
@@ -241,9 +222,8 @@ def conclusion(result: dict[str, Any]) -> list[str]:
             for each in decided["other_lengths"]
         ]
         found.append(f"Other lengths: {'; '.join(changes) or 'no mean length changes the order'}.")
-        if capped := [row for row in result["rows"] if row["limited_by"] == "front end" and row["replicas"]]:
-            names = ", ".join(map(_named, capped))
-            found.append(f"API processes limit {names}, not the GPU: compare again with `--api-processes 4`.")
+        if capped := [_named(row) for row in result["rows"] if row["limited_by"] == "front end"]:
+            found.append(f"API processes limit {', '.join(capped)}: `--api-processes 4` compares the GPUs.")
     if result["tokens"]["assumed"]:
         found.append(f"{mean:.0f} tokens per text are assumed: pass `--length` with the mean length of your texts.")
     return found
@@ -254,12 +234,11 @@ def _costs(result: dict[str, Any]) -> str:
     load, decided = result["load"], result["verdict"]
     row = next(row for row in result["rows"] if _named(row) == _named(decided))
     cost = _lowest(row)
-    if load and load["rate"]:
+    if load:
         count = int(row["replicas"]["low"])
         parts = [f"{count} replica{'s' * (count > 1)}", f"{_money(cost['usd_per_hour_of_all'])} USD per hour"]
     else:
-        when = f"with {load['users']} users" if load else "at full load"
-        parts = [f"{_money(cost['usd_per_million_texts'])} USD per million texts {when}"]
+        parts = [f"{_money(cost['usd_per_million_texts'])} USD per million texts at full load"]
     if result["texts"]:
         parts.append(
             f"{_compact(result['texts'])} texts in {_short(row['hours']['low'])} hours for {_money(cost['usd'])} USD"
@@ -319,7 +298,7 @@ def _summary(result: dict[str, Any]) -> str:
     load, slo = result["load"], result["slo_p99_ms"]
     parts = [f"{result['tokens']['mean']:.0f} tokens per text on average"]
     if load:
-        parts.append(f"{load['rate']:g} requests/s" if load["mode"] == "open" else f"{load['users']} users")
+        parts.append(f"{load['rate']:g} requests/s")
     if slo:
         parts.append(f"p99 within {slo:g} ms")
     return ", ".join(parts)
@@ -328,37 +307,24 @@ def _summary(result: dict[str, Any]) -> str:
 def lines(result: dict[str, Any]) -> list[str]:
     """Return the lines below the table: data sources, reasons for bounds, prices, limitations."""
     rows, slo = result["rows"], result["slo_p99_ms"]
-    output = [*_no_difference(rows), *(f"{_named(row)}: based on {row['rests_on']}" for row in rows)]
+    output = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
     output += [
         f"{_named(row)}: no rate has a p99 within {slo:g} ms" for row in rows if slo and not row["highest_rate"]["high"]
     ]
     output += [f"not estimated: {absent['reason']}" for absent in result["absent"]]
     because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))
     output += ["", "only bounds, because of", *(f"- {reason}" for reason in because)]
-    front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
-    if capped:
-        count = front["api_processes"]
-        processes = "one API process" if count == 1 else f"{count} API processes"
+    if front := [row for row in rows if row["limited_by"] == "front end"]:
+        limit = result["front_end"]
         output.append(
-            f"limited by the front end: {', '.join(capped)}. Their rates are at most what {processes} can serve"
-            f" behind this front end: {_short(front['texts_per_s'])} texts/s in requests of"
-            f" {front['texts_per_request']} (measured: {front['machine']}). More API processes"
-            " (`--api-processes`, `serve.api_processes`), a faster CPU or a second replica serve more"
+            f"- front end: {limit['api_processes']} API process{'es' * (limit['api_processes'] > 1)} of"
+            f" {', '.join(map(_named, front))} can serve {_short(limit['texts_per_s'])} texts/s in requests of"
+            f" {limit['texts_per_request']} (measured: {limit['machine']})"
         )
     if priced := _prices(rows):
         output += ["", *priced]
     notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
     return [*output, "", f"input lengths: {result['tokens']['how']}", *notes]
-
-
-def _no_difference(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a line if the API process limits the throughput of two rows or more: their figures are then equal."""
-    capped = [row for row in rows if row.get("limited_by") == "front end"]
-    if len(capped) < 2 or len({row["offline_texts_per_s"]["high"] for row in capped}) > 1:
-        return []
-    names = ", ".join(map(_named, capped))
-    who = names if len(capped) < len(rows) else "Both" if len(rows) == 2 else "All"
-    return [f"{who} are limited by the front end, so this estimate shows no difference in throughput.", ""]
 
 
 def _prices(rows: list[dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from inferctl.core.errors import UsageError
@@ -36,9 +36,9 @@ SCHEMA = "inferctl.estimate/4"
 
 @dataclass(frozen=True)
 class Question:
-    """What to estimate for each part: a load, an SLO (ms), and a number of texts to embed."""
+    """What to estimate for each part: a rate (requests/s), an SLO (ms), and a number of texts to embed."""
 
-    load: RequestLoad | None = None
+    rate: float | None = None
     slo_p99_ms: float | None = None
     texts: int | None = None
 
@@ -66,18 +66,17 @@ def build(
             except UsageError as error:
                 absent.append({"hardware": key, "precision": precision, "reason": error.message, "hint": error.hint})
     rows = [row(part, config, model, scenario, question) for part in parts]
-    rate = question.load.rate if question.load else None
     return {
         "schema": SCHEMA,
         "estimated": True,
-        "verdict": verdict.decide(rows, parts, model, scenario, rate, question.slo_p99_ms, longest),
+        "verdict": verdict.decide(rows, parts, model, scenario, question.rate, question.slo_p99_ms, longest),
         "model": model.as_dict(),
         "tokens": {
             "mean": sum(scenario.tokens) / len(scenario.tokens),
             "longest": max(scenario.tokens),
             "inputs": scenario.inputs,
         },
-        "load": None if question.load is None else _load(question.load),
+        "load": {"mode": "open", "rate": question.rate, "arrivals": "poisson"} if question.rate else None,
         "slo_p99_ms": question.slo_p99_ms,
         "texts": question.texts,
         "batch_tokens": scenario.batch_tokens,
@@ -116,20 +115,16 @@ def row(
     if question.slo_p99_ms is not None:
         result["highest_rate"] = asdict(Range.at_most(one))
     fits = one > 0 and not memory_problem(calibrated, config, scenario.batch_tokens)
-    load, replicas, rate = question.load, 1, one
-    if load and load.rate:
-        replicas, rate = max(1, math.ceil(load.rate / one)) if one else 1, load.rate
-    if load:
-        shared = replace(load, rate=load.rate / replicas) if load.rate else load
-        estimate = under_load(calibrated, model, scenario, shared)
-        rate = load.rate or estimate.requests_per_s.high or 0.0
-        figures = estimate.as_dict()
-        result["load"] = {key: figures[key] for key in ("requests_per_s", "p50_ms", "p90_ms", "p99_ms", "saturated")}
+    replicas = max(1, math.ceil(question.rate / one)) if question.rate and one else 1
+    if question.rate:
+        # Each replica receives its part of the rate.
+        estimate = under_load(calibrated, model, scenario, RequestLoad(question.rate / replicas)).as_dict()
+        result["load"] = {key: estimate[key] for key in ("requests_per_s", "p50_ms", "p90_ms", "p99_ms", "saturated")}
     result["replicas"] = asdict(Range.at_least(replicas)) if fits else None
-    texts_per_hour = 3600 * rate * scenario.inputs
+    texts_per_hour = 3600 * (question.rate or one) * scenario.inputs
     if fits and question.texts:
         # A given rate is exact, so the time is too.
-        bound = Range.exactly if load and load.rate else Range.at_least
+        bound = Range.exactly if question.rate else Range.at_least
         result["hours"] = asdict(bound(question.texts / texts_per_hour))
     result["costs"] = [
         price | _cost(price["usd_per_hour"] * replicas, texts_per_hour, question.texts)
@@ -146,7 +141,3 @@ def _cost(usd_per_hour: float, texts_per_hour: float, texts: int | None) -> dict
     if texts:
         found["usd"] = per_text * texts
     return {key: asdict(Range.at_least(value)) for key, value in found.items()}
-
-
-def _load(load: RequestLoad) -> dict[str, Any]:
-    return {"mode": load.mode, "users": load.users, "rate": load.rate, "arrivals": load.arrivals}

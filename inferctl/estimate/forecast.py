@@ -63,11 +63,11 @@ class OfferedLoad(Protocol):
 
 @dataclass(frozen=True)
 class RequestLoad:
-    """An open loop of `rate` requests per second, or a closed loop of `users`."""
+    """An open loop of `rate` requests per second, which arrive at random."""
 
-    mode: Literal["open", "closed"]
+    rate: float
+    mode: str = "open"
     users: int = 1
-    rate: float | None = None
     arrivals: str = "poisson"
     inputs_per_request: int = 1
 

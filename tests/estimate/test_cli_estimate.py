@@ -231,26 +231,6 @@ def test_a_single_part_has_no_comparison(
     assert len(found) == 1 and found[0].startswith(said)
 
 
-@pytest.mark.parametrize(
-    ("hardware", "length", "start"),
-    [
-        ("a100-40gb-sxm,h100-sxm", "20", "Both are limited by the front end, "),
-        ("a100-40gb-sxm,h100-sxm,l4", "20", "All are limited by the front end, "),
-        ("a100-40gb-sxm", "20", None),
-        ("t4,l4", "512", None),
-    ],
-)
-def test_equal_bounds_of_the_front_end_are_explained_first(
-    config: str, capsys: Captured, hardware: str, length: str, start: str | None
-) -> None:
-    Path(config).write_text(json.dumps(MINILM))
-    found = estimate.lines(estimated(capsys, config, "--hardware", hardware, "--length", length))
-    if start is None:
-        assert not any("no difference" in line for line in found)
-    else:
-        assert found[0] == f"{start}so this estimate shows no difference in throughput."
-
-
 def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: Captured) -> None:
     Path(config).write_text(json.dumps(MINILM))
     for inputs in ("1", "32"):
@@ -267,7 +247,6 @@ def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: Captured
     ("arguments", "message"),
     [
         (["--hardware", "t5"], "hardware 't5' not found"),
-        (["--hardware", "t4", "--rate", "5", "--users", "5"], "exclude each other"),
         (["--hardware", "t4", "--length", "10", "--corpus", "mixed"], "both set the input lengths"),
         (["--hardware", "t4", "--length", "long"], "--length 'long'"),
         (["--hardware", "t4", "-p", "bf16"], "cannot estimate bf16 on t4"),
