@@ -15,8 +15,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,12 @@ def quality(vectors: Any, reference: Any) -> dict[str, float]:
     }
 
 
+def busy_seconds() -> float:
+    """Return the CPU seconds of all processes of the machine so far."""
+    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--clients", type=int, default=64)
@@ -83,15 +91,18 @@ def main() -> None:
             running[-1].pause()
         used = dict.fromkeys((server.name for server in running), 0.0)
         results: dict[str, list[Outcome]] = {server.name: [] for server in running}
-        loads = []
+        others = []  # what other processes used, as a share of the cores
+        print("all servers are ready", file=sys.stderr)
         for server in peers.order(running, options.rounds):
             server.resume()
             ready = requests(server.url, server.path, bodies)
-            before = server.cpu_seconds()
-            results[server.name].append(run_closed(server.url, ready, options.clients, options.seconds, warm=0))
-            used[server.name] += server.cpu_seconds() - before
+            before = server.cpu_seconds(), time.process_time(), busy_seconds(), time.monotonic()
+            results[server.name].append(run_closed(server.url, ready, options.clients, options.seconds, warm=2))
+            after = server.cpu_seconds(), time.process_time(), busy_seconds(), time.monotonic()
+            own, generator, busy, wall = (b - a for a, b in zip(before, after, strict=True))
+            used[server.name] += own / results[server.name][-1].completed
+            others.append(round((busy - own - generator) / wall / len(os.sched_getaffinity(0)), 3))
             server.pause()
-            loads.append(round(os.getloadavg()[0], 1))
 
         def rate(server: peers.Server) -> float:
             return peers.median([outcome.rate for outcome in results[server.name]])
@@ -107,25 +118,23 @@ def main() -> None:
     finally:
         for server in running:
             server.end()
-    cheapest = used[first.name] / sum(len(outcome.latencies) for outcome in results[first.name])
     rows = []
     for server in running:
         outcomes, found = results[server.name], figures[server.name]
-        cost = used[server.name] / sum(len(outcome.latencies) for outcome in outcomes)
         ratios = [a.rate / b.rate for a, b in zip(results[first.name], outcomes, strict=True)]
         found |= {
             "rates": [outcome.rate for outcome in outcomes],
             "inferctl_is": peers.median(ratios),
             "inferctl_is_by_round": ratios,
-            "cpu_ms_per_request": 1000 * cost,
-            "inferctl_is_by_cpu": cost / cheapest,
+            "cpu_ms_per_request": 1000 * used[server.name] / options.rounds,
+            "inferctl_is_by_cpu": used[server.name] / used[first.name],
             "p50_ms": peers.median([outcome.quantile(0.5) for outcome in outcomes]),
             "p99_ms": peers.median([outcome.quantile(0.99) for outcome in outcomes]),
             "failures": sum(outcome.failures for outcome in outcomes),
         }
         shown = ("inferctl_is", "inferctl_is_by_cpu", "p50_ms", "p99_ms", "cosine_min", "recall_at_10", "failures")
         rows.append((server.name, rate(server), *(found[key] for key in shown)))
-    print(f"closed loop, {options.clients} clients; load averages {loads}")
+    print(f"closed loop, {options.clients} clients; other processes used {others} of the cores")
     head = ("server", "requests/s", "inferctl bf16 is x", "by CPU x", "p50 ms", "p99 ms", "cosine min", "recall@10")
     peers.table((*head, "failures"), rows)
     print(f"\nopen loop, {shared_rate:.1f} requests/s")
@@ -140,7 +149,9 @@ def main() -> None:
         ("server", "p50 ms", "p99 ms"), [(name, each["p50_ms"], each["p99_ms"]) for name, each in tails.items()]
     )
     opened = {"rate": shared_rate, **tails}
-    peers.write(options.json, {"clients": options.clients, "load_averages": loads, "closed": figures, "open": opened})
+    peers.write(
+        options.json, {"clients": options.clients, "other_processes": others, "closed": figures, "open": opened}
+    )
 
 
 if __name__ == "__main__":

@@ -218,11 +218,18 @@ def conclusion(result: dict[str, Any]) -> list[str]:
         found.append(f"{_named(other)} costs {other['times']:.2f} times as much, by these bounds. {_margin(result)}")
         changes = [
             f"{'up to' if each['tokens'] < mean else 'from'} about {_rounded(each['tokens'])} tokens per text, "
-            + (f"{_named(each)} has the lower cost" if each["hardware"] else "none meets the SLO")
+            + _there(each, decided)
             for each in decided["other_lengths"]
         ]
         found.append(f"Other lengths: {'; '.join(changes) or 'no mean length changes the order'}.")
-        if capped := [_named(row) for row in result["rows"] if row["limited_by"] == "front end"]:
+        capped = [
+            _named(row)
+            for row in result["rows"]
+            if row["limited_by"] == "front end"
+            and row["replicas"]
+            and (not result["load"] or row["replicas"]["low"] > 1)
+        ]
+        if capped:
             found.append(f"API processes limit {', '.join(capped)}: `--api-processes 4` compares the GPUs.")
     if result["tokens"]["assumed"]:
         found.append(f"{mean:.0f} tokens per text are assumed: pass `--length` with the mean length of your texts.")
@@ -265,6 +272,15 @@ def _margin(result: dict[str, Any]) -> str:
     return (
         f"Real servers are slower. {_named(decided)} stays cheaper if {condition}, even if the other reaches its bound."
     )
+
+
+def _there(each: dict[str, Any], decided: dict[str, Any]) -> str:
+    """Return what the verdict is at another length."""
+    if each["hardware"] is None:
+        return "none meets the SLO"
+    if not each["clear"]:
+        return "no clear difference" if decided["clear"] else f"{_named(each)} has the lowest cost, not clearly"
+    return f"{_named(each)} is {'clearly ' * (not decided['clear'])}cheaper"
 
 
 def _rounded(tokens: float) -> str:

@@ -1,10 +1,10 @@
-"""Decides which part costs least, by how much it may miss its bound, and for which lengths another one costs less."""
+"""Decides which part costs least, by how much it may miss its bound, and which lengths would change that."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -18,6 +18,44 @@ _BISECTIONS = 4
 _SHORTEST = 4
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The cheapest part of a comparison, and the next one if another can serve the load.
+
+    `times`: cost of the next one relative to the first. `share`: the share of its bound above which the first stays the
+    cheapest, if the next one reaches its own; `replicas`: with so many of them. `clear`: the slow end of its error band
+    is above that.
+    """
+
+    first: int
+    second: int | None = None
+    times: float = math.inf
+    share: float = 0.0
+    replicas: int | None = None
+    clear: bool = True
+
+
+def compare(
+    prices: Mapping[int, float], rates: Mapping[int, float], slow: Mapping[int, float], rate: float | None
+) -> Comparison | None:
+    """Compare parts by cost, or return None if none can serve the load.
+
+    `prices`: USD per hour. `rates`: requests per second that one replica serves. `slow`: the slow end of the error
+    band, relative to the fast end. `rate`: requests per second of the load, None for full load.
+    """
+    costs = {i: prices[i] * (math.ceil(rate / one) if rate else 1 / one) for i, one in rates.items() if one}
+    if len(costs) < 2:
+        return Comparison(next(iter(costs))) if costs else None
+    first, second = sorted(costs, key=costs.__getitem__)[:2]
+    times, replicas = costs[second] / costs[first], None
+    share = 1 / times
+    if rate:
+        # With so many replicas, the first still costs less than the next.
+        replicas = max(math.ceil(rate / rates[first]), math.ceil(costs[second] / prices[first]) - 1)
+        share = rate / replicas / rates[first]
+    return Comparison(first, second, times, share, replicas, share < slow[first])
+
+
 def decide(
     rows: Sequence[Mapping[str, Any]],
     parts: Sequence[CalibratedPart],
@@ -27,80 +65,71 @@ def decide(
     slo_p99_ms: float | None,
     longest: int,
 ) -> dict[str, Any] | None:
-    """Return the cheapest row and how certain that is, or None if no row with a price can serve the requests.
+    """Return the cheapest row and how certain that is, or None if no row with a price can serve the load.
 
-    `share_needed`: the share of its bound above which the cheapest stays the cheapest, if the next one reaches its own.
-    `clear`: also the slow end of its error band is above that.
-    `other_lengths`: the nearest mean lengths, below and above that of the scenario, at which another part is cheaper.
+    `other_lengths`: the nearest mean lengths, below and above that of the scenario, at which another part is the
+    cheapest or the difference is clear or not clear any more.
     """
-    ranked = sorted((i for i, row in enumerate(rows) if row["costs"]), key=lambda i: _usd(rows[i], "per_million_texts"))
-    if not ranked:
+    able = [i for i, row in enumerate(rows) if row["costs"]]
+    prices = {i: min(float(cost["usd_per_hour"]) for cost in rows[i]["costs"]) for i in able}
+    slow = {i: band[0] / band[1] for i in able if (band := parts[i].band_for(model).throughput)}
+
+    def at(tokens: Sequence[int]) -> Comparison | None:
+        work = replace(scenario, tokens=tokens, count=_REQUESTS)
+        return compare(prices, {i: served(parts[i], model, work, slo_p99_ms) for i in able}, slow, rate)
+
+    here = {i: rows[i].get("highest_rate") or rows[i]["offline_texts_per_s"] for i in able}
+    texts = 1 if slo_p99_ms is not None else scenario.inputs
+    found = compare(prices, {i: float(each["high"]) / texts for i, each in here.items()}, slow, rate)
+    if found is None:
         return None
-    first = rows[ranked[0]]
-    found = {**_named(first), "next": None, "share_needed": None, "clear": None, "other_lengths": []}
-    if len(ranked) == 1:
-        return found
-    second = rows[ranked[1]]
-    found["next"] = {**_named(second), "times": _usd(second, "per_million_texts") / _usd(first, "per_million_texts")}
-    found["share_needed"] = 1 / found["next"]["times"]
-    if rate:
-        # With so many replicas, the first still costs less than the next.
-        price = _usd(first, "per_hour_of_all") / first["replicas"]["low"]
-        replicas = max(first["replicas"]["low"], math.ceil(_usd(second, "per_hour_of_all") / price) - 1)
-        one = (first.get("highest_rate") or first["offline_texts_per_s"])["high"]
-        one /= 1 if "highest_rate" in first else scenario.inputs
-        found["replicas_at_most"] = replicas
-        found["share_needed"] = rate / replicas / one
-    slow, fast = parts[ranked[0]].band_for(model).throughput
-    found["clear"] = found["share_needed"] < slow / fast
-
-    def cheapest(tokens: Sequence[int]) -> int | None:
-        costs = {}
-        for i in ranked:
-            one = served(parts[i], model, replace(scenario, tokens=tokens, count=_REQUESTS), slo_p99_ms)
-            price = min(each["usd_per_hour"] for each in rows[i]["costs"])
-            costs[i] = price * (math.ceil(rate / one) / rate if rate else 1 / one) if one else math.inf
-        best = min(costs, key=costs.__getitem__)
-        return best if costs[best] < math.inf else None
-
-    for step in (0.5, 2.0):
-        if (other := _first_other(scenario.tokens, step, longest, ranked[0], cheapest)) is not None:
-            length, i = other
-            found["other_lengths"].append(
-                {"tokens": length, **(_named(rows[i]) if i is not None else {"hardware": None, "precision": None})}
-            )
-    return found
+    others = []
+    for step in (0.5, 2.0) if found.second is not None else ():
+        if (change := _first_change(scenario.tokens, step, longest, found, at)) is not None:
+            length, there = change
+            named = _named(rows[there.first]) if there else {"hardware": None, "precision": None}
+            others.append({"tokens": length, **named, "clear": there is not None and there.clear})
+    return {
+        **_named(rows[found.first]),
+        "next": None if found.second is None else {**_named(rows[found.second]), "times": found.times},
+        "share_needed": found.share,
+        "replicas_at_most": found.replicas,
+        "clear": found.clear,
+        "other_lengths": others,
+    }
 
 
-def _first_other(
-    tokens: Sequence[int], step: float, longest: int, first: int, cheapest: Callable[[Sequence[int]], int | None]
-) -> tuple[float, int | None] | None:
-    """Multiply all lengths by `step` until `first` is not the cheapest. Return the mean length there, and which one is.
+def _first_change(
+    tokens: Sequence[int],
+    step: float,
+    longest: int,
+    here: Comparison,
+    at: Callable[[Sequence[int]], Comparison | None],
+) -> tuple[float, Comparison | None] | None:
+    """Multiply all lengths by `step` until the verdict changes. Return the mean length there, and the comparison.
 
-    Return None if that does not happen between `_SHORTEST` and `longest` tokens on average.
+    Return None if it does not change between `_SHORTEST` and `longest` tokens on average.
     """
 
     def scaled(factor: float) -> list[int]:
         return [max(1, min(longest, round(each * factor))) for each in tokens]
 
+    def same(other: Comparison | None) -> bool:
+        return other is not None and (other.first, other.clear) == (here.first, here.clear)
+
     inside = 1.0
-    while (other := cheapest(scaled(inside * step))) == first:
+    while same(there := at(scaled(inside * step))):
         inside *= step
         if not _SHORTEST < mean(scaled(inside)) < 0.95 * longest:
             return None
     outside = inside * step
     for _ in range(_BISECTIONS):
         middle = math.sqrt(inside * outside)
-        if (found := cheapest(scaled(middle))) == first:
+        if same(found := at(scaled(middle))):
             inside = middle
         else:
-            outside, other = middle, found
-    return mean(scaled(outside)), other
-
-
-def _usd(row: Mapping[str, Any], what: str) -> float:
-    """Return the lowest cost of a row over the providers."""
-    return min(float(cost[f"usd_{what}"]["low"]) for cost in row["costs"])
+            outside, there = middle, found
+    return mean(scaled(outside)), there
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,19 +182,28 @@ def test_the_next_hardware_and_the_needed_share_follow_from_the_costs(config: st
     assert 0.7 < half / t4 < 0.9 and found["verdict"]["clear"] is False
 
 
-def test_another_hardware_is_cheaper_beyond_the_length_that_is_named(config: str, capsys: Captured) -> None:
+@pytest.mark.parametrize(
+    ("length", "load"),
+    [
+        (48, ["--rate", "500"]),  # one T4 suffices; beyond 350 tokens, it would need 57% of its bound
+        (256, ["--rate", "5000"]),  # three halves of an A100 or nine T4s, and fewer T4s for shorter texts
+        (100, []),  # at full load, T4s are cheaper for short texts, which API processes limit
+    ],
+)
+def test_the_verdict_changes_at_the_length_that_is_named(
+    config: str, length: int, load: list[str], capsys: Captured
+) -> None:
     Path(config).write_text(json.dumps(BGE_BASE))
 
-    def cheapest(length: float) -> dict[str, Any]:
-        return dict(estimated(capsys, config, *CHOICE, "--length", f"{length:.0f}")["verdict"])
+    def at(tokens: float) -> tuple[dict[str, Any], tuple[str, bool]]:
+        found = estimated(capsys, config, *CHOICE, *load, "--length", f"{tokens:.0f}")["verdict"]
+        return found, (found["hardware"], found["clear"])
 
-    for length, step in ((15, 1.15), (400, 1 / 1.15)):
-        decided = cheapest(length)
-        (other,) = decided["other_lengths"]
-        assert other["hardware"] == decided["next"]["hardware"]
-        assert cheapest(other["tokens"] * step)["hardware"] == other["hardware"]
-        assert cheapest(other["tokens"] / step)["hardware"] == decided["hardware"]
-    assert cheapest(15)["hardware"] == "t4" != cheapest(400)["hardware"]
+    decided, here = at(length)
+    (other,) = decided["other_lengths"]
+    beyond = 1.15 if other["tokens"] > length else 1 / 1.15
+    assert at(other["tokens"] * beyond)[1] == (other["hardware"], other["clear"]) != here
+    assert at(other["tokens"] / beyond)[1] == here
 
 
 def test_the_conclusion_comes_first_and_asks_for_the_length(
