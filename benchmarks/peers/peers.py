@@ -219,7 +219,9 @@ def onnx(precision: str) -> Path:
         return folder
     if precision == "int8":
         shutil.copytree(onnx("fp32"), folder, ignore=shutil.ignore_patterns("*.onnx"))
-        command += ["onnxruntime", "quantize", "--avx512_vnni", "--onnx_model", str(onnx("fp32")), "-o", str(folder)]
+        # Without --per_channel, the cosine to fp32 falls to 0.88, at the same speed.
+        command += ["onnxruntime", "quantize", "--avx512_vnni", "--per_channel"]
+        command += ["--onnx_model", str(onnx("fp32")), "-o", str(folder)]
     else:
         command += ["export", "onnx", "--model", str(MODEL), "--task", "feature-extraction"]
         command += ["--library", "transformers", str(folder)]
