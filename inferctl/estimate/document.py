@@ -16,7 +16,6 @@ from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import Transformer
 from inferctl.estimate.forecast import (
     Range,
-    RequestLoad,
     Scenario,
     at_least_ms,
     capacity,
@@ -81,7 +80,6 @@ def build(
         "texts": question.texts,
         "batch_tokens": scenario.batch_tokens,
         "front_end": front_end.load().as_dict(scenario.inputs, scenario.api_processes),
-        "seed": scenario.seed,
         "source": calibrations.source,
         "rows": rows,
         "absent": absent,
@@ -118,8 +116,7 @@ def row(
     replicas = max(1, math.ceil(question.rate / one)) if question.rate and one else 1
     if question.rate:
         # Each replica receives its part of the rate.
-        estimate = under_load(calibrated, model, scenario, RequestLoad(question.rate / replicas)).as_dict()
-        result["load"] = {key: estimate[key] for key in ("requests_per_s", "p50_ms", "p90_ms", "p99_ms", "saturated")}
+        result["load"] = under_load(calibrated, model, scenario, question.rate / replicas)
     result["replicas"] = asdict(Range.at_least(replicas)) if fits else None
     texts_per_hour = 3600 * (question.rate or one) * scenario.inputs
     if fits and question.texts:

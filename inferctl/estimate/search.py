@@ -47,18 +47,14 @@ class SimulatedServer:
         latencies = Simulation(self.cost, self.limits, list(distinct), front=self.front).closed(1).latencies
         return [seconds for seconds, count in zip(latencies, distinct.values(), strict=True) for _ in range(count)]
 
-    def closed(self, users: int) -> SimulationResult:
-        """Run a closed loop of `users`, without a pause between a response and the next request."""
-        return self._new().closed(users)
-
-    def open(self, rate: float, arrivals: str = "poisson", times: int = 1) -> SimulationResult:
+    def open(self, rate: float, times: int = 1) -> SimulationResult:
         """Run an open loop at `rate` requests per second, with all requests `times` times.
 
         Equal seeds give the same arrivals at each rate, scaled in time.
         """
         draw, now, arrived = random.Random(self.seed), 0.0, []
         for _ in range(times * len(self.requests)):
-            now += draw.expovariate(1.0) if arrivals == "poisson" else 1.0
+            now += draw.expovariate(1.0)
             arrived.append(now / rate)
         result = self._new(times).open(arrived)
         result.latencies = result.latencies[len(result.latencies) // 10 :]
