@@ -27,7 +27,7 @@ INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-ve
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-generate demo-retrieval test test-all nightly check golden docs site
-.PHONY: locks model generator wheel bench-peers four-x image-check gpu-check gpu-wheels clean
+.PHONY: locks model generator wheel image-check gpu-check gpu-wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,13 +82,6 @@ generator: $(VENV)/.demo  ## download SmolLM2-135M-Instruct, verify its checksum
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	mkdir -p dist
 	$(BIN)/python -c "from hatchling.build import build_wheel; print('dist/' + build_wheel('dist'))"
-
-bench-peers: $(VENV)/.dev model  ## compare rebuild times with plain Dockerfiles (requires Docker and localhost:5000)
-	$(BIN)/python benchmarks/peers/rebuild.py
-
-four-x: $(VENV)/.dev model  ## from a common first server to inferctl, step by step (requires PostgreSQL; 15 minutes)
-	mkdir -p demo
-	$(BIN)/python benchmarks/four_x/four_x.py --report demo/four-x.html
 
 image-check: $(VENV)/.dev model  ## build the CUDA 13.0 image and verify it on the CPU (as root; downloads 3 GB)
 	.ci/image-check $(BIN)/python

@@ -7,8 +7,7 @@ the same options of vLLM. Each user streams chat completions of 64 tokens after 
 prefix of its own, in a closed loop. Rounds are interleaved A B B A; the server that is not measured is stopped. A rate
 is output tokens that arrived in the window / window. Load generator and server share the cores.
 
-Beside them: transformers' `generate` in a process of its own, without HTTP, with a batch of as many sequences as users.
-`--gguf FILE` adds llama.cpp's server, over HTTP, and OpenVINO GenAI, without HTTP. pip installs both on first use.
+`--gguf FILE` adds llama.cpp's server with 4-bit weights. pip installs it on first use.
 
 `--stand-in` measures the edge alone: the stand-in of the tests takes the place of vLLM on both sides. It emits 350
 tokens/s in all, at most 50 to one user and the first after 20 ms, nearly without CPU time, so that the noise of a
@@ -196,18 +195,6 @@ def llama_server(gguf: str, users: list[int], seconds: float) -> dict[str, float
         server.end()
 
 
-def in_process(engine: str, python: str, model: str, users: list[int]) -> dict[str, float]:
-    """Return output tokens/s of an engine by the number of sequences; empty if it does not run."""
-    script = Path(__file__).with_name("generation_engine.py")
-    command = [python, str(script), engine, model, *map(str, users), str(OUTPUT_TOKENS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"{engine} was not measured: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
-        return {}
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -270,17 +257,10 @@ def main() -> None:
     peers.table(("users", "bare/s", "edge/s", "ratio", "bare ms", "edge ms", "difference", "bare us", "edge us"), rows)
     result: dict[str, object] = {"stand_in": options.stand_in, "edge": figures}
     peers.write(options.json, result)
-    others: dict[str, dict[str, float]] = {}
-    if not options.stand_in:
-        others["transformers generate"] = in_process("transformers", sys.executable, options.model, users)
     if options.gguf:
-        others["llama.cpp server (4-bit weights)"] = llama_server(options.gguf, users, options.seconds)
-        openvino = str(peers.python("openvino-genai"))
-        others["OpenVINO GenAI (4-bit weights)"] = in_process("openvino", openvino, options.gguf, users)
-    for name, rates_of in others.items():
-        if rates_of:
-            print(f"{name}, tokens/s: " + ", ".join(f"{count} {rates_of[str(count)]:.0f}" for count in users))
-    peers.write(options.json, {**result, "others": others})
+        rates_of = llama_server(options.gguf, users, options.seconds)
+        print("llama.cpp server, tokens/s: " + ", ".join(f"{count} {rates_of[str(count)]:.0f}" for count in users))
+        peers.write(options.json, {**result, "others": {"llama.cpp server (4-bit weights)": rates_of}})
 
 
 if __name__ == "__main__":

@@ -20,9 +20,13 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Outcome:
-    """The result of a load: seconds of each response, responses by status, and seconds measured."""
+    """The result of a load: seconds of each response, responses by status, and seconds measured.
+
+    `completed`: responses with the warm-up and the end, of a closed loop.
+    """
 
     seconds: float = 0.0
+    completed: int = 0
     latencies: list[float] = field(default_factory=list)
     statuses: dict[int, int] = field(default_factory=dict)
 
@@ -115,6 +119,7 @@ async def _closed(url: str, ready: Sequence[bytes], clients: int, seconds: float
 
         def on_response(status: int) -> None:
             now = time.perf_counter()
+            outcome.completed += 1
             if begin <= now < end:
                 outcome.latencies.append(now - sent)
                 outcome.statuses[status] = outcome.statuses.get(status, 0) + 1

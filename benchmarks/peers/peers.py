@@ -12,6 +12,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import statistics
@@ -33,11 +34,13 @@ LOGS = ROOT / ".cache" / "peers"
 # The last release of infinity requires click before 8.2. With newer versions it fails with "Secondary flag is not valid
 # for non-boolean flag".
 PACKAGES = {
-    "infinity": ("infinity-emb[torch,server]", "click<8.2"),
-    "sentence-transformers": ("sentence-transformers", "fastapi", "uvicorn", "uvloop", "httptools"),
-    "http-servers": ("starlette", "uvicorn", "uvloop", "httptools", "granian"),
+    "infinity": (
+        "infinity-emb[optimum,server,torch]",
+        "click<8.2",
+        f"torch=={importlib.metadata.version('torch')}",  # as inferctl has it
+    ),
+    "sentence-transformers": ("sentence-transformers",),
     "llama.cpp": ("xllamacpp",),
-    "openvino-genai": ("openvino-genai",),
     "openvino": ("openvino", "nncf", "torch", "transformers<5"),
 }
 START_SECONDS = 180
@@ -115,16 +118,19 @@ class Server:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def cpu_seconds(self) -> float:
-        """Return the CPU seconds of all its processes so far."""
-        ticks = 0
+        """Return the CPU seconds of its process and all below it so far, which may have sessions of their own."""
+        parents, ticks = {}, {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
             except OSError:  # the process has ended
                 continue
-            if int(fields[3]) == self.process.pid:  # its session
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+            parents[int(stat.parent.name)] = int(fields[1])
+            ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+        found = {self.process.pid}
+        while new := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= new
+        return sum(ticks.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -132,7 +138,14 @@ class Server:
 
 
 def start(
-    name: str, command: Sequence[str | Path], port: int, path: str, ready: str, *, pausable: bool = True
+    name: str,
+    command: Sequence[str | Path],
+    port: int,
+    path: str,
+    ready: str,
+    *,
+    pausable: bool = True,
+    folder: Path = HERE,
 ) -> Server:
     """Start a server in its own process group and wait until GET `ready` returns 200."""
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -145,7 +158,7 @@ def start(
             stdin=subprocess.DEVNULL,
             env=environment(),
             start_new_session=True,
-            cwd=HERE,
+            cwd=folder,
         )
     server = Server(name, f"http://127.0.0.1:{port}", path, process, pausable)
     deadline = time.monotonic() + START_SECONDS
@@ -184,31 +197,36 @@ def inferctl(port: int, *arguments: str, name: str = "inferctl", checkout: Path 
     return start(name, command, port, "/v1/embeddings", "/readyz", pausable=False)
 
 
-def infinity(port: int, dtype: str | None, api_key: str | None = None) -> Server:
-    """Start infinity with its default precision (dtype None) or another one. It rejects requests without `api_key`.
+def infinity(port: int, engine: str, dtype: str) -> Server:
+    """Start infinity with the engine `torch` in a precision, or with `optimum` (ONNX Runtime) in fp32 or int8.
 
-    It runs without BetterTransformer, which recent versions of torch do not have.
+    `torch` runs without BetterTransformer, which recent versions of torch do not have. optimum 2.1 finds an ONNX file
+    only by a relative name, so the server runs in its folder. Optimized models are kept in a cache by the name of the
+    model, so each has a cache of its own.
     """
-    command: list[str | Path] = [
-        python("infinity").with_name("infinity_emb"),
-        "v2",
-        "--model-id",
-        MODEL,
-        "--device",
-        "cpu",
-    ]
-    command += ["--engine", "torch", "--port", str(port), "--host", "127.0.0.1", "--no-bettertransformer"]
-    if dtype:
-        command += ["--dtype", dtype, "--lengths-via-tokenize"]
-    if api_key:
-        command += ["--api-key", api_key]
-    return start(f"infinity {dtype or 'default'}", command, port, "/embeddings", "/health")
+    folder = onnx(dtype) if engine == "optimum" else MODEL
+    command: list[str | Path] = ["env", f"HF_HOME={LOGS / 'hub' / dtype}", python("infinity").with_name("infinity_emb")]
+    command += ["v2", "--model-id", ".", "--engine", engine, "--device", "cpu", "--pooling-method", "mean"]
+    command += ["--no-bettertransformer", "--lengths-via-tokenize", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", dtype] if engine == "torch" else []
+    return start(f"infinity {engine} {dtype}", command, port, "/embeddings", "/health", folder=folder)
 
 
-def fastapi(port: int) -> Server:
-    """Start sentence-transformers in bf16 behind FastAPI."""
-    command = [python("sentence-transformers"), HERE / "fastapi_app.py", MODEL, str(port)]
-    return start("sentence-transformers bf16", command, port, "/v1/embeddings", "/health")
+def onnx(precision: str) -> Path:
+    """Return the model as ONNX: exported by optimum, and for int8 quantized with its preset for AVX-512 with VNNI."""
+    folder, command = LOGS / f"onnx-{precision}", [str(python("infinity").with_name("optimum-cli"))]
+    if any(folder.glob("*.onnx")):
+        return folder
+    if precision == "int8":
+        shutil.copytree(onnx("fp32"), folder, ignore=shutil.ignore_patterns("*.onnx"))
+        # Without --per_channel, the cosine to fp32 falls to 0.88, at the same speed.
+        command += ["onnxruntime", "quantize", "--avx512_vnni", "--per_channel"]
+        command += ["--onnx_model", str(onnx("fp32")), "-o", str(folder)]
+    else:
+        command += ["export", "onnx", "--model", str(MODEL), "--task", "feature-extraction"]
+        command += ["--library", "transformers", str(folder)]
+    subprocess.run(command, check=True)
+    return folder
 
 
 def metrics(server: Server) -> dict[str, float]:

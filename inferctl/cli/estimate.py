@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -13,14 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from inferctl.batching.latency_model import Capacity
 from inferctl.cli import completion, console, options
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.estimate import calibration, document, forecast, lengths
-from inferctl.estimate.cost import Cost
 from inferctl.estimate.document import Question
-from inferctl.estimate.forecast import Scenario
 from inferctl.models import hub
 from inferctl.models import model as model_folder
 
@@ -29,9 +25,9 @@ _TEXTS = "mixed"
 
 EPILOG = """\b
 Examples:
-  # Compare half an A100 with a T4 at an SLO
-  inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --slo-p99-ms 70 --against t4
-  # Estimate from a config.json, for texts of 128 tokens
+  # Choose between a T4 and half an A100, and see what ten million texts cost
+  inferctl estimate --model DIR --hardware t4,a100-40gb-mig-3g.20gb --rate 500 --slo-p99-ms 100 --texts 10M
+  # Estimate full load from a config.json, for texts of 128 tokens
   inferctl estimate --config config.json --hardware l4,h100-sxm --length 128
 """
 
@@ -77,9 +73,6 @@ def estimate(
         float | None,
         typer.Option(metavar="N", min=0.001, max=100_000, help="Estimate an open loop of N requests/s (Poisson)."),
     ] = None,
-    users: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=10_000, help="Estimate a closed loop of N users.")
-    ] = None,
     slo: Annotated[
         float | None,
         typer.Option(
@@ -90,56 +83,35 @@ def estimate(
             help="Find the highest rate whose p99 meets this SLO. [default: the spec's]",
         ),
     ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY",
-            autocompletion=completion.HARDWARE,
-            help="Compare the bound and the price of each row with this hardware.",
-        ),
+    texts: Annotated[
+        str | None, typer.Option(metavar="N", help="Print the cost of N texts, such as 10M or 250k. [default: 1M]")
     ] = None,
     inputs: Annotated[int, typer.Option(metavar="N", min=1, max=2048, help="Set the number of texts per request.")] = 1,
     api_processes: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, max=64, help="Assume N API processes. [default: the spec's, else 1]"),
     ] = None,
-    capacity: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Add a row for a measured server, from an `inferctl capacity` file."),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=2**63 - 1, metavar="N", help="Seed arrivals and order; equal seeds give equal figures."
-        ),
-    ] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Estimate latency, throughput and cost on other hardware.
+    """Estimate which hardware is the cheapest, with replicas, latency and cost.
 
     Every figure is estimated from published results, not measured. Lists accept commas: --hardware t4,l4.
     """
-    if rate and users:
-        raise UsageError("`--rate` and `--users` exclude each other", "pass one of them")
     if corpus is not None and length is not None:
         raise UsageError("`--corpus` and `--length` exclude each other: both set the input lengths", "pass one of them")
     spec, file = _model(spec_file, model, config)
     data = forecast.read_config(file)
     max_tokens = _max_tokens(data)
-    calibration_data = calibration.load()
-    tokens, token_source = _tokens(corpus, length, file, max_tokens, calibration_data.mean_length, seed)
+    tokens, token_source = _tokens(corpus, length, file, max_tokens)
     processes = api_processes or (spec.serve.least_api_processes if spec else 1)
     batch_tokens = spec.serve.max_batch_tokens if spec else 16_384
-    work = forecast.Scenario(tokens, inputs, batch_tokens, seed, api_processes=processes)
-    question = document.Question(_load(rate, users, inputs), slo or (spec.slo.p99_ms if spec else None), against)
-    keys = _split(hardware) or (spec.hardware if spec else []) or ([] if capacity else _STANDARD.split(","))
+    work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
+    question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
+    keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
+    precisions = _split(precision) or [spec.serve.precision if spec else "auto"]
     with console.progress("estimating"):
-        result = document.build(
-            keys, _split(precision) or [spec.serve.precision if spec else "auto"], data, work, question
-        )
-        if capacity:
-            result["rows"].insert(0, _measured_row(capacity, work, question))
-    result["tokens"]["how"] = token_source
+        result = document.build(keys, precisions, data, work, question, max_tokens)
+    result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}
     if not result["rows"]:
         reasons = dict.fromkeys(absent["reason"] for absent in result["absent"])
         raise UsageError("\n".join(reasons), result["absent"][0]["hint"])
@@ -176,11 +148,9 @@ def _max_tokens(config: dict[str, Any]) -> int:
     return int(positions) - offset if isinstance(positions, int) and positions > offset else 512
 
 
-def _tokens(
-    corpus: str | None, length: str | None, config: Path, max_tokens: int, squad_mean: float, seed: int
-) -> tuple[list[int], str]:
+def _tokens(corpus: str | None, length: str | None, config: Path, max_tokens: int) -> tuple[list[int], str]:
     if length is not None:
-        return lengths.parse(length, max_tokens, squad_mean, 20_000, seed), f"drawn: {length}"
+        return lengths.parse(length, max_tokens, calibration.load().mean_length, 20_000), f"drawn: {length}"
     try:
         from inferctl.bench.plan import workload
     except ModuleNotFoundError as error:
@@ -193,11 +163,15 @@ def _tokens(
     return token_counts, f"corpus {corpus or _TEXTS}, {method}"
 
 
-def _load(rate: float | None, users: int | None, inputs: int) -> Any:
-    if not rate and not users:
+def _count(text: str | None) -> int | None:
+    """Return the number of texts of `--texts`."""
+    if text is None:
         return None
-    mode = "open" if rate else "closed"
-    return SimpleNamespace(mode=mode, users=users or 1, rate=rate, arrivals="poisson", inputs_per_request=inputs)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text, re.IGNORECASE)
+    count = float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}[found[2].lower()] if found else 0
+    if not 1 <= count <= 10**15:
+        raise UsageError(f"invalid --texts {text!r}", "pass a number such as 10M, 250k or 1.5B")
+    return round(count)
 
 
 def _split(values: list[str] | None) -> list[str]:
@@ -205,61 +179,129 @@ def _split(values: list[str] | None) -> list[str]:
     return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
 
 
-def _measured_row(file: Path, work: Scenario, question: Question) -> dict[str, Any]:
-    """Return the row of a measured server, with the parallel batches and the batch limit of its measurement."""
-    measured = Capacity.read(file)
-    as_measured = replace(
-        work,
-        slots=measured.parallel_batches or 1,
-        batch_tokens=measured.max_batch_tokens or work.batch_tokens,
-    )
-    cost = Cost(measured.fixed_s, 1 / measured.tokens_per_s)
-    return document.measured_row(cost, file.name, as_measured, question)
-
-
 def render(result: dict[str, Any]) -> RenderableType:
-    """Return the table, data sources, prices, comparisons and limitations, 80 columns wide."""
-    rows = result["rows"]
-    loaded, slo, against = result["load"], result["slo_p99_ms"], any("against" in row for row in rows)
-    headings = ["hardware", "runs as", "offline\ntexts/s", "single\np99 ms"]
-    headings += ["p50 ms", "p99 ms"] if loaded else []
-    headings += ["req/s at\nthe SLO"] if slo else []
-    headings += [f"bound over\n{result['against']}'s"] if against else []
-    headings += ["USD per\n1M texts"]
+    """Return the conclusion, the table, data sources, prices and limitations, 80 columns wide."""
+    rate, slo, texts = result["load"], result["slo_p99_ms"], result["texts"]
+    headings = ["hardware", "runs as"]
+    headings += ["replicas\nat least", "USD/h\nat least"] if rate else ["hours\nat least"] if texts else []
+    headings += [f"USD for\n{_compact(texts or 10**6)} texts\nat least"]
+    headings += ["req/s at\nthe SLO\nat most" if slo else "offline\ntexts/s\nat most"]
+    headings += [f"{'' if rate else 'single'}\np99 ms\nat least"]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for heading in headings:
         left_aligned = heading in ("hardware", "runs as")
         table.add_column(
             heading, justify="left" if left_aligned else "right", no_wrap=heading == "hardware", overflow="fold"
         )
-    for row in rows:
-        cells = [
-            row["hardware"],
-            row["precision"] or "as is",
-            shown(row["offline_texts_per_s"]),
-            shown(row["single_ms"]["p99"]),
+    for row in result["rows"]:
+        cost = _lowest(row)
+        cells = [cost.get("usd" if texts else "usd_per_million_texts")]
+        if rate:
+            cells = [row["replicas"], cost.get("usd_per_hour_of_all"), *cells]
+        elif texts:
+            cells = [row.get("hours"), *cells]
+        cells += [row["highest_rate" if slo else "offline_texts_per_s"]]
+        cells += [row["load"]["p99_ms"] if rate else row["single_ms"]["p99"]]
+        table.add_row(row["hardware"], row["precision"], *map(_shown, cells))
+    head = Text(f"estimated, not measured: {_summary(result)}", style="bold")
+    return Group(head, Text(), *map(Text, conclusion(result)), Text(), table, Text(), *map(Text, lines(result)))
+
+
+def conclusion(result: dict[str, Any]) -> list[str]:
+    """Return what to choose, how certain that is, and which lengths would change it."""
+    decided, mean = result["verdict"], result["tokens"]["mean"]
+    if decided is None:
+        able = [_named(row) for row in result["rows"] if row["replicas"]]
+        return [f"The catalog has no price of {', '.join(able)}." if able else "None of this hardware can serve this."]
+    found, other = [_costs(result)], decided["next"]
+    if other:
+        found.append(f"{_named(other)} costs {other['times']:.2f} times as much, by these bounds. {_margin(result)}")
+        changes = [
+            f"{'up to' if each['tokens'] < mean else 'from'} about {_rounded(each['tokens'])} tokens per text, "
+            + _there(each, decided)
+            for each in decided["other_lengths"]
         ]
-        if loaded:
-            cells += [shown(row["load"][key]) if row["load"][key] else "over" for key in ("p50_ms", "p99_ms")]
-        if slo:
-            cells.append(shown(row["highest_rate"]))
-        if against:
-            cells.append(f"{_short(row['against']['of_bounds'])}x" if "against" in row else "-")
-        cells.append("\n".join(shown(cost["usd_per_million_texts"]) for cost in row["costs"][:1]) or "-")
-        table.add_row(*cells)
-    return Group(
-        Text(f"estimated, not measured: {_summary(result)}", style="bold"),
-        Text(),
-        table,
-        Text(),
-        *map(Text, lines(result)),
+        found.append(f"Other lengths: {'; '.join(changes) or 'no mean length changes the order'}.")
+        capped = [
+            _named(row)
+            for row in result["rows"]
+            if row["limited_by"] == "front end"
+            and row["replicas"]
+            and (not result["load"] or row["replicas"]["low"] > 1)
+        ]
+        if capped:
+            found.append(f"API processes limit {', '.join(capped)}: `--api-processes 4` compares the GPUs.")
+    if result["tokens"]["assumed"]:
+        found.append(f"{mean:.0f} tokens per text are assumed: pass `--length` with the mean length of your texts.")
+    return found
+
+
+def _costs(result: dict[str, Any]) -> str:
+    """Return the replicas and the totals of the cheapest hardware."""
+    load, decided = result["load"], result["verdict"]
+    row = next(row for row in result["rows"] if _named(row) == _named(decided))
+    cost = _lowest(row)
+    if load:
+        count = int(row["replicas"]["low"])
+        parts = [f"{count} replica{'s' * (count > 1)}", f"{_money(cost['usd_per_hour_of_all'])} USD per hour"]
+    else:
+        parts = [f"{_money(cost['usd_per_million_texts'])} USD per million texts at full load"]
+    if result["texts"]:
+        parts.append(
+            f"{_compact(result['texts'])} texts in {_short(row['hours']['low'])} hours for {_money(cost['usd'])} USD"
+        )
+    name = _named(decided)
+    if decided["next"]:
+        name = f"Cheapest: {name}" if decided["clear"] else f"No clear difference. The lowest cost has {name}"
+    return f"{name}, at least {', '.join(parts)}."
+
+
+def _lowest(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the costs of the provider with the lowest price; empty if the catalog has no price."""
+    return min(row["costs"], key=lambda each: float(each["usd_per_hour"]), default={})
+
+
+def _margin(result: dict[str, Any]) -> str:
+    """Return how far the cheapest may miss its bound."""
+    decided = result["verdict"]
+    share, count = f"{100 * decided['share_needed']:.0f}% of its bound", decided.get("replicas_at_most")
+    condition = f"it reaches {share}"
+    if count:
+        each = f"{_short(result['load']['rate'] / count)} requests/s ({share})"
+        condition = f"{count} replicas, each with {each}, suffice" if count > 1 else f"one replica reaches {each}"
+    return (
+        f"Real servers are slower. {_named(decided)} stays cheaper if {condition}, even if the other reaches its bound."
     )
 
 
-def shown(value: dict[str, Any]) -> str:
-    """Return a figure, below `at most` or `at least` if it is a bound."""
-    figure = value["low"] if value["high"] is None else value["high"]
-    return f"{value['bound']}\n{_short(figure)}" if value["bound"] else _short(figure)
+def _there(each: dict[str, Any], decided: dict[str, Any]) -> str:
+    """Return what the verdict is at another length."""
+    if each["hardware"] is None:
+        return "none meets the SLO"
+    if not each["clear"]:
+        return "no clear difference" if decided["clear"] else f"{_named(each)} has the lowest cost, not clearly"
+    return f"{_named(each)} is {'clearly ' * (not decided['clear'])}cheaper"
+
+
+def _rounded(tokens: float) -> str:
+    return f"{tokens:.0f}" if tokens < 100 else f"{round(tokens, -1):.0f}"
+
+
+def _compact(count: int) -> str:
+    """Return 10M for ten million."""
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= factor:
+            return f"{count / factor:g}{unit}"
+    return str(count)
+
+
+def _money(value: dict[str, Any]) -> str:
+    return f"{value['low']:,.2f}" if value["low"] >= 0.1 else f"{value['low']:.2g}"
+
+
+def _shown(value: dict[str, Any] | None) -> str:
+    """Return a figure; the heading of its column says which bound it is."""
+    return "-" if value is None else _short(value["low"] if value["high"] is None else value["high"])
 
 
 def _short(value: float) -> str:
@@ -272,47 +314,33 @@ def _summary(result: dict[str, Any]) -> str:
     load, slo = result["load"], result["slo_p99_ms"]
     parts = [f"{result['tokens']['mean']:.0f} tokens per text on average"]
     if load:
-        parts.append(f"{load['rate']:g} requests/s" if load["mode"] == "open" else f"{load['users']} users")
+        parts.append(f"{load['rate']:g} requests/s")
     if slo:
         parts.append(f"p99 within {slo:g} ms")
     return ", ".join(parts)
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """Return the lines below the table: data sources, reasons for bounds, prices, verdicts, limitations."""
-    rows = result["rows"]
-    output = [*_no_difference(rows), *(f"{_named(row)}: based on {row['rests_on']}" for row in rows)]
+    """Return the lines below the table: data sources, reasons for bounds, prices, limitations."""
+    rows, slo = result["rows"], result["slo_p99_ms"]
+    output = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
+    output += [
+        f"{_named(row)}: no rate has a p99 within {slo:g} ms" for row in rows if slo and not row["highest_rate"]["high"]
+    ]
     output += [f"not estimated: {absent['reason']}" for absent in result["absent"]]
     because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))
-    if because:
-        output += ["", "only bounds, because of", *(f"- {reason}" for reason in because)]
-    front, capped = result["front_end"], [_named(row) for row in rows if row.get("limited_by") == "front end"]
-    if capped:
-        count = front["api_processes"]
-        processes = "one API process" if count == 1 else f"{count} API processes"
+    output += ["", "only bounds, because of", *(f"- {reason}" for reason in because)]
+    if front := [row for row in rows if row["limited_by"] == "front end"]:
+        limit = result["front_end"]
         output.append(
-            f"limited by the front end: {', '.join(capped)}. Their rates are at most what {processes} can serve"
-            f" behind this front end: {_short(front['texts_per_s'])} texts/s in requests of"
-            f" {front['texts_per_request']} (measured: {front['machine']}). More API processes"
-            " (`--api-processes`, `serve.api_processes`), a faster CPU or a second replica serve more"
+            f"- front end: {limit['api_processes']} API process{'es' * (limit['api_processes'] > 1)} of"
+            f" {', '.join(map(_named, front))} can serve {_short(limit['texts_per_s'])} texts/s in requests of"
+            f" {limit['texts_per_request']} (measured: {limit['machine']})"
         )
     if priced := _prices(rows):
         output += ["", *priced]
-    output += [comparison(row) for row in rows if "against" in row]
     notes = list(dict.fromkeys(note for row in rows for note in row["notes"]))
-    if any("load" in row and row["load"]["saturated"] for row in rows):
-        notes.insert(0, "over: the offered rate exceeds the capacity, so latency grows without limit")
     return [*output, "", f"input lengths: {result['tokens']['how']}", *notes]
-
-
-def _no_difference(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a line if the API process limits the throughput of two rows or more: their figures are then equal."""
-    capped = [row for row in rows if row.get("limited_by") == "front end"]
-    if len(capped) < 2 or len({row["offline_texts_per_s"]["high"] for row in capped}) > 1:
-        return []
-    names = ", ".join(map(_named, capped))
-    who = names if len(capped) < len(rows) else "Both" if len(rows) == 2 else "All"
-    return [f"{who} are limited by the front end, so this estimate shows no difference in throughput.", ""]
 
 
 def _prices(rows: list[dict[str, Any]]) -> list[str]:
@@ -326,22 +354,11 @@ def _prices(rows: list[dict[str, Any]]) -> list[str]:
                 f"{row['hardware']}: {cost['usd_per_hour']:.3f} USD/h, {cost['provider']} {cost['instance']} [{number}]"
             )
             prices.append(price)
-    return [*dict.fromkeys(prices), *(f"[{number}] {source}" for source, number in sources.items())]
-
-
-def comparison(row: dict[str, Any]) -> str:
-    """Return at which price two parts cost the same per text if both reach their bounds, and the prices there are."""
-    against = row["against"]
-    text = f"{_named(row)} against {against['hardware']} {against['precision']}, per text: break-even price "
-    text += f"{against['of_bounds']:.2f}x if both reach their bounds"
-    if against["behind_front_end"]:
-        text += " behind this front end"
-    if "-mig-" in row["hardware"]:
-        text += f"; {against['whole_gpu_of_bounds']:.1f}x for the whole GPU"
-    return text + "".join(
-        f". {price['provider']}: {price['price_ratio']:.2f}x the price" for price in against["prices"]
-    )
+    found = [*dict.fromkeys(prices), *(f"[{number}] {source}" for source, number in sources.items())]
+    if any(" of " in cost["instance"] for row in rows for cost in row["costs"]):
+        found.append("a part of a machine has that part of its price: true only if other work pays for the rest")
+    return found
 
 
 def _named(row: dict[str, Any]) -> str:
-    return f"{row['hardware']} {row['precision']}" if row["precision"] else str(row["hardware"])
+    return f"{row['hardware']} in {row['precision']}"

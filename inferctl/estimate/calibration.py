@@ -106,7 +106,7 @@ class Calibration:
         peak = part.peaks.get(precision)
         if peak is None:
             reason = support(precision, part.traits).reason if part.kind == "cuda" else "a CPU profile has no peaks"
-            hint = "pass a measurement with `--capacity FILE`" if part.kind == "cpu" else "use fp16, which is native"
+            hint = "measure it with `inferctl bench`" if part.kind == "cpu" else "use fp16, which is native"
             raise UsageError(f"cannot estimate {precision} on {part.key}: its peak is unknown: {reason}", hint)
         fit, basis, rests_on = self._nearest(part, _ROWS_OF.get(precision, precision))
         notes: tuple[str, ...] = ()

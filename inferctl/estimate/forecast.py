@@ -7,11 +7,10 @@ The published rows ran TensorRT. How much slower torch is, is not known, so a fi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from inferctl.batching.batcher import QueueLimits
 from inferctl.core.errors import UsageError
@@ -20,7 +19,7 @@ from inferctl.estimate import calibration, front_end, lengths
 from inferctl.estimate.calibration import CalibratedPart
 from inferctl.estimate.cost import BERT_LARGE, Cost, Transformer
 from inferctl.estimate.search import REQUESTS, SimulatedServer
-from inferctl.estimate.simulate import UNBOUNDED, SimulationResult, percentile
+from inferctl.estimate.simulate import UNBOUNDED, percentile
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
 from inferctl.models import fit, model
@@ -44,21 +43,6 @@ _OTHERS = {
     ),
 }
 Bound = Literal["at most", "at least"]
-
-
-class OfferedLoad(Protocol):
-    """The load of an estimate. `inferctl.bench.plan.shape.Load` implements it."""
-
-    @property
-    def mode(self) -> str: ...
-    @property
-    def users(self) -> int: ...
-    @property
-    def rate(self) -> float | None: ...
-    @property
-    def arrivals(self) -> str: ...
-    @property
-    def inputs_per_request(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -88,115 +72,52 @@ class Range:
         """Return a lower bound."""
         return cls(None, low, None, "at least")
 
-    def times(self, factor: float) -> Range:
-        """Return the range multiplied by `factor`."""
-        value, low, high = (None if end is None else end * factor for end in (self.value, self.low, self.high))
-        return Range(value, low, high, self.bound)
-
 
 @dataclass(frozen=True)
 class Scenario:
     """The requests of an estimate and the server that receives them.
 
     `tokens`: length of each input. `inputs`: number of inputs per request. `batch_tokens`: limit of the batcher.
-    `count`: number of requests. `slots`: number of batches that the engine runs at a time. `front`: seconds of the
-    front end per request, None for the measured time of `api_processes`.
+    `count`: number of requests.
     """
 
     tokens: Sequence[int]
     inputs: int = 1
     batch_tokens: int = 16_384
-    seed: int = 0
     count: int = REQUESTS
-    slots: int = 1
-    front: float | None = None
     api_processes: int = 1
 
     @property
     def front_seconds(self) -> float:
         """Seconds of the front end per request."""
-        return front_end.load().seconds(self.inputs, self.api_processes) if self.front is None else self.front
+        return front_end.load().seconds(self.inputs, self.api_processes)
 
     @property
     def front_rate(self) -> float:
         """Requests per second that the front end can serve."""
-        return 1 / self.front_seconds if self.front_seconds else math.inf
+        return 1 / self.front_seconds
 
     def server(self, cost: Cost, front: float | None = None) -> SimulatedServer:
         """Return a server for these requests. `front`: seconds of the front end per request, None for the default."""
         total = max(2000, self.count // self.inputs)
         # Fewer large requests are sufficient, because they vary less. A million sequences take 30 s to simulate.
         total = max(500, min(total, _SEQUENCES // self.inputs))
-        drawn = lengths.spread(self.tokens, total * self.inputs, self.seed)
+        drawn = lengths.spread(self.tokens, total * self.inputs)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
         front = self.front_seconds if front is None else front
-        return SimulatedServer(cost, QueueLimits(self.batch_tokens, UNBOUNDED), requests, self.slots, self.seed, front)
+        return SimulatedServer(cost, QueueLimits(self.batch_tokens, UNBOUNDED), requests, front=front)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Estimated latency (ms) and requests/s under one load, and the data source of the estimate.
-
-    `band`: the factors of throughput, see `calibration.Band`. `bounded_by`: why the figures are only bounds.
-    `saturated`: the offered rate exceeds the capacity, so latency is None.
-    """
-
-    hardware: str
-    name: str
-    precision: str
-    basis: str
-    rests_on: str
-    band: tuple[float, float]
-    requests_per_s: Range
-    p50_ms: Range | None
-    p90_ms: Range | None
-    p99_ms: Range | None
-    saturated: bool
-    bounded_by: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    outcome: str = field(default="estimated", init=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the estimate as plain data."""
-        return {
-            **asdict(self),
-            "band": {"low": self.band[0], "high": self.band[1]},
-            "bounded_by": list(self.bounded_by),
-            "notes": list(self.notes),
-        }
-
-
-def under_load(
-    calibrated: CalibratedPart, model: Transformer, scenario: Scenario, load: OfferedLoad, notes: Sequence[str] = ()
-) -> Estimate:
-    """Return the estimate for one load."""
-    most = capacity(calibrated, model, scenario)
-    over = load.mode == "open" and (load.rate or 1.0) >= most
-    result = None if over else simulate(scenario.server(calibrated.fastest(model)), load)
-    requests = Range.at_most(most if result is None else min(result.per_second, most))
-    if result is not None and load.mode == "open" and load.rate:
-        requests = Range.exactly(load.rate)
-    if requests.high == scenario.front_rate:
-        notes = [
-            *notes,
-            f"requests/s is at most {scenario.front_rate:.0f} behind this front end: {front_end.load().machine}",
-        ]
-    p50, p90, p99 = (None if result is None else at_least_ms(result.latencies, q) for q in (0.5, 0.9, 0.99))
-    return Estimate(
-        hardware=calibrated.part.key,
-        name=calibrated.part.name,
-        precision=calibrated.precision,
-        basis=calibrated.basis,
-        rests_on=calibrated.rests_on,
-        band=calibrated.band_for(model).throughput,
-        requests_per_s=requests,
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        saturated=result is None,
-        bounded_by=tuple(differences(model, scenario)),
-        notes=tuple(notes),
-    )
+def under_load(calibrated: CalibratedPart, model: Transformer, scenario: Scenario, rate: float) -> dict[str, Any]:
+    """Return the latency percentiles (ms) at `rate` requests per second, None beyond the capacity."""
+    server = scenario.server(calibrated.fastest(model))
+    saturated = rate >= min(capacity(calibrated, model, scenario), server.offline().per_second)
+    latencies = None if saturated else server.open(rate).latencies
+    return {
+        "requests_per_s": asdict(Range.exactly(rate)),
+        **{f"p{q * 100:g}_ms": latencies and asdict(at_least_ms(latencies, q)) for q in (0.5, 0.9, 0.99)},
+        "saturated": saturated,
+    }
 
 
 def differences(model: Transformer, scenario: Scenario) -> list[str]:
@@ -220,28 +141,32 @@ def capacity(calibrated: CalibratedPart, model: Transformer, scenario: Scenario)
     return min(engine * calibrated.band_for(model).throughput[1], scenario.front_rate)
 
 
+def served(calibrated: CalibratedPart, model: Transformer, scenario: Scenario, slo_p99_ms: float | None) -> float:
+    """Return the most requests per second that one replica serves, within the SLO if there is one."""
+    most = capacity(calibrated, model, scenario)
+    if slo_p99_ms is None:
+        return most
+    return scenario.server(calibrated.fastest(model)).highest_rate(slo_p99_ms / 1000, most)
+
+
 def at_least_ms(latencies: Sequence[float], q: float) -> Range:
     """Return a percentile in ms of latencies in seconds, as a lower bound."""
     return Range.at_least(percentile(latencies, q) * 1000)
 
 
-def simulate(server: SimulatedServer, load: OfferedLoad) -> SimulationResult | None:
-    """Simulate a load. Return None if an open loop exceeds the capacity of the server."""
-    if load.mode != "open":
-        return server.closed(load.users)
-    rate = load.rate or 1.0
-    return None if rate >= server.offline().per_second else server.open(rate, load.arrivals)
-
-
 def notes_for(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
     """Return the limitations of the figures for this part, precision and model."""
+    return [*memory_problem(calibrated, config, batch_tokens), *calibrated.notes, WITHOUT_NETWORK]
+
+
+def memory_problem(calibrated: CalibratedPart, config: Mapping[str, Any], batch_tokens: int) -> list[str]:
+    """Return how much memory the model needs and the part has if it does not fit, else nothing."""
     model, part = Transformer.of(config), calibrated.part
-    found = [*calibrated.notes, WITHOUT_NETWORK]
     vocabulary = int(config.get("vocab_size") or 0) * int(config.get("hidden_size") or config.get("dim") or 0)
     need = fit.memory(fit.ModelSize(model.weights + vocabulary, config), calibrated.precision, batch_tokens, part)
     if part.memory_bytes and need.total > part.memory_bytes:
-        found.insert(0, f"does not fit: needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}")
-    return found
+        return [f"does not fit: needs about {size(need.total, 1)} of {size(part.memory_bytes, 1)}"]
+    return []
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -277,8 +202,3 @@ def prices(part: Hardware) -> list[dict[str, Any]]:
         }
         for price in whole.prices
     ]
-
-
-def per_million(usd_per_hour: float, texts_per_s: float) -> Range:
-    """Return US dollars per million texts, at least. `texts_per_s`: at most."""
-    return Range.at_least(usd_per_hour / 3600 * 1e6 / texts_per_s)

@@ -17,6 +17,8 @@ REQUESTS = 20_000
 # Near saturation, a run lasts 100 times the SLO, but has at most 3 times as many requests.
 _RUN_SLOS, _MAX_REPEATS = 100, 3
 _STEPS = 8
+# A server that meets the SLO at this share of its saturation rate is not limited by the SLO.
+_NEARLY = 0.99
 _PERCENTILE = 0.99
 
 
@@ -25,13 +27,12 @@ class SimulatedServer:
     """A server to simulate.
 
     `cost`: duration of a batch. `limits`: limits of the batcher. `requests`: lengths of the sequences of each request.
-    `slots`: number of batches that the engine runs at a time. `front`: seconds of the front end per request.
+    `front`: seconds of the front end per request.
     """
 
     cost: Cost
     limits: QueueLimits
     requests: Sequence[Sequence[int]]
-    slots: int = 1
     seed: int = 0
     front: float = 0.0
 
@@ -43,21 +44,17 @@ class SimulatedServer:
         """Return the latencies in seconds of one request after the other, in no order."""
         # Alone, requests with equal lengths take equally long, so each length is simulated once.
         distinct = Counter(map(tuple, self.requests))
-        latencies = Simulation(self.cost, self.limits, list(distinct), self.slots, self.front).closed(1).latencies
+        latencies = Simulation(self.cost, self.limits, list(distinct), front=self.front).closed(1).latencies
         return [seconds for seconds, count in zip(latencies, distinct.values(), strict=True) for _ in range(count)]
 
-    def closed(self, users: int) -> SimulationResult:
-        """Run a closed loop of `users`, without a pause between a response and the next request."""
-        return self._new().closed(users)
-
-    def open(self, rate: float, arrivals: str = "poisson", times: int = 1) -> SimulationResult:
+    def open(self, rate: float, times: int = 1) -> SimulationResult:
         """Run an open loop at `rate` requests per second, with all requests `times` times.
 
         Equal seeds give the same arrivals at each rate, scaled in time.
         """
         draw, now, arrived = random.Random(self.seed), 0.0, []
         for _ in range(times * len(self.requests)):
-            now += draw.expovariate(1.0) if arrivals == "poisson" else 1.0
+            now += draw.expovariate(1.0)
             arrived.append(now / rate)
         result = self._new(times).open(arrived)
         result.latencies = result.latencies[len(result.latencies) // 10 :]
@@ -71,11 +68,14 @@ class SimulatedServer:
     def highest_rate(self, slo: float, most: float | None = None) -> float:
         """Return the highest requests per second with a p99 of at most `slo` seconds.
 
-        It is 0 if a single request without load already exceeds `slo`. `most`: the saturation rate, if known.
+        It is 0 if a single request without load already exceeds `slo`, and `most` (the saturation rate) if the SLO is
+        met up to there.
         """
         most = most or self.offline().per_second
         if percentile(self.single(), _PERCENTILE) > slo:
             return 0.0
+        if self.meets_slo(_NEARLY * most, slo):
+            return most
         low, high = (most / 2, most) if self.meets_slo(most / 2, slo) else (0.0, most / 2)
         for _ in range(_STEPS):
             rate = (low + high) / 2
@@ -83,4 +83,4 @@ class SimulatedServer:
         return low
 
     def _new(self, times: int = 1) -> Simulation:
-        return Simulation(self.cost, self.limits, list(self.requests) * times, self.slots, self.front)
+        return Simulation(self.cost, self.limits, list(self.requests) * times, front=self.front)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -274,18 +272,6 @@ def test_the_warm_ups_schedule_outlasts_the_warm_up() -> None:
     assert workload.draw(load, "short", 1).warmup_schedule_ns[-1] > (4 + 3) * 1e9
     cold = load.model_copy(update={"warmup_s": 0.0})
     assert len(workload.draw(cold, "short", 1).warmup_schedule_ns) == 0
-
-
-def test_the_corpora_are_what_their_script_writes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    benchmarks = request.config.rootpath / "benchmarks"
-    subprocess.run(
-        [sys.executable, str(benchmarks / "write_corpora.py"), str(tmp_path)], check=True, capture_output=True
-    )
-    shipped = sorted((benchmarks / "corpora").glob("*.jsonl"))
-    assert [file.stem for file in shipped] == ["mixed", "paragraphs", "passages", "short"]
-    for file in shipped:
-        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
-        assert file.stat().st_size < 400_000
 
 
 @pytest.mark.parametrize("name", ["short", "paragraphs", "mixed", "passages"])

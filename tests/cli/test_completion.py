@@ -25,7 +25,7 @@ VALUES = {
     "inferctl serve --log ": {"text", "json"},
     "inferctl bench --plan ": {"quick", "precision", "search"},
     "inferctl bench --corpus ": {"short", "paragraphs", "mixed"},
-    "inferctl estimate --against t": {"t4"},
+    "inferctl estimate --hardware t4,a100-40gb-s": {"t4,a100-40gb-sxm"},
     "inferctl compare A B --format ": {"text", "markdown", "json", "junit"},
     "inferctl compare A B --metric p": {"p50", "p90", "p99"},
     "inferctl compare A B --allow ": {"precision", "hardware"},

@@ -225,7 +225,7 @@ def test_no_hint_asks_for_an_option_that_was_given(
         ("doctor", "Python 3."),
         (
             "estimate --model MODEL --hardware t4,l4 --slo-p99-ms 70",
-            "front end: 4476 texts/s in requests of 1 (measured",
+            "can serve 4476 texts/s in requests of 1 (measured",
         ),
         (
             "deploy --explain -f DEPLOY",

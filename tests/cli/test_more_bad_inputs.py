@@ -162,7 +162,7 @@ LINES: dict[str, tuple[int, str]] = {
     "estimate without lengths": (2, "estimate --config m/config.json --length="),
     "estimate with two kinds of lengths": (2, "estimate --config m/config.json --length 8 --corpus short"),
     "estimate of an unknown precision": (2, "estimate --config m/config.json -p x"),
-    "estimate against nothing": (2, "estimate --config m/config.json --against nope"),
+    "estimate of no texts": (2, "estimate --config m/config.json --texts none"),
     "metric unknown": (2, "compare a b --metric p42"),
     "threshold without a number": (2, "compare a b --threshold p50="),
     "format unknown": (2, "compare a b --format pdf"),

@@ -20,7 +20,7 @@ OPTIONS = {
     _BENCH: "--duration --users --rate --repeats --workers --neighbors --slo --slo-ttft --slo-itl --error-budget",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
-    "estimate --config config.json": "--rate --users --slo-p99-ms --inputs --api-processes --seed",
+    "estimate --config config.json": "--rate --slo-p99-ms --inputs --api-processes",
     "compare A B": "--floor-ms --max-cosine-drop --max-recall-drop",
     "capacity absent.json": "--slo",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ BERT = {
     "vocab_size": 30522,
     "max_position_embeddings": 512,
 }
+
+
+Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +49,18 @@ MINILM = BERT | {
 }
 
 
-def estimated(capsys: pytest.CaptureFixture[str], config: str, *arguments: str) -> dict[str, Any]:
+def estimated(capsys: Captured, config: str, *arguments: str) -> dict[str, Any]:
     assert cli.run(["estimate", "--config", config, *arguments, "--json"]) == 0
     return dict(json.loads(capsys.readouterr().out))
 
 
-def test_other_outputs_than_dense_vectors_are_not_estimated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_outputs_than_dense_vectors_are_not_estimated(config: str, capsys: Captured) -> None:
     Path(config).write_text(json.dumps(BERT | {"architectures": ["HF_ColBERT"]}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     assert "a multi-vector model" in capsys.readouterr().err
 
 
-def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cross_encoder_is_not_estimated(config: str, capsys: Captured) -> None:
     Path(config).write_text(json.dumps(BERT | {"architectures": ["BertForSequenceClassification"], "num_labels": 1}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     told = capsys.readouterr().err
@@ -69,9 +73,7 @@ def test_a_cross_encoder_is_not_estimated(config: str, capsys: pytest.CaptureFix
     assert "hint: measure a classifier with `inferctl bench`" in told
 
 
-def test_a_generative_model_is_estimated_only_if_it_is_made_for_embeddings(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_generative_model_is_estimated_only_if_it_is_made_for_embeddings(config: str, capsys: Captured) -> None:
     Path(config).write_text(json.dumps(MINILM | {"architectures": ["Qwen3ForCausalLM"]}))
     assert cli.run(["estimate", "--config", config, "--hardware", "t4"]) == 2
     told = capsys.readouterr().err
@@ -81,10 +83,10 @@ def test_a_generative_model_is_estimated_only_if_it_is_made_for_embeddings(
     assert estimated(capsys, config, "--hardware", "t4")
 
 
-def test_figures_are_labeled_estimated_and_are_bounds(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_labeled_estimated_and_are_bounds(config: str, capsys: Captured) -> None:
     arguments = ("--hardware", "t4,cpu", "-p", "int8", "--length", "squad", "--slo-p99-ms", "130")
     said = estimated(capsys, config, *arguments)
-    assert said["schema"] == "inferctl.estimate/3"
+    assert said["schema"] == "inferctl.estimate/4"
     (row,) = said["rows"]
     assert said["estimated"] is True and row["outcome"] == "estimated"
     for key, published in (("offline_texts_per_s", 440), ("highest_rate", 383)):  # MLPerf v0.7: 437 to 445, 380 to 387
@@ -97,7 +99,7 @@ def test_figures_are_labeled_estimated_and_are_bounds(config: str, capsys: pytes
     assert said["absent"][0]["hardware"] == "cpu"
 
 
-def test_the_reasons_for_a_bound_are_named(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reasons_for_a_bound_are_named(config: str, capsys: Captured) -> None:
     """The rows ran BERT-large (1,024 wide, 24 layers) with 195 tokens on average; twice or half of it is close."""
 
     def because(length: str = "128", **sizes: int) -> list[str]:
@@ -115,61 +117,130 @@ def test_the_reasons_for_a_bound_are_named(config: str, capsys: pytest.CaptureFi
     assert because("98") == because("390") == because("squad") == []
 
 
-def test_parts_are_compared_by_their_bounds_and_prices(
-    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of an A100 against a T4, and the front end, which limits a small model on an A100."""
-    options = [
-        "--hardware",
-        "a100-40gb-mig-3g.20gb,a100-40gb-sxm",
-        "--against",
-        "t4",
-        "-p",
-        "fp16",
-        "--length",
-        "squad",
-    ]
-    half, whole, t4 = estimated(capsys, config, *options)["rows"]
-    for row, at_least, at_most in ((half, 3, 4), (whole, 7, 9)):  # in the rows: 8.1 to 8.4 for the whole
-        against = row["against"]
-        assert against["of_bounds"] == pytest.approx(
-            row["offline_texts_per_s"]["high"] / t4["offline_texts_per_s"]["high"]
-        )
-        assert at_least < against["of_bounds"] < at_most
-        assert against["hardware"] == "t4" and not against["behind_front_end"]
-    assert half["against"]["whole_gpu_of_bounds"] == pytest.approx(2 * half["against"]["of_bounds"])
-    assert [one["price_ratio"] for one in half["against"]["prices"]] == [pytest.approx(2.61, abs=0.01)]
-    assert "against" not in t4
-    Path(config).write_text(json.dumps(MINILM))
-    row = estimated(capsys, config, *options)["rows"][1]
-    assert row["limited_by"] == "front end" and row["against"]["behind_front_end"]
-    monkeypatch.setenv("COLUMNS", "80")
-    assert cli.run(["estimate", "--config", config, *options]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "x if both reach their bounds behind this front end. aws: 5.22x the price" in said
+BGE_BASE = BERT | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+T4, HALF = 0.526, 2.745 / 2  # USD per hour in the catalog: a T4, and half an A100 with 40 GB
+CHOICE = ("--hardware", "t4,a100-40gb-mig-3g.20gb", "--texts", "10M", "--api-processes", "4")
 
 
 @pytest.mark.parametrize(
-    ("hardware", "length", "start"),
+    ("arguments", "hardware", "replicas", "usd"),
     [
-        ("a100-40gb-sxm,h100-sxm", "20", "Both are limited by the front end, "),
-        ("a100-40gb-sxm,h100-sxm,l4", "20", "All are limited by the front end, "),
-        ("a100-40gb-sxm", "20", None),
-        ("t4,l4", "512", None),
+        # 10 million texts at 500 per second take 20,000 s. A T4 serves 600 of 256 tokens, so one suffices.
+        (["--rate", "500", "--length", "256"], "t4", 1, T4 * 20_000 / 3600),
+        (["--rate", "500", "--length", "256", "--slo-p99-ms", "100"], "t4", 1, T4 * 20_000 / 3600),
+        # It serves 300 of 512 tokens: two. Half an A100 serves 1,000, and costs 2.6 times as much as one T4.
+        (["--rate", "500", "--length", "512"], "t4", 2, 2 * T4 * 20_000 / 3600),
+        # At ten times the rate: nine T4s, or three halves of an A100, which serve 2,000 each.
+        (["--rate", "5000", "--length", "256"], "a100-40gb-mig-3g.20gb", 3, 3 * HALF * 2_000 / 3600),
+        # As many texts per second, four in each request.
+        (["--rate", "1250", "--inputs", "4", "--length", "256"], "a100-40gb-mig-3g.20gb", 3, 3 * HALF * 2_000 / 3600),
+        # A request of 256 tokens takes a T4 at least 2.1 ms, and half an A100 1.3 ms.
+        (["--rate", "500", "--length", "256", "--slo-p99-ms", "2"], "a100-40gb-mig-3g.20gb", None, None),
     ],
 )
-def test_equal_bounds_of_the_front_end_are_explained_first(
-    config: str, capsys: pytest.CaptureFixture[str], hardware: str, length: str, start: str | None
+def test_the_cheapest_hardware_has_the_replicas_and_the_cost_of_the_rate(
+    config: str, arguments: list[str], hardware: str, replicas: int | None, usd: float | None, capsys: Captured
 ) -> None:
-    Path(config).write_text(json.dumps(MINILM))
-    found = estimate.lines(estimated(capsys, config, "--hardware", hardware, "--length", length))
-    if start is None:
-        assert not any("no difference" in line for line in found)
-    else:
-        assert found[0] == f"{start}so this estimate shows no difference in throughput."
+    Path(config).write_text(json.dumps(BGE_BASE))
+    found = estimated(capsys, config, *CHOICE, *arguments)
+    assert found["verdict"]["hardware"] == hardware and found["texts"] == 10_000_000
+    row = next(row for row in found["rows"] if row["hardware"] == hardware)
+    (cost,) = row["costs"]
+    if replicas:
+        assert row["replicas"]["low"] == replicas and cost["usd"]["low"] == pytest.approx(usd)
+    assert cost["usd_per_hour_of_all"]["low"] == pytest.approx(row["replicas"]["low"] * cost["usd_per_hour"])
+    for row in found["rows"]:
+        highest = row["highest_rate" if "--slo-p99-ms" in arguments else "offline_texts_per_s"]["high"]
+        highest /= 1 if "--slo-p99-ms" in arguments else found["tokens"]["inputs"]
+        # Each replica gets its part of the rate. Without a rate within the SLO, no number of them suffices.
+        assert (row["replicas"] is None) == (highest == 0) == (row["costs"] == [])
+        if highest:
+            assert row["replicas"]["low"] == math.ceil(float(arguments[1]) / highest)
+            assert row["load"]["requests_per_s"]["value"] == pytest.approx(float(arguments[1]) / row["replicas"]["low"])
 
 
-def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_rate_the_cost_is_that_of_full_load(config: str, capsys: Captured) -> None:
+    for row in estimated(capsys, config, *CHOICE, "--length", "squad", "-p", "fp16")["rows"]:
+        hours = 10e6 / row["offline_texts_per_s"]["high"] / 3600
+        assert row["hours"]["low"] == pytest.approx(hours)
+        assert row["costs"][0]["usd"]["low"] == pytest.approx(hours * row["costs"][0]["usd_per_hour"])
+
+
+def test_the_next_hardware_and_the_needed_share_follow_from_the_costs(config: str, capsys: Captured) -> None:
+    """T4s are cheaper than half an A100 while two suffice: 2 x 0.526 < 1.3725 < 3 x 0.526 USD per hour."""
+    Path(config).write_text(json.dumps(BGE_BASE))
+    found = estimated(capsys, config, *CHOICE, "--rate", "500", "--length", "256")
+    decided, t4 = found["verdict"], found["rows"][0]
+    assert decided["next"]["times"] == pytest.approx(HALF / T4)
+    assert decided["replicas_at_most"] == 2
+    assert decided["share_needed"] == pytest.approx(250 / t4["offline_texts_per_s"]["high"])
+    assert decided["clear"] is True
+    # At full load, each costs what it serves: half an A100 serves 3.3 T4s for the price of 2.6.
+    found = estimated(capsys, config, *CHOICE, "--length", "256")
+    t4, half = (row["costs"][0]["usd_per_hour"] / row["offline_texts_per_s"]["high"] for row in found["rows"])
+    assert found["verdict"]["share_needed"] == pytest.approx(half / t4)
+    assert 0.7 < half / t4 < 0.9 and found["verdict"]["clear"] is False
+
+
+@pytest.mark.parametrize(
+    ("length", "load"),
+    [
+        (48, ["--rate", "500"]),  # one T4 suffices; beyond 350 tokens, it would need 57% of its bound
+        (256, ["--rate", "5000"]),  # three halves of an A100 or nine T4s, and fewer T4s for shorter texts
+        (100, []),  # at full load, T4s are cheaper for short texts, which API processes limit
+    ],
+)
+def test_the_verdict_changes_at_the_length_that_is_named(
+    config: str, length: int, load: list[str], capsys: Captured
+) -> None:
+    Path(config).write_text(json.dumps(BGE_BASE))
+
+    def at(tokens: float) -> tuple[dict[str, Any], tuple[str, bool]]:
+        found = estimated(capsys, config, *CHOICE, *load, "--length", f"{tokens:.0f}")["verdict"]
+        return found, (found["hardware"], found["clear"])
+
+    decided, here = at(length)
+    (other,) = decided["other_lengths"]
+    beyond = 1.15 if other["tokens"] > length else 1 / 1.15
+    assert at(other["tokens"] * beyond)[1] == (other["hardware"], other["clear"]) != here
+    assert at(other["tokens"] / beyond)[1] == here
+
+
+def test_the_conclusion_comes_first_and_asks_for_the_length(
+    config: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    Path(config).write_text(json.dumps(BGE_BASE))
+    question = ["estimate", "--config", config, *CHOICE, "--rate", "500", "--slo-p99-ms", "100"]
+    assert cli.run(question) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 81
+    head, _, below = out.partition("hardware")
+    said = " ".join(head.split())
+    assert "t4 in fp16, at least 1 replica, 0.53 USD per hour, 10M texts in 5.56 hours for 2.92 USD." in said
+    assert "48 tokens per text are assumed: pass `--length`" in said
+    assert out.count("at most") == 1 and below  # in the heading of the rate
+    assert cli.run([*question, "--length", "48"]) == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hardware", "sizes", "said"),
+    [
+        ("a10", {}, "The catalog has no price of a10 in bf16."),
+        ("t4", {"hidden_size": 8192, "num_hidden_layers": 80}, "None of this hardware can serve this."),
+        ("t4", {}, "t4 in fp16, at least "),
+    ],
+)
+def test_a_single_part_has_no_comparison(
+    config: str, hardware: str, sizes: dict[str, int], said: str, capsys: Captured
+) -> None:
+    Path(config).write_text(json.dumps(BGE_BASE | sizes))
+    found = estimate.conclusion(estimated(capsys, config, "--hardware", hardware, "--length", "64"))
+    assert len(found) == 1 and found[0].startswith(said)
+
+
+def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: Captured) -> None:
     Path(config).write_text(json.dumps(MINILM))
     for inputs in ("1", "32"):
         found = estimated(capsys, config, "--hardware", "a100-40gb-sxm", "--length", "20", "--inputs", inputs)
@@ -181,103 +252,35 @@ def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: pytest.C
         assert limit == pytest.approx(front_end.load().texts_per_s(int(inputs)))
 
 
-def test_the_terminal_shows_a_bound_and_its_reasons(
-    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    Path(config).write_text(json.dumps(MINILM))
-    assert cli.run(["estimate", "--config", config, "--hardware", "t4", "--length", "20", "--against", "t4"]) == 0
-    out = capsys.readouterr().out
-    assert "at most" in out and "at least" in out and "≥" not in out
-    for reason in ("- engine: the rows ran TensorRT", "- width: ", "- depth: ", "limited by the front end: t4 fp16"):
-        assert reason in out
-
-
-def test_the_table_fits_a_terminal_and_is_labeled(
-    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    arguments = ["--hardware", "t4,a100-40gb-mig-3g.20gb", "--length", "128", "--rate", "50", "--against", "t4"]
-    assert cli.run(["estimate", "--config", config, *arguments]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("estimated, not measured")
-    words = " ".join(out.split())
-    assert "based on rows of a100-40gb-mig-1g.5gb and of a100-40gb-sxm, interpolated" in words
-    assert "x if both reach their bounds" in words and "x for the whole GPU. aws: " in words
-    assert "TensorRT" in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
-def test_a_capacity_file_is_an_additional_row(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "capacity.json").write_text('{"fixed_s": 0.004, "tokens_per_s": 15000}')
-    assert (
-        cli.run(
-            ["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100", "--rate", "20", "--json"]
-        )
-        == 0
-    )
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["basis"] == "pace"
-    assert row["single_ms"]["p99"]["value"] == pytest.approx(1000 * front_end.load().seconds(1) + 4 + 100 / 15)
-
-
-def test_a_capacity_file_has_parallel_batches_and_a_batch_limit(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def texts_per_s(**measured: int) -> float:
-        (tmp_path / "capacity.json").write_text(json.dumps({"fixed_s": 0.004, "tokens_per_s": 15_000, **measured}))
-        assert (
-            cli.run(["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100", "--json"]) == 0
-        )
-        (row,) = json.loads(capsys.readouterr().out)["rows"]
-        return float(row["offline_texts_per_s"]["value"])
-
-    # A batch with one text of 100 tokens takes 4 + 100 / 15 ms. Two cores run two such batches.
-    alone = texts_per_s(max_batch_tokens=100)
-    assert alone == pytest.approx(1000 / (4 + 100 / 15), rel=1e-3)
-    assert texts_per_s(max_batch_tokens=100, parallel_batches=2) == pytest.approx(2 * alone, rel=1e-3)
-    assert texts_per_s() > 1.5 * alone
-
-
-def test_an_invalid_capacity_file_is_an_error(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "capacity.json").write_text('{"fixed_s": 0.004, "tokens_per_s": 15000, "parallel_batches": 0}')
-    assert cli.run(["estimate", "--config", config, "--capacity", "capacity.json", "--length", "100"]) == 2
-    assert "`parallel_batches` must be a whole number above 0" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--hardware", "t5"], "hardware 't5' not found"),
-        (["--hardware", "t4", "--rate", "5", "--users", "5"], "exclude each other"),
         (["--hardware", "t4", "--length", "10", "--corpus", "mixed"], "both set the input lengths"),
         (["--hardware", "t4", "--length", "long"], "--length 'long'"),
         (["--hardware", "t4", "-p", "bf16"], "cannot estimate bf16 on t4"),
         (["--hardware", "cpu"], "a CPU profile has no peaks"),
+        (["--hardware", "t4", "--texts", "ten"], "--texts 'ten'"),
+        (["--hardware", "t4", "--texts", "0"], "--texts '0'"),
     ],
 )
-def test_invalid_options_are_errors(
-    config: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_options_are_errors(config: str, arguments: list[str], message: str, capsys: Captured) -> None:
     assert cli.run(["estimate", "--config", config, *arguments]) == 2
     out, err = capsys.readouterr()
     assert message in err and not out
 
 
-def test_a_model_is_required(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.run(["estimate"]) == 2
     assert "--config FILE" in capsys.readouterr().err
 
 
-def test_each_source_of_prices_and_the_word_over_are_explained_once(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--hardware", "t4,l4", "-p", "fp16", "--length", "128", "--rate", "400"]
-    assert cli.run(["estimate", "--config", config, *arguments]) == 0
+def test_each_source_of_prices_and_each_reason_is_named_once(config: str, capsys: Captured) -> None:
+    assert cli.run(["estimate", "--config", config, "--hardware", "t4,l4", "-p", "fp16", "--length", "20"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert out.count("over: the offered rate exceeds the capacity") == 1
+    assert out.startswith("estimated, not measured")
     assert out.count("[1] ") == 3  # one source, named by the prices of both
     assert "t4: 0.526 USD/h, aws g4dn.xlarge [1]" in out
+    for reason in ("- engine: the rows ran TensorRT", "- length: ", "t4 in fp16: based on 4 rows"):
+        assert out.count(reason) == 1

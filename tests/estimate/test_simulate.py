@@ -45,11 +45,11 @@ def test_a_user_sends_the_next_request_after_a_response() -> None:
     assert answers.per_second == pytest.approx(0.5)
 
 
-@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=4), min_size=1, max_size=30), st.integers(1, 3))
-def test_the_latency_alone_is_that_of_one_request_after_the_other(requests: list[list[int]], slots: int) -> None:
+@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=4), min_size=1, max_size=30))
+def test_the_latency_alone_is_that_of_one_request_after_the_other(requests: list[list[int]]) -> None:
     limits = QueueLimits(400, UNBOUNDED)
-    answers = Simulation(COST, limits, requests, slots, front=0.1).closed(1)
-    server = SimulatedServer(COST, limits, requests, slots, front=0.1)
+    answers = Simulation(COST, limits, requests, front=0.1).closed(1)
+    server = SimulatedServer(COST, limits, requests, front=0.1)
     for q in (0.0, 0.5, 0.9, 1.0):
         assert percentile(server.single(), q) == pytest.approx(answers.percentile(q))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from inferctl.core.errors import NotReadyError, install_hint
 
-# Memory of an entry beyond its vector: its key and the structures of the library (benchmarks/peers/cache_policies.py).
+# Memory of an entry beyond its vector: its key and the structures of the library, as measured.
 ENTRY_BYTES = 512
 
 
