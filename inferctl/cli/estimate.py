@@ -215,7 +215,11 @@ def conclusion(result: dict[str, Any]) -> list[str]:
         return [f"The catalog has no price of {', '.join(able)}." if able else "None of this hardware can serve this."]
     found, other = [_costs(result)], decided["next"]
     if other:
-        found.append(f"{_named(other)} costs {other['times']:.2f} times as much, by these bounds. {_margin(result)}")
+        found.append(
+            f"{_named(other)} costs {other['times']:.2f} times as much, by these bounds. {_margin(result)}"
+            if other["times"] > 1
+            else f"{_named(other)} costs as much, by these bounds."
+        )
         changes = [
             f"{'up to' if each['tokens'] < mean else 'from'} about {_rounded(each['tokens'])} tokens per text, "
             + _there(each, decided)
@@ -231,6 +235,8 @@ def conclusion(result: dict[str, Any]) -> list[str]:
         ]
         if capped:
             found.append(f"API processes limit {', '.join(capped)}: `--api-processes 4` compares the GPUs.")
+    if unpriced := [_named(row) for row in result["rows"] if row["replicas"] and not row["costs"]]:
+        found.append(f"Not compared, because the catalog has no price: {', '.join(unpriced)}.")
     if result["tokens"]["assumed"]:
         found.append(f"{mean:.0f} tokens per text are assumed: pass `--length` with the mean length of your texts.")
     return found
@@ -326,6 +332,12 @@ def lines(result: dict[str, Any]) -> list[str]:
     output = [f"{_named(row)}: based on {row['rests_on']}" for row in rows]
     output += [
         f"{_named(row)}: no rate has a p99 within {slo:g} ms" for row in rows if slo and not row["highest_rate"]["high"]
+    ]
+    output += [
+        f"{_named(row)}: no p99, since {'each of so many replicas' if row['replicas']['low'] > 1 else 'one replica'} "
+        "would work without a pause"
+        for row in rows
+        if result["load"] and row["replicas"] and row["load"]["saturated"]
     ]
     output += [f"not estimated: {absent['reason']}" for absent in result["absent"]]
     because = list(dict.fromkeys(reason for row in rows for reason in row["bounded_by"]))

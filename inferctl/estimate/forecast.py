@@ -101,7 +101,8 @@ class Scenario:
         """Return a server for these requests. `front`: seconds of the front end per request, None for the default."""
         total = max(2000, self.count // self.inputs)
         # Fewer large requests are sufficient, because they vary less. A million sequences take 30 s to simulate.
-        total = max(500, min(total, _SEQUENCES // self.inputs))
+        most = _SEQUENCES * min(self.count, REQUESTS) // REQUESTS
+        total = max(200, min(total, most // self.inputs))
         drawn = lengths.spread(self.tokens, total * self.inputs)
         requests = [drawn[i * self.inputs : (i + 1) * self.inputs] for i in range(total)]
         front = self.front_seconds if front is None else front

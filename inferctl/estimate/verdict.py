@@ -14,8 +14,11 @@ from inferctl.estimate.forecast import Scenario, served
 
 # Requests of each simulation at another length. Rates have an error of a few percent then.
 _REQUESTS = 2000
-_BISECTIONS = 4
+_BISECTIONS = 3
 _SHORTEST = 4
+# Replicas are whole, so a verdict can change and change back within twice the length.
+_STEP = math.sqrt(2)
+_EQUAL = 1 + 1e-6  # floats
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,12 @@ def compare(
         return Comparison(next(iter(costs))) if costs else None
     first, second = sorted(costs, key=costs.__getitem__)[:2]
     times, replicas = costs[second] / costs[first], None
+    if times < _EQUAL:
+        return Comparison(first, second, 1.0, 1.0, None, False)
     share = 1 / times
     if rate:
         # With so many replicas, the first still costs less than the next.
-        replicas = max(math.ceil(rate / rates[first]), math.ceil(costs[second] / prices[first]) - 1)
+        replicas = max(math.ceil(rate / rates[first]), math.ceil(costs[second] / prices[first] / _EQUAL) - 1)
         share = rate / replicas / rates[first]
     return Comparison(first, second, times, share, replicas, share < slow[first])
 
@@ -84,7 +89,7 @@ def decide(
     if found is None:
         return None
     others = []
-    for step in (0.5, 2.0) if found.second is not None else ():
+    for step in (1 / _STEP, _STEP) if found.second is not None else ():
         if (change := _first_change(scenario.tokens, step, longest, found, at)) is not None:
             length, there = change
             named = _named(rows[there.first]) if there else {"hardware": None, "precision": None}

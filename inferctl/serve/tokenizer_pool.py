@@ -310,7 +310,7 @@ class TokenizerPool:
                 if size == len(ids):  # else it is counted
                     require_truncation(index, truncate, limit)
                     truncated += 1
-                before, after = self.special_ends
+                before, after = self.special_ends if special_tokens else (0, 0)
                 first_kept = before if left else limit - after
                 ids = np.concatenate([ids[:first_kept], ids[len(ids) - (limit - first_kept) :]])
             if self._eos is not None:

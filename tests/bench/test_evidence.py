@@ -137,13 +137,15 @@ def test_beside_other_load_the_noise_is_the_headline_and_nothing_wins(
 def test_a_comparison_of_separate_runs_beside_other_load_has_no_verdict(apart: bool, tmp_path: Path) -> None:
     """Interleaved runs share the load, and their interval shows it."""
     old, new = receipts_of(tmp_path, run_values(20, CALM), run_values(30, CALM[::-1]), apart=apart)
+    for number, run in enumerate(new.data["runs"]):
+        run["summary"]["rejected_percent"] = 4 + 0.1 * number
     noisy = receipt.write(new.path, beside(0.5, new.data))
     found = compare.compare([comparable.ReceiptPair(old, noisy)], [], compare.CompareOptions())
     assert found.exit_code == (4 if apart else 1)
     assert ("<failure" in junit.render(found)) is not apart
     outcomes = {metric.name: metric.outcome for metric in found.pairs[0].metrics}
     assert outcomes["memory"] == "no regression"
-    assert {outcomes[name] for name in ("p50", "p90", "p99", "requests_per_s")} == (
+    assert {outcomes[name] for name in ("p50", "p90", "p99", "requests_per_s", "rejected")} == (
         {"not enough evidence"} if apart else {"regression"}
     )
 

@@ -206,6 +206,31 @@ def test_the_verdict_changes_at_the_length_that_is_named(
     assert at(other["tokens"] / beyond)[1] == here
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["t4", "-p", "fp16,int8", "--rate", "500"],
+        ["l4", "-p", "fp16,bf16", "--rate", "9000"],
+        ["l4", "-p", "fp16,bf16"],
+    ],
+)
+def test_equal_costs_have_no_winner(config: str, arguments: list[str], capsys: Captured) -> None:
+    found = estimated(capsys, config, "--length", "16", "--hardware", *arguments)
+    first, second = (row["costs"][0]["usd_per_million_texts"]["low"] for row in found["rows"])
+    assert first == second and found["verdict"]["clear"] is False and found["verdict"]["next"]["times"] == 1
+    said = " ".join(estimate.conclusion(found))
+    assert said.startswith("No clear difference.") and " costs as much, by these bounds. Other" in said
+
+
+def test_a_load_at_the_capacity_has_no_p99_and_says_why(config: str, capsys: Captured) -> None:
+    arguments = ["--hardware", "l4,a10", "--length", "16", "--slo-p99-ms", "900"]
+    limit = estimated(capsys, config, *arguments)["rows"][0]["highest_rate"]["high"]
+    found = estimated(capsys, config, *arguments, "--rate", str(limit))
+    assert found["rows"][0]["load"]["p99_ms"] is None
+    assert "l4 in bf16: no p99, since one replica would work without a pause" in estimate.lines(found)
+    assert estimate.conclusion(found)[1:] == ["Not compared, because the catalog has no price: a10 in bf16."]
+
+
 def test_the_conclusion_comes_first_and_asks_for_the_length(
     config: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

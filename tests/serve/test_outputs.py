@@ -188,7 +188,8 @@ def test_a_long_text_is_computed_in_parts(tmp_path: Path, monkeypatch: pytest.Mo
     same_weights(write_splade(tmp_path / "sum", "bert", pooling_strategy="sum"))
 
 
-def test_stored_weights_of_queries(tmp_path: Path) -> None:
+@pytest.mark.parametrize("longest", [300, 9])  # above and below the limit of documents
+def test_stored_weights_of_queries(longest: int, tmp_path: Path) -> None:
     import torch
     from sentence_transformers import SparseEncoder
     from sentence_transformers.base.modules import Router, Transformer
@@ -207,7 +208,7 @@ def test_stored_weights_of_queries(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     SparseEncoder(modules=[router], device="cpu", max_active_dims=9).save(str(saved))
     (tokenizer,) = saved.glob("query_*/tokenizer_config.json")
-    edit(tokenizer, model_max_length=300)  # above the limit of documents
+    edit(tokenizer, model_max_length=longest)
     with pytest.raises(model_folder.UnconvertedError, match="Router"):
         model_folder.find(str(saved))
     converted = convert.convert(saved, tmp_path / "converted", lambda *_: None).path

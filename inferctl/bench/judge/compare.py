@@ -86,8 +86,8 @@ def compare(pairs: Sequence[ReceiptPair], notes: Sequence[str], options: Compare
 
 def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> PairResult:
     assert pair.new is not None  # `invalid_because` gives a reason otherwise
-    rows = [_beside_noise(pair, judge(pair, metric, options, family)) for metric in options.selected(pair)]
-    rows += _judge_rejected(pair, options, family)
+    rows = [judge(pair, metric, options, family) for metric in options.selected(pair)]
+    rows = [_beside_noise(pair, row) for row in [*rows, *_judge_rejected(pair, options, family)]]
     drops = {"cosine_p1": options.cosine_drop, "recall_at_10": options.recall_drop}
     rows += quality_drop.judge(pair, drops, options.allow)
     outcomes = {row.outcome for row in rows}
@@ -152,12 +152,12 @@ def judge(pair: ReceiptPair, metric: Metric, options: CompareOptions, family: in
 
 
 def _beside_noise(pair: ReceiptPair, row: MetricResult) -> MetricResult:
-    """Return a figure of speed without its verdict, if noise was above its limit in runs that do not alternate.
+    """Return a figure of speed or rejections without its verdict, if noise was above its limit in separate runs.
 
     In interleaved runs, the noise is in the differences within the repeats, and so in the interval.
     """
     noise = [found for sealed in (pair.old, pair.new) if sealed for found in of_receipt(sealed.data)]
-    if pair.interleaved or not noise or row.unit not in ("ms", "/s") or row.outcome == "not compared":
+    if pair.interleaved or not noise or row.unit not in ("ms", "/s", "%") or row.outcome == "not compared":
         return row
     worst = max(noise, key=lambda found: found.share)
     reason = f"{worst.text}, and the runs do not alternate: measure both in one benchmark, or {worst.action}"

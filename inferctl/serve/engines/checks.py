@@ -79,7 +79,8 @@ class Checks:
         self.sizes = 0, 0  # those of `Forward.sizes`
         kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
         what = " and ".join(kind for kind, taken in kinds.items() if taken)
-        self.description = f"{len(sample)} {what} compared with padded fp32" + ", layer by layer" * large
+        of_all = f" of {len(self.texts)}" * large
+        self.description = f"{len(sample)}{of_all} {what} compared with padded fp32{', layer by layer' * large}"
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `UsageError` if the tokenizer has ids for which the model has no embedding: texts with them fail."""
