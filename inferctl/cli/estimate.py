@@ -226,17 +226,14 @@ def conclusion(result: dict[str, Any]) -> list[str]:
             for each in decided["other_lengths"]
         ]
         found.append(f"Other lengths: {'; '.join(changes) or 'no mean length changes the order'}.")
-        capped = [
-            _named(row)
-            for row in result["rows"]
-            if row["limited_by"] == "front end"
-            and row["replicas"]
-            and (not result["load"] or row["replicas"]["low"] > 1)
-        ]
-        if capped:
-            found.append(f"API processes limit {', '.join(capped)}: `--api-processes 4` compares the GPUs.")
-    if unpriced := [_named(row) for row in result["rows"] if row["replicas"] and not row["costs"]]:
-        found.append(f"Not compared, because the catalog has no price: {', '.join(unpriced)}.")
+        capped = [row for row in result["rows"] if row["limited_by"] == "front end" and row["replicas"]]
+        if names := [_named(row) for row in capped if not result["load"] or row["replicas"]["low"] > 1]:
+            found.append(f"API processes limit {', '.join(names)}: `--api-processes 4` compares the GPUs.")
+    for row in result["rows"]:
+        if row["replicas"] and not row["costs"]:
+            found.append(f"{_named(row)} is not compared: the catalog has no price.")
+        elif row["precision"] == "int8" != decided["precision"]:
+            found.append(f"{_named(row)} is not compared: TensorRT ran it, and the server's int8 is slower than fp16.")
     if result["tokens"]["assumed"]:
         found.append(f"{mean:.0f} tokens per text are assumed: pass `--length` with the mean length of your texts.")
     return found

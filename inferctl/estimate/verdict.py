@@ -75,7 +75,8 @@ def decide(
     `other_lengths`: the nearest mean lengths, below and above that of the scenario, at which another part is the
     cheapest or the difference is clear or not clear any more.
     """
-    able = [i for i, row in enumerate(rows) if row["costs"]]
+    priced = [i for i, row in enumerate(rows) if row["costs"]]
+    able = [i for i in priced if rows[i]["precision"] != "int8"] or priced  # the server's int8 is slower than fp16
     prices = {i: min(float(cost["usd_per_hour"]) for cost in rows[i]["costs"]) for i in able}
     slow = {i: band[0] / band[1] for i in able if (band := parts[i].band_for(model).throughput)}
 

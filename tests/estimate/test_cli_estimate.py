@@ -206,20 +206,22 @@ def test_the_verdict_changes_at_the_length_that_is_named(
     assert at(other["tokens"] / beyond)[1] == here
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["t4", "-p", "fp16,int8", "--rate", "500"],
-        ["l4", "-p", "fp16,bf16", "--rate", "9000"],
-        ["l4", "-p", "fp16,bf16"],
-    ],
-)
-def test_equal_costs_have_no_winner(config: str, arguments: list[str], capsys: Captured) -> None:
-    found = estimated(capsys, config, "--length", "16", "--hardware", *arguments)
+@pytest.mark.parametrize("load", [["--rate", "500"], ["--rate", "9000"], []])
+def test_equal_costs_have_no_winner(config: str, load: list[str], capsys: Captured) -> None:
+    found = estimated(capsys, config, "--length", "16", "--hardware", "l4", "-p", "fp16,bf16", *load)
     first, second = (row["costs"][0]["usd_per_million_texts"]["low"] for row in found["rows"])
     assert first == second and found["verdict"]["clear"] is False and found["verdict"]["next"]["times"] == 1
     said = " ".join(estimate.conclusion(found))
     assert said.startswith("No clear difference.") and " costs as much, by these bounds. Other" in said
+
+
+def test_int8_of_another_engine_does_not_win(config: str, capsys: Captured) -> None:
+    found = estimated(capsys, config, "--hardware", "t4", "-p", "int8,fp16", "--length", "256", "--rate", "200")
+    int8, fp16 = (row["costs"][0]["usd_per_hour_of_all"]["low"] for row in found["rows"])
+    assert int8 < fp16 and found["verdict"]["precision"] == "fp16"
+    assert "t4 in int8 is not compared" in estimate.conclusion(found)[-1]
+    found = estimated(capsys, config, "--hardware", "t4,l4", "-p", "int8", "--length", "256")
+    assert found["verdict"]["precision"] == found["verdict"]["next"]["precision"] == "int8"
 
 
 def test_a_load_at_the_capacity_has_no_p99_and_says_why(config: str, capsys: Captured) -> None:
@@ -228,7 +230,7 @@ def test_a_load_at_the_capacity_has_no_p99_and_says_why(config: str, capsys: Cap
     found = estimated(capsys, config, *arguments, "--rate", str(limit))
     assert found["rows"][0]["load"]["p99_ms"] is None
     assert "l4 in bf16: no p99, since one replica would work without a pause" in estimate.lines(found)
-    assert estimate.conclusion(found)[1:] == ["Not compared, because the catalog has no price: a10 in bf16."]
+    assert estimate.conclusion(found)[1:] == ["a10 in bf16 is not compared: the catalog has no price."]
 
 
 def test_the_conclusion_comes_first_and_asks_for_the_length(
