@@ -50,7 +50,7 @@ If the reader of stdout is gone (`| head -1`) or stdout is closed, the command d
 A stderr that cannot be written never changes the exit code.
 """
 SHARED = """\
-Several commands have these options. The last line of their options names them:
+`inferctl COMMAND --help` prints this and examples. Several commands share options; their last line names them:
 """
 PLANS = """\
 A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](../bench.md#plans) has examples.
@@ -75,7 +75,7 @@ def exit_codes() -> str:
 
 
 def help_of(*command: str) -> str:
-    """Return the help of a command, 100 columns wide."""
+    """Return the help of a command, 100 columns wide, without its examples."""
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(
         [sys.executable, "-m", "inferctl", *command, "--help"],
@@ -84,7 +84,8 @@ def help_of(*command: str) -> str:
         check=True,
         env=environment,
     )
-    return "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"
+    text = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    return re.sub(r"\n\n  Examples?:.*?(?=\n\n[A-Z]|\Z)", "", text, flags=re.DOTALL) + "\n"
 
 
 def without_shared(texts: list[str]) -> tuple[list[str], str]:
