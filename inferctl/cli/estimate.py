@@ -17,6 +17,7 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.estimate import calibration, document, forecast, lengths
 from inferctl.estimate.document import Question
+from inferctl.facts.precision import PRECISIONS
 from inferctl.models import hub
 from inferctl.models import model as model_folder
 
@@ -108,7 +109,8 @@ def estimate(
     work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
     question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
     keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
-    precisions = _split(precision) or [spec.serve.precision if spec else "auto"]
+    known = [options.known(name, ("auto", *PRECISIONS), "--precision") for name in _split(precision)]
+    precisions = known or [spec.serve.precision if spec else "auto"]
     with console.progress("estimating"):
         result = document.build(keys, precisions, data, work, question, max_tokens)
     result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}

@@ -259,6 +259,7 @@ def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: Captured
         (["--hardware", "t4", "--length", "10", "--corpus", "mixed"], "both set the input lengths"),
         (["--hardware", "t4", "--length", "long"], "--length 'long'"),
         (["--hardware", "t4", "-p", "bf16"], "cannot estimate bf16 on t4"),
+        (["--hardware", "t4", "-p", "int4"], "--precision cannot be 'int4'"),
         (["--hardware", "cpu"], "a CPU profile has no peaks"),
         (["--hardware", "t4", "--texts", "ten"], "--texts 'ten'"),
         (["--hardware", "t4", "--texts", "0"], "--texts '0'"),
