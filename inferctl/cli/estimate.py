@@ -140,7 +140,10 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
     if not model_folder.is_hub_id(spec.model.source):
         return spec, model_folder.find(spec.model.source).path / "config.json"
     names = ("config.json", "tokenizer.json", "modules.json")
-    return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
+    try:
+        return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
+    except NotReadyError as error:
+        raise NotReadyError(error.message, f"{error.hint}, or `--config FILE` with its config.json") from None
 
 
 def _max_tokens(config: dict[str, Any]) -> int:
