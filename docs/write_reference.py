@@ -8,10 +8,12 @@ python docs/write_reference.py
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ file one by one:
 If the reader of stdout is gone (`| head -1`) or stdout is closed, the command drops its output and keeps its exit code.
 A stderr that cannot be written never changes the exit code.
 """
+SHARED = """\
+`inferctl COMMAND --help` prints this and examples. Several commands share options; their last line names them:
+"""
 PLANS = """\
 A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](../bench.md#plans) has examples.
 """
@@ -70,7 +75,7 @@ def exit_codes() -> str:
 
 
 def help_of(*command: str) -> str:
-    """Return the help of a command, 100 columns wide."""
+    """Return the help of a command, 100 columns wide, without its examples."""
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(
         [sys.executable, "-m", "inferctl", *command, "--help"],
@@ -79,7 +84,28 @@ def help_of(*command: str) -> str:
         check=True,
         env=environment,
     )
-    return "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"
+    text = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    return re.sub(r"\n\n  Examples?:.*?(?=\n\n[A-Z]|\Z)", "", text, flags=re.DOTALL) + "\n"
+
+
+def without_shared(texts: list[str]) -> tuple[list[str], str]:
+    """Return help texts with the names only of options that four or more explain in equal words, and a list of those."""
+    option = re.compile(r"^  (-[^\n]*?)(?:  +|\n)([^\n]*\n(?:   [^\n]*\n)*)", re.MULTILINE)
+
+    def entry(match: re.Match[str]) -> str:
+        return f"- `{match[1]}`: {' '.join(match[2].split())}\n"
+
+    parts = [text.partition("\nOptions:\n") for text in texts]
+    counts = Counter(entry(match) for *_, below in parts for match in option.finditer(below))
+    shared = [each for each, count in counts.items() if count >= 4]
+    shorter = []
+    for above, heading, below in parts:
+        mine = [match[1] for match in option.finditer(below) if entry(match) in shared]
+        names = ", ".join(next(word for word in each.split() if word.startswith("--")).rstrip(",") for each in mine)
+        kept, blank, end = option.sub(lambda match: "" if entry(match) in shared else match[0], below).partition("\n\n")
+        kept, end = f"{kept.rstrip()}\n".lstrip("\n"), blank[1:] + end
+        shorter.append(f"{above}{heading}{kept}  Shared: {names}\n{end}")
+    return shorter, "".join(shared)
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -178,13 +204,14 @@ def endpoints() -> str:
     """Return the table of the endpoints of the encoder tasks."""
     from inferctl.serve.api.app import ALL
 
-    rows = ["| task | endpoint | what it does | errors |", "|---|---|---|---|"]
+    tasks: dict[str, list[str]] = {}
     for endpoint in ALL:
         paths = ", ".join(f"`{path}`" for path in endpoint.paths)
         shape = endpoint.errors[1].__name__.removesuffix("ErrorResponse") or "OpenAI"
         shape = {"Tei": "text-embeddings-inference"}.get(shape, shape)
-        rows.append(f"| {endpoint.needs} | {paths} | {endpoint.summary} | {shape} |")
-    return "\n".join(rows) + "\n"
+        tasks.setdefault(f"{paths} | {endpoint.summary} | {shape} |", []).append(endpoint.needs)
+    rows = ["| task | endpoint | what it does | errors |", "|---|---|---|---|"]
+    return "\n".join([*rows, *(f"| {', '.join(needs)} | {row}" for row, needs in tasks.items())]) + "\n"
 
 
 def pages() -> dict[str, str]:
@@ -193,11 +220,17 @@ def pages() -> dict[str, str]:
     from inferctl.config.spec import Spec
     from inferctl.deploy.clusters import Clusters
 
-    helps = [("inferctl", help_of()), *((f"inferctl {' '.join(each)}", help_of(*each)) for each in commands())]
+    names = ["inferctl", *(f"inferctl {' '.join(each)}" for each in commands())]
+    texts, shared = without_shared([help_of(), *(help_of(*each) for each in commands())])
     plan = keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})
     parts = {
         "index": [HEAD, exit_codes(), JSON_ERRORS],
-        "commands": ["# Commands\n", *(f"## {name}\n\n```text\n{text}```\n" for name, text in helps)],
+        "commands": [
+            "# Commands\n",
+            SHARED,
+            shared,
+            *(f"## {name}\n\n```text\n{text}```\n" for name, text in zip(names, texts, strict=True)),
+        ],
         "settings": [
             *("# Settings\n", "## Keys of inferctl.yaml\n", keys(Spec)),
             *("## Keys of a clusters file\n", keys(Clusters), "## Keys of a plan\n", PLANS, plan),

@@ -83,3 +83,15 @@ def test_weights_that_exceed_the_limit_are_not_loaded(
         memory.check(ModelFolder(minilm), precision)
     for number in ("360.0 MB", "300.0 MB", "90.9 MB"):
         assert number in raised.value.message
+
+
+def test_the_hint_names_more_than_what_was_insufficient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: Path
+) -> None:
+    """Other libraries than those of an image may need more than the estimate of 451 MB."""
+    write(tmp_path, "0::/\n", {"memory.max": "520000000"}, monkeypatch)
+    assert "at least 650.0 MB" in memory.hint(ModelFolder(minilm))
+    write(tmp_path, "0::/\n", {"memory.max": "300000000", "memory.stat": "anon 412900000\n"}, monkeypatch)
+    with pytest.raises(NotReadyError) as raised:
+        memory.check(ModelFolder(minilm), "fp32")
+    assert "at least 503.8 MB" in (raised.value.hint or "")

@@ -380,17 +380,17 @@ def test_an_existing_spec_is_used_and_kept(tmp_path: Path) -> None:
 PLAN = {
     "name": "gate",
     "configurations": [{"name": "auto", "precision": "auto"}],
-    "load": {"mode": "closed", "users": 4, "duration_s": 1, "warmup_s": 0},
+    "load": {"mode": "closed", "users": 4, "duration_s": 2, "warmup_s": 0},
     "corpus": "short",
     "repeats": 3,
     "quality": None,
 }
 SHIM = """
 if [ "$1" = pull ]; then echo r/m@sha256:0; exit; fi
-# Images cannot run here: `serve --image NAME` starts the answering server, slower for a NAME that says so: ten times,
+# Images cannot run here: `serve --image NAME` starts the answering server, slower for a NAME that says so: 20 times,
 # so that the noise of a busy machine does not hide it.
 if [ "$1" = serve ]; then
-  case "$*" in *slow*) median=100 ;; *) median=10 ;; esac
+  case "$*" in *slow*) median=400 ;; *) median=20 ;; esac
   while [ "$1" != --announce ]; do shift; done
   exec {python} {answering} --announce "$2" --median-ms "$median" --sigma 0.05
 fi

@@ -113,6 +113,11 @@ def test_an_error_in_a_flag_or_variable_names_it_instead_of_a_line() -> None:
         "serve.precision (from --precision): 'b16' is not one of auto, fp32, fp16, bf16, int8, fp8",
         "did you mean bf16?",
     )
+    text = GOOD + "serve: {aliases: [a]}\n"
+    assert problems(text, serve__aliases="a b")[0][:2] == (
+        None,
+        "serve.aliases.0 (from --aliases): 'a b' is not a valid item of aliases",
+    )
 
 
 def test_lists_in_variables_are_separated_by_commas() -> None:

@@ -318,7 +318,8 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         fleet.consumer.kill()  # what is published from now on stays in NATS
         statuses["without a consumer"] = generate.send("/v1/chat/completions", {"messages": [{"content": "3"}]})
         embed.send(path, body)
-        time.sleep(3)
+        waiting = {"": fleet.key_ids["SQLite"].encode()}
+        peers.wait_until(lambda: any(search(file, waiting) for file in folder.glob("nats/js/**/*.blk")), _EVENTS_S)
         stores.checkpoint()
         stores.kill()
         statuses["without stores"] = embed.send(path, body)

@@ -132,12 +132,14 @@ def rich(stderr: bool = False) -> Console:
     return Printable(file=streams.raw(file), highlight=False, markup=False, emoji=False)
 
 
-def report(renderable: RenderableType) -> None:
+def report(renderable: RenderableType, least: int = 0) -> None:
     """Print the result of a command, such as a table, to stdout.
 
     Without a terminal, as in a pipe, each row is one line without spaces at its end. COLUMNS sets another width.
+    `least`: columns without which figures would be truncated. A narrower terminal breaks the lines.
     """
     console = rich()
+    console.width = max(console.width, least)
     if console.is_terminal:
         console.print(renderable)
         return

@@ -17,6 +17,7 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 from inferctl.estimate import calibration, document, forecast, lengths
 from inferctl.estimate.document import Question
+from inferctl.facts.precision import PRECISIONS
 from inferctl.models import hub
 from inferctl.models import model as model_folder
 
@@ -108,7 +109,8 @@ def estimate(
     work = forecast.Scenario(tokens, inputs, batch_tokens, api_processes=processes)
     question = Question(rate, slo or (spec.slo.p99_ms if spec else None), _count(texts))
     keys = _split(hardware) or (spec.hardware if spec else []) or _STANDARD.split(",")
-    precisions = _split(precision) or [spec.serve.precision if spec else "auto"]
+    known = [options.known(name, ("auto", *PRECISIONS), "--precision") for name in _split(precision)]
+    precisions = known or [spec.serve.precision if spec else "auto"]
     with console.progress("estimating"):
         result = document.build(keys, precisions, data, work, question, max_tokens)
     result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}
@@ -138,7 +140,10 @@ def _model(spec_file: Path | None, model: str | None, config: Path | None) -> tu
     if not model_folder.is_hub_id(spec.model.source):
         return spec, model_folder.find(spec.model.source).path / "config.json"
     names = ("config.json", "tokenizer.json", "modules.json")
-    return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
+    try:
+        return spec, hub.small_files(spec.model.source, spec.model.revision, names) / "config.json"
+    except NotReadyError as error:
+        raise NotReadyError(error.message, f"{error.hint}, or `--config FILE` with its config.json") from None
 
 
 def _max_tokens(config: dict[str, Any]) -> int:

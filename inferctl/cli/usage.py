@@ -32,6 +32,7 @@ _SHOWN_GAPS = 5
 _ALWAYS = ("requests", "errors")
 # Letters of a name that a narrow terminal does not break. An id of a key has 12, a day 10.
 _WHOLE = 16
+_GAP = 1  # between columns
 _HEADINGS = {
     "input_tokens": "tokens in",
     "cached_tokens": "cached",
@@ -133,23 +134,27 @@ def _names(access: Access, *, required: bool) -> dict[str, str]:
 
 
 def _print(report: Report) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, show_footer=True)
     # Columns without a value would make the table too wide for a terminal.
     sums = [name for name in report.columns if name in _ALWAYS or report.total.get(name)]
-    rows = _with_names(report.rows)
+    rows, least = _with_names(report.rows), 0
     for index, name in enumerate(report.dimensions):
-        # Days and ids of keys stay on one line, so that they can be copied. Subjects of tokens may be longer.
+        # Days and ids of keys stay on one line, so that they can be copied. Ids that gateways name may be longer.
         longest = max((len(str(row[name])) for row in rows), default=0)
-        width = min(_WHOLE, longest)
-        table.add_column(name, footer="" if index else "total", overflow="fold", min_width=width)
+        width = max(len(name), min(_WHOLE, longest))
+        footer = "" if index else "total"
+        table.add_column(name, footer=footer, overflow="fold", min_width=width, no_wrap=longest <= _WHOLE)
+        least += width + _GAP
     for name in sums:
         heading = f"cost ({report.currency})" if name == "cost" else _HEADINGS.get(name, name)
-        table.add_column(heading, footer=_shown(name, report.total[name]), justify="right", overflow="fold")
+        footer = _shown(name, report.total[name])
+        table.add_column(heading.replace(" ", "\n"), footer=footer, justify="right", no_wrap=True)
+        least += max(map(len, (*heading.split(), footer, *(_shown(name, row[name]) for row in rows)))) + _GAP
     for row in rows:
         names = ["-" if row[name] is None else console.plain(str(row[name])) for name in report.dimensions]
         # As Text, because Rich reads brackets in a str as markup.
         table.add_row(*map(Text, [*names, *(_shown(name, row[name]) for name in sums)]))
-    console.report(table)
+    console.report(table, least)
 
 
 def _with_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

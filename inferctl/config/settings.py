@@ -279,7 +279,8 @@ def _where(
 ) -> tuple[str, int | None]:
     """Return the label of a setting in a message, with the flag or variable that sets it, and its line in the file."""
     path = dotted(location)
-    origin = origins.get(path, "")
+    parents = (dotted(location[:end]) for end in range(len(location), 0, -1))  # a list comes from one place
+    origin = next((origins[each] for each in parents if each in origins), "")
     if origin.startswith(("flag ", "env ")):
         return f"{path} (from {origin.split(' ', 1)[1]})", None
     return path, document.line(location) if document else None

@@ -285,6 +285,6 @@ def _cpu_support(precision: str, flags: frozenset[str]) -> Support:
     if found:
         return Support(
             "native",
-            f"the CPU has {', '.join(found)}: half the weight memory; slower than bf16 on short texts only",
+            f"the CPU has {', '.join(found)}: half the weight memory; slower than bf16 on short texts",
         )
     return Support("emulated", "the CPU has no VNNI or AMX instructions: int8 has 7-bit weights and is less accurate")

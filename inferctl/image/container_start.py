@@ -71,7 +71,9 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
     digest = buildx.digest(reference)
     name = split(reference)[0]
     names = [each for each in image.tags if familiar(each) != familiar(reference)]
-    if others := [each for each in names if familiar(split(each)[0]) != familiar(name)]:
+    others = [each for each in names if _repository(each) != familiar(name)]
+    tagged = {familiar(name), *map(_repository, others)}  # their digests go with the last tag
+    if others := [*others, *(each for each in image.digests if _repository(each) not in tagged)]:
         raise UsageError(
             f"the image has other names in the engine, which keep it: {', '.join(others)}",
             f"remove them with `docker image rm {' '.join(others)}`",
@@ -86,6 +88,10 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
     return RegistryImage(
         f"{name}@{digest}", sum(int(layer["size"]) for layer in layers), "zstd" if zstd else "gzip", tuple(names)
     )
+
+
+def _repository(reference: str) -> str:
+    return familiar(split(reference)[0])
 
 
 def measure(

@@ -108,9 +108,9 @@ VERDICT = re.compile(r"\b(fastest|faster|wins|clear difference)\b|\dx (the|that)
 @pytest.mark.parametrize(
     ("share", "key", "noise"),
     [
-        (0.81, "other_cores", "other processes used 81% of the cores (limit 10%); stop them and measure again"),
-        (0.11, "other_cores", "other processes used 11% of the cores (limit 10%); stop them and measure again"),
-        (0.2, "stolen_cores", "the hypervisor withheld 20% of the cores (limit 5%); use a machine with dedicated"),
+        (0.81, "other_cores", "other processes used up to 81% of the cores (limit 10%); stop them and measure again"),
+        (0.11, "other_cores", "other processes used up to 11% of the cores (limit 10%); stop them and measure again"),
+        (0.2, "stolen_cores", "the hypervisor withheld up to 20% of the cores (limit 5%); use a machine with"),
         (0.09, "other_cores", None),
     ],
 )
@@ -131,6 +131,13 @@ def test_beside_other_load_the_noise_is_the_headline_and_nothing_wins(
         assert "Intervals do not cover its effect." in text
     assert documents["terminal"].startswith("Too noisy to compare bf16")
     assert {found["share"] for row in found.as_dict()["rows"] for found in row["noise"]} == {share}
+
+
+@pytest.mark.parametrize("least", [0.7, 0.0])
+def test_a_share_that_not_all_configurations_have_is_the_highest(least: float, tmp_path: Path) -> None:
+    first, second = PAIRS["one run"]()
+    found, _ = shown(tmp_path, beside(least, first), beside(0.81, second))
+    assert found.findings[0].startswith("Too noisy to compare bf16 and int8: other processes used up to 81% of the")
 
 
 @pytest.mark.parametrize("apart", [True, False])

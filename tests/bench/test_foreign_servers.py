@@ -215,6 +215,33 @@ def test_a_response_without_end_is_an_error(method: str, pause_s: float, monkeyp
     assert sent < 100 << 20
 
 
+@pytest.mark.parametrize("send", [http_json.get, lambda url, s, access: http_json.send(url, s, {}, access)])
+@pytest.mark.parametrize(
+    ("start", "rest", "fails"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", b"x", "did not end within"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "did not end within"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: x\r\n", "did not end within"),
+        (b"HTTP/1.1 500 X\r\nContent-Length: 300\r\n\r\n", b"x", "returned 500"),
+    ],
+    ids=["header", "continue", "trailers", "error"],
+)
+def test_no_part_of_a_response_takes_longer(start: bytes, rest: bytes, fails: str, send: Callable[..., bytes]) -> None:
+    class Slow(Handler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(start)
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(rest)
+                    time.sleep(0.02)
+
+    started = time.monotonic()
+    with serving(Slow) as port, pytest.raises(InferctlError, match=fails):
+        send(f"http://127.0.0.1:{port}/info", 0.3, http_json.ServerAccess())
+    assert time.monotonic() - started < 4
+
+
 def test_a_key_in_a_response_is_masked_in_errors(serve: Serve) -> None:
     url = serve(lambda path, body: (403, {"error": f"bad key {KEY}"}, {}) if body else vllm(path, body))
     with pytest.raises(NotReadyError, match=r"bad key \*\*\*"):

@@ -194,7 +194,7 @@ def test_the_share_of_other_processes_is_that_of_the_busiest_run() -> None:
     each = [alone(part, other_cores=cores) for cores in (0.19, 0.5, 1.72, 1.0)]
     found = summary.summarize([part] * 4)
     assert validity.combine(each, found, 0.1).cautions == (
-        "other processes used 86% of the cores (limit 10%), which raises latencies: stop them and measure again",
+        "other processes used up to 86% of the cores (limit 10%), which raises latencies: stop them and measure again",
     )
 
 
@@ -203,7 +203,7 @@ def test_a_warning_that_differs_in_a_share_only_is_given_once_for_all_configurat
     rows = [MeasuredRow(name, "measured", cautions=found) for name, found in zip("abc", busy, strict=True)]
     rows = [dataclasses.replace(row, quality={"checked": True}) for row in rows]
     (warning,) = caveats.caveats(rows)
-    assert warning.text.startswith("a, b: other processes used 80% of the cores")
+    assert warning.text.startswith("a, b: other processes used up to 80% of the cores")
 
 
 def busy(api: float = 50, engine: float | None = 20, waiting: float = 2, **more: float) -> dict[str, float]:

@@ -286,6 +286,7 @@ def test_no_part_is_estimated_beyond_the_front_end(config: str, capsys: Captured
         (["--hardware", "t4", "--length", "10", "--corpus", "mixed"], "both set the input lengths"),
         (["--hardware", "t4", "--length", "long"], "--length 'long'"),
         (["--hardware", "t4", "-p", "bf16"], "cannot estimate bf16 on t4"),
+        (["--hardware", "t4", "-p", "int4"], "--precision cannot be 'int4'"),
         (["--hardware", "cpu"], "a CPU profile has no peaks"),
         (["--hardware", "t4", "--texts", "ten"], "--texts 'ten'"),
         (["--hardware", "t4", "--texts", "0"], "--texts '0'"),
@@ -301,6 +302,13 @@ def test_a_model_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.chdir(tmp_path)
     assert cli.run(["estimate"]) == 2
     assert "--config FILE" in capsys.readouterr().err
+
+
+def test_without_the_hub_the_config_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert cli.run(["estimate", "--model", "inferctl/nothing", "--hardware", "t4"]) == 3
+    assert "or `--config FILE` with its config.json" in capsys.readouterr().err
 
 
 def test_each_source_of_prices_and_each_reason_is_named_once(config: str, capsys: Captured) -> None:

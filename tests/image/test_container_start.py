@@ -100,7 +100,7 @@ def test_an_image_that_asks_for_keys_is_measured_without_them(built: Callable[..
     assert cli.run(["bench", "--start", built("locked"), "--repeats", "1", "--output", str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("problem", ["other image", "other name", "in use", "ends", "wrong response"])
+@pytest.mark.parametrize("problem", ["other image", "other name", "other digest", "in use", "ends", "wrong response"])
 def test_an_image_that_cannot_be_measured_is_kept(
     problem: str, built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +116,14 @@ def test_an_image_that_cannot_be_measured_is_kept(
         docker("image", "rm", other)
     elif problem == "other name":
         docker("tag", name, other)
+    elif problem == "other digest":  # an image of another repository, pulled by its digest
+        other = f"localhost:5000/{other}"
+        docker("tag", name, other)
+        docker("push", "--quiet", other)
+        digests = docker("image", "inspect", name, "--format", '{{join .RepoDigests "\\n"}}').split()
+        docker("image", "rm", other)
+        other = next(each for each in digests if each.startswith(other.removesuffix(":x")))
+        docker("pull", "--quiet", other)
     elif problem == "in use":
         container = docker("create", name)
     try:
@@ -123,7 +131,7 @@ def test_an_image_that_cannot_be_measured_is_kept(
     finally:
         if problem == "in use":
             docker("rm", container)
-        if problem == "other name":
+        if problem in ("other name", "other digest"):
             docker("image", "rm", other)
     assert (code, "Traceback" in capsys.readouterr().err) == (1 if problem in ("ends", "wrong response") else 2, False)
     assert docker("image", "inspect", name, "--format", "{{.Id}}") == identity

@@ -69,6 +69,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int]] = {
     "wrong-type": (sql(f"update batches set time = 'now' {SECOND}"), 200),
     "wrong-numbers": (sql(f"update batches set last = {2**62 - 1} {SECOND}"), 200),
     "missing-batch": (sql(f"delete from batches {SECOND}"), 200),
+    # A power failure keeps the batches, but maybe an older content of the lock.
+    "lock-is-old": (lambda file: file.with_name("lock").write_bytes(bytes(8)), 0),
+    "lock-is-wrong": (lambda file: file.with_name("lock").write_bytes(b"\xff" * 8), 0),
     "watermark-is-a-pipe": (lambda file: os.mkfifo(file.with_name("watermark")), 0),
     "watermark-is-wrong": (lambda file: file.with_name("watermark").write_text("9" * 15), 0),
 }
@@ -87,6 +90,7 @@ def test_a_damaged_outbox_is_a_gap_and_delays_no_other_one(tmp_path: Path) -> No
         shutil.copytree(folder, data / name)
     killed.close()
     shutil.rmtree(folder)
+    (data / "instance").write_bytes(b"\xff\0\n")
     for name, (damage, _) in DAMAGES.items():
         damage(data / name / "events.sqlite")
     for name, damage_folder in UNREADABLE.items():

@@ -33,6 +33,14 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
+def test_what_terminals_obey_is_escaped_in_the_relay_of_a_server_too(tmp_path: Path) -> None:
+    (tmp_path / "metering" / "\x1b[2J" / "lock").mkdir(parents=True)
+    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}, "metering": {"mode": "on"}})
+    line = json.dumps({"spec": spec.model_dump(mode="json")}) + "\n"
+    done = python("-m", "inferctl.tenancy.relay", cwd=tmp_path, input=line, timeout=60)
+    assert "the outbox metering/\\u001b[2J cannot be read" in done.stderr
+
+
 def test_a_folder_without_a_server_is_noted(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     log = tmp_path / "log"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from inferctl.config.spec import Access, Metering
 from inferctl.core.addresses import WebAddress
+from inferctl.core.errors import UsageError
 from inferctl.tenancy.metering import cloud_event, sink
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import Outbox
@@ -115,3 +118,31 @@ def test_a_relay_sends_to_the_sink(tmp_path: Path, product: Product) -> None:
     headers, events = product.requests[0]
     assert headers["Authorization"] == "Bearer secret"
     assert [event["id"] for event in events] == [str(number) for number in range(1, 11)]
+
+
+def test_a_sink_that_takes_long_does_not_delay_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, data = threading.Event(), tmp_path / "m"
+    monkeypatch.setattr(sink, "send", lambda *_: not answered.wait(60))
+    recorder = EventRecorder(Outbox.create(data, 1 << 20), ORIGIN)
+
+    def stored() -> int:
+        with (
+            contextlib.suppress(UsageError),
+            contextlib.closing(Ledger.read(f"sqlite:///{data}/ledger.sqlite")) as found,
+        ):
+            return sum(row["requests"] for row in found.usage(["key"], 0, 2**62))
+        return 0
+
+    async def run() -> None:
+        relay = Relay(Metering(data=str(data), sink="http://127.0.0.1:1/"), Access())
+        working = asyncio.create_task(relay.run())
+        for count in (1, 2, 3):
+            recorder.record(event())
+            while stored() < count:
+                await asyncio.sleep(0.05)
+        answered.set()
+        relay.end()
+        await working
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert recorder.close(5)

@@ -40,7 +40,7 @@ def test_a_table_with_totals_and_what_is_missing(folder: Path) -> None:
     done = usage(folder, "--by", "key,day")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["key", "day", "requests", "errors", "inputs", "tokens", "in", "engine", "s"] in lines
+    assert lines[:2] == [["tokens", "engine"], ["key", "day", "requests", "errors", "inputs", "in", "s"]]
     assert ["k1", "2026-09-21", "5", "0", "5", "50", "0.010"] in lines
     assert ["[k2]", "2026-09-22", "7", "0", "7", "70", "0.014"] in lines
     assert ["total", "12", "0", "12", "120", "0.024"] in lines
@@ -114,6 +114,18 @@ def test_a_narrow_terminal_breaks_no_key_or_day(tmp_path: Path) -> None:
     lines = usage(tmp_path, "--by", "key,day,model,hardware").stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("70zriuf6ni90" in line and "2026-09-21" in line for line in lines)
+
+
+@pytest.mark.parametrize(("names", "columns"), [("key", 80), ("key,day,model,hardware", 200)])
+def test_a_narrow_terminal_truncates_no_figure(
+    folder: Path, names: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bill of 0.07 EUR was shown as 0."""
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ("--by", names, "--since", "2026-09-22", "--prices", "prices.yaml")
+    lines = usage(folder, *options).stdout.splitlines()
+    assert [line.split()[-1] for line in lines if "[k2]" in line or "total" in line] == ["0.070000"] * 2
+    assert "(EUR)" in lines[1].split() and max(map(len, lines)) <= columns
 
 
 def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:

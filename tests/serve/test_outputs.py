@@ -482,7 +482,7 @@ def test_marks_and_rows_are_the_inverse_of_each_other() -> None:
 
 
 def test_responses_that_nobody_reads_hold_a_bounded_number_of_vectors() -> None:
-    model = ServedModel("m", frozenset(), (), 1, 1, truncate=True)
+    model = ServedModel("m", "m", (), None, 1, 1, truncate=True)
     large = Outputs(tokens=np.empty((2**20, 40), np.float32)).size
     with held(model, large):
         with pytest.raises(ApiError) as rejected, held(model, large):

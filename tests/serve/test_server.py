@@ -116,6 +116,10 @@ def test_unknown_routes_and_methods_use_the_envelope_too(echo: ServerProcess) ->
     assert echo.get("/nope").json()["error"]["type"] == "invalid_request_error"
     rejected = echo.get("/v1/embeddings")
     assert (rejected.status_code, rejected.headers["allow"]) == (405, "POST")
+    for found, method, allowed in ((rejected, "GET", "POST"), (httpx.post(f"{echo.url}/livez"), "POST", "GET, HEAD")):
+        error = found.json()["error"]
+        assert error["code"] == "method_not_allowed"
+        assert error["message"] == f"the method {method} is not allowed here; use {allowed}"
 
 
 def test_a_body_that_is_too_large_is_rejected(echo: ServerProcess) -> None:

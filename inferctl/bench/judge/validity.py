@@ -23,7 +23,7 @@ BUSY_LIMIT = 90.0
 WAITING_LIMIT = 10.0
 _NEEDED_FOR_P90 = stats.needed(0.9)
 _MORE_GENERATORS = "add load generators with `--workers`"
-_SHARE = re.compile(r"(\d+)%")
+_SHARE = re.compile(r"(?:up to )?(\d+)%")
 # What must be equal in all runs, and its path in the response of `GET /info`.
 _IDENTITY = {
     "the model's sha256": ("model", "sha256"),
@@ -275,13 +275,20 @@ def combine(runs: Sequence[Validity], pooled: JsonObject, budget_percent: float,
 
 def highest_shares(cautions: Sequence[str]) -> list[str]:
     """Return different warnings, and of those that differ only in shares the one with the highest first share."""
-    highest: dict[str, tuple[int, str]] = {}
+    alike: dict[str, list[str]] = {}
     for caution in cautions:
-        found = _SHARE.search(caution)
-        key, share = kind_of(caution), int(found[1]) if found else 0
-        if share > highest.get(key, (-1, ""))[0]:
-            highest[key] = share, caution
-    return [caution for _, caution in highest.values()]
+        alike.setdefault(kind_of(caution), []).append(caution)
+    return [_highest(each) for each in alike.values()]
+
+
+def _highest(alike: Sequence[str]) -> str:
+    found = max(alike, key=lambda caution: int(share[1]) if (share := _SHARE.search(caution)) else 0)
+    return found if len(set(alike)) == 1 else up_to(found)
+
+
+def up_to(caution: str) -> str:
+    """Return a warning whose first share is the highest of several."""
+    return _SHARE.sub(r"up to \1%", caution, count=1)
 
 
 def kind_of(caution: str) -> str:

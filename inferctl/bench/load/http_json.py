@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError
@@ -71,8 +74,7 @@ def get_json(url: str, timeout_s: float, access: ServerAccess) -> Info:
 def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
     """Return the page at `url`; empty if the server has no such page. Raises `NotReadyError` as `get_json` does."""
     try:
-        with _OPENER.open(_request(url, access), timeout=timeout_s) as response:
-            return _content(response, _MAX_PAGE_BYTES, timeout_s)
+        return _content(_request(url, access), _MAX_PAGE_BYTES, timeout_s)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in ABSENT:
@@ -85,16 +87,36 @@ def get(url: str, timeout_s: float, access: ServerAccess) -> bytes:
         ) from None
 
 
-def _content(response: http.client.HTTPResponse, most: int, timeout_s: float) -> bytes:
+def _content(request: urllib.request.Request, most: int, timeout_s: float) -> bytes:
     """Return the body of a response. Raises `OSError` above `most` bytes, or if it does not end in `timeout_s`."""
-    content, deadline = bytearray(), time.monotonic() + timeout_s
-    while part := response.read1(1 << 16):
-        content += part
-        if len(content) > most:
-            raise OSError(f"the response has more than {size(most)}")
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the response did not end within {timeout_s:g} s")
-    return bytes(content)
+
+    def read() -> bytes:
+        content = bytearray()
+        with _OPENER.open(request, timeout=timeout_s) as response:
+            while part := response.read1(1 << 16):
+                content += part
+                if len(content) > most:
+                    raise OSError(f"the response has more than {size(most)}")
+        return bytes(content)
+
+    return _within(timeout_s, read)
+
+
+def _within(seconds: float, read: Callable[[], bytes]) -> bytes:
+    """Return `read()`. Raises `TimeoutError` after `seconds`: also headers and trailers may never end."""
+    found: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(read())
+        except Exception as error:  # noqa: BLE001  # raised in the other thread
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        raise TimeoutError(f"the response did not end within {seconds:g} s") from None
 
 
 def _request(url: str, access: ServerAccess, body: bytes | None = None) -> urllib.request.Request:
@@ -138,11 +160,12 @@ def post(url: str, timeout_s: float, body: Mapping[str, Any], access: ServerAcce
 def send(url: str, timeout_s: float, body: Mapping[str, Any], access: ServerAccess) -> bytes:
     """Return the body of the response to a POST request. Raises `InferctlError`."""
     try:
-        with _OPENER.open(_request(url, access, json.dumps(body).encode()), timeout=timeout_s) as response:
-            return _content(response, _MAX_RESPONSE_BYTES, timeout_s)
+        return _content(_request(url, access, json.dumps(body).encode()), _MAX_RESPONSE_BYTES, timeout_s)
     except urllib.error.HTTPError as error:
-        with error:
-            message = access.without_secrets(error.read(300).decode(errors="replace"))
+        text = b""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            text = _within(timeout_s, partial(error.read, 300))
+        message = access.without_secrets(text.decode(errors="replace"))
         raise StatusError(error.code, f"{url} returned {error.code}: {message}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise InferctlError(f"the request to {url} failed: {error}") from None

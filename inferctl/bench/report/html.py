@@ -17,7 +17,7 @@ from inferctl.bench.report.rows import MeasuredRow
 from inferctl.core import assets, outputs
 from inferctl.receipts.receipt import Receipt
 
-# plotly.js with the trace types of the charts (scatter, bar), gzipped. CONTRIBUTING.md says how to update it.
+# plotly.js with the trace types of the charts (scatter, bar), gzipped. docs/release.md says how to update it.
 PLOTLY = "plotly-basic.min.js.gz"
 # The percentiles in the table of results: the key of the summary, and the percentile.
 COLUMNS = (("latency_ms", "p50"), ("latency_ms", "p90"), ("latency_ms", "p99"))

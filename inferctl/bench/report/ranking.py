@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from inferctl.bench import stats
-from inferctl.bench.judge import verdict
+from inferctl.bench.judge import validity, verdict
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.rows import MeasuredRow, RunFigures
 from inferctl.receipts import shares
@@ -155,11 +155,12 @@ def winner(rows: Sequence[MeasuredRow], measured: int, groups: int, pairs: int) 
     """
     by = criterion(rows)
     if noise := noise_of(rows):
+        text = noise.text if all(noise in row.noise for row in rows) else validity.up_to(noise.text)
         what = f"Too noisy to {'compare' if len(rows) > 1 else 'judge'} {_names(rows)}"
         figures = ", ".join(f"{row.configuration} {value_of(row, by)}" for row in rows)
         quality = f", {_quality(rows[0])}" if len(rows) == 1 else ""
         return [
-            f"{what}: {noise.text}; {noise.action}.",
+            f"{what}: {text}; {noise.action}.",
             f"Measured next to this load: {figures}{quality}. Intervals do not cover its effect.",
         ]
     best, *others = sorted(rows, key=by.cost)

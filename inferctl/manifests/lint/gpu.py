@@ -98,8 +98,8 @@ def _parallel(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "error",
     "placement",
     finds="a server that spreads a model over several GPUs of a pod, without a volume at /dev/shm",
-    consequence="its processes exchange tensors there, and the default of container runtimes is 64 MiB: the server "
-    "ends with a bus error or an error of NCCL",
+    consequence="its processes exchange tensors there, and container runtimes give it 64 MiB: the server ends with a "
+    "bus error or an error of NCCL",
     fix="mount an emptyDir with medium: Memory and a sizeLimit of some GiB at /dev/shm",
 )
 def _shared_memory(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
@@ -109,7 +109,8 @@ def _shared_memory(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             mounted = {text(mount, "mountPath").rstrip("/") for mount in sequence(each.data, "volumeMounts")}
             several = count > 1 and sum(each.gpus.values()) > 1
             if several and "/dev/shm" not in mounted and get(workload.spec, "hostIPC") is not True:
-                yield Hit(workload.object, (*each.path, "volumeMounts"), f"{each.name} uses {count} GPUs")
+                what = f"{each.name} uses {count} GPUs, and mounts nothing at /dev/shm"
+                yield Hit(workload.object, (*each.path, "volumeMounts"), what)
 
 
 def _device_bytes(workload: ManifestWorkload) -> tuple[int, str] | None:

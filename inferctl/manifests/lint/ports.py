@@ -20,8 +20,8 @@ _OTHER_OPTION = re.compile(r"--[\w-]+[-_]port")
     "port-name-unknown",
     "error",
     "placement",
-    finds="a targetPort of a Service with a name that no port of the pods has",
-    consequence="the Service has no endpoints for this port: requests to it fail",
+    finds="a targetPort of a Service, or the port of a probe, with a name that no port of the pods or container has",
+    consequence="the Service has no endpoints for this port, so requests to it fail; the probe fails",
     fix="use the name of a port in ports of the container, or a number",
 )
 def _port_names(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
@@ -33,6 +33,13 @@ def _port_names(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
             if known and None not in known and isinstance(target, str) and target not in names:
                 what = f"no container of the selected pods has a port named {target!r}{_or(names)}"
                 yield Hit(service, ("spec", "ports", index, "targetPort"), what)
+    for workload in manifests.workloads:
+        for each in workload.all_containers if workload.port_names is not None else ():
+            for path, port in (_probe_port(each.data, key) for key in _PROBES):
+                # A port may also be a number in quotes.
+                if isinstance(port, str) and not port.isdigit() and port not in each.port_names:
+                    what = f"{each.name} has no port named {port!r}{_or(each.port_names)}"
+                    yield Hit(workload.object, (*each.path, *path), what)
 
 
 def _or(names: Iterable[str]) -> str:

@@ -56,7 +56,7 @@ from inferctl.serve.api.tei import (
     TeiSimilarity,
 )
 from inferctl.serve.api.tokenize import TokenizeRequest, TokenizeResponse, tokenize
-from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body
+from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body, wrong_method
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.outputs import Output
 from inferctl.serve.task_config import TaskConfig
@@ -349,8 +349,9 @@ def create(inference: Inference) -> ASGIApp:
         if isinstance(error, HTTPException):
             if error.status_code == 404:
                 error = ApiError(404, absent, code="not_found")
-            else:
-                error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+            else:  # 405, the only other one of the router
+                methods = (error.headers or {})["Allow"].split(", ")
+                error = wrong_method(request.method, ", ".join(sorted(methods)))
         assert isinstance(error, ApiError)
         return Response(body_of(request.url.path, error), error.status, error.headers, "application/json")
 

@@ -44,6 +44,12 @@ class ApiError(Exception):
         return orjson.dumps({"error": error})
 
 
+def wrong_method(method: str, allowed: str) -> ApiError:
+    """Return the error of a path that does not have this method, but the `allowed` ones."""
+    message = f"the method {method} is not allowed here; use {allowed}"
+    return ApiError(405, message, code="method_not_allowed", headers={"allow": allowed})
+
+
 def tei_body(error: ApiError) -> bytes:
     """Return the body of an error in the shape of text-embeddings-inference: `error` and `error_type`.
 

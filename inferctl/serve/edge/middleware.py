@@ -21,7 +21,7 @@ from inferctl.batching.fairness import Shares
 from inferctl.serve.edge import access as edge_access
 from inferctl.serve.edge import pages
 from inferctl.serve.edge.access import EdgeAccess
-from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
+from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import (
@@ -241,7 +241,7 @@ class Edge:
     async def _probe(self, scope: Scope, send: Send) -> None:
         if scope["method"] not in ("GET", "HEAD"):
             allowed = "GET, HEAD, POST" if scope["path"] in self._endpoints else "GET, HEAD"
-            error = ApiError(405, "method not allowed", headers={"allow": allowed})
+            error = wrong_method(scope["method"], allowed)
             await _respond(send, error.status, error.body(), "application/json", error.headers)
             return
         try:

@@ -21,11 +21,11 @@ def check(folder: ModelFolder, precision: str) -> None:
         raise NotReadyError(
             f"memory is insufficient to load {folder.path}: the limit is {size(limit)}, of which {size(used)} are in "
             f"use, and the weights need {size(weights)} in {precision}",
-            hint(folder),
+            hint(folder, used + weights),
         )
 
 
-def hint(folder: ModelFolder) -> str:
-    """Return how much memory the server needs, from the size of the weights in the files."""
-    least = size(_WITHOUT_WEIGHTS + folder.weights_bytes, 1)
-    return f"raise the memory limit to at least {least} (estimated: {size(folder.weights_bytes)} of weights)"
+def hint(folder: ModelFolder, needed: int = 0) -> str:
+    """Return how much memory the server needs: from the size of the weights in the files, and more than the limit."""
+    least = max(_WITHOUT_WEIGHTS + folder.weights_bytes, needed, (cgroup.memory_limit() or 0) * 5 // 4)
+    return f"raise the memory limit to at least {size(least, 1)} (estimated: {size(folder.weights_bytes)} of weights)"

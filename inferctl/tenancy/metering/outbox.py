@@ -214,7 +214,8 @@ class OutboxReader:
                     return False
                 raise
             self.close()  # from now on, this process alone has the file, and may recover its journal
-            self._lock, self.issued = lock, int.from_bytes(content, sys.byteorder) if len(content) == 8 else 0
+            issued = int.from_bytes(content, sys.byteorder)
+            self._lock, self.issued = lock, issued if len(content) == 8 and issued < _MAX_NUMBER - 1 else 0
         return True
 
     def read(self, after: int, limit: int) -> list[EventBatch]:
@@ -231,6 +232,8 @@ class OutboxReader:
                 if not self._is_valid(batch):
                     self.damage = f"the batch {first!r} to {last!r} is not one of a server"
                     continue
+                if self.issued is not None and batch.events[-1].type != cloud_event.END:
+                    self.issued = max(self.issued, last)  # a power failure may leave an older content of the lock
                 found.append(batch)
                 expected = last + 1
                 if len(found) == limit:
@@ -245,8 +248,8 @@ class OutboxReader:
 
     def _is_valid(self, batch: EventBatch) -> bool:
         try:
-            return batch.events is not None and (self.issued is None or batch.last <= self.issued + 1)
-        except (TypeError, ValueError):
+            return batch.events[-1].id == batch.last
+        except (IndexError, TypeError, ValueError):
             return False
 
     def _rows(self, after: int) -> Iterator[tuple[Any, ...]]:
@@ -341,14 +344,15 @@ def instance(data: Path) -> str:
     """Return the name of a data folder, which is chosen once: the host that made it, and random digits."""
     file = data / _INSTANCE
     try:
-        return file.read_text().strip()
+        # A power failure may leave anything. The name of a boot is unique without it.
+        return file.read_text(errors="backslashreplace").strip("\0\n ")
     except FileNotFoundError:
         with partial_file(file) as (partial, to):
             to.write(f"{socket.gethostname()}-{secrets.token_hex(4)}\n".encode())
             to.flush()
             with contextlib.suppress(FileExistsError):
                 os.link(partial, file)  # unlike a rename, this does not replace the name that another process chose
-        return file.read_text().strip()
+        return instance(data)
 
 
 def _stat(file: Path) -> tuple[int, int] | None:

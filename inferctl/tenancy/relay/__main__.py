@@ -18,6 +18,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
+from inferctl.core import streams
 from inferctl.core.errors import InferctlError
 
 _NICENESS = 10  # the server and its engine go first
@@ -30,6 +31,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # the server gets them, and decides
     os.nice(_NICENESS)
     _set_group_niceness(_NICENESS)
+    streams.guard()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with os.fdopen(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:  # leaves what follows for `_follow`
         line = stdin.readline()

@@ -44,6 +44,7 @@ class Relay:
         self._ledger: Ledger | None = None
         self._broker: EventBroker | None = None
         self._answering: EventBroker | None = None
+        self._sending: asyncio.Task[int] | None = None  # to the HTTP sink, which may take any time
         self._watermarks: dict[str, int] = {}
         self._progress: dict[str, PublishProgress] = {}
         self._logged: dict[str, float] = {}
@@ -188,13 +189,20 @@ class Relay:
         return await self._send(ledger, "") or stored > 0
 
     async def _send(self, ledger: Ledger, prefix: str) -> bool:
-        """Send the next events to the HTTP sink. Its errors do not delay the ledger."""
+        """Send the next events to the HTTP sink. Its errors and its pauses do not delay the ledger."""
         settings = self._settings
         if not settings.sink:
             return False
         try:
-            token = Path(settings.sink_token_file).read_text().strip() if settings.sink_token_file else None
-            return bool(await asyncio.to_thread(sink.send, ledger, settings.sink, prefix, token))
+            if self._sending is None:
+                token = Path(settings.sink_token_file).read_text().strip() if settings.sink_token_file else None
+                work = asyncio.to_thread(sink.send, ledger, settings.sink, prefix, token)
+                self._sending = asyncio.create_task(work)
+            await asyncio.wait({self._sending}, timeout=_RETRY_S)
+            if not self._sending.done():
+                return True
+            sending, self._sending = self._sending, None
+            return bool(sending.result())
         except (sink.SinkUnavailableError, OSError) as error:
             self._report(error)
             return False

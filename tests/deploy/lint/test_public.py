@@ -217,6 +217,15 @@ def test_names_of_ports_are_those_of_any_container_of_the_pods() -> None:
     assert "port-name-unknown" not in rules([service("http")])
 
 
+@pytest.mark.parametrize(("port", "found"), [("http", False), (8000, False), ("8000", False), ("metrics", True)])
+def test_the_name_of_the_port_of_a_probe_is_one_of_its_container(port: object, found: bool) -> None:
+    """The kubelet looks in this container only (pkg/probe/util.go, ResolveContainerPort)."""
+    item = server(ports=[{"containerPort": 8000, "name": "http"}], livenessProbe={"httpGet": {"port": port}})
+    sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9000, "name": "metrics"}]}
+    pod(item)["containers"].append(sidecar)
+    assert ("port-name-unknown" in rules([item])) == found
+
+
 def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
     item = server(volumeMounts=mounts)
