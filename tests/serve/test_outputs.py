@@ -645,7 +645,7 @@ def test_a_request_gets_the_outputs_that_it_names(converted_bge: Path, serve: Ca
 def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path) -> None:
     """Each token keeps about 120 bytes: one client with many connections let a server grow by 40 MiB/s."""
     config = task_config.read("embed", minilm)
-    model = ServedModel("m", frozenset(), (), 100, 100, truncate=True, max_held_numbers=3000)
+    model = ServedModel("m", "m", (), None, 100, 100, truncate=True, max_held_numbers=3000)
     metrics = Metrics()
     batcher = Batcher(QueueLimits(8, 1_000), LatencyModel(Capacity(0.0, 10.0)))
     pool = TokenizerPool(minilm, config, threads=1)
