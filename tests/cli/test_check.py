@@ -258,10 +258,20 @@ def test_a_model_that_is_not_here_is_not_checked(here: Path, capsys: Captured) -
     assert "not pinned" in told
 
 
-def test_a_tokenizer_that_ends_the_start_is_an_error(here: Path, capsys: Captured) -> None:
-    (here / "model" / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+@pytest.mark.parametrize(
+    ("file", "change", "found"),
+    [
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncates at the start of a text"),
+        ("config.json", {"model_type": "nonsense"}, "does not know the model type 'nonsense'"),
+    ],
+)
+def test_a_folder_that_ends_the_start_is_an_error(
+    here: Path, file: str, change: dict[str, str], found: str, capsys: Captured
+) -> None:
+    path = here / "model" / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
     assert run(["check"]) == 2
-    assert "truncates at the start of a text" in " ".join(capsys.readouterr().out.split())
+    assert found in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_broken_model_folder_is_an_error(here: Path, capsys: Captured) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,9 @@ def load_model(
     )
 
     settings, options = architecture.native_config(folder), dict[str, Any]()
+    check_type(settings)
     if settings != read_object(folder / "config.json"):
-        kind = settings.get("model_type", "")
-        if kind not in CONFIG_MAPPING:
-            raise UsageError(
-                f"transformers {transformers.__version__} does not know {kind}", "use a newer transformers"
-            )
-        options["config"] = CONFIG_MAPPING[kind].from_dict(settings)
+        options["config"] = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     auto: Any = AutoModelForTextEncoding if settings.get("model_type") in _WITH_DECODER else AutoModel
     if task != "embed":
         auto = AutoModelForCausalLM if task == "generate" else AutoModelForSequenceClassification
@@ -79,6 +76,16 @@ def load_model(
         model.pooler = None  # sentence embeddings do not use it
     model.config.use_cache = False  # there is no next token, for which a decoder would keep all keys and values
     return model
+
+
+def check_type(settings: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for the `config.json` of a model whose type transformers does not know."""
+    from transformers import CONFIG_MAPPING
+
+    if "model_type" in settings and (kind := settings["model_type"]) not in CONFIG_MAPPING:
+        raise UsageError(
+            f"transformers {transformers.__version__} does not know the model type {kind!r}", "use a newer transformers"
+        )
 
 
 def attention(model: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import transformers
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import tokenizer_files
+from inferctl.serve import architecture, tokenizer_files
 from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engines import plain
 from inferctl.serve.modules import read_object
@@ -59,8 +59,9 @@ _SHOWN, _LONGEST = 8, 60  # tokens and characters in errors
 def checked(folder: Path, config: TaskConfig) -> TokenizerPool:
     """Return the tokenizer of a model folder, with one thread.
 
-    Raises `UsageError` as it does, and if transformers makes other tokens or segments of some texts. Nothing is
-    compared for static embeddings: sentence-transformers too runs `tokenizer.json` alone for them.
+    Raises `UsageError` as it does, if transformers does not know the type of the model, and if it makes other tokens or
+    segments of some texts. Nothing is compared for static embeddings: sentence-transformers too runs `tokenizer.json`
+    alone for them.
     """
     pool = TokenizerPool(folder, config, threads=1)
     if not isinstance(config, EmbeddingConfig) or config.static is None:
@@ -70,6 +71,7 @@ def checked(folder: Path, config: TaskConfig) -> TokenizerPool:
 
 def _check(folder: Path, config: TaskConfig, pool: TokenizerPool) -> None:
     plain.silence_libraries()
+    plain.check_type(architecture.native_config(folder))
     try:
         library = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, **pool.transformers_options
