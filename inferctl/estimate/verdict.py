@@ -14,10 +14,8 @@ from inferctl.estimate.forecast import Scenario, served
 
 # Requests of each simulation at another length. Rates have an error of a few percent then.
 _REQUESTS = 2000
-_BISECTIONS = 3
+_BISECTIONS = 4
 _SHORTEST = 4
-# Replicas are whole, so a verdict can change and change back within twice the length.
-_STEP = math.sqrt(2)
 _EQUAL = 1 + 1e-6  # floats
 
 
@@ -73,7 +71,8 @@ def decide(
     """Return the cheapest row and how certain that is, or None if no row with a price can serve the load.
 
     `other_lengths`: the nearest mean lengths, below and above that of the scenario, at which another part is the
-    cheapest or the difference is clear or not clear any more.
+    cheapest or the difference is clear or not clear any more. With a rate, replicas are whole: a verdict that changes
+    and changes back within twice the length is not found.
     """
     priced = [i for i, row in enumerate(rows) if row["costs"]]
     able = [i for i in priced if rows[i]["precision"] != "int8"] or priced  # the server's int8 is slower than fp16
@@ -90,7 +89,7 @@ def decide(
     if found is None:
         return None
     others = []
-    for step in (1 / _STEP, _STEP) if found.second is not None else ():
+    for step in (0.5, 2.0) if found.second is not None else ():
         if (change := _first_change(scenario.tokens, step, longest, found, at)) is not None:
             length, there = change
             named = _named(rows[there.first]) if there else {"hardware": None, "precision": None}
