@@ -35,4 +35,4 @@ def above_limits(resources: Mapping[str, float], cores: int) -> list[Noise]:
 
 def of_receipt(data: JsonObject) -> Sequence[Noise]:
     """Return the noise of a receipt. Its resources are the highest values of all runs."""
-    return above_limits(data["resources"], data["environment"].get("machine_cores") or 1)
+    return above_limits(data.get("resources", {}), data["environment"].get("machine_cores") or 1)

@@ -351,6 +351,26 @@ def test_a_flood_of_changes_asks_the_store_ten_times_a_second(tmp_path: Path, mo
     assert 3 <= len(asked) <= 9, "without messages, it would be one"
 
 
+def test_a_relay_ends_also_at_the_moment_of_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Access(keys=store_at(tmp_path / "keys.sqlite"), data=str(tmp_path / "access"))
+    monkeypatch.setattr("inferctl.tenancy.relay.access._Copy.update", lambda _: None)
+    monkeypatch.setattr("inferctl.tenancy.relay.access._PAUSE_S", 0)
+
+    async def run(turns: int) -> None:
+        relay, ending = AccessRelay(settings), asyncio.Event()
+        task = asyncio.create_task(relay.run(ending))
+        await asyncio.sleep(0.1)  # it waits for a change
+        ending.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        relay._changed.set()
+        await asyncio.wait({task}, timeout=20)
+        assert task.done()
+
+    for turns in range(4):
+        asyncio.run(run(turns))
+
+
 def test_a_host_that_is_gone_is_noticed(postgres: Postgres) -> None:
     store = KeyStore.open(postgres.url())
     with store._engine.connect() as connection:

@@ -92,7 +92,6 @@ ASKED: dict[str, Callable[[DockerEngine], object]] = {
     "info": lambda engine: engine.info(),
     "image": lambda engine: engine.image("a:b"),
     "history": lambda engine: engine.history("a:b"),
-    "save": lambda engine: list(engine.save("a:b")),
     "tag": lambda engine: engine.tag("sha256:0", "a:b"),
     "start": lambda engine: engine.start("a:b", ContainerOptions()),
     "state": lambda engine: Container(engine._api, "c").state(),

@@ -81,6 +81,7 @@ def test_forwarded_options_arrive_unchanged_in_the_container() -> None:
         "precision": "bf16",
         "allow_inaccurate": True,
         "name": "m",
+        "aliases": "a,b",
         "max_batch_tokens": 64,
         "max_input_tokens": 32,
         "max_queue_tokens": 99,

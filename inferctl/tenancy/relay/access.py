@@ -84,8 +84,10 @@ class AccessRelay:
                         log.warning("%s; the last keys stay in use", getattr(error, "message", error))
                     failed = True
                 await asyncio.sleep(_PAUSE_S)
+                # Not `wait_for`: in Python 3.11 it ignores a cancellation that comes at the same moment as the change.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), _ASK_S)
+                    async with asyncio.timeout(_ASK_S):
+                        await self._changed.wait()
         finally:
             copy.close()
 
