@@ -74,6 +74,6 @@ def test_faults_are_found(fault: str) -> None:
 def test_all_copied_definitions_are_read() -> None:
     kinds = {kind for _, kind in custom_resources()}
     assert kinds >= {
-        *("CapacityBuffer", "HTTPRoute", "InferencePool", "NodePool", "ScaledObject", "TriggerAuthentication"),
+        *("CapacityBuffer", "HTTPRoute", "NodePool", "ScaledObject", "TriggerAuthentication"),
         *("PrometheusRule", "ServiceMonitor", "Topology"),
     }

@@ -31,7 +31,6 @@ from tests.required import missing
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
-WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 SPEC: dict[str, Any] = {
     "name": "smollm2",
     "model": {"source": str(MODEL)},

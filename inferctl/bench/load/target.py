@@ -142,9 +142,9 @@ class ServerConnection:
         except InferctlError:
             return  # overload, which the records show
 
-    def generate(self, texts: list[str], timeout_s: float = 120, output_tokens: int = 1) -> list[Body]:
+    def generate(self, texts: list[str], timeout_s: float = 120) -> list[Body]:
         """Return the chunks of the stream of a completion. Raises `InferctlError` unless the stream is complete."""
-        content = send(self.endpoint_url, timeout_s, self.body(texts, output_tokens), self.access)
+        content = send(self.endpoint_url, timeout_s, self.body(texts), self.access)
         return generation.chunks(content, self.endpoint_url)
 
     def rerank(self, texts: list[str], timeout_s: float = 120) -> list[float]:

@@ -17,7 +17,6 @@ from inferctl.receipts.receipt import Receipt
 _PRECISIONS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7"}
 _OTHERS = ("#56b4e9", "#d55e00", "#8c8c8c", "#b2a100")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-_LOWEST_ERROR = 1e-7
 # Pixels of a bar and of the space around all bars; the number of bars in a chart of the usual height.
 _BAR, _AROUND, _FITS = 34, 74, 7
 

@@ -70,12 +70,12 @@ def disruption_budget(name: str, namespace: str, selector: Mapping[str, str]) ->
     }
 
 
-def service_account(name: str, namespace: str, labels: Mapping[str, str] | None = None) -> Object:
+def service_account(name: str, namespace: str) -> Object:
     """Return an account without permissions, and without a token in the pods."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": metadata(name, namespace, labels or {}),
+        "metadata": metadata(name, namespace, {}),
         "automountServiceAccountToken": False,
     }
 
