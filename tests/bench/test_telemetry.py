@@ -124,7 +124,7 @@ def test_clocks_that_were_reduced_in_several_runs_are_one_warning_with_the_highe
     runs = [judged(recorded(100, throttle=lambda i, n=n: 0x20 if i < n else 0)) for n in (1, 4, 2)]
     whole = summary.summarize([steady(100, 10)] * 3)
     assert validity.combine(runs, whole, 0.1).cautions == (
-        "Tesla T4 reduced its clocks in 4% of the samples (heat): improve its cooling",
+        "Tesla T4 reduced its clocks in up to 4% of the samples (heat): improve its cooling",
     )
 
 

@@ -187,7 +187,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
         r"another shape than the model: [\w.]+ \(\d+x\d+, not \d+x",
     ),
     "another type": (configured(model_type="albert"), "lack "),
-    "a type that nobody knows": (configured(model_type="nothing"), "transformers cannot load"),
+    "a type that nobody knows": (configured(model_type="nothing"), "does not know the model type"),
     "no weights": (lambda weights, _: {}, "lack "),
     "a dense layer at the top": (with_more("linear.weight"), r"others than those of the model: linear\.weight"),
     "an adapter's weights": (with_more("base_model.model.x.lora_A.weight"), "lora_A"),
