@@ -58,8 +58,8 @@ def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
     """Write the converted model of the folder `source` to the new folder `target`, and return it.
 
     An interrupted conversion leaves nothing with the name `target`. If two processes write the same folder, the first
-    one that is complete counts. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or read-only disk, and
-    if the conversion takes too long or too much memory.
+    one that is complete counts. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or
+    read-only disk, and if the conversion takes too long or too much memory.
     """
     folder = ModelFolder(source)
     total = folder.bytes + sum(file.stat().st_size for file in folder.pickled)

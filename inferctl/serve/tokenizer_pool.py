@@ -49,7 +49,8 @@ from inferctl.serve.word_piece import TokenizedText, guarded, is_panic
 log = logging.getLogger("inferctl.tokenizer")
 
 # Requests up to this size are tokenized on the event loop, because the switch to a thread takes 50 us of CPU time. This
-# many characters take 0.3 ms with tokenizers and 0.9 ms with nanotoken, and at most 3 ms. Each text adds its fixed cost.
+# many characters take 0.3 ms with tokenizers and 0.9 ms with nanotoken, and at most 3 ms. Each text adds its fixed
+# cost.
 _INLINE_CHARACTERS, _INLINE_CHARACTERS_WORD_PIECE = 1_000, 20_000
 _TEXT_CHARACTERS = 40
 # The most characters per call of the tokenizer, which takes 100 bytes per token, until the call ends.

@@ -192,7 +192,7 @@ class Charge:
         self.charge_body(size, now)
 
     def charge_body(self, size: int, now: float) -> None:
-        """Charge the tokens that `size` bytes cost at least. Raises `LimitError`, also if they must not be tokenized."""
+        """Charge the tokens that `size` bytes cost at least. Raises `LimitError`, also if tokenizing is not allowed."""
         self._usage.check_size(size, now)
         if least := size // MOST_BYTES_PER_TOKEN:
             self._usage.check(1, least, now, size=size)
