@@ -50,7 +50,7 @@ def verdict(name: str, place: Path) -> Verdict:
     from inferctl.core.errors import UsageError
     from inferctl.models import conversion, convert, model
     from inferctl.models.model import ModelFolder
-    from inferctl.serve import model_summary
+    from inferctl.reading import model_summary
     from inferctl.serve.engine_process.engine_protocol import EngineConfig
     from inferctl.serve.engines.encoder import EncoderEngine
     from tests import published_models

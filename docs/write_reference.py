@@ -170,7 +170,7 @@ def rules() -> str:
 
 def metrics() -> str:
     """Return a table of the metrics of servers, named as in `/metrics`."""
-    from inferctl.serve.metrics import Metrics, RequestMetrics
+    from inferctl.serve.observe.metrics import Metrics, RequestMetrics
 
     def families(server: RequestMetrics) -> dict[str, tuple[str, str, str]]:
         """Return type, labels and description of each metric by its name."""

@@ -131,7 +131,7 @@ class ServerProcess:
         return found
 
     def api_pids(self) -> list[int]:
-        return self.children("inferctl.serve.api_process")
+        return self.children("inferctl.serve.processes.api_process")
 
     def engine_pid(self) -> int:
         api = self.api_pids()

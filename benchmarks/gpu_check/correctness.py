@@ -43,7 +43,7 @@ def work(step: Step, settings: dict[str, Any]) -> None:
 
 
 def _case(step: Step, name: str, folder: Path, task: Any, precision: str, expected: dict[str, Any]) -> None:
-    from inferctl.serve import task_config
+    from inferctl.reading import task_config
     from inferctl.serve.engine_process.engine_protocol import EngineConfig
     from inferctl.serve.engines import plain
     from inferctl.serve.engines.encoder import PADDED, EncoderEngine

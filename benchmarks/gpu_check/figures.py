@@ -68,10 +68,11 @@ def _library(step: Step, model: Path) -> None:
     import numpy as np
     import torch
 
-    from inferctl.serve import reference, task_config
+    from inferctl.reading import task_config
+    from inferctl.serve import reference
     from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
     from inferctl.serve.engines.encoder import EncoderEngine
-    from inferctl.serve.tokenizer_pool import TokenizerPool
+    from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # before the engine turns it off in its process
     peer = reference.library(model, "embed", device="cpu" if STAND_IN else "cuda", dtype="bfloat16")

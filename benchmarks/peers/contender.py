@@ -24,8 +24,8 @@ Score = Callable[[str, list[str]], Any]
 
 
 def inferctl(precision: str, model: str) -> Embed:
-    from inferctl.serve import embedding_config
-    from inferctl.serve.tokenizer_pool import TokenizerPool
+    from inferctl.reading import embedding_config
+    from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
     run = run_batches(precision, model, "embed")
     tokenizer = TokenizerPool(Path(model), embedding_config.read(Path(model), None))
@@ -33,8 +33,8 @@ def inferctl(precision: str, model: str) -> Embed:
 
 
 def inferctl_rerank(precision: str, model: str) -> Score:
-    from inferctl.serve import rerank_config
-    from inferctl.serve.tokenizer_pool import TokenizerPool
+    from inferctl.reading import rerank_config
+    from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
     run, config = run_batches(precision, model, "rerank"), rerank_config.read(Path(model))
     tokenizer = TokenizerPool(Path(model), config)

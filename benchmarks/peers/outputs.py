@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferctl.serve import task_config
-from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.reading import task_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import mark
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.engines.encoder import EncoderEngine
-from inferctl.serve.outputs import mark
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 MINILM = ROOT / "models" / "all-MiniLM-L6-v2"

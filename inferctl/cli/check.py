@@ -197,7 +197,7 @@ def _use(
         return spec.model.task, None
     summary = None
     try:
-        from inferctl.serve import model_summary, task_config
+        from inferctl.reading import model_summary, task_config
 
         if isinstance(found, HubModel):
             if not found.weights_bytes:
@@ -363,7 +363,7 @@ def _report(
 def _line(summary: dict[str, Any] | None) -> str:
     if summary is None:
         return ""
-    from inferctl.serve import model_summary
+    from inferctl.reading import model_summary
 
     return console.plain(model_summary.line(summary))
 

@@ -164,7 +164,8 @@ def serve(
     spec = options.load(spec_file, flags).spec
     try:
         with lazy.deferred_signals():
-            from inferctl.serve import server, tracing
+            from inferctl.serve import server
+            from inferctl.serve.observe import tracing
     except ModuleNotFoundError as error:
         raise NotReadyError(
             f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")

@@ -14,10 +14,11 @@ from inferctl.config.spec import Spec, Task
 from inferctl.core import cgroup
 from inferctl.core.sizes import parse_size
 from inferctl.models.model import ModelFolder
-from inferctl.serve import describe, event_loop, task_config
+from inferctl.reading import task_config
+from inferctl.serve import event_loop
 from inferctl.serve.api import app
-from inferctl.serve.backend.api_processes import ApiProcesses
 from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.cache import vector_cache
 from inferctl.serve.edge import access
 from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -26,13 +27,14 @@ from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineIn
 from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
-from inferctl.serve.metering import ServerMetering
-from inferctl.serve.metrics import Metrics, objectives
+from inferctl.serve.observe import describe
+from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe.metrics import Metrics, objectives
+from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
-from inferctl.serve.progress import StartProgress
+from inferctl.serve.processes.api_processes import ApiProcesses
 from inferctl.serve.scheduling.dispatcher import Dispatcher
-from inferctl.serve.tokenizer_pool import TokenizerPool
-from inferctl.serve.vector_cache import vector_cache
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # `serve.api_processes: auto`. One API process does not keep a GPU busy with small models; a CPU needs its cores itself.
 _CORES_PER_API_PROCESS, _MOST_AUTO = 4, 4

@@ -6,11 +6,14 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from inferctl.config.spec import Spec, Task
+from inferctl.reading.classify_config import ClassifyConfig
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.rerank_config import RerankConfig
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.backend.backend import Backend
-from inferctl.serve.classify_config import ClassifyConfig
 from inferctl.serve.edge import listener
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.connection import Connection
@@ -18,10 +21,7 @@ from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import UsageEvent
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
 _MAX_REQUEST_TOKENS = 262_144

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from inferctl.config.spec import Spec, Task
 from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
-from inferctl.serve import metering, relay_process
+from inferctl.serve import relay_process
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.request_context import UsageEvent
-from inferctl.serve.metering import ServerMetering
-from inferctl.serve.metrics import RequestMetrics
+from inferctl.serve.observe import metering
+from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe.metrics import RequestMetrics
+from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
-from inferctl.serve.progress import StartProgress
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
 
 _FLUSH_S = 1.0  # for the last usage events, if requests needed all of `drain_seconds`

@@ -84,7 +84,8 @@ def main(command_line: list[str]) -> int:
     resolved = settings.resolve(settings.read(Path(file)) if file else None, os.environ, flags)
     for warning in resolved.warnings:
         _print(f"warning: {warning}")
-    from inferctl.serve import server, tracing
+    from inferctl.serve import server
+    from inferctl.serve.observe import tracing
     from inferctl.serve.options import ServerOptions
 
     image = reference(values.pop("image_reference", None))

@@ -43,16 +43,16 @@ from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.models.reference_process import LIBRARIES
-from inferctl.serve import task_config
-from inferctl.serve.classify_config import ClassifyConfig
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.reading import task_config
+from inferctl.reading.classify_config import ClassifyConfig
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.modules import read_object
+from inferctl.reading.outputs import Form, Role, mark
+from inferctl.reading.rows import Tokens
 from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.main import exit_with
-from inferctl.serve.modules import read_object
-from inferctl.serve.outputs import Form, Role, mark
-from inferctl.serve.text_parts import Pair
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.text_parts import Pair
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # The classes of sentence-transformers by what a model was trained for. It has none for BGE-M3, except for its vector.
 _CLASSES = {

@@ -11,9 +11,10 @@ from inferctl.core import core_files, outputs
 from inferctl.core.errors import UsageError
 from inferctl.models import hub, model
 from inferctl.models.model import ModelFolder
-from inferctl.serve import event_loop, logs
+from inferctl.serve import event_loop
+from inferctl.serve.observe import logs
+from inferctl.serve.observe.progress import Spinner, StartProgress
 from inferctl.serve.options import ServerOptions
-from inferctl.serve.progress import Spinner, StartProgress
 from inferctl.serve.signals import StopSignals
 
 if TYPE_CHECKING:

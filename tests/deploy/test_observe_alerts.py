@@ -15,7 +15,7 @@ import pytest
 from inferctl.deploy.observe.alerts import groups, rules
 from inferctl.deploy.observe.watched import Watched
 from inferctl.manifests import metric_names
-from inferctl.serve.metrics import AT_CAPACITY
+from inferctl.serve.observe.metrics import AT_CAPACITY
 from tests.conftest import ROOT
 from tests.deploy.watched_models import CHAT, EMBED
 from tests.processes import execute

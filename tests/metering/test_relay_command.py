@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.config.spec import Metering, Spec
-from inferctl.serve import metering
+from inferctl.serve.observe import metering
 from tests.processes import inferctl, python, until
 
 

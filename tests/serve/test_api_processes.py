@@ -34,9 +34,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from inferctl.config.spec import Spec
 from inferctl.core.errors import EXIT_INTERRUPTED, UsageError
 from inferctl.core.sizes import parse_size
-from inferctl.serve.backend import samples
 from inferctl.serve.encoder_server import _for_api_processes
 from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
+from inferctl.serve.observe import samples
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add

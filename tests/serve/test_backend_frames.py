@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.serve.backend import frames
-from inferctl.serve.backend.api_process_link import ApiProcessLink
-from inferctl.serve.backend.frames import Kind, Link, Reply, Submission
-from inferctl.serve.backend.remote import RemoteBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.processes import frames
+from inferctl.serve.processes.api_process_link import ApiProcessLink
+from inferctl.serve.processes.frames import Kind, Link, Reply, Submission
+from inferctl.serve.processes.remote import RemoteBackend
 from inferctl.serve.scheduling.dispatcher import RequestResult
 
 U32 = st.integers(0, 2**32 - 1)

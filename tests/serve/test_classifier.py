@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import classify_config, task_config
-from inferctl.serve.classify_config import ClassifyConfig
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.reading import classify_config, task_config
+from inferctl.reading.classify_config import ClassifyConfig
+from inferctl.reading.rows import Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
-from inferctl.serve.text_parts import Pair
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.text_parts import Pair
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import tiny_models
 from tests.serve.test_cross_encoder import PADDED, batch, changed, several, texts

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import rerank_config, task_config
-from inferctl.serve import segments as segments_of
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.reading import rerank_config, task_config
+from inferctl.reading import segments as segments_of
+from inferctl.reading.rows import Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference as scores_of
-from inferctl.serve.text_parts import Pair
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.text_parts import Pair
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess, execute
 from tests.serve import tiny_models
 

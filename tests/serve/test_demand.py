@@ -15,7 +15,7 @@ from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Slo
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
-from inferctl.serve.metrics import Metrics, RequestMetrics, RequestSize, objectives
+from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
 from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, start, until
 

@@ -16,19 +16,13 @@ from hypothesis import strategies as st
 
 from inferctl.batching.batcher import AdmissionError, Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
-from inferctl.serve.engine_process.engine_protocol import (
-    Batch,
-    BatchResult,
-    DeviceInfo,
-    EngineInfo,
-    PrecisionInfo,
-    Tokens,
-)
-from inferctl.serve.metrics import Metrics
+from inferctl.reading.rows import Tokens
+from inferctl.serve.cache.store import VectorStore
+from inferctl.serve.cache.vector_cache import VectorCache
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, DeviceInfo, EngineInfo, PrecisionInfo
+from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
-from inferctl.serve.vector_cache.store import VectorStore
-from inferctl.serve.vector_cache.vector_cache import VectorCache
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8

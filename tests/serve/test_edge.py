@@ -20,7 +20,7 @@ from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge.request_context import RequestContext, UsageEvent, context_of
-from inferctl.serve.metrics import Metrics
+from inferctl.serve.observe.metrics import Metrics
 from tests.access.test_keys import add
 
 Run = Callable[..., Coroutine[Any, Any, "Answer"]]

@@ -18,11 +18,13 @@ import pytest
 from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.facts import precision
-from inferctl.serve import describe, embedding_config, rerank_config
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig, Tokens, Vectors
-from inferctl.serve.modules import Normalize
-from inferctl.serve.outputs import TokensConfig
+from inferctl.reading import embedding_config, rerank_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.modules import Normalize
+from inferctl.reading.outputs import TokensConfig
+from inferctl.reading.rows import Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig
+from inferctl.serve.observe import describe
 from tests.serve import tiny_models
 
 EXACT = {

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferctl.reading.rows import finite_rows
 from inferctl.serve.engine_process import frames
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, finite_rows
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
 from inferctl.serve.engine_process.frames import Kind
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)

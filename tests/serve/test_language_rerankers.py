@@ -20,13 +20,14 @@ from inferctl.core.errors import UsageError
 from inferctl.image import library
 from inferctl.image.output_checks import QUERY
 from inferctl.models.model import find, resolve_task
-from inferctl.serve import model_summary, task_config
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
-from inferctl.serve.pair_template import PairTemplate
-from inferctl.serve.private_tokens import PrivateTokens
+from inferctl.reading import model_summary, task_config
+from inferctl.reading.pair_template import PairTemplate
+from inferctl.reading.rows import Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
-from inferctl.serve.text_parts import InputError, Pair
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.private_tokens import PrivateTokens
+from inferctl.serve.text.text_parts import InputError, Pair
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import language_rerankers as rerankers
 from tests.serve import tiny_models

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.core.errors import UsageError
-from inferctl.serve import describe
+from inferctl.serve.observe import describe
 
 REJECTS = "admission  rejects requests (429) whose predicted latency exceeds"
 

@@ -17,8 +17,10 @@ from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.core.errors import UsageError
 from inferctl.models import model as model_folder
-from inferctl.serve import outputs as outputs_module
-from inferctl.serve import task_config
+from inferctl.reading import outputs as outputs_module
+from inferctl.reading import task_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.outputs import held
 from inferctl.serve.api.served_model import ServedModel
@@ -26,12 +28,10 @@ from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
-from inferctl.serve.metrics import Metrics
-from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.processes import ServerProcess
 from tests.serve import saved_models, tiny_models
 from tests.serve.saved_models import WIDTH

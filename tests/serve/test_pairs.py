@@ -13,11 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from inferctl.serve import embedding_config, text_parts
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.prompts import Prompts
-from inferctl.serve.text_parts import InputError
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.reading import embedding_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.prompts import Prompts
+from inferctl.serve.text import text_parts
+from inferctl.serve.text.text_parts import InputError
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 CORPUS = ["A river runs through it, unbelievably slowly.", "The naïve \U0001f680 was a rock in 北京."] * 20
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -16,9 +16,10 @@ import pytest
 from inferctl.core.errors import UsageError
 from inferctl.image import verify
 from inferctl.models import model as models
-from inferctl.serve import embedding_config, prompts, text_parts
+from inferctl.reading import embedding_config, prompts
 from inferctl.serve.reference import reference
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text import text_parts
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, start, until
 from tests.serve import tiny_models
@@ -209,7 +210,7 @@ def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
 ) -> None:
     path = folder()
     pool = TokenizerPool(path, embedding_config.read(path))
-    monkeypatch.setattr(text_parts, "_SLICE_CHARACTERS", 1_000)
+    monkeypatch.setattr(text_parts, "SLICE_CHARACTERS", 1_000)
     calls: list[int] = []
     run = pool._run
 

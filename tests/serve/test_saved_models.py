@@ -13,11 +13,12 @@ import pytest
 
 from inferctl.core.errors import UsageError
 from inferctl.models.model import find, resolve_task
-from inferctl.serve import task_config
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.reading import task_config
+from inferctl.reading.rerank_config import RerankConfig
+from inferctl.reading.rows import Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.serve import saved_models, tiny_models
 from tests.serve.saved_models import TEXTS, WIDTH, Modules
 

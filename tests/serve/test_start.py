@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from inferctl.core.errors import EXIT_INTERRUPTED
-from inferctl.serve import progress
 from inferctl.serve.generate.process import _PHASES
 from inferctl.serve.generate.server import _probe
-from inferctl.serve.progress import StartProgress
+from inferctl.serve.observe import progress
+from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.signals import StopSignals
 from tests.processes import ServerProcess, python
 

@@ -12,10 +12,10 @@ import pytest
 
 from inferctl.core.errors import UsageError
 from inferctl.models import model
-from inferctl.serve import model_summary, task_config
+from inferctl.reading import model_summary, task_config
 from inferctl.serve.reference import library, reference
-from inferctl.serve.text_parts import InputError
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.text_parts import InputError
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.serve.saved_models import TEXTS
 from tests.serve.test_saved_models import computed, dense, edit, layer_norm, normalized
 from tests.serve.tiny_models import make_tokenizer

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from inferctl.batching.fairness import Shares
-from inferctl.serve import embedding_config, text_parts, tokenizer_pool
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.text_parts import InputError
-from inferctl.serve.tokenizer_pool import TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.reading import embedding_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.serve.text import text_parts, tokenizer_pool
+from inferctl.serve.text.text_parts import InputError
+from inferctl.serve.text.tokenizer_pool import TokenizerBusyError, TokenizerPool, TokenizerShareError
 
 LIMIT = 16
 WORDS = st.sampled_from(

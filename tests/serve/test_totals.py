@@ -7,7 +7,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from inferctl.serve.totals import Distribution, Family, Total
+from inferctl.serve.observe.totals import Distribution, Family, Total
 
 BOUNDS = (0.001, 0.5, 1, 16384)
 VALUES = (0, 0.001, 0.0010001, 0.5, 1, 2.5, 16384, 16385, 1e300)

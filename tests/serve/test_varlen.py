@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from inferctl.config.spec import Access
-from inferctl.serve import describe
 from inferctl.serve.engine_process.engine_protocol import EngineConfig
+from inferctl.serve.observe import describe
 from tests.serve.test_encoder import with_gpu
 
 LENGTHS = [33, 32, 32, 17, 16, 3, 1]

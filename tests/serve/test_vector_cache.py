@@ -19,8 +19,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inferctl.core.errors import UsageError
+from inferctl.serve.cache.keys import KeySpace
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from inferctl.serve.vector_cache.keys import KeySpace
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, python, start, until

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from inferctl.serve import embedding_config
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.text_parts import InputError
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.reading import embedding_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.serve.text.text_parts import InputError
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # Texts per tokenizer.
 COUNT = int(os.environ.get("INFERCTL_TOKENIZER_TEXTS", "400"))

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, Vectors
+from inferctl.reading.rows import Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
 from tests.processes import python
 from tests.serve import tiny_models

@@ -17,6 +17,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inferctl.config.spec import Task
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import Output
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.api import openapi
 from inferctl.serve.api.classify import classify, predict
 from inferctl.serve.api.classify_schemas import ClassifyRequest, ClassifyResponse, PredictRequest, PredictResponse
@@ -57,9 +60,6 @@ from inferctl.serve.api.tei import (
 )
 from inferctl.serve.api.tokenize import TokenizeRequest, TokenizeResponse, tokenize
 from inferctl.serve.edge.errors import ApiError, cohere_body, tei_body, voyage_body, wrong_method
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.outputs import Output
-from inferctl.serve.task_config import TaskConfig
 
 _Shape: TypeAlias = tuple[Callable[[ApiError], bytes], type[BaseModel]]
 _OPENAI: _Shape = ApiError.body, ErrorResponse

@@ -7,12 +7,12 @@ from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
+from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.api import classify_schemas, embedding_schemas
 from inferctl.serve.api.classify_schemas import ClassifyRequest, Item, PredictRequest
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.edge.request_context import context_of
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.text_parts import InputError
+from inferctl.serve.text.text_parts import InputError
 
 
 async def classify(inference: Inference, scope: Scope, receive: Receive, send: Send, *, pooling: bool = False) -> None:

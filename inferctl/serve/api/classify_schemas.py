@@ -15,8 +15,8 @@ import orjson
 from pydantic import BaseModel, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from inferctl.reading.rows import Vectors
 from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, limit_items, parts
-from inferctl.serve.engine_process.engine_protocol import Vectors
 
 # A text, or a pair of texts.
 Item = tuple[str] | tuple[str, str]

@@ -15,11 +15,11 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
 from inferctl.models import vector_format
+from inferctl.reading.rows import Vectors
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest
 from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Vectors
 
 EmbeddingType = Literal["float", "binary", "ubinary", "base64"]
 

@@ -23,13 +23,13 @@ from pydantic_core import PydanticCustomError
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import VectorFormat
+from inferctl.reading.outputs import Output
+from inferctl.reading.rows import Vectors
 from inferctl.serve.api.outputs import SeveralOutputs, SparseFormat, SparseOptions, token_vectors
 from inferctl.serve.api.schemas import Count, ModelRequest, Unsupported, Usage, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.outputs import Output
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PROMPT_CHARACTERS = 8192

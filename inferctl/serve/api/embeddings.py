@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
+from inferctl.reading.outputs import Output
+from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.api import outputs
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, unit
 from inferctl.serve.api.inference import Inference, send_json
@@ -20,8 +22,6 @@ from inferctl.serve.api.schemas import ModelRequest
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.outputs import Output
 
 log = logging.getLogger("inferctl.prompts")
 

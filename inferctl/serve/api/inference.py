@@ -12,16 +12,16 @@ from typing import TypeAlias, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from inferctl.reading.rows import Rows, Tokens, Vectors
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.backend.backend import Backend
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
-from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
 from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.serve.text_parts import InputError
-from inferctl.serve.tokenizer_pool import Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.serve.text.text_parts import InputError
+from inferctl.serve.text.tokenizer_pool import Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.

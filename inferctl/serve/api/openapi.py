@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import inferctl
-from inferctl.serve import docs_page
+from inferctl.serve.api import docs_page
 from inferctl.serve.api.schemas import ErrorResponse
 from inferctl.serve.api.served_model import ServedModel
 

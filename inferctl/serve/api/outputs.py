@@ -16,12 +16,12 @@ from starlette.types import Scope
 
 from inferctl.models import vector_format
 from inferctl.models.vector_format import VectorFormat
+from inferctl.reading.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
+from inferctl.reading.rows import Rows, Tokens, Vectors
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.errors import ApiError, at_capacity
-from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
-from inferctl.serve.outputs import FORMS, Form, Ids, Output, Outputs, Role, add_similarities, mark, top, unpack
-from inferctl.serve.text_parts import InputError
+from inferctl.serve.text.text_parts import InputError
 
 SparseFormat: TypeAlias = Literal["indices", "tokens", "pgvector"]
 

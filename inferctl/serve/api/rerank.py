@@ -14,12 +14,12 @@ import numpy as np
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.api import outputs
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest, TeiRerankRequest, VoyageRerankRequest
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext, context_of
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
 
 
 async def rerank(inference: Inference, scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,8 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from inferctl.reading.rows import Vectors
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.engine_process.engine_protocol import Vectors
 
 # How much of a response is converted to JSON at a time: this many rows, of this many numbers in all. They take 0.6 ms.
 _PART_ROWS, _PART_NUMBERS = 64, 24_576

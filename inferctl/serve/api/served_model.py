@@ -9,10 +9,10 @@ from typing import Any
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
+from inferctl.reading.outputs import Output, Role, TokensConfig
+from inferctl.reading.prompts import NO_PROMPTS, Prompts
+from inferctl.reading.rows import Vectors
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.outputs import Output, Role, TokensConfig
-from inferctl.serve.prompts import NO_PROMPTS, Prompts
 
 
 @dataclass

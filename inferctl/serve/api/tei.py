@@ -13,13 +13,13 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootModel, StrictBool, StrictStr
 
+from inferctl.reading.outputs import Output
+from inferctl.reading.rows import Vectors
 from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
 from inferctl.serve.api.outputs import SeveralOutputs, token_vectors
 from inferctl.serve.api.schemas import Count, ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.outputs import Output
 
 
 class TextOptions(BaseModel):

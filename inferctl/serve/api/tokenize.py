@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from inferctl.serve.api.inference import Inference, send_json
 from inferctl.serve.api.outputs import held
 from inferctl.serve.api.schemas import ModelRequest, Unsupported, limit_items
-from inferctl.serve.tokenizer_pool import Token
+from inferctl.serve.text.tokenizer_pool import Token
 
 # How many tokens are converted to JSON at a time.
 _PART_TOKENS = 4096

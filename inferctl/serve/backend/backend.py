@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from inferctl.reading.rows import Tokens
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Tokens
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.key_file import ApiKey
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 
 from inferctl.batching.batcher import AdmissionError
+from inferctl.reading.rows import Tokens
+from inferctl.serve.cache.vector_cache import VectorCache
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.metrics import Metrics
+from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
-from inferctl.serve.vector_cache.vector_cache import VectorCache
 from inferctl.tenancy.access.key_file import ApiKey
 
 

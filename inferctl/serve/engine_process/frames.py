@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, pack_rows, unpack_rows
+from inferctl.reading.rows import pack_rows, unpack_rows
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
 
 _HEAD = struct.Struct("<IB")
 _BATCH = struct.Struct("<QII")  # id, number of sequences, whether `marks` follow `lengths`

@@ -20,11 +20,11 @@ from io import BufferedIOBase
 
 from inferctl.core import streams
 from inferctl.core.errors import InferctlError
-from inferctl.serve import logs
 from inferctl.serve.engine_process import failures, frames
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
 from inferctl.serve.engine_process.frames import Kind
 from inferctl.serve.engines import hide_unused_libraries
+from inferctl.serve.observe import logs
 
 log = logging.getLogger("inferctl.engine")
 

@@ -10,14 +10,15 @@ import torch
 
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models.model import ModelFolder
-from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import Form, Outputs, Role, form_of, mark, pack, unpack
+from inferctl.reading.rows import Rows, Vectors, finite_rows, join_rows
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process import failures
-from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Rows, Vectors, finite_rows, join_rows
+from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.engines import plain, tokenizer_check
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
-from inferctl.serve.outputs import Form, Outputs, Role, form_of, mark, pack, unpack
-from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # Of larger models, one text or two sequences are compared, which fp32 computes one layer at a time.
 _MAX_CHECKED_PARAMETERS = 1_500_000_000

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from inferctl.serve.engine_process.engine_protocol import Rows
+from inferctl.reading.rows import Rows
 from inferctl.serve.engines.forward import AnyForward, Sequences
 
 # Larger batches only add latency: above about 1,000 tokens per core the throughput is constant, and it falls when the

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from inferctl.reading.outputs import Form, Outputs, form_of, pack
+from inferctl.reading.rows import Rows, Tokens, Vectors, finite_rows
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
     BatchResult,
@@ -15,12 +17,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
-    Rows,
-    Tokens,
-    Vectors,
-    finite_rows,
 )
-from inferctl.serve.outputs import Form, Outputs, form_of, pack
 
 NON_FINITE_TOKEN = 13
 FAILING_TOKEN = 14

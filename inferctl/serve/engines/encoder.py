@@ -15,8 +15,9 @@ import transformers
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
-from inferctl.serve import task_config
-from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.reading import task_config
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.rows import finite_rows
 from inferctl.serve.engine_process import failures, memory
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
@@ -25,7 +26,6 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
-    finite_rows,
 )
 from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import packed

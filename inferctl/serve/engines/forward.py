@@ -11,16 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import PrecisionInfo, Rows, Tokens, Vectors, join_rows
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import Form, attended_of, form_of
+from inferctl.reading.outputs import pack as pack_outputs
+from inferctl.reading.rows import Rows, Tokens, Vectors, join_rows
+from inferctl.reading.task_config import TaskConfig
+from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.engines import int8, onednn, packed, plain, weights
 from inferctl.serve.engines.head import Head, MaskedLanguageHead
 from inferctl.serve.engines.output_heads import OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
-from inferctl.serve.outputs import Form, attended_of, form_of
-from inferctl.serve.outputs import pack as pack_outputs
-from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.text_parts import Pair
+from inferctl.serve.text.text_parts import Pair
 
 Integers: TypeAlias = npt.NDArray[np.int64]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from inferctl.serve.modules import PoolingMode
+from inferctl.reading.modules import PoolingMode
 
 
 class _Pooled(torch.nn.Module):

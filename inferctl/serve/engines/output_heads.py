@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.outputs import Form, Ids, Outputs, SparseConfig, top
+from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.engines import weights
 from inferctl.serve.engines.head import MaskedLanguageHead
 from inferctl.serve.engines.pooling import Layers
-from inferctl.serve.outputs import Form, Ids, Outputs, SparseConfig, top
 
 # Logits of so many bytes are computed at a time: those of 8,192 tokens and BERT's vocabulary would have 1 GB.
 _LOGITS_BYTES = 64 * 2**20

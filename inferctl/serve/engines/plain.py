@@ -15,15 +15,15 @@ import transformers
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.serve import architecture
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
+from inferctl.reading import architecture
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode, read_object
+from inferctl.reading.outputs import Form, Outputs, SparseConfig, attended_of, form_of
+from inferctl.reading.rows import Tokens, Vectors
+from inferctl.reading.segments import returns_segments
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engines import weights
-from inferctl.serve.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode, read_object
-from inferctl.serve.outputs import Form, Outputs, SparseConfig, attended_of, form_of
-from inferctl.serve.segments import returns_segments
-from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.text_parts import Pair
+from inferctl.serve.text.text_parts import Pair
 
 # Types with a decoder, which `AutoModel` would load with random weights if the folder has only the encoder.
 _WITH_DECODER = frozenset({"t5", "mt5", "umt5"})

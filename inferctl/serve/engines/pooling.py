@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from inferctl.core.errors import UsageError
+from inferctl.reading.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode
 from inferctl.serve.engines import weights
-from inferctl.serve.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode
 
 
 def pool(hidden: torch.Tensor, counts: torch.Tensor, modes: Sequence[PoolingMode]) -> torch.Tensor:

@@ -14,16 +14,16 @@ from typing import Any, NoReturn
 import transformers
 
 from inferctl.core.errors import UsageError
-from inferctl.serve import architecture, tokenizer_files
-from inferctl.serve.embedding_config import EmbeddingConfig
+from inferctl.reading import architecture, tokenizer_files
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.modules import read_object
+from inferctl.reading.pair_template import PairTemplate
+from inferctl.reading.rerank_config import RerankConfig
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engines import plain
-from inferctl.serve.modules import read_object
-from inferctl.serve.pair_template import PairTemplate
-from inferctl.serve.rendered_pairs import TEMPLATE_ROOM
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.text_parts import InputError
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.text.rendered_pairs import TEMPLATE_ROOM
+from inferctl.serve.text.text_parts import InputError
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # Each has something that settings of tokenizers treat in two ways: case, accents (composed or not), scripts, widths,
 # controls, blanks, numbers, punctuation, long words, and characters that no vocabulary has.

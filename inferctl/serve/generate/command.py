@@ -188,7 +188,7 @@ def lines(derived: list[Derived], spec: Spec, model: VllmModel, device: DeviceIn
 _JSON_LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"json": {"()": "inferctl.serve.logs.JsonFormatter"}},
+    "formatters": {"json": {"()": "inferctl.serve.observe.logs.JsonFormatter"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
     "loggers": {"vllm": {"handlers": ["stderr"], "level": "INFO", "propagate": False}},
 }

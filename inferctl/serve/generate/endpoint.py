@@ -12,7 +12,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.batching.fairness import Shares
-from inferctl.serve import docs_page
+from inferctl.serve.api import docs_page
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
 from inferctl.serve.edge.middleware import ClientDisconnectedError, read_body
 from inferctl.serve.edge.request_context import RequestContext, context_of

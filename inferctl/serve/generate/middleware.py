@@ -19,7 +19,6 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config import spec
-from inferctl.serve import logs, metering
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.key_limits import KeyLimits
@@ -27,8 +26,9 @@ from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.generate import control, endpoint
-from inferctl.serve.metering import ServerMetering
-from inferctl.serve.metrics import RequestMetrics
+from inferctl.serve.observe import logs, metering
+from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe.metrics import RequestMetrics
 
 _BEAT_S = 1.0
 _FLUSH_S = 2.0  # to write the last usage events

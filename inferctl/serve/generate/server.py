@@ -20,7 +20,6 @@ from inferctl.facts import catalog, precision
 from inferctl.models import decoder, generation_fit
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
-from inferctl.serve import metering
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
@@ -32,9 +31,10 @@ from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.process import VllmProcess
 from inferctl.serve.generate.supervisor import VllmSupervisor
 from inferctl.serve.lifetime import ServerLifetime
-from inferctl.serve.metrics import RequestMetrics, objectives
+from inferctl.serve.observe import metering
+from inferctl.serve.observe.metrics import RequestMetrics, objectives
+from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
-from inferctl.serve.progress import StartProgress
 from inferctl.serve.signals import StopSignals
 
 _HANDOVER_S = 2.0

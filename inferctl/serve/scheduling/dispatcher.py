@@ -22,16 +22,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from inferctl.batching.batcher import Batcher, QueuedSequence
-from inferctl.serve.engine_process.engine_protocol import (
-    Batch,
-    BatchResult,
-    EngineInfo,
-    EngineProcess,
-    Rows,
-    Tokens,
-    Vectors,
-)
-from inferctl.serve.metrics import Metrics
+from inferctl.reading.rows import Rows, Tokens, Vectors
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo, EngineProcess
+from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
 from inferctl.serve.scheduling.engine_use import EngineUse
 

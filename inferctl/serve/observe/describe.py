@@ -10,13 +10,14 @@ import inferctl
 from inferctl.config.spec import Access, Spec
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
-from inferctl.serve import model_summary, tokenizer_pool
-from inferctl.serve.classify_config import ClassifyConfig
+from inferctl.reading import model_summary
+from inferctl.reading.classify_config import ClassifyConfig
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.edge import access
 from inferctl.serve.edge.middleware import EdgeLimits
-from inferctl.serve.embedding_config import EmbeddingConfig
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
-from inferctl.serve.task_config import TaskConfig
+from inferctl.serve.text import tokenizer_pool
 
 
 def document(

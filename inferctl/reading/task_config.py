@@ -20,10 +20,10 @@ from typing import TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.serve import architecture, classify_config, embedding_config, rerank_config
-from inferctl.serve.classify_config import ClassifyConfig
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.rerank_config import RerankConfig
+from inferctl.reading import architecture, classify_config, embedding_config, rerank_config
+from inferctl.reading.classify_config import ClassifyConfig
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.rerank_config import RerankConfig
 
 TaskConfig: TypeAlias = EmbeddingConfig | RerankConfig | ClassifyConfig
 _READ: Mapping[Task, Callable[[Path, int | None], TaskConfig]] = {

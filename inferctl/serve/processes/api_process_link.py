@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from inferctl.serve.backend import frames
-from inferctl.serve.backend.frames import Kind, Link, Quotas, Reply, Submission
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.access import limit_exceeded
 from inferctl.serve.edge.errors import ApiError, at_capacity
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import RequestContext
+from inferctl.serve.processes import frames
+from inferctl.serve.processes.frames import Kind, Link, Quotas, Reply, Submission
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.key_file import limits_alone
 from inferctl.tenancy.access.limits import LimitError

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Task
-from inferctl.serve import architecture, task_config
-from inferctl.serve.classify_config import ClassifyConfig
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.modules import Dense, LogitScore, read_object
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.task_config import TaskConfig
+from inferctl.reading import architecture, task_config
+from inferctl.reading.classify_config import ClassifyConfig
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.modules import Dense, LogitScore, read_object
+from inferctl.reading.rerank_config import RerankConfig
+from inferctl.reading.task_config import TaskConfig
 
 
 def read(task: Task, folder: Path) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.serve.engine_process.engine_protocol import Tokens, Vectors
-from inferctl.serve.modules import Layer
-from inferctl.serve.text_parts import slices
+from inferctl.reading.modules import Layer
+from inferctl.reading.rows import Tokens, Vectors, slices
 
 Output: TypeAlias = Literal["dense", "sparse", "tokens"]
 Role: TypeAlias = Literal["query", "document"] | None

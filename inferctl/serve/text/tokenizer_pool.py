@@ -23,15 +23,16 @@ from tokenizers import AddedToken, Encoding, Tokenizer, processors
 
 from inferctl.batching.fairness import Shares
 from inferctl.core.errors import UsageError
-from inferctl.serve import tokenizer_files, word_piece
-from inferctl.serve.embedding_config import EmbeddingConfig
-from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.private_tokens import PrivateTokens
-from inferctl.serve.rendered_pairs import TEMPLATE_ROOM, RenderedPairs
-from inferctl.serve.rerank_config import RerankConfig
-from inferctl.serve.segments import returns_segments
-from inferctl.serve.task_config import TaskConfig
-from inferctl.serve.text_parts import (
+from inferctl.reading import tokenizer_files
+from inferctl.reading.embedding_config import EmbeddingConfig
+from inferctl.reading.rerank_config import RerankConfig
+from inferctl.reading.rows import Tokens, slices
+from inferctl.reading.segments import returns_segments
+from inferctl.reading.task_config import TaskConfig
+from inferctl.serve.text import text_parts, word_piece
+from inferctl.serve.text.private_tokens import PrivateTokens
+from inferctl.serve.text.rendered_pairs import TEMPLATE_ROOM, RenderedPairs
+from inferctl.serve.text.text_parts import (
     CHARACTERS_PER_TOKEN,
     MAX_HEAD,
     MIN_HEAD,
@@ -42,9 +43,8 @@ from inferctl.serve.text_parts import (
     longest_first,
     not_empty,
     require_truncation,
-    slices,
 )
-from inferctl.serve.word_piece import TokenizedText, guarded, is_panic
+from inferctl.serve.text.word_piece import TokenizedText, guarded, is_panic
 
 log = logging.getLogger("inferctl.tokenizer")
 
@@ -233,7 +233,8 @@ class TokenizerPool:
             )
         options: dict[str, Any] = {"prompt": prompt, "limit": limit, "special_tokens": special_tokens, "left": left}
         encode = partial(self.encode_now, truncate=truncate, **options)
-        calls = [partial(encode, texts[i:j], first=i) for i, j in slices([len(prompt) + len(text) for text in texts])]
+        sizes = [len(prompt) + len(text) for text in texts]
+        calls = [partial(encode, texts[i:j], first=i) for i, j in slices(sizes, text_parts.SLICE_CHARACTERS)]
         return await self._run(calls, size, tenant)
 
     async def encode_pairs(
@@ -279,7 +280,7 @@ class TokenizerPool:
                 most=most,
                 prompt=prompt,
             )
-            for i, j in slices(sizes)
+            for i, j in slices(sizes, text_parts.SLICE_CHARACTERS)
         ]
 
         def missing(pairs: list[Pair]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from inferctl.core.errors import UsageError
-from inferctl.serve.modules import read_object
+from inferctl.reading.modules import read_object
 
 # Classes of tokenizers that return the segments of texts unless `model_input_names` says otherwise, without their end
 # `Tokenizer` or `TokenizerFast`, and types of models that have one of them if no file names a class.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
-from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.reading.rows import Tokens
 
 KEY_BYTES = 16
 # Scopes whose seeds are kept. Another one costs one more hash per request.

@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from inferctl.serve.backend import frames
-from inferctl.serve.backend.frames import Kind, Link, Quotas, Reply, Submission
+from inferctl.reading.rows import Tokens
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.serve.processes import frames
+from inferctl.serve.processes.frames import Kind, Link, Quotas, Reply, Submission
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.reading.rows import Tokens
 
 # Long requests are tokenized in slices of about this many characters, so that they take turns on the threads.
-_SLICE_CHARACTERS = 250_000
+SLICE_CHARACTERS = 250_000
 # A text is first tokenized up to this many characters per token that the model accepts. To tokenize 30 MiB of words
 # would take 20 s and 5 GB, for 256 tokens.
 CHARACTERS_PER_TOKEN = 8
@@ -42,21 +42,6 @@ def head_of(text: str, longest: int) -> str:
     head = text[:longest]
     end = max(head.rfind(space, longest // 2) for space in " \n\t")
     return head if end < 0 else head[:end]
-
-
-def slices(sizes: Sequence[int], most: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of consecutive parts of things of these sizes, such as texts of so many characters.
-
-    Each part has one thing or a size of at most `most`; by default, that of one call of the tokenizer.
-    """
-    most = _SLICE_CHARACTERS if most is None else most
-    start = characters = 0
-    for index, size in enumerate(sizes):
-        if index > start and characters + size > most:
-            yield start, index
-            start, characters = index, 0
-        characters += size
-    yield start, len(sizes)
 
 
 def common_end(one: Tokens, two: Tokens) -> Tokens:

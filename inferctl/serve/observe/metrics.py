@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
 from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, UsageEvent
-from inferctl.serve.totals import Distribution, Family, Total
+from inferctl.serve.observe.totals import Distribution, Family, Total
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 
 T = TypeVar("T", Total, Distribution)

@@ -12,7 +12,7 @@ from typing import Any
 
 from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder, architecture
-from inferctl.serve.modules import read_object
+from inferctl.reading.modules import read_object
 
 # Types that transformers computes as the code of their first repositories did, with the starts of its class names.
 _ADOPTED = {"eurobert": ("EuroBert",), "gte": ("New", "Gte"), "nomic_bert": ("NomicBert",)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.serve.modules import read_object, transformer_settings
+from inferctl.reading.modules import read_object, transformer_settings
 
 FILE = "chat_template.jinja"
 # Parts of a template that reads lists of parts instead of texts, if the folder does not say which of both it reads.

@@ -13,11 +13,11 @@ import inferctl
 from inferctl.config.spec import Metering as Settings
 from inferctl.config.spec import Task
 from inferctl.core.sizes import parse_size
-from inferctl.serve import logs
 from inferctl.serve.edge import request_context
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import UsageEvent
-from inferctl.serve.metrics import RequestMetrics
+from inferctl.serve.observe import logs
+from inferctl.serve.observe.metrics import RequestMetrics
 from inferctl.tenancy.metering.cloud_event import Origin
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
@@ -97,7 +97,7 @@ def emitter(
     if log == "json":
         sinks.append(logs.log_request)
     if traces:
-        from inferctl.serve import tracing
+        from inferctl.serve.observe import tracing
 
         sinks.append(tracing.tracer(name, inferctl.__version__))
     return request_context.to_all(sinks)

@@ -18,12 +18,12 @@ import numpy as np
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
-from inferctl.serve import modules, pair_template
-from inferctl.serve.embedding_config import input_settings
-from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.modules import Dense, Layer, LogitScore, PoolingMode, read_object
-from inferctl.serve.pair_template import PairTemplate
-from inferctl.serve.prompts import NO_PROMPTS, Prompts
+from inferctl.reading import modules, pair_template
+from inferctl.reading.embedding_config import input_settings
+from inferctl.reading.modules import Dense, Layer, LogitScore, PoolingMode, read_object
+from inferctl.reading.pair_template import PairTemplate
+from inferctl.reading.prompts import NO_PROMPTS, Prompts
+from inferctl.reading.rows import Vectors
 
 
 def sigmoid(logits: Vectors) -> Vectors:

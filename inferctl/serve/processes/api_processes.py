@@ -22,12 +22,13 @@ from typing import Any
 
 from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import NotReadyError
-from inferctl.serve.backend import frames, samples
-from inferctl.serve.backend.api_process_link import ApiProcessLink
-from inferctl.serve.backend.frames import Kind
 from inferctl.serve.backend.local import LocalBackend
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.engine_process.supervisor import reap
+from inferctl.serve.observe import samples
+from inferctl.serve.processes import frames
+from inferctl.serve.processes.api_process_link import ApiProcessLink
+from inferctl.serve.processes.frames import Kind
 
 log = logging.getLogger("inferctl.api_processes")
 
@@ -284,7 +285,7 @@ class _ApiProcess:
                 sys.executable,
                 "-P",
                 "-m",
-                "inferctl.serve.api_process",
+                "inferctl.serve.processes.api_process",
                 *map(str, descriptors),
                 pass_fds=descriptors,
                 stdin=asyncio.subprocess.DEVNULL,

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from inferctl.core.errors import UsageError, shown
 from inferctl.models import model
 from inferctl.models.model import BGE_M3, ROUTER_FILE, ModelFolder
-from inferctl.serve import modules
-from inferctl.serve.modules import Dense, Normalize, read_object
-from inferctl.serve.outputs import Expansion, SparseConfig, TokensConfig
+from inferctl.reading import modules
+from inferctl.reading.modules import Dense, Normalize, read_object
+from inferctl.reading.outputs import Expansion, SparseConfig, TokensConfig
 
 _HINT = "use a model of another kind, or save it again with a current sentence-transformers"
 _TOKEN_SETTINGS = ("query_length", "document_length", "query_expansion")

@@ -16,12 +16,12 @@ import numpy as np
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models import model
-from inferctl.serve import modules
-from inferctl.serve.embedding_config import input_settings
-from inferctl.serve.engine_process.engine_protocol import Vectors
-from inferctl.serve.modules import Layer, PoolingMode, read_object
-from inferctl.serve.prompts import NO_PROMPTS, Prompts
-from inferctl.serve.rerank_config import sigmoid
+from inferctl.reading import modules
+from inferctl.reading.embedding_config import input_settings
+from inferctl.reading.modules import Layer, PoolingMode, read_object
+from inferctl.reading.prompts import NO_PROMPTS, Prompts
+from inferctl.reading.rerank_config import sigmoid
+from inferctl.reading.rows import Vectors
 
 
 def _softmax(logits: Vectors) -> Vectors:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from inferctl.serve.engine_process.engine_protocol import Tokens
+from inferctl.reading.rows import Tokens
 
 # Blocks of Unicode by their first and last code point: writing systems, symbols, invisible and unassigned characters.
 _BLOCKS = (

@@ -1,6 +1,6 @@
 """An API process: the front end of a server whose backend is another process, its parent.
 
-    python -m inferctl.serve.api_process FD CONTROL_FD
+    python -m inferctl.serve.processes.api_process FD CONTROL_FD
 
 FD is a stream socket that carries `backend.frames`; descriptors of connections arrive at CONTROL_FD. The process ends
 when the backend says so, or ends.
@@ -23,18 +23,20 @@ from typing import Any
 from inferctl.config.spec import Spec
 from inferctl.core import streams
 from inferctl.core.errors import InferctlError
-from inferctl.serve import event_loop, logs, metering, task_config
-from inferctl.serve.backend import frames, samples
-from inferctl.serve.backend.frames import Kind, Link
-from inferctl.serve.backend.remote import RemoteBackend
+from inferctl.reading import task_config
+from inferctl.serve import event_loop
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.front_end import FrontEnd
-from inferctl.serve.metering import ServerMetering
-from inferctl.serve.metrics import Metrics
-from inferctl.serve.tokenizer_pool import TokenizerPool
+from inferctl.serve.observe import logs, metering, samples
+from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe.metrics import Metrics
+from inferctl.serve.processes import frames
+from inferctl.serve.processes.frames import Kind, Link
+from inferctl.serve.processes.remote import RemoteBackend
+from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from inferctl.tenancy.access.limits import Limiter
 
 _ALIVE_S, _STATS_S = 0.1, 1.0

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
 from inferctl.models import model
-from inferctl.serve import architecture, modules, output_config, prompts
-from inferctl.serve.modules import Layer, Normalize, PoolingMode, read_object
-from inferctl.serve.output_config import STATIC_TOKENS
-from inferctl.serve.outputs import FORMS, ROLES, Form, Output, Role, SparseConfig, TokensConfig
-from inferctl.serve.prompts import NO_PROMPTS, Prompts
+from inferctl.reading import architecture, modules, output_config, prompts
+from inferctl.reading.modules import Layer, Normalize, PoolingMode, read_object
+from inferctl.reading.output_config import STATIC_TOKENS
+from inferctl.reading.outputs import FORMS, ROLES, Form, Output, Role, SparseConfig, TokensConfig
+from inferctl.reading.prompts import NO_PROMPTS, Prompts
 
 # RoBERTa-like models number positions from the padding index + 1, which reduces the usable positions.
 _OFFSET_TYPES = frozenset(

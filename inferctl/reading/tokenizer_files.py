@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.normalizers import Normalizer
 
 from inferctl.core.errors import UsageError
-from inferctl.serve.modules import PoolingMode, read_object
+from inferctl.reading.modules import PoolingMode, read_object
 
 # The code of these tokenizers does what `add_eos_token` says, which the server does too.
 _KNOWN_CODE = frozenset({"tokenization_qwen.Qwen2Tokenizer", "tokenization_qwen.Qwen2TokenizerFast"})

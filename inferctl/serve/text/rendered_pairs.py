@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 from tokenizers import Tokenizer
 
-from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.private_tokens import PrivateTokens
-from inferctl.serve.text_parts import (
+from inferctl.reading.rows import Tokens
+from inferctl.serve.text.private_tokens import PrivateTokens
+from inferctl.serve.text.text_parts import (
     CHARACTERS_PER_TOKEN,
     MAX_HEAD,
     MIN_HEAD,
@@ -24,7 +24,7 @@ from inferctl.serve.text_parts import (
     not_empty,
     require_truncation,
 )
-from inferctl.serve.word_piece import TokenizedText, guarded
+from inferctl.serve.text.word_piece import TokenizedText, guarded
 
 # Tokens that a template and a query must leave for a document: those of the texts that `encode` cuts with.
 TEMPLATE_ROOM = 8

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
+from inferctl.reading.rows import Tokens, row_buffers, unpack_rows
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.engine_process.engine_protocol import Tokens, row_buffers, unpack_rows
 from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.tenancy.access.limits import Quota
 

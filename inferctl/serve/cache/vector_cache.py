@@ -23,12 +23,12 @@ import numpy as np
 from inferctl.config.spec import Cache, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core.sizes import parse_size
-from inferctl.serve.engine_process.engine_protocol import Rows, Tokens, Vectors
-from inferctl.serve.metrics import Metrics
+from inferctl.reading.rows import Rows, Tokens, Vectors
+from inferctl.serve.cache.keys import KeySpace
+from inferctl.serve.cache.store import VectorStore
+from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
-from inferctl.serve.vector_cache.keys import KeySpace
-from inferctl.serve.vector_cache.store import VectorStore
 
 # A request joins the flights of others this often. If they fail for reasons of their own, it computes everything.
 _MAX_JOINS = 3

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from inferctl.serve.engine_process.engine_protocol import Tokens
-from inferctl.serve.pair_template import PairTemplate
+from inferctl.reading.pair_template import PairTemplate
+from inferctl.reading.rows import Tokens
 
 
 class PrivateTokens:

@@ -1,0 +1,1 @@
+"""What a server says about itself: metrics, request log, traces, usage events, and `GET /info`."""
