@@ -43,7 +43,7 @@ from inferctl.config.spec import Access
 from inferctl.tenancy.access import key_file, keys
 from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 from inferctl.tenancy.fleet.key_store import KeyStore
-from tests.metering.parts import Nats, Postgres
+from tests.tenancy.parts import Nats, Postgres
 
 SERVERS, LIMIT, TIMES = 3, 600, 10
 PORT = 18531

@@ -1,6 +1,6 @@
 """How many seeded faults other checks find that `inferctl deploy --lint` finds: a table for docs/deploy-lint.md.
 
-The faults are those of tests/deploy/lint/faults.yaml, each alone in otherwise good manifests. A check finds a fault if
+The faults are those of tests/manifests/lint/faults.yaml, each alone in otherwise good manifests. A check finds one if
 it reports something that it does not report for the good manifests.
 
     python benchmarks/peers/lint_comparison.py --checkov PATH/bin/checkov
@@ -26,9 +26,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.deploy.lint import seeded  # noqa: E402
+
 from inferctl.manifests import lint  # noqa: E402
 from tests.deploy import validation  # noqa: E402
-from tests.deploy.lint import seeded  # noqa: E402
 
 Objects = Sequence[Mapping[str, Any]]
 # What a check reports about manifests: any hashable descriptions.

@@ -17,7 +17,7 @@ import peers
 
 sys.path.insert(0, str(peers.ROOT))
 
-from tests.metering.parts import Nats, Postgres
+from tests.tenancy.parts import Nats, Postgres
 
 PORT = 18561
 _LOCK = """
