@@ -142,7 +142,6 @@ def test_three_servers_apply_one_limit_with_and_without_the_broker(fleet: Fleet,
 def test_a_revoked_key_ends_on_all_servers_and_a_message_that_is_not_valid_harms_nobody(
     fleet: Fleet, nats: Nats
 ) -> None:
-    """`benchmarks/peers/limits.py` measures how long a revocation takes."""
     first, secret = fleet.add(requests_per_minute=100_000)
 
     async def send() -> None:
