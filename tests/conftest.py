@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import hypothesis
 import pytest
 
 from tests import tiny_models
-from tests.processes import ServerProcess, execute, start
-from tests.required import missing
+from tests.processes import ServerProcess, execute, python, start
+from tests.required import absent_package, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -93,6 +94,24 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Skip a test that needs a package that is not installed."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    if call.excinfo and (problem := absent_package(str(call.excinfo.value))):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {problem}")
+    return report  # type: ignore[return-value]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """Skip a module that imports a package that is not installed."""
+    report: pytest.CollectReport = yield  # type: ignore[misc, assignment]
+    if report.failed and (problem := absent_package(str(report.longrepr))):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {problem}")
+    return report  # type: ignore[return-value]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests first, so that no worker waits for one at the end. xdist starts the largest group first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -112,20 +131,34 @@ def _without_user_settings() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+@contextmanager
+def one_worker(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Let one worker of xdist at a time do this. Yields the folder that all workers share."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield root
+
+
+def _model(folder: Path, factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of `make model`. Downloads the model if a test is the first that needs it."""
+    with one_worker(factory, folder.name):
+        if not (folder / "model.safetensors").is_file():
+            python(ROOT / "benchmarks" / "fetch_model.py", folder, code=0)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def minilm() -> Path:
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the real all-MiniLM-L6-v2."""
-    if not (MODEL / "model.safetensors").is_file():
-        pytest.fail(f"{MODEL.relative_to(ROOT)} not found: download it with `make model`")
-    return MODEL
+    return _model(MODEL, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def splade() -> Path:
+def splade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a real small SPLADE."""
-    if not (SPLADE / "model.safetensors").is_file():
-        pytest.fail(f"{SPLADE.relative_to(ROOT)} not found: download it with `make model`")
-    return SPLADE
+    return _model(SPLADE, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -243,11 +276,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Resolving also requires the packages that the locks leave out.
     wanted = [f"torch=={pins['torch']}", *locks.declared_requirements("serve")]
     wanted += locks.declared_requirements("wordpiece")
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"
-    with (root / "wheels.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_worker(tmp_path_factory, "wheels") as root:
+        folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"
         if not folder.exists():
             constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]

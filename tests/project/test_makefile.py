@@ -27,7 +27,8 @@ def checkout(tmp_path: Path) -> Path:
     if not shutil.which("make"):
         pytest.skip("make is not installed")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "pyproject.toml").touch()
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -53,8 +54,16 @@ def test_uv_gets_the_settings_of_pip_and_no_command_line_has_them(checkout: Path
     (command,) = (line for line in lines if " pip install " in line)
     assert "index.example" not in command
     # A newer torch of an index, with CUDA, is not installed in place of the CPU build of a folder.
-    (torch,) = re.findall(r"torch==(\d+\.\d+)\.\*", command)
+    assert "--constraint constraints.txt" in command
+    (torch,) = re.findall(r"^torch==(\d+\.\d+)\.", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert f"\ntorch=={torch}." in (ROOT / "base-images" / "locks" / "torch2.13-cpu" / "torch.txt").read_text()
+
+
+def test_a_room_needs_neither_the_model_nor_the_packages_of_other_rooms(checkout: Path) -> None:
+    asked = make(checkout, "UV=", "--dry-run", "test", "ROOM=core")
+    assert asked.splitlines()[-1].endswith(" tests/core")
+    assert "dev-all" not in asked and "fetch_model" not in asked
+    assert "dev-all" in (every := make(checkout, "UV=", "--dry-run", "test")) and "fetch_model" in every
 
 
 def test_uv_gets_what_the_configuration_files_of_pip_say(checkout: Path) -> None:
