@@ -76,6 +76,7 @@ docs: $(VENV)/.dev  ## regenerate docs/reference/ from the help, and docs/models
 	$(BIN)/python docs/write_models.py
 
 site: $(VENV)/.dev-all  ## build the documentation as a web site in .cache/site; a dead link is an error
+	$(BIN)/python docs/write_reference.py --commands
 	$(BIN)/zensical build --clean --strict
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)

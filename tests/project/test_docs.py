@@ -15,7 +15,7 @@ import yaml
 from typer.main import get_command
 
 from inferctl import cli
-from tests.processes import execute
+from tests.processes import execute, python
 from tests.published_models import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +65,8 @@ def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_site_builds_strictly_and_its_pages_load_nothing_from_other_hosts(tmp_path: Path) -> None:
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    python(tmp_path / "docs" / "write_reference.py", "--commands", code=0)
+    assert "inferctl deploy --lint" in (tmp_path / "docs" / "reference" / "commands.md").read_text()
     done = build_site(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     built = list((tmp_path / ".cache" / "site").rglob("*.html"))
@@ -89,7 +91,8 @@ def test_the_site_has_every_page() -> None:
         return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
 
     navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert sorted(navigation) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+    pages_of_site = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert sorted(navigation) == sorted(pages_of_site | {"reference/commands.md"})
 
 
 MODELS = ROOT / "docs" / "models.md"

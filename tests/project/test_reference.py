@@ -1,4 +1,4 @@
-"""The pages of docs/reference/ are those that the program would write: help, keys, metrics, endpoints and rules."""
+"""The pages of docs/reference/ are those that the program would write: keys, metrics, endpoints and rules."""
 
 from __future__ import annotations
 
@@ -14,4 +14,5 @@ def test_the_reference_matches_the_program() -> None:
     module = importlib.util.module_from_spec(located)
     located.loader.exec_module(module)
     written = {page.name: page.read_text(encoding="utf-8") for page in module.TARGET.glob("*.md")}
+    written.pop("commands.md", None)
     assert written == module.pages(), "`make docs` regenerates them"
