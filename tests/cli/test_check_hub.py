@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hub import Hub, online, serving
-from tests.processes import inferctl
+from tests.hub import online, serving
+from tests.processes import several
 from tests.published_models import write
 
 E5 = "intfloat/multilingual-e5-large-instruct"
@@ -95,30 +95,29 @@ CASES: dict[str, tuple[str, Callable[[Path], object], dict[str, Any] | str]] = {
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and stdout of `inferctl check --json` by repository, and for two of them of the report (`NAME text`)."""
     root = tmp_path_factory.mktemp("hub")
     folders: dict[str, Any] = {}
     for name, (published, change, _) in CASES.items():
         folders[name] = write(published, root / name.replace("/", "-"))
         change(folders[name])
-    with serving(folders) as running:
-        yield running
-
-
-def check(hub: Hub, folder: Path, name: str, *more: str) -> tuple[int, str]:
-    done = inferctl("check", "--model", name, *more, cwd=folder, env=online(hub, folder / "home"))
-    assert done.stderr == ""
-    return done.returncode, done.stdout
+    commands = {name: ["check", "--model", name, "--json"] for name in CASES}
+    for name in ("org/prompts", "org/unknown-module"):
+        commands[f"{name} text"] = ["check", "--model", name, "--hardware", "t4"]
+    with serving(folders) as hub:
+        done = several(list(commands.values()), cwd=root, env=online(hub, root / "home"))
+    assert [each.stderr for each in done] == [""] * len(done)
+    weights = [file for file in hub.downloads() if file.endswith((".safetensors", ".bin", "tokenizer.json"))]
+    assert weights == [], "no weights and no vocabulary are downloaded"
+    return {name: (each.returncode, each.stdout) for name, each in zip(commands, done, strict=True)}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_check_says_how_a_hub_model_is_served_or_why_not(name: str, hub: Hub, tmp_path: Path) -> None:
+def test_check_says_how_a_hub_model_is_served_or_why_not(name: str, checked: dict[str, tuple[int, str]]) -> None:
     expected = CASES[name][2]
-    hub.requests.clear()
-    code, out = check(hub, tmp_path, name, "--json")
+    code, out = checked[name]
     document = json.loads(out)
-    weights = [file for file in hub.downloads() if file.endswith((".safetensors", ".bin", "tokenizer.json"))]
-    assert weights == [], "no weights and no vocabulary are downloaded"
     # The default base image has no vLLM.
     errors = [each for each in document["findings"] if each["level"] == "error" and each["topic"] != "base.task"]
     if isinstance(expected, str):
@@ -132,10 +131,10 @@ def test_check_says_how_a_hub_model_is_served_or_why_not(name: str, hub: Hub, tm
     assert ("weights" in warned) == (name == "org/pickled")
 
 
-def test_the_report_has_a_line_about_the_model(hub: Hub, tmp_path: Path) -> None:
-    code, out = check(hub, tmp_path, "org/prompts", "--hardware", "t4")
+def test_the_report_has_a_line_about_the_model(checked: dict[str, tuple[int, str]]) -> None:
+    code, out = checked["org/prompts text"]
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("model: ")]
     assert all(word in line for word in ("mean pooling", "normalized", "128 tokens", "query, passage"))
-    code, out = check(hub, tmp_path, "org/unknown-module", "--hardware", "t4")
-    assert (code, "0 of 1 can run it" in out or "model: " not in out) == (2, True)
+    code, out = checked["org/unknown-module text"]
+    assert (code, "model: " in out) == (2, False)
