@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,41 +57,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Fixtures that start a server. The tests of a module that use one run in one worker, so that it starts once.
-EXPENSIVE = {"cached", "echo", "guarded", "postgres", "server", "tenants"}
-# Modules that use torch in the process of the tests. Its import and that of transformers take 5 s of CPU time, so one
-# worker runs them.
-TORCH = {
-    "test_checkpoints",
-    "test_classifier",
-    "test_convert",
-    "test_cores",
-    "test_classify_bench",
-    "test_cross_encoder",
-    "test_encoder",
-    "test_generation_quality",
-    "test_hostile_models",
-    "test_next_tokens",
-    "test_onednn",
-    "test_pairs",
-    "test_published_models",
-    "test_rerank",
-    "test_varlen",
-}
+@cache
+def _uses_torch(file: Path) -> bool:
+    """Whether a module of tests imports torch, which takes 2 to 5 s of CPU time in each worker."""
+    return bool(re.search(r"^\s*(import|from) (torch|transformers|sentence_transformers)\b", file.read_text(), re.M))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+def pytest_itemcollected(item: pytest.Function) -> None:
     """Choose the tests that run in one worker, and skip slow measurements unless `-m` names their marker.
 
-    Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds.
+    Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds. Those
+    that share a fixture of their module, such as a server, do too, so that it starts once; and those of a room that use
+    torch in the process of the tests.
     """
     if not item.get_closest_marker("xdist_group"):
+        fixtures = item._fixtureinfo.name2fixturedefs
         if item.get_closest_marker("docker"):
             item.add_marker(pytest.mark.xdist_group("docker"))
-        elif item.path.stem in TORCH:
-            item.add_marker(pytest.mark.xdist_group("torch"))
-        elif EXPENSIVE & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        elif _uses_torch(item.path):
+            item.add_marker(pytest.mark.xdist_group(f"torch in {item.path.parent.name}"))
+        elif "postgres" in fixtures or any(found[-1].scope == "module" for found in fixtures.values()):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
     if item.get_closest_marker("slow_measurement") and "slow_measurement" not in item.config.option.markexpr:
         item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))
 
@@ -113,8 +101,22 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests first, so that no worker waits for one at the end. xdist starts the largest group first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Run groups with slow tests first, then slow tests, other groups and the rest: at the end, no worker waits long.
+
+    With `--no-loadscope-reorder`, xdist keeps this order.
+    """
+    slow = {_group(item) for item in items if item.get_closest_marker("slow")} - {None}
+    items.sort(
+        key=lambda item: (
+            _group(item) not in slow and item.get_closest_marker("slow") is None,
+            _group(item) is None,
+        )
+    )
+
+
+def _group(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("xdist_group")
+    return marker.args[0] if marker else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,6 +31,7 @@ from tests.deploy.chats import COMPLETE, Chats
 from tests.deploy.conftest import objects, write
 from tests.deploy.containers import Network, assert_constrained, folders, secret_with_key, start
 from tests.deploy.test_layout import named
+from tests.processes import until
 from tests.project.test_end_to_end import inferctl, inspect
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -143,7 +144,7 @@ def test_the_container_of_a_rendered_deployment_drains_without_losing_a_request_
         chats, long = Chats(network, url, headers), Chats(network, url, headers)
         for number in range(4):
             chats.start(stream=number % 2 == 0, max_tokens=32)
-        time.sleep(3)
+        until(lambda: chats.finished)  # its client has sent the next one
         ending = threading.Thread(target=server.terminate)
         ending.start()
         # Routers need a part of the preStop hook to notice. Until then, requests arrive.
