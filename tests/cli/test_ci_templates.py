@@ -135,13 +135,6 @@ def test_every_inferctl_command_exists_with_those_options(written: Path, files: 
         known[name].make_context(name, values)
 
 
-@pytest.mark.parametrize("files", [GITHUB, GITLAB], ids=["github", "gitlab"])
-def test_the_steps_are_in_order_and_push_last(written: Path, files: tuple[str, ...]) -> None:
-    verbs = [verb(words) for path in files for script in scripts(written / path) for words in commands(script)]
-    first = [verbs.index(verb) for verb in STEPS]
-    assert first == sorted(first)
-
-
 def test_no_expression_of_github_reaches_a_shell(written: Path) -> None:
     """A branch name may be `$(command)`, so all external values are passed as environment variables."""
     for path in GITHUB:
@@ -375,63 +368,3 @@ def test_an_existing_spec_is_used_and_kept(tmp_path: Path) -> None:
     assert cli.run(["init", str(tmp_path), "--ci", "github", "--package", PACKAGE, "--force"]) == 0
     assert spec.read_text() == before
     assert "REPOSITORY: registry.example.com/team/named" in (tmp_path / GITHUB[1]).read_text()
-
-
-PLAN = {
-    "name": "gate",
-    "configurations": [{"name": "auto", "precision": "auto"}],
-    "load": {"mode": "closed", "users": 4, "duration_s": 2, "warmup_s": 0},
-    "corpus": "short",
-    "repeats": 3,
-    "quality": None,
-}
-SHIM = """
-if [ "$1" = pull ]; then echo r/m@sha256:0; exit; fi
-# Images cannot run here: `serve --image NAME` starts the answering server, slower for a NAME that says so: 20 times,
-# so that the noise of a busy machine does not hide it.
-if [ "$1" = serve ]; then
-  case "$*" in *slow*) median=400 ;; *) median=20 ;; esac
-  while [ "$1" != --announce ]; do shift; done
-  exec {python} {answering} --announce "$2" --median-ms "$median" --sigma 0.05
-fi
-exec {python} -m inferctl "$@"
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", [GITHUB[0], GITLAB[0]])
-def test_the_steps_measure_both_images_and_give_a_verdict(written: Path, tmp_path: Path, path: str) -> None:
-    """Run the measure and compare steps with a real benchmark and local servers instead of images."""
-    answering = Path(__file__).parents[1] / "bench" / "answering.py"
-    programs = {"inferctl": SHIM.format(python=sys.executable, answering=answering), "docker": ""}
-    shutil.copy(written / "inferctl.yaml", tmp_path)
-    (tmp_path / "gate.yaml").write_text(yaml.safe_dump(PLAN))
-    parts = [
-        part
-        for script in scripts(written / path)
-        for part in ([script] if path == GITHUB[0] else yaml_items(written / path))
-        if "inferctl bench" in part or "inferctl compare" in part
-    ]
-    environment = {
-        "SPEC": "inferctl.yaml",
-        "PLAN": "./gate.yaml",
-        "REPEATS": "3",
-        "BASELINE": "r/m:main",
-        "CANDIDATE": "r/m:slow",
-        "THRESHOLD": "",
-        "OPEN": "fail",
-        "HOME": str(tmp_path),
-    }
-    codes = [run_step(part, tmp_path, programs, **environment).returncode for part in dict.fromkeys(parts)]
-    assert codes == [0, 1]
-    assert (tmp_path / "verdict.md").read_text().startswith("### Regression: p50 +")
-    assert "<failure" in (tmp_path / "verdict.xml").read_text()
-    left = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and runs_in(entry, tmp_path)]
-    assert left == []
-
-
-def runs_in(process: Path, folder: Path) -> bool:
-    try:
-        return (process / "cwd").readlink().is_relative_to(folder)
-    except OSError:
-        return False

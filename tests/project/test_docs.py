@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("inferctl", "tests", "benchmarks", "docs")
 # What a team lead who pays by usage types into the search.
 SEARCHED = ("disconnected", "client", "charged")
+FILES = [f"/{file.relative_to(ROOT).as_posix()}" for top in SOURCES for file in (ROOT / top).rglob("*.py")]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -44,9 +45,8 @@ def test_links_between_pages_are_valid(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_files_a_page_names_exist(page: Path) -> None:
     """A page may shorten a path to its last parts: `serve/server.py` for `inferctl/serve/server.py`."""
-    files = [f"/{file.relative_to(ROOT).as_posix()}" for top in SOURCES for file in (ROOT / top).rglob("*.py")]
     for name in re.findall(r"[\w./-]*\w\.py\b", page.read_text(encoding="utf-8")):
-        assert any(file.endswith(f"/{name}") for file in files), f"{page.name} names {name}, which does not exist"
+        assert any(file.endswith(f"/{name}") for file in FILES), f"{page.name} names {name}, which does not exist"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

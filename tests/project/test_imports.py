@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import graphlib
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -236,22 +233,3 @@ def test_a_call_imports_only_the_command_that_it_runs(line: list[str], expected:
     )
     done = python("-c", code, code=0)
     assert json.loads(done.stdout) == expected
-
-
-def test_help_costs_at_most_half_as_much_again_as_importing_typer(tmp_path: Path) -> None:
-    """Compare the lowest CPU times of interleaved processes, which other load on the machine changes little."""
-    import resource
-
-    # With bytecode, as after an installation by pip, regardless of the environment of the tests.
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-
-    def seconds(*arguments: str) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *arguments], capture_output=True, check=True, env=environment)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    seconds("-m", "inferctl", "--help")
-    pairs = [(seconds("-c", "import typer"), seconds("-m", "inferctl", "--help")) for _ in range(8)]
-    assert min(b for _, b in pairs) <= 1.5 * min(a for a, _ in pairs)
