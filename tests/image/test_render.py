@@ -184,7 +184,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
     assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
     assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
     folders, package = {name.partition("/")[0] for name in names if "/" in name}, render.assets.package()
-    assert folders == {"_assets", "batching", "config", "core", "facts", "models", "serve", "tenancy"}
+    assert folders == {"_assets", "batching", "config", "core", "facts", "models", "reading", "serve", "tenancy"}
     for name in names:
         if name.endswith(".py"):
             for imported in imports(package / name):
