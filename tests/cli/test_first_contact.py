@@ -26,7 +26,7 @@ from inferctl.serve.engines import cpu
 from tests import processes
 from tests.cli.test_first_steps import small_llama
 from tests.hub import Hub, Repository, online, serving
-from tests.models.test_model import write_model
+from tests.models.model_folders import write_model
 from tests.processes import free_port, until
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"

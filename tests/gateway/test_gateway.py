@@ -27,7 +27,7 @@ from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.gateway import config, servers
 from tests.processes import ServerProcess, execute, free_port, until
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 BACKEND = Path(__file__).with_name("backend.py")
 ENVOY = Path(sys.executable).with_name("envoy")

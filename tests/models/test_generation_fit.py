@@ -11,7 +11,7 @@ from inferctl.config.spec import Spec
 from inferctl.facts import catalog, vllm_api
 from inferctl.models import fit, generation_fit
 from tests.conftest import ROOT
-from tests.models.test_decoder import DOLLY_12B, FALCON_7B, GEMMA3_12B, LLAMA_2_7B, LLAMA_31_8B, SMOLLM2_135M
+from tests.models.decoder_configs import DOLLY_12B, FALCON_7B, GEMMA3_12B, LLAMA_2_7B, LLAMA_31_8B, SMOLLM2_135M
 
 LLAMA = fit.ModelSize(8_030_261_248, LLAMA_31_8B | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"})
 LLAMA2 = fit.ModelSize(6_738_415_616, LLAMA_2_7B | {"torch_dtype": "float16"})

@@ -21,7 +21,7 @@ import pytest
 from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.models import conversion, model
-from tests.models.test_model import write_model
+from tests.models.model_folders import write_model
 from tests.processes import inferctl
 from tests.tiny_models import make_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 from inferctl.models import model
 from inferctl.models.hub import HubModel
 from tests.hub import Hub, Repository, online, serving
-from tests.models.test_model import write_model
+from tests.models.model_folders import write_model
 from tests.processes import python
 
 SOURCE = "org/m"

@@ -14,21 +14,7 @@ from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import UsageError
 from inferctl.models import model, output_vectors
 from inferctl.models.fit import ModelSize
-
-
-def write_model(folder: Path, shapes: dict[str, list[int]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 4
-        for length in shape:
-            size *= length
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    packed = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(packed)) + packed + bytes(end))
-    return folder
+from tests.models.model_folders import write_model
 
 
 def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:

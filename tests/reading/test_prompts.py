@@ -22,7 +22,7 @@ from inferctl.serve.text import text_parts
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests import tiny_models
 from tests.processes import CLIENT, ServerProcess, start, until
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 TEXTS = ["Which river flows through Vienna?", " 北京 naïve [SEP] text [MASK]", "long words of a text " * 60, "x"]
 QUERY, PASSAGE = "Instruct: find it\nQuery: ", "passage: "

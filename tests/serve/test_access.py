@@ -26,7 +26,7 @@ from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge, KeyUsage, Limiter
 from tests.processes import CLIENT, ServerProcess, start, until
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 
 @dataclass

@@ -40,7 +40,7 @@ from inferctl.serve.observe import samples
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.processes import CLIENT, ServerProcess, inferctl, start, until
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 from tests.tenancy.metering.test_metered_server import Load
 
 PROCESSES = 4

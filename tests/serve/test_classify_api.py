@@ -19,7 +19,7 @@ from inferctl.serve.api.classify_schemas import ClassifyRequest, PredictRequest
 from inferctl.serve.edge.errors import ApiError
 from tests.processes import ServerProcess, start
 from tests.serve.test_rerank_api import JSON, post
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 LABELS = [f"mood {number}" for number in range(8)]  # as many as the echo engine returns numbers
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import until
 from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 
 def chat(server: Generation, key: str, script: str, **options: object) -> httpx.Response:

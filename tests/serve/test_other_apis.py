@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from tests.conftest import TEXTS
 from tests.processes import CLIENT, ServerProcess
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 pytestmark = pytest.mark.xdist_group("minilm")
 

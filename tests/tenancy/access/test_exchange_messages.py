@@ -16,7 +16,7 @@ from inferctl.serve.edge.exchange import Exchange
 from inferctl.tenancy.access import key_table
 from inferctl.tenancy.access.key_table import KeyTable
 from inferctl.tenancy.access.limits import Limiter
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 
 SENDER = "0123456789abcdef"
 

@@ -16,20 +16,10 @@ from hypothesis import strategies as st
 
 from inferctl.core.errors import UsageError
 from inferctl.tenancy.access import key_file, keys
-from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
+from inferctl.tenancy.access.key_file import StoredDigest
 from inferctl.tenancy.access.key_table import KeyTable
 from tests.processes import until
-
-
-def add(path: Path, name: str = "a", **fields: object) -> tuple[ApiKey, str]:
-    """Add a key to a file, and return it with its text."""
-    key_id = keys.new_id()
-    secret = keys.generate(key_id)
-    stored = StoredDigest(sha256=keys.digest(secret.encode()).hex())
-    key = ApiKey.model_validate({"id": key_id, "name": name, "digests": [stored], "created": key_file.now(), **fields})
-    with key_file.edit(path, create=True) as found:
-        found[key_id] = key
-    return key, secret
+from tests.tenancy.key_files import add
 
 
 def test_a_key_names_its_id_and_is_one_word() -> None:

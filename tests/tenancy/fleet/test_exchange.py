@@ -21,7 +21,7 @@ from inferctl.config.spec import Access
 from inferctl.tenancy.access import channel
 from inferctl.tenancy.fleet.key_store import KeyStore
 from tests.processes import CLIENT, ServerProcess, inferctl, start, until
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 from tests.tenancy.parts import Nats, Postgres
 
 LIMIT = 120  # requests per minute

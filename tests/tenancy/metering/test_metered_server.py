@@ -23,7 +23,7 @@ import pytest
 
 from inferctl.tenancy.metering.ledger import Ledger
 from tests.processes import ServerProcess, python, until
-from tests.tenancy.access.test_keys import add
+from tests.tenancy.key_files import add
 from tests.tenancy.parts import Postgres
 
 ALL = (0, 2**62)
