@@ -5,9 +5,10 @@ MODEL := models/all-MiniLM-L6-v2
 SPLADE := models/splade-tiny
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
-# -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
+# Tests wait for servers, loads and the Docker Engine, so fewer workers than four leave two cores partly idle. With five,
 # the same tests took 15% more CPU time.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder
+WORKERS ?= 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 # The tests of one room (ROOM=serve) or of one file or folder (FILE=tests/serve/test_wire.py).
 TESTS := $(or $(FILE),$(if $(ROOM),tests/$(ROOM)))
 # The torch of the published figures and of the shipped CPU lock.
