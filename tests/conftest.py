@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,7 +20,7 @@ import hypothesis
 import pytest
 
 from tests import tiny_models
-from tests.processes import ServerProcess, execute, python, start
+from tests.processes import ServerProcess, execute, python, start, until
 from tests.required import absent_package, missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,11 +223,8 @@ def exporting_engine(engine: None, tmp_path_factory: pytest.TempPathFactory) -> 
     log = (folder / "engine.log").open("w")
     daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(120):
-            if subprocess.run(["docker", "-H", f"unix://{socket}", "info"], capture_output=True).returncode == 0:
-                break
-            assert daemon.poll() is None, (folder / "engine.log").read_text()
-            time.sleep(0.5)
+        until(lambda: socket.exists() or daemon.poll() is not None)
+        execute("docker", "-H", f"unix://{socket}", "info", code=0)
         yield socket
     finally:
         daemon.terminate()

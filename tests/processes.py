@@ -32,6 +32,14 @@ def until(condition: Callable[[], object], seconds: float = START_SECONDS) -> No
         time.sleep(0.02)
 
 
+def is_ready(url: str) -> bool:
+    """Whether a server answers `/readyz` with 200. False before it accepts connections."""
+    try:
+        return CLIENT.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -27,7 +27,7 @@ from tests import processes
 from tests.cli.test_first_steps import small_llama
 from tests.hub import Hub, Repository, online, serving
 from tests.models.model_folders import write_model
-from tests.processes import free_port, until
+from tests.processes import free_port, is_ready, until
 
 DEFAULT = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -251,14 +251,6 @@ def test_an_interrupted_download_ends_with_130_and_the_next_one_continues(here: 
     again = inferctl(here, environment, "serve", "--model", DEFAULT, "--port", "0")
     assert f"downloaded {DEFAULT}" in again.stderr
     assert hub.downloads() == ["model.safetensors"], "what was complete is not sent again"
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from inferctl.image import locks
 from inferctl.image.output_checks import SCORE_TOLERANCE
 from inferctl.serve.engines import cpu
 from tests import processes
-from tests.processes import execute, free_port, start
+from tests.processes import execute, free_port, is_ready, start, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -164,12 +164,7 @@ def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, mini
         *docker, "--detach", "--env", "RUN=server", pushed, "--host", "127.0.0.1", "--port", port, code=0
     ).stdout.strip()
     try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
+        until(lambda: is_ready(f"http://127.0.0.1:{port}"))
         embed(f"http://127.0.0.1:{port}")
         for page in ("metrics", "openapi.json", "docs", "info"):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}").read()
