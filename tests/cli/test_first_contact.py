@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -115,23 +114,6 @@ def test_check_estimates_the_memory_of_a_hub_model_without_its_weights(here: Pat
     # 1,000,000 parameters in 16 bits.
     assert [part["memory"]["weights_bytes"] for part in document["hardware"]] == [2_000_000, 2_000_000]
     assert not whole_weights(hub)
-
-
-def test_check_recognizes_an_embedding_model_with_a_generative_architecture_on_the_hub(
-    here: Path, tiny: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "qwen"
-    shutil.copytree(tiny, folder)
-    (folder / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}))
-    tasks = []
-    for name in ("generative", "embedding"):
-        with serving({f"org/{name}": folder}) as hub:
-            done = inferctl(
-                here, online(hub, tmp_path / name), "check", "--model", f"org/{name}", "--json", "--hardware", "cpu"
-            )
-            tasks.append(json.loads(done.stdout)["task"])
-        (folder / "modules.json").write_text("[]")
-    assert tasks == ["generate", "embed"]
 
 
 def test_check_continues_without_the_hub_and_reports_unknown_memory(here: Path, hub: Hub, tmp_path: Path) -> None:

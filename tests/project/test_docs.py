@@ -16,7 +16,6 @@ from typer.main import get_command
 
 from inferctl import cli
 from tests.processes import execute, python
-from tests.published_models import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("inferctl", "tests", "benchmarks", "docs")
@@ -93,43 +92,6 @@ def test_the_site_has_every_page() -> None:
     navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     pages_of_site = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert sorted(navigation) == sorted(pages_of_site | {"reference/commands.md"})
-
-
-MODELS = ROOT / "docs" / "models.md"
-# Publishers of models. docs/examples/lint has manifests of other servers.
-PUBLISHERS = (
-    "Alibaba-NLP|BAAI|Qwen|Snowflake|answerdotai|colbert-ir|cross-encoder|google|ibm-granite|intfloat|jinaai|meta-llama"
-    "|microsoft|mistralai|mixedbread-ai|naver|nomic-ai|nvidia|sentence-transformers"
-)
-
-
-def named_models() -> dict[str, str]:
-    """Return the hub ids that documentation, templates and the program name, each with a file that has it."""
-    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*"), *(ROOT / "templates").rglob("*")]
-    files += (ROOT / "inferctl").rglob("*.py")
-    texts = {file: file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()}
-    patterns = (
-        rf"(?<![\w./-])(?:{PUBLISHERS})/[A-Za-z][\w.-]*\w",
-        r"(?:--model|-m|source:|hf download|inferctl convert) ([A-Za-z][\w-]*/[A-Za-z][\w.-]*\w)",
-    )
-    return {
-        name: file.relative_to(ROOT).as_posix()
-        for file, text in texts.items()
-        if "examples/lint" not in file.as_posix() and file != MODELS
-        for pattern in patterns
-        for name in re.findall(pattern, text)
-        if not name.lower().startswith(("org/", "models/", "nvidia/cuda", "nvidia/gpu-operator", "google/api"))
-    }
-
-
-def test_each_model_that_is_named_is_served() -> None:
-    """docs/models.md has the verdict about each, except generative ones."""
-    rows = [line.split(" | ") for line in MODELS.read_text().splitlines() if line.startswith("| `")]
-    works = {name for names, served, *_ in rows if served == "yes" for name in re.findall("`(.*?)`", names)}
-    works |= {name for name, shape in PUBLISHED.items() if shape.task == "generate"}
-    named = named_models()
-    assert len(named) >= 6
-    assert {name: file for name, file in named.items() if name not in works} == {}
 
 
 def test_the_help_of_every_command_has_an_example() -> None:

@@ -53,12 +53,7 @@ def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pyt
         "name": "minilm",
         "model": {"source": str(minilm)},
         "serve": {"precision": PRECISION, "max_batch_tokens": 512},
-        "image": {
-            "repository": REPOSITORY,
-            "base": "cpu",
-            "base_image": base_image,
-            "wheels": str(wheels),
-        },
+        "image": {"repository": REPOSITORY, "base": "cpu", "base_image": base_image, "wheels": str(wheels)},
         "hardware": ["cpu"],
         "slo": {"p99_ms": 500},
     }
@@ -191,21 +186,9 @@ def test_an_option_of_the_server_is_an_argument_of_docker_run(pushed: str, minil
 
 
 def test_a_short_benchmark_runs_against_the_container(container: str, minilm: Path, tmp_path: Path) -> None:
+    load = ("--plan", "quick", "--users", "4", "--duration", "5")
     done = inferctl(
-        "bench",
-        "--url",
-        f"container={container}",
-        "--model",
-        minilm,
-        "--plan",
-        "quick",
-        "--users",
-        "4",
-        "--duration",
-        "5",
-        "--output",
-        tmp_path,
-        "--json",
+        *("bench", "--url", f"container={container}", "--model", minilm, *load, "--output", tmp_path, "--json")
     )
     document = json.loads(done.stdout)
     assert document["rows"][0]["precision"]["effective"] == PRECISION, document
@@ -272,19 +255,8 @@ def test_the_image_serves_a_sparse_encoder(pushed: str, splade: Path) -> None:
 def test_a_build_without_cache_has_identical_layers(pushed: str, spec_file: Path, tmp_path: Path, wheels: Path) -> None:
     """Render the image and build it without a cache and at another commit, as on another builder."""
     inferctl("render", "--spec", spec_file, "--output", tmp_path / "build")
-    command = [
-        "docker",
-        "buildx",
-        "build",
-        "--quiet",
-        "--no-cache",
-        "--network",
-        "host",
-        "--build-context",
-        f"wheels={wheels}",
-        "--build-arg",
-        "SOURCE_DATE_EPOCH=1700000000",
-    ]
+    command = ["docker", "buildx", "build", "--quiet", "--no-cache", "--network", "host"]
+    command += ["--build-context", f"wheels={wheels}", "--build-arg", "SOURCE_DATE_EPOCH=1700000000"]
     image = execute(*command, tmp_path / "build", code=0).stdout.strip()
     try:
         assert inspect(image)["RootFS"]["Layers"] == inspect(pushed)["RootFS"]["Layers"]

@@ -29,18 +29,13 @@ def run(output: Path, *options: str, fault: str = "") -> tuple[int, str, dict[st
     return ran.returncode, ran.stdout, json.loads((output / "gpu-check-stand-in.json").read_text())
 
 
-def paths(*first: Path) -> str:
-    return os.pathsep.join(map(str, (*first, SCRIPT, ROOT)))
-
-
-def run_code(folder: Path, code: str, *arguments: str, **variables: str) -> list[dict[str, Any]]:
+def run_code(folder: Path, code: str) -> list[dict[str, Any]]:
     """Run `code` in a process with the modules of the check and a `step`, and return what the step recorded."""
     start = "import sys, time; from pathlib import Path; import results\n"
     start += "step = results.Step(Path(sys.argv[1]), time.time() + 90)\n"
-    environment = {**os.environ, "PYTHONPATH": paths(folder), **variables}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{SCRIPT}:{ROOT}"}
     file = folder / "step.json"
-    ran = python("-c", start + code, file, *arguments, env=environment, cwd=folder, timeout=90, code=0)
-    (folder / "printed").write_text(ran.stdout)
+    python("-c", start + code, file, env=environment, cwd=folder, timeout=90, code=0)
     found: list[dict[str, Any]] = json.loads(file.read_text())
     return found
 
@@ -116,13 +111,6 @@ def test_the_time_of_a_step(
     assert of(number, [1, 2, 3, 4, 5, 6], numbers, later, left) == (limit and pytest.approx(limit))
 
 
-def test_a_machine_without_git_has_no_commit(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(SCRIPT)!r}); import runpy; "
-    code += f"print(runpy.run_path({str(SCRIPT / '__main__.py')!r}, run_name='x')['_commit']())"
-    ran = python("-c", code, env={"PATH": str(tmp_path)}, code=0)
-    assert ran.stdout == "None\n"
-
-
 def test_a_step_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"  # of a server of a benchmark, which has a session of its own
     code = f"import subprocess, sys, time; sys.path.insert(0, {str(SCRIPT)!r}); import results\ndef work(*_):\n"
@@ -138,42 +126,6 @@ def test_a_step_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     ran = python("-c", parent, pid, *command, timeout=60)
     assert ended(int(ran.stdout)), "the step still runs"
     assert ended(int(pid.read_text())), "its server still runs"
-
-
-def test_the_library_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """Its CUDA context would make the benchmarks after it invalid, and servers would get its setting of tokenizers."""
-    (tmp_path / "sentence_transformers.py").write_text(
-        "import os\nraise ImportError(f\"pid {os.getpid()}, {os.environ['TOKENIZERS_PARALLELISM']}\")\n"
-    )
-    code = "import os, figures\n"
-    code += "figures.models.make = lambda folder, *_, **__: folder\n"
-    code += (
-        "for name in ('_bench', '_api_processes', '_generation', '_vectors'): setattr(figures, name, lambda *_: None)\n"
-    )
-    code += "figures.work(step, {'work': sys.argv[2], 'models': sys.argv[2], 'output': sys.argv[2]})\n"
-    code += "step.figure('after', f'pid {os.getpid()}, {os.environ[\"TOKENIZERS_PARALLELISM\"]}')"
-    found = run_code(tmp_path, code, str(tmp_path), TOKENIZERS_PARALLELISM="false")
-    found = [each for each in found if each["outcome"] != "skipped"]
-    assert [(each["name"], each["outcome"]) for each in found] == [
-        ("sentence-transformers", "failed"),
-        ("after", "figure"),
-    ]
-    (inside, threads), (outside, later) = (each["detail"].partition("pid ")[2].split(", ") for each in found)
-    assert inside != outside
-    assert (threads, later) == ("true", "false")
-
-
-@pytest.mark.slow
-def test_the_library_has_its_own_setting_of_cudnn(tmp_path: Path) -> None:
-    (tmp_path / "sentence_transformers.py").write_text(
-        "import numpy, torch\n\nclass SentenceTransformer:\n    def __init__(self, *_, **__): pass\n"
-        "    def encode(self, texts, **_):\n        print(torch.backends.cuda.cudnn_sdp_enabled())\n"
-        "        return numpy.ones((len(texts), 64))\n"
-    )
-    code = "import figures\nmodel = figures.models.make(Path('model'), 'bert', **figures.models.SMALL)\n"
-    code += "figures._library(step, model)\nimport torch\nprint(torch.backends.cuda.cudnn_sdp_enabled())"
-    assert run_code(tmp_path, code, GPU_CHECK_STAND_IN="1", PYTHONPATH=paths(tmp_path, SCRIPT / "hooks"))
-    assert (tmp_path / "printed").read_text().split() == ["True", "True", "True", "False"]
 
 
 # Ignores SIGINT, as a process in the background of a script does, and has a server in a session of its own.
@@ -202,41 +154,6 @@ def test_a_benchmark_ends_with_its_server(tmp_path: Path, handler: str, printed:
     assert ended(int((tmp_path / "pid").read_text()))
 
 
-def test_a_benchmark_is_good_if_its_runs_are_valid(tmp_path: Path) -> None:
-    code = "import figures\nfor reasons in ([], ['another process']):\n"
-    code += "    row = {'outcome': 'measured', 'valid': not reasons, 'reasons': reasons}\n"
-    code += "    step.check('x', *figures._judged([row], 1))"
-    assert [(each["outcome"], each["detail"]) for each in run_code(tmp_path, code)] == [
-        ("passed", "1 of 1 measured"),
-        ("failed", "1 of 1 measured, invalid: another process"),
-    ]
-
-
-def test_vllm_that_ends_is_not_ready(tmp_path: Path) -> None:
-    folder = tmp_path / "vllm" / "entrypoints" / "cli"
-    folder.mkdir(parents=True)
-    for package in (folder, *folder.parents[:2]):
-        (package / "__init__.py").touch()
-    (folder / "main.py").write_text("raise SystemExit('no kernel image')")
-    code = "import figures; step.part('vLLM', 0, figures._without_edge, Path(), Path('model'))"
-    (found,) = run_code(tmp_path, code)
-    assert found["detail"] == "RuntimeError: vLLM was not ready: no kernel image"
-
-
-def test_memory_is_given_back_after_an_error(tmp_path: Path) -> None:
-    holder = "import os, sys; open('pid', 'w').write(str(os.getpid())); print(1, flush=True); sys.stdin.read()"
-    code = "import faults\npopen = faults.subprocess.Popen\n"
-    code += f"faults.subprocess.Popen = lambda *_, **options: popen([sys.executable, '-c', {holder!r}], **options)\n"
-    code += (
-        "def work(step):\n    kept = faults._held(Path(), 1)\n    with kept:\n        raise OSError('no response')\n"
-    )
-    code += "step.part('x', 0, work)\nimport os\n"
-    code += "step.check('ended', not os.path.exists('/proc/' + open('pid').read()))"
-    found = run_code(tmp_path, code)
-    assert [each["outcome"] for each in found] == ["failed", "passed"], found
-    assert "no response" in found[0]["detail"]
-
-
 def ended(pid: int) -> bool:
     """Return whether a process ends within ten seconds."""
     end = time.monotonic() + 10
@@ -254,19 +171,6 @@ def stacks() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("nvidia-ml-py>=12.560", "nvidia-ml-py"),
-        ("Prometheus_Client>=0.21", "prometheus-client"),
-        ("psycopg[binary]>=3.2", "psycopg"),
-        ("pyyaml", "pyyaml"),
-    ],
-)
-def test_names_of_requirements(stacks: ModuleType, text: str, name: str) -> None:
-    assert stacks.name_of(text) == name
 
 
 def test_the_wheels_are_those_of_pyproject_without_torch(stacks: ModuleType) -> None:
