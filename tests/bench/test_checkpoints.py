@@ -21,7 +21,7 @@ from inferctl.cli.bench_options import BenchOptions
 from inferctl.core.errors import UsageError
 from inferctl.models.model import ModelFolder
 from inferctl.receipts import receipt
-from tests.test_decoder import SMOLLM2_135M
+from tests.models.decoder_configs import SMOLLM2_135M
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERING = Path(__file__).resolve().parent / "answering.py"

@@ -23,7 +23,7 @@ from inferctl.bench.report import html, terminal
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.models import model as models
 from inferctl.receipts import receipt
-from tests.serve import tiny_models
+from tests import tiny_models
 
 LIMITS = sections.Quality.model_validate({})
 

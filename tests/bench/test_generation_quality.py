@@ -20,8 +20,8 @@ from inferctl.bench.measure.resume import _decoded
 from inferctl.bench.plan.sections import Quality
 from inferctl.models import model as models
 from inferctl.serve.reference import reference
+from tests import tiny_models
 from tests.http_servers import Handler, serving
-from tests.serve import tiny_models
 
 TOKENS = 300
 
