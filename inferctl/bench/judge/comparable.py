@@ -150,6 +150,9 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         {**side.load, "task": side.task, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)
     ]
     for load in loads:
+        # Older receipts have these, which do not change what is sent.
+        load.pop("remote_workers", None)
+        load.pop("master_port", None)
         # It has no effect without a share of the capacity, and older receipts do not have it.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)

@@ -99,10 +99,6 @@ class Recorder:
     def count(self) -> int:
         return (self._next - self._start) // self._packer.size
 
-    def since(self, offset: int) -> bytes:
-        """Return the bytes of the file from `offset` on, header and records, to send them to another machine."""
-        return bytes(self._map[offset : self._next])
-
     def close(self) -> None:
         """Truncate the file after its last record and close it."""
         self._map.close()

@@ -169,7 +169,7 @@ def _under_load(
 def background(load: Load) -> Load:
     """Return the load on a neighbor: a closed loop of the plan's users that lasts longer than any run of `load`."""
     longest = 2 * load.warmup_s + load.duration_s + 4 * load.timeout_s + 120
-    return load.as_single_stage(duration_s=min(longest, 86_400), warmup_s=0, workers=1, remote_workers=0)
+    return load.as_single_stage(duration_s=min(longest, 86_400), warmup_s=0, workers=1)
 
 
 def document(measurements: Sequence[Measurement], cores: int, budget_percent: float) -> dict[str, Any] | None:

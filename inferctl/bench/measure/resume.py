@@ -27,7 +27,7 @@ import pydantic
 
 import inferctl
 from inferctl.bench.judge import summary
-from inferctl.bench.load import load_run
+from inferctl.bench.load import records
 from inferctl.bench.measure import digests, quality
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.environment import Environment
@@ -242,7 +242,7 @@ def _restored(output: Path, document: Mapping[str, Any]) -> Measurement:
     folder = output / document["folder"]
     if any(digests.of_file(folder / name) != digest for name, digest in document["records"].items()):
         raise ValueError("the records have changed")
-    rows = load_run.read_records(folder, document["values"]["state"])
+    rows = records.merge(folder)
     start_ns, end_ns = document["window"]
     parts: dict[str, Any] = {name: document[name] and _restored(output, document[name]) for name in _PARTS}
     load = document["load"] and Load.model_validate(document["load"])
@@ -254,7 +254,7 @@ def _restored(output: Path, document: Mapping[str, Any]) -> Measurement:
             end_ns,
             document["inputs_per_request"],
             document["offered"],
-            load_run.read_events(folder, document["values"]["state"]),
+            records.merge_events(folder),
             load.generation.bounds if load and load.generation else {},
         ),
         folder=folder,

@@ -286,12 +286,12 @@ class Backlog:
 def _partial_measurement(work: workload.Workload, place: Path) -> Measurement:
     """Return the measurement of a probe that ended early. Its window ends with its last response."""
     state = load_run.read_state(place)
-    rows = load_run.read_records(place, state)
+    rows = records.merge(place)
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))
     bounds = work.load.generation.bounds if work.load.generation else {}
-    events = load_run.read_events(place, state)
+    events = records.merge_events(place)
     part = summary.RunRecords(rows, start, end, work.load.inputs_per_request, offered, events, bounds)
     return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 
