@@ -39,8 +39,6 @@ Examples:
   inferctl bench --url vllm=http://10.0.0.7:8000 --search --slo-ttft 500 --slo-itl 50
   # Measure how long a container takes to its first response, with and without the image on the machine
   inferctl bench --start registry.example.com/ml/minilm:bf16
-  # Resume an interrupted benchmark
-  inferctl bench --resume bench-results/precision-20260102-030405
 """
 
 Precisions = Annotated[
@@ -188,10 +186,6 @@ Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write the HTML report to FILE. [default: report.html in DIR]"),
 ]
-Resume = Annotated[
-    Path | None,
-    typer.Option("--resume", metavar="DIR", help="Resume the interrupted benchmark in DIR with its original options."),
-]
 Start = Annotated[
     str | None,
     typer.Option(
@@ -200,8 +194,6 @@ Start = Annotated[
         help="Measure the start of a container of this image: it is removed from the engine and pulled again.",
     ),
 ]
-# Headers are needed again because no file of a benchmark has their values.
-_ALLOWED_WITH_RESUME = ("resume", "report", "json_", "header")
 _ALLOWED_WITH_START = ("start", "spec_file", "model", "repeats", "output", "json_")
 
 
@@ -232,13 +224,12 @@ def bench(
     error_budget: ErrorBudget = None,
     output: Output = Path("bench-results"),
     report: Report = None,
-    resume: Resume = None,
     start: Start = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
 
-    If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
+    If a benchmark is interrupted, the receipts of its complete runs are kept.
     """
     if start is not None:
         _reject_options(context, _ALLOWED_WITH_START, "`--start`, which sends one request")
@@ -251,68 +242,50 @@ def bench(
 
     if report is not None:
         inputs = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
-        if resume:
-            inputs += [resume / name for name in ("bench.json", "runs", "receipts")]
         outputs.check(report, "--report", parents=True, inputs=inputs)
-    if resume:
-        _reject_options(context, _ALLOWED_WITH_RESUME, "`--resume`, which uses the original options")
-        prepared = bench_setup.prepare_resumed(resume, header or [])
-    else:
-        overrides: Overrides = {
-            "users": users,
-            "rate": rate,
-            "duration_s": duration,
-            "repeats": repeats,
-            "load": {"workers": workers},
-            "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
-            "batch_tokens": batch_tokens,
-            "corpora": corpus,
-            "search": {"slo_p99_ms": slo} if search else None,
-            "slo_p99_ms": slo,
-            "budget_s": None if budget is None else bench_options.parse_seconds(budget),
-            "neighbours": neighbours,
-            "error_budget_percent": error_budget,
-        }
-        access = bench_options.AccessOptions(header or [], api_key_env, served_model)
-        new_options = bench_options.BenchOptions(
-            spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
-        )
-        prepared = bench_setup.prepare_new(new_options)
+    overrides: Overrides = {
+        "users": users,
+        "rate": rate,
+        "duration_s": duration,
+        "repeats": repeats,
+        "load": {"workers": workers},
+        "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
+        "batch_tokens": batch_tokens,
+        "corpora": corpus,
+        "search": {"slo_p99_ms": slo} if search else None,
+        "slo_p99_ms": slo,
+        "budget_s": None if budget is None else bench_options.parse_seconds(budget),
+        "neighbours": neighbours,
+        "error_budget_percent": error_budget,
+    }
+    access = bench_options.AccessOptions(header or [], api_key_env, served_model)
+    new_options = bench_options.BenchOptions(
+        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
+    )
+    prepared = bench_setup.prepare(new_options)
     _run(prepared, report, json_)
 
 
 def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
-    from inferctl.bench.measure import resume, runner
+    from inferctl.bench.measure import runner
     from inferctl.bench.report import receipts
     from inferctl.bench.report import result as results
     from inferctl.cli import bench_progress
 
     benchmark, context, outcomes = prepared.bench, prepared.context, prepared.outcomes
     page = (report or benchmark.output / "report.html").resolve()
-    resume_command = f"inferctl bench --resume {_relative(benchmark.output)}"
-    with resume.lock(benchmark.output):
-        done = resume.restore(benchmark.output, benchmark.order, outcomes)
-        total = len(benchmark.order)
-        console.note(
-            f"{done} of {total} runs are complete, {total - done} remain"
-            if done
-            else f"writing results to {_relative(benchmark.output)}; to resume after an interruption: {resume_command}"
-        )
-        if not done:
-            console.note(bench_progress.forecast(benchmark, context.environment))
-        try:
-            with bench_progress.ProgressView(bench_progress.expected(benchmark), done) as view:
-                runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
-        except BaseException:
-            try:
-                if any(outcome.measurements for outcome in outcomes):
-                    _write_results(context, outcomes, page, json_)
-            finally:
-                console.note(f"to resume this benchmark: {resume_command}")
-            raise
-        result = _write_results(context, outcomes, page, json_)
-        if problem := results.problem(result):
-            raise problem
+    console.note(f"writing results to {_relative(benchmark.output)}")
+    console.note(bench_progress.forecast(benchmark, context.environment))
+    try:
+        with bench_progress.ProgressView(bench_progress.expected(benchmark)) as view:
+            runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
+    except BaseException:  # also Ctrl-C: the figures of complete runs are kept
+        if any(outcome.measurements for outcome in outcomes):
+            _write_results(context, outcomes, page, json_)
+        raise
+    result = _write_results(context, outcomes, page, json_)
+    if problem := results.problem(result):
+        raise problem
 
 
 def _write_results(context: ReceiptContext, outcomes: list[Outcome], page: Path, json_: bool) -> Result:

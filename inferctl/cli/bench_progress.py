@@ -85,11 +85,11 @@ def forecast(benchmark: Bench, machine: Environment) -> str:
 class ProgressView:
     """Shows the progress that `runner.run` reports. Use it as a context manager.
 
-    `expected` is the forecast of each run, `done` the number of runs that are complete at the start.
+    `expected` is the forecast of each run.
     """
 
-    def __init__(self, expected: Sequence[RunForecast], done: int = 0) -> None:
-        self._expected, self._done = list(expected), done
+    def __init__(self, expected: Sequence[RunForecast]) -> None:
+        self._expected = list(expected)
         self._live: Any = None
         self._spinner: Any = None
         self._start = time.monotonic()
@@ -138,8 +138,7 @@ class ProgressView:
         whole = Table.grid(padding=(0, 1))
         total = None if remaining_s is None else max(elapsed + remaining_s, 1e-9)
         bar = ProgressBar(total=total, completed=elapsed, width=24)
-        done = self._done + len(self._others)
-        runs = f"{done} of {progress.total} run{'' if progress.total == 1 else 's'}"
+        runs = f"{len(self._others)} of {progress.total} run{'' if progress.total == 1 else 's'}"
         whole.add_row(bar, " · ".join([runs, *_left(remaining_s)]))
         self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
         return Group(whole, self._spinner)
@@ -150,7 +149,7 @@ class ProgressView:
         ratio = sum(actual for _, actual in pairs) / sum(forecast for forecast, _ in pairs)
         seconds = [load_s + ratio * other_s for load_s, other_s in self._expected]
         if not progress.number:
-            return sum(seconds[self._done :])
+            return sum(seconds)
         now = time.monotonic()
         after_s = ratio * (self._expected[progress.number - 1].other_s - BEFORE_S)
         current = seconds[progress.number - 1] - (now - self._run_start)

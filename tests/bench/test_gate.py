@@ -103,19 +103,3 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
         for run in sorted(receipts[0].data["runs"], key=lambda run: run["repeat"])
     ]
     assert any(said.startswith("Requests/s in a closed loop of 4 users: ") for said in found["findings"])
-
-
-@pytest.mark.slow
-def test_an_interrupted_bench_keeps_its_capacity(answering: Callable[..., str], tmp_path: Path) -> None:
-    url = answering("--median-ms", "4", "--sigma", "0.1", "--slots", "2")
-    found = bench(tmp_path, "--url", f"a={url}", "--duration", "1")
-    folder = Path(found["output"])
-    capacity = found["rows"][0]["closed_loop"]["reference_rps"]
-    (folder / "runs" / "a-2" / "run.json").unlink()
-    done = inferctl("bench", "--resume", folder, "--json", cwd=tmp_path, timeout=None)
-    assert done.returncode in (0, 5), done.stderr
-    row = json.loads(done.stdout)["rows"][0]
-    assert row["closed_loop"]["reference_rps"] == capacity
-    assert row["closed_loop"]["runs"] == 2
-    sealed = receipt.load(Path(row["receipt"])).data
-    assert sealed["plan"]["load"]["rate"] == pytest.approx(0.5 * capacity, rel=0.01)

@@ -20,7 +20,7 @@ from inferctl.bench.judge import goodput, search_outcome, slo, summary, validity
 from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.load import records
-from inferctl.bench.measure import judgment, resume, search
+from inferctl.bench.measure import judgment, search
 from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import plan, sections, shape, workload
@@ -232,24 +232,6 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert judged["latency_ms"]["n"] == best["n"]
     assert slo.judge(judged["latency_ms"], 80, 0, 0).met is best["holds"] is True
     assert slo.judge(judged["latency_ms"], 80, 0, 0).reason == best["reason"]
-
-
-def test_all_measurements_of_a_probe_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = pooled_search(tmp_path)
-    assert measured.pooled
-    resume.save(tmp_path, measured, None)
-    kind = measured.records.rows.dtype
-    monkeypatch.setattr(
-        resume.records,
-        "merge",
-        lambda place: np.fromfile(place / "requests-0.bin", kind),
-    )
-    outcomes = [Outcome(BenchTarget("a"))]
-    assert resume.restore(tmp_path, [measured.run], outcomes) == 1
-    (restored,) = outcomes[0].measurements
-    assert summary.summarize(restored.all_records) == summary.summarize(measured.all_records)
-    (measured.pooled[0].folder / "requests-0.bin").write_bytes(b"changed")
-    assert resume.restore(tmp_path, [measured.run], [Outcome(BenchTarget("a"))]) == 0
 
 
 def test_knee_saturation_and_cliff_are_told_apart() -> None:

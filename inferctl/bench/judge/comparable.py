@@ -203,7 +203,7 @@ def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], confi
 def _consecutive(block: Sequence[JsonObject], configurations: int | None) -> bool:
     """Return whether a repeat has two runs, of which one followed the other.
 
-    They did not overlap, and were not on different days, as in a benchmark that was resumed.
+    They did not overlap, and were not on different days, as in a benchmark that was interrupted.
     """
     lengths = [float(run["summary"].get("seconds") or 0) for run in block]
     longest = math.inf if configurations is None else _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)

@@ -54,14 +54,13 @@ def reference(
     texts: Sequence[str],
     max_tokens: int,
     on_wait: Callable[[float], None],
-    folder: Path | None = None,
 ) -> TokenReference:
     """Compute the reference for the first texts with `max_tokens` tokens in all.
 
     Raises `InferctlError` if the process fails.
     """
     options = ["--task", "generate", "--max-tokens", str(max_tokens)]
-    document = reference_process.run(model, texts, options, on_wait, folder)
+    document = reference_process.run(model, texts, options, on_wait)
     scored = [text for text in divergence.read_reference(document["texts"]) if text and text.logprobs]
     return TokenReference(scored, str(document["model_sha256"]))
 

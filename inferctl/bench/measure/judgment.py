@@ -54,7 +54,7 @@ def judge_outcome(outcome: Outcome, cores: int, budget_percent: float) -> Judged
     if outcome.failure:
         reasons.append(outcome.failure)
     if outcome.interrupted:
-        cautions.insert(0, f"{outcome.interrupted}: continue with `inferctl bench --resume DIR`")
+        cautions.insert(0, f"{outcome.interrupted}: run the benchmark again for the others")
     return JudgedOutcome(pooled, each, Validity(tuple(reasons), tuple(cautions)))
 
 

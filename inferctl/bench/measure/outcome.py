@@ -157,8 +157,6 @@ class Outcome:
     """All that a benchmark measured of one target.
 
     `failure` says in one line why there are fewer runs than `planned`; None if the benchmark was interrupted.
-    `check_done` is True if the quality check needs no second attempt. A check that was interrupted, or that had no
-    reference, needs one.
     """
 
     target: BenchTarget
@@ -166,7 +164,6 @@ class Outcome:
     quality: QualityResult = field(default_factory=lambda: unchecked("no run reached the check"))
     failure: str | None = None
     planned: int = 1
-    check_done: bool = False
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -182,7 +179,3 @@ class Outcome:
             if self.failure or done >= self.planned
             else f"interrupted after {done} of {self.planned} run{'s' if self.planned > 1 else ''}"
         )
-
-    def has(self, run: Run) -> bool:
-        """Return whether this run is complete."""
-        return any(measurement.run == run for measurement in self.measurements)

@@ -110,24 +110,19 @@ class QualityChecker:
     """Compares servers with the fp32 reference of the model folder `model`.
 
     The reference is computed once for each task and input limit that a server reports. Without `limits` the plan
-    requests no check. Without `model` there are no weights to compare with. The reference process works in `folder`
-    (default: the current one), so that a resumed benchmark finds an orphaned process. `failed` is True if the last
-    check had no reference because its computation failed; a resumed benchmark tries again.
+    requests no check. Without `model` there are no weights to compare with.
     """
 
-    def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
+    def __init__(self, limits: Quality | None, model: Path | None) -> None:
         self._limits = limits
-        self._folder = folder
         self._model = model_folder.ModelFolder(model) if model else None
         self._references: dict[tuple[Task, int | None], Reference | TokenReference | str] = {}
-        self.failed = False
 
     def __call__(self, server: ServerConnection, on_wait: Callable[[float], None]) -> QualityResult:
         """Return the result for one server; `on_wait` receives the seconds passed while the reference is computed.
 
         If the server fails during the check, the result is a failure and not an unchecked server.
         """
-        self.failed = False
         if self._limits is None:
             return unchecked("the plan requests no quality check: set `quality` in it")
         if self._model is None:
@@ -147,7 +142,6 @@ class QualityChecker:
             self._references[key] = self._compute(self._model.path, self._limits, *key, on_wait)
         expected = self._references[key]
         if isinstance(expected, str):
-            self.failed = True
             return unchecked(expected)
         try:
             return check(server, expected, self._limits)
@@ -166,9 +160,9 @@ class QualityChecker:
             inputs = workload.rerank_groups(texts[: limits.texts], DOCUMENTS)
         try:
             if task == "generate":
-                tokens = generation_quality.reference(model, texts, limits.tokens, on_wait, self._folder)
+                tokens = generation_quality.reference(model, texts, limits.tokens, on_wait)
                 return replace(tokens, corpus_sha256=digest)
-            computed = reference(model, inputs, max_input_tokens, on_wait, self._folder)
+            computed = reference(model, inputs, max_input_tokens, on_wait)
             return replace(computed, corpus_sha256=digest)
         except InferctlError as error:
             return error.message
@@ -179,9 +173,8 @@ def reference(
     inputs: Inputs,
     max_input_tokens: int | None,
     on_wait: Callable[[float], None],
-    folder: Path | None = None,
 ) -> Reference:
-    """Compute the reference in a process that works in `folder`; `on_wait` receives the seconds passed.
+    """Compute the reference in a process; `on_wait` receives the seconds passed.
 
     Inputs are truncated at `max_input_tokens`, as the server truncates them. Raises `InferctlError` if the process
     fails.
@@ -190,7 +183,7 @@ def reference(
     sent: list[Any] = []
     for each in inputs:
         sent += [each] if isinstance(each, str) else [[each[0], document] for document in each[1:]]
-    document = reference_process.run(model, sent, limit, on_wait, folder)
+    document = reference_process.run(model, sent, limit, on_wait)
     if "embeddings" in document or "sparse" in document or "token_vectors" in document:
         values = _values(document)
     else:

@@ -147,7 +147,6 @@ class Plan(Section):
         update: Keys = {"task": "generate", "generation": Generation.model_validate(requests)}
         if "timeout_s" not in load.model_fields_set:
             update["timeout_s"] = _GENERATION_TIMEOUT_S
-        # A second call, as for a resumed benchmark, must change nothing.
         changes: Keys = {"load": load.model_copy(update=update), "generate": None}
         if own.configurations is not None:
             changes["configurations"] = own.configurations
