@@ -160,15 +160,6 @@ Repeats = Annotated[int | None, typer.Option(metavar="N", help="Run each configu
 Workers = Annotated[
     int | None, typer.Option(metavar="N", help="Send the load from N processes. [default: the plan's, usually 1]")
 ]
-Neighbors = Annotated[
-    int | None,
-    typer.Option(
-        "--neighbors",
-        "--neighbours",
-        metavar="N",
-        help="Repeat each run with N loaded servers on the same device.",
-    ),
-]
 ErrorBudget = Annotated[
     float | None,
     typer.Option(
@@ -220,7 +211,6 @@ def bench(
     budget: Budget = None,
     repeats: Repeats = None,
     workers: Workers = None,
-    neighbours: Neighbors = None,
     error_budget: ErrorBudget = None,
     output: Output = Path("bench-results"),
     report: Report = None,
@@ -255,7 +245,6 @@ def bench(
         "search": {"slo_p99_ms": slo} if search else None,
         "slo_p99_ms": slo,
         "budget_s": None if budget is None else bench_options.parse_seconds(budget),
-        "neighbours": neighbours,
         "error_budget_percent": error_budget,
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)

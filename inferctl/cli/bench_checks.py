@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from inferctl.bench.measure import neighbors, search
+from inferctl.bench.measure import search
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import prompts, workload
 from inferctl.bench.plan.plan import Plan
@@ -91,13 +91,3 @@ def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> No
         raise UsageError(
             f"the budget of {budget_s:g} s is too short for {searches}", f"pass `--budget {minimum}` (seconds) or more"
         )
-
-
-def check_neighbors(plan: Plan, targets: list[BenchTarget]) -> None:
-    """Raise `UsageError` if loaded neighbors are combined with running servers or with a search."""
-    if plan.neighbours:
-        neighbors.reject_running_servers([target.name for target in targets if target.url])
-        if plan.search:
-            raise UsageError(
-                "`--neighbors` is not allowed in a search", "measure one rate instead: `--rate 50 --neighbors 1`"
-            )

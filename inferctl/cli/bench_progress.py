@@ -49,7 +49,7 @@ def expected(benchmark: Bench) -> list[RunForecast]:
         if settings:
             return search.forecast(settings, load, benchmark.search_s).seconds
         closed = load.warmup_s / 2 + load.capacity_s + BEFORE_S / 2 if load.capacity_percent else 0.0
-        return (closed + load.warmup_s / 2 + load.duration_s) * (2 if benchmark.plan.neighbours else 1)
+        return closed + load.warmup_s / 2 + load.duration_s
 
     reference_s = REFERENCE_S if benchmark.plan.quality and benchmark.model else 0.0
     return [

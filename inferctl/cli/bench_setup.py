@@ -13,7 +13,7 @@ from pathlib import Path
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
-from inferctl.bench.measure import environment, neighbors, runner
+from inferctl.bench.measure import environment, runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan as plans
@@ -65,7 +65,6 @@ def prepare(bench_options: BenchOptions) -> PreparedBench:
     needs_model = any(target.url is None for target in targets) or bench_options.model is not None
     slo = bench_options.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
     bench_checks.check_search(plan, targets, slo)
-    bench_checks.check_neighbors(plan, targets)
     bench_checks.check_corpora(plan, targets)
     # The download comes last, after every check that needs no model.
     folder = _model_folder(resolved, needs_model)
@@ -83,8 +82,7 @@ def prepare(bench_options: BenchOptions) -> PreparedBench:
     if resolved and folder:
         spec_file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(folder), resolved.spec.name, spec_file)
-    mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
-    benchmark = Bench(plan, targets, command, folder, output, slo, mig_devices, access)
+    benchmark = Bench(plan, targets, command, folder, output, slo, access)
     context = ReceiptContext(
         plan=plan,
         environment=machine,

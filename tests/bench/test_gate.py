@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from inferctl.bench.judge import comparable, compare
 from inferctl.bench.plan import plan, shape
-from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
 from tests.processes import inferctl
 
@@ -64,11 +63,6 @@ def test_a_share_that_means_nothing_is_refused(load: dict[str, Any], tmp_path: P
         load = load | {"trace": str(tmp_path / "x.jsonl")}
     with pytest.raises(ValidationError):
         shape.Load.model_validate(load)
-
-
-def test_neighbours_need_a_rate_in_requests_per_second() -> None:
-    with pytest.raises(UsageError, match="neighbours need a rate in requests/s"):
-        plan.read_plan("gate").with_overrides(neighbours=1)
 
 
 @pytest.mark.slow

@@ -83,16 +83,6 @@ SEARCH = {
     "saturated_at_rps": 88.0, "cliff": None,
     "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
 }  # fmt: skip
-BESIDE = {
-    "count": 1, "users": 4, "pairs": 5, "interval": "order statistics", "valid": True, "reasons": [], "cautions": [],
-    "percentiles": {
-        "p50": {"without_ms": 12.0, "with_ms": 25.2, "factor": 2.1, "low": 1.9, "high": 2.4},
-        "p90": {"without_ms": 19.0, "with_ms": 41.8, "factor": 2.2, "low": 1.8, "high": 2.6},
-        "p99": {**dict.fromkeys(("without_ms", "with_ms", "factor", "low", "high")), "n": 200, "needed": 436},
-    },
-    "requests_per_s": {"without": 300.0, "with": 180.0}, "neighbour_requests_per_s": {"min": 171.0, "max": 171.0},
-    "runs": [],
-}  # fmt: skip
 COSTS = {
     "watts": 61.0, "watts_from": ["GPU (counter)"],
     "joules_per_1000_requests": 203.0, "joules_per_million_texts": 203_000.0,
@@ -126,7 +116,7 @@ CASES: dict[str, Any] = {
     ),
     "nothing answered": lambda folder: shown(folder, document("bf16", 2, 12, curve=[])),
     "everything": lambda folder: shown(
-        folder, burst() | {"search": SEARCH, "neighbours": BESIDE, "efficiency": COSTS}, document("fp32", 50, 20),
+        folder, burst() | {"search": SEARCH, "efficiency": COSTS}, document("fp32", 50, 20),
         failed=("int8",), rate=80,
     ),
 }  # fmt: skip
@@ -189,31 +179,6 @@ def test_searches_whose_bands_overlap_show_no_clear_difference(tmp_path: Path) -
         "No clear difference between bf16 and fp32 in this run: bf16 has 1.37x the goodput of fp32 (0.91x to 1.43x)."
     )
     assert "60.0-90.0" in text_of(found)
-
-
-def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> None:
-    found, receipts = shown(tmp_path, document("bf16", 300, 12, neighbours=BESIDE))
-    text = text_of(found)
-    assert re.search(r"2\.20x +1\.80 - 2\.60", text)
-    assert "n<436" in text
-    sentence = (
-        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60, 5 pairs); "
-        "the neighbor completed 171.0 requests/s."
-    )
-    assert sentence in found.findings
-    unsettled = BESIDE | {"percentiles": BESIDE["percentiles"] | {"p90": BESIDE["percentiles"]["p90"] | {"low": 0.9}}}
-    found, _ = shown(tmp_path / "unsettled", document("bf16", 300, 12, neighbours=unsettled))
-    assert any("inconclusive, since the interval contains 1" in one for one in found.findings)
-    assert "200 of 436" in html.render(found, receipts)
-    none = {key: figures | {"low": None, "high": None} for key, figures in BESIDE["percentiles"].items()}
-    pair = BESIDE | {"pairs": 1, "interval": "none: an interval needs 5 pairs of runs", "percentiles": none}
-    found, receipts = shown(tmp_path / "pair", document("bf16", 300, 12, neighbours=pair))
-    assert (
-        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x in this pair of runs; the neighbor completed 171.0 "
-        "requests/s; inconclusive, an interval needs 5 pairs (`--repeats`)."
-    ) in found.findings
-    assert re.search(r"2\.20x +-", text_of(found))
-    assert "<b>2.20x</b><span" in html.render(found, receipts)
 
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ from inferctl.bench.measure.quality import QualityResult, unchecked
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
-
-# The largest share of requests that may fail on a neighbor.
-_FAILED_LIMIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,41 +52,6 @@ class WorkloadRecord:
 
 
 @dataclass(frozen=True)
-class NeighborLoad:
-    """What one neighbor completed during a run, and whether it was under load until the end.
-
-    `outlived`: a response came after the run. `failure` says why the load ended early. Without records, the figures
-    are None.
-    """
-
-    number: int
-    outlived: bool
-    failure: str | None
-    requests_per_s: float | None = None
-    failed: int | None = None
-    rejected: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return an element of the `others` key of a receipt."""
-        figures = ("requests_per_s", "failed", "rejected")
-        return {key: value for key, value in asdict(self).items() if value is not None or key not in figures}
-
-    def problem(self, seconds: float) -> str | None:
-        """Return why this neighbor did not load the device during a run of `seconds`; None if it did."""
-        logs = f"see its logs in neighbour-{self.number}"
-        if self.failure or not self.outlived:
-            why = self.failure or "no response came after the end of the run"
-            return f"did not stay under load ({why}): {logs}"
-        failed, rejected = self.failed or 0, self.rejected or 0
-        completed = (self.requests_per_s or 0.0) * seconds
-        if failed > _FAILED_LIMIT * (completed + rejected + failed):
-            return f"failed {failed} requests, so it was not under the intended load: {logs}"
-        if rejected and not completed:
-            return f"rejected all {rejected} requests (429), so it was not under load: lower `users` in the plan"
-        return None
-
-
-@dataclass(frozen=True)
 class Measurement:
     """One load that was sent to a server: a complete run, or a part of one.
 
@@ -102,7 +64,6 @@ class Measurement:
     - `pace`: the server's batch latency model at the end of the run; None if it reports none.
     - `search`: the result of a search for the highest rate. The measurement is then that of its best probe.
     - `pooled`: the earlier measurements of that probe.
-    - `with_neighbors`: the same load next to loaded neighbors. `neighbors` is what these completed.
     - `closed_loop`: the closed loop before this load, if the rate is a share of the capacity `capacity_rps`.
     - `concurrency`: how the number of users was found, for `users: auto`.
     """
@@ -121,8 +82,6 @@ class Measurement:
     pace: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     pooled: Sequence[Measurement] = ()
-    with_neighbors: Measurement | None = None
-    neighbors: Sequence[NeighborLoad] = ()
     closed_loop: Measurement | None = None
     capacity_rps: float | None = None
     concurrency: Concurrency | None = None

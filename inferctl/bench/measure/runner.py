@@ -9,7 +9,6 @@ becomes an outcome with its failure, and the others continue. All child processe
 
 from __future__ import annotations
 
-import functools
 import itertools
 import secrets
 import time
@@ -17,14 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.measure import auto_users, closed_loop, neighbors, quality, search
+from inferctl.bench.measure import auto_users, closed_loop, quality, search
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
     find_tokenizer,
     phase_notifier,
     ready_server,
-    started_server,
 )
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
@@ -80,13 +78,11 @@ def _measure(
     folder.mkdir(parents=True, exist_ok=True)
     started_at = time.time()
     with ready_server(bench, outcome.target, folder, notify) as server:
-        plain = functools.partial(_measure_load, capacity_rps=capacity_rps)
-        measure = _measure_search if bench.plan.search else _measure_pair if bench.plan.neighbours else plain
-        measurement = replace(
-            measure(bench, outcome.target, server, run, folder),
-            started=started_at,
-            concurrency=bench.users.get(outcome.target.name),
-        )
+        if bench.plan.search:
+            measurement = _measure_search(bench, outcome.target, server, folder)
+        else:
+            measurement = _measure_load(bench, outcome.target, server, run, folder, capacity_rps)
+        measurement = replace(measurement, started=started_at, concurrency=bench.users.get(outcome.target.name))
         outcome.measurements.append(measurement)
         notify("measured", done=f"measured: {_brief(measurement)}")
         if run.repeat == 0:
@@ -123,18 +119,6 @@ def _capacity(outcomes: Sequence[Outcome]) -> float | None:
 def _seed(bench: Bench, load: Load, run: Run) -> int:
     """Return the seed of a run. A trace is the same in each repeat."""
     return bench.plan.seed if load.trace else bench.plan.seed_of(run.repeat)
-
-
-def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
-    """Measure a run without load and with load on the neighbors."""
-    load = bench.load_of(target)
-    setup = neighbors.NeighborSetup(
-        server,
-        workload.draw(load, bench.corpus_of(target), _seed(bench, load, run), bench.tokenizer),
-        bench.plan.neighbours,
-        start=lambda number, place: started_server(bench, target, place, server.notify, number),
-    )
-    return neighbors.measure(setup, run, folder)
 
 
 def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:

@@ -84,18 +84,6 @@ def detect() -> Sensors:
     return sensors
 
 
-def mig_devices() -> list[str]:
-    """Return the UUIDs of the MIG devices of the first GPU in MIG mode; empty if there is no such GPU."""
-    try:
-        gpus = Nvml()
-    except NvmlUnavailableError:
-        return []
-    try:
-        return next((list(device.slices) for device in gpus.devices() if device.slices), [])
-    finally:
-        gpus.close()
-
-
 @dataclass(frozen=True)
 class MachineSample:
     """All sensors at one time: a sample per GPU, a counter per zone (microjoules), and the server process ids."""

@@ -14,7 +14,7 @@ from inferctl.bench import privacy
 from inferctl.bench.judge import efficiency, stages, summary
 from inferctl.bench.judge.validity import Validity
 from inferctl.bench.load.target import is_local
-from inferctl.bench.measure import closed_loop, digests, neighbors
+from inferctl.bench.measure import closed_loop, digests
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
@@ -90,7 +90,6 @@ def _document(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
         **summary.latency_curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
-        "neighbours": privacy.without_folders(neighbors.document(runs, cores, budget)),
         "closed_loop": closed_loop.pooled(runs),
         "concurrency": first.concurrency and first.concurrency.as_dict(),
         "runs": [_run(context, run, validity) for run, validity in zip(runs, judged.runs, strict=True)],

@@ -98,7 +98,7 @@ class MeasuredRow(Row):
     """A row with figures, from a receipt.
 
     `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
-    above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
+    above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
     `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
@@ -114,7 +114,6 @@ class MeasuredRow(Row):
     max_batch_tokens: int | None = None
     workload: tuple[str | None, JsonObject | None] = (None, None)
     search: JsonObject | None = None
-    neighbours: JsonObject | None = None
     closed_loop: ClosedLoopFigures | None = None
     concurrency: JsonObject | None = None
     stages: Sequence[JsonObject] | None = None
@@ -190,7 +189,6 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
         workload=(data["workload"]["corpus"], _load_changes(outcome)),
         search=data.get("search"),
-        neighbours=_without_runs(data.get("neighbours")),
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),
@@ -292,7 +290,3 @@ def _closed_loop(found: JsonObject | None) -> ClosedLoopFigures | None:
         requests_per_s_interval=figures["requests_per_s_interval"],
         runs=figures["runs"],
     )
-
-
-def _without_runs(found: JsonObject | None) -> JsonObject | None:
-    return found and {key: value for key, value in found.items() if key not in ("runs", "cautions")}

@@ -14,7 +14,6 @@ from inferctl.bench.judge.summary import failures
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import unit_of
-from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import Costs, MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
@@ -39,7 +38,7 @@ def render(result: Result) -> RenderableType:
     missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
-        sections = (hardware, searches, neighbors, stages, costs)
+        sections = (hardware, searches, stages, costs)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
     if missing:
         blocks.append(without_figures(missing))
@@ -92,31 +91,6 @@ def _band(search: JsonObject) -> str:
     if not (band := search.get("band_rps")):
         return _UNKNOWN
     return f"{short(band[0])}-{short(band[1])}" if band[1] else f"{short(band[0])} or more"
-
-
-def neighbors(rows: Sequence[MeasuredRow]) -> RenderableType | None:
-    """Return latency and throughput with idle and with loaded neighbors."""
-    found = [(row.configuration, row.neighbours) for row in rows if row.neighbours]
-    if not found:
-        return None
-    grid = _grid("", "idle", "loaded", "factor", "95% interval")
-    for name, section in found:
-        label = name
-        for key, figures in section["percentiles"].items():
-            if figures["factor"] is None:
-                grid.add_row(label, key, f"n<{figures['needed']}")
-            else:
-                low, high = figures["low"], figures["high"]
-                interval = _UNKNOWN if low is None else f"{low:.2f} - {high:.2f}"
-                latencies = [short(figures[which]) for which in ("without_ms", "with_ms")]
-                grid.add_row(label, key, *latencies, f"{figures['factor']:.2f}x", interval)
-            label = ""
-        rates = section["requests_per_s"]
-        grid.add_row("", "req/s", short(rates["without"]), short(rates["with"]))
-        if others := section["neighbour_requests_per_s"]:
-            each = " to ".join(dict.fromkeys((short(others["min"]), short(others["max"]))))
-            grid.add_row("", "neighbor req/s", "0", each)
-    return _titled(f"with {count_of_neighbors(found[0][1]['count'])}, latency in ms", grid)
 
 
 def stages(rows: Sequence[MeasuredRow]) -> RenderableType | None:
