@@ -13,11 +13,10 @@ from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
+    from inferctl.bench.measure.bench import Bench
     from inferctl.bench.measure.outcome import Outcome
     from inferctl.bench.plan.overrides import Overrides
-    from inferctl.bench.report.receipts import ReceiptContext
     from inferctl.bench.report.result import Result
-    from inferctl.cli.bench_setup import PreparedBench
 
 EPILOG = """\b
 Examples:
@@ -160,16 +159,6 @@ Repeats = Annotated[int | None, typer.Option(metavar="N", help="Run each configu
 Workers = Annotated[
     int | None, typer.Option(metavar="N", help="Send the load from N processes. [default: the plan's, usually 1]")
 ]
-ErrorBudget = Annotated[
-    float | None,
-    typer.Option(
-        "--error-budget",
-        metavar="PERCENT",
-        min=0,
-        max=100,
-        help="Set the share of failed requests above which a result is invalid. [default: the plan's, 0.1]",
-    ),
-]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Write receipts, records, logs and the report below DIR.")
 ]
@@ -211,7 +200,6 @@ def bench(
     budget: Budget = None,
     repeats: Repeats = None,
     workers: Workers = None,
-    error_budget: ErrorBudget = None,
     output: Output = Path("bench-results"),
     report: Report = None,
     start: Start = None,
@@ -245,46 +233,44 @@ def bench(
         "search": {"slo_p99_ms": slo} if search else None,
         "slo_p99_ms": slo,
         "budget_s": None if budget is None else bench_options.parse_seconds(budget),
-        "error_budget_percent": error_budget,
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)
     new_options = bench_options.BenchOptions(
         spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
     )
-    prepared = bench_setup.prepare(new_options)
-    _run(prepared, report, json_)
+    _run(bench_setup.prepare(new_options), report, json_)
 
 
-def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
+def _run(benchmark: Bench, report: Path | None, json_: bool) -> None:
     from inferctl.bench.measure import runner
     from inferctl.bench.report import receipts
     from inferctl.bench.report import result as results
     from inferctl.cli import bench_progress
 
-    benchmark, context, outcomes = prepared.bench, prepared.context, prepared.outcomes
+    outcomes = runner.outcomes(benchmark)
     page = (report or benchmark.output / "report.html").resolve()
     console.note(f"writing results to {_relative(benchmark.output)}")
-    console.note(bench_progress.forecast(benchmark, context.environment))
+    console.note(bench_progress.forecast(benchmark))
     try:
         with bench_progress.ProgressView(bench_progress.expected(benchmark)) as view:
-            runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
+            runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(benchmark, [outcome]))
     except BaseException:  # also Ctrl-C: the figures of complete runs are kept
         if any(outcome.measurements for outcome in outcomes):
-            _write_results(context, outcomes, page, json_)
+            _write_results(benchmark, outcomes, page, json_)
         raise
-    result = _write_results(context, outcomes, page, json_)
+    result = _write_results(benchmark, outcomes, page, json_)
     if problem := results.problem(result):
         raise problem
 
 
-def _write_results(context: ReceiptContext, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
+def _write_results(benchmark: Bench, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
     """Write receipts, result.json and the report, print the result, and return it."""
     from inferctl.bench.report import html, receipts, terminal
     from inferctl.bench.report import result as results
 
-    sealed = receipts.write_all(context, outcomes)
-    result = results.collect(context, outcomes, sealed, page)
-    results.write(context.output / "result.json", result)
+    sealed = receipts.write_all(benchmark, outcomes)
+    result = results.collect(benchmark, outcomes, sealed, page)
+    results.write(benchmark.output / "result.json", result)
     try:
         html.write(page, result, sealed)
     finally:
@@ -293,7 +279,7 @@ def _write_results(context: ReceiptContext, outcomes: list[Outcome], page: Path,
             console.document(result.as_dict())
         else:
             console.report(terminal.render(result))
-        console.note(f"receipts: {context.output / 'receipts'}")
+        console.note(f"receipts: {benchmark.output / 'receipts'}")
     console.note(f"report:   {page}")
     return result
 

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from inferctl.bench.measure import search
 from inferctl.bench.measure.bench import Bench, Progress
-from inferctl.bench.measure.environment import Environment
 from inferctl.cli import console
 from inferctl.receipts import shares
 
@@ -58,11 +57,12 @@ def expected(benchmark: Bench) -> list[RunForecast]:
     ]
 
 
-def forecast(benchmark: Bench, machine: Environment) -> str:
+def forecast(benchmark: Bench) -> str:
     """Return how long the benchmark will take and, for a search, how close its rates will be.
 
     The forecast is for a machine without other load, and says so on a busy one.
     """
+    machine = benchmark.environment
     busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
     total = duration(sum(map(sum, expected(benchmark)))).removeprefix("~")
     settings = benchmark.plan.search

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
-from inferctl.bench.measure import environment, runner
 from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
-from inferctl.bench.report.receipts import ReceiptContext
 from inferctl.cli import bench_checks, console, download, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_target
 from inferctl.config import spec
@@ -29,16 +26,7 @@ from inferctl.models import hub
 from inferctl.models import model as model_folder
 
 
-@dataclass(frozen=True)
-class PreparedBench:
-    """A benchmark that passed every check and can run."""
-
-    bench: Bench
-    context: ReceiptContext
-    outcomes: list[Outcome]
-
-
-def prepare(bench_options: BenchOptions) -> PreparedBench:
+def prepare(bench_options: BenchOptions) -> Bench:
     """Return a benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
     url_targets = [parse_target(text) for text in bench_options.urls]
     if bench_options.access != AccessOptions() and not url_targets:
@@ -76,23 +64,22 @@ def prepare(bench_options: BenchOptions) -> PreparedBench:
         bench_checks.check_search(plan, targets, slo)
         bench_checks.check_lengths(plan)
     bench_checks.check_checkpoints(targets, folder)
-    machine = environment.detect()
     output = create_folder(bench_options.output, plan.name)
     command = None
     if resolved and folder:
         spec_file = Path(resolved.file).resolve() if resolved.file else None
         command = child_server.serve_command(str(folder), resolved.spec.name, spec_file)
-    benchmark = Bench(plan, targets, command, folder, output, slo, access)
-    context = ReceiptContext(
-        plan=plan,
-        environment=machine,
+    return Bench(
+        plan,
+        targets,
+        command,
+        folder,
+        output,
+        slo,
+        access,
         model_source=resolved.spec.model.source if resolved else None,
         hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
-        slo_p99_ms=slo,
-        output=output,
-        targets=targets,
     )
-    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
 
 
 def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, ServerConnection]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.bench.measure import environment, runner
+from inferctl.bench.measure import runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan as plans
@@ -56,10 +56,10 @@ def test_a_plan_names_a_checkpoint_relative_to_its_file(folders: tuple[Path, Pat
     model, prepared = folders
     file = plan_of(prepared.parent, "int8")
     done = bench_setup.prepare(BenchOptions(None, str(model), str(file), output=tmp_path))
-    targets = {target.name: target.checkpoint for target in done.bench.targets}
+    targets = {target.name: target.checkpoint for target in done.targets}
     assert targets == {"bf16": None, "int8": str(prepared)}
-    assert done.bench.command
-    commands = [list(done.bench.command("int8", tmp_path / "a", checkpoint)) for checkpoint in targets.values()]
+    assert done.command
+    commands = [list(done.command("int8", tmp_path / "a", checkpoint)) for checkpoint in targets.values()]
     assert [command[command.index("--model") + 1] for command in commands] == [str(model), str(prepared)]
 
 
@@ -111,8 +111,7 @@ def test_a_receipt_has_the_name_of_the_checkpoint_and_its_digest(tmp_path: Path)
     work = Bench(plan, [target], command, None, tmp_path)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
-    context = receipts.ReceiptContext(plan, environment.detect(), "m", [], None, tmp_path, work.targets)
-    receipts.write_all(context, outcomes)
+    receipts.write_all(work, outcomes)
     found = receipt.load(tmp_path / "receipts" / "int8.json")
     assert seen == ["/srv/somebody/models/int8"]
     assert (found.data["configuration"]["checkpoint"], found.data["model"]["sha256"]) == ("int8", "a" * 64)

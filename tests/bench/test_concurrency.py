@@ -17,7 +17,7 @@ import pytest
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load.target import ServerConnection
-from inferctl.bench.measure import auto_users, closed_loop, concurrency, environment, runner
+from inferctl.bench.measure import auto_users, closed_loop, concurrency, runner
 from inferctl.bench.measure.bench import Bench, started_server
 from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.measure.measured_server import MeasuredServer
@@ -281,8 +281,7 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     outcomes = runner.outcomes(work)
     told: list[str] = []
     runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
-    context = result.ReceiptContext(work.plan, environment.detect(), "test", [], None, tmp_path)
-    found = result.collect(context, outcomes, write_all(context, outcomes), tmp_path / "report.html").as_dict()
+    found = result.collect(work, outcomes, write_all(work, outcomes), tmp_path / "report.html").as_dict()
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
     needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}

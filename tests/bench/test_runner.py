@@ -21,7 +21,7 @@ from bench_samples import FIELDS, SHORT, SHORT_PLAN, bench
 from inferctl import cli
 from inferctl.bench.judge import comparable
 from inferctl.bench.load import child_server, process_usage, records, target
-from inferctl.bench.measure import environment, quality, runner
+from inferctl.bench.measure import quality, runner
 from inferctl.bench.measure.bench import Bench, Progress
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import sections, shape, workload
@@ -30,7 +30,6 @@ from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.cli import bench_setup
 from inferctl.core.errors import InferctlError, InvalidRunError
-from inferctl.models import model as models
 from inferctl.receipts import receipt
 from tests.processes import inferctl
 
@@ -59,13 +58,8 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def context_of(work: Bench) -> result.ReceiptContext:
-    return result.ReceiptContext(work.plan, environment.detect(), "test", [], None, work.output)
-
-
 def collected(work: Bench, outcomes: list[Outcome]) -> result.Result:
-    context = context_of(work)
-    return result.collect(context, outcomes, write_all(context, outcomes), work.output / "report.html")
+    return result.collect(work, outcomes, write_all(work, outcomes), work.output / "report.html")
 
 
 def document(work: Bench, outcomes: list[Outcome]) -> dict[str, Any]:
@@ -149,30 +143,9 @@ def test_a_server_that_dies_in_mid_run_is_reported_and_the_others_go_on(tmp_path
     assert processes_in(tmp_path) == []
 
 
-def test_nothing_is_left_running_after_an_interrupt(tmp_path: Path) -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.live and progress.live.phase == "measure":
-            assert len(processes_in(tmp_path)) >= 2
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ran(bench(tmp_path, "fp32"), interrupt)
-    assert processes_in(tmp_path) == []
-
-
 @pytest.fixture
-def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A model folder without weights, and its digest. Its fp32 reference is the vectors of the answering server."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    digest = models.ModelFolder(folder).digest
-
-    def reference(model: Path, texts: list[str], longest: int | None, *rest: Any) -> object:
-        return quality.Reference(texts, np.array([vector(text, 0) for text in texts], np.float32), digest)
-
-    monkeypatch.setattr(quality, "reference", reference)
-    return folder, digest
+def weights(fp32: Callable[..., tuple[Path, str]]) -> tuple[Path, str]:
+    return fp32(lambda text: vector(text, 0))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +226,6 @@ def test_the_reference_cuts_inputs_where_the_server_does(minilm: Path) -> None:
 
 def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
     work = bench(tmp_path, "fp32", "bf16", repeats=2)
-    context = context_of(work)
 
     def stop(progress: Progress) -> None:
         if progress.number == 4 and progress.live:
@@ -261,7 +233,7 @@ def test_what_was_measured_is_kept_after_each_run(tmp_path: Path) -> None:
 
     outcomes = runner.outcomes(work)
     with pytest.raises(RuntimeError):
-        runner.run(work, outcomes, stop, lambda outcome: write_all(context, [outcome]))
+        runner.run(work, outcomes, stop, lambda outcome: write_all(work, [outcome]))
     assert processes_in(tmp_path) == []
     kept = {name: receipt.load(tmp_path / "receipts" / f"{name}.json").data for name in ("fp32", "bf16")}
     assert {name: data["summary"]["runs"] for name, data in kept.items()} == {"fp32": 1, "bf16": 2}

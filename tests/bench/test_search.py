@@ -16,7 +16,7 @@ import pytest
 from bench_samples import SECOND, row, table
 
 from inferctl.bench import stats
-from inferctl.bench.judge import goodput, search_outcome, slo, summary, validity
+from inferctl.bench.judge import goodput, slo, summary, validity
 from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.load import records
@@ -234,17 +234,9 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert slo.judge(judged["latency_ms"], 80, 0, 0).reason == best["reason"]
 
 
-def test_knee_saturation_and_cliff_are_told_apart() -> None:
-    result = found({}, Simulated(80))
-    # M/D/1: throughput over median latency is highest well below the rate of the server, which is the limit.
-    assert 30 < result["knee_rps"] < 90
-    assert 90 <= result["saturation_rps"] <= 130
-    assert 90 < result["saturated_at_rps"] < 102
-    assert result["cliff"] is None
+def test_a_rate_with_failed_requests_is_too_high() -> None:
     refusing = found({}, Simulated(80, refuses_from=45))
     assert refusing["limited_by"] == "errors"
-    assert refusing["cliff"]["kind"] == "errors"
-    assert refusing["cliff"]["rps"] == refusing["first_failing_rps"]
     assert refusing["max_goodput_rps"] < 45
 
 
@@ -257,23 +249,6 @@ def failing(made: Probe, limited_by: str = "p99") -> Probe:
     """The probe, as if a stall had changed its result."""
     changes = {"meets_slo": False, "limited_by": limited_by, "interval_contains_slo": False, "reason": "a stall"}
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
-
-
-def test_falling_throughput_is_a_cliff_and_a_plateau_is_none() -> None:
-    rising = [probe(20, 20, 5), probe(40, 40, 6), probe(60, 60, 12)]
-    plateau = [*rising, probe(80, 65, 300, "fell behind"), probe(104, 65, 900, "fell behind")]
-    assert search_outcome.saturation(plateau) == search_outcome.Saturation(40, 80, 65, None)
-    falls = search_outcome.saturation([*rising, probe(80, 65, 300, "fell behind"), probe(104, 40, 900, "fell behind")])
-    assert falls.cliff == search_outcome.Cliff(104, "throughput falls", "40.0 requests/s, after 65.0 at a lower rate")
-
-
-def test_a_bad_moment_of_the_machine_below_good_probes_is_no_cliff() -> None:
-    stalled = probe(50, 30, 900, "fell behind")
-    shaped = search_outcome.saturation(
-        [probe(20, 20, 5), probe(40, 40, 6), stalled, probe(60, 60, 7), probe(80, 65, 300, "fell behind")]
-    )
-    assert shaped.saturation_rps == 80
-    assert shaped.cliff is None
 
 
 def test_the_failing_rate_must_fail_twice() -> None:
@@ -422,7 +397,6 @@ def test_the_generators_limit_is_not_blamed_on_the_server() -> None:
     result = goodput.find(sections.Search.model_validate({}), 80, 100.0, limited).as_dict()
     assert result["verdict"] == "at least"
     assert result["limited_by"] == "generator"
-    assert result["saturation_rps"] is None
     assert "at least" in search_findings.sentences("x", result)[0]
 
 

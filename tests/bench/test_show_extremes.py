@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import SECOND, WARMUP, document, open_loop, row, sealed, table
+from bench_samples import MACHINE, SECOND, WARMUP, document, open_loop, row, sealed, table
 from rich.console import Console
 
 from inferctl.bench.judge import stages, summary
-from inferctl.bench.measure import environment
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import charts, findings, html, result, terminal
@@ -23,9 +23,6 @@ from inferctl.bench.report.rows import MeasuredRow
 from inferctl.receipts import receipt
 from tests.browser import in_browser
 
-MACHINE = environment.Environment(
-    "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
-)
 Found = tuple[Result, list[receipt.Receipt]]
 
 
@@ -38,10 +35,9 @@ def shown(
     receipts = sealed(folder, *(open_loop(one, rate) if rate else one for one in documents))
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
     outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
-    context = result.ReceiptContext(
-        plan.read_plan("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder
-    )
-    return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
+    wanted = plan.read_plan("quick").with_overrides(rate=rate)
+    work = Bench(wanted, [], None, None, folder, 20.0, environment=MACHINE)
+    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
 
 
 def text_of(found: Result) -> str:
@@ -64,7 +60,7 @@ def burst() -> dict[str, Any]:
         {"mode": "open", "rate": 80, "duration_s": 20, "spike": {"at_s": 8, "duration_s": 5, "times": 3}}
     )
     made = document("bf16", 100, 10, stages=stages.summarize([part], load))
-    made["summary"], made["curve"] = summary.summarize([part]), summary.latency_curve([part])
+    made |= {"summary": summary.summarize([part]), **summary.curves([part])}
     made["runs"][0]["latency_over_time"] = summary.over_time(part)
     return made
 
@@ -79,8 +75,7 @@ def probe(rate: float, p99: float, holds: bool, early: bool = False) -> dict[str
 
 SEARCH = {
     "slo_p99_ms": 100, "resolution": 0.05, "verdict": "found", "max_goodput_rps": 82.0, "first_failing_rps": 86.0,
-    "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms", "knee_rps": 60.0, "saturation_rps": 90.0,
-    "saturated_at_rps": 88.0, "cliff": None,
+    "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms",
     "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
 }  # fmt: skip
 COSTS = {

@@ -17,7 +17,7 @@ Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
 # Command line -> its options that take a number.
 OPTIONS = {
-    _BENCH: "--duration --users --rate --repeats --workers --slo --slo-ttft --slo-itl --error-budget",
+    _BENCH: "--duration --users --rate --repeats --workers --slo --slo-ttft --slo-itl",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --slo-p99-ms --inputs --api-processes",
@@ -44,7 +44,6 @@ ZERO_IS_FINE = {
     "--port",
     "--drain",
     "--seed",
-    "--error-budget",
     "--floor-ms",
     "--max-cosine-drop",
     "--max-recall-drop",

@@ -75,7 +75,7 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
     (folder / _BODIES).write_bytes(b"\n".join(workload.bodies(server.body)) + b"\n")
     arrays: tuple[npt.NDArray[Any], ...] = (workload.order, workload.schedule_ns, workload.warmup_schedule_ns)
     for name, values in zip(_PARTS, arrays, strict=True):
-        (folder / f"{name}.bin").write_bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        (folder / f"{name}.bin").write_bytes(values.tobytes())
     closed = load.mode == "closed"
     description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace", "lengths", "bounds"})
     description |= {name: str(folder / f"{name}.bin") for name in _PARTS}

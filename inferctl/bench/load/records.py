@@ -7,6 +7,7 @@ the last record.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ def files(folder: Path) -> list[Path]:
 def event_files(folder: Path) -> list[Path]:
     """Return the files with events in `folder`, sorted by the number of their worker."""
     return sorted(folder.glob("events-*.bin"), key=worker_of)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 (hex) of each file of records in `folder`, by file name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files(folder), *event_files(folder))}
 
 
 def worker_of(path: Path) -> int:

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,11 +34,9 @@ TOO_MANY_REQUESTS = 429
 
 
 def integers(content: bytes, code: str) -> array.array[int]:
-    """Return little-endian integers (`I` uint32, `Q` uint64)."""
+    """Return integers in the byte order of this machine (`I` uint32, `Q` uint64)."""
     values: array.array[int] = array.array(code)
     values.frombytes(content)
-    if sys.byteorder == "big":
-        values.byteswap()
     return values
 
 
@@ -118,7 +115,6 @@ class Generator:
             "unfinished": self.client.outstanding - self._draining,
             "connections": self.client.opened,
             "reconnects": self.client.reconnects,
-            "exact_timer": self._alarm.exact,
             **self._cpu,
         }
 

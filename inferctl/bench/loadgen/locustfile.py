@@ -9,7 +9,7 @@ inferctl/bench/load/load_run.py uses the first form. `load.json` describes the l
                   waits for the seconds in `Retry-After` first.
                   open: requests are sent at the times of `schedule`, and latency counts from these times.
     bodies        file with one JSON request body per line; `@SERIAL@` becomes a number that is unique per request
-    order         file of uint32 (little-endian): the body of each request; it repeats from the start after its end
+    order         file of uint32: the body of each request; it repeats from the start after its end
     schedule      open: file of uint64, nanoseconds after the start of the measurement; also `warmup_schedule`
     timeline      closed: stages of {duration_s, users}; empty for a constant number of `users`
     users, duration_s, warmup_s (maximum), window_s, timeout_s, max_outstanding (open), serial, workers

@@ -107,10 +107,7 @@ class Recorder:
 
     def _grow(self) -> mmap.mmap:
         with exit_on_write_error():
-            if hasattr(os, "posix_fallocate"):
-                # This reserves disk space. On a full disk it fails here, and not with SIGBUS at a later write.
-                os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
-            else:
-                self._file.truncate(self._size + CHUNK)
+            # This reserves disk space. On a full disk it fails here, and not with SIGBUS at a later write.
+            os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
         self._size += CHUNK
         return mmap.mmap(self._file.fileno(), self._size)

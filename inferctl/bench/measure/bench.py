@@ -12,6 +12,7 @@ from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.server_tokenizer import of_server
 from inferctl.bench.load.target import connect
 from inferctl.bench.measure.concurrency import Concurrency
+from inferctl.bench.measure.environment import Environment, detect
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.measure.sensors import MachineMonitor
@@ -59,6 +60,8 @@ class Bench:
     - `users`: the concurrency found for each target with `users: auto`, by name.
     - `tokenizer`: counts the tokens of prompts for generation; None if there is none. One for all targets, so that all
       receive the same prompts.
+    - `environment`: this machine.
+    - `model_source`, `hardware_wanted`: the source of the weights and the catalog keys of the hardware in the spec.
     """
 
     plan: Plan
@@ -70,6 +73,9 @@ class Bench:
     access: ServerAccess = field(default_factory=ServerAccess)
     users: Mapping[str, Concurrency] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    environment: Environment = field(default_factory=detect)
+    model_source: str | None = None
+    hardware_wanted: Sequence[str] = ()
 
     @property
     def order(self) -> list[Run]:

@@ -79,7 +79,7 @@ def _measure(
     started_at = time.time()
     with ready_server(bench, outcome.target, folder, notify) as server:
         if bench.plan.search:
-            measurement = _measure_search(bench, outcome.target, server, folder)
+            measurement = _measure_search(bench, outcome.target, server, run, folder)
         else:
             measurement = _measure_load(bench, outcome.target, server, run, folder, capacity_rps)
         measurement = replace(measurement, started=started_at, concurrency=bench.users.get(outcome.target.name))

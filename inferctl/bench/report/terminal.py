@@ -15,7 +15,7 @@ from inferctl.bench.report import search_findings
 from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import unit_of
 from inferctl.bench.report.result import Result
-from inferctl.bench.report.rows import Costs, MeasuredRow, Row
+from inferctl.bench.report.rows import MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
@@ -122,12 +122,12 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     """
     unit = unit_of(rows[0].task)
     columns = {
-        "CPU s": [row.costs.cpu_seconds_per_1000_requests for row in rows],
-        "J": [row.costs.joules_per_1000_requests for row in rows],
-        f"J/M {unit}": [row.costs.joules_per_million_texts for row in rows],
-        f"$/M {unit}": [row.costs.usd_per_million_texts for row in rows],
-        "GPU %": [row.costs.gpu_utilisation_percent for row in rows],
-        "W": [row.costs.watts for row in rows],
+        "CPU s": [row.cpu_seconds_per_1000_requests for row in rows],
+        "J": [row.joules_per_1000_requests for row in rows],
+        f"J/M {unit}": [row.joules_per_million_texts for row in rows],
+        f"$/M {unit}": [row.usd_per_million_texts for row in rows],
+        "GPU %": [row.gpu_utilisation_percent for row in rows],
+        "W": [row.watts for row in rows],
         "MiB": [row.server_peak_bytes and row.server_peak_bytes / 2**20 for row in rows],
     }
     known = {title: values for title, values in columns.items() if any(value is not None for value in values)}
@@ -246,7 +246,7 @@ def notes(result: Result) -> Iterator[str]:
         )
         yield f"requests sent over 1 ms late, and requests dropped: {sends}"
     yield from result.findings[1:]
-    yield from prices([row.costs for row in measured])
+    yield from prices(measured)
     yield from (
         f"{caveat.label}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
     )
@@ -268,7 +268,7 @@ def received(rows: Sequence[MeasuredRow]) -> list[str]:
     return lines((row.received, row.configuration) for row in rows)
 
 
-def prices(rows: Sequence[Costs]) -> Iterator[str]:
+def prices(rows: Sequence[MeasuredRow]) -> Iterator[str]:
     """Yield each price that a cost is based on, with its source and date."""
     known = [row.price for row in rows if row.price]
     for price in {(price["provider"], price["instance"]): price for price in known}.values():
