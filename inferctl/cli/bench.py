@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,35 +109,19 @@ Rate = Annotated[
     float | None, typer.Option(metavar="N", help="Send an open loop of N requests/s. [default: the plan's load]")
 ]
 Search = Annotated[bool, typer.Option("--search", help="Find the highest rate that meets the SLO.")]
-Slo = Annotated[
-    float | None,
-    typer.Option(
-        "--slo",
-        metavar="MS",
-        min=options.MIN_SLO_MS,
-        max=options.MAX_SLO_MS,
-        help="Set the p99 SLO in milliseconds. [default: slo.p99_ms of the spec]",
-    ),
-]
+
+
+def _slo(name: str, text: str) -> Any:
+    return typer.Option(name, metavar="MS", min=options.MIN_SLO_MS, max=options.MAX_SLO_MS, help=text)
+
+
+Slo = Annotated[float | None, _slo("--slo", "Set the p99 SLO in milliseconds. [default: slo.p99_ms of the spec]")]
 SloTtft = Annotated[
     float | None,
-    typer.Option(
-        "--slo-ttft",
-        metavar="MS",
-        min=options.MIN_SLO_MS,
-        max=options.MAX_SLO_MS,
-        help="Generation: limit the time to the first token. [default: slo.ttft_ms of the spec]",
-    ),
+    _slo("--slo-ttft", "Generation: limit the time to the first token. [default: slo.ttft_ms of the spec]"),
 ]
 SloItl = Annotated[
-    float | None,
-    typer.Option(
-        "--slo-itl",
-        metavar="MS",
-        min=options.MIN_SLO_MS,
-        max=options.MAX_SLO_MS,
-        help="Generation: limit the gaps between tokens. [default: slo.itl_ms of the spec]",
-    ),
+    float | None, _slo("--slo-itl", "Generation: limit the gaps between tokens. [default: slo.itl_ms of the spec]")
 ]
 Lengths = Annotated[
     str | None,

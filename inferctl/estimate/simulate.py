@@ -68,7 +68,7 @@ class Simulation:
             times = [queue[0][0] for queue in (waiting, self._in_front) if queue]
             now = min([*times, self._running[0]] if self._running else times)
             # As in the dispatcher, all events at one time are processed before the next batch is formed.
-            if self._running and self._running[0] <= now:
+            while self._running and self._running[0] <= now:
                 self._finish(self._running[1], now)
             while waiting and waiting[0][0] <= now:
                 self._arrive(waiting.popleft()[1], now)

