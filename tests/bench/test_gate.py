@@ -89,7 +89,8 @@ def test_a_stall_that_a_closed_loop_hides_is_found(answering: Callable[..., str]
     }
     # Few repeats on a busy machine can leave it open. They never let it pass.
     assert judged["p99"].outcome in ("regression", "not enough evidence")
-    assert (judged["p99"].new or 0) > 2 * (judged["p99"].old or 0) > 0
+    if not any(row["noise"] for row in found["rows"]):
+        assert (judged["p99"].new or 0) > 2 * (judged["p99"].old or 0) > 0
     # Both receive the same offered rate, so the closed loops show the throughput.
     assert (sample := judged["requests_per_s"].sample)
     assert sample.old_runs == [
