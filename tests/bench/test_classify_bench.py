@@ -20,7 +20,6 @@ from inferctl.bench.plan import plan, sections
 from inferctl.bench.report import html, terminal
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.receipts import receipt
-from tests import tiny_models
 
 LIMITS = sections.Quality.model_validate({})
 
