@@ -224,23 +224,6 @@ def test_a_platform_without_a_lock_is_an_error_without_an_own_lock() -> None:
     assert image(image={"platform": "linux/s390x", "locks": "mine"})["platform"].level == "error"
 
 
-def test_each_platform_is_checked_and_one_lock_for_several_is_a_warning() -> None:
-    base = catalog.base("cuda13.0")
-    stack = catalog.stack(base.stack)
-
-    def told(*platforms: str, **image: str) -> list[tuple[str, str]]:
-        made = spec(image=image)
-        found = fit.check_image(made, base, stack, hub_model=False, today=TODAY, platforms=platforms)
-        return [(f.level, f.what) for f in found if f.topic == "platform"]
-
-    both = ("linux/amd64", "linux/arm64")
-    ((level, what),) = told(*both)
-    assert level == "error" and "linux/arm64" in what
-    assert [level for level, _ in told(*both, locks="mine")] == ["warn"]
-    assert [level for level, _ in told("linux/amd46")] == ["error"]
-    assert told("linux/amd64", platform="linux/arm64") == []
-
-
 def test_the_most_severe_finding_decides() -> None:
     levels = [fit.Finding(level, "t", "w", "y") for level in ("ok", "error", "warn")]
     assert (fit.worst(levels), fit.worst(levels[::2]), fit.worst([])) == ("error", "warn", "ok")

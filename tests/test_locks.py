@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,58 +124,3 @@ def test_the_lock_of_another_stack_or_python_is_rejected(base: str, python: str,
         locks.load(catalog.base(base), folder, int8=False)
     assert f"torch2.13-cu130 and Python {python}" in caught.value.message
     assert f"inferctl lock --base {base}" in (caught.value.hint or "")
-
-
-def test_a_lock_without_a_header_is_checked_by_its_torch(tmp_path: Path) -> None:
-    def headless(text: str) -> str:
-        return text.partition("\n")[2]
-
-    folder = copied(tmp_path, "torch2.13-cu130", headless)
-    assert locks.load(catalog.base("cuda13.0"), folder, int8=True).versions()["torch"] == "2.13.0"
-    for other in ("cuda12.8", "cpu"):
-        with pytest.raises(UsageError) as caught:
-            locks.load(catalog.base(other), folder, int8=False)
-        assert "torch.txt has torch 2.13.0" in caught.value.message
-
-
-def lock(base: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return inferctl("lock", "--base", base, *arguments)
-
-
-def with_older_orjson(folder: Path, stack: str) -> Path:
-    """Write the locks of a stack with an older release of orjson into `folder`."""
-    older = f"orjson==3.10.18 --hash=sha256:{'0' * 64}\n"
-    return copied(folder, stack, lambda text: re.sub(r"orjson==\S+ \\\n(    --hash=\S+( \\)?\n)+", older, text))
-
-
-@pytest.mark.slow
-def test_a_check_with_the_package_index_keeps_an_older_release(tmp_path: Path) -> None:
-    done = lock("ngc25.12", "--output", with_older_orjson(tmp_path, "ngc25.12"), "--check")
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
-@USES_WHEELS
-def test_one_package_is_upgraded_and_the_others_stay(wheels: Path, tmp_path: Path) -> None:
-    folder, both = with_older_orjson(tmp_path, "torch2.13-cpu"), tmp_path / "wheels"
-    shutil.copytree(wheels, both, copy_function=os.link)
-    with zipfile.ZipFile(both / "orjson-3.10.18-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("orjson-3.10.18.dist-info/METADATA", "Metadata-Version: 2.1\nName: orjson\nVersion: 3.10.18\n")
-        wheel.writestr("orjson-3.10.18.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-    before = locks.load(catalog.base("cpu"), folder, int8=True).versions()
-    assert before["orjson"] == "3.10.18"
-    done = lock("cpu", "--wheels", both, "--output", folder, "--upgrade-package", "orjson")
-    assert done.returncode == 0, done.stderr
-    after = locks.load(catalog.base("cpu"), folder, int8=True).versions()
-    assert {name for name in after if after[name] != before.get(name)} == {"orjson"}
-    (folder / "server.txt").write_text(re.sub(r"uvicorn==", "unicorn==", (folder / "server.txt").read_text()))
-    kept = (folder / "server.txt").read_text()
-    done = lock("cpu", "--wheels", both, "--output", folder, "--check")
-    assert done.returncode == 1
-    assert "uvicorn: absent ->" in done.stderr
-    assert (folder / "server.txt").read_text() == kept
-
-
-def test_a_package_that_the_locks_do_not_have_cannot_be_upgraded(tmp_path: Path) -> None:
-    done = lock("ngc25.12", "--output", copied(tmp_path, "ngc25.12"), "--upgrade-package", "nothing-of-this-name")
-    assert done.returncode == 2
-    assert "nothing-of-this-name" in done.stderr

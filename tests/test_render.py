@@ -208,7 +208,6 @@ def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -
 @pytest.mark.parametrize(
     ("flags", "same"),
     [
-        ({"image__max_size": "6GB"}, True),
         ({"image__repository": "registry.example.com/ml/m"}, True),
         ({"image__platform": "linux/amd64"}, True),
         ({"bench__plan": "quick"}, True),

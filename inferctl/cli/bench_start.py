@@ -56,9 +56,7 @@ def measure(
     source = spec.model.source if options.names_model(spec_file, {"model.source": model}) else None
     address = serve_image.Address("127.0.0.1", 0)
     named = serve_image.ServeOptions(address, source, spec.model.revision, model is not None)
-    mounted = serve_image.image_to_mount(engine, image, named, console.note) or serve_image.weights(
-        image, named, download.fetch
-    )
+    mounted = serve_image.weights(image, named, download.fetch)
     found = container_start.in_registry(image, reference) if image.digests else None
     if found is None:
         console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")

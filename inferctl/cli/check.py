@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,6 @@ from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, l
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_hint
 from inferctl.core.sizes import size
-from inferctl.deploy import sizing
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
 from inferctl.image import cold_start, locks, model_image
@@ -155,29 +154,10 @@ def _judge(
         if isinstance(size, ModelSize):
             general += generation_fit.check_model(spec, size.config)
     else:
-        general += [check_slo(spec), _cores(spec, parts)]
+        general.append(check_slo(spec))
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
     weights = size.weights_bytes if isinstance(size, ModelSize) and size.weights_bytes else None
     return task, summary, *_with_errors_of_all_hardware(general, fits), cold_start.of_spec(spec, base, stack, weights)
-
-
-def _cores(spec: Spec, parts: Sequence[str]) -> Finding:
-    """Return a finding about the CPU cores of a server, as `inferctl deploy` computes them without a receipt."""
-    count, on_gpu = spec.serve.least_api_processes, any(catalog.hardware(key).kind != "cpu" for key in parts)
-    need = f"{sizing.cores(None, api_processes=count).value:g} CPU cores" + (" per GPU" if on_gpu else "")
-    what, hint = f"needs about {need}, estimated", "choose machines with that many, or lower `serve.api_processes`"
-    if spec.serve.api_processes == "auto":
-        why = "with that many, `auto` is one API process: it is one per 4 cores, at most 4"
-        return Finding("ok", "cores", what, why, "for more, give the server more cores, or set their number")
-    if count == 1:
-        why = "one API process, one engine process, and one for all others"
-        hint = "`inferctl estimate` says when one API process is the limit: then set `serve.api_processes`"
-        return Finding("ok", "cores", what, why, hint if on_gpu else None)
-    why = f"{count} API processes, the backend and an engine process"
-    why += (
-        "; the smallest machines with a GPU have 4 vCPUs" if on_gpu else ", which computes with what the others leave"
-    )
-    return Finding("ok", "cores", what, why, hint)
 
 
 def _use(

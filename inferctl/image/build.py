@@ -6,25 +6,21 @@ plan() --> run(): stage context --> buildx --> lint --> verify --> tag --> push 
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Spec
-from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.core.sizes import size
 from inferctl.image import buildx, cold_start, library, lint, model_image
 from inferctl.image.cold_start import StartPart
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
-from inferctl.image.publish import Publication, publish
+from inferctl.image.publish import publish
 from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
@@ -39,8 +35,8 @@ from inferctl.models.size import locate
 class Built:
     """The built image. `references` are its names. `digests` are the `name@sha256:...` of the pushed names.
 
-    `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, `pushed` in bytes that this push
-    sent. The last two are None if unknown. `compressions`: those of the layers in the registry, empty if unknown.
+    `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, None if unknown. `compressions`:
+    those of the layers in the registry, empty if unknown.
     `mounted`: bytes of the model image that Kubernetes mounts with this one, 0 without one, None if unknown.
     """
 
@@ -49,7 +45,6 @@ class Built:
     digests: tuple[str, ...]
     size: int
     compressed: int | None
-    pushed: int | None
     compressions: tuple[str, ...]
     mounted: int | None
     steps: tuple[StepFinished, ...]
@@ -96,7 +91,6 @@ class Built:
             "digests": list(self.digests),
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
-            "pushed_bytes": self.pushed,
             "compressions": list(self.compressions),
             "forecast": self.forecast.document(),
             "cold_start": [part.document() for part in self.cold_start],
@@ -114,11 +108,8 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
     On a failure, or if the generator is closed, containers and the untagged image are removed, and every name in
     `plan.references` refers to the same image as before.
     """
-    options, platforms = plan.options, plan.platforms
-    builder = buildx.detect(info.containerd_store, options.builder)
-    native = info.platform if info.platform in platforms else platforms[0]
-    # Every builder builds the platform of the engine by default, so it is not passed.
-    explicit_platforms = platforms if platforms != (info.platform,) else ()
+    options, platform = plan.options, plan.spec.image.platform
+    builder = buildx.detect(info.containerd_store)
     cache_to = buildx.exportable(builder, options.cache_to)
     if cache_to != options.cache_to:
         yield Note(f"the build cache is not exported: {builder.describe()} cannot export one")
@@ -129,37 +120,32 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
             contexts=contexts,
             build_args=plan.rendered.build_args,
             secrets=options.secrets,
-            platforms=(native,) if explicit_platforms else (),
+            # Every builder builds the platform of the engine by default, so it is not passed.
+            platform=platform if platform != info.platform else None,
             cache_to=cache_to,
             cache_from=options.cache_from,
             network=options.network,
-            builder=options.builder,
             no_cache=options.no_cache,
             pull=options.pull,
-            compression=buildx.choose_compression(plan.spec.image.compression, builder, info.version),
+            compression=buildx.choose_compression(builder, info.version),
         )
-        _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
+        _check_supported(plan, builder, request, info)
         yield Phase("build", builder.describe())
         if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
-            yield from buildx.build_once(replace(model_layers(request), platforms=explicit_platforms))
+            yield from buildx.build_once(model_layers(request))
         steps, metadata = yield from buildx.build_once(request)
         clock.lap("build")
         image = _loaded(engine, metadata)
         try:
             _check_expected(options.expected, image)
-            yield from check_size(plan, info, image)
-            yield from note_unverified(plan, native)
             findings, checked = yield from _lint_and_verify(plan, engine, info, image)
             clock.lap("verify")
-            publication = yield from publish(
-                plan, engine, builder, request, explicit_platforms, image, _config_digest(metadata, image)
-            )
+            config = str(metadata.get("containerimage.config.digest") or image.id)
+            publication = yield from publish(plan, engine, builder, request, image, config)
             clock.lap("publish")
         except BaseException:
             engine.discard(image.id)
             raise
-    if options.metadata_file:
-        _write_metadata(options.metadata_file, metadata, plan.references, image, publication)
     history = engine.history(plan.reference)
     return Built(
         image=image.id,
@@ -168,7 +154,6 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         # The containerd store reports the compressed size of an image. Layer sizes are uncompressed in both stores.
         size=sum(layer.size for layer in history),
         compressed=publication.compressed,
-        pushed=publication.pushed,
         compressions=publication.compressions,
         mounted=_mounted(plan.spec),
         steps=tuple(steps),
@@ -203,12 +188,11 @@ def model_layers(request: buildx.BuildRequest) -> buildx.BuildRequest:
 
 
 def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildRequest, info: DockerInfo) -> None:
-    """Raise `NotReadyError` if the builder or the engine cannot do the build. `request` has all platforms."""
-    outputs = (f"type=oci,dest={plan.options.oci}",) if plan.options.oci else ()
-    buildx.check_supported(builder, replace(request, outputs=outputs))
-    if plan.options.verify and info.platform not in plan.platforms:
+    """Raise `NotReadyError` if the builder or the engine cannot do the build."""
+    buildx.check_supported(builder, request)
+    if plan.options.verify and request.platform:
         raise NotReadyError(
-            f"cannot verify an image for {plan.platforms[0]}: this engine runs {info.platform}",
+            f"cannot verify an image for {request.platform}: this engine runs {info.platform}",
             "build it on a machine of that platform, or pass `--no-verify`",
         )
     if plan.options.verify and plan.stack.cuda and not info.gpu and plan.task == "generate":
@@ -224,40 +208,6 @@ def _check_expected(expected: str | None, image: ImageInfo) -> None:
             f"the build produced {image.id}, but `--expect` requires {expected}",
             "an input changed after that image was built: build and verify again without `--expect`",
         )
-
-
-def note_unverified(plan: BuildPlan, native: str) -> Iterator[Note]:
-    """Yield a note that names the platforms whose images are not linted or verified: all but `native`."""
-    others = ", ".join(platform for platform in plan.platforms if platform != native)
-    if others:
-        what = "linted and verified" if plan.options.verify else "linted"
-        yield Note(f"only the image for {native} is {what}; not checked: {others} (built from the same files)")
-
-
-def check_size(plan: BuildPlan, info: DockerInfo, image: ImageInfo) -> Iterator[Note]:
-    """Compare the image with `image.max_size`. Raises `InferctlError` if it is larger.
-
-    The size is compressed if the engine stores it. Otherwise it is uncompressed, which is always larger, and the
-    forecast decides.
-    """
-    limit = plan.options.max_bytes
-    if limit is None or image.size <= limit:
-        return
-    advice = (
-        "raise image.max_size (`--max-size`), or reduce the largest part: `inferctl build --dry-run` lists the parts"
-    )
-    if info.containerd_store:
-        raise InferctlError(f"image size {size(image.size)} exceeds image.max_size {size(limit)} (compressed)", advice)
-    if not plan.forecast.complete:
-        raise InferctlError(
-            f"image size {size(image.size)} (uncompressed) exceeds image.max_size {size(limit)}; this engine does not "
-            f"know the compressed size, and the forecast lacks the size of {', '.join(plan.forecast.unknown)}",
-            "raise image.max_size to the uncompressed size, or use the engine's containerd image store",
-        )
-    yield Note(
-        f"image size {size(image.size)} (uncompressed); this engine does not know the compressed size, so "
-        f"image.max_size is compared with the forecast of {size(plan.forecast.total)}"
-    )
 
 
 def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
@@ -302,10 +252,6 @@ def _loaded(engine: DockerEngine, metadata: Mapping[str, Any]) -> ImageInfo:
     )
 
 
-def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
-    return str(metadata.get("containerimage.config.digest") or image.id)
-
-
 def _lint_and_verify(
     plan: BuildPlan, engine: DockerEngine, info: DockerInfo, image: ImageInfo
 ) -> Generator[Event, None, tuple[list[Finding], Verified | None]]:
@@ -342,18 +288,3 @@ def _verify_options(plan: BuildPlan, info: DockerInfo) -> VerifyOptions:
         compare=not downloads,
         library_model=plan.model if needed and library.installed(needed) else None,
     )
-
-
-def _write_metadata(
-    file: Path, metadata: Mapping[str, Any], references: tuple[str, ...], image: ImageInfo, publication: Publication
-) -> None:
-    document = {**metadata, "image.name": ",".join(references), "image.id": image.id}
-    if publication.digest:
-        document["containerimage.digest"] = publication.digest.partition("@")[2]
-    try:
-        outputs.replace(file, json.dumps(document, indent=2) + "\n")
-    except OSError as error:
-        raise NotReadyError(
-            f"{publication.digest or references[0]} is built, but {file} cannot be written: {error.strerror}",
-            "pass another `--metadata-file`; the next build uses the cache",
-        ) from None
