@@ -209,7 +209,7 @@ def test_an_unknown_prefix_suggests_the_matching_hardware(key: str, offered: lis
 def test_an_unknown_name_lists_what_is_known() -> None:
     with pytest.raises(UsageError) as caught:
         catalog.base("windows")
-    assert caught.value.hint == "known: cpu, cuda12.8, cuda13.0, ngc25.12, vllm-cpu, vllm-cuda13.0, vllm-openai"
+    assert caught.value.hint == "known: cpu, cuda12.8, cuda13.0, ngc25.12, vllm-cpu, vllm-cuda13.0"
 
 
 def test_the_vocabulary_has_the_names_of_the_catalog() -> None:

@@ -200,11 +200,6 @@ def test_a_near_or_past_end_of_life_is_a_warning() -> None:
     assert image(base="ngc25.12")["base.end_of_life"].level == "ok"
 
 
-def test_a_spec_needs_no_slo() -> None:
-    assert fit.check_slo(spec()).level == "ok"
-    assert fit.check_slo(spec(slo={"p99_ms": 70})).what == "p99 at most 70 ms"
-
-
 def test_cuda_libraries_in_the_base_and_the_wheels_are_a_warning() -> None:
     base = dataclasses.replace(catalog.base("cuda12.8"), ships=("cudart", "cublas", "cudnn"))
     stack = catalog.stack(base.stack)

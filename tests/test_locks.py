@@ -40,7 +40,7 @@ def test_every_shipped_lock_has_a_header_is_hashed_and_is_split_without_overlap(
     texts = [text for text in vars(found).values() if text]
     parts = [locks.versions(text) for text in texts]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None and "vllm" not in base.provides)
+    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None)
     for text in texts:
         assert text.startswith(locks.header(base.stack, base.python.version, "linux/amd64"))
         assert all("--hash=sha256:" in entry for entry in text.split("==")[1:])
@@ -50,8 +50,6 @@ def test_every_shipped_lock_has_a_header_is_hashed_and_is_split_without_overlap(
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
 def test_every_shipped_lock_has_all_server_requirements(base: catalog.BaseImage) -> None:
     """Fails if a dependency was added without `make locks`."""
-    if "vllm" in base.provides:
-        pytest.skip("vLLM requires all that the server imports")
     found = locks.load(base, None, int8=True)
     locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
     declared = {locks.normalize(locks.name_of(line)) for line in locks.server_requirements(catalog.stack(base.stack))}
@@ -72,7 +70,7 @@ def test_no_shipped_lock_has_packages_that_the_server_does_not_import(base: cata
     found = locks.load(base, None, int8=True)
     locked = {name for text in (found.torch, found.server, found.int8) for name in locks.versions(text or "")}
     assert locked & set(locks.LEFT_OUT) == set()
-    assert "vllm" in base.provides or {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
+    assert {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
 
 
 @pytest.mark.parametrize("base", ["cpu", "vllm-cpu"])

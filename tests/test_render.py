@@ -98,15 +98,6 @@ def test_the_start_period_grows_with_the_weights_of_a_generator(
     assert found.tag == made(1).tag, "the tag does not depend on what is on this machine"
 
 
-def test_the_image_of_vllm_gets_only_the_server_and_the_config() -> None:
-    shipped = locks.load(catalog.base("vllm-openai"), None, int8=False)
-    found = rendered("vllm-openai", shipped, model__weights="bake", model__revision="abc")
-    final = found.dockerfile[found.dockerfile.rindex("\nFROM ") :]
-    assert re.findall(r"^COPY --link --from=(\S+)", final, re.MULTILINE) == ["model", "server", "config"]
-    assert "pip install" not in found.dockerfile
-    assert "ENV PYTHONPATH=/opt/inferctl/server \\\n" in final
-
-
 def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:
     found = rendered(model__weights="bake", model__revision="abc")
     assert "ARG " not in found.dockerfile
@@ -184,7 +175,7 @@ def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
     assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
     assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
     folders, package = {name.partition("/")[0] for name in names if "/" in name}, render.assets.package()
-    assert folders == {"_assets", "batching", "config", "core", "facts", "models", "serve", "tenancy"}
+    assert folders == {"_assets", "batching", "config", "core", "facts", "models", "reading", "serve", "tenancy"}
     for name in names:
         if name.endswith(".py"):
             for imported in imports(package / name):

@@ -60,7 +60,7 @@ def measure(
     found = container_start.in_registry(image, reference) if image.digests else None
     if found is None:
         console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")
-    size_bytes = sum(layer.size for layer in engine.history(image.id))
+    size_bytes = engine.size(image.id)
     weights = _weights(image, spec, mounted, source is not None)
     estimate = _estimate(found, size_bytes, weights)
     folder_of_result = create_folder(output, "start")

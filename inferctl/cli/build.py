@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import completion, console, download
-from inferctl.cli.build_view import BuildView, short, show_verified
+from inferctl.cli.build_view import BuildView, show_verified
 from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load, network_of
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
-from inferctl.image import cold_start, render
+from inferctl.image import render
 from inferctl.image.from_spec import check_model_task, rendered_image, task_of
 from inferctl.image.image_name import full_reference
 from inferctl.models import model as model_folder
@@ -79,9 +78,6 @@ def build(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every build step without the cache.")] = False,
     pull: Annotated[bool, typer.Option("--pull", help="Pull the base image again if its tag has moved.")] = False,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Add a label to the image; repeatable.")
-    ] = None,
     pip_conf: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Pass this pip configuration as a build secret.")
     ] = None,
@@ -145,7 +141,7 @@ def build(
         spec,
         base_entry,
         catalog.stack(base_entry.stack),
-        rendered_image(resolved, labels_of(label or [])),
+        rendered_image(resolved),
         render.server_files(),
         options,
     )
@@ -156,21 +152,6 @@ def build(
         return
     built = _run(build_plan)
     _print(built, as_json)
-
-
-def labels_of(texts: list[str]) -> dict[str, str]:
-    """Return the labels of `KEY=VALUE` texts. Raises `UsageError`."""
-    labels = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        reserved = key.startswith(("io.inferctl.", "org.opencontainers.image."))
-        if not equals or reserved or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", key):
-            raise UsageError(
-                f"--label {text!r} is not allowed",
-                "pass KEY=VALUE, such as `team=search`; `io.inferctl.` and `org.opencontainers.image.` are reserved",
-            )
-        labels[key] = value
-    return labels
 
 
 def tag_reference(text: str) -> str:
@@ -207,9 +188,6 @@ def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
 
 
 def _print(built: Built, as_json: bool) -> None:
-    for layer in built.layers:
-        if layer.size:
-            console.note(f"  {size(layer.size):>10}  {short(layer.created_by)}")
     for finding in built.findings:
         console.warn(finding.text())
     if built.verified:
@@ -218,8 +196,6 @@ def _print(built: Built, as_json: bool) -> None:
     sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
     sizes += f" ({' and '.join(built.compressions)})" if built.compressions else ""
     console.note(f"{', '.join(built.references)}: {sizes}")
-    if built.cold_start:
-        console.note(cold_start.line(built.cold_start))
     if as_json:
         console.document(built.document())
     else:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich import box
 from rich.table import Table
 
 from inferctl.cli import completion, console, options
 from inferctl.cli.options import Json
+from inferctl.core import document
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import PRECISIONS, support
@@ -145,4 +145,4 @@ def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
     if as_json:
         console.document(asdict(entry))
     else:
-        console.data(yaml.safe_dump(asdict(entry), sort_keys=False, allow_unicode=True, width=100).rstrip())
+        console.data(document.block(asdict(entry)))

@@ -22,8 +22,7 @@ from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_h
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
-from inferctl.image import cold_start, locks, model_image
-from inferctl.image.cold_start import StartPart
+from inferctl.image import locks, model_image
 from inferctl.models import convert, generation_fit, hub, image_source
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
@@ -34,7 +33,6 @@ from inferctl.models.fit import (
     UnknownSize,
     check_image,
     check_part,
-    check_slo,
     worst,
 )
 from inferctl.models.hub import HubModel
@@ -91,13 +89,13 @@ def check(
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    task, summary, general, fits, start = _judge(resolved.spec, all_hardware, _major(driver))
+    task, summary, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
-        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits, start))
+        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits))
     else:
-        _report(resolved.file, resolved.spec, task, summary, findings, fits, start)
+        _report(resolved.file, resolved.spec, task, summary, findings, fits)
     if failed:
         raise typer.Exit(2)
 
@@ -116,8 +114,8 @@ def _major(driver: str | None) -> int | None:
 
 def _judge(
     spec: Spec, all_hardware: bool, driver: int | None
-) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit], tuple[StartPart, ...]]:
-    """Return the task, how the model is used, the general findings, those of each hardware, and the cold start.
+) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit]]:
+    """Return the task, how the model is used, the general findings, and those of each hardware.
 
     If the model is not known, the task is `auto`. How it is used is None if it is not known or not supported.
     """
@@ -153,11 +151,8 @@ def _judge(
         judge = generation_fit.check_part
         if isinstance(size, ModelSize):
             general += generation_fit.check_model(spec, size.config)
-    else:
-        general.append(check_slo(spec))
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
-    weights = size.weights_bytes if isinstance(size, ModelSize) and size.weights_bytes else None
-    return task, summary, *_with_errors_of_all_hardware(general, fits), cold_start.of_spec(spec, base, stack, weights)
+    return task, summary, *_with_errors_of_all_hardware(general, fits)
 
 
 def _use(
@@ -260,7 +255,6 @@ def _document(
     summary: dict[str, Any] | None,
     findings: list[Finding],
     fits: list[Fit],
-    start: tuple[StartPart, ...],
 ) -> dict[str, Any]:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -292,7 +286,6 @@ def _document(
         "findings": [vars(finding) for finding in findings],
         "problems": [],
         "model": summary,
-        "cold_start": [part.document() for part in start],
     }
 
 
@@ -312,7 +305,6 @@ def _report(
     summary: dict[str, Any] | None,
     findings: list[Finding],
     fits: list[Fit],
-    start: tuple[StartPart, ...],
 ) -> None:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -328,7 +320,6 @@ def _report(
     pieces: list[RenderableType] = [
         Text(f"{spec.name}: {task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
         *([Text(f"model: {line}")] if (line := _line(summary)) else []),
-        *([Text(cold_start.line(start))] if start else []),
         Text(),
     ]
     if fits:

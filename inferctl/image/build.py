@@ -6,29 +6,25 @@ plan() --> run(): stage context --> buildx --> lint --> verify --> tag --> push 
 
 from __future__ import annotations
 
-import re
+import itertools
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.image import buildx, cold_start, library, lint, model_image
-from inferctl.image.cold_start import StartPart
+from inferctl.image import buildx, library, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
 from inferctl.image.publish import publish
-from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
+from inferctl.image.records import DockerInfo, ImageInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
-from inferctl.models import image_source
-from inferctl.models.fit import Finding, UnknownSize
+from inferctl.models.fit import Finding
 from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
-from inferctl.models.size import locate
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,6 @@ class Built:
 
     `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, None if unknown. `compressions`:
     those of the layers in the registry, empty if unknown.
-    `mounted`: bytes of the model image that Kubernetes mounts with this one, 0 without one, None if unknown.
     """
 
     image: str
@@ -46,9 +41,7 @@ class Built:
     size: int
     compressed: int | None
     compressions: tuple[str, ...]
-    mounted: int | None
     steps: tuple[StepFinished, ...]
-    layers: tuple[LayerInfo, ...]
     planned_findings: tuple[Finding, ...]
     findings: tuple[Finding, ...]
     verified: Verified | None
@@ -65,19 +58,6 @@ class Built:
         """`name@sha256:...` of the first name; None if nothing was pushed."""
         return self.digests[0] if self.digests else None
 
-    @property
-    def cold_start(self) -> tuple[StartPart, ...]:
-        """The parts of a start on a new node. Pull and unpack are estimated, from sizes in the registry.
-
-        Empty if a size is unknown.
-        """
-        if self.compressed is None or self.mounted is None:
-            return ()
-        compression = "zstd" if "zstd" in self.compressions else "gzip"
-        parts = cold_start.of_image(self.compressed + self.mounted, self.size + self.mounted, compression)
-        ready = self.verified and StartPart("start until ready", self.verified.ready_seconds, "", measured=True)
-        return (*parts, ready) if ready else parts
-
     def document(self) -> dict[str, Any]:
         """Return the image as JSON data, for `--json`."""
         steps = [
@@ -93,9 +73,7 @@ class Built:
             "compressed_bytes": self.compressed,
             "compressions": list(self.compressions),
             "forecast": self.forecast.document(),
-            "cold_start": [part.document() for part in self.cold_start],
             "steps": steps,
-            "layers": [vars(layer) for layer in self.layers],
             "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
             "verified": self.verified.document() if self.verified else None,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -113,7 +91,7 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
     cache_to = buildx.exportable(builder, options.cache_to)
     if cache_to != options.cache_to:
         yield Note(f"the build cache is not exported: {builder.describe()} cannot export one")
-    clock = _PhaseClock()
+    times = {"start": time.monotonic()}
     with staged(plan.rendered, plan.server_files) as (context, contexts):
         request = buildx.BuildRequest(
             context=context,
@@ -134,47 +112,36 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
             yield from buildx.build_once(model_layers(request))
         steps, metadata = yield from buildx.build_once(request)
-        clock.lap("build")
+        times["build"] = time.monotonic()
         image = _loaded(engine, metadata)
         try:
-            _check_expected(options.expected, image)
+            if options.expected not in (None, image.id):
+                raise InferctlError(
+                    f"the build produced {image.id}, but `--expect` requires {options.expected}",
+                    "an input changed after that image was built: build and verify again without `--expect`",
+                )
             findings, checked = yield from _lint_and_verify(plan, engine, info, image)
-            clock.lap("verify")
+            times["verify"] = time.monotonic()
             config = str(metadata.get("containerimage.config.digest") or image.id)
             publication = yield from publish(plan, engine, builder, request, image, config)
-            clock.lap("publish")
+            times["publish"] = time.monotonic()
         except BaseException:
             engine.discard(image.id)
             raise
-    history = engine.history(plan.reference)
     return Built(
         image=image.id,
         references=plan.references,
         digests=publication.digests,
-        # The containerd store reports the compressed size of an image. Layer sizes are uncompressed in both stores.
-        size=sum(layer.size for layer in history),
+        size=engine.size(plan.reference),
         compressed=publication.compressed,
         compressions=publication.compressions,
-        mounted=_mounted(plan.spec),
         steps=tuple(steps),
-        layers=named_layers(history, steps),
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
         forecast=plan.forecast,
-        seconds=clock.laps,
+        seconds={name: end - begin for (_, begin), (name, end) in itertools.pairwise(times.items())},
     )
-
-
-def _mounted(spec: Spec) -> int | None:
-    """Return the bytes of the model image that Kubernetes mounts: 0 without one, None if they are unknown."""
-    if image_source.volume(spec) is None:
-        return 0
-    try:
-        found = locate(spec, model_image.facts)
-    except InferctlError:  # the image is built
-        return None
-    return None if isinstance(found, UnknownSize) else found.weights_bytes
 
 
 def model_layers(request: buildx.BuildRequest) -> buildx.BuildRequest:
@@ -202,45 +169,6 @@ def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.B
         )
 
 
-def _check_expected(expected: str | None, image: ImageInfo) -> None:
-    if expected is not None and image.id != expected:
-        raise InferctlError(
-            f"the build produced {image.id}, but `--expect` requires {expected}",
-            "an input changed after that image was built: build and verify again without `--expect`",
-        )
-
-
-def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
-    """Return the layers with the instruction in the Dockerfile if known, else with the description of the engine."""
-    numbered = [(m, s) for s in steps if (m := re.match(r"\[(?:(\S+) )?(\d+)/\d+\] (?!FROM |LINK )", s.name))]
-    if not numbered:
-        return tuple(history)
-    # The last stage has no name; BuildKit calls it stage-<number>.
-    stage = max((m.group(1) or "" for m, _ in numbered), key=lambda name: name.startswith("stage-"))
-    stage_steps = [
-        step for m, step in sorted(numbered, key=lambda pair: int(pair[0].group(2))) if (m.group(1) or "") == stage
-    ]
-    filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
-    found = list(history)
-    if len(filled) >= len(stage_steps):
-        for index, step in zip(filled[-len(stage_steps) :], stage_steps, strict=True):
-            found[index] = replace(found[index], created_by=step.name.partition("] ")[2])
-    return tuple(found)
-
-
-class _PhaseClock:
-    """Measures the seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self._last
-        self._last = now
-
-
 def _loaded(engine: DockerEngine, metadata: Mapping[str, Any]) -> ImageInfo:
     # The id of an image is the digest of its config in the classic store, of its manifest in the containerd store.
     for key in ("containerimage.digest", "containerimage.config.digest"):
@@ -264,18 +192,17 @@ def _lint_and_verify(
     if not plan.options.verify:
         return findings, None
     downloads = plan.spec.model.weights == "download"
-    verify_options = _verify_options(plan, info)
-    gpu = verify_options.gpu
+    gpu = plan.stack.cuda is not None and info.gpu
     yield Phase(
         "verify",
         "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
     )
     if downloads:
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
-    return findings, (yield from verify(engine, image, verify_options))
+    return findings, (yield from verify(engine, image, _verify_options(plan)))
 
 
-def _verify_options(plan: BuildPlan, info: DockerInfo) -> VerifyOptions:
+def _verify_options(plan: BuildPlan) -> VerifyOptions:
     downloads = plan.spec.model.weights == "download"
     # Without its weights on this machine, or for generation, the library has nothing to load.
     embeds = plan.model is not None and not downloads and plan.task != "generate"
@@ -283,7 +210,6 @@ def _verify_options(plan: BuildPlan, info: DockerInfo) -> VerifyOptions:
     return VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=plan.options.network,
-        gpu=plan.stack.cuda is not None and info.gpu,
         ready_seconds=plan.options.ready_seconds,
         compare=not downloads,
         library_model=plan.model if needed and library.installed(needed) else None,

@@ -135,9 +135,9 @@ def read_inspection(text: str, version: tuple[int, int, int], containerd_store: 
 
 
 def check_supported(builder: Builder, request: BuildRequest) -> None:
-    """Raise an error if `builder` cannot do the build, or if a secret, a context or a wheel folder is missing.
+    """Raise an error if `builder` cannot do the build, or if a context or a wheel folder is missing.
 
-    Raises `NotReadyError` for the builder and `UsageError` for a missing file or folder.
+    Raises `NotReadyError` for the builder and `UsageError` for a missing folder.
     """
     label = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
     external_caches = [c for c in request.cache_to if "type=inline" not in c]
@@ -149,9 +149,6 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
             f"the builder {builder.name} cannot build for {wanted}; it builds for {', '.join(known)}",
             "use a builder on that platform, or QEMU: https://docs.docker.com/build/building/multi-platform/",
         )
-    for name, file in request.secrets.items():
-        if not file.is_file():
-            raise UsageError(f"file {file} of the build secret {name} not found", "check the path")
     for name, folder in request.contexts.items():
         if not Path(folder).is_dir():
             what = "weights" if name == "model" else name

@@ -31,16 +31,11 @@ LOAD = "load and warm-up"
 
 @dataclass(frozen=True)
 class StartPart:
-    """One part of a cold start. `formula` has the numbers of its estimate; `measured` parts have none."""
+    """One part of a cold start. `formula` has the numbers of its estimate."""
 
     name: str
     seconds: float
     formula: str
-    measured: bool = False
-
-    def text(self) -> str:
-        """Return the part as text: `pull 30 s (2.99 GB / 100 MB/s)`."""
-        return f"{self.name} {_seconds(self.seconds)} ({self.formula or 'measured'})"
 
     def document(self) -> dict[str, Any]:
         """Return the part as JSON data."""
@@ -86,17 +81,6 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
     if weights is not None and stack.vllm is None:
         parts.append(load(weights))
     return tuple(parts)
-
-
-def line(parts: tuple[StartPart, ...]) -> str:
-    """Return a cold start as one line of text."""
-    seconds = sum(part.seconds for part in parts)
-    estimated = "" if all(part.measured for part in parts) else ", estimated"
-    return f"cold start on a new node: {_seconds(seconds)}{estimated}: {', '.join(part.text() for part in parts)}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
 
 
 def _rate(bytes_per_s: float) -> str:

@@ -27,7 +27,6 @@ from inferctl.image.records import (
     ContainerState,
     DockerInfo,
     ImageInfo,
-    LayerInfo,
     read_engine,
     read_image,
 )
@@ -94,14 +93,6 @@ class Container:
         running = bool(found["Running"])
         code = None if running else int(found["ExitCode"])
         return ContainerState(running, code, bool(found.get("OOMKilled")), str(found.get("Error") or ""))
-
-    def host_port(self, port: int) -> int:
-        """Return the host port that is mapped to `port` of the container. Raises `NotReadyError` if there is none."""
-        with _translate_errors("inspect a container"):
-            bound = (self._api.inspect_container(self.id)["NetworkSettings"]["Ports"] or {}).get(f"{port}/tcp")
-        if not bound:
-            raise NotReadyError(f"the container does not publish port {port}", "check its log: it may have exited")
-        return int(bound[0]["HostPort"])
 
     def log(self, lines: int = 30) -> str:
         """Return the last `lines` lines of stdout and stderr."""
@@ -180,14 +171,10 @@ class DockerEngine:
             except docker.errors.NotFound:
                 return None
 
-    def history(self, reference: str) -> list[LayerInfo]:
-        """Return the history of the image, first instruction first."""
+    def size(self, reference: str) -> int:
+        """Return the uncompressed bytes of an image: those of its layers. The containerd store reports others for it."""
         with _translate_errors(f"read the history of {reference}"):
-            rows = cast("Any", self._api).history(reference)
-        return [
-            LayerInfo(str(row.get("CreatedBy") or row.get("Comment") or ""), int(row.get("Size") or 0))
-            for row in rows[::-1]
-        ]
+            return sum(int(row.get("Size") or 0) for row in cast("Any", self._api).history(reference))
 
     def tag(self, image: str, reference: str) -> None:
         """Tag the image `image` as `reference`."""
@@ -248,7 +235,7 @@ class DockerEngine:
             mem_limit=options.memory_bytes,
             shm_size=_SHARED_MEMORY_BYTES,
             # `exec`: Triton and torch.compile load compiled kernels from /tmp.
-            tmpfs=dict.fromkeys(("/tmp", *options.scratch), "rw,exec,nosuid,nodev,mode=1777"),
+            tmpfs={"/tmp": "rw,exec,nosuid,nodev,mode=1777"},
             cap_drop=["ALL"],
             security_opt=["no-new-privileges"],
             device_requests=[_gpus(self.info())] if options.gpu else None,

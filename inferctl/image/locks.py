@@ -63,7 +63,7 @@ _UNREACHABLE = re.compile(
 
 @dataclass(frozen=True)
 class Locks:
-    """The texts of the locks. `torch` and `vllm` are None if the base image contains them.
+    """The texts of the locks. `torch` is None if the base image contains it.
 
     Only a stack for generation has `vllm`, and only one for embeddings `int8`.
     """
@@ -87,7 +87,7 @@ def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
     stack = catalog.stack(base.stack)
     source = folder or assets.root() / "base-images" / "locks" / base.stack
     needed = ["server", *([] if "torch" in base.provides else ["torch"])]
-    needed += ["vllm"] if stack.vllm and "vllm" not in base.provides else []
+    needed += ["vllm"] if stack.vllm else []
     needed += ["int8"] if int8 and _int8(stack) else []
     texts = {name: _read(source / f"{name}.txt") for name in needed}
     for name, text in texts.items():
@@ -164,7 +164,7 @@ def resolve(target: LockTarget, provided: tuple[str, ...]) -> Locks:
 
     torch, server = closure(), closure(*requirements)
     engine = closure(*vllm) if vllm else set()
-    provides = {normalize(name) for name in provided} | (engine if "vllm" in provided else set())
+    provides = {normalize(name) for name in provided}
     left_out = set(LEFT_OUT) | provides
     parts = {
         "torch": set() if "torch" in provides else torch - left_out,

@@ -48,19 +48,11 @@ class ImageInfo:
 
 
 @dataclass(frozen=True)
-class LayerInfo:
-    """One row in the history of an image: its instruction and its uncompressed bytes."""
-
-    created_by: str
-    size: int
-
-
-@dataclass(frozen=True)
 class ContainerOptions:
     """The options of a container.
 
     `mounts`: path in the container -> host path, read-only. `volumes`: path in the container -> named volume.
-    `scratch`: additional paths in memory. `network`: `host`, `none`, or None for the bridge network of the engine.
+    `network`: `host`, `none`, or None for the bridge network of the engine.
     `port`: port of the container that is published at `host`:`host_port` (0 selects a free port); not with `network`.
     """
 
@@ -76,7 +68,6 @@ class ContainerOptions:
     gpu: bool = False
     stdin: bool = False
     labels: Mapping[str, str] | None = None
-    scratch: tuple[str, ...] = ()
     memory_bytes: int | None = None
 
 

@@ -131,16 +131,6 @@ def check_image(spec: Spec, base: BaseImage, stack: Stack, *, hub_model: bool, t
     ]
 
 
-def check_slo(spec: Spec) -> Finding:
-    """Return a finding about the SLO of the spec."""
-    if spec.slo.p99_ms is None:
-        why = "a server without an SLO rejects requests only if its queue is full or the wait is too long"
-        return Finding(
-            "ok", "slo", "no SLO", why, "find the highest load within one: `inferctl bench --search --slo MS`"
-        )
-    return Finding("ok", "slo", f"p99 at most {spec.slo.p99_ms:g} ms", "set in the spec")
-
-
 def check_part(
     spec: Spec, base: BaseImage, stack: Stack, part: Hardware, model: ModelSize | UnknownSize, driver: int | None = None
 ) -> Fit:

@@ -61,7 +61,7 @@ def test_a_generative_model_gets_a_base_with_vllm(here: Path, minilm: Path, caps
         told = capsys.readouterr()
         assert "vllm-cuda13.0" in told.out + told.err
     assert cli.run(["render", "--base", "cpu"]) == 2
-    assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0, vllm-openai" in capsys.readouterr().err
+    assert "hint: set image.base to one of vllm-cpu, vllm-cuda13.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

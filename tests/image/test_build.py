@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
 from inferctl.image import build, publish, registry
@@ -31,7 +30,7 @@ from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.running_container import exit_error
 from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
-from tests.image import sharded, tiny
+from tests.image import tiny
 from tests.processes import inferctl
 
 pytestmark = pytest.mark.docker
@@ -84,9 +83,6 @@ def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image:
     assert found is not None
     assert found.id == built.image
     assert built.digest is None
-    assert [layer.created_by for layer in built.layers if layer.created_by.startswith("COPY")] == [
-        "COPY --link app /app"
-    ]
 
 
 @pytest.mark.parametrize("task", ["generate", "auto"])
@@ -148,23 +144,6 @@ def test_the_pushed_image_is_the_verified_one(docker: DockerEngine, base_image: 
     notes = [event.text for event in events if isinstance(event, Note)]
     assert any("no provenance" in note for note in notes) is not docker.info().containerd_store
     assert docker.info().containerd_store or any(": Pushed" in note or ": Mounted from" in note for note in notes)
-
-
-@pytest.mark.parametrize(
-    ("weights", "source", "counted"),
-    [
-        ({"image": "registry.example.com/m:1"}, "model", 2 * sharded.SHARD_BYTES),
-        ({"pvc": "claim"}, "model", 0),
-        ({"image": "registry.example.com/m:1"}, "none", None),
-    ],
-)
-def test_a_cold_start_counts_the_model_image_that_is_mounted(
-    tmp_path: Path, weights: dict[str, str], source: str, counted: int | None
-) -> None:
-    sharded.write(tmp_path / "model")
-    document = {"name": "m", "model": {"source": str(tmp_path / source)}, "deploy": {"weights": weights}}
-    found = build._mounted(Spec.model_validate(document))
-    assert found is None if counted is None else found == pytest.approx(counted, rel=0.01)
 
 
 def test_every_name_of_an_image_is_tagged_and_pushed_under_one_digest(docker: DockerEngine, base_image: str) -> None:

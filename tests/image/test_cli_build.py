@@ -267,23 +267,6 @@ def test_an_interrupted_build_stops_at_once_and_leaves_no_output(
     assert subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode != 0
 
 
-def test_labels_are_in_the_image_but_do_not_change_its_tag(tmp_path: Path) -> None:
-    file = spec(tmp_path)
-    plain = json.loads(inferctl("build", "--dry-run", "--json", "--spec", file).stdout)
-    labelled = json.loads(inferctl("build", "--dry-run", "--json", "--label", "team=a b", "--spec", file).stdout)
-    assert labelled["labels"]["team"] == "a b"
-    assert 'team="a b"' in labelled["dockerfile"]
-    assert labelled["reference"] == plain["reference"]
-
-
-@pytest.mark.parametrize("label", ["team", "=x", "a b=c", "team=a\nUSER root", 'team=a"b', "io.inferctl.version=9"])
-def test_a_label_that_is_not_allowed_in_a_dockerfile_is_rejected(tmp_path: Path, label: str) -> None:
-    done = inferctl("build", "--dry-run", "--label", label, "--spec", spec(tmp_path))
-    assert done.returncode == 2, done.stdout
-    assert "Traceback" not in done.stderr
-    assert "hint: " in done.stderr
-
-
 @pytest.mark.docker
 def test_a_missing_builder_is_an_error(engine: None, tmp_path: Path) -> None:
     done = inferctl("build", "--no-verify", "--spec", spec(tmp_path), BUILDX_BUILDER="nowhere")

@@ -63,11 +63,3 @@ def test_without_a_size_there_is_no_estimate() -> None:
     assert start(known=False) == {}
     assert start(weights=None, stored="bake") == {}
     assert set(start(weights=None, stored="mount")) == {"pull", "unpack"}
-
-
-def test_only_a_measured_start_is_not_called_estimated() -> None:
-    pull = StartPart("pull", 3.0, "3 MB / 1 MB/s")
-    ready = StartPart("start until ready", 9.0, "", measured=True)
-    assert "estimated" in cold_start.line((pull, ready))
-    assert "estimated" not in cold_start.line((ready,))
-    assert "12 s" in cold_start.line((pull, ready))

@@ -11,13 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.config import settings
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import buildx, context, output_checks, running_container, verify
-from inferctl.image.build import named_layers
+from inferctl.image import buildx, context, output_checks, running_container
 from inferctl.image.context import staged
-from inferctl.image.events import StepFinished
-from inferctl.image.records import ImageInfo, LayerInfo
 from inferctl.image.render import Rendered
 
 RENDERED = Rendered("FROM scratch\n", "*\n!a\n", {"locks/server.txt": b"x==1\n", "a/b.yaml": b"k: v\n"}, {}, (), {}, {})
@@ -149,9 +145,7 @@ def test_a_platform_that_the_builder_lacks_is_rejected() -> None:
             buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), platform=platform))
 
 
-def test_missing_secrets_and_weights_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="of the build secret ca"):
-        buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), secrets={"ca": tmp_path / "none"}))
+def test_missing_weights_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"weights folder .* not found"):
         buildx.check_supported(CLASSIC, buildx.BuildRequest(Path(), contexts={"model": str(tmp_path / "none")}))
 
@@ -263,48 +257,3 @@ def test_links_out_of_a_hub_snapshot_are_mounted_one_by_one(tmp_path: Path) -> N
     plain = tmp_path / "plain"
     plain.mkdir()
     assert running_container.mounts_of(plain) == {"/model": str(plain)}
-
-
-def test_on_the_hosts_network_the_server_uses_a_free_port() -> None:
-    image = ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, ("python",), ("serve",), {}, ())
-    options, port = verify.server_options(image, verify.VerifyOptions(None, network="host"), 8080)
-    assert port is not None
-    assert options.command == ("serve", "--host", "127.0.0.1", "--port", str(port))
-    assert options.environment == {**settings.OPEN_ACCESS, "INFERCTL_SERVE_PORT": str(port)}
-    bridged, none = verify.server_options(image, verify.VerifyOptions(None), 8080)
-    assert none is None
-    assert bridged.port == 8080
-
-
-def test_layers_are_named_by_the_steps_of_the_last_stage() -> None:
-    names = [
-        "[python 1/1] FROM b",
-        "[torch 1/1] RUN pip",
-        "[stage-2 2/2] COPY layers/server /",
-        "[stage-2 1/2] COPY --from=torch /layer /",
-    ]
-    steps = [StepFinished(name, name, 1.0, False) for name in names]
-    history = [
-        LayerInfo("base", 9),
-        LayerInfo("COPY /layer / # buildkit", 5),
-        LayerInfo("COPY layers/server / # buildkit", 3),
-        LayerInfo("USER 1", 0),
-    ]
-    assert [layer.created_by for layer in named_layers(history, steps)] == [
-        "base",
-        "COPY --from=torch /layer /",
-        "COPY layers/server /",
-        "USER 1",
-    ]
-
-
-def test_link_steps_of_a_containerd_store_are_not_layers() -> None:
-    names = [
-        "[stage-1 1/2] COPY a /",
-        "[stage-1 1/2] LINK COPY a /",
-        "[stage-1 2/2] COPY b /",
-        "[stage-1 2/2] LINK COPY b /",
-    ]
-    steps = [StepFinished(name, name, 1.0, "1/2" in name) for name in names]
-    history = [LayerInfo("COPY a / # buildkit", 5_000_000), LayerInfo("COPY b / # buildkit", 3_000_000)]
-    assert [layer.created_by for layer in named_layers(history, steps)] == ["COPY a /", "COPY b /"]
