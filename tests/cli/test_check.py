@@ -222,28 +222,6 @@ def test_the_document_has_stable_keys(here: Path, capsys: Captured) -> None:
     assert document["stack"]["driver_floor"] == 580
 
 
-@pytest.mark.parametrize(
-    ("setting", "hardware", "what", "printed"),
-    [
-        ("1", "t4", "about 3 CPU cores per GPU", True),
-        ("4", "t4", "about 6 CPU cores per GPU", True),
-        ("auto", "t4", "about 3 CPU cores per GPU", True),
-        ("1", "cpu", "about 3 CPU cores", False),
-        ("2", "cpu", "about 4 CPU cores", True),
-    ],
-)
-def test_the_cores_of_api_processes_are_in_one_row(
-    setting: str, hardware: str, what: str, printed: bool, here: Path, capsys: Captured
-) -> None:
-    (here / "inferctl.yaml").write_text(SPEC.replace("precision: bf16", f"api_processes: {setting}"))
-    command = ["check", "--hardware", hardware]
-    (found,) = (each for each in json_of(command, capsys)["findings"] if each["topic"] == "cores")
-    assert found["level"] == "ok"
-    assert found["what"] == f"needs {what}, estimated"
-    assert run(command) == 0
-    assert (found["what"] in capsys.readouterr().out) is printed
-
-
 def test_a_spec_without_hardware_is_told_so(here: Path, capsys: Captured) -> None:
     (here / "inferctl.yaml").write_text("\n".join(line for line in SPEC.splitlines() if "hardware" not in line))
     assert run(["check"]) == 0
