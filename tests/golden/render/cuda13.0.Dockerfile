@@ -32,7 +32,6 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /usr/bin/python3.12 -m compileall -q -j 0 -x '/torch/testing/_internal/py312_intrinsics\.py$' --invalidation-mode unchecked-hash /layer/opt/inferctl/torch && \
     find /layer -exec touch --no-dereference --date=@315532800 {} +
 
-
 FROM installer AS server-dependencies
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -58,7 +57,6 @@ RUN --mount=type=bind,source=layers/config,target=/context cp -R /context /layer
 
 FROM python
 COPY --link --from=torch /layer /
-
 COPY --link --from=server-dependencies /layer /
 COPY --link --from=server /layer /
 COPY --link --from=config /layer /

@@ -5,7 +5,6 @@ FROM nvcr.io/nvidia/pytorch:25.12-py3 AS python
 
 FROM python AS installer
 
-
 FROM installer AS server-dependencies
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -30,7 +29,6 @@ RUN --mount=type=bind,source=layers/config,target=/context cp -R /context /layer
     find /layer -exec chmod u=rwX,go=rX {} + && find /layer -exec touch --no-dereference --date=@315532800 {} +
 
 FROM python
-
 COPY --link --from=server-dependencies /layer /
 COPY --link --from=server /layer /
 COPY --link --from=config /layer /
