@@ -205,8 +205,8 @@ def test_weights_that_only_their_owner_can_read_are_an_error(
 
 
 def test_an_image_that_is_never_ready_fails_with_its_log(docker: DockerEngine, base_image: str) -> None:
-    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "slow")), ready_seconds=2.0)
-    with pytest.raises(InferctlError, match=r"(?s)not ready within 2 s.*tiny server: slow") as caught:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "slow")), ready_seconds=8.0)
+    with pytest.raises(InferctlError, match=r"(?s)not ready within 8 s.*tiny server: slow") as caught:
         run(docker, made)
     assert "--ready-timeout" in (caught.value.hint or "")
 
