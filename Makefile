@@ -81,7 +81,7 @@ site: $(VENV)/.dev-all  ## build the documentation as a web site in .cache/site;
 	$(BIN)/zensical build --clean --strict
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
-	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0 vllm-openai; do \
+	for base in cpu cuda12.8 cuda13.0 ngc25.12 vllm-cpu vllm-cuda13.0; do \
 	  stack=$$($(BIN)/python -c "from inferctl.facts import catalog; print(catalog.base('$$base').stack)") || exit 1; \
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done

@@ -34,7 +34,6 @@ class Root(LazyGroup):
         "render": Command("inferctl.cli.render", "render", "Print the Dockerfile, or write its build context."),
         "build": Command("inferctl.cli.build", "build", "Build, verify, tag and push the image."),
         "verify": Command("inferctl.cli.verify", "verify", "Start an image and compare its output with fp32."),
-        "push": Command("inferctl.cli.push", "push", "Push an image and print its name@digest."),
         "pull": Command("inferctl.cli.pull", "pull", "Pull an image and print its name@digest."),
         "model": Command("inferctl.cli.model", "app", "Push, inspect and pull models as images of their own."),
         "convert": Command(

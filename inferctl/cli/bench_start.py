@@ -56,13 +56,11 @@ def measure(
     source = spec.model.source if options.names_model(spec_file, {"model.source": model}) else None
     address = serve_image.Address("127.0.0.1", 0)
     named = serve_image.ServeOptions(address, source, spec.model.revision, model is not None)
-    mounted = serve_image.image_to_mount(engine, image, named, console.note) or serve_image.weights(
-        image, named, download.fetch
-    )
+    mounted = serve_image.weights(image, named, download.fetch)
     found = container_start.in_registry(image, reference) if image.digests else None
     if found is None:
         console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")
-    size_bytes = sum(layer.size for layer in engine.history(image.id))
+    size_bytes = engine.size(image.id)
     weights = _weights(image, spec, mounted, source is not None)
     estimate = _estimate(found, size_bytes, weights)
     folder_of_result = create_folder(output, "start")

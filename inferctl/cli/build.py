@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inferctl.cli import completion, console, download
-from inferctl.cli.build_view import BuildView, short, show_verified
+from inferctl.cli.build_view import BuildView, show_verified
 from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load, network_of
-from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
-from inferctl.core.sizes import parse_size, size
+from inferctl.core.sizes import size
 from inferctl.facts import catalog
-from inferctl.image import cold_start, render
+from inferctl.image import render
 from inferctl.image.from_spec import check_model_task, rendered_image, task_of
 from inferctl.image.image_name import full_reference
 from inferctl.models import model as model_folder
@@ -45,17 +43,6 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, the size forecast and the Dockerfile; build nothing.")
     ] = False,
-    max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Reject an image that is larger than SIZE, such as 6GB.")
-    ] = None,
-    compression: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("auto", "zstd", "gzip"),
-            help="Compress the layers with `zstd`, `gzip` or `auto`. [default: from the spec]",
-        ),
-    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -73,9 +60,9 @@ def build(
     platform: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST",
+            metavar="NAME",
             autocompletion=completion.PLATFORMS,
-            help="Build for these platforms: linux/amd64,linux/arm64. [default: the spec's]",
+            help="Build for this platform, such as linux/arm64. [default: the spec's]",
         ),
     ] = None,
     cache_to: Annotated[
@@ -85,22 +72,12 @@ def build(
     cache_from: Annotated[
         list[str] | None, typer.Option(metavar="REF", help="Import a build cache from a registry name or `type=...`.")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="oci=FILE", help="Also write the image as an OCI archive.")
-    ] = None,
-    metadata_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the metadata of buildx, with digest and names, as JSON.")
-    ] = None,
     expect: Annotated[
         str | None,
         typer.Option(metavar="ID", help="Fail before any tag or push if the image has another id."),
     ] = None,
-    builder: Annotated[str | None, typer.Option(metavar="NAME", help="Use this builder of `docker buildx ls`.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Run every build step without the cache.")] = False,
     pull: Annotated[bool, typer.Option("--pull", help="Pull the base image again if its tag has moved.")] = False,
-    label: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Add a label to the image; repeatable.")
-    ] = None,
     pip_conf: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Pass this pip configuration as a build secret.")
     ] = None,
@@ -132,12 +109,12 @@ def build(
 
     Prints the image id or, with --push, the name@digest of each pushed tag.
 
-    Example: inferctl build --push --max-size 6GB
+    Example: inferctl build --push
     """
     from inferctl.image.plan import BuildOptions, plan
 
     flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
-    resolved = load(spec_file, {**flags, "image.max_size": max_size, "image.compression": compression})
+    resolved = load(spec_file, {**flags, "image.platform": platform})
     spec = resolved.spec
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
@@ -146,19 +123,13 @@ def build(
     options = BuildOptions(
         push=push,
         verify=verify,
-        platforms=parse_platforms(platform) if platform is not None else (),
         cache_to=tuple(cache_to or ()),
         cache_from=tuple(cache_from or ()),
-        oci=oci_file(output) if output is not None else None,
-        metadata_file=metadata_file,
-        spec_file=Path(resolved.file) if resolved.file else None,
         references=tuple(dict.fromkeys(map(tag_reference, tag or ()))),
         secrets={name: file for name, file in secrets.items() if file is not None},
         network=network_of(network),
         allow_floating=allow_floating,
-        max_bytes=parse_size(spec.image.max_size) if spec.image.max_size else None,
         expected=expect,
-        builder=builder,
         no_cache=no_cache,
         pull=pull,
         provenance=provenance,
@@ -170,7 +141,7 @@ def build(
         spec,
         base_entry,
         catalog.stack(base_entry.stack),
-        rendered_image(resolved, labels_of(label or [])),
+        rendered_image(resolved),
         render.server_files(),
         options,
     )
@@ -181,42 +152,6 @@ def build(
         return
     built = _run(build_plan)
     _print(built, as_json)
-
-
-def labels_of(texts: list[str]) -> dict[str, str]:
-    """Return the labels of `KEY=VALUE` texts. Raises `UsageError`."""
-    labels = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        reserved = key.startswith(("io.inferctl.", "org.opencontainers.image."))
-        if not equals or reserved or not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?", key):
-            raise UsageError(
-                f"--label {text!r} is not allowed",
-                "pass KEY=VALUE, such as `team=search`; `io.inferctl.` and `org.opencontainers.image.` are reserved",
-            )
-        labels[key] = value
-    return labels
-
-
-def parse_platforms(text: str) -> tuple[str, ...]:
-    """Return the platforms of `linux/amd64,linux/arm64`. Raises `UsageError`."""
-    platforms = tuple(part.strip() for part in text.split(","))
-    for part in platforms:
-        if not re.fullmatch(PLATFORM, part):
-            raise UsageError(
-                f"--platform {text!r}: {part!r} is not a platform",
-                "pass os/architecture, such as `--platform linux/amd64,linux/arm64`",
-            )
-    return platforms
-
-
-def oci_file(text: str) -> Path:
-    """Return the file of `oci=FILE` or `type=oci,dest=FILE`. Raises `UsageError`."""
-    fields = dict(part.partition("=")[::2] for part in text.split(","))
-    file = fields.get("oci") or (fields.get("dest") if fields.get("type") == "oci" else None)
-    if not file:
-        raise UsageError(f"--output {text!r} is not an OCI archive", "pass `oci=FILE` or `type=oci,dest=FILE`")
-    return Path(file)
 
 
 def tag_reference(text: str) -> str:
@@ -253,9 +188,6 @@ def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
 
 
 def _print(built: Built, as_json: bool) -> None:
-    for layer in built.layers:
-        if layer.size:
-            console.note(f"  {size(layer.size):>10}  {short(layer.created_by)}")
     for finding in built.findings:
         console.warn(finding.text())
     if built.verified:
@@ -263,10 +195,7 @@ def _print(built: Built, as_json: bool) -> None:
     sizes = f"{size(built.size)} uncompressed"
     sizes += f", {size(built.compressed)} compressed" if built.compressed is not None else ""
     sizes += f" ({' and '.join(built.compressions)})" if built.compressions else ""
-    sizes += f", {size(built.pushed)} pushed" if built.pushed is not None else ""
     console.note(f"{', '.join(built.references)}: {sizes}")
-    if built.cold_start:
-        console.note(cold_start.line(built.cold_start))
     if as_json:
         console.document(built.document())
     else:

@@ -16,7 +16,6 @@ from inferctl.cli import console
 from inferctl.core.sizes import size
 from inferctl.image.events import (
     Event,
-    LayerPush,
     Note,
     Phase,
     Retry,
@@ -24,7 +23,6 @@ from inferctl.image.events import (
     StepFinished,
     StepLog,
     StepStarted,
-    StepWaiting,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +44,6 @@ class BuildView:
             self._progress = Progress(*columns, console=console.rich(stderr=True), transient=True)
         self._tasks: dict[str, TaskID] = {}
         self._names: dict[str, str] = {}
-        self._layers: dict[str, LayerPush] = {}
         self._last_printed: dict[str, float] = {}
         self._repeats_build = False
 
@@ -95,16 +92,8 @@ class BuildView:
                 )
             case StepLog(id, name, text):
                 self._run(id, f"{short(name, name_width() // 2)}  {text[: name_width() // 2]}")
-            case StepWaiting(id, name, seconds):
-                text = f"no progress for {seconds:.0f} s: {short(name)}".removesuffix(": ")
-                if self._progress:
-                    self._run(id, text)
-                else:
-                    console.note(f"  ... {text}")
             case StepFinished():
                 self._finished(event)
-            case LayerPush():
-                self._pushed(event)
             case Retry(attempt, attempts, delay, reason):
                 self._line(f"  attempt {attempt} of {attempts} failed, retry in {delay:.0f} s: {reason}")
 
@@ -119,20 +108,6 @@ class BuildView:
             return
         result = "FAILED" if step.error else "CACHED" if step.cached else f"{step.seconds:.1f}s"
         self._line(f"  {short(step.name):<{name_width()}} {result:>7}{moved}")
-
-    def _pushed(self, layer: LayerPush) -> None:
-        before = self._layers.get(layer.id)
-        self._layers[layer.id] = layer
-        if layer.status == "pushing":
-            of = f" of {size(layer.total)}" if layer.total else ""
-            self._run(layer.id, f"{layer.id}  {size(layer.current)}{of}")
-            return
-        if layer.status == "waiting" or (before and before.status == layer.status):
-            return
-        self._done(layer.id)
-        sent = f"  {size(before.total)} uncompressed" if before and before.total and layer.status == "pushed" else ""
-        words = {"pushed": "pushed", "exists": "already exists", "mounted": "already exists in another repository"}
-        self._line(f"  {layer.id}  {words[layer.status]}{sent}")
 
     def _run(self, key: str, text: str) -> None:
         if self._progress is None:

@@ -8,20 +8,14 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from inferctl.cli import completion, console, options
 from inferctl.cli.options import Json
-from inferctl.core.errors import NotReadyError, UsageError
+from inferctl.core import document
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import PRECISIONS, support
-from inferctl.image import base_facts, buildx
-from inferctl.image.base_facts import BaseComparison
-
-_KINDS = {"read": "", "derived": "derived: ", "own-choice": "inferctl's choice: "}
 
 
 def _key(offered: completion.Callback) -> Any:
@@ -113,62 +107,6 @@ def hardware(key: Annotated[str | None, _key(completion.HARDWARE)] = None, as_js
         console.note("dense peaks in TFLOP/s (int8: TOP/s); peaks of slices are derived; `emul.`: emulated, no peak")
 
 
-@app.command()
-def check(
-    key: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY", autocompletion=completion.BASES, help="Check these bases or YAML files. [default: all bases]"
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare the facts about base images with their registries.
-
-    Exit code 1: a fact differs. Exit code 3: a registry cannot be read.
-
-    Example: inferctl catalog check cuda13.0
-    """
-    rows: list[BaseComparison] = []
-    failed: NotReadyError | None = None
-    for base in [catalog.base(name) for name in key or catalog.bases()]:
-        try:
-            with console.progress(f"reading {base.reference}"):
-                rows += base_facts.compare(base, buildx.remote_image(base.reference, base.platforms[0]))
-        except UsageError as error:
-            rows.append(base_facts.BaseComparison(base.key, "tag", "differs", base.reference, error.message))
-        except NotReadyError as error:
-            failed = failed or error
-            rows.append(base_facts.BaseComparison(base.key, "tag", "unknown", base.reference, error.message))
-    differs = any(row.verdict == "differs" for row in rows)
-    if as_json:
-        console.document(
-            {
-                "same": not differs and failed is None,
-                "size_tolerance": base_facts.SIZE_TOLERANCE,
-                "facts": [asdict(row) for row in rows],
-            }
-        )
-    else:
-        _compared(rows)
-        console.note(f"sizes within {base_facts.SIZE_TOLERANCE:.0%} count as the same")
-    if differs:
-        raise typer.Exit(1)
-    if failed:
-        if as_json:
-            raise typer.Exit(failed.exit_code)
-        raise failed
-
-
-def _compared(rows: list[BaseComparison]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for heading in ("base", "fact", "verdict", "catalog", "registry"):
-        table.add_column(heading, no_wrap=heading in ("base", "fact", "verdict"), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(text or "-") for text in (row.base, row.fact, row.verdict, row.recorded, row.found)))
-    console.report(table)
-
-
 def _peak(part: Hardware, precision: str) -> str:
     emulated = part.kind == "cuda" and support(precision, part.traits).level == "emulated"
     return "emul." if emulated else _figure(part.peaks[precision])
@@ -203,46 +141,8 @@ def _list(
 
 
 def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
-    """Print every fact of one entry with its note and its source."""
-    facts: dict[str, Any] = asdict(entry)
+    """Print every fact of one entry with its notes and sources."""
     if as_json:
-        console.document(facts)
-        return
-
-    sources, notes = facts.pop("sources"), facts.pop("notes")
-    if requirement := getattr(entry, "requirement", None):
-        facts["require_cuda"] = requirement.describe()
-    numbered = list(enumerate(sources, 1))
-    cited = {fact: number for number, source in reversed(numbered) for fact in source["facts"]}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("fact", "value", "source"):
-        table.add_column(heading, overflow="fold")
-    for fact, value in facts.items():
-        text = _value(value) + (f"\n({notes[fact]})" if fact in notes else "")
-        table.add_row(fact, Text(text), f"[{cited[fact]}]" if fact in cited else "")
-    for fact in notes.keys() - facts.keys():
-        table.add_row(fact, Text(f"({notes[fact]})"), "")
-    lines = [
-        f"[{number}] {_KINDS[source['kind']]}{source['source']}" + (f", {source['date']}" if source["date"] else "")
-        for number, source in numbered
-    ]
-    console.report(Group(table, Text(), Text("\n".join(lines))))
-
-
-def _value(value: Any) -> str:
-    if value is None or value == () or value == {}:
-        return "-"
-    if isinstance(value, dict):
-        return "\n".join(f"{name}: {_value(inner)}" for name, inner in value.items())
-    if isinstance(value, list | tuple):
-        separator = "\n" if isinstance(value[0], dict) else ", "
-        return separator.join(_priced(item) if isinstance(item, dict) else str(item) for item in value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value > 99999 else str(value)
-
-
-def _priced(price: dict[str, Any]) -> str:
-    return (
-        f"{price['usd_per_hour']} USD/h, {price['provider']} {price['instance']} ({price['source']}, {price['date']})"
-    )
+        console.document(asdict(entry))
+    else:
+        console.data(document.block(asdict(entry)))

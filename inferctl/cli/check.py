@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +20,9 @@ from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, l
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_hint
 from inferctl.core.sizes import size
-from inferctl.deploy import sizing
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage
-from inferctl.image import cold_start, locks, model_image
-from inferctl.image.cold_start import StartPart
+from inferctl.image import locks, model_image
 from inferctl.models import convert, generation_fit, hub, image_source
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
@@ -35,7 +33,6 @@ from inferctl.models.fit import (
     UnknownSize,
     check_image,
     check_part,
-    check_slo,
     worst,
 )
 from inferctl.models.hub import HubModel
@@ -92,13 +89,13 @@ def check(
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    task, summary, general, fits, start = _judge(resolved.spec, all_hardware, _major(driver))
+    task, summary, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
     findings = [*general, *(finding for fit in fits for finding in fit.findings)]
     failed = any(finding.level == "error" for finding in findings)
     if as_json:
-        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits, start))
+        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits))
     else:
-        _report(resolved.file, resolved.spec, task, summary, findings, fits, start)
+        _report(resolved.file, resolved.spec, task, summary, findings, fits)
     if failed:
         raise typer.Exit(2)
 
@@ -117,8 +114,8 @@ def _major(driver: str | None) -> int | None:
 
 def _judge(
     spec: Spec, all_hardware: bool, driver: int | None
-) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit], tuple[StartPart, ...]]:
-    """Return the task, how the model is used, the general findings, those of each hardware, and the cold start.
+) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit]]:
+    """Return the task, how the model is used, the general findings, and those of each hardware.
 
     If the model is not known, the task is `auto`. How it is used is None if it is not known or not supported.
     """
@@ -154,30 +151,8 @@ def _judge(
         judge = generation_fit.check_part
         if isinstance(size, ModelSize):
             general += generation_fit.check_model(spec, size.config)
-    else:
-        general += [check_slo(spec), _cores(spec, parts)]
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
-    weights = size.weights_bytes if isinstance(size, ModelSize) and size.weights_bytes else None
-    return task, summary, *_with_errors_of_all_hardware(general, fits), cold_start.of_spec(spec, base, stack, weights)
-
-
-def _cores(spec: Spec, parts: Sequence[str]) -> Finding:
-    """Return a finding about the CPU cores of a server, as `inferctl deploy` computes them without a receipt."""
-    count, on_gpu = spec.serve.least_api_processes, any(catalog.hardware(key).kind != "cpu" for key in parts)
-    need = f"{sizing.cores(None, api_processes=count).value:g} CPU cores" + (" per GPU" if on_gpu else "")
-    what, hint = f"needs about {need}, estimated", "choose machines with that many, or lower `serve.api_processes`"
-    if spec.serve.api_processes == "auto":
-        why = "with that many, `auto` is one API process: it is one per 4 cores, at most 4"
-        return Finding("ok", "cores", what, why, "for more, give the server more cores, or set their number")
-    if count == 1:
-        why = "one API process, one engine process, and one for all others"
-        hint = "`inferctl estimate` says when one API process is the limit: then set `serve.api_processes`"
-        return Finding("ok", "cores", what, why, hint if on_gpu else None)
-    why = f"{count} API processes, the backend and an engine process"
-    why += (
-        "; the smallest machines with a GPU have 4 vCPUs" if on_gpu else ", which computes with what the others leave"
-    )
-    return Finding("ok", "cores", what, why, hint)
+    return task, summary, *_with_errors_of_all_hardware(general, fits)
 
 
 def _use(
@@ -280,7 +255,6 @@ def _document(
     summary: dict[str, Any] | None,
     findings: list[Finding],
     fits: list[Fit],
-    start: tuple[StartPart, ...],
 ) -> dict[str, Any]:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -312,7 +286,6 @@ def _document(
         "findings": [vars(finding) for finding in findings],
         "problems": [],
         "model": summary,
-        "cold_start": [part.document() for part in start],
     }
 
 
@@ -332,7 +305,6 @@ def _report(
     summary: dict[str, Any] | None,
     findings: list[Finding],
     fits: list[Fit],
-    start: tuple[StartPart, ...],
 ) -> None:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
@@ -348,7 +320,6 @@ def _report(
     pieces: list[RenderableType] = [
         Text(f"{spec.name}: {task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
         *([Text(f"model: {line}")] if (line := _line(summary)) else []),
-        *([Text(cold_start.line(start))] if start else []),
         Text(),
     ]
     if fits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,8 +36,7 @@ def convert(
     """Convert pytorch_model.bin to safetensors, and write a missing tokenizer.json.
 
     Also writes the layers of BGE-M3 for its other outputs, and unites the folders of a Router. Runs no code of the
-    model. A pickle that contains anything but tensors is rejected. NEW_FOLDER has `.conversion.json` with the sha256 of
-    what was read and written.
+    model. A pickle that contains anything but tensors is rejected.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} already exists", "name a new folder")
@@ -55,7 +54,7 @@ def convert(
     with download.shown(source, "convert") as progress:
         found = conversion.convert(place, folder, progress)
     if as_json:
-        console.document(_document(found))
+        console.document({"folder": str(found.path), "model_sha256": found.digest})
     else:
         console.data(str(found.path))
 
@@ -66,8 +65,3 @@ def _local(source: str) -> Path:
         return model_folder.find(source).path
     except model_folder.UnconvertedError as error:
         return error.folder
-
-
-def _document(found: ModelFolder) -> dict[str, Any]:
-    record = conversion.record(found.path)
-    return {"folder": str(found.path), "model_sha256": found.digest, **record}

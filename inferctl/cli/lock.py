@@ -10,7 +10,7 @@ import typer
 
 from inferctl.cli import completion, console
 from inferctl.core import outputs
-from inferctl.core.errors import InferctlError, UsageError
+from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
 from inferctl.image import locks
 
@@ -18,8 +18,6 @@ EPILOG = """\b
 Examples:
   # Resolve the locks of the CPU base
   inferctl lock --base cpu --output locks
-  # Upgrade one package
-  inferctl lock --output locks --upgrade-package transformers
 """
 
 
@@ -45,13 +43,6 @@ def lock(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Write torch.txt, server.txt and int8.txt into DIR.")
     ] = Path("locks"),
-    upgrade_package: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Upgrade only this package; repeatable."),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit with 1 if the locks do not match the requirements.")
-    ] = False,
 ) -> None:
     """Resolve the package locks of an image with uv and print their paths.
 
@@ -66,22 +57,9 @@ def lock(
     outputs.check_folder(output, "--output")
     base_entry = catalog.base(base)
     stack = catalog.stack(base_entry.stack)
-    upgrades = tuple(upgrade_package or ())
-    current = locks.load(base_entry, output, int8=True) if upgrades or check else None
-    if current and (unknown := [name for name in upgrades if locks.normalize(name) not in current.versions()]):
-        raise UsageError(
-            f"package {unknown[0]} not found in the locks in {output}", f"{output}/*.txt list the locked packages"
-        )
     with console.progress(f"resolving {stack.key} for Python {base_entry.python.version} on {platform}"):
         target = locks.LockTarget(stack, base_entry.python.version, platform, wheels, index)
-        resolved = locks.resolve(target, base_entry.provides, current, upgrades)
-    if check and current:
-        if changes := locks.differences(current, resolved):
-            raise InferctlError(
-                f"the locks in {output} do not match what inferctl and {stack.key} require:\n" + "\n".join(changes),
-                f"resolve them again: `inferctl lock --base {base} --output {output}`",
-            )
-        return
+        resolved = locks.resolve(target, base_entry.provides)
     files = {Path(name).name: content for name, content in resolved.files().items()}
     outputs.write_all(output, files, "--output")
     for name in files:

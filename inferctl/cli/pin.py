@@ -14,8 +14,8 @@ from inferctl.config.spec import DEFAULT_FILE, IMAGE_SCHEME, Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
-from inferctl.image import buildx
 from inferctl.image import pin as pinning
+from inferctl.image import registry
 from inferctl.image.pin import Pin
 from inferctl.models import hub
 
@@ -45,10 +45,9 @@ def pin(
     if check:
         _check(str(spec_file_path), pins, as_json)
         return
-    changes, moved, failed = _resolve(current, pins, update)
+    changes, moved = _resolve(current, pins, update)
     if changes:
-        text = file.read_bytes().decode("utf-8")
-        edited = pinning.edit(text, changes, str(spec_file_path))
+        edited = pinning.edit(file.read_bytes().decode("utf-8"), changes, str(spec_file_path))
         if not dry_run:
             try:
                 outputs.replace(file, edited)
@@ -61,27 +60,17 @@ def pin(
             {
                 "file": str(spec_file_path),
                 "written": bool(changes) and not dry_run,
-                "pinned": not failed and not (dry_run and any(not p.pinned for p in pins)),
+                "pinned": not dry_run or all(each.pinned for each in pins),
                 "changes": [
-                    {"path": p.path, "old": p.current, "new": changes[p.path]} for p in pins if p.path in changes
+                    {"path": each.path, "old": each.current, "new": changes[each.path]}
+                    for each in pins
+                    if each.path in changes
                 ],
                 "moved": [{"path": path, "pinned": old, "current": new} for path, old, new in moved],
-                "failed": [
-                    {"path": path, "message": problem.message, "hint": problem.hint} for path, problem in failed.items()
-                ],
             }
         )
-        if failed:
-            raise typer.Exit(next(iter(failed.values())).exit_code)
-        return
-    _print_changes(str(spec_file_path), pins, changes, moved, dry_run)
-    for path, further in list(failed.items())[1:]:
-        console.warn(f"{path} is not pinned: {further.message}")
-    if failed:
-        path, first = next(iter(failed.items()))
-        write_status = f"; {', '.join(changes)} was written" if changes and not dry_run else "; nothing was written"
-        kind = type(first)
-        raise kind(f"{path} is not pinned: {first.message}{write_status}", first.hint)
+    else:
+        _print_changes(str(spec_file_path), pins, changes, moved, dry_run)
 
 
 def _check(file: str, pins: list[Pin], as_json: bool) -> None:
@@ -97,16 +86,13 @@ def _check(file: str, pins: list[Pin], as_json: bool) -> None:
         console.note(f"{file} has every pin that it can have")
 
 
-def _resolve(
-    spec: Spec, pins: list[Pin], update: bool
-) -> tuple[dict[str, str], list[tuple[str, str, str]], dict[str, InferctlError]]:
-    """Return the changes to write, the pins with a newer version, and the pins that could not be resolved.
+def _resolve(spec: Spec, pins: list[Pin], update: bool) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+    """Return the changes to write, and the pins with a newer version.
 
-    If the registry or the hub cannot be reached, existing pins stay.
+    If the registry or the hub cannot be reached, existing pins stay, and a missing one is an error.
     """
     changes: dict[str, str] = {}
     moved: list[tuple[str, str, str]] = []
-    failed: dict[str, InferctlError] = {}
     for each in pins:
         if each.pinned and each.path != pinning.MODEL and each.tracked is None:
             continue
@@ -114,22 +100,21 @@ def _resolve(
             with console.progress(f"resolving {each.path}"):
                 current = each.value(_current(spec, each))
         except InferctlError as error:
-            if each.pinned:
-                console.note(f"{each.path} is unchanged, because its current version is unknown: {error.message}")
-            else:
-                failed[each.path] = error
+            if not each.pinned:
+                raise
+            console.note(f"{each.path} is unchanged, because its current version is unknown: {error.message}")
             continue
         if each.pinned and each.pinned_to != current:
             moved.append((each.path, each.pinned_to or "", current))
         if (update or not each.pinned) and each.pinned_to != current:
             changes[each.path] = current
-    return changes, moved, failed
+    return changes, moved
 
 
 def _current(spec: Spec, each: Pin) -> str:
     if each.path == pinning.MODEL:
         return hub.commit(spec.model.source, each.tracked)
-    return buildx.digest((each.tracked or "").removeprefix(IMAGE_SCHEME))
+    return registry.digest((each.tracked or "").removeprefix(IMAGE_SCHEME))
 
 
 def _print_changes(

@@ -220,7 +220,6 @@ def _verify_image(
     checks = VerifyOptions(
         model=folder,
         network=network,
-        gpu=engine.info().gpu and "NVIDIA_VISIBLE_DEVICES" in image.environment,
         ready_seconds=ready_timeout,
         compare=image.labels.get("io.inferctl.model.weights") != "download",
         library_model=library_model,

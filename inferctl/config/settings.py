@@ -228,7 +228,6 @@ _HINTS = {
     "image.base_image": "use registry.example.com/team/cuda:13.0 or registry.example.com/team/cuda@sha256:<64 digits>",
     "image.tag": "use at most 128 letters, digits, '_', '.' and '-'",
     "image.platform": "use a platform such as linux/amd64 or linux/arm/v7",
-    "image.max_size": "write a size such as 6GB, 800MB or 2GiB",
     "metering.outbox_size": "write a size such as 1GiB or 256MB",
     "serve.api_processes": "`auto` takes one per 4 cores, at most 4",
     "model.revision": "set a commit, a branch or a tag of the model",

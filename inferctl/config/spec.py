@@ -239,14 +239,6 @@ class Image(Section):
         None, description="Folder of wheels to use instead of a package index (air-gapped builds)."
     )
     locks: OneLine | None = Field(None, description="Folder with your own hashed locks, from `inferctl lock`.")
-    compression: Literal["auto", "zstd", "gzip"] = Field(
-        "auto",
-        description="Compression of the layers. `zstd` and `gzip` also convert the layers of the base. `auto` compresses "
-        "new layers with zstd where the builder and the registry can, and otherwise with gzip.",
-    )
-    max_size: Size | None = Field(
-        None, description="Maximum compressed size of the image, such as `6GB`. A larger image fails the build."
-    )
 
 
 class Slo(Section):

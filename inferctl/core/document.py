@@ -214,6 +214,12 @@ def quoted(value: Any) -> str:
     return text.strip()[1:-1]
 
 
+def block(value: Any) -> str:
+    """Return `value` as YAML, with each key on a line of its own."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return text.rstrip()
+
+
 def dotted(path: Sequence[Hashable]) -> str:
     """Join the keys of a path: `("serve", "port")` -> `serve.port`."""
     return ".".join(str(part) for part in path)

@@ -369,7 +369,7 @@ def _image(spec: Spec, flavor: Flavor, where: str, *, required: bool) -> Warned[
     if spec.image.tag is None and not flavor.image:
         raise UsageError(
             f"{where} has no image: image.tag is not set, so the tag depends on the content of the image",
-            "set `image` of the flavor to the name@digest that `inferctl push` prints",
+            "set `image` of the flavor to the name@digest that `docker push` prints",
         )
     movable = f"{where}: the image {image} has no digest, so its tag can be moved"
     return Warned(image, () if "@sha256:" in image else (movable,))

@@ -83,14 +83,6 @@ class Requirement:
                 found |= {version(c.value)[0] for c in alternative if c.subject == "driver" and c.operator == ">="}
         return tuple(sorted(found))
 
-    def describe(self) -> str:
-        """Return the requirement as one line of text."""
-        listed: dict[tuple[int, ...], list[str]] = {}
-        for brand in dict.fromkeys(c.value for a in self.alternatives for c in a if c.subject == "brand"):
-            listed.setdefault(self.branches(brand), []).append(brand)
-        rows = [f"{_branch_names(branches)} for brands {', '.join(brands)}" for branches, brands in listed.items()]
-        return "; or ".join([*([f"CUDA {self.cuda} or newer"] if self.cuda else []), *rows])
-
 
 @dataclass(frozen=True)
 class DriverVerdict:

@@ -6,42 +6,33 @@ plan() --> run(): stage context --> buildx --> lint --> verify --> tag --> push 
 
 from __future__ import annotations
 
-import json
-import re
+import itertools
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from inferctl.config.spec import Spec
-from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError
-from inferctl.core.sizes import size
-from inferctl.image import buildx, cold_start, library, lint, model_image
-from inferctl.image.cold_start import StartPart
+from inferctl.image import buildx, library, lint
 from inferctl.image.context import staged
 from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
-from inferctl.image.publish import Publication, publish
-from inferctl.image.records import DockerInfo, ImageInfo, LayerInfo
+from inferctl.image.publish import publish
+from inferctl.image.records import DockerInfo, ImageInfo
 from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
-from inferctl.models import image_source
-from inferctl.models.fit import Finding, UnknownSize
+from inferctl.models.fit import Finding
 from inferctl.models.image_source import is_image
 from inferctl.models.reference_process import LIBRARIES
-from inferctl.models.size import locate
 
 
 @dataclass(frozen=True)
 class Built:
     """The built image. `references` are its names. `digests` are the `name@sha256:...` of the pushed names.
 
-    `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, `pushed` in bytes that this push
-    sent. The last two are None if unknown. `compressions`: those of the layers in the registry, empty if unknown.
-    `mounted`: bytes of the model image that Kubernetes mounts with this one, 0 without one, None if unknown.
+    `size` is in uncompressed bytes, `compressed` in bytes as a registry stores them, None if unknown. `compressions`:
+    those of the layers in the registry, empty if unknown.
     """
 
     image: str
@@ -49,11 +40,8 @@ class Built:
     digests: tuple[str, ...]
     size: int
     compressed: int | None
-    pushed: int | None
     compressions: tuple[str, ...]
-    mounted: int | None
     steps: tuple[StepFinished, ...]
-    layers: tuple[LayerInfo, ...]
     planned_findings: tuple[Finding, ...]
     findings: tuple[Finding, ...]
     verified: Verified | None
@@ -70,19 +58,6 @@ class Built:
         """`name@sha256:...` of the first name; None if nothing was pushed."""
         return self.digests[0] if self.digests else None
 
-    @property
-    def cold_start(self) -> tuple[StartPart, ...]:
-        """The parts of a start on a new node. Pull and unpack are estimated, from sizes in the registry.
-
-        Empty if a size is unknown.
-        """
-        if self.compressed is None or self.mounted is None:
-            return ()
-        compression = "zstd" if "zstd" in self.compressions else "gzip"
-        parts = cold_start.of_image(self.compressed + self.mounted, self.size + self.mounted, compression)
-        ready = self.verified and StartPart("start until ready", self.verified.ready_seconds, "", measured=True)
-        return (*parts, ready) if ready else parts
-
     def document(self) -> dict[str, Any]:
         """Return the image as JSON data, for `--json`."""
         steps = [
@@ -96,12 +71,9 @@ class Built:
             "digests": list(self.digests),
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
-            "pushed_bytes": self.pushed,
             "compressions": list(self.compressions),
             "forecast": self.forecast.document(),
-            "cold_start": [part.document() for part in self.cold_start],
             "steps": steps,
-            "layers": [vars(layer) for layer in self.layers],
             "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
             "verified": self.verified.document() if self.verified else None,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -114,82 +86,62 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
     On a failure, or if the generator is closed, containers and the untagged image are removed, and every name in
     `plan.references` refers to the same image as before.
     """
-    options, platforms = plan.options, plan.platforms
-    builder = buildx.detect(info.containerd_store, options.builder)
-    native = info.platform if info.platform in platforms else platforms[0]
-    # Every builder builds the platform of the engine by default, so it is not passed.
-    explicit_platforms = platforms if platforms != (info.platform,) else ()
+    options, platform = plan.options, plan.spec.image.platform
+    builder = buildx.detect(info.containerd_store)
     cache_to = buildx.exportable(builder, options.cache_to)
     if cache_to != options.cache_to:
         yield Note(f"the build cache is not exported: {builder.describe()} cannot export one")
-    clock = _PhaseClock()
+    times = {"start": time.monotonic()}
     with staged(plan.rendered, plan.server_files) as (context, contexts):
         request = buildx.BuildRequest(
             context=context,
             contexts=contexts,
             build_args=plan.rendered.build_args,
             secrets=options.secrets,
-            platforms=(native,) if explicit_platforms else (),
+            # Every builder builds the platform of the engine by default, so it is not passed.
+            platform=platform if platform != info.platform else None,
             cache_to=cache_to,
             cache_from=options.cache_from,
             network=options.network,
-            builder=options.builder,
             no_cache=options.no_cache,
             pull=options.pull,
-            compression=buildx.choose_compression(plan.spec.image.compression, builder, info.version),
+            compression=buildx.choose_compression(builder, info.version),
         )
-        _check_supported(plan, builder, replace(request, platforms=explicit_platforms), info)
+        _check_supported(plan, builder, request, info)
         yield Phase("build", builder.describe())
         if builder.exports and plan.spec.model.weights == "bake" and is_image(plan.spec.model.source):
-            yield from buildx.build_once(replace(model_layers(request), platforms=explicit_platforms))
+            yield from buildx.build_once(model_layers(request))
         steps, metadata = yield from buildx.build_once(request)
-        clock.lap("build")
+        times["build"] = time.monotonic()
         image = _loaded(engine, metadata)
         try:
-            _check_expected(options.expected, image)
-            yield from check_size(plan, info, image)
-            yield from note_unverified(plan, native)
+            if options.expected not in (None, image.id):
+                raise InferctlError(
+                    f"the build produced {image.id}, but `--expect` requires {options.expected}",
+                    "an input changed after that image was built: build and verify again without `--expect`",
+                )
             findings, checked = yield from _lint_and_verify(plan, engine, info, image)
-            clock.lap("verify")
-            publication = yield from publish(
-                plan, engine, builder, request, explicit_platforms, image, _config_digest(metadata, image)
-            )
-            clock.lap("publish")
+            times["verify"] = time.monotonic()
+            config = str(metadata.get("containerimage.config.digest") or image.id)
+            publication = yield from publish(plan, engine, builder, request, image, config)
+            times["publish"] = time.monotonic()
         except BaseException:
             engine.discard(image.id)
             raise
-    if options.metadata_file:
-        _write_metadata(options.metadata_file, metadata, plan.references, image, publication)
-    history = engine.history(plan.reference)
     return Built(
         image=image.id,
         references=plan.references,
         digests=publication.digests,
-        # The containerd store reports the compressed size of an image. Layer sizes are uncompressed in both stores.
-        size=sum(layer.size for layer in history),
+        size=engine.size(plan.reference),
         compressed=publication.compressed,
-        pushed=publication.pushed,
         compressions=publication.compressions,
-        mounted=_mounted(plan.spec),
         steps=tuple(steps),
-        layers=named_layers(history, steps),
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
         forecast=plan.forecast,
-        seconds=clock.laps,
+        seconds={name: end - begin for (_, begin), (name, end) in itertools.pairwise(times.items())},
     )
-
-
-def _mounted(spec: Spec) -> int | None:
-    """Return the bytes of the model image that Kubernetes mounts: 0 without one, None if they are unknown."""
-    if image_source.volume(spec) is None:
-        return 0
-    try:
-        found = locate(spec, model_image.facts)
-    except InferctlError:  # the image is built
-        return None
-    return None if isinstance(found, UnknownSize) else found.weights_bytes
 
 
 def model_layers(request: buildx.BuildRequest) -> buildx.BuildRequest:
@@ -203,12 +155,11 @@ def model_layers(request: buildx.BuildRequest) -> buildx.BuildRequest:
 
 
 def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.BuildRequest, info: DockerInfo) -> None:
-    """Raise `NotReadyError` if the builder or the engine cannot do the build. `request` has all platforms."""
-    outputs = (f"type=oci,dest={plan.options.oci}",) if plan.options.oci else ()
-    buildx.check_supported(builder, replace(request, outputs=outputs))
-    if plan.options.verify and info.platform not in plan.platforms:
+    """Raise `NotReadyError` if the builder or the engine cannot do the build."""
+    buildx.check_supported(builder, request)
+    if plan.options.verify and request.platform:
         raise NotReadyError(
-            f"cannot verify an image for {plan.platforms[0]}: this engine runs {info.platform}",
+            f"cannot verify an image for {request.platform}: this engine runs {info.platform}",
             "build it on a machine of that platform, or pass `--no-verify`",
         )
     if plan.options.verify and plan.stack.cuda and not info.gpu and plan.task == "generate":
@@ -216,79 +167,6 @@ def _check_supported(plan: BuildPlan, builder: buildx.Builder, request: buildx.B
             "cannot verify this image here: vLLM for GPUs does not run on a CPU, and the engine passes no GPU through",
             "build it on a machine with a GPU; or pass `--no-verify`, and run `inferctl verify` on such a machine",
         )
-
-
-def _check_expected(expected: str | None, image: ImageInfo) -> None:
-    if expected is not None and image.id != expected:
-        raise InferctlError(
-            f"the build produced {image.id}, but `--expect` requires {expected}",
-            "an input changed after that image was built: build and verify again without `--expect`",
-        )
-
-
-def note_unverified(plan: BuildPlan, native: str) -> Iterator[Note]:
-    """Yield a note that names the platforms whose images are not linted or verified: all but `native`."""
-    others = ", ".join(platform for platform in plan.platforms if platform != native)
-    if others:
-        what = "linted and verified" if plan.options.verify else "linted"
-        yield Note(f"only the image for {native} is {what}; not checked: {others} (built from the same files)")
-
-
-def check_size(plan: BuildPlan, info: DockerInfo, image: ImageInfo) -> Iterator[Note]:
-    """Compare the image with `image.max_size`. Raises `InferctlError` if it is larger.
-
-    The size is compressed if the engine stores it. Otherwise it is uncompressed, which is always larger, and the
-    forecast decides.
-    """
-    limit = plan.options.max_bytes
-    if limit is None or image.size <= limit:
-        return
-    advice = (
-        "raise image.max_size (`--max-size`), or reduce the largest part: `inferctl build --dry-run` lists the parts"
-    )
-    if info.containerd_store:
-        raise InferctlError(f"image size {size(image.size)} exceeds image.max_size {size(limit)} (compressed)", advice)
-    if not plan.forecast.complete:
-        raise InferctlError(
-            f"image size {size(image.size)} (uncompressed) exceeds image.max_size {size(limit)}; this engine does not "
-            f"know the compressed size, and the forecast lacks the size of {', '.join(plan.forecast.unknown)}",
-            "raise image.max_size to the uncompressed size, or use the engine's containerd image store",
-        )
-    yield Note(
-        f"image size {size(image.size)} (uncompressed); this engine does not know the compressed size, so "
-        f"image.max_size is compared with the forecast of {size(plan.forecast.total)}"
-    )
-
-
-def named_layers(history: list[LayerInfo], steps: list[StepFinished]) -> tuple[LayerInfo, ...]:
-    """Return the layers with the instruction in the Dockerfile if known, else with the description of the engine."""
-    numbered = [(m, s) for s in steps if (m := re.match(r"\[(?:(\S+) )?(\d+)/\d+\] (?!FROM |LINK )", s.name))]
-    if not numbered:
-        return tuple(history)
-    # The last stage has no name; BuildKit calls it stage-<number>.
-    stage = max((m.group(1) or "" for m, _ in numbered), key=lambda name: name.startswith("stage-"))
-    stage_steps = [
-        step for m, step in sorted(numbered, key=lambda pair: int(pair[0].group(2))) if (m.group(1) or "") == stage
-    ]
-    filled = [index for index, layer in enumerate(history) if layer.created_by.startswith(("COPY ", "RUN ", "ADD "))]
-    found = list(history)
-    if len(filled) >= len(stage_steps):
-        for index, step in zip(filled[-len(stage_steps) :], stage_steps, strict=True):
-            found[index] = replace(found[index], created_by=step.name.partition("] ")[2])
-    return tuple(found)
-
-
-class _PhaseClock:
-    """Measures the seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self._last
-        self._last = now
 
 
 def _loaded(engine: DockerEngine, metadata: Mapping[str, Any]) -> ImageInfo:
@@ -300,10 +178,6 @@ def _loaded(engine: DockerEngine, metadata: Mapping[str, Any]) -> ImageInfo:
         "the engine does not have the image that the builder loaded",
         "check that `docker buildx inspect` and `docker info` use the same engine",
     )
-
-
-def _config_digest(metadata: Mapping[str, Any], image: ImageInfo) -> str:
-    return str(metadata.get("containerimage.config.digest") or image.id)
 
 
 def _lint_and_verify(
@@ -318,18 +192,17 @@ def _lint_and_verify(
     if not plan.options.verify:
         return findings, None
     downloads = plan.spec.model.weights == "download"
-    verify_options = _verify_options(plan, info)
-    gpu = verify_options.gpu
+    gpu = plan.stack.cuda is not None and info.gpu
     yield Phase(
         "verify",
         "on the GPU" if gpu else "on the CPU: the engine has no GPU runtime" if plan.stack.cuda else "on the CPU",
     )
     if downloads:
         yield Note("the container downloads its weights: its output is checked, but not compared with fp32")
-    return findings, (yield from verify(engine, image, verify_options))
+    return findings, (yield from verify(engine, image, _verify_options(plan)))
 
 
-def _verify_options(plan: BuildPlan, info: DockerInfo) -> VerifyOptions:
+def _verify_options(plan: BuildPlan) -> VerifyOptions:
     downloads = plan.spec.model.weights == "download"
     # Without its weights on this machine, or for generation, the library has nothing to load.
     embeds = plan.model is not None and not downloads and plan.task != "generate"
@@ -337,23 +210,7 @@ def _verify_options(plan: BuildPlan, info: DockerInfo) -> VerifyOptions:
     return VerifyOptions(
         model=plan.model if plan.spec.model.weights == "mount" else None,
         network=plan.options.network,
-        gpu=plan.stack.cuda is not None and info.gpu,
         ready_seconds=plan.options.ready_seconds,
         compare=not downloads,
         library_model=plan.model if needed and library.installed(needed) else None,
     )
-
-
-def _write_metadata(
-    file: Path, metadata: Mapping[str, Any], references: tuple[str, ...], image: ImageInfo, publication: Publication
-) -> None:
-    document = {**metadata, "image.name": ",".join(references), "image.id": image.id}
-    if publication.digest:
-        document["containerimage.digest"] = publication.digest.partition("@")[2]
-    try:
-        outputs.replace(file, json.dumps(document, indent=2) + "\n")
-    except OSError as error:
-        raise NotReadyError(
-            f"{publication.digest or references[0]} is built, but {file} cannot be written: {error.strerror}",
-            "pass another `--metadata-file`; the next build uses the cache",
-        ) from None

@@ -1,18 +1,16 @@
-"""Runs `docker buildx` as a child process: features of the builder, builds as a stream of events, registry queries."""
+"""Runs `docker buildx` as a child process: features of the builder, and builds as a stream of events."""
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,9 +19,7 @@ from typing import IO, Any, Literal, cast
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.partials import partial_folder
 from inferctl.image import failures
-from inferctl.image.compression import Compression
 from inferctl.image.events import BuildEvent, StepFinished
-from inferctl.image.image_name import host_of
 from inferctl.image.rawjson import Reader
 
 _INSTALL = (
@@ -35,14 +31,18 @@ _CREATE_BUILDER = (
 )
 # Time for buildx to cancel the build and exit after a signal.
 _STOP_SECONDS = 10.0
-# buildx waits forever for the manifest of an image.
-_REGISTRY_S = 60.0
-# Without progress for this time, a step gets a note: BuildKit waits forever for a registry that sends nothing.
-_QUIET_S = 30.0
 # The first version of buildx with `--progress=rawjson` (docker/buildx release notes).
 _RAWJSON_SINCE = (0, 13, 0)
 # The first Docker Engine that reads zstd layers (https://docs.docker.com/engine/release-notes/23.0/).
 _ZSTD_ENGINE_SINCE = 23
+Compression = Literal["gzip", "zstd"]
+# Fields of `--cache-to` and `--output`. BuildKit has four levels of zstd: 0-2, 3-6, 7-8 and 9-22
+# (https://github.com/docker/docs/issues/23757). The third takes two thirds of the CPU time of gzip, the fourth twice as
+# much as gzip. docs/build.md has the measurement.
+_COMPRESSED: dict[Compression, str] = {
+    "gzip": "compression=gzip",
+    "zstd": "compression=zstd,compression-level=7",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Builder:
 
     @property
     def exports(self) -> bool:
-        """Whether it can export caches, OCI archives and attestations and build several platforms.
+        """Whether it can export caches, attestations and compressed layers.
 
         Only the default builder of an engine with the classic image store cannot.
         """
@@ -75,8 +75,8 @@ class Builder:
 class BuildRequest:
     """The options of one `docker buildx build`. `secrets`: id -> file.
 
-    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: None
-    for a builder that does not compress layers.
+    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: of new
+    layers, None for a builder that does not compress. `force_compression`: also of those of the base and of the cache.
     `send` writes the context as a tar stream, in place of the folder `context`. `receive` reads what an output with
     `dest=-` writes. Both run in a thread, and an error that one raises ends the build.
     """
@@ -88,7 +88,7 @@ class BuildRequest:
     contexts: Mapping[str, str] = field(default_factory=dict)
     build_args: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, Path] = field(default_factory=dict)
-    platforms: tuple[str, ...] = ()
+    platform: str | None = None
     cache_to: tuple[str, ...] = ()
     cache_from: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
@@ -96,10 +96,10 @@ class BuildRequest:
     network: str | None = None
     provenance: bool = False
     sbom: bool = False
-    builder: str | None = None
     no_cache: bool = False
     pull: bool = False
     compression: Compression | None = None
+    force_compression: bool = False
 
 
 class BuildFailedError(Exception):
@@ -110,24 +110,17 @@ class BuildFailedError(Exception):
         self.text, self.step, self.log = text, step, log
 
 
-def detect(containerd_store: bool, name: str | None = None) -> Builder:
-    """Return the builder `name`, or the selected one.
+def detect(containerd_store: bool) -> Builder:
+    """Return the selected builder: that of BUILDX_BUILDER or `docker buildx use`.
 
-    Raises `UsageError` if there is no builder `name`. Raises `NotReadyError` without a docker command or buildx, or if
-    buildx is too old for live progress.
+    Raises `NotReadyError` without a docker command or buildx, or if buildx is too old for live progress.
     """
-    output = _docker("buildx", "version")
+    output = docker("buildx", "version")
     found = re.search(r"v?(\d+)\.(\d+)\.(\d+)", output)
     version = (int(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (0, 0, 0)
     if version < _RAWJSON_SINCE:
         raise NotReadyError(f"buildx {'.'.join(map(str, version))} is too old: 0.13 or newer is required", _INSTALL)
-    try:
-        inspection = _docker("buildx", "inspect", *([name] if name else []))
-    except NotReadyError as error:
-        if name and "no builder" in error.message:
-            raise UsageError(f"builder {name!r} not found", "pass one of `docker buildx ls`") from None
-        raise
-    return read_inspection(inspection, version, containerd_store)
+    return read_inspection(docker("buildx", "inspect"), version, containerd_store)
 
 
 def read_inspection(text: str, version: tuple[int, int, int], containerd_store: bool) -> Builder:
@@ -142,29 +135,20 @@ def read_inspection(text: str, version: tuple[int, int, int], containerd_store: 
 
 
 def check_supported(builder: Builder, request: BuildRequest) -> None:
-    """Raise an error if `builder` cannot do the build, or if a secret, a context or a wheel folder is missing.
+    """Raise an error if `builder` cannot do the build, or if a context or a wheel folder is missing.
 
-    Raises `NotReadyError` for the builder and `UsageError` for a missing file or folder.
+    Raises `NotReadyError` for the builder and `UsageError` for a missing folder.
     """
     label = f"the builder {builder.name} (driver {builder.driver}, classic image store)"
     external_caches = [c for c in request.cache_to if "type=inline" not in c]
     if not builder.exports and external_caches:
         raise NotReadyError(f"{label} cannot export a build cache to {external_caches[0]}", _CREATE_BUILDER)
-    if not builder.exports and any("type=oci" in o for o in request.outputs):
-        raise NotReadyError(f"{label} cannot write an OCI archive", _CREATE_BUILDER)
-    if not builder.exports and len(request.platforms) > 1:
-        raise NotReadyError(f"{label} cannot build several platforms at once", _CREATE_BUILDER)
-    for platform in request.platforms:
-        if builder.platforms and not any(
-            known == platform or known.startswith(f"{platform}/") for known in builder.platforms
-        ):
-            raise NotReadyError(
-                f"the builder {builder.name} cannot build for {platform}; it builds for {', '.join(builder.platforms)}",
-                "use a builder on that platform, or QEMU: https://docs.docker.com/build/building/multi-platform/",
-            )
-    for name, file in request.secrets.items():
-        if not file.is_file():
-            raise UsageError(f"file {file} of the build secret {name} not found", "check the path")
+    known = builder.platforms
+    if (wanted := request.platform) and known and not any(f"{each}/".startswith(f"{wanted}/") for each in known):
+        raise NotReadyError(
+            f"the builder {builder.name} cannot build for {wanted}; it builds for {', '.join(known)}",
+            "use a builder on that platform, or QEMU: https://docs.docker.com/build/building/multi-platform/",
+        )
     for name, folder in request.contexts.items():
         if not Path(folder).is_dir():
             what = "weights" if name == "model" else name
@@ -179,21 +163,12 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
             )
 
 
-def choose_compression(
-    setting: Literal["auto", "zstd", "gzip"], builder: Builder, engine_version: str
-) -> Compression | None:
-    """Return the compression for `image.compression`, None if the engine always compresses with gzip when it pushes.
-
-    Raises `NotReadyError` if the builder cannot do it.
-    """
+def choose_compression(builder: Builder, engine_version: str) -> Compression | None:
+    """Return the compression of new layers, None if the engine always compresses with gzip when it pushes."""
     if not builder.exports:
-        if setting == "zstd":
-            raise NotReadyError(f"{builder.describe()} cannot push zstd layers", _CREATE_BUILDER)
         return None
-    if setting == "auto":
-        major = re.match(r"\d+", engine_version)
-        return Compression("zstd" if major and int(major.group()) >= _ZSTD_ENGINE_SINCE else "gzip")
-    return Compression(setting, every_layer=True)
+    major = re.match(r"\d+", engine_version)
+    return "zstd" if major and int(major.group()) >= _ZSTD_ENGINE_SINCE else "gzip"
 
 
 def command(request: BuildRequest, metadata: Path) -> list[str]:
@@ -212,11 +187,9 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
         arguments += ["--secret", f"id={name},src={Path(file).resolve()}"]
     for name, value in sorted(request.build_args.items()):
         arguments += ["--build-arg", f"{name}={value}"]
-    arguments += ["--builder", request.builder] if request.builder else []
     arguments += ["--no-cache"] if request.no_cache else []
     arguments += ["--pull"] if request.pull else []
-    if request.platforms:
-        arguments += ["--platform", ",".join(request.platforms)]
+    arguments += ["--platform", request.platform] if request.platform else []
     for target in request.cache_to:
         arguments += ["--cache-to", cache_to(target, request.compression)]
     for source in request.cache_from:
@@ -233,8 +206,21 @@ def command(request: BuildRequest, metadata: Path) -> list[str]:
     # `type=docker` is what `--load` means.
     loaded = ("type=docker",) if request.compression else ()
     for output in request.outputs or loaded:
-        arguments += ["--output", f"{output},{request.compression.fields}" if request.compression else output]
+        arguments += ["--output", f"{output}{_output_fields(request)}"]
     return [*arguments, *(() if request.outputs or loaded else ("--load",)), str(request.context)]
+
+
+def _output_fields(request: BuildRequest) -> str:
+    """Return the fields of an output for its compression.
+
+    The media types are those of OCI: with those of Docker, CRI-O and older containerd cannot pull zstd layers, also not
+    those of a base (https://github.com/triggerdotdev/trigger.dev/pull/4184).
+    """
+    if request.compression is None:
+        return ""
+    # Otherwise, layers of the base and of the cache keep theirs, so that images share them.
+    force = ",force-compression=true" if request.force_compression else ""
+    return f",{_COMPRESSED[request.compression]},oci-mediatypes=true{force}"
 
 
 def cache_to(target: str, compression: Compression | None) -> str:
@@ -247,7 +233,7 @@ def cache_to(target: str, compression: Compression | None) -> str:
     fields = target.split(",")
     if compression is None or "type=registry" not in fields or any(f.startswith("compression=") for f in fields):
         return target
-    return f"{target},{compression.cache_fields}"
+    return f"{target},{_COMPRESSED[compression]}"
 
 
 def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -262,31 +248,24 @@ def exportable(builder: Builder, targets: tuple[str, ...]) -> tuple[str, ...]:
 def run(request: BuildRequest) -> Generator[BuildEvent, None, dict[str, Any]]:
     """Run a build: yield its events and return the metadata of buildx. Raises `BuildFailedError`.
 
-    buildx runs in its own process group, so that Ctrl-C does not signal it twice. Closing the generator stops it.
+    Closing the generator stops buildx.
     """
     with partial_folder(Path(tempfile.gettempdir()) / "inferctl-build", 0o700) as folder:
         metadata = folder / "metadata.json"
         reader = Reader()
-        child = _start(command(request, metadata), request)
-        streams = ((request.send, child.stdin), (request.receive, child.stdout))
-        threads = [_StreamThread(transfer, stream) for transfer, stream in streams if transfer and stream]
-        try:
-            assert child.stderr is not None
-            progress = noted = time.monotonic()
-            for line in _lines(child.stderr):
-                events = list(reader.feed(line)) if line else []
-                yield from events
-                now = time.monotonic()
-                if events:
-                    progress = noted = now
-                elif now - noted >= _QUIET_S:
-                    noted = now
-                    yield reader.waiting(now - progress)
+        with child(
+            command(request, metadata),
+            stdin=subprocess.PIPE if request.send else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if request.receive else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as running:
+            streams = ((request.send, running.stdin), (request.receive, running.stdout))
+            threads = [_StreamThread(transfer, stream) for transfer, stream in streams if transfer and stream]
+            assert running.stderr is not None
+            for line in running.stderr:
+                yield from reader.feed(line)
             yield from reader.finish()
-            code = child.wait()
-        except BaseException:
-            _stop(child)
-            raise
+            code = running.wait()
         for thread in threads:
             thread.join()
         errors = [thread.error for thread in threads if thread.error]
@@ -326,120 +305,8 @@ def build_once(request: BuildRequest) -> Generator[BuildEvent, None, tuple[list[
             raise failures.build_error(error.text, error.step, error.log) from None
 
 
-def manifest(reference: str, platform: str) -> dict[str, Any]:
-    """Return the image manifest of `reference` in its registry, from an index for `platform`.
-
-    The sizes of its layers are in compressed bytes.
-    """
-    found = _raw_manifest(reference)
-    if (entry := _entry(found, platform)) is not None:
-        found = _raw_manifest(f"{reference.partition('@')[0]}@{entry}")
-    elif "manifests" in found:
-        raise InferctlError(f"{reference} has no image for {platform}", f"build it with `--platform {platform}`")
-    layers, config = found.get("layers"), found.get("config")
-    if not isinstance(layers, list) or not isinstance(config, dict) or not all(map(_is_layer, [*layers, config])):
-        raise InferctlError(
-            f"the manifest of {reference} is not one of an image: it has no valid list of layers",
-            "check the name: a Helm chart or a signature is no image",
-        )
-    return found
-
-
-def _is_layer(found: Any) -> bool:
-    return isinstance(found, dict) and type(found.get("size")) is int and isinstance(found.get("digest"), str)
-
-
-def _entry(index: Mapping[str, Any], platform: str) -> str | None:
-    """Return the digest of the image for `platform` in an index, None without one."""
-    entries = index.get("manifests")
-    for entry in entries if isinstance(entries, list) else []:
-        offered = entry.get("platform") if isinstance(entry, dict) else None
-        if isinstance(offered, dict) and [offered.get("os"), offered.get("architecture")] == platform.split("/")[:2]:
-            return str(entry.get("digest"))
-    return None
-
-
-def _raw_manifest(reference: str) -> dict[str, Any]:
-    try:
-        found = json.loads(_docker("buildx", "imagetools", "inspect", "--raw", reference, timeout_s=_REGISTRY_S))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InferctlError(
-            f"the registry returned no JSON object as the manifest of {reference}", "check the log of the registry"
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class RemoteImage:
-    """An image in a registry. `digest` is that of the index, if there is one.
-
-    `layers` (digest and bytes in the registry), `environment` and `labels` are those of one platform.
-    """
-
-    digest: str
-    layers: tuple[tuple[str, int], ...]
-    environment: Mapping[str, str]
-    labels: Mapping[str, str]
-
-    @property
-    def compressed_bytes(self) -> int:
-        """The bytes of all layers in the registry."""
-        return sum(size for _, size in self.layers)
-
-
-def digest(reference: str) -> str:
-    """Return the current digest (`sha256:...`) of `reference` in its registry.
-
-    Raises `UsageError` if the registry does not have the image, `NotReadyError` if the registry cannot be reached.
-    """
-    return str(_imagetools(reference, "{{json .Manifest}}")["digest"])
-
-
-def remote_image(reference: str, platform: str) -> RemoteImage:
-    """Return facts of `reference` on `platform` from its registry, without a pull. Raises the errors of `digest`."""
-    found = _imagetools(reference, "{{json .Manifest}}")
-    if "manifests" in found:
-        if (entry := _entry(found, platform)) is None:
-            raise UsageError(f"{reference} has no image for {platform}", "pass another platform or image")
-        reference = f"{reference.partition('@')[0]}@{entry}"
-    layers = manifest(reference, platform)["layers"]
-    config = _imagetools(reference, "{{json .Image}}").get("config") or {}
-    variables = (variable.partition("=") for variable in config.get("Env") or ())
-    return RemoteImage(
-        str(found["digest"]),
-        tuple((str(layer["digest"]), int(layer["size"])) for layer in layers),
-        {key: value for key, _, value in variables},
-        dict(config.get("Labels") or {}),
-    )
-
-
-def _imagetools(reference: str, template: str) -> dict[str, Any]:
-    """Return the JSON output of `docker buildx imagetools inspect` for `reference`, formatted with `template`."""
-    try:
-        inspection = _docker("buildx", "imagetools", "inspect", "--format", template, reference, timeout_s=_REGISTRY_S)
-        found = json.loads(inspection)
-    except ValueError:
-        found = None
-    except NotReadyError as error:
-        message = error.message.rpartition("ERROR: ")[2]
-        if message == error.message:  # docker or buildx is missing
-            raise
-        if message.endswith(": not found"):
-            hint = "check the name and the tag; the registry may have deleted an old tag"
-            raise UsageError(f"image {reference} not found in its registry", hint) from None
-        if page := failures.web_page(message, reference):
-            raise page from None
-        login = f"check the network, or run `docker login {host_of(reference)}`"
-        hint = failures.without_registry(reference) or login
-        raise NotReadyError(f"cannot query the registry of {reference}: {message}", hint) from None
-    if not isinstance(found, dict):
-        raise InferctlError(f"the registry returned no JSON object for {reference}", "check the log of the registry")
-    return found
-
-
-def _docker(*arguments: str, timeout_s: float | None = None) -> str:
+def docker(*arguments: str, timeout_s: float | None = None) -> str:
+    """Return stdout of the docker command. Raises `NotReadyError` if it fails, is missing or lacks buildx."""
     try:
         process = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -456,28 +323,6 @@ def _docker(*arguments: str, timeout_s: float | None = None) -> str:
             f"`docker {' '.join(arguments[:3])}` failed: {output}", "run `inferctl doctor` to check this machine"
         )
     return process.stdout
-
-
-def _lines(stream: IO[str]) -> Iterator[str | None]:
-    """Yield the lines of `stream`, and None after each second without one."""
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        with suppress(OSError, ValueError):  # `_stop` closes it
-            for line in stream:
-                lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=1.0)
-        except queue.Empty:
-            yield None
-        else:
-            if line is None:
-                return
-            yield line
 
 
 class _StreamThread(threading.Thread):
@@ -500,13 +345,20 @@ class _StreamThread(threading.Thread):
                 self._stream.close()
 
 
-def _start(arguments: list[str], request: BuildRequest) -> subprocess.Popen[str]:
+@contextmanager
+def child(
+    arguments: Sequence[str], *, stdin: int = subprocess.DEVNULL, stdout: int, stderr: int
+) -> Iterator[subprocess.Popen[str]]:
+    """Run the docker command, and stop it if the body raises. Raises `NotReadyError` if it is missing.
+
+    It runs in its own process group, so that Ctrl-C does not signal it twice.
+    """
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             arguments,
-            stdin=subprocess.PIPE if request.send else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if request.receive else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
             encoding="utf-8",
             errors="replace",
@@ -514,14 +366,19 @@ def _start(arguments: list[str], request: BuildRequest) -> subprocess.Popen[str]
         )
     except FileNotFoundError:
         raise NotReadyError("docker command not found", _INSTALL) from None
+    try:
+        yield process
+    except BaseException:
+        _stop(process)
+        raise
 
 
-def _stop(child: subprocess.Popen[str]) -> None:
+def _stop(process: subprocess.Popen[str]) -> None:
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, sign)
+            os.killpg(process.pid, sign)
         with suppress(subprocess.TimeoutExpired):
-            child.wait(_STOP_SECONDS)
+            process.wait(_STOP_SECONDS)
             break
-    if child.stderr is not None:
-        child.stderr.close()
+    if process.stderr is not None:
+        process.stderr.close()

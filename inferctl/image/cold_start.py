@@ -31,16 +31,11 @@ LOAD = "load and warm-up"
 
 @dataclass(frozen=True)
 class StartPart:
-    """One part of a cold start. `formula` has the numbers of its estimate; `measured` parts have none."""
+    """One part of a cold start. `formula` has the numbers of its estimate."""
 
     name: str
     seconds: float
     formula: str
-    measured: bool = False
-
-    def text(self) -> str:
-        """Return the part as text: `pull 30 s (2.99 GB / 100 MB/s)`."""
-        return f"{self.name} {_seconds(self.seconds)} ({self.formula or 'measured'})"
 
     def document(self) -> dict[str, Any]:
         """Return the part as JSON data."""
@@ -71,16 +66,15 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
     mounted = image_source.volume(spec) is not None
     if weights is None and (mounted or spec.model.weights == "download"):
         return ()
-    zstd = spec.image.compression == "zstd"
     try:
-        with_gzip, forecast = (_forecast(spec, base, stack, weights, zstd) for zstd in (False, zstd))
+        forecast = _forecast(spec, base, stack, weights)
     except InferctlError:  # `inferctl check` reports locks that do not fit
         return ()
     if not forecast.complete:
         return ()
     volume = weights if mounted and weights else 0
-    uncompressed = volume + sum((part.bytes or 0) * _growth(part, stack) for part in with_gzip.parts)
-    parts: list[StartPart] = [*of_image(forecast.total + volume, round(uncompressed), "zstd" if zstd else "gzip")]
+    uncompressed = volume + sum((part.bytes or 0) * _growth(part, stack) for part in forecast.parts)
+    parts: list[StartPart] = [*of_image(forecast.total + volume, round(uncompressed), "gzip")]
     if weights and spec.model.weights == "download":
         download = weights / _PULL_BYTES_PER_S
         parts.append(StartPart("download", download, f"{size(weights)} / {_rate(_PULL_BYTES_PER_S)}"))
@@ -89,27 +83,16 @@ def of_spec(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> t
     return tuple(parts)
 
 
-def line(parts: tuple[StartPart, ...]) -> str:
-    """Return a cold start as one line of text."""
-    seconds = sum(part.seconds for part in parts)
-    estimated = "" if all(part.measured for part in parts) else ", estimated"
-    return f"cold start on a new node: {_seconds(seconds)}{estimated}: {', '.join(part.text() for part in parts)}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
-
-
 def _rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e6:g} MB/s"
 
 
-def _forecast(spec: Spec, base: BaseImage, stack: Stack, weights: int | None, zstd: bool) -> SizeForecast:
+def _forecast(spec: Spec, base: BaseImage, stack: Stack, weights: int | None) -> SizeForecast:
     folder = Path(spec.image.locks) if spec.image.locks else None
     found = locks.load(base, folder, int8=spec.serve.precision == "int8")
     names = tuple(Path(name).stem for name, text in found.files().items() if b"==" in text)
     baked = ImagePart("weights", weights, "") if spec.model.weights == "bake" else None
-    return size_forecast.forecast(base, stack, locks=names, wheels=None, weights=baked, server=0, zstd=zstd)
+    return size_forecast.forecast(base, stack, locks=names, weights=baked, server=0)
 
 
 def _growth(part: ImagePart, stack: Stack) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from inferctl.config import settings
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.image import buildx, serve_image
+from inferctl.image import registry, serve_image
 from inferctl.image.docker import DockerEngine
 from inferctl.image.image_name import familiar, split
 from inferctl.image.records import READY_SECONDS, ImageInfo
@@ -68,7 +68,7 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
 
     Raises `UsageError` if it lacks the image, or has another one: to remove it from the engine would lose it.
     """
-    digest = buildx.digest(reference)
+    digest = registry.digest(reference)
     name = split(reference)[0]
     names = [each for each in image.tags if familiar(each) != familiar(reference)]
     others = [each for each in names if _repository(each) != familiar(name)]
@@ -81,9 +81,9 @@ def in_registry(image: ImageInfo, reference: str) -> RegistryImage:
     if not any(familiar(each) == f"{familiar(name)}@{digest}" for each in image.digests):
         raise UsageError(
             f"the registry has another image as {reference} than the engine",
-            f"run `docker pull {reference}`, or push the image of the engine with `inferctl push {reference}`",
+            f"run `docker pull {reference}`, or push the image of the engine with `docker push {reference}`",
         )
-    layers = buildx.manifest(f"{name}@{digest}", image.platform)["layers"]
+    layers = registry.manifest(f"{name}@{digest}", image.platform)["layers"]
     zstd = any(str(layer["mediaType"]).endswith("zstd") for layer in layers)
     return RegistryImage(
         f"{name}@{digest}", sum(int(layer["size"]) for layer in layers), "zstd" if zstd else "gzip", tuple(names)
@@ -98,7 +98,7 @@ def measure(
     engine: DockerEngine,
     reference: str,
     found: RegistryImage | None,
-    model: Path | str | None,
+    model: Path | None,
     rounds: int,
     respond: Callable[[str], None],
     on_step: Callable[[str], None],
@@ -153,7 +153,7 @@ def _pull(engine: DockerEngine, reference: str, tags: Sequence[str]) -> Pull:
 def _start(
     engine: DockerEngine,
     image: ImageInfo,
-    model: Path | str | None,
+    model: Path | None,
     respond: Callable[[str], None],
     log: Callable[[str], None],
 ) -> ContainerStart:

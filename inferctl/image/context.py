@@ -7,9 +7,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from inferctl.core.errors import InferctlError
 from inferctl.core.partials import partial_folder
 from inferctl.image.failures import raising_disk_full
 from inferctl.image.render import Rendered
@@ -72,11 +71,6 @@ def _without_links(source: Path, target: Path) -> Path:
 
 
 def _inside(folder: Path, path: str) -> Path:
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise InferctlError(
-            f"{path!r} is not a path in the build context", "this is a bug in inferctl: please report it"
-        )
-    target = folder.joinpath(*parts.parts)
+    target = folder / path
     target.parent.mkdir(parents=True, exist_ok=True)
     return target

@@ -1,6 +1,6 @@
-"""Connects to the Docker Engine through its SDK: facts, images, containers, pushes. Only this file imports `docker`.
+"""Connects to the Docker Engine through its SDK: facts, images, containers. Only this file imports `docker`.
 
-`buildx.py` does the builds, because the SDK supports the classic builder only.
+`buildx.py` does the builds, because the SDK supports the classic builder only, and `push.py` the pushes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import socket
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -20,28 +20,41 @@ import urllib3.exceptions
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.image import failures
-from inferctl.image.events import PushEvent
-from inferctl.image.image_name import familiar, normalized, split
-from inferctl.image.push import Pushed, push
+from inferctl.image.image_name import familiar, split
 from inferctl.image.records import (
-    ATTEMPTS,
     CDI_ALL_GPUS,
     ContainerOptions,
     ContainerState,
     DockerInfo,
     ImageInfo,
-    LayerInfo,
     read_engine,
     read_image,
 )
 
 _TIMEOUT_SECONDS = 60
-# A registry may take minutes for the last blob of a layer without output. After this time, a push counts as stalled.
-_PUSH_SILENCE_SECONDS = 600
 # Size of /dev/shm, of which only used bytes take memory. vLLM reserves 160 MiB and 240 MiB per GPU if it uses several
 # GPUs or a CPU, and does not start in the 64 MiB that the engine gives by default.
 _SHARED_MEMORY_BYTES = 4 * 1024**3
 _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError, OSError)
+# Number of the system, what is wrong (with the address of the engine, if one was given), and a hint.
+_UNREACHABLE = (
+    (
+        errno.EACCES,
+        "permission denied for the Docker Engine{}",
+        "run `sudo usermod -aG docker $USER` and log in again, or use rootless Docker",
+    ),
+    (
+        errno.ENOENT,
+        "Docker Engine not found: its socket{} does not exist",
+        "install Docker (`apt-get install docker.io docker-buildx`), start it (`systemctl start docker`), or set "
+        "DOCKER_HOST",
+    ),
+    (
+        errno.ECONNREFUSED,
+        "the Docker Engine{} is down: connection refused",
+        "start it with `systemctl start docker` and check `journalctl -u docker`, or set DOCKER_HOST",
+    ),
+)
 
 
 @contextmanager
@@ -80,14 +93,6 @@ class Container:
         running = bool(found["Running"])
         code = None if running else int(found["ExitCode"])
         return ContainerState(running, code, bool(found.get("OOMKilled")), str(found.get("Error") or ""))
-
-    def host_port(self, port: int) -> int:
-        """Return the host port that is mapped to `port` of the container. Raises `NotReadyError` if there is none."""
-        with _translate_errors("inspect a container"):
-            bound = (self._api.inspect_container(self.id)["NetworkSettings"]["Ports"] or {}).get(f"{port}/tcp")
-        if not bound:
-            raise NotReadyError(f"the container does not publish port {port}", "check its log: it may have exited")
-        return int(bound[0]["HostPort"])
 
     def log(self, lines: int = 30) -> str:
         """Return the last `lines` lines of stdout and stderr."""
@@ -166,14 +171,10 @@ class DockerEngine:
             except docker.errors.NotFound:
                 return None
 
-    def history(self, reference: str) -> list[LayerInfo]:
-        """Return the history of the image, first instruction first."""
+    def size(self, reference: str) -> int:
+        """Return the uncompressed bytes of an image: those of its layers. The containerd store reports others for it."""
         with _translate_errors(f"read the history of {reference}"):
-            rows = cast("Any", self._api).history(reference)
-        return [
-            LayerInfo(str(row.get("CreatedBy") or row.get("Comment") or ""), int(row.get("Size") or 0))
-            for row in rows[::-1]
-        ]
+            return sum(int(row.get("Size") or 0) for row in cast("Any", self._api).history(reference))
 
     def tag(self, image: str, reference: str) -> None:
         """Tag the image `image` as `reference`."""
@@ -192,16 +193,6 @@ class DockerEngine:
             found = self.image(image)
             if found and not found.tags:
                 self._api.remove_image(image)
-
-    def push(self, reference: str, attempts: int = ATTEMPTS) -> Generator[PushEvent, None, Pushed]:
-        """Push `reference` with the credentials of the docker command, retrying transient errors."""
-        # Normalized, because the SDK finds no login for `registry-1.docker.io`, an alias of Docker Hub.
-        repository, tag = split(normalized(reference))
-        default_timeout, self._api.timeout = self._api.timeout, _PUSH_SILENCE_SECONDS
-        try:
-            return (yield from push(lambda: _lines(self._api, repository, tag), reference, attempts))
-        finally:
-            self._api.timeout = default_timeout
 
     def start(self, image: str, options: ContainerOptions) -> Container:
         """Create and start a container with a read-only root file system, /tmp in memory and no capabilities.
@@ -235,11 +226,6 @@ class DockerEngine:
             for path, source in (options.mounts or {}).items()
         ]
         mounts += [docker.types.Mount(path, volume, type="volume") for path, volume in (options.volumes or {}).items()]
-        # The SDK has no class for them.
-        mounts += [
-            {"Type": "image", "Source": image, "Target": path, "ReadOnly": True}
-            for path, image in (options.images or {}).items()
-        ]
         published = options.port if options.network is None else None
         host_config = self._api.create_host_config(
             mounts=mounts,
@@ -325,18 +311,6 @@ class DockerEngine:
         return code, out, err.decode("utf-8", "replace").strip()
 
 
-def _lines(api: docker.APIClient, repository: str, tag: str | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the lines of one push. A broken connection becomes an error line, as the engine reports other failures."""
-    try:
-        yield from api.push(repository, tag, stream=True, decode=True)
-    except _ENGINE_ERRORS as error:
-        yield {
-            "error": f"connection broken: {_message(error)}"
-            if not isinstance(error, docker.errors.APIError)
-            else _message(error)
-        }
-
-
 def _gpus(info: DockerInfo) -> docker.types.DeviceRequest:
     """Return a request for all NVIDIA GPUs: through the NVIDIA runtime, or without it by their CDI specifications."""
     if "nvidia" in info.runtimes or not info.cdi_gpu:
@@ -358,22 +332,9 @@ def _unreachable(error: BaseException, url: str | None) -> NotReadyError:
             codes.add(cause.errno)
         pending += [a for a in cause.args if isinstance(a, BaseException)]
         pending += [c for c in (cause.__cause__, cause.__context__) if c is not None]
-    if errno.EACCES in codes:
-        return NotReadyError(
-            f"permission denied for the Docker Engine{where}",
-            "run `sudo usermod -aG docker $USER` and log in again, or use rootless Docker",
-        )
-    if errno.ENOENT in codes:
-        return NotReadyError(
-            f"Docker Engine not found: its socket{where} does not exist",
-            "install Docker (`apt-get install docker.io docker-buildx`), start it (`systemctl start docker`), or set"
-            " DOCKER_HOST",
-        )
-    if errno.ECONNREFUSED in codes:
-        return NotReadyError(
-            f"the Docker Engine{where} is down: connection refused",
-            "start it with `systemctl start docker` and check `journalctl -u docker`, or set DOCKER_HOST",
-        )
+    for code, what, hint in _UNREACHABLE:
+        if code in codes:
+            return NotReadyError(what.format(where), hint)
     return NotReadyError(
         f"the Docker Engine{where} does not respond: {_message(error)}",
         "check DOCKER_HOST and `docker context ls`, and test with `docker version`",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-LayerStatus = Literal["waiting", "pushing", "pushed", "exists", "mounted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +53,6 @@ class StepBytes:
 
 
 @dataclass(frozen=True, slots=True)
-class StepWaiting:
-    """The builder has reported no progress for `seconds`. The step is the last one that started, empty if none runs."""
-
-    id: str
-    name: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPush:
-    """Progress of the push of a layer. `current` and `total` are uncompressed bytes, as the engine reports them."""
-
-    id: str
-    status: LayerStatus
-    current: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Retry:
     """An attempt failed with a transient error. The next one starts after `delay` seconds."""
 
@@ -91,6 +69,5 @@ class Note:
     text: str
 
 
-BuildEvent = StepStarted | StepFinished | StepLog | StepBytes | StepWaiting
-PushEvent = LayerPush | Retry | Note
-Event = Phase | BuildEvent | PushEvent
+BuildEvent = StepStarted | StepFinished | StepLog | StepBytes
+Event = Phase | BuildEvent | Retry | Note

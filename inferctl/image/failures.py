@@ -33,16 +33,42 @@ _BRIDGE = re.compile(
     r"|adding interface veth",
     re.IGNORECASE,
 )
-_PACKAGE_NETWORK = re.compile(
-    r"Failed to establish a new connection|Temporary failure in name resolution|Name or service not known"
-    r"|Could not resolve|NewConnectionError|Network is unreachable|Could not connect to|Temporary failure resolving",
+# What a step says that failed -> the error, and a hint with the groups of the pattern.
+_STEPS: tuple[tuple[re.Pattern[str], type[InferctlError], str], ...] = (
+    (
+        re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|SSLCertVerificationError"),
+        NotReadyError,
+        "for a private certificate authority, `--ca FILE` must have its bundle",
+    ),
+    (
+        re.compile(
+            r"Failed to establish a new connection|Temporary failure in name resolution|Name or service not known"
+            r"|Could not resolve|NewConnectionError|Network is unreachable|Could not connect to"
+            r"|Temporary failure resolving"
+        ),
+        NotReadyError,
+        "the build cannot reach the package index: it uses the network of the host with `--network host`, your own "
+        "index with `--pip-conf FILE`, and no index with image.wheels",
+    ),
+    (
+        re.compile(r"THESE PACKAGES DO NOT MATCH THE HASHES|Hashes are required"),
+        InferctlError,
+        "the index or wheel folder has other files than the lock: resolve the locks again with `inferctl lock`",
+    ),
+    (
+        re.compile(
+            r"(?:No matching distribution found for|Could not find a version that satisfies the requirement) (\S+)"
+        ),
+        InferctlError,
+        "the index or wheel folder has no {} for this Python and platform: resolve the locks again with "
+        "`inferctl lock`",
+    ),
+    (
+        re.compile(r"exit code: 137|signal: killed|cannot allocate memory", re.IGNORECASE),
+        NotReadyError,
+        "the step ran out of memory: give the builder more memory",
+    ),
 )
-_PACKAGE_TRUST = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|SSLCertVerificationError")
-_PACKAGE_HASH = re.compile(r"THESE PACKAGES DO NOT MATCH THE HASHES|Hashes are required")
-_PACKAGE_MISSING = re.compile(
-    r"(?:No matching distribution found for|Could not find a version that satisfies the requirement) (\S+)"
-)
-_KILLED = re.compile(r"exit code: 137|signal: killed|cannot allocate memory", re.IGNORECASE)
 _PORT = re.compile(r"port is already allocated|address already in use|Bind for \S+ failed", re.IGNORECASE)
 _TRANSIENT = re.compile(
     r"timeout|timed out|deadline exceeded|connection reset|broken pipe|\bEOF\b|connection refused|\b50[0234]\b"
@@ -65,6 +91,20 @@ _WEB_PAGE = re.compile(
 _LARGE_LABELS = re.compile(r"received message larger than max", re.IGNORECASE)
 # The Docker Engine before 23 and containerd before 1.5 read a zstd layer as a damaged archive.
 _UNREADABLE_LAYER = re.compile(r"invalid tar header|no processor for media-type", re.IGNORECASE)
+# What stands against a push -> a hint with the host of the registry.
+_PUSHES = (
+    (_DISK_FULL, "free disk space of the registry or the engine"),
+    (
+        re.compile(r"does not exist locally|no such image", re.IGNORECASE),
+        "build it with `inferctl build`; `docker images` lists the images",
+    ),
+    (
+        re.compile("server gave HTTP response to HTTPS client"),
+        'the registry uses plain HTTP: add "{host}" to "insecure-registries" in daemon.json of the engine, or set up '
+        "TLS for the registry",
+    ),
+    (_NO_LOGIN, "run `docker login {host}` with an account that has write access"),
+)
 
 
 class MissingImageError(NotReadyError):
@@ -171,27 +211,9 @@ def build_error(text: str, step: str | None = None, log: list[str] | None = None
     output = "\n".join(f"  | {line}" for line in (log or [])[-12:])
     summary = f"the build failed in {_short(step)}" if step else f"the build failed: {last_line(text)}"
     detail = f"{summary}\n{output}" if output else summary if not step else f"{summary}: {last_line(text)}"
-    if _PACKAGE_TRUST.search(message):
-        return NotReadyError(detail, "for a private certificate authority, `--ca FILE` must have its bundle")
-    if _PACKAGE_NETWORK.search(message):
-        return NotReadyError(
-            detail,
-            "the build cannot reach the package index: it uses the network of the host with `--network host`, "
-            "your own index with `--pip-conf FILE`, and no index with image.wheels",
-        )
-    if _PACKAGE_HASH.search(message):
-        return InferctlError(
-            detail,
-            "the index or wheel folder has other files than the lock: resolve the locks again with `inferctl lock`",
-        )
-    if found := _PACKAGE_MISSING.search(message):
-        return InferctlError(
-            detail,
-            f"the index or wheel folder has no {found.group(1)} for this Python and platform:"
-            " resolve the locks again with `inferctl lock`",
-        )
-    if _KILLED.search(message):
-        return NotReadyError(detail, "the step ran out of memory: give the builder more memory")
+    for pattern, kind, hint in _STEPS:
+        if found := pattern.search(message):
+            return kind(detail, hint.format(*found.groups()))
     return InferctlError(
         detail,
         "write the build context with `inferctl render --output DIR` and run `docker buildx build DIR`",
@@ -213,7 +235,7 @@ def _source_error(reference: str, text: str) -> InferctlError:
         )
     if _NO_LOGIN.search(last):
         return NotReadyError(
-            f"cannot read {what}: {host} denied access: {_after_last_colon(last)}",
+            f"cannot read {what}: {host} denied access: {last.rpartition(': ')[2]}",
             f"run `docker login {host}` and check the name: registries also deny access to a name that does not exist",
         )
     if _NOT_FOUND.search(last):
@@ -232,41 +254,16 @@ def _short(step: str) -> str:
 
 def push_error(message: str, reference: str) -> InferctlError:
     """Return the error for a failed push of `reference` with `message` from the engine or the builder."""
-    host = host_of(reference)
-    if _DISK_FULL.search(message):
-        return NotReadyError(
-            f"pushing {reference} failed: {message}",
-            "free disk space of the registry or the engine",
-        )
-    if re.search(r"does not exist locally|no such image", message, re.IGNORECASE):
-        return NotReadyError(
-            f"image {reference} not found in the engine",
-            "build it with `inferctl build`; `docker images` lists the images",
-        )
-    if "server gave HTTP response to HTTPS client" in message:
-        return NotReadyError(
-            f"pushing {reference} failed: {host} uses plain HTTP",
-            f'add "{host}" to "insecure-registries" in daemon.json of the engine, or set up TLS for the registry',
-        )
-    if _NO_LOGIN.search(message):
-        return NotReadyError(
-            f"pushing {reference} failed: {message}", f"run `docker login {host}` with an account that has write access"
-        )
+    host, failed = host_of(reference), f"pushing {reference} failed: {message}"
+    for pattern, hint in _PUSHES:
+        if pattern.search(message):
+            return NotReadyError(failed, hint.format(host=host))
     if error := web_page(message, reference):
         return error
-    if _UNREACHABLE.search(message) or transient(message):
-        return NotReadyError(
-            f"pushing {reference} failed: {message}",
-            without_registry(reference) or f"check that {host} is up, reachable and not full, then push again",
-        )
-    if rejects_zstd(message):
-        return InferctlError(
-            f"pushing {reference} failed: {message}",
-            "if the layers have zstd, the registry may not accept it: set `image.compression: gzip`",
-        )
-    return InferctlError(
-        f"pushing {reference} failed: {message}", f"run `docker push {reference}` for the output of the engine"
-    )
+    if unreachable(message):
+        reach = f"check that {host} is up, reachable and not full, then push again"
+        return NotReadyError(failed, without_registry(reference) or reach)
+    return InferctlError(failed, f"run `docker push {reference}` for the output of the engine")
 
 
 def pull_error(message: str, reference: str) -> InferctlError:
@@ -286,7 +283,7 @@ def pull_error(message: str, reference: str) -> InferctlError:
     if _UNREADABLE_LAYER.search(text):
         return NotReadyError(
             f"the engine cannot read the layers of {reference}: {message}",
-            "zstd layers need Docker Engine 23 or newer: update it, or build with `image.compression: gzip`",
+            "zstd layers need Docker Engine 23 or newer: update it",
         )
     if _LARGE_LABELS.search(text):
         return InferctlError(
@@ -306,7 +303,3 @@ def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR:", "error:"))]
     return re.sub(r"^(?:ERROR|error): (?:failed to solve: )?", "", (errors or lines or [""])[-1]).strip()
-
-
-def _after_last_colon(text: str) -> str:
-    return text.rsplit(": ", 1)[-1]

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +21,7 @@ from inferctl.models.image_source import is_image
 from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
 
 
-def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) -> Rendered:
+def rendered_image(resolved: Resolved) -> Rendered:
     """Return the image of the spec, rendered with the facts of the catalog and the locks."""
     spec = resolved.spec
     base = catalog.base(spec.image.base)
@@ -36,7 +35,7 @@ def rendered_image(resolved: Resolved, labels: Mapping[str, str] | None = None) 
     image = model_image.inspect(source) if spec.model.weights == "bake" and is_image(source) else None
     baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(source) else None
     size = image.bytes if image else model.bytes if model else None
-    return render.render(spec, base, stack, package_locks, provenance, baked, labels, size, image)
+    return render.render(spec, base, stack, package_locks, provenance, baked, size, image)
 
 
 def local_model(spec: Spec) -> ModelFolder | None:

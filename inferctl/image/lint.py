@@ -1,4 +1,4 @@
-"""Checks a Dockerfile and a built image for secrets and root users. `models.fit` checks the spec."""
+"""Checks a built image for secrets in its environment, also those of its base, and for a root user."""
 
 from __future__ import annotations
 
@@ -24,28 +24,13 @@ def check_built_image(environment: Mapping[str, str], user: str) -> list[Finding
         for name, value in environment.items()
         if value and (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
     ]
-    return [*(_secret(name, "the environment of the image") for name in sorted(secret_names)), *_root(user)]
+    return [*map(_secret, sorted(secret_names)), *_root(user)]
 
 
-def secrets_in_dockerfile(dockerfile: str) -> Iterator[Finding]:
-    """Yield an error for each credential in an ARG, ENV or LABEL of the Dockerfile."""
-    joined = re.sub(r"\\\n", " ", dockerfile)
-    for line in joined.splitlines():
-        instruction, _, rest = line.strip().partition(" ")
-        if instruction.upper() not in ("ARG", "ENV", "LABEL"):
-            continue
-        names = re.findall(r"([A-Za-z_][\w.-]*)(?==|\s|$)", rest) if instruction.upper() != "LABEL" else []
-        for name in dict.fromkeys(names):
-            if _SECRET_NAME.search(name):
-                yield _secret(name, f"{instruction.upper()} of the Dockerfile")
-        if _SECRET_VALUE.search(rest):
-            yield _secret("a value that looks like a credential", f"{instruction.upper()} of the Dockerfile")
-
-
-def _secret(name: str, where: str) -> Finding:
+def _secret(name: str) -> Finding:
     why = "everyone who can pull the image can read it, also in its history"
     hint = "pass it as a build secret (`--pip-conf`, `--ca`, `--hf-token-file`) or when the container starts"
-    return Finding("error", "secret-in-image", f"{name} is in {where}", why, hint)
+    return Finding("error", "secret-in-image", f"{name} is in the environment of the image", why, hint)
 
 
 def _root(user: str) -> Iterator[Finding]:

@@ -63,7 +63,7 @@ _UNREACHABLE = re.compile(
 
 @dataclass(frozen=True)
 class Locks:
-    """The texts of the locks. `torch` and `vllm` are None if the base image contains them.
+    """The texts of the locks. `torch` is None if the base image contains it.
 
     Only a stack for generation has `vllm`, and only one for embeddings `int8`.
     """
@@ -82,19 +82,12 @@ class Locks:
         return {name: version for text in vars(self).values() for name, version in versions(text or "").items()}
 
 
-def differences(before: Locks, after: Locks) -> list[str]:
-    """Return the changed packages from `before` to `after`, one line per package."""
-    old, new = before.versions(), after.versions()
-    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    return [f"  {name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names]
-
-
 def load(base: BaseImage, folder: Path | None, *, int8: bool) -> Locks:
     """Return the locks for an image on `base`, from `folder` or the shipped ones. `int8`: include the int8 lock."""
     stack = catalog.stack(base.stack)
     source = folder or assets.root() / "base-images" / "locks" / base.stack
     needed = ["server", *([] if "torch" in base.provides else ["torch"])]
-    needed += ["vllm"] if stack.vllm and "vllm" not in base.provides else []
+    needed += ["vllm"] if stack.vllm else []
     needed += ["int8"] if int8 and _int8(stack) else []
     texts = {name: _read(source / f"{name}.txt") for name in needed}
     for name, text in texts.items():
@@ -118,23 +111,14 @@ def header(stack: str, python: str, platform: str) -> str:
 
 
 def _check_target(file: Path, text: str, base: BaseImage) -> None:
-    """Raise `UsageError` if the lock is for another stack or Python version than those of `base`.
-
-    For a lock without a header, the torch version decides.
-    """
-    hint = f"resolve locks for this base with `inferctl lock --base {base.key} --output DIR`"
-    if found := re.match(r"# inferctl lock: stack (\S+), Python (\S+), (\S+)$", text, re.MULTILINE):
-        if (found.group(1), found.group(2)) != (base.stack, base.python.version):
-            raise UsageError(
-                f"{file} is a lock for {found.group(1)} and Python {found.group(2)}, "
-                f"but the base {base.key} has {base.stack} and Python {base.python.version}",
-                hint,
-            )
-    elif torch := versions(text).get("torch"):
-        stack = catalog.stack(base.stack)
-        release, _, local = torch.partition("+")
-        if release != stack.torch or (local == "cpu") != (stack.cuda is None and stack.index is not None):
-            raise UsageError(f"{file} has torch {torch}, but the base {base.key} has torch {stack.torch}", hint)
+    """Raise `UsageError` if the header of the lock is that of another stack or Python version than those of `base`."""
+    found = re.match(r"# inferctl lock: stack (\S+), Python (\S+), (\S+)$", text, re.MULTILINE)
+    if found and (found.group(1), found.group(2)) != (base.stack, base.python.version):
+        raise UsageError(
+            f"{file} is a lock for {found.group(1)} and Python {found.group(2)}, "
+            f"but the base {base.key} has {base.stack} and Python {base.python.version}",
+            f"resolve locks for this base with `inferctl lock --base {base.key} --output DIR`",
+        )
 
 
 def _read(file: Path) -> str | None:
@@ -155,14 +139,11 @@ class LockTarget:
     index: str | None = None
 
 
-def resolve(
-    target: LockTarget, provided: tuple[str, ...], previous: Locks | None = None, upgrade: tuple[str, ...] = ()
-) -> Locks:
+def resolve(target: LockTarget, provided: tuple[str, ...]) -> Locks:
     """Resolve the locks of `target` with uv.
 
-    `provided`: packages in the base image, which the locks must not contain. `previous`: locks whose versions are kept
-    if possible, except for the packages `upgrade`. Raises `NotReadyError` without uv, `InferctlError` with the output
-    of uv if there is no solution.
+    `provided`: packages in the base image, which the locks must not contain. Raises `NotReadyError` without uv,
+    `InferctlError` with the output of uv if there is no solution.
     """
     if util.find_spec("uv") is None:
         raise NotReadyError("uv is not installed", install_hint("lock"))
@@ -173,9 +154,8 @@ def resolve(
         # Without `+cpu`, uv could select the wheel of the same release on PyPI, which includes CUDA.
         torch_pin += "+cpu"
     requirements = server_requirements(target.stack)
-    before = "".join(text or "" for text in vars(previous).values()) if previous else ""
     vllm, int8 = [target.stack.vllm] if target.stack.vllm else [], _int8(target.stack)
-    everything = _compile([torch_pin, *requirements, *vllm, *int8], [], target, before, upgrade)
+    everything = _compile([torch_pin, *requirements, *vllm, *int8], [], target)
     pins = [f"{name}=={version}" for name, version in versions(everything).items()]
     absent = set(_NOT_ON_CPU) if target.stack.cuda is None else set()
 
@@ -184,7 +164,7 @@ def resolve(
 
     torch, server = closure(), closure(*requirements)
     engine = closure(*vllm) if vllm else set()
-    provides = {normalize(name) for name in provided} | (engine if "vllm" in provided else set())
+    provides = {normalize(name) for name in provided}
     left_out = set(LEFT_OUT) | provides
     parts = {
         "torch": set() if "torch" in provides else torch - left_out,
@@ -245,14 +225,8 @@ def name_of(requirement: str) -> str:
     return found.group() if found else requirement
 
 
-def _compile(
-    requirements: list[str],
-    constraints: list[str],
-    target: LockTarget,
-    previous: str = "",
-    upgrade: tuple[str, ...] = (),
-) -> str:
-    """Return the output of `uv pip compile`. If possible, versions in `previous` stay, except those of `upgrade`."""
+def _compile(requirements: list[str], constraints: list[str], target: LockTarget) -> str:
+    """Return the output of `uv pip compile`."""
     if target.platform not in _UV_PLATFORM:
         raise UsageError(
             f"locks for the platform {target.platform} are not supported", f"use one of {', '.join(_UV_PLATFORM)}"
@@ -263,18 +237,14 @@ def _compile(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in.txt").write_text("\n".join(requirements) + "\n")
         (Path(folder) / "pins.txt").write_text("\n".join(constraints) + "\n")
-        # uv prefers the versions in its existing output file.
-        (Path(folder) / "out.txt").write_text(previous)
         command = [
             *(find_uv_bin(), "pip", "compile", "in.txt", "--constraint", "pins.txt", "--quiet"),
             *("--no-header", "--no-annotate", "--generate-hashes", "--index-strategy", "unsafe-best-match"),
-            *("--output-file", "out.txt", *(part for name in upgrade for part in ("--upgrade-package", name))),
             *("--python-version", target.python, "--python-platform", _UV_PLATFORM[target.platform]),
             *(["--no-index", "--find-links", str(target.wheels.resolve())] if target.wheels else []),
             *(["--index", index] if index else []),
         ]
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        resolved = (Path(folder) / "out.txt").read_text()
     if process.returncode and _UNREACHABLE.search(process.stderr):
         raise NotReadyError(
             f"uv cannot reach a package index:\n{process.stderr.strip()}",
@@ -287,4 +257,4 @@ def _compile(
             if target.wheels
             else "check the index in the uv configuration",
         )
-    return resolved
+    return process.stdout

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.image import buildx
+from inferctl.image import registry
 from inferctl.image.image_name import split
 from inferctl.models import image_source
 from inferctl.models.hub import HubModel
@@ -137,8 +137,8 @@ def inspect(source: str) -> ModelImage:
     """
     reference = image_source.reference(source)
     name = split(reference)[0]
-    digest = image_source.digest(reference) or buildx.digest(reference)
-    found = buildx.remote_image(f"{name}@{digest}", PLATFORM)
+    digest = image_source.digest(reference) or registry.digest(reference)
+    found = registry.remote_image(f"{name}@{digest}", PLATFORM)
     return read(f"{name}@{digest}", found.labels, found.layers)
 
 

@@ -25,6 +25,7 @@ from inferctl.image.events import Event, Note, Phase
 from inferctl.image.image_name import split
 from inferctl.image.model_image import LABEL, NO_MODEL, PLATFORM, ModelImage, groups, inspect, labels_of, quoted
 from inferctl.image.push import PushFailedError, retrying
+from inferctl.image.push import push as engine_push
 from inferctl.image.records import ATTEMPTS
 from inferctl.image.render import EPOCH
 from inferctl.models import image_source, untrusted
@@ -66,7 +67,7 @@ def push(
     request = buildx.BuildRequest(
         send=lambda stream: _write_context(stream, folder.path, text, layers),
         build_args={"SOURCE_DATE_EPOCH": str(EPOCH)},
-        platforms=(PLATFORM,),
+        platform=PLATFORM,
         outputs=(f"{output},push=true,compression=uncompressed,force-compression=true,oci-mediatypes=true",)
         if builder.exports
         else (output,),
@@ -90,7 +91,7 @@ def push(
     try:
         digest = yield from retrying(attempt, reference, attempts if builder.exports else 1)
         if not builder.exports:
-            digest = (yield from engine.push(reference, attempts)).digest
+            digest = yield from engine_push(reference)
     finally:
         engine.untag(reference)  # buildx names the image in the engine, too
     found = inspect(f"{split(reference)[0]}@{digest}")

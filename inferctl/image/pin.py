@@ -1,7 +1,7 @@
 """Pins a spec: writes the commit of its hub model and the digest of its base into the YAML file.
 
-The file keeps its comments, order and quotes. Each edit replaces one value or inserts one line, and the result is
-parsed and checked. A YAML library that writes whole documents would change indentation and quotes.
+The file keeps its comments, order and quotes. Each edit replaces the value in one line or inserts one, and the result
+is parsed and checked. A YAML library that writes whole documents would change indentation and quotes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 from inferctl.config import settings
 from inferctl.config.spec import Spec
-from inferctl.core.errors import InferctlError, SpecError, UsageError
+from inferctl.core.errors import SpecError, UsageError
 from inferctl.facts.catalog import BaseImage
 from inferctl.models.image_source import is_image
 from inferctl.models.model import is_hub_id
@@ -24,7 +24,6 @@ _PLAIN = re.compile(r"[A-Za-z0-9][\w./:@+-]*")
 MODEL, MODEL_IMAGE, BASE = "model.revision", "model.source", "image.base_image"
 # Key -> the key below which it is inserted.
 _AFTER = {"revision": "source", "base_image": "base"}
-_BLOCK = ("|", ">")
 
 
 @dataclass(frozen=True)
@@ -75,87 +74,41 @@ def _tagged(name: str) -> bool:
 def edit(text: str, changes: Mapping[str, str], file: str) -> str:
     """Return `text` (a spec) with `changes` (dotted path of two keys -> value). Nothing else changes.
 
-    Raises `UsageError` if the YAML style of the file prevents the edit.
+    Raises `UsageError` if a section or value is not on lines of its own.
     """
-    before = settings.parse(text, file).data
-    edited, expected = text, dict(before)
-    for path, value in changes.items():
-        section, key = path.split(".")
-        expected[section] = {**(expected.get(section) or {}), key: value}
+    edited, expected = text, dict(settings.parse(text, file).data)
     try:
         for path, value in changes.items():
-            edited = _set(edited, *path.split("."), value=value, file=file)
+            section, key = path.split(".")
+            expected[section] = {**(expected.get(section) or {}), key: value}
+            edited = _set(edited, section, key, value, file)
         correct = settings.parse(edited, file).data == expected
-    except (yaml.YAMLError, SpecError):
+    except SpecError:
         correct = False
     if not correct:
-        raise _not_editable(file, " and ".join(changes))
+        paths = " and ".join(changes)
+        raise UsageError(
+            f"{file}: inferctl cannot edit {paths} in this YAML style", f"set {paths} in the file yourself"
+        )
     return edited
 
 
-def _set(text: str, section: str, key: str, *, value: str, file: str) -> str:
-    """Return `text` with `value` for `section.key`: replaced, inserted into the section, or in a new section."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+def _set(text: str, section: str, key: str, value: str, file: str) -> str:
+    """Return `text` with `value` for `section.key`: replaced in its line, or on a new line. `edit` checks the result."""
+    at = settings.parse(text, file).lines
+    lines = text.splitlines(keepends=True)
     newline = "\r\n" if "\r\n" in text else "\n"
     # YAML would read a commit of digits only as a number.
-    scalar_text = value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else f'"{value}"'
-    assert isinstance(root, yaml.MappingNode)
-    found = _child(root, section)
-    if found is None:
-        if root.flow_style:
-            return _insert_flow(text, root, section, f"{{{key}: {scalar_text}}}")
-        return _append(text, root, f"{section}:{newline}  {key}: {scalar_text}", newline)
-    name, inner = found
-    if inner.start_mark.index < name.end_mark.index or not isinstance(inner, yaml.MappingNode | yaml.ScalarNode):
-        raise _not_editable(file, f"{section}.{key}")  # an alias: the anchored value is used elsewhere too
-    if isinstance(inner, yaml.ScalarNode):  # `image:` without a value
-        at = text.index(":", name.end_mark.index) + 1
-        return f"{text[:at]} {{{key}: {scalar_text}}}{text[max(at, inner.end_mark.index) :]}"
-    old = _child(inner, key)
-    if old is not None:
-        label, scalar = old
-        if (
-            scalar.start_mark.index < label.end_mark.index
-            or not isinstance(scalar, yaml.ScalarNode)
-            or (scalar.style in _BLOCK)
-        ):
-            raise _not_editable(file, f"{section}.{key}")
-        start, end = scalar.start_mark.index, scalar.end_mark.index
-        if start == end:  # `revision:` without a value
-            start = end = text.index(":", label.end_mark.index) + 1
-            scalar_text = f" {scalar_text}"
-        return text[:start] + scalar_text + text[end:]
-    if inner.flow_style:
-        return _insert_flow(text, inner, key, scalar_text)
-    neighbor = _child(inner, _AFTER[key])
-    if neighbor and isinstance(neighbor[1], yaml.ScalarNode) and neighbor[1].style not in _BLOCK:
-        line_end = re.compile(r"\r?$", re.MULTILINE).search(text, neighbor[1].end_mark.index)
-        assert line_end is not None
-        indent = " " * neighbor[0].start_mark.column
-        return f"{text[: line_end.start()]}{newline}{indent}{key}: {scalar_text}{text[line_end.start() :]}"
-    first = inner.value[0][0].start_mark
-    return f"{text[: first.index]}{key}: {scalar_text}{newline}{' ' * first.column}{text[first.index :]}"
-
-
-def _child(node: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node] | None:
-    """Return the nodes of `key` and its value, None if the mapping has no such key."""
-    return next(((name, value) for name, value in node.value if name.value == key), None)
-
-
-def _insert_flow(text: str, node: yaml.MappingNode, key: str, value: str) -> str:
-    """Return `text` with `key: value` as the first entry of a mapping in braces."""
-    at = text.index("{", node.start_mark.index) + 1
-    return f"{text[:at]}{key}: {value}{', ' if node.value else ''}{text[at:]}"
-
-
-def _append(text: str, root: yaml.MappingNode, entry: str, newline: str) -> str:
-    """Return `text` with `entry` after its last line, before a document end marker."""
-    end = re.search(r"^\.\.\.\s*$", text, re.MULTILINE)
-    head, tail = (text[: end.start()], text[end.start() :]) if end else (text, "")
-    if head and not head.endswith(("\n", "\r\n")):
-        head += newline
-    return f"{head}{entry}{newline}{tail}"
-
-
-def _not_editable(file: str, path: str) -> InferctlError:
-    return UsageError(f"{file}: inferctl cannot edit {path} in this YAML style", f"set {path} in the file yourself")
+    scalar = value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else f'"{value}"'
+    if number := at.get((section, key)):
+        old = rf"""^(\s*{key}:)[ \t]*(?:"[^"]*"|'[^']*'|[^\s#]*)"""
+        lines[number - 1] = re.sub(old, lambda found: f"{found[1]} {scalar}", lines[number - 1])
+        return "".join(lines)
+    if lines and not lines[-1].endswith("\n"):
+        lines[-1] += newline
+    if (section,) not in at:
+        return "".join([*lines, f"{section}:{newline}  {key}: {scalar}{newline}"])
+    inner = [lines[number - 1] for path, number in at.items() if path[:1] == (section,) and len(path) == 2]
+    indent = re.match(r"[ \t]*", inner[0])[0] if inner else "  "  # type: ignore[index]  # it matches every text
+    lines.insert(at.get((section, _AFTER[key]), at[(section,)]), f"{indent}{key}: {scalar}{newline}")
+    return "".join(lines)

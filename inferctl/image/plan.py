@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.config.spec import Spec
-from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
-from inferctl.core.sizes import size
 from inferctl.facts.catalog import BaseImage, Stack
-from inferctl.image import lint, locks, model_image, size_forecast
+from inferctl.image import model_image, size_forecast
 from inferctl.image.from_spec import local_model, task_of
 from inferctl.image.image_name import host_of
 from inferctl.image.records import ATTEMPTS, READY_SECONDS
@@ -34,25 +32,19 @@ class BuildOptions:
 
     push: bool = False
     verify: bool = True
-    platforms: tuple[str, ...] = ()
     cache_to: tuple[str, ...] = ()
     cache_from: tuple[str, ...] = ()
-    oci: Path | None = None
-    metadata_file: Path | None = None
     references: tuple[str, ...] = ()
     secrets: Mapping[str, Path] = field(default_factory=dict)
     network: str | None = None
     allow_floating: bool = False
-    max_bytes: int | None = None
     expected: str | None = None
-    builder: str | None = None
     no_cache: bool = False
     pull: bool = False
     provenance: bool = True
     sbom: bool = True
     ready_seconds: float = READY_SECONDS
     attempts: int = ATTEMPTS
-    spec_file: Path | None = None
     today: datetime.date = field(default_factory=datetime.date.today)
 
 
@@ -88,11 +80,6 @@ class BuildPlan:
         weights = self.spec.model.weights
         return (weights == "mount" and self.options.verify) or (weights == "bake" and "model" in self.rendered.contexts)
 
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        """The platforms to build for, such as `linux/amd64`."""
-        return platforms_of(self.spec, self.options)
-
     def document(self) -> dict[str, Any]:
         """Return the plan as JSON data, for `--dry-run --json`."""
         mirror = self.spec.image.base_image
@@ -100,7 +87,7 @@ class BuildPlan:
         return {
             "reference": self.reference,
             "references": list(self.references),
-            "platforms": list(self.platforms),
+            "platforms": [self.spec.image.platform],
             "base": {"key": self.base.key, "reference": mirror or self.base.reference, "digest": digest},
             "stack": self.stack.key,
             "dockerfile": self.rendered.dockerfile,
@@ -114,21 +101,12 @@ class BuildPlan:
     def steps(self) -> list[str]:
         """Return the steps of `run`, one line per step."""
         options = self.options
-        scope = " (the engine's platform only)" if len(self.platforms) > 1 else ""
         return [
-            f"build for {', '.join(self.platforms)} on {self.base.key} with {self.stack.key}",
-            f"verify: start the image, send eight texts, compare with fp32{scope}"
-            if options.verify
-            else "verify: skipped",
+            f"build for {self.spec.image.platform} on {self.base.key} with {self.stack.key}",
+            "verify: start the image, send eight texts, compare with fp32" if options.verify else "verify: skipped",
             *(f"tag {reference}" for reference in self.references),
-            *([f"write {options.oci}"] if options.oci else []),
             *(f"push to {host}" for host in dict.fromkeys(map(host_of, self.references)) if options.push),
         ]
-
-
-def platforms_of(spec: Spec, options: BuildOptions) -> tuple[str, ...]:
-    """Return the platforms of the command line, or by default the platform of the spec."""
-    return options.platforms or (spec.image.platform,)
 
 
 def plan(
@@ -141,18 +119,15 @@ def plan(
 ) -> BuildPlan:
     """Plan a build, without the engine and without weights.
 
-    Raises `UsageError` for an unavailable platform or a file that cannot be written, `InferctlError` for an unpinned
-    revision, a secret in the Dockerfile, or a forecast above the size limit.
+    Raises `UsageError` for an unavailable platform, `InferctlError` for an unpinned revision.
     """
-
-    _check_outputs(options)
     if options.push and not options.references and not spec.image.repository:
         raise UsageError(
             f"--push requires a repository: {spec.repository}:{rendered.tag} is a local name",
             "set `image.repository`, such as registry.example.com/team/name, or pass `--tag`",
         )
     hub = is_hub_id(spec.model.source)
-    findings = _check(spec, base, stack, rendered, options, hub)
+    findings = _check(spec, base, stack, options, hub)
     baked = spec.model.weights == "bake"
     forecast = size_forecast.forecast(
         base,
@@ -160,15 +135,10 @@ def plan(
         locks=tuple(
             Path(name).stem for name, text in rendered.files.items() if name.startswith("locks/") and b"==" in text
         ),
-        wheels=wheel_sizes(rendered, Path(spec.image.wheels)) if spec.image.wheels else None,
         weights=_weights(spec) if baked else None,
         server=sum(file.stat().st_size for file in server_files.values()),
-        zstd=spec.image.compression == "zstd",
         base_image=spec.image.base_image,
     )
-    if options.max_bytes is not None:
-        size_forecast.check_limit(forecast, options.max_bytes, stack.cuda)
-        findings += [] if forecast.complete else [_incomplete_forecast(forecast)]
     references = options.references or (f"{spec.repository}:{rendered.tag}",)
     task = task_of(spec, local_model(spec))
     return BuildPlan(
@@ -198,14 +168,9 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
     return size_forecast.ImagePart("weights", found.bytes, place)
 
 
-def _check(
-    spec: Spec, base: BaseImage, stack: Stack, rendered: Rendered, options: BuildOptions, hub: bool
-) -> list[fit.Finding]:
+def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions, hub: bool) -> list[fit.Finding]:
     """Return the warnings about the image. Raises an error for findings that prevent the build."""
-    findings = fit.check_image(
-        spec, base, stack, hub_model=hub, today=options.today, platforms=platforms_of(spec, options)
-    )
-    findings += lint.secrets_in_dockerfile(rendered.dockerfile)
+    findings = fit.check_image(spec, base, stack, hub_model=hub, today=options.today)
     impossible = [f for f in findings if f.level == "error" and f.topic in ("platform", "python")]
     if impossible:
         raise UsageError("\n".join(f"{f.what}: {f.why}" for f in impossible), impossible[0].hint)
@@ -218,35 +183,3 @@ def raise_for(findings: list[fit.Finding]) -> None:
     """Raise `InferctlError` if there are findings."""
     if findings:
         raise InferctlError("\n".join(f"{f.what}: {f.why}" for f in findings), findings[0].hint)
-
-
-def _incomplete_forecast(forecast: size_forecast.SizeForecast) -> fit.Finding:
-    unknown = ", ".join(forecast.unknown)
-    why = f"the size of {unknown} is unknown; the other parts have {size(forecast.total)} (compressed)"
-    return fit.Finding(
-        "warn", "size", "image.max_size is checked only after the build", why, "`--dry-run` lists the parts"
-    )
-
-
-def _check_outputs(options: BuildOptions) -> None:
-    """Raise `UsageError` if an output file cannot be written."""
-    inputs = [*options.secrets.values(), *filter(None, [options.spec_file])]
-    for file, option in ((options.oci, "--output oci=FILE"), (options.metadata_file, "--metadata-file")):
-        if file is not None:
-            outputs.check(file, option, inputs=inputs)
-
-
-def wheel_sizes(rendered: Rendered, folder: Path) -> dict[str, int]:
-    """Return the bytes of the wheels in `folder` by closure, for the closures with a wheel for each package."""
-    largest: dict[tuple[str, str], int] = {}
-    for wheel in folder.glob("*.whl"):
-        name, version = wheel.name.split("-")[:2]
-        key = (locks.normalize(name), version)
-        largest[key] = max(largest.get(key, 0), wheel.stat().st_size)
-    sizes = {}
-    for file, text in rendered.files.items():
-        if file.startswith("locks/"):
-            wanted = locks.versions(text.decode()).items()
-            if all(item in largest for item in wanted):
-                sizes[Path(file).stem] = sum(largest[item] for item in wanted)
-    return sizes

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from inferctl.image.events import BuildEvent, StepBytes, StepFinished, StepLog, StepStarted, StepWaiting
+from inferctl.image.events import BuildEvent, StepBytes, StepFinished, StepLog, StepStarted
 
 # BuildKit first reports the cache lookup of a step, which takes microseconds, and then the step itself.
 _LOOKUP_SECONDS = 0.001
@@ -29,7 +29,6 @@ _STATUS_KEYS = frozenset({"vertexes", "statuses", "logs", "warnings"})
 class _Step:
     name: str = ""
     started: bool = False
-    running: bool = False
     finished: bool = False
     lookup: StepFinished | None = None
     transfers: dict[str, int] = field(default_factory=dict)
@@ -78,11 +77,6 @@ class Reader:
                 step.finished = True
                 yield step.lookup
 
-    def waiting(self, seconds: float) -> StepWaiting:
-        """Return the event for `seconds` without progress."""
-        running = [(digest, step.name) for digest, step in self._steps.items() if step.running]
-        return StepWaiting(*(running[-1] if running else ("", "")), seconds)
-
     def failed_step(self) -> tuple[str, list[str]] | None:
         """Return the name and last log lines of the first failed step, None without a failure."""
         if self._failed is None:
@@ -121,7 +115,6 @@ class Reader:
     def _vertex(self, vertex: dict[str, Any]) -> Iterator[BuildEvent]:
         digest = str(vertex.get("digest", ""))
         step = self._steps[digest]
-        step.running = bool(vertex.get("started") and not vertex.get("completed"))
         if not vertex.get("started"):
             return
         if not step.started:

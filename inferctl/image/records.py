@@ -9,8 +9,6 @@ from typing import Any
 # Defaults of a build and of its verification: seconds until the server in a container is ready, and pushes of a name.
 READY_SECONDS = 900.0
 ATTEMPTS = 4
-# Version of the engine's API from which containers mount images: Docker Engine 28.0.
-_IMAGE_MOUNTS_API = (1, 48)
 _CDI_GPU = "nvidia.com/gpu"
 # Name of the container toolkit for all NVIDIA GPUs of the machine.
 CDI_ALL_GPUS = f"{_CDI_GPU}=all"
@@ -18,17 +16,13 @@ CDI_ALL_GPUS = f"{_CDI_GPU}=all"
 
 @dataclass(frozen=True)
 class DockerInfo:
-    """Facts about a Docker Engine. `platform` is such as `linux/amd64`. `cdi_gpu`: whether it has CDI NVIDIA GPUs.
-
-    `image_mounts`: whether containers can mount the files of another image.
-    """
+    """Facts about a Docker Engine. `platform` is such as `linux/amd64`. `cdi_gpu`: whether it has CDI NVIDIA GPUs."""
 
     version: str
     platform: str
     containerd_store: bool
     runtimes: tuple[str, ...]
     cdi_gpu: bool
-    image_mounts: bool = False
 
     @property
     def gpu(self) -> bool:
@@ -54,20 +48,11 @@ class ImageInfo:
 
 
 @dataclass(frozen=True)
-class LayerInfo:
-    """One row in the history of an image: its instruction and its uncompressed bytes."""
-
-    created_by: str
-    size: int
-
-
-@dataclass(frozen=True)
 class ContainerOptions:
     """The options of a container.
 
     `mounts`: path in the container -> host path, read-only. `volumes`: path in the container -> named volume.
-    `images`: path in the container -> image of the engine, whose files are there, read-only.
-    `scratch`: additional paths in memory. `network`: `host`, `none`, or None for the bridge network of the engine.
+    `network`: `host`, `none`, or None for the bridge network of the engine.
     `port`: port of the container that is published at `host`:`host_port` (0 selects a free port); not with `network`.
     """
 
@@ -76,7 +61,6 @@ class ContainerOptions:
     environment: Mapping[str, str] | None = None
     mounts: Mapping[str, str] | None = None
     volumes: Mapping[str, str] | None = None
-    images: Mapping[str, str] | None = None
     port: int | None = None
     host: str = "127.0.0.1"
     host_port: int = 0
@@ -84,7 +68,6 @@ class ContainerOptions:
     gpu: bool = False
     stdin: bool = False
     labels: Mapping[str, str] | None = None
-    scratch: tuple[str, ...] = ()
     memory_bytes: int | None = None
 
 
@@ -108,7 +91,6 @@ def read_engine(info: Mapping[str, Any], version: Mapping[str, Any]) -> DockerIn
         containerd_store=str(status.get("driver-type", "")).startswith("io.containerd.snapshotter"),
         runtimes=tuple(sorted(info.get("Runtimes") or {})),
         cdi_gpu=any(device.partition("=")[0] == _CDI_GPU for device in devices),
-        image_mounts=tuple(map(int, str(version["ApiVersion"]).split("."))) >= _IMAGE_MOUNTS_API,
     )
 
 

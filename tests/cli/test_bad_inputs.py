@@ -103,12 +103,10 @@ CASES: dict[str, tuple[int, Callable[[Path], list[str]]]] = {
     "bench-url-without-a-name": (2, bare("bench", "--url", "localhost")),
     "verify-url-without-a-library": (2, bare("verify", "--url", "http://127.0.0.1:9")),
     "bench-url-not-answering": (3, bare("bench", "--url", "t4=http://127.0.0.1:9", "--plan", "quick")),
-    "size-not-understood": (2, with_spec("build", "--dry-run", "--max-size", "six")),
-    "image-larger-than-allowed": (1, with_spec("build", "--dry-run", "--no-verify", "--max-size", "1GB")),
     "floating-revision-refused": (1, with_spec("build", "--dry-run", text=SPEC + "  weights: bake\n")),
     "tag-not-a-name": (2, with_spec("build", "--dry-run", "--no-verify", "--tag", "Bad Name")),
     "docker-down": (3, with_spec("build", "--no-verify")),
-    "push-without-docker": (3, bare("push", "registry.example.com/ml/m:1")),
+    "pull-without-docker": (3, bare("pull", "registry.example.com/ml/m:1")),
 }
 
 

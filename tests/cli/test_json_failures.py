@@ -45,7 +45,7 @@ def failure(capsys: Captured, *arguments: str) -> tuple[int, dict[str, Any]]:
         (["compare", "A", "B"], 2),
         (["capacity", "absent.json"], 2),
         (["estimate"], 2),
-        (["push", "registry.example.com/ml/m:1"], 3),
+        (["pull", "registry.example.com/ml/m:1"], 3),
         (["bench", "--url", "t4=http://127.0.0.1:9", "--plan", "quick"], 3),
     ],
 )

@@ -58,7 +58,7 @@ SPECS: dict[str, Content] = {
     "half a surrogate": 'name: "\\ud800"\nmodel: {source: org/m}\n',
     "registry in upper case": SPEC + "image: {repository: MyOrg/m}\n",
     "repository with a tag": SPEC + "image: {repository: org/m:1}\n",
-    "negative size": SPEC + "image: {max_size: -1GB}\n",
+    "negative size": SPEC + "cache: {size: -1GB}\n",
     "10,000 unknown keys": SPEC + "".join(f"k{number}: 1\n" for number in range(10_000)),
 }
 PLANS: dict[str, Content] = {
@@ -171,7 +171,6 @@ LINES: dict[str, tuple[int, str]] = {
     "plan that is a folder": (2, f"{BENCH} --plan ./m"),
     "plan that is a URL": (2, f"{BENCH} --plan http://x/y.yaml"),
     "secret that is not there": (2, "build --dry-run --model org/m --pip-conf none"),
-    "archive without a name": (2, "build --dry-run --model org/m --output oci="),
     "tag without a name": (2, "build --dry-run --model org/m --tag="),
     "entry without a name": (2, "catalog hardware ="),
     "spec that is a device": (2, "check --spec /dev/null"),

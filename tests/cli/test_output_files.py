@@ -29,8 +29,6 @@ FILES = {
     "bench-report": "bench --url a=http://127.0.0.1:9 --report {}",
     "compare": "compare A B --output {}",
     "capacity": "capacity absent.json --output {}",
-    "metadata": "build --no-verify --metadata-file {}",
-    "archive": "build --no-verify --output oci={}",
 }
 FOLDERS = {"lock": "lock --output {}", "render": "render --output {}", "init": "init {} --force"}
 
@@ -109,9 +107,6 @@ def test_a_pipe_is_refused_and_stays(command: str, tmp_path: Path, capsys: Captu
         ("bench --spec other.yaml --report {}", "other.yaml"),
         ("bench --corpus ./texts.jsonl --report {}", "texts.jsonl"),
         ("bench --model ./weights --report {}", "weights/config.json"),
-        ("build --no-verify --metadata-file {}", "inferctl.yaml"),
-        ("build --no-verify --output oci={}", "inferctl.yaml"),
-        ("build --no-verify --pip-conf pip.conf --metadata-file {}", "pip.conf"),
     ],
 )
 def test_an_input_is_never_overwritten(command: str, place: str, tmp_path: Path, capsys: Captured) -> None:
@@ -119,7 +114,7 @@ def test_an_input_is_never_overwritten(command: str, place: str, tmp_path: Path,
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "weights").mkdir()
-    for name in ("other.yaml", "weights/config.json", "pip.conf"):
+    for name in ("other.yaml", "weights/config.json"):
         (tmp_path / name).write_text(SPEC)
     (tmp_path / "link").symlink_to("old.json")
     before = (tmp_path / place).read_text()

@@ -76,7 +76,7 @@ def test_a_file_that_is_not_a_mapping_is_an_error(text: str, line: int | None, w
         (f"{GOOD}image: {{repository: Team/MiniLM}}", 4, "not a valid repository", ""),
         (f"{GOOD}image: {{repository: 'host/team/m:v1'}}", 4, "not a valid repository", ""),
         (f"{GOOD}image: {{tag: 1.0}}", 4, "expected text, got the number 1.0", ""),
-        (f"{GOOD}image: {{max_size: six}}", 4, "not a valid max size", ""),
+        (f"{GOOD}cache: {{size: six}}", 4, "not a valid size", ""),
         (f"{GOOD}serve: {{drain_seconds: .inf}}", 4, "must be a finite number", ""),
         (f"{GOOD}serve: &a [*a]", 4, "serve.0 contains itself", ""),
         *((f"{GOOD}serve: {{port: {port}}}", 4, "must be a valid integer", "") for port in ("1:30", "0x10", "0b11")),

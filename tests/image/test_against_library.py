@@ -18,7 +18,7 @@ from inferctl.bench.load.target import ServerConnection, connect
 from inferctl.core.errors import InferctlError
 from inferctl.image import library, verify
 from inferctl.image.output_checks import QUERY
-from inferctl.image.records import ContainerState, ImageInfo
+from inferctl.image.records import ContainerState, DockerInfo, ImageInfo
 from inferctl.models import reference_process
 from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.output_vectors import decode
@@ -258,8 +258,12 @@ def agree(folder: Path, texts: list[str]) -> bool:
 class HostEngine:
     """An engine whose containers are processes of this machine, with a server that runs already."""
 
-    def __init__(self, server: ServerProcess, model: Path) -> None:
-        self.server, self.model, self.id = server, model, "host"
+    def __init__(self, server: ServerProcess, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model, self.id = model, "host"
+        monkeypatch.setattr(verify, "free_port", lambda: int(server.url.rpartition(":")[2]))
+
+    def info(self) -> DockerInfo:
+        return DockerInfo("28", "linux/amd64", True, (), cdi_gpu=False)
 
     def start(self, *_: Any) -> HostEngine:
         return self
@@ -268,9 +272,6 @@ class HostEngine:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-
-    def host_port(self, _: int) -> int:
-        return int(self.server.url.rpartition(":")[2])
 
     def state(self) -> ContainerState:
         return ContainerState(True, None, False, "")
@@ -285,9 +286,13 @@ class HostEngine:
 
 @pytest.mark.slow
 def test_the_verification_of_an_image_compares_with_the_library(
-    right: Callable[[str], Path], computed_once: None, server: ServerProcess, tmp_path: Path
+    right: Callable[[str], Path],
+    computed_once: None,
+    server: ServerProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine: Any = HostEngine(server, right("embed"))
+    engine: Any = HostEngine(server, right("embed"), monkeypatch)
     image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
     wrong, unloadable = tmp_path / "wrong", tmp_path / "unloadable"
     for folder in (wrong, unloadable):
@@ -322,10 +327,13 @@ def test_the_verification_of_an_image_compares_with_the_library(
 
 @pytest.mark.slow
 def test_the_verification_of_an_image_compares_the_scores_of_a_classifier(
-    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
+    right: Callable[[str], Path],
+    computed_once: None,
+    serve: Callable[..., ServerProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = right("classify")
-    engine: Any = HostEngine(serve("--model", str(model), *FP32), model)
+    engine: Any = HostEngine(serve("--model", str(model), *FP32), model, monkeypatch)
     image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
     running = verify.verify(engine, image, verify.VerifyOptions(None, library_model=model))
     with pytest.raises(StopIteration) as end:

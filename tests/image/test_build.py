@@ -18,21 +18,19 @@ from typing import Any
 
 import pytest
 
-from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
-from inferctl.image import build, buildx, publish
+from inferctl.image import build, publish, registry
 from inferctl.image.build import Built
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import Event, LayerPush, Note, Phase, StepFinished, StepLog
+from inferctl.image.events import Event, Note, Phase, StepFinished, StepLog
 from inferctl.image.from_spec import task_of
 from inferctl.image.plan import BuildPlan
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.running_container import exit_error
-from inferctl.image.size_forecast import ImagePart, SizeForecast
 from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
-from tests.image import sharded, tiny
+from tests.image import tiny
 from tests.processes import inferctl
 
 pytestmark = pytest.mark.docker
@@ -85,9 +83,6 @@ def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image:
     assert found is not None
     assert found.id == built.image
     assert built.digest is None
-    assert [layer.created_by for layer in built.layers if layer.created_by.startswith("COPY")] == [
-        "COPY --link app /app"
-    ]
 
 
 @pytest.mark.parametrize("task", ["generate", "auto"])
@@ -140,57 +135,15 @@ def test_an_optional_cache_export_is_skipped_if_the_builder_cannot_do_it(docker:
     assert [event for event in events if isinstance(event, Note) and "cache" in event.text]
 
 
-def test_the_pushed_image_is_the_verified_one_and_a_second_push_sends_little(
-    docker: DockerEngine, base_image: str
-) -> None:
+def test_the_pushed_image_is_the_verified_one(docker: DockerEngine, base_image: str) -> None:
     name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
-    image = tiny.rendered(base_image)
-    # A layer that no other repository has, so that it is sent and not mounted.
-    image = replace(image, files={**image.files, "app/unique.txt": uuid.uuid4().bytes})
-    made = tiny.with_options(tiny.plan(image, name=name), push=True)
-    events, built = run(docker, made)
-    assert built.digest is not None
+    events, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), push=True))
+    assert built.digest is not None and built.compressed is not None
     assert built.digest.startswith(name.removesuffix(":x") + "@sha256:")
-    assert built.pushed is not None
-    assert built.compressed is not None
-    assert 0 < built.pushed < built.compressed
-    assert any(isinstance(event, LayerPush) and event.status == "pushed" for event in events)
-    again = replace(tiny.rendered(base_image), files={**made.rendered.files, "app/note.txt": b"changed"})
-    _, second = run(docker, tiny.with_options(tiny.plan(again, name=name), push=True, verify=False))
-    assert second.digest != built.digest
-    assert second.pushed is not None
-    assert second.pushed < 10_000
-
-
-@pytest.mark.parametrize(
-    ("weights", "source", "counted"),
-    [
-        ({"image": "registry.example.com/m:1"}, "model", True),
-        ({"pvc": "claim"}, "model", False),
-        ({"image": "registry.example.com/m:1"}, "none", None),
-    ],
-)
-def test_a_cold_start_counts_the_model_image_that_is_mounted(
-    docker: DockerEngine,
-    base_image: str,
-    tmp_path: Path,
-    weights: dict[str, str],
-    source: str,
-    counted: bool | None,
-) -> None:
-    model = sharded.write(tmp_path / "model")
-    made = tiny.plan(tiny.rendered(base_image), name=f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x")
-    document = made.spec.model_dump() | {"model": {"source": str(tmp_path / source)}, "deploy": {"weights": weights}}
-    _, built = run(
-        docker, tiny.with_options(replace(made, spec=Spec.model_validate(document)), push=True, verify=False)
-    )
-    if counted is None:
-        assert built.cold_start == ()
-        return
-    assert built.compressed is not None
-    added = ModelFolder(model).weights_bytes if counted else 0
-    assert [part.name for part in built.cold_start] == ["pull", "unpack"]
-    assert built.cold_start[0].seconds == pytest.approx((built.compressed + added) / 100e6)
+    assert 0 < built.compressed < built.size
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("no provenance" in note for note in notes) is not docker.info().containerd_store
+    assert docker.info().containerd_store or any(": Pushed" in note or ": Mounted from" in note for note in notes)
 
 
 def test_every_name_of_an_image_is_tagged_and_pushed_under_one_digest(docker: DockerEngine, base_image: str) -> None:
@@ -202,7 +155,7 @@ def test_every_name_of_an_image_is_tagged_and_pushed_under_one_digest(docker: Do
     assert len({digest.partition("@")[2] for digest in built.digests}) == 1
     for name in names:
         assert docker.image(name).id == built.image  # type: ignore[union-attr]
-        assert buildx.manifest(name, docker.info().platform)["config"]["digest"] == built.image
+        assert registry.manifest(name, docker.info().platform)["config"]["digest"] == built.image
 
 
 def test_if_the_push_of_one_name_fails_all_names_keep_their_image(docker: DockerEngine, base_image: str) -> None:
@@ -211,7 +164,7 @@ def test_if_the_push_of_one_name_fails_all_names_keep_their_image(docker: Docker
     refused = f"127.0.0.1:1/inferctl-test/{uuid.uuid4().hex[:12]}:x"
     made = replace(tiny.plan(tiny.rendered(base_image, "nan")), references=(name, refused))
     with pytest.raises(InferctlError):
-        run(docker, tiny.with_options(made, push=True, verify=False, attempts=1))
+        run(docker, tiny.with_options(made, push=True, verify=False))
     assert docker.image(name).id == before.image  # type: ignore[union-attr]
     assert docker.image(refused) is None
 
@@ -219,11 +172,7 @@ def test_if_the_push_of_one_name_fails_all_names_keep_their_image(docker: Docker
 @pytest.mark.parametrize(
     ("behaviour", "what"),
     [
-        ("nan", "the vector of text 4 has NaN or infinity in 1 of 32 numbers"),
         ("far", r"the vector of text 6 differs from the fp32 reference .* required 0.999"),
-        ("short", "the vector of text 3 has 31 numbers"),
-        ("rerank-nan", "the score of text 2 is NaN or infinity"),
-        ("rerank-far", r"the score of text 2 differs from the fp32 reference .* the limit is 0.02"),
         ("rerank-short", "the server returned 7 scores for 8 texts"),
         ("swapped", "other weights"),
         ("refuses", "/v1/embeddings returned 422: .*no thanks"),
@@ -256,8 +205,8 @@ def test_weights_that_only_their_owner_can_read_are_an_error(
 
 
 def test_an_image_that_is_never_ready_fails_with_its_log(docker: DockerEngine, base_image: str) -> None:
-    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "slow")), ready_seconds=2.0)
-    with pytest.raises(InferctlError, match=r"(?s)not ready within 2 s.*tiny server: slow") as caught:
+    made = tiny.with_options(tiny.plan(tiny.rendered(base_image, "slow")), ready_seconds=8.0)
+    with pytest.raises(InferctlError, match=r"(?s)not ready within 8 s.*tiny server: slow") as caught:
         run(docker, made)
     assert "--ready-timeout" in (caught.value.hint or "")
 
@@ -270,11 +219,6 @@ def test_after_a_failed_verification_the_tag_keeps_its_image(docker: DockerEngin
     found = docker.image(good.reference)
     assert found is not None
     assert found.id == built.image
-
-
-def test_without_verification_a_broken_image_is_tagged(docker: DockerEngine, base_image: str) -> None:
-    _, built = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image, "nan")), verify=False))
-    assert built.verified is None
 
 
 def test_an_image_that_runs_as_root_is_rejected(docker: DockerEngine, base_image: str) -> None:
@@ -295,7 +239,6 @@ def test_the_platform_of_the_spec_is_used(docker: DockerEngine, base_image: str)
     [
         ("RUN echo reading the lock; exit 7", r"(?s)failed in \[2/.*reading the lock", "inferctl render", 1),
         ("RUN dd if=/dev/zero of=/dev/full bs=1k count=1", "disk is full", "docker builder prune", 3),
-        ("COPY nothing /x", "nothing", "inferctl render", 1),
     ],
 )
 def test_a_step_that_fails(docker: DockerEngine, base_image: str, line: str, what: str, hint: str, code: int) -> None:
@@ -310,7 +253,6 @@ def test_a_step_that_fails(docker: DockerEngine, base_image: str, line: str, wha
     ("base", "what"),
     [
         (f"{REGISTRY}/inferctl-test/none:1", "not found"),
-        (f"{REGISTRY}/inferctl-test/none@sha256:{'0' * 64}", "not found"),
         ("localhost:1/none:1", "registry localhost:1 is unreachable"),
     ],
 )
@@ -331,17 +273,6 @@ def test_closing_a_build_stops_it_and_tags_nothing(docker: DockerEngine, base_im
     assert docker.image(made.reference) is None
 
 
-def test_an_image_above_the_size_limit_is_not_tagged(docker: DockerEngine, base_image: str) -> None:
-    unknown = SizeForecast((ImagePart("base image", None, "not known"),))
-    made = replace(tiny.plan(tiny.rendered(base_image)), forecast=unknown)
-    with pytest.raises(InferctlError, match=r"exceeds image.max_size 1\.0 MB") as caught:
-        run(docker, tiny.with_options(made, max_bytes=1_000_000))
-    assert caught.value.exit_code == 1
-    assert docker.image(made.reference) is None
-    assert _created("images") == []
-    run(docker, tiny.with_options(made, max_bytes=10**10))
-
-
 def test_an_engine_that_crashes_during_a_build_is_an_error(
     docker: DockerEngine, base_image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -360,19 +291,6 @@ def test_an_engine_that_crashes_during_a_build_is_an_error(
                 adapter.pools.clear()
 
 
-def test_if_metadata_cannot_be_written_the_error_names_the_built_image(
-    docker: DockerEngine, base_image: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False, metadata_file=folder / "x.json")
-    going = build.run(made, docker, docker.info())
-    with pytest.raises(NotReadyError, match=f"{made.reference} is built, but .* cannot be written"):
-        for event in going:
-            if isinstance(event, Phase) and event.name == "tag":
-                folder.rmdir()
-
-
 INDEX = {
     "schemaVersion": 2,
     "mediaType": "application/vnd.oci.image.index.v1+json",
@@ -389,7 +307,7 @@ IMAGE = ImageInfo("sha256:0", (), (), 0, "linux/amd64", "1", {}, (), (), {}, ())
 
 
 def confirm(host: str, digest: str) -> list[Event]:
-    return list(publish._confirm(f"{host}/inferctl-test/x:1", digest, IMAGE, f"sha256:{'1' * 64}", None))
+    return list(publish._confirm(f"{host}/inferctl-test/x@{digest}", IMAGE, f"sha256:{'1' * 64}"))
 
 
 def test_another_image_in_the_registry_is_an_error_and_an_unreachable_registry_a_note(engine: None) -> None:
@@ -429,7 +347,7 @@ def test_a_manifest_that_is_not_one_of_an_image_is_an_error(engine: None, body: 
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     headers = {"content_type": "application/vnd.oci.image.manifest.v1+json", "docker_content_digest": digest}
     with answering(200, content, **headers) as host, pytest.raises(InferctlError):
-        buildx.manifest(f"{host}/inferctl-test/x@{digest}", "linux/amd64")
+        registry.manifest(f"{host}/inferctl-test/x@{digest}", "linux/amd64")
 
 
 def test_a_push_without_login_fails_and_removes_the_tag(docker: DockerEngine, base_image: str) -> None:
@@ -495,11 +413,3 @@ def test_a_server_container_that_exits_ends_with_its_log_and_exit_code(docker: D
     assert "ended with exit code 1" in done.stderr
     assert "there is no such model" in done.stderr
     assert "hint: see the log above\n" in done.stderr
-
-
-def test_the_classic_engine_reports_missing_provenance(docker: DockerEngine, base_image: str) -> None:
-    info = docker.info()
-    name = f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:x"
-    events, _ = run(docker, tiny.with_options(tiny.plan(tiny.rendered(base_image), name=name), push=True, verify=False))
-    said = any(isinstance(event, Note) and "no provenance" in event.text for event in events)
-    assert said is not info.containerd_store

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from inferctl.core.errors import NotReadyError
 from inferctl.image import buildx, failures
-from inferctl.image.compression import Compression
 
 CLASSIC = buildx.Builder((0, 13, 1), "default", "docker", (), False)
 CONTAINERD = replace(CLASSIC, containerd_store=True)
@@ -19,29 +17,19 @@ CONTAINER = replace(CLASSIC, driver="docker-container")
 
 
 @pytest.mark.parametrize(
-    ("setting", "builder", "engine", "expected"),
+    ("builder", "engine", "expected"),
     [
-        ("auto", CONTAINERD, "26.1.5+dfsg1", Compression("zstd")),
-        ("auto", CONTAINER, "23.0.0", Compression("zstd")),
-        ("auto", CONTAINER, "20.10.25", Compression("gzip")),
-        ("auto", CONTAINER, "dev", Compression("gzip")),
-        ("auto", CLASSIC, "28", None),
-        ("gzip", CLASSIC, "28", None),
-        ("gzip", CONTAINERD, "28", Compression("gzip", every_layer=True)),
-        ("zstd", CONTAINERD, "28", Compression("zstd", every_layer=True)),
-        ("zstd", CONTAINER, "20.10.25", Compression("zstd", every_layer=True)),
+        (CONTAINERD, "26.1.5+dfsg1", "zstd"),
+        (CONTAINER, "23.0.0", "zstd"),
+        (CONTAINER, "20.10.25", "gzip"),
+        (CONTAINER, "dev", "gzip"),
+        (CLASSIC, "28", None),
     ],
 )
 def test_the_builder_and_the_engine_decide(
-    setting: Any, builder: buildx.Builder, engine: str, expected: Compression | None
+    builder: buildx.Builder, engine: str, expected: buildx.Compression | None
 ) -> None:
-    assert buildx.choose_compression(setting, builder, engine) == expected
-
-
-def test_the_classic_engine_cannot_push_zstd() -> None:
-    with pytest.raises(NotReadyError, match="classic image store cannot push zstd") as caught:
-        buildx.choose_compression("zstd", CLASSIC, "28")
-    assert "docker buildx create --use" in (caught.value.hint or "")
+    assert buildx.choose_compression(builder, engine) == expected
 
 
 def fields_of(value: str) -> dict[str, str]:
@@ -50,15 +38,15 @@ def fields_of(value: str) -> dict[str, str]:
 
 def test_images_and_caches_get_the_compression() -> None:
     caches = ("r/c:x", "type=registry,ref=r/c:x,ignore-error=true", "type=registry,ref=r/c:x,compression=gzip")
-    request = buildx.BuildRequest(Path("/c"), cache_to=(*caches, "type=gha"), compression=Compression("zstd"))
+    request = buildx.BuildRequest(Path("/c"), cache_to=(*caches, "type=gha"), compression="zstd")
     command = buildx.command(request, Path("/m.json"))
     assert "--load" not in command
     values = [fields_of(after) for option, after in itertools.pairwise(command) if option == "--cache-to"]
     assert [value.get("compression") for value in values] == ["zstd", "zstd", "gzip", None]
     assert all("force-compression" not in value for value in values), "a base is not uploaded to the cache"
 
-    def output(method: Any, every_layer: bool, *outputs: str) -> dict[str, str]:
-        made = replace(request, outputs=outputs, compression=Compression(method, every_layer))
+    def output(method: Any, force: bool, *outputs: str) -> dict[str, str]:
+        made = replace(request, outputs=outputs, compression=method, force_compression=force)
         command = buildx.command(made, Path("/m.json"))
         return fields_of(command[command.index("--output") + 1])
 

@@ -57,6 +57,10 @@ def test_each_round_starts_a_pulled_and_a_present_image(
 ) -> None:
     name = built()
     docker("push", "--quiet", name)
+    assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of " in printed and "empty store" not in printed, "the engine kept layers"
+    assert "deploy.load_s" in printed
     assert cli.run(["bench", "--start", name, "--repeats", "2", "--output", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     pulls = [start["pull"] for start in found["starts"]]
@@ -66,7 +70,7 @@ def test_each_round_starts_a_pulled_and_a_present_image(
     assert found["image"]["reference"] in docker("image", "inspect", name, "--format", "{{.RepoDigests}}")
     assert 0 < found["image"]["compressed_bytes"] < found["image"]["size_bytes"]
     assert [part["name"] for part in found["estimate"]] == ["pull", "unpack"]
-    assert json.loads(next(tmp_path.glob("start-*/start.json")).read_text()) == found
+    assert found in [json.loads(file.read_text()) for file in tmp_path.glob("start-*/start.json")]
     assert docker("ps", "--all", "--quiet", "--filter", f"ancestor={name}") == ""
 
 
@@ -91,13 +95,9 @@ def test_the_name_that_build_prints_is_measured_and_tags_are_kept(
 def test_an_image_in_no_registry_is_never_removed(
     built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = built()
+    name = built("locked")  # it asks for keys, which the request has not
     assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path), "--json"]) == 0
     assert [start["pull"] for start in json.loads(capsys.readouterr().out)["starts"]] == [None]
-
-
-def test_an_image_that_asks_for_keys_is_measured_without_them(built: Callable[..., str], tmp_path: Path) -> None:
-    assert cli.run(["bench", "--start", built("locked"), "--repeats", "1", "--output", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("problem", ["other image", "other name", "other digest", "in use", "ends", "wrong response"])
@@ -140,11 +140,7 @@ def test_an_image_that_cannot_be_measured_is_kept(
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [
-        (["a:b", "--users", "3"], "--users"),
-        *((["a:b", "--repeats", rounds], "--repeats") for rounds in ("0", "-1", "101")),
-        ([""], "image name"),
-    ],
+    [(["a:b", "--users", "3"], "--users"), (["a:b", "--repeats", "0"], "--repeats"), ([""], "image name")],
 )
 def test_options_of_a_load_and_wrong_values_are_rejected(
     options: list[str], named: str, capsys: pytest.CaptureFixture[str]
@@ -186,13 +182,3 @@ def test_a_changed_image_is_named_and_not_measured(
     assert list(tmp_path.rglob("start.json")) == []
     docker("pull", "--quiet", kept)
     docker("image", "rm", kept)
-
-
-def test_the_table_calls_no_store_empty_that_kept_layers(
-    built: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = built()
-    docker("push", "--quiet", name)
-    assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "1 of " in printed and "empty store" not in printed and "deploy.load_s" in printed

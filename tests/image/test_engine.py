@@ -39,11 +39,6 @@ def test_folders_for_device_specifications_are_not_a_gpu(devices: Any) -> None:
     assert not read_engine({**CDI, "DiscoveredDevices": devices, "CDISpecDirs": folders}, VERSION).gpu
 
 
-@pytest.mark.parametrize(("api", "mounts"), [("1.9", False), ("1.47", False), ("1.48", True), ("1.51", True)])
-def test_engines_mount_images_from_a_version_of_their_api(api: str, mounts: bool) -> None:
-    assert read_engine(CDI, {**VERSION, "ApiVersion": api}).image_mounts == mounts
-
-
 def test_the_nvidia_runtime_is_a_gpu() -> None:
     assert read_engine({"Runtimes": {"nvidia": {}, "runc": {}}}, VERSION).gpu
 
@@ -91,7 +86,7 @@ def fake(tmp_path: Path) -> Iterator[Any]:
 ASKED: dict[str, Callable[[DockerEngine], object]] = {
     "info": lambda engine: engine.info(),
     "image": lambda engine: engine.image("a:b"),
-    "history": lambda engine: engine.history("a:b"),
+    "history": lambda engine: engine.size("a:b"),
     "tag": lambda engine: engine.tag("sha256:0", "a:b"),
     "start": lambda engine: engine.start("a:b", ContainerOptions()),
     "state": lambda engine: Container(engine._api, "c").state(),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +40,7 @@ def test_every_shipped_lock_has_a_header_is_hashed_and_is_split_without_overlap(
     texts = [text for text in vars(found).values() if text]
     parts = [locks.versions(text) for text in texts]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None and "vllm" not in base.provides)
+    assert (found.vllm is not None) == (catalog.stack(base.stack).vllm is not None)
     for text in texts:
         assert text.startswith(locks.header(base.stack, base.python.version, "linux/amd64"))
         assert all("--hash=sha256:" in entry for entry in text.split("==")[1:])
@@ -54,8 +50,6 @@ def test_every_shipped_lock_has_a_header_is_hashed_and_is_split_without_overlap(
 @pytest.mark.parametrize("base", SHIPPED, ids=lambda base: base.key)
 def test_every_shipped_lock_has_all_server_requirements(base: catalog.BaseImage) -> None:
     """Fails if a dependency was added without `make locks`."""
-    if "vllm" in base.provides:
-        pytest.skip("vLLM requires all that the server imports")
     found = locks.load(base, None, int8=True)
     locked = {*locks.versions(found.torch or ""), *locks.versions(found.server)} | set(base.provides)
     declared = {locks.normalize(locks.name_of(line)) for line in locks.server_requirements(catalog.stack(base.stack))}
@@ -76,7 +70,7 @@ def test_no_shipped_lock_has_packages_that_the_server_does_not_import(base: cata
     found = locks.load(base, None, int8=True)
     locked = {name for text in (found.torch, found.server, found.int8) for name in locks.versions(text or "")}
     assert locked & set(locks.LEFT_OUT) == set()
-    assert "vllm" in base.provides or {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
+    assert {"pydantic", "pyyaml"} <= locked, "the settings in the image need them"
 
 
 @pytest.mark.parametrize("base", ["cpu", "vllm-cpu"])
@@ -128,58 +122,3 @@ def test_the_lock_of_another_stack_or_python_is_rejected(base: str, python: str,
         locks.load(catalog.base(base), folder, int8=False)
     assert f"torch2.13-cu130 and Python {python}" in caught.value.message
     assert f"inferctl lock --base {base}" in (caught.value.hint or "")
-
-
-def test_a_lock_without_a_header_is_checked_by_its_torch(tmp_path: Path) -> None:
-    def headless(text: str) -> str:
-        return text.partition("\n")[2]
-
-    folder = copied(tmp_path, "torch2.13-cu130", headless)
-    assert locks.load(catalog.base("cuda13.0"), folder, int8=True).versions()["torch"] == "2.13.0"
-    for other in ("cuda12.8", "cpu"):
-        with pytest.raises(UsageError) as caught:
-            locks.load(catalog.base(other), folder, int8=False)
-        assert "torch.txt has torch 2.13.0" in caught.value.message
-
-
-def lock(base: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return inferctl("lock", "--base", base, *arguments)
-
-
-def with_older_orjson(folder: Path, stack: str) -> Path:
-    """Write the locks of a stack with an older release of orjson into `folder`."""
-    older = f"orjson==3.10.18 --hash=sha256:{'0' * 64}\n"
-    return copied(folder, stack, lambda text: re.sub(r"orjson==\S+ \\\n(    --hash=\S+( \\)?\n)+", older, text))
-
-
-@pytest.mark.slow
-def test_a_check_with_the_package_index_keeps_an_older_release(tmp_path: Path) -> None:
-    done = lock("ngc25.12", "--output", with_older_orjson(tmp_path, "ngc25.12"), "--check")
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-
-
-@USES_WHEELS
-def test_one_package_is_upgraded_and_the_others_stay(wheels: Path, tmp_path: Path) -> None:
-    folder, both = with_older_orjson(tmp_path, "torch2.13-cpu"), tmp_path / "wheels"
-    shutil.copytree(wheels, both, copy_function=os.link)
-    with zipfile.ZipFile(both / "orjson-3.10.18-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("orjson-3.10.18.dist-info/METADATA", "Metadata-Version: 2.1\nName: orjson\nVersion: 3.10.18\n")
-        wheel.writestr("orjson-3.10.18.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-    before = locks.load(catalog.base("cpu"), folder, int8=True).versions()
-    assert before["orjson"] == "3.10.18"
-    done = lock("cpu", "--wheels", both, "--output", folder, "--upgrade-package", "orjson")
-    assert done.returncode == 0, done.stderr
-    after = locks.load(catalog.base("cpu"), folder, int8=True).versions()
-    assert {name for name in after if after[name] != before.get(name)} == {"orjson"}
-    (folder / "server.txt").write_text(re.sub(r"uvicorn==", "unicorn==", (folder / "server.txt").read_text()))
-    kept = (folder / "server.txt").read_text()
-    done = lock("cpu", "--wheels", both, "--output", folder, "--check")
-    assert done.returncode == 1
-    assert "uvicorn: absent ->" in done.stderr
-    assert (folder / "server.txt").read_text() == kept
-
-
-def test_a_package_that_the_locks_do_not_have_cannot_be_upgraded(tmp_path: Path) -> None:
-    done = lock("ngc25.12", "--output", copied(tmp_path, "ngc25.12"), "--upgrade-package", "nothing-of-this-name")
-    assert done.returncode == 2
-    assert "nothing-of-this-name" in done.stderr

@@ -19,7 +19,6 @@ from inferctl import cli
 from inferctl.config.spec import Access
 from inferctl.core.errors import UsageError
 from inferctl.image import serve_image
-from inferctl.image.docker import DockerEngine
 from inferctl.image.records import ImageInfo
 from inferctl.image.serve_image import Address, ServeOptions
 from inferctl.models import image_source
@@ -58,12 +57,6 @@ def test_an_image_without_a_weights_label_gets_the_model_of_the_command_line(tmp
     assert serve_image.weights(image(None), ServeOptions(HERE, model="./of-the-spec")) is None
     with pytest.raises(UsageError, match=r"model folder .* not found"):
         serve_image.weights(image(None), ServeOptions(HERE, model=f"{tmp_path}/none", replaces_model=True))
-
-
-def test_a_mounted_model_image_has_its_files_in_a_folder() -> None:
-    made = serve_image.options(image("mount"), "registry.example.com/m:v1", HERE, False)
-    assert (made.images, made.mounts) == ({"/model": "registry.example.com/m:v1"}, {})
-    assert made.environment and made.environment["INFERCTL_MODEL_SOURCE"] == "/model/model"
 
 
 @pytest.fixture
@@ -167,10 +160,9 @@ def named(base_image: str, tmp_path: Path, request: pytest.FixtureRequest) -> It
 
 @pytest.mark.docker
 @pytest.mark.parametrize("named", ["mount"], indirect=True)
-def test_the_container_gets_a_model_image_from_the_engine_or_from_the_cache(
+def test_the_container_gets_a_model_image_from_the_cache(
     named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Docker Engine 28 and newer mount the image. Older ones mount its files in the cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = sharded.write(tmp_path / "model", run=uuid.uuid4().hex)
     name = f"localhost:5000/inferctl-tests/{uuid.uuid4().hex}:x"
@@ -178,16 +170,11 @@ def test_the_container_gets_a_model_image_from_the_engine_or_from_the_cache(
     server = start(tmp_path, "--image", named, "--model", source)
     try:
         (container,) = _docker("ps", "-q", "--filter", f"ancestor={named}").split()
-        settings = json.loads(_docker("inspect", container))[0]
-        environment = dict(each.split("=", 1) for each in settings["Config"]["Env"])
-        model = environment.get("INFERCTL_MODEL_SOURCE", "/model")
-        card = _docker("exec", container, tiny.PYTHON, "-c", f"print(open('{model}/README.md').read(), end='')")
+        card = _docker("exec", container, tiny.PYTHON, "-c", "print(open('/model/README.md').read(), end='')")
         assert card == sharded.CARD
-        (mount,) = (each for each in settings["Mounts"] if each["Destination"] == "/model")
-        assert not mount["RW"]
-        mounted = DockerEngine.connect().info().image_mounts
-        assert mount["Type"] == ("image" if mounted else "bind")
-        assert (image_source.cached(source) is None) == mounted
+        mounts = json.loads(_docker("inspect", container))[0]["Mounts"]
+        assert [(each["Type"], each["RW"]) for each in mounts if each["Destination"] == "/model"] == [("bind", False)]
+        assert image_source.cached(source)
     finally:
         assert server.stop(seconds=90) == 0
         subprocess.run(["docker", "image", "rm", source.removeprefix("oci://")], capture_output=True, check=False)

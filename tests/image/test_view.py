@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inferctl.cli.build_view import BuildView, short
-from inferctl.image.events import Event, LayerPush, Note, Phase, Retry, StepWaiting
+from inferctl.image.events import Event, Note, Phase, Retry
 from inferctl.image.rawjson import Reader
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -50,28 +50,9 @@ def test_a_repeated_build_for_an_export_shows_only_new_steps(capsys: pytest.Capt
     assert any("exporting to image" in line for line in lines)
 
 
-@pytest.mark.parametrize(("name", "line"), [("[1/1] FROM r/m", "no progress for 30 s: [1/1] FROM r/m"), ("", "30 s")])
-def test_a_step_without_progress_has_a_line(name: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shown([StepWaiting("", name, 30.2)], capsys)[0].endswith(line)
-
-
-def test_layers_and_retries_of_a_push(capsys: pytest.CaptureFixture[str]) -> None:
-    events: list[Event] = [
-        LayerPush("aa", "waiting"),
-        LayerPush("bb", "waiting"),
-        LayerPush("aa", "pushing", 10, 3_000_000),
-        Retry(1, 4, 2.0, "EOF"),
-        LayerPush("aa", "pushed"),
-        LayerPush("bb", "exists"),
-        LayerPush("bb", "exists"),
-        Note("said once"),
-    ]
-    assert shown(events, capsys) == [
-        "  attempt 1 of 4 failed, retry in 2 s: EOF",
-        "  aa  pushed  3.0 MB uncompressed",
-        "  bb  already exists",
-        "  said once",
-    ]
+def test_notes_and_retries_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[Event] = [Retry(1, 4, 2.0, "EOF"), Note("said once")]
+    assert shown(events, capsys) == ["  attempt 1 of 4 failed, retry in 2 s: EOF", "  said once"]
 
 
 def test_names_of_steps_fit_a_line() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
@@ -119,9 +118,8 @@ def test_tied_weights_are_written_once_and_transformers_loads_all_of_them(kind: 
     config.save_pretrained(source)
     save(original.state_dict(), source / "pytorch_model.bin")
     target = converted(source)
-    tied = convert.record(target)["tied"]
+    tied = original.state_dict().keys() - load_file(target / "model.safetensors").keys()
     assert tied, "each of these models ties its head to its embeddings"
-    assert not set(load_file(target / "model.safetensors")) & tied.keys()
     again, report = getattr(transformers, head).from_pretrained(target, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     expected, found = original.state_dict(), again.state_dict()
@@ -171,7 +169,6 @@ def test_views_number_formats_and_shared_layers_survive(tmp_path: Path, legacy: 
     for name in expected.keys() - {"parameter"}:
         assert found[name].dtype == expected[name].dtype
         assert torch.equal(found[name].nan_to_num(9), expected[name].nan_to_num(9)), name
-    assert convert.record(target)["tied"] == {}
     assert (target / "model.safetensors").stat().st_mode & 0o777 == (target / "config.json").stat().st_mode & 0o777
 
 
@@ -210,14 +207,7 @@ def test_shards_and_modules_are_converted_and_a_second_run_is_identical(tmp_path
     written = content(target)
     assert not [name for name in written if name.endswith((".bin", ".bin.index.json"))]
     assert (target / "2_Dense" / "config.json").read_text() == '{"in_features": 3}'
-    record = convert.record(target)
-    for part, folder in (("read", source), ("written", target)):
-        assert len(record[part]) == 3
-        for name, facts in record[part].items():
-            assert facts["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert content(converted(source, "again")) == written
-    (target / convert.RECORD).unlink()
-    assert model.find(str(target)).digest == found.digest, "the record is not part of the model"
 
 
 @pytest.mark.parametrize("problem", ["absent-shard", "absent-tensor", "tensor-twice"])
@@ -301,7 +291,6 @@ def test_the_command_names_the_new_folder_which_can_be_served(source: Path, tmp_
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["model_sha256"] == model.find(document["folder"]).digest
-    assert {"read", "written", "tied", "versions"} <= document.keys()
     assert f"converted {source}" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source", "new"] or not list(tmp_path.glob(".*"))
     again = inferctl("convert", source, target)

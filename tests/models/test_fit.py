@@ -200,11 +200,6 @@ def test_a_near_or_past_end_of_life_is_a_warning() -> None:
     assert image(base="ngc25.12")["base.end_of_life"].level == "ok"
 
 
-def test_a_spec_needs_no_slo() -> None:
-    assert fit.check_slo(spec()).level == "ok"
-    assert fit.check_slo(spec(slo={"p99_ms": 70})).what == "p99 at most 70 ms"
-
-
 def test_cuda_libraries_in_the_base_and_the_wheels_are_a_warning() -> None:
     base = dataclasses.replace(catalog.base("cuda12.8"), ships=("cudart", "cublas", "cudnn"))
     stack = catalog.stack(base.stack)
@@ -222,23 +217,6 @@ def test_a_platform_without_a_lock_is_an_error_without_an_own_lock() -> None:
     assert image(image={"platform": "linux/arm64"})["platform"].level == "error"
     assert "platform" not in image(image={"platform": "linux/arm64", "locks": "mine"})
     assert image(image={"platform": "linux/s390x", "locks": "mine"})["platform"].level == "error"
-
-
-def test_each_platform_is_checked_and_one_lock_for_several_is_a_warning() -> None:
-    base = catalog.base("cuda13.0")
-    stack = catalog.stack(base.stack)
-
-    def told(*platforms: str, **image: str) -> list[tuple[str, str]]:
-        made = spec(image=image)
-        found = fit.check_image(made, base, stack, hub_model=False, today=TODAY, platforms=platforms)
-        return [(f.level, f.what) for f in found if f.topic == "platform"]
-
-    both = ("linux/amd64", "linux/arm64")
-    ((level, what),) = told(*both)
-    assert level == "error" and "linux/arm64" in what
-    assert [level for level, _ in told(*both, locks="mine")] == ["warn"]
-    assert [level for level, _ in told("linux/amd46")] == ["error"]
-    assert told("linux/amd64", platform="linux/arm64") == []
 
 
 def test_the_most_severe_finding_decides() -> None:
