@@ -251,7 +251,7 @@ def test_an_interrupted_build_stops_at_once_and_leaves_no_output(
             text=True,
             env={**os.environ, "TMPDIR": str(tmp_path)},
         )
-        assert asked.wait(60)
+        assert asked.wait(110)
         building.send_signal(sign)
         out, err = building.communicate(timeout=60)
     assert building.returncode == 130, err
