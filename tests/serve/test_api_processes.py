@@ -647,7 +647,7 @@ def test_no_process_is_left_after_the_end(
         slow.join()
     else:
         os.kill(api[0], signal.SIGKILL)
-        until(lambda: "restarting the API process" in server.log.read_text())
+        until(lambda: "starting it again" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == code, server.log.read_text()
     clients.stop()

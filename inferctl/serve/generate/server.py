@@ -79,7 +79,7 @@ class GenerationServer(ServerLifetime):
             longest_start_s(folder.bytes),
             lambda: self._socket,
             self._ready,
-            self._lost,
+            self._open_front,
             notify,
         )
         self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
@@ -230,10 +230,6 @@ class GenerationServer(ServerLifetime):
         documentation = access.documentation(spec.access, self._url)
         self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; {documentation}")
         self._announce()
-
-    def _lost(self, reason: str) -> None:
-        self._notify(f"{reason}; starting it again")
-        self._open_front()
 
 
 async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
