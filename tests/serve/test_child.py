@@ -14,6 +14,7 @@ import pytest
 from inferctl.core.errors import InferctlError
 from inferctl.serve import child
 from inferctl.serve.child import Child
+from tests.processes import until
 
 SLEEP = "import time; time.sleep(600)"
 READY = f"print('ready', flush=True); {SLEEP}"
@@ -84,6 +85,8 @@ def run(found: Callable[[], Python], act: Callable[[Python], object]) -> Python:
         python.stop()
         async with asyncio.timeout(60):
             await running
+            assert python._process and python._process.stdout
+            await python._process.stdout.read()  # to its end, which is that of its children
         return python
 
     return asyncio.run(whole())
@@ -199,7 +202,7 @@ def test_a_first_start_that_fails_is_raised() -> None:
 
 def test_the_children_of_a_child_end_with_it() -> None:
     found = run(lambda: Python(PARENT), ready)
-    assert gone(int(found.lines[0]))
+    until(lambda: gone(int(found.lines[0])))
 
 
 def test_a_timer_that_is_late_kills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 
 from inferctl.serve.api import schemas
-from inferctl.serve.api.classify_schemas import ClassifyRequest, PredictRequest
+from inferctl.serve.api.classify import ClassifyRequest, PredictRequest
 from inferctl.serve.edge.errors import ApiError
 from tests.access.test_keys import add
 from tests.processes import ServerProcess, start

@@ -21,8 +21,8 @@ from inferctl.reading import outputs as outputs_module
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
-from inferctl.serve.api.outputs import held
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local import LocalBackend

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferctl.serve.api import schemas
-from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
+from inferctl.serve.api.rerank import RerankRequest, ScoreRequest
 from inferctl.serve.edge.errors import ApiError
 from tests.processes import ServerProcess, start
 
