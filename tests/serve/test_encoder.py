@@ -507,7 +507,7 @@ _REGISTERED = """
 import importlib, sys
 if sys.argv[1] == "engine":
     from inferctl.serve.engine_process.engine_protocol import EngineConfig
-    from inferctl.serve.engine_process.main import make_engine
+    from inferctl.serve.engine_process.engine_main import make_engine
     make_engine(EngineConfig(model=sys.argv[2], device="cpu"))
 else:
     from inferctl.serve.reference import reference

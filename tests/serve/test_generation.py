@@ -26,12 +26,12 @@ from inferctl.facts import catalog
 from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
-from inferctl.serve.generate import server as generation_server
+from inferctl.serve.generate import generation_server
 from inferctl.serve.generate.meter import StreamMeter, count_body
 from inferctl.serve.generate.probe import DeviceProbe
-from inferctl.serve.generate.process import VllmProcess
-from inferctl.serve.generate.supervisor import VllmSupervisor
+from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_request import VllmRequest
+from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
 from tests.processes import ServerProcess, python, until
 
 FAKE = Path(__file__).with_name("fake_vllm")

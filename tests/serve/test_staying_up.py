@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from inferctl.core.errors import EXIT_INTERRUPTED
-from inferctl.serve.engine_process.main import EXIT_BROKEN_CONTEXT
+from inferctl.serve.engine_process.engine_main import EXIT_BROKEN_CONTEXT
 from inferctl.serve.engines.echo import (
     CORRUPTING_TOKEN,
     CRASHING_TOKEN,

@@ -20,9 +20,9 @@ from pathlib import Path
 from inferctl.core.errors import InferctlError
 from inferctl.models.model import ModelFolder
 from inferctl.serve.child import Child
-from inferctl.serve.engine_process import frames, memory
+from inferctl.serve.engine_process import engine_frames, memory
+from inferctl.serve.engine_process.engine_frames import Kind
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo, Listener
-from inferctl.serve.engine_process.frames import Kind
 
 log = logging.getLogger("inferctl.supervisor")
 
@@ -78,7 +78,7 @@ class EngineSupervisor(Child):
         assert self._writer is not None
         if not self._writer.is_closing():  # else the engine ended in this turn of the event loop
             self._batches[batch.id] = asyncio.get_running_loop().time()
-            self._writer.write(frames.pack_batch(batch))
+            self._writer.write(engine_frames.pack_batch(batch))
             self._set_kill_timer()
 
     def stop(self) -> None:
@@ -102,7 +102,7 @@ class EngineSupervisor(Child):
                     sys.executable,
                     "-P",  # imports no Python files of the current folder, which may be that of the model
                     "-m",
-                    "inferctl.serve.engine_process.main",
+                    "inferctl.serve.engine_process.engine_main",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     env=_ENVIRONMENT | os.environ,
@@ -119,13 +119,13 @@ class EngineSupervisor(Child):
     async def _attend(self) -> EngineStartError | None:
         """Pass frames from the engine to the listener until it ends. Return its error if it cannot start."""
         assert self._writer is not None
-        self._writer.write(frames.pack_json(Kind.CONFIG, asdict(self._config)))
+        self._writer.write(engine_frames.pack_json(Kind.CONFIG, asdict(self._config)))
         self._set_kill_timer()
         # `stop` can be called before there is a writer to close.
-        while not self.stopping.is_set() and (frame := await frames.receive_async(self._reader)) is not None:
+        while not self.stopping.is_set() and (frame := await engine_frames.receive_async(self._reader)) is not None:
             kind, body = frame
             if kind is Kind.RESULT:
-                result = frames.unpack_result(body)
+                result = engine_frames.unpack_result(body)
                 del self._batches[result.id]
                 self._listener.batch_done(self, result)
             elif kind is Kind.FAILED:

@@ -13,7 +13,7 @@ from inferctl.core.errors import NotReadyError
 from inferctl.serve.child import Child
 from inferctl.serve.generate import control
 from inferctl.serve.generate.control import Channel
-from inferctl.serve.generate.process import VllmProcess
+from inferctl.serve.generate.vllm_process import VllmProcess
 
 # After an engine is lost, how long its requests have to get their errors.
 _LOST_S = 5.0
