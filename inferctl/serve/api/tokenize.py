@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, S
 from pydantic_core import PydanticCustomError
 from starlette.types import Receive, Scope, Send
 
-from inferctl.config.spec import Task
+from inferctl.reading.task_config import HEADS
 from inferctl.serve.api import endpoint
 from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
@@ -97,7 +97,6 @@ def _response(found: list[list[Token]]) -> Iterator[bytes]:
     yield b"]"
 
 
-_TASKS: tuple[Task, ...] = ("embed", "rerank", "classify")
 ENDPOINTS = tuple(
     Endpoint(
         "tokenize",
@@ -109,5 +108,5 @@ ENDPOINTS = tuple(
         endpoint.application(tokenize),
         TEI,
     )
-    for task in _TASKS
+    for task in HEADS
 )
