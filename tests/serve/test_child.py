@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ SLEEP = "import time; time.sleep(600)"
 READY = f"print('ready', flush=True); {SLEEP}"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}"
 PARENT = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).pid, flush=True); {SLEEP}"
+KILLED = "was killed by signal 9; starting it again in 0.01 s"
 
 
 class Python(Child):
@@ -32,7 +33,7 @@ class Python(Child):
         super().__init__(self._tell)
         self.told: list[str] = []
         self.pids: list[int] = []
-        self.lines: list[bytes] = []
+        self.line = b""
         self.changed = asyncio.Event()
         self._programs = list(programs)
 
@@ -51,17 +52,14 @@ class Python(Child):
 
     async def _attend(self) -> None:
         assert self._process and self._process.stdout
-        stopped = asyncio.create_task(self.stopping.wait())
-        while not self.stopping.is_set():
-            reading = asyncio.create_task(self._process.stdout.readline())
-            await asyncio.wait((reading, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done() or not reading.result():
-                reading.cancel()
-                break
-            self.lines.append(reading.result())
+        if line := await self._process.stdout.readline():
+            self.line = line
             self.is_ready()
             self.changed.set()
-        stopped.cancel()
+            ends = [asyncio.ensure_future(end) for end in (self._process.wait(), self.stopping.wait())]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                end.cancel()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(60):
@@ -69,20 +67,18 @@ class Python(Child):
                 await self.changed.wait()
                 self.changed.clear()
 
-    def stop(self) -> None:
-        self.stopping.set()
-        if self._process and self._process.returncode is None:
-            self._process.terminate()
 
-
-def run(found: Callable[[], Python], act: Callable[[Python], object]) -> Python:
-    """Run a child until `act` is done with it and stopped it."""
+def run(programs: tuple[str, ...], act: Callable[[Python], Awaitable[None]]) -> Python:
+    """Run a child until `act`, which is called when it is ready, is done with it. Then stop it."""
 
     async def whole() -> Python:
-        python = found()
+        python = Python(*programs)
         running = asyncio.create_task(python.run())
-        await act(python)  # type: ignore[misc]
-        python.stop()
+        await python.until(lambda: python.ready)
+        await act(python)
+        python.stopping.set()
+        if python._process and python._process.returncode is None:
+            python._process.terminate()
         async with asyncio.timeout(60):
             await running
             assert python._process and python._process.stdout
@@ -92,63 +88,44 @@ def run(found: Callable[[], Python], act: Callable[[Python], object]) -> Python:
     return asyncio.run(whole())
 
 
-def gone(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+async def nothing(_: Python) -> None: ...
 
 
-async def ready(python: Python) -> None:
-    await python.until(lambda: python.ready)
+def killed(told: int, *, ready: bool = True) -> Callable[[Python], Awaitable[None]]:
+    async def act(python: Python) -> None:
+        os.kill(python.pids[0], signal.SIGKILL)
+        await python.until(lambda: len(python.told) == told and python.ready is ready)
 
-
-async def killed(python: Python) -> None:
-    await ready(python)
-    os.kill(python.pids[0], signal.SIGKILL)
-    await python.until(lambda: len(python.told) == 1 and python.ready)
+    return act
 
 
 async def hung(python: Python) -> None:
-    await ready(python)
     os.kill(python.pids[0], signal.SIGSTOP)
     python.expect(0.1)
     await python.until(lambda: len(python.told) == 2 and python.ready)
 
 
-async def failing(python: Python) -> None:
-    await ready(python)
-    os.kill(python.pids[0], signal.SIGKILL)
-    await python.until(lambda: len(python.told) == 4 and python.ready)
-
-
-async def paused(python: Python) -> None:
-    await ready(python)
-    os.kill(python.pids[0], signal.SIGKILL)
-    await python.until(lambda: len(python.told) == 1)  # it waits for a pause of many seconds
+def gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize(
-    ("programs", "act", "said", "restarts", "hangs"),
+    ("programs", "act", "said", "hangs"),
     [
-        ((READY,), ready, [], 0, 0),
-        ((STUBBORN,), ready, [], 0, 0),
-        ((READY,), killed, ["was killed by signal 9; starting it again in 0.01 s"], 1, 0),
-        (
-            (READY,),
-            hung,
-            ["did not respond within 0.1 s; killing it", "was killed by signal 9; starting it again in 0.01 s"],
-            1,
-            1,
-        ),
+        ((READY,), nothing, [], 0),
+        ((STUBBORN,), nothing, [], 0),
+        ((READY,), killed(1), [KILLED], 0),
+        ((READY,), hung, ["did not respond within 0.1 s; killing it", KILLED], 1),
         (
             (READY, "raise SystemExit(3)", "", "raise SystemExit(4)", READY),
-            failing,
+            killed(4),
             [
-                "was killed by signal 9; starting it again in 0.01 s",
+                KILLED,
                 "ended with exit code 3; starting it again in 0.02 s",
                 "cannot be started: no descriptors are left; starting it again in 0.04 s",
                 "ended with exit code 4; starting it again in 0.05 s",
             ],
-            4,
             0,
         ),
     ],
@@ -156,40 +133,34 @@ async def paused(python: Python) -> None:
 def test_a_child_is_started_again_until_it_is_stopped(
     monkeypatch: pytest.MonkeyPatch,
     programs: tuple[str, ...],
-    act: Callable[[Python], object],
+    act: Callable[[Python], Awaitable[None]],
     said: list[str],
-    restarts: int,
     hangs: int,
 ) -> None:
     monkeypatch.setattr(child, "_MIN_PAUSE_S", 0.01)
     monkeypatch.setattr(child, "_MAX_PAUSE_S", 0.05)
-    found = run(lambda: Python(*programs), act)
+    found = run(programs, act)
     assert found.told == [f"the program {line}" for line in said]
-    assert (found.restarts, found.hangs, found.failures, found.ready) == (restarts, hangs, 0, False)
+    assert (found.restarts, found.hangs, found.failures, found.ready) == (len(said) - hangs, hangs, 0, False)
     assert all(map(gone, found.pids))
 
 
 def test_a_stop_ends_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_MIN_PAUSE_S", 600.0)
     monkeypatch.setattr(child, "_MAX_PAUSE_S", 600.0)
-    assert len(run(lambda: Python(READY), paused).pids) == 1
+    assert len(run((READY,), killed(1, ready=False)).pids) == 1
 
 
 def test_starts_that_fail_again_and_again_are_a_crash_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_MAX_PAUSE_S", 0.01)
-    seen: list[tuple[int, bool]] = []
+    seen: set[tuple[int, bool]] = set()
 
-    async def looping(python: Python) -> None:
-        await python.until(lambda: bool(seen.append((python.failures, python.crash_looping))) or python.failures == 5)
+    async def act(python: Python) -> None:
+        os.kill(python.pids[0], signal.SIGKILL)
+        await python.until(lambda: seen.add((python.failures, python.crash_looping)) or python.failures == 5)
 
-    run(lambda: Python(READY, "raise SystemExit(1)"), lambda python: _killed_then(python, looping))
-    assert set(seen) >= {(4, False), (5, True)}
-
-
-async def _killed_then(python: Python, act: Callable[[Python], object]) -> None:
-    await ready(python)
-    os.kill(python.pids[0], signal.SIGKILL)
-    await act(python)  # type: ignore[misc]
+    run((READY, "raise SystemExit(1)"), act)
+    assert seen >= {(4, False), (5, True)}
 
 
 def test_a_first_start_that_fails_is_raised() -> None:
@@ -201,21 +172,19 @@ def test_a_first_start_that_fails_is_raised() -> None:
 
 
 def test_the_children_of_a_child_end_with_it() -> None:
-    found = run(lambda: Python(PARENT), ready)
-    until(lambda: gone(int(found.lines[0])))
+    found = run((PARENT,), nothing)
+    until(lambda: gone(int(found.line)))
 
 
 def test_a_timer_that_is_late_kills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container that was paused: nothing of what the process sent was read."""
+    monkeypatch.setattr(child, "_LATE_S", -1.0)  # each timer counts as late
 
     async def late(python: Python) -> None:
-        await ready(python)
         loop = asyncio.get_running_loop()
-        python.expect(0.1)
-        monkeypatch.setattr(child, "_LATE_S", -1.0)  # each timer counts as late
-        await asyncio.sleep(0)
         end = loop.time() + 0.5
+        python.expect(0.1)
         loop.call_at(end, python.changed.set)
         await python.until(lambda: loop.time() >= end)
 
-    assert run(lambda: Python(READY), late).hangs == 0
+    assert run((READY,), late).hangs == 0

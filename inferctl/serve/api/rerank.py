@@ -26,15 +26,14 @@ from inferctl.serve.edge.request_context import RequestContext, context_of
 
 # The number of a document in the request, and its score; the best one first.
 Ranks: TypeAlias = list[tuple[int, float]]
-_TRUNCATE = Field(
-    None, description="Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
-)
+_SHORTEN = "Truncate long pairs (true) or respond with 400 (false). Default: the server's setting."
+_MOST = "Return only this many results. Default: all."
+_TRUNCATE = Field(None, description=_SHORTEN)
 _INSTRUCTION = Field(
     None, description="What makes a document relevant, for a language model that reads it. Default: that of the model."
 )
 _QUERY = Field(description="The text that the documents are compared with.")
 _RETURN = Field(None, description="Return the text of each document too.")
-_MOST = Field(None, description="Return only this many results. Default: all.")
 
 
 class Document(BaseModel):
@@ -65,7 +64,7 @@ class _DocumentsRequest(ModelRequest):
 class RerankRequest(_DocumentsRequest):
     """The body of `POST /v1/rerank`."""
 
-    top_n: Count | None = _MOST
+    top_n: Count | None = Field(None, description=_MOST)
     truncate: StrictBool | None = _TRUNCATE
     max_tokens_per_doc: Count | None = Field(
         None, description="Truncate each document to this many tokens, before pairs are truncated to the model's limit."
@@ -86,8 +85,8 @@ class VoyageRerankRequest(_DocumentsRequest):
 
     max_tokens_per_doc: ClassVar[None] = None
     instruction: ClassVar[None] = None
-    top_n: Count | None = Field(None, validation_alias="top_k", description=_MOST.description)
-    truncate: StrictBool | None = Field(None, validation_alias="truncation", description=_TRUNCATE.description)
+    top_n: Count | None = Field(None, validation_alias="top_k", description=_MOST)
+    truncate: StrictBool | None = Field(None, validation_alias="truncation", description=_SHORTEN)
 
     def response(self, ranks: Ranks, model: str, context: RequestContext) -> Any:
         """Return the body of the response."""

@@ -252,7 +252,7 @@ class Metrics(RequestMetrics):
 
     def __init__(self, slo: Mapping[str, float] | None = None) -> None:
         super().__init__(slo=slo)
-        counter, total, gauge, histogram = self._counter, self._total, self._gauge, self._histogram
+        total, gauge, histogram = self._total, self._gauge, self._histogram
         # Of the library, because any thread counts.
         truncated = "Inputs truncated to the longest input of the model."
         self.truncated = Counter("inferctl_inputs_truncated", truncated, registry=self.registry)
