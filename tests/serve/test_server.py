@@ -62,16 +62,6 @@ def test_every_input_gets_its_own_vector_in_order(echo: ServerProcess) -> None:
     assert answer["model"] == "echo"
 
 
-def test_concurrent_requests_get_their_own_vectors(server: ServerProcess) -> None:
-    rows = [[1000 + i] * (1 + i % 11) for i in range(300)]
-    with ThreadPoolExecutor(24) as pool, httpx.Client() as client:
-        answers = list(
-            pool.map(lambda row: client.post(f"{server.url}/v1/embeddings", json={"input": row}).json(), rows)
-        )
-    for row, answer in zip(rows, answers, strict=True):
-        assert answer["data"][0]["embedding"] == pytest.approx(vector(row), abs=1e-6)
-
-
 def test_responses_have_the_times_and_the_request_id(echo: ServerProcess) -> None:
     answer = httpx.post(f"{echo.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
@@ -133,19 +123,6 @@ def test_a_full_queue_responds_with_429_and_retry_after(echo: ServerProcess) -> 
     assert rejected.json()["error"]["code"] == "queue_full"
     assert metric(echo, "inferctl_rejected_total", reason="queue_full") >= 1
     assert echo.embed(input=[5]).status_code == 200
-
-
-def test_the_request_of_a_disconnected_client_is_cancelled(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm), "--max-batch-tokens", "64")
-    host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"input": [[SLOW_TOKEN] * 64] * 400}).encode()
-    with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        until(lambda: metric(server, "inferctl_queue_tokens") > 0, 30)
-    until(lambda: metric(server, "inferctl_queue_tokens") == 0, 30)
-    until(lambda: metric(server, "inferctl_cancelled_total") == 1, 30)  # when the running batch has ended
-    assert server.embed(input=[5]).status_code == 200
 
 
 def test_probes_metrics_and_descriptions(echo: ServerProcess) -> None:
