@@ -505,13 +505,9 @@ def test_tf32_is_reported_if_fp32_uses_it(
 # Prints what torch registers for CUDA on import on a machine with CUDA and Triton.
 _REGISTERED = """
 import importlib, sys
-if sys.argv[1] == "engine":
-    from inferctl.serve.engine_process.engine_protocol import EngineConfig
-    from inferctl.serve.engine_process.engine_main import make_engine
-    make_engine(EngineConfig(model=sys.argv[2], device="cpu"))
-else:
-    from inferctl.serve.reference import reference
-    reference(sys.argv[2], ["a text"])
+from inferctl.serve.engine_process.engine_protocol import EngineConfig
+from inferctl.serve.engine_process.engine_main import make_engine
+make_engine(EngineConfig(model=sys.argv[1], device="cpu"))
 from torch._native import registry, triton_utils
 from torch._vendor.packaging.version import Version
 triton_utils._check_runtime_available = lambda: (True, Version("3.7.1"))
@@ -521,16 +517,11 @@ print(sorted(op[-2:] for op, nodes in registry._graphs.items() if any(node.dsl_n
 """
 
 
-@pytest.mark.parametrize(
-    ("process", "disabled", "registered"),
-    [("engine", None, "[]"), ("reference", None, "[]"), ("engine", "0", "[('bmm', 'CUDA')]")],
-)
-def test_no_triton_kernel_replaces_a_kernel_of_torch(
-    minilm: Path, process: str, disabled: str | None, registered: str
-) -> None:
+@pytest.mark.parametrize(("disabled", "registered"), [(None, "[]"), ("0", "[('bmm', 'CUDA')]")])
+def test_no_triton_kernel_replaces_a_kernel_of_torch(minilm: Path, disabled: str | None, registered: str) -> None:
     pytest.importorskip("torch._native.ops.bmm_outer_product", reason="this torch has no kernels in Triton")
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_DISABLE_NATIVE_JIT"}
     environment |= {"TORCH_DISABLE_NATIVE_JIT": disabled} if disabled else {}
-    command = [sys.executable, "-c", _REGISTERED, process, str(minilm)]
+    command = [sys.executable, "-c", _REGISTERED, str(minilm)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout.strip() == registered, done.stderr
