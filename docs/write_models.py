@@ -24,14 +24,9 @@ _BEST = 30
 _HEAD = """\
 # Published models
 
-`make docs` writes this page, and a test compares it with the program. For each row, it makes a small folder with the
-architecture, modules, code and settings of the published model, and with random weights. Then it loads the folder as a
-start of the server does. So the page says whether a model is supported and how it is computed. It says nothing about
-the quality of its vectors, nor about prompts: e5, bge and nomic name theirs only in their model cards.
-
-The published files were not downloaded: `tests/published_models.py` has what is known of them, and they change. Check
-yours before you download the weights: `inferctl check --model ORG/NAME`. [serve.md](serve.md#choose-a-model) describes
-what is supported.
+`make docs` loads small folders of the same shape as published models, with random weights, and writes whether they are
+served and how. The published files were not downloaded, and they change: check yours before you download the weights,
+with `inferctl check --model ORG/NAME`. [serve.md](serve.md#choose-a-model) describes what is supported.
 """
 _TITLES = {"embed": "Embedding models", "rerank": "Cross-encoders and other rerankers", "classify": "Classifiers"}
 _COLUMNS = {"embed": "model (MMTEB)", "rerank": "model", "classify": "model"}

@@ -61,7 +61,7 @@ class Server:
 
     def engines(self) -> list[int]:
         """Return the process ids of the engines."""
-        return [pid for pid in process_usage.tree(self.process.pid) if b"engine_process.main" in _command(pid)]
+        return [pid for pid in process_usage.tree(self.process.pid) if b"engine_process.engine_main" in _command(pid)]
 
 
 def post(url: str, body: Any, timeout: float = 120) -> tuple[int, Any]:

@@ -21,7 +21,7 @@ CLIENTS, HOT = 16, 200
 def counters(server: peers.Server) -> tuple[float, float]:
     """Return the hits and the misses of a server so far. Equal inputs of one request count as hits, but the first."""
     found = peers.metrics(server)
-    hits = sum(found.get(f"inferctl_cache_{name}", 0.0) for name in ('hits_total{level="local"}', "coalesced_total"))
+    hits = sum(found.get(f"inferctl_cache_{name}", 0.0) for name in ("hits_total", "coalesced_total"))
     return hits, found["inferctl_cache_misses_total"]
 
 

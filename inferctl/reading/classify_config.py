@@ -56,6 +56,7 @@ class ClassifyConfig:
     takes_pairs: ClassVar[bool] = True
     pooling: ClassVar[tuple[PoolingMode, ...]] = ()
     layers: ClassVar[tuple[Layer, ...]] = ()
+    takes_instruction: ClassVar[bool] = False
     activation: str
     labels: tuple[str, ...]
     max_tokens: int
@@ -66,6 +67,18 @@ class ClassifyConfig:
         """Return the scores (float32, same shape) for the logits that an engine returns ([sequences, labels])."""
         with np.errstate(over="ignore"):
             return _ACTIVATIONS[self.activation](logits)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `GET /info` says of it, besides what all tasks have."""
+        return {"activation": self.activation, "labels": self.labels}
+
+    @property
+    def tei_type(self) -> dict[str, Any]:
+        """What clients of text-embeddings-inference choose by."""
+        by_number = enumerate(self.labels)
+        names = {str(number): label for number, label in enumerate(self.labels)}
+        return {"classifier": {"id2label": names, "label2id": {label: number for number, label in by_number}}}
 
 
 def read(folder: Path, max_input_tokens: int | None = None) -> ClassifyConfig:

@@ -45,6 +45,8 @@ class EmbeddingConfig:
     task: ClassVar[Task] = "embed"
     takes_texts: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = False
+    labels: ClassVar[tuple[str, ...]] = ()
+    takes_instruction: ClassVar[bool] = False
     pooling: tuple[PoolingMode, ...]
     max_tokens: int
     layers: tuple[Layer, ...] = ()
@@ -90,6 +92,25 @@ class EmbeddingConfig:
     def has_logits(self) -> bool:
         """Whether the sparse weights are made of the logits of a masked language model."""
         return self.sparse is not None and self.sparse.folder is None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `GET /info` says of it, besides what all tasks have."""
+        return {
+            "static": self.static is not None,
+            "pooling_assumed": self.assumed,
+            "normalize": self.normalize,
+            "truncate_dim": self.truncate_dim,
+            "outputs": self.outputs,
+            "trained_outputs": self.trained,
+            "prompts": {"names": self.prompts.names, "default": self.prompts.default},
+        }
+
+    @property
+    def tei_type(self) -> dict[str, Any]:
+        """What clients of text-embeddings-inference choose by."""
+        pooling = "splade" if self.outputs == ("sparse",) else "+".join(self.pooling) or "mean"
+        return {"embedding": {"pooling": "last_token" if pooling == "last" else pooling}}
 
     @property
     def normalize(self) -> bool:

@@ -8,10 +8,7 @@ from typing import Any
 
 from inferctl.config.spec import Task
 from inferctl.reading import architecture, task_config
-from inferctl.reading.classify_config import ClassifyConfig
-from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.modules import Dense, LogitScore, read_object
-from inferctl.reading.rerank_config import RerankConfig
+from inferctl.reading.modules import Dense, read_object
 from inferctl.reading.task_config import TaskConfig
 
 
@@ -38,27 +35,11 @@ def read(task: Task, folder: Path) -> dict[str, Any]:
 
 def of_config(config: TaskConfig) -> dict[str, Any]:
     """Return what `GET /info` says of the configuration of a model folder, under `model`."""
-    found: dict[str, Any] = {
+    return {
         "max_tokens": config.max_tokens,
         "pooling": "+".join(config.pooling) or None,
         "dense": [asdict(layer) for layer in config.layers if isinstance(layer, Dense)],
-    }
-    if isinstance(config, RerankConfig):
-        scored = next((asdict(layer) for layer in config.layers if isinstance(layer, LogitScore)), None)
-        template = config.template
-        found |= {"logit_score": scored, "template": template is not None}
-        found["takes_instruction"] = template is not None and template.takes_instruction
-    if not isinstance(config, EmbeddingConfig):
-        labels = {"labels": config.labels} if isinstance(config, ClassifyConfig) else {}
-        return found | {"activation": config.activation, **labels}
-    return found | {
-        "static": config.static is not None,
-        "pooling_assumed": config.assumed,
-        "normalize": config.normalize,
-        "truncate_dim": config.truncate_dim,
-        "outputs": config.outputs,
-        "trained_outputs": config.trained,
-        "prompts": {"names": config.prompts.names, "default": config.prompts.default},
+        **config.facts,
     }
 
 

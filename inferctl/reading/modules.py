@@ -66,8 +66,6 @@ _OUTPUTS = {
     "sequence-classification": ("logits", "scores"),
     "text-generation": ("logits", "causal_logits"),
 }
-# The class of sentence-transformers for each task. It would replace the modules that another class saved.
-_CLASSES = {"embed": "SentenceTransformer", "rerank": "CrossEncoder", "classify": "CrossEncoder"}
 # The files that hold the settings of Transformer: the newest name first.
 _SETTINGS_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -139,10 +137,12 @@ def read(folder: Path, task: Task) -> Modules | None:
         if task != "rerank":  # which renders pairs (`pair_template`)
             _refuse_chat_template(folder)
         return None
-    if (saved := library_settings(folder).get("model_type", "SentenceTransformer")) != _CLASSES[task]:
+    # It would replace the modules that another class saved.
+    loader = "SentenceTransformer" if task == "embed" else "CrossEncoder"
+    if (saved := library_settings(folder).get("model_type", "SentenceTransformer")) != loader:
         raise UsageError(
-            f"the modules of {folder} are those of a {saved}, not of a {_CLASSES[task]}",
-            f"save the model with {_CLASSES[task]} of {_PACKAGE}, or remove modules.json if the transformer is enough",
+            f"the modules of {folder} are those of a {saved}, not of a {loader}",
+            f"save the model with {loader} of {_PACKAGE}, or remove modules.json if the transformer is enough",
         )
     first, *others = listed_modules(folder)
     entries = [first, *(entry for entry in others if entry[0] != "Dropout")]  # it does nothing after the training

@@ -10,9 +10,9 @@ or, if there are modules, `activation_fn` in `config_sentence_transformers.json`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class RerankConfig:
     task: ClassVar[Task] = "rerank"
     takes_texts: ClassVar[bool] = False
     takes_pairs: ClassVar[bool] = True
+    labels: ClassVar[tuple[str, ...]] = ()
     activation: str
     max_tokens: int
     pooling: tuple[PoolingMode, ...] = ()
@@ -63,6 +64,26 @@ class RerankConfig:
         """Return the scores (float32, same shape) for the logits that an engine returns ([pairs, 1])."""
         with np.errstate(over="ignore"):
             return _ACTIVATIONS[self.activation](logits)
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether the model reads an instruction with each pair."""
+        return self.template is not None and self.template.takes_instruction
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `GET /info` says of it, besides what all tasks have."""
+        return {
+            "activation": self.activation,
+            "logit_score": next((asdict(layer) for layer in self.layers if isinstance(layer, LogitScore)), None),
+            "template": self.template is not None,
+            "takes_instruction": self.takes_instruction,
+        }
+
+    @property
+    def tei_type(self) -> dict[str, Any]:
+        """What clients of text-embeddings-inference choose by."""
+        return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
 
 
 def read(folder: Path, max_input_tokens: int | None = None) -> RerankConfig:

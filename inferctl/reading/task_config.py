@@ -7,16 +7,17 @@ All encoder tasks share tokenization, queue, batches and the packed forward pass
 - `pooling` and `layers`: what follows the transformer. Without a pooling, the model of transformers has the head
   (`engines/head.py`). A sequence gives one row of numbers. All rows of logits or dense vectors have the same width
   (`EngineInfo.dimensions`); those with other outputs differ (`outputs.py`).
-- `scores(rows)`, if the rows are logits: what clients get of them.
+- `scores(rows)`, if the rows are logits: what clients get of them. `labels`: the names of them, if it has some.
+- `facts` and `tei_type`: what `GET /info` says of it.
 
-`api/app.py` has the endpoints of each task, which make the responses. `reference.py` has its oracles.
+A module of `serve/api` has the endpoints of a task, which make the responses. `reference.py` has its oracles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
@@ -26,6 +27,7 @@ from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.rerank_config import RerankConfig
 
 TaskConfig: TypeAlias = EmbeddingConfig | RerankConfig | ClassifyConfig
+HEADS: Mapping[Task, type[TaskConfig]] = {kind.task: kind for kind in get_args(TaskConfig)}
 _READ: Mapping[Task, Callable[[Path, int | None], TaskConfig]] = {
     "embed": embedding_config.read,
     "rerank": rerank_config.read,

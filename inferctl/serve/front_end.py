@@ -6,9 +6,6 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from inferctl.config.spec import Spec, Task
-from inferctl.reading.classify_config import ClassifyConfig
-from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.rerank_config import RerankConfig
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
@@ -22,9 +19,6 @@ from inferctl.serve.edge.middleware import Edge, EdgeLimits
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-
-# Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
-_MAX_REQUEST_TOKENS = 262_144
 
 
 class FrontEnd:
@@ -52,7 +46,7 @@ class FrontEnd:
         connection: type[Connection] = Connection,
     ) -> None:
         self.up, self.restarts = 1, 0  # as of `ApiProcesses`
-        self.model = _served_model(spec, task, truncate, config)
+        self.model = ServedModel.of(spec, config, truncate)
         self.model.max_held_numbers //= processes
         self._tokenizer = tokenizer
         whole = EdgeLimits()
@@ -97,27 +91,3 @@ class FrontEnd:
         """Set what is known when an engine is ready: numbers of vectors, and tokens of the vocabulary."""
         self.model.dimensions, self.model.token_dimensions = sizes["dimensions"], sizes["token_dimensions"]
         self.model.vocabulary_size = sizes["vocabulary_size"]
-
-
-def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) -> ServedModel:
-    served = ServedModel(
-        spec.name,
-        spec.model.source,
-        spec.serve.aliases,
-        config.matryoshka if isinstance(config, EmbeddingConfig) else (),
-        spec.serve.max_client_batch,
-        max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
-        truncate,
-        task,
-    )
-    if isinstance(config, EmbeddingConfig):
-        served.prompts, served.outputs, served.tokens = config.prompts, config.outputs, config.tokens
-        served.trained, served.text_options = config.trained, config.text_options
-        served.normalized = config.normalize and config.truncate_dim is None
-    else:
-        served.activation = config.scores
-    if isinstance(config, RerankConfig) and config.template is not None:
-        served.takes_instruction = config.template.takes_instruction
-    if isinstance(config, ClassifyConfig):
-        served.labels = config.labels
-    return served

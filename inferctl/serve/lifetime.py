@@ -147,5 +147,5 @@ class ServerLifetime(ABC):
         left = max(_FLUSH_S, self._drain_end - time.monotonic())
         await self._metering.close(left)
         if self._relay and relay:
-            await self._relay.stop(left)
+            self._relay.stop(left)
             await relay

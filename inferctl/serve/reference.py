@@ -31,7 +31,7 @@ import base64
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +44,6 @@ from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.reading import task_config
-from inferctl.reading.classify_config import ClassifyConfig
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.modules import read_object
 from inferctl.reading.outputs import Form, Role, mark
@@ -81,7 +80,7 @@ def reference(
     """
     folder = model.find(source)
     found = model.resolve_task(task, folder, source)
-    if not all(map(_FITS[found], inputs)):
+    if not all(_fits(found, each) for each in inputs):
         wanted = (
             "pass texts to embed, pairs of texts to rerank, both to classify, or texts and chat messages to continue"
         )
@@ -104,10 +103,9 @@ def reference(
         encoded = [_encoded(pool, each) for each in inputs]
         document["tokens"] = [len(ids) for ids, _ in encoded]
         scores = config.scores(loaded.score(encoded))
-        if isinstance(config, ClassifyConfig):
-            document |= {"labels": config.labels, "scores": scores.tolist()}
-        else:
-            document["scores"] = scores[:, 0].tolist()
+        if config.labels:
+            document["labels"] = config.labels
+        document["scores"] = (scores if config.labels else scores[:, 0]).tolist()
     else:
         texts = [{"input": each} if _is_text(each) else each for each in inputs]
         selected = [config.prompts.select(*(each.get(key) for key in _PROMPT_KEYS)) for each in texts]
@@ -157,7 +155,7 @@ def library(
     """
     import torch
 
-    if task == "classify":
+    if LIBRARIES[task] == "transformers":
         task_config.read(task, folder)
         return _pipeline(folder, max_input_tokens, device, getattr(torch, dtype))
     import sentence_transformers
@@ -281,16 +279,16 @@ def _is_prompt(value: Any) -> bool:
     )
 
 
-def _is_text_or_pair(value: Any) -> bool:
-    return _is_text(value) or _is_pair(value)
+def _fits(task: Task, value: Any) -> bool:
+    """Return whether a value is an input for a task."""
+    if task == "generate":
+        return _is_prompt(value)
+    head = task_config.HEADS[task]
+    is_text = _is_input if task == "embed" else _is_text
+    return (head.takes_texts and is_text(value)) or (head.takes_pairs and _is_pair(value))
 
 
-_FITS: Mapping[Task, Callable[[Any], bool]] = {
-    "embed": _is_input,
-    "rerank": _is_pair,
-    "classify": _is_text_or_pair,
-    "generate": _is_prompt,
-}
+_TASKS: tuple[Task, ...] = (*task_config.HEADS, "generate")
 
 
 def main() -> int:
@@ -300,7 +298,7 @@ def main() -> int:
     )  # spare a server on the same cores; torch reads it when it loads
     parser = _Parser(add_help=False)
     parser.add_argument("source")
-    parser.add_argument("--task", choices=("auto", *_FITS), default="auto")
+    parser.add_argument("--task", choices=("auto", *_TASKS), default="auto")
     parser.add_argument("--max-input-tokens", type=int)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--library", action="store_true")
@@ -314,7 +312,11 @@ def main() -> int:
         inputs = json.load(sys.stdin)
     except ValueError as error:
         raise UsageError(f"stdin is not JSON: {error}", hint) from None
-    if not isinstance(inputs, list) or not inputs or not any(all(map(fits, inputs)) for fits in _FITS.values()):
+    if (
+        not isinstance(inputs, list)
+        or not inputs
+        or not any(all(_fits(task, each) for each in inputs) for task in _TASKS)
+    ):
         raise UsageError("stdin is not a list of texts, of pairs of texts or of chat messages", hint)
     limits = options.max_input_tokens, options.task, options.max_tokens
     found = reference(options.source, inputs, *limits, with_library=options.library)

@@ -15,16 +15,15 @@ import importlib.util
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable
 
 from inferctl.config.spec import Spec
 from inferctl.core.addresses import WITH_SECRETS
 from inferctl.core.errors import install_hint
+from inferctl.serve.child import Child
 
 log = logging.getLogger("inferctl.relay")
 
-_MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 _STABLE_S = 30.0  # after this, the next crash is a new one
 
 
@@ -53,69 +52,48 @@ def start(spec: Spec, notify: Callable[[str], None]) -> RelayProcess | None:
     return RelayProcess(spec)
 
 
-class RelayProcess:
+class RelayProcess(Child):
     """One relay, started again with growing pauses."""
 
+    name = "the relay"
+    restartable = True
+
     def __init__(self, spec: Spec) -> None:
+        super().__init__(log.error)
         self._line = json.dumps({"spec": spec.model_dump(mode="json", context=WITH_SECRETS)}).encode() + b"\n"
-        self._process: asyncio.subprocess.Process | None = None
-        self._stopping = asyncio.Event()
-        self._failures = 0
 
-    async def run(self) -> None:
-        """Keep the relay running until `stop`."""
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            how = await self._run_process()
-            if self._stopping.is_set():
-                return
-            self._failures = 0 if time.monotonic() - started > _STABLE_S else self._failures + 1
-            pause = min(_MIN_PAUSE_S * 2 ** min(self._failures, 10), _MAX_PAUSE_S)
-            log.error("the relay %s; starting it again in %.2g s", how, pause)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause)
+    def stop(self, seconds: float) -> None:
+        """Let the relay store what is left, and `run` return after `seconds` at the latest."""
+        self.stopping.set()
+        self._end()
+        self.expect(seconds, what="store all usage events, which the next one in this folder does,")
 
-    async def stop(self, seconds: float) -> None:
-        """Let the relay store what is left, and end it after `seconds` at the latest."""
-        self._stopping.set()
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "inferctl.tenancy.relay",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for the server only
+        )
+
+    async def _attend(self) -> None:
         process = self._process
-        if process is None or process.returncode is not None:
-            return
-        _end(process)
-        try:
-            await asyncio.wait_for(process.wait(), seconds)
-        except TimeoutError:
-            log.warning("the relay did not store all usage events; the next one in this folder does")
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-
-    async def _run_process(self) -> str:
-        """Run the relay until it ends, and return how it ended."""
-        try:
-            self._process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "inferctl.tenancy.relay",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C in a terminal is for the server only
-            )
-        except OSError as error:
-            return f"cannot be started: {error}"
-        assert process.stdin and process.stderr
+        assert process and process.stdin and process.stderr
         process.stdin.write(self._line)
-        if self._stopping.is_set():
-            _end(process)
+        if self.stopping.is_set():
+            self._end()
+        stable = asyncio.get_running_loop().call_later(_STABLE_S, self.is_ready)
         with contextlib.suppress(ConnectionError, ValueError):  # a line that is too long
             async for line in process.stderr:
                 log.warning("%s", line.decode(errors="replace").rstrip())
-        code = await process.wait()
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        stable.cancel()
+        await process.wait()
 
-
-def _end(process: asyncio.subprocess.Process) -> None:
-    assert process.stdin
-    process.stdin.write(b"\n")
-    process.stdin.close()
+    def _end(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            assert self._process.stdin
+            self._process.stdin.write(b"\n")
+            self._process.stdin.close()

@@ -71,7 +71,7 @@ def _server(
 ) -> ServerLifetime:
     """Return the server. Raises `KeyboardInterrupt` for a signal during the imports, which take seconds."""
     if task == "generate":
-        from inferctl.serve.generate.server import GenerationServer
+        from inferctl.serve.generate.generation_server import GenerationServer
 
         signals.check()
         return GenerationServer(spec, options, notify, folder, progress, signals)

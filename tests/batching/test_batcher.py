@@ -143,20 +143,6 @@ def test_the_queue_keeps_its_limit_except_for_one_request_per_priority(requests:
             assert first or waiting[bulk] <= (limit // 2 if bulk else limit)
 
 
-@given(REQUESTS, st.integers(1, 100))
-def test_the_same_calls_give_the_same_batches(requests: Requests, limit: int) -> None:
-    def run() -> list[list[QueuedSequence]]:
-        queue = batcher(limit)
-        batches = []
-        for number, (bulk, lengths) in enumerate(requests):
-            queue.submit(number, lengths, now=float(number), bulk=bulk)
-            if number % 3 == 0:
-                batches.append(queue.next_batch(float(number)))
-        return batches + drain(queue, 99.0)
-
-    assert run() == run()
-
-
 @given(REQUESTS.filter(bool), st.integers(20, 100))
 def test_requeued_sequences_run_first(requests: Requests, limit: int) -> None:
     queue = filled(batcher(limit), requests)

@@ -12,7 +12,7 @@ import pytest
 
 from inferctl.bench.measure import quality
 from inferctl.models import vector_format
-from inferctl.serve.api import embedding_schemas
+from inferctl.serve.api import embeddings
 from inferctl.serve.edge.errors import ApiError
 from tests.processes import ServerProcess, start
 
@@ -78,10 +78,10 @@ def test_a_format_that_the_server_does_not_have_is_rejected(server: ServerProces
 
 
 def test_numbers_beyond_float16_are_rejected() -> None:
-    embedding_schemas.check_range(np.array([[1e6]], np.float32), "float")
-    embedding_schemas.check_range(np.array([[-65504, 1]], np.float32), "float16")
+    embeddings.check_range(np.array([[1e6]], np.float32), "float")
+    embeddings.check_range(np.array([[-65504, 1]], np.float32), "float16")
     with pytest.raises(ApiError):
-        embedding_schemas.check_range(np.array([[1, -1e6]], np.float32), "float16")
+        embeddings.check_range(np.array([[1, -1e6]], np.float32), "float16")
 
 
 def test_the_distance_of_bits_is_the_number_of_different_ones() -> None:

@@ -21,8 +21,8 @@ from inferctl.reading import outputs as outputs_module
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
-from inferctl.serve.api.outputs import held
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local import LocalBackend
@@ -522,11 +522,10 @@ def spec(place: Path, folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
+def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
     folder = write_splade(tmp_path / "splade", "bert")
     expected = matrix(computed(folder, "document"), 2000)
-    server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", processes)
+    server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32")
     body = {"input": TEXTS, "input_type": "document"}
     response = server.embed(**body).json()
     assert [entry.keys() for entry in response["data"]] == [{"object", "index", "sparse_embedding"}] * len(TEXTS)
@@ -583,13 +582,11 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess], process
     assert "tokens" in found
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess], processes: str) -> None:
+def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
     folder = multi_vector(tmp_path / "multi", "bert", [","], {"query_expansion": EXPANSION})
-    if processes == "2":
-        edit(folder / "config_sentence_transformers.json", similarity_fn_name="meanmaxsim")
+    edit(folder / "config_sentence_transformers.json", similarity_fn_name="meanmaxsim")
     library = encoder("MultiVectorEncoder", folder)
-    server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", processes)
+    server = serve("--spec", str(spec(tmp_path, folder)), "--precision", "fp32", "--api-processes", "2")
     for role in ("query", "document"):
         entries = server.embed(input=TEXTS, input_type=role).json()["data"]
         for entry, expected in zip(entries, encode(library, role), strict=True):

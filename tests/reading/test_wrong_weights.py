@@ -201,7 +201,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", ENCODERS)
+@pytest.mark.parametrize("architecture", ["bert", "qwen3"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_weights_of_an_encoder_are_refused(original: Any, tmp_path: Path, architecture: str, fault: str) -> None:
     change, message = FAULTS[fault]
@@ -266,7 +266,7 @@ CROSS_ENCODER_FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", CROSS_ENCODERS)
+@pytest.mark.parametrize("architecture", ["bert", "qwen3"])
 @pytest.mark.parametrize("fault", CROSS_ENCODER_FAULTS)
 def test_wrong_weights_of_a_cross_encoder_are_refused(
     original: Any, tmp_path: Path, architecture: str, fault: str

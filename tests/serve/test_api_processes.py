@@ -568,7 +568,7 @@ def test_the_outboxes_of_all_processes_have_each_request(pool: Pool) -> None:
     def body(number: int) -> Any:
         return {"input": [[FAILING_TOKEN, number]] if number % 50 == 7 else [[5, number], [6, number, 9]]}
 
-    engine = pool.server.children("inferctl.serve.engine_process.main")[0]
+    engine = pool.server.children("inferctl.serve.engine_process.engine_main")[0]
     answered = itertools.count(1)
 
     def kill_engine(answer: Answer) -> None:
@@ -647,7 +647,7 @@ def test_no_process_is_left_after_the_end(
         slow.join()
     else:
         os.kill(api[0], signal.SIGKILL)
-        until(lambda: "restarting the API process" in server.log.read_text())
+        until(lambda: "starting it again" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == code, server.log.read_text()
     clients.stop()
@@ -690,7 +690,11 @@ def _requests(address: str) -> int:
 
 def test_processes_that_end_while_no_descriptors_are_left_are_replaced_later(two: Callable[..., ServerProcess]) -> None:
     server = two()
-    backend, engine, api = server.process.pid, server.children("inferctl.serve.engine_process.main"), server.api_pids()
+    backend, engine, api = (
+        server.process.pid,
+        server.children("inferctl.serve.engine_process.engine_main"),
+        server.api_pids(),
+    )
     limits = resource.prlimit(backend, resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     os.kill(engine[0], signal.SIGKILL)
     os.kill(api[0], signal.SIGKILL)

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from inferctl.serve.api import app, schemas
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest
+from inferctl.serve.api.embeddings import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engines import echo
 from tests.processes import ServerProcess, start, until

@@ -51,17 +51,6 @@ def test_openai(server: ServerProcess, reference: Matrix, minilm_reference: dict
         same([entry.embedding for entry in answer.data], reference)
 
 
-def test_openai_asynchronous(server: ServerProcess, reference: Matrix) -> None:
-    async def run() -> list[list[float]]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
-            answers = await asyncio.gather(
-                *(client.embeddings.create(model="minilm", input=[text]) for text in TEXTS * 4)
-            )
-        return [answer.data[0].embedding for answer in answers]
-
-    same(asyncio.run(run()), np.tile(reference, (4, 1)))
-
-
 def test_openai_dimensions(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:
     folder = tmp_path / "matryoshka"
     folder.mkdir()

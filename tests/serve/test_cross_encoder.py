@@ -60,19 +60,21 @@ def reference(folder: Path, pairs: list[Pair]) -> Vectors:
     return plain.Reference(folder, rerank_config.read(folder)).score(pairs)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "modernbert", "electra"])
+@pytest.mark.parametrize("architecture", tiny_models.CROSS_ENCODERS)
 def test_scores_equal_the_cross_encoder_of_sentence_transformers(tmp_path: Path, architecture: str) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     folder = tiny_models.make_cross_encoder(tmp_path, architecture)
     expected = sentence_transformers.CrossEncoder(str(folder), device="cpu").predict(texts())
     assert np.ptp(expected) > 0.1  # the scores differ
-    for precision, tolerance in (("fp32", 1e-3), ("bf16", 2e-2)):
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
         engine, info = engine_for(folder, precision)
         result = engine.run(batch(encoded(folder)))
         scores = rerank_config.read(folder).scores(result.rows)[:, 0]
         np.testing.assert_allclose(scores, expected, atol=tolerance)
-        assert (info.attention, info.within_limit, info.dimensions) == ("packed", True, 1)
+        attention = "padded" if architecture in PADDED else "packed"
+        assert (info.attention, info.within_limit, info.dimensions) == (attention, True, 1), info.attention_reason
         assert info.cosine_min is None
+        assert info.vocabulary_size == json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
@@ -122,36 +124,6 @@ def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
     assert (done.returncode, "is a model for rerank" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("architecture", tiny_models.CROSS_ENCODERS)
-def test_every_architecture_equals_the_reference(tmp_path: Path, architecture: str) -> None:
-    folder = tiny_models.make_cross_encoder(tmp_path, architecture)
-    pairs = encoded(folder)
-    engine, info = engine_for(folder, "fp32")
-    assert info.attention == ("padded" if architecture in PADDED else "packed"), info.attention_reason
-    result = engine.run(batch(pairs))
-    np.testing.assert_allclose(result.rows, reference(folder, pairs), atol=2e-4)
-    assert result.ok.all()
-    assert info.logit_error < 1e-4
-    assert info.vocabulary_size == json.loads((folder / "config.json").read_text())["vocab_size"]
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_both_poolings_of_modernbert_are_packed(tmp_path: Path, pooling: str) -> None:
-    folder = tiny_models.make_cross_encoder(tmp_path, "modernbert", classifier_pooling=pooling)
-    pairs = encoded(folder)
-    engine, info = engine_for(folder, "fp32")
-    assert info.attention == "packed"
-    np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=2e-4)
-
-
-def test_int8_stays_close_to_fp32(tmp_path: Path) -> None:
-    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
-    pairs = encoded(folder)
-    engine, info = engine_for(folder, "int8")
-    assert (info.attention, info.within_limit) == ("packed", True)
-    np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=0.2)
-
-
 def test_the_segments_of_a_pair_change_its_score(tmp_path: Path) -> None:
     folder = tiny_models.make_cross_encoder(tmp_path, "bert")
     engine, _ = engine_for(folder, "fp32")
@@ -171,17 +143,6 @@ def test_a_broken_head_is_detected_and_the_whole_model_is_used(tmp_path: Path, m
     assert info.attention == "padded"
     assert "relative logit error" in info.attention_reason
     np.testing.assert_allclose(engine.run(batch(pairs)).rows, reference(folder, pairs), atol=2e-4)
-
-
-def test_weights_without_a_head_are_rejected(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("classifier.weight")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match=r"lack classifier\.weight"):
-        engine_for(folder, "fp32")
 
 
 def changed(file: str, **settings: Any) -> Callable[[Path], Any]:
@@ -269,11 +230,6 @@ def test_files_mean_what_they_mean_to_sentence_transformers(
     found = scores_of(str(folder), [list(pair) for pair in texts()])["scores"]
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_the_sigmoid_of_large_logits_is_finite() -> None:
-    logits = np.array([[-3e38], [3e38]], dtype=np.float32)
-    assert rerank_config.RerankConfig("Sigmoid", 512).scores(logits).tolist() == [[0], [1]]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.serve.engine_process import failures, frames, main
+from inferctl.serve.engine_process import engine_frames, engine_main, failures
+from inferctl.serve.engine_process.engine_frames import Kind
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo
-from inferctl.serve.engine_process.frames import Kind
 
 
 class Sleeping:
@@ -46,22 +46,22 @@ class Sleeping:
 
 def ask(connection: socket.socket, number: int, token: int) -> None:
     tokens = np.array([token], dtype=np.int32)
-    connection.sendall(frames.pack_batch(Batch(number, tokens, np.ones(1, dtype=np.int32))))
+    connection.sendall(engine_frames.pack_batch(Batch(number, tokens, np.ones(1, dtype=np.int32))))
 
 
 def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
     parent, child = socket.socketpair()
     engine: Any = Sleeping()
-    thread = threading.Thread(target=main._loop, args=(child.makefile("rwb"), engine, 2))
+    thread = threading.Thread(target=engine_main._loop, args=(child.makefile("rwb"), engine, 2))
     thread.start()
     for number, token in enumerate((300, 1, 13, 2, 3)):
         ask(parent, number, token)
     answers, stream = [], parent.makefile("rb")
     for _ in range(5):
-        frame = frames.receive(stream)
+        frame = engine_frames.receive(stream)
         assert frame is not None
         kind, body = frame
-        answers.append((frames.unpack_result(body).id if kind is Kind.RESULT else json.loads(body)["id"], kind))
+        answers.append((engine_frames.unpack_result(body).id if kind is Kind.RESULT else json.loads(body)["id"], kind))
         if kind is Kind.FAILED:
             assert json.loads(body)["out_of_memory"]
     stream.close()

@@ -12,11 +12,10 @@ import pytest
 import typer.main
 
 from inferctl import cli
-from inferctl.core.errors import EXIT_INTERRUPTED
 from inferctl.image import render
 from inferctl.image.locks import LEFT_OUT
 from inferctl.serve import main
-from tests.processes import ServerProcess, python
+from tests.processes import ServerProcess
 
 # Module names of the packages that an image omits, if they differ from the package names.
 _MODULES = {
@@ -122,27 +121,3 @@ def test_invalid_options_are_errors_with_a_hint(image: Path, arguments: list[str
     assert "\nhint: " in said
     assert "Traceback" not in said
     assert out == ""
-
-
-@pytest.mark.parametrize("module", ["inferctl", "inferctl.serve"])
-# numpy is imported for the task, after the server has its own handlers.
-@pytest.mark.parametrize("imported", ["inferctl.config.spec", "inferctl.serve.server", "numpy"])
-def test_a_sigterm_during_an_import_that_drops_exceptions_ends_the_start(
-    minilm: Path, module: str, imported: str
-) -> None:
-    # As `importlib` itself does in a callback of its locks, and pydantic while it builds a validator.
-    program = (
-        "import os, runpy, signal, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name == {imported!r}:\n"
-        "            try:\n"
-        "                os.kill(os.getpid(), signal.SIGTERM)\n"
-        "            except KeyboardInterrupt:\n"
-        "                pass\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        f"runpy.run_module({module!r}, run_name='__main__')\n"
-    )
-    options = [*(["serve"] if module == "inferctl" else []), "--model", str(minilm), "--engine", "echo", "--port", "0"]
-    done = python("-c", program, *options, timeout=60, code=EXIT_INTERRUPTED)
-    assert "Traceback" not in done.stderr

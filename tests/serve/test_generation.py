@@ -26,12 +26,12 @@ from inferctl.facts import catalog
 from inferctl.facts.precision import DeviceTraits
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo
-from inferctl.serve.generate import server as generation_server
+from inferctl.serve.generate import generation_server
 from inferctl.serve.generate.meter import StreamMeter, count_body
 from inferctl.serve.generate.probe import DeviceProbe
-from inferctl.serve.generate.process import VllmProcess
-from inferctl.serve.generate.supervisor import VllmSupervisor
+from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_request import VllmRequest
+from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
 from tests.processes import ServerProcess, python, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
@@ -307,11 +307,13 @@ def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path)
 
     def supervisor(folder: Path) -> VllmSupervisor:
         folder.mkdir()
-        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, lambda: None, told.append, told.append)
+        return VllmSupervisor(start_vllm, folder, 60, 1, socket.socket, ready, lambda: None, told.append)
+
+    async def ready() -> None: ...
 
     async def restarts() -> None:
         found = supervisor(tmp_path / "b")
-        found.restarts = 1
+        found.was_ready = True
         running = asyncio.create_task(found.run())
         while len(processes) < 3:
             await asyncio.sleep(0.1)
@@ -320,10 +322,10 @@ def test_a_vllm_that_is_not_ready_in_time_is_killed_and_reported(tmp_path: Path)
 
     with pytest.raises(NotReadyError, match="not ready after 1 s and was killed: it printed nothing"):
         asyncio.run(supervisor(tmp_path / "a").run())
-    assert [process.running for process in processes] == [False]
+    assert [process.process.returncode for process in processes] == [-signal.SIGKILL]
     asyncio.run(restarts())
-    assert told == ["vLLM was not ready after 1 s and was killed: it printed nothing; next try in 2 s"]
-    assert not any(process.running for process in processes)
+    assert told == ["vLLM was not ready after 1 s and was killed: it printed nothing; starting it again in 0.5 s"]
+    assert None not in [process.process.returncode for process in processes]
 
 
 def test_a_drain_goes_on_in_a_vllm_that_becomes_ready_in_it(start: Start) -> None:

@@ -84,17 +84,6 @@ def test_large_products_of_int8_do_not_overflow(levels: int | None, monkeypatch:
     assert torch.allclose(got, expected, rtol=0.01)
 
 
-def test_public_operators_quantize_like_the_deprecated_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from inferctl.serve.engines import onednn
-
-    x = torch.linspace(-127, 127, 4096).view(8, 512)
-    expected = onednn._quantized(x.clone())
-    monkeypatch.delattr(torch, "quantize_per_tensor")
-    assert torch.equal(onednn._quantized(x.clone()), expected)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("failure", ["missing", "changed"])
 def test_without_the_private_operators_bf16_uses_plain_layers_and_int8_does_not_start(

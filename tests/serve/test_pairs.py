@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +155,6 @@ def test_each_document_can_have_its_own_query(minilm: Path) -> None:
         pool.encode_pairs_now([*queries[:2], " " * 10**7], documents, truncate=True)
 
 
-def test_a_pair_without_any_token_is_rejected(minilm: Path, tmp_path: Path) -> None:
-    bare = json.loads((minilm / "tokenizer.json").read_text())
-    bare["post_processor"] = None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
-    with pytest.raises(InputError, match=r"^documents\[1\] has no tokens") as rejected:
-        make(tmp_path, 16).encode_pairs_now("\u0000", ["a", "\u0000"], truncate=True)
-    assert rejected.value.code == "empty_input"
-
-
 def test_the_prompt_precedes_the_query(minilm: Path) -> None:
     prompts = Prompts({"query": "Query: "}, "query")
     pool = TokenizerPool(minilm, EmbeddingConfig(("mean",), 64, prompts=prompts, lower_case=True))
@@ -172,23 +162,6 @@ def test_the_prompt_precedes_the_query(minilm: Path) -> None:
     found = pool.encode_pairs_now("A River", ["A Rock"], truncate=True)
     expected = plain.encode_pairs_now("query: a river", ["a rock"], truncate=True)
     assert [(ids.tolist(), start) for ids, start in found] == [(ids.tolist(), start) for ids, start in expected]
-
-
-def test_small_requests_do_not_wait_for_large_ones(minilm: Path) -> None:
-    pool, released = make(minilm, 16, threads=1), threading.Event()
-    pool._executor.submit(released.wait)
-
-    async def ask() -> bool:
-        large = asyncio.ensure_future(pool.encode_pairs("a river", ["rock"] * 1000, truncate=True))
-        small = await asyncio.wait_for(pool.encode_pairs("a river", ["rock"], truncate=True), 60)
-        waited = not large.done()
-        released.set()
-        return waited and len(await large) == 1000 and len(small) == 1
-
-    try:
-        assert asyncio.run(ask())
-    finally:
-        released.set()
 
 
 def test_many_small_pairs_do_not_stop_the_event_loop(minilm: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 from tokenizers import Tokenizer
 
@@ -16,13 +15,6 @@ from tests.conftest import TEXTS
 from tests.processes import ServerProcess, inferctl, python
 
 pytestmark = pytest.mark.xdist_group("minilm")
-
-
-def test_floats_and_base64_are_the_same_numbers(minilm_server: ServerProcess) -> None:
-    client = openai.OpenAI(base_url=f"{minilm_server.url}/v1", api_key="unused")
-    floats = client.embeddings.create(model="minilm", input=TEXTS[0], encoding_format="float")
-    packed = client.embeddings.create(model="minilm", input=TEXTS[0])
-    assert np.float32(floats.data[0].embedding).tolist() == np.float32(packed.data[0].embedding).tolist()
 
 
 def test_info_describes_the_engine(minilm_server: ServerProcess, minilm_reference: dict[str, Any]) -> None:

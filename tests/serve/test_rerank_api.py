@@ -10,19 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from inferctl.serve.api import schemas
-from inferctl.serve.api.rerank_schemas import RerankRequest, ScoreRequest
-from inferctl.serve.edge.errors import ApiError
 from tests.processes import ServerProcess, start
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
-    max_leaves=12,
-)
 
 
 def write_reranker(minilm: Path, folder: Path) -> Path:
@@ -175,15 +164,3 @@ def test_the_openapi_document_has_the_endpoints_of_the_task(server: ServerProces
     kind = server.get("/info").json()["model_type"]
     assert kind == {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
     assert "/v1/rerank" in server.get("/docs").text
-
-
-@given(JSON)
-@settings(max_examples=50)
-def test_any_json_is_accepted_or_rejected_with_400(value: object) -> None:
-    bodies = [(RerankRequest, {"query": "a", "documents": value, "top_n": value}), (RerankRequest, value)]
-    bodies += [(ScoreRequest, {"text_1": value, "text_2": value}), (ScoreRequest, value)]
-    for kind, body in bodies:
-        try:
-            schemas.parse(kind, json.dumps(body).encode(), max_inputs=3)
-        except ApiError as error:
-            assert error.status == 400

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
+from inferctl.serve.engines.echo import FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
 from tests.config.test_settings import SERVICE_LINKS
 from tests.processes import CLIENT, ServerProcess, inferctl, start, until
 
@@ -62,16 +62,6 @@ def test_every_input_gets_its_own_vector_in_order(echo: ServerProcess) -> None:
     assert answer["model"] == "echo"
 
 
-def test_concurrent_requests_get_their_own_vectors(server: ServerProcess) -> None:
-    rows = [[1000 + i] * (1 + i % 11) for i in range(300)]
-    with ThreadPoolExecutor(24) as pool, httpx.Client() as client:
-        answers = list(
-            pool.map(lambda row: client.post(f"{server.url}/v1/embeddings", json={"input": row}).json(), rows)
-        )
-    for row, answer in zip(rows, answers, strict=True):
-        assert answer["data"][0]["embedding"] == pytest.approx(vector(row), abs=1e-6)
-
-
 def test_responses_have_the_times_and_the_request_id(echo: ServerProcess) -> None:
     answer = httpx.post(f"{echo.url}/v1/embeddings", json={"input": [5, 6]}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
@@ -112,16 +102,6 @@ def test_dimensions_equal_to_those_of_the_model_are_accepted(echo: ServerProcess
     assert len(echo.embed(input="a", dimensions=8).json()["data"][0]["embedding"]) == 8
 
 
-def test_unknown_routes_and_methods_use_the_envelope_too(echo: ServerProcess) -> None:
-    assert echo.get("/nope").json()["error"]["type"] == "invalid_request_error"
-    rejected = echo.get("/v1/embeddings")
-    assert (rejected.status_code, rejected.headers["allow"]) == (405, "POST")
-    for found, method, allowed in ((rejected, "GET", "POST"), (httpx.post(f"{echo.url}/livez"), "POST", "GET, HEAD")):
-        error = found.json()["error"]
-        assert error["code"] == "method_not_allowed"
-        assert error["message"] == f"the method {method} is not allowed here; use {allowed}"
-
-
 def test_a_body_that_is_too_large_is_rejected(echo: ServerProcess) -> None:
     answer = httpx.post(f"{echo.url}/v1/embeddings", content=b'{"input": "' + b"a" * (4 << 20) + b'"}', timeout=60)
     assert answer.status_code == 413
@@ -143,19 +123,6 @@ def test_a_full_queue_responds_with_429_and_retry_after(echo: ServerProcess) -> 
     assert rejected.json()["error"]["code"] == "queue_full"
     assert metric(echo, "inferctl_rejected_total", reason="queue_full") >= 1
     assert echo.embed(input=[5]).status_code == 200
-
-
-def test_the_request_of_a_disconnected_client_is_cancelled(serve: Serve, minilm: Path) -> None:
-    server = serve(*echo_arguments(minilm), "--max-batch-tokens", "64")
-    host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"input": [[SLOW_TOKEN] * 64] * 400}).encode()
-    with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        until(lambda: metric(server, "inferctl_queue_tokens") > 0, 30)
-    until(lambda: metric(server, "inferctl_queue_tokens") == 0, 30)
-    until(lambda: metric(server, "inferctl_cancelled_total") == 1, 30)  # when the running batch has ended
-    assert server.embed(input=[5]).status_code == 200
 
 
 def test_probes_metrics_and_descriptions(echo: ServerProcess) -> None:
@@ -194,26 +161,6 @@ def test_every_route_of_the_openapi_document_exists(echo: ServerProcess) -> None
     schemas = document["components"]["schemas"]
     references = {part.rsplit("/", 1)[1] for part in json.dumps(document).split('"') if part.startswith("#/components")}
     assert references <= set(schemas)
-
-
-def test_accepted_requests_complete_when_the_engine_is_killed(server: ServerProcess) -> None:
-    engine, deaths = server.engine_pid(), metric(server, "inferctl_engine_deaths_total")
-    with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(server.embed, input=[SLOW_TOKEN, 5, i]) for i in range(4)]
-        until(lambda: metric(server, "inferctl_requests_in_flight") == 4)
-        os.kill(engine, signal.SIGKILL)
-        assert [future.result().status_code for future in waiting] == [200] * 4
-    assert server.engine_pid() != engine
-    assert metric(server, "inferctl_engine_deaths_total") == deaths + 1
-    assert server.get("/readyz").status_code == 200
-
-
-def test_a_request_that_crashes_the_engine_twice_is_rejected(server: ServerProcess) -> None:
-    deaths = metric(server, "inferctl_engine_deaths_total")
-    assert server.embed(input=[CRASHING_TOKEN]).status_code == 503
-    server.wait_ready()
-    assert server.embed(input=[5]).status_code == 200
-    assert metric(server, "inferctl_engine_deaths_total") == deaths + 2
 
 
 def test_without_an_engine_the_server_is_live_but_not_ready(server: ServerProcess) -> None:

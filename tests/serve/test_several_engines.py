@@ -20,7 +20,7 @@ import pytest
 
 from inferctl.serve.engine_process.engine_protocol import BatchResult, EngineConfig, EngineInfo, EngineProcess
 from inferctl.serve.engine_process.pool import EnginePool, more_engines
-from inferctl.serve.engines.echo import CLOSING_TOKEN, CRASHING_TOKEN
+from inferctl.serve.engines.echo import CLOSING_TOKEN
 from tests.processes import ServerProcess, inferctl, until
 from tests.serve.test_dispatcher import INFO
 
@@ -131,16 +131,6 @@ def test_killed_engines(three: ServerProcess) -> None:
     assert (info["count"], info["up"], info["restarts"]) == (3, 3, 6)
 
 
-def test_all_engines_killed_at_once(three: ServerProcess) -> None:
-    with Load(three, echo_row).running() as load:
-        load.wait_for_progress()
-        for engine in engines_of(three):
-            os.kill(engine, signal.SIGKILL)
-        until(lambda: three.metric("inferctl_engine_deaths_total") == 3)
-        wait_for_engines(three, 3)
-    assert three.get("/livez").status_code == 200
-
-
 def test_a_hung_engine(three: ServerProcess) -> None:
     with Load(three, echo_row).running() as load:
         load.wait_for_progress()
@@ -188,42 +178,6 @@ def test_the_server_stops_while_an_engine_stays_a_zombie(three: ServerProcess) -
         three.process.send_signal(signal.SIGTERM)
         assert three.process.wait(timeout=60) == 0
     assert "Traceback" not in three.log.read_text()
-
-
-def test_a_crashing_request_among_others_on_several_engines(three: ServerProcess) -> None:
-    with Load(three, echo_row).running() as load:
-        for _ in range(3):
-            assert three.embed(input=[CRASHING_TOKEN, 5]).status_code == 503
-            wait_for_engines(three, 3)
-        load.wait_for_progress()
-    assert load.unavailable == 0
-
-
-@pytest.mark.slow
-def test_an_encoder_is_killed_and_another_hangs(serve: Serve, tiny: Callable[..., Path]) -> None:
-    # Small batches, so that the predicted time of the largest one does not delay the detection of the hung engine.
-    limits = ("--max-batch-tokens", "64", "--max-input-tokens", "32", "--hang-seconds", "2")
-    model = str(tiny("bert", "mean_tokens"))
-    server = serve("--model", model, "--engines", "2", "--device", "cpu", "--precision", "fp32", *limits)
-    wait_for_engines(server, 2)
-    texts = [f"text {i} " * (1 + i % 8) for i in range(40)]
-    vectors = [entry["embedding"] for entry in server.embed(input=texts).json()["data"]]
-    with Load(server, lambda n: (texts[n % 40], vectors[n % 40])).running(2) as load:
-        load.wait_for_progress(20)
-        os.kill(engines_of(server)[0], signal.SIGKILL)
-        until(lambda: server.metric("inferctl_engine_deaths_total") == 1)  # the kernel frees its memory first
-        load.wait_for_progress(20)
-        load.pause_s = 0.1  # the start of an engine needs the cores
-        wait_for_engines(server, 2)
-        load.pause_s = 0.01
-        load.wait_for_progress(20)
-        os.kill(engines_of(server)[1], signal.SIGSTOP)
-        until(lambda: server.get("/info").json()["engines"]["hangs"] == 1)
-        load.wait_for_progress(20)
-        load.pause_s = 0.1
-        wait_for_engines(server, 2)  # another process replaces it
-    assert load.unavailable == 0
-    assert server.get("/info").json()["engines"]["restarts"] == 2
 
 
 @pytest.mark.parametrize(

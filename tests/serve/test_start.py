@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from inferctl.core.errors import EXIT_INTERRUPTED
-from inferctl.serve.generate.process import _PHASES
-from inferctl.serve.generate.server import _probe
+from inferctl.serve.generate.generation_server import _probe
+from inferctl.serve.generate.vllm_process import _PHASES
 from inferctl.serve.observe import progress
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.signals import StopSignals
@@ -37,10 +37,10 @@ sys.meta_path.insert(0, Finder())
     ("command", "number", "process", "name"),
     [
         # Before the engine can ignore signals.
-        ("inferctl serve", "SIGINT", "engine_process.main", "inferctl.serve.engine_process"),
-        ("inferctl.serve", "SIGINT", "engine_process.main", "numpy"),
-        ("inferctl.serve", "SIGTERM", "engine_process.main", "numpy"),
-        ("inferctl.serve", "SIGINT", "engine_process.main", "inferctl.serve.engines.echo"),
+        ("inferctl serve", "SIGINT", "engine_process.engine_main", "inferctl.serve.engine_process"),
+        ("inferctl.serve", "SIGINT", "engine_process.engine_main", "numpy"),
+        ("inferctl.serve", "SIGTERM", "engine_process.engine_main", "numpy"),
+        ("inferctl.serve", "SIGINT", "engine_process.engine_main", "inferctl.serve.engines.echo"),
         ("inferctl serve", "SIGINT", "-m inferctl", "inferctl.serve.encoder_server"),
         ("inferctl.serve", "SIGTERM", "-m inferctl", "inferctl.serve.encoder_server"),
         ("inferctl serve", "SIGTERM", "-m inferctl", "starlette"),

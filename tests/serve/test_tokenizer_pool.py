@@ -335,12 +335,3 @@ def test_a_panic_fails_only_its_request(minilm: Path, monkeypatch: pytest.Monkey
     assert isinstance(panicked, RuntimeError)
     assert "panicked: index out of bounds" in str(panicked)
     assert len(first) == len(last) == 1  # type: ignore[arg-type]
-
-
-def test_an_error_of_the_library_fails_only_its_request(minilm: Path, tmp_path: Path) -> None:
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [], "unk_token": "nothing", "fuse_unk": False}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    pool = TokenizerPool(tmp_path, embedding_config.read(minilm))
-    first, failed, last = results(pool, ["ab"], ["z"], ["ba"])
-    assert isinstance(failed, Exception)
-    assert len(first) == len(last) == 1  # type: ignore[arg-type]

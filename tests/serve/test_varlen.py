@@ -2,14 +2,12 @@
 
 The kernel needs a GPU. A function with its signature replaces it. The signatures are copied from
 `torch/nn/attention/varlen.py` in the manylinux x86_64 wheels on PyPI. 2.12.1 to 2.15.0 are equal.
-`backend_of` says in own words which kernel each of these releases takes; that of the installed one is asked too.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,122 +250,27 @@ def cudnn_on() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
-# (heads of queries, heads of keys, causal, sliding window, longest sequence)
-SHAPES = [
-    (12, 12, False, None, 512),
-    (12, 12, False, None, 100),
-    (12, 12, False, 64, 512),
-    (16, 8, True, None, 512),
-    (16, 16, True, None, 512),
-]
-
-
-def backend_of(release: str, capability: tuple[int, int], call: dict[str, Any], cudnn_allowed: bool) -> str:
-    """Return the kernel that a release takes on a GPU for a call in a 16-bit format, with the cuDNN that it ships.
-
-    Read in its `torch/nn/attention/varlen.py`: 2.11 to 2.13 have a function that always answers no; 2.14 asks
-    neither the switch of `enable_cudnn_sdp` nor the order of backends; 2.15 asks both.
-    """
-    if capability[0] not in (9, 10) or release in ("2.11.0", "2.12.1", "2.13.0"):
-        return "flash"
-    if release.startswith("2.14"):
-        short = call["max_q"] <= 128
-        grouped = call["heads"] != call["kv_heads"]
-        return "flash" if short or grouped or call["window_size"] != (-1, -1) else "cudnn"
-    return "cudnn" if cudnn_allowed and call["window_size"] in ((-1, -1), (-1, 0)) else "flash"
-
-
-def call_of(shape: tuple[int, int, bool, int | None, int], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return the arguments with which packed attention calls the kernel for sequences of a shape."""
+@pytest.mark.parametrize(
+    ("causal", "window", "expected"), [(False, None, (512, 512)), (True, None, (512, 0)), (False, 64, (63, 63))]
+)
+def test_the_kernel_always_gets_a_window(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, window: int | None, expected: tuple[int, int]
+) -> None:
+    """Without one, torch 2.14 takes cuDNN on Hopper and Blackwell, whatever `enable_cudnn_sdp` says."""
     import torch
 
     from inferctl.serve.engines import packed
 
-    heads, kv_heads, causal, window, longest = shape
-    seen: dict[str, Any] = {}
+    seen: list[tuple[int, int]] = []
 
-    def kernel(query: Any, key: Any, value: Any, *ends: Any, scale: Any, window_size: Any, enable_gqa: Any = 0) -> Any:
-        seen.update(heads=query.shape[1], kv_heads=key.shape[1], max_q=ends[2], window_size=tuple(window_size))
+    def kernel(query: Any, *_: Any, scale: Any, window_size: Any) -> Any:
+        seen.append(tuple(window_size))
         return query
 
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-        lengths = [longest, 3]
-        query, key, value = (torch.zeros(1, count, sum(lengths), 64) for count in (heads, kv_heads, kv_heads))
-        layout = packed.varlen_layout(lengths, torch.device("cpu"))
-        packed.attention(Module(causal), query, key, value, None, None, window, layout)
-    return seen
-
-
-# Without the switch and without a window, as the kernel was called before: these would be cuDNN.
-@pytest.mark.parametrize(
-    ("release", "capability", "before"),
-    [
-        ("2.11.0", (9, 0), 0),
-        ("2.13.0", (9, 0), 0),
-        ("2.12.1", (9, 0), 0),
-        ("2.14.0", (9, 0), 1),
-        ("2.14.1", (8, 0), 0),
-        ("2.14.1", (9, 0), 1),
-        ("2.14.1", (10, 0), 1),
-        ("2.14.1", (12, 0), 0),
-        ("2.15.0", (8, 9), 0),
-        ("2.15.0", (9, 0), 4),
-        ("2.15.0", (10, 0), 4),
-        ("2.15.0", (12, 0), 0),
-    ],
-)
-@pytest.mark.usefixtures("cudnn_on")
-def test_every_release_runs_packed_attention_without_cudnn(
-    monkeypatch: pytest.MonkeyPatch, release: str, capability: tuple[int, int], before: int
-) -> None:
-    import torch
-
-    from inferctl.serve.engines import device
-
-    calls = [call_of(shape, monkeypatch) for shape in SHAPES]
-    plain = [(-1 if window is None else window - 1, 0 if causal else -1) for _, _, causal, window, _ in SHAPES]
-    bare = [{**call, "window_size": size} for call, size in zip(calls, plain, strict=True)]
-    assert [backend_of(release, capability, call, True) for call in bare].count("cudnn") == before
-    device.avoid_cudnn()
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
-    assert [backend_of(release, capability, call, allowed) for call in calls] == ["flash"] * len(SHAPES)
-
-
-@pytest.mark.usefixtures("cudnn_on")
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
-def test_the_installed_release_takes_the_kernel_of_the_table(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
-) -> None:
-    import torch
-    from torch.nn.attention import varlen
-
-    release = torch.__version__.partition("+")[0]
-    if not hasattr(varlen, "_select_backend"):
-        assert release < "2.15", "the selector of this release has another name: read it, and extend the table"
-        pytest.skip(f"torch {release} has no selector to ask")
-    monkeypatch.setattr(varlen, "_cudnn_version_and_major_capability", lambda _: (92600, capability[0]))
-    varlen._should_use_cudnn.cache_clear()
-    names = {varlen._CUDNN_ATTENTION_BACKEND: "cudnn", varlen._FLASH_ATTENTION_BACKEND: "flash"}
-    offsets = torch.zeros(3, dtype=torch.int32)
-    for shape in SHAPES:
-        call = call_of(shape, monkeypatch)
-        for size in (call["window_size"], (-1, -1), (-1, 0)):
-            for allowed in (True, False):
-                torch.backends.cuda.enable_cudnn_sdp(allowed)
-                rows = [
-                    SimpleNamespace(
-                        is_cuda=True,
-                        device=SimpleNamespace(index=0),
-                        dtype=torch.bfloat16,
-                        shape=(600, heads, 64),
-                        requires_grad=False,
-                    )
-                    for heads in (call["heads"], call["kv_heads"], call["kv_heads"])
-                ]
-                chosen = varlen._select_backend(*rows, offsets, offsets, call["max_q"], list(size))
-                assert names[chosen] == backend_of(release, capability, {**call, "window_size": size}, allowed)
-    varlen._should_use_cudnn.cache_clear()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    rows = (torch.zeros(1, 12, 515, 64) for _ in range(3))
+    packed.attention(Module(causal), *rows, None, None, window, packed.varlen_layout([512, 3], torch.device("cpu")))
+    assert seen == [expected]
 
 
 @pytest.mark.usefixtures("cudnn_on")

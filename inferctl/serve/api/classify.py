@@ -1,18 +1,140 @@
-"""Endpoints for classifiers: `POST /classify` (the shape of vLLM), `POST /predict` (of text-embeddings-inference)."""
+"""The APIs for classifiers: `POST /classify` of vLLM, and `POST /predict` of text-embeddings-inference.
+
+Sources: `vllm/entrypoints/pooling/classify/protocol.py` of the former, `PredictRequest` and `PredictResponse` in
+`router/src/http/types.rs` of the latter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
+import numpy as np
+import orjson
+from pydantic import BaseModel, Field, PlainValidator, RootModel, StrictBool, ValidationInfo
+from pydantic_core import PydanticCustomError
 from starlette.types import Receive, Scope, Send
 
 from inferctl.reading.rows import Tokens, Vectors
-from inferctl.serve.api import classify_schemas, embedding_schemas
-from inferctl.serve.api.classify_schemas import ClassifyRequest, Item, PredictRequest
+from inferctl.serve.api import embeddings, endpoint
+from inferctl.serve.api.embeddings import PoolingResponse
+from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
 from inferctl.serve.api.inference import Inference, send_json
+from inferctl.serve.api.schemas import ModelRequest, Text, Unsupported, Usage, limit_items, parts
 from inferctl.serve.edge.request_context import context_of
 from inferctl.serve.text.text_parts import InputError
+
+# A text, or a pair of texts.
+Item = tuple[str] | tuple[str, str]
+_TRUNCATE = Field(
+    None, description="Truncate long inputs (true) or respond with 400 (false). Default: the server's setting."
+)
+_TextsSchema = Text | Annotated[list[Text], Field(min_length=1)]
+_TextOrPair = Annotated[list[Text], Field(min_length=1, max_length=2)]
+_InputsSchema = Text | _TextOrPair | Annotated[list[_TextOrPair], Field(min_length=1)]
+
+
+def _validate_texts(value: Any, info: ValidationInfo) -> list[Item]:
+    """Return one text or a list of texts as items. Raises `PydanticCustomError` for anything else."""
+    listed = [value] if isinstance(value, str) else limit_items(value, info)
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise PydanticCustomError("invalid_type", "input must be a text or a list of texts")
+    return [_item([text], "input") for text in listed] or _raise_empty("input")
+
+
+def _validate_inputs(value: Any, info: ValidationInfo) -> list[Item] | Item:
+    """Return one item, or a list of items. Raises `PydanticCustomError` for anything else."""
+    if isinstance(value, str):
+        return _item([value], "inputs")
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return _item(value, "inputs")
+    if not isinstance(limit_items(value, info), list):
+        raise _wrong_type()
+    return [_item(each, "inputs") for each in value] or _raise_empty("inputs")
+
+
+def _item(texts: Any, field: str) -> Item:
+    if not isinstance(texts, list) or not 0 < len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+        raise _wrong_type()
+    if not all(texts):
+        _raise_empty(f"a text of {field}")
+    return (texts[0],) if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _raise_empty(what: str) -> NoReturn:
+    raise PydanticCustomError("empty_input", "{what} is empty", {"what": what})
+
+
+def _wrong_type() -> PydanticCustomError:
+    message = "inputs must be a text, a pair [text, text], or a list of [text] and [text, text]"
+    return PydanticCustomError("invalid_type", message)
+
+
+class ClassifyRequest(ModelRequest):
+    """The body of `POST /classify`."""
+
+    unsupported: ClassVar[Unsupported] = {
+        "truncate_prompt_tokens": (-1,),
+        "add_special_tokens": (True,),
+        "task": ("classify",),  # this and the next of /pooling
+        "encoding_format": ("float",),
+    }
+    input: Annotated[list[Item], PlainValidator(_validate_texts, json_schema_input_type=_TextsSchema)] = Field(
+        description="A text, or a list of texts."
+    )
+    use_activation: StrictBool | None = Field(
+        None, description="False: return the logits of the model instead of probabilities."
+    )
+    truncate: StrictBool | None = _TRUNCATE
+
+
+class PredictRequest(ModelRequest):
+    """The body of `POST /predict`."""
+
+    inputs: Annotated[list[Item] | Item, PlainValidator(_validate_inputs, json_schema_input_type=_InputsSchema)] = (
+        Field(description="A text, a pair of texts as a list of two, or a list of lists of one or two texts.")
+    )
+    raw_scores: StrictBool = Field(False, description="True: return the logits of the model instead of probabilities.")
+    truncate: StrictBool | None = _TRUNCATE
+    truncation_direction: Literal["Right", "right"] | None = Field(None, description="Long inputs lose their end.")
+
+    @property
+    def items(self) -> list[Item]:
+        """The texts and pairs."""
+        return [self.inputs] if isinstance(self.inputs, tuple) else self.inputs
+
+
+class Classification(BaseModel):
+    """The scores of one input, in the order of the model's labels. `label` is that of the highest score."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyResponse(BaseModel):
+    """The successful response of `POST /classify`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: Usage
+
+
+class Prediction(BaseModel):
+    """The score of one label."""
+
+    score: float
+    label: str
+
+
+class PredictResponse(RootModel[list[Prediction] | list[list[Prediction]]]):
+    """The successful response of `POST /predict`: the labels by score for one input, or such a list for each."""
 
 
 async def classify(inference: Inference, scope: Scope, receive: Receive, send: Send, *, pooling: bool = False) -> None:
@@ -22,9 +144,9 @@ async def classify(inference: Inference, scope: Scope, receive: Receive, send: S
     scores = logits if request.use_activation is False else inference.model.activation(logits)
     model, tokens, id_ = inference.model, context.input_tokens, context.id.decode()
     if pooling:
-        parts = embedding_schemas.response(scores, "float", model.name, tokens, pooling=id_)
+        parts = embeddings.response(scores, "float", model.name, tokens, pooling=id_)
     else:
-        parts = classify_schemas.classify_response(scores, model.labels, id_, model.name, tokens)
+        parts = classify_response(scores, model.labels, id_, model.name, tokens)
     await send_json(send, parts, context)
 
 
@@ -34,7 +156,7 @@ async def predict(inference: Inference, scope: Scope, receive: Receive, send: Se
     logits = await _logits(inference, scope, request.items, request.truncate, "inputs")
     scores = logits if request.raw_scores else inference.model.activation(logits)
     several = isinstance(request.inputs, list)
-    await send_json(send, classify_schemas.predict_response(scores, inference.model.labels, several=several), context)
+    await send_json(send, predict_response(scores, inference.model.labels, several=several), context)
 
 
 async def _logits(
@@ -64,4 +186,68 @@ async def _logits(
         both = [by_index[index] for index in range(len(items))]
         return [ids for ids, _ in both], [start for _, start in both]
 
-    return await inference.run_equal(scope, tokenize)
+    return np.asarray(await inference.run(scope, tokenize))
+
+
+def classify_response(scores: Vectors, labels: Sequence[str], id_: str, model: str, tokens: int) -> Iterator[bytes]:
+    """Yield the JSON of a successful response in parts, so that large ones never stop the event loop for long."""
+    head = {"id": id_, "object": "list", "created": int(time.time()), "model": model}
+    separator = orjson.dumps(head)[:-1] + b',"data":['
+    for part in parts(scores):
+        data = [
+            {"index": index, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(row)}
+            for index, row in enumerate(scores[part], part.start)
+        ]
+        yield separator + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    yield b"]," + orjson.dumps({"usage": {"prompt_tokens": tokens, "total_tokens": tokens}})[1:]
+
+
+def predict_response(scores: Vectors, labels: Sequence[str], *, several: bool) -> Iterator[bytes]:
+    """Yield the JSON of a successful response in parts. `several`: whether the request had a list of inputs."""
+    separator = b"[" if several else b""
+    for part in parts(scores):
+        rows = scores[part]
+        # A stable sort, so labels with equal scores keep their order.
+        orders = np.argsort(-rows, axis=1, kind="stable")
+        found = [
+            [{"score": row[number], "label": labels[number]} for number in order]
+            for row, order in zip(rows, orders.tolist(), strict=True)
+        ]
+        yield separator + orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        separator = b","
+    if several:
+        yield b"]"
+
+
+ENDPOINTS = (
+    Endpoint(
+        "classify",
+        "classify",
+        "/classify",
+        "Compute the scores of all labels for texts, in order.",
+        (ClassifyRequest, ClassifyResponse),
+        {"input": TEXTS},
+        endpoint.application(classify),
+    ),
+    Endpoint(
+        "classify",
+        "classify",
+        "/pooling",
+        embeddings.POOLING,
+        (ClassifyRequest, PoolingResponse),
+        {"input": TEXTS},
+        endpoint.application(classify, pooling=True),
+    ),
+    Endpoint(
+        "predict",
+        "classify",
+        "/predict",
+        "Order the labels of texts or pairs of texts by their scores.",
+        (PredictRequest, PredictResponse),
+        {"inputs": [["a text"], ["first text of a pair", "second text"]]},
+        endpoint.application(predict),
+        TEI,
+        ("/",),
+    ),
+)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictStr
 
 from inferctl.models import vector_format
 from inferctl.reading.rows import Vectors
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest
+from inferctl.serve.api.embeddings import EmbeddingRequest, embed
+from inferctl.serve.api.endpoint import COHERE, TEXTS
 from inferctl.serve.api.schemas import Count, ModelRequest, Text, Unsupported, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
@@ -114,3 +115,18 @@ class CohereEmbed:
             yield b"]"
         billed = {"billed_units": {"input_tokens": context.input_tokens}, "api_version": {"version": str(self.version)}}
         yield (b"," if plain else b"},") + orjson.dumps({"texts": request.texts, "meta": billed})[1:]
+
+
+_VERSIONS: tuple[Literal[1, 2], ...] = (2, 1)
+ENDPOINTS = tuple(
+    embed(
+        f"/v{version}/embed",
+        f"Compute embeddings in one or several number formats, as version {version} of Cohere's API.",
+        CohereEmbedResponse,
+        CohereEmbed(version),
+        example={"texts": TEXTS, "embedding_types": ["float"]},
+        errors=COHERE,
+        output="dense",
+    )
+    for version in _VERSIONS
+)

@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from inferctl.reading.rows import Rows, Tokens, Vectors
+from inferctl.reading.rows import Rows, Tokens
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.backend.backend import Backend
@@ -67,12 +67,6 @@ class Inference:
         except ApiError:
             _in_vain(context, len(raw) // BYTES_PER_TOKEN)
             raise
-
-    async def run_equal(self, scope: Scope, tokenize: Tokenize) -> Vectors:
-        """Return what `run` returns for a model whose rows all have the same width, as one array."""
-        rows = await self.run(scope, tokenize)
-        assert not isinstance(rows, list)
-        return rows
 
     async def run(self, scope: Scope, tokenize: Tokenize) -> Rows:
         """Return the rows of the sequences, and store counts and times in the context.

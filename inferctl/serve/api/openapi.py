@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 import inferctl
 from inferctl.serve.api import docs_page
+from inferctl.serve.api.endpoint import Endpoint
 from inferctl.serve.api.schemas import ErrorResponse
 from inferctl.serve.api.served_model import ServedModel
 
@@ -53,34 +54,23 @@ _GET_ROUTES = {
 }
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A POST endpoint: its path, what it does, an example of a request, and the models of its bodies."""
-
-    path: str
-    summary: str
-    request: type[BaseModel]
-    response: type[BaseModel]
-    example: dict[str, Any]
-    error: type[BaseModel] = ErrorResponse
-
-
-def document(model: ServedModel, operations: list[Operation]) -> dict[str, Any]:
+def document(model: ServedModel, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of this server. The limits of the model are part of it once it is loaded."""
     models: list[tuple[Any, Any]] = [(ErrorResponse, "serialization")]
-    for operation in operations:
-        models += [(operation.request, "validation")]
-        models += [(kind, "serialization") for kind in (operation.response, operation.error)]
+    for endpoint in endpoints:
+        request, response = endpoint.bodies
+        models += [(request, "validation"), (response, "serialization"), (endpoint.errors[1], "serialization")]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
     if model.vocabulary_size:  # an engine is ready
-        names = {*(operation.request.__name__ for operation in operations), "TextOptions"}
+        names = {*(endpoint.bodies[0].__name__ for endpoint in endpoints), "TextOptions"}
         for name in names & schemas["$defs"].keys():
             _add_limits(schemas["$defs"][name], model)
         if model.task == "embed":
             schemas["$defs"]["Sentences"]["properties"]["sentences"]["maxItems"] = model.max_inputs
     paths = {path: {"get": _get(path, model.name)} for path in _GET_ROUTES}
-    for operation in operations:
-        paths.setdefault(operation.path, {})["post"] = _post(operation, model.name)
+    for endpoint in endpoints:
+        for path in endpoint.paths:
+            paths.setdefault(path, {})["post"] = _post(path, endpoint, model.name)
     return {
         "openapi": "3.1.0",
         "info": {"title": model.name, "version": inferctl.__version__},
@@ -147,22 +137,23 @@ def _get(path: str, name: str) -> dict[str, Any]:
     return operation
 
 
-def _post(operation: Operation, name: str) -> dict[str, Any]:
+def _post(path: str, endpoint: Endpoint, name: str) -> dict[str, Any]:
     headers = {key: {"description": text, "schema": {"type": "string"}} for key, text in _HEADERS.items()}
     wait = {"description": "Seconds until a retry is useful.", "schema": {"type": "integer", "minimum": 1}}
-    request, response = ({"schema": _reference(kind)} for kind in (operation.request, operation.response))
+    request, response = ({"schema": _reference(kind)} for kind in endpoint.bodies)
+    error = endpoint.errors[1]
     return {
-        "summary": operation.summary,
-        "operationId": f"create_{operation.path.strip('/').replace('/', '_') or 'root'}",
+        "summary": endpoint.summary,
+        "operationId": f"create_{path.strip('/').replace('/', '_') or 'root'}",
         "parameters": [_PRIORITY],
         "requestBody": {
             "required": True,
-            "content": {_JSON: {**request, "example": {"model": name, **operation.example}}},
+            "content": {_JSON: {**request, "example": {"model": name, **endpoint.example}}},
         },
         "responses": {
             "200": {"description": "Success.", "headers": headers, "content": {_JSON: response}},
-            **{status: _error(text, operation.error) for status, text in _ERRORS.items()},
-            "429": {**_error(_ERRORS["429"], operation.error), "headers": {"retry-after": wait}},
+            **{status: _error(text, error) for status, text in _ERRORS.items()},
+            "429": {**_error(_ERRORS["429"], error), "headers": {"retry-after": wait}},
         },
     }
 
@@ -175,13 +166,14 @@ def _reference(kind: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
-def page(model: ServedModel, operations: list[Operation]) -> str:
+def page(model: ServedModel, endpoints: Sequence[Endpoint]) -> str:
     """Return a page with the routes, the fields of requests and examples."""
-    spec, parts = document(model, operations), []
-    for operation in operations:
-        fields = spec["components"]["schemas"][operation.request.__name__]["properties"]
-        body = orjson.dumps({"model": model.name, **operation.example}).decode()
-        curl = html.escape(f"curl -s $URL{operation.path} -H 'content-type: application/json' -d '{body}'")
+    spec, parts = document(model, endpoints), []
+    for endpoint in endpoints:
+        fields = spec["components"]["schemas"][endpoint.bodies[0].__name__]["properties"]
         described = docs_page.table((field, entry.get("description", "")) for field, entry in fields.items())
-        parts += [f"<h2>POST {operation.path}</h2><pre>{curl}</pre>", described]
+        body = orjson.dumps({"model": model.name, **endpoint.example}).decode()
+        for path in endpoint.paths:
+            curl = html.escape(f"curl -s $URL{path} -H 'content-type: application/json' -d '{body}'")
+            parts += [f"<h2>POST {path}</h2><pre>{curl}</pre>", described]
     return docs_page.render(spec, *parts, "<h2>Errors</h2>", docs_page.table(_ERRORS.items()))

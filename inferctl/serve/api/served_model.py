@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from inferctl.config.spec import Task
+from inferctl.config.spec import Spec, Task
 from inferctl.core.errors import UsageError
+from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Output, Role, TokensConfig
 from inferctl.reading.prompts import NO_PROMPTS, Prompts
 from inferctl.reading.rows import Vectors
+from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.edge.errors import ApiError
+
+# Tokens of one request, if the queue is not larger. OpenAI's limit is 300,000.
+_MAX_REQUEST_TOKENS = 262_144
 
 
 @dataclass
@@ -53,6 +58,29 @@ class ServedModel:
     max_held_numbers: int = 2**26  # 256 MiB
     vocabulary_size: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, spec: Spec, config: TaskConfig, truncate: bool) -> ServedModel:
+        """Return the model of a spec, whose folder has this configuration."""
+        served = cls(
+            spec.name,
+            spec.model.source,
+            spec.serve.aliases,
+            (),
+            spec.serve.max_client_batch,
+            max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
+            truncate,
+            config.task,
+            labels=config.labels,
+            takes_instruction=config.takes_instruction,
+        )
+        if isinstance(config, EmbeddingConfig):
+            served.prompts, served.outputs, served.tokens = config.prompts, config.outputs, config.tokens
+            served.trained, served.text_options = config.trained, config.text_options
+            served.matryoshka, served.normalized = config.matryoshka, config.normalize and config.truncate_dim is None
+        else:
+            served.activation = config.scores
+        return served
 
     @property
     def names(self) -> list[str]:

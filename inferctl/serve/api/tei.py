@@ -15,8 +15,9 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, RootMode
 
 from inferctl.reading.outputs import Output
 from inferctl.reading.rows import Vectors
-from inferctl.serve.api.embedding_schemas import EmbeddingRequest, Input, InputSchema, validate_input
-from inferctl.serve.api.outputs import SeveralOutputs, token_vectors
+from inferctl.serve.api.embedding_outputs import SeveralOutputs, token_vectors
+from inferctl.serve.api.embeddings import EmbeddingApi, EmbeddingRequest, Input, InputSchema, embed, validate_input
+from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
 from inferctl.serve.api.schemas import Count, ModelRequest, Text, limit_items, parts
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.edge.request_context import RequestContext
@@ -176,3 +177,25 @@ def _embedding(
         dimensions=dimensions,
         normalized=normalized,
     )
+
+
+def _endpoint(path: str, what: str, response: type[BaseModel], api: EmbeddingApi, **others: Any) -> Endpoint:
+    summary = f"Compute {what}, as text-embeddings-inference does."
+    return embed(path, summary, response, api, **{"example": {"inputs": TEXTS}} | others, errors=TEI)
+
+
+ENDPOINTS = (
+    _endpoint("/embed", "the embeddings of texts", EmbedResponse, TeiEmbed(), aliases=("/",), output="dense"),
+    _endpoint(
+        "/embed_sparse", "the sparse weights of texts", EmbedSparseResponse, TeiOutput("sparse"), output="sparse"
+    ),
+    _endpoint("/embed_all", "one vector for each token of texts", EmbedAllResponse, TeiOutput("tokens")),
+    _endpoint(
+        "/similarity",
+        "the cosines of a text and others",
+        SimilarityResponse,
+        TeiSimilarity(),
+        example={"inputs": {"source_sentence": "a text", "sentences": TEXTS}},
+        output="dense",
+    ),
+)

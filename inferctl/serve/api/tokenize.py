@@ -15,8 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, S
 from pydantic_core import PydanticCustomError
 from starlette.types import Receive, Scope, Send
 
+from inferctl.reading.task_config import HEADS
+from inferctl.serve.api import endpoint
+from inferctl.serve.api.embedding_outputs import held
+from inferctl.serve.api.endpoint import TEI, TEXTS, Endpoint
 from inferctl.serve.api.inference import Inference, send_json
-from inferctl.serve.api.outputs import held
 from inferctl.serve.api.schemas import ModelRequest, Unsupported, limit_items
 from inferctl.serve.text.tokenizer_pool import Token
 
@@ -92,3 +95,18 @@ def _response(found: list[list[Token]]) -> Iterator[bytes]:
             yield (b"," if start else b"") + orjson.dumps(row[start : start + _PART_TOKENS])[1:-1]
         yield b"]"
     yield b"]"
+
+
+ENDPOINTS = tuple(
+    Endpoint(
+        "tokenize",
+        task,
+        "/tokenize",
+        "Return the tokens of texts, as text-embeddings-inference does, or with `prompt` as vLLM does.",
+        (TokenizeRequest, TokenizeResponse),
+        {"inputs": TEXTS},
+        endpoint.application(tokenize),
+        TEI,
+    )
+    for task in HEADS
+)

@@ -101,7 +101,7 @@ class VectorCache:
     ) -> None:
         self.marked = marked
         self._store, self._metrics, self._scoped = store, metrics, scoped
-        self._hits = metrics.cache_hits.labels("local")
+        self._hits = metrics.cache_hits
         metrics.cache_bytes.set_function(lambda: store.bytes)
         self._key_space = KeySpace()
         self._flights: dict[bytes, _Flight] = {}  # who computes a vector now

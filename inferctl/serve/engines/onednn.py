@@ -101,8 +101,6 @@ def _weight_levels() -> int:
 
 def _quantized(x: torch.Tensor) -> torch.Tensor:
     """Return `x`, which it overwrites, rounded and shifted by the zero point, as uint8."""
-    if not hasattr(torch, "quantize_per_tensor"):  # torch will remove it; the other operators take twice the time
-        return x.round_().add_(_ZERO_POINT).to(torch.uint8)
     levels = torch.quantize_per_tensor(x, 1.0, _ZERO_POINT, torch.quint8)
     # A view of the bytes; `int_repr()` would copy them.
     return torch.empty(0, dtype=torch.uint8).set_(levels.untyped_storage(), 0, levels.shape, levels.stride())

@@ -44,8 +44,6 @@ _HEADS = r"(classifier|pre_classifier|score|qa_outputs|head|decoder)\..*"
 _OTHER_INPUTS = r"(model\.)?(vision_tower|visual|audio_tower|multi_modal_projector|mtp)\..*"
 _MAY_BE_UNEXPECTED: dict[Task, tuple[str, ...]] = {
     "embed": (*_BUFFERS, *_PRETRAINING, _POOLER, _HEADS),
-    "rerank": (*_BUFFERS, *_PRETRAINING, _POOLER),
-    "classify": (*_BUFFERS, *_PRETRAINING, _POOLER),
     "generate": (*_BUFFERS, _OTHER_INPUTS),
 }
 # Of a masked language model: what BERT was pretrained with, too.
@@ -53,7 +51,7 @@ _BESIDE_LOGITS = (*_BUFFERS, _POOLER, r"cls\.seq_relationship\..*")
 # The projection that Stanford's ColBERT stores among the weights of the transformer.
 _PROJECTION = r"linear\.weight"
 # Embeddings are pooled from the last layer, without the model's own pooler.
-_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,), "rerank": (), "classify": (), "generate": ()}
+_MAY_BE_MISSING: dict[Task, tuple[str, ...]] = {"embed": (_POOLER,)}
 # Of a message about wrong weights, which can be all of a model.
 _NAMED = 3
 # Numbers in a table of static embeddings, which a small file with a mapping can exceed.
@@ -103,8 +101,9 @@ def load(
             f"transformers cannot load {folder}: {reason[:_SHOWN]}",
             "use a model that transformers knows, with all of its files",
         ) from error
-    unexpected = _BESIDE_LOGITS if logits else _MAY_BE_UNEXPECTED[task]
-    _check_names(folder, found, _MAY_BE_MISSING[task], (*unexpected, *([_PROJECTION] if projection else [])))
+    scores = (*_BUFFERS, *_PRETRAINING, _POOLER)
+    unexpected = _BESIDE_LOGITS if logits else _MAY_BE_UNEXPECTED.get(task, scores)
+    _check_names(folder, found, _MAY_BE_MISSING.get(task, ()), (*unexpected, *([_PROJECTION] if projection else [])))
     _check_values(folder, model)
     return model.eval()
 

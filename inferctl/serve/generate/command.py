@@ -16,7 +16,7 @@ from inferctl.models import decoder
 from inferctl.models.model import is_hub_id
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, PrecisionInfo
 
-MIDDLEWARE = "inferctl.serve.generate.middleware.VllmMiddleware"
+MIDDLEWARE = "inferctl.serve.generate.vllm_middleware.VllmMiddleware"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _GIB = 1024**3
 # Variables with passwords of stores, which only the supervisor and the relay connect to.

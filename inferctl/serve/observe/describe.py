@@ -11,7 +11,6 @@ from inferctl.config.spec import Access, Spec
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.reading import model_summary
-from inferctl.reading.classify_config import ClassifyConfig
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.edge import access
@@ -90,24 +89,12 @@ def _of_tei(
 
     Source: `Info` in its `router/src/lib.rs`.
     """
-    if isinstance(config, EmbeddingConfig):
-        pooling = "splade" if config.outputs == ("sparse",) else "+".join(config.pooling) or "mean"
-        kind: dict[str, Any] = {"embedding": {"pooling": "last_token" if pooling == "last" else pooling}}
-    else:
-        labels = config.labels if isinstance(config, ClassifyConfig) else ("LABEL_0",)
-        names = {str(number): label for number, label in enumerate(labels)}
-        kind = {
-            config.task.replace("classify", "classifier").replace("rerank", "reranker"): {
-                "id2label": names,
-                "label2id": {label: int(number) for number, label in names.items()},
-            }
-        }
     precision = info.precision.effective
     return {
         "model_id": spec.model.source,
         "model_sha": spec.model.revision,
         "model_dtype": {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(precision, precision),
-        "model_type": kind,
+        "model_type": config.tei_type,
         "max_concurrent_requests": EdgeLimits().max_requests,
         "max_input_length": max_tokens,
         "max_batch_tokens": info.batch_tokens,

@@ -252,7 +252,7 @@ class Metrics(RequestMetrics):
 
     def __init__(self, slo: Mapping[str, float] | None = None) -> None:
         super().__init__(slo=slo)
-        counter, total, gauge, histogram = self._counter, self._total, self._gauge, self._histogram
+        total, gauge, histogram = self._total, self._gauge, self._histogram
         # Of the library, because any thread counts.
         truncated = "Inputs truncated to the longest input of the model."
         self.truncated = Counter("inferctl_inputs_truncated", truncated, registry=self.registry)
@@ -261,7 +261,7 @@ class Metrics(RequestMetrics):
         self.batch_failures = total("batch_failures", "Batches that the engine could not compute.")
         self.out_of_memory = total("out_of_memory", "Batches for which the memory of the engine was insufficient.")
         self.batch_limit = gauge("batch_limit_tokens", "Largest batch in tokens; lowered after running out of memory.")
-        self.cache_hits = counter("cache_hits", "Inputs whose vectors the cache had.", "level")
+        self.cache_hits = total("cache_hits", "Inputs whose vectors the cache had.")
         self.cache_misses = total("cache_misses", "Inputs computed because the cache did not have their vectors.")
         self.cache_coalesced = total("cache_coalesced", "Inputs that were equal to one in flight.")
         self.cache_bytes = gauge("cache_bytes", "Memory of the cached vectors.")

@@ -10,7 +10,6 @@ before, another one gets the connection.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import socket
@@ -20,11 +19,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import NotReadyError
 from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.child import Child
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.engine_process.supervisor import reap
 from inferctl.serve.observe import samples
 from inferctl.serve.processes import frames
 from inferctl.serve.processes.api_process_link import ApiProcessLink
@@ -32,7 +30,6 @@ from inferctl.serve.processes.frames import Kind
 
 log = logging.getLogger("inferctl.api_processes")
 
-_MIN_PAUSE_S, _MAX_PAUSE_S = 0.25, 30.0
 # A process that was silent for this long gets no connections; after `_HUNG_S`, it is killed.
 _SLOW_S, _HUNG_S = 1.0, 10.0
 _FULL_S = 1.0  # for which others are preferred to a process that refused a connection
@@ -45,7 +42,6 @@ _WARN_S = 30.0
 _MANY_REVOKED = 10_000
 _MOST_UNSENT = 1 << 28  # bytes of large results that API processes have not read
 _ACCEPTED_AT_ONCE = 64
-_CRASH_LOOP_STARTS = 5
 
 
 class ApiProcesses:
@@ -65,7 +61,6 @@ class ApiProcesses:
         on_up: Callable[[], None],
         drain_seconds: float,
     ) -> None:
-        self.restarts = 0
         self.unfinished_responses = 0
         self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
         self.on_up, self._drain_seconds = on_up, drain_seconds
@@ -86,6 +81,11 @@ class ApiProcesses:
         return sum(process.ready for process in self._processes)
 
     @property
+    def restarts(self) -> int:
+        """How often a process was started again."""
+        return sum(process.restarts for process in self._processes)
+
+    @property
     def in_flight(self) -> int:
         """How many requests the backend computes."""
         return sum(process.in_flight for process in self._processes)
@@ -93,7 +93,7 @@ class ApiProcesses:
     @property
     def crash_looping(self) -> bool:
         """Whether some process failed to start again and again, and none takes connections."""
-        return not self.up and any(process.failures >= _CRASH_LOOP_STARTS for process in self._processes)
+        return not self.up and any(process.crash_looping for process in self._processes)
 
     async def serve(self, sockets: list[socket.socket]) -> None:
         """Serve until `close` is called, then until the requests in flight are complete or `drain_seconds` passed.
@@ -227,61 +227,47 @@ class ApiProcesses:
         return ApiProcessLink(self._backend, self._page, process.on_control, process.on_stats, process.on_lost, most)
 
 
-class _ApiProcess:
+class _ApiProcess(Child):
     """One API process, and its successors. `connections`: which it has, `alive`: its last sign of life."""
 
+    name = "an API process"
+    ends_within = _EXIT_S, _EXIT_S
+
     def __init__(self, owner: ApiProcesses) -> None:
-        self.ready, self.connections, self.alive, self.failures = False, 0, 0.0, 0
+        super().__init__(log.error)
+        self.connections, self.alive = 0, 0.0
         self.full_until = 0.0  # it refused connections, and may not refuse them from then on
         self._owner = owner
         self._link: ApiProcessLink | None = None
         self._control: socket.socket | None = None  # for descriptors
-        self._process: asyncio.subprocess.Process | None = None
         self._kept: dict[int, socket.socket] = {}  # connections that it has not taken yet
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
-        self._draining = asyncio.Event()
-        self._error: tuple[str, str | None] = "", None  # why it ended last, and a hint
 
     @property
     def in_flight(self) -> int:
         """How many of its requests the backend computes."""
         return self._link.in_flight if self._link else 0
 
+    @property
+    def restartable(self) -> bool:
+        """Whether any process ever took connections."""
+        return self._owner.served
+
     def send(self, frame: bytes) -> None:
         """Send a frame, if the process runs."""
         if self._link is not None:
             self._link.link.send(frame)
 
-    async def run(self) -> None:
-        """Keep the process running until the drain. Raises `NotReadyError` if it cannot start and none ever could."""
-        while True:
-            try:
-                await self._run_once()
-            except OSError as error:  # no memory or descriptors are left
-                self._error, self.failures = (f"an API process cannot be started: {error}", None), self.failures + 1
-            if self._draining.is_set():
-                return
-            if not self._owner.served:
-                raise NotReadyError(*self._error)
-            self._owner.restarts += 1
-            pause = min(_MIN_PAUSE_S * 2 ** min(self.failures, 10), _MAX_PAUSE_S)
-            log.error("%s; restarting the API process in %.2g s", self._error[0], pause)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._draining.wait(), pause)
-                return
-
-    async def _run_once(self) -> None:
-        """Run one process until it ends."""
-        loop, kills = asyncio.get_running_loop(), MemoryKills()
+    async def _start(self) -> asyncio.subprocess.Process:
         self._lost.clear()
-        ours, theirs = socket.socketpair()
+        self._ours, theirs = socket.socketpair()
         self._control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for each in (ours, self._control):
+        for each in (self._ours, self._control):
             each.setblocking(False)
         with theirs, their_control:
             descriptors = theirs.fileno(), their_control.fileno()
-            self._process = await asyncio.create_subprocess_exec(
+            return await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
@@ -292,40 +278,31 @@ class _ApiProcess:
                 stdout=2,
                 start_new_session=True,  # Ctrl-C in a terminal is for this process only
             )
+
+    async def _attend(self) -> NotReadyError | None:
         self._link = link = self._owner.link(self)
-        await loop.create_connection(lambda: link.link, sock=ours)
+        await asyncio.get_running_loop().create_connection(lambda: link.link, sock=self._ours)
         link.link.send(self._owner.welcome())
-        self.alive = time.monotonic() + _START_S
-        watch = asyncio.create_task(self._kill_if_hung())
+        self.alive = time.monotonic()
+        self.expect(_START_S, what="start")
         await self._lost.wait()
-        watch.cancel()
-        served, self.ready, self.connections = self.ready, False, 0
-        self.failures = 0 if served else self.failures + 1
-        self._link = None
-        self._control.close()
+        return NotReadyError(*link.fatal) if link.fatal else None
+
+    async def _left(self, was_ready: bool) -> None:
+        self.connections, self._link = 0, None
+        if self._control is not None:
+            self._control.close()
         self._owner.totals.retire(self)
         if self._scraped and not self._scraped.done():
             self._scraped.set_result(None)
-        # It may take time to end, but it takes nothing more. Its descriptor of a connection that it did not take ends
-        # with it, so it must be gone before another process answers.
-        ended = await reap(self._process, _EXIT_S)
-        how = kills.text() or ended
-        self._error = link.fatal or (f"an API process ended unexpectedly ({how})", "see the log above")
+
+    async def _reap(self, seconds: float) -> tuple[str, int | None]:
+        found = await super()._reap(seconds)
+        # Its descriptor of a connection that it did not take ends with it, so it must be gone before another answers.
         kept, self._kept = list(self._kept.values()), {}
         for connection in kept:
             self._owner.place(connection)
-
-    async def _kill_if_hung(self) -> None:
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(_TICK_S)
-            # While this process did not run, as in a paused container, it heard nothing.
-            self.alive += max(0.0, time.monotonic() - before - _TICK_S)
-            if time.monotonic() - self.alive > _HUNG_S:
-                what = f"respond for {_HUNG_S:g} s" if self.ready else f"start within {_START_S:g} s"
-                log.error("an API process did not %s; killing it", what)
-                self.kill()
-                self.alive = time.monotonic()
+        return found
 
     def take(self, number: int, connection: socket.socket) -> bool:
         """Pass a connection on. Return whether that was possible."""
@@ -349,25 +326,21 @@ class _ApiProcess:
 
     def drain(self) -> None:
         """Let the process end after the responses in flight. One that starts has none."""
-        self._draining.set()
+        self.stopping.set()
         if self.ready:
             self.send(frames.pack(Kind.DRAIN))
         else:
             self.kill()
 
-    def kill(self) -> None:
-        """Kill the process."""
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-
     def on_control(self, kind: Kind, numbers: tuple[int, ...]) -> None:
         """Take a frame about connections or life."""
         self.alive = time.monotonic()
-        if kind is Kind.HELLO and self._draining.is_set():
+        self.expect(_HUNG_S)
+        if kind is Kind.HELLO and self.stopping.is_set():
             self.kill()
         elif kind is Kind.HELLO:
-            self.ready = self._owner.served = True
+            self.is_ready()
+            self._owner.served = True
             self.send(self._owner.state())
             self.send(self._owner.revoked())
             # Not here: an error in it would end the link.

@@ -14,7 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from inferctl.config.spec_types import Task
 
 REQUEST = "inferctl.request.v1"
 # The last event of a server process. `data.clean`: False if the process was killed, then written after its death.
@@ -93,7 +95,7 @@ class Origin:
     """What all requests of a server process have in common. `hardware` and `model_sha256`: None before it is ready."""
 
     model: str
-    task: Literal["embed", "rerank", "classify", "generate"]
+    task: Task
     model_sha256: str | None = None
     hardware: str | None = None
 

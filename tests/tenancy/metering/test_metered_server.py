@@ -362,7 +362,8 @@ def test_two_servers_share_a_folder(metered: Metered, tmp_path: Path) -> None:
 def test_the_api_process_imports_no_package_of_the_ledger() -> None:
     code = (
         "import sys, json\n"
-        "from inferctl.serve import encoder_server, metering, relay_process\n"
+        "from inferctl.serve import encoder_server, relay_process\n"
+        "from inferctl.serve.observe import metering\n"
         "print(json.dumps([m for m in ('sqlalchemy', 'alembic', 'psycopg', 'nats') if m in sys.modules]))"
     )
     done = python("-c", code, code=0)

@@ -6,110 +6,110 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from inferctl.core.errors import NotReadyError
+from inferctl.serve.child import Child
 from inferctl.serve.generate import control
 from inferctl.serve.generate.control import Channel
-from inferctl.serve.generate.process import VllmProcess
+from inferctl.serve.generate.vllm_process import VllmProcess
 
-_CRASH_LOOP = 3  # starts in a row that fail
-_MAX_PAUSE_S = 60.0
 # After an engine is lost, how long its requests have to get their errors.
 _LOST_S = 5.0
 
 
-class VllmSupervisor:
+class VllmSupervisor(Child):
     """`start()` starts a vLLM process and returns it. `folder`: where its edge finds the channel.
 
     `start_seconds`: how long a start may take before the process is killed.
     `listener()` returns the listening socket, when the edge takes it. `on_ready` is called before the edge accepts
-    connections, `on_lost(reason)` after it stopped.
+    connections, `on_lost` after it stopped.
     """
+
+    name = "vLLM"
+    crash_loop_starts = 3  # each may take minutes
+    ends_within = 0.0, 10.0
 
     def __init__(
         self,
-        start: Callable[[], Any],
+        start: Callable[[], Awaitable[VllmProcess]],
         folder: Path,
         hang_seconds: float,
         start_seconds: float,
         listener: Callable[[], socket.socket],
-        on_ready: Callable[[], Any],
-        on_lost: Callable[[str], None],
+        on_ready: Callable[[], Awaitable[None]],
+        on_lost: Callable[[], None],
         notify: Callable[[str], None],
     ) -> None:
-        self._start, self._listener = start, listener
+        super().__init__(notify)
+        self._start_vllm, self._listener = start, listener
         self._hang_seconds, self._start_seconds = hang_seconds, start_seconds
-        self._on_ready, self._on_lost, self._notify = on_ready, on_lost, notify
+        self._on_ready, self._on_lost = on_ready, on_lost
         self._control = control.listen(folder)
-        self._process: VllmProcess | None = None
+        self._vllm: VllmProcess
         self._channel: Channel | None = None  # to an edge that has the listening socket
         self._draining = False
-        self._stopping = asyncio.Event()
         self._drain_end = 0.0
-        self._failed_starts = 0
-        self.restarts = 0
         self.unfinished = 0  # responses that were not complete when the drain ended
 
-    @property
-    def crash_looping(self) -> bool:
-        """Whether vLLM fails to start again and again."""
-        return self._failed_starts >= _CRASH_LOOP
+    async def _start(self) -> asyncio.subprocess.Process:
+        self._vllm = await self._start_vllm()
+        return self._vllm.process
 
-    async def run(self) -> None:
-        """Run vLLM until `stop`. Raises `NotReadyError` if its first start fails."""
-        while not self._stopping.is_set():
-            self._process = process = await self._start()
-            channel = overdue = None
-            try:
-                async with asyncio.timeout(self._start_seconds):
-                    channel = await self._connected(process)
-            except TimeoutError:
-                overdue = process.overdue(self._start_seconds)
-            if channel is None:
-                await process.end(gently=self._stopping.is_set())
-                if not self._stopping.is_set():
-                    await self._failed(overdue or process.failure(await process.wait()))
-                continue
-            self._failed_starts = 0
-            await self._on_ready()
-            if not self._stopping.is_set():
-                await self._serve(channel)
-            else:
-                channel.close()  # the edge still waits for the listening socket
-            await process.end(gently=self._stopping.is_set())
-            channel.close()
+    async def _attend(self) -> NotReadyError | None:
+        try:
+            async with asyncio.timeout(self._start_seconds):
+                channel = await self._connected()
+        except TimeoutError:
+            return self._vllm.overdue(self._start_seconds)
+        if channel is None:
+            return None
+        self.is_ready()
+        await self._on_ready()
+        if self.stopping.is_set():
+            channel.close()  # the edge still waits for the listening socket
+            return None
+        return NotReadyError(await self._serve(channel))
+
+    async def _left(self, was_ready: bool) -> None:
+        if self.stopping.is_set() and self._process and self._process.returncode is None:
+            self._vllm.ending = True
+            # Only to vLLM's API process. That ends its engine, and logs an error if the engine ends first.
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+
+    async def _reap(self, seconds: float) -> tuple[str, int | None]:
+        found = await super()._reap(seconds)
+        if self._process:
+            await self._vllm.finish()
+        if self._channel:  # an edge that lives when it is closed removes the folder
+            self._channel.close()
             self._channel = None
+        return found
 
-    async def _serve(self, channel: Channel) -> None:
-        """Hand the listening socket over, and return when this vLLM process stopped or is no longer usable."""
+    def _failure(self, how: str, code: int | None) -> NotReadyError:
+        return self._vllm.failure(how, code) if self._process else NotReadyError(f"vLLM {how}")
+
+    async def _serve(self, channel: Channel) -> str:
+        """Hand the listening socket over, and return why this vLLM process is not usable any more."""
         with contextlib.suppress(OSError):
             channel.send_listener(self._listener())
         self._channel = channel
         if self._draining:
             channel.send("drain")
         reason = await self._watch(channel)
-        if not self._stopping.is_set():
-            self._on_lost(reason)
+        if not self.stopping.is_set():
+            self._on_lost()
             await self._fail_requests(channel)
-            self.restarts += 1
+        return reason
 
-    async def _failed(self, failure: NotReadyError) -> None:
-        if not self.restarts:
-            raise failure
-        self._failed_starts += 1
-        pause_s = min(_MAX_PAUSE_S, 2.0**self._failed_starts)
-        self._notify(f"{failure.message}; next try in {pause_s:g} s")
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), pause_s)
-
-    async def _connected(self, process: VllmProcess) -> Channel | None:
-        """Wait until the edge of `process` is ready; None if the process ends, or `stop` is called, first."""
+    async def _connected(self) -> Channel | None:
+        """Wait until the edge is ready; None if the process ends, or `stop` is called, first."""
+        assert self._process
         loop = asyncio.get_running_loop()
         accepting = asyncio.ensure_future(loop.sock_accept(self._control))
-        others = [asyncio.ensure_future(other) for other in (process.wait(), self._stopping.wait())]
+        others = [asyncio.ensure_future(other) for other in (self._process.wait(), self.stopping.wait())]
         try:
             await asyncio.wait((accepting, *others), return_when=asyncio.FIRST_COMPLETED)
             if not accepting.done():
@@ -151,7 +151,7 @@ class VllmSupervisor:
 
     def _message_timeout(self) -> float:
         """Return how many seconds may pass without a message."""
-        if not self._stopping.is_set():
+        if not self.stopping.is_set():
             return self._hang_seconds
         return max(1.0, self._drain_end + _LOST_S - time.monotonic())
 
@@ -172,14 +172,9 @@ class VllmSupervisor:
     def stop(self, seconds: float) -> None:
         """Accept no more connections, wait up to `seconds` for the responses, and let `run` return."""
         self._drain_end = time.monotonic() + seconds
-        self._stopping.set()
+        self.stopping.set()
         if self._channel:
             self._channel.send("close", seconds=seconds, code="stopped", message="the server stopped")
-
-    def kill(self) -> None:
-        """Kill vLLM at once."""
-        if self._process:
-            self._process.kill()
 
     def close(self) -> None:
         """Close the channel's listening socket."""

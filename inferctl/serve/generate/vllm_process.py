@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -14,7 +13,6 @@ from collections.abc import Callable, Mapping
 from inferctl.core.cgroup import MemoryKills
 from inferctl.core.errors import NotReadyError
 
-_TERMINATE_S = 10.0
 _KEPT_LINES = 400
 _MAX_REASON = 300  # characters
 _SEE_LOG = "set VLLM_LOGGING_LEVEL=DEBUG to see all of its log"
@@ -86,14 +84,14 @@ class VllmProcess:
     def __init__(self, on_line: Callable[[str], None], on_phase: Callable[[str], None] = lambda _: None) -> None:
         self._on_line, self._on_phase = on_line, on_phase
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._process: asyncio.subprocess.Process
+        self.process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
-        self._ending = False
+        self.ending = False  # it was told to end
         self._kills = MemoryKills()
 
     async def start(self, arguments: list[str], environment: Mapping[str, str]) -> None:
         """Start the process."""
-        self._process = await asyncio.create_subprocess_exec(
+        self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "vllm.entrypoints.cli.main",
@@ -105,40 +103,16 @@ class VllmProcess:
             start_new_session=True,
             limit=1024 * 1024,
         )
-        self._reading = asyncio.create_task(self._read())
+        assert self.process.stdout
+        self._reading = asyncio.create_task(self._read(self.process.stdout))
 
-    @property
-    def running(self) -> bool:
-        return self._process.returncode is None
-
-    async def wait(self) -> int:
-        """Wait for the end of the process and return its exit code."""
-        return await self._process.wait()
-
-    async def end(self, gently: bool = True) -> None:
-        """End the process and its children: with SIGTERM if `gently`, with SIGKILL what remains.
-
-        SIGTERM goes only to vLLM's API process. That process ends its engine, and logs an error if the engine ends
-        first.
-        """
-        self._ending = gently
-        if gently and self.running:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _TERMINATE_S)
-        self.kill()
-        await self._process.wait()
+    async def finish(self) -> None:
+        """Read what is left of the output after the end."""
         await asyncio.wait((self._reading,), timeout=1)
         self._reading.cancel()
 
-    def kill(self) -> None:
-        """Kill the process and its children at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def failure(self, code: int) -> NotReadyError:
-        """Return why the process did not start, from its output."""
+    def failure(self, how: str, code: int | None) -> NotReadyError:
+        """Return why the process did not start, from its output. `how` it ended, and with which exit code."""
         if why := self._kills.text():
             return NotReadyError(
                 f"vLLM did not start: a process was {why}",
@@ -151,9 +125,8 @@ class VllmProcess:
                     return NotReadyError(f"vLLM did not start: {_sentence(line)}", hint)
         errors = [line for line in lines if re.match(r"\w*(Error|Exception)\b.*: ", line)]
         reason = _sentence(errors[0] if errors else (lines or [""])[-1])
-        ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         hint = "it may have run out of memory: `dmesg` says so" if code == -signal.SIGKILL else _SEE_LOG
-        return NotReadyError(f"vLLM {ended} before it was ready: {reason}", hint)
+        return NotReadyError(f"vLLM {how} before it was ready: {reason}", hint)
 
     def overdue(self, seconds: float) -> NotReadyError:
         """Return that the process was not ready after `seconds`, and what it printed last."""
@@ -161,15 +134,14 @@ class VllmProcess:
         return NotReadyError(f"vLLM was not ready after {seconds:.0f} s and was killed: {last}", _SEE_LOG)
 
     def _is_hidden(self, text: str) -> bool:
-        return bool(_QUOTING.search(text) or (self._ending and _OF_ITS_END.search(text)))
+        return bool(_QUOTING.search(text) or (self.ending and _OF_ITS_END.search(text)))
 
-    async def _read(self) -> None:
-        assert self._process.stdout
+    async def _read(self, output: asyncio.StreamReader) -> None:
         everything = "VLLM_LOGGING_LEVEL" in os.environ
         of_edge, quoting = False, None
         while True:
             try:
-                data = await self._process.stdout.readline()
+                data = await output.readline()
             except ValueError:  # a line longer than the limit
                 continue
             if not data:

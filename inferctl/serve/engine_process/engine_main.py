@@ -1,6 +1,6 @@
 """The engine process: reads batches from a socket, runs them and writes results. Only this process imports torch.
 
-    python -m inferctl.serve.engine_process.main FD
+    python -m inferctl.serve.engine_process.engine_main FD
 
 FD is an inherited stream socket that carries `frames`. The process ends when the API process closes it or ends. If the
 engine cannot start, it exits with the exit code of the error.
@@ -20,9 +20,9 @@ from io import BufferedIOBase
 
 from inferctl.core import streams
 from inferctl.core.errors import InferctlError
-from inferctl.serve.engine_process import failures, frames
+from inferctl.serve.engine_process import engine_frames, failures
+from inferctl.serve.engine_process.engine_frames import Kind
 from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
-from inferctl.serve.engine_process.frames import Kind
 from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.observe import logs
 
@@ -44,14 +44,14 @@ def make_engine(config: EngineConfig) -> Engine:
 
 def serve(stream: BufferedIOBase) -> int:
     """Load the engine, run batches until the API process ends, and return the exit code."""
-    first = frames.receive(stream)
+    first = engine_frames.receive(stream)
     if first is None or first[0] is not Kind.CONFIG:
         return 1
     config = EngineConfig(**json.loads(first[1]))
     logs.configure(config.log)
 
     def on_phase(text: str) -> None:
-        _send(stream, frames.pack_json(Kind.PHASE, text))
+        _send(stream, engine_frames.pack_json(Kind.PHASE, text))
 
     try:
         on_phase("an engine process imports its libraries")
@@ -66,21 +66,21 @@ def serve(stream: BufferedIOBase) -> int:
         return _fatal(stream, f"the engine cannot start: {type(error).__name__}: {error}", None, 1)
     gc.collect()
     gc.freeze()
-    _send(stream, frames.pack_json(Kind.READY, info.to_json()))
+    _send(stream, engine_frames.pack_json(Kind.READY, info.to_json()))
     return _loop(stream, engine, info.parallel)
 
 
 def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
     """Run batches on this thread, or on `parallel` threads."""
     with ThreadPoolExecutor(parallel, "batch") as pool:
-        while (frame := frames.receive(stream)) is not None:
+        while (frame := engine_frames.receive(stream)) is not None:
             kind, body = frame
             if kind is not Kind.BATCH:
                 return 1
             if parallel == 1:
-                _run_batch(stream, engine, frames.unpack_batch(body))
+                _run_batch(stream, engine, engine_frames.unpack_batch(body))
             else:
-                pool.submit(_run_batch, stream, engine, frames.unpack_batch(body))
+                pool.submit(_run_batch, stream, engine, engine_frames.unpack_batch(body))
         pool.shutdown(cancel_futures=True)
     return 0
 
@@ -88,7 +88,7 @@ def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
 def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
     """Run one batch and send its result, or the error that it raised."""
     try:
-        frame = frames.pack_result(engine.run(batch))
+        frame = engine_frames.pack_result(engine.run(batch))
     except Exception as error:  # an error fails this batch, not the engine
         log.exception("batch %d failed", batch.id)
         if failures.breaks_context(error):
@@ -99,12 +99,12 @@ def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
             "message": f"{type(error).__name__}: {error}",
             "out_of_memory": failures.out_of_memory(error),
         }
-        frame = frames.pack_json(Kind.FAILED, failure)
+        frame = engine_frames.pack_json(Kind.FAILED, failure)
     _send(stream, frame)
 
 
 def _fatal(stream: BufferedIOBase, message: str, hint: str | None, exit_code: int) -> int:
-    _send(stream, frames.pack_json(Kind.FATAL, {"message": message, "hint": hint, "exit_code": exit_code}))
+    _send(stream, engine_frames.pack_json(Kind.FATAL, {"message": message, "hint": hint, "exit_code": exit_code}))
     return exit_code
 
 

@@ -25,7 +25,7 @@ from inferctl.serve.edge.key_limits import KeyLimits
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.edge.pages import Pages
-from inferctl.serve.generate import control, endpoint
+from inferctl.serve.generate import control, generation_app
 from inferctl.serve.observe import logs, metering
 from inferctl.serve.observe.metering import ServerMetering
 from inferctl.serve.observe.metrics import RequestMetrics
@@ -69,7 +69,7 @@ class _EdgeServer:
         self._app, self._folder = app, folder
         self._healthy = True
         settings.info["ready_seconds"] = round(time.monotonic() - settings.started, 3)
-        metrics = RequestMetrics(REGISTRY, slo=settings.slo, answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
+        metrics = RequestMetrics(REGISTRY, slo=settings.slo, answer_tokens=generation_app.ASSUMED_ANSWER_TOKENS)
         metrics.describe_model(settings.info)
         metrics.watch_threads("api")
         metrics.engine_restarts.set(settings.info["restarts"])
@@ -92,7 +92,7 @@ class _EdgeServer:
         self._lifecycle.started = True
         limits = settings.info["limits"]
         sequences = limits["max_sequences"]
-        self._generation = endpoint.GenerationApp(
+        self._generation = generation_app.GenerationApp(
             app,
             self._check,
             lambda: self._edge.stopped,
@@ -104,8 +104,10 @@ class _EdgeServer:
             self._generation,
             self._lifecycle,
             emit=metering.emitter(metrics, self._metering, settings.log, settings.traces, settings.name),
-            page=Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(endpoint.ENDPOINTS)).answer,
-            endpoints=endpoint.ENDPOINTS,
+            page=Pages(
+                self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS)
+            ).answer,
+            endpoints=generation_app.ENDPOINTS,
             access=self._access,
             charge=limits_of_keys.charge if limits_of_keys else lambda _key, _context: None,
             check_metering=self._metering.check,

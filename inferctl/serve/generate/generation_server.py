@@ -26,10 +26,10 @@ from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
-from inferctl.serve.generate import command, control, endpoint, probe
+from inferctl.serve.generate import command, control, generation_app, probe
 from inferctl.serve.generate.command import VllmModel
-from inferctl.serve.generate.process import VllmProcess
-from inferctl.serve.generate.supervisor import VllmSupervisor
+from inferctl.serve.generate.vllm_process import VllmProcess
+from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.observe import metering
 from inferctl.serve.observe.metrics import RequestMetrics, objectives
@@ -79,11 +79,11 @@ class GenerationServer(ServerLifetime):
             longest_start_s(folder.bytes),
             lambda: self._socket,
             self._ready,
-            self._lost,
+            self._open_front,
             notify,
         )
         self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
-        metrics = RequestMetrics(slo=objectives(spec.slo), answer_tokens=endpoint.ASSUMED_ANSWER_TOKENS)
+        metrics = RequestMetrics(slo=objectives(spec.slo), answer_tokens=generation_app.ASSUMED_ANSWER_TOKENS)
         metrics.watch_queue(lambda: 0, lambda: 0, lambda: self._edge.in_flight, estimated=True)
         metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
@@ -91,8 +91,8 @@ class GenerationServer(ServerLifetime):
             _no_engine,
             self._lifecycle,
             emit=self._emitter(metrics),
-            page=Pages(self._lifecycle, lambda: None, metrics.exposition, list(endpoint.ENDPOINTS)).answer,
-            endpoints=endpoint.ENDPOINTS,
+            page=Pages(self._lifecycle, lambda: None, metrics.exposition, list(generation_app.ENDPOINTS)).answer,
+            endpoints=generation_app.ENDPOINTS,
             access=self._access,
             check_metering=self._metering.check,
         )
@@ -230,10 +230,6 @@ class GenerationServer(ServerLifetime):
         documentation = access.documentation(spec.access, self._url)
         self._notify(f"ready      {spec.name} at {self._url} after {seconds:.1f} s; {documentation}")
         self._announce()
-
-    def _lost(self, reason: str) -> None:
-        self._notify(f"{reason}; starting it again")
-        self._open_front()
 
 
 async def _no_engine(scope: Any, receive: Any, send: Any) -> None:
