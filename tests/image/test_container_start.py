@@ -195,4 +195,4 @@ def test_the_table_calls_no_store_empty_that_kept_layers(
     docker("push", "--quiet", name)
     assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "1 of " in printed and "empty store" not in printed and "deploy.load_s" in printed
+    assert "1 of " in printed and "empty store" not in printed and "deploy.cold_start_s" in printed
