@@ -7,7 +7,7 @@ import pytest
 
 
 def requires(what: str) -> bool:
-    """Whether INFERCTL_REQUIRE names `what`: `checkov`, `docker`, `gpu`, `services` or `vllm`."""
+    """Whether INFERCTL_REQUIRE names `what`: `docker`, `gpu`, `services` or `vllm`."""
     return what in os.environ.get("INFERCTL_REQUIRE", "").split(",")
 
 

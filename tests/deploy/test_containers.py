@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import tarfile
@@ -248,23 +247,6 @@ def test_a_server_with_a_model_image_as_a_volume_returns_the_embeddings_of_the_f
         network.remove()
         if host:
             host.kill()
-
-
-def test_a_server_without_its_image_volume_ends_with_an_error(
-    mounting: dict[str, Any], keys: tuple[Path, str], base_image: str, tmp_path: Path
-) -> None:
-    (container,) = mounting["containers"]
-    mounts = [each for each in container["volumeMounts"] if each["name"] != "model"]
-    volumes = {**folders(mounting, tmp_path), "keys": keys[0]}
-    network = Network(base_image)
-    server = start(network, mounting, {**container, "volumeMounts": mounts}, volumes)
-    try:
-        assert docker("wait", server.name).strip() == "2"
-        assert re.search("^error: .*/model", server.logs(), re.MULTILINE), server.logs()
-        assert "hint: " in server.logs()
-    finally:
-        server.remove()
-        network.remove()
 
 
 def test_a_bench_job_measures_its_server_and_prints_the_receipts(

@@ -82,15 +82,8 @@ def _pre_stop(container: ManifestContainer) -> float:
 
 def _drain(container: ManifestContainer) -> float:
     """Return the seconds that the server may take after SIGTERM by its own options; 0 if it does not say."""
-    words = container.words
-    for index, word in enumerate(words):
-        option, _, value = word.partition("=")
-        if option in _DRAIN_WORDS:
-            return _number(value or (words[index + 1] if index + 1 < len(words) else ""))
-    for variable in sequence(container.data, "env"):
-        if text(variable, "name") in _DRAIN_VARIABLES:
-            return _number(get(variable, "value"))
-    return 0.0
+    found = models.values(container, _DRAIN_WORDS, _DRAIN_VARIABLES)
+    return _number(found[0]) if found else 0.0
 
 
 def _number(value: Any) -> float:
