@@ -2,7 +2,6 @@
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
     components/NAME/       a capability that an overlay includes: monitoring, metering
-    first/CLUSTER.yaml     Deployments that start from zero, for `kubectl create` before the first apply
     overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, overflow
     bench/CLUSTER/         bench Jobs, which run before the rest is deployed: each flavor once, in its first cluster
 
@@ -36,8 +35,8 @@ from inferctl.models import image_source
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
-# All files are in these; those of earlier versions also in the last two.
-FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring")
+# All files are in these; those of earlier versions also in the last three.
+FOLDERS = ("base", "components", "overlays", "bench", "first", "gpu-operator", "monitoring")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "network")
 
@@ -132,8 +131,6 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
         if cluster.name in jobs:
             found |= jobs[cluster.name].files(f"bench/{cluster.name}")
-        if first := _first(plan, cluster):
-            found[f"first/{cluster.name}.yaml"] = manifest.dump(first)
     return dict(sorted(found.items()))
 
 
@@ -156,7 +153,7 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
 
 
 def _check_names(folders: Sequence[Folder]) -> None:
-    """Raise `UsageError` if two objects have one name: flavor `gateway` of `embed`, or flavor `x-l4` and model `x`."""
+    """Raise `UsageError` if two objects have one name: flavor `l4-overflow` next to `l4`, or flavor `x-l4` and model `x`."""
     known: set[tuple[str, str]] = set()
     for each in (one for folder in folders for objects in folder.resources.values() for one in objects):
         found = (each["kind"], each["metadata"]["name"])
@@ -222,32 +219,6 @@ def _components(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Fold
         found["metering"] = Folder({"usage-relay.yaml": [*accounts, *consumers]})
     if sources := _prometheus_namespaces(plan):
         found["monitoring"] = _monitoring(plan, sources, omitted)
-    return found
-
-
-def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
-    """Return the Deployments whose autoscaler starts from zero, with 0 replicas and what `kubectl create` needs.
-
-    The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
-    create` stores no last-applied configuration, so the apply after it keeps the 0, and the ones after that what the
-    autoscaler has set. In the overlay, `replicas: 0` would stop the pods at each apply.
-    """
-    found = []
-    for model in plan.models:
-        for flavor in model.flavors:
-            placed = flavor.at(cluster)
-            if placed.replicas is None and placed.min_replicas.value == 0:
-                full = workload.deployment(model, flavor, plan.namespace)
-                template = full["spec"]["template"]
-                containers = [{key: each[key] for key in ("name", "image")} for each in template["spec"]["containers"]]
-                labels = {"labels": template["metadata"]["labels"]}
-                spec = {
-                    "replicas": 0,
-                    "selector": full["spec"]["selector"],
-                    "template": {"metadata": labels, "spec": {"containers": containers}},
-                }
-                name = {key: full["metadata"][key] for key in ("name", "namespace")}
-                found.append({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "spec": spec})
     return found
 
 

@@ -231,17 +231,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
-    without = {
-        "memory limit": memory is None and not (rate and rate.memory_bytes),
-        "startup probe": generate and not weights and not (rate and rate.load_s),
-        "volume of the download": not weights and spec.model.weights == "download",
-    }
-    if any(without.values()):
-        warnings += (
-            f"{name}: the size of the weights is unknown, so they do not count in its "
-            f"{' and '.join(what for what, affected in without.items() if affected)}, and pods can be killed: run "
-            "`inferctl deploy` where the model can be read, or set a receipt",
-        )
+    warnings += _unknown_weights(name, source, rate, fits=memory is not None)
     return FlavorPlan(
         name=name,
         label=label,
@@ -275,6 +265,23 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             spec.serve.least_api_processes,
         ),
         warnings=warnings + image.warnings,
+    )
+
+
+def _unknown_weights(name: str, source: SpecSource, rate: Rate | None, *, fits: bool) -> tuple[str, ...]:
+    """Return a warning about what lacks the size of the weights, if it is unknown. `fits`: whether the fit is known."""
+    weights = isinstance(source.size, ModelSize) and source.size.weights_bytes
+    lacking = {
+        "memory limit": not fits and not (rate and rate.memory_bytes),
+        "startup probe": source.task == "generate" and not weights and not (rate and rate.load_s),
+        "volume of the download": not weights and source.spec.model.weights == "download",
+    }
+    if not any(lacking.values()):
+        return ()
+    return (
+        f"{name}: the size of the weights is unknown, so they do not count in its "
+        f"{' and '.join(what for what, lacks in lacking.items() if lacks)}, and pods can be killed: run "
+        "`inferctl deploy` where the model can be read, or set a receipt",
     )
 
 

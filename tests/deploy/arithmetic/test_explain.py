@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +159,6 @@ def test_the_clusters_file_is_next_to_the_spec(
     inner.mkdir()
     monkeypatch.chdir(inner)
     assert [each["name"] for each in document(capsys, "-f", "../inferctl.yaml")["clusters"]] == ["one", "two"]
-
-
-def test_the_example_of_the_docs_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    example = shutil.copytree(EXAMPLE, tmp_path / "example")
-    monkeypatch.chdir(example)
-    found = document(capsys, "-f", "embed.yaml", "-f", "generate.yaml")
-    assert [model["name"] for model in found["models"]] == ["embed", "generate"]
-    assert not any(flavor["rate"]["measured"] for model in found["models"] for flavor in model["flavors"])
-    assert any("invented figures" in warning for warning in found["warnings"])
 
 
 def test_one_key_can_have_the_whole_traffic_of_the_example(
