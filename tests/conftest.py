@@ -5,18 +5,23 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 
-from tests.processes import execute
-from tests.required import missing
+from tests import tiny_models
+from tests.processes import ServerProcess, execute, python, start, until
+from tests.required import absent_package, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -28,6 +33,21 @@ SPLADE = ROOT / "models" / "splade-tiny"
 BRIDGE = "inferctl-ci0"
 # pytest rewrites the assertions of all test files on each start, unless it can keep the result.
 sys.dont_write_bytecode = False
+TEXTS = [
+    "Which river flows through Vienna?",
+    "The Danube\nflows through Vienna.",
+    "int main(void) { return 0; }",
+    "ok",
+    "naïve café, 北京, 🚀 " * 30,
+    "a long text that will be truncated " * 100,
+]
+# Other load on the machine must not fail a test, so none has a deadline.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
+# Tests run in parallel, and OpenMP threads that spin while they wait would take cores from each other. torch reads this
+# when it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,48 +56,66 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Fixtures that start a server. The tests of a module that use one run in one worker, so that it starts once.
-EXPENSIVE = {"cached", "echo", "guarded", "postgres", "server", "tenants"}
-# Modules that use torch in the process of the tests. Its import and that of transformers take 5 s of CPU time, so one
-# worker runs them.
-TORCH = {
-    "test_checkpoints",
-    "test_classifier",
-    "test_convert",
-    "test_cores",
-    "test_classify_bench",
-    "test_cross_encoder",
-    "test_encoder",
-    "test_generation_quality",
-    "test_hostile_models",
-    "test_next_tokens",
-    "test_onednn",
-    "test_pairs",
-    "test_published_models",
-    "test_rerank",
-    "test_varlen",
-}
+@cache
+def _uses_torch(file: Path) -> bool:
+    """Whether a module of tests imports torch, which takes 2 to 5 s of CPU time in each worker."""
+    return bool(re.search(r"^\s*(import|from) (torch|transformers|sentence_transformers)\b", file.read_text(), re.M))
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+def pytest_itemcollected(item: pytest.Function) -> None:
     """Choose the tests that run in one worker, and skip slow measurements unless `-m` names their marker.
 
-    Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds.
+    Tests that use the Docker Engine run in one worker, because BuildKit merges equal steps of concurrent builds. Those
+    that share a fixture of their module, such as a server, do too, so that it starts once; and those of a room that use
+    torch in the process of the tests.
     """
     if not item.get_closest_marker("xdist_group"):
+        fixtures = item._fixtureinfo.name2fixturedefs
         if item.get_closest_marker("docker"):
             item.add_marker(pytest.mark.xdist_group("docker"))
-        elif item.path.stem in TORCH:
-            item.add_marker(pytest.mark.xdist_group("torch"))
-        elif EXPENSIVE & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        elif _uses_torch(item.path):
+            item.add_marker(pytest.mark.xdist_group(f"torch in {item.path.parent.name}"))
+        elif "postgres" in fixtures or any(found[-1].scope == "module" for found in fixtures.values()):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(ROOT))))
     if item.get_closest_marker("slow_measurement") and "slow_measurement" not in item.config.option.markexpr:
         item.add_marker(pytest.mark.skip(reason="takes minutes; `make nightly` runs it"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Skip a test that needs a package that is not installed."""
+    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    if call.excinfo and (problem := absent_package(str(call.excinfo.value))):
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {problem}")
+    return report  # type: ignore[return-value]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """Skip a module that imports a package that is not installed."""
+    report: pytest.CollectReport = yield  # type: ignore[misc, assignment]
+    if report.failed and (problem := absent_package(str(report.longrepr))):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {problem}")
+    return report  # type: ignore[return-value]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests first, so that no worker waits for one at the end. xdist starts the largest group first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Run groups with slow tests first, then slow tests, other groups and the rest: at the end, no worker waits long.
+
+    With `--no-loadscope-reorder`, xdist keeps this order.
+    """
+    slow = {_group(item) for item in items if item.get_closest_marker("slow")} - {None}
+    items.sort(
+        key=lambda item: (
+            _group(item) not in slow and item.get_closest_marker("slow") is None,
+            _group(item) is None,
+        )
+    )
+
+
+def _group(item: pytest.Item) -> str | None:
+    marker = item.get_closest_marker("xdist_group")
+    return marker.args[0] if marker else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,20 +132,34 @@ def _without_user_settings() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+@contextmanager
+def one_worker(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """Let one worker of xdist at a time do this. Yields the folder that all workers share."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield root
+
+
+def _model(folder: Path, factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of `make model`. Downloads the model if a test is the first that needs it."""
+    with one_worker(factory, folder.name):
+        if not (folder / "model.safetensors").is_file():
+            python(ROOT / "benchmarks" / "fetch_model.py", folder, code=0)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def minilm() -> Path:
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the real all-MiniLM-L6-v2."""
-    if not (MODEL / "model.safetensors").is_file():
-        pytest.fail(f"{MODEL.relative_to(ROOT)} not found: download it with `make model`")
-    return MODEL
+    return _model(MODEL, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def splade() -> Path:
+def splade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a real small SPLADE."""
-    if not (SPLADE / "model.safetensors").is_file():
-        pytest.fail(f"{SPLADE.relative_to(ROOT)} not found: download it with `make model`")
-    return SPLADE
+    return _model(SPLADE, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -171,11 +223,8 @@ def exporting_engine(engine: None, tmp_path_factory: pytest.TempPathFactory) -> 
     log = (folder / "engine.log").open("w")
     daemon = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        for _ in range(120):
-            if subprocess.run(["docker", "-H", f"unix://{socket}", "info"], capture_output=True).returncode == 0:
-                break
-            assert daemon.poll() is None, (folder / "engine.log").read_text()
-            time.sleep(0.5)
+        until(lambda: socket.exists() or daemon.poll() is not None)
+        execute("docker", "-H", f"unix://{socket}", "info", code=0)
         yield socket
     finally:
         daemon.terminate()
@@ -225,11 +274,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Resolving also requires the packages that the locks leave out.
     wanted = [f"torch=={pins['torch']}", *locks.declared_requirements("serve")]
     wanted += locks.declared_requirements("wordpiece")
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"
-    with (root / "wheels.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_worker(tmp_path_factory, "wheels") as root:
+        folder, incomplete, constraints = root / "wheels", root / "wheels-incomplete", root / "pins.txt"
         if not folder.exists():
             constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
@@ -237,3 +283,52 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
             subprocess.run([*command, *wanted], check=True)
             incomplete.rename(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with the echo engine. Only the model is not real."""
+    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
+    server = start(tmp_path_factory.mktemp("echo"), *arguments)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def minilm_server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with the real model in fp32. Its tests are the group `minilm`, so one worker of xdist starts it."""
+    arguments = ("--model", str(minilm), "--precision", "fp32", "--name", "minilm")
+    server = start(tmp_path_factory.mktemp("minilm"), *arguments)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def minilm_reference(minilm: Path) -> dict[str, Any]:
+    """The output of the reference implementation for TEXTS."""
+    command = [sys.executable, "-m", "inferctl.serve.reference", str(minilm)]
+    done = subprocess.run(command, input=json.dumps(TEXTS).encode(), capture_output=True, check=True)
+    output: dict[str, Any] = json.loads(done.stdout)
+    return output
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """`serve("--model", ...)` starts a server for one test."""
+    started: list[ServerProcess] = []
+
+    def run(*arguments: str) -> ServerProcess:
+        started.append(start(tmp_path, *arguments))
+        return started[-1]
+
+    yield run
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def tiny(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny("bert", "mean_tokens")` returns a folder with a small random model of that architecture."""
+    return lambda architecture, pooling, normalize=True: tiny_models.make(
+        minilm, tmp_path_factory.mktemp(architecture), architecture, pooling, normalize
+    )

@@ -1,6 +1,4 @@
-"""A small Hugging Face hub on 127.0.0.1 that serves folders as model repositories, for tests and as a script:
-
-    python tests/hub.py --port 0 ORG/NAME=FOLDER     # prints its URL; point HF_ENDPOINT at it
+"""A small Hugging Face hub on 127.0.0.1 that serves folders as model repositories.
 
 It implements the part of the hub's HTTP API that `huggingface_hub` uses: model information, tree, files with ETag,
 X-Repo-Commit, Content-Length and Range. It returns 403 for a gated model and 401 for a missing one, as the real hub.
@@ -8,7 +6,6 @@ X-Repo-Commit, Content-Length and Range. It returns 403 for a gated model and 40
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -76,11 +73,11 @@ class Hub:
 
 
 @contextmanager
-def serving(repositories: dict[str, Repository | Path], port: int = 0) -> Iterator[Hub]:
+def serving(repositories: dict[str, Repository | Path]) -> Iterator[Hub]:
     """Run a hub on a free port of 127.0.0.1."""
     found = {name: one if isinstance(one, Repository) else Repository(one) for name, one in repositories.items()}
     hub = Hub(found)
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -229,25 +226,3 @@ def _tree(repository: Repository) -> list[dict[str, object]]:
         {"type": "file", "path": path, "size": file.stat().st_size, "oid": _etag(file)[:40]}
         for path, file in repository.files().items()
     ]
-
-
-def main() -> None:
-    """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="Serve folders as models of a Hugging Face hub on 127.0.0.1.")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one [default: 0]")
-    parser.add_argument("models", nargs="+", metavar="ORG/NAME=FOLDER")
-    given = parser.parse_args()
-    repositories: dict[str, Repository | Path] = {}
-    for text in given.models:
-        name, _, folder = text.partition("=")
-        if not re.fullmatch(r"[^/]+/[^/]+", name) or not Path(folder).is_dir():
-            parser.error(f"{text!r} is not ORG/NAME=FOLDER")
-        repositories[name] = Path(folder)
-    with serving(repositories, given.port) as hub:
-        print(hub.url, flush=True)
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,14 +9,5 @@ def install(python: Path | str, *arguments: str) -> None:
     """Install packages for a Python interpreter: with uv, or with pip where only pip can reach its index."""
     uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
     if subprocess.run([*uv, *arguments], check=False).returncode:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            str(python),
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
-        subprocess.run([*pip, "--no-compile", *arguments], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+        subprocess.run([*pip, "--disable-pip-version-check", "--no-compile", *arguments], check=True)

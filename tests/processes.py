@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,14 @@ def until(condition: Callable[[], object], seconds: float = START_SECONDS) -> No
         time.sleep(0.02)
 
 
+def is_ready(url: str) -> bool:
+    """Whether a server answers `/readyz` with 200. False before it accepts connections."""
+    try:
+        return CLIENT.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,6 +59,24 @@ def python(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[s
 
 def inferctl(*arguments: object, **settings: Any) -> subprocess.CompletedProcess[str]:
     return python("-m", "inferctl", *arguments, **{"timeout": 200, **settings})
+
+
+def several(commands: Sequence[Sequence[str]], **settings: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Run commands of inferctl one after the other in one process, which is started once."""
+    done = python("-c", _SEVERAL, input=json.dumps(commands), timeout=200, code=0, **settings)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return [subprocess.CompletedProcess(list(c), *result) for c, result in zip(commands, results, strict=True)]
+
+
+_SEVERAL = """
+import contextlib, io, json, sys
+from inferctl import cli
+for command in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.run(command)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from inferctl.config.spec import Task
 from inferctl.models.model import STATIC
-from tests.serve.tiny_models import make_tokenizer
+from tests.tiny_models import make_tokenizer
 
 WIDTH = 32
 Json: TypeAlias = dict[str, Any]

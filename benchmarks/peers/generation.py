@@ -1,4 +1,4 @@
-"""What the edge of inferctl costs: `inferctl serve` beside a bare `vllm serve`, and other engines beside both.
+"""What the edge of inferctl costs: `inferctl serve` beside a bare `vllm serve`.
 
     VENV/bin/python benchmarks/peers/generation.py MODEL [--users 1,8,32] [--rounds 4] [--seconds 20] [--json FILE]
 
@@ -6,8 +6,6 @@ Run it with a Python that has vLLM and inferctl; MODEL is a folder such as that 
 the same options of vLLM. Each user streams chat completions of 64 tokens after a prompt of about 128 tokens with a
 prefix of its own, in a closed loop. Rounds are interleaved A B B A; the server that is not measured is stopped. A rate
 is output tokens that arrived in the window / window. Load generator and server share the cores.
-
-`--gguf FILE` adds llama.cpp's server with 4-bit weights. pip installs it on first use.
 
 `--stand-in` measures the edge alone: the stand-in of the tests takes the place of vLLM on both sides. It emits 350
 tokens/s in all, at most 50 to one user and the first after 20 ms, nearly without CPU time, so that the noise of a
@@ -183,25 +181,12 @@ async def measure(server: Server, users: int, seconds: float) -> Window:
     return window
 
 
-def llama_server(gguf: str, users: list[int], seconds: float) -> dict[str, float]:
-    """Return output tokens/s of llama.cpp's server by the number of users."""
-    script = Path(__file__).with_name("llama_server.py")
-    command = [str(peers.python("llama.cpp")), str(script), gguf, "18602", str(max(users)), "512"]
-    server = Server("llama.cpp", 18602, command, {})
-    try:
-        server.wait()
-        return {str(count): asyncio.run(measure(server, count, seconds)).rate for count in users}
-    finally:
-        server.end()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--users", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--gguf")
     parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -255,12 +240,7 @@ def main() -> None:
         rows.append((count, *medians[:2], ratio, *medians[2:4], delay, *medians[4:]))
     print("tokens/s, TTFT p50 in ms, and CPU us of the server per token; first bare, then with the edge")
     peers.table(("users", "bare/s", "edge/s", "ratio", "bare ms", "edge ms", "difference", "bare us", "edge us"), rows)
-    result: dict[str, object] = {"stand_in": options.stand_in, "edge": figures}
-    peers.write(options.json, result)
-    if options.gguf:
-        rates_of = llama_server(options.gguf, users, options.seconds)
-        print("llama.cpp server, tokens/s: " + ", ".join(f"{count} {rates_of[str(count)]:.0f}" for count in users))
-        peers.write(options.json, {**result, "others": {"llama.cpp server (4-bit weights)": rates_of}})
+    peers.write(options.json, {"stand_in": options.stand_in, "edge": figures})
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ PACKAGES = {
         f"torch=={importlib.metadata.version('torch')}",  # as inferctl has it
     ),
     "sentence-transformers": ("sentence-transformers",),
-    "llama.cpp": ("xllamacpp",),
     "openvino": ("openvino", "nncf", "torch", "transformers<5"),
 }
 START_SECONDS = 180

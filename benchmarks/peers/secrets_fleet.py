@@ -26,8 +26,8 @@ from secret_marks import Client, Marks, launch, search, search_all, search_error
 sys.path.insert(0, str(peers.ROOT))
 
 from inferctl.gateway import admin
-from tests.metering.parts import Nats, Postgres
 from tests.serve.test_generation import FAKE, stand_in
+from tests.tenancy.parts import Nats, Postgres
 
 _PAGES = ("config_dump?include_eds", "clusters", "listeners", "stats", "server_info", "memory", "runtime", "certs")
 _MIN_EVENTS, _EVENTS_S = 25, 60

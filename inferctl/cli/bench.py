@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,11 +13,10 @@ from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
 
 if TYPE_CHECKING:
+    from inferctl.bench.measure.bench import Bench
     from inferctl.bench.measure.outcome import Outcome
     from inferctl.bench.plan.overrides import Overrides
-    from inferctl.bench.report.receipts import ReceiptContext
     from inferctl.bench.report.result import Result
-    from inferctl.cli.bench_setup import PreparedBench
 
 EPILOG = """\b
 Examples:
@@ -39,8 +38,6 @@ Examples:
   inferctl bench --url vllm=http://10.0.0.7:8000 --search --slo-ttft 500 --slo-itl 50
   # Measure how long a container takes to its first response, with and without the image on the machine
   inferctl bench --start registry.example.com/ml/minilm:bf16
-  # Resume an interrupted benchmark
-  inferctl bench --resume bench-results/precision-20260102-030405
 """
 
 Precisions = Annotated[
@@ -112,35 +109,19 @@ Rate = Annotated[
     float | None, typer.Option(metavar="N", help="Send an open loop of N requests/s. [default: the plan's load]")
 ]
 Search = Annotated[bool, typer.Option("--search", help="Find the highest rate that meets the SLO.")]
-Slo = Annotated[
-    float | None,
-    typer.Option(
-        "--slo",
-        metavar="MS",
-        min=options.MIN_SLO_MS,
-        max=options.MAX_SLO_MS,
-        help="Set the p99 SLO in milliseconds. [default: slo.p99_ms of the spec]",
-    ),
-]
+
+
+def _slo(name: str, text: str) -> Any:
+    return typer.Option(name, metavar="MS", min=options.MIN_SLO_MS, max=options.MAX_SLO_MS, help=text)
+
+
+Slo = Annotated[float | None, _slo("--slo", "Set the p99 SLO in milliseconds. [default: slo.p99_ms of the spec]")]
 SloTtft = Annotated[
     float | None,
-    typer.Option(
-        "--slo-ttft",
-        metavar="MS",
-        min=options.MIN_SLO_MS,
-        max=options.MAX_SLO_MS,
-        help="Generation: limit the time to the first token. [default: slo.ttft_ms of the spec]",
-    ),
+    _slo("--slo-ttft", "Generation: limit the time to the first token. [default: slo.ttft_ms of the spec]"),
 ]
 SloItl = Annotated[
-    float | None,
-    typer.Option(
-        "--slo-itl",
-        metavar="MS",
-        min=options.MIN_SLO_MS,
-        max=options.MAX_SLO_MS,
-        help="Generation: limit the gaps between tokens. [default: slo.itl_ms of the spec]",
-    ),
+    float | None, _slo("--slo-itl", "Generation: limit the gaps between tokens. [default: slo.itl_ms of the spec]")
 ]
 Lengths = Annotated[
     str | None,
@@ -162,35 +143,12 @@ Repeats = Annotated[int | None, typer.Option(metavar="N", help="Run each configu
 Workers = Annotated[
     int | None, typer.Option(metavar="N", help="Send the load from N processes. [default: the plan's, usually 1]")
 ]
-Neighbors = Annotated[
-    int | None,
-    typer.Option(
-        "--neighbors",
-        "--neighbours",
-        metavar="N",
-        help="Repeat each run with N loaded servers on the same device.",
-    ),
-]
-ErrorBudget = Annotated[
-    float | None,
-    typer.Option(
-        "--error-budget",
-        metavar="PERCENT",
-        min=0,
-        max=100,
-        help="Set the share of failed requests above which a result is invalid. [default: the plan's, 0.1]",
-    ),
-]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Write receipts, records, logs and the report below DIR.")
 ]
 Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write the HTML report to FILE. [default: report.html in DIR]"),
-]
-Resume = Annotated[
-    Path | None,
-    typer.Option("--resume", metavar="DIR", help="Resume the interrupted benchmark in DIR with its original options."),
 ]
 Start = Annotated[
     str | None,
@@ -200,8 +158,6 @@ Start = Annotated[
         help="Measure the start of a container of this image: it is removed from the engine and pulled again.",
     ),
 ]
-# Headers are needed again because no file of a benchmark has their values.
-_ALLOWED_WITH_RESUME = ("resume", "report", "json_", "header")
 _ALLOWED_WITH_START = ("start", "spec_file", "model", "repeats", "output", "json_")
 
 
@@ -228,17 +184,14 @@ def bench(
     budget: Budget = None,
     repeats: Repeats = None,
     workers: Workers = None,
-    neighbours: Neighbors = None,
-    error_budget: ErrorBudget = None,
     output: Output = Path("bench-results"),
     report: Report = None,
-    resume: Resume = None,
     start: Start = None,
     json_: options.Json = False,
 ) -> None:
     """Measure latency, throughput and quality of each configuration or running server.
 
-    If a benchmark is interrupted, continue it with --resume. Completed runs are kept; an incomplete run is repeated.
+    If a benchmark is interrupted, the receipts of its complete runs are kept.
     """
     if start is not None:
         _reject_options(context, _ALLOWED_WITH_START, "`--start`, which sends one request")
@@ -251,78 +204,57 @@ def bench(
 
     if report is not None:
         inputs = [options.spec_path(spec_file), *(Path(name) for name in (plan, model, *(corpus or [])) if name)]
-        if resume:
-            inputs += [resume / name for name in ("bench.json", "runs", "receipts")]
         outputs.check(report, "--report", parents=True, inputs=inputs)
-    if resume:
-        _reject_options(context, _ALLOWED_WITH_RESUME, "`--resume`, which uses the original options")
-        prepared = bench_setup.prepare_resumed(resume, header or [])
-    else:
-        overrides: Overrides = {
-            "users": users,
-            "rate": rate,
-            "duration_s": duration,
-            "repeats": repeats,
-            "load": {"workers": workers},
-            "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
-            "batch_tokens": batch_tokens,
-            "corpora": corpus,
-            "search": {"slo_p99_ms": slo} if search else None,
-            "slo_p99_ms": slo,
-            "budget_s": None if budget is None else bench_options.parse_seconds(budget),
-            "neighbours": neighbours,
-            "error_budget_percent": error_budget,
-        }
-        access = bench_options.AccessOptions(header or [], api_key_env, served_model)
-        new_options = bench_options.BenchOptions(
-            spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
-        )
-        prepared = bench_setup.prepare_new(new_options)
-    _run(prepared, report, json_)
+    overrides: Overrides = {
+        "users": users,
+        "rate": rate,
+        "duration_s": duration,
+        "repeats": repeats,
+        "load": {"workers": workers},
+        "generation": {**bench_options.parse_lengths(lengths), "ttft_ms": slo_ttft, "itl_ms": slo_itl},
+        "batch_tokens": batch_tokens,
+        "corpora": corpus,
+        "search": {"slo_p99_ms": slo} if search else None,
+        "slo_p99_ms": slo,
+        "budget_s": None if budget is None else bench_options.parse_seconds(budget),
+    }
+    access = bench_options.AccessOptions(header or [], api_key_env, served_model)
+    new_options = bench_options.BenchOptions(
+        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
+    )
+    _run(bench_setup.prepare(new_options), report, json_)
 
 
-def _run(prepared: PreparedBench, report: Path | None, json_: bool) -> None:
-    from inferctl.bench.measure import resume, runner
+def _run(benchmark: Bench, report: Path | None, json_: bool) -> None:
+    from inferctl.bench.measure import runner
     from inferctl.bench.report import receipts
     from inferctl.bench.report import result as results
     from inferctl.cli import bench_progress
 
-    benchmark, context, outcomes = prepared.bench, prepared.context, prepared.outcomes
+    outcomes = runner.outcomes(benchmark)
     page = (report or benchmark.output / "report.html").resolve()
-    resume_command = f"inferctl bench --resume {_relative(benchmark.output)}"
-    with resume.lock(benchmark.output):
-        done = resume.restore(benchmark.output, benchmark.order, outcomes)
-        total = len(benchmark.order)
-        console.note(
-            f"{done} of {total} runs are complete, {total - done} remain"
-            if done
-            else f"writing results to {_relative(benchmark.output)}; to resume after an interruption: {resume_command}"
-        )
-        if not done:
-            console.note(bench_progress.forecast(benchmark, context.environment))
-        try:
-            with bench_progress.ProgressView(bench_progress.expected(benchmark), done) as view:
-                runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(context, [outcome]))
-        except BaseException:
-            try:
-                if any(outcome.measurements for outcome in outcomes):
-                    _write_results(context, outcomes, page, json_)
-            finally:
-                console.note(f"to resume this benchmark: {resume_command}")
-            raise
-        result = _write_results(context, outcomes, page, json_)
-        if problem := results.problem(result):
-            raise problem
+    console.note(f"writing results to {_relative(benchmark.output)}")
+    console.note(bench_progress.forecast(benchmark))
+    try:
+        with bench_progress.ProgressView(bench_progress.expected(benchmark)) as view:
+            runner.run(benchmark, outcomes, view.update, lambda outcome: receipts.write_all(benchmark, [outcome]))
+    except BaseException:  # also Ctrl-C: the figures of complete runs are kept
+        if any(outcome.measurements for outcome in outcomes):
+            _write_results(benchmark, outcomes, page, json_)
+        raise
+    result = _write_results(benchmark, outcomes, page, json_)
+    if problem := results.problem(result):
+        raise problem
 
 
-def _write_results(context: ReceiptContext, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
+def _write_results(benchmark: Bench, outcomes: list[Outcome], page: Path, json_: bool) -> Result:
     """Write receipts, result.json and the report, print the result, and return it."""
     from inferctl.bench.report import html, receipts, terminal
     from inferctl.bench.report import result as results
 
-    sealed = receipts.write_all(context, outcomes)
-    result = results.collect(context, outcomes, sealed, page)
-    results.write(context.output / "result.json", result)
+    sealed = receipts.write_all(benchmark, outcomes)
+    result = results.collect(benchmark, outcomes, sealed, page)
+    results.write(benchmark.output / "result.json", result)
     try:
         html.write(page, result, sealed)
     finally:
@@ -331,7 +263,7 @@ def _write_results(context: ReceiptContext, outcomes: list[Outcome], page: Path,
             console.document(result.as_dict())
         else:
             console.report(terminal.render(result))
-        console.note(f"receipts: {context.output / 'receipts'}")
+        console.note(f"receipts: {benchmark.output / 'receipts'}")
     console.note(f"report:   {page}")
     return result
 

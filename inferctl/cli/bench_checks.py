@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from inferctl.bench.measure import neighbors, search
+from inferctl.bench.measure import search
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import prompts, workload
 from inferctl.bench.plan.plan import Plan
@@ -43,13 +43,8 @@ def check_lengths(plan: Plan) -> None:
         prompts.read_lengths(plan.load.generation.lengths)
 
 
-def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[str, str]:
-    """Return the digest of the checkpoint of each target that has one, by its name.
-
-    Raises `UsageError` if a checkpoint was not made of the weights in the folder `model`.
-    """
-
-    found: dict[str, str] = {}
+def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> None:
+    """Raise `UsageError` if the checkpoint of a target was not made of the weights in the folder `model`."""
     for target in targets:
         if target.checkpoint is None or model is None:
             continue
@@ -68,8 +63,6 @@ def check_checkpoints(targets: list[BenchTarget], model: Path | None) -> dict[st
                 "write it from this model's folder, as `python benchmarks/prepare_int8.py MODEL_DIR OUTPUT_DIR` does; "
                 "its path is relative to the plan file",
             )
-        found[target.name] = checkpoint.digest
-    return found
 
 
 def check_search(plan: Plan, targets: list[BenchTarget], slo_p99_ms: float | None) -> None:
@@ -98,13 +91,3 @@ def _check_budget(plan: Plan, targets: list[BenchTarget], budget_s: float) -> No
         raise UsageError(
             f"the budget of {budget_s:g} s is too short for {searches}", f"pass `--budget {minimum}` (seconds) or more"
         )
-
-
-def check_neighbors(plan: Plan, targets: list[BenchTarget]) -> None:
-    """Raise `UsageError` if loaded neighbors are combined with running servers or with a search."""
-    if plan.neighbours:
-        neighbors.reject_running_servers([target.name for target in targets if target.url])
-        if plan.search:
-            raise UsageError(
-                "`--neighbors` is not allowed in a search", "measure one rate instead: `--rate 50 --neighbors 1`"
-            )

@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.plan import prompts
@@ -43,11 +42,6 @@ class AccessOptions:
                 raise UsageError("`--api-key-env` and `--header` both set Authorization", "remove one of them")
             headers["Authorization"] = f"Bearer {key}"
         return ServerAccess(headers, self.served_model)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the part that bench.json may hold: names of headers and variables, no values."""
-        names = sorted(_parse_header(text)[0].lower() for text in self.headers)
-        return {"headers": names, "api_key_env": self.api_key_env, "served_model": self.served_model}
 
 
 def _no_overrides() -> Overrides:

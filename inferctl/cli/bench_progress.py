@@ -19,7 +19,6 @@ from rich.text import Text
 
 from inferctl.bench.measure import search
 from inferctl.bench.measure.bench import Bench, Progress
-from inferctl.bench.measure.environment import Environment
 from inferctl.cli import console
 from inferctl.receipts import shares
 
@@ -49,7 +48,7 @@ def expected(benchmark: Bench) -> list[RunForecast]:
         if settings:
             return search.forecast(settings, load, benchmark.search_s).seconds
         closed = load.warmup_s / 2 + load.capacity_s + BEFORE_S / 2 if load.capacity_percent else 0.0
-        return (closed + load.warmup_s / 2 + load.duration_s) * (2 if benchmark.plan.neighbours else 1)
+        return closed + load.warmup_s / 2 + load.duration_s
 
     reference_s = REFERENCE_S if benchmark.plan.quality and benchmark.model else 0.0
     return [
@@ -58,11 +57,12 @@ def expected(benchmark: Bench) -> list[RunForecast]:
     ]
 
 
-def forecast(benchmark: Bench, machine: Environment) -> str:
+def forecast(benchmark: Bench) -> str:
     """Return how long the benchmark will take and, for a search, how close its rates will be.
 
     The forecast is for a machine without other load, and says so on a busy one.
     """
+    machine = benchmark.environment
     busy = f"; longer on this busy machine (load average {machine.load_1m:g})" * (machine.load_1m > machine.cores / 2)
     total = duration(sum(map(sum, expected(benchmark)))).removeprefix("~")
     settings = benchmark.plan.search
@@ -85,11 +85,11 @@ def forecast(benchmark: Bench, machine: Environment) -> str:
 class ProgressView:
     """Shows the progress that `runner.run` reports. Use it as a context manager.
 
-    `expected` is the forecast of each run, `done` the number of runs that are complete at the start.
+    `expected` is the forecast of each run.
     """
 
-    def __init__(self, expected: Sequence[RunForecast], done: int = 0) -> None:
-        self._expected, self._done = list(expected), done
+    def __init__(self, expected: Sequence[RunForecast]) -> None:
+        self._expected = list(expected)
         self._live: Any = None
         self._spinner: Any = None
         self._start = time.monotonic()
@@ -138,8 +138,7 @@ class ProgressView:
         whole = Table.grid(padding=(0, 1))
         total = None if remaining_s is None else max(elapsed + remaining_s, 1e-9)
         bar = ProgressBar(total=total, completed=elapsed, width=24)
-        done = self._done + len(self._others)
-        runs = f"{done} of {progress.total} run{'' if progress.total == 1 else 's'}"
+        runs = f"{len(self._others)} of {progress.total} run{'' if progress.total == 1 else 's'}"
         whole.add_row(bar, " · ".join([runs, *_left(remaining_s)]))
         self._spinner.update(text=Text(line(progress), no_wrap=True, overflow="ellipsis"))
         return Group(whole, self._spinner)
@@ -150,7 +149,7 @@ class ProgressView:
         ratio = sum(actual for _, actual in pairs) / sum(forecast for forecast, _ in pairs)
         seconds = [load_s + ratio * other_s for load_s, other_s in self._expected]
         if not progress.number:
-            return sum(seconds[self._done :])
+            return sum(seconds)
         now = time.monotonic()
         after_s = ratio * (self._expected[progress.number - 1].other_s - BEFORE_S)
         current = seconds[progress.number - 1] - (now - self._run_start)

@@ -1,4 +1,4 @@
-"""Prepare a benchmark, from the options of `inferctl bench` or from the folder of an interrupted benchmark.
+"""Prepare a benchmark from the options of `inferctl bench`.
 
 Every check that needs no server runs here. Nothing is started.
 """
@@ -7,61 +7,27 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-import inferctl
 from inferctl.bench.load import child_server
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.target import ServerConnection, connect
-from inferctl.bench.measure import environment, neighbors, resume, runner
 from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.environment import Environment
-from inferctl.bench.measure.outcome import BenchTarget, Outcome
+from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan as plans
 from inferctl.bench.plan.plan import Plan
-from inferctl.bench.report.receipts import ReceiptContext
 from inferctl.cli import bench_checks, console, download, options
 from inferctl.cli.bench_options import AccessOptions, BenchOptions, parse_target
 from inferctl.config import spec
 from inferctl.config.settings import Resolved
 from inferctl.config.spec import Task
-from inferctl.core import assets, validation
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.models import hub
 from inferctl.models import model as model_folder
 
-# What a server of `--url` states and must not change before a benchmark is resumed.
-_STATED = (("model", "sha256"), ("precision", "effective"))
 
-
-@dataclass(frozen=True)
-class PreparedBench:
-    """A benchmark that passed every check and can run."""
-
-    bench: Bench
-    context: ReceiptContext
-    outcomes: list[Outcome]
-
-
-@dataclass(frozen=True)
-class _Definition:
-    """What a new and a resumed benchmark have in common, before the output folder."""
-
-    resolved: Resolved | None
-    plan: Plan
-    plan_file: str | None
-    targets: list[BenchTarget]
-    folder: Path | None
-    slo_p99_ms: float | None
-    access: ServerAccess
-
-
-def prepare_new(bench_options: BenchOptions) -> PreparedBench:
-    """Return a new benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
+def prepare(bench_options: BenchOptions) -> Bench:
+    """Return a benchmark in a folder of its own. Raises `UsageError` and `NotReadyError`."""
     url_targets = [parse_target(text) for text in bench_options.urls]
     if bench_options.access != AccessOptions() and not url_targets:
         raise UsageError(
@@ -69,9 +35,6 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
             "add a server: `--url NAME=URL`",
         )
     access = bench_options.access.access()
-    # Absolute, so that the benchmark can be resumed from another working directory.
-    if bench_options.model and model_folder.is_folder(Path(bench_options.model)):
-        bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
     name = bench_options.plan
     if name is None:
@@ -89,9 +52,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     targets = _targets(plan, url_targets, bench_options)
     needs_model = any(target.url is None for target in targets) or bench_options.model is not None
     slo = bench_options.slo_p99_ms or (resolved.spec.slo.p99_ms if resolved else None)
-    file = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) or "/" in name else None
     bench_checks.check_search(plan, targets, slo)
-    bench_checks.check_neighbors(plan, targets)
     bench_checks.check_corpora(plan, targets)
     # The download comes last, after every check that needs no model.
     folder = _model_folder(resolved, needs_model)
@@ -102,80 +63,23 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
         targets = _targets(plan, url_targets, bench_options)
         bench_checks.check_search(plan, targets, slo)
         bench_checks.check_lengths(plan)
-    definition = _Definition(resolved, plan, file, targets, folder, slo, access)
-    machine = environment.detect()
-    identity = _identity(definition, machine, servers)
+    bench_checks.check_checkpoints(targets, folder)
     output = create_folder(bench_options.output, plan.name)
-    original_options = {
-        "spec": str(Path(resolved.file).resolve()) if resolved and resolved.file else None,
-        "model": bench_options.model,
-        # Only the keys that the plan sets. A configuration's load rejects derived keys, such as the duration of stages.
-        "plan": plan.model_dump(mode="json", exclude_unset=True),
-        "plan_file": file,
-        "slo_p99_ms": bench_options.slo_p99_ms,
-        "reach": bench_options.access.as_dict(),
-    }
-    resume.write_manifest(output, resume.Manifest(identity, original_options))
-    benchmark, context = _bench(definition, machine, output)
-    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
-
-
-def prepare_resumed(output: Path, headers: list[str] | None = None) -> PreparedBench:
-    """Return the interrupted benchmark in the folder `output`.
-
-    `headers` are those of the command line: bench.json has their names only. Raises `UsageError` if an input of the
-    benchmark has changed.
-    """
-    output = output.resolve()
-    manifest = resume.read_manifest(output)
-    saved, original_options = manifest.identity, manifest.original_options
-    if saved["code"] != (code := {"version": inferctl.__version__, "sha256": assets.code_digest()}):
-        # Checked first because another version may not be able to read the other keys.
-        resume.check_unchanged({"code": saved["code"]}, {"code": code}, output)
-    access_options = _saved_access(original_options["reach"], headers or [], output)
-    plan = _saved_plan(original_options["plan"])
-    targets = [BenchTarget(**target) for target in saved["subjects"]]
-    needs_spec = any(target.url is None for target in targets)
-    spec_file = Path(original_options["spec"]) if original_options["spec"] else None
-    resolved = _settings(BenchOptions(spec_file, original_options["model"]), needed=needs_spec)
-    slo = original_options["slo_p99_ms"] or (resolved.spec.slo.p99_ms if resolved else None)
-    folder = _model_folder(resolved, needs_spec or original_options["model"] is not None)
-    definition = _Definition(
-        resolved, plan, original_options["plan_file"], targets, folder, slo, access_options.access()
+    command = None
+    if resolved and folder:
+        spec_file = Path(resolved.file).resolve() if resolved.file else None
+        command = child_server.serve_command(str(folder), resolved.spec.name, spec_file)
+    return Bench(
+        plan,
+        targets,
+        command,
+        folder,
+        output,
+        slo,
+        access,
+        model_source=resolved.spec.model.source if resolved else None,
+        hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
     )
-    machine = environment.detect()
-    servers = _servers(targets, definition.access)
-    resume.check_unchanged(saved, _identity(definition, machine, servers), output)
-    benchmark, context = _bench(definition, machine, output)
-    return PreparedBench(benchmark, context, runner.outcomes(benchmark))
-
-
-def _saved_access(saved: dict[str, Any], headers: list[str], output: Path) -> AccessOptions:
-    """Return the access options of an interrupted benchmark. Raises `UsageError` if `headers` has other names."""
-    access = AccessOptions(headers, saved["api_key_env"], saved["served_model"])
-    if access.as_dict() != saved:
-        original_headers = " ".join(f"--header '{name}: ...'" for name in saved["headers"])
-        raise UsageError(
-            f"cannot resume {output}: its `--header` options differ from those of this command",
-            f"pass the original headers: {original_headers}" if original_headers else "remove `--header`",
-        )
-    return access
-
-
-def _saved_plan(plan: dict[str, Any]) -> Plan:
-    """Return the plan of an interrupted benchmark. Raises `UsageError` if a trace of it is absent or not valid."""
-    try:
-        return Plan.model_validate(plan)
-    except ValidationError as error:
-        _, reason = validation.first_message(error)
-        raise UsageError(
-            f"cannot resume: the plan is not valid any more: {reason}", "restore the file, or start a new benchmark"
-        ) from None
-
-
-def _settings_sha256(resolved: Resolved | None) -> str | None:
-    """Return the digest of the settings without `bench`: its plan has a key of its own in the identity."""
-    return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
 
 
 def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, ServerConnection]:
@@ -196,52 +100,6 @@ def _task(
         named = ", ".join(f"{name}: {task}" for name, task in tasks.items())
         raise UsageError(f"the targets have different tasks: {named}", "measure each task in a benchmark of its own")
     return next(iter(tasks.values()), "embed")
-
-
-def _identity(definition: _Definition, machine: Environment, servers: dict[str, ServerConnection]) -> dict[str, Any]:
-    """Return the inputs that the figures depend on."""
-    stated = {
-        name: [(server.info.get(section) or {}).get(key) for section, key in _STATED]
-        for name, server in servers.items()
-    }
-    return resume.identity(
-        definition.plan,
-        definition.targets,
-        machine,
-        model_folder.ModelFolder(definition.folder).digest if definition.folder else None,
-        bench_checks.check_checkpoints(definition.targets, definition.folder),
-        _settings_sha256(definition.resolved),
-        stated,
-        definition.plan_file,
-    )
-
-
-def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple[Bench, ReceiptContext]:
-    resolved, plan, command = definition.resolved, definition.plan, None
-    if resolved and definition.folder:
-        file = Path(resolved.file).resolve() if resolved.file else None
-        command = child_server.serve_command(str(definition.folder), resolved.spec.name, file)
-    mig_devices = neighbors.mig_devices(machine.variables) if plan.neighbours else []
-    benchmark = Bench(
-        plan,
-        definition.targets,
-        command,
-        definition.folder,
-        output,
-        definition.slo_p99_ms,
-        mig_devices,
-        definition.access,
-    )
-    context = ReceiptContext(
-        plan=plan,
-        environment=machine,
-        model_source=resolved.spec.model.source if resolved else None,
-        hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
-        slo_p99_ms=definition.slo_p99_ms,
-        output=output,
-        targets=definition.targets,
-    )
-    return benchmark, context
 
 
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:

@@ -112,7 +112,7 @@ def estimate(
     known = [options.known(name, ("auto", *PRECISIONS), "--precision") for name in _split(precision)]
     precisions = known or [spec.serve.precision if spec else "auto"]
     with console.progress("estimating"):
-        result = document.build(keys, precisions, data, work, question, max_tokens)
+        result = document.build(keys, precisions, data, work, question)
     result["tokens"] |= {"how": token_source, "assumed": corpus is length is None}
     if not result["rows"]:
         reasons = dict.fromkeys(absent["reason"] for absent in result["absent"])
@@ -213,7 +213,7 @@ def render(result: dict[str, Any]) -> RenderableType:
 
 
 def conclusion(result: dict[str, Any]) -> list[str]:
-    """Return what to choose, how certain that is, and which lengths would change it."""
+    """Return what to choose, and how certain that is."""
     decided, mean = result["verdict"], result["tokens"]["mean"]
     if decided is None:
         able = [_named(row) for row in result["rows"] if row["replicas"]]
@@ -225,12 +225,6 @@ def conclusion(result: dict[str, Any]) -> list[str]:
             if other["times"] > 1
             else f"{_named(other)} costs as much, by these bounds."
         )
-        changes = [
-            f"{'up to' if each['tokens'] < mean else 'from'} about {_rounded(each['tokens'])} tokens per text, "
-            + _there(each, decided)
-            for each in decided["other_lengths"]
-        ]
-        found.append(f"Other lengths: {'; '.join(changes) or 'no mean length changes the order'}.")
         capped = [row for row in result["rows"] if row["limited_by"] == "front end" and row["replicas"]]
         if names := [_named(row) for row in capped if not result["load"] or row["replicas"]["low"] > 1]:
             found.append(f"API processes limit {', '.join(names)}: `--api-processes 4` compares the GPUs.")
@@ -280,19 +274,6 @@ def _margin(result: dict[str, Any]) -> str:
     return (
         f"Real servers are slower. {_named(decided)} stays cheaper if {condition}, even if the other reaches its bound."
     )
-
-
-def _there(each: dict[str, Any], decided: dict[str, Any]) -> str:
-    """Return what the verdict is at another length."""
-    if each["hardware"] is None:
-        return "none meets the SLO"
-    if not each["clear"]:
-        return "no clear difference" if decided["clear"] else f"{_named(each)} has the lowest cost, not clearly"
-    return f"{_named(each)} is {'clearly ' * (not decided['clear'])}cheaper"
-
-
-def _rounded(tokens: float) -> str:
-    return f"{tokens:.0f}" if tokens < 100 else f"{round(tokens, -1):.0f}"
 
 
 def _compact(count: int) -> str:

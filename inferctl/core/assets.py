@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -20,11 +19,3 @@ def root() -> Path:
 def package() -> Path:
     """Return the folder of the `inferctl` package. The server layer of an image is a copy of files from it."""
     return _PACKAGE
-
-
-def code_digest() -> str:
-    """Return the sha256 (hex) of the whole code of inferctl on this machine; in an image, of that of the server."""
-    total = hashlib.sha256()
-    for file in sorted(_PACKAGE.rglob("*.py")):
-        total.update(f"{file.name}\0".encode() + file.read_bytes())
-    return total.hexdigest()

@@ -29,8 +29,8 @@ from inferctl.estimate.forecast import (
 from inferctl.facts import catalog
 from inferctl.facts.precision import best_precision
 
-# Version 4: replicas, the costs are those at the rate of the load, and a verdict instead of `against`.
-SCHEMA = "inferctl.estimate/4"
+# Version 5: the verdict has no `other_lengths`.
+SCHEMA = "inferctl.estimate/5"
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,10 @@ def build(
     config: Mapping[str, Any],
     scenario: Scenario,
     question: Question,
-    longest: int = 512,
 ) -> dict[str, Any]:
     """Estimate each part in each precision. `absent` lists the rows that cannot be estimated, with the reason.
 
-    `longest`: the most tokens of an input. Raises `UsageError` for an unknown part.
+    Raises `UsageError` for an unknown part.
     """
     parts, absent = [], []
     model = Transformer.of(config)
@@ -68,7 +67,7 @@ def build(
     return {
         "schema": SCHEMA,
         "estimated": True,
-        "verdict": verdict.decide(rows, parts, model, scenario, question.rate, question.slo_p99_ms, longest),
+        "verdict": verdict.decide(rows, parts, model, scenario, question.rate, question.slo_p99_ms),
         "model": model.as_dict(),
         "tokens": {
             "mean": sum(scenario.tokens) / len(scenario.tokens),

@@ -21,15 +21,14 @@ _TOKENS_PER_WORD = 1.3
 _FORMS = "a number of tokens (128), MEAN:SIGMA of a log-normal distribution (55:0.8), or squad"
 
 
-def lognormal(median: float, sigma: float, longest: int, count: int, seed: int = 0) -> list[int]:
-    """Return `count` lengths with the quantiles of a log-normal distribution up to `longest`, shuffled with `seed`."""
+def lognormal(median: float, sigma: float, longest: int, count: int) -> list[int]:
+    """Return `count` lengths with the quantiles of a log-normal distribution up to `longest`, shuffled."""
     normal = NormalDist(math.log(median), sigma)
     found = [max(1, min(longest, round(math.exp(normal.inv_cdf((i + 0.5) / count))))) for i in range(count)]
-    random.Random(seed).shuffle(found)
-    return found
+    return spread(found, count)
 
 
-def squad(mean: float, count: int, seed: int = 0) -> list[int]:
+def squad(mean: float, count: int) -> list[int]:
     """Return `count` lengths distributed as the BERT samples of MLPerf without padding, with the mean `mean`."""
     beyond = NormalDist().inv_cdf(1 - _SQUAD_OVER)
     low, high = 20.0, float(SQUAD_LONGEST)
@@ -37,30 +36,28 @@ def squad(mean: float, count: int, seed: int = 0) -> list[int]:
         median = (low + high) / 2
         sample = lognormal(median, math.log(SQUAD_LONGEST / median) / beyond, SQUAD_LONGEST, 2000)
         low, high = (median, high) if sum(sample) / len(sample) < mean else (low, median)
-    return lognormal(low, math.log(SQUAD_LONGEST / low) / beyond, SQUAD_LONGEST, count, seed)
+    return lognormal(low, math.log(SQUAD_LONGEST / low) / beyond, SQUAD_LONGEST, count)
 
 
-def parse(text: str, longest: int, squad_mean: float, count: int, seed: int = 0) -> list[int]:
+def parse(text: str, longest: int, squad_mean: float, count: int) -> list[int]:
     """Return lengths for a value of `--length`: `128`, `55:0.8` (mean and sigma of a log-normal) or `squad`.
 
     Raises `UsageError`.
     """
     if text == "squad":
-        return squad(squad_mean, count, seed)
+        return squad(squad_mean, count)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?", text)
     mean = float(found[1]) if found else 0.0
     sigma = float(found[2] or 0) if found else 0.0
     if not 1 <= mean <= longest or sigma > 3:
         raise UsageError(f"invalid --length {text!r} (limit {longest} tokens)", f"pass {_FORMS}")
-    return (
-        lognormal(mean / math.exp(sigma * sigma / 2), sigma, longest, count, seed) if sigma else [round(mean)] * count
-    )
+    return lognormal(mean / math.exp(sigma * sigma / 2), sigma, longest, count) if sigma else [round(mean)] * count
 
 
-def spread(lengths: Sequence[int], count: int, seed: int = 0) -> list[int]:
-    """Return `count` lengths: all of `lengths` equally often, shuffled with `seed`."""
+def spread(lengths: Sequence[int], count: int) -> list[int]:
+    """Return `count` lengths: all of `lengths` equally often, shuffled in the same way each time."""
     found = [lengths[i % len(lengths)] for i in range(count)]
-    random.Random(seed).shuffle(found)
+    random.Random(0).shuffle(found)
     return found
 
 

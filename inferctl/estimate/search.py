@@ -20,6 +20,8 @@ _STEPS = 8
 # A server that meets the SLO at this share of its saturation rate is not limited by the SLO.
 _NEARLY = 0.99
 _PERCENTILE = 0.99
+# Between requests that are simulated alone: longer than any of them takes.
+_APART_S = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,6 @@ class SimulatedServer:
     cost: Cost
     limits: QueueLimits
     requests: Sequence[Sequence[int]]
-    seed: int = 0
     front: float = 0.0
 
     def offline(self) -> SimulationResult:
@@ -44,15 +45,16 @@ class SimulatedServer:
         """Return the latencies in seconds of one request after the other, in no order."""
         # Alone, requests with equal lengths take equally long, so each length is simulated once.
         distinct = Counter(map(tuple, self.requests))
-        latencies = Simulation(self.cost, self.limits, list(distinct), front=self.front).closed(1).latencies
+        simulation = Simulation(self.cost, self.limits, list(distinct), self.front)
+        latencies = simulation.open([_APART_S * number for number in range(len(distinct))]).latencies
         return [seconds for seconds, count in zip(latencies, distinct.values(), strict=True) for _ in range(count)]
 
     def open(self, rate: float, times: int = 1) -> SimulationResult:
         """Run an open loop at `rate` requests per second, with all requests `times` times.
 
-        Equal seeds give the same arrivals at each rate, scaled in time.
+        The arrivals are the same at each rate, scaled in time.
         """
-        draw, now, arrived = random.Random(self.seed), 0.0, []
+        draw, now, arrived = random.Random(0), 0.0, []
         for _ in range(times * len(self.requests)):
             now += draw.expovariate(1.0)
             arrived.append(now / rate)
@@ -83,4 +85,4 @@ class SimulatedServer:
         return low
 
     def _new(self, times: int = 1) -> Simulation:
-        return Simulation(self.cost, self.limits, list(self.requests) * times, front=self.front)
+        return Simulation(self.cost, self.limits, list(self.requests) * times, self.front)

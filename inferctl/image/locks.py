@@ -29,7 +29,7 @@ _UV_PLATFORM = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-
 _INT8: dict[bool, list[str]] = {True: ["bitsandbytes"], False: []}
 # Packages that images leave out, because the server never imports them -> what requires them. vLLM imports some of
 # them, so the lock of vLLM has those that it requires.
-# `tests/test_end_to_end.py` compares the imports of a running server with the packages in its image.
+# `tests/project/test_end_to_end.py` compares the imports of a running server with the packages in its image.
 LEFT_OUT = {
     "typer": "the command line of inferctl, and that of transformers",
     "annotated-doc": "typer",

@@ -45,7 +45,7 @@ _START_PERIOD_S = 180
 # The files of the server in the package. The relay and the ledger need packages that images do not have.
 _SERVER_FILES = (
     "__init__.py",
-    *(f"{room}/*.py" for room in ("batching", "config", "core", "facts", "models")),
+    *(f"{room}/*.py" for room in ("batching", "config", "core", "facts", "models", "reading")),
     "serve/**/*.py",
     "tenancy/__init__.py",
     "tenancy/access/*.py",

@@ -38,20 +38,17 @@ def run(
     inputs: Sequence[Any],
     options: Sequence[str],
     on_wait: Callable[[float], None],
-    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Return the JSON output for `inputs`. `on_wait` receives the seconds passed.
 
-    The process works in `folder` (default: the current one). Raises `ReferenceFailedError` if it fails.
+    Raises `ReferenceFailedError` if the process fails.
     """
     # -P: Python files in the current folder, such as that of the model, are not imported.
     arguments = [sys.executable, "-P", "-m", PROGRAM, str(model.resolve()), *options]
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(inputs).encode())
         stdin.seek(0)
-        process = subprocess.Popen(
-            arguments, stdin=stdin, stdout=stdout, stderr=stderr, cwd=folder, start_new_session=True
-        )
+        process = subprocess.Popen(arguments, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True)
         try:
             passed = 0.0
             while process.poll() is None:

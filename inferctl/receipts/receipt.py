@@ -43,17 +43,6 @@ class Receipt:
         return str(self.data["seal"])
 
     @property
-    def interrupted(self) -> bool:
-        """Return whether the benchmark was interrupted before its last run."""
-        cautions: Sequence[str] = self.data["validity"].get("cautions") or ()
-        return any(caution.startswith("interrupted after ") for caution in cautions)
-
-    @property
-    def folder(self) -> Path | None:
-        """Return the output folder of the benchmark; None for a receipt outside of its folder receipts/."""
-        return self.path.parent.parent if self.path.parent.name == "receipts" else None
-
-    @property
     def runs(self) -> Sequence[JsonObject]:
         runs: Sequence[JsonObject] = self.data["runs"]
         return runs

@@ -5,8 +5,8 @@
                         [--broken nan|shape|ragged|zeros|error] [--sha256 HEX]
                         [--model DIR --precision bf16 ...] [--task rerank|classify [--broken nan|missing|unsorted]]
 
-Each request sleeps for the next drawn delay. `GET /truth` lists the actual times of the responses inside the server, in
-ms and in order. It uses only the standard library, and one thread per connection.
+Each request sleeps for the next drawn delay. It uses only the standard library, and one thread
+per connection.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from pathlib import Path
 from typing import Any
 
 DIMENSIONS = 32
+DEFAULTS: dict[str, Any] = {
+    "model": "test", "precision": "auto", "task": "embed", "sha256": hashlib.sha256(b"test").hexdigest(),
+    "median-ms": 8.0, "sigma": 0.5, "stall-every": 0.0, "stall-for": 0.0, "fail-after": 0, "die-after": 0,
+    "slots": 0, "queue": 0, "drift": 0.0, "broken": "", "refuse": "",
+}  # fmt: skip
 
 
 @functools.cache
@@ -89,7 +94,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     options: argparse.Namespace
     delays: Any
     numbers = itertools.count()
-    truth: list[float] = []  # noqa: RUF012 - one list for all connections
     lock = threading.Lock()
     slots: threading.Semaphore | None = None
     waiting = [0]  # noqa: RUF012 - one count for all connections
@@ -127,13 +131,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def do_GET(self) -> None:
-        pages = {"/truth": self.truth, "/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
+        pages = {"/v1/models": {"data": [{"id": "test"}]}, "/info": info(self.options)}
         self.respond(200, pages[self.path]) if self.path in pages else self.respond(
             404, {"error": {"message": "not here"}}
         )
 
     def do_POST(self) -> None:
-        start = time.perf_counter()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = next(self.numbers)
         if self.options.die_after and number >= self.options.die_after:
@@ -177,8 +180,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "usage": {"prompt_tokens": tokens},
         }
         inference = f"{delay * 1e3:.3f}"
-        # Before the response is sent: later waits of this thread do not count.
-        self.truth.append((time.perf_counter() - start) * 1e3)
         self.respond(
             200,
             data,
@@ -212,26 +213,12 @@ def info(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--announce", type=Path, required=True)
-    parser.add_argument("--model", default="test")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--median-ms", type=float, default=8.0)
-    parser.add_argument("--sigma", type=float, default=0.5)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stall-every", type=float, default=0.0)
-    parser.add_argument("--stall-for", type=float, default=0.0)
-    parser.add_argument("--fail-after", type=int, default=0)
-    parser.add_argument("--die-after", type=int, default=0)
-    parser.add_argument("--slots", type=int, default=0)
-    parser.add_argument("--queue", type=int, default=0)
-    parser.add_argument("--drift", type=float, default=0.0)
-    parser.add_argument("--broken", default="")
-    parser.add_argument("--sha256", default=hashlib.sha256(b"test").hexdigest())
-    parser.add_argument("--refuse", default="")
-    parser.add_argument("--task", default="embed")
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     options, _ = parser.parse_known_args()
     if options.refuse and options.precision == options.refuse:
         sys.exit(f"error: {options.precision} cannot run on this device\n\nhint: use another")
-    draw = random.Random(options.seed)
+    draw = random.Random(1)
     Handler.options = options
     if options.slots:
         Handler.slots = threading.Semaphore(options.slots)

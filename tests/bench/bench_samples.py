@@ -15,6 +15,7 @@ from inferctl.bench.judge import summary
 from inferctl.bench.load import records
 from inferctl.bench.load.records import MEASURED, OK, WARMUP
 from inferctl.bench.measure.bench import Bench
+from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan.plan import Plan
 from inferctl.receipts import receipt
@@ -35,6 +36,9 @@ FIELDS = [
     ("error", "<u1"),
 ]
 SECOND = 1_000_000_000
+MACHINE = Environment(
+    "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
+)
 ANSWERING = Path(__file__).with_name("answering.py")
 SHORT_PLAN = str(Path(__file__).with_name("short.yaml"))
 SHORT = {"mode": "closed", "users": 2, "duration_s": 1, "warmup_s": 0, "timeout_s": 5}
@@ -134,7 +138,7 @@ def document(name: str, rate: float, latency_ms: float, level: str = "native", *
             "passes": True,
         },
         "validity": {"valid": True, "reasons": [], "cautions": []},
-        "curve": summary.latency_curve([part]),
+        **summary.curves([part]),
         "runs": [{"repeat": 0, "timeline": summary.timeline(part), "records": []}],
     }
     return made | changes

@@ -1,4 +1,4 @@
-"""Make the modules of this folder importable, and provide the server of answering.py as a fixture."""
+"""Make the modules of this folder importable, and provide the server of answering.py and the outputs of a model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from inferctl.bench.measure import quality
+from inferctl.models import model as models
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,3 +40,26 @@ def answering(tmp_path: Path) -> Iterator[Callable[..., str]]:
             return str(json.loads(announce.read_text())["url"])
 
         yield start
+
+
+@pytest.fixture
+def fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, str]]:
+    """Return a function that makes a model folder without weights, and returns it with its digest.
+
+    `outputs(input)` are its fp32 outputs. `config` is the content of its config.json.
+    """
+
+    def make(outputs: Callable[[Any], Any], config: str = "{}") -> tuple[Path, str]:
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+        digest = models.ModelFolder(folder).digest
+
+        def reference(model: Path, inputs: list[Any], *rest: Any) -> object:
+            values = np.array([outputs(each) for each in inputs], np.float32)
+            return quality.Reference(inputs, values, digest)
+
+        monkeypatch.setattr(quality, "reference", reference)
+        return folder, digest
+
+    return make

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from inferctl import cli
-from inferctl.bench.measure import environment, runner
+from inferctl.bench.measure import runner
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan as plans
@@ -19,9 +19,8 @@ from inferctl.bench.report import receipts
 from inferctl.cli import bench_setup
 from inferctl.cli.bench_options import BenchOptions
 from inferctl.core.errors import UsageError
-from inferctl.models.model import ModelFolder
 from inferctl.receipts import receipt
-from tests.test_decoder import SMOLLM2_135M
+from tests.models.decoder_configs import SMOLLM2_135M
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERING = Path(__file__).resolve().parent / "answering.py"
@@ -56,25 +55,12 @@ def plan_of(folder: Path, checkpoint: object) -> Path:
 def test_a_plan_names_a_checkpoint_relative_to_its_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, prepared = folders
     file = plan_of(prepared.parent, "int8")
-    done = bench_setup.prepare_new(BenchOptions(None, str(model), str(file), output=tmp_path))
-    targets = {target.name: target.checkpoint for target in done.bench.targets}
+    done = bench_setup.prepare(BenchOptions(None, str(model), str(file), output=tmp_path))
+    targets = {target.name: target.checkpoint for target in done.targets}
     assert targets == {"bf16": None, "int8": str(prepared)}
-    assert done.bench.command
-    commands = [list(done.bench.command("int8", tmp_path / "a", checkpoint)) for checkpoint in targets.values()]
+    assert done.command
+    commands = [list(done.command("int8", tmp_path / "a", checkpoint)) for checkpoint in targets.values()]
     assert [command[command.index("--model") + 1] for command in commands] == [str(model), str(prepared)]
-    saved = json.loads((done.bench.output / "bench.json").read_text())["identity"]["checkpoints"]
-    assert saved == {"int8": ModelFolder(prepared).digest}
-
-    resumed = bench_setup.prepare_resumed(done.bench.output)
-    assert resumed.bench.targets == done.bench.targets
-    config = prepared / "config.json"
-    original = config.read_text()
-    config.write_text(original + "\n")
-    try:
-        with pytest.raises(UsageError, match="a checkpoint changed"):
-            bench_setup.prepare_resumed(done.bench.output)
-    finally:
-        config.write_text(original)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +111,7 @@ def test_a_receipt_has_the_name_of_the_checkpoint_and_its_digest(tmp_path: Path)
     work = Bench(plan, [target], command, None, tmp_path)
     outcomes = runner.outcomes(work)
     runner.run(work, outcomes, lambda progress: None, lambda outcome: None)
-    context = receipts.ReceiptContext(plan, environment.detect(), "m", [], None, tmp_path, work.targets)
-    receipts.write_all(context, outcomes)
+    receipts.write_all(work, outcomes)
     found = receipt.load(tmp_path / "receipts" / "int8.json")
     assert seen == ["/srv/somebody/models/int8"]
     assert (found.data["configuration"]["checkpoint"], found.data["model"]["sha256"]) == ("int8", "a" * 64)

@@ -43,24 +43,18 @@ def changed(one: receipt.Receipt, change: Callable[[dict[str, Any]], object]) ->
     return receipt.write(one.path, data)
 
 
-def test_a_steady_slow_down_of_ten_per_cent_is_a_regression(tmp_path: Path) -> None:
-    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(22, STEADY[::-1])))
-    assert (result["outcome"], result["exit_code"]) == ("regression", 1)
-    p50 = rows(result)["p50"]
-    assert p50["change"] == pytest.approx(0.1, abs=0.002)
-    assert 0 < p50["interval"][0] < 0.1 < p50["interval"][1]
+@pytest.mark.parametrize(
+    ("p50_ms", "outcome", "code"), [(22, "regression", 1), (20, "no regression", 0), (16, "improvement", 0)]
+)
+def test_a_steady_change_is_found(tmp_path: Path, p50_ms: float, outcome: str, code: int) -> None:
+    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(p50_ms, STEADY[::-1])))
+    assert (result["outcome"], result["exit_code"]) == (outcome, code)
+    for name in ("p50", "requests_per_s"):
+        assert rows(result)[name]["outcome"] == outcome
+    p50, change = rows(result)["p50"], p50_ms / 20 - 1
+    assert p50["change"] == pytest.approx(change, abs=0.002)
+    assert p50["interval"][0] < change < p50["interval"][1]
     assert rows(result)["memory"]["outcome"] == "no regression"
-
-
-def test_the_same_again_is_no_regression(tmp_path: Path) -> None:
-    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY[::-1])))
-    assert (result["outcome"], result["exit_code"]) == ("no regression", 0)
-
-
-def test_a_faster_one_is_no_regression_and_said_to_be_better(tmp_path: Path) -> None:
-    result = verdict(*receipts_of(tmp_path, run_values(20, STEADY), run_values(16, STEADY)))
-    assert (result["outcome"], result["exit_code"]) == ("improvement", 0)
-    assert rows(result)["requests_per_s"]["outcome"] == "improvement"
 
 
 def test_a_difference_that_noise_can_explain_wants_more_repeats(tmp_path: Path) -> None:
@@ -162,8 +156,8 @@ DAY = 24 * 60
         ((0,), (1,), False),  # one repeat cannot alternate
         ((0,), (DAY,), False),
         ((0, 1, 2), (DAY, DAY + 1, DAY + 2), False),
-        ((0, DAY + 3, DAY + 4), (DAY + 1, DAY + 2, DAY + 5), False),  # resumed the next day, within a repeat
-        ((0, 3, DAY + 4), (1, 2, DAY + 5), True),  # resumed between two repeats
+        ((0, DAY + 3, DAY + 4), (DAY + 1, DAY + 2, DAY + 5), False),  # the next day, within a repeat
+        ((0, 3, DAY + 4), (1, 2, DAY + 5), True),  # between two repeats
         ((0, 1, 2), (0.1, 1.1, 2.1), False),  # two benches at the same time
         ((0, 14, 15), (12, 13, 16), True),  # the first repeat has the quality check between its runs
         ((0, 50, 51), (40, 41, 61), False),
@@ -220,13 +214,9 @@ def test_a_percentile_without_enough_samples_is_named_with_the_run_length_it_nee
     assert verdict(old, new, metrics=["p50"])["outcome"] == "no regression"
 
 
-def test_the_hint_has_duration_and_repeats_or_resumes_an_interrupted_benchmark(tmp_path: Path) -> None:
+def test_the_hint_has_duration_and_repeats(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, [1.0], n=200), run_values(20, [1.0], n=200))
     assert compare_result.advice(compared(old, new)) == "measure both again with `--duration 5 --repeats 5`"
-    for side in (old, new):
-        side.data["validity"]["cautions"] = ["interrupted after 1 of 5 runs"]
-    hint = f"resume the interrupted benchmark: `inferctl bench --resume {tmp_path}`"
-    assert compare_result.advice(compared(old, new)) == hint
 
 
 @pytest.mark.parametrize(
@@ -305,8 +295,9 @@ def test_repeats_are_compared_with_the_repeat_that_had_the_same_schedule(
     assert (reason is None and not reasons) or reason in reasons[0]
 
 
-def test_receipts_from_before_a_load_had_a_share_of_the_capacity_are_compared(tmp_path: Path) -> None:
+def test_receipts_of_older_versions_are_compared(tmp_path: Path) -> None:
     old, new = receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY))
+    old = changed(old, lambda data: data["plan"]["load"].update(remote_workers=0, master_port=5557))
     new = changed(new, lambda data: data["plan"]["load"].update(capacity_percent=None, capacity_s=5))
     assert verdict(old, new)["outcome"] == "no regression"
     new = changed(new, lambda data: data["plan"]["load"].update(capacity_percent=50, rate=10))
@@ -541,12 +532,6 @@ def test_the_verdict_survives_a_reader_that_is_gone(tmp_path: Path, slower: floa
         assert (done.returncode, "Traceback" in done.stderr) == (expected, False), (redirection, done.stderr)
 
 
-def test_a_failing_verdict_is_the_only_document_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    receipts_of(tmp_path, run_values(20, STEADY), run_values(23, STEADY[::-1]))
-    assert shown(tmp_path, "--format", "json") == 1
-    assert json.loads(capsys.readouterr().out)["outcome"] == "regression"
-
-
 def test_the_formats_go_to_stdout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY[::-1]))
     for style, start in (
@@ -594,17 +579,3 @@ def test_comparing_needs_the_core_package_alone() -> None:
         "sys.exit(bool({'numpy', 'locust', 'torch', 'plotly'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_every_key_of_the_document_is_documented() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
-    for name in (
-        *run_metrics.METRICS,
-        "cosine_p1",
-        "recall_at_10",
-        "repeats_needed",
-        "interleaved",
-        "family",
-        "worse_at_most",
-    ):
-        assert f"`{name}`" in page

@@ -17,7 +17,7 @@ import pytest
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load.target import ServerConnection
-from inferctl.bench.measure import auto_users, closed_loop, concurrency, environment, resume, runner
+from inferctl.bench.measure import auto_users, closed_loop, concurrency, runner
 from inferctl.bench.measure.bench import Bench, started_server
 from inferctl.bench.measure.concurrency import Concurrency, Step
 from inferctl.bench.measure.measured_server import MeasuredServer
@@ -187,8 +187,6 @@ def test_an_emulated_precision_does_not_set_the_users_of_the_others(
     rows = [MeasuredRow(name, "measured", concurrency=one.as_dict()) for name, one in found.items()]
     said = " ".join(findings.saturation(rows))
     assert "All were measured with 64 users." in said and "may not be saturated" not in said
-    # A resumed benchmark reads the same.
-    assert auto_users.find(work, {}, lambda _: None) == found
 
 
 @pytest.mark.parametrize(
@@ -283,13 +281,12 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     outcomes = runner.outcomes(work)
     told: list[str] = []
     runner.run(work, outcomes, lambda progress: told.append(progress.phase), lambda outcome: None)
-    context = result.ReceiptContext(work.plan, environment.detect(), "test", [], None, tmp_path)
-    found = result.collect(context, outcomes, write_all(context, outcomes), tmp_path / "report.html").as_dict()
+    found = result.collect(work, outcomes, write_all(work, outcomes), tmp_path / "report.html").as_dict()
     rows: dict[str, dict[str, Any]] = {row["configuration"]: row for row in found["rows"]}
     assert rows["int8"]["outcome"] == "not run" and rows["int8"]["reason"] == "int8 cannot run on this device"
     needed = {name: rows[name]["concurrency"]["needed_users"] for name in ("fp32", "bf16")}
-    # A busy machine can need the next step; fewer users than a server has slots cannot saturate it.
-    assert needed["fp32"] in (8, 16) and needed["bf16"] in (16, 32)
+    # A busy machine can need further steps; fewer users than a server has slots cannot saturate it.
+    assert 8 <= needed["fp32"] <= 64 and 16 <= needed["bf16"] <= 128
     users = max(needed.values())
     assert [rows[name]["concurrency"]["users"] for name in needed] == [users, users]
     assert all(rows[name]["concurrency"]["saturated"] for name in needed)
@@ -299,17 +296,6 @@ def test_all_configurations_are_measured_with_the_users_that_saturate_each(
     assert f"All were measured with {users} users." in found["findings"]
     assert "No further gain seen above " in " ".join(found["findings"])
     assert any(phase.startswith("finding users: 16") for phase in told)
-    # A resumed benchmark reads the saved users.
-    told.clear()
-    again = runner.outcomes(work)
-    assert resume.restore(tmp_path, work.order, again) == 2
-    (tmp_path / "runs" / "fp32-1" / "run.json").unlink()
-    again = runner.outcomes(work)
-    resume.restore(tmp_path, work.order, again)
-    runner.run(work, again, lambda progress: told.append(progress.phase), lambda outcome: None)
-    assert not any("finding users" in phase for phase in told)
-    assert again[0].measurements[0].concurrency == outcomes[0].measurements[0].concurrency
-    assert again[1].failure == "int8 cannot run on this device"
 
 
 def test_a_search_needs_no_users(tmp_path: Path) -> None:

@@ -16,9 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from inferctl import cli
 from inferctl.bench.judge import slo, summary, validity
-from inferctl.bench.measure import resume, runner
-from inferctl.bench.measure.bench import Bench
-from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan import plan, prompts, shape, tokens, workload
 from inferctl.core.errors import UsageError
 from inferctl.receipts import receipt
@@ -231,18 +228,6 @@ def test_lengths_come_from_a_distribution() -> None:
     assert set(pairs) <= {row for row in rows if sum(row) <= 1000}
     assert load.as_single_stage(users=3).generation == load.generation
     assert shape.Load.model_validate(load.model_dump(mode="json")) == load
-
-
-def test_a_resumed_benchmark_of_generation_keeps_its_figures(measured: dict[str, Any]) -> None:
-    folder = Path(measured["output"])
-    manifest = resume.read_manifest(folder)
-    targets = [BenchTarget(**target) for target in manifest.identity["subjects"]]
-    work = Bench(plan.Plan.model_validate(manifest.original_options["plan"]), targets, None, None, folder)
-    outcomes = runner.outcomes(work)
-    assert resume.restore(folder, work.order, outcomes) == 2
-    for outcome, row in zip(outcomes, measured["rows"], strict=True):
-        assert outcome.measurements[0].summary["itl_ms"] == row["generation"]["itl_ms"]
-        assert outcome.measurements[0].summary["goodput"] == row["generation"]["goodput"]
 
 
 def test_a_run_with_cached_prompts_is_invalid() -> None:

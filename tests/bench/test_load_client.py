@@ -6,12 +6,9 @@ import contextlib
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import trustme
 from test_load import measure
@@ -144,24 +141,3 @@ def test_tls_is_supported_and_certificates_are_verified(tmp_path: Path, monkeypa
         description = load_run.prepare(load, work, target.ServerConnection(url, "m"), 100_000, tmp_path)
         rejected = load_run.run(load, description, lambda live: None, lambda: None)
     assert set(rejected.rows["error"].tolist()) == {records.CONNECTION}
-
-
-def test_a_slow_handshake_does_not_delay_other_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class SlowOnce(ssl.SSLContext):
-        connections = 0
-
-        def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
-            SlowOnce.connections += 1
-            if SlowOnce.connections == 1:
-                time.sleep(1.5)
-            return super().wrap_socket(*arguments, **options)
-
-    authority, context = trustme.CA(), SlowOnce(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-    with run_server(lambda _: (CHUNKED, False), context) as url:
-        _, part, _ = measure(url, tmp_path / "run", users=2, duration_s=3)
-    slow = part.measured[np.argmax(part.measured["end_ns"] - part.measured["sent_ns"])]
-    ends = part.measured["end_ns"]
-    assert np.count_nonzero((ends > slow["sent_ns"]) & (ends < slow["end_ns"])) > 10

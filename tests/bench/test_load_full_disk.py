@@ -102,4 +102,3 @@ def test_a_bench_on_a_full_disk_stops_with_the_error_and_a_hint(
     shown = capsys.readouterr().err
     assert "error: no space left on device: " in shown
     assert "hint: free some space, or use another folder" in shown
-    assert "to resume this benchmark: inferctl bench --resume out/quick-" in shown

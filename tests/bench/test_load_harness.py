@@ -41,15 +41,6 @@ def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: 
     assert rows["p99"]["inferctl_ms"] % 10 != 0
 
 
-def test_an_open_loop_shows_a_stall_that_a_closed_loop_hides(tmp_path: Path) -> None:
-    found = figures(tmp_path, "stall.py", "--every", "3", "--stall", "0.6", "--periods", "2")
-    assert found["analytic_p99_ms"] == pytest.approx(570)
-    assert found["open"]["latency_ms"]["p99"]["value"] == pytest.approx(570, rel=0.2)
-    assert found["closed"]["latency_ms"]["p99"]["value"] < 0.5 * 570
-    assert found["open"]["loop"].startswith("open loop")
-    assert found["closed"]["loop"].startswith("closed loop")
-
-
 def test_the_load_generator_reports_that_it_is_the_bottleneck(tmp_path: Path) -> None:
     options = ("--seconds", "1", "--workers", "1", "--no-stock", "--rates", "100", "60000")
     found = figures(tmp_path, "ceiling.py", *options)

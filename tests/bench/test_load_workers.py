@@ -1,28 +1,24 @@
-"""Tests of several load workers, local and remote: they send one schedule, and a crash loses no record."""
+"""Tests of several load workers: they send one schedule, and a crash loses no record."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import msgpack
 import numpy as np
 import pytest
-import zmq
 from test_load import measure
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load import load_run, records, target
-from inferctl.bench.load.worker import serve
 from inferctl.bench.plan import shape, workload
 from inferctl.core.errors import InferctlError
-from tests.processes import free_port, until
+from tests.processes import until
 
 HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
@@ -126,124 +122,6 @@ def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> Non
     assert (records.merge(tmp_path)["end_ns"] > 0).all()
 
 
-@contextlib.contextmanager
-def remote_worker(port: int, folder: Path) -> Iterator[bool]:
-    """Run a worker as on another machine: no shared folder and, if possible, a clock that is 1000 s ahead.
-
-    Yields whether the clock differs.
-    """
-    unshare = ["unshare", "--time", "--monotonic", "1000"]
-    own_clock = False
-    with contextlib.suppress(OSError):
-        own_clock = subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0
-    command = [sys.executable, "-m", "inferctl.bench.load.worker", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        [*(unshare if own_clock else []), *command],
-        cwd=folder,
-        start_new_session=True,
-        env={**os.environ, "TMPDIR": str(folder)},
-    )
-    try:
-        yield own_clock
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_a_remote_worker_needs_only_the_address_and_serves_several_runs(
-    answering: Callable[..., str], tmp_path: Path
-) -> None:
-    """Its clock is compared."""
-    port, remote_folder = free_port(), tmp_path / "remote"
-    url = answering("--median-ms", "5", "--sigma", "0")
-    remote_folder.mkdir()
-    settings = {"mode": "open", "rate": 100, "duration_s": 1, "remote_workers": 1, "master_port": port}
-    pids = []
-    with remote_worker(port, remote_folder) as own_clock:
-        for number in range(2):
-            result, part, work = measure(url, tmp_path / f"run-{number}", **settings)
-            assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
-            assert (records.latency_ms(part.measured) > 4.9).all()
-            pids.append(writer(tmp_path / f"run-{number}" / "requests-0.bin"))
-            remote = [worker for worker in result.state["workers"] if not worker["here"]]
-            assert len(remote) == int(own_clock)
-            for worker in remote:
-                assert abs(worker["clock_offset_ns"] - 1000 * 10**9) <= worker["clock_uncertainty_ns"]
-                assert result.state["clock_uncertainty_ns"] == worker["clock_uncertainty_ns"]
-    assert pids[0] != pids[1]
-    assert not any(remote_folder.iterdir())
-
-
-class Interruption(Exception):  # noqa: N818 - as when a search ends a probe early
-    pass
-
-
-@pytest.mark.parametrize("cut_in", ["warm-up", "measure"])
-def test_an_interrupted_run_stops_its_remote_workers(
-    cut_in: str, answering: Callable[..., str], tmp_path: Path
-) -> None:
-    port, remote_folder, url = free_port(), tmp_path / "remote", answering("--median-ms", "2")
-    remote_folder.mkdir()
-    settings = {"mode": "open", "rate": 50, "remote_workers": 1, "master_port": port}
-    load = shape.Load.model_validate({**settings, "duration_s": 60, "warmup_s": 20 if cut_in == "warm-up" else 0})
-    cut = tmp_path / "cut"
-    cut.mkdir()
-
-    def check() -> None:
-        if load_run.read_state(cut).get("phase") == cut_in:
-            raise Interruption
-
-    description = load_run.prepare(load, workload.draw(load, "short", 1), target.connect(url), 100_000, cut)
-    with remote_worker(port, remote_folder):
-        with pytest.raises(Interruption):
-            load_run.run(load, description, lambda _: None, check)
-        _, part, work = measure(url, tmp_path / "next", **settings, duration_s=1)
-        assert offsets(part) == work.schedule_ns.astype(np.int64).tolist()
-    assert not any(remote_folder.iterdir())
-
-
-def test_records_from_a_worker_of_an_earlier_run_are_rejected(answering: Callable[..., str], tmp_path: Path) -> None:
-    port, url = free_port(), answering("--median-ms", "2")
-    orphan = zmq.Context.instance().socket(zmq.DEALER)
-    orphan.setsockopt(zmq.IDENTITY, b"left over")
-    orphan.connect(f"tcp://127.0.0.1:{port}")
-    orphan.send(msgpack.dumps(("inferctl-records", {"worker": 0, "content": b"not of this run"}, "left over")))
-    try:
-        with remote_worker(port, tmp_path), pytest.raises(InferctlError, match="one is left from an interrupted run"):
-            measure(
-                url, tmp_path / "run", mode="open", rate=50, duration_s=1, workers=1, remote_workers=1, master_port=port
-            )
-    finally:
-        orphan.close(linger=0)
-    assert not any(b"not of this run" in file.read_bytes() for file in records.files(tmp_path / "run"))
-
-
-def test_an_additional_worker_waits_for_the_next_run(answering: Callable[..., str], tmp_path: Path) -> None:
-    port, url = free_port(), answering("--median-ms", "2")
-    load = shape.Load.model_validate(
-        {"mode": "open", "rate": 50, "duration_s": 8, "warmup_s": 0, "remote_workers": 1, "master_port": port}
-    )
-    run, remote_folders = tmp_path / "run", [tmp_path / "first", tmp_path / "second"]
-    for folder in (run, *remote_folders):
-        folder.mkdir()
-    work = workload.draw(load, "short", 1)
-    description = load_run.prepare(load, work, target.connect(url), 100_000, run)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(remote_worker(port, remote_folders[0]))
-        late: list[bool] = []
-
-        def check() -> None:
-            if load_run.read_state(run).get("phase") == "measure" and not late:
-                late.append(stack.enter_context(remote_worker(port, remote_folders[1])))
-
-        result = load_run.run(load, description, lambda _: None, check)
-    assert late
-    assert [worker["worker"] for worker in result.state["workers"]] == [0, 1]
-    measured = result.rows[result.rows["phase"] == records.MEASURED]
-    assert measured["index"].tolist() == list(range(len(work.schedule_ns)))
-
-
 def test_an_error_in_the_coordinator_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     script = """
 import json, sys
@@ -251,7 +129,7 @@ from types import SimpleNamespace
 from inferctl.bench.loadgen.coordinator import Coordinator
 runner = SimpleNamespace(register_message=lambda *_: None, quit=lambda: print("quit"))
 load = {"output": sys.argv[1], "workers": 1, "mode": "open"}
-coordinator = Coordinator(SimpleNamespace(runner=runner, stats=None), load, dict)
+coordinator = Coordinator(SimpleNamespace(runner=runner, stats=None), load)
 coordinator._ready = {"node": {}}
 coordinator.run()
 """
@@ -259,20 +137,3 @@ coordinator.run()
     result = subprocess.run(line, capture_output=True, text=True, check=False)
     assert result.stdout == "quit\n"
     assert load_run.read_state(tmp_path)["problem"] == "KeyError: 'worker'"
-
-
-@pytest.mark.parametrize(
-    ("codes", "ends_with"),
-    [((255,), 255), ((0, 255), 0), ((0, 0, 3), 3)],
-    ids=["no run ever", "no more runs", "a worker that fails"],
-)
-def test_a_remote_worker_ends_without_runs_and_after_a_failure(
-    codes: tuple[int, ...], ends_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("inferctl.bench.load.worker._POLL_S", 0.05)
-    for code in codes:
-        (tmp_path / f"{len(list(tmp_path.iterdir()))}-{code}").touch()
-    # Each start uses the next exit code. A shell starts much faster than Locust.
-    script = f'cd "{tmp_path}"; next=$(ls | head -n 1); rm "$next"; exit "${{next#*-}}"'
-    assert serve(["sh", "-c", script], 1) == ends_with
-    assert not any(tmp_path.iterdir())

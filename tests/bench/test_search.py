@@ -16,11 +16,11 @@ import pytest
 from bench_samples import SECOND, row, table
 
 from inferctl.bench import stats
-from inferctl.bench.judge import goodput, search_outcome, slo, summary, validity
+from inferctl.bench.judge import goodput, slo, summary, validity
 from inferctl.bench.judge import probe as probes
 from inferctl.bench.judge.probe import Probe
 from inferctl.bench.load import records
-from inferctl.bench.measure import judgment, resume, search
+from inferctl.bench.measure import judgment, search
 from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
 from inferctl.bench.plan import plan, sections, shape, workload
@@ -154,13 +154,13 @@ def test_the_band_of_a_search_contains_the_true_limit(searches: int, least: int)
 def test_failures_within_the_error_budget_do_not_limit_a_search() -> None:
     """Half of the error budget fails at every rate. Before, a band contained the limit in 15 of 29 searches."""
     truth, inside, limited_by = true_goodput(80), 0, []
-    for seed in range(8):
+    for seed in range(5):
         result = found({"max_probes": 24}, Simulated(80, seed=1000 * seed, failing=0.0005))
         low, high = result["band_rps"] or (0, None)
         inside += low <= truth <= (high or math.inf)
         limited_by.append(result["limited_by"])
-    assert inside >= 7
-    assert limited_by.count("p99") >= 7
+    assert inside >= 4
+    assert limited_by.count("p99") >= 4
 
 
 def test_a_server_that_fails_requests_at_every_rate_meets_the_slo_at_none() -> None:
@@ -234,35 +234,9 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert slo.judge(judged["latency_ms"], 80, 0, 0).reason == best["reason"]
 
 
-def test_all_measurements_of_a_probe_are_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = pooled_search(tmp_path)
-    assert measured.pooled
-    resume.save(tmp_path, measured, None)
-    kind = measured.records.rows.dtype
-    monkeypatch.setattr(
-        resume.load_run,
-        "read_records",
-        lambda place, state: np.fromfile(place / "requests-0.bin", kind) if state["place"] == str(place) else None,
-    )
-    outcomes = [Outcome(BenchTarget("a"))]
-    assert resume.restore(tmp_path, [measured.run], outcomes) == 1
-    (restored,) = outcomes[0].measurements
-    assert summary.summarize(restored.all_records) == summary.summarize(measured.all_records)
-    (measured.pooled[0].folder / "requests-0.bin").write_bytes(b"changed")
-    assert resume.restore(tmp_path, [measured.run], [Outcome(BenchTarget("a"))]) == 0
-
-
-def test_knee_saturation_and_cliff_are_told_apart() -> None:
-    result = found({}, Simulated(80))
-    # M/D/1: throughput over median latency is highest well below the rate of the server, which is the limit.
-    assert 30 < result["knee_rps"] < 90
-    assert 90 <= result["saturation_rps"] <= 130
-    assert 90 < result["saturated_at_rps"] < 102
-    assert result["cliff"] is None
+def test_a_rate_with_failed_requests_is_too_high() -> None:
     refusing = found({}, Simulated(80, refuses_from=45))
     assert refusing["limited_by"] == "errors"
-    assert refusing["cliff"]["kind"] == "errors"
-    assert refusing["cliff"]["rps"] == refusing["first_failing_rps"]
     assert refusing["max_goodput_rps"] < 45
 
 
@@ -275,23 +249,6 @@ def failing(made: Probe, limited_by: str = "p99") -> Probe:
     """The probe, as if a stall had changed its result."""
     changes = {"meets_slo": False, "limited_by": limited_by, "interval_contains_slo": False, "reason": "a stall"}
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
-
-
-def test_falling_throughput_is_a_cliff_and_a_plateau_is_none() -> None:
-    rising = [probe(20, 20, 5), probe(40, 40, 6), probe(60, 60, 12)]
-    plateau = [*rising, probe(80, 65, 300, "fell behind"), probe(104, 65, 900, "fell behind")]
-    assert search_outcome.saturation(plateau) == search_outcome.Saturation(40, 80, 65, None)
-    falls = search_outcome.saturation([*rising, probe(80, 65, 300, "fell behind"), probe(104, 40, 900, "fell behind")])
-    assert falls.cliff == search_outcome.Cliff(104, "throughput falls", "40.0 requests/s, after 65.0 at a lower rate")
-
-
-def test_a_bad_moment_of_the_machine_below_good_probes_is_no_cliff() -> None:
-    stalled = probe(50, 30, 900, "fell behind")
-    shaped = search_outcome.saturation(
-        [probe(20, 20, 5), probe(40, 40, 6), stalled, probe(60, 60, 7), probe(80, 65, 300, "fell behind")]
-    )
-    assert shaped.saturation_rps == 80
-    assert shaped.cliff is None
 
 
 def test_the_failing_rate_must_fail_twice() -> None:
@@ -440,7 +397,6 @@ def test_the_generators_limit_is_not_blamed_on_the_server() -> None:
     result = goodput.find(sections.Search.model_validate({}), 80, 100.0, limited).as_dict()
     assert result["verdict"] == "at least"
     assert result["limited_by"] == "generator"
-    assert result["saturation_rps"] is None
     assert "at least" in search_findings.sentences("x", result)[0]
 
 
@@ -478,34 +434,34 @@ class Timed(Simulated):
         }
 
 
-@pytest.mark.parametrize("budget_s", [400, 600, 900])
+@pytest.mark.parametrize("budget_s", [400, 900])
 def test_searches_end_within_their_budget_and_their_band_contains_the_limit(budget_s: float) -> None:
     truth, inside, confirmed = true_goodput(80), 0, 0
-    for seed in range(20):
+    for seed in range(10):
         server = Timed(budget_s, seconds=60, seed=1000 * seed)
         result = server.search(max_probes=40)
         assert server.spent <= budget_s
         low, high = result["band_rps"]
         inside += low <= truth <= (high or math.inf)
         confirmed += result["verdict"] in ("found", "at least")
-    assert inside >= 18
+    assert inside >= 9
     # At least half of the searches confirm a rate within the short time.
-    assert confirmed >= 10
+    assert confirmed >= 5
 
 
 def test_a_noisy_server_is_measured_for_as_long_as_its_interval_needs() -> None:
     """One measurement of a rate leaves most intervals around the SLO. Going to lower rates then wastes the budget."""
     noise = 0.25
     truth, inside, confirmed = true_goodput(80, noise), 0, []
-    for seed in range(20):
+    for seed in range(10):
         server = Timed(300, seconds=8, seed=1000 * seed, noise=noise)
         result = server.search()
         assert server.spent <= 300
         low, high = result["band_rps"]
         inside += low <= 1.05 * truth <= 1.05 * (high or math.inf)
         confirmed += [result["max_goodput_rps"]] if result["max_goodput_rps"] else []
-    assert inside >= 18
-    assert len(confirmed) >= 17
+    assert inside >= 9
+    assert len(confirmed) >= 8
     assert np.median(confirmed) > 0.6 * truth
 
 

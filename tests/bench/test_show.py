@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from bench_samples import document, open_loop, sealed
+from bench_samples import MACHINE, document, open_loop, sealed
 from rich.console import Console
 
-from inferctl.bench.measure import environment
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan
 from inferctl.bench.report import charts, html, result, terminal
@@ -39,13 +39,9 @@ def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     )
     outcomes = [Outcome(BenchTarget(one.name, one.name), measurements=[]) for one in receipts]
     outcomes.append(Outcome(BenchTarget("int8", "int8"), failure="bitsandbytes is not installed"))
-    machine = environment.Environment(
-        "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {"torch": "2"}, {}, 0.5
-    )
-    context = result.ReceiptContext(
-        plan.read_plan("quick"), machine, "models/test", ["cpu", "t4", "a100-40gb-mig-3g.20gb"], 20.0, folder
-    )
-    found = result.collect(context, outcomes, receipts, folder / "report.html")
+    hardware = ["cpu", "t4", "a100-40gb-mig-3g.20gb"]
+    work = Bench(plan.read_plan("quick"), [], None, None, folder, 20.0, environment=MACHINE, hardware_wanted=hardware)
+    found = result.collect(work, outcomes, receipts, folder / "report.html")
     return dataclasses.replace(found, report="report.html", output="."), receipts
 
 
@@ -131,7 +127,7 @@ def test_the_report_needs_no_network_and_every_chart_has_its_place(tmp_path: Pat
     assert page.loaded == []
     figures = json.loads(re.findall(r"^const figures = (.*);$", text, re.MULTILINE)[0])
     assert set(figures) == set(page.ids)
-    assert set(figures) == {"percentiles", "throughput", "timeline"}
+    assert set(figures) == {"percentiles", "timeline"}
 
 
 @pytest.mark.parametrize(
@@ -169,12 +165,10 @@ def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     t4["summary"] = {**t4["summary"], "late": 31, "dropped": 7}
     receipts = sealed(folder, *(open_loop(one, 100) for one in (t4, document("fp32", 50, 20))))
     opened = plan.read_plan("quick").with_overrides(rate=100)
-    machine = environment.Environment(
-        "cpu", "Laptop CPU", "Laptop CPU", (), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
-    )
+    machine = dataclasses.replace(MACHINE, name="Laptop CPU", cpu_model="Laptop CPU")
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
-    context = result.ReceiptContext(opened, machine, None, [], None, folder)
-    return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
+    work = Bench(opened, [], None, None, folder, environment=machine)
+    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
 
 
 def text_of(found: Result, width: int = 80) -> str:

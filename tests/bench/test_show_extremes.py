@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import SECOND, WARMUP, document, open_loop, row, sealed, table
+from bench_samples import MACHINE, SECOND, WARMUP, document, open_loop, row, sealed, table
 from rich.console import Console
 
 from inferctl.bench.judge import stages, summary
-from inferctl.bench.measure import environment
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, shape
 from inferctl.bench.report import charts, findings, html, result, terminal
@@ -23,9 +23,6 @@ from inferctl.bench.report.rows import MeasuredRow
 from inferctl.receipts import receipt
 from tests.browser import in_browser
 
-MACHINE = environment.Environment(
-    "cpu", "Test CPU", "Test CPU", ("avx2",), 2, 2, 8 * 10**9, (), "Linux 6", "3.11", {}, {}, 0.5
-)
 Found = tuple[Result, list[receipt.Receipt]]
 
 
@@ -38,10 +35,9 @@ def shown(
     receipts = sealed(folder, *(open_loop(one, rate) if rate else one for one in documents))
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
     outcomes += [Outcome(BenchTarget(name, name), failure="out of memory") for name in failed]
-    context = result.ReceiptContext(
-        plan.read_plan("quick").with_overrides(rate=rate), MACHINE, "models/test", [], 20.0, folder
-    )
-    return result.collect(context, outcomes, receipts, folder / "report.html"), receipts
+    wanted = plan.read_plan("quick").with_overrides(rate=rate)
+    work = Bench(wanted, [], None, None, folder, 20.0, environment=MACHINE)
+    return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
 
 
 def text_of(found: Result) -> str:
@@ -64,7 +60,7 @@ def burst() -> dict[str, Any]:
         {"mode": "open", "rate": 80, "duration_s": 20, "spike": {"at_s": 8, "duration_s": 5, "times": 3}}
     )
     made = document("bf16", 100, 10, stages=stages.summarize([part], load))
-    made["summary"], made["curve"] = summary.summarize([part]), summary.latency_curve([part])
+    made |= {"summary": summary.summarize([part]), **summary.curves([part])}
     made["runs"][0]["latency_over_time"] = summary.over_time(part)
     return made
 
@@ -79,19 +75,8 @@ def probe(rate: float, p99: float, holds: bool, early: bool = False) -> dict[str
 
 SEARCH = {
     "slo_p99_ms": 100, "resolution": 0.05, "verdict": "found", "max_goodput_rps": 82.0, "first_failing_rps": 86.0,
-    "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms", "knee_rps": 60.0, "saturation_rps": 90.0,
-    "saturated_at_rps": 88.0, "cliff": None,
+    "limited_by": "p99", "reason": "p99 133.2 ms is above 100 ms",
     "probes": [probe(40, 30, True), probe(82, 90, True), probe(86, 133, False), probe(100, 400, False, early=True)],
-}  # fmt: skip
-BESIDE = {
-    "count": 1, "users": 4, "pairs": 5, "interval": "order statistics", "valid": True, "reasons": [], "cautions": [],
-    "percentiles": {
-        "p50": {"without_ms": 12.0, "with_ms": 25.2, "factor": 2.1, "low": 1.9, "high": 2.4},
-        "p90": {"without_ms": 19.0, "with_ms": 41.8, "factor": 2.2, "low": 1.8, "high": 2.6},
-        "p99": {**dict.fromkeys(("without_ms", "with_ms", "factor", "low", "high")), "n": 200, "needed": 436},
-    },
-    "requests_per_s": {"without": 300.0, "with": 180.0}, "neighbour_requests_per_s": {"min": 171.0, "max": 171.0},
-    "runs": [],
 }  # fmt: skip
 COSTS = {
     "watts": 61.0, "watts_from": ["GPU (counter)"],
@@ -126,7 +111,7 @@ CASES: dict[str, Any] = {
     ),
     "nothing answered": lambda folder: shown(folder, document("bf16", 2, 12, curve=[])),
     "everything": lambda folder: shown(
-        folder, burst() | {"search": SEARCH, "neighbours": BESIDE, "efficiency": COSTS}, document("fp32", 50, 20),
+        folder, burst() | {"search": SEARCH, "efficiency": COSTS}, document("fp32", 50, 20),
         failed=("int8",), rate=80,
     ),
 }  # fmt: skip
@@ -189,31 +174,6 @@ def test_searches_whose_bands_overlap_show_no_clear_difference(tmp_path: Path) -
         "No clear difference between bf16 and fp32 in this run: bf16 has 1.37x the goodput of fp32 (0.91x to 1.43x)."
     )
     assert "60.0-90.0" in text_of(found)
-
-
-def test_neighbours_are_shown_with_what_they_did_themselves(tmp_path: Path) -> None:
-    found, receipts = shown(tmp_path, document("bf16", 300, 12, neighbours=BESIDE))
-    text = text_of(found)
-    assert re.search(r"2\.20x +1\.80 - 2\.60", text)
-    assert "n<436" in text
-    sentence = (
-        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x (1.80 to 2.60, 5 pairs); "
-        "the neighbor completed 171.0 requests/s."
-    )
-    assert sentence in found.findings
-    unsettled = BESIDE | {"percentiles": BESIDE["percentiles"] | {"p90": BESIDE["percentiles"]["p90"] | {"low": 0.9}}}
-    found, _ = shown(tmp_path / "unsettled", document("bf16", 300, 12, neighbours=unsettled))
-    assert any("inconclusive, since the interval contains 1" in one for one in found.findings)
-    assert "200 of 436" in html.render(found, receipts)
-    none = {key: figures | {"low": None, "high": None} for key, figures in BESIDE["percentiles"].items()}
-    pair = BESIDE | {"pairs": 1, "interval": "none: an interval needs 5 pairs of runs", "percentiles": none}
-    found, receipts = shown(tmp_path / "pair", document("bf16", 300, 12, neighbours=pair))
-    assert (
-        "bf16 with 1 loaded neighbor: p90 19.0 -> 41.8 ms, 2.20x in this pair of runs; the neighbor completed 171.0 "
-        "requests/s; inconclusive, an interval needs 5 pairs (`--repeats`)."
-    ) in found.findings
-    assert re.search(r"2\.20x +-", text_of(found))
-    assert "<b>2.20x</b><span" in html.render(found, receipts)
 
 
 def test_a_burst_is_told_by_stage_and_shaded_in_time(tmp_path: Path) -> None:

@@ -32,13 +32,6 @@ def test_rank_is_the_smallest_with_enough_at_or_below_it(n: int, q: float, expec
     assert stats.rank(n, q) == expected
 
 
-@pytest.mark.parametrize(
-    ("n", "q", "expected"), [(10, 0.5, (2, 9)), (6, 0.5, (1, 6)), (100, 0.5, (40, 61)), (368, 0.99, (360, 368))]
-)
-def test_known_interval_ranks(n: int, q: float, expected: tuple[int, int]) -> None:
-    assert stats.interval_ranks(n, q) == expected
-
-
 @given(st.integers(6, 400), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_intervals_cover_and_no_narrower_one_does(n: int, q: float) -> None:
     found = stats.interval_ranks(n, q)
@@ -70,56 +63,6 @@ def test_exact_percentiles_of_one_to_a_thousand() -> None:
     p50, p99 = stats.quantile(ascending, 0.5), stats.quantile(ascending, 0.99)
     assert (p50.value, p50.low, p50.high) == (500.0, 469.0, 532.0)
     assert (p99.value, p99.low, p99.high) == (990.0, 983.0, 997.0)
-
-
-def test_intervals_hold_the_truth_in_about_95_of_100_samples() -> None:
-    random = np.random.default_rng(5)
-    truth = 3.0 * math.log(10)  # p90 of an exponential distribution with mean 3
-    hits = 0
-    for _ in range(400):
-        found = stats.quantile(np.sort(random.exponential(3.0, 200)), 0.9)
-        assert found.low is not None
-        assert found.high is not None
-        hits += found.low <= truth <= found.high
-    assert 0.92 < hits / 400 <= 1
-
-
-def queue(load: float, n: int, replications: int, seed: int, warmup: int) -> np.ndarray[Any, Any]:
-    """Times in system of `n` Poisson requests at a server with service time 1 (Lindley's recursion).
-
-    The shape is (replications, n).
-    """
-    gaps = np.random.default_rng(seed).exponential(1 / load, (n + warmup, replications))
-    waits = np.zeros((n + warmup, replications))
-    for index in range(1, n + warmup):
-        waits[index] = np.maximum(0, waits[index - 1] + 1 - gaps[index])
-    return 1 + waits[warmup:].T
-
-
-def coverage(samples: np.ndarray[Any, Any], q: float, truth: float, runs: int = 1, seen: bool = True) -> float:
-    """Share of the samples whose interval contains the truth; each sample is split into `runs`.
-
-    `seen` is whether the interval takes the autocorrelation into account.
-    """
-    hits = 0
-    for one in samples:
-        found = stats.quantile(np.sort(one), q, series=np.split(one, runs) if seen else ())
-        assert found.low is not None
-        assert found.high is not None
-        hits += found.low <= truth <= found.high
-    return hits / len(samples)
-
-
-def test_requests_that_queue_behind_each_other_get_the_interval_that_they_support() -> None:
-    everything = np.sort(queue(0.7, 2000, 500, seed=9, warmup=2000).ravel())
-    samples = queue(0.7, 4000, 300, seed=4, warmup=400)
-    for q in (0.5, 0.9, 0.99):
-        truth = float(everything[stats.rank(len(everything), q) - 1])
-        assert coverage(samples, q, truth, seen=False) < 0.65
-        assert coverage(samples, q, truth) >= 0.88
-    independent_runs = queue(0.7, 1000, 1200, seed=5, warmup=400).reshape(300, 4000)
-    assert coverage(independent_runs, 0.99, truth, seen=False) < 0.65
-    assert coverage(independent_runs, 0.99, truth, runs=4) >= 0.85
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +105,10 @@ def test_an_slo_that_is_missed_by_ten_per_cent_is_hardly_ever_said_to_be_met(
 def test_independent_samples_keep_their_interval() -> None:
     samples = np.random.default_rng(6).exponential(3.0, (300, 2000))
     truth = 3.0 * math.log(100)
-    assert 0.94 <= coverage(samples, 0.99, truth) <= 0.99
     widths = []
     for seen in (True, False):
         found = [stats.quantile(np.sort(one), 0.99, series=[one] if seen else ()) for one in samples]
+        assert 0.94 <= np.mean([(one.low or 0) <= truth <= (one.high or 0) for one in found]) <= 0.99
         widths.append(np.mean([(one.high or 0) - (one.low or 0) for one in found]))
     assert 1 <= widths[0] / widths[1] < 1.15
 

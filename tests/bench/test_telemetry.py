@@ -15,7 +15,8 @@ from bench_samples import steady
 from rich.console import Console
 
 from inferctl.bench.judge import efficiency, summary, validity
-from inferctl.bench.measure import environment, nvml, sensors, telemetry
+from inferctl.bench.measure import nvml, sensors, telemetry
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
 from inferctl.bench.measure.telemetry import Telemetry
@@ -195,7 +196,7 @@ class Played:
 
 
 def watched(played: Played, **options: Any) -> Telemetry:
-    with sensors.MachineMonitor(sensors.Sensors(gpus=played), every_s=0.01) as watch:
+    with sensors.MachineMonitor(played, every_s=0.01) as watch:
         watch.process_roots.add(os.getpid())
         started = time.monotonic_ns()
         while len(watch.samples) < 8:
@@ -213,55 +214,14 @@ def test_the_gpu_that_the_server_is_on_is_the_one_that_counts() -> None:
 
 
 def test_gpus_are_no_business_of_a_server_on_the_cpu_or_elsewhere() -> None:
-    with sensors.MachineMonitor(sensors.Sensors(gpus=Played([T4], [[SAMPLE]])), every_s=0.01) as watch:
+    with sensors.MachineMonitor(Played([T4], [[SAMPLE]]), every_s=0.01) as watch:
         time.sleep(0.1)
     end = time.monotonic_ns()
     assert watch.window(0, end, {"device": {"kind": "cpu"}}).gpus == ()
     assert len(watch.window(0, end, {}).gpus) == 1
     away = watch.window(0, end, {}, on_this_machine=False)
-    assert (away.gpus, away.cpu_energy) == ((), None)
+    assert away.gpus == ()
     assert "another machine" in away.absent["gpu"]
-
-
-def counters(root: Path, **microjoules: int) -> Path:
-    """Create a powercap folder as the kernel does."""
-    for place, (name, value) in enumerate(microjoules.items()):
-        folder = root / f"intel-rapl:{place}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "name").write_text(f"{name.replace('_', '-')}\n")
-        (folder / "energy_uj").write_text(f"{value}\n")
-        (folder / "max_energy_range_uj").write_text("10000000\n")
-    return root
-
-
-def test_energy_counters_are_read_over_the_window_and_may_start_again(tmp_path: Path) -> None:
-    root = counters(tmp_path, package_0=9_000_000, dram=100, core=5, psys=7)
-    found, why = sensors.zones(root)
-    assert [zone.name for zone in found] == ["package-0", "dram"]
-    assert why is None
-    with sensors.MachineMonitor(sensors.Sensors(zones=found), every_s=0.01) as watch:
-        counters(root, package_0=1_000_000, dram=500_100, core=6, psys=9)
-        while len(watch.samples) < 4:
-            time.sleep(0.01)
-        energy = watch.window(0, time.monotonic_ns(), {}).cpu_energy
-    assert energy is not None
-    # The counter of the package went from 9 J over its range of 10 J to 1 J. Memory used 0.5 J.
-    assert energy.joules == pytest.approx(2.5)
-    assert energy.zones == ("package-0", "dram")
-    assert "whole machine" in energy.scope
-
-
-def test_why_there_is_no_energy_counter_is_said(tmp_path: Path) -> None:
-    assert "offers no energy counters" in str(sensors.zones(tmp_path)[1])
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_counters_of_root_only_are_said_to_be_that(tmp_path: Path) -> None:
-    root = counters(tmp_path, package_0=1)
-    (root / "intel-rapl:0" / "energy_uj").chmod(0)
-    found, why = sensors.zones(root)
-    assert found == []
-    assert "only root" in str(why)
 
 
 def test_this_machine_can_be_watched_and_says_what_it_lacks() -> None:
@@ -270,7 +230,6 @@ def test_this_machine_can_be_watched_and_says_what_it_lacks() -> None:
         time.sleep(0.2)
         found = watch.window(start, time.monotonic_ns(), {})
     assert bool(found.gpus) != ("gpu" in found.absent)
-    assert bool(found.cpu_energy) != ("cpu_energy" in found.absent)
 
 
 class FakeError(Exception):
@@ -411,9 +370,9 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
         load=plan.read_plan("quick").load,
     )  # fmt: skip
     outcome = Outcome(BenchTarget("fp16", "fp16"), [measured])
-    context = result.ReceiptContext(plan.read_plan("quick"), environment.detect(), None, [], None, tmp_path)
-    sealed = write_all(context, [outcome])
-    found = result.collect(context, [outcome], sealed, tmp_path / "report.html")
+    work = Bench(plan.read_plan("quick"), [], None, None, tmp_path)
+    sealed = write_all(work, [outcome])
+    found = result.collect(work, [outcome], sealed, tmp_path / "report.html")
     problem = result.problem(found)
     assert problem is not None
     assert problem.exit_code == 5
@@ -423,6 +382,6 @@ def test_a_shared_gpu_is_said_above_the_numbers_and_ends_with_5(tmp_path: Path) 
     assert text.index("INVALID fp16: another process was on Tesla T4") < text.index("config")
     (row,) = found.rows
     assert isinstance(row, MeasuredRow)
-    assert row.costs.gpu_utilisation_percent == 90
+    assert row.gpu_utilisation_percent == 90
     page = html.render(found, sealed)
     assert page.index("another process was on Tesla T4 during the run") < page.index("<h2>Results</h2>")

@@ -13,15 +13,16 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from bench_samples import FIELDS, SECOND, document, harness, row, sealed, steady, table
+from bench_samples import FIELDS, MACHINE, SECOND, document, harness, row, sealed, steady, table
 
-from inferctl.bench import privacy, stats
+from inferctl.bench import privacy
 from inferctl.bench.judge import comparable, slo, summary, validity
 from inferctl.bench.load.records import TIMEOUT, WARMUP
 from inferctl.bench.measure import closed_loop, environment, quality
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome, WorkloadRecord
 from inferctl.bench.plan import plan, sections, shape
-from inferctl.bench.report import caveats, findings, ranking, receipts, result, rows
+from inferctl.bench.report import caveats, findings, receipts, result, rows
 from inferctl.bench.report.caveats import Caveat
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.rows import MeasuredRow, Row, RunFigures
@@ -325,21 +326,23 @@ def test_one_invalid_run_makes_the_configuration_invalid() -> None:
 def test_equal_vectors_are_perfect_whatever_their_length() -> None:
     vectors = np.random.default_rng(1).normal(size=(50, 8)).astype(np.float32)
     found = quality.compare(vectors, 3 * vectors, LIMITS)
-    assert found.cosine == quality.CosineSimilarity(mean=1.0, p1=1.0, min=1.0)
+    assert found.cosine == {"mean": 1.0, "p1": 1.0, "min": 1.0}
     assert found.recall_at_10 == 1.0
     assert found.passes
 
 
-def test_cosine_and_recall_of_known_vectors() -> None:
+def test_cosine_and_recall_of_known_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "NEIGHBORS", 2)
     angles = np.radians([0, 10, 20, 100, 110, 120])
     expected = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     moved = np.radians([0, 10, 105, 100, 110, 120])  # the third moves to the other group
     found = np.stack([np.cos(moved), np.sin(moved)], 1).astype(np.float32)
     # Nearest two, before: 0:{1,2} 1:{0,2} 2:{1,0} 3:{4,5} 4:{3,5} 5:{4,3};
     # after: 0:{1,3} 1:{0,3} 2:{3,4} 3:{2,4} 4:{2,3 or 5} 5:{4,2}.
-    assert quality.recall_at(expected, found, 2) == pytest.approx((1 / 2 + 1 / 2 + 0 + 1 / 2 + 1 / 2 + 1 / 2) / 6)
-    cosine = quality.compare(expected, found, LIMITS).cosine
-    assert cosine and cosine.min == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
+    result = quality.compare(expected, found, LIMITS)
+    assert result.recall_at_10 == pytest.approx((1 / 2 + 1 / 2 + 0 + 1 / 2 + 1 / 2 + 1 / 2) / 6, abs=1e-4)
+    cosine = result.cosine
+    assert cosine and cosine["min"] == pytest.approx(np.cos(np.radians(85)), abs=1e-5)
 
 
 def test_a_configuration_under_the_limits_fails() -> None:
@@ -453,20 +456,6 @@ def test_one_run_has_a_finding_with_its_interval_and_no_winner(
     assert AGAIN in found
 
 
-def test_the_interval_of_a_ratio_contains_the_true_one() -> None:
-    """Its ends are those of the intervals of two runs: at least as wide as an interval of the ratio."""
-    draw, inside = np.random.default_rng(1), 0
-    for _ in range(2000):
-        made = []
-        for rate in (100.0, 120.0):
-            mean, half_width = stats.mean_interval(list(draw.normal(rate, 10, 15))) or (0, 0)
-            interval = {"low": mean - half_width, "high": mean + half_width}
-            made.append(MeasuredRow("a", "measured", requests_per_s=mean, requests_per_s_interval=interval))
-        found = ranking.compare(made[1], made[0], ranking.Criterion("requests_per_s"), 0.05)
-        inside += (found.low or 0) <= 1.2 <= (found.high or 0)
-    assert inside >= 0.97 * 2000
-
-
 def test_a_winner_has_an_interval_over_five_repeats(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, repeated("fp32", 50, CALM), repeated("bf16", 100, CALM[::-1]))
     found = findings.describe(rows, 0.1)[0]
@@ -496,9 +485,9 @@ def test_what_repeats_leave_open_is_given_with_its_interval_and_the_repeats_it_n
 def test_equal_configurations_rarely_win_and_a_faster_one_does(configurations: int, loop: str, least: float) -> None:
     """Before, one of two equals won in 4.9% (closed loop) and 5.2% (open), and the faster of five in 68% and 19%."""
     winners = harness("winners")
-    _, equal = winners.shares(configurations, loop, 0.08, 1.0, trials=1400, seed=1)
+    _, equal = winners.shares(configurations, loop, 0.08, 1.0, trials=700, seed=1)
     assert equal <= 0.045
-    wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=400, seed=1)
+    wins, _ = winners.shares(configurations, loop, 0.025, 1.15, trials=200, seed=1)
     assert wins >= least
 
 
@@ -739,26 +728,12 @@ def test_broken_vectors_cannot_win_and_are_said(tmp_path: Path) -> None:
     assert said in found[1:]
 
 
-def context(folder: Path, **changes: Any) -> result.ReceiptContext:
-    machine = environment.Environment(
-        "t4",
-        "Tesla T4",
-        "Test CPU",
-        (),
-        2,
-        2,
-        8 * 10**9,
-        (environment.Gpu("Tesla T4", "t4", 1, "1"),),
-        "",
-        "",
-        {},
-        {},
-        0,
-    )
-    given: dict[str, Any] = {"model_source": "test", "hardware_wanted": ["cpu", "t4"], "slo_p99_ms": None}
-    return result.ReceiptContext(
-        **{"plan": plan.read_plan("quick"), "environment": machine, "output": folder, **given, **changes}
-    )
+def context(folder: Path, **changes: Any) -> Bench:
+    gpu = environment.Gpu("Tesla T4", "t4", 1, "1")
+    machine = dataclasses.replace(MACHINE, hardware="t4", name="Tesla T4", gpus=(gpu,))
+    given: dict[str, Any] = {"plan": plan.read_plan("quick"), "targets": [], "command": None, "model": None}
+    given |= {"model_source": "test", "hardware_wanted": ["cpu", "t4"], "environment": machine, "output": folder}
+    return Bench(**given | changes)
 
 
 def test_a_gpu_that_no_server_used_was_not_measured(tmp_path: Path) -> None:
@@ -818,8 +793,7 @@ def test_a_receipt_names_the_spec_source_and_no_folder_of_the_user(tmp_path: Pat
         assert written.data["server"]["note"] == "below ~/models"
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path, asked: bool) -> None:
+def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path) -> None:
     trace = tmp_path / "monday.jsonl"
     trace.write_text('{"at_s": 0, "input": "a"}\n')
     matrix = {"precision": ["bf16"], "load": {"steady": {"rate": 9}, "replay": {"trace": str(trace)}}}
@@ -828,7 +802,7 @@ def test_no_receipt_names_the_folder_of_a_trace_or_of_what_failed(tmp_path: Path
     outcome = outcome_of(tmp_path, steady(100, 10), subject=subjects[1])
     change(outcome, 0, load=chosen.load_with(subjects[1].load))
     outcome.failure = f"there is no space left in {tmp_path}/cache, says http://10.0.0.7/a/b"
-    given = context(tmp_path, plan=chosen, targets=subjects if asked else ())
+    given = context(tmp_path, plan=chosen, targets=subjects)
     written = write_all(given, [outcome])
     assert str(tmp_path) not in written[0].path.read_text()
     data = written[0].data

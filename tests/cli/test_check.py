@@ -12,7 +12,7 @@ import pytest
 
 from inferctl.cli import run
 from inferctl.facts import catalog
-from tests.test_decoder import LLAMA_31_8B
+from tests.models.decoder_configs import LLAMA_31_8B
 
 Golden = Callable[[str, str], None]
 Captured = pytest.CaptureFixture[str]

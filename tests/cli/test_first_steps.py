@@ -186,7 +186,6 @@ def rejecting_server() -> Iterator[str]:
         "estimate --config nope.json --hardware t4",
         "estimate --model MODEL --hardware nope",
         "bench --model MODEL --plan nope",
-        "bench --resume nope",
         "init --ci github --package ./x --base nope",
         "check --driver 535",
     ],

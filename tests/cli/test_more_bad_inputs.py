@@ -170,8 +170,6 @@ LINES: dict[str, tuple[int, str]] = {
     "plan without a name": (2, f"{BENCH} --plan="),
     "plan that is a folder": (2, f"{BENCH} --plan ./m"),
     "plan that is a URL": (2, f"{BENCH} --plan http://x/y.yaml"),
-    "resume of nothing": (2, "bench --resume none"),
-    "resume of a file": (2, "bench --resume m/config.json"),
     "secret that is not there": (2, "build --dry-run --model org/m --pip-conf none"),
     "archive without a name": (2, "build --dry-run --model org/m --output oci="),
     "tag without a name": (2, "build --dry-run --model org/m --tag="),

@@ -17,7 +17,7 @@ Captured = pytest.CaptureFixture[str]
 _BENCH = "bench --url a=http://127.0.0.1:9 --plan quick"
 # Command line -> its options that take a number.
 OPTIONS = {
-    _BENCH: "--duration --users --rate --repeats --workers --neighbors --slo --slo-ttft --slo-itl --error-budget",
+    _BENCH: "--duration --users --rate --repeats --workers --slo --slo-ttft --slo-itl",
     "bench --model ./absent --plan quick --precision fp32": "--batch-tokens",
     "bench --search --url a=http://127.0.0.1:9": "--slo",
     "estimate --config config.json": "--rate --slo-p99-ms --inputs --api-processes",
@@ -38,16 +38,12 @@ TEXTS = {
     "serve --model ./absent": "--api-processes",
 }
 CASES = [(line, option) for line, options in OPTIONS.items() for option in options.split()]
-# Errors of the plan name its key.
-PLAN_KEYS = {"--neighbors": "neighbours"}
-# `--port 0` takes a free port, and `--drain 0` ends at once. `--neighbors 0` and `--seed 0` are their defaults. The
-# rest are limits that may be 0.
+# `--port 0` takes a free port, and `--drain 0` ends at once. `--seed 0` is its default. The rest are limits that
+# may be 0.
 ZERO_IS_FINE = {
     "--port",
     "--drain",
-    "--neighbors",
     "--seed",
-    "--error-budget",
     "--floor-ms",
     "--max-cosine-drop",
     "--max-recall-drop",
@@ -75,7 +71,7 @@ def test_a_number_out_of_bounds_is_an_error_that_names_the_bound(line: str, opti
         assert "\nhint: " in err, value
         said = err.splitlines()[0]
         assert any(words in said for words in ("must be", "unable to parse")), (value, said)
-        name = PLAN_KEYS.get(option, option.removeprefix("--"))
+        name = option.removeprefix("--")
         assert name.replace("-", "_") in said.replace("-", "_"), (value, said)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from inferctl import cli
-from inferctl.bench.measure import resume
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import image_source
@@ -110,14 +109,13 @@ def test_a_pipe_is_refused_and_stays(command: str, tmp_path: Path, capsys: Captu
         ("bench --spec other.yaml --report {}", "other.yaml"),
         ("bench --corpus ./texts.jsonl --report {}", "texts.jsonl"),
         ("bench --model ./weights --report {}", "weights/config.json"),
-        ("bench --resume run --report {}", "run/bench.json"),
         ("build --no-verify --metadata-file {}", "inferctl.yaml"),
         ("build --no-verify --output oci={}", "inferctl.yaml"),
         ("build --no-verify --pip-conf pip.conf --metadata-file {}", "pip.conf"),
     ],
 )
 def test_an_input_is_never_overwritten(command: str, place: str, tmp_path: Path, capsys: Captured) -> None:
-    for name in ("old.json", "new.json", "run/receipts/a.json", "run/bench.json", "plan.yaml", "texts.jsonl"):
+    for name in ("old.json", "new.json", "run/receipts/a.json", "plan.yaml", "texts.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "weights").mkdir()
@@ -167,8 +165,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "announce": lambda folder: outputs.announce(folder / "file", "http://127.0.0.1:1"),
     "secret": _secret,
     "probe": lambda folder: outputs.check(folder / "absent", "--output"),
-    "resume": lambda folder: resume.write(folder / "file", {}),
-    "lock": lambda folder: resume.lock(folder).__enter__(),
     "watermark": lambda folder: outbox.write_watermark(folder, 7),
     "instance": outbox.instance,
     "tag": lambda folder: image_source.remember("oci://r/m:1", "sha256:1", {"HF_HOME": str(folder)}),

@@ -26,8 +26,8 @@ from tests.deploy import plans
 from tests.deploy.conftest import Objects
 from tests.deploy.test_layout import OVERLAYS, named
 from tests.deploy.validation import problems
-from tests.metering.parts import Part, Postgres
 from tests.processes import free_port, until
+from tests.tenancy.parts import Part, Postgres
 
 Build = Callable[[dict[str, str], str], Objects]
 STORE = "postgresql://keys@db.databases:6432/keys"

@@ -39,9 +39,9 @@ from tests.deploy.containers import (
     start,
 )
 from tests.deploy.test_layout import named
-from tests.metering.parts import ORIGIN, Nats, event
 from tests.processes import execute, inferctl
 from tests.processes import start as start_on_host
+from tests.tenancy.parts import ORIGIN, Nats, event
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.deploy import kube
 from tests.deploy.validation import VERSIONS, custom_resources, problems
+from tests.manifests import kube
 
 HOOK = {"preStop": {"sleep": {"seconds": 5}}}
 CONTAINER = {"name": "a", "image": "a:1", "resources": {"limits": {"cpu": "1"}}, "lifecycle": HOOK}

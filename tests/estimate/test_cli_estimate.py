@@ -86,7 +86,7 @@ def test_a_generative_model_is_estimated_only_if_it_is_made_for_embeddings(confi
 def test_figures_are_labeled_estimated_and_are_bounds(config: str, capsys: Captured) -> None:
     arguments = ("--hardware", "t4,cpu", "-p", "int8", "--length", "squad", "--slo-p99-ms", "130")
     said = estimated(capsys, config, *arguments)
-    assert said["schema"] == "inferctl.estimate/4"
+    assert said["schema"] == "inferctl.estimate/5"
     (row,) = said["rows"]
     assert said["estimated"] is True and row["outcome"] == "estimated"
     for key, published in (("offline_texts_per_s", 440), ("highest_rate", 383)):  # MLPerf v0.7: 437 to 445, 380 to 387
@@ -182,37 +182,13 @@ def test_the_next_hardware_and_the_needed_share_follow_from_the_costs(config: st
     assert 0.7 < half / t4 < 0.9 and found["verdict"]["clear"] is False
 
 
-@pytest.mark.parametrize(
-    ("length", "load"),
-    [
-        (48, ["--rate", "500"]),  # one T4 suffices; beyond 350 tokens, it would need 57% of its bound
-        (256, ["--rate", "5000"]),  # three halves of an A100 or nine T4s, and fewer T4s for shorter texts
-        (100, []),  # at full load, T4s are cheaper for short texts, which API processes limit
-    ],
-)
-def test_the_verdict_changes_at_the_length_that_is_named(
-    config: str, length: int, load: list[str], capsys: Captured
-) -> None:
-    Path(config).write_text(json.dumps(BGE_BASE))
-
-    def at(tokens: float) -> tuple[dict[str, Any], tuple[str, bool]]:
-        found = estimated(capsys, config, *CHOICE, *load, "--length", f"{tokens:.0f}")["verdict"]
-        return found, (found["hardware"], found["clear"])
-
-    decided, here = at(length)
-    (other,) = decided["other_lengths"]
-    beyond = 1.15 if other["tokens"] > length else 1 / 1.15
-    assert at(other["tokens"] * beyond)[1] == (other["hardware"], other["clear"]) != here
-    assert at(other["tokens"] / beyond)[1] == here
-
-
 @pytest.mark.parametrize("load", [["--rate", "500"], ["--rate", "9000"], []])
 def test_equal_costs_have_no_winner(config: str, load: list[str], capsys: Captured) -> None:
     found = estimated(capsys, config, "--length", "16", "--hardware", "l4", "-p", "fp16,bf16", *load)
     first, second = (row["costs"][0]["usd_per_million_texts"]["low"] for row in found["rows"])
     assert first == second and found["verdict"]["clear"] is False and found["verdict"]["next"]["times"] == 1
     said = " ".join(estimate.conclusion(found))
-    assert said.startswith("No clear difference.") and " costs as much, by these bounds. Other" in said
+    assert said.startswith("No clear difference.") and " costs as much, by these bounds." in said
 
 
 def test_int8_of_another_engine_does_not_win(config: str, capsys: Captured) -> None:

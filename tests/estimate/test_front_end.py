@@ -26,11 +26,6 @@ def test_sizes_between_and_beyond_the_measured_ones() -> None:
     assert TWO.texts_per_s(5) == pytest.approx(2500)
 
 
-def test_larger_requests_serve_more_texts_per_second() -> None:
-    rates = [front_end.load().texts_per_s(size) for size in (1, 2, 8, 32, 128, 500)]
-    assert rates == sorted(rates)
-
-
 @pytest.mark.parametrize(
     ("processes", "seconds"),
     [(1, 0.001), (2, 0.00055), (4, 0.000275), (8, 0.0002)],  # eight would be faster than the backend

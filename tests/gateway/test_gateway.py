@@ -26,9 +26,8 @@ import trustme
 from inferctl import cli
 from inferctl.core.errors import UsageError
 from inferctl.gateway import config, servers
-from tests.access.test_keys import add
 from tests.processes import ServerProcess, execute, free_port, until
-from tests.serve.conftest import serve  # noqa: F401  # a fixture
+from tests.tenancy.key_files import add
 
 BACKEND = Path(__file__).with_name("backend.py")
 ENVOY = Path(sys.executable).with_name("envoy")
@@ -224,7 +223,7 @@ def envoy_with_trailers(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 
 def test_a_trailer_names_nobody_behind_a_gateway_that_passes_trailers_on(
-    serve: Callable[..., ServerProcess],  # noqa: F811
+    serve: Callable[..., ServerProcess],
     envoy_with_trailers: Callable[[str], str],
     minilm: Path,
     tmp_path: Path,
@@ -561,7 +560,7 @@ def test_bodies_of_anyone_do_not_grow_the_gateway_without_limit(
 
 def test_slow_uploads_without_a_key_take_nothing_from_others(
     start: Any,
-    serve: Callable[..., ServerProcess],  # noqa: F811
+    serve: Callable[..., ServerProcess],
     minilm: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

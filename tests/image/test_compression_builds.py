@@ -25,7 +25,7 @@ from inferctl.image.render import Rendered
 from tests.http_servers import Handler, serving
 from tests.image import tiny
 
-# In the group of tests/test_ci_run.py, which uses the same engine.
+# In the group of tests/project/test_ci_run.py, which uses the same engine.
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ci")]
 REGISTRY = "localhost:5000"
 

@@ -25,8 +25,8 @@ from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge, KeyUsage, Limiter
-from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, start, until
+from tests.tenancy.key_files import add
 
 
 @dataclass

@@ -39,9 +39,9 @@ from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
 from inferctl.serve.observe import samples
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.access.test_keys import add
-from tests.metering.test_metered_server import Load
 from tests.processes import CLIENT, ServerProcess, inferctl, start, until
+from tests.tenancy.key_files import add
+from tests.tenancy.metering.test_metered_server import Load
 
 PROCESSES = 4
 BATCH_TOKENS, QUEUE_TOKENS = 256, 4096

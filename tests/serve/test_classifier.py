@@ -19,8 +19,8 @@ from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference
 from inferctl.serve.text.text_parts import Pair
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
+from tests import tiny_models
 from tests.processes import ServerProcess
-from tests.serve import tiny_models
 from tests.serve.test_cross_encoder import PADDED, batch, changed, several, texts
 
 LABELS = {0: "negative", 1: "neutral", 2: "positive"}

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from inferctl.serve.api import schemas
 from inferctl.serve.api.classify_schemas import ClassifyRequest, PredictRequest
 from inferctl.serve.edge.errors import ApiError
-from tests.access.test_keys import add
 from tests.processes import ServerProcess, start
 from tests.serve.test_rerank_api import JSON, post
+from tests.tenancy.key_files import add
 
 LABELS = [f"mood {number}" for number in range(8)]  # as many as the echo engine returns numbers
 

@@ -14,8 +14,8 @@ import numpy as np
 import openai
 import pytest
 
+from tests.conftest import TEXTS
 from tests.processes import ServerProcess, execute
-from tests.serve.conftest import TEXTS
 
 pytestmark = pytest.mark.xdist_group("minilm")
 Matrix = np.ndarray[Any, np.dtype[np.float32]]

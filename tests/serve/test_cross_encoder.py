@@ -22,8 +22,8 @@ from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.reference import reference as scores_of
 from inferctl.serve.text.text_parts import Pair
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
+from tests import tiny_models
 from tests.processes import ServerProcess, execute
-from tests.serve import tiny_models
 
 PADDED = {"mpnet", "deberta-v2", "albert"}
 

@@ -16,8 +16,8 @@ from inferctl.config.spec import Slo
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
-from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, start, until
+from tests.tenancy.key_files import add
 
 Serve = Callable[..., ServerProcess]
 OFFERED = "inferctl_offered_tokens_total"

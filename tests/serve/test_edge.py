@@ -21,7 +21,7 @@ from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLi
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge.request_context import RequestContext, UsageEvent, context_of
 from inferctl.serve.observe.metrics import Metrics
-from tests.access.test_keys import add
+from tests.tenancy.key_files import add
 
 Run = Callable[..., Coroutine[Any, Any, "Answer"]]
 LIMITS = EdgeLimits(max_body_bytes=100, max_requests=2, max_bytes=150)

@@ -25,7 +25,7 @@ from inferctl.reading.outputs import TokensConfig
 from inferctl.reading.rows import Tokens, Vectors
 from inferctl.serve.engine_process.engine_protocol import Batch, DeviceInfo, EngineConfig
 from inferctl.serve.observe import describe
-from tests.serve import tiny_models
+from tests import tiny_models
 
 EXACT = {
     "bert",

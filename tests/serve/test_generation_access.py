@@ -11,9 +11,9 @@ import httpx
 import openai
 import pytest
 
-from tests.access.test_keys import add
 from tests.processes import until
 from tests.serve.test_generation import Generation, Start, failing, llama, start  # noqa: F401  # fixtures
+from tests.tenancy.key_files import add
 
 
 def chat(server: Generation, key: str, script: str, **options: object) -> httpx.Response:

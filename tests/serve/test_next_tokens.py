@@ -17,8 +17,8 @@ from inferctl.models import divergence
 from inferctl.models.divergence import Divergence, Scored
 from inferctl.models.model import ModelFolder
 from inferctl.serve.reference import reference
+from tests import tiny_models
 from tests.processes import python
-from tests.serve import tiny_models
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "prepare_int8.py"
 

@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.browser import in_browser
 from tests.processes import ServerProcess, execute, start, until
+from tests.reading.test_outputs import bge, converted_bge
 from tests.serve.test_classify_api import write_classifier
-from tests.serve.test_outputs import bge, converted_bge
 from tests.serve.test_rerank_api import write_reranker
 
 __all__ = ["bge", "converted_bge"]  # fixtures

@@ -14,9 +14,9 @@ import pytest
 from pydantic import SecretStr
 from tokenizers import Tokenizer
 
-from tests.access.test_keys import add
+from tests.conftest import TEXTS
 from tests.processes import CLIENT, ServerProcess
-from tests.serve.conftest import TEXTS
+from tests.tenancy.key_files import add
 
 pytestmark = pytest.mark.xdist_group("minilm")
 

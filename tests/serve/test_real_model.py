@@ -12,8 +12,8 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
+from tests.conftest import TEXTS
 from tests.processes import ServerProcess, inferctl, python
-from tests.serve.conftest import TEXTS
 
 pytestmark = pytest.mark.xdist_group("minilm")
 

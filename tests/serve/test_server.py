@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
+from tests.config.test_settings import SERVICE_LINKS
 from tests.processes import CLIENT, ServerProcess, inferctl, start, until
-from tests.test_settings import SERVICE_LINKS
 
 Serve = Callable[..., ServerProcess]
 

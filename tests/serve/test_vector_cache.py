@@ -22,8 +22,8 @@ from inferctl.core.errors import UsageError
 from inferctl.serve.cache.keys import KeySpace
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.access.test_keys import add
 from tests.processes import CLIENT, ServerProcess, python, start, until
+from tests.tenancy.key_files import add
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHED = "x-inferctl-cached-tokens"

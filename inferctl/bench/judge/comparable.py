@@ -150,6 +150,9 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         {**side.load, "task": side.task, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)
     ]
     for load in loads:
+        # Older receipts have these, which do not change what is sent.
+        load.pop("remote_workers", None)
+        load.pop("master_port", None)
         # It has no effect without a share of the capacity, and older receipts do not have it.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)
@@ -200,7 +203,7 @@ def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], confi
 def _consecutive(block: Sequence[JsonObject], configurations: int | None) -> bool:
     """Return whether a repeat has two runs, of which one followed the other.
 
-    They did not overlap, and were not on different days, as in a benchmark that was resumed.
+    They did not overlap, and were not on different days, as in a benchmark that was interrupted.
     """
     lengths = [float(run["summary"].get("seconds") or 0) for run in block]
     longest = math.inf if configurations is None else _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)

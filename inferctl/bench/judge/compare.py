@@ -98,7 +98,6 @@ def _judge_pair(pair: ReceiptPair, options: CompareOptions, family: int) -> Pair
         new=facts(pair.new),
         outcome=next((outcome for outcome in order if outcome in outcomes), "no regression"),
         interleaved=pair.interleaved,
-        interrupted=[sealed.folder for sealed in (pair.old, pair.new) if sealed.interrupted and sealed.folder],
         notes=_notes(pair, options),
         metrics=rows,
     )

@@ -5,10 +5,8 @@ docs/compare.md describes the JSON document.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from inferctl.bench.judge import verdict
@@ -137,7 +135,7 @@ class ReceiptFacts:
 class PairResult:
     """The result of one pair of receipts. `reasons` say why it cannot be compared; then there are no metrics.
 
-    `allow`: the values of `--allow` with which it can be compared. `interrupted`: folders of interrupted benchmarks.
+    `allow`: the values of `--allow` with which it can be compared.
     """
 
     name: str
@@ -149,7 +147,6 @@ class PairResult:
     notes: Sequence[str] = ()
     metrics: Sequence[MetricResult] = ()
     allow: Sequence[str] = ()
-    interrupted: Sequence[Path] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -254,9 +251,6 @@ def _advice_on_invalid(result: CompareResult) -> str:
 def advice(result: CompareResult) -> str:
     """Return what to do to decide the inconclusive metrics: one action."""
     pairs = [pair for pair in result.pairs if pair.outcome == "not enough evidence"]
-    if folders := dict.fromkeys(str(folder) for pair in pairs for folder in pair.interrupted):
-        commands = " and ".join(f"`inferctl bench --resume {shlex.quote(folder)}`" for folder in folders)
-        return f"resume the interrupted benchmark: {commands}"
     inconclusive = [metric for pair in pairs for metric in pair.metrics if metric.outcome == "not enough evidence"]
     if any(metric.interval and not metric.repeats_needed and not metric.reason for metric in inconclusive):
         return (

@@ -98,8 +98,8 @@ def power(telemetry: Sequence[JsonObject]) -> Power:
 
 
 def _power_of_run(telemetry: JsonObject) -> Power:
-    """Return the power of a run's GPUs and CPU packages."""
-    gpus, cpu = telemetry.get("gpus") or [], telemetry.get("cpu_energy")
+    """Return the power of a run's GPUs."""
+    gpus = telemetry.get("gpus") or []
     watts, sources = 0.0, []
     for gpu in gpus:
         if gpu["sliced"]:
@@ -110,13 +110,10 @@ def _power_of_run(telemetry: JsonObject) -> Power:
             return Power(None, unknown=f"{gpu['name']} does not report its power")
         watts += gpu["joules"] / gpu["seconds"]
         sources.append(f"GPU ({gpu['joules_from']})")
-    if cpu:
-        watts += cpu["joules"] / cpu["seconds"]
-        sources.append(f"CPU {', '.join(cpu['zones'])} ({cpu['scope']})")
     if sources:
         return Power(watts, sources)
     absent = telemetry.get("absent") or {}
-    return Power(None, unknown=absent.get("cpu_energy") or absent.get("gpu") or "no energy counter was read")
+    return Power(None, unknown=absent.get("gpu") or "no energy counter was read")
 
 
 def _prices(hardware: str | None, texts_per_s: float) -> tuple[list[InstanceCost], str | None]:

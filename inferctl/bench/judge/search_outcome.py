@@ -1,42 +1,15 @@
-"""What the probes of a search say together: the highest rate within the SLO, its band, and how the server saturates.
-
-Terms as in R. Jain and D.-M. Chiu (Computer Networks 17, 1989). Up to the *knee*, more load adds little latency. Above
-it, latency grows faster than throughput. At the *cliff*, throughput falls or errors start. Between them, throughput may
-stop growing: *saturation*. The knee is the rate with the greatest throughput / latency (Kleinrock's power).
-"""
+"""What the probes of a search say together: the highest rate within the SLO, and its band."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from inferctl.bench.judge.probe import SATURATED, Probe
-
-# Throughput falls if it is less than this share of the throughput at a lower rate.
-_FALLING_SHARE = 0.95
+from inferctl.bench.judge.probe import Probe
 
 SearchVerdict = Literal["found", "at least", "none holds", "not confirmed", "n too small"]
 Band = tuple[float, float | None]
-
-
-@dataclass(frozen=True)
-class Cliff:
-    """The rate at which throughput falls or errors start."""
-
-    rps: float
-    kind: Literal["throughput falls", "errors"]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Saturation:
-    """Knee, saturation and cliff in requests/s; None if no probe showed them. The names are keys of the receipt."""
-
-    knee_rps: float | None
-    saturation_rps: float | None
-    saturated_at_rps: float | None
-    cliff: Cliff | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +38,6 @@ class SearchOutcome:
     band: Band | None
     expired: bool
     failed_below: Sequence[float]
-    saturation: Saturation
     probes: Sequence[Probe]
     budget: BudgetUse | None = None
 
@@ -95,7 +67,6 @@ class SearchOutcome:
             "expired": self.expired,
             "caution": None,  # set by older versions only
             "failed_below": list(self.failed_below),
-            **asdict(self.saturation),
             "probes": [probe.as_dict() for probe in self.probes],
         } | ({"budget": asdict(self.budget)} if self.budget else {})
 
@@ -131,7 +102,6 @@ def summarize(
         failed_below=[
             probe.rate for probe in ascending if best and probe.meets_slo is False and probe.rate < best.rate
         ],
-        saturation=saturation(ascending),
         probes=probes,
     )
 
@@ -170,47 +140,3 @@ def _band_without_confirmation(probes: Sequence[Probe], low: float | None) -> Ba
     above = sorted(probe.rate for probe in probes if probe.above_limit and probe.rate > (low or 0))
     high = above[1] if len(above) > 1 else above[0] if above else None
     return (low or 0.0, high) if low or high else None
-
-
-def saturation(probes: Sequence[Probe]) -> Saturation:
-    """Return knee, saturation and cliff of probes in ascending order of their rates."""
-    unsaturated = [
-        probe for probe in probes if probe.limited_by not in SATURATED and probe.p50_ms and probe.achieved_rps
-    ]
-    knee = max(unsaturated, key=lambda probe: probe.achieved_rps / (probe.p50_ms or 1), default=None)
-    if knee and (len(unsaturated) < 3 or knee is unsaturated[-1]):
-        knee = None
-    behind = _first_of_tail(probes, lambda probe: probe.limited_by in ("fell behind", "errors"), "fell behind")
-    return Saturation(
-        knee_rps=knee.rate if knee else None,
-        saturation_rps=behind.rate if behind else None,
-        saturated_at_rps=round(max((probe.achieved_rps for probe in probes), default=0.0), 3) if behind else None,
-        cliff=_cliff(probes),
-    )
-
-
-def _cliff(probes: Sequence[Probe]) -> Cliff | None:
-    highest = [max((p.achieved_rps for p in probes[: index + 1]), default=0.0) for index in range(len(probes))]
-    low = {
-        probe.rate
-        for probe, before in zip(probes[1:], highest, strict=False)
-        if probe.achieved_rps < _FALLING_SHARE * before
-    }
-    failing = _first_of_tail(probes, lambda probe: probe.limited_by in SATURATED, "errors")
-    falling = _first_of_tail(probes, lambda probe: probe.rate in low, "fell behind")
-    if falling and (not failing or falling.rate < failing.rate):
-        before = max(probe.achieved_rps for probe in probes if probe.rate < falling.rate)
-        reason = f"{falling.achieved_rps:.1f} requests/s, after {before:.1f} at a lower rate"
-        return Cliff(falling.rate, "throughput falls", reason)
-    return Cliff(failing.rate, "errors", failing.reason) if failing else None
-
-
-def _first_of_tail(probes: Sequence[Probe], bad: Callable[[Probe], bool], limited_by: str) -> Probe | None:
-    """Return the first probe with this constraint among the last probes that are all bad.
-
-    A single bad probe below good ones is due to the machine and does not count.
-    """
-    start = len(probes)
-    while start and bad(probes[start - 1]):
-        start -= 1
-    return next((probe for probe in probes[start:] if probe.limited_by == limited_by), None)

@@ -201,19 +201,15 @@ def bounds_of(goodput: JsonObject) -> dict[str, float]:
     return {key: goodput[f"{key}_ms"] for key in ("ttft", "itl") if goodput[f"{key}_ms"] is not None}
 
 
-def latency_curves(runs: Sequence[RunRecords]) -> dict[str, list[tuple[float, float]]]:
-    """Return points (share, ms) of the distributions of TTFT, over requests, and of ITL, over gaps.
-
-    Empty if the load was not of generation.
-    """
-    pairs = [(run, run.streams, _is_good(run) & _is_measured(run)) for run in runs if run.streams]
-    if not pairs:
-        return {}
-    ttft = [_known(streams.ttft_ms[use]) for run, streams, use in pairs if streams]
-    gaps = [streams.gaps["ms"][use[streams.gaps["owner"]]] for _, streams, use in pairs if streams]
+def curves(runs: Sequence[RunRecords]) -> dict[str, list[tuple[float, float]]]:
+    """Return points (share, ms) of the distributions of latency, of generation also of TTFT and of ITL (over gaps)."""
+    found = {"curve": [run.latencies for run in runs]}
+    if pairs := [(run.streams, _is_good(run) & _is_measured(run)) for run in runs if run.streams]:
+        found["ttft_curve"] = [_known(streams.ttft_ms[use]) for streams, use in pairs]
+        found["itl_curve"] = [streams.gaps["ms"][use[streams.gaps["owner"]]] for streams, use in pairs]
     return {
         name: [(share, _ms(value)) for share, value in stats.curve(np.sort(np.concatenate(values)))]
-        for name, values in (("ttft_curve", ttft), ("itl_curve", gaps))
+        for name, values in found.items()
     }
 
 
@@ -360,12 +356,6 @@ def over_time(run: RunRecords) -> LatencyOverTime:
         median, maximum = (_ms(np.median(inside)), _ms(inside.max())) if len(inside) else (None, None)
         points.append((slot * window_s, len(inside), median, maximum, int(np.sum((slots == slot) & ~good))))
     return {"window_s": window_s, "points": points}
-
-
-def latency_curve(runs: Sequence[RunRecords]) -> list[tuple[float, float]]:
-    """Return points (share, ms) of the latency distribution of all good responses to measured requests."""
-    ascending = np.sort(np.concatenate([run.latencies for run in runs]))
-    return [(share, _ms(value)) for share, value in stats.curve(ascending)]
 
 
 def client_cpu_percent(state: JsonObject) -> float | None:

@@ -48,7 +48,7 @@ class LoadProgress:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """All records of a load, in the clock of this machine, and the final state of the load generator.
+    """All records of a load, and the final state of the load generator.
 
     `events` has the events with tokens of a generation server; None for other servers.
     """
@@ -75,7 +75,7 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
     (folder / _BODIES).write_bytes(b"\n".join(workload.bodies(server.body)) + b"\n")
     arrays: tuple[npt.NDArray[Any], ...] = (workload.order, workload.schedule_ns, workload.warmup_schedule_ns)
     for name, values in zip(_PARTS, arrays, strict=True):
-        (folder / f"{name}.bin").write_bytes(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        (folder / f"{name}.bin").write_bytes(values.tobytes())
     closed = load.mode == "closed"
     description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace", "lengths", "bounds"})
     description |= {name: str(folder / f"{name}.bin") for name in _PARTS}
@@ -85,7 +85,7 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
         "output": str(folder),
         "serial": serial,
         "events": load.task == "generate",
-        "users": load.peak_users if closed else load.workers + load.remote_workers,
+        "users": load.peak_users if closed else load.workers,
         "timeline": [stage.model_dump(include={"duration_s", "users"}) for stage in load.timeline] if closed else [],
     }
     file = folder / "load.json"
@@ -127,28 +127,11 @@ def run(
         raise InferctlError(f"the load generator failed: {problem}", f"see {processes.log}")
     if state.get("phase") != "done":
         raise InferctlError(f"the load generator failed: {last_error(processes.log)}", f"see {processes.log}")
-    return LoadResult(read_records(folder, state), state, read_events(folder, state))
-
-
-def read_records(folder: Path, state: Mapping[str, Any]) -> records.Rows:
-    """Return all records in `folder`, in the clock of this machine.
-
-    `state` names the clock offset of each worker; it has none before the end of the run.
-    """
-    return records.merge(folder, _offsets_ns(state))
-
-
-def read_events(folder: Path, state: Mapping[str, Any]) -> records.Rows | None:
-    """Return all events in `folder`, in the clock of this machine; None if the load was not of generation."""
-    return records.merge_events(folder, _offsets_ns(state))
-
-
-def _offsets_ns(state: Mapping[str, Any]) -> dict[int, int]:
-    return {int(worker["worker"]): int(worker["clock_offset_ns"]) for worker in state.get("workers", ())}
+    return LoadResult(records.merge(folder), state, records.merge_events(folder))
 
 
 def cores_used(state: Mapping[str, Any]) -> float | None:
-    """Return the cores that all load generator processes on this machine used during the measurement."""
+    """Return the cores that all load generator processes used during the measurement."""
     wall = state.get("cpu_wall_ns")
     return float(state.get("cpu_here_ns", state["cpu_ns"])) / float(wall) if wall else None
 
@@ -171,8 +154,7 @@ def _follow(
     tails: dict[Path, records.Tail] = {}
     recent: list[tuple[int, float]] = []
     ends = _Ends()
-    margin_s = 60 + (locust.WORKERS_S if load.remote_workers else 0)
-    limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + margin_s
+    limit = time.monotonic() + load.warmup_s + load.duration_s + 2 * load.timeout_s + 60
     while processes.running():
         if time.monotonic() > limit:
             raise InferctlError("the load generator did not end in time", f"see {processes.log}")

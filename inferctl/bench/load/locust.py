@@ -25,27 +25,25 @@ LOAD_FILE = "INFERCTL_LOAD_FILE"
 # The headers of the requests, as JSON. Files persist and all users can read command lines, so a variable holds them.
 HEADERS = "INFERCTL_LOAD_HEADERS"
 # How long a run waits until all workers are connected.
-WORKERS_S = 300
+_WORKERS_S = 300
 _PORT_S = 60.0
 # Exit codes of a process that cannot write a file (`exit_on_write_error` in inferctl/bench/loadgen/recorder.py).
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # gevent looks for plugins in all installed packages for each module that it patches: with 290 packages, half of the
 # start. The load generator uses gevent directly. A master waits for its workers with the patched `time.sleep`.
 _UNPATCHED = {"LOCUST_SKIP_MONKEY_PATCH": "1"}
-# How long the master may take to stop its workers: Locust waits 0.5 s for their last messages.
-_QUIT_S = 3.0
 
 
 class Processes:
     """The processes of one load. `folder` receives their logs. The load ends with the first process.
 
-    `remote` means that workers on other machines take part. `headers` are sent with each request.
+    `headers` are sent with each request.
     """
 
-    def __init__(self, folder: Path, remote: bool = False, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, headers: Mapping[str, str] | None = None) -> None:
         self._headers = json.dumps(dict(headers or {}))
         self.log = folder / "locust.log"
-        self._folder, self._remote = folder, remote
+        self._folder = folder
         self._all: list[subprocess.Popen[bytes]] = []
 
     def start(self, arguments: Sequence[str], description: Path, variables: Mapping[str, str] | None = None) -> None:
@@ -100,14 +98,8 @@ class Processes:
                 raise OSError(code, os.strerror(code), str(self._folder))
 
     def end(self) -> None:
-        """Kill all running processes.
-
-        Workers on other machines first receive a message from the master to quit: no signal reaches them.
-        """
+        """Kill all running processes."""
         running = [process for process in self._all if process.poll() is None]
-        if self._remote and self._all[0] in running:
-            self._all[0].terminate()
-            self.wait(_QUIT_S)
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -127,15 +119,16 @@ def processes(
 
     Raises `InferctlError` if the master does not start.
     """
-    group = Processes(folder, bool(load.remote_workers), headers)
+    group = Processes(folder, headers)
     try:
-        if load.workers == 1 and not load.remote_workers:
-            group.start(command(_users(load)), description, _UNPATCHED)
+        users = load.peak_users if load.mode == "closed" else load.workers
+        if load.workers == 1:
+            group.start(command(users), description, _UNPATCHED)
         else:
-            group.start(command(_users(load), _master(load)), description)
+            group.start(command(users, _master(load)), description)
             port = _port(group, folder)
             for _ in range(load.workers):
-                group.start(worker_command("127.0.0.1", port), description)
+                group.start(worker_command(port), description)
         yield group
         # Workers end shortly after the master.
         deadline = time.monotonic() + 5
@@ -166,9 +159,9 @@ def command(users: int, more: Sequence[str] = ()) -> list[str]:
     return [*_locust(), *options, *more, "--loglevel", "WARNING"]
 
 
-def worker_command(host: str, port: int) -> list[str]:
-    """Return the command that starts a worker for a master at `host`."""
-    master = ["--master-host", host, "--master-port", str(port)]
+def worker_command(port: int) -> list[str]:
+    """Return the command that starts a worker for the master at a port of this machine."""
+    master = ["--master-host", "127.0.0.1", "--master-port", str(port)]
     # Failed requests are in the records. They must not make the worker's exit code an error.
     return [*_locust(), "--worker", *master, "--exit-code-on-error", "0", "--loglevel", "WARNING"]
 
@@ -177,15 +170,9 @@ def _locust() -> list[str]:
     return [sys.executable, "-m", "locust", "-f", str(assets.package() / "bench" / "loadgen" / "locustfile.py")]
 
 
-def _users(load: Load) -> int:
-    return load.peak_users if load.mode == "closed" else load.workers + load.remote_workers
-
-
 def _master(load: Load) -> list[str]:
-    workers = load.workers + load.remote_workers
-    host, port = ("*", load.master_port) if load.remote_workers else ("127.0.0.1", 0)
-    expected = ["--expect-workers", str(workers), "--expect-workers-max-wait", str(WORKERS_S)]
-    return ["--master", "--master-bind-host", host, "--master-bind-port", str(port), *expected]
+    expected = ["--expect-workers", str(load.workers), "--expect-workers-max-wait", str(_WORKERS_S)]
+    return ["--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", "0", *expected]
 
 
 def _port(group: Processes, folder: Path) -> int:

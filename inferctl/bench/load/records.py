@@ -7,8 +7,8 @@ the last record.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,12 @@ def read(path: Path) -> Rows:
     return _complete(np.frombuffer(content, kind, count=len(content) // kind.itemsize))
 
 
-def merge(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows:
+def merge(folder: Path) -> Rows:
     """Return the records of all workers in `folder`, sorted by the intended send time.
 
-    `offsets_ns` maps the number of a worker on another machine to the offset of its clock, which is subtracted. Raises
-    `InferctlError` if there are no records.
+    Raises `InferctlError` if there are no records.
     """
-    parts = [_shift(read(path), (offsets_ns or {}).get(worker_of(path), 0)) for path in files(folder)]
+    parts = [read(path) for path in files(folder)]
     if not parts:
         raise InferctlError(
             f"no records in {folder}", "the load generator wrote nothing: see locust.log in that folder"
@@ -73,9 +72,9 @@ def merge(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows:
     return rows[np.argsort(rows["intended_ns"], kind="stable")]
 
 
-def merge_events(folder: Path, offsets_ns: Mapping[int, int] | None = None) -> Rows | None:
+def merge_events(folder: Path) -> Rows | None:
     """Return the events of all workers in `folder`, sorted by their time; None if the load was not of generation."""
-    parts = [_shift(read(path), (offsets_ns or {}).get(worker_of(path), 0)) for path in event_files(folder)]
+    parts = [read(path) for path in event_files(folder)]
     if not parts:
         return None
     events = np.concatenate(parts)
@@ -93,19 +92,14 @@ def event_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("events-*.bin"), key=worker_of)
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 (hex) of each file of records in `folder`, by file name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (*files(folder), *event_files(folder))}
+
+
 def worker_of(path: Path) -> int:
     """Return the number of the worker that wrote a records file."""
     return int(path.stem.rpartition("-")[2])
-
-
-def _shift(rows: Rows, offset_ns: int) -> Rows:
-    if not offset_ns:
-        return rows
-    shifted = rows.copy()
-    for name in (name for name in rows.dtype.names or () if name.endswith("_ns")):
-        # 0 means that the record has no such time.
-        shifted[name] = np.where(rows[name] == 0, 0, rows[name].astype(np.int64) - offset_ns)
-    return shifted
 
 
 def _complete(rows: Rows) -> Rows:

@@ -14,13 +14,11 @@ from typing import Any
 
 import gevent
 
-from inferctl.bench.loadgen import clock
 from inferctl.bench.loadgen.recorder import exit_on_write_error
 from inferctl.core import outputs
 
 STEADY_WINDOWS, STEADY_SPREAD = 3, 0.10
 LEAD_NS = 300_000_000
-TRIPS = 20
 SILENT_S = 10
 
 
@@ -31,20 +29,16 @@ class Coordinator:
     Locust ends with the number of the error.
     """
 
-    def __init__(self, environment: Any, load: Mapping[str, Any], files: Callable[[], dict[str, bytes]]) -> None:
+    def __init__(self, environment: Any, load: Mapping[str, Any]) -> None:
         self._environment, self.runner, self.stats = environment, environment.runner, environment.stats
-        self.load, self._files = load, files
+        self.load = load
         self.folder = Path(load["output"])
-        self.workers = int(load["workers"]) + int(load.get("remote_workers", 0))
+        self.workers = int(load["workers"])
         self._ready: dict[str, dict[str, Any]] = {}
-        self._complete = False
         self._replies: dict[str, dict[str, Any]] = {}
         self._done: dict[str, dict[str, Any]] = {}
-        self._offsets: dict[str, tuple[clock.Offset, clock.Offset]] = {}
-        self._here = clock.machine()
         self.state: dict[str, Any] = {"phase": "warm-up", "mode": load["mode"], "windows": [], "steady": False}
-        listeners = {"need": self._send_files, "ready": self._on_ready, "reply": self._on_reply}
-        for name, listener in {**listeners, "records": self._on_records, "done": self._on_done}.items():
+        for name, listener in {"ready": self._on_ready, "reply": self._on_reply, "done": self._on_done}.items():
             self.runner.register_message(f"inferctl-{name}", listener)
 
     def run(self) -> None:
@@ -70,24 +64,19 @@ class Coordinator:
         )
         if (numbers := [self._ready[node]["worker"] for node in self._order()]) != list(range(self.workers)):
             # The number of a worker selects its share of the schedule. With other numbers, a share would not be sent.
-            raise TimeoutError(
-                f"load workers {numbers} connected, but {self.workers} with numbers from 0 are required: "
-                "there are too many, or one is left from an interrupted run (it ends within a minute)"
-            )
-        self._complete = True
-        offsets = {node: self._offset(node) for node in self._ready}
+            raise TimeoutError(f"load workers {numbers} connected, but {self.workers} with numbers from 0 are required")
         started, user = time.monotonic_ns(), 0
         self.publish(warmup_start_ns=started)
         for node in self._order():
             users = self._ready[node]["users"]
-            self._send(node, "begin", start_ns=started + offsets[node].ns, first_user=user, users=users)
+            self._send(node, "begin", start_ns=started, first_user=user, users=users)
             user += users
         self._warm_up(started)
         self.stats.reset_all()
         cpu, start = time.process_time_ns(), time.monotonic_ns() + (LEAD_NS if self.workers > 1 else 1_000_000)
         end = start + int(self.load["duration_s"] * 1e9)
         for node in self._ready:
-            self._send(node, "measure", start_ns=start + offsets[node].ns)
+            self._send(node, "measure", start_ns=start)
         self.publish(phase="measure", measure_start_ns=start, measure_end_ns=end)
         self._watch(end)
         self.publish(phase="drain")
@@ -98,7 +87,6 @@ class Coordinator:
             timeout_s,
             lambda: f"load workers {self._missing()} did not report the end of their run",
         )
-        self._offsets = {node: (first, self._offset(node)) for node, first in offsets.items()}
         total = self.stats.total
         rounded = {f"p{q * 100:g}": total.get_response_time_percentile(q) for q in (0.5, 0.9, 0.95, 0.99)}
         self.publish(**self._summary(own), locust_percentiles_ms=rounded if self.workers == 1 else None)
@@ -158,44 +146,27 @@ class Coordinator:
 
     def _window(self) -> tuple[list[float], int]:
         """Return the latencies (ms) of the warm-up's responses of all workers since the last call, and all events."""
-        replies = self._request("window").values()
+        self._replies = {}
+        for node in self._ready:
+            self._send(node, "window")
+        self._wait_until(
+            lambda: len(self._replies) >= len(self._ready), 20, lambda: "a load worker did not report its window"
+        )
+        replies = self._replies.values()
         latencies = [latency for reply in replies for latency in reply["latencies"]]
         return latencies, sum(reply["events"] for reply in replies)
 
-    def _offset(self, node: str) -> clock.Offset:
-        """Return the difference of a worker's clock to the local one: none on this machine, else from round trips."""
-        if self._ready[node]["machine"] == self._here:
-            return clock.Offset()
-        trips = []
-        for _ in range(TRIPS):
-            sent = time.monotonic_ns()
-            reply = self._request("clock", node)[node]
-            trips.append((sent, reply["now_ns"], reply["received_ns"]))
-        return clock.offset(trips)
-
     def _summary(self, own_cpu_ns: int) -> dict[str, Any]:
         """Return the figures that the validity check uses, of all workers together and of each."""
-        parts = []
-        for node in self._order():
-            first, last = self._offsets[node]
-            here = self._ready[node]["machine"] == self._here
-            drift = abs(last.ns - first.ns) + last.uncertainty_ns
-            clocks = {
-                "clock_offset_ns": first.ns,
-                "clock_uncertainty_ns": max(first.uncertainty_ns, drift),
-                "here": here,
-            }
-            parts.append({**self._done[node], **clocks})
+        parts = [self._done[node] for node in self._order()]
         busiest = max(parts, key=lambda part: part["cpu_ns"] / (part["cpu_wall_ns"] or 1))
         return {
             "workers": parts,
             "cpu_ns": busiest["cpu_ns"],
             "cpu_wall_ns": busiest["cpu_wall_ns"],
             "cpu_peak_percent": max(part["cpu_peak_percent"] for part in parts),
-            "cpu_here_ns": sum(part["cpu_ns"] for part in parts if part["here"])
-            + (own_cpu_ns if self.workers > 1 else 0),
+            "cpu_here_ns": sum(part["cpu_ns"] for part in parts) + (own_cpu_ns if self.workers > 1 else 0),
             "unfinished": sum(part["unfinished"] for part in parts),
-            "clock_uncertainty_ns": max(part["clock_uncertainty_ns"] for part in parts),
         }
 
     def _order(self) -> list[str]:
@@ -207,16 +178,6 @@ class Coordinator:
     def _send(self, node: str, kind: str, **data: Any) -> None:
         self.runner.send_message(f"inferctl-{kind}", data, node)
 
-    def _request(self, kind: str, only: str | None = None) -> dict[str, dict[str, Any]]:
-        nodes = [only] if only else list(self._ready)
-        self._replies = {}
-        for node in nodes:
-            self._send(node, kind)
-        self._wait_until(
-            lambda: len(self._replies) >= len(nodes), 20, lambda: f"a load worker did not reply to {kind!r}"
-        )
-        return self._replies
-
     def _wait_until(self, condition: Callable[[], bool], seconds: float, message: Callable[[], str]) -> None:
         limit = time.monotonic() + seconds
         while not condition():
@@ -224,27 +185,11 @@ class Coordinator:
                 raise TimeoutError(message())
             gevent.sleep(0.002)
 
-    def _send_files(self, msg: Any, **_: Any) -> None:
-        # A worker on another machine has no access to the folder.
-        self._send(msg.node_id, "load", load=dict(self.load), files=self._files(), workers=self.workers)
-
     def _on_ready(self, msg: Any, **_: Any) -> None:
-        # After the schedule is distributed, a further worker has no part in this run. It waits for the next one.
-        if not self._complete:
-            self._ready[msg.node_id] = msg.data
+        self._ready[msg.node_id] = msg.data
 
     def _on_reply(self, msg: Any, **_: Any) -> None:
-        if msg.node_id in self._ready:
-            self._replies[msg.node_id] = {**msg.data, "received_ns": time.monotonic_ns()}
-
-    def _on_records(self, msg: Any, **_: Any) -> None:
-        # This ignores records of an interrupted run, from a worker that has not noticed the interruption.
-        if msg.node_id not in self._ready:
-            return
-        name = Path(msg.data["file"]).name
-        with exit_on_write_error(), (self.folder / name).open("ab") as file:
-            file.write(msg.data["content"])
+        self._replies[msg.node_id] = msg.data
 
     def _on_done(self, msg: Any, **_: Any) -> None:
-        if msg.node_id in self._ready:
-            self._done[msg.node_id] = msg.data
+        self._done[msg.node_id] = msg.data

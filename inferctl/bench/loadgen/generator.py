@@ -7,7 +7,6 @@ import contextlib
 import gc
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,11 +34,9 @@ TOO_MANY_REQUESTS = 429
 
 
 def integers(content: bytes, code: str) -> array.array[int]:
-    """Return little-endian integers (`I` uint32, `Q` uint64)."""
+    """Return integers in the byte order of this machine (`I` uint32, `Q` uint64)."""
     values: array.array[int] = array.array(code)
     values.frombytes(content)
-    if sys.byteorder == "big":
-        values.byteswap()
     return values
 
 
@@ -63,7 +60,7 @@ class Bodies:
 
 
 class Generator:
-    """Send and record requests. `load` is the description in load.json, `files` the content of the files that it names.
+    """Send and record requests. `load` is the description in load.json.
 
     Requests are numbered over all workers. This worker sends those with number % workers == worker. `finished` is set
     when each sent request has a response or has failed. `events` records the events of a generation server's streams;
@@ -77,17 +74,19 @@ class Generator:
     def __init__(
         self,
         load: Mapping[str, Any],
-        files: Mapping[str, bytes],
         worker: int,
-        workers: int,
         recorder: Recorder,
         events: Recorder | None,
         on_complete: Callable[[float, int, int], None],
     ) -> None:
         self.events = events
+        workers = int(load["workers"])
         self.load, self.worker, self.workers, self.recorder = load, worker, workers, recorder
-        self.bodies = Bodies(files["bodies"], files["order"], int(load["serial"]), 6 if events else 1)
-        self.schedules = [integers(files[name], "Q")[worker::workers] for name in ("warmup_schedule", "schedule")]
+        bodies, order, *schedules = (
+            Path(load[name]).read_bytes() for name in ("bodies", "order", "warmup_schedule", "schedule")
+        )
+        self.bodies = Bodies(bodies, order, int(load["serial"]), 6 if events else 1)
+        self.schedules = [integers(schedule, "Q")[worker::workers] for schedule in schedules]
         self.client = Client(load["url"], load["timeout_s"], self._record, load.get("headers") or {})
         self.open = load["mode"] == "open"
         self.max_outstanding = max(1, load["max_outstanding"] // workers)
@@ -116,7 +115,6 @@ class Generator:
             "unfinished": self.client.outstanding - self._draining,
             "connections": self.client.opened,
             "reconnects": self.client.reconnects,
-            "exact_timer": self._alarm.exact,
             **self._cpu,
         }
 
@@ -327,8 +325,3 @@ def number(text: str | None) -> float:
         with contextlib.suppress(ValueError):
             return float(text)
     return NAN
-
-
-def load_files(load: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the content of the files that a description names."""
-    return {name: Path(load[name]).read_bytes() for name in ("bodies", "order", "schedule", "warmup_schedule")}

@@ -1,7 +1,6 @@
 """Locust runs this file to send a load. Each process records every request exactly. No module imports it.
 
     INFERCTL_LOAD_FILE=load.json python -m locust -f inferctl/bench/loadgen/locustfile.py --headless ...
-    python -m inferctl.bench.load.worker HOST        (a worker on another machine)
 
 inferctl/bench/load/load_run.py uses the first form. `load.json` describes the load:
 
@@ -10,10 +9,10 @@ inferctl/bench/load/load_run.py uses the first form. `load.json` describes the l
                   waits for the seconds in `Retry-After` first.
                   open: requests are sent at the times of `schedule`, and latency counts from these times.
     bodies        file with one JSON request body per line; `@SERIAL@` becomes a number that is unique per request
-    order         file of uint32 (little-endian): the body of each request; it repeats from the start after its end
+    order         file of uint32: the body of each request; it repeats from the start after its end
     schedule      open: file of uint64, nanoseconds after the start of the measurement; also `warmup_schedule`
     timeline      closed: stages of {duration_s, users}; empty for a constant number of `users`
-    users, duration_s, warmup_s (maximum), window_s, timeout_s, max_outstanding (open), serial, workers, remote_workers
+    users, duration_s, warmup_s (maximum), window_s, timeout_s, max_outstanding (open), serial, workers
     events        whether the responses are event streams of a generation server
     output        folder for the output files
 
@@ -31,22 +30,17 @@ Locust starts, connects and stops the processes and distributes the users. The r
     stream        event streams of generation servers
     recorder      records
     coordinator   phases of a run over all workers
-    clock         workers on other machines
 
 All times are nanoseconds of CLOCK_MONOTONIC in the process that wrote them.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import json
 import os
-import shutil
 import signal
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +50,8 @@ from locust import User, events, task
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
-from inferctl.bench.loadgen import clock
 from inferctl.bench.loadgen.coordinator import Coordinator
-from inferctl.bench.loadgen.generator import Generator, load_files
+from inferctl.bench.loadgen.generator import Generator
 from inferctl.bench.loadgen.recorder import (
     EVENT_FIELDS,
     EVENTS_MAGIC,
@@ -70,11 +63,8 @@ from inferctl.bench.loadgen.recorder import (
 )
 from inferctl.core import outputs
 
-FILE = os.environ.get("INFERCTL_LOAD_FILE")
-LOAD: dict[str, Any] | None = json.loads(Path(FILE).read_text()) if FILE else None
-if LOAD:
-    LOAD["headers"] = json.loads(os.environ.get("INFERCTL_LOAD_HEADERS", "{}"))
-SEND_INTERVAL_S, CHUNK_BYTES = 1.0, 1 << 20
+LOAD: dict[str, Any] = json.loads(Path(os.environ["INFERCTL_LOAD_FILE"]).read_text())
+LOAD["headers"] = json.loads(os.environ.get("INFERCTL_LOAD_HEADERS", "{}"))
 
 
 class Worker:
@@ -84,9 +74,7 @@ class Worker:
         self.environment, self.runner = environment, environment.runner
         self.generator: Generator | None = None
         self.finished = gevent.event.Event()
-        self._sent_bytes, self._started = [0, 0], False
-        self._remote, self._folder = LOAD is None, ""
-        for name in ("load", "begin", "measure", "window", "clock"):
+        for name in ("begin", "measure", "window"):
             self.runner.register_message(f"inferctl-{name}", getattr(self, f"_{name}"))
 
     def start(self) -> None:
@@ -94,31 +82,16 @@ class Worker:
 
         Locust calls this again when it redistributes the users for a worker that connected late.
         """
-        if self._started:
+        if self.generator:
             return
-        self._started = True
-        if LOAD is None:
-            self.runner.send_message("inferctl-need", {})
-        else:
-            self._prepare(LOAD, load_files(LOAD), int(LOAD["workers"]) + int(LOAD.get("remote_workers", 0)))
-
-    def _load(self, msg: Any, **_: Any) -> None:
-        with exit_on_write_error():
-            self._folder = tempfile.mkdtemp(prefix="inferctl-load-")
-        atexit.register(self.remove_files)
-        self._prepare({**msg.data["load"], "output": self._folder}, msg.data["files"], msg.data["workers"])
-
-    def _prepare(self, load: dict[str, Any], files: dict[str, bytes], workers: int) -> None:
         index = int(self.runner.worker_index)
-        header = {"worker": index, "pid": os.getpid(), "machine": clock.machine()}
-        folder, events = Path(load["output"]), None
-        if load.get("events"):
+        header = {"worker": index, "pid": os.getpid()}
+        folder, events = Path(LOAD["output"]), None
+        if LOAD.get("events"):
             events = Recorder(folder / f"events-{index}.bin", header, EVENT_FIELDS, EVENTS_MAGIC)
         recorder = Recorder(folder / f"requests-{index}.bin", header, FIELDS + STREAM_FIELDS if events else FIELDS)
-        self.generator = Generator(load, files, index, workers, recorder, events, self._on_complete)
-        self.runner.send_message(
-            "inferctl-ready", {"worker": index, "users": self.runner.user_count, "machine": clock.machine()}
-        )
+        self.generator = Generator(LOAD, index, recorder, events, self._on_complete)
+        self.runner.send_message("inferctl-ready", {"worker": index, "users": self.runner.user_count})
 
     def _begin(self, msg: Any, **_: Any) -> None:
         assert self.generator  # the coordinator sends this after the worker reported that it was ready
@@ -128,8 +101,6 @@ class Worker:
         assert self.generator
         self.generator.measure(**msg.data)
         gevent.spawn(self._finish)
-        if self._remote:
-            gevent.spawn(self._send_records)
 
     def _window(self, **_: Any) -> None:
         assert self.generator
@@ -137,42 +108,13 @@ class Worker:
         events = self.generator.events.count if self.generator.events else 0
         self.runner.send_message("inferctl-reply", {"latencies": latencies, "events": events})
 
-    def _clock(self, **_: Any) -> None:
-        self.runner.send_message("inferctl-reply", {"now_ns": time.monotonic_ns()})
-
     def _finish(self) -> None:
         assert self.generator
         self.generator.finished.wait()
-        if self._remote:
-            self._send_chunk()
-        for recorder in self._recorders():
+        for recorder in filter(None, (self.generator.recorder, self.generator.events)):
             recorder.close()
-        self.remove_files()
         self.runner.send_message("inferctl-done", self.generator.state)
         self.finished.set()
-
-    def remove_files(self) -> None:
-        """Remove the temporary folder that a worker on another machine uses, also after an interrupted run."""
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _send_records(self) -> None:
-        while not self.finished.is_set():
-            self._send_chunk()
-            gevent.sleep(SEND_INTERVAL_S)
-
-    def _recorders(self) -> list[Recorder]:
-        assert self.generator
-        return [recorder for recorder in (self.generator.recorder, self.generator.events) if recorder]
-
-    def _send_chunk(self) -> None:
-        for number, recorder in enumerate(self._recorders()):
-            content = recorder.since(self._sent_bytes[number])
-            self._sent_bytes[number] += len(content)
-            for at in range(0, len(content), CHUNK_BYTES):
-                self.runner.send_message(
-                    "inferctl-records", {"file": recorder.path.name, "content": content[at : at + CHUNK_BYTES]}
-                )
 
     def _on_complete(self, latency_ms: float, size: int, error: int) -> None:
         """Update Locust's own statistics, which are saved for comparison with the records."""
@@ -202,8 +144,7 @@ def connect(environment: Any, **_: Any) -> None:
     if isinstance(runner, WorkerRunner | LocalRunner):
         worker = Worker(environment)
     if isinstance(runner, MasterRunner | LocalRunner):
-        assert LOAD is not None  # inferctl starts these processes with a load file
-        coordinator = Coordinator(environment, LOAD, lambda: load_files(LOAD))
+        coordinator = Coordinator(environment, LOAD)
         environment.events.test_start.add_listener(lambda **_: gevent.spawn(coordinator.run))
         if isinstance(runner, MasterRunner):
             port = json.dumps({"port": runner.server.port})

@@ -99,10 +99,6 @@ class Recorder:
     def count(self) -> int:
         return (self._next - self._start) // self._packer.size
 
-    def since(self, offset: int) -> bytes:
-        """Return the bytes of the file from `offset` on, header and records, to send them to another machine."""
-        return bytes(self._map[offset : self._next])
-
     def close(self) -> None:
         """Truncate the file after its last record and close it."""
         self._map.close()
@@ -111,10 +107,7 @@ class Recorder:
 
     def _grow(self) -> mmap.mmap:
         with exit_on_write_error():
-            if hasattr(os, "posix_fallocate"):
-                # This reserves disk space. On a full disk it fails here, and not with SIGBUS at a later write.
-                os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
-            else:
-                self._file.truncate(self._size + CHUNK)
+            # This reserves disk space. On a full disk it fails here, and not with SIGBUS at a later write.
+            os.posix_fallocate(self._file.fileno(), self._size, CHUNK)
         self._size += CHUNK
         return mmap.mmap(self._file.fileno(), self._size)

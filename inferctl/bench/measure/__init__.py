@@ -1,1 +1,1 @@
-"""Runs a plan, searches for a rate, finds the concurrency, loads neighbors, and samples the machine."""
+"""Runs a plan, searches for a rate, finds the concurrency, and samples the machine."""

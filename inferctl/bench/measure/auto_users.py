@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from inferctl.bench.measure import closed_loop, concurrency, resume
+from inferctl.bench.measure import closed_loop, concurrency
 from inferctl.bench.measure.bench import Bench, NotifyProgress, Progress, ready_server
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
@@ -16,24 +15,14 @@ from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
 from inferctl.core.errors import InferctlError
 
-FILE = "concurrency.json"
-
 
 def find(bench: Bench, outcomes: Mapping[str, Outcome], notify: NotifyProgress) -> dict[str, Concurrency]:
     """Return the concurrency of each target with `users: auto`; those with equal loads and texts get equal users.
 
     Servers that emulate their precision receive the users of the others: without these, they are searched too. A target
-    that fails gets its `failure` in `outcomes`. The result is saved, so that a resumed benchmark reads it.
+    that fails gets its `failure` in `outcomes`.
     """
     wanted = [target for target in bench.targets if bench.load_of(target).auto_users and not bench.plan.search]
-    file = bench.output / FILE
-    if not wanted:
-        return {}
-    if file.is_file():
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        for name, message in saved["failed"].items():
-            outcomes[name].failure = message
-        return {name: Concurrency.from_dict(found) for name, found in saved["found"].items()}
     found: dict[str, Concurrency] = {}
     groups: dict[tuple[str, str], list[BenchTarget]] = {}
     for target in wanted:
@@ -50,9 +39,6 @@ def find(bench: Bench, outcomes: Mapping[str, Outcome], notify: NotifyProgress) 
             if any(searched.values()):
                 found |= zip(searched, concurrency.shared(list(searched.values())), strict=True)
                 break
-    if found:
-        failed = {target.name: outcomes[target.name].failure for target in wanted if target.name not in found}
-        resume.write(file, {"found": {name: needed.as_dict() for name, needed in found.items()}, "failed": failed})
     return found
 
 

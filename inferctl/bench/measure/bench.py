@@ -11,8 +11,8 @@ from inferctl.bench.load import child_server, load_run
 from inferctl.bench.load.http_json import ServerAccess
 from inferctl.bench.load.server_tokenizer import of_server
 from inferctl.bench.load.target import connect
-from inferctl.bench.measure import neighbors
 from inferctl.bench.measure.concurrency import Concurrency
+from inferctl.bench.measure.environment import Environment, detect
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.measure.sensors import MachineMonitor
@@ -56,11 +56,12 @@ class Bench:
     - `command`: returns the command that starts a server; None if all targets run already.
     - `model`: the model folder for the quality check. Without it, vectors are not checked.
     - `slo_p99_ms`: the SLO of a search, if the plan has none.
-    - `mig_devices`: the MIG devices for a server and its neighbors.
     - `access`: headers and keys for running servers.
     - `users`: the concurrency found for each target with `users: auto`, by name.
     - `tokenizer`: counts the tokens of prompts for generation; None if there is none. One for all targets, so that all
       receive the same prompts.
+    - `environment`: this machine.
+    - `model_source`, `hardware_wanted`: the source of the weights and the catalog keys of the hardware in the spec.
     """
 
     plan: Plan
@@ -69,10 +70,12 @@ class Bench:
     model: Path | None
     output: Path
     slo_p99_ms: float | None = None
-    mig_devices: Sequence[str] = ()
     access: ServerAccess = field(default_factory=ServerAccess)
     users: Mapping[str, Concurrency] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    environment: Environment = field(default_factory=detect)
+    model_source: str | None = None
+    hardware_wanted: Sequence[str] = ()
 
     @property
     def order(self) -> list[Run]:
@@ -127,9 +130,9 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
 
 
 def started_server(
-    bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase, number: int = 0
+    bench: Bench, target: BenchTarget, folder: Path, notify: NotifyPhase
 ) -> contextlib.AbstractContextManager[child_server.ChildServer]:
-    """Return a context with a server of a target, started in `folder`. Server 0 is measured, the others are neighbors.
+    """Return a context with a server of a target, started in `folder`.
 
     If its load has a closed loop, which looks for its capacity, the server rejects no request. Other loads show how it
     behaves with its own limits.
@@ -140,9 +143,7 @@ def started_server(
     arguments = [*bench.command(target.precision, announce, target.checkpoint)]
     if target.max_batch_tokens:
         arguments += ["--max-batch-tokens", str(target.max_batch_tokens)]
-    arguments = neighbors.command_on_device(arguments, bench.mig_devices, number)
-    phase = f"starting neighbor {number}" if number else "starting"
     load = bench.load_of(target)
     has_closed_loop = not bench.plan.search and (load.mode == "closed" or load.capacity_percent is not None)
     variables = settings.WITHOUT_ADMISSION if has_closed_loop else {}
-    return child_server.serve(arguments, announce, folder, lambda passed: notify(phase, passed), variables)
+    return child_server.serve(arguments, announce, folder, lambda passed: notify("starting", passed), variables)

@@ -17,7 +17,6 @@ import numpy as np
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load import records
-from inferctl.bench.measure import digests
 from inferctl.bench.measure.measured_server import MeasuredServer
 from inferctl.bench.measure.outcome import Measurement
 from inferctl.bench.plan import workload
@@ -88,5 +87,5 @@ def of_run(measurement: Measurement) -> dict[str, Any] | None:
         "serial": loop.serial,
         "summary": loop.summary,
         "resources": loop.resources,
-        "records": digests.of_records(loop.folder),
+        "records": records.digests(loop.folder),
     }

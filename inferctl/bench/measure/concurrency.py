@@ -11,7 +11,7 @@ its precision is not searched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -75,12 +75,6 @@ class Concurrency:
     def as_dict(self) -> dict[str, Any]:
         """Return the `concurrency` key of a receipt."""
         return asdict(self) | {"saturated": self.saturated}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Concurrency:
-        """Return the result that `as_dict` wrote."""
-        steps = tuple(Step(**step) for step in data["steps"])
-        return cls(data["users"], data["needed_users"], data["limited_by"], steps)
 
 
 def step_seconds(users: int, steps: Sequence[Step]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inferctl.bench import stats
 from inferctl.bench.load.target import ServerConnection
@@ -21,47 +22,18 @@ class TokenReference:
     corpus_sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class KlDivergence:
-    """KL divergence of the reference from the server in nats per token: a lower bound, with its 95% interval.
-
-    `interval` is that of the mean, over texts; None with fewer than three texts.
-    """
-
-    mean: float
-    p99: float
-    interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Share of the positions at which the most likely token is the same, with its 95% interval over texts."""
-
-    share: float
-    interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """The perplexity of the texts on the server and in fp32."""
-
-    served: float
-    fp32: float
-
-
 def reference(
     model: Path,
     texts: Sequence[str],
     max_tokens: int,
     on_wait: Callable[[float], None],
-    folder: Path | None = None,
 ) -> TokenReference:
     """Compute the reference for the first texts with `max_tokens` tokens in all.
 
     Raises `InferctlError` if the process fails.
     """
     options = ["--task", "generate", "--max-tokens", str(max_tokens)]
-    document = reference_process.run(model, texts, options, on_wait, folder)
+    document = reference_process.run(model, texts, options, on_wait)
     scored = [text for text in divergence.read_reference(document["texts"]) if text and text.logprobs]
     return TokenReference(scored, str(document["model_sha256"]))
 
@@ -75,16 +47,21 @@ def measure(server: ServerConnection, expected: TokenReference) -> Divergence:
     return divergence.compare(expected.texts, [server.score(text.ids) for text in expected.texts])
 
 
-def figures(found: Divergence) -> tuple[KlDivergence, Agreement, Perplexity]:
-    """Return the figures of a quality result, rounded, with intervals over texts."""
+def figures(found: Divergence) -> dict[str, Any]:
+    """Return the figures of a quality result, rounded, with 95% intervals over texts (None with fewer than three).
+
+    `kl` is the KL divergence of the reference from the server in nats per token, a lower bound, `agreement` the share
+    of the positions with the same most likely token, `perplexity` that of the texts on the server and in fp32.
+    """
     sizes = [len(text.kl) for text in found.texts]
     kl = stats.ratio_interval([sum(text.kl) for text in found.texts], sizes)
     same = stats.ratio_interval([sum(text.same_top) for text in found.texts], sizes)
-    return (
-        KlDivergence(round(found.kl_mean, 6), round(found.kl_p99, 6), _interval(found.kl_mean, kl)),
-        Agreement(round(found.top_1, 4), _interval(found.top_1, same, most=1)),
-        Perplexity(round(found.perplexity, 3), round(found.perplexity_fp32, 3)),
-    )
+    interval = _interval(found.kl_mean, kl)
+    return {
+        "kl": {"mean": round(found.kl_mean, 6), "p99": round(found.kl_p99, 6), "interval": interval},
+        "agreement": {"share": round(found.top_1, 4), "interval": _interval(found.top_1, same, most=1)},
+        "perplexity": {"served": round(found.perplexity, 3), "fp32": round(found.perplexity_fp32, 3)},
+    }
 
 
 def _interval(value: float, half_width: float | None, most: float = float("inf")) -> tuple[float, float] | None:

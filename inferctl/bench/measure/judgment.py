@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.judge.validity import Validity
-from inferctl.bench.measure import closed_loop, neighbors
+from inferctl.bench.measure import closed_loop
 from inferctl.bench.measure.outcome import Outcome, WorkloadRecord
 
 
@@ -48,13 +48,10 @@ def judge_outcome(outcome: Outcome, cores: int, budget_percent: float) -> Judged
     cautions = list(found.cautions)
     if _workload_changed([run.workload for run in runs]):
         reasons.append("the runs differ in what was sent, because a corpus or a trace changed: measure again")
-    if with_neighbors := neighbors.document(runs, cores, budget_percent):
-        reasons += with_neighbors["reasons"]
-        cautions += with_neighbors["cautions"]
     if outcome.failure:
         reasons.append(outcome.failure)
     if outcome.interrupted:
-        cautions.insert(0, f"{outcome.interrupted}: continue with `inferctl bench --resume DIR`")
+        cautions.insert(0, f"{outcome.interrupted}: run the benchmark again for the others")
     return JudgedOutcome(pooled, each, Validity(tuple(reasons), tuple(cautions)))
 
 

@@ -14,7 +14,7 @@ from inferctl.bench.judge import summary
 from inferctl.bench.load import child_server, load_run, process_usage, records
 from inferctl.bench.load.server_activity import ServerActivity
 from inferctl.bench.load.target import ServerConnection, connect, is_local, local_pid
-from inferctl.bench.measure.outcome import Measurement, WorkloadRecord
+from inferctl.bench.measure.outcome import Measurement, WorkloadRecord, run_records
 from inferctl.bench.measure.sensors import MachineMonitor
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.workload import Workload
@@ -86,49 +86,26 @@ class MeasuredServer:
 
         with process_usage.Sampler({"server": pid} if pid else {}) as sampler:
             try:
-                measured = load_run.run(
-                    load,
-                    description,
-                    follow,
-                    check_running,
-                    connection.access.headers,
-                )
+                measured = load_run.run(load, description, follow, check_running, connection.access.headers)
             finally:
                 load_run.delete_inputs(folder)
         if connection.access.headers and (measured.rows["status"] == records.REJECTED).any():
             connection.check_limit()
-        start, end = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
-        resources = sampler.between(start, end) | activity.between(start, end)
-        if pid is None and is_local(self.connection.url):
-            # The cores of an unknown local server cannot be told apart from those of other processes.
-            resources.pop("other_cores", None)
-        if (client := summary.client_cpu_percent(measured.state)) is not None:
-            resources["client_cpu_percent"] = client
-            if "other_cores" in resources:
-                client_cores = load_run.cores_used(measured.state) or 0
-                resources["other_cores"] = round(max(0.0, resources["other_cores"] - client_cores), 3)
+        window = measured.state["measure_start_ns"], measured.state["measure_end_ns"]
         offered = len(work.schedule_ns) if load.mode == "open" else None
+        used = sampler.between(*window) | activity.between(*window)
         return Measurement(
             run=run,
             started=0.0,
-            records=summary.RunRecords(
-                measured.rows,
-                start,
-                end,
-                load.inputs_per_request,
-                offered,
-                measured.events,
-                load.generation.bounds if load.generation else {},
-            ),
+            records=run_records(load, measured.rows, *window, offered, measured.events),
             state=measured.state,
-            resources=resources,
+            resources=self._resources(used, measured.state, pid),
             folder=folder,
-            info=self.connection.info,
+            info=connection.info,
             serial=serial,
             telemetry=self.monitor.window(
-                start,
-                end,
-                self.connection.info,
+                *window,
+                connection.info,
                 on_this_machine=self.on_this_machine,
                 started_by_bench=self.child is not None,
             ),
@@ -143,6 +120,17 @@ class MeasuredServer:
             ),
             pace=self._pace(),
         )
+
+    def _resources(self, used: dict[str, float], state: load_run.LoadState, pid: int | None) -> dict[str, float]:
+        """Return what was `used` in the window, with the load generator apart from other processes."""
+        if pid is None and is_local(self.connection.url):
+            # The cores of an unknown local server cannot be told apart from those of other processes.
+            used.pop("other_cores", None)
+        if (client := summary.client_cpu_percent(state)) is not None:
+            used["client_cpu_percent"] = client
+            if "other_cores" in used:
+                used["other_cores"] = round(max(0.0, used["other_cores"] - (load_run.cores_used(state) or 0)), 3)
+        return used
 
     def _pace(self) -> Mapping[str, Any] | None:
         """Return the server's batch latency model (seconds per batch, tokens/s); None if it does not report one."""

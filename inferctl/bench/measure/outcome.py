@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from inferctl.bench.judge import summary, validity
 from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.judge.validity import Validity
+from inferctl.bench.load import records
 from inferctl.bench.measure import telemetry
 from inferctl.bench.measure.concurrency import Concurrency
 from inferctl.bench.measure.quality import QualityResult, unchecked
 from inferctl.bench.measure.telemetry import Telemetry
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.shape import Load
-
-# The largest share of requests that may fail on a neighbor.
-_FAILED_LIMIT = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,39 +52,12 @@ class WorkloadRecord:
     approximate: str | None = None
 
 
-@dataclass(frozen=True)
-class NeighborLoad:
-    """What one neighbor completed during a run, and whether it was under load until the end.
-
-    `outlived`: a response came after the run. `failure` says why the load ended early. Without records, the figures
-    are None.
-    """
-
-    number: int
-    outlived: bool
-    failure: str | None
-    requests_per_s: float | None = None
-    failed: int | None = None
-    rejected: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return an element of the `others` key of a receipt."""
-        figures = ("requests_per_s", "failed", "rejected")
-        return {key: value for key, value in asdict(self).items() if value is not None or key not in figures}
-
-    def problem(self, seconds: float) -> str | None:
-        """Return why this neighbor did not load the device during a run of `seconds`; None if it did."""
-        logs = f"see its logs in neighbour-{self.number}"
-        if self.failure or not self.outlived:
-            why = self.failure or "no response came after the end of the run"
-            return f"did not stay under load ({why}): {logs}"
-        failed, rejected = self.failed or 0, self.rejected or 0
-        completed = (self.requests_per_s or 0.0) * seconds
-        if failed > _FAILED_LIMIT * (completed + rejected + failed):
-            return f"failed {failed} requests, so it was not under the intended load: {logs}"
-        if rejected and not completed:
-            return f"rejected all {rejected} requests (429), so it was not under load: lower `users` in the plan"
-        return None
+def run_records(
+    load: Load, rows: records.Rows, start_ns: int, end_ns: int, offered: int | None, events: records.Rows | None
+) -> summary.RunRecords:
+    """Return the records of a load, with what their summary needs of it."""
+    bounds = load.generation.bounds if load.generation else {}
+    return summary.RunRecords(rows, start_ns, end_ns, load.inputs_per_request, offered, events, bounds)
 
 
 @dataclass(frozen=True)
@@ -102,7 +73,6 @@ class Measurement:
     - `pace`: the server's batch latency model at the end of the run; None if it reports none.
     - `search`: the result of a search for the highest rate. The measurement is then that of its best probe.
     - `pooled`: the earlier measurements of that probe.
-    - `with_neighbors`: the same load next to loaded neighbors. `neighbors` is what these completed.
     - `closed_loop`: the closed loop before this load, if the rate is a share of the capacity `capacity_rps`.
     - `concurrency`: how the number of users was found, for `users: auto`.
     """
@@ -121,8 +91,6 @@ class Measurement:
     pace: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     pooled: Sequence[Measurement] = ()
-    with_neighbors: Measurement | None = None
-    neighbors: Sequence[NeighborLoad] = ()
     closed_loop: Measurement | None = None
     capacity_rps: float | None = None
     concurrency: Concurrency | None = None
@@ -157,8 +125,6 @@ class Outcome:
     """All that a benchmark measured of one target.
 
     `failure` says in one line why there are fewer runs than `planned`; None if the benchmark was interrupted.
-    `check_done` is True if the quality check needs no second attempt. A check that was interrupted, or that had no
-    reference, needs one.
     """
 
     target: BenchTarget
@@ -166,7 +132,6 @@ class Outcome:
     quality: QualityResult = field(default_factory=lambda: unchecked("no run reached the check"))
     failure: str | None = None
     planned: int = 1
-    check_done: bool = False
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -182,7 +147,3 @@ class Outcome:
             if self.failure or done >= self.planned
             else f"interrupted after {done} of {self.planned} run{'s' if self.planned > 1 else ''}"
         )
-
-    def has(self, run: Run) -> bool:
-        """Return whether this run is complete."""
-        return any(measurement.run == run for measurement in self.measurements)

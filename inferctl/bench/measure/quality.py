@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from inferctl.bench.load.target import ServerConnection
 from inferctl.bench.measure import generation_quality
-from inferctl.bench.measure.generation_quality import Agreement, KlDivergence, Perplexity, TokenReference
+from inferctl.bench.measure.generation_quality import TokenReference
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.sections import DOCUMENTS, Quality
 from inferctl.bench.stats import rank
@@ -52,34 +52,17 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class CosineSimilarity:
-    """Cosine similarity of each vector and its fp32 vector: mean, first percentile and minimum over the texts."""
-
-    mean: float
-    p1: float
-    min: float
-
-
-@dataclass(frozen=True)
-class ScoreDifference:
-    """Absolute difference of each score and its fp32 score, and the range of the fp32 scores."""
-
-    mean: float
-    max: float
-    range: tuple[float, float]
-
-
-@dataclass(frozen=True)
 class QualityResult:
     """The result of a quality check.
 
     `checked` is False if the outputs were not compared; `reason` then says why. If `passes` is False, `reason` says why
     the server returned no usable outputs, or a figure exceeds its limit. `limits` maps figures to limits.
 
-    Embeddings have `cosine`, `recall_at_10`, and what the function `compact` returns. Rerank scores have
-    `score_difference`, `kendall` (mean of Kendall's tau over the requests) and `top_1` (share of the requests with the
-    same best document). Scores of labels have `score_difference` and `top_1` (share of the texts with the same best
-    label). Generation has `kl`, `agreement`, `perplexity` and `positions`, the number of predicted tokens.
+    Embeddings have `cosine` (with the fp32 vectors: mean, first percentile and minimum), `recall_at_10`, and what the
+    function `compact` returns. Rerank scores have `score_difference` (absolute: mean, maximum, and the range of the fp32
+    scores), `kendall` (mean of Kendall's tau over the requests) and `top_1` (share of the requests with the same best
+    document). Scores of labels have `score_difference` and `top_1` (share of the texts with the same best label).
+    Generation has the figures of `generation_quality.figures` and `positions`, the number of predicted tokens.
     `texts` counts the texts or the pairs.
     """
 
@@ -87,15 +70,15 @@ class QualityResult:
     passes: bool | None = None
     reason: str | None = None
     texts: int | None = None
-    cosine: CosineSimilarity | None = None
+    cosine: Mapping[str, float] | None = None
     recall_at_10: float | None = None
     compact: Sequence[Mapping[str, Any]] | None = None
-    score_difference: ScoreDifference | None = None
+    score_difference: Mapping[str, Any] | None = None
     kendall: float | None = None
     top_1: float | None = None
-    kl: KlDivergence | None = None
-    agreement: Agreement | None = None
-    perplexity: Perplexity | None = None
+    kl: Mapping[str, Any] | None = None
+    agreement: Mapping[str, Any] | None = None
+    perplexity: Mapping[str, float] | None = None
     positions: int | None = None
     limits: Mapping[str, float] | None = None
     corpus_sha256: str | None = None
@@ -110,24 +93,19 @@ class QualityChecker:
     """Compares servers with the fp32 reference of the model folder `model`.
 
     The reference is computed once for each task and input limit that a server reports. Without `limits` the plan
-    requests no check. Without `model` there are no weights to compare with. The reference process works in `folder`
-    (default: the current one), so that a resumed benchmark finds an orphaned process. `failed` is True if the last
-    check had no reference because its computation failed; a resumed benchmark tries again.
+    requests no check. Without `model` there are no weights to compare with.
     """
 
-    def __init__(self, limits: Quality | None, model: Path | None, folder: Path | None = None) -> None:
+    def __init__(self, limits: Quality | None, model: Path | None) -> None:
         self._limits = limits
-        self._folder = folder
         self._model = model_folder.ModelFolder(model) if model else None
         self._references: dict[tuple[Task, int | None], Reference | TokenReference | str] = {}
-        self.failed = False
 
     def __call__(self, server: ServerConnection, on_wait: Callable[[float], None]) -> QualityResult:
         """Return the result for one server; `on_wait` receives the seconds passed while the reference is computed.
 
         If the server fails during the check, the result is a failure and not an unchecked server.
         """
-        self.failed = False
         if self._limits is None:
             return unchecked("the plan requests no quality check: set `quality` in it")
         if self._model is None:
@@ -147,7 +125,6 @@ class QualityChecker:
             self._references[key] = self._compute(self._model.path, self._limits, *key, on_wait)
         expected = self._references[key]
         if isinstance(expected, str):
-            self.failed = True
             return unchecked(expected)
         try:
             return check(server, expected, self._limits)
@@ -166,9 +143,9 @@ class QualityChecker:
             inputs = workload.rerank_groups(texts[: limits.texts], DOCUMENTS)
         try:
             if task == "generate":
-                tokens = generation_quality.reference(model, texts, limits.tokens, on_wait, self._folder)
+                tokens = generation_quality.reference(model, texts, limits.tokens, on_wait)
                 return replace(tokens, corpus_sha256=digest)
-            computed = reference(model, inputs, max_input_tokens, on_wait, self._folder)
+            computed = reference(model, inputs, max_input_tokens, on_wait)
             return replace(computed, corpus_sha256=digest)
         except InferctlError as error:
             return error.message
@@ -179,9 +156,8 @@ def reference(
     inputs: Inputs,
     max_input_tokens: int | None,
     on_wait: Callable[[float], None],
-    folder: Path | None = None,
 ) -> Reference:
-    """Compute the reference in a process that works in `folder`; `on_wait` receives the seconds passed.
+    """Compute the reference in a process; `on_wait` receives the seconds passed.
 
     Inputs are truncated at `max_input_tokens`, as the server truncates them. Raises `InferctlError` if the process
     fails.
@@ -190,7 +166,7 @@ def reference(
     sent: list[Any] = []
     for each in inputs:
         sent += [each] if isinstance(each, str) else [[each[0], document] for document in each[1:]]
-    document = reference_process.run(model, sent, limit, on_wait, folder)
+    document = reference_process.run(model, sent, limit, on_wait)
     if "embeddings" in document or "sparse" in document or "token_vectors" in document:
         values = _values(document)
     else:
@@ -278,7 +254,7 @@ def compare(
         checked=True,
         passes=p1 >= limits.min_cosine_p1 and recall >= limits.min_recall,
         texts=len(expected),
-        cosine=CosineSimilarity(mean=round(float(cosine.mean()), 8), p1=round(p1, 8), min=round(float(cosine[0]), 8)),
+        cosine={"mean": round(float(cosine.mean()), 8), "p1": round(p1, 8), "min": round(float(cosine[0]), 8)},
         recall_at_10=round(recall, 4),
         compact=compact(expected[:_MOST_COMPACT], found[:_MOST_COMPACT]) if compact_formats else None,
         limits={"cosine_p1": limits.min_cosine_p1, "recall_at_10": limits.min_recall},
@@ -317,23 +293,22 @@ def _compare_rows(expected: Matrix, found: Matrix, limits: Quality) -> QualityRe
         checked=True,
         passes=float(difference.max()) <= limits.max_score_difference * (high - low),
         texts=len(expected),
-        score_difference=ScoreDifference(
-            round(float(difference.mean()), 8), round(float(difference.max()), 8), (round(low, 8), round(high, 8))
-        ),
+        score_difference={
+            "mean": round(float(difference.mean()), 8),
+            "max": round(float(difference.max()), 8),
+            "range": (round(low, 8), round(high, 8)),
+        },
         top_1=round(float(best.mean()), 4),
     )
 
 
 def compare_tokens(found: Divergence, limits: Quality) -> QualityResult:
     """Return how far the next tokens of a server are from those of the reference."""
-    kl, agreement, perplexity = generation_quality.figures(found)
     return QualityResult(
         checked=True,
         passes=divergence.failure(found, Limits(limits.max_kl, limits.min_top_1)) is None,
         texts=len(found.texts),
-        kl=kl,
-        agreement=agreement,
-        perplexity=perplexity,
+        **generation_quality.figures(found),
         positions=found.positions,
         limits={"kl": limits.max_kl, "top_1": limits.min_top_1},
     )
@@ -359,14 +334,6 @@ def unchecked(reason: str) -> QualityResult:
 def broken(reason: str) -> QualityResult:
     """Return the result for a server that returned no usable outputs: it fails the check."""
     return QualityResult(checked=True, passes=False, reason=reason)
-
-
-def recall_at(expected: Matrix, found: Matrix, k: int) -> float:
-    """Return the mean share of the k nearest rows in `expected` that are also among the k nearest in `found`.
-
-    The distance is the cosine. A row is not its own neighbor.
-    """
-    return _shared(_nearest(expected, k), _nearest(found, k))
 
 
 def max_similarities(rows: Matrix, per_token: int) -> Matrix:

@@ -9,7 +9,6 @@ becomes an outcome with its failure, and the others continue. All child processe
 
 from __future__ import annotations
 
-import functools
 import itertools
 import secrets
 import time
@@ -17,14 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.measure import auto_users, closed_loop, neighbors, quality, resume, search
+from inferctl.bench.measure import auto_users, closed_loop, quality, search
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
     find_tokenizer,
     phase_notifier,
     ready_server,
-    started_server,
 )
 from inferctl.bench.measure.measured_server import MeasuredServer, NotifyPhase
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
@@ -45,22 +43,19 @@ def run(
     notify: NotifyProgress,
     on_measured: Callable[[Outcome], object],
 ) -> None:
-    """Measure all runs that `outcomes` lack, and add them.
+    """Measure all runs, and add them to `outcomes`.
 
-    `on_measured` receives an outcome after each run, so that no result is lost. Each complete run is saved for `resume`
-    before its quality check; a resumed benchmark repeats a check that was interrupted.
+    `on_measured` receives an outcome after each run, so that no result is lost.
     """
     by_name = {outcome.target.name: outcome for outcome in outcomes}
     bench = replace(bench, users=auto_users.find(bench, by_name, notify), tokenizer=find_tokenizer(bench))
-    checker = quality.QualityChecker(bench.plan.quality, bench.model, bench.output / "runs")
+    checker = quality.QualityChecker(bench.plan.quality, bench.model)
     order = bench.order
     for number, run in enumerate(order, 1):
         outcome = by_name[run.configuration]
-        unchecked = run.repeat == 0 and not outcome.check_done
-        if outcome.failure or (outcome.has(run) and not unchecked):
+        if outcome.failure:
             continue
-        # The repeated check of a complete run does not count as a run.
-        notify_phase = phase_notifier(notify, run.configuration, 0 if outcome.has(run) else number, len(order))
+        notify_phase = phase_notifier(notify, run.configuration, number, len(order))
         try:
             _measure(bench, outcome, run, checker, notify_phase, _capacity(outcomes))
         except InferctlError as error:
@@ -78,33 +73,24 @@ def _measure(
     notify: NotifyPhase,
     capacity_rps: float | None,
 ) -> None:
-    """Measure a run if it is not complete, and check the quality if it is not checked."""
+    """Measure a run and, after the first one, check the quality."""
     folder = bench.output / "runs" / run.name
-    if outcome.has(run):
-        folder /= "quality"
     folder.mkdir(parents=True, exist_ok=True)
     started_at = time.time()
     with ready_server(bench, outcome.target, folder, notify) as server:
-        if not outcome.has(run):
-            plain = functools.partial(_measure_load, capacity_rps=capacity_rps)
-            measure = _measure_search if bench.plan.search else _measure_pair if bench.plan.neighbours else plain
-            measurement = replace(
-                measure(bench, outcome.target, server, run, folder),
-                started=started_at,
-                concurrency=bench.users.get(outcome.target.name),
-            )
-            outcome.measurements.append(measurement)
-            resume.save(bench.output, measurement, None)
-            notify("measured", done=f"measured: {_brief(measurement)}")
+        if bench.plan.search:
+            measurement = _measure_search(bench, outcome.target, server, run, folder)
+        else:
+            measurement = _measure_load(bench, outcome.target, server, run, folder, capacity_rps)
+        measurement = replace(measurement, started=started_at, concurrency=bench.users.get(outcome.target.name))
+        outcome.measurements.append(measurement)
+        notify("measured", done=f"measured: {_brief(measurement)}")
         if run.repeat == 0:
             notify("checking quality")
             outcome.quality = quality.unchecked("the check was interrupted")
             outcome.quality = checker(server.connection, lambda passed: notify("computing the fp32 reference", passed))
             if server.child:
                 server.child.check()
-            outcome.check_done = not checker.failed
-            first = next(measured for measured in outcome.measurements if measured.run == run)
-            resume.save(bench.output, first, outcome.quality if outcome.check_done else None)
         notify("stopping")
 
 
@@ -133,18 +119,6 @@ def _capacity(outcomes: Sequence[Outcome]) -> float | None:
 def _seed(bench: Bench, load: Load, run: Run) -> int:
     """Return the seed of a run. A trace is the same in each repeat."""
     return bench.plan.seed if load.trace else bench.plan.seed_of(run.repeat)
-
-
-def _measure_pair(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:
-    """Measure a run without load and with load on the neighbors."""
-    load = bench.load_of(target)
-    setup = neighbors.NeighborSetup(
-        server,
-        workload.draw(load, bench.corpus_of(target), _seed(bench, load, run), bench.tokenizer),
-        bench.plan.neighbours,
-        start=lambda number, place: started_server(bench, target, place, server.notify, number),
-    )
-    return neighbors.measure(setup, run, folder)
 
 
 def _measure_search(bench: Bench, target: BenchTarget, server: MeasuredServer, run: Run, folder: Path) -> Measurement:

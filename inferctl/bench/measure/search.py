@@ -18,7 +18,7 @@ from inferctl.bench.judge.probe import Probe
 from inferctl.bench.judge.search_outcome import BudgetUse
 from inferctl.bench.judge.validity import ACHIEVED_LIMIT
 from inferctl.bench.load import load_run, records
-from inferctl.bench.measure.outcome import Measurement
+from inferctl.bench.measure.outcome import Measurement, run_records
 from inferctl.bench.plan import workload
 from inferctl.bench.plan.plan import Run
 from inferctl.bench.plan.sections import Search
@@ -286,13 +286,11 @@ class Backlog:
 def _partial_measurement(work: workload.Workload, place: Path) -> Measurement:
     """Return the measurement of a probe that ended early. Its window ends with its last response."""
     state = load_run.read_state(place)
-    rows = load_run.read_records(place, state)
+    rows = records.merge(place)
     start = int(state["measure_start_ns"])
     end = max(start + 1, int(rows["end_ns"].max()))
     offered = int(np.count_nonzero(work.schedule_ns < end - start))
-    bounds = work.load.generation.bounds if work.load.generation else {}
-    events = load_run.read_events(place, state)
-    part = summary.RunRecords(rows, start, end, work.load.inputs_per_request, offered, events, bounds)
+    part = run_records(work.load, rows, start, end, offered, records.merge_events(place))
     return Measurement(Run("ended-early", 0), 0.0, part, state, {}, place, {}, 0)
 
 

@@ -1,4 +1,4 @@
-"""Figures of GPUs and energy over one run, and whether they make the run invalid.
+"""Figures of GPUs over one run, and whether they make the run invalid.
 
 The field names of the classes are the keys of a receipt (docs/receipts.md).
 """
@@ -81,21 +81,10 @@ class GpuTelemetry:
 
 
 @dataclass(frozen=True)
-class CpuEnergy:
-    """Energy of all CPU packages, and of memory if it has a counter, over a run."""
-
-    joules: float
-    seconds: float
-    zones: tuple[str, ...]
-    scope: str = "whole machine, load generator included"
-
-
-@dataclass(frozen=True)
 class Telemetry:
-    """What the sensors of the machine showed during one run. `absent` has the reason for each missing source."""
+    """What the GPUs of the machine showed during one run. `absent` has the reason if there are none."""
 
     gpus: tuple[GpuTelemetry, ...] = ()
-    cpu_energy: CpuEnergy | None = None
     absent: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +95,7 @@ class Telemetry:
 def of_another_machine() -> Telemetry:
     """Return the telemetry of a run whose server is on another machine."""
     reason = "the server runs on another machine, which was not watched"
-    return Telemetry(absent={"gpu": reason, "cpu_energy": reason})
+    return Telemetry(absent={"gpu": reason})
 
 
 def of_gpu(
@@ -146,22 +135,6 @@ def of_gpu(
 def used_gpus(gpus: Sequence[GpuTelemetry]) -> tuple[GpuTelemetry, ...]:
     """Return the GPUs that a measured server was on; all GPUs if that is not known."""
     return tuple(gpu for gpu in gpus if gpu.ours) or tuple(gpus)
-
-
-def counted_joules(counters: Sequence[Sequence[int | None]], ranges_uj: Sequence[int]) -> float | None:
-    """Return the energy between the first and the last sample; None if a counter is missing in one sample.
-
-    `counters` has one row per sample and one column per counter, in microjoules. A counter restarts at 0 after its
-    range.
-    """
-    total = 0
-    for column, range_uj in zip(zip(*counters, strict=True), ranges_uj, strict=True):
-        known = [value for value in column if value is not None]
-        if len(known) < len(column):
-            return None
-        steps = (later - earlier for earlier, later in itertools.pairwise(known))
-        total += sum(step if step >= 0 else step + range_uj for step in steps)
-    return round(total / 1e6, 3)
 
 
 def gpu_validity(telemetry: Telemetry) -> Validity:

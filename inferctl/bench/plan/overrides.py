@@ -24,8 +24,6 @@ class Overrides(TypedDict, total=False):
     search: Mapping[str, object] | None  # keys of the search; an empty mapping requests a search with defaults
     slo_p99_ms: float | None  # of a search that the plan has
     budget_s: float | None
-    neighbours: int | None
-    error_budget_percent: float | None
 
 
 def apply(plan: Mapping[str, Any], precisions: Sequence[str] | None, overrides: Overrides) -> Keys:
@@ -37,9 +35,8 @@ def apply(plan: Mapping[str, Any], precisions: Sequence[str] | None, overrides: 
     changed: dict[str, Any] = {**plan, "load": _load(plan["load"], overrides)}
     if plan.get("generate"):
         changed["generate"] = _generate(plan["generate"], changed["load"], bool(precisions), overrides)
-    for key in ("repeats", "error_budget_percent", "neighbours"):
-        if (value := overrides.get(key)) is not None:
-            changed[key] = value
+    if overrides.get("repeats") is not None:
+        changed["repeats"] = overrides["repeats"]
     changed |= _search(plan, overrides)
     return changed | _configurations(plan, precisions, overrides)
 

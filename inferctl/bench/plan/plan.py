@@ -37,8 +37,6 @@ class Plan(Section):
     )
     matrix: Matrix | None = Field(None, description="Instead of `configurations`: every combination of the values.")
     search: Search | None = Field(None, description="Find the highest rate within an SLO.")
-    # The British spelling of plans, receipts and file names. Modules and functions have `neighbors`.
-    neighbours: int = Field(0, ge=0, le=64, description="Number of loaded neighbors on the same device.")
     load: Load = Field(default_factory=lambda: Load.model_validate({}), description="The requests.")
     generate: GenerationPlan | None = Field(None, description="The keys that differ for models of generation.")
     corpus: str = Field(
@@ -63,10 +61,6 @@ class Plan(Section):
         if self.search and self.repeats > 1:
             raise ValueError(
                 "a search measures each configuration once and repeats uncertain probes itself: remove repeats"
-            )
-        if self.neighbours and self.load.capacity_percent:
-            raise ValueError(
-                "neighbours need a rate in requests/s: the capacity for a rate in percent is measured without them"
             )
         expanded = self
         if self.matrix:
@@ -147,7 +141,6 @@ class Plan(Section):
         update: Keys = {"task": "generate", "generation": Generation.model_validate(requests)}
         if "timeout_s" not in load.model_fields_set:
             update["timeout_s"] = _GENERATION_TIMEOUT_S
-        # A second call, as for a resumed benchmark, must change nothing.
         changes: Keys = {"load": load.model_copy(update=update), "generate": None}
         if own.configurations is not None:
             changes["configurations"] = own.configurations

@@ -151,9 +151,7 @@ class Load(Section):
         description="Embeddings: share of the requests whose `input_type` is `query`. The others are `document`.",
     )
     generation: Generation | None = Field(None, description="Requests to generation servers.")
-    workers: int = Field(1, ge=1, le=256, description="Load generator processes on this machine.")
-    remote_workers: int = Field(0, ge=0, le=256, description="Workers on other machines that the run waits for.")
-    master_port: int = Field(5557, ge=1, le=65_535, description="Port for workers on other machines.")
+    workers: int = Field(1, ge=1, le=256, description="Load generator processes.")
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GREY = "#8c8c8c"
 _SLO_LINE = {"dash": "dot", "color": "#d55e00"}
 
 # A trace, a layout or an axis of a Plotly figure, in its JSON form.

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from inferctl.bench.report import load_charts
-from inferctl.bench.report.chart import GREY, Chart, Json, slo_line, ticks
+from inferctl.bench.report.chart import Chart, Json, slo_line, ticks
 from inferctl.receipts.receipt import Receipt
 
 # Colors by Okabe and Ito: distinct with each kind of color vision, on white and on black.
 _PRECISIONS = {"fp32": "#0072b2", "fp16": "#e69f00", "bf16": "#009e73", "int8": "#cc79a7"}
 _OTHERS = ("#56b4e9", "#d55e00", "#8c8c8c", "#b2a100")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-# Pixels of a bar and of the space around all bars; the number of bars in a chart of the usual height.
-_BAR, _AROUND, _FITS = 34, 74, 7
+# With more configurations, only one chart has a legend.
+_MOST_LEGENDS = 7
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,12 @@ def all_charts(receipts: Sequence[Receipt]) -> dict[str, Chart]:
         "ttft": percentiles(receipts, colors, TTFT),
         "itl": percentiles(receipts, colors, ITL),
         "percentiles": percentiles(receipts, colors),
-        "throughput": throughput(receipts, colors),
         "timeline": timeline(receipts, colors),
         "latency": load_charts.latency_over_time(receipts, colors),
     }
-    drawn = {name: chart for name, chart in charts.items() if _has_line_or_bars(chart)}
-    return drawn if len(receipts) <= _FITS else _compact(drawn, len(receipts))
-
-
-def _has_line_or_bars(chart: Chart) -> bool:
-    """Return whether a chart shows more than single points, which the tables have."""
-    return any(trace["type"] == "bar" or len(trace["x"]) > 1 for trace in chart.data)
+    # The tables have single points.
+    drawn = {name: chart for name, chart in charts.items() if any(len(trace["x"]) > 1 for trace in chart.data)}
+    return drawn if len(receipts) <= _MOST_LEGENDS else _compact(drawn, len(receipts))
 
 
 def _compact(charts: dict[str, Chart], count: int) -> dict[str, Chart]:
@@ -158,7 +153,11 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribu
             "ticktext": [f"p{q * 100:g}" for q in shares],
             "title": {"text": "percentile"},
         },
-        "yaxis": {"type": "log", **_latency_ticks(receipts, distribution.curve), "title": {"text": distribution.axis}},
+        "yaxis": {
+            "type": "log",
+            **ticks([ms for receipt in receipts for _, ms in receipt.data[distribution.curve]]),
+            "title": {"text": distribution.axis},
+        },
         "hovermode": "closest",
     }
     if distribution == LATENCY and (
@@ -171,41 +170,6 @@ def percentiles(receipts: Sequence[Receipt], colors: Mapping[str, str], distribu
         "does not support it."
     )
     return Chart(distribution.title, text, data, layout)
-
-
-def throughput(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
-    """Return requests/s, or output tokens/s of generation."""
-    generates = _task(receipts) == "generate"
-    key, unit = ("output_tokens_per_s", "output tokens/s") if generates else ("requests_per_s", "requests/s")
-    values = [receipt.data["summary"][key] for receipt in receipts]
-    intervals = [receipt.data["summary"][f"{key}_interval"] for receipt in receipts]
-    bars = _bars(receipts, colors, values, f"%{{y}}: %{{x:.2f}} {unit}<extra></extra>")
-    bars["error_x"] = _error_bars(
-        [
-            (max(0.0, value - interval["low"]), interval["high"] - value) if interval else (0.0, 0.0)
-            for interval, value in zip(intervals, values, strict=True)
-        ]
-    )
-    data = [bars] if receipts else []
-    what = "Output tokens of successful responses" if generates else "Successful responses"
-    text = f"{what} per second in the measured window, with 95% intervals. Hatched: emulated precision."
-    return Chart("Throughput", text, data, _bar_layout(len(receipts), unit))
-
-
-def _error_bars(ends: Sequence[tuple[float, float]]) -> Json:
-    """Return error bars from the lengths (below, above) of each value."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "arrayminus": [below for below, _ in ends],
-        "array": [above for _, above in ends],
-        "color": GREY,
-    }
-
-
-def _task(receipts: Sequence[Receipt]) -> str:
-    """Return the task, which all receipts share."""
-    return receipts[0].task if receipts else "embed"
 
 
 def timeline(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
@@ -233,49 +197,3 @@ def timeline(receipts: Sequence[Receipt], colors: Mapping[str, str]) -> Chart:
     }
     text = "Requests/s of each run, second by second. A run that drifts has not reached a steady state."
     return Chart("Throughput over time", text, data, layout)
-
-
-def _latency_ticks(receipts: Sequence[Receipt], curve: str = "curve") -> Json:
-    return ticks([ms for receipt in receipts for _, ms in receipt.data[curve]])
-
-
-def _bars(receipts: Sequence[Receipt], colors: Mapping[str, str], values: list[float], hover: str) -> Json:
-    """Return horizontal bars, which leave room for long names. A bar is hatched if its precision is emulated."""
-    emulated = [receipt.data["precision"].get("level") == "emulated" for receipt in receipts]
-    pattern = {
-        "shape": ["/" if hatched else "" for hatched in emulated],
-        "fillmode": "overlay",
-        "fgcolor": "#ffffff",
-        "fgopacity": 0.45,
-        "solidity": 0.3,
-    }
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "y": [
-            f"{short(label(receipt))}  <b>{_figure(value)}</b>" for receipt, value in zip(receipts, values, strict=True)
-        ],
-        "x": values,
-        "width": 0.6,
-        "marker": {"color": [colors[receipt.name] for receipt in receipts], "pattern": pattern},
-        "hovertemplate": hover,
-    }
-
-
-def _bar_layout(count: int, title: str) -> Json:
-    """Return the layout of horizontal bars: the first on top, and as high as the bars need."""
-    return {
-        "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
-        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
-        "showlegend": False,
-        **({"height": _AROUND + _BAR * count} if count > _FITS else {}),
-    }
-
-
-def short(name: str, most: int = 34) -> str:
-    """Return a name of at most `most` characters, with the middle left out."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferctl.bench.judge import slo, summary, verdict
+from inferctl.bench.judge import slo, summary
 from inferctl.bench.measure import concurrency
 from inferctl.bench.report import ranking, search_findings
 from inferctl.bench.report.rows import MEASURED, ClosedLoopFigures, MeasuredRow, Row
@@ -33,7 +33,6 @@ def describe(rows: Sequence[Row], error_budget_percent: float) -> list[str]:
     sentences += [text for row in measured if (text := _goodput(row))]
     sentences += _slo([row for row in measured if row.slo and not row.search])
     sentences += [text for row in measured if (text := _burst(row))]
-    sentences += [_with_neighbors(row.configuration, row.neighbours) for row in measured if row.neighbours]
     return list(dict.fromkeys(sentences + _compact(measured)))
 
 
@@ -240,34 +239,6 @@ def _milliseconds(found: JsonObject) -> str:
 def _ends(found: JsonObject) -> tuple[float, float]:
     """Return the interval of a percentile that has a value."""
     return float(found["low"]), float(found["high"])
-
-
-def _with_neighbors(name: str, found: JsonObject) -> str:
-    """Return how the latency changed with loaded neighbors."""
-    neighbors = count_of_neighbors(found["count"])
-    key = next((key for key in ("p99", "p90", "p50") if found["percentiles"][key]["factor"] is not None), None)
-    if key is None:
-        return f"{name} with {neighbors}: not enough samples to measure the effect on the latency."
-    figures, rates = found["percentiles"][key], found["neighbour_requests_per_s"]
-    each = f"{rates['min']:.1f}" if rates["min"] == rates["max"] else f"{rates['min']:.1f} to {rates['max']:.1f}"
-    inconclusive = ""
-    if figures["low"] is None:
-        pairs = "this pair of runs" if found["pairs"] == 1 else f"these {found['pairs']} pairs of runs"
-        factor = f"{figures['factor']:.2f}x in {pairs}"
-        inconclusive = f"; inconclusive, an interval needs {verdict.RECOMMENDED_REPEATS} pairs (`--repeats`)"
-    else:
-        factor = f"{figures['factor']:.2f}x ({figures['low']:.2f} to {figures['high']:.2f}, {found['pairs']} pairs)"
-        if figures["low"] <= 1 <= figures["high"]:
-            inconclusive = "; inconclusive, since the interval contains 1"
-    return (
-        f"{name} with {neighbors}: {key} {figures['without_ms']:.1f} -> {figures['with_ms']:.1f} ms, {factor}; "
-        f"{'the' if found['count'] == 1 else 'each'} neighbor completed {each} requests/s{inconclusive}."
-    )
-
-
-def count_of_neighbors(count: int) -> str:
-    """Return `1 loaded neighbor`, or `N loaded neighbors`."""
-    return "1 loaded neighbor" if count == 1 else f"{count} loaded neighbors"
 
 
 def _compact(rows: Sequence[MeasuredRow]) -> list[str]:

@@ -92,7 +92,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         models=lines((_model(one), one.name) for one in receipts),
         opened=any(row.mode == "open" for row in measured),
         noisy=any(row.noise for row in measured),
-        prices=list(terminal.prices([row.costs for row in measured])),
+        prices=list(terminal.prices(measured)),
         unknown=unknown_costs(receipts),
         limitations=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
         machines=machines,

@@ -1,4 +1,4 @@
-"""The charts of rate against p99, of loaded neighbors, and of latency over time."""
+"""The charts of rate against p99, and of latency over time."""
 
 from __future__ import annotations
 

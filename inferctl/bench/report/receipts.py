@@ -5,73 +5,54 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import inferctl
 from inferctl.bench import privacy
 from inferctl.bench.judge import efficiency, stages, summary
 from inferctl.bench.judge.validity import Validity
+from inferctl.bench.load import records
 from inferctl.bench.load.target import is_local
-from inferctl.bench.measure import closed_loop, digests, neighbors
+from inferctl.bench.measure import closed_loop
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.judgment import judge_outcome
 from inferctl.bench.measure.outcome import BenchTarget, Measurement, Outcome
-from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
 from inferctl.receipts import receipt
 from inferctl.receipts.receipt import JsonObject
 
 
-@dataclass(frozen=True)
-class ReceiptContext:
-    """The properties of a benchmark that all its receipts share.
-
-    - `model_source`: the source of the weights in the spec.
-    - `hardware_wanted`: the catalog keys that the spec requests.
-    - `targets`: the benchmark targets, if they are not the configurations of the plan.
-    """
-
-    plan: Plan
-    environment: Environment
-    model_source: str | None
-    hardware_wanted: Sequence[str]
-    slo_p99_ms: float | None
-    output: Path
-    targets: Sequence[BenchTarget] = ()
-
-
-def write_all(context: ReceiptContext, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
+def write_all(bench: Bench, outcomes: Sequence[Outcome]) -> list[receipt.Receipt]:
     """Write one receipt for each outcome that has at least one run."""
     return [
         receipt.write(
-            context.output / "receipts" / f"{outcome.target.name}.json",
-            privacy.without_home(_document(context, outcome)),
+            bench.output / "receipts" / f"{outcome.target.name}.json",
+            privacy.without_home(_document(bench, outcome)),
         )
         for outcome in outcomes
         if outcome.measurements
     ]
 
 
-def _document(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
+def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
     """Return a receipt (docs/receipts.md describes each key)."""
-    budget, cores = context.plan.error_budget_percent, context.environment.machine_cores
+    budget, cores = bench.plan.error_budget_percent, bench.environment.machine_cores
     judged = judge_outcome(outcome, cores, budget)
     info, target, runs = _without_paths(outcome.info), outcome.target, outcome.measurements
     first, parts = runs[0], [part for run in runs for part in run.all_records]
-    hardware = hardware_of(info, target, context.environment)
+    hardware = hardware_of(info, target, bench.environment)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "inferctl": inferctl.__version__,
         "configuration": _configuration(target),
-        "plan": _plan(context, outcome),
-        "slo": {"p99_ms": context.slo_p99_ms, **_bounds(first.load)},
+        "plan": _plan(bench, outcome),
+        "slo": {"p99_ms": bench.slo_p99_ms, **_bounds(first.load)},
         "workload": dataclasses.asdict(first.workload),
-        "model": {**(info.get("model") or {}), "source": _source(context, info, target)},
+        "model": {**(info.get("model") or {}), "source": _source(bench, info, target)},
         "precision": precision_of(info, target),
         "hardware": hardware,
-        "environment": context.environment.as_dict(),
+        "environment": bench.environment.as_dict(),
         "server": info,
         "image": info.get("image"),
         "summary": judged.summary,
@@ -86,20 +67,18 @@ def _document(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
         ),
         "quality": privacy.without_folders(outcome.quality.as_dict()),
         "validity": privacy.without_folders(judged.validity.as_dict()),
-        "curve": summary.latency_curve(parts),
-        **summary.latency_curves(parts),
+        **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
-        "neighbours": privacy.without_folders(neighbors.document(runs, cores, budget)),
         "closed_loop": closed_loop.pooled(runs),
         "concurrency": first.concurrency and first.concurrency.as_dict(),
-        "runs": [_run(context, run, validity) for run, validity in zip(runs, judged.runs, strict=True)],
+        "runs": [_run(bench, run, validity) for run, validity in zip(runs, judged.runs, strict=True)],
     }
 
 
-def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[str, Any]:
+def _run(bench: Bench, run: Measurement, validity: Validity) -> dict[str, Any]:
     """Return an element of the `runs` key of a receipt."""
-    folder = run.folder.relative_to(context.output)
+    folder = run.folder.relative_to(bench.output)
     return {
         "repeat": run.run.repeat,
         "started": datetime.datetime.fromtimestamp(run.started, datetime.UTC).isoformat(timespec="milliseconds"),
@@ -119,7 +98,7 @@ def _run(context: ReceiptContext, run: Measurement, validity: Validity) -> dict[
         "latency_over_time": summary.over_time(run.records),
         "records": [
             {"path": (folder / name).as_posix(), "sha256": digest}
-            for name, digest in digests.of_records(run.folder).items()
+            for name, digest in records.digests(run.folder).items()
         ],
     }
 
@@ -146,18 +125,17 @@ def load_without_folder(load: Load | None) -> dict[str, Any]:
     return privacy.without_trace_folder(load.model_dump(mode="json")) if load else {}
 
 
-def _plan(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
+def _plan(bench: Bench, outcome: Outcome) -> dict[str, Any]:
     """Return the plan with the measured targets as its configurations, and the load and corpus of this target."""
-    plan = context.plan.model_dump(mode="json")
+    plan = bench.plan.model_dump(mode="json")
     plan["load"] = load_without_folder(outcome.measurements[0].load)
     plan["corpus"] = privacy.name_of(outcome.target.corpus or plan["corpus"])
     if plan["quality"]:
         plan["quality"]["corpus"] = privacy.name_of(plan["quality"]["corpus"])
-    if context.targets:
-        plan["configurations"] = [
-            {key: value for key, value in dataclasses.asdict(target).items() if value is not None}
-            for target in context.targets
-        ]
+    plan["configurations"] = [
+        {key: value for key, value in dataclasses.asdict(target).items() if value is not None}
+        for target in bench.targets
+    ]
     for configuration in plan["configurations"]:
         for key in ("corpus", "checkpoint"):
             configuration |= {key: privacy.name_of(configuration[key])} if configuration.get(key) else {}
@@ -167,13 +145,13 @@ def _plan(context: ReceiptContext, outcome: Outcome) -> dict[str, Any]:
     return plan
 
 
-def _source(context: ReceiptContext, info: JsonObject, target: BenchTarget) -> str | None:
+def _source(bench: Bench, info: JsonObject, target: BenchTarget) -> str | None:
     """Return the source of the weights.
 
     A server that inferctl starts reports the folder of the weights, so the source in the spec is used instead.
     """
     reported = (info.get("model") or {}).get("source")
-    source = reported if target.url and reported else context.model_source or reported
+    source = reported if target.url and reported else bench.model_source or reported
     return privacy.name_of(source) if source else None
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import Outcome
 from inferctl.bench.plan.plan import Plan
 from inferctl.bench.plan.shape import Load
 from inferctl.bench.report import findings, rows, search_findings
 from inferctl.bench.report.caveats import Caveat, caveats
-from inferctl.bench.report.receipts import ReceiptContext, load_without_folder
+from inferctl.bench.report.receipts import load_without_folder
 from inferctl.bench.report.rows import Row
 from inferctl.core.errors import InferctlError, InvalidRunError
 from inferctl.facts import catalog
@@ -55,12 +56,12 @@ class Result:
         }
 
 
-def collect(context: ReceiptContext, outcomes: Sequence[Outcome], receipts: Sequence[Receipt], report: Path) -> Result:
+def collect(bench: Bench, outcomes: Sequence[Outcome], receipts: Sequence[Receipt], report: Path) -> Result:
     """Return the result of all outcomes and their receipts; `report` is the path of the HTML file."""
-    plan = _with_found_users(context.plan, outcomes)
+    plan = _with_found_users(bench.plan, outcomes)
     by_name = {receipt.name: receipt for receipt in receipts}
-    measured = [rows.of_outcome(outcome, by_name.get(outcome.target.name), context.slo_p99_ms) for outcome in outcomes]
-    every = [*measured, *other_hardware(context, measured)]
+    measured = [rows.of_outcome(outcome, by_name.get(outcome.target.name), bench.slo_p99_ms) for outcome in outcomes]
+    every = [*measured, *other_hardware(bench, measured)]
     return Result(
         plan=plan.name,
         load=plan.load,
@@ -68,8 +69,8 @@ def collect(context: ReceiptContext, outcomes: Sequence[Outcome], receipts: Sequ
         findings=findings.describe(every, plan.error_budget_percent),
         caveats=caveats(every),
         rows=every,
-        environment=context.environment,
-        output=str(context.output),
+        environment=bench.environment,
+        output=str(bench.output),
         report=str(report),
     )
 
@@ -88,7 +89,7 @@ def write(path: Path, result: Result) -> None:
     path.write_text(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def other_hardware(context: ReceiptContext, measured: Sequence[Row]) -> list[Row]:
+def other_hardware(bench: Bench, measured: Sequence[Row]) -> list[Row]:
     """Return rows for the requested hardware that no measured row ran on.
 
     A GPU of this machine that no server used was not measured.
@@ -99,7 +100,7 @@ def other_hardware(context: ReceiptContext, measured: Sequence[Row]) -> list[Row
     profiles = catalog.hardware_profiles()
     return [
         Row(key, rows.NOT_MEASURED_HERE, reason, hardware={"key": key, "name": getattr(profiles.get(key), "name", key)})
-        for key in context.hardware_wanted
+        for key in bench.hardware_wanted
         if key not in {hardware["key"] for hardware in used}
     ]
 

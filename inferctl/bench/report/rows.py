@@ -15,6 +15,12 @@ from inferctl.receipts import noise
 from inferctl.receipts.noise import Noise
 from inferctl.receipts.receipt import JsonObject, Receipt
 
+_EFFICIENCY = (
+    "watts",
+    "joules_per_1000_requests",
+    "joules_per_million_texts",
+    "cpu_seconds_per_1000_requests",
+)
 MEASURED, FAILED, NOT_RUN, NOT_MEASURED_HERE = "measured", "failed", "not run", "not measured here"
 
 
@@ -70,19 +76,6 @@ class SloAtLoad:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Energy, price and GPU utilization; None for what is unknown. `price` is the lowest price of the catalog."""
-
-    watts: float | None = None
-    joules_per_1000_requests: float | None = None
-    joules_per_million_texts: float | None = None
-    cpu_seconds_per_1000_requests: float | None = None
-    usd_per_million_texts: float | None = None
-    price: JsonObject | None = None
-    gpu_utilisation_percent: float | None = None
-
-
-@dataclass(frozen=True)
 class ClosedLoopFigures:
     """The closed loop before an open loop whose rate is a share of `reference_rps`, the capacity."""
 
@@ -98,7 +91,7 @@ class MeasuredRow(Row):
     """A row with figures, from a receipt.
 
     `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
-    above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`, `neighbours`,
+    above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
     `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
@@ -114,7 +107,6 @@ class MeasuredRow(Row):
     max_batch_tokens: int | None = None
     workload: tuple[str | None, JsonObject | None] = (None, None)
     search: JsonObject | None = None
-    neighbours: JsonObject | None = None
     closed_loop: ClosedLoopFigures | None = None
     concurrency: JsonObject | None = None
     stages: Sequence[JsonObject] | None = None
@@ -140,7 +132,13 @@ class MeasuredRow(Row):
     pairs_per_s: float | None = None
     generation: JsonObject | None = None
     server_peak_bytes: float | None = None
-    costs: Costs = field(default_factory=Costs)
+    watts: float | None = None
+    joules_per_1000_requests: float | None = None
+    joules_per_million_texts: float | None = None
+    cpu_seconds_per_1000_requests: float | None = None
+    usd_per_million_texts: float | None = None
+    price: JsonObject | None = None
+    gpu_utilisation_percent: float | None = None
     quality: JsonObject = field(default_factory=lambda: {"checked": False})
     cosine_mean: float | None = None
     recall_at_10: float | None = None
@@ -152,10 +150,9 @@ class MeasuredRow(Row):
     def as_dict(self) -> dict[str, Any]:
         """Return an element of the `rows` key of a result."""
         names = [key.name for key in fields(self) if key.name not in {base.name for base in fields(Row)}]
-        figures = {name: getattr(self, name) for name in names if name != "costs"}
         return {
             **super().as_dict(),
-            **figures,
+            **{name: getattr(self, name) for name in names},
             "slo": self.slo and asdict(self.slo),
             "closed_loop": self.closed_loop and asdict(self.closed_loop),
             "runs": [asdict(run) for run in self.runs],
@@ -163,7 +160,6 @@ class MeasuredRow(Row):
             "workload": list(self.workload),
             "p50_interval_ms": list(self.p50_interval_ms),
             "p99_interval_ms": list(self.p99_interval_ms),
-            **asdict(self.costs),
         }
 
 
@@ -190,7 +186,6 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
         workload=(data["workload"]["corpus"], _load_changes(outcome)),
         search=data.get("search"),
-        neighbours=_without_runs(data.get("neighbours")),
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),
@@ -214,7 +209,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         pairs_per_s=figures["texts_per_s"] if rerank else None,
         generation=_generation(figures) if receipt.task == "generate" else None,
         server_peak_bytes=data["resources"].get("server_peak_bytes"),
-        costs=_costs(data),
+        **_costs(data),
         quality=quality,
         cosine_mean=(quality.get("cosine") or {}).get("mean"),
         recall_at_10=quality.get("recall_at_10"),
@@ -265,20 +260,18 @@ def _run_figures(run: JsonObject) -> RunFigures:
     )
 
 
-def _costs(data: JsonObject) -> Costs:
+def _costs(data: JsonObject) -> dict[str, Any]:
+    """Return energy, price and GPU utilization; None for what is unknown. `price` is the lowest of the catalog."""
     found = data.get("efficiency") or {}
     cheapest = next(iter(found.get("cost") or ()), None)
     gpus = [gpu for run in data["runs"] for gpu in (run.get("telemetry") or {}).get("gpus", ())]
     utilization = [gpu["utilisation_percent"]["mean"] for gpu in gpus if gpu["utilisation_percent"]]
-    return Costs(
-        watts=found.get("watts"),
-        joules_per_1000_requests=found.get("joules_per_1000_requests"),
-        joules_per_million_texts=found.get("joules_per_million_texts"),
-        cpu_seconds_per_1000_requests=found.get("cpu_seconds_per_1000_requests"),
-        usd_per_million_texts=cheapest["usd_per_million_texts"] if cheapest else None,
-        price=cheapest,
-        gpu_utilisation_percent=round(sum(utilization) / len(utilization), 1) if utilization else None,
-    )
+    return {
+        **{name: found.get(name) for name in _EFFICIENCY},
+        "usd_per_million_texts": cheapest["usd_per_million_texts"] if cheapest else None,
+        "price": cheapest,
+        "gpu_utilisation_percent": round(sum(utilization) / len(utilization), 1) if utilization else None,
+    }
 
 
 def _closed_loop(found: JsonObject | None) -> ClosedLoopFigures | None:
@@ -292,7 +285,3 @@ def _closed_loop(found: JsonObject | None) -> ClosedLoopFigures | None:
         requests_per_s_interval=figures["requests_per_s_interval"],
         runs=figures["runs"],
     )
-
-
-def _without_runs(found: JsonObject | None) -> JsonObject | None:
-    return found and {key: value for key, value in found.items() if key not in ("runs", "cautions")}

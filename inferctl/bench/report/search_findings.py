@@ -12,10 +12,7 @@ _INCONCLUSIVE = ("n too small", "not confirmed")
 
 
 def sentences(name: str, search: JsonObject) -> list[str]:
-    """Return what the search of configuration `name` found; the first sentence is the result.
-
-    The tables have the knee and the saturation.
-    """
+    """Return what the search of configuration `name` found; the first sentence is the result."""
     found = [f"{name} meets the SLO{_result(search)}." if _confirmed(search) else f"{name}{_without_rate(search)}."]
     if search["first_failing_rps"]:
         times = search.get("first_failing_times")  # receipts of older versions have none
@@ -30,9 +27,6 @@ def sentences(name: str, search: JsonObject) -> list[str]:
             f"{name}: the search ended with its budget ({budget['seconds']:.0f} s, of which it used "
             f"{budget['spent_s']:.0f} s); a longer budget narrows the band."
         )
-    if cliff := search["cliff"]:
-        what = "requests fail" if cliff["kind"] == "errors" else cliff["kind"]
-        found.append(f"From {cliff['rps']:g} requests/s on, {what} at {name}: {cliff['reason']}.")
     return found
 
 

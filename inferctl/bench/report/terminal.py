@@ -14,9 +14,8 @@ from inferctl.bench.judge.summary import failures
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.caveats import lines
 from inferctl.bench.report.chart import unit_of
-from inferctl.bench.report.findings import count_of_neighbors
 from inferctl.bench.report.result import Result
-from inferctl.bench.report.rows import Costs, MeasuredRow, Row
+from inferctl.bench.report.rows import MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
 
 HEADINGS = ("config", "runs as", "p50", "p90", "p99", "req/s")
@@ -39,7 +38,7 @@ def render(result: Result) -> RenderableType:
     missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
-        sections = (hardware, searches, neighbors, stages, costs)
+        sections = (hardware, searches, stages, costs)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
     if missing:
         blocks.append(without_figures(missing))
@@ -94,31 +93,6 @@ def _band(search: JsonObject) -> str:
     return f"{short(band[0])}-{short(band[1])}" if band[1] else f"{short(band[0])} or more"
 
 
-def neighbors(rows: Sequence[MeasuredRow]) -> RenderableType | None:
-    """Return latency and throughput with idle and with loaded neighbors."""
-    found = [(row.configuration, row.neighbours) for row in rows if row.neighbours]
-    if not found:
-        return None
-    grid = _grid("", "idle", "loaded", "factor", "95% interval")
-    for name, section in found:
-        label = name
-        for key, figures in section["percentiles"].items():
-            if figures["factor"] is None:
-                grid.add_row(label, key, f"n<{figures['needed']}")
-            else:
-                low, high = figures["low"], figures["high"]
-                interval = _UNKNOWN if low is None else f"{low:.2f} - {high:.2f}"
-                latencies = [short(figures[which]) for which in ("without_ms", "with_ms")]
-                grid.add_row(label, key, *latencies, f"{figures['factor']:.2f}x", interval)
-            label = ""
-        rates = section["requests_per_s"]
-        grid.add_row("", "req/s", short(rates["without"]), short(rates["with"]))
-        if others := section["neighbour_requests_per_s"]:
-            each = " to ".join(dict.fromkeys((short(others["min"]), short(others["max"]))))
-            grid.add_row("", "neighbor req/s", "0", each)
-    return _titled(f"with {count_of_neighbors(found[0][1]['count'])}, latency in ms", grid)
-
-
 def stages(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     """Return the figures of each stage, for a load with several."""
     found = [(row.configuration, row.stages) for row in rows if row.stages]
@@ -148,12 +122,12 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     """
     unit = unit_of(rows[0].task)
     columns = {
-        "CPU s": [row.costs.cpu_seconds_per_1000_requests for row in rows],
-        "J": [row.costs.joules_per_1000_requests for row in rows],
-        f"J/M {unit}": [row.costs.joules_per_million_texts for row in rows],
-        f"$/M {unit}": [row.costs.usd_per_million_texts for row in rows],
-        "GPU %": [row.costs.gpu_utilisation_percent for row in rows],
-        "W": [row.costs.watts for row in rows],
+        "CPU s": [row.cpu_seconds_per_1000_requests for row in rows],
+        "J": [row.joules_per_1000_requests for row in rows],
+        f"J/M {unit}": [row.joules_per_million_texts for row in rows],
+        f"$/M {unit}": [row.usd_per_million_texts for row in rows],
+        "GPU %": [row.gpu_utilisation_percent for row in rows],
+        "W": [row.watts for row in rows],
         "MiB": [row.server_peak_bytes and row.server_peak_bytes / 2**20 for row in rows],
     }
     known = {title: values for title, values in columns.items() if any(value is not None for value in values)}
@@ -272,7 +246,7 @@ def notes(result: Result) -> Iterator[str]:
         )
         yield f"requests sent over 1 ms late, and requests dropped: {sends}"
     yield from result.findings[1:]
-    yield from prices([row.costs for row in measured])
+    yield from prices(measured)
     yield from (
         f"{caveat.label}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
     )
@@ -294,7 +268,7 @@ def received(rows: Sequence[MeasuredRow]) -> list[str]:
     return lines((row.received, row.configuration) for row in rows)
 
 
-def prices(rows: Sequence[Costs]) -> Iterator[str]:
+def prices(rows: Sequence[MeasuredRow]) -> Iterator[str]:
     """Yield each price that a cost is based on, with its source and date."""
     known = [row.price for row in rows if row.price]
     for price in {(price["provider"], price["instance"]): price for price in known}.values():

@@ -1,5 +1,0 @@
-"""Fixtures of the tests of fleets: the real NATS and PostgreSQL."""
-
-from __future__ import annotations
-
-from tests.metering.conftest import nats, postgres  # noqa: F401  # fixtures

@@ -1,0 +1,359 @@
+"""`inferctl verify --against sentence-transformers`: servers with another model than the right one are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inferctl.bench.load.target import ServerConnection, connect
+from inferctl.core.errors import InferctlError
+from inferctl.image import library, verify
+from inferctl.image.output_checks import QUERY
+from inferctl.image.records import ContainerState, ImageInfo
+from inferctl.models import reference_process
+from inferctl.models.model import IMAGE_FOLDER
+from inferctl.models.output_vectors import decode
+from inferctl.models.reference_process import LIBRARIES
+from inferctl.serve.reference import reference
+from tests import tiny_models
+from tests.processes import ServerProcess, inferctl, start
+from tests.reading import saved_models
+from tests.reading.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed
+
+FP32 = ("--precision", "fp32")
+
+
+def noise(share: float) -> Change:
+    """Return a change of one matrix of a layer: as much noise as a share of its numbers."""
+
+    def change(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        file = folder / "model.safetensors"
+        weights = load_file(file)
+        name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+        torch.manual_seed(1)
+        weights[name] += share * weights[name].std() * torch.randn_like(weights[name])
+        save_file(weights, file, metadata={"format": "pt"})
+
+    return change
+
+
+def tokenizer(edit_content: Callable[[dict[str, Any]], None]) -> Change:
+    def change(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        edit_content(content)
+        file.write_text(json.dumps(content))
+
+    return change
+
+
+def keep_case(content: dict[str, Any]) -> None:
+    assert content["normalizer"]["lowercase"]
+    content["normalizer"]["lowercase"] = False
+
+
+def without_a_special_token(content: dict[str, Any]) -> None:
+    content["added_tokens"] = [each for each in content["added_tokens"] if each["content"] != "[MASK]"]
+
+
+# What is wrong with the folder that a server has: its task, a change of the right folder, precision, part of the error.
+FAULTS: dict[str, tuple[str, Change, str, str]] = {
+    "noise in a layer": ("embed", noise(1e-3), "fp32", "12 of 12 texts"),
+    "much noise in a layer": ("embed", noise(1.0), "bf16", "12 of 12 texts"),
+    "another pooling": ("embed", changed("1_Pooling/config.json", {"pooling_mode": "cls"}), "fp32", "of 12 texts"),
+    "case is kept": ("embed", tokenizer(keep_case), "fp32", "of 12 texts"),
+    "a special token is text": ("embed", tokenizer(without_a_special_token), "fp32", "1 of 12 texts.*'the end"),
+    "not normalized": ("embed", modules_changed(list.pop), "bf16", "12 of 12 texts"),
+    "fewer dimensions": (
+        "embed",
+        changed("config_sentence_transformers.json", {"truncate_dim": 8}),
+        "fp32",
+        "the vectors have 8 numbers",
+    ),
+    "noise in a cross-encoder": ("rerank", noise(0.01), "fp32", "of 12 texts"),
+    "another activation": (
+        "rerank",
+        changed("config.json", {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}),
+        "bf16",
+        "of 12 texts",
+    ),
+    "noise in a classifier": ("classify", noise(0.01), "fp32", "of 12 texts"),
+    "another problem": ("classify", changed("config.json", {"problem_type": "regression"}), "bf16", "of 12 texts"),
+}
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`right("rerank")` returns a small model for the task."""
+
+    @cache
+    def make(task: str) -> Path:
+        folder = tmp_path_factory.mktemp(task)
+        if task == "rerank":
+            return tiny_models.make_cross_encoder(folder, "bert")
+        if task == "classify":
+            return tiny_models.make_cross_encoder(folder, "bert", num_labels=3)
+        return saved_models.save(folder, "bert", MEAN, {})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def computed_once() -> Iterator[None]:
+    """The library computes each model once for all tests."""
+    original = reference_process.run
+
+    @cache
+    def run(model: Path, inputs: str, options: tuple[str, ...]) -> dict[str, Any]:
+        return original(model, json.loads(inputs), options, lambda _: None)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(
+        reference_process,
+        "run",
+        lambda model, inputs, options, _: run(model, json.dumps(inputs), tuple(options)),
+    )
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def server(right: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of the right embedding model."""
+    running = start(tmp_path_factory.mktemp("server"), "--model", str(right("embed")), *FP32)
+    yield running
+    running.kill()
+
+
+def outputs(target: ServerConnection) -> Sequence[object]:
+    return target.request([QUERY, *library.TEXTS] if target.task == "rerank" else list(library.TEXTS))
+
+
+def compared(target: ServerConnection, folder: Path) -> library.LibraryComparison:
+    return library.compare(outputs(target), {**target.info, "task": target.task}, folder)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_server_of_another_model_is_found(
+    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess], tmp_path: Path, name: str
+) -> None:
+    task, change, precision, message = FAULTS[name]
+    folder = tmp_path / "model"
+    shutil.copytree(right(task), folder)
+    change(folder)
+    target = connect(serve("--model", str(folder), "--precision", precision).url)
+    with pytest.raises(InferctlError, match=message):
+        compared(target, right(task))
+
+
+@pytest.mark.parametrize(
+    ("task", "precision"), [("embed", "fp32"), ("embed", "bf16"), ("rerank", "fp32"), ("classify", "fp32")]
+)
+def test_a_server_of_the_right_model_agrees(
+    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess], task: str, precision: str
+) -> None:
+    found = compared(connect(serve("--model", str(right(task)), "--precision", precision).url), right(task))
+    assert (found.texts, found.cosine_min is None) == (12, task != "embed")
+    assert found.library.startswith(f"{LIBRARIES[task]} ")
+    assert 0 < found.difference <= (found.tolerance if precision == "fp32" else 0.1)
+
+
+@pytest.mark.slow
+def test_the_limit_of_the_server_cuts_the_texts_of_the_library(
+    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
+) -> None:
+    server = serve("--model", str(right("embed")), *FP32, "--max-input-tokens", "9")
+    assert compared(connect(server.url), right("embed")).difference < library.FP32_LIMIT
+
+
+def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: ServerProcess, tmp_path: Path) -> None:
+    done = inferctl("verify", "--url", server.url, "--against", library.NAME, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["library"]
+    assert found["difference"] <= library.FP32_LIMIT
+    assert found["cosine_min"] > 0.99999
+
+
+@pytest.mark.slow
+def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tmp_path: Path) -> None:
+    done = inferctl("verify", "--model", str(right("rerank")), *FP32, "--against", library.NAME, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"equals {library.NAME} " in done.stderr
+
+
+@pytest.mark.slow
+def test_each_task_has_its_library(right: Callable[[str], Path], server: ServerProcess, tmp_path: Path) -> None:
+    done = inferctl("verify", "--model", str(right("classify")), *FP32, "--against", "transformers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "equals transformers " in done.stderr
+    done = inferctl("verify", "--url", server.url, "--against", "transformers", cwd=tmp_path)
+    assert (done.returncode, f"--against {library.NAME}" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["module", "architecture"])
+def test_code_of_a_folder_is_not_run_and_the_reason_is_named(
+    right: Callable[[str], Path], server: ServerProcess, tmp_path: Path, where: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(right("embed"), folder)
+    for name in ("own", "sentence_transformers"):
+        (folder / f"{name}.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Model: pass\n")
+    if where == "module":
+        entry = {"idx": 9, "name": "9", "path": "", "type": "own.Model"}
+        modules_changed(lambda listed: listed.append(entry))(folder)
+    else:
+        edit(folder / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
+    done = inferctl("verify", "--url", server.url, "--model", ".", "--against", library.NAME, cwd=folder)
+    assert done.returncode == 3
+    assert "own.Model" in done.stderr
+    assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "tei", "--model", "m"], "'tei'"),
+        ([], "no image"),
+        (["./m", "--against", library.NAME], "`inferctl verify --model ./m"),
+        (["a:b", "--url", "http://127.0.0.1:1", "--against", library.NAME], "two servers"),
+        (["a:b", *FP32], "--precision"),
+        (["--against", "torch", "--model", "m"], "'torch'"),
+    ],
+)
+def test_options_that_do_not_fit_are_usage_errors(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = inferctl("verify", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_the_library_adds_the_token_that_the_server_adds(tmp_path: Path) -> None:
+    folder = saved_models.save(tmp_path, "qwen3", LAST, {})
+    edit(folder / "tokenizer.json", {"post_processor": None})
+    edit(folder / "tokenizer_config.json", {"add_eos_token": True, "eos_token": "[SEP]"})
+    texts = ["a", "two words", "a long text " * 100]
+    assert agree(folder, texts)
+    edit(folder / "tokenizer_config.json", {"add_eos_token": False})
+    assert agree(folder, texts)
+
+
+def agree(folder: Path, texts: list[str]) -> bool:
+    found = [reference(str(folder), texts, with_library=each)["embeddings"] for each in (False, True)]
+    rows = [[decode(text) for text in each] for each in found]
+    return max(abs(x - y) for a, b in zip(*rows, strict=True) for x, y in zip(a, b, strict=True)) < 1e-5
+
+
+class HostEngine:
+    """An engine whose containers are processes of this machine, with a server that runs already."""
+
+    def __init__(self, server: ServerProcess, model: Path) -> None:
+        self.server, self.model, self.id = server, model, "host"
+
+    def start(self, *_: Any) -> HostEngine:
+        return self
+
+    def __enter__(self) -> HostEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def host_port(self, _: int) -> int:
+        return int(self.server.url.rpartition(":")[2])
+
+    def state(self) -> ContainerState:
+        return ContainerState(True, None, False, "")
+
+    def run_with_input(self, _: str, options: Any, data: bytes, seconds: float) -> tuple[int, str, str]:
+        words = [str(self.model) if word == IMAGE_FOLDER else word for word in (*options.entrypoint, *options.command)]
+        done = subprocess.run(
+            [sys.executable, *words[1:]], input=data, capture_output=True, timeout=seconds, env=os.environ, check=False
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_the_verification_of_an_image_compares_with_the_library(
+    right: Callable[[str], Path], computed_once: None, server: ServerProcess, tmp_path: Path
+) -> None:
+    engine: Any = HostEngine(server, right("embed"))
+    image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
+    wrong, unloadable = tmp_path / "wrong", tmp_path / "unloadable"
+    for folder in (wrong, unloadable):
+        shutil.copytree(right("embed"), folder)
+    noise(0.1)(wrong)
+    edit(unloadable / "config.json", {"auto_map": {"AutoModel": "own.Model"}})
+
+    def ended(model: Path, *, requires: bool = False) -> tuple[verify.Verified, list[str]]:
+        compare = model == right("embed")
+        options = verify.VerifyOptions(None, compare=compare, library_model=model, requires_library=requires)
+        running, notes = verify.verify(engine, image, options), []
+        while True:
+            try:
+                notes.append(next(running).text)
+            except StopIteration as end:
+                return end.value, notes
+
+    verified, _ = ended(right("embed"))
+    assert verified.library is not None
+    assert verified.library.difference < library.FP32_LIMIT
+    assert verified.cosine_min is not None
+    assert (verified.texts, verified.document()["library"]["texts"]) == (8, 12)
+    with pytest.raises(InferctlError, match="12 of 12 texts differ"):
+        ended(wrong)
+    # A build goes on with a note, because the library may be too old. A user who asks for it gets an error.
+    verified, notes = ended(unloadable)
+    assert verified.library is None
+    assert "own.Model" in notes[-1]
+    with pytest.raises(library.NotComparedError, match=r"own\.Model"):
+        ended(unloadable, requires=True)
+
+
+@pytest.mark.slow
+def test_the_verification_of_an_image_compares_the_scores_of_a_classifier(
+    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
+) -> None:
+    model = right("classify")
+    engine: Any = HostEngine(serve("--model", str(model), *FP32), model)
+    image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
+    running = verify.verify(engine, image, verify.VerifyOptions(None, library_model=model))
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(running)
+    verified: verify.Verified = end.value.value
+    assert (verified.task, verified.texts, verified.dimensions, verified.cosine_min) == ("classify", 8, None, None)
+    assert verified.score_difference is not None and verified.score_difference < 1e-5
+    assert verified.library is not None and verified.library.difference < library.FP32_LIMIT
+
+
+@pytest.mark.slow
+def test_an_inaccurate_server_ends_unless_the_user_allows_it(
+    right: Callable[[str], Path], serve: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    """bf16 has steps of 0.5 at the size of these embeddings. The normalization after them removes it in fp32."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(right("embed"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"] += 100
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    command = ["inferctl", "serve", "--port", "0", "--model", str(folder), "--precision", "bf16"]
+    ending = ServerProcess.launch(tmp_path, *command, name="ending")
+    assert ending.process.wait(120) == 2
+    assert "`--allow-inaccurate`" in ending.log.read_text()
+    info = serve("--model", str(folder), "--precision", "bf16", "--allow-inaccurate").get("/info").json()
+    assert info["fidelity"]["cosine_min"] < info["fidelity"]["limit"]
+    assert not info["fidelity"]["within_limit"]
+    assert any("bf16 is inaccurate" in warning for warning in info["warnings"])

@@ -1,0 +1,260 @@
+"""Tests the rendered Dockerfile, labels and tag of a spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inferctl.config import settings
+from inferctl.core.errors import UsageError
+from inferctl.facts import catalog
+from inferctl.image import locks, render
+from tests.project.test_imports import imports
+
+LOCKS = locks.Locks(torch="torch==2.13.0 --hash=sha256:aa\n", server="numpy==2.4.6 --hash=sha256:bb\n")
+VLLM_LOCKS = replace(LOCKS, vllm="vllm==0.33.0 --hash=sha256:cc\n")
+PROVENANCE = render.Provenance("https://example.com/team/minilm", "0123abc", "2026-01-02T03:04:05+00:00", "0.1.0")
+
+
+def rendered(base: str = "cuda13.0", chosen: locks.Locks = LOCKS, **flags: Any) -> render.Rendered:
+    paths = {"model.source": "sentence-transformers/all-MiniLM-L6-v2", "name": "minilm", "image.base": base}
+    spec = settings.resolve(None, {}, {**paths, **{k.replace("__", "."): v for k, v in flags.items()}}).spec
+    entry = catalog.base(base)
+    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE)
+
+
+@pytest.mark.parametrize("base", ["cuda13.0", "ngc25.12", "cpu", "vllm-cuda13.0"])
+def test_each_base_renders_its_golden_dockerfile(base: str, golden: Callable[[str, str], None]) -> None:
+    chosen = LOCKS if base != "ngc25.12" else locks.Locks(torch=None, server=LOCKS.server)
+    chosen = VLLM_LOCKS if base.startswith("vllm") else chosen
+    # The hash changes with each change of the server code.
+    hashed = r'(image\.version="auto-|content\.sha256=")[0-9a-f]+'
+    golden(f"render/{base}.Dockerfile", re.sub(hashed, r"\1HASH", rendered(base, chosen).dockerfile))
+
+
+def test_rendering_is_deterministic_to_the_byte() -> None:
+    assert rendered() == rendered()
+
+
+def test_heavy_layers_come_first_and_the_config_last() -> None:
+    text = rendered(
+        chosen=locks.Locks(LOCKS.torch, LOCKS.server, int8="bitsandbytes==1\n"),
+        model__weights="bake",
+        model__revision="abc",
+        serve__precision="int8",
+    ).dockerfile
+    final = text[text.rindex("\nFROM ") :]
+    assert re.findall(r"^COPY --link (.*)$", final, re.MULTILINE) == [
+        "--from=torch /layer /",
+        "--from=server-dependencies /layer /",
+        "--from=int8 /layer /",
+        "--from=model /layer /",
+        "--from=server /layer /",
+        "--from=config /layer /",
+    ]
+
+
+def test_a_mirror_replaces_the_base() -> None:
+    found = rendered(image__base_image="registry.example.com/cuda@sha256:" + "a" * 64)
+    assert f"FROM registry.example.com/cuda@sha256:{'a' * 64} AS python" in found.dockerfile
+    assert found.labels["org.opencontainers.image.base.digest"] == "sha256:" + "a" * 64
+
+
+def test_the_labels_have_the_source_of_the_image() -> None:
+    labels = rendered(serve__precision="bf16").labels
+    assert labels["org.opencontainers.image.source"] == "https://example.com/team/minilm"
+    assert labels["org.opencontainers.image.revision"] == "0123abc"
+    assert labels["org.opencontainers.image.base.name"] == "nvidia/cuda:13.0.3-base-ubuntu24.04"
+    assert labels["io.inferctl.precision"] == "bf16"
+    assert labels["org.opencontainers.image.version"] == f"bf16-{labels['io.inferctl.content.sha256'][:12]}"
+
+
+@pytest.mark.parametrize(
+    ("base", "weights_bytes", "seconds"),
+    [
+        ("cuda13.0", 10**12, 180),
+        ("vllm-cuda13.0", 269_060_552, 960),
+        ("vllm-cuda13.0", 14_000_000_000, 1080),
+        ("vllm-cuda13.0", None, 2400),
+    ],
+)
+def test_the_start_period_grows_with_the_weights_of_a_generator(
+    base: str, weights_bytes: int | None, seconds: int
+) -> None:
+    spec = settings.resolve(None, {}, {"model.source": "org/m", "image.base": base}).spec
+    entry = catalog.base(base)
+
+    def made(size: int | None) -> render.Rendered:
+        return render.render(spec, entry, catalog.stack(entry.stack), VLLM_LOCKS, PROVENANCE, weights_bytes=size)
+
+    found = made(weights_bytes)
+    assert f"--start-period={seconds}s " in found.dockerfile
+    assert found.tag == made(1).tag, "the tag does not depend on what is on this machine"
+
+
+def test_the_image_of_vllm_gets_only_the_server_and_the_config() -> None:
+    shipped = locks.load(catalog.base("vllm-openai"), None, int8=False)
+    found = rendered("vllm-openai", shipped, model__weights="bake", model__revision="abc")
+    final = found.dockerfile[found.dockerfile.rindex("\nFROM ") :]
+    assert re.findall(r"^COPY --link --from=(\S+)", final, re.MULTILINE) == ["model", "server", "config"]
+    assert "pip install" not in found.dockerfile
+    assert "ENV PYTHONPATH=/opt/inferctl/server \\\n" in final
+
+
+def test_secrets_are_mounted_and_never_passed_as_arguments() -> None:
+    found = rendered(model__weights="bake", model__revision="abc")
+    assert "ARG " not in found.dockerfile
+    for secret in found.secrets:
+        assert f"--mount=type=secret,id={secret}," in found.dockerfile
+
+
+def test_a_wheel_folder_replaces_the_index() -> None:
+    found = rendered(image__wheels="./wheels")
+    assert found.contexts == {"wheels": "./wheels"}
+    assert found.dockerfile.count("--no-index --find-links=/wheels") == 2
+    assert "PIP_EXTRA_INDEX_URL" not in rendered("cpu", image__wheels="./wheels").dockerfile
+
+
+@pytest.mark.parametrize(
+    ("weights", "source_in_container"), [("mount", "/model"), ("bake", "/model"), ("download", "org/m")]
+)
+def test_the_container_knows_the_path_of_its_weights(weights: str, source_in_container: str) -> None:
+    found = rendered(model__weights=weights, model__source="org/m", model__revision="abc")
+    config = yaml.safe_load(found.files["layers/config/etc/inferctl/inferctl.yaml"])
+    assert config["model"]["source"] == source_in_container
+    assert ("INFERCTL_MODEL_SOURCE=/model" in found.dockerfile) == (weights != "download")
+    assert ("snapshot_download" in found.dockerfile) == (weights == "bake")
+    assert ("chmod 1777 /layer/model-cache" in found.dockerfile) == (weights == "download")
+
+
+def test_a_local_model_is_baked_from_its_own_context_without_its_path(tmp_path: Path) -> None:
+    found = rendered(model__weights="bake", model__source=str(tmp_path))
+    assert found.contexts == {"model": str(tmp_path)}
+    assert "--mount=type=bind,from=model,target=/context" in found.dockerfile
+    everything = found.dockerfile.encode() + b"".join(found.files.values()) + str(found.labels).encode()
+    assert str(tmp_path).encode() not in everything
+
+
+def test_the_config_in_the_image_is_a_valid_spec() -> None:
+    found = rendered(serve__precision="bf16", serve__max_batch_tokens=4096)
+    document = settings.parse(found.files["layers/config/etc/inferctl/inferctl.yaml"].decode())
+    serve = settings.resolve(document, {}, {}).spec.serve
+    assert (serve.precision, serve.max_batch_tokens, serve.host) == ("bf16", 4096, "0.0.0.0")
+
+
+NONSENSE = {
+    ("platform", "is not a valid platform", "linux/amd64"): [
+        *("linux/amd64; rm -rf /", "linux", "linux/", "linux/arm/v7/x", "linux/amd64\n")
+    ],
+    ("base_image", "is not a valid base image", "use registry.example.com/"): [
+        *("cuda:", "registry.example.com/Cuda", "cuda@sha256:12", "a b", "-cuda", "cuda:13@md5:1")
+    ],
+}
+
+
+@pytest.mark.parametrize(("said", "value"), [(said, value) for said, values in NONSENSE.items() for value in values])
+def test_values_that_could_change_the_dockerfile_are_rejected(said: tuple[str, str, str], value: str) -> None:
+    name, message, hint = said
+    with pytest.raises(UsageError) as caught:
+        rendered(**{f"image__{name}": value})
+    assert message in caught.value.message
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_platform_may_have_a_variant() -> None:
+    assert rendered(image__platform="linux/arm/v7")
+
+
+@pytest.mark.parametrize(
+    "name", ["ubuntu", "r.example.com:5000/a/b_c/d", "cuda:13.0.2-base", f"a/b:1@sha256:{'0' * 64}"]
+)
+def test_a_base_image_may_have_a_registry_a_tag_and_a_digest(name: str) -> None:
+    assert f"FROM {name} AS python" in rendered(image__base_image=name).dockerfile
+
+
+def test_the_server_layer_has_the_modules_that_the_server_imports() -> None:
+    top = "layers/server/opt/inferctl/server/inferctl/"
+    names = {name.removeprefix(top) for name in render.server_files()}
+    assert {"serve/__main__.py", "serve/reference.py", "_assets/benchmarks/hardware/t4.yaml"} <= names
+    assert not [name for name in names if name.endswith(".pyc") or "__pycache__" in name]
+    folders, package = {name.partition("/")[0] for name in names if "/" in name}, render.assets.package()
+    assert folders == {"_assets", "batching", "config", "core", "facts", "models", "reading", "serve", "tenancy"}
+    for name in names:
+        if name.endswith(".py"):
+            for imported in imports(package / name):
+                if not imported.startswith("inferctl.") or imported == "inferctl.__version__":
+                    continue
+                path = imported.removeprefix("inferctl.").replace(".", "/")
+                parent = path.rpartition("/")[0]
+                # `from inferctl.core.errors import X` imports errors.py, `from inferctl.core import errors` too.
+                places = [f"{path}.py", f"{path}/__init__.py", f"{parent}.py", f"{parent}/__init__.py"]
+                found = next(place for place in places if (package / place).is_file())
+                assert found in names, f"{name} imports {imported}, which the image does not have"
+
+
+def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -> str:
+    paths = {"model.source": "org/m", "image.base": "cuda13.0", **{k.replace("__", "."): v for k, v in flags.items()}}
+    spec = settings.resolve(None, {}, paths).spec
+    entry = catalog.base(spec.image.base)
+    return render.render(spec, entry, catalog.stack(entry.stack), chosen, PROVENANCE, weights).tag
+
+
+@pytest.mark.parametrize(
+    ("flags", "same"),
+    [
+        ({"image__max_size": "6GB"}, True),
+        ({"image__repository": "registry.example.com/ml/m"}, True),
+        ({"image__platform": "linux/amd64"}, True),
+        ({"bench__plan": "quick"}, True),
+        ({"hardware": ["t4"]}, True),
+        ({"metering__ledger": "postgresql://usage:secret@db/usage"}, True),
+        ({"serve__max_batch_tokens": 64}, False),
+        ({"serve__precision": "bf16"}, False),
+        ({"image__base_image": "cuda:13"}, False),
+        ({"image__base": "cuda12.8"}, False),
+        ({"chosen": locks.Locks(LOCKS.torch, "numpy==2.4.7 --hash=sha256:bb\n")}, False),
+        ({"model__weights": "bake", "model__revision": "a" * 40}, False),
+    ],
+)
+def test_only_settings_in_the_image_change_its_tag(flags: dict[str, Any], same: bool) -> None:
+    assert re.fullmatch("auto-[0-9a-f]{12}", tag())
+    assert (tag(**flags) == tag()) == same
+
+
+def test_the_tag_depends_on_the_baked_weights_and_the_revision(tmp_path: Path) -> None:
+    def local(weights: str | None) -> str:
+        return tag(weights=weights, model__weights="bake", model__source=str(tmp_path), name="m")
+
+    assert local("a" * 64) == local("a" * 64) != local("b" * 64)
+    assert local(None) == "auto-unknown", "the weights are not here"
+    hub = [tag(model__weights="bake", model__revision=commit * 40) for commit in "ab"]
+    assert hub[0] != hub[1]
+
+
+def test_the_tag_depends_on_the_server_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before, files = tag(), render.server_files()
+    changed = tmp_path / "batcher.py"
+    changed.write_text("# another batcher\n")
+    name = next(name for name in files if name.endswith("batching/batcher.py"))
+    monkeypatch.setattr(render, "server_files", lambda: {**files, name: changed})
+    assert tag() != before
+
+
+def test_labels_of_the_user_and_the_commit_are_in_the_image_and_not_in_its_tag() -> None:
+    entry = catalog.base("cuda13.0")
+    spec = settings.resolve(None, {}, {"model.source": "org/m"}).spec
+    later = render.Provenance("https://example.com/team/minilm", "4567def", "2026-02-03T04:05:06+00:00", "0.2.0", 9**9)
+    one = render.render(spec, entry, catalog.stack(entry.stack), LOCKS, PROVENANCE)
+    two = render.render(spec, entry, catalog.stack(entry.stack), LOCKS, later, labels={"team": "search"})
+    assert one.tag == two.tag
+    assert (two.labels["team"], two.build_args) == ("search", {"SOURCE_DATE_EPOCH": str(9**9)})
+    assert 'team="search"' in two.dockerfile
+    # The file times are the same at each commit.
+    steps = [[line for line in made.dockerfile.splitlines() if "touch" in line] for made in (one, two)]
+    assert steps[0] == steps[1] != []

@@ -1,0 +1,194 @@
+"""What the lint finds in manifests written after those that authors of model servers publish, each finding judged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from inferctl.manifests import lint, manifests_file
+from inferctl.manifests.manifests_file import Located
+from tests.manifests import kube
+
+PUBLIC, SERVERS = Path(__file__).with_name("public"), Path(__file__).with_name("servers.yaml")
+# None of these manifests has a thought of the token.
+USUAL = {"token-mounted"}
+# All errors and warnings of each file, and why each is right.
+FINDINGS = {
+    # One of five replicas more in a rollout; the pull of the model into an emptyDir; scaled on its queue alone.
+    "tei.yaml": USUAL
+    | {"surge-needs-gpu", "replicas-and-autoscaler", "gpu-toleration-missing", "empty-dir-unbounded", "backlog-only"},
+    # A 70B model of Ollama has 4 bits per weight, and fits. `sku=gpu` is the taint of Azure. A volume without a source
+    # is an emptyDir.
+    "ollama.yaml": USUAL | {"empty-dir-unbounded"},
+    # KServe makes the pods, and the lint says that it does not read them.
+    "kserve.yaml": set(),
+    # The operator of Ray adds the port `metrics`.
+    "ray.yaml": USUAL,
+    # 405 billion weights on two nodes with eight GPUs each. The labels of the Services come from the controller.
+    "leader-worker-set.yaml": USUAL | {"gpu-toleration-missing"},
+    # `-m` names a model: 70 billion weights of 4 bits.
+    "llama-cpp.yaml": USUAL,
+    # A path in GOOGLE_APPLICATION_CREDENTIALS is no secret, and a monitor may have one port for each of its Services.
+    "nim.yaml": USUAL,
+    # gpt-oss-120b is published in 4 bits, and fits. The token is in the file.
+    "sglang.yaml": USUAL | {"surge-needs-gpu", "gpu-toleration-missing", "secret-in-manifest", "image-unpinned"},
+    # The picker has the name of the pool in its arguments. It is no model server, and needs its token.
+    "inference-gateway.yaml": USUAL | {"surge-needs-gpu", "gpu-toleration-missing", "empty-dir-unbounded"},
+    # The operator makes the pods of the Service, which these manifests do not have.
+    "prometheus-stack.yaml": {"service-selects-nothing"},
+    # Neither a pod that ends nor a client of a model server is a model server.
+    "test-pod.yaml": set(),
+}
+
+
+def test_every_file_is_judged() -> None:
+    assert {file.name for file in PUBLIC.iterdir()} == set(FINDINGS)
+    assert len(FINDINGS) >= 10
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_the_findings_are_right_and_complete(name: str) -> None:
+    found = lint.lint(manifests_file.read([PUBLIC / name]))
+    assert {each.rule for each in found if each.level != "note"} == FINDINGS[name]
+    errors = {each.rule for each in found if each.level == "error"}
+    assert errors == FINDINGS[name] & {"secret-in-manifest"}
+
+
+def test_only_the_server_behind_a_pool_is_a_model_server() -> None:
+    found = lint.lint(manifests_file.read([PUBLIC / "inference-gateway.yaml"]))
+    assert {each.object for each in found} == {"Deployment/vllm-llama3"}
+
+
+def test_kinds_whose_pods_are_not_read_are_named() -> None:
+    assert lint.unread(manifests_file.read([PUBLIC / "kserve.yaml"])) == {"InferenceService": 1, "ServingRuntime": 1}
+    assert lint.unread(manifests_file.read([PUBLIC / "prometheus-stack.yaml"])) == {}
+
+
+def parsed(name: str) -> list[dict[str, Any]]:
+    return [copy.deepcopy(each.data) for each in manifests_file.read([PUBLIC / name])]
+
+
+def rules(objects: list[dict[str, Any]], minor: int = 35) -> dict[str, str]:
+    """Return the findings by rule, each with what it says."""
+    found = lint.lint([Located(each) for each in objects], lint.LintContext(minor))
+    return {each.rule: each.what for each in found if each.level != "note"}
+
+
+def server(args: list[str] | None = None, kind: str = "Deployment", **more: Any) -> dict[str, Any]:
+    """Return a workload with one container on an H100 with 80 GB. `more`: of the container."""
+    container = {
+        "name": "main",
+        "image": "vllm/vllm-openai:v0.11.0",
+        "args": args or [],
+        "resources": {"limits": {"nvidia.com/gpu": 1, "memory": "64Gi"}},
+        **more,
+    }
+    pod = {"containers": [container], "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}}
+    return kube.deployment("server", {"app": "server"}, pod, 2) | {"kind": kind}
+
+
+def pod(item: dict[str, Any]) -> Any:
+    return item["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("case", yaml.safe_load(SERVERS.read_text(encoding="utf-8")), ids=str)
+def test_a_container_has_a_fault_or_only_looks_like_it(case: dict[str, Any]) -> None:
+    variables = [{"name": name, "value": value} for name, value in case.get("env", {}).items()]
+    item = server(case.get("args"), case.get("kind", "Deployment"), env=variables)
+    assert (case["rule"] in rules([item])) == case["found"]
+
+
+def test_a_secret_in_a_variable_is_found_once() -> None:
+    token = {"name": "HF_TOKEN", "value": "hf_abcdefghijklmnopqrstuvwxyz012345"}
+    found = lint.lint([Located(server(["--api-key", "$(HF_TOKEN)"], env=[token]))])
+    assert [each.field[-5:] for each in found if each.rule == "secret-in-manifest"] == ["env.0"]
+
+
+@pytest.mark.parametrize(("least", "found"), [("90%", True), ("50%", False), ("100%", True), (2, True), (1, False)])
+def test_a_budget_in_percent_is_rounded_up(least: object, found: bool) -> None:
+    """90% of two pods are two pods, so that none may go."""
+    spec = {"minAvailable": least, "selector": {"matchLabels": {"app": "server"}}}
+    budget = kube.thing("PodDisruptionBudget", "server", spec)
+    assert ("pdb-blocks-eviction" in rules([server(), budget])) == found
+
+
+@pytest.mark.parametrize(("address", "found"), [(None, True), ("None", False)])
+def test_a_headless_service_sets_no_environment(address: str | None, found: bool) -> None:
+    spec = {"clusterIP": address, "selector": {"app": "server"}, "ports": [{"port": 8000}]}
+    assert ("service-links" in rules([server(), kube.thing("Service", "vllm", spec)])) == found
+
+
+def service(target: object, **more: Any) -> dict[str, Any]:
+    """Return a Service of `server`. `more`: of its spec."""
+    spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": target}], **more}
+    return kube.thing("Service", "front", spec)
+
+
+def test_names_of_ports_are_those_of_any_container_of_the_pods() -> None:
+    item = server(ports=[{"containerPort": 8000, "name": "http"}])
+    sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9000, "name": "metrics"}]}
+    pod(item)["containers"].append(sidecar)
+    assert "port-name-unknown" not in rules([item, service("metrics")])
+    assert "port-name-unknown" in rules([item, service("web")])
+    # The operator of Ray adds ports, and the pods of another Service are not known.
+    ray = {"kind": "RayCluster", "spec": {"headGroupSpec": {"template": server()["spec"]["template"]}}}
+    assert "port-name-unknown" not in rules([ray, service("serve")])
+    assert "port-name-unknown" not in rules([service("http")])
+
+
+@pytest.mark.parametrize(("port", "found"), [("http", False), (8000, False), ("8000", False), ("metrics", True)])
+def test_the_name_of_the_port_of_a_probe_is_one_of_its_container(port: object, found: bool) -> None:
+    """The kubelet looks in this container only (pkg/probe/util.go, ResolveContainerPort)."""
+    item = server(ports=[{"containerPort": 8000, "name": "http"}], livenessProbe={"httpGet": {"port": port}})
+    sidecar = {"name": "proxy", "image": "proxy:1", "ports": [{"containerPort": 9000, "name": "metrics"}]}
+    pod(item)["containers"].append(sidecar)
+    assert ("port-name-unknown" in rules([item])) == found
+
+
+def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
+    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+    item = server(volumeMounts=mounts)
+    pod(item)["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "70Gi"}}]
+    assert rules([item])["empty-dir-unbounded"] == ("emptyDir shm may have 70Gi in memory, and its containers 64Gi")
+    sidecar = {"name": "proxy", "image": "proxy:1", "resources": {"limits": {"memory": "8Gi"}}}
+    pod(item)["containers"].append(sidecar)
+    assert "empty-dir-unbounded" in rules([item])
+    sidecar["volumeMounts"] = mounts
+    assert "empty-dir-unbounded" not in rules([item])
+    # Without a limit, only the node limits the memory.
+    sidecar["resources"] = {}
+    pod(item)["volumes"][0]["emptyDir"]["sizeLimit"] = "700Gi"
+    assert "empty-dir-unbounded" not in rules([item])
+    pod(item)["resources"] = {"limits": {"memory": "64Gi"}}
+    assert "empty-dir-unbounded" in rules([item])
+
+
+def test_an_activity_of_the_gpu_is_no_load() -> None:
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "server"}
+    metrics = [{"type": "Pods", "pods": {"metric": {"name": "DCGM_FI_PROF_GR_ENGINE_ACTIVE"}}}]
+    spec = {"scaleTargetRef": target, "maxReplicas": 3, "metrics": metrics}
+    hpa = kube.thing("HorizontalPodAutoscaler", "server", spec)
+    assert "scale-on-gpu-utilization" in rules([server(), hpa])
+
+
+def test_a_monitor_without_the_port_of_any_service_is_found() -> None:
+    objects = parsed("nim.yaml")
+    objects[-1]["spec"]["endpoints"].append({"port": "metrics"})
+    found = [each for each in lint.lint([Located(each) for each in objects]) if each.rule == "monitor-port"]
+    assert [each.field for each in found] == ["spec.endpoints.2.port"]
+    assert found[0].what == "its Services have no port named 'metrics', but http-openai, first"
+
+
+def test_all_manifests_are_read_as_json_too() -> None:
+    for file in sorted(PUBLIC.iterdir()):
+        for each in manifests_file.read([file]):
+            (again,) = manifests_file.parse(json.dumps(each.data), "a.json")
+            assert again.data == each.data
+    # PyYAML itself takes a bare = for a type that it does not know.
+    with pytest.raises(yaml.YAMLError):
+        list(yaml.safe_load_all((PUBLIC / "prometheus-stack.yaml").read_text(encoding="utf-8")))

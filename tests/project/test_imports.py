@@ -1,0 +1,235 @@
+"""Checks which modules may import which, and the start-up time of the command line."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.processes import python
+
+PACKAGE = Path(__file__).resolve().parents[2] / "inferctl"
+# Room -> the rooms that it may import. `cli` may import all.
+ALLOWED = {
+    "core": set(),
+    "facts": {"core"},
+    "config": {"core"},
+    "batching": {"core"},
+    "receipts": {"core"},
+    "gateway": {"core"},
+    "models": {"core", "facts", "config"},
+    "manifests": {"core", "facts"},
+    "reading": {"core", "config", "models"},
+    "tenancy": {"core", "config"},
+    "image": {"core", "facts", "config", "models", "reading"},
+    "serve": {"core", "facts", "config", "models", "batching", "tenancy", "reading"},
+    "estimate": {"core", "facts", "models", "batching"},
+    "bench": {"core", "facts", "config", "models", "reading", "receipts"},
+    "deploy": {"core", "facts", "config", "models", "receipts", "manifests", "image"},
+}
+# The packages of `bench` in the order of the data flow. Each imports from itself and from earlier ones.
+BENCH_ORDER = ["", "loadgen", "plan", "load", "judge", "measure", "report"]
+# Third-party package -> the only modules that may import it.
+ONLY_IN = {
+    "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
+    "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
+    "sentence_transformers": ("serve/reference.py",),
+    "docker": ("image/docker.py",),
+    "huggingface_hub": ("models/hub.py",),
+    "yaml": ("deploy/manifest.py", "core/document.py", "image/pin.py", "image/render.py"),
+    "sqlalchemy": (
+        "tenancy/database.py",
+        "tenancy/metering/ledger.py",
+        "tenancy/metering/migrations/",
+        "tenancy/fleet/",
+    ),
+    "alembic": ("tenancy/database.py", "tenancy/metering/migrations/", "tenancy/fleet/migrations/"),
+    "psycopg": (),
+    "nats": ("tenancy/metering/broker.py", "tenancy/fleet/broker.py"),
+    "nanotoken": ("serve/text/word_piece.py",),
+    "moka_py": ("serve/cache/store.py",),
+    "promql_parser": ("manifests/lint/promql.py",),
+    "locust": ("bench/loadgen/",),
+    "gevent": ("bench/loadgen/",),
+    "plotly": (),
+}
+HEAVY = [
+    "torch",
+    "transformers",
+    "docker",
+    "jinja2",
+    "numpy",
+    "rich",
+    "yaml",
+    "pydantic",
+    "starlette",
+    "uvicorn",
+    "locust",
+    "plotly",
+    "huggingface_hub",
+    "sqlalchemy",
+    "nats",
+]
+
+
+@cache
+def imports(file: Path, *, at_run_time_only: bool = False) -> set[str]:
+    """Return the dotted names that `file` imports, with `at_run_time_only` without those under TYPE_CHECKING."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if at_run_time_only and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if "_assets" not in file.parts)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_each_room_imports_only_allowed_rooms(file: Path) -> None:
+    room = room_of(file)
+    if room in {"cli", "__main__", "__init__"}:
+        return
+    for name in imports(file):
+        if name.startswith("inferctl.") and name != "inferctl.__version__":
+            assert name.split(".")[1] in ALLOWED[room] | {room}, f"{room} imports {name}"
+
+
+def test_each_room_and_package_has_a_sentence_at_its_door() -> None:
+    assert {room_of(file) for file in FILES} - {"__main__", "__init__"} == {*ALLOWED, "cli"}
+    for door in (file for file in FILES if file.name == "__init__.py" and "migrations" not in file.parts):
+        assert ast.get_docstring(ast.parse(door.read_text())), door
+    graphlib.TopologicalSorter(ALLOWED).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "bench").rglob("*.py")), ids=lambda file: file.name)
+def test_data_flows_one_way_through_the_benchmark(file: Path) -> None:
+    folder = file.parent.relative_to(PACKAGE / "bench").as_posix().replace(".", "")
+    later = BENCH_ORDER[BENCH_ORDER.index(folder) + 1 :]
+    for name in imports(file):
+        assert not any(name.startswith(f"inferctl.bench.{package}.") for package in later), f"{folder} imports {name}"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports for type annotations count too: they show that two modules are not separate."""
+    modules = {".".join(("inferctl", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in FILES}
+    files = {module.removesuffix(".__init__"): file for module, file in modules.items()}
+
+    def module_of(name: str) -> str:
+        return name if name in files or not name else module_of(name.rpartition(".")[0])
+
+    graph = {module: {module_of(name) for name in imports(file)} - {module, ""} for module, file in files.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a cycle
+
+
+# Package of `serve` -> the packages of `serve` that it may not import.
+SERVE_BOUNDARIES = {
+    "edge": ("api", "backend", "processes", "cache", "scheduling", "engine_process", "engines", "text"),
+    "text": ("api", "edge", "backend", "processes", "cache", "scheduling", "engine_process", "engines"),
+    "scheduling": ("api", "edge", "engines"),
+    "engine_process": ("api", "edge", "scheduling"),
+    "engines": ("api", "edge", "scheduling"),
+    "cache": ("api", "edge", "engines"),
+}
+
+
+@pytest.mark.parametrize("package", SERVE_BOUNDARIES)
+def test_only_the_edge_and_the_endpoints_know_http(package: str) -> None:
+    for file in (PACKAGE / "serve" / package).glob("*.py"):
+        for name in imports(file):
+            unwanted = [f"inferctl.serve.{other}." for other in SERVE_BOUNDARIES[package]]
+            assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
+
+
+# The modules of `deploy` that know the objects which it writes. All others make the plan that these read.
+BUILDERS = ("layout.py", "objects/", "observe/")
+
+
+def test_the_plan_of_a_deployment_does_not_know_its_objects() -> None:
+    deploy = PACKAGE / "deploy"
+    for file in deploy.rglob("*.py"):
+        if not file.relative_to(deploy).as_posix().startswith(BUILDERS):
+            for name in imports(file):
+                assert not name.startswith(("inferctl.deploy.objects", "inferctl.deploy.observe")), file.name
+
+
+# Package of `manifests` -> the packages of `manifests` that it may not import.
+MANIFESTS_BOUNDARIES = {"kubernetes": ("lint", "preview"), "lint": ("preview",), "preview": ("lint",)}
+
+
+@pytest.mark.parametrize("package", MANIFESTS_BOUNDARIES)
+def test_lint_and_preview_are_separate(package: str) -> None:
+    for file in (PACKAGE / "manifests" / package).glob("*.py"):
+        for name in imports(file):
+            unwanted = [f"inferctl.manifests.{other}." for other in MANIFESTS_BOUNDARIES[package]]
+            assert not f"{name}.".startswith(tuple(unwanted)), f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_heavy_libraries_are_imported_in_their_one_place(file: Path) -> None:
+    where = file.relative_to(PACKAGE).as_posix()
+    for name in imports(file, at_run_time_only=True):
+        top = name.split(".")[0]
+        if top in ONLY_IN:
+            assert where.startswith(ONLY_IN[top]) if ONLY_IN[top] else False, f"{where} imports {top}"
+
+
+def test_only_the_console_prints() -> None:
+    for file in FILES:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        assert not printing or file.name == "console.py", f"{file.name}:{printing}"
+
+
+def test_the_command_line_and_its_help_load_nothing_heavy() -> None:
+    code = (
+        "import sys, json, io, contextlib\n"
+        "from inferctl import cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    cli.run(['--help'])\n"
+        f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    )
+    done = python("-c", code, code=0)
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["--help"], []),
+        (["--version"], []),
+        (["biuld"], []),
+        (["doctor", "--help"], ["doctor"]),
+        (["catalog", "--help"], ["catalog"]),
+        (["schema"], ["settings"]),
+    ],
+    ids=" ".join,
+)
+def test_a_call_imports_only_the_command_that_it_runs(line: list[str], expected: list[str]) -> None:
+    code = (
+        "import sys, json, io, contextlib\n"
+        "from inferctl import cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    cli.run({line!r})\n"
+        "modules = {command.module for command in cli.Root.table.values()}\n"
+        "print(json.dumps([m.removeprefix('inferctl.cli.') for m in modules if m in sys.modules]))"
+    )
+    done = python("-c", code, code=0)
+    assert json.loads(done.stdout) == expected

@@ -1,0 +1,142 @@
+"""`inferctl usage` on a real ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from inferctl import cli
+from inferctl.tenancy.metering.ledger import Ledger
+from tests.tenancy.parts import DAY, batch, end
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose ledger has 12 requests, 3 lost events and a killed server."""
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    ledger.apply([batch("a", 1, 6, lost=[2]), end("a", 7, 9, clean=False)])
+    ledger.apply([batch("b", 1, 7, key="[k2]", at=DAY + 86_400), end("b", 8, 8, clean=True)])
+    ledger.close()
+    (tmp_path / "prices.yaml").write_text("prices: [{hardware: l4, currency: EUR, from: 2026-09-22, input: 1000}]")
+    return tmp_path
+
+
+def usage(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `inferctl usage` in this process, which is faster."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = cli.run(["usage", *arguments])
+    return subprocess.CompletedProcess([], code, stdout.getvalue(), stderr.getvalue())
+
+
+def test_a_table_with_totals_and_what_is_missing(folder: Path) -> None:
+    done = usage(folder, "--by", "key,day")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[:2] == [["tokens", "engine"], ["key", "day", "requests", "errors", "inputs", "in", "s"]]
+    assert ["k1", "2026-09-21", "5", "0", "5", "50", "0.010"] in lines
+    assert ["[k2]", "2026-09-22", "7", "0", "7", "70", "0.014"] in lines
+    assert ["total", "12", "0", "12", "120", "0.024"] in lines
+    assert "warning: 3 events were lost, so the sums are too low: a 2-2, a 7-8" in done.stderr
+    assert "warning: server processes that were killed: 1" in done.stderr
+
+
+def test_the_names_of_keys_are_shown(tmp_path: Path) -> None:
+    """Not of a removed key or the subject of a token; with ids where names are not enough."""
+    names = {"70zriuf6ni90": "=a\x1b", "3k9x0a7bq2vd": "b", "3k9x0a7bq2ve": "b", "3k9x0a7bq2vf": "alice"}
+    ids = [*names, "000000000000", "alice", None]
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    for number, key_id in enumerate(ids):
+        ledger.apply([batch(f"s{number}", 1, 1 + number, key=key_id)])
+    ledger.close()
+    keys = [{"id": one, "name": name, "digests": [], "created": "2026-01-01T00:00:00Z"} for one, name in names.items()]
+    (tmp_path / "keys.json").write_text(json.dumps({"version": 1, "keys": keys}))
+    (tmp_path / "keys.json").chmod(0o600)
+    table = usage(tmp_path, "--by", "key").stdout
+    shown = ["=a\\x1b", "b (3k9x0a7bq2vd)", "b (3k9x0a7bq2ve)", "alice (3k9x0a7bq2vf)", "000000000000", "alice", "-"]
+    lines = [line.rstrip() for line in table.splitlines()]
+    for number, each in enumerate(shown, 1):
+        assert any(re.match(rf" *{re.escape(each)} +{number} +0 +{number} +{10 * number} ", line) for line in lines), (
+            each
+        )
+    found = json.loads(usage(tmp_path, "--by", "day,key", "--json").stdout)
+    assert {row["key"]: row["key_name"] for row in found["rows"]} == dict.fromkeys(ids) | names
+    rows = list(csv.DictReader(io.StringIO(usage(tmp_path, "--by", "key", "--format", "csv").stdout)))
+    assert {row["key_name"] for row in rows} == {"'=a\x1b", "b", "alice", ""}
+    assert "key_name" not in usage(tmp_path, "--by", "day", "--format", "csv").stdout
+    (tmp_path / "keys.json").write_text("{")
+    done = usage(tmp_path, "--by", "key")
+    assert (done.returncode, "names of keys are not shown: the key file" in done.stderr) == (0, True)
+    assert usage(tmp_path, "--by", "key", "--keys", "keys.json").returncode == 2
+    (tmp_path / "keys.json").unlink()
+    done = usage(tmp_path, "--by", "key")
+    assert (done.returncode, done.stderr, "3k9x0a7bq2vd" in done.stdout) == (0, "", True)
+    assert usage(tmp_path, "--by", "key", "--keys", "none.json").returncode == 2
+
+
+def test_csv_and_json_have_costs(folder: Path) -> None:
+    options = ("--by", "key", "--since", "2026-09-22", "--prices", "prices.yaml")
+    (row,) = csv.DictReader(io.StringIO(usage(folder, *options, "--format", "csv").stdout))
+    assert (row["key"], row["input_tokens"], row["cost"]) == ("[k2]", "70", "0.070")
+    document = json.loads(usage(folder, *options, "--json").stdout)
+    assert (document["currency"], document["total"]["cost"], document["lost_events"]) == ("EUR", "0.070", 0)
+
+
+CALLERS = ["=1+1", "+1", "-1", "@SUM(A1)", "a=1", "\x1b[31mred"]
+
+
+def test_a_spreadsheet_runs_no_caller_and_a_terminal_obeys_none(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    for number, name in enumerate(CALLERS):
+        ledger.apply([batch(f"s{number}", 1, 2, key=name), end(f"s{number}", 3, 3, clean=True)])
+    ledger.close()
+    rows = list(csv.DictReader(io.StringIO(usage(tmp_path, "--by", "key", "--format", "csv").stdout)))
+    assert {row["key"] for row in rows} == {*(f"'{name}" for name in CALLERS[:4]), *CALLERS[4:]}
+    assert {row["requests"] for row in rows} == {"2"}
+    document = json.loads(usage(tmp_path, "--by", "key", "--json").stdout)
+    assert {row["key"] for row in document["rows"]} == set(CALLERS)
+    table = usage(tmp_path, "--by", "key").stdout
+    assert "\x1b" not in table
+    assert "\\x1b[31mred" in table
+
+
+def test_a_narrow_terminal_breaks_no_key_or_day(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/metering/ledger.sqlite")
+    ledger.apply([batch("a", 1, 6, key="70zriuf6ni90")])
+    ledger.close()
+    lines = usage(tmp_path, "--by", "key,day,model,hardware").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("70zriuf6ni90" in line and "2026-09-21" in line for line in lines)
+
+
+@pytest.mark.parametrize(("names", "columns"), [("key", 80), ("key,day,model,hardware", 200)])
+def test_a_narrow_terminal_truncates_no_figure(
+    folder: Path, names: str, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bill of 0.07 EUR was shown as 0."""
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ("--by", names, "--since", "2026-09-22", "--prices", "prices.yaml")
+    lines = usage(folder, *options).stdout.splitlines()
+    assert [line.split()[-1] for line in lines if "[k2]" in line or "total" in line] == ["0.070000"] * 2
+    assert "(EUR)" in lines[1].split() and max(map(len, lines)) <= columns
+
+
+def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
+    done = usage(folder, "--prices", "prices.yaml")
+    assert (done.returncode, "no price in EUR for l4 on 2026-09-21" in done.stderr) == (2, True)
+    done = usage(folder, "--by", "kye")
+    assert (done.returncode, "did you mean key?" in done.stderr) == (2, True)
+    done = usage(folder, "--since", "yesterday")
+    assert (done.returncode, "'yesterday' is not a time" in done.stderr) == (2, True)
+    for time in ("0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:00", "1900-01-01", "999999d"):
+        assert usage(folder, "--since", time).returncode == 0, time
+        assert usage(folder, "--until", time, "--by", "month").returncode == 0, time
+    done = usage(folder, "--ledger", "sqlite:///none.sqlite")
+    assert (done.returncode, "no ledger at none.sqlite" in done.stderr) == (2, True)
