@@ -60,7 +60,7 @@ All are POST, and have the same keys, limits and metering. Except `/tokenize`, t
 `GET /openapi.json` of a server describes its own. [Clients](../serve.md#use-a-client-library).
 """
 RULES = """\
-The level is that of the clearest case. [The lint](../deploy-lint.md#rules) names the rules that have two.
+The level is that of the clearest case: a finding can have another one.
 """
 
 

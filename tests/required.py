@@ -18,7 +18,7 @@ GROUPS = {
 
 
 def requires(what: str) -> bool:
-    """Whether INFERCTL_REQUIRE names `what`: `checkov`, `docker`, `gpu`, `packages`, `services` or `vllm`."""
+    """Whether INFERCTL_REQUIRE names `what`: `docker`, `gpu`, `packages`, `services` or `vllm`."""
     return what in os.environ.get("INFERCTL_REQUIRE", "").split(",")
 
 

@@ -157,8 +157,6 @@ def _remarks(starts: Sequence[ContainerStart]) -> list[str]:
             f"The engine kept {kept} of {pulls[0].layers} layers, which other images or its build cache share: a new "
             "node takes longer."
         )
-    longest = max(each.container_s + each.response_s for each in starts)
-    lines.append(
-        f"For `inferctl deploy` on such hardware: `deploy.load_s: {longest:.1f}`, the longest of these starts."
-    )
+    longest = max(each.seconds for each in starts)
+    lines.append(f"For `inferctl deploy`: `deploy.cold_start_s` is {longest:.1f} s and the time of a new node.")
     return lines

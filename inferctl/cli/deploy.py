@@ -23,7 +23,7 @@ from inferctl.models.size import locate, size_of
 
 EPILOG = """\b
 Examples:
-  # Show the arithmetic: replicas, overflow, probes and cost
+  # Show the arithmetic: replicas, overflow and probes
   inferctl deploy --explain
   # Write the manifests of two models
   inferctl deploy -f embed.yaml -f generate.yaml --output manifests
@@ -152,7 +152,6 @@ def _preview(
 def _plan(
     spec_files: list[Path] | None, clusters_file: Path | None, version: str | None, *, images: bool = True
 ) -> DeploymentPlan:
-
     files: list[Path | None] = [*spec_files] if spec_files else [None]
     found = [options.load(file, {}) for file in files]
     sources = [_source(each) for each in found]
@@ -188,7 +187,7 @@ def _source(resolved: Resolved) -> SpecSource:
 
 
 def _clusters(sources: list[SpecSource], file: Path | None) -> tuple[Cluster, ...]:
-    """Return the clusters of `--clusters`, else of the specs, else one on-premises cluster."""
+    """Return the clusters of `--clusters`, else of the specs, else one cluster with the defaults."""
     if file is not None:
         return clusters.read(file)
     named = {

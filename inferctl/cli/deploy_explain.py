@@ -10,34 +10,18 @@ from rich.text import Text
 
 from inferctl.cli import console
 from inferctl.core.sizes import size
-from inferctl.deploy import explain, sizing
+from inferctl.deploy import explain
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.placement import running_at_peak
 from inferctl.deploy.plan import DeploymentPlan, ModelPlan
 
 
 def report(plan: DeploymentPlan) -> None:
-    """Print each figure of the plan with its formula and source, and the cost."""
+    """Print each figure of the plan with its formula and source, and the replicas of all flavors."""
     pieces: list[RenderableType] = [
         piece for model in plan.models for piece in (_title(model), _table(model, plan), Text())
     ]
-    pieces += [Text("Replicas, and the cost if the peak lasts", style="bold"), _summary(plan), Text()]
-    cost = explain.total(plan)
-    text = "unknown"
-    if cost.least is not None:
-        text = (
-            f"{cost.least:,.2f} USD/month at the minimum, {cost.peak:,.2f} if the peak lasts, at most {cost.most:,.2f} "
-            "with all flavors at their maximum, each with the overflow"
-        )
-    without = f"; no list price: {', '.join(cost.unknown)}" if cost.unknown else ""
-    pieces.append(Text(f"Cost at list price, {sizing.HOURS_PER_MONTH} h: {text}{without}"))
-    if cost.least is not None:
-        pieces.append(
-            Text(
-                "The cost is a share of instances: clouds sell nodes whole. Prices are of the region in the catalog.",
-                style="dim",
-            )
-        )
+    pieces += [Text("Replicas", style="bold"), _summary(plan)]
     console.report(Group(*pieces))
 
 
@@ -67,7 +51,7 @@ def _summary(plan: DeploymentPlan) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("flavor", "cluster"):
         table.add_column(heading, overflow="fold")
-    for heading in ("min", "peak", "max", "overflow", "USD/month"):
+    for heading in ("min", "peak", "max", "overflow"):
         table.add_column(heading, justify="right")
     for model in plan.models:
         for flavor in model.flavors:
@@ -78,17 +62,14 @@ def _summary(plan: DeploymentPlan) -> RenderableType:
                 counts = [placed.min_replicas.value, running_at_peak(placed), placed.max_replicas.value]
                 if placed.replicas:
                     counts = [placed.replicas.value] * 3
-                cost = f"{placed.cost_peak.value:,.0f}" if placed.cost_peak else "no price"
                 overflow = placed.overflow.value if placed.overflow else 0
-                table.add_row(flavor.name, cluster.name, *map(str, counts), str(overflow), cost)
+                table.add_row(flavor.name, cluster.name, *map(str, counts), str(overflow))
     return table
 
 
 def _value(figure: Figure) -> str:
     if figure.unit == "bytes":
         return size(int(figure.value), 1)
-    if figure.unit == "USD/month":
-        return f"{figure.value:,.2f} USD/month"
     unit = figure.unit
     if figure.value == 1 and unit in ("replicas", "probes", "cores", "servers"):
         unit = unit.removesuffix("s")

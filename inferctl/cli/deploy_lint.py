@@ -145,10 +145,7 @@ def _nodes(file: Path) -> list[Located]:
                 "kind": "Node",
                 "metadata": {"name": node.name, "labels": dict(node.labels)},
                 "spec": {"taints": [taint._asdict() for taint in node.taints]},
-                "status": {
-                    "allocatable": dict(node.allocatable),
-                    "nodeInfo": {"containerRuntimeVersion": node.runtime},
-                },
+                "status": {"allocatable": dict(node.allocatable)},
             },
             str(file),
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Precision, Section
+from inferctl.config.spec_types import IMAGE_REFERENCE, OneLine, Section
 from inferctl.core.addresses import StoreAddress
 
 # A name of an object in Kubernetes, and of a label or a Service (DNS label).
@@ -45,12 +45,10 @@ def _public(text: str) -> str:
 
 Url = Annotated[str, Field(max_length=2000), AfterValidator(_public)]
 Image = Annotated[str, Field(pattern=rf"^{IMAGE_REFERENCE}$")]
-Sharing = Literal["whole", "mig", "time-slicing", "mps", "dra"]
 Omitted = Literal[
     "Namespace",
     "NetworkPolicy",
     "NetworkPolicy/default-deny",
-    "NodePool",
     "PriorityClass",
     "PrometheusRule",
     "ResourceQuota",
@@ -76,19 +74,11 @@ class Flavor(Section):
         le=1e9,
         description="Rate of one replica without a receipt. It is called assumed in every output.",
     )
-    precision: Precision = Field(
-        "auto", description="Precision of this flavor. `auto`: `serve.precision`, else the best native one."
-    )
     image: Image | None = Field(
         None, description="Image of this flavor, preferably with a digest. Default: `image.repository` and `image.tag`."
     )
-    sharing: Sharing | None = Field(
-        None,
-        description="How pods share a GPU: `whole`, `mig`, `time-slicing`, `mps` or `dra`. "
-        "Default: mig for a MIG slice, else whole.",
-    )
     shared_by: int = Field(
-        1, ge=1, le=48, description="With `time-slicing` and `mps`: number of pods that share one GPU."
+        1, ge=1, le=48, description="Number of pods that share one GPU by time slicing. 1: each has its own."
     )
     min_replicas: Replicas | None = Field(
         None, description="Minimum number of replicas in each cluster. Default: from the base traffic."
@@ -104,15 +94,8 @@ class Flavor(Section):
                 f"the flavor {self.hardware} has receipt and tokens_per_second: the receipt has the measured rate, "
                 "so remove tokens_per_second"
             )
-        if self.sharing == "mig" and "-mig-" not in self.hardware and not self.hardware.endswith((".yaml", ".yml")):
-            raise ValueError(f"sharing: mig requires a MIG slice, such as a100-40gb-mig-3g.20gb, not {self.hardware}")
-        if "-mig-" in self.hardware and self.sharing not in (None, "mig", "dra"):
-            raise ValueError(f"the MIG slice {self.hardware} is not shared further: remove sharing: {self.sharing}")
-        if (self.sharing in ("time-slicing", "mps")) != (self.shared_by > 1):
-            raise ValueError(
-                "sharing: time-slicing and mps require shared_by, the number of pods per GPU (2 or more); "
-                "other kinds of sharing do not have it"
-            )
+        if "-mig-" in self.hardware and self.shared_by > 1:
+            raise ValueError(f"the MIG slice {self.hardware} is not shared further: remove shared_by")
         least, most = self.min_replicas, self.max_replicas
         if least is not None and most is not None and least > most:
             raise ValueError(f"the flavor {self.hardware} has min_replicas {least} above max_replicas {most}")
@@ -142,35 +125,24 @@ class Traffic(Section):
 
 
 class WeightsVolume(Section):
-    """Where the pods get mounted weights from, for `model.weights: mount`. Default: the model image, if any."""
+    """Where the pods get mounted weights from, for `model.weights: mount`. Default: the image in `model.source`."""
 
     pvc: ObjectName | None = Field(None, description="Name of a PersistentVolumeClaim with the model folder.")
-    image: Image | None = Field(
-        None,
-        description="OCI image with the files of the model at its root, mounted as an image volume (Kubernetes 1.35 or "
-        "newer). Name an image of `inferctl model push` in `model.source` instead.",
-    )
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if self.pvc and self.image:
-            raise ValueError("deploy.weights has pvc and image: keep one of them")
-        return self
 
 
 class Deploy(Section):
     """Kubernetes: traffic, flavors of hardware and options of `inferctl deploy`."""
 
     clusters: OneLine | None = Field(
-        None, description="File with the clusters (docs/deploy.md). Default: one cluster `default`, on-premises."
+        None, description="File with the clusters (docs/deploy.md). Default: one cluster `default`."
     )
     namespace: DnsLabel = Field("inference", description="Namespace of all objects.")
     omit: list[Omitted] = Field(
         default_factory=list,
-        max_length=8,
+        max_length=7,
         description="Objects to leave out, because others make them: `Namespace`, `NetworkPolicy` (all), "
-        "`NetworkPolicy/default-deny`, `NodePool`, `PriorityClass`, `PrometheusRule`, `ResourceQuota` or "
-        "`ServiceMonitor`. What one spec omits is omitted for all.",
+        "`NetworkPolicy/default-deny`, `PriorityClass`, `PrometheusRule`, `ResourceQuota` or `ServiceMonitor`. What "
+        "one spec omits is omitted for all.",
     )
     flavors: list[Flavor] = Field(
         default_factory=list,
@@ -178,30 +150,15 @@ class Deploy(Section):
         description="Kinds of hardware in order of preference (docs/deploy.md). Default: one per `hardware`.",
     )
     traffic: Traffic = Field(default_factory=Traffic)  # type: ignore[arg-type]  # pydantic fills the defaults
-    load_s: float | None = Field(
-        None,
-        gt=0,
-        le=86_400,
-        description="Seconds from the start of the container until it is ready. Default: the receipt's, else "
-        "estimated, or 120 without an estimate; and the estimated download of `weights: download`.",
-    )
     cold_start_s: Seconds | None = Field(
         None,
-        description="Seconds until a replica on a new node is ready. Default: 120 for the node, pull and "
-        "unpack of the image, and load time; at least 240 if the size of the image is unknown.",
+        description="Seconds until a replica on a new node is ready. Default: 120 for node and image and the load "
+        "time, at least 240.",
     )
     utilization: float = Field(
         0.7, ge=0.01, le=1, description="Share of the measured rate of a replica that is planned for."
     )
-    backlog_s: float = Field(
-        1.0, gt=0, le=3600, description="Seconds of queued work per replica from which replicas are added."
-    )
-    scaling: Literal["keda", "hpa", "none"] = Field(
-        "keda", description="Autoscaler: `keda` (ScaledObject), `hpa` (external metrics) or `none`."
-    )
-    prometheus: Url | None = Field(
-        None, description="URL of Prometheus in the cluster, for KEDA. Default: that of the clusters file."
-    )
+    scaling: Literal["keda", "none"] = Field("keda", description="Autoscaler: `keda` (ScaledObject) or `none`.")
     overflow: int | str = Field(
         "auto",
         description="Replicas to keep ready to start, on nodes that are alive and empty: `auto` (from the rise of "
@@ -229,11 +186,6 @@ class Deploy(Section):
     tools_image: Image | None = Field(
         None,
         description="Image with `inferctl[ledger,broker,bench]` for the relays of usage events and for bench Jobs.",
-    )
-    gateway: Literal["none", "envoy"] = Field("none", description="Gateway before the replicas: `none` or `envoy`.")
-    gateway_tls_secret: ObjectName | None = Field(
-        None,
-        description="Secret of the type `kubernetes.io/tls` with the certificate of the gateway. Default: no TLS.",
     )
     bench: bool = Field(False, description="Write a Job per flavor that runs `inferctl bench` in the cluster.")
 
@@ -266,6 +218,4 @@ class Deploy(Section):
         keys = [(each.name or each.hardware) for each in self.flavors]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
             raise ValueError(f"deploy.flavors has {twice} twice: give each flavor its own name")
-        if self.gateway == "none" and self.gateway_tls_secret:
-            raise ValueError("deploy.gateway_tls_secret is set, but there is no gateway: set deploy.gateway: envoy")
         return self

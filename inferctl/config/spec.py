@@ -293,15 +293,6 @@ class Spec(Section):
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""
         return {} if value is None else value
 
-    @model_validator(mode="after")
-    def _weights_of_one_image(self) -> Self:
-        image, source = self.deploy.weights.image, self.model.source
-        if image and source.startswith(IMAGE_SCHEME) and _image_name(image) == _image_name(source):
-            raise ValueError(
-                "deploy.weights.image is the image of model.source, which needs no deploy.weights: remove it"
-            )
-        return self
-
     # Dotted path -> value in the file (JSON), for paths that `settings.py` made relative to the working directory.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 

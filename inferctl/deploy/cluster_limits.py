@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from inferctl.core.errors import UsageError
-from inferctl.deploy import placement
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.figure import Figure
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Warned
+from inferctl.deploy.figure import Figure, Noted
+from inferctl.deploy.plan import FlavorPlan, ModelPlan, Warned
 
 
 def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> Warned[tuple[ModelPlan, ...]]:
-    """Return the models with the rollouts and the overflow that all clusters have room for, and with their costs.
+    """Return the models with the rollouts and the overflow that all clusters have room for.
 
     What does not fit is a warning. Raises `UsageError` if not even the minima fit.
     """
@@ -49,24 +48,37 @@ def within_limits(models: Sequence[ModelPlan], clusters: Sequence[Cluster]) -> W
                         f"cluster can have {limit} of {key}, and maxima, rollouts and other overflow need the rest"
                     )
                 left = max(0, left - int(spare.value))
-    priced = iter([placement.with_costs(flavor, clusters) for flavor in found])
-    done = tuple(replace(model, flavors=tuple(next(priced) for _ in model.flavors)) for model in models)
+    bounded = iter(found)
+    done = tuple(replace(model, flavors=tuple(next(bounded) for _ in model.flavors)) for model in models)
     return Warned(done, tuple(warnings))
 
 
-def gpus(placed: Sequence[tuple[FlavorPlan, Placement]], limit: int | None) -> tuple[int, str]:
-    """Return the GPUs of flavors with one kind of hardware in a cluster, and the formula: maxima, rollouts, overflow.
+def gpu_quota(models: Sequence[ModelPlan], cluster: Cluster) -> dict[str, Noted]:
+    """Return the most GPUs of a cluster by resource: what all flavors may have, with a rollout and the overflow.
 
-    `limit`: the most replicas that the cluster can have of it, None if unknown. More are never returned.
+    It is at most what the cluster can have of each kind of hardware.
     """
-    counts = []
-    for flavor, here in placed:
-        overflow = here.overflow.value if here.overflow else 0
-        each = here.resource.count if here.resource else 0
-        counts.append((flavor.name, int(here.max_replicas.value + here.surge + overflow) * each, each))
-    total, formula = sum(count for _, count, _ in counts), " + ".join(f"{count} {name}" for name, count, _ in counts)
-    most = total if limit is None else limit * max(each for _, _, each in counts)
-    return (total, formula) if total <= most else (most, f"min({most}, {formula})")
+    users: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for flavor in (each for model in models for each in model.flavors):
+        placed = flavor.at(cluster)
+        if placed.resource and placed.max_replicas.value:
+            overflow = placed.overflow.value if placed.overflow else 0
+            each = placed.resource.count
+            count = int(placed.max_replicas.value + placed.surge + overflow) * each
+            users.setdefault((placed.resource.name, flavor.hardware.key), []).append((flavor.name, count, each))
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for (name, key), found in users.items():
+        total, formula = sum(count for _, count, _ in found), " + ".join(f"{count} {user}" for user, count, _ in found)
+        limit = cluster.max_replicas.get(key)
+        most = total if limit is None else min(total, limit * max(each for _, _, each in found))
+        parts.setdefault(name, []).append((most, formula if most == total else f"min({most}, {formula})"))
+    return {
+        name: Noted(
+            str(sum(count for count, _ in found)),
+            f"{' + '.join(formula for _, formula in found)}: maximum, rollout and overflow",
+        )
+        for name, found in parts.items()
+    }
 
 
 def _with_surges(model: ModelPlan, flavor: FlavorPlan) -> FlavorPlan:

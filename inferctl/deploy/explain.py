@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.core.sizes import size
-from inferctl.deploy import sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
@@ -16,20 +14,6 @@ from inferctl.manifests import versions
 from inferctl.models import image_source
 
 SCHEMA = "inferctl.deploy/1"
-
-
-@dataclass(frozen=True)
-class Total:
-    """What all models cost in a month, in USD; None if the catalog has no price at all.
-
-    `least`: with the minima. `peak`: with a peak that lasts. `most`: with all flavors at their maxima. `unknown`:
-    placements for which the catalog has no price, which are left out.
-    """
-
-    least: float | None
-    peak: float | None
-    most: float | None
-    unknown: tuple[str, ...]
 
 
 def rows(model: ModelPlan, clusters: Sequence[Cluster]) -> Iterator[tuple[str, Figure]]:
@@ -75,7 +59,6 @@ def flavor_figures(flavor: FlavorPlan) -> list[Figure]:
         found.append(memory)
     return [
         *found,
-        *flavor.image_start,
         flavor.load_s,
         flavor.cold_start_s,
         flavor.startup_failures,
@@ -91,44 +74,17 @@ def placement_figures(placed: Placement) -> list[Figure]:
     if placed.replicas and not placed.max_replicas.value:
         return [placed.replicas]
     found = [placed.at_base, placed.at_peak, placed.min_replicas, placed.max_replicas, placed.replicas]
-    found += [placed.overflow, placed.cost_min, placed.cost_peak, placed.cost_max]
+    found.append(placed.overflow)
     return [figure for figure in found if figure is not None]
-
-
-def total(plan: DeploymentPlan) -> Total:
-    """Return the cost of all placements with a price, and the others by name."""
-    known: list[tuple[float, float, float]] = []
-    unknown: list[str] = []
-    for model in plan.models:
-        for flavor in model.flavors:
-            for cluster in plan.clusters:
-                placed = flavor.at(cluster)
-                if placed.cost_min and placed.cost_peak and placed.cost_max:
-                    known.append((placed.cost_min.value, placed.cost_peak.value, placed.cost_max.value))
-                elif placed.max_replicas.value:
-                    unknown.append(f"{flavor.name} in {cluster.name}")
-    if not known:
-        return Total(None, None, None, tuple(unknown))
-    least, peak, most = (round(sum(column), 2) for column in zip(*known, strict=True))
-    return Total(least, peak, most, tuple(unknown))
 
 
 def document(plan: DeploymentPlan) -> dict[str, Any]:
     """Return the document of `--json` (docs/deploy.md describes its keys)."""
-    cost = total(plan)
     return {
         "schema": SCHEMA,
         "namespace": plan.namespace,
         "clusters": [cluster.model_dump(mode="json") for cluster in plan.clusters],
         "models": [_model(model, plan.clusters) for model in plan.models],
-        "cost": {
-            "usd_per_month_at_minimum": cost.least,
-            "usd_per_month_at_peak": cost.peak,
-            "usd_per_month_at_maximum": cost.most,
-            "without_price": list(cost.unknown),
-            "hours_per_month": sizing.HOURS_PER_MONTH,
-            "basis": "on-demand list prices of the catalog, without discounts, disks and traffic",
-        },
         "warnings": plan.all_warnings,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inferctl.config.deploy_spec import Sharing
 from inferctl.core.errors import UsageError
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.plan import GpuResource
@@ -17,38 +16,23 @@ _GKE_SHARING = "cloud.google.com/gke-gpu-sharing-strategy"
 _GKE_CLIENTS = "cloud.google.com/gke-max-shared-clients-per-gpu"
 
 
-def labels_of(cluster: Cluster) -> dict[str, tuple[str, ...]]:
-    """Return the labels that all nodes in `cluster` must have."""
-    return {label: (value,) for label, value in cluster.labels.items()}
-
-
-def resource(
-    hardware: Hardware, sharing: Sharing, gpus: int, cluster: Cluster | None = None, shared_by: int = 1
-) -> GpuResource | None:
+def resource(hardware: Hardware, gpus: int, cluster: Cluster | None = None, shared_by: int = 1) -> GpuResource | None:
     """Return the GPU of a pod in `cluster`, or as the NVIDIA device plugin with mixed MIG names it; None for a CPU.
 
     A node whose MIG slices are not made yet still offers the whole GPU, so a slice also requires
     `nvidia.com/mig.config.state: success`. GKE makes slices before a node joins, and has no such label. With time
-    slicing or MPS, `renameByDefault` of the device plugin makes the resource `nvidia.com/gpu.shared` and keeps the
-    label. The node must share its GPUs among `shared_by` pods, because the memory of a pod is 1/`shared_by`.
+    slicing, `renameByDefault` of the device plugin makes the resource `nvidia.com/gpu.shared` and keeps the label. The
+    node must share its GPUs among `shared_by` pods, because the memory of a pod is 1/`shared_by`.
 
     In GKE, whole GPUs, slices and shared GPUs are all `nvidia.com/gpu` on nodes with one label of the accelerator. So
     a pod also requires that the node does, or does not, divide its GPUs.
 
-    Raises `UsageError` for a GPU without node labels in the catalog, and for MPS in GKE.
+    Raises `UsageError` for a GPU without node labels in the catalog.
     """
     if hardware.kind == "cpu":
         return None
-    extra = labels_of(cluster) if cluster else {}
-    if sharing == "dra":  # the device class selects the device
-        return GpuResource("nvidia.com/gpu", gpus, extra)
-    shared = sharing in ("time-slicing", "mps")
-    gke = cluster is not None and cluster.node_labels == "gke"
-    if gke and sharing == "mps":
-        raise UsageError(
-            "sharing: mps needs hostIPC in GKE, which the Pod Security level restricted forbids",
-            "use sharing: time-slicing, or a MIG slice",
-        )
+    shared = shared_by > 1
+    gke = cluster is not None and cluster.gpu_labels == "gke"
     needed = _GKE[:1] if gke else (GPU_PRODUCT,)
     if missing := next((label for label in needed if label not in hardware.labels), None):
         raise UsageError(
@@ -58,14 +42,14 @@ def resource(
     if gke:
         labels = {label: (hardware.labels[label],) if label in hardware.labels else () for label in _GKE}
         labels |= {_GKE_SHARING: ("time-sharing",), _GKE_CLIENTS: (str(shared_by),)} if shared else {_GKE_SHARING: ()}
-        return GpuResource("nvidia.com/gpu", gpus, labels | extra)
+        return GpuResource("nvidia.com/gpu", gpus, labels)
     if hardware.mig is None:
         name = "nvidia.com/gpu.shared" if shared else "nvidia.com/gpu"
-        parts = {_STRATEGY: (sharing,), _REPLICAS: (str(shared_by),)} if shared else {}
-        return GpuResource(name, gpus, {GPU_PRODUCT: (hardware.labels[GPU_PRODUCT],)} | parts | extra)
+        parts = {_STRATEGY: ("time-slicing",), _REPLICAS: (str(shared_by),)} if shared else {}
+        return GpuResource(name, gpus, {GPU_PRODUCT: (hardware.labels[GPU_PRODUCT],)} | parts)
     ready = {MIG_STATE: ("success",)}
     if cluster is not None and cluster.mig_strategy == "single":
-        return GpuResource("nvidia.com/gpu", gpus, {GPU_PRODUCT: (hardware.labels[GPU_PRODUCT],)} | ready | extra)
+        return GpuResource("nvidia.com/gpu", gpus, {GPU_PRODUCT: (hardware.labels[GPU_PRODUCT],)} | ready)
     whole = hardware_profiles()[hardware.mig.parent].labels[GPU_PRODUCT]
     name = f"nvidia.com/mig-{hardware.mig.profile}"
-    return GpuResource(name, gpus, {GPU_PRODUCT: (whole,)} | ready | extra)
+    return GpuResource(name, gpus, {GPU_PRODUCT: (whole,)} | ready)

@@ -1,11 +1,9 @@
 """The files of a deployment, for kustomize: `base/`, one component for each capability, one overlay for each cluster.
 
     base/                  what is the same everywhere: servers, Services, budgets, network policies
-    components/NAME/       a capability that an overlay includes: monitoring, gateway, metering
-    first/CLUSTER.yaml     Deployments that start from zero, for `kubectl create` before the first apply
-    overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, options
+    components/NAME/       a capability that an overlay includes: monitoring, metering
+    overlays/CLUSTER/      one cluster: its replicas, GPU resource and node labels, quota, overflow
     bench/CLUSTER/         bench Jobs, which run before the rest is deployed: each flavor once, in its first cluster
-    gpu-operator/CLUSTER/  values of the GPU Operator's Helm chart, for MIG slices and shared GPUs
 
 `kubectl apply -k overlays/CLUSTER` installs all that belongs to one cluster.
 """
@@ -18,31 +16,27 @@ from dataclasses import dataclass, field, replace
 from inferctl.core.errors import UsageError
 from inferctl.deploy import cluster_limits, endpoints, manifest
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
     access,
     bench,
     broker,
-    gateway,
     metering,
-    other_products,
     policy,
     scaling,
     service,
-    sharing,
     workload,
 )
 from inferctl.deploy.objects.metadata import BENCH, PART_OF, SERVER, Object, labels_of
 from inferctl.deploy.observe import objects as observe
-from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Placement
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan
 from inferctl.manifests import versions
 from inferctl.manifests.label_keys import COMPONENT
 from inferctl.models import image_source
 
 _KUSTOMIZE = "kustomize.config.k8s.io"
 _FILE = "kustomization.yaml"
-# All files are in these; those of earlier versions also in `monitoring`.
-FOLDERS = ("base", "components", "first", "overlays", "bench", "gpu-operator", "monitoring")
+# All files are in these; those of earlier versions also in the last three.
+FOLDERS = ("base", "components", "overlays", "bench", "first", "gpu-operator", "monitoring")
 # Files of a folder that are not of one model, so no model may have the name of one.
 _OTHER_FILES = ("kustomization", "namespace", "network")
 
@@ -53,7 +47,6 @@ _LONGEST_LABEL = 63
 _LONGEST: Mapping[tuple[str, str | None], tuple[int, str]] = {
     ("Deployment", SERVER): (46, "names of its pods have a hash of the template and one of the pod, in 63 characters"),
     ("Job", BENCH): (LONGEST_BENCH, "`inferctl bench` accepts no longer name (deploy.bench)"),
-    ("NodePool", None): (_LONGEST_LABEL, "its nodes have the name as a label"),
     ("Service", None): (_LONGEST_LABEL, "it is a DNS label"),
 }
 
@@ -138,9 +131,6 @@ def files(plan: DeploymentPlan) -> dict[str, str]:
         found |= overlays[cluster.name].files(f"overlays/{cluster.name}")
         if cluster.name in jobs:
             found |= jobs[cluster.name].files(f"bench/{cluster.name}")
-        found |= _gpu_operator(plan, cluster)
-        if first := _first(plan, cluster):
-            found[f"first/{cluster.name}.yaml"] = manifest.dump(first)
     return dict(sorted(found.items()))
 
 
@@ -152,24 +142,18 @@ def check(model: ModelPlan, clusters: Sequence[Cluster]) -> None:
     access.check(spec)
     metering.check(spec)
     bench.check(spec)
-    needed = []
-    if image_source.volume(spec):
-        needed.append(("image-volume", "deploy.weights.image" if spec.deploy.weights.image else "a model image"))
-    if any(flavor.sharing == "dra" for flavor in model.flavors):
-        needed.append(("dra", "sharing: dra"))
-    for cluster in clusters:
-        for feature, setting in needed:
-            if not versions.works(feature, cluster.kubernetes):
-                known = versions.FEATURES[feature]
-                raise UsageError(
-                    f"{spec.name}: {setting} needs Kubernetes 1.{known.since}; cluster {cluster.name} has "
-                    f"{cluster.kubernetes}",
-                    f"use {known.instead}",
-                )
+    feature = versions.FEATURES["image-volume"]
+    for cluster in clusters if image_source.volume(spec) else ():
+        if not feature.works(cluster.minor):
+            raise UsageError(
+                f"{spec.name}: a model image needs Kubernetes 1.{feature.since}; cluster {cluster.name} has "
+                f"{cluster.kubernetes}",
+                f"use {feature.instead}",
+            )
 
 
 def _check_names(folders: Sequence[Folder]) -> None:
-    """Raise `UsageError` if two objects have one name: flavor `gateway` of `embed`, or flavor `x-l4` and model `x`."""
+    """Raise `UsageError` if two objects have one name: flavor `l4-overflow` next to `l4`, or flavor `x-l4` and model `x`."""
     known: set[tuple[str, str]] = set()
     for each in (one for folder in folders for objects in folder.resources.values() for one in objects):
         found = (each["kind"], each["metadata"]["name"])
@@ -184,7 +168,7 @@ def _check_lengths(folder: Folder) -> None:
     """Raise `UsageError` if a name is longer than what is made of it may be."""
     for each in (one for objects in folder.resources.values() for one in objects):
         kind, name, labels = each["kind"], each["metadata"]["name"], each["metadata"].get("labels", {})
-        # Names of pods of others may be cut: nobody looks for a placeholder or a gateway by its name.
+        # Names of pods of others may be cut: nobody looks for a placeholder by its name.
         limit = _LONGEST.get((kind, labels.get(COMPONENT))) or _LONGEST.get((kind, None))
         prefix = f"{BENCH}-" if kind == "Job" else ""
         name = name.removeprefix(prefix)
@@ -206,7 +190,7 @@ def _base(plan: DeploymentPlan, omitted: Container[str]) -> Folder:
 
 def _namespace(name: str, omitted: Container[str]) -> list[Object]:
     denied = policy.deny_all(name)
-    own = (SERVER, gateway.GATEWAY, metering.CONSUMER, BENCH)
+    own = (SERVER, metering.CONSUMER, BENCH)
     components = own if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
     return [policy.namespace(name), denied, policy.allow_dns(name, components)]
 
@@ -216,16 +200,12 @@ def _model(model: ModelPlan, namespace: str) -> list[Object]:
     egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.model.weights == "download":
         egress.append(endpoints.Endpoint(443, None))
-    through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
-    direct = [] if through else [policy.client_policy(model.name, namespace, SERVER, workload.port(model))]
-    claims = [sharing.claim_template(model, each, namespace) for each in model.flavors if each.sharing == "dra"]
     return [
         policy.service_account(model.name, namespace),
         service.service(model.name, namespace),
         policy.disruption_budget(model.name, namespace, labels_of(model.name, SERVER)),
-        policy.server_policy(model.name, namespace, gateway=through, egress=egress),
-        *direct,
-        *claims,
+        policy.server_policy(model.name, namespace, egress),
+        policy.client_policy(model.name, namespace, workload.port(model)),
         *(workload.deployment(model, flavor, namespace) for flavor in model.flavors),
     ]
 
@@ -234,9 +214,6 @@ def _components(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Fold
     """Return the components that the plan uses, by name."""
     namespace = plan.namespace
     found: dict[str, Folder] = {}
-    gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
-    if gateways:
-        found["gateway"] = Folder({_file_of(model): gateway.objects(model, namespace) for model in gateways})
     if consumers := metering.consumers(plan.models, namespace):
         accounts = [policy.service_account(metering.CONSUMER, namespace)]
         found["metering"] = Folder({"usage-relay.yaml": [*accounts, *consumers]})
@@ -245,70 +222,17 @@ def _components(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Fold
     return found
 
 
-def _first(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
-    """Return the Deployments whose autoscaler starts from zero, with 0 replicas and what `kubectl create` needs.
-
-    The first apply would start one pod of each, and so a node: they have no `replicas`, and the default is 1. `kubectl
-    create` stores no last-applied configuration, so the apply after it keeps the 0, and the ones after that what the
-    autoscaler has set. In the overlay, `replicas: 0` would stop the pods at each apply.
-    """
-    found = []
-    for model in plan.models:
-        for flavor in model.flavors:
-            placed = flavor.at(cluster)
-            if placed.replicas is None and placed.min_replicas.value == 0:
-                full = workload.deployment(model, flavor, plan.namespace)
-                template = full["spec"]["template"]
-                containers = [{key: each[key] for key in ("name", "image")} for each in template["spec"]["containers"]]
-                labels = {"labels": template["metadata"]["labels"]}
-                spec = {
-                    "replicas": 0,
-                    "selector": full["spec"]["selector"],
-                    "template": {"metadata": labels, "spec": {"containers": containers}},
-                }
-                name = {key: full["metadata"][key] for key in ("name", "namespace")}
-                found.append({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "spec": spec})
-    return found
-
-
-def _gpu_operator(plan: DeploymentPlan, cluster: Cluster) -> dict[str, str]:
-    """Return the settings of the GPU Operator in a cluster whose nodes it labels; none if the defaults do."""
-    placed = [flavor for model in plan.models for flavor in model.flavors if flavor.at(cluster).max_replicas.value]
-    if cluster.node_labels != "nvidia":
-        return {}
-    objects, values = other_products.gpu_operator(placed, cluster.mig_strategy)
-    if not values:
-        return {}
-    folder = f"gpu-operator/{cluster.name}"
-    found = Folder({"config.yaml": objects}).files(folder) if objects else {}
-    return {**found, f"{folder}/values.yaml": manifest.dump([values])}
-
-
 def _monitoring(plan: DeploymentPlan, sources: Sequence[str], omitted: Container[str]) -> Folder:
     """Return monitors, alerts and dashboards. Without PrometheusRules, the alerts are plain files for Prometheus."""
     namespace = plan.namespace
-    policies = [policy.scrape_policy("allow-prometheus", namespace, {COMPONENT: SERVER}, "http", sources)]
-    gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
-    if gateways:
-        selector = {COMPONENT: gateway.GATEWAY}
-        policies.append(
-            policy.scrape_policy("allow-prometheus-gateway", namespace, selector, service.METRICS_PORT, sources)
-        )
-    found = Folder({"network.yaml": policies})
+    found = Folder({"network.yaml": [policy.scrape_policy(namespace, sources)]})
     for model in plan.models:
         rules = observe.rules(plan, model)
-        found.resources[_file_of(model)] = [*_monitors(model, namespace), rules]
+        found.resources[_file_of(model)] = [service.monitor(model.name, namespace), rules]
         found.config_maps[_file_of(model)] = observe.config_map(plan, model)
         if rules["kind"] in omitted:
             found.other[f"{model.name}-alerts.yaml"] = manifest.dump([rules["spec"]])
     return found
-
-
-def _monitors(model: ModelPlan, namespace: str) -> list[Object]:
-    monitors = [service.monitor(model.name, namespace)]
-    if model.spec.deploy.gateway == "envoy":
-        monitors.append(service.monitor(model.name, namespace, gateway.GATEWAY, service.METRICS_PORT))
-    return monitors
 
 
 def _benches(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Folder]:
@@ -332,7 +256,7 @@ def _prometheus_namespaces(plan: DeploymentPlan) -> list[str]:
     A URL outside of the cluster does not say where its agent runs: then it is the namespace of the default.
     """
     default = endpoints.endpoint(scaling.DEFAULT_PROMETHEUS, plan.namespace).namespace
-    urls = {cluster.prometheus for cluster in plan.clusters} | {model.spec.deploy.prometheus for model in plan.models}
+    urls = {cluster.prometheus for cluster in plan.clusters}
     found = {endpoints.endpoint(url, plan.namespace).namespace or default for url in urls if url}
     if not found and any(model.spec.deploy.scaling != "none" for model in plan.models):
         found = {default}
@@ -360,18 +284,12 @@ def _overlay(plan: DeploymentPlan, cluster: Cluster, base: Folder, components: M
             deleted.append(deployment)
         elif found := workload.in_cluster(model, flavor, placed, namespace):
             patches.append(found)
-    scalers = [each for model in present for each in scaling.scaling(model, cluster, namespace)]
+    scalers = [each for model in present for each in scaling.scaled_objects(model, cluster, namespace)]
     spare = [each for model, flavor in flavors for each in _overflow(model, flavor, cluster, namespace)]
-    if any(each["kind"] == "Deployment" for each in spare):
+    if spare:
         spare.insert(0, policy.overflow_priority())
-    pools = other_products.node_pools(plan, cluster)
     return Folder(
-        resources={
-            "quota.yaml": _quota(plan, cluster),
-            "scaling.yaml": scalers,
-            "overflow.yaml": spare,
-            "nodepools.yaml": pools,
-        },
+        resources={"quota.yaml": _quota(plan, cluster), "scaling.yaml": scalers, "overflow.yaml": spare},
         patches={"flavors.yaml": patches},
         deleted=deleted,
         bases=["../../base"],
@@ -392,21 +310,5 @@ def _deletion(item: Object) -> Object:
 
 
 def _quota(plan: DeploymentPlan, cluster: Cluster) -> list[Object]:
-    """Return the quota of GPUs: what all flavors may have, with a rollout and the overflow."""
-    kinds: dict[tuple[str, str], list[tuple[FlavorPlan, Placement]]] = {}
-    for model in plan.models:
-        for flavor in model.flavors:
-            placed = flavor.at(cluster)
-            if placed.resource and placed.max_replicas.value and flavor.sharing != "dra":
-                kinds.setdefault((placed.resource.name, flavor.hardware.key), []).append((flavor, placed))
-    parts: dict[str, list[tuple[int, str]]] = {}
-    for (name, key), flavors in kinds.items():
-        parts.setdefault(name, []).append(cluster_limits.gpus(flavors, cluster.max_replicas.get(key)))
-    hard: Mapping[str, Noted] = {
-        name: Noted(
-            str(sum(count for count, _ in found)),
-            f"{' + '.join(formula for _, formula in found)}: maximum, rollout and overflow",
-        )
-        for name, found in parts.items()
-    }
+    hard = cluster_limits.gpu_quota(plan.models, cluster)
     return [policy.quota(plan.namespace, hard)] if hard else []

@@ -1,4 +1,4 @@
-"""Places the flavors of a model in a cluster: replicas, spare capacity, GPU resource and cost, with warnings.
+"""Places the flavors of a model in a cluster: replicas, spare capacity and GPU resource, with warnings.
 
 `cluster_limits.py` then bounds rollouts and overflow by what a cluster has for all models.
 """
@@ -13,14 +13,11 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import gpu, sizing
 from inferctl.deploy.clusters import Cluster
-from inferctl.deploy.figure import Figure, shown
+from inferctl.deploy.figure import shown
 from inferctl.deploy.plan import FlavorPlan, Placement, TrafficPlan, Warned
-from inferctl.manifests import versions
 
 # More is a wrong number in the spec or in a receipt.
 _MOST_REPLICAS = 100_000
-# Autoscalers that know only whole GPUs. EKS Auto Mode is Karpenter.
-_KARPENTER = ("karpenter", "eks-auto")
 
 
 def place(
@@ -43,9 +40,7 @@ def place(
         for flavor, each in zip(flavors, planned, strict=True)
     ]
     scaled = settings.scaling != "none"
-    zero = settings.scaling != "hpa" or versions.works("hpa-scale-to-zero", cluster.kubernetes)
-    lowest = 0 if zero else 1
-    sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled, lowest=lowest)
+    sized = sizing.replicas(chain, traffic, share, settings.utilization, scaled=scaled)
     _refuse_too_many(planned, sized, cluster)
     warnings = _uncovered_peak(spec, chain, sized, traffic, cluster)
     if scaled and any(each.most.value for each in sized) and not any(each.least.value for each in sized):
@@ -62,12 +57,6 @@ def place(
             spare = sizing.overflow(
                 settings.overflow, traffic, share, settings.traffic.rise_s, each.cold_start_s, each.rate, room
             )
-            if spare and each.resource and each.sharing != "whole" and cluster.autoscaler in _KARPENTER:
-                warnings.append(
-                    f"{cluster.name}: no overflow for {each.name}: Karpenter starts no nodes for sharing: "
-                    f"{each.sharing}, so it would keep nothing. Give the node group of fixed size nodes for the maximum"
-                )
-                spare = None
         fixed = None
         if counts.most.value == 0:
             fixed = replace(counts.most, name="replicas")
@@ -76,10 +65,9 @@ def place(
         found.append(
             Placement(
                 cluster=cluster.name,
-                resource=gpu.resource(each.hardware, each.sharing, each.resource.count, cluster, each.shared_by)
+                resource=gpu.resource(each.hardware, each.resource.count, cluster, each.shared_by)
                 if each.resource and counts.most.value
                 else each.resource,
-                node_labels={} if each.resource else gpu.labels_of(cluster),
                 min_replicas=counts.least,
                 max_replicas=counts.most,
                 replicas=fixed,
@@ -109,39 +97,10 @@ def _first_with_room(sized: Sequence[sizing.Replicas], setting: str | int) -> in
     return next(iter(grows if setting == "auto" else exists), None)
 
 
-def with_costs(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> FlavorPlan:
-    """Return the flavor with its costs in each cluster, with the overflow."""
-    placements = []
-    for cluster in clusters:
-        placed = flavor.at(cluster)
-        priced = replace(
-            placed,
-            cost_min=_cost("cost at the minimum", int(placed.min_replicas.value), flavor, cluster),
-            cost_peak=_cost("cost at the peak", running_at_peak(placed), flavor, cluster),
-            cost_max=_cost("cost at the maximum", int(placed.max_replicas.value), flavor, cluster),
-        )
-        placements.append(priced)
-    return replace(flavor, placements=tuple(placements))
-
-
 def running_at_peak(placed: Placement) -> int:
     """Return the replicas at the peak, at least the minimum; those of the autoscaler if nothing else sets them."""
     needed = placed.at_peak.value if placed.at_peak else placed.max_replicas.value
     return int(max(placed.min_replicas.value, min(placed.max_replicas.value, needed)))
-
-
-def _cost(name: str, count: int, flavor: FlavorPlan, cluster: Cluster) -> Figure | None:
-    gpus = flavor.resource.count if flavor.resource else 1
-    spare = flavor.at(cluster).overflow
-    return sizing.cost(
-        name,
-        count,
-        flavor.hardware,
-        cluster.cloud,
-        gpus=gpus,
-        shared_by=flavor.shared_by,
-        overflow=int(spare.value) if spare else 0,
-    )
 
 
 def _uncovered_peak(

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
 
-from inferctl.config.deploy_spec import Sharing
 from inferctl.config.spec import Spec, Task
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import Figure
@@ -18,6 +17,8 @@ from inferctl.facts.catalog import Hardware
 from inferctl.models.fit import Fit
 
 T = TypeVar("T")
+# Of a GPU: a pod has all of it, a MIG slice, or takes turns with other pods.
+Sharing = Literal["whole", "mig", "time-slicing"]
 
 
 @dataclass(frozen=True)
@@ -62,27 +63,23 @@ class Rate:
 
 @dataclass(frozen=True)
 class GpuResource:
-    """How a pod gets its GPU in one cluster: an extended resource, the node labels that it requires, and a toleration.
+    """How a pod gets its GPU in one cluster: an extended resource, and the node labels that it requires.
 
     `labels`: label -> allowed values, for a required node affinity; without values, the node must not have the label.
-    `toleration`: key of the taint of GPU nodes.
     """
 
     name: str
     count: int
     labels: Mapping[str, tuple[str, ...]]
-    toleration: str = "nvidia.com/gpu"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One flavor in one cluster: the limits of its autoscaler, its spare capacity and its cost.
+    """One flavor in one cluster: the limits of its autoscaler and its spare capacity.
 
     `replicas`: their number if no autoscaler sets it, else None: with `scaling: none`, for a flavor without a rate, and
     0 in a cluster that can have none of this hardware. `at_base` and `at_peak` are None without a rate or traffic.
-    `overflow` is None if there is none. The costs (USD per month, with the overflow) are None if the catalog has no
-    price for this cloud. `node_labels`: labels that the nodes of a CPU flavor must have. `surge`: additional pods of a
-    rollout.
+    `overflow` is None if there is none. `surge`: additional pods of a rollout.
     """
 
     cluster: str
@@ -93,10 +90,6 @@ class Placement:
     at_base: Figure | None = None
     at_peak: Figure | None = None
     overflow: Figure | None = None
-    cost_min: Figure | None = None
-    cost_peak: Figure | None = None
-    cost_max: Figure | None = None
-    node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     surge: int = 0
 
 
@@ -105,8 +98,6 @@ class FlavorPlan:
     """One kind of hardware of a model: one Deployment, named `name`, with the label value `label`.
 
     `resource` is the GPU as the NVIDIA device plugin names it; a `Placement` has that of its cluster. None for a CPU.
-    `image_start`: pull and unpack of the image on a new node, estimated; empty if its size is unknown.
-    `node_labels`: those of the placement, in a plan for one cluster.
     """
 
     name: str
@@ -129,14 +120,7 @@ class FlavorPlan:
     grace_s: Figure
     memory_bytes: Figure
     cpu: Figure
-    image_start: tuple[Figure, ...] = ()
-    node_labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-    @property
-    def isolated(self) -> bool:
-        """Whether other pods on the same GPU can neither take its memory nor slow it down much."""
-        return self.sharing not in ("time-slicing", "mps")
 
     @property
     def surge(self) -> int:
@@ -148,9 +132,8 @@ class FlavorPlan:
         return next(placement for placement in self.placements if placement.cluster == cluster.name)
 
     def only_at(self, cluster: Cluster) -> FlavorPlan:
-        """Return the flavor with the GPU resource and the node labels of `cluster`."""
-        placed = self.at(cluster)
-        return replace(self, resource=placed.resource, node_labels=placed.node_labels)
+        """Return the flavor with the GPU resource of `cluster`."""
+        return replace(self, resource=self.at(cluster).resource)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from inferctl.config.deploy_spec import Flavor, Sharing
+from inferctl.config.deploy_spec import Flavor
 from inferctl.config.spec import Spec, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core.errors import InferctlError, UsageError
@@ -15,11 +15,10 @@ from inferctl.core.sizes import parse_size
 from inferctl.deploy import cluster_limits, gpu, key_limits, measured, placement, sizing
 from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.endpoints import endpoint
-from inferctl.deploy.figure import Figure, shown
-from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, TrafficPlan, Warned, object_name
+from inferctl.deploy.figure import shown
+from inferctl.deploy.plan import DeploymentPlan, FlavorPlan, ModelPlan, Rate, Sharing, TrafficPlan, Warned, object_name
 from inferctl.facts import catalog
 from inferctl.facts.catalog import Hardware
-from inferctl.image import cold_start
 from inferctl.models import fit, generation_fit, image_source
 from inferctl.models import model as model_folder
 from inferctl.models.fit import Fit, ModelSize, UnknownSize
@@ -82,8 +81,7 @@ def make_plan(
         where = f" ({', '.join(files)})" if files else ""
         raise UsageError(f"two specs have the name {twice}{where}", "give each spec its own `name`")
     bounded, namespace = cluster_limits.within_limits(models, clusters), namespaces.pop()
-    warnings = [warning for cluster in clusters for warning in cluster.warnings]
-    warnings += [*bounded.warnings, *_without_hardware(bounded.value, clusters)]
+    warnings = [*bounded.warnings, *_without_hardware(bounded.value, clusters)]
     if shared := _shared_prometheus(clusters, namespace):
         warnings.append(
             f"{' and '.join(shared)} have one Prometheus outside of the cluster. The queries of the autoscalers have "
@@ -166,8 +164,7 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
     volume = image_source.volume(spec)
     if volume and not image_source.digest(volume):
         warnings.append(
-            f"{spec.name}: {volume} has no digest, so pods that start later can get other weights: "
-            + ("write name@digest into deploy.weights.image" if spec.deploy.weights.image else "run `inferctl pin`")
+            f"{spec.name}: {volume} has no digest, so pods that start later can get other weights: run `inferctl pin`"
         )
     if 0 < spec.serve.port < 1024:
         warnings.append(
@@ -187,7 +184,7 @@ def _check_settings(spec: Spec) -> None:
         raise UsageError(
             f"{spec.name} has mounted weights, but deploy.weights names no volume",
             "push the model with `inferctl model push`, and set model.source: oci://REFERENCE; or set deploy.weights: "
-            "{pvc: NAME}, or {image: REFERENCE} of an image with the files at its top; or set model.weights: bake",
+            "{pvc: NAME}; or set model.weights: bake",
         )
     if settings.keys_secret and not spec.access.keys:
         raise UsageError(
@@ -204,17 +201,19 @@ def _check_settings(spec: Spec) -> None:
 
 
 def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, images: bool) -> FlavorPlan:
-    spec, settings = source.spec, source.spec.deploy
+    spec = source.spec
     hardware = _hardware(flavor, source.folder, where)
     label = flavor.name or object_name(hardware.key)
     if not label:
         raise UsageError(f"{where}: {hardware.key} has no letter or digit for a name", f"set `name` in {where}")
     name = f"{model_name}-{label}"
-    sharing: Sharing = flavor.sharing or ("mig" if hardware.mig else "whole")
-    gpus = source.spec.serve.gpus if source.task == "generate" else 1
-    if gpus > 1 and sharing in ("time-slicing", "mps"):
+    shared = flavor.shared_by > 1
+    sharing: Sharing = "mig" if hardware.mig else "time-slicing" if shared else "whole"
+    generate = source.task == "generate"
+    gpus = spec.serve.gpus if generate else 1
+    if gpus > 1 and shared:
         raise UsageError(
-            f"{where}: serve.gpus is {gpus}, and with sharing: {sharing} a pod gets a part of one GPU only",
+            f"{where}: serve.gpus is {gpus}, and with shared_by a pod gets a part of one GPU only",
             "use whole GPUs, or set serve.gpus: 1",
         )
     found = _rate(source, flavor, hardware, where)
@@ -225,34 +224,14 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             "tokens_per_second",
         )
     image = _image(spec, flavor, where, required=images)
-    precision = flavor.precision if flavor.precision != "auto" else spec.serve.precision
-    if measured_precision and precision not in ("auto", measured_precision):
-        raise UsageError(
-            f"{where}: the receipt is of {measured_precision}, but the flavor is served in {precision}",
-            f"measure {precision}, or set `precision: {measured_precision}`",
-        )
-    effective = _fit(source, flavor, hardware, measured_precision or precision, sharing, where)
+    effective = _fit(source, flavor, hardware, measured_precision or spec.serve.precision, where)
     memory, capacity = effective.memory, effective.capacity
-    generate = source.task == "generate"
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
-    image_start, download_s, estimate = _image_start(spec, weights or None)  # 0: unknown
-    load_time = sizing.load_s(settings.load_s, rate, download_s, estimate)
-    assumed = replace(sizing.load_s(settings.load_s, rate, download_s), source="assumed in place of a shorter estimate")
-    slowest = max(load_time, assumed, key=lambda figure: figure.value)
-    period, failures = sizing.startup(slowest, model_folder.longest_start_s(weights) if generate else None)
+    load_time = sizing.load_s(rate, downloads=spec.model.weights == "download")
+    period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0
-    without = {
-        "memory limit": memory is None and not (rate and rate.memory_bytes),
-        "startup probe": generate and not weights and not (settings.load_s or (rate and rate.load_s)),
-        "volume of the download": not weights and spec.model.weights == "download",
-    }
-    if any(without.values()):
-        warnings += (
-            f"{name}: the size of the weights is unknown, so they do not count in its "
-            f"{' and '.join(what for what, affected in without.items() if affected)}, and pods can be killed: run "
-            "`inferctl deploy` where the model can be read, or set a receipt",
-        )
+    warnings += _unknown_weights(name, source, rate, fits=memory is not None)
     return FlavorPlan(
         name=name,
         label=label,
@@ -263,11 +242,10 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
         shared_by=flavor.shared_by,
         rate=rate,
         fit=effective,
-        resource=gpu.resource(hardware, sharing, gpus, shared_by=flavor.shared_by),
+        resource=gpu.resource(hardware, gpus, shared_by=flavor.shared_by),
         placements=(),
         load_s=load_time,
-        cold_start_s=sizing.cold_start(settings.cold_start_s, image_start, load_time),
-        image_start=image_start,
+        cold_start_s=sizing.cold_start(spec.deploy.cold_start_s, load_time),
         startup_period_s=period,
         startup_failures=failures,
         pre_stop_s=stop,
@@ -287,6 +265,23 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
             spec.serve.least_api_processes,
         ),
         warnings=warnings + image.warnings,
+    )
+
+
+def _unknown_weights(name: str, source: SpecSource, rate: Rate | None, *, fits: bool) -> tuple[str, ...]:
+    """Return a warning about what lacks the size of the weights, if it is unknown. `fits`: whether the fit is known."""
+    weights = isinstance(source.size, ModelSize) and source.size.weights_bytes
+    lacking = {
+        "memory limit": not fits and not (rate and rate.memory_bytes),
+        "startup probe": source.task == "generate" and not weights and not (rate and rate.load_s),
+        "volume of the download": not weights and source.spec.model.weights == "download",
+    }
+    if not any(lacking.values()):
+        return ()
+    return (
+        f"{name}: the size of the weights is unknown, so they do not count in its "
+        f"{' and '.join(what for what, lacks in lacking.items() if lacks)}, and pods can be killed: run "
+        "`inferctl deploy` where the model can be read, or set a receipt",
     )
 
 
@@ -321,17 +316,16 @@ def _rate(source: SpecSource, flavor: Flavor, hardware: Hardware, where: str) ->
     return Warned(found.value, warnings)
 
 
-def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, sharing: Sharing, where: str) -> Fit:
+def _fit(source: SpecSource, flavor: Flavor, hardware: Hardware, precision: str, where: str) -> Fit:
     """Return how the model fits its part of the GPU. Raises `UsageError` if it does not."""
-    isolated = sharing not in ("time-slicing", "mps")
-    if not isolated and isinstance(source.size, ModelSize) and uses_alibi(source.size.config):
+    part, share = hardware, flavor.shared_by
+    if share > 1 and isinstance(source.size, ModelSize) and uses_alibi(source.size.config):
         raise UsageError(
-            f"{where}: {source.spec.name} uses ALiBi, and sharing: {sharing} does not isolate memory. Its attention "
+            f"{where}: {source.spec.name} uses ALiBi, and time slicing does not isolate memory. Its attention "
             "stores a bias for each pair of tokens, so its memory grows with the square of the input, and a long input "
             "can take the memory of the other pods on the GPU",
-            "use `sharing: whole`, or a MIG slice, which has its own memory",
+            "remove shared_by, or use a MIG slice, which has its own memory",
         )
-    part, share = hardware, flavor.shared_by
     if share > 1 and source.task == "generate":
         # vLLM takes serve.gpu_memory_share of the whole GPU, so the part of a pod is already in it.
         _check_memory_share(source, share, where)
@@ -373,27 +367,6 @@ def _image(spec: Spec, flavor: Flavor, where: str, *, required: bool) -> Warned[
         )
     movable = f"{where}: the image {image} has no digest, so its tag can be moved"
     return Warned(image, () if "@sha256:" in image else (movable,))
-
-
-def _image_start(spec: Spec, weights: int | None) -> tuple[tuple[Figure, ...], float, tuple[float, str] | None]:
-    """Return pull and unpack on a new node, empty if a size is unknown, and the seconds of a download by the container.
-
-    Also returns the seconds of a load and their formula, None without an estimate.
-    """
-    base = catalog.base(spec.image.base)
-    parts = {part.name: part for part in cold_start.of_spec(spec, base, catalog.stack(base.stack), weights)}
-    source = "sizes by the forecast of the image"
-    figures = tuple(
-        Figure(f"{name}, estimated", round(part.seconds, 1), "s", part.formula, source)
-        for name, part in parts.items()
-        if name in ("pull", "unpack")
-    )
-    load = parts.get(cold_start.LOAD)
-    return (
-        figures,
-        parts["download"].seconds if "download" in parts else 0.0,
-        (load.seconds, load.formula) if load else None,
-    )
 
 
 def _traffic(spec: Spec, rates: Sequence[Rate | None]) -> Warned[TrafficPlan | None]:

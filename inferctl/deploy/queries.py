@@ -7,16 +7,20 @@ flavor. The backlog alone would oscillate: with an empty queue it asks for the m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from inferctl.deploy.clusters import Cluster
 from inferctl.deploy.figure import shown
-from inferctl.deploy.plan import FlavorPlan, ModelPlan, Placement, Rate
+from inferctl.deploy.plan import FlavorPlan, ModelPlan
 
 # Three scrapes of 15 s at least lie in each window.
 _RATE_WINDOW = "1m"
 _LATENCY_WINDOW = "2m"
 # One step adds at most as many replicas as there are: a p99 says that they are too few, not how many are missing.
 _LARGEST_STEP = 2
+# Seconds of queued work per replica from which replicas are added.
+BACKLOG_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,85 +33,60 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Link:
-    """A flavor in a chain: what it is in one cluster."""
+class _Earlier:
+    """A flavor that serves before another one, with at most `maximum` replicas at `rate` tokens per second."""
 
     flavor: FlavorPlan
-    placement: Placement
-
-    @property
-    def rate(self) -> Rate | None:
-        return self.flavor.rate
-
-    @property
-    def maximum(self) -> int:
-        return int(self.placement.max_replicas.value)
+    maximum: int
+    rate: float
 
 
-def of(model: ModelPlan, namespace: str, chain: list[Link]) -> list[Query]:
-    """Return the queries of the last flavor of `chain`; the others are preferred to it. It must have a rate."""
-    last = chain[-1]
+def of(model: ModelPlan, chain: Sequence[FlavorPlan], cluster: Cluster, namespace: str) -> list[Query]:
+    """Return the queries of the last flavor of `chain` in `cluster`; the others are preferred to it. All have rates."""
+    *preferred, last = chain
     if last.rate is None:
-        raise ValueError(f"{last.flavor.name} has no rate")
-    earlier = [link for link in chain[:-1] if link.rate and link.maximum]
-    pods = f'namespace="{namespace}",service="{model.name}"'
-    found = [_offered(model, namespace, pods, earlier, last, last.rate)]
-    found.append(_backlog(model, namespace, pods, earlier, last, last.rate))
-    own = f'{pods},inferctl_io_flavor="{last.flavor.label}"'
-    return [*found, *_latency(model, own)]
-
-
-def _offered(model: ModelPlan, namespace: str, pods: str, earlier: list[Link], last: Link, rate: Rate) -> Query:
-    """Return the offered tokens per second, refused ones too, over the planned rate of a replica."""
+        raise ValueError(f"{last.name} has no rate")
+    counts = [(each, int(each.at(cluster).max_replicas.value)) for each in preferred]
+    earlier = [_Earlier(each, most, each.rate.tokens_per_second) for each, most in counts if each.rate and most]
+    series = f'namespace="{namespace}",service="{model.name}"'
     share = model.spec.deploy.utilization
-    offered = f"sum(rate(inferctl_offered_tokens_total{{{pods}}}[{_RATE_WINDOW}]))"
-    served = _served(namespace, earlier, share)
-    promql = f"{_left(offered, served)} / {_number(share * rate.tokens_per_second)}"
-    note = f"{shown(share)} (deploy.utilization) x {shown(rate.tokens_per_second)} tokens/s ({rate.origin})"
-    return Query("offered", promql, note + _earlier_note(earlier, share))
+    # Refused tokens are offered too.
+    offered = f"sum(rate(inferctl_offered_tokens_total{{{series}}}[{_RATE_WINDOW}]))"
+    queued = f"sum(inferctl_queue_tokens{{{series}}})"
+    return [
+        _tokens("offered", offered, share, f"{shown(share)} (deploy.utilization)", last, earlier, namespace),
+        _tokens("backlog", queued, BACKLOG_S, f"{shown(BACKLOG_S)} s", last, earlier, namespace),
+        *_latency(model, f'{series},inferctl_io_flavor="{last.label}"'),
+    ]
 
 
-def _backlog(model: ModelPlan, namespace: str, pods: str, earlier: list[Link], last: Link, rate: Rate) -> Query:
-    """Return the waiting tokens over those that a replica computes in the tolerated seconds."""
-    seconds = model.spec.deploy.backlog_s
-    queued = f"sum(inferctl_queue_tokens{{{pods}}})"
-    served = _served(namespace, earlier, seconds)
-    promql = f"{_left(queued, served)} / {_number(seconds * rate.tokens_per_second)}"
-    note = f"{shown(seconds)} s (deploy.backlog_s) x {shown(rate.tokens_per_second)} tokens/s ({rate.origin})"
-    return Query("backlog", promql, note + _earlier_note(earlier, seconds))
+def _tokens(
+    name: str, total: str, factor: float, what: str, flavor: FlavorPlan, earlier: Sequence[_Earlier], namespace: str
+) -> Query:
+    """Return the tokens `total`, less what the earlier flavors serve, over `factor` times the rate of a replica."""
+    assert flavor.rate
+    rate = flavor.rate.tokens_per_second
+    served = " + ".join(_served(each, factor, namespace) for each in earlier)
+    left = f"clamp_min({total} - ({served}), 0)" if served else total
+    note = f"{what} x {shown(rate)} tokens/s ({flavor.rate.origin})"
+    if earlier:
+        parts = (f"{each.maximum} x {shown(factor)} x {shown(each.rate)} of {each.flavor.label}" for each in earlier)
+        note += f"; less what serves before it: {', '.join(parts)}"
+    return Query(name, f"{left} / {_number(factor * rate)}", note)
 
 
-def _left(total: str, served: str) -> str:
-    return f"clamp_min({total} - ({served}), 0)" if served else total
+def _served(earlier: _Earlier, factor: float, namespace: str) -> str:
+    """Return what an earlier flavor serves at its maximum.
 
-
-def _served(namespace: str, earlier: list[Link], factor: float) -> str:
-    """Return what the earlier flavors serve at their maximum.
-
-    If pods of one are missing for longer than a cold start, its hardware has run out, and its maximum is fiction: then
+    If pods of it are missing for longer than a cold start, its hardware has run out, and its maximum is fiction: then
     only its available replicas count. That needs kube-state-metrics; without it, the maximum counts.
     """
-    terms = []
-    for link in earlier:
-        assert link.rate
-        deployment = f'namespace="{namespace}",deployment="{link.flavor.name}"'
-        window = f"{math.ceil(link.flavor.cold_start_s.value)}s"  # Prometheus refuses 0s
-        missing = f"min_over_time(kube_deployment_status_replicas_unavailable{{{deployment}}}[{window}]) > 0"
-        available = f"kube_deployment_status_replicas_available{{{deployment}}}"
-        count = f"(max({available} and on (deployment) ({missing})) or vector({link.maximum}))"
-        terms.append(f"{count} * {_number(factor * link.rate.tokens_per_second)}")
-    return " + ".join(terms)
-
-
-def _earlier_note(earlier: list[Link], factor: float) -> str:
-    if not earlier:
-        return ""
-    parts = (
-        f"{link.maximum} x {shown(factor)} x {shown(link.rate.tokens_per_second)} of {link.flavor.label}"
-        for link in earlier
-        if link.rate
-    )
-    return f"; less what serves before it: {', '.join(parts)}"
+    deployment = f'namespace="{namespace}",deployment="{earlier.flavor.name}"'
+    window = f"{math.ceil(earlier.flavor.cold_start_s.value)}s"  # Prometheus refuses 0s
+    missing = f"min_over_time(kube_deployment_status_replicas_unavailable{{{deployment}}}[{window}]) > 0"
+    available = f"kube_deployment_status_replicas_available{{{deployment}}}"
+    count = f"(max({available} and on (deployment) ({missing})) or vector({earlier.maximum}))"
+    return f"{count} * {_number(factor * earlier.rate)}"
 
 
 def _latency(model: ModelPlan, own: str) -> list[Query]:

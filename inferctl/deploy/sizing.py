@@ -1,4 +1,4 @@
-"""The arithmetic of a deployment: replicas, spare capacity, probes, grace and cost. Pure functions that return figures.
+"""The arithmetic of a deployment: replicas, spare capacity, probes and grace. Pure functions that return figures.
 
 A replica is planned with a share of its rate (`utilization`). Flavors form a chain in order of preference: each one
 serves what the earlier ones, at their maximum, leave over. Its own maximum is for the case that none of them is
@@ -16,9 +16,7 @@ from inferctl.config.spec import Spec
 from inferctl.core.sizes import size
 from inferctl.deploy.figure import Figure, shown
 from inferctl.deploy.plan import Rate, TrafficPlan
-from inferctl.facts.catalog import Hardware, Price, hardware_profiles
 
-HOURS_PER_MONTH = 730
 # One replica can be lost with its node while the other one serves.
 LEAST_REPLICAS = 2
 # A start may take three times as long as the measured one: a cold disk, a busy node.
@@ -27,12 +25,12 @@ _PROBE_PERIOD_S = 5
 _LEAST_START_S = 30
 # Of a server of generation, before it starts vLLM.
 _BEFORE_ENGINE_S = 60
-# Endpoints and kube-proxy need seconds to forget a pod; the gateway checks health every second and needs two failures.
+# Endpoints and kube-proxy need seconds to forget a pod.
 _PRE_STOP_S = 5
 _MARGIN_S = 5
 _ASSUMED_LOAD_S = 120
-# Of a cloud that adds a node; of a node, an image and a load of which nothing is known.
-_ASSUMED_NODE_S, _ASSUMED_COLD_START_S = 120, 240
+# Until a cloud has added a node that has pulled the image; and the least of a whole cold start.
+_ASSUMED_NODE_S, _LEAST_COLD_START_S = 120, 240
 # Of the 4 vCPUs of the smallest machines with a GPU (g6.xlarge, g4dn.xlarge), the node itself needs a part.
 _ASSUMED_POD_CORES = 3
 # With less, the relay needs ten seconds for its imports, and a server waits for its keys.
@@ -93,13 +91,11 @@ def replicas(
     utilization: float,
     *,
     scaled: bool,
-    lowest: int,
 ) -> list[Replicas]:
     """Return the replicas of each flavor in one cluster.
 
     `share`: of the traffic. `scaled`: whether an autoscaler adds replicas. If not, minimum and maximum are equal.
-    `lowest`: the lowest minimum that the autoscaler accepts, 0 or 1. A flavor without a rate serves nothing in this
-    arithmetic, and needs its own `min_replicas` and `max_replicas`.
+    A flavor without a rate serves nothing in this arithmetic, and needs its own `min_replicas` and `max_replicas`.
     """
     found: list[Replicas] = []
     base, peak = (traffic.base, traffic.peak) if traffic else (None, None)
@@ -110,7 +106,7 @@ def replicas(
         at_peak = _needed("peak", demand, peak, share, utilization, _at_most(earlier))
         # If the hardware of all earlier flavors has run out, this one serves the whole peak.
         stand_in = _needed("peak", demand, peak, share, utilization, [])
-        least = _least(demand, at_base if scaled else at_peak, first=index == first, lowest=lowest)
+        least = _least(demand, at_base if scaled else at_peak, first=index == first)
         most = _limited(_most(demand, stand_in, least) if scaled else _equal(demand, least), demand.limit)
         if least.value > most.value:
             least = Figure(least.name, most.value, "replicas", f"min({most.value}, {least.value})", most.source)
@@ -145,12 +141,11 @@ def _needed(
     return Figure(f"replicas at {when}", value, "replicas", formula, f"spec deploy.traffic; {demand.rate.origin}")
 
 
-def _least(demand: Demand, needed: Figure | None, *, first: bool, lowest: int) -> Figure:
+def _least(demand: Demand, needed: Figure | None, *, first: bool) -> Figure:
     name = "minimum"
     if demand.min_replicas is not None:
-        value = max(lowest, demand.min_replicas)
-        return Figure(name, value, "replicas", "", "spec min_replicas")
-    floor = max(lowest, LEAST_REPLICAS if first else 0)
+        return Figure(name, demand.min_replicas, "replicas", "", "spec min_replicas")
+    floor = LEAST_REPLICAS if first else 0
     if needed is None:
         source = "own choice: one can be lost with its node" if first else "none before the traffic needs it"
         return Figure(name, floor, "replicas", "", source)
@@ -216,54 +211,39 @@ def overflow(
     return Figure("overflow", value, "replicas", formula, source) if value > 0 else None
 
 
-def cold_start(setting: float | None, image: Sequence[Figure], load_time: Figure) -> Figure:
-    """Return the seconds until a replica on a new node is ready: what is set, else the sum of its parts.
+def cold_start(setting: float | None, load_time: Figure) -> Figure:
+    """Return the seconds until a replica on a new node is ready: what is set, else assumed.
 
-    `image`: pull and unpack; empty if its size is unknown. The sum always has the time until a cloud has added a node:
-    a cold start that is too short leaves the rise of the traffic without nodes.
+    A cold start that is too short leaves the rise of the traffic without nodes.
     """
     name = "cold start"
     if setting is not None:
         return Figure(name, setting, "s", "", "spec deploy.cold_start_s")
-    parts = [_ASSUMED_NODE_S, *(float(part.value) for part in (*image, load_time))]
-    value, formula = sum(parts), " + ".join(map(shown, parts))
-    origin = f"load time ({load_time.source})"
-    if image:
-        source = f"estimated: node (assumed), pull and unpack of the image, {origin}"
-        return Figure(name, ceil(value), "s", f"ceil({formula})", source)
-    source = f"assumed, because the size of the image is unknown; at least node (assumed) and {origin}"
-    formula = f"ceil(max({_ASSUMED_COLD_START_S}, {formula}))"
-    return Figure(name, ceil(max(_ASSUMED_COLD_START_S, value)), "s", formula, source)
+    value = max(_LEAST_COLD_START_S, _ASSUMED_NODE_S + load_time.value)
+    formula = f"ceil(max({_LEAST_COLD_START_S}, {_ASSUMED_NODE_S} + {shown(load_time.value)}))"
+    source = f"node and image (assumed), load time ({load_time.source})"
+    return Figure(name, ceil(value), "s", formula, source)
 
 
-def load_s(
-    setting: float | None, rate: Rate | None, download_s: float = 0.0, estimate: tuple[float, str] | None = None
-) -> Figure:
+def load_s(rate: Rate | None, *, downloads: bool = False) -> Figure:
     """Return the seconds from the start of a container until it is ready.
 
-    `download_s`: estimate for the weights that the container downloads. A receipt may be of a run that had them in its
-    cache. `estimate`: seconds of a load without a receipt, and their formula.
+    `downloads`: whether the container downloads its weights. A receipt may be of a run that had them in its cache.
     """
     name = "load time"
-    if setting is not None:
-        return Figure(name, setting, "s", "", "spec deploy.load_s")
-    seconds, formula, source = float(_ASSUMED_LOAD_S), "", "assumed: neither load_s nor a receipt"
-    if rate and rate.load_s:
-        seconds, formula, source = round(rate.load_s, 1), "longest start of its runs", rate.origin
-    elif estimate:
-        seconds, formula = round(estimate[0], 1), estimate[1]
-        source = "estimated: neither load_s nor a receipt"
-    if download_s:
-        formula = f"{shown(seconds)} + {shown(round(download_s, 1))}"
-        source += "; and the download of the weights, estimated"
-    return Figure(name, round(seconds + download_s, 1), "s", formula, source)
+    if not (rate and rate.load_s):
+        return Figure(name, _ASSUMED_LOAD_S, "s", "", "assumed: no receipt")
+    seconds = round(rate.load_s, 1)
+    if downloads:
+        formula, source = f"max({_ASSUMED_LOAD_S}, {shown(seconds)})", f"at least that with a download; {rate.origin}"
+        return Figure(name, max(_ASSUMED_LOAD_S, seconds), "s", formula, source)
+    return Figure(name, seconds, "s", "longest start of its runs", rate.origin)
 
 
 def startup(load_time: Figure, longest_s: float | None = None) -> tuple[Figure, Figure]:
     """Return the period of the startup probe and the failures that it allows.
 
-    `load_time`: not an estimate, because a pod that starts more slowly would be killed again and again. `longest_s`:
-    when the server itself ends a start and reports the reason. A probe that kills it earlier hides that.
+    `longest_s`: when the server itself ends a start and reports the reason. A probe that kills it earlier hides that.
     """
     least, source = float(_LEAST_START_S), f"load time: {load_time.source}"
     if longest_s is not None:
@@ -341,31 +321,6 @@ def relay_cores(spec: Spec) -> float:
     if spec.access.has_relay:
         return _RELAY_CORES_WITH_ACCESS
     return _RELAY_CORES if spec.metering.mode != "off" else 0.0
-
-
-def price_of(hardware: Hardware, cloud: str) -> Price | None:
-    """Return the list price in a cloud of the GPU, also for a part of it; None if it is unknown."""
-    whole = hardware_profiles()[hardware.mig.parent] if hardware.mig else hardware
-    return next((price for price in whole.prices if price.provider == cloud), None)
-
-
-def cost(
-    name: str, count: int, hardware: Hardware, cloud: str, *, gpus: int, shared_by: int, overflow: int = 0
-) -> Figure | None:
-    """Return the list price of `count` replicas and the overflow for 730 hours; None if the catalog has no price.
-
-    A MIG slice or a shared GPU costs its share of the GPU, which assumes that the other shares are used too.
-    """
-    price = price_of(hardware, cloud)
-    if price is None:
-        return None
-    divided = hardware.parts * shared_by
-    each = price.usd_per_hour * gpus / divided
-    replicas = f"({count} + overflow {overflow})" if overflow else str(count)
-    factors = [replicas, *([str(gpus)] if gpus > 1 else []), f"{price.usd_per_hour:g} USD/h"]
-    formula = " x ".join(factors) + (f" / {divided}" if divided > 1 else "") + f" x {HOURS_PER_MONTH} h"
-    source = f"catalog: list price of {price.instance} on {price.provider}, {price.date}"
-    return Figure(name, round((count + overflow) * each * HOURS_PER_MONTH, 2), "USD/month", formula, source)
 
 
 def ceil(value: float) -> int:

@@ -15,8 +15,6 @@ from inferctl.gateway import overload
 _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
 TRUSTED_HEADERS = ("x-inferctl-key-id",)
-# The release that this configuration is for, and whose image `inferctl deploy` runs.
-ENVOY_VERSION = "1.40.0"
 
 Balancing = Literal["least-request", "round-robin"]
 
@@ -31,17 +29,12 @@ class Settings:
     `max_heap_bytes`: above 95% of it, Envoy rejects new requests. `buffered_body_bytes`: smaller bodies are sent to a
     server when they are complete. `max_repeated_bytes`: larger bodies are not repeated. `requests_per_server`: retries
     are allowed for so many requests at once, because all of them fail at once if a server dies. `certificate`, `key`:
-    PEM files; both or none. `dns`: a name and a port, whose addresses are the servers; without it, they are in a file.
-    `drain_port`: on the loopback interface, where `POST /drain` starts a drain and `GET /stats` says how many requests
-    are in flight.
+    PEM files; both or none.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
     metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
-    drain_port: int | None = None
-    dns: tuple[str, int] | None = None
     balancing: Balancing = "least-request"
     timeout_s: float = 60.0
     idle_s: float = 60.0
@@ -63,15 +56,7 @@ def bootstrap(settings: Settings, folder: Path) -> dict[str, Any]:
     listeners = [_listener(settings, folder)]
     clusters = [_servers(settings, folder)]
     if settings.metrics_port is not None:
-        routes = [_admin_route("/metrics", "/stats/prometheus"), _admin_route("/ready", "/ready")]
-        listeners.append(_admin_listener("metrics", settings.metrics_host, settings.metrics_port, routes))
-    if settings.drain_port is not None:
-        routes = [
-            _admin_route("/drain", "/healthcheck/fail", "POST"),
-            _admin_route("/stats", "/stats"),
-        ]
-        listeners.append(_admin_listener("drain", "127.0.0.1", settings.drain_port, routes))
-    if len(listeners) > 1:
+        listeners.append(_metrics_listener(settings.metrics_port))
         clusters.append(_admin_cluster(folder))
     return {
         "node": {"id": "gateway", "cluster": "inferctl"},  # Envoy requires a node for endpoints from a file
@@ -234,24 +219,11 @@ def _retries() -> dict[str, Any]:
     }
 
 
-def _discovery(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Return how Envoy finds the addresses of the servers."""
-    if settings.dns:
-        endpoint = {"endpoint": {"address": _address(*settings.dns)}}
-        return {
-            "type": "STRICT_DNS",
-            "dns_refresh_rate": "2s",  # 5 s by default, and the end of a pod is known only then
-            "dns_lookup_family": "V4_PREFERRED",
-            "load_assignment": {"cluster_name": "servers", "endpoints": [{"lb_endpoints": [endpoint]}]},
-        }
+def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
     source = {
         "path": str(folder / "servers" / "endpoints.yaml"),
         "watched_directory": {"path": str(folder / "servers")},
     }
-    return {"type": "EDS", "eds_cluster_config": {"eds_config": {"path_config_source": source}}}
-
-
-def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
     check = {
         "timeout": "1s",
         "interval": "2s",
@@ -263,7 +235,8 @@ def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
     limit = 4096  # 1024 by default, above which Envoy itself answers 503
     return {
         "name": "servers",
-        **_discovery(settings, folder),
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": {"path_config_source": source}},
         "connect_timeout": "1s",
         "health_checks": [check],
         # Otherwise, a server that is no longer listed would be used as long as it is healthy.
@@ -307,17 +280,19 @@ def _policy(balancing: Balancing) -> dict[str, Any]:
     }
 
 
-def _admin_route(path: str, target: str, method: str = "GET") -> dict[str, Any]:
-    match = {"path": path, "headers": [{"name": ":method", "string_match": {"exact": method}}]}
-    return {"match": match, "route": {"cluster": "admin", "prefix_rewrite": target}}
-
-
-def _admin_listener(name: str, host: str, port: int, routes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Publish some pages of Envoy's admin interface, and nothing else of it."""
+def _metrics_listener(port: int) -> dict[str, Any]:
+    """Publish two pages of Envoy's admin interface, and nothing else of it."""
+    routes = [
+        {
+            "match": {"path": path, "headers": [{"name": ":method", "string_match": {"exact": "GET"}}]},
+            "route": {"cluster": "admin", "prefix_rewrite": target},
+        }
+        for path, target in (("/metrics", "/stats/prometheus"), ("/ready", "/ready"))
+    ]
     return {
-        "name": name,
-        "address": _address(host, port),
-        # Probes, metrics and drains go on when clients have all connections or the memory.
+        "name": "metrics",
+        "address": _address("127.0.0.1", port),
+        # Metrics are read when clients have all connections or the memory.
         "ignore_global_conn_limit": True,
         "bypass_overload_manager": True,
         "filter_chains": [
@@ -328,14 +303,16 @@ def _admin_listener(name: str, host: str, port: int, routes: list[dict[str, Any]
                         "typed_config": {
                             "@type": f"{_TYPE}.extensions.filters.network.http_connection_manager.v3."
                             "HttpConnectionManager",
-                            "stat_prefix": name,
+                            "stat_prefix": "metrics",
                             "http_filters": [
                                 {
                                     "name": "router",
                                     "typed_config": {"@type": f"{_TYPE}.extensions.filters.http.router.v3.Router"},
                                 }
                             ],
-                            "route_config": {"virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
+                            "route_config": {
+                                "virtual_hosts": [{"name": "metrics", "domains": ["*"], "routes": routes}]
+                            },
                         },
                     }
                 ]

@@ -1,7 +1,6 @@
-"""The names of the metrics that dashboards and alerts use, and where each comes from.
+"""The names of the metrics of servers, and which ones an expression reads.
 
-`tests/deploy/test_observe_server.py` compares the names of the server with `/metrics` of running servers. The names of
-other exporters are from their documentation, listed here with its address.
+`tests/deploy/test_observe_server.py` compares the names with `/metrics` of running servers.
 """
 
 from __future__ import annotations
@@ -62,42 +61,7 @@ ENCODERS = frozenset(
         "inferctl_batch_duration_seconds_sum",
     }
 )
-# Of vLLM 0.32, in `/metrics` of servers of generation: https://docs.vllm.ai/en/latest/usage/metrics/
-VLLM = frozenset(
-    {
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc",
-        "vllm:num_preemptions_total",
-        "vllm:prefix_cache_queries_total",
-        "vllm:prefix_cache_hits_total",
-        "vllm:prompt_tokens_total",
-        "vllm:generation_tokens_total",
-        "vllm:inter_token_latency_seconds_bucket",
-    }
-)
-# Of kube-state-metrics: https://github.com/kubernetes/kube-state-metrics/tree/main/docs/metrics
-KUBE_STATE = frozenset(
-    {
-        "kube_deployment_spec_replicas",
-        "kube_deployment_status_replicas",
-        "kube_deployment_status_replicas_available",
-        "kube_horizontalpodautoscaler_spec_max_replicas",
-        "kube_horizontalpodautoscaler_spec_min_replicas",
-        "kube_horizontalpodautoscaler_status_condition",
-        "kube_horizontalpodautoscaler_status_desired_replicas",
-        "kube_pod_container_status_last_terminated_reason",
-        "kube_pod_container_status_restarts_total",
-        "kube_pod_status_phase",
-        "kube_pod_status_ready",
-    }
-)
-# Of the operator of KEDA, from 2.14: https://keda.sh/docs/latest/integrations/prometheus/
-KEDA = frozenset({"keda_scaler_detail_errors_total"})
-# Of DCGM Exporter: https://docs.nvidia.com/datacenter/dcgm/latest/reference/dcgm-exporter-metrics.html
-DCGM = frozenset({"DCGM_FI_DEV_XID_ERRORS", "DCGM_FI_DEV_FB_USED", "DCGM_FI_PROF_GR_ENGINE_ACTIVE"})
 SERVER = REQUESTS | OUTBOX | ENCODERS
-ALL = SERVER | VLLM | KUBE_STATE | KEDA | DCGM
 
 _LABELS = re.compile(r"\{[^}]*\}|\b(?:by|on|without|ignoring|group_left|group_right)\s*\([^)]*\)")
 _NAME = re.compile(r"\b(?:inferctl_|vllm:|kube_|keda_|DCGM_)\w+")

@@ -70,8 +70,3 @@ def tested(version: str) -> str:
             f"{version!r} is not supported", f"use a version from 1.{TESTED[0]} to 1.{TESTED[-1]}, such as `1.35`"
         )
     return f"1.{minor}"
-
-
-def works(feature: str, version: str) -> bool:
-    """Return whether a field of `FEATURES` works by default in a version such as `1.35`. Raises `UsageError`."""
-    return FEATURES[feature].works(minor_of(version))

@@ -49,10 +49,8 @@ def digest(source: str) -> str | None:
 
 def volume(spec: Spec) -> str | None:
     """Return the image that pods of `spec` mount as a volume with their weights; None if they get them otherwise."""
-    weights = spec.deploy.weights
-    if spec.model.weights != "mount" or weights.pvc:
-        return None
-    return weights.image or (reference(spec.model.source) if is_image(spec.model.source) else None)
+    mounted = spec.model.weights == "mount" and not spec.deploy.weights.pvc and is_image(spec.model.source)
+    return reference(spec.model.source) if mounted else None
 
 
 def cache_folder(digest: str, environment: Mapping[str, str] = os.environ) -> Path:

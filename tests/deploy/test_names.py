@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from inferctl import cli
 from inferctl.bench.plan import shape
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
-from tests.conftest import ROOT
 from tests.deploy import plans
 
 
-def rendered(model: int, flavor: int, hardware: str = "l4", clusters: Any = None, **deploy: Any) -> dict[str, str]:
+def rendered(model: int, flavor: int, **deploy: Any) -> dict[str, str]:
     """Return the files for a model and a flavor with names of these lengths."""
-    flavors = [{**plans.FLAVORS[1], "name": "f" * flavor, "hardware": hardware, "min_replicas": 2, "max_replicas": 2}]
+    flavors = [{**plans.FLAVORS[1], "name": "f" * flavor, "min_replicas": 2, "max_replicas": 2}]
     spec = plans.embed(flavors=flavors, **deploy).model_copy(update={"name": "m" * model})
-    return layout.files(plans.plan(spec, clusters=clusters or plans.ONE_CLUSTER))
+    return layout.files(plans.plan(spec, clusters=plans.ONE_CLUSTER))
 
 
 @pytest.mark.parametrize(
@@ -32,10 +29,8 @@ def rendered(model: int, flavor: int, hardware: str = "l4", clusters: Any = None
         # A Deployment has the name MODEL-FLAVOR. Of its pods, 17 of 63 characters are hashes.
         (46, {"bench": False}, "pod"),
         (46, {"bench": False, "scaling": "none"}, "pod"),
-        (46, {"bench": False, "scaling": "hpa"}, "pod"),
         # `inferctl bench` names a server with 40 characters at most.
         (40, {"bench": True}, "bench"),
-        (40, {"bench": True, "gateway": "none"}, "bench"),
     ],
 )
 def test_a_name_may_have_so_many_characters(longest: int, deploy: dict[str, Any], why: str) -> None:
@@ -51,18 +46,6 @@ def test_the_limit_of_bench_is_that_of_a_configuration() -> None:
     TypeAdapter(shape.Name).validate_python("n" * layout.LONGEST_BENCH)
     with pytest.raises(ValidationError):
         TypeAdapter(shape.Name).validate_python("n" * (layout.LONGEST_BENCH + 1))
-
-
-@pytest.mark.parametrize(("length", "valid"), [(54, True), (55, False)])
-def test_a_node_pool_has_the_name_of_its_hardware(length: int, valid: bool, tmp_path: Path) -> None:
-    """`inferctl-NAME` is a label of the nodes, and labels have 63 characters."""
-    own = shutil.copy(ROOT / "benchmarks/hardware/l4.yaml", tmp_path / f"{'h' * length}.yaml")
-    if valid:
-        (pool,) = yaml.safe_load_all(rendered(5, 5, str(own))["overlays/aws-us-east-1/nodepools.yaml"])
-        assert pool["metadata"]["name"] == f"inferctl-{'h' * length}"
-        return
-    with pytest.raises(UsageError, match=r"NodePool .* 63"):
-        rendered(5, 5, str(own))
 
 
 @pytest.mark.parametrize("name", ["a" * 41, "a" * 46])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from inferctl.deploy import layout
 from inferctl.deploy.observe.objects import rules, watched
 from tests.deploy import plans
 from tests.deploy.conftest import Objects
-from tests.processes import execute
 
 Build = Callable[[dict[str, str], str], Objects]
 OVERLAYS = [f"overlays/{cluster['name']}" for cluster in plans.CLUSTERS]
@@ -68,16 +66,6 @@ def test_the_sidecar_of_grafana_finds_a_dashboard_for_each_model(built: Objects)
     found = [each for each in of_kind(built, "ConfigMap").values() if "grafana_dashboard" in each["metadata"]["labels"]]
     titles = [json.loads(text)["title"] for each in found for text in each["data"].values()]
     assert sorted(titles) == ["inferctl chat (inference)", "inferctl embed (inference)"]
-
-
-def test_promtool_accepts_the_rules_of_an_overlay(built: Objects, tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool not found; `apt-get install prometheus` installs it")
-    for name, rule in of_kind(built, "PrometheusRule").items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(rule["spec"]))
-    files = [str(file) for file in sorted(tmp_path.glob("*-alerts.yaml"))]
-    execute(promtool, "check", "rules", *files, code=0)
 
 
 def test_what_is_watched_follows_the_plan() -> None:

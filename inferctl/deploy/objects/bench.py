@@ -16,7 +16,7 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.deploy import sizing
 from inferctl.deploy.endpoints import Endpoint
-from inferctl.deploy.objects import access, metering, sharing, workload
+from inferctl.deploy.objects import access, metering, workload
 from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources
 from inferctl.deploy.objects.metadata import BENCH, SERVER, Object, labels_of, metadata
 from inferctl.deploy.objects.policy import bench_policy, service_account
@@ -43,8 +43,7 @@ def objects(model: ModelPlan, flavors: Sequence[FlavorPlan], namespace: str) -> 
     """Return the Jobs of `flavors`, which are those of one cluster, and their network policy."""
     account = service_account(f"{model.name}-{BENCH}", namespace)
     policy = bench_policy(model.name, namespace, _egress(model))
-    claims = [sharing.claim_template(model, flavor, namespace) for flavor in flavors if flavor.sharing == "dra"]
-    return [account, policy, *claims, *(_job(model, flavor, namespace) for flavor in flavors)]
+    return [account, policy, *(_job(model, flavor, namespace) for flavor in flavors)]
 
 
 def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
@@ -66,7 +65,6 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
     server = _server(model, flavor)
     mounted = {mount["name"] for mount in server["volumeMounts"]}
     volumes = [volume for volume in pod["volumes"] if volume["name"] in mounted]
-    claims, _ = sharing.claims(model, flavor)
     affinity = {key: value for key, value in pod["affinity"].items() if key == "nodeAffinity"}
     return {
         "apiVersion": "batch/v1",
@@ -86,7 +84,6 @@ def _job(model: ModelPlan, flavor: FlavorPlan, namespace: str) -> Object:
                         "shareProcessNamespace": True,
                         **({"affinity": affinity} if affinity else {}),
                         **({"tolerations": pod["tolerations"]} if "tolerations" in pod else {}),
-                        **claims,
                         "initContainers": [server],
                         "containers": [container],
                         "volumes": [*volumes, tmp, results],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -51,13 +50,6 @@ def spread(labels: Mapping[str, str]) -> Object:
         "labelSelector": {"matchLabels": dict(labels)},
     }
     return {"topologySpreadConstraints": [constraint]}
-
-
-def template(labels: Mapping[str, str], pod: Object, config: str | None = None) -> Object:
-    """Return a pod template. `config`: text that the pods read at their start, so that a change of it changes them."""
-    digest = hashlib.sha256(config.encode()).hexdigest() if config is not None else ""
-    annotations = {"annotations": {"inferctl.io/config-sha256": digest}} if digest else {}
-    return {"metadata": {"labels": dict(labels), **annotations}, "spec": pod}
 
 
 def container_security() -> Object:

@@ -21,7 +21,7 @@ NAMESPACE_NAME = "kubernetes.io/metadata.name"
 # Component of the pods that serve the model.
 SERVER = "server"
 BENCH = "bench"
-HTTP_PORT, HTTPS_PORT = "http", "https"
+HTTP_PORT = "http"
 
 
 def metadata(

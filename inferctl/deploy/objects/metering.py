@@ -9,7 +9,7 @@ from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size
 from inferctl.deploy.endpoints import SCHEME_PORTS, Endpoint, endpoints, events_broker
 from inferctl.deploy.objects import broker
-from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources, template
+from inferctl.deploy.objects.containers import container_security, empty, pod_base, reserve_disk, resources
 from inferctl.deploy.objects.metadata import Object, from_secret, labels_of, metadata
 from inferctl.deploy.objects.policy import egress_policy
 from inferctl.deploy.plan import ModelPlan
@@ -125,7 +125,7 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
             "revisionHistoryLimit": 3,
             "strategy": {"type": "Recreate"},
             "selector": {"matchLabels": labels},
-            "template": template(labels, reserve_disk(pod)),
+            "template": {"metadata": {"labels": labels}, "spec": reserve_disk(pod)},
         },
     }
 

@@ -98,40 +98,29 @@ def allow_dns(namespace: str, components: Sequence[str] = ()) -> Object:
     return found
 
 
-def client_policy(model: str, namespace: str, component: str, port: int) -> Object:
-    """Return what lets clients in this namespace, pods with the label `inferctl.io/client: "true"`, reach a component.
+def client_policy(model: str, namespace: str, port: int) -> Object:
+    """Return what lets clients in this namespace, pods with the label `inferctl.io/client: "true"`, reach servers.
 
-    Everywhere else, the policies of the other namespace apply. `port`: of the component's pods.
+    Everywhere else, the policies of the other namespace apply. `port`: of the servers' pods.
     """
-    to = [{"podSelector": {"matchLabels": labels_of(model, component)}}]
+    to = [{"podSelector": {"matchLabels": labels_of(model, SERVER)}}]
     rule = {"to": to, "ports": [{"protocol": "TCP", "port": port}]}
     return _policy(f"{model}-clients", namespace, {CLIENT: "true"}, None, [rule])
 
 
-def server_policy(model: str, namespace: str, *, gateway: str | None, egress: Iterable[Endpoint]) -> Object:
+def server_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Object:
     """Return what the servers of `model` may connect to, and who may connect to them.
 
-    `gateway`: component of the gateway's pods, through which all clients come; None if clients come directly, from this
-    namespace and from those with the label `inferctl.io/clients: "true"`.
+    Clients come from this namespace, and from those with the label `inferctl.io/clients: "true"`.
     """
-    sources = [{"podSelector": {"matchLabels": labels_of(model, gateway)}}] if gateway else client_sources()
-    return _policy(f"{model}-server", namespace, labels_of(model, SERVER), [_ingress(sources)], egress_rules(egress))
+    clients: list[Object] = [{"podSelector": {}}, {"namespaceSelector": {"matchLabels": {CLIENTS: "true"}}}]
+    return _policy(f"{model}-server", namespace, labels_of(model, SERVER), [_ingress(clients)], egress_rules(egress))
 
 
-def gateway_policy(model: str, namespace: str, component: str, port: int, listener: str = HTTP_PORT) -> Object:
-    """Return the policy of the gateway's pods: clients in, servers out.
-
-    `port`: of the servers. `listener`: name of the gateway's port.
-    """
-    to = [{"podSelector": {"matchLabels": labels_of(model, SERVER)}}]
-    egress = [{"to": to, "ports": [{"protocol": "TCP", "port": port}]}]
-    ingress = [_ingress(client_sources(), listener)]
-    return _policy(f"{model}-{component}", namespace, labels_of(model, component), ingress, egress)
-
-
-def scrape_policy(name: str, namespace: str, selector: Mapping[str, str], port: str, sources: Sequence[str]) -> Object:
-    """Return the policy that lets Prometheus in the namespaces `sources` read the metrics on a named port."""
-    return _policy(name, namespace, selector, [_ingress([_in_namespace(each) for each in sources], port)], None)
+def scrape_policy(namespace: str, sources: Sequence[str]) -> Object:
+    """Return the policy that lets Prometheus in the namespaces `sources` read the metrics of servers."""
+    ingress = _ingress([_in_namespace(each) for each in sources])
+    return _policy("allow-prometheus", namespace, {COMPONENT: SERVER}, [ingress], None)
 
 
 def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Object:
@@ -142,11 +131,6 @@ def bench_policy(model: str, namespace: str, egress: Iterable[Endpoint]) -> Obje
 def egress_policy(name: str, namespace: str, selector: Mapping[str, str], egress: Iterable[Endpoint]) -> Object:
     """Return the policy of pods that only connect to others."""
     return _policy(name, namespace, selector, [], egress_rules(egress))
-
-
-def client_sources() -> list[Object]:
-    """Return the peers of clients: this namespace, and namespaces with the label of clients."""
-    return [{"podSelector": {}}, {"namespaceSelector": {"matchLabels": {CLIENTS: "true"}}}]
 
 
 def egress_rules(endpoints: Iterable[Endpoint]) -> list[Object]:
@@ -162,8 +146,8 @@ def _in_namespace(name: str) -> Object:
     return {"namespaceSelector": {"matchLabels": {NAMESPACE_NAME: name}}}
 
 
-def _ingress(sources: Sequence[Object], port: str = HTTP_PORT) -> Object:
-    return {"from": list(sources), "ports": [{"protocol": "TCP", "port": port}]}
+def _ingress(sources: Sequence[Object]) -> Object:
+    return {"from": list(sources), "ports": [{"protocol": "TCP", "port": HTTP_PORT}]}
 
 
 def _policy(

@@ -63,13 +63,11 @@ def capacity_annotations(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str 
 
 def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the pod spec of a server, for the Pod Security level `restricted`."""
-    claims, _ = sharing.claims(model, flavor)
     sidecars = relay.sidecars(model.spec)
     found = {
         **pod_base(model.name, grace_s=flavor.grace_s.noted),
         **spread(labels_of(model.name, SERVER, flavor.label)),
-        **_affinity(model, flavor, flavor.resource),
-        **claims,
+        **_affinity(model, flavor.resource),
         **({"initContainers": sidecars} if sidecars else {}),
         "containers": [container(model, flavor)],
         "volumes": [volume for volume, _ in _volumes(model)],
@@ -79,8 +77,7 @@ def pod(model: ModelPlan, flavor: FlavorPlan) -> Object:
 
 def container(model: ModelPlan, flavor: FlavorPlan) -> Object:
     """Return the server container of `flavor`."""
-    _, claims = sharing.claims(model, flavor)
-    resources = {**cpu_and_memory(flavor), **({} if claims else sharing.limits(flavor.resource))}
+    resources = {**cpu_and_memory(flavor), **sharing.limits(flavor.resource)}
     return {
         "name": SERVER,
         "image": flavor.image,
@@ -88,7 +85,7 @@ def container(model: ModelPlan, flavor: FlavorPlan) -> Object:
         "env": [{"name": name, "value": value} for name, value in environment(model, flavor).items()],
         "ports": [{"name": HTTP_PORT, "containerPort": port(model), "protocol": "TCP"}],
         # Equal requests and limits: the server is not throttled by neighbors, and is evicted last.
-        "resources": {"requests": resources, "limits": dict(resources), **claims},
+        "resources": {"requests": resources, "limits": dict(resources)},
         "securityContext": container_security(),
         "startupProbe": {
             **_probe("/readyz"),
@@ -111,7 +108,7 @@ def environment(model: ModelPlan, flavor: FlavorPlan) -> dict[str, str | Noted]:
         "INFERCTL_SERVE_PRECISION": flavor.precision,
         "INFERCTL_SERVE_DRAIN_SECONDS": drain,
     }
-    if image_source.volume(spec) and not spec.deploy.weights.image:
+    if image_source.volume(spec):
         # Not by the `subPath` of the mount, which containerd ignores before 2.2: the whole image would be at /model.
         found["INFERCTL_MODEL_SOURCE"] = f"{IMAGE_FOLDER}/{image_source.FOLDER}"
     found |= access.environment(spec)
@@ -137,23 +134,19 @@ def in_cluster(model: ModelPlan, flavor: FlavorPlan, placed: Placement, namespac
     if placed.surge != flavor.surge:
         spec["strategy"] = {"rollingUpdate": _rollout(placed.surge)}
     if placed.resource != flavor.resource and placed.resource is not None:
-        pod_patch: Object = sharing.placement(flavor, placed.resource)
-        if flavor.sharing != "dra":
-            changed: dict[str, Any] = sharing.limits(placed.resource)
-            if flavor.resource and flavor.resource.name != placed.resource.name:
-                changed = {flavor.resource.name: None, **changed}
-            pod_patch["containers"] = [{"name": SERVER, "resources": {"requests": changed, "limits": dict(changed)}}]
-        spec["template"] = {"spec": pod_patch}
-    if placed.node_labels:
-        spec["template"] = {"spec": {"affinity": sharing.node_affinity(placed.node_labels)}}
+        changed: dict[str, Any] = sharing.limits(placed.resource)
+        if flavor.resource and flavor.resource.name != placed.resource.name:
+            changed = {flavor.resource.name: None, **changed}
+        container = {"name": SERVER, "resources": {"requests": changed, "limits": dict(changed)}}
+        spec["template"] = {"spec": {**sharing.placement(placed.resource), "containers": [container]}}
     if not spec:
         return None
     name = {"name": flavor.name, "namespace": namespace}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": name, "spec": spec}
 
 
-def _affinity(model: ModelPlan, flavor: FlavorPlan, resource: GpuResource | None) -> Object:
-    found = sharing.placement(flavor, resource)
+def _affinity(model: ModelPlan, resource: GpuResource | None) -> Object:
+    found = sharing.placement(resource)
     # Preferred, not required: two halves of one GPU may run two servers.
     apart = {
         "weight": 50,

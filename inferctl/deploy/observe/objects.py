@@ -48,7 +48,6 @@ def watched(plan: DeploymentPlan, model: ModelPlan) -> Watched:
         namespace=plan.namespace,
         task=model.task,
         flavors=tuple(_flavor(flavor, plan.clusters) for flavor in model.flavors),
-        backlog_s=spec.deploy.backlog_s,
         cache=model.task in CACHED and spec.cache.size is not None,
         metering=spec.metering.mode != "off",
         keda=spec.deploy.scaling == "keda",
@@ -63,9 +62,7 @@ def _json(document: dict[str, Any]) -> str:
 
 
 def _flavor(flavor: FlavorPlan, clusters: Sequence[Cluster]) -> WatchedFlavor:
-    placeholders = any(
-        flavor.at(cluster).overflow is not None and cluster.buffer_version is None for cluster in clusters
-    )
+    placeholders = any(flavor.at(cluster).overflow is not None for cluster in clusters)
     return WatchedFlavor(
         name=flavor.name,
         cold_start_s=math.ceil(flavor.cold_start_s.value),

@@ -13,8 +13,6 @@ from inferctl.core import assets, document
 
 # The letters of generated names. Kubernetes leaves out vowels, so `overflow` and `gateway` are none of them.
 _GENERATED = "[bcdfghjklmnpqrstvwxz2-9]+"
-# Seconds of queued work that are an alert, as a multiple of those from which the autoscaler adds replicas.
-_BACKLOG = 5
 _NOT_READY_S = 300
 
 
@@ -39,15 +37,13 @@ class WatchedFlavor:
 class Watched:
     """One model in one namespace. `name`: of its Service, which is the label `service` of its series.
 
-    `backlog_s`: seconds of queued work per replica from which replicas are added. `cache`, `metering`: whether
-    the servers have them. `keda`: whether KEDA scales them.
+    `cache`, `metering`: whether the servers have them. `keda`: whether KEDA scales them.
     """
 
     name: str
     namespace: str
     task: Task
     flavors: tuple[WatchedFlavor, ...]
-    backlog_s: float = 1.0
     cache: bool = False
     metering: bool = False
     keda: bool = True
@@ -79,7 +75,6 @@ class Watched:
             "autoscalers": f'{space},horizontalpodautoscaler=~"(keda-hpa-)?({names})"',
             "pods": f'{space},pod=~"{self.pod_names()}"',
             "pod_names": self.pod_names(),
-            "backlog_s": f"{self.backlog_s * _BACKLOG:g}",
             "planned": " + ".join(
                 f'(sum(kube_deployment_status_replicas_available{{{space},deployment="{each.name}"}}) or vector(0))'
                 f" * {each.rate or 0:.10g}"

@@ -16,8 +16,8 @@ from inferctl.manifests.lint import (
     scaling,
     version,
 )
-from inferctl.manifests.lint.finding import LESSONS, Level, LintContext, LintFinding, ModelFacts, Rule
-from inferctl.manifests.lint.manifests import Manifests
+from inferctl.manifests.lint.finding import LESSONS, Level, LintFinding, Rule
+from inferctl.manifests.lint.manifests import LintContext, Manifests, ModelFacts
 from inferctl.manifests.lint.pod_templates import unread
 from inferctl.manifests.manifests_file import Located
 
@@ -30,8 +30,8 @@ RULES = {each.id: each for module in MODULES for each in vars(module).values() i
 
 def lint(objects: Sequence[Located], context: LintContext | None = None) -> list[LintFinding]:
     """Return the findings about `objects`, by file and line. Rules that an object's annotation ignores find nothing."""
-    manifests, context = Manifests(objects), context or LintContext()
-    found = {finding for rule in RULES.values() for finding in rule.findings(manifests, context)}
+    manifests = Manifests(objects, context)
+    found = {finding for rule in RULES.values() for finding in rule.findings(manifests)}
     return sorted(
         found, key=lambda each: (each.file, each.line or 0, each.object, each.namespace, each.rule, each.field)
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import Located
 
@@ -35,7 +35,7 @@ _FILE = re.compile(r"/(?:app|config|data|etc|home|mnt|opt|root|run|secrets?|tmp|
     consequence="everyone who can read the pod or the repository has the secret, and its history keeps it",
     fix="refer to it with valueFrom.secretKeyRef or a mounted file, and make the Secret outside of the repository",
 )
-def _secret(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _secret(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for each in workload.all_containers:
             for index, variable in enumerate(sequence(each.data, "env")):
@@ -70,7 +70,7 @@ def _in_words(workload: ManifestWorkload, container: ManifestContainer) -> Itera
     consequence="code that runs in the server, such as a model's own, can use it to talk to the API of the cluster",
     fix="set automountServiceAccountToken: false in the pod template",
 )
-def _token(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _token(manifests: Manifests) -> Iterator[Hit]:
     accounts = {each.name: get(each.data, "automountServiceAccountToken") for each in manifests.of("ServiceAccount")}
     for workload in [*manifests.model_servers, *manifests.placeholders]:
         own = get(workload.spec, "automountServiceAccountToken")
@@ -87,7 +87,7 @@ def _token(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="Kubernetes sets VLLM_PORT=tcp://... in its pods; vLLM reads it as its own setting and does not start",
     fix="set enableServiceLinks: false, or rename the Service",
 )
-def _links(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _links(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         words = " ".join(f"{each.image} {' '.join(each.words)}" for each in workload.containers)
         for service in manifests.of("Service"):
@@ -149,7 +149,7 @@ def _covers(workload: ManifestWorkload, item: Any, port: Any) -> bool:
     consequence="the Service has endpoints that are ready, and every connection to it times out",
     fix="add an ingress rule for the port",
 )
-def _blocked(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _blocked(manifests: Manifests) -> Iterator[Hit]:
     for service in manifests.of("Service"):
         for workload in manifests.behind(service):
             policies = _policies(manifests, workload)
@@ -169,7 +169,7 @@ def _blocked(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="dashboards are empty, alerts are silent, and an autoscaler on these metrics does nothing",
     fix="admit the namespace of Prometheus (namespaceSelector) to the port of /metrics",
 )
-def _hidden(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _hidden(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         policies, port = _policies(manifests, workload), _metrics_port(manifests, workload)
         if (

@@ -10,7 +10,6 @@ from inferctl.manifests.kubernetes.fields import mapping
 from inferctl.manifests.label_keys import LINT_IGNORE
 from inferctl.manifests.lint.manifests import Manifests
 from inferctl.manifests.manifests_file import FieldPath, Located
-from inferctl.manifests.versions import OLDEST_SUPPORTED
 
 Level = Literal["error", "warning", "note"]
 
@@ -26,29 +25,6 @@ LESSONS = {
     "observability": "Metrics and alerts must work before they are needed.",
     "versions": "A schema does not know what a version of Kubernetes has switched on.",
 }
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What is known about one model on its hardware, for rules that need more than the manifests say. None: unknown.
-
-    `load_s`: seconds from start until ready. `drain_s`: seconds that accepted requests may need after SIGTERM.
-    `memory_bytes`: memory on the device. `name`: of its Deployment.
-    """
-
-    name: str
-    load_s: float | None = None
-    drain_s: float | None = None
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class LintContext:
-    """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`. `nodes`: `Node` objects."""
-
-    minor: int = OLDEST_SUPPORTED
-    nodes: tuple[Located, ...] = ()
-    models: tuple[ModelFacts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +59,7 @@ class LintFinding:
     fix: str
 
 
-Check = Callable[[Manifests, LintContext], Iterator[Hit]]
+Check = Callable[[Manifests], Iterator[Hit]]
 
 
 @dataclass(frozen=True)
@@ -98,9 +74,9 @@ class Rule:
     fix: str
     check: Check = field(repr=False)
 
-    def findings(self, manifests: Manifests, context: LintContext) -> Iterator[LintFinding]:
+    def findings(self, manifests: Manifests) -> Iterator[LintFinding]:
         """Yield what the rule finds in objects that are not exempt from it."""
-        for hit in self.check(manifests, context):
+        for hit in self.check(manifests):
             exempt = mapping(hit.object.data, "metadata", "annotations").get(LINT_IGNORE)
             if isinstance(exempt, str) and self.id in exempt.replace(",", " ").split():
                 continue

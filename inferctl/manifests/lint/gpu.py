@@ -9,7 +9,7 @@ from inferctl.facts import catalog
 from inferctl.manifests.kubernetes.fields import as_float, get, mapping, sequence, text
 from inferctl.manifests.kubernetes.labels import GKE_ACCELERATOR, GKE_PARTITION, GPU_PRODUCT, MIG_STATE
 from inferctl.manifests.lint import models
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 
 _GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
@@ -23,7 +23,7 @@ _GPU_TAINT = re.compile(r"gpu|accelerator", re.IGNORECASE)
     consequence="a share looks like a whole GPU, and a pod that asks for two shares gets no more than one",
     fix="set renameByDefault: true and failRequestsGreaterThanOne: true, and request nvidia.com/gpu.shared",
 )
-def _time_slicing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _time_slicing(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.of("ConfigMap"):
         for key, value in mapping(each.data, "data").items():
             for config in models.yaml_documents(value):
@@ -45,7 +45,7 @@ def _time_slicing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "or without a limit: the container uses GPUs of other pods",
     fix="remove the variable, and request GPUs with resources.limits",
 )
-def _visible(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _visible(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         # Exporters and device plugins, which need all GPUs of a node, are DaemonSets.
         for each in workload.all_containers if workload.object.kind != "DaemonSet" else ():
@@ -64,9 +64,9 @@ def _visible(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="the server runs out of memory while it loads, restarts, and never becomes ready",
     fix="use a larger GPU or slice, fewer bits per weight, or more GPUs per pod",
 )
-def _too_large(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
+def _too_large(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        need, device = models.weights(workload, context), _device_bytes(workload)
+        need, device = models.weights(manifests, workload), _device_bytes(workload)
         count = sum(workload.gpus.values()) * workload.group_size
         if need and device and need.size > device[0] * max(count, models.devices(workload)):
             container = next(each for each in workload.containers if each.gpus)
@@ -82,7 +82,7 @@ def _too_large(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     consequence="the server ends at its start, because it does not find the GPUs",
     fix="request as many GPUs, or lower the parallel size",
 )
-def _parallel(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _parallel(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         count, wanted = sum(workload.gpus.values()) * workload.group_size, models.devices(workload)
         # With Ray, GPUs are those of other pods too.
@@ -102,7 +102,7 @@ def _parallel(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "bus error or an error of NCCL",
     fix="mount an emptyDir with medium: Memory and a sizeLimit of some GiB at /dev/shm",
 )
-def _shared_memory(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _shared_memory(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         count = models.devices(workload)
         for each in workload.containers:
@@ -140,7 +140,7 @@ def _device_bytes(workload: ManifestWorkload) -> tuple[int, str] | None:
     consequence="the pod can start before the node has made its slices, and takes the whole GPU",
     fix="add nvidia.com/mig.config.state In [success] to the required node affinity",
 )
-def _mig_state(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _mig_state(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         labels = workload.node_labels
         slices = [value for value in labels.get(GPU_PRODUCT, ()) if "-MIG-" in value]
@@ -163,13 +163,12 @@ def _node_path(workload: ManifestWorkload) -> tuple[str | int, ...]:
     consequence="GPU nodes are tainted to keep other pods away, so the pod stays pending",
     fix="tolerate the taint: {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}",
 )
-def _toleration(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    nodes = [*context.nodes, *manifests.of("Node")]
+def _toleration(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if workload.object.kind == "PodTemplate" or not any(name.startswith("nvidia.com/") for name in workload.gpus):
             continue
         path = (*workload.spec_path, "tolerations")
-        allowed = [node for node in nodes if workload.runs_on(node)]
+        allowed = [node for node in manifests.nodes if workload.runs_on(node)]
         refused = [taint for node in allowed if (taint := workload.untolerated(node))]
         if allowed:
             if len(refused) == len(allowed):
@@ -198,7 +197,7 @@ def _toleration(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     consequence="the API server refuses pods just when load is highest or a rollout runs",
     fix="raise the quota, or lower the highest number of replicas",
 )
-def _quota(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _quota(manifests: Manifests) -> Iterator[Hit]:
     for quota in manifests.of("ResourceQuota"):
         if get(quota.data, "spec", "scopeSelector") or get(quota.data, "spec", "scopes"):
             continue

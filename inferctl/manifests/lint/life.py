@@ -9,9 +9,8 @@ from typing import Any
 from inferctl.manifests import label_keys
 from inferctl.manifests.kubernetes.fields import as_float, count_of, get, integer, mapping, sequence, show, text
 from inferctl.manifests.lint import models
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload
-from inferctl.manifests.lint.overflow import buffer_target
 
 _HANDLERS = ("httpGet", "tcpSocket", "grpc", "exec")
 _DRAIN_WORDS = ("--drain-seconds", "--shutdown-timeout", "--timeout-graceful-shutdown", "--exit-timeout-secs")
@@ -28,7 +27,7 @@ _SHORT_START_S = 60
     consequence="nodes cannot be drained: upgrades and repairs wait forever",
     fix="use maxUnavailable: 1, with two replicas or more",
 )
-def _blocks(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _blocks(manifests: Manifests) -> Iterator[Hit]:
     for budget in manifests.of("PodDisruptionBudget"):
         spec = mapping(budget.data, "spec")
         workloads = list(manifests.selected(budget, get(spec, "selector"))) if get(spec, "selector") else []
@@ -50,7 +49,7 @@ def _blocks(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="the kubelet kills the server while it still works on requests",
     fix="set terminationGracePeriodSeconds to preStop + drain + a margin of some seconds",
 )
-def _grace(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
+def _grace(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if workload.object.kind in ("Job", "CronJob"):
             continue  # its clients are in the pod, such as in our bench Jobs, and end with it
@@ -59,7 +58,7 @@ def _grace(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
         if grace == 0 and workload.is_model_server:
             yield Hit(workload.object, path, "with a grace period of 0 s, the server is killed at once")
             continue
-        facts = models.facts(workload, context) if workload.is_model_server else None
+        facts = models.facts(manifests, workload) if workload.is_model_server else None
         for each in workload.containers:
             sleep, drain = _pre_stop(each), _drain(each)
             measured = facts.drain_s if facts is not None and each.gpus else None
@@ -83,15 +82,8 @@ def _pre_stop(container: ManifestContainer) -> float:
 
 def _drain(container: ManifestContainer) -> float:
     """Return the seconds that the server may take after SIGTERM by its own options; 0 if it does not say."""
-    words = container.words
-    for index, word in enumerate(words):
-        option, _, value = word.partition("=")
-        if option in _DRAIN_WORDS:
-            return _number(value or (words[index + 1] if index + 1 < len(words) else ""))
-    for variable in sequence(container.data, "env"):
-        if text(variable, "name") in _DRAIN_VARIABLES:
-            return _number(get(variable, "value"))
-    return 0.0
+    found = models.values(container, _DRAIN_WORDS, _DRAIN_VARIABLES)
+    return _number(found[0]) if found else 0.0
 
 
 def _number(value: Any) -> float:
@@ -117,9 +109,9 @@ def _window(probe: Any) -> int:
     consequence="the kubelet kills the server while it loads, again and again",
     fix="set startupProbe.failureThreshold x periodSeconds to twice the measured load time",
 )
-def _startup(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
+def _startup(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        load = _load_s(workload, context)
+        load = _load_s(manifests, workload)
         for each in workload.containers:
             startup, liveness = mapping(each.data, "startupProbe"), mapping(each.data, "livenessProbe")
             if not (each.gpus or load) or (not each.gpus and not _has_probe(each)):
@@ -135,9 +127,9 @@ def _startup(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
                 yield Hit(workload.object, (*each.path, key), what, level="warning")
 
 
-def _load_s(workload: ManifestWorkload, context: LintContext) -> float | None:
+def _load_s(manifests: Manifests, workload: ManifestWorkload) -> float | None:
     """Return how long a server loads its model, in seconds: by its receipt, else by its annotation."""
-    facts = models.facts(workload, context)
+    facts = models.facts(manifests, workload)
     if facts is not None and facts.load_s is not None:
         return facts.load_s
     return as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
@@ -155,7 +147,7 @@ def _has_probe(container: ManifestContainer) -> bool:
     consequence="a server that is only overloaded is killed, and its load goes to the others",
     fix="use an endpoint that only says that the process works, or a failureThreshold several times as high",
 )
-def _liveness(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _liveness(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for each in workload.containers:
             live, ready = mapping(each.data, "livenessProbe"), mapping(each.data, "readinessProbe")
@@ -178,8 +170,7 @@ def _span(probe: Any) -> int:
     consequence="if no GPU is free, the rollout waits for one and stops there; maxSurge is 25% by default, rounded up",
     fix="set maxSurge: 0 and maxUnavailable: 1, or keep overflow for this kind of GPU",
 )
-def _surge(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    nodes = [*context.nodes, *manifests.of("Node")]
+def _surge(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         surge = manifests.surge(workload)
         if not (workload.gpus and surge) or _has_overflow(manifests, workload):
@@ -188,8 +179,8 @@ def _surge(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
         explicit = get(workload.object.data, "spec", "strategy", "rollingUpdate", "maxSurge") is not None
         if explicit and least < 2:
             continue  # the only rollout without an outage
-        fitting = [node for node in nodes if workload.runs_on(node)]
-        if nodes and all(
+        fitting = [node for node in manifests.nodes if workload.runs_on(node)]
+        if manifests.nodes and all(
             sum(integer_of(get(node.data, "status", "allocatable", name)) for node in fitting) >= (most + surge) * count
             for name, count in workload.gpus.items()
         ):
@@ -208,7 +199,7 @@ def _surge(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     consequence="each change of the pods is an outage until the first new server has loaded its model",
     fix="use RollingUpdate with maxSurge: 0 and maxUnavailable: 1",
 )
-def _stops_all(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _stops_all(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         strategy, most = mapping(workload.object.data, "spec", "strategy"), manifests.replicas(workload)[1]
         if workload.object.kind != "Deployment" or most < 2:
@@ -227,8 +218,8 @@ def integer_of(value: Any) -> int:
 
 def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:
     """Return whether placeholders or a CapacityBuffer keep a GPU of the same kind free."""
-    targets = [buffer_target(manifests, each) for each in manifests.of("CapacityBuffer")]
-    kept = [*manifests.placeholders, *(each for each in targets if each is not None)]
+    buffers = (manifests.buffer_target(each) for each in manifests.of("CapacityBuffer"))
+    kept = [*manifests.placeholders, *(each for each in buffers if each is not None)]
     return any(each.gpus == workload.gpus and each.node_labels == workload.node_labels for each in kept)
 
 
@@ -240,7 +231,7 @@ def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:
     consequence="it can fill the disk of the node, or its memory with medium: Memory, and then other pods are evicted",
     fix="set emptyDir.sizeLimit; medium: Memory counts toward the memory limit of the container",
 )
-def _empty_dir(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _empty_dir(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         for index, volume in enumerate(sequence(workload.spec, "volumes")):
             path, name = (*workload.spec_path, "volumes", index), text(volume, "name")

@@ -15,6 +15,7 @@ from inferctl.manifests.kubernetes.taints import Taint
 from inferctl.manifests.label_keys import TASK
 from inferctl.manifests.lint import pod_templates
 from inferctl.manifests.manifests_file import FieldPath, Located
+from inferctl.manifests.versions import OLDEST_SUPPORTED
 
 _GPU = re.compile(
     r"(?:nvidia\.com/(?:gpu(?:\.shared)?|mig-.+)|amd\.com/gpu.*|gpu\.intel\.com/.+|habana\.ai/.+"
@@ -241,11 +242,36 @@ class ManifestWorkload:
         return taints.untolerated(fields.items(self.spec, "tolerations"), taints.of_node(mapping(node.data, "spec")))
 
 
-class Manifests:
-    """All objects of one lint run."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known about one model on its hardware, for rules that need more than the manifests say. None: unknown.
 
-    def __init__(self, objects: Sequence[Located]) -> None:
+    `load_s`: seconds from start until ready. `drain_s`: seconds that accepted requests may need after SIGTERM.
+    `memory_bytes`: memory on the device. `name`: of its Deployment.
+    """
+
+    name: str
+    load_s: float | None = None
+    drain_s: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class LintContext:
+    """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`. `nodes`: `Node` objects."""
+
+    minor: int = OLDEST_SUPPORTED
+    nodes: tuple[Located, ...] = ()
+    models: tuple[ModelFacts, ...] = ()
+
+
+class Manifests:
+    """All objects of one lint run, and what else is known. `nodes`: also those among the objects."""
+
+    def __init__(self, objects: Sequence[Located], context: LintContext | None = None) -> None:
         self.objects = list(objects)
+        self.context = context or LintContext()
+        self.nodes = [*self.context.nodes, *self.of("Node")]
 
     def of(self, *kinds: str) -> list[Located]:
         """Return the objects of these kinds."""
@@ -295,6 +321,14 @@ class Manifests:
         """Return the workload that an HPA or a ScaledObject scales; None if it is not among the objects."""
         reference = mapping(autoscaler.data, "spec", "scaleTargetRef")
         return self.named(autoscaler, text(reference, "kind") or "Deployment", reference.get("name"))
+
+    def buffer_target(self, buffer: Located) -> ManifestWorkload | None:
+        """Return the workload or pod template that a CapacityBuffer keeps room for; None if it is not here."""
+        for key, kind in (("scalableRef", ""), ("podTemplateRef", "PodTemplate")):
+            reference = mapping(buffer.data, "spec", key)
+            if reference and (found := self.named(buffer, kind or text(reference, "kind"), reference.get("name"))):
+                return found
+        return None
 
     def replicas(self, workload: ManifestWorkload) -> tuple[int, int]:
         """Return the lowest and the highest number of pods, by its autoscalers, else by `replicas`."""

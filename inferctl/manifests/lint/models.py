@@ -10,8 +10,7 @@ from typing import Any
 from inferctl.core import document
 from inferctl.core.errors import SpecError
 from inferctl.manifests.kubernetes.fields import get
-from inferctl.manifests.lint.finding import LintContext, ModelFacts
-from inferctl.manifests.lint.manifests import ManifestContainer, ManifestWorkload
+from inferctl.manifests.lint.manifests import ManifestContainer, Manifests, ManifestWorkload, ModelFacts
 
 _OPTIONS = ("--model", "--model-id", "--model-path", "-m")
 _VARIABLES = ("MODEL_ID", "MODEL_NAME", "MODEL", "HF_MODEL_ID", "INFERCTL_MODEL_SOURCE", "VLLM_MODEL")
@@ -61,13 +60,11 @@ class Weights:
     how: str
 
 
-def facts(workload: ManifestWorkload, context: LintContext) -> ModelFacts | None:
+def facts(manifests: Manifests, workload: ManifestWorkload) -> ModelFacts | None:
     """Return the facts of the model that `workload` serves: by name or label, or those of the only model."""
     names = {workload.object.name, *workload.labels.values()}
-    for each in context.models:
-        if each.name in names:
-            return each
-    return context.models[0] if len(context.models) == 1 else None
+    known = manifests.context.models
+    return next((each for each in known if each.name in names), known[0] if len(known) == 1 else None)
 
 
 def name_of(workload: ManifestWorkload) -> str:
@@ -101,9 +98,9 @@ def values(container: ManifestContainer, options: Sequence[str], variables: Sequ
     return [each for each in (*found, *(known.get(name, "") for name in variables)) if each]
 
 
-def weights(workload: ManifestWorkload, context: LintContext) -> Weights | None:
-    """Return the memory that the model needs at least: from the context, else from the parameters in its name."""
-    known = facts(workload, context)
+def weights(manifests: Manifests, workload: ManifestWorkload) -> Weights | None:
+    """Return the memory that the model needs at least: by its receipt, else from the parameters in its name."""
+    known = facts(manifests, workload)
     if known is not None and known.memory_bytes:
         return Weights(known.name, known.memory_bytes, f"it needs {known.memory_bytes / 1e9:.1f} GB")
     name = name_of(workload)

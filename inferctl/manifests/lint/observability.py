@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inferctl.core.errors import did_you_mean
+from inferctl.manifests import metric_names
 from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, mapping, sequence, text
 from inferctl.manifests.lint import promql
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, same_namespace
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -39,7 +41,7 @@ def _expressions(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str
     consequence="Prometheus rejects the whole file of rules; a KEDA trigger gets an error instead of a number",
     fix="try the expression with `promtool check rules`",
 )
-def _promql(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _promql(manifests: Manifests) -> Iterator[Hit]:
     for each, path, expression in _expressions(manifests):
         if problem := promql.problem(expression):
             yield Hit(each, path, problem)
@@ -53,13 +55,12 @@ def _promql(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="the expression is empty forever: no error, no alert, no scaling",
     fix="use a name of `GET /metrics`; names of counters end with _total",
 )
-def _metric(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _metric(manifests: Manifests) -> Iterator[Hit]:
     recorded = {str(one.get("record")) for _, _, one in _rules(manifests) if one.get("record")}
-    known = promql.server_metrics()
     for each, path, expression in _expressions(manifests):
-        for name in promql.metrics_of(expression, "inferctl_"):
-            if name not in known and name not in recorded:
-                close = promql.closest(name, known)
+        for name in promql.unknown_metrics(expression):
+            if name not in recorded:
+                close = did_you_mean(name, sorted(metric_names.SERVER))
                 yield Hit(each, path, f"there is no metric {name}{f'; {close}' if close else ''}")
 
 
@@ -71,7 +72,7 @@ def _metric(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="Prometheus scrapes nothing and shows no error",
     fix="use the name of a port in spec.ports of the Service, and labels that the Service has",
 )
-def _monitor(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _monitor(manifests: Manifests) -> Iterator[Hit]:
     for monitor in manifests.of("ServiceMonitor"):
         services = [each for each in manifests.of("Service") if _in_reach(monitor, each)]
         selected = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.kubernetes.fields import integer, sequence, text
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import Located
 
@@ -27,7 +27,7 @@ def _priority_class(manifests: Manifests, workload: ManifestWorkload) -> Located
     "them. Pods of priority 0 or more are never displaced by a model server",
     fix="use a PriorityClass with a value from -10 to -1",
 )
-def _priority(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _priority(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.placeholders:
         found = _priority_class(manifests, each)
         if found is not None:
@@ -48,7 +48,7 @@ def _priority(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     fix="copy resources (GPU; CPU and memory of all containers), nodeSelector, node affinity and tolerations from the "
     "model server",
 )
-def _differs(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _differs(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.placeholders:
         servers = [server for server in manifests.model_servers if same_namespace(each.object, server.object)]
         differences = [_difference(each, server) for server in servers]
@@ -83,33 +83,3 @@ def _difference(placeholder: ManifestWorkload, server: ManifestWorkload) -> tupl
 
 def _shown(workload: ManifestWorkload) -> str:
     return ", ".join(f"{name}: {count}" for name, count in workload.gpus.items()) or "no GPU"
-
-
-def buffer_target(manifests: Manifests, buffer: Located) -> ManifestWorkload | None:
-    """Return the workload or pod template that a CapacityBuffer keeps room for; None if it is not among the objects."""
-    for key, kind in (("scalableRef", ""), ("podTemplateRef", "PodTemplate")):
-        reference = mapping(buffer.data, "spec", key)
-        if reference and (found := manifests.named(buffer, kind or text(reference, "kind"), reference.get("name"))):
-            return found
-    return None
-
-
-@rule(
-    "buffer-reference",
-    "error",
-    "overflow",
-    finds="a CapacityBuffer without exactly one of scalableRef and podTemplateRef, or with a target that is missing",
-    consequence="schema and rules of the API accept it, but the autoscaler keeps nothing free",
-    fix="set scalableRef to the Deployment, or podTemplateRef to a PodTemplate",
-)
-def _reference(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for buffer in manifests.of("CapacityBuffer"):
-        set_ = [key for key in ("scalableRef", "podTemplateRef") if get(buffer.data, "spec", key)]
-        if len(set_) != 1:
-            yield Hit(buffer, ("spec",), f"it has {' and '.join(set_) or 'neither scalableRef nor podTemplateRef'}")
-        elif buffer_target(manifests, buffer) is None and any(
-            same_namespace(buffer, each.object) for each in manifests.model_servers
-        ):
-            name = get(buffer.data, "spec", set_[0], "name")
-            what = f"{set_[0]} names {name}, which is not among these manifests"
-            yield Hit(buffer, ("spec", set_[0]), what, level="warning")

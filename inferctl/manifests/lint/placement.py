@@ -8,7 +8,7 @@ from inferctl.manifests.kubernetes import selectors
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.manifests.kubernetes.labels import HOSTNAME, ZONE
 from inferctl.manifests.label_keys import CLIENT
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload, same_namespace
 from inferctl.manifests.manifests_file import FieldPath
 
@@ -23,7 +23,7 @@ _TERM = "requiredDuringSchedulingIgnoredDuringExecution"
     consequence="requests to the Service fail; a budget or a policy that selects nothing protects nothing",
     fix="use labels of the pod template",
 )
-def _selects_nothing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _selects_nothing(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.of("Service", "PodDisruptionBudget", "NetworkPolicy"):
         path = ("spec", "podSelector" if each.kind == "NetworkPolicy" else "selector")
         selector = mapping(each.data, *path)
@@ -53,7 +53,7 @@ def _selects_nothing(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     fix="use a claim with ReadOnlyMany or ReadWriteMany, an image volume, a claim for each pod (volumeClaimTemplates), "
     "or for one replica the strategy Recreate",
 )
-def _one_node(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _one_node(manifests: Manifests) -> Iterator[Hit]:
     claims = manifests.of("PersistentVolumeClaim")
     for workload in manifests.workloads:
         most = manifests.replicas(workload)[1] + manifests.surge(workload)
@@ -76,8 +76,7 @@ def _one_node(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="each replica needs its own node: the other slices of its GPU stay empty, or replicas stay pending",
     fix="use preferredDuringSchedulingIgnoredDuringExecution, or topologySpreadConstraints",
 )
-def _anti_affinity(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    nodes = [*context.nodes, *manifests.of("Node")]
+def _anti_affinity(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for index, term in enumerate(sequence(workload.spec, "affinity", "podAntiAffinity", _TERM)):
             selector = get(term, "labelSelector")
@@ -85,11 +84,11 @@ def _anti_affinity(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
                 continue
             path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
             most = manifests.replicas(workload)[1]
-            fitting = [node for node in nodes if workload.runs_on(node)]
-            if nodes and most > len(fitting):
+            fitting = [node for node in manifests.nodes if workload.runs_on(node)]
+            if manifests.nodes and most > len(fitting):
                 what = f"up to {most} replicas, each on its own node, but {len(fitting)} described nodes are possible"
                 yield Hit(workload.object, path, what, level="error")
-            elif not nodes and most > 1 and _is_share(workload):
+            elif not manifests.nodes and most > 1 and _is_share(workload):
                 yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({_is_share(workload)})")
 
 
@@ -110,11 +109,10 @@ def _is_share(workload: ManifestWorkload) -> str | None:
     consequence="the pod stays pending",
     fix="use labels of the nodes: `kubectl get nodes --show-labels`",
 )
-def _no_node(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    nodes = [*context.nodes, *manifests.of("Node")]
-    pools = manifests.of("NodePool")
+def _no_node(manifests: Manifests) -> Iterator[Hit]:
+    nodes = [] if manifests.of("NodePool") else manifests.nodes
     for workload in manifests.workloads:
-        if not (workload.gpus and workload.node_labels and nodes) or pools:
+        if not (workload.gpus and workload.node_labels and nodes):
             continue
         if not any(workload.runs_on(node) for node in nodes):
             missing = [
@@ -135,7 +133,7 @@ def _no_node(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
     consequence="the scheduler prefers to spread pods, but may put all of them into one zone, and it can fail",
     fix="add a topologySpreadConstraint with topologyKey: topology.kubernetes.io/zone",
 )
-def _one_zone(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _one_zone(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         spread = [get(each, "topologyKey") for each in sequence(workload.spec, "topologySpreadConstraints")]
         pinned = ZONE in workload.node_labels

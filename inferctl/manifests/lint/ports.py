@@ -8,7 +8,7 @@ from typing import Any
 
 from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence, text
 from inferctl.manifests.lint import models
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import ManifestContainer, Manifests
 
 _PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
@@ -24,7 +24,7 @@ _OTHER_OPTION = re.compile(r"--[\w-]+[-_]port")
     consequence="the Service has no endpoints for this port, so requests to it fail; the probe fails",
     fix="use the name of a port in ports of the container, or a number",
 )
-def _port_names(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _port_names(manifests: Manifests) -> Iterator[Hit]:
     for service in manifests.of("Service"):
         known = [workload.port_names for workload in manifests.behind(service)]
         names = set().union(*(each for each in known if each))
@@ -55,7 +55,7 @@ def _or(names: Iterable[str]) -> str:
     consequence="probes fail, so the pod never becomes ready or is killed; requests to the Service are refused",
     fix="use the port of the server everywhere; containers, probes and Services can name it",
 )
-def _mismatch(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _mismatch(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
         for each in workload.containers:
             if listens := _listens(each):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from inferctl.core.errors import did_you_mean
 from inferctl.manifests import metric_names
 
 _STRINGS = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|`[^`]*`")
@@ -28,16 +27,7 @@ def problem(expression: str) -> str | None:
     return None
 
 
-def server_metrics() -> frozenset[str]:
-    """Return the names in `/metrics` of the servers of inferctl."""
-    return metric_names.SERVER
-
-
-def metrics_of(expression: str, prefix: str) -> list[str]:
-    """Return the metrics in `expression` whose names start with `prefix`, in alphabetical order."""
-    return sorted(name for name in metric_names.used(_STRINGS.sub('""', expression)) if name.startswith(prefix))
-
-
-def closest(name: str, known: frozenset[str]) -> str | None:
-    """Return `did you mean ...?` for the known metric that is closest to `name`; None if none is close."""
-    return did_you_mean(name, sorted(known))
+def unknown_metrics(expression: str) -> list[str]:
+    """Return the names inferctl_... in `expression` that no server of inferctl has, in alphabetical order."""
+    names = metric_names.used(_STRINGS.sub('""', expression)) - metric_names.SERVER
+    return sorted(name for name in names if name.startswith("inferctl_"))

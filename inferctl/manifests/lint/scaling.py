@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inferctl.manifests.kubernetes.fields import as_float, get, integer, mapping, sequence, text
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.lint.placement import replicas_path
 from inferctl.manifests.manifests_file import FieldPath, Located
@@ -48,7 +48,7 @@ def _metrics(autoscaler: Located) -> list[tuple[FieldPath, str]]:
     consequence="they set the number of replicas in turns, and the workload swings between both",
     fix="keep one: a ScaledObject makes its own HPA, and can have several triggers",
 )
-def _two(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _two(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         found = manifests.autoscalers_of(workload)
         if len(found) > 1:
@@ -64,7 +64,7 @@ def _two(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="each apply sets the number of replicas back, at peak too",
     fix="remove spec.replicas",
 )
-def _replicas(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _replicas(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.workloads:
         if replicas_path(workload) == ("spec", "replicas") and (found := manifests.autoscalers_of(workload)):
             count = get(workload.object.data, "spec", "replicas")
@@ -73,31 +73,19 @@ def _replicas(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
 
 
 @rule(
-    "keda-min-replicas",
+    "keda-replica-limits",
     "warning",
     "guardrails",
-    finds="a ScaledObject without minReplicaCount",
-    consequence="the default is 0: the last replica ends when it is idle, and the next request waits for a cold start",
-    fix="set minReplicaCount, to 0 only if a cold start is acceptable",
+    finds="a ScaledObject without minReplicaCount or maxReplicaCount",
+    consequence="the defaults are 0, so that the first request after a pause waits for a cold start, and 100, so that "
+    "a wrong query can order 100 GPUs",
+    fix="set both: the minimum to 0 only if a cold start is acceptable, the maximum to what the budget pays",
 )
-def _minimum(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _limits(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
-        if integer(each.data, "spec", "minReplicaCount") is None:
-            yield Hit(each, ("spec",), "no minReplicaCount")
-
-
-@rule(
-    "keda-max-replicas",
-    "warning",
-    "guardrails",
-    finds="a ScaledObject without maxReplicaCount",
-    consequence="the default is 100 replicas: a wrong query can order 100 GPUs",
-    fix="set maxReplicaCount to what the region can get and the budget pays",
-)
-def _maximum(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for each in manifests.of("ScaledObject"):
-        if integer(each.data, "spec", "maxReplicaCount") is None:
-            yield Hit(each, ("spec",), "no maxReplicaCount")
+        for key in ("minReplicaCount", "maxReplicaCount"):
+            if integer(each.data, "spec", key) is None:
+                yield Hit(each, ("spec",), f"no {key}")
 
 
 @rule(
@@ -108,7 +96,7 @@ def _maximum(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="no data counts as 0: if Prometheus loses the servers at peak, KEDA scales them in",
     fix='set ignoreNullValues: "false" in the metadata of the trigger',
 )
-def _null_values(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _null_values(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         for path, trigger in _triggers(each):
             value = get(trigger, "metadata", "ignoreNullValues")
@@ -125,7 +113,7 @@ def _null_values(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "overrides the triggers that still work",
     fix="set fallback: {failureThreshold: 3, replicas: N, behavior: currentReplicasIfHigher}",
 )
-def _fallback(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _fallback(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.of("ScaledObject"):
         triggers = [trigger for _, trigger in _triggers(each)]
         fallback = mapping(each.data, "spec", "fallback")
@@ -144,7 +132,7 @@ def _fallback(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "on MIG slices",
     fix="scale on offered tokens per second over the measured rate, and on queued tokens",
 )
-def _utilization(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _utilization(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         for path, words in _metrics(each):
             if found := _GPU_METRIC.search(words):
@@ -162,7 +150,7 @@ def _utilization(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="CPU and memory of a GPU server hardly follow its load: it scales too late, or never back",
     fix="scale on offered tokens per second over the measured rate, and on queued tokens",
 )
-def _cpu(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _cpu(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         workload = manifests.target(each)
         if workload is None or not workload.gpus:
@@ -181,7 +169,7 @@ def _cpu(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     "of our simulation, 1 with the rate as a second trigger)",
     fix="add the offered rate over the measured rate as a second trigger; the larger one wins",
 )
-def _backlog(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _backlog(manifests: Manifests) -> Iterator[Hit]:
     for each in manifests.autoscalers:
         metrics = _metrics(each)
         if metrics and all(_BACKLOG.search(words) and not _RATE.search(words) for _, words in metrics):
@@ -199,11 +187,11 @@ def _short(words: str) -> str:
     "error",
     "guardrails",
     finds="Karpenter NodePools whose GPU limit is below the highest number of replicas and the surge of rollouts on "
-    "their nodes",
+    "their nodes, or that have no limits at all",
     consequence="Karpenter starts no more nodes, and replicas stay pending at peak or in a rollout",
     fix="raise spec.limits of the NodePool, or lower the highest number of replicas",
 )
-def _pool_limits(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
+def _pool_limits(manifests: Manifests) -> Iterator[Hit]:
     pools = [each for each in manifests.of("NodePool") if each.api_version.startswith("karpenter.sh/")]
     servers = [each for each in manifests.model_servers if any(_may_start(pool, each) for pool in pools)]
     names = {name for each in servers for name in each.gpus}
@@ -215,26 +203,17 @@ def _pool_limits(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
         if pools and len(known) == len(limits) and needs > sum(known):
             what = f"{name}: {sum(known):g} allowed by the NodePools, {needs} needed by all replicas and rollouts"
             yield Hit(pools[0], ("spec", "limits", name), what)
+    for pool in pools:
+        if not mapping(pool.data, "spec", "limits"):
+            consequence = "a wrong autoscaler or a loop of failing pods can order nodes without end"
+            fix = "set spec.limits, for GPUs too: {nvidia.com/gpu: 8}"
+            yield Hit(pool, ("spec",), "no spec.limits", level="warning", consequence=consequence, fix=fix)
 
 
 def _may_start(pool: Located, server: ManifestWorkload) -> bool:
     """Return whether nodes of a NodePool can have the labels that the pods of a server require."""
     labels = mapping(pool.data, "spec", "template", "metadata", "labels")
     return all(str(labels[key]) in allowed for key, allowed in server.node_labels.items() if key in labels)
-
-
-@rule(
-    "pool-without-limit",
-    "warning",
-    "guardrails",
-    finds="a Karpenter NodePool without limits",
-    consequence="a wrong autoscaler or a loop of failing pods can order nodes without end",
-    fix="set spec.limits, for GPUs too: {nvidia.com/gpu: 8}",
-)
-def _pool_without_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
-    for pool in manifests.of("NodePool"):
-        if pool.api_version.startswith("karpenter.sh/") and not mapping(pool.data, "spec", "limits"):
-            yield Hit(pool, ("spec",), "no spec.limits")
 
 
 @rule(
@@ -245,8 +224,8 @@ def _pool_without_limit(manifests: Manifests, _: LintContext) -> Iterator[Hit]:
     consequence="a pause in the traffic ends replicas whose cold start takes minutes; the next request waits for them",
     fix="set behavior.scaleDown.stabilizationWindowSeconds to 300 or more (the default), at least one cold start",
 )
-def _window(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
-    cold = max((each.load_s or 0 for each in context.models), default=0)
+def _window(manifests: Manifests) -> Iterator[Hit]:
+    cold = max((each.load_s or 0 for each in manifests.context.models), default=0)
     for each in manifests.autoscalers:
         prefix: FieldPath = ("spec",)
         if each.kind == "ScaledObject":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from inferctl.manifests import versions
-from inferctl.manifests.kubernetes.fields import get, mapping, sequence
-from inferctl.manifests.lint.finding import Hit, LintContext, rule
+from inferctl.manifests.kubernetes.fields import get, integer, mapping, sequence
+from inferctl.manifests.lint.finding import Hit, rule
 from inferctl.manifests.lint.manifests import Manifests
 from inferctl.manifests.manifests_file import FieldPath, Located
 
@@ -21,11 +21,11 @@ _DRA_KINDS = ("ResourceClaim", "ResourceClaimTemplate", "DeviceClass", "Resource
     consequence="schemas accept it; the API server drops the field or refuses the object",
     fix="use the alternative, or a newer version of Kubernetes",
 )
-def _fields(manifests: Manifests, context: LintContext) -> Iterator[Hit]:
+def _fields(manifests: Manifests) -> Iterator[Hit]:
     for each, path, feature in _used(manifests):
         known = versions.FEATURES[feature]
-        if not known.works(context.minor):
-            what = f"{known.field} works by default from 1.{known.since} on, and this is 1.{context.minor}"
+        if not known.works(manifests.context.minor):
+            what = f"{known.field} works by default from 1.{known.since} on, and this is 1.{manifests.context.minor}"
             yield Hit(each, path, what, fix=f"before 1.{known.since} use {known.instead}")
 
 
@@ -40,6 +40,8 @@ def _used(manifests: Manifests) -> Iterator[tuple[Located, FieldPath, str]]:
             if get(container.data, "resizePolicy"):
                 yield workload.object, (*container.path, "resizePolicy"), "in-place-resize"
     for each in manifests.of("HorizontalPodAutoscaler"):
+        if integer(each.data, "spec", "minReplicas") == 0:
+            yield each, ("spec", "minReplicas"), "hpa-scale-to-zero"
         for direction in ("scaleUp", "scaleDown"):
             if get(each.data, "spec", "behavior", direction, "tolerance") is not None:
                 yield each, ("spec", "behavior", direction, "tolerance"), "hpa-tolerance"

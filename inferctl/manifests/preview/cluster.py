@@ -22,14 +22,13 @@ _UNREACHABLE = (
 
 @dataclass(frozen=True)
 class Node:
-    """A node. `allocatable` has CPU in thousandths and other resources in units. `runtime`: as in its status."""
+    """A node. `allocatable` has CPU in thousandths and other resources in units."""
 
     name: str
     labels: Mapping[str, str]
     taints: tuple[Taint, ...] = ()
     unschedulable: bool = False
     allocatable: Mapping[str, int] = field(default_factory=dict)
-    runtime: str = ""
 
     @property
     def zone(self) -> str:

@@ -144,7 +144,6 @@ def _node(item: Mapping[str, Any]) -> Node:
         taints.of_node(spec),
         spec.get("unschedulable") is True,
         fields.amounts(fields.mapping(item, "status", "allocatable")),
-        fields.text(item, "status", "nodeInfo", "containerRuntimeVersion"),
     )
 
 

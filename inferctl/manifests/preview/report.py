@@ -141,8 +141,7 @@ def _notes(outcome: ClusterAtPeak) -> Iterable[str]:
         nodes = f", {bought} of them on a new node of an autoscaler" if bought else ""
         yield (
             f"the first apply starts {len(outcome.first)} more pods{nodes}, until the autoscaler removes them: "
-            f"{', '.join(names)}. To avoid them, create these Deployments with 0 replicas before "
-            "(`kubectl create -f first/CLUSTER.yaml`)"
+            f"{', '.join(names)}. To avoid them, create these Deployments with 0 replicas before"
         )
     pods = [attempt.pod for attempt in (*outcome.rest, *outcome.first, *outcome.spike)]
     claims = {name for pod in pods for name in volumes.unknown(cluster, pod)}

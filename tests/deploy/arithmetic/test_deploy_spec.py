@@ -35,25 +35,20 @@ def test_specs_without_a_deployment_keep_their_digests(text: str, digest: str) -
     ("deploy", "message"),
     [
         ("flavors: [{hardware: l4, receipt: r.json, tokens_per_second: 5}]", "remove tokens_per_second"),
-        ("flavors: [{hardware: l4, sharing: mig}]", "sharing: mig requires a MIG slice"),
-        (
-            "flavors: [{hardware: a100-40gb-mig-3g.20gb, sharing: mps, shared_by: 2}]",
-            "the MIG slice a100-40gb-mig-3g.20gb is not shared further",
-        ),
-        ("flavors: [{hardware: l4, sharing: time-slicing}]", "require shared_by"),
-        ("flavors: [{hardware: l4, shared_by: 2}]", "require shared_by"),
+        ("flavors: [{hardware: a100-40gb-mig-3g.20gb, shared_by: 2}]", "3g.20gb is not shared further"),
+        ("flavors: [{hardware: l4, sharing: mig}]", "unknown key 'sharing'"),
         ("flavors: [{hardware: l4, min_replicas: 3, max_replicas: 2}]", "min_replicas 3 above max_replicas 2"),
         ("flavors: [{hardware: l4}, {hardware: l4}]", "has l4 twice"),
         ("flavors: [{hardware: l4, name: L4}]", "deploy.flavors.0.name"),
         ("traffic: {base_rps: 5, peak_rps: 2}", "base_rps 5 is above peak_rps 2"),
         ("traffic: {peak_rps: 2}", "requires base_rps and peak_rps together"),
         ("utilization: 1.5", "deploy.utilization"),
-        ("scaling: cluster", "'cluster' is not one of keda, hpa, none"),
+        ("scaling: cluster", "'cluster' is not one of keda, none"),
         ("overflow: some", "deploy.overflow: 'some' is not auto, none or a number"),
         ("overflow: -1", "deploy.overflow: -1 is not auto, none or a number"),
         ("flavors: [{hardware: l4, recipt: r.json}]", "did you mean receipt?"),
         ("namespace: Inference", "deploy.namespace"),
-        ("weights: {pvc: a, image: b}", "keep one of them"),
+        ("weights: {image: b}", "unknown key 'image'"),
         ("omit: [Deployment]", "deploy.omit.0"),
         ("broker: nats", "deploy.broker"),
         ("flavours: []", "did you mean flavors?"),
@@ -70,7 +65,7 @@ def test_wrong_settings_are_named(deploy: str, message: str) -> None:
     "deploy",
     [
         "flavors: [{hardware: l4, min_replicas: 2, max_replicas: 2}]",
-        "flavors: [{hardware: l4, sharing: mps, shared_by: 2}]",
+        "flavors: [{hardware: l4, shared_by: 2}]",
         "traffic: {base_rps: 5, peak_rps: 5}",
         "overflow: 0",
     ],
@@ -87,12 +82,10 @@ def test_a_deployment_changes_the_digest() -> None:
     ("text", "message"),
     [
         ("clusters: []\n", "clusters"),
-        ("clusters:\n  - {cloud: aws}\n", "2: clusters.0.name is missing"),
+        ("clusters:\n  - {share: 1}\n", "2: clusters.0.name is missing"),
         ("clusters:\n  - name: a\n    region_: x\n", "3: unknown key 'region_'"),
-        ("clusters:\n  - {name: a, cloud: gce}\n", "clusters.0.cloud"),
+        ("clusters:\n  - {name: a, gpu_labels: aks}\n", "clusters.0.gpu_labels"),
         ("clusters:\n  - {name: a, kubernetes: '1.31'}\n", "2: kubernetes: '1.31' is not supported"),
-        ("clusters:\n  - {name: a, autoscaler: gke, cloud: aws}\n", "autoscaler: gke, which needs cloud: gcp"),
-        ("clusters:\n  - {name: a, autoscaler: eks-auto}\n", "autoscaler: eks-auto, which needs cloud: aws"),
         ("clusters:\n  - {name: a}\n  - {name: a}\n", "the cluster a is listed twice"),
         ("clusters:\n  - {name: a, share: 0.6}\n  - {name: b, share: 0.6}\n", "add up to 1.2, not to 1"),
         ("clusters:\n  - {name: a, share: 0.6}\n", "add up to 0.6, not to 1"),
@@ -113,27 +106,3 @@ def test_clusters_share_what_the_others_leave(tmp_path: Path) -> None:
     found = clusters.read(file)
     assert [cluster.share for cluster in found] == [0.5, 0.25, 0.25]
     assert {cluster.prometheus for cluster in found} == {"http://p:9090"}
-
-
-@pytest.mark.parametrize(
-    ("autoscaler", "version", "on", "expected"),
-    [
-        ("cluster-autoscaler", "1.34", True, "v1alpha1"),
-        ("cluster-autoscaler", "1.35", True, "v1beta1"),
-        ("cluster-autoscaler", "1.33", True, None),
-        ("cluster-autoscaler", "1.35", False, None),
-        ("karpenter", "1.33", True, "v1beta1"),
-        ("gke", "1.35", True, "v1beta1"),
-        ("gke", "1.34", True, None),
-        ("eks-auto", "1.36", True, None),
-        ("none", "1.36", True, None),
-    ],
-)
-def test_capacity_buffers_have_the_version_of_the_autoscaler(
-    autoscaler: str, version: str, on: bool, expected: str | None
-) -> None:
-    cloud = {"gke": "gcp", "eks-auto": "aws"}.get(autoscaler, "on-premises")
-    cluster = clusters.Cluster.model_validate(
-        {"name": "a", "cloud": cloud, "autoscaler": autoscaler, "kubernetes": version, "capacity_buffers": on}
-    )
-    assert cluster.buffer_version == (expected and f"autoscaling.x-k8s.io/{expected}")

@@ -185,7 +185,7 @@ def test_bounds_of_streams_are_compared_too() -> None:
 def test_a_receipt_of_a_gpu_alone_is_a_warning_for_a_shared_one(tmp_path: Path) -> None:
     file = write(tmp_path, receipt_document("l4", 240.0))
     assert not any("share its GPU" in each for each in measured(file).warnings)
-    warnings = measured(file, sharing="time-slicing", shared_by=4).warnings
+    warnings = measured(file, shared_by=4).warnings
     assert any("while 4 pods share its GPU" in each for each in warnings)
 
 
@@ -193,7 +193,7 @@ def test_limits_of_a_cluster_count_for_hardware_of_your_own(tmp_path: Path) -> N
     """The clusters file and the spec name it by different paths, so the name of the file counts."""
     catalog = Path(layout.__file__).parents[2] / "benchmarks" / "hardware" / "l4.yaml"
     file = shutil.copy(catalog, tmp_path / "My_L4.yaml")
-    cluster = {"name": "k", "cloud": "aws", "autoscaler": "karpenter", "max_replicas": {"hardware/My_L4.yaml": 4}}
+    cluster = {"name": "k", "max_replicas": {"hardware/My_L4.yaml": 4}}
     made = plan(
         spec({"flavors": [{**L4, "hardware": str(file)}], "traffic": TRAFFIC, "overflow": 3}), clusters=[cluster]
     )
@@ -202,5 +202,3 @@ def test_limits_of_a_cluster_count_for_hardware_of_your_own(tmp_path: Path) -> N
     files = layout.files(made)
     (quota,) = yaml.safe_load_all(files["overlays/k/quota.yaml"])
     assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "4"}
-    (pool,) = yaml.safe_load_all(files["overlays/k/nodepools.yaml"])
-    assert (pool["metadata"]["name"], pool["spec"]["limits"]) == ("inferctl-my-l4", {"nvidia.com/gpu": "4"})

@@ -11,6 +11,7 @@ import pytest
 from deploy_sources import HALF, IMAGE, SMALL, cluster, plan, receipt_document, spec, write_receipt
 
 from inferctl import cli
+from inferctl.config.spec import Spec
 from inferctl.core.errors import InvalidRunError, NotEnoughEvidenceError, UsageError
 from inferctl.deploy import explain, gpu, planning
 from inferctl.deploy.clusters import Clusters
@@ -21,6 +22,7 @@ from inferctl.models.fit import ModelSize, UnknownSize
 from inferctl.receipts import receipt
 from tests.deploy import plans
 
+MODEL_IMAGE = f"registry.example.com/models/e5@sha256:{'cd' * 32}"
 TRAFFIC = {"base_rps": 100, "peak_rps": 1000, "tokens_per_request": 250}
 
 
@@ -95,14 +97,13 @@ def test_a_sample_receipt_does_not_count_as_measured(tmp_path: Path) -> None:
         ),
         ({"search": {"verdict": "none holds", "reason": "p99 too high"}}, NotEnoughEvidenceError, "p99 too high"),
         ({"summary": {"requests_per_s": 5.0}}, NotEnoughEvidenceError, "no tokens per request"),
-        ({"precision": {"effective": "fp16"}}, UsageError, "the receipt is of fp16, but the flavor is served in bf16"),
     ],
 )
 def test_receipts_that_do_not_fit_are_refused(
     changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     write_receipt(tmp_path / "r.json", "l4", 200.0, **changes)
-    flavors = [{"hardware": "l4", "image": IMAGE, "receipt": "r.json", "precision": "bf16"}]
+    flavors = [{"hardware": "l4", "image": IMAGE, "receipt": "r.json"}]
     with pytest.raises(error, match=message) as caught:
         plan(spec({"flavors": flavors, "traffic": TRAFFIC}), tmp_path)
     assert str(caught.value).startswith("deploy.flavors[0]: ")
@@ -183,20 +184,20 @@ def test_pods_that_share_a_gpu_share_its_memory() -> None:
     size = ModelSize(3_000_000_000, SMALL.config)
     assert plan(spec(one()), size=size).models[0].flavors[0].fit.memory_bytes == 24_000_000_000
     with pytest.raises(UsageError, match=r"6\.0 GB"):
-        plan(spec(one(sharing="time-slicing", shared_by=4)), size=size)
+        plan(spec(one(shared_by=4)), size=size)
 
 
 @pytest.mark.parametrize("config", [{"model_type": "bloom"}, {"alibi": True}, {"attn_config": {"alibi": True}}])
 def test_alibi_needs_its_own_memory(config: dict[str, Any]) -> None:
     size = ModelSize(100_000_000, {**SMALL.config, **config})
-    with pytest.raises(UsageError, match=r"uses ALiBi, and sharing: mps does not isolate memory.*square of the input"):
-        plan(spec(one(sharing="mps", shared_by=2)), size=size)
-    assert plan(spec(one()), size=size).models[0].flavors[0].isolated
-    assert plan(spec(one(hardware=HALF)), size=size).models[0].flavors[0].isolated
+    with pytest.raises(UsageError, match=r"uses ALiBi, and time slicing does not isolate memory.*square of the input"):
+        plan(spec(one(shared_by=2)), size=size)
+    assert plan(spec(one()), size=size).models[0].flavors[0].sharing == "whole"
+    assert plan(spec(one(hardware=HALF)), size=size).models[0].flavors[0].sharing == "mig"
 
 
 def test_vllm_servers_that_share_a_gpu_must_not_each_take_all_of_it() -> None:
-    made = spec(one(sharing="time-slicing", shared_by=2), image={"base": "vllm-cuda13.0"})
+    made = spec(one(shared_by=2), image={"base": "vllm-cuda13.0"})
     with pytest.raises(UsageError, match=r"each takes serve.gpu_memory_share: 0\.9") as caught:
         plan(made, task="generate", size=SMALL)
     assert caught.value.hint == "set serve.gpu_memory_share to at most 0.47"
@@ -209,7 +210,7 @@ def test_the_memory_share_of_vllm_is_one_of_the_whole_gpu() -> None:
         assert flavor.fit.capacity
         return flavor.fit.capacity.kv_cache_bytes
 
-    assert kv_cache(sharing="time-slicing", shared_by=2) == kv_cache() > 0
+    assert kv_cache(shared_by=2) == kv_cache() > 0
 
 
 @pytest.mark.parametrize(
@@ -260,43 +261,34 @@ def test_hardware_that_a_cluster_lacks_is_left_out_there() -> None:
     assert [each.overflow.value if each.overflow else 0 for each in second.placements] == [0, 2]
 
 
-GKE = {"cloud": "gcp", "region": "x"}
+GKE = {"gpu_labels": "gke"}
 
 
 @pytest.mark.parametrize(
-    ("key", "sharing", "keys", "name", "labels"),
+    ("key", "shared_by", "keys", "name", "labels"),
     [
-        (HALF, "mig", {}, "nvidia.com/mig-3g.20gb", {"gpu.product": "NVIDIA-A100-SXM4-40GB"}),
-        (
-            HALF,
-            "mig",
-            {"mig_strategy": "single"},
-            "nvidia.com/gpu",
-            {"gpu.product": "NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"},
-        ),
-        (HALF, "mig", GKE, "nvidia.com/gpu", {"gke-gpu-partition-size": "3g.20gb"}),
-        ("l4", "whole", {}, "nvidia.com/gpu", {"gpu.product": "NVIDIA-L4"}),
-        ("l4", "whole", GKE, "nvidia.com/gpu", {"gke-accelerator": "nvidia-l4"}),
-        ("l4", "whole", {**GKE, "gpu_labels": "nvidia"}, "nvidia.com/gpu", {"gpu.product": "NVIDIA-L4"}),
-        ("l4", "time-slicing", {}, "nvidia.com/gpu.shared", {"gpu.product": "NVIDIA-L4"}),
-        ("l4", "mps", {}, "nvidia.com/gpu.shared", {"gpu.product": "NVIDIA-L4"}),
-        ("l4", "whole", {"labels": {"team": "ml"}}, "nvidia.com/gpu", {"team": "ml"}),
+        (HALF, 1, {}, "nvidia.com/mig-3g.20gb", {"gpu.product": "NVIDIA-A100-SXM4-40GB"}),
+        (HALF, 1, {"mig_strategy": "single"}, "nvidia.com/gpu", {"gpu.product": "NVIDIA-A100-SXM4-40GB-MIG-3g.20gb"}),
+        (HALF, 1, GKE, "nvidia.com/gpu", {"gke-gpu-partition-size": "3g.20gb"}),
+        ("l4", 1, {}, "nvidia.com/gpu", {"gpu.product": "NVIDIA-L4"}),
+        ("l4", 1, GKE, "nvidia.com/gpu", {"gke-accelerator": "nvidia-l4"}),
+        ("l4", 2, {}, "nvidia.com/gpu.shared", {"gpu.product": "NVIDIA-L4"}),
     ],
 )
 def test_the_gpu_has_the_name_and_labels_of_the_cluster(
-    key: str, sharing: Any, keys: dict[str, Any], name: str, labels: dict[str, str]
+    key: str, shared_by: int, keys: dict[str, Any], name: str, labels: dict[str, str]
 ) -> None:
-    found = gpu.resource(catalog.hardware(key), sharing, 1, cluster(**keys))
+    found = gpu.resource(catalog.hardware(key), 1, cluster(**keys), shared_by)
     assert found
     assert found.name == name
     values = {label.rpartition("/")[2]: value for label, value in found.labels.items()}
     assert {label: (value,) for label, value in labels.items()}.items() <= values.items()
     # A node whose slices are not made yet offers the whole GPU. GKE makes slices before a node joins.
-    assert ("mig.config.state" in values) == (key == HALF and "cloud" not in keys)
+    assert ("mig.config.state" in values) == (key == HALF and keys != GKE)
 
 
 def test_a_cpu_has_no_gpu() -> None:
-    assert gpu.resource(catalog.hardware("cpu"), "whole", 1, None) is None
+    assert gpu.resource(catalog.hardware("cpu"), 1) is None
 
 
 def test_two_models_must_fit_the_limits_of_a_cluster_together(tmp_path: Path) -> None:
@@ -394,16 +386,6 @@ def test_the_sample_documents_of_these_tests_are_receipts(tmp_path: Path) -> Non
     assert receipt_document("l4", 1.0).keys() >= receipt._REQUIRED
 
 
-def test_a_new_node_pulls_and_unpacks_the_image_of_the_spec() -> None:
-    (found,) = plans.plan(plans.embed(load_s=70), clusters=plans.ONE_CLUSTER).models[0].flavors[:1]
-    figures = {figure.name: figure for figure in explain.flavor_figures(found)}
-    pull, unpack = figures["pull, estimated"], figures["unpack, estimated"]
-    assert pull.value > 0
-    assert "100 MB/s" in pull.formula
-    assert unpack.value > pull.value
-    assert figures["load time"].value == 70, "a load time of the spec or of a receipt is not estimated"
-
-
 def test_unknown_weights_are_a_warning_about_what_lacks_them(tmp_path: Path) -> None:
     measured = write_receipt(tmp_path / "l4.json", "l4", 100.0, resources={"server_peak_bytes": 2**30})
     unknown, receipt_of = UnknownSize("no network", ""), one(tokens_per_second=None, receipt=str(measured))
@@ -416,3 +398,34 @@ def test_unknown_weights_are_a_warning_about_what_lacks_them(tmp_path: Path) -> 
         (planned,) = plan(spec(deploy, model={"source": "org/x", "weights": weights}), size=size).models
         found = [warning for warning in planned.warnings if "size of the weights is unknown" in warning]
         assert [part for each in found for part in re.findall(r"in its (.*), and pods", each)] == (lacking or [])
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "way", "names"),
+    [
+        ({"weights": "mount", "source": f"oci://{MODEL_IMAGE}"}, {}, "image volume", (MODEL_IMAGE, "1.35", "pvc")),
+        ({"weights": "mount", "source": "oci://example.com/m"}, {}, "image volume", ("example.com/m:latest", "1.35")),
+        ({"weights": "mount"}, {"pvc": "shared"}, "claim", ("shared", "deploy.weights.pvc")),
+        # The claim wins, as in the pod.
+        ({"weights": "mount", "source": f"oci://{MODEL_IMAGE}"}, {"pvc": "shared"}, "claim", ("shared",)),
+        ({"weights": "bake"}, {}, "layer of the image", ("model.weights: bake",)),
+        ({"weights": "download"}, {}, "download", ("org/x", "model.weights: download")),
+    ],
+)
+def test_a_row_says_how_the_weights_reach_the_pods(
+    model: dict[str, Any], weights: dict[str, Any], way: str, names: tuple[str, ...]
+) -> None:
+    document = {
+        "name": "x",
+        "model": {"source": "org/x", "task": "embed", **model},
+        "deploy": {
+            "flavors": [{"hardware": "l4", "image": IMAGE, "min_replicas": 1, "max_replicas": 1}],
+            "weights": weights,
+        },
+    }
+    (planned,) = plan(Spec.model_validate(document), clusters=[{"name": "a"}]).models
+    found = [(where, figure) for where, figure in explain.rows(planned, ()) if figure.name == "weights"]
+    ((where, figure),) = found
+    assert (where, figure.value, figure.unit) == ("x", 1, way)
+    assert all(name in f"{figure.formula} {figure.source}" for name in names)
+    assert ("1.35" in figure.source) == (way == "image volume")

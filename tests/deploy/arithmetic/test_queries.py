@@ -11,8 +11,7 @@ import pytest
 from deploy_sources import HALF, IMAGE, plan, spec
 
 from inferctl.deploy import queries
-from inferctl.deploy.plan import ModelPlan
-from inferctl.deploy.queries import Link
+from inferctl.deploy.plan import DeploymentPlan
 from tests.processes import execute
 
 pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool not found: install prometheus")
@@ -24,7 +23,7 @@ QUEUE = f'inferctl_queue_tokens{{{PODS},basis="counted",pod="p1"}}'
 OTHER = 'inferctl_offered_tokens_total{namespace="inference",service="another",basis="counted",pod="x"}'
 
 
-def model(**slo: float) -> ModelPlan:
+def model(**slo: float) -> DeploymentPlan:
     """Return a model with two flavors: at most 2 x 100,000 tokens/s, then at most 4 x 50,000."""
     deploy = {
         "flavors": [
@@ -32,15 +31,15 @@ def model(**slo: float) -> ModelPlan:
             {"hardware": "l4", "tokens_per_second": 50_000, "max_replicas": 4, "image": IMAGE},
         ],
         "traffic": {"base_rps": 10, "peak_rps": 100, "tokens_per_request": 250},
-        "backlog_s": 2.0,
         "cold_start_s": 120,
     }
-    return plan(spec(deploy, slo=slo)).models[0]
+    return plan(spec(deploy, slo=slo))
 
 
-def found(made: ModelPlan, flavor: int) -> dict[str, str]:
-    chain = [Link(each, each.placements[0]) for each in made.flavors[: flavor + 1]]
-    return {query.name: query.promql for query in queries.of(made, "inference", chain)}
+def found(made: DeploymentPlan, flavor: int) -> dict[str, str]:
+    (model,), (cluster,) = made.models, made.clusters
+    found = queries.of(model, model.flavors[: flavor + 1], cluster, "inference")
+    return {query.name: query.promql for query in found}
 
 
 def evaluate(folder: Path, query: str, series: dict[str, str], at: str = "10m") -> float:
@@ -96,11 +95,11 @@ def test_hardware_that_ran_out_does_not_count_at_its_maximum(tmp_path: Path) -> 
 
 
 def test_the_backlog_is_in_seconds_of_work(tmp_path: Path) -> None:
-    # 300,000 tokens are 3 s of work of one replica; 2 s are tolerated: 1.5
-    assert evaluate(tmp_path, found(model(), 0)["backlog"], {QUEUE: "300000x60"}) == pytest.approx(1.5)
-    # The first flavor computes 2 x 100,000 x 2 s of it; (550,000 - 400,000) / (2 x 50,000) = 1.5
-    assert evaluate(tmp_path, found(model(), 1)["backlog"], {QUEUE: "550000x60"}) == pytest.approx(1.5)
-    assert evaluate(tmp_path, found(model(), 1)["backlog"], {QUEUE: "300000x60"}) == 0
+    # 150,000 tokens are 1.5 s of work of one replica; 1 s is tolerated.
+    assert evaluate(tmp_path, found(model(), 0)["backlog"], {QUEUE: "150000x60"}) == pytest.approx(1.5)
+    # The first flavor computes 2 x 100,000 of it in 1 s; (275,000 - 200,000) / 50,000 = 1.5
+    assert evaluate(tmp_path, found(model(), 1)["backlog"], {QUEUE: "275000x60"}) == pytest.approx(1.5)
+    assert evaluate(tmp_path, found(model(), 1)["backlog"], {QUEUE: "150000x60"}) == 0
 
 
 def latencies(flavor: str, fast: float, slow: float) -> dict[str, str]:

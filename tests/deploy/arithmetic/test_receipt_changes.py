@@ -68,15 +68,12 @@ def test_a_changed_receipt_changes_exactly_what_comes_from_it(tmp_path: Path, mo
     assert old.keys() == new.keys()
     changed = {path: (old[path], new[path]) for path in old if old[path] != new[path]}
     queries = {path: changed.pop(path) for path in list(changed) if path.endswith((".query", ".expr"))}
-    # Quotas and limits of node pools are sums of maxima, but aws-eu-central-1 can have 20 L4, not 11 + 10.
-    limit = "spec.limits.nvidia.com/gpu"
+    # Quotas are sums of maxima, but aws-eu-central-1 can have 20 L4, not 11 + 10.
     quota = "ResourceQuota/accelerators.spec.hard.requests.nvidia.com/gpu"
     assert changed == {
         "base/embed.yaml Deployment/embed-l4.metadata.annotations.inferctl.io/tokens-per-second": ("60000", "50000"),
-        f"overlays/aws-eu-central-1/nodepools.yaml NodePool/inferctl-l4.{limit}": ("19", "20"),
         f"overlays/aws-eu-central-1/quota.yaml {quota}": ("71", "72"),
         "overlays/aws-eu-central-1/scaling.yaml ScaledObject/embed-l4.spec.maxReplicaCount": (9, 11),
-        f"overlays/aws-us-east-1/nodepools.yaml NodePool/inferctl-l4.{limit}": ("16", "17"),
         f"overlays/aws-us-east-1/quota.yaml {quota}": ("42", "43"),
         "overlays/aws-us-east-1/scaling.yaml ScaledObject/embed-l4.spec.maxReplicaCount": (5, 6),
         f"overlays/gcp-europe-west4/quota.yaml {quota}": ("44", "45"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +11,9 @@ from deploy_sources import HALF, IMAGE, plan, spec
 from inferctl.deploy import manifest
 from inferctl.deploy.objects import scaling, workload
 from inferctl.deploy.plan import DeploymentPlan
-from tests.processes import execute
 
 
-def planned(
-    cluster: dict[str, Any] | None = None, flavors: list[dict[str, Any]] | None = None, **deploy: Any
-) -> DeploymentPlan:
+def planned(flavors: list[dict[str, Any]] | None = None, **deploy: Any) -> DeploymentPlan:
     """Return a plan of half an A100, then L4, in one cluster."""
     listed = flavors or [
         {"hardware": HALF, "name": "half", "tokens_per_second": 100_000, "image": IMAGE},
@@ -27,15 +22,15 @@ def planned(
     section = {
         "flavors": listed,
         "traffic": {"base_rps": 400, "peak_rps": 2000, "tokens_per_request": 250},
-        "prometheus": "http://prometheus.monitoring:9090",
         **deploy,
     }
-    return plan(spec(section, slo={"p99_ms": 100}), clusters=[{"name": "one", **(cluster or {})}])
+    cluster = {"name": "one", "prometheus": "http://prometheus.monitoring:9090"}
+    return plan(spec(section, slo={"p99_ms": 100}), clusters=[cluster])
 
 
 def scalers(found: DeploymentPlan) -> list[dict[str, Any]]:
     (model,) = found.models
-    objects = scaling.scaling(model, found.clusters[0], found.namespace)
+    objects = scaling.scaled_objects(model, found.clusters[0], found.namespace)
     plain: list[dict[str, Any]] = manifest.plain(objects)
     return plain
 
@@ -73,37 +68,6 @@ def test_replicas_are_removed_only_after_a_cold_start() -> None:
     assert half["spec"]["cooldownPeriod"] == 900
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool not found: install prometheus")
-def test_an_hpa_reads_the_recorded_series_of_the_same_queries(tmp_path: Path) -> None:
-    *autoscalers, rule = scalers(planned(scaling="hpa"))
-    assert [each["kind"] for each in autoscalers] == ["HorizontalPodAutoscaler"] * 2
-    assert not any(each["kind"] == "ScaledObject" for each in autoscalers)
-    # Before 1.37, the minimum is 1.
-    assert [each["spec"]["minReplicas"] for each in autoscalers] == [2, 1]
-    recorded = {
-        (each["record"], each["labels"]["deployment"]) for group in rule["spec"]["groups"] for each in group["rules"]
-    }
-    read = {
-        (metric["external"]["metric"]["name"], metric["external"]["metric"]["selector"]["matchLabels"]["deployment"])
-        for each in autoscalers
-        for metric in each["spec"]["metrics"]
-    }
-    assert recorded == read
-    assert len(read) == 6
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({"groups": rule["spec"]["groups"]}))
-    execute("promtool", "check", "rules", file, code=0)
-    keda = {trigger["metadata"]["query"] for each in scalers(planned()) for trigger in each["spec"]["triggers"]}
-    assert {each["expr"] for group in rule["spec"]["groups"] for each in group["rules"]} >= {
-        query for query in keda if "kube_deployment" not in query
-    }
-
-
-def test_from_kubernetes_1_37_an_hpa_may_have_no_replicas() -> None:
-    *autoscalers, _ = scalers(planned({"kubernetes": "1.37"}, scaling="hpa"))
-    assert [each["spec"]["minReplicas"] for each in autoscalers] == [2, 0]
-
-
 def test_without_a_rate_or_autoscaler_nothing_scales_a_flavor() -> None:
     assert scalers(planned(scaling="none")) == []
     flavors = [
@@ -116,41 +80,15 @@ def test_without_a_rate_or_autoscaler_nothing_scales_a_flavor() -> None:
     assert "embed-l4" not in json.dumps(t4["spec"]["triggers"])
 
 
-def test_a_buffer_has_the_version_of_the_cluster_and_only_one_size() -> None:
-    keys = {"autoscaler": "cluster-autoscaler", "capacity_buffers": True}
-    (buffer,) = spare(planned(keys))
-    assert (buffer["kind"], buffer["apiVersion"]) == ("CapacityBuffer", "autoscaling.x-k8s.io/v1beta1")
-    # (500,000 - 100,000) / 60 x 60 s = 400,000 tokens/s more within a cold start: 4 replicas; 6 can be added.
-    assert buffer["spec"] == {
-        "scalableRef": {"apiGroup": "apps", "kind": "Deployment", "name": "embed-half"},
-        "replicas": 4,
-    }
-    assert spare(planned(keys), flavor=1) == []
-
-
-@pytest.mark.parametrize("autoscaler", ["karpenter", "eks-auto"])
-@pytest.mark.parametrize("overflow", ["auto", 3])
-def test_karpenter_keeps_whole_gpus_only(autoscaler: str, overflow: Any) -> None:
-    found = planned({"cloud": "aws", "autoscaler": autoscaler}, overflow=overflow)
-    assert spare(found) == []
-    (warning,) = (each for each in found.models[0].warnings if "no overflow" in each)
-    assert "no overflow for embed-half: Karpenter starts no nodes for sharing: mig" in warning
-    whole = planned(
-        {"cloud": "aws", "autoscaler": autoscaler},
-        overflow=overflow,
-        flavors=[{"hardware": "l4", "tokens_per_second": 40_000, "image": IMAGE}],
-    )
-    assert len(spare(whole)) == 1
-    assert not any("no overflow" in each for each in whole.models[0].warnings)
-
-
 def test_placeholders_take_the_place_of_a_server_and_give_way() -> None:
     found = planned()
     (placeholder,) = spare(found)
     (model,) = found.models
     server = manifest.plain(workload.deployment(model, model.flavors[0], found.namespace))["spec"]["template"]["spec"]
     pod = placeholder["spec"]["template"]["spec"]
+    # (500,000 - 100,000) / 60 x 60 s = 400,000 tokens/s more within a cold start: 4 replicas; 6 can be added.
     assert placeholder["spec"]["replicas"] == 4
+    assert spare(found, flavor=1) == []
     assert pod["priorityClassName"] == "inferctl-overflow"
     assert pod["terminationGracePeriodSeconds"] == 0
     assert pod["tolerations"] == server["tolerations"]

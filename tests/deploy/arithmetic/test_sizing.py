@@ -14,9 +14,6 @@ from inferctl.deploy import sizing
 from inferctl.deploy.figure import Figure
 from inferctl.deploy.plan import Rate, TrafficPlan
 from inferctl.deploy.sizing import Demand
-from inferctl.estimate import forecast
-from inferctl.facts import catalog
-from inferctl.facts.catalog import hardware_profiles
 from inferctl.models import model
 from tests.deploy import plans
 
@@ -38,9 +35,8 @@ def replicas(
     share: float = 1.0,
     utilization: float = 0.7,
     scaled: bool = True,
-    lowest: int = 0,
 ) -> list[tuple[float, float]]:
-    found = sizing.replicas(chain, load, share, utilization, scaled=scaled, lowest=lowest)
+    found = sizing.replicas(chain, load, share, utilization, scaled=scaled)
     return [(each.least.value, each.most.value) for each in found]
 
 
@@ -70,7 +66,6 @@ A100, L4 = Demand("a100", FAST), Demand("l4", SLOW)
         ([Demand("l4", SLOW, min_replicas=1, max_replicas=9)], (40, 300), {}, [(1, 9)]),
         ([Demand("l4", SLOW, min_replicas=3, max_replicas=9, limit=2)], (40, 300), {}, [(2, 2)]),
         ([Demand("x", None, min_replicas=2, max_replicas=4)], (40, 300), {}, [(2, 4)]),
-        ([Demand("l4", SLOW, min_replicas=0, max_replicas=4)], (40, 300), {"lowest": 1}, [(1, 4)]),
         # Without an autoscaler, the replicas serve the peak.
         ([L4], (40, 300), {"scaled": False}, [(3, 3)]),
         # 3 x 0.7 x 20,000 = 42,000 exactly, but 0.7 x 20,000 is 13,999.999... in binary.
@@ -99,7 +94,7 @@ def test_replicas(
 def test_the_last_flavor_at_the_peak(
     chain: list[Demand], share: float, load: tuple[float, float], value: int, formula: str | None
 ) -> None:
-    found = sizing.replicas(chain, traffic(*load), share, 0.7, scaled=True, lowest=0)[-1].at_peak
+    found = sizing.replicas(chain, traffic(*load), share, 0.7, scaled=True)[-1].at_peak
     assert found and (found.value, formula or found.formula) == (value, found.formula)
     assert found.source.startswith("spec deploy.traffic; ")
     assert ("assumed" in found.source) == (chain[-1].rate is SLOW)
@@ -154,6 +149,40 @@ def test_the_startup_probe_allows_three_times_the_load_and_what_the_server_allow
     assert (failures.value, failures.formula) == (value, formula)
 
 
+@pytest.mark.parametrize(
+    ("setting", "load", "value", "formula"),
+    [
+        (150.0, 40.0, 150, ""),
+        (None, 40.0, 240, "ceil(max(240, 120 + 40))"),
+        (None, 900.5, 1021, "ceil(max(240, 120 + 900.5))"),
+    ],
+)
+def test_a_cold_start_is_set_or_has_the_node_and_the_load(
+    setting: float | None, load: float, value: int, formula: str
+) -> None:
+    found = sizing.cold_start(setting, Figure("load time", load, "s", "", "a source"))
+    assert (found.value, found.formula) == (value, formula)
+
+
+@pytest.mark.parametrize(
+    ("receipt", "downloads", "value"),
+    [
+        (41.5, False, 41.5),
+        # The receipt may be of a run with the model in its cache; the pods download it first.
+        (41.5, True, 120),
+        (200.0, True, 200),
+        (None, False, 120),
+        (None, True, 120),
+    ],
+)
+def test_a_load_time_is_measured_and_leaves_time_for_a_download(
+    receipt: float | None, downloads: bool, value: float
+) -> None:
+    found = sizing.load_s(measured(load_s=receipt) if receipt else None, downloads=downloads)
+    assert found.value == value
+    assert ("assumed" in found.source) == (receipt is None)
+
+
 def measured(**values: Any) -> Rate:
     return Rate(1.0, True, "", seal="01234567", **values)
 
@@ -197,32 +226,6 @@ def test_the_memory_of_a_generator_on_a_cpu_has_its_kv_cache() -> None:
     assert gibibytes(None) - gibibytes("1GiB") == 3, "4 GiB is the default on a CPU"
 
 
-@pytest.mark.parametrize(
-    ("count", "overflow", "key", "cloud", "gpus", "shared_by", "value", "formula"),
-    [
-        # 3,005.775, rounded to cents, half to even in binary
-        (3, 0, "a100-40gb-mig-3g.20gb", "aws", 1, 1, 3_005.78, "3 x 2.745 USD/h / 2 x 730 h"),
-        (2, 0, "l4", "aws", 2, 1, 2350.02, "2 x 2 x 0.8048 USD/h x 730 h"),  # two L4 for each replica
-        (4, 0, "t4", "aws", 1, 4, 383.98, "4 x 0.526 USD/h / 4 x 730 h"),  # four pods on one T4
-        (2, 3, "l4", "aws", 1, 1, 2_937.52, "(2 + overflow 3) x 0.8048 USD/h x 730 h"),
-        # An unknown price is never that of another cloud.
-        (1, 0, "l4", "gcp", 1, 1, None, ""),
-        (1, 0, "a10", "aws", 1, 1, None, ""),
-    ],
-)
-def test_a_pod_costs_its_part_of_the_gpus_for_730_hours(
-    count: int, overflow: int, key: str, cloud: str, gpus: int, shared_by: int, value: float | None, formula: str
-) -> None:
-    hardware = catalog.hardware(key)
-    found = sizing.cost("cost", count, hardware, cloud, gpus=gpus, shared_by=shared_by, overflow=overflow)
-    if value is None:
-        assert found is None
-        return
-    assert found and found.value == pytest.approx(value, abs=0.011)
-    assert found.formula == formula
-    assert "list price of" in found.source
-
-
 rates = st.floats(100, 1e6)
 loads = st.floats(0.1, 10_000)
 
@@ -247,20 +250,3 @@ def test_more_traffic_never_needs_fewer_replicas(speed: float, base: float, peak
     low, high = min(base, peak), max(base, peak)
     chain = [Demand("x", Rate(speed, True, ""))]
     assert replicas(chain, traffic(low, high))[0][1] <= replicas(chain, traffic(low, high + more))[0][1]
-
-
-SLICES = [key for key, part in hardware_profiles().items() if part.mig]
-
-
-@pytest.mark.parametrize("key", SLICES)
-def test_a_slice_has_one_price_in_deploy_and_estimate(key: str) -> None:
-    part = hardware_profiles()[key]
-    assert part.mig
-    whole = hardware_profiles()[part.mig.parent]
-    assert forecast.prices(part) or not whole.prices
-    for price in forecast.prices(part):
-        found = sizing.cost("a month", 1, part, price["provider"], gpus=1, shared_by=1)
-        assert found and found.value == pytest.approx(price["usd_per_hour"] * sizing.HOURS_PER_MONTH, abs=0.01)
-        # All slices that fit cost no more than the GPU, and what does not fit another one is paid.
-        (full,) = (each.usd_per_hour for each in whole.prices if each.provider == price["provider"])
-        assert price["usd_per_hour"] * part.mig.at_most == pytest.approx(full)

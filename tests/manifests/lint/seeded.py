@@ -17,7 +17,7 @@ from inferctl.manifests.versions import OLDEST_SUPPORTED
 
 HERE = Path(__file__).parent
 GOOD = HERE / "good.yaml"
-FAULTS = HERE / "faults.yaml"
+FAULTS, SILENT = HERE / "faults.yaml", HERE / "silent.yaml"
 _PREFIXES = {"at": (), "pod": ("spec", "template", "spec"), "server": ("spec", "template", "spec", "containers", 0)}
 
 
@@ -73,6 +73,12 @@ def faults() -> list[Fault]:
         )
         for entry in entries
     ]
+
+
+@cache
+def silent() -> dict[str, list[dict[str, Any]]]:
+    """Return the objects of each entry of silent.yaml, by what it says."""
+    return {each["silent"]: _changed(each) for each in yaml.safe_load(SILENT.read_text(encoding="utf-8"))}
 
 
 def _changed(entry: dict[str, Any]) -> list[dict[str, Any]]:

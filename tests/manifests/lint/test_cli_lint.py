@@ -17,7 +17,6 @@ from inferctl import cli
 from inferctl.manifests import lint
 from tests.deploy import plans
 from tests.deploy.conftest import write
-from tests.manifests import kube
 from tests.manifests.lint import seeded
 
 BAD = (
@@ -191,20 +190,6 @@ def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert run(capsys, "--lint", str(pod))[0] == 0
     code, out, _ = run(capsys, "--lint", str(pod), "--nodes", str(nodes))
     assert code == 1 and "no node has nvidia.com/gpu.product in NVIDIA-L4" in out
-
-
-@pytest.mark.parametrize(("runtime", "found"), [("containerd://2.1.4", 1), ("containerd://2.2.0", 0)])
-def test_the_runtime_of_the_nodes_is_read(
-    runtime: str, found: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    info = {"status": {"nodeInfo": {"containerRuntimeVersion": runtime}}}
-    (tmp_path / "nodes.yaml").write_text(yaml.safe_dump(kube.thing("Node", "a") | info))
-    mounts = [{"name": "w", "mountPath": "/m", "subPath": "model"}]
-    volumes = [{"name": "w", "image": {"reference": f"w@sha256:{'ab' * 32}"}}]
-    pod = {"containers": [{"name": "c", "image": "b:1", "volumeMounts": mounts}], "volumes": volumes}
-    (tmp_path / "pod.yaml").write_text(yaml.safe_dump(kube.thing("Pod", "p", pod)))
-    files = ("--lint", str(tmp_path / "pod.yaml"), "--nodes", str(tmp_path / "nodes.yaml"), "--json")
-    assert json.loads(run(capsys, *files)[1])["warnings"] == found
 
 
 @pytest.mark.parametrize(

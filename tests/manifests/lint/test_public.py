@@ -14,7 +14,7 @@ from inferctl.manifests import lint, manifests_file
 from inferctl.manifests.manifests_file import Located
 from tests.manifests import kube
 
-PUBLIC = Path(__file__).parent / "public"
+PUBLIC, SERVERS = Path(__file__).with_name("public"), Path(__file__).with_name("servers.yaml")
 # None of these manifests has a thought of the token.
 USUAL = {"token-mounted"}
 # All errors and warnings of each file, and why each is right.
@@ -96,93 +96,17 @@ def pod(item: dict[str, Any]) -> Any:
     return item["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize(
-    ("args", "fits"),
-    [
-        # `python -m` was taken for the option that names a model.
-        (["python3", "-m", "vllm.entrypoints.openai.api_server", "--model", "meta-llama/Llama-3.1-70B"], False),
-        (["--model", "openai/gpt-oss-120b"], True),
-        (["--model", "meta-llama/Llama-3.1-70B", "--cpu-offload-gb", "90"], True),
-        (["--model=meta-llama/Llama-3.1-70B", "--tensor-parallel-size=8"], True),
-        (["-m", "/models/Llama-3.3-70B.Q4_K_M.gguf"], True),
-        (["-m", "/models/Llama-3.3-70B.gguf"], True),
-        (["-m", "/models/Llama-3.1-405B-Q4_K_M.gguf"], False),
-        (["--model", "meta-llama/Llama-3.1-70B"], False),
-        (["--model-id", "meta-llama/Llama-3.1-70B", "--quantize", "eetq"], True),
-        (["--model", "meta-llama/Llama-3.1-70B", "-q", "compressed-tensors"], True),
-        (["--model", "meta-llama/Llama-3.1-70B", "--load-in-8bit"], True),
-        (["bash", "-c", "exec llama-server --model /models/Llama-3.1-70B"], True),
-        # Neither the cache nor the draft model says anything about the weights.
-        (["--model", "meta-llama/Llama-3.1-70B", "--kv-cache-dtype", "fp8"], False),
-        (["--model", "meta-llama/Llama-3.1-70B", "--kv_cache_dtype=fp8"], False),
-        (
-            ["--model", "meta-llama/Llama-3.1-70B", "--speculative-config", '{"model": "org/draft-1B-AWQ", "n": 3}'],
-            False,
-        ),
-        # The entrypoint of the image is `vllm serve`.
-        (["meta-llama/Llama-3.1-70B", "--port=8000"], False),
-        (["--port", "8000", "--model_path=meta-llama/Llama-3.1-70B"], False),
-    ],
-)
-def test_what_fits_on_a_gpu(args: list[str], fits: bool) -> None:
-    assert ("model-exceeds-memory" not in rules([server(args)])) == fits
-
-
-@pytest.mark.parametrize(
-    ("args", "env", "found"),
-    [
-        ([], {"MODEL_ID": "meta-llama/Llama-3.1-70B"}, {"model-exceeds-memory"}),
-        ([], {"MODEL_ID": "meta-llama/Llama-3.1-70B", "QUANTIZE": "bitsandbytes-nf4"}, set()),
-        ([], {"MODEL_ID": "meta-llama/Llama-3.1-70B", "QUANTIZATION": "eetq"}, set()),
-        ([], {"MODEL_ID": "meta-llama/Llama-3.1-70B", "KV_CACHE_DTYPE": "fp8_e5m2"}, {"model-exceeds-memory"}),
-        (["--model=$(NAME)"], {"NAME": "meta-llama/Llama-3.1-70B"}, {"model-exceeds-memory"}),
-        (["sh", "-c", "vllm serve ${NAME}"], {"NAME": "meta-llama/Llama-3.1-70B"}, {"model-exceeds-memory"}),
-        (["--model=$$(NAME)"], {"NAME": "meta-llama/Llama-3.1-70B"}, set()),
-        (["--model=$(NAME)"], {}, set()),
-        (["-tp=$(SHARDS)"], {"SHARDS": "2"}, {"parallel-size"}),
-        (["--tensor_parallel_size=4"], {}, {"parallel-size"}),
-        (["--tp", "2"], {}, {"parallel-size"}),
-        (["--num-shard", "2"], {}, {"parallel-size"}),
-        ([], {"NUM_SHARD": "2"}, {"parallel-size"}),
-        (["--num-shard", "1"], {"NUM_SHARD": "2"}, set()),  # the option wins
-    ],
-)
-def test_models_and_gpus_of_variables(args: list[str], env: dict[str, str], found: set[str]) -> None:
-    variables = [{"name": name, "value": value} for name, value in env.items()]
-    assert rules([server(args, env=variables)]).keys() & {"model-exceeds-memory", "parallel-size"} == found
+@pytest.mark.parametrize("case", yaml.safe_load(SERVERS.read_text(encoding="utf-8")), ids=str)
+def test_a_container_has_a_fault_or_only_looks_like_it(case: dict[str, Any]) -> None:
+    variables = [{"name": name, "value": value} for name, value in case.get("env", {}).items()]
+    item = server(case.get("args"), case.get("kind", "Deployment"), env=variables)
+    assert (case["rule"] in rules([item])) == case["found"]
 
 
 def test_a_secret_in_a_variable_is_found_once() -> None:
     token = {"name": "HF_TOKEN", "value": "hf_abcdefghijklmnopqrstuvwxyz012345"}
     found = lint.lint([Located(server(["--api-key", "$(HF_TOKEN)"], env=[token]))])
     assert [each.field[-5:] for each in found if each.rule == "secret-in-manifest"] == ["env.0"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "found"),
-    [
-        ("GOOGLE_APPLICATION_CREDENTIALS", "/var/secrets/google/key.json", False),
-        ("USE_AUTH_TOKEN", "true", False),
-        ("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI/K7MDENGbPxRfiCYkey", True),
-        ("HF_TOKEN", "hf_abcdefghijklmnopqrstuvwxyz", True),
-    ],
-)
-def test_what_is_a_secret(name: str, value: str, found: bool) -> None:
-    assert ("secret-in-manifest" in rules([server(env=[{"name": name, "value": value}])])) == found
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "found"),
-    [
-        ("Deployment", "all", True),
-        ("StatefulSet", "0,1", True),
-        ("Deployment", "void", False),  # of a sidecar without a GPU
-        ("DaemonSet", "all", False),  # an exporter
-    ],
-)
-def test_who_may_take_gpus_without_the_device_plugin(kind: str, value: str, found: bool) -> None:
-    item = server(kind=kind, env=[{"name": "NVIDIA_VISIBLE_DEVICES", "value": value}])
-    assert ("visible-devices" in rules([item])) == found
 
 
 @pytest.mark.parametrize(("least", "found"), [("90%", True), ("50%", False), ("100%", True), (2, True), (1, False)])

@@ -10,10 +10,6 @@ import pytest
 import yaml
 
 from inferctl import cli
-from inferctl.deploy import layout
-from tests.deploy import plans
-from tests.deploy.conftest import objects as built
-from tests.deploy.conftest import parsed, write
 from tests.manifests import kube
 
 
@@ -86,38 +82,3 @@ def test_what_no_node_has_makes_an_autoscaler_buy_one(tmp_path: Path, capsys: py
     (group,) = (each for each in found["clusters"][0]["deployments"][0]["pods"] if each["phase"] == "first")
     assert group["waits"] and found["fits_at_rest"]
     assert any("new node" in note for note in found["clusters"][0]["notes"])
-
-
-def test_deployments_that_start_from_zero_can_be_created_with_zero(tmp_path: Path) -> None:
-    """`kubectl create` stores no last-applied configuration, so a later apply keeps the replicas."""
-    files = plans.files()
-    write(files, tmp_path)
-    for cluster in plans.CLUSTERS:
-        overlay = built(tmp_path / "overlays" / cluster["name"])
-        deployments = {each["metadata"]["name"]: each for each in overlay if each["kind"] == "Deployment"}
-        zero = {
-            each["metadata"]["name"]
-            for each in overlay
-            if each["kind"] == "ScaledObject" and each["spec"]["minReplicaCount"] == 0
-        }
-        made = parsed(files.get(f"first/{cluster['name']}.yaml", ""))
-        assert {each["metadata"]["name"] for each in made} == zero
-        for each in made:
-            applied = deployments[each["metadata"]["name"]]
-            assert each["spec"].pop("replicas") == 0
-            assert "replicas" not in applied["spec"]
-            assert each["metadata"]["namespace"] == applied["metadata"]["namespace"]
-            # Whatever is in the created one and not in the applied one would stay.
-            assert contains(applied, each)
-    assert any(name.startswith("first/") for name in files)
-    fixed = [{**flavor, "min_replicas": 1, "max_replicas": 1} for flavor in plans.FLAVORS]
-    assert not [name for name in layout.files(plans.plan(plans.embed(flavors=fixed))) if name.startswith("first/")]
-
-
-def contains(whole: Any, part: Any) -> bool:
-    """Return whether all fields of `part` are in `whole`; items of lists by their name."""
-    if isinstance(part, dict):
-        return isinstance(whole, dict) and all(key in whole and contains(whole[key], part[key]) for key in part)
-    if isinstance(part, list):
-        return all(any(contains(each, item) for each in whole) for item in part)
-    return bool(whole == part)

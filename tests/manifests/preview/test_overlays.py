@@ -105,12 +105,10 @@ main.main()
         ("echo 'not: an object'", 2, "no apiVersion"),
     ],
 )
-@pytest.mark.parametrize("mode", ["lint", "preview"])
 def test_a_failure_of_kubectl_is_never_a_finding(
     script: str,
     code: int,
     said: str,
-    mode: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -121,10 +119,7 @@ def test_a_failure_of_kubectl_is_never_a_finding(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     folder = str(tree(tmp_path / "tree", "cluster"))
-    nodes = tmp_path / "nodes.yaml"
-    nodes.write_text("nodes: [{name: a, allocatable: {cpu: 1}}]\n")
-    arguments = ["--lint", folder] if mode == "lint" else ["--preview", str(nodes), folder]
-    assert cli.run(["deploy", *arguments]) == code
+    assert cli.run(["deploy", "--lint", folder]) == code
     error = capsys.readouterr().err
     assert said in error
     assert "goroutine" not in error and "kubectl.go" not in error and "Warning" not in error
