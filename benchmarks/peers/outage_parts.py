@@ -80,19 +80,12 @@ def broker(folder: Path, seconds: float, *, killed: bool) -> Iterator[Outage]:
     nats.start()
     limited, headers = edge_cost.keys(folder)
     shared = {**limited["access"], "broker": nats.url, "replicas": 2, "data": str(folder / "access")}
-    spec = sections(folder, access=shared, metering={"broker": nats.url})
-    command = [sys.executable, "-m", "inferctl", "relay", "--consume", "--broker", nats.url]
-    command += ["--ledger", f"sqlite:///{folder}/ledger.sqlite"]
-    environment = {**peers.environment(), "PYTHONPATH": str(peers.ROOT)}
-    with (folder / "consumer.log").open("wb") as log:
-        consumer = subprocess.Popen(command, env=environment, stderr=log)
     try:
-        server = edge_cost.start(folder, PORT, "broker", spec)
+        server = edge_cost.start(folder, PORT, "broker", sections(folder, access=shared))
         begin = at_once(nats.kill if killed else lambda: nats.signal(signal.SIGSTOP))
         end = nats.start if killed else lambda: nats.signal(signal.SIGCONT)
         yield Outage(server, headers, begin, end, seconds, events_wait, events_arrive)
     finally:
-        consumer.kill()
         nats.kill()
 
 

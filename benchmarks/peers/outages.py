@@ -4,7 +4,7 @@
 
 The outages, default all; each one has a server of its own, with the echo engine, keys and metering:
 
-- `broker-stalled`: NATS, for usage events, limits and keys, is stopped (SIGSTOP) for `--broker-seconds`
+- `broker-stalled`: NATS, for limits and keys, is stopped (SIGSTOP) for `--broker-seconds`
 - `broker-killed`: the same NATS is killed, and started again after that time
 - `outbox-locked`: another process holds BEGIN EXCLUSIVE on the outbox for `--seconds`
 - `postgresql-stalled`: PostgreSQL with ledger and keys is stopped

@@ -20,9 +20,6 @@ EPILOG = """\b
 Examples:
   # Store the events of a server that runs in a container with the volume ./metering
   inferctl relay --data ./metering --ledger postgresql://usage@db/usage
-  # On each machine with servers: publish the events; next to the database: store them
-  inferctl relay --data ./metering --broker nats://broker:4222
-  inferctl relay --consume --broker nats://broker:4222 --ledger postgresql://usage@db/usage
 """
 
 
@@ -32,22 +29,14 @@ def relay(
         str | None, typer.Option(metavar="DIR", help="Read the events in DIR. [default: from the spec, else metering]")
     ] = None,
     ledger: options.LedgerUrl = None,
-    broker: Annotated[
-        str | None, typer.Option(metavar="URL", help="Publish to this NATS server, or with --consume read from it.")
-    ] = None,
-    consume: Annotated[
-        bool, typer.Option("--consume", help="Store what the broker has, instead of reading a folder.")
-    ] = False,
 ) -> None:
     """Bring usage events to the ledger until Ctrl-C or SIGTERM, then store what is left. Exchange keys and limits.
 
     `inferctl serve` starts a relay of its own, unless the packages of the ledger are missing, as in an image.
     """
-    flags = {"metering.data": data, "metering.ledger": ledger, "metering.broker": broker}
+    flags = {"metering.data": data, "metering.ledger": ledger}
     spec = options.without_model(spec_file, flags)
     settings, access = spec.metering, spec.access
-    if consume and not settings.broker:
-        raise UsageError("`--consume` requires a broker", "pass `--broker nats://HOST:4222`, or set metering.broker")
     try:
         with lazy.deferred_signals():
             from inferctl.tenancy.relay.relay import Relay
@@ -56,7 +45,7 @@ def relay(
             f"`inferctl relay` requires the package {error.name}, not installed", install_hint("ledger")
         ) from None
     # Without usage events, keys and limits may be all that the relay is for.
-    wanted = settings.mode != "off" or consume or any(flags.values()) or not access.has_relay
+    wanted = settings.mode != "off" or any(flags.values()) or not access.has_relay
     metering = settings if wanted else None
     folder = Path(settings.data)
     if data and not folder.is_dir():
@@ -66,13 +55,12 @@ def relay(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
 
     async def run() -> None:
-        loop, running = asyncio.get_running_loop(), Relay(metering, access, consume=consume)
+        loop, running = asyncio.get_running_loop(), Relay(metering, access)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, running.end)
         if metering:
-            source = settings.broker if consume else settings.data
-            console.note(f"storing the usage events of {source}")
-            if not consume and not outbox.folders(folder):
+            console.note(f"storing the usage events of {settings.data}")
+            if not outbox.folders(folder):
                 console.note(f"no server records usage in {folder.absolute()} now; this relay waits for one")
         if access.has_relay:
             console.note(f"serving keys and limits in {access.data}")

@@ -219,7 +219,6 @@ _PATHS = (
     "access.keys",
     "access.data",
     "metering.data",
-    "metering.sink_token_file",
 )
 # Settings that are a name in the catalog or a file.
 _NAMES_OR_FILES = ("hardware", "image.base", "bench.plan")

@@ -17,7 +17,7 @@ from pydantic import (
 
 from inferctl.config.spec_types import OneLine, Section, Size
 from inferctl.core import addresses
-from inferctl.core.addresses import DatabaseAddress, NatsAddress, WebAddress
+from inferctl.core.addresses import DatabaseAddress, NatsAddress
 
 
 def _key_place(value: object) -> str | DatabaseAddress:
@@ -133,15 +133,6 @@ class Metering(Section):
         None,
         description="URL of the ledger (SQLite, PostgreSQL). Default: `ledger.sqlite` in `metering.data`.",
     )
-    broker: NatsAddress | None = Field(
-        None,
-        description="URL of a NATS server. Publish events there, for `inferctl relay --consume`.",
-    )
-    sink: WebAddress | None = Field(
-        None,
-        description="URL that also receives all events, as batches of CloudEvents.",
-    )
-    sink_token_file: OneLine | None = Field(None, description="File with a bearer token for `metering.sink`.")
 
     @field_validator("mode", mode="before")
     @classmethod

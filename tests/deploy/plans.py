@@ -98,13 +98,12 @@ TOOLS = f"registry.example.com/inferctl-tools{DIGEST}"
 
 
 def embed(**deploy: Any) -> Spec:
-    """Return a spec of embeddings with keys, metering with a broker, a gateway and a bench."""
+    """Return a spec of embeddings with keys, metering, a gateway and a bench."""
     settings = {
         "flavors": FLAVORS,
         "traffic": {"base_rps": 200, "peak_rps": 3000, "tokens_per_request": 120, "rise_s": 60},
         "weights": {"pvc": "embed-weights"},
         "keys_secret": "inferctl-keys",
-        "broker": "nats://nats.messaging:4222",
         "ledger_secret": "inferctl-ledger",
         "tools_image": TOOLS,
         "gateway": "envoy",

@@ -60,17 +60,16 @@ def egress(built: Objects, name: str = "embed-server") -> list[tuple[str | None,
 
 
 def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
-    access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": "nats://laptop:4222"}
+    access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": "nats://nats.messaging:4222"}
     files = layout.files(plans.plan(spec(access, broker_secret="nats")))
     assert not [name for name, text in files.items() if "hunter2" in text]
     built = build(files, OVERLAYS[0])
     assert [problem for each in built for problem in problems(each, "1.36")] == []
     pod = pod_of(built)
     (relay,), (server,) = pod["initContainers"], pod["containers"]
-    url = {"name": "nats", "key": "url"}
     assert variables(relay) == {
-        "INFERCTL_METERING_BROKER": url,
-        "INFERCTL_ACCESS_BROKER": url,
+        "INFERCTL_METERING_LEDGER": {"name": "inferctl-ledger", "key": "url"},
+        "INFERCTL_ACCESS_BROKER": {"name": "nats", "key": "url"},
         "INFERCTL_ACCESS_KEYS": {"name": "inferctl-keys", "key": "url"},
         "INFERCTL_ACCESS_DATA": "/access",
     }
@@ -80,13 +79,11 @@ def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     mounts = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in (relay, server)]
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
     assert not [volume for volume in pod["volumes"] if "secret" in volume]
-    assert egress(built) == [("databases", 6432), ("messaging", 4222)]
-    consumer = pod_of(built, "usage-relay")["containers"][0]
-    assert variables(consumer)["INFERCTL_METERING_BROKER"] == url
+    assert egress(built) == [(None, 5432), ("databases", 6432), ("messaging", 4222)]
 
 
 def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
-    made = spec({"broker": "nats://nats.shared.example.com:4333"}, broker=None, bench=False)
+    made = spec({"broker": "nats://nats.shared.example.com:4333"}, bench=False)
     made = made.model_copy(update={"metering": made.metering.model_copy(update={"mode": "off"})})
     built = build(layout.files(plans.plan(made)), OVERLAYS[0])
     pod = pod_of(built)
@@ -98,7 +95,6 @@ def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
     assert {"name": "keys", "mountPath": "/keys", "readOnly": True} in server["volumeMounts"]
     # The name of the host says nothing about its pods, so only the port is known.
     assert egress(built) == [(None, 4333)]
-    assert not [each for each in built if each["metadata"]["name"] == "usage-relay"]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +103,8 @@ def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
         ({"keys": "sqlite:///keys.sqlite"}, {}, "SQLite, a file of one machine"),
         ({"keys": "postgresql://keys@/keys?host=/run/postgresql"}, {}, "names a Unix socket"),
         ({"keys": "postgresql:///keys"}, {}, "names a Unix socket"),
-        ({"broker": "nats://user:pw@nats:4222"}, {"broker": None}, r"access\.broker has credentials"),
-        ({}, {"broker": None, "broker_secret": "nats"}, "nothing uses a broker"),
+        ({"broker": "nats://user:pw@nats:4222"}, {}, r"access\.broker has credentials"),
+        ({}, {"broker_secret": "nats"}, "nothing uses a broker"),
     ],
     ids=["sqlite", "socket", "no-host", "credentials", "unused-secret"],
 )
@@ -122,11 +118,6 @@ def test_a_relay_needs_an_image() -> None:
     made = made.model_copy(update={"metering": made.metering.model_copy(update={"mode": "off"})})
     with pytest.raises(UsageError, match="keys in a database require a relay in each pod"):
         layout.files(plans.plan(made))
-
-
-def test_credentials_of_a_broker_are_no_value_of_the_spec() -> None:
-    with pytest.raises(ValueError, match=r"has a user or a password.*deploy\.broker_secret"):
-        plans.embed(broker="nats://token@nats.messaging:4222")
 
 
 def test_a_bench_job_asks_for_no_keys(build: Build) -> None:

@@ -166,8 +166,8 @@ def test_no_object_contains_a_secret(build: Build) -> None:
     server = named(built[: len(built) // 3], "Deployment", "embed-a100-half")["spec"]["template"]["spec"]
     (keys,) = (volume for volume in server["volumes"] if volume["name"] == "keys")
     assert keys["secret"] == {"secretName": "inferctl-keys", "defaultMode": 0o440}
-    consumer = named(built[: len(built) // 3], "Deployment", "usage-relay")["spec"]["template"]["spec"]
-    ledger = {each["name"]: each for each in consumer["containers"][0]["env"]}["INFERCTL_METERING_LEDGER"]
+    (relay,) = server["initContainers"]
+    ledger = {each["name"]: each for each in relay["env"]}["INFERCTL_METERING_LEDGER"]
     assert ledger["valueFrom"] == {"secretKeyRef": {"name": "inferctl-ledger", "key": "url"}}
 
 
@@ -328,7 +328,7 @@ def test_dra_claims_the_first_available_device(build: Build) -> None:
         ({"weights": {"image": f"registry.example.com/weights{plans.DIGEST}"}}, "needs Kubernetes 1.35; cluster"),
         ({"flavors": [{**plans.FLAVORS[1], "sharing": "dra"}]}, "needs Kubernetes 1.34; cluster"),
         ({"tools_image": None}, "metering requires a relay"),
-        ({"broker": None, "ledger_secret": None}, "nothing stores the usage events"),
+        ({"ledger_secret": None}, "nothing stores the usage events"),
     ],
     ids=["image volume", "dra", "tools", "ledger"],
 )

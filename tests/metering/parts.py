@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inferctl.serve.edge.request_context import UsageEvent
-from inferctl.tenancy.metering import cloud_event
-from inferctl.tenancy.metering.cloud_event import Item, Origin
+from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.outbox import EventBatch
+from inferctl.tenancy.metering.usage_event import Item, Origin
 
 ORIGIN = Origin("minilm", "embed", "ab" * 32, "l4")
 DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z
@@ -41,13 +40,13 @@ def batch(
 ) -> EventBatch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
-    content = json.dumps(cloud_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
+    content = json.dumps(usage_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
     return EventBatch(source, first, last, int(1000 * at), content, oldest)
 
 
 def end(source: str, first: int, number: int, *, clean: bool) -> EventBatch:
     time_ms = int(1000 * DAY)
-    return EventBatch(source, first, number, time_ms, cloud_event.end(number, time_ms, clean=clean), 1)
+    return EventBatch(source, first, number, time_ms, usage_event.end(number, time_ms, clean=clean), 1)
 
 
 def _stopped(pid: int) -> bool:
@@ -130,17 +129,15 @@ def _open_for_others(folder: Path) -> None:
 
 
 class Nats(Part):
-    """A NATS server with JetStream that forgets nothing by itself."""
+    """A NATS server."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         folder.mkdir()
-        self.store, self.url = folder / "js", f"nats://127.0.0.1:{port}"
-        config = folder / "n.conf"
-        store = f'jetstream {{ store_dir: "{self.store}", sync_interval: always, max_file_store: 512MB }}'
-        config.write_text(f"listen: 127.0.0.1:{port}\n{store}\n")
+        self.url, config = f"nats://127.0.0.1:{port}", folder / "n.conf"
+        config.write_text(f"listen: 127.0.0.1:{port}\n")
         super().__init__(["nats-server", "-c", str(config)])
         self._port = port
 
@@ -152,6 +149,3 @@ class Nats(Part):
                     return
             time.sleep(0.1)
         raise AssertionError("NATS does not start")
-
-    def wipe(self) -> None:
-        shutil.rmtree(self.store, ignore_errors=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from inferctl.config.spec import Spec
-from inferctl.deploy.endpoints import events_broker, limits_broker
-from inferctl.deploy.objects import access, broker, metering
+from inferctl.deploy.objects import access, metering
 from inferctl.deploy.objects.containers import container_security, resources
 from inferctl.deploy.objects.metadata import Object
 from inferctl.deploy.sizing import relay_cores
@@ -17,7 +16,6 @@ def sidecars(spec: Spec) -> list[Object]:
     """Return the relay of a server. It starts before the server and ends after it, so it stores the last events."""
     if not (cores := relay_cores(spec)):
         return []
-    urls = {broker.EVENTS: events_broker(spec), broker.LIMITS: limits_broker(spec)}
     mounts = [mount for _, mount in (*metering.volumes(spec), *access.data_volumes(spec))]
     return [
         {
@@ -26,11 +24,7 @@ def sidecars(spec: Spec) -> list[Object]:
             "imagePullPolicy": "IfNotPresent",
             "restartPolicy": "Always",
             "command": ["inferctl", "relay", *metering.relay_options(spec)],
-            "env": [
-                *metering.relay_environment(spec),
-                *access.relay_environment(spec),
-                *broker.variables(spec, urls),
-            ],
+            "env": [*metering.relay_environment(spec), *access.relay_environment(spec)],
             "resources": resources(f"{cores * 1000:g}m", _MEMORY),
             "securityContext": container_security(),
             **access.relay_probe(spec),

@@ -1,4 +1,4 @@
-"""Brings usage events to the ledger: from the outboxes of this machine, or from a broker. Runs `AccessRelay` too.
+"""Brings usage events from the outboxes of this machine to the ledger. Runs `AccessRelay` too.
 
 Nothing that a server needs depends on it. It may be killed at any point: what the ledger has is written in one
 transaction with how far it got, and the outboxes keep the rest.
@@ -12,17 +12,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from inferctl.config.spec import Access, Metering
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.tenancy.metering import outbox, sink
+from inferctl.tenancy.metering import outbox
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
 from inferctl.tenancy.metering.outboxes import Outboxes
-
-if TYPE_CHECKING:
-    from inferctl.tenancy.metering.broker import EventBroker, PublishProgress
 
 log = logging.getLogger("inferctl.relay")
 
@@ -35,18 +31,14 @@ _ONLY_RELAY_S = 0.5
 
 
 class Relay:
-    """One relay. `metering`: None without usage events. `consume`: store those of the broker, and read no outboxes."""
+    """One relay. `metering`: None without usage events."""
 
-    def __init__(self, metering: Metering | None, access: Access, *, consume: bool = False) -> None:
-        self._metering, self._access, self._consume = metering is not None, access, consume
+    def __init__(self, metering: Metering | None, access: Access) -> None:
+        self._metering, self._access = metering is not None, access
         self._settings = metering or Metering.model_construct()
         self._ending = asyncio.Event()
         self._ledger: Ledger | None = None
-        self._broker: EventBroker | None = None
-        self._answering: EventBroker | None = None
-        self._sending: asyncio.Task[int] | None = None  # to the HTTP sink, which may take any time
         self._watermarks: dict[str, int] = {}
-        self._progress: dict[str, PublishProgress] = {}
         self._logged: dict[str, float] = {}
 
     def end(self) -> None:
@@ -83,9 +75,6 @@ class Relay:
 
     async def _bring_events(self) -> None:
         try:
-            if self._consume:
-                await self._repeat(self._store_messages)
-                return
             data = Path(self._settings.data)
             while not self._ending.is_set():
                 with outbox.exclusive(data) as alone:
@@ -95,44 +84,30 @@ class Relay:
                 # The relay of another server in this folder also reads the outbox of this one.
                 await self._wait(_ONLY_RELAY_S)
         finally:
-            if self._broker:
-                await self._broker.close()
             if self._ledger:
                 self._ledger.close()
-            self._broker = self._ledger = None
+            self._ledger = None
 
     async def _empty_outboxes(self, data: Path) -> None:
-        outboxes = Outboxes(data)
-        try:
-            await self._repeat(lambda: self._read_outboxes(outboxes))
-        finally:
-            outboxes.close()
+        """Store what is in the outboxes until `end` and nothing is left."""
+        with contextlib.closing(Outboxes(data)) as outboxes:
+            while True:
+                ending = self._ending.is_set()
+                try:
+                    more, pause = await asyncio.to_thread(self._store, outboxes), _INTERVAL_S
+                except (NotReadyError, OSError) as error:
+                    self._report(error)
+                    # Without the ledger, the rest stays in the outboxes.
+                    more, pause = False, _RETRY_S
+                if ending and not more:
+                    return
+                if not more:
+                    await self._wait(pause)
 
-    async def _repeat(self, step: Callable[[], Awaitable[bool]]) -> None:
-        """Call `step`, which returns whether more is waiting, until `end` and nothing is."""
-        while True:
-            ending = self._ending.is_set()
-            try:
-                more, pause = await step(), _INTERVAL_S
-            except (NotReadyError, OSError) as error:
-                self._report(error)
-                # Without what is not available, the rest stays in the outboxes.
-                more, pause = False, _RETRY_S
-            if ending and not more:
-                return
-            if not more:
-                await self._wait(pause)
-
-    async def _read_outboxes(self, outboxes: Outboxes) -> bool:
-        await asyncio.to_thread(outboxes.refresh)
-        if self._settings.broker:
-            return await self._publish(outboxes)
-        ledger = await self._opened()
-        more = await asyncio.to_thread(self._store, outboxes, ledger)
-        return await self._send(ledger, f"{outbox.instance(Path(self._settings.data))}/") or more
-
-    def _store(self, outboxes: Outboxes, ledger: Ledger) -> bool:
+    def _store(self, outboxes: Outboxes) -> bool:
         """Store the next batches of all outboxes, and return whether there are more."""
+        outboxes.refresh()
+        ledger = self._ledger = self._ledger or Ledger.open(self._settings.ledger_url)
         unknown = [source for source in outboxes.sources if source not in self._watermarks]
         if unknown:
             self._watermarks |= dict.fromkeys(unknown, 0) | ledger.watermarks(unknown)
@@ -150,78 +125,6 @@ class Relay:
         for source in outboxes.sources:
             outboxes.confirm(source, self._watermarks[source])
         return more
-
-    async def _publish(self, outboxes: Outboxes) -> bool:
-        """Publish the next batches of all outboxes, and return whether there are more."""
-        from inferctl.tenancy.metering.broker import PublishProgress
-
-        broker = await self._connected()
-        sources = outboxes.sources
-        for source in sources:
-            if source not in self._progress:
-                self._progress[source] = PublishProgress(outboxes.confirmed(source))
-        more = False
-        for source in sources:
-            progress = self._progress[source]
-            batches = await asyncio.to_thread(outboxes.read, source, progress.published, _ROWS)
-            for batch in batches:
-                await broker.publish(batch)
-                progress.published = batch.last
-            more |= len(batches) == _ROWS
-        if sources and not more:
-            try:
-                watermarks = dict.fromkeys(sources, 0) | await broker.watermarks(sources)
-            except NotReadyError as error:  # the relay with the ledger is gone: publish meanwhile
-                self._report(error)
-                watermarks = {}
-            for source, watermark in watermarks.items():
-                self._progress[source].update(watermark)
-                await asyncio.to_thread(outboxes.confirm, source, watermark)
-        return more
-
-    async def _store_messages(self) -> bool:
-        ledger = await self._opened()
-        broker = await self._connected()
-        if broker is not self._answering:  # it answers until its connection breaks
-            await broker.answer_watermarks(ledger)
-            self._answering = broker
-        stored = await broker.store(ledger)
-        return await self._send(ledger, "") or stored > 0
-
-    async def _send(self, ledger: Ledger, prefix: str) -> bool:
-        """Send the next events to the HTTP sink. Its errors and its pauses do not delay the ledger."""
-        settings = self._settings
-        if not settings.sink:
-            return False
-        try:
-            if self._sending is None:
-                token = Path(settings.sink_token_file).read_text().strip() if settings.sink_token_file else None
-                work = asyncio.to_thread(sink.send, ledger, settings.sink, prefix, token)
-                self._sending = asyncio.create_task(work)
-            await asyncio.wait({self._sending}, timeout=_RETRY_S)
-            if not self._sending.done():
-                return True
-            sending, self._sending = self._sending, None
-            return bool(sending.result())
-        except (sink.SinkUnavailableError, OSError) as error:
-            self._report(error)
-            return False
-
-    async def _opened(self) -> Ledger:
-        if self._ledger is None:
-            self._ledger = await asyncio.to_thread(Ledger.open, self._settings.ledger_url)
-        return self._ledger
-
-    async def _connected(self) -> EventBroker:
-        from inferctl.tenancy.metering import broker
-
-        if self._broker and self._broker.broken:
-            await self._broker.close()
-            self._broker = None
-        if self._broker is None:
-            assert self._settings.broker
-            self._broker = await broker.connect(self._settings.broker)
-        return self._broker
 
     async def _wait(self, seconds: float) -> None:
         """Wait, but not if the relay is ending."""

@@ -55,7 +55,7 @@ def test_specs_without_a_deployment_keep_their_digests(text: str, digest: str) -
         ("namespace: Inference", "deploy.namespace"),
         ("weights: {pvc: a, image: b}", "keep one of them"),
         ("omit: [Deployment]", "deploy.omit.0"),
-        ("broker: nats", "deploy.broker"),
+        ("prometheus: nats", "deploy.prometheus"),
         ("flavours: []", "did you mean flavors?"),
     ],
 )
