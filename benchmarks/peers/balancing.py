@@ -1,12 +1,8 @@
-"""What `inferctl gateway` does with a slow server, with one that is killed, and while all are restarted.
+"""What `inferctl gateway` does with a server that is killed, and while all are restarted.
 
-    python benchmarks/peers/balancing.py [--seconds 20] [--rounds 2] [--kills 5] [--json FILE] [PART ...]
+    python benchmarks/peers/balancing.py [--rounds 2] [--kills 5] [--json FILE] [PART ...]
 
-The parts are `balancing`, `killed` and `restart`; default: all. Latency counts from the intended time of a request.
-
-balancing: one of three servers is three times slower than the others. They are those of the tests (four requests at a
-time, fixed times), so the capacity is known, and the open loop is 80% of it. Rounds are interleaved. The p99 of least
-request must be at most half of that of round robin.
+The parts are `killed` and `restart`; default: both. Latency counts from the intended time of a request.
 
 killed, restart: three servers of inferctl with the echo engine, an open loop of `--rate` requests/s. One in a hundred
 takes half a second, so that nearly all servers have requests in flight. `killed`: SIGKILL of one server after the
@@ -17,9 +13,7 @@ ends, and starts again. In both, no client may get another response than 200.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -30,7 +24,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import load
 import peers
 import recorder
@@ -40,15 +33,10 @@ sys.path.insert(0, str(peers.ROOT))
 from inferctl.gateway import admin
 from inferctl.serve.engines.echo import SLOW_TOKEN
 
-BACKEND = peers.ROOT / "tests" / "gateway" / "backend.py"
-DELAYS_S = {"a": 0.1, "b": 0.1, "slow": 0.3}
-SLOTS = 4  # of each server
-LOAD = 0.8
-BALANCING = ("least-request", "round-robin")
 PORT, SERVERS = 18571, 3
-MAX_RATIO, MAX_EJECTED_S = 0.5, 2.0
+MAX_EJECTED_S = 2.0
 _WATCHED_S = 8.0  # after a kill: Envoy could try an ejected server again after 5 s
-PARTS = ("balancing", "killed", "restart")
+PARTS = ("killed", "restart")
 
 
 def wait_for(url: str) -> None:
@@ -61,32 +49,6 @@ def wait_for(url: str) -> None:
     sys.exit(f"{url} does not respond")
 
 
-async def measure(url: str, rate: float, seconds: float, seed: int) -> tuple[list[float], int]:
-    """Return the latencies in ms of an open loop, and how many requests failed."""
-    drawn, latencies, failed = random.Random(seed), [], 0
-    start, due = time.monotonic() + 0.5, 0.0
-
-    async def one(client: httpx.AsyncClient, at: float) -> None:
-        nonlocal failed
-        try:
-            response = await client.post(f"{url}/v1/embeddings", json={"input": "x"})
-            if response.status_code == 200:
-                latencies.append(1000 * (time.monotonic() - at))
-                return
-        except httpx.TransportError:
-            pass
-        failed += 1
-
-    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=60) as client:
-        tasks = []
-        while due < seconds:
-            await asyncio.sleep(max(0.0, start + due - time.monotonic()))
-            tasks.append(asyncio.create_task(one(client, start + due)))
-            due += drawn.expovariate(rate)
-        await asyncio.gather(*tasks)
-    return sorted(latencies), failed
-
-
 class Gateway:
     """A running gateway. Its files are in a folder of its own."""
 
@@ -94,7 +56,7 @@ class Gateway:
         self._folder = tempfile.TemporaryDirectory(prefix="balancing-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
         file = folder / "ready.json"
-        command = [sys.executable, "-m", "inferctl", "gateway", "--port", "0", "--threads", "1"]
+        command = [sys.executable, "-m", "inferctl", "gateway", "--port", "0"]
         command += [part for url in urls for part in ("--server", url)]
         environment = {**peers.environment(), "PYTHONPATH": str(peers.ROOT), "TMPDIR": str(folder)}
         self._process = subprocess.Popen([*command, "--announce", str(file), *options], env=environment)
@@ -110,39 +72,6 @@ class Gateway:
         self._process.terminate()
         self._process.wait(60)
         self._folder.cleanup()
-
-
-def measure_balancing(seconds: float, rounds: int) -> dict[str, Any]:
-    rate = LOAD * sum(SLOTS / delay for delay in DELAYS_S.values())
-    found: dict[str, list[list[float]]] = {name: [] for name in BALANCING}
-    failures = 0
-    with ExitStack() as stack:
-        urls = []
-        for name, delay_s in DELAYS_S.items():
-            port = peers.free_port()
-            process = subprocess.Popen([sys.executable, str(BACKEND), name, str(port), str(delay_s)])
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            urls.append(f"http://127.0.0.1:{port}")
-            wait_for(f"{urls[-1]}/readyz")
-        gateways = {name: Gateway(urls, "--balancing", name) for name in BALANCING}
-        for gateway in gateways.values():
-            stack.callback(gateway.end)
-        time.sleep(12)  # health checks and slow start
-        for number, name in enumerate(peers.order(BALANCING, rounds)):
-            latencies, failed = asyncio.run(measure(gateways[name].url, rate, seconds, number // len(BALANCING)))
-            found[name].append(latencies)
-            failures += failed
-    quantile = {
-        name: {q: peers.median([run[int(q / 100 * len(run))] for run in runs]) for q in (50, 90, 99)}
-        for name, runs in found.items()
-    }
-    rows = [(name, *values.values()) for name, values in quantile.items()]
-    print(f"{rate:.0f} requests/s, {LOAD:.0%} of the capacity; failed: {failures}; ms from the intended time")
-    peers.table(("balancing", "p50", "p90", "p99"), rows)
-    ratio = quantile["least-request"][99] / quantile["round-robin"][99]
-    print(f"p99 of least request / round robin: {ratio:.2f}\n")
-    return {"quantiles_ms": quantile, "p99_ratio": ratio, "failed": failures}
 
 
 def start_server(number: int) -> peers.Server:
@@ -203,18 +132,13 @@ def drain(server: peers.Server) -> dict[str, float]:
 
 def main() -> int:
     parser = peers.options(__doc__ or "")
-    parser.set_defaults(seconds=20)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: both")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--rate", type=float, default=150, help="requests/s while servers end")
     options = parser.parse_args()
     parts = options.parts or PARTS
     figures: dict[str, Any] = {}
     failed = []
-    if "balancing" in parts:
-        figures["balancing"] = found = measure_balancing(options.seconds, options.rounds)
-        if found["p99_ratio"] > MAX_RATIO or found["failed"]:
-            failed.append("balancing")
     for name, count in (("killed", options.kills), ("restart", options.rounds * SERVERS)):
         if name not in parts:
             continue

@@ -191,7 +191,7 @@ class Fleet:
     def _gateway(self, name: str, url: str) -> str:
         """Start a gateway, and return its URL."""
         port, announce = peers.free_port(), self.folder / f"gateway-{name}.json"
-        command = ["gateway", "--port", "0", "--threads", "1", "--server", url, "--announce", str(announce)]
+        command = ["gateway", "--port", "0", "--server", url, "--announce", str(announce)]
         process = launch(self.folder, f"gateway-{name}.log", *command, "--metrics-port", str(port))
         self.running.append(process)
         self.pages |= {f"metrics-{name}": f"{url}/metrics", f"info-{name}": f"{url}/info"}

@@ -73,9 +73,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     if bench_options.model and model_folder.is_folder(Path(bench_options.model)):
         bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
-    name = bench_options.plan
-    if name is None:
-        name = resolved.spec.bench.plan if resolved else "precision"
+    name = bench_options.plan or "precision"
     plan = plans.read_plan(name)
     if not bench_options.precisions:
         bench_checks.check_configurations(plan, running_servers=bool(url_targets))
@@ -247,9 +245,7 @@ def _bench(definition: _Definition, machine: Environment, output: Path) -> tuple
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
     try:
-        return options.load(
-            bench_options.spec_file, {"model.source": bench_options.model, "bench.plan": bench_options.plan}
-        )
+        return options.load(bench_options.spec_file, {"model.source": bench_options.model})
     except UsageError:
         if needed or bench_options.spec_file or bench_options.model or Path(spec.DEFAULT_FILE).exists():
             raise

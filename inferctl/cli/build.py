@@ -12,7 +12,7 @@ import typer
 
 from inferctl.cli import completion, console, download
 from inferctl.cli.build_view import BuildView, short, show_verified
-from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load, network_of
+from inferctl.cli.options import Flags, Json, Network, SpecFile, load, with_settings
 from inferctl.config.spec import PLATFORM
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import parse_size, size
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from inferctl.image.plan import BuildPlan
 
 
+@with_settings(
+    "model.source", "serve.precision", "image.base", "image.base_image", "image.max_size", "image.compression"
+)
 def build(
+    flags: Flags,
     spec_file: SpecFile = None,
-    model: ModelSource = None,
-    precision: PrecisionOption = None,
-    base: BaseKey = None,
-    base_image: BaseMirror = None,
     tag: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,17 +45,6 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, the size forecast and the Dockerfile; build nothing.")
     ] = False,
-    max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Reject an image that is larger than SIZE, such as 6GB.")
-    ] = None,
-    compression: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("auto", "zstd", "gzip"),
-            help="Compress the layers with `zstd`, `gzip` or `auto`. [default: from the spec]",
-        ),
-    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -111,14 +100,7 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Pass the hub token in FILE as a build secret, for gated models."),
     ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("host"),
-            help="Run build steps and verification on the network of the host (`host`).",
-        ),
-    ] = None,
+    network: Network = None,
     allow_floating: Annotated[
         bool, typer.Option("--allow-floating", help="Build although the revision of the hub model is not pinned.")
     ] = False,
@@ -136,8 +118,7 @@ def build(
     """
     from inferctl.image.plan import BuildOptions, plan
 
-    flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
-    resolved = load(spec_file, {**flags, "image.max_size": max_size, "image.compression": compression})
+    resolved = load(spec_file, flags)
     spec = resolved.spec
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
@@ -154,7 +135,7 @@ def build(
         spec_file=Path(resolved.file) if resolved.file else None,
         references=tuple(dict.fromkeys(map(tag_reference, tag or ()))),
         secrets={name: file for name, file in secrets.items() if file is not None},
-        network=network_of(network),
+        network=network,
         allow_floating=allow_floating,
         max_bytes=parse_size(spec.image.max_size) if spec.image.max_size else None,
         expected=expect,

@@ -7,9 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from inferctl.cli import completion, console, options
@@ -161,12 +159,9 @@ def check(
 
 
 def _compared(rows: list[BaseComparison]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for heading in ("base", "fact", "verdict", "catalog", "registry"):
-        table.add_column(heading, no_wrap=heading in ("base", "fact", "verdict"), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(text or "-") for text in (row.base, row.fact, row.verdict, row.recorded, row.found)))
-    console.report(table)
+    headings = ("base", "fact", "verdict", "catalog", "registry")
+    cells = [[text or "-" for text in (row.base, row.fact, row.verdict, row.recorded, row.found)] for row in rows]
+    console.report(console.table(headings, cells, headings[:3], narrow=True))
 
 
 def _peak(part: Hardware, precision: str) -> str:
@@ -193,13 +188,7 @@ def _list(
     if as_json:
         console.document([asdict(entry) for entry in entries.values()])
         return
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading == headings[0], overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.report(table)
+    console.report(console.table(headings, rows, headings[:1], narrow=True))
 
 
 def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
@@ -214,19 +203,20 @@ def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
         facts["require_cuda"] = requirement.describe()
     numbered = list(enumerate(sources, 1))
     cited = {fact: number for number, source in reversed(numbered) for fact in source["facts"]}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("fact", "value", "source"):
-        table.add_column(heading, overflow="fold")
-    for fact, value in facts.items():
-        text = _value(value) + (f"\n({notes[fact]})" if fact in notes else "")
-        table.add_row(fact, Text(text), f"[{cited[fact]}]" if fact in cited else "")
-    for fact in notes.keys() - facts.keys():
-        table.add_row(fact, Text(f"({notes[fact]})"), "")
+    rows = [
+        (
+            fact,
+            _value(value) + (f"\n({notes[fact]})" if fact in notes else ""),
+            f"[{cited[fact]}]" if fact in cited else "",
+        )
+        for fact, value in facts.items()
+    ]
+    rows += [(fact, f"({notes[fact]})", "") for fact in notes.keys() - facts.keys()]
     lines = [
         f"[{number}] {_KINDS[source['kind']]}{source['source']}" + (f", {source['date']}" if source["date"] else "")
         for number, source in numbered
     ]
-    console.report(Group(table, Text(), Text("\n".join(lines))))
+    console.report(Group(console.table(("fact", "value", "source"), rows), Text(), Text("\n".join(lines))))
 
 
 def _value(value: Any) -> str:

