@@ -168,6 +168,8 @@ def test_the_json_schema_and_the_reader_accept_the_same_specs() -> None:
     assert len(list(validator.iter_errors(yaml.safe_load(GOOD + "serve: {precision: bf61, prot: 1}\n")))) == 2
 
 
+# On a busy machine, making a value may take seconds.
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(),

@@ -233,10 +233,14 @@ def test_three_kills_of_the_relay_lose_and_repeat_nothing(metered: Metered, tmp_
     server = metered()
     load = Load(server.url)
     killed: set[int] = set()
+
+    def stored() -> float:
+        return load.statuses[200] - server.metric("inferctl_outbox_events")
+
     for _ in range(3):
         until(lambda: bool(set(relays(tmp_path)) - killed), 60)
-        before = load.statuses[200] - server.metric("inferctl_outbox_events")
-        until(lambda: load.statuses[200] - server.metric("inferctl_outbox_events") > before + 50, 60)  # it stores some
+        more = stored() + 50
+        until(lambda more=more: stored() > more, 60)  # type: ignore[misc]  # it stores some
         for pid in set(relays(tmp_path)) - killed:
             killed.add(pid)
             os.kill(pid, signal.SIGKILL)
