@@ -171,11 +171,6 @@ def _saved_plan(plan: dict[str, Any]) -> Plan:
         ) from None
 
 
-def _settings_sha256(resolved: Resolved | None) -> str | None:
-    """Return the digest of the settings without `bench`: its plan has a key of its own in the identity."""
-    return resolved.spec.model_copy(update={"bench": spec.Bench.model_validate({})}).digest() if resolved else None
-
-
 def _servers(targets: list[BenchTarget], access: ServerAccess) -> dict[str, ServerConnection]:
     """Return the servers of `--url` by the names of their targets. Sends requests to them."""
     return {target.name: connect(target.url, access=access) for target in targets if target.url}
@@ -208,7 +203,7 @@ def _identity(definition: _Definition, machine: Environment, servers: dict[str, 
         machine,
         model_folder.ModelFolder(definition.folder).digest if definition.folder else None,
         bench_checks.check_checkpoints(definition.targets, definition.folder),
-        _settings_sha256(definition.resolved),
+        definition.resolved.spec.digest() if definition.resolved else None,
         stated,
         definition.plan_file,
     )

@@ -65,9 +65,9 @@ def render(
         console.document({"paths": paths, "server": str(output / "layers" / "server")})
         return
     console.data("\n".join([*paths, str(output / "layers" / "server")]))
-    flags = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
-    flags += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
-    console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *flags, str(output)])}")
+    arguments = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
+    arguments += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
+    console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *arguments, str(output)])}")
 
 
 def _check_overwrite(dockerfile: Path) -> None:
