@@ -73,7 +73,7 @@ def prepare_new(bench_options: BenchOptions) -> PreparedBench:
     if bench_options.model and model_folder.is_folder(Path(bench_options.model)):
         bench_options = replace(bench_options, model=str(Path(bench_options.model).absolute()))
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
-    name = bench_options.plan or "precision"
+    name = "precision" if bench_options.plan is None else bench_options.plan
     plan = plans.read_plan(name)
     if not bench_options.precisions:
         bench_checks.check_configurations(plan, running_servers=bool(url_targets))
