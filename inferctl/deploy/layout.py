@@ -22,6 +22,7 @@ from inferctl.deploy.figure import Noted
 from inferctl.deploy.objects import (
     access,
     bench,
+    broker,
     gateway,
     metering,
     other_products,
@@ -205,14 +206,14 @@ def _base(plan: DeploymentPlan, omitted: Container[str]) -> Folder:
 
 def _namespace(name: str, omitted: Container[str]) -> list[Object]:
     denied = policy.deny_all(name)
-    own = (SERVER, gateway.GATEWAY, BENCH)
+    own = (SERVER, gateway.GATEWAY, metering.CONSUMER, BENCH)
     components = own if f"{denied['kind']}/{denied['metadata']['name']}" in omitted else ()
     return [policy.namespace(name), denied, policy.allow_dns(name, components)]
 
 
 def _model(model: ModelPlan, namespace: str) -> list[Object]:
     spec = model.spec
-    egress = [*metering.egress(spec), *access.egress(spec, namespace)]
+    egress = [*metering.egress(spec), *access.egress(spec, namespace), *broker.egress(spec, namespace)]
     if spec.model.weights == "download":
         egress.append(endpoints.Endpoint(443, None))
     through = gateway.GATEWAY if spec.deploy.gateway == "envoy" else None
@@ -236,6 +237,9 @@ def _components(plan: DeploymentPlan, omitted: Container[str]) -> dict[str, Fold
     gateways = [model for model in plan.models if model.spec.deploy.gateway == "envoy"]
     if gateways:
         found["gateway"] = Folder({_file_of(model): gateway.objects(model, namespace) for model in gateways})
+    if consumers := metering.consumers(plan.models, namespace):
+        accounts = [policy.service_account(metering.CONSUMER, namespace)]
+        found["metering"] = Folder({"usage-relay.yaml": [*accounts, *consumers]})
     if sources := _prometheus_namespaces(plan):
         found["monitoring"] = _monitoring(plan, sources, omitted)
     return found

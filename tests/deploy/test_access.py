@@ -17,6 +17,7 @@ import pytest
 
 from inferctl.config import settings
 from inferctl.config.spec import Spec
+from inferctl.core.addresses import NatsAddress
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.tenancy.access import channel
@@ -31,6 +32,7 @@ from tests.processes import free_port, until
 
 Build = Callable[[dict[str, str], str], Objects]
 STORE = "postgresql://keys@db.databases:6432/keys"
+NATS = "nats://nats.messaging:4222"
 
 
 def spec(access: dict[str, Any], **deploy: Any) -> Spec:
@@ -60,7 +62,7 @@ def egress(built: Objects, name: str = "embed-server") -> list[tuple[str | None,
 
 
 def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
-    access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": "nats://nats.messaging:4222"}
+    access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": NATS}
     files = layout.files(plans.plan(spec(access, broker_secret="nats")))
     assert not [name for name, text in files.items() if "hunter2" in text]
     built = build(files, OVERLAYS[0])
@@ -80,6 +82,22 @@ def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
     assert not [volume for volume in pod["volumes"] if "secret" in volume]
     assert egress(built) == [(None, 5432), ("databases", 6432), ("messaging", 4222)]
+
+
+def test_events_through_a_broker_have_a_relay_that_stores_them(build: Build) -> None:
+    made = spec({"broker": NATS}, broker_secret="nats")
+    both = made.model_copy(update={"metering": made.metering.model_copy(update={"broker": NatsAddress(NATS)})})
+    built = build(layout.files(plans.plan(both)), OVERLAYS[0])
+    assert [problem for each in built for problem in problems(each, "1.36")] == []
+    url, ledger = {"name": "nats", "key": "url"}, {"name": "inferctl-ledger", "key": "url"}
+    sidecar = variables(pod_of(built)["initContainers"][0])
+    assert sidecar["INFERCTL_METERING_BROKER"] == sidecar["INFERCTL_ACCESS_BROKER"] == url
+    assert "INFERCTL_METERING_LEDGER" not in sidecar
+    (consumer,) = pod_of(built, "usage-relay")["containers"]
+    assert consumer["command"] == ["inferctl", "relay", "--consume"]
+    assert variables(consumer) == {"INFERCTL_METERING_BROKER": url, "INFERCTL_METERING_LEDGER": ledger}
+    assert egress(built) == [("messaging", 4222)]
+    assert egress(built, "usage-relay") == [(None, 5432), ("messaging", 4222)]
 
 
 def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
@@ -113,6 +131,17 @@ def test_what_pods_cannot_use_is_refused(access: dict[str, Any], deploy: dict[st
         layout.files(plans.plan(spec(access, **deploy)))
 
 
+@pytest.mark.parametrize(
+    ("broker", "secret", "message"),
+    [("nats://user:pw@nats", None, r"metering\.broker has credentials"), ("nats://other", "nats", "differ")],
+)
+def test_a_broker_of_events_that_pods_cannot_use_is_refused(broker: str, secret: str | None, message: str) -> None:
+    made = spec({"broker": NATS}, broker_secret=secret)
+    metering = made.metering.model_copy(update={"broker": NatsAddress(broker)})
+    with pytest.raises(UsageError, match=message):
+        layout.files(plans.plan(made.model_copy(update={"metering": metering})))
+
+
 def test_a_relay_needs_an_image() -> None:
     made = spec({"keys": STORE}, tools_image=None, bench=False)
     made = made.model_copy(update={"metering": made.metering.model_copy(update={"mode": "off"})})
@@ -121,7 +150,7 @@ def test_a_relay_needs_an_image() -> None:
 
 
 def test_a_bench_job_asks_for_no_keys(build: Build) -> None:
-    files = layout.files(plans.plan(spec({"keys": STORE, "broker": "nats://nats.messaging:4222"})))
+    files = layout.files(plans.plan(spec({"keys": STORE, "broker": NATS})))
     job = named(build(files, "bench/aws-us-east-1"), "Job", "bench-embed-a100-half")["spec"]["template"]["spec"]
     (server,) = job["initContainers"]
     found = variables(server)

@@ -28,8 +28,8 @@ def test_a_scan_of_a_fleet_finds_no_text_and_no_key(minilm: Path, tmp_path: Path
     python(script, "fleet", "--engine", "echo", "--json", file, timeout=280, code=0)
     found = json.loads(file.read_text())["fleet"]
     accepted = ("valid", "token ids", "key: rotated key", "key: new key", "chat: valid", "chat: stream")
-    assert {name: found["statuses"][name] for name in (*accepted, "without stores")} == (
-        dict.fromkeys((*accepted, "without stores"), 200)
+    assert {name: found["statuses"][name] for name in (*accepted, "without a consumer", "without stores")} == (
+        dict.fromkeys((*accepted, "without a consumer", "without stores"), 200)
     )
     rejected = ("wrong key", "key: revoked key", "chat: wrong key")
     assert {found["statuses"][name] for name in rejected} == {401}

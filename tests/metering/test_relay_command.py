@@ -75,11 +75,16 @@ def test_a_relay_steps_back_for_its_server_and_no_longer_after_its_end(tmp_path:
 
 @pytest.mark.parametrize(
     ("settings", "warned"),
-    [({}, False), ({"ledger": "sqlite:///l", "mode": "on"}, False), ({"ledger": "sqlite:///l"}, True)],
+    [
+        ({}, False),
+        ({"ledger": "sqlite:///l", "mode": "on"}, False),
+        ({"ledger": "sqlite:///l"}, True),
+        ({"broker": "nats://b"}, True),
+    ],
 )
-def test_a_ledger_without_effect_is_a_warning(settings: dict[str, str], warned: bool) -> None:
+def test_an_address_without_effect_is_a_warning(settings: dict[str, str], warned: bool) -> None:
     found = list(metering.warnings(Metering.model_validate(settings)))
-    assert ["metering.ledger" in warning for warning in found] == [True] * warned
+    assert ["metering.mode" in warning for warning in found] == [True] * warned
 
 
 def test_a_relay_can_read_the_settings_of_its_server() -> None:
