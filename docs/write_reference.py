@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pydantic import BaseModel
 
@@ -72,8 +74,14 @@ def exit_codes() -> str:
 
 
 def help_of(*command: str) -> str:
-    """Return the help of a command, 100 columns wide."""
+    """Return the help of a command, 100 columns wide, without its examples."""
     from inferctl import cli
+
+    printed, width = io.StringIO(), {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    with mock.patch.dict(os.environ, width), contextlib.redirect_stdout(printed):
+        cli.run([*command, "--help"])
+    text = "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
+    return re.sub(r"\n\n  Examples?:.*?(?=\n\n[A-Z]|\Z)", "", text, flags=re.DOTALL) + "\n"
 
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     with contextlib.redirect_stdout(io.StringIO()) as text:

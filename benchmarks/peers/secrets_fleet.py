@@ -36,7 +36,7 @@ _HOSTILE = "/@:#?% +&"
 
 
 class Collector(http.server.ThreadingHTTPServer):
-    """Keeps the bodies of all requests: of traces, and of the sink of usage events."""
+    """Keeps the bodies of all requests with traces."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Collected)
@@ -116,12 +116,10 @@ class Fleet:
         self.pages: dict[str, str] = {}
         self.stores = Stores(folder, marks)
         self.collector = Collector(folder / "collected")
-        marks.keys["token of the sink"] = f"pw{secrets.token_hex(10)}"
         self._addresses = {
             "INFERCTL_METERING_MODE": "on",
             "INFERCTL_METERING_BROKER": self.stores.nats_url,
             "INFERCTL_METERING_LEDGER": self.stores.ledger,
-            "INFERCTL_METERING_SINK": f"{self.collector.url}/sink?token={marks.keys['token of the sink']}",
             "INFERCTL_ACCESS_BROKER": self.stores.nats_url.removeprefix("nats://"),
             "INFERCTL_ACCESS_REPLICAS": "2",
             "INFERCTL_ACCESS_KEYS": self.stores.keys,
@@ -196,7 +194,7 @@ class Fleet:
     def _gateway(self, name: str, url: str) -> str:
         """Start a gateway, and return its URL."""
         port, announce = peers.free_port(), self.folder / f"gateway-{name}.json"
-        command = ["gateway", "--port", "0", "--threads", "1", "--server", url, "--announce", str(announce)]
+        command = ["gateway", "--port", "0", "--server", url, "--announce", str(announce)]
         process = launch(self.folder, f"gateway-{name}.log", *command, "--metrics-port", str(port))
         self.running.append(process)
         self.pages |= {f"metrics-{name}": f"{url}/metrics", f"info-{name}": f"{url}/info"}
@@ -357,7 +355,6 @@ def unseen(fleet: Fleet) -> list[str]:
         "metering/*/events.sqlite*": b"minilm",
         "nats/js/**/*.blk": other,
         "collected/v1-traces-*": b"minilm",
-        "collected/sink-*": key,
         "embed.log": key,
         "generate.log": other,
         "consumer.log": b"storing the usage events",

@@ -143,7 +143,8 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "inferctl"
-        message = without_addresses(error.format_message()).rstrip(".").replace("Input should", "must")
+        message = without_addresses(error.format_message()).rstrip(".")
+        message = message.replace("Input should", "must").replace("Value error, ", "")
         hint = f"see `{command} --help`"
         raise UsageError(message[:1].lower() + message[1:], hint) from None
     except OSError as error:

@@ -36,9 +36,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
         )
     access = bench_options.access.access()
     resolved = _settings(bench_options, needed=not url_targets or bool(bench_options.precisions))
-    name = bench_options.plan
-    if name is None:
-        name = resolved.spec.bench.plan if resolved else "precision"
+    name = "precision" if bench_options.plan is None else bench_options.plan
     plan = plans.read_plan(name)
     if not bench_options.precisions:
         bench_checks.check_configurations(plan, running_servers=bool(url_targets))
@@ -105,9 +103,7 @@ def _task(
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:
     """Return the settings; None if only running servers are measured and no model is specified."""
     try:
-        return options.load(
-            bench_options.spec_file, {"model.source": bench_options.model, "bench.plan": bench_options.plan}
-        )
+        return options.load(bench_options.spec_file, {"model.source": bench_options.model})
     except UsageError:
         if needed or bench_options.spec_file or bench_options.model or Path(spec.DEFAULT_FILE).exists():
             raise

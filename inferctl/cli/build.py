@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import completion, console, download
+from inferctl.cli import console, download
 from inferctl.cli.build_view import BuildView, show_verified
-from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load, network_of
+from inferctl.cli.options import Flags, Json, Network, SpecFile, load, with_settings
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
@@ -27,12 +27,10 @@ if TYPE_CHECKING:
     from inferctl.image.plan import BuildPlan
 
 
+@with_settings("model.source", "serve.precision", "image.base", "image.base_image", "image.platform")
 def build(
+    flags: Flags,
     spec_file: SpecFile = None,
-    model: ModelSource = None,
-    precision: PrecisionOption = None,
-    base: BaseKey = None,
-    base_image: BaseMirror = None,
     tag: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,14 +55,6 @@ def build(
     ] = 900.0,
     # Files that an earlier `inferctl init --ci` wrote pass `--no-lint`, which has no effect any more.
     _: Annotated[bool, typer.Option("--lint/--no-lint", hidden=True)] = True,
-    platform: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.PLATFORMS,
-            help="Build for this platform, such as linux/arm64. [default: the spec's]",
-        ),
-    ] = None,
     cache_to: Annotated[
         list[str] | None,
         typer.Option(metavar="REF", help="Export the build cache to a registry name (mode max) or `type=...`."),
@@ -88,14 +78,7 @@ def build(
         Path | None,
         typer.Option(metavar="FILE", help="Pass the hub token in FILE as a build secret, for gated models."),
     ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("host"),
-            help="Run build steps and verification on the network of the host (`host`).",
-        ),
-    ] = None,
+    network: Network = None,
     allow_floating: Annotated[
         bool, typer.Option("--allow-floating", help="Build although the revision of the hub model is not pinned.")
     ] = False,
@@ -113,8 +96,7 @@ def build(
     """
     from inferctl.image.plan import BuildOptions, plan
 
-    flags = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
-    resolved = load(spec_file, {**flags, "image.platform": platform})
+    resolved = load(spec_file, flags)
     spec = resolved.spec
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
@@ -127,7 +109,7 @@ def build(
         cache_from=tuple(cache_from or ()),
         references=tuple(dict.fromkeys(map(tag_reference, tag or ()))),
         secrets={name: file for name, file in secrets.items() if file is not None},
-        network=network_of(network),
+        network=network,
         allow_floating=allow_floating,
         expected=expect,
         no_cache=no_cache,

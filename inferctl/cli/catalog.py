@@ -7,8 +7,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from inferctl.cli import completion, console, options
 from inferctl.cli.options import Json
@@ -131,13 +129,7 @@ def _list(
     if as_json:
         console.document([asdict(entry) for entry in entries.values()])
         return
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading == headings[0], overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.report(table)
+    console.report(console.table(headings, rows, headings[:1], narrow=True))
 
 
 def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:

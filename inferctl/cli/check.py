@@ -5,12 +5,11 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +20,7 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_hint
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
-from inferctl.facts.catalog import BaseImage
+from inferctl.facts.catalog import BaseImage, Stack
 from inferctl.image import locks, model_image
 from inferctl.models import convert, generation_fit, hub, image_source
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
@@ -89,15 +88,35 @@ def check(
             console.document({"ok": False, "file": error.file, "problems": problems, **console.failure(error)})
         raise
     all_hardware = bool(hardware) and "all" in (hardware or [])
-    task, summary, general, fits = _judge(resolved.spec, all_hardware, _major(driver))
-    findings = [*general, *(finding for fit in fits for finding in fit.findings)]
-    failed = any(finding.level == "error" for finding in findings)
+    judgment = _judge(resolved.spec, all_hardware, _major(driver))
     if as_json:
-        console.document(_document(resolved.file, resolved.spec, task, summary, findings, fits))
+        console.document(_document(judgment, resolved.file))
     else:
-        _report(resolved.file, resolved.spec, task, summary, findings, fits)
-    if failed:
+        _report(judgment, resolved.file)
+    if worst(judgment.findings) == "error":
         raise typer.Exit(2)
+
+
+@dataclass(frozen=True)
+class _Judgment:
+    """What is known of a spec. `task`: `auto` if the model is not known.
+
+    `summary`: how the server uses the model; None if that is not known or not supported. `general`: findings that are
+    not about one kind of hardware.
+    """
+
+    spec: Spec
+    base: BaseImage
+    stack: Stack
+    task: str
+    summary: dict[str, Any] | None
+    general: list[Finding]
+    fits: list[Fit]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings."""
+        return [*self.general, *(finding for fit in self.fits for finding in fit.findings)]
 
 
 def _major(driver: str | None) -> int | None:
@@ -112,13 +131,7 @@ def _major(driver: str | None) -> int | None:
     return int(match[1])
 
 
-def _judge(
-    spec: Spec, all_hardware: bool, driver: int | None
-) -> tuple[str, dict[str, Any] | None, list[Finding], list[Fit]]:
-    """Return the task, how the model is used, the general findings, and those of each hardware.
-
-    If the model is not known, the task is `auto`. How it is used is None if it is not known or not supported.
-    """
+def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> _Judgment:
     base = catalog.base(spec.image.base)
     stack = catalog.stack(base.stack)
     parts = list(catalog.hardware_profiles()) if all_hardware else spec.hardware
@@ -152,7 +165,8 @@ def _judge(
         if isinstance(size, ModelSize):
             general += generation_fit.check_model(spec, size.config)
     fits = [judge(spec, base, stack, catalog.hardware(key), size, driver) for key in parts]
-    return task, summary, *_with_errors_of_all_hardware(general, fits)
+    general, fits = _with_errors_of_all_hardware(general, fits)
+    return _Judgment(spec, base, stack, task, summary, general, fits)
 
 
 def _use(
@@ -242,28 +256,16 @@ def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
         why = "`inferctl build` installs from this folder only"
         hint = "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)"
         yield Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
-    plan = spec.bench.plan
-    if plan.endswith((".yaml", ".yml")) and not Path(plan).is_file():
-        hint = "set it to a plan, such as `precision`, or to a YAML file"
-        yield Finding("error", "plan", f"bench.plan: file {plan} not found", "`inferctl bench` reads it", hint)
 
 
-def _document(
-    file: str | None,
-    spec: Spec,
-    task: str,
-    summary: dict[str, Any] | None,
-    findings: list[Finding],
-    fits: list[Fit],
-) -> dict[str, Any]:
-    base = catalog.base(spec.image.base)
-    stack = catalog.stack(base.stack)
+def _document(judgment: _Judgment, file: str | None) -> dict[str, Any]:
+    spec, base, stack, findings = judgment.spec, judgment.base, judgment.stack, judgment.findings
     return {
         "ok": worst(findings) != "error",
         "verdict": worst(findings),
         "file": file,
         "name": spec.name,
-        "task": task,
+        "task": judgment.task,
         "precision": spec.serve.precision,
         "base": base.key,
         "stack": {"key": stack.key, "torch": stack.torch, "cuda": stack.cuda, "driver_floor": stack.driver_floor},
@@ -281,11 +283,11 @@ def _document(
                 "memory": fit.memory and _memory(fit.memory, fit.memory_bytes),
                 "generation": fit.capacity and _capacity(fit.capacity),
             }
-            for fit in fits
+            for fit in judgment.fits
         ],
         "findings": [vars(finding) for finding in findings],
         "problems": [],
-        "model": summary,
+        "model": judgment.summary,
     }
 
 
@@ -298,18 +300,10 @@ def _capacity(capacity: KvCapacity) -> dict[str, Any]:
     return {"estimated": True, **vars(capacity), "typical_tokens": TYPICAL_TOKENS}
 
 
-def _report(
-    file: str | None,
-    spec: Spec,
-    task: str,
-    summary: dict[str, Any] | None,
-    findings: list[Finding],
-    fits: list[Fit],
-) -> None:
-    base = catalog.base(spec.image.base)
-    stack = catalog.stack(base.stack)
+def _report(judgment: _Judgment, file: str | None) -> None:
+    spec, base, stack, fits = judgment.spec, judgment.base, judgment.stack, judgment.fits
     gpu = f"CUDA {stack.cuda}" if stack.cuda else "no CUDA"
-    grouped = _grouped(findings)
+    grouped = _grouped(judgment.findings)
     notes = Table.grid(padding=(0, 2))
     notes.add_column()
     notes.add_column(overflow="fold")  # a hint has commands to paste
@@ -318,12 +312,12 @@ def _report(
     errors, warnings = (sum(finding.level == level for finding, _ in grouped) for level in ("error", "warn"))
     counts = f"{_count(errors, 'error')}, {_count(warnings, 'warning')}"
     pieces: list[RenderableType] = [
-        Text(f"{spec.name}: {task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
-        *([Text(f"model: {line}")] if (line := _line(summary)) else []),
+        Text(f"{spec.name}: {judgment.task}, {spec.serve.precision} on {base.key} (torch {stack.torch}, {gpu})"),
+        *([Text(f"model: {line}")] if (line := _line(judgment.summary)) else []),
         Text(),
     ]
     if fits:
-        pieces += [*(_generation_table(fits) if task == "generate" else [_table(fits)]), Text()]
+        pieces += [*(_generation_table(fits) if judgment.task == "generate" else [_table(fits)]), Text()]
     pieces += [
         notes,
         Text(f"\n{file or 'flags'}: {counts}" + (f"; {_runnable(fits)}" if fits else "")),
@@ -348,39 +342,36 @@ def _runnable(fits: list[Fit]) -> str:
 
 
 def _table(fits: list[Fit]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("hardware", "precision", "kernels", "memory, estimated", "verdict"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for fit in fits:
-        need, available_bytes = fit.memory, fit.memory_bytes
-        table.add_row(
-            fit.part,
-            f"{fit.precision} {fit.level}",
-            {True: "yes", False: "no", None: "unknown"}[fit.kernels],
-            "not checked"
-            if need is None
-            else size(need.total, 1) + (f" of {size(available_bytes, 1)}" if available_bytes else ""),
-            Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
-        )
-    return table
+        memory = size(fit.memory.total, 1) if fit.memory else "not checked"
+        if fit.memory and fit.memory_bytes:
+            memory += f" of {size(fit.memory_bytes, 1)}"
+        kernels = {True: "yes", False: "no", None: "unknown"}[fit.kernels]
+        rows.append((fit.part, f"{fit.precision} {fit.level}", kernels, memory, _verdict(fit)))
+    return console.table(("hardware", "precision", "kernels", "memory, estimated", "verdict"), rows)
+
+
+def _verdict(fit: Fit) -> Text:
+    return Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict])
 
 
 def _generation_table(fits: list[Fit]) -> list[RenderableType]:
     """Return the table of a generative model and a line that explains its estimates."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for heading in ("hardware", "precision", "weights", "KV cache", "longest", "at once", "verdict"):
-        table.add_column(heading, no_wrap=heading == "hardware", overflow="fold")
-    for fit in fits:
-        need, held = fit.memory, fit.capacity
-        table.add_row(
+    headings = ("hardware", "precision", "weights", "KV cache", "longest", "at once", "verdict")
+    rows = [
+        (
             fit.part,
             fit.precision if fit.level == "native" else f"{fit.precision}\n{fit.level}",
-            size(need.weights, 1) if need else "-",
-            size(held.kv_cache_bytes, 1) if held else "-",
-            f"{held.longest_context_tokens:,}" if held else "-",
-            f"{held.sequences}/{held.typical_sequences}" if held else "-",
-            Text(fit.verdict, style="" if fit.verdict == "ok" else _STYLE[fit.verdict]),
+            size(fit.memory.weights, 1) if fit.memory else "-",
+            size(fit.capacity.kv_cache_bytes, 1) if fit.capacity else "-",
+            f"{fit.capacity.longest_context_tokens:,}" if fit.capacity else "-",
+            f"{fit.capacity.sequences}/{fit.capacity.typical_sequences}" if fit.capacity else "-",
+            _verdict(fit),
         )
+        for fit in fits
+    ]
+    table = console.table(headings, rows, headings[:1], narrow=True)
     held = next((fit.capacity for fit in fits if fit.capacity), None)
     if held is None:
         return [table]

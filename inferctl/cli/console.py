@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from inferctl.core.errors import EXIT_INTERRUPTED, InferctlError, NotReadyError,
 if TYPE_CHECKING:
     import typer
     from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 
 def data(text: str) -> None:
@@ -130,6 +132,25 @@ def rich(stderr: bool = False) -> Console:
     file = sys.stderr if stderr else sys.stdout
     file = getattr(file, "rich_proxied_file", file)  # while a progress bar is shown
     return Printable(file=streams.raw(file), highlight=False, markup=False, emoji=False)
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Iterable[str | Text]], whole: Collection[str] = (), *, narrow: bool = False
+) -> Table:
+    """Return a table. A cell that is too long is folded, except in the columns `whole`. No text is read as markup.
+
+    `narrow`: with one space between two columns.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=narrow)
+    for heading in headings:
+        found.add_column(heading, no_wrap=heading in whole, overflow="fold")
+    for row in rows:
+        found.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return found
 
 
 def report(renderable: RenderableType, least: int = 0) -> None:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -70,15 +69,13 @@ def doctor(as_json: Json = False) -> None:
 
 
 def table_of(results: list[Check]) -> Table:
-    """Return the check results as a table. Their texts are not read as Rich markup."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "check", "result"):
-        table.add_column(heading, overflow="fold")
+    """Return the check results as a table."""
     marks = {"can": ("✓", "green"), "limited": ("!", "yellow"), "cannot": ("✗", "red")}
-    for check in results:
-        detail = check.detail + (f"\n→ {check.hint}" if check.hint else "")
-        table.add_row(Text(*marks[check.verdict]), Text(check.name), Text(detail))
-    return table
+    rows = [
+        (Text(*marks[check.verdict]), check.name, check.detail + (f"\n→ {check.hint}" if check.hint else ""))
+        for check in results
+    ]
+    return console.table(("", "check", "result"), rows)
 
 
 def _python(machine: Environment) -> Iterator[Check]:

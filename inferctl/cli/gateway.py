@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from inferctl.cli import completion, console
+from inferctl.cli import console
 from inferctl.core import outputs
-from inferctl.core.errors import UsageError, did_you_mean
+from inferctl.core.errors import UsageError
 from inferctl.gateway import config, supervisor
 from inferctl.gateway import servers as listed
 from inferctl.serve.signals import StopSignals
@@ -42,22 +42,11 @@ def gateway(
     port: Annotated[
         int, typer.Option(metavar="PORT", min=0, max=65535, help="Listen on this port; 0 selects a free one.")
     ] = 8000,
-    balancing: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("least-request", "round-robin"),
-            help="Choose a server by least-request or round-robin.",
-        ),
-    ] = "least-request",
     timeout: Annotated[
         float,
         typer.Option(
             metavar="S", min=0.1, max=86_400, help="End a request after S seconds; chat and completions have no limit."
         ),
-    ] = 60.0,
-    idle: Annotated[
-        float, typer.Option(metavar="S", min=1, max=86_400, help="End a stream that sends nothing for S seconds.")
     ] = 60.0,
     drain: Annotated[
         float,
@@ -78,9 +67,6 @@ def gateway(
             metavar="PORT", min=1, max=65535, help="Publish Envoy's metrics at 127.0.0.1:PORT/metrics for Prometheus."
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=256, help="Run N threads. [default: one per core, at most 4]")
-    ] = None,
     announce: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write {url, pid} as JSON to FILE when the gateway is ready.")
     ] = None,
@@ -93,10 +79,6 @@ def gateway(
     Least request, retries on another server, ejection of servers that fail, TLS, and a drain without lost requests.
     Keys, limits and usage stay in the servers.
     """
-    known = ("least-request", "round-robin")
-    if balancing not in known:
-        hint = did_you_mean(balancing, known) or f"known: {', '.join(known)}"
-        raise UsageError(f"--balancing: {balancing!r} is not known", hint)
     if bool(server) == bool(servers):
         raise UsageError("name the servers either with `--server` or with `--servers`", "see `inferctl gateway --help`")
     if (tls_certificate is None) != (tls_key is None):
@@ -115,9 +97,7 @@ def gateway(
         host=host,
         port=port,
         metrics_port=metrics_port,
-        balancing=balancing,  # type: ignore[arg-type]  # checked above
         timeout_s=timeout,
-        idle_s=idle,
         certificate=tls_certificate.absolute() if tls_certificate else None,
         key=tls_key.absolute() if tls_key else None,
         client_ca=client_ca.absolute() if client_ca else None,
@@ -136,7 +116,7 @@ def gateway(
                 settings,
                 source,
                 console.note,
-                threads=threads or min(4, len(os.sched_getaffinity(0))),
+                threads=min(4, len(os.sched_getaffinity(0))),
                 drain_s=drain,
                 announce=announce,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jinja2
 import typer
@@ -70,15 +70,7 @@ def init(
             help="Set the target hardware; repeatable. [default: t4 and half an A100; cpu for a CPU base]",
         ),
     ] = None,
-    ci: Annotated[
-        str | None,
-        typer.Option(
-            "--ci",
-            metavar="NAME",
-            autocompletion=completion.one_of("github", "gitlab"),
-            help="Also write the CI workflow for github or gitlab.",
-        ),
-    ] = None,
+    ci: Annotated[Literal["github", "gitlab"] | None, typer.Option("--ci", help="Also write the CI workflow.")] = None,
     package: Annotated[
         str | None,
         typer.Option(metavar="REQUIREMENT", help="Install this pip requirement in the CI job; required with --ci."),
@@ -94,8 +86,6 @@ def init(
     With --ci, it also writes a CI workflow, and keeps an existing inferctl.yaml.
     """
     target = directory / spec.DEFAULT_FILE
-    if ci is not None and ci not in _CI:
-        raise UsageError(f"--ci {ci!r} is not valid", f"pass one of {', '.join(_CI)}")
     installed = _requirement(package, ci)
     contents: dict[Path, str] = {}
     if not target.exists() or (force and ci is None):

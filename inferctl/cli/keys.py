@@ -17,7 +17,7 @@ from inferctl.cli.key_place import Place
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError, did_you_mean, shown
 from inferctl.tenancy.access import key_file, keys
-from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
+from inferctl.tenancy.access.key_file import ApiKey, Priority, StoredDigest
 
 _ENDPOINTS = ("embeddings", "rerank", "score", "classify", "predict", "tokenize", "chat", "completions")
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
@@ -42,9 +42,6 @@ _Output = Annotated[
     typer.Option(
         "--output", "-o", metavar="FILE", help="Write the key to this file, with mode 600, and not to stdout."
     ),
-]
-_Environment = Annotated[
-    str, typer.Option(metavar="NAME", help="Set the second part of the key, such as live or test.")
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Replace the file of `--output`.")]
 
@@ -90,12 +87,7 @@ def create(
     ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow /metrics, /info, /docs and /openapi.json too.")] = False,
     priority: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.one_of("interactive", "bulk"),
-            help="Set to bulk to run each request of the key as a bulk request.",
-        ),
+        Priority, typer.Option(help="Set to bulk to run each request of the key as a bulk request.")
     ] = "interactive",
     requests_per_minute: Annotated[
         int | None,
@@ -104,7 +96,6 @@ def create(
     tokens_per_minute: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Limit the tokens per minute. [default: the server's limit]")
     ] = None,
-    environment: _Environment = "live",
     output: _Output = None,
     force: _Force = False,
     as_json: options.Json = False,
@@ -113,24 +104,14 @@ def create(
 
     Only its SHA-256 is stored, so the key cannot be shown again. If it cannot be written, it is not created.
     """
-    if priority not in ("interactive", "bulk"):
-        raise UsageError(f"unknown priority {priority!r}", "`--priority` accepts interactive or bulk")
-    if not re.fullmatch(keys.ENVIRONMENT, environment):
-        raise UsageError(
-            f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
-        )
     for what, text in (("key", name), *((("team", team),) if team is not None else ())):
         # `-` would mean stdin in other commands, and no team in reports. A key as a name would be in all lists.
         if not text.isprintable() or not 0 < len(text.strip()) == len(text) <= 100 or text == "-" or keys.parse(text):
             message = f"the name of a {what} must have 1 to 100 printable characters, and must not be `-` or a key"
             raise UsageError(message, "use a name such as team-a")
-    for each in endpoint or ():
-        if each not in _ENDPOINTS:
-            known = f"known: {', '.join(_ENDPOINTS)}"
-            raise UsageError(f"unknown endpoint {each!r}", did_you_mean(each, _ENDPOINTS) or known)
     place, now = Place(options.access(spec_file, keys_)), key_file.now()
     key_id = keys.new_id()
-    secret = keys.generate(key_id, environment)
+    secret = keys.generate(key_id)
     key = ApiKey(
         id=key_id,
         name=name,
@@ -139,9 +120,9 @@ def create(
         created=now,
         expires=_end(now, expires, "--expires", least=1) if expires is not None else None,
         models=model or None,
-        endpoints=endpoint or None,
+        endpoints=[options.known(each, _ENDPOINTS, "--endpoint") for each in endpoint or ()] or None,
         admin=admin,
-        priority="bulk" if priority == "bulk" else "interactive",
+        priority=priority,
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
     )
@@ -229,7 +210,6 @@ def rotate(
     overlap: Annotated[
         str, typer.Option(metavar="TIME", help="Accept the old key for this long, such as 0s, 12h or 7d.")
     ] = "24h",
-    environment: _Environment = "live",
     output: _Output = None,
     force: _Force = False,
     as_json: options.Json = False,
@@ -238,15 +218,11 @@ def rotate(
 
     Name, scopes, limits and expiry stay. If the new key cannot be written, the old one stays too.
     """
-    if not re.fullmatch(keys.ENVIRONMENT, environment):
-        raise UsageError(
-            f"--environment {environment!r} is not allowed", "use at most 16 lower-case letters and digits"
-        )
     place, now, each = Place(options.access(spec_file, keys_)), key_file.now(), _id_of(key_id)
     end = _end(now, overlap, "--overlap")
     # A key contains its id, and is written before the keys are locked.
     key = _find({one.id: one for one in place.read()}, each, place.name, now)
-    secret = keys.generate(key.id, environment)
+    secret = keys.generate(key.id)
 
     def replace(found: dict[str, ApiKey]) -> ApiKey:
         key_now = _find(found, key.id, place.name, now)

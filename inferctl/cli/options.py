@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
@@ -22,6 +24,7 @@ SpecFile = Annotated[
 ]
 # One hour is longer than any client waits. A larger number is a typing error, and every result meets an infinite SLO.
 MIN_SLO_MS, MAX_SLO_MS = 0.001, 3_600_000
+Flags = dict[str, Any]  # the values of `with_settings`
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ModelSource = Annotated[
     str | None,
@@ -42,24 +45,64 @@ PrecisionOption = Annotated[
         help="Set the precision: auto, fp32, fp16, bf16, int8 or fp8 (generation). [default: the spec's, else auto]",
     ),
 ]
-BaseKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY",
-        autocompletion=completion.BASES,
-        help="Use this base image of `inferctl catalog bases`. [default: the spec's]",
-    ),
+Network = Annotated[
+    Literal["host"] | None, typer.Option(help="Run build steps and containers on the network of the host.")
 ]
-BaseMirror = Annotated[
-    str | None, typer.Option(metavar="REF", help="Pull the base from your mirror; add a digest to pin it.")
-]
-LedgerUrl = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="Use this ledger: sqlite:///FILE or postgresql://... [default: the spec's, else metering/ledger.sqlite]",
-    ),
-]
+# Settings whose options say more than the reference of the spec does.
+_OPTIONS = {"model.source": ModelSource, "serve.precision": PrecisionOption}
+_OFFERED = {"image.base": completion.BASES, "image.platform": completion.PLATFORMS}
+Result = TypeVar("Result")
+
+
+def with_settings(*paths: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Give a command one option for each of these settings, in the place of its parameter `flags`.
+
+    The command gets their values there, by dotted path. Name, type, help and default of an option are those of the
+    setting in the spec, whose values `load` checks.
+    """
+
+    def decorate(command: Callable[..., Result]) -> Callable[..., Result]:
+        parameters: list[inspect.Parameter] = []
+        names = {settings.flag(path).removeprefix("--").replace("-", "_"): path for path in paths}
+        for each in inspect.signature(command, eval_str=True).parameters.values():
+            found = {name: _option(path) for name, path in names.items()} if each.name == "flags" else {}
+            parameters += [
+                inspect.Parameter(name, each.KEYWORD_ONLY, default=None, annotation=option)
+                for name, option in found.items()
+            ] or [each.replace(kind=each.KEYWORD_ONLY)]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> Result:
+            return command(flags={path: values.pop(name) for name, path in names.items()}, **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _option(path: str) -> Any:
+    """Return the type of an option, with its help, as Typer reads it."""
+    if path in _OPTIONS:
+        return _OPTIONS[path]
+    field, name = settings.field(path), settings.flag(path)
+    kinds = {field.annotation, *get_args(field.annotation)} - {type(None)}
+    # A setting with words too, such as `auto`, or a list is read from text.
+    kind: Any = next((each for each in (bool, int, float) if kinds <= {each, each | None}), str)
+    words = [each for each in kinds if isinstance(each, str)]
+    text, _, default = (field.description or "").partition(" Default: ")
+    default = default.rstrip(".") or (str(field.default) if isinstance(field.default, str | int | float) else "")
+    if kind is bool:
+        name, default = f"{name}/--no-{name[2:]}", "no"
+    return Annotated[
+        kind | None,
+        typer.Option(
+            name,
+            metavar=None if kind is bool else "N" if kind in (int, float) else "VALUE",
+            autocompletion=_OFFERED.get(path) or (completion.one_of(*words) if words else None),
+            help=f"{text} [default: {default}]" if default else text,
+        ),
+    ]
 
 
 def group(name: str, help_: str) -> typer.Typer:
@@ -91,13 +134,6 @@ def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
     """Return whether a spec file, `--model` or the environment specifies a model."""
     specified = spec_file or os.environ.get("INFERCTL_SPEC") or os.environ.get("INFERCTL_MODEL_SOURCE")
     return bool(specified or flags.get("model.source") or Path(spec.DEFAULT_FILE).exists())
-
-
-def network_of(name: str | None) -> str | None:
-    """Return `host`, or None if `--network` is absent. Raises `UsageError` for another value."""
-    if name not in (None, "host"):
-        raise UsageError(f"--network {name!r} is not supported", "remove `--network`, or pass `--network host`")
-    return name
 
 
 def spec_path(spec_file: Path | None) -> Path:

@@ -26,15 +26,10 @@ Examples:
 """
 
 
+@options.with_settings("metering.data", "metering.ledger", "metering.broker")
 def relay(
+    flags: options.Flags,
     spec_file: options.SpecFile = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Read the events in DIR. [default: from the spec, else metering]")
-    ] = None,
-    ledger: options.LedgerUrl = None,
-    broker: Annotated[
-        str | None, typer.Option(metavar="URL", help="Publish to this NATS server, or with --consume read from it.")
-    ] = None,
     consume: Annotated[
         bool, typer.Option("--consume", help="Store what the broker has, instead of reading a folder.")
     ] = False,
@@ -43,7 +38,6 @@ def relay(
 
     `inferctl serve` starts a relay of its own, unless the packages of the ledger are missing, as in an image.
     """
-    flags = {"metering.data": data, "metering.ledger": ledger, "metering.broker": broker}
     spec = options.without_model(spec_file, flags)
     settings, access = spec.metering, spec.access
     if consume and not settings.broker:
@@ -59,7 +53,7 @@ def relay(
     wanted = settings.mode != "off" or consume or any(flags.values()) or not access.has_relay
     metering = settings if wanted else None
     folder = Path(settings.data)
-    if data and not folder.is_dir():
+    if flags["metering.data"] and not folder.is_dir():
         raise UsageError(
             f"--data: the folder {folder} does not exist", "name the `metering.data` of a server, which makes it"
         )
@@ -70,8 +64,7 @@ def relay(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, running.end)
         if metering:
-            source = settings.broker if consume else settings.data
-            console.note(f"storing the usage events of {source}")
+            console.note(f"storing the usage events of {settings.broker if consume else settings.data}")
             if not consume and not outbox.folders(folder):
                 console.note(f"no server records usage in {folder.absolute()} now; this relay waits for one")
         if access.has_relay:

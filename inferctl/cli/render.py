@@ -9,19 +9,17 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console
-from inferctl.cli.options import BaseKey, BaseMirror, Json, ModelSource, PrecisionOption, SpecFile, load
+from inferctl.cli.options import Flags, Json, SpecFile, load, with_settings
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.image.from_spec import rendered_image
 from inferctl.image.render import server_files
 
 
+@with_settings("model.source", "serve.precision", "image.base", "image.base_image")
 def render(
+    flags: Flags,
     spec_file: SpecFile = None,
-    model: ModelSource = None,
-    precision: PrecisionOption = None,
-    base: BaseKey = None,
-    base_image: BaseMirror = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -35,10 +33,9 @@ def render(
 
     Example: inferctl render --output build && docker buildx build build
     """
-    settings = {"model.source": model, "serve.precision": precision, "image.base": base, "image.base_image": base_image}
     if output is not None:
         outputs.check_folder(output, "--output")
-    resolved = load(spec_file, settings)
+    resolved = load(spec_file, flags)
     rendered = rendered_image(resolved)
     if output is None:
         if as_json:
@@ -68,9 +65,9 @@ def render(
         console.document({"paths": paths, "server": str(output / "layers" / "server")})
         return
     console.data("\n".join([*paths, str(output / "layers" / "server")]))
-    flags = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
-    flags += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
-    console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *flags, str(output)])}")
+    arguments = [flag for name, value in rendered.contexts.items() for flag in ("--build-context", f"{name}={value}")]
+    arguments += [flag for name, value in rendered.build_args.items() for flag in ("--build-arg", f"{name}={value}")]
+    console.note(f"next: {shlex.join(['docker', 'buildx', 'build', *arguments, str(output)])}")
 
 
 def _check_overwrite(dockerfile: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,72 +31,11 @@ Examples:
 """
 
 
+@options.with_settings(*main.SETTINGS.values())
 def serve(
     context: typer.Context,
+    flags: options.Flags,
     spec_file: options.SpecFile = None,
-    model: options.ModelSource = None,
-    precision: options.PrecisionOption = None,
-    allow_inaccurate: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-inaccurate/--no-allow-inaccurate",
-            help="Start also if a reduced precision is too far from fp32. [default: the spec's, else no]",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Set the model name of the API. [default: from the spec or the model]"),
-    ] = None,
-    aliases: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Also accept these model names in requests, as in a,b. [default: the spec's]"
-        ),
-    ] = None,
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Listen on this address; 0.0.0.0 means all. [default: 127.0.0.1]"),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(metavar="PORT", help="Listen on this port; 0 selects a free one. [default: 8080]")
-    ] = None,
-    max_batch_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Limit a forward pass to N tokens. [default: 16384]")
-    ] = None,
-    max_input_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Limit an input to N tokens. [default: the model's limit]")
-    ] = None,
-    max_queue_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Limit the queue to N tokens; reject further requests with HTTP 429. [default: 262144]"
-        ),
-    ] = None,
-    api_processes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N", help="Read requests and write responses in N processes, or `auto`. [default: in one]"
-        ),
-    ] = None,
-    max_context_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Generation: limit a prompt and its answer to N tokens. [default: the model's limit]"
-        ),
-    ] = None,
-    max_sequences: Annotated[
-        int | None, typer.Option(metavar="N", help="Generation: run at most N sequences at a time. [default: vLLM's]")
-    ] = None,
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Generation: memory of the KV cache. [default: the rest of the GPU; on CPUs 4GiB]"
-        ),
-    ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Accept the keys in this file or database. [default: the spec's]"),
-    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -129,12 +68,8 @@ def serve(
         ),
     ] = 60.0,
     log: Annotated[
-        str,
-        typer.Option(
-            metavar="STYLE",
-            autocompletion=completion.one_of("text", "json"),
-            help="Log as text, or as json with one object per line and one line per request.",
-        ),
+        Literal["text", "json"],
+        typer.Option(help="Log as text, or as json with one object per line and one line per request."),
     ] = "text",
     image: Annotated[
         str | None, typer.Option(metavar="REF", help="Run this image as a container instead of a process.")
@@ -158,7 +93,6 @@ def serve(
     Generation runs on vLLM. Prints the effective precision on stderr. On SIGTERM, finishes the accepted requests and
     exits.
     """
-    flags = {path: context.params[option] for option, path in main.SETTINGS.items()}
     if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
     spec = options.load(spec_file, flags).spec

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from inferctl.cli import console
 from inferctl.cli.options import Json, ModelSource, SpecFile, load
@@ -52,10 +49,5 @@ def config(
         console.document({path: {"value": value, "origin": resolved.origins[path]} for path, value in values.items()})
         return
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("setting", "value", "from"):
-        table.add_column(heading, overflow="fold")
-    for path, value in values.items():
-        # As Text, because Rich reads brackets in a str as markup.
-        table.add_row(path, Text("-" if value is None else str(value)), Text(resolved.origins[path]))
-    console.report(table)
+    rows = [(path, "-" if value is None else str(value), resolved.origins[path]) for path, value in values.items()]
+    console.report(console.table(("setting", "value", "from"), rows))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from inferctl.cli import completion, console, options
+from inferctl.cli import console, options
 from inferctl.cli.key_place import Place
 from inferctl.config.spec import Access
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint
@@ -20,7 +20,6 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError, insta
 if TYPE_CHECKING:
     from inferctl.tenancy.metering.report import Report
 
-FORMATS = ("text", "csv", "json")
 EPILOG = """\b
 Examples:
   # Requests and tokens of each team and API key in the last 30 days
@@ -41,7 +40,9 @@ _HEADINGS = {
 }
 
 
+@options.with_settings("metering.ledger")
 def usage(
+    flags: options.Flags,
     by: Annotated[
         str,
         typer.Option(
@@ -56,7 +57,6 @@ def usage(
     until: Annotated[
         str | None, typer.Option(metavar="TIME", help="Count requests before TIME. [default: now]")
     ] = None,
-    ledger: options.LedgerUrl = None,
     keys_: Annotated[
         str | None,
         typer.Option(
@@ -72,13 +72,7 @@ def usage(
         str | None, typer.Option(metavar="CODE", help="Use the prices in this currency. [default: the only one]")
     ] = None,
     format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="NAME",
-            autocompletion=completion.one_of(*FORMATS),
-            help="Print text, csv or json.",
-        ),
+        Literal["text", "csv", "json"], typer.Option("--format", help="Print text, CSV or JSON.")
     ] = "text",
     json_: options.Json = False,
     spec_file: options.SpecFile = None,
@@ -88,7 +82,7 @@ def usage(
     Inputs and tokens are those of requests that were computed. Warns about lost events and about servers that were
     killed, whose last requests may be missing.
     """
-    style = "json" if json_ else options.known(format_, FORMATS, "--format")
+    style = "json" if json_ else format_
     try:
         from inferctl.tenancy.metering import ledger as ledgers
         from inferctl.tenancy.metering import prices as price_books
@@ -101,7 +95,7 @@ def usage(
         now_ms = ledgers.now_ms()
         span = (times.parse(since, now_ms, "--since") if since else 0, times.parse(until or "0h", now_ms, "--until"))
         book = price_books.read(prices, currency) if prices else None
-        spec = options.without_model(spec_file, {"metering.ledger": ledger, "access.keys": keys_})
+        spec = options.without_model(spec_file, {**flags, "access.keys": keys_})
         opened = ledgers.Ledger.read(spec.metering.ledger_url)
         known_keys = _names(spec.access, required=keys_ is not None) if "key" in names else {}
         report = reports.make(opened, list(dict.fromkeys(names)), *span, book, known_keys)

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from inferctl.cli import completion, console, download, options
+from inferctl.cli import console, download, options
 from inferctl.cli.build_view import BuildView, show_compared, show_verified
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.models import model as model_folder
@@ -35,7 +35,6 @@ Examples:
   # Compare a running server
   inferctl verify --url http://10.0.0.7:8080 --against sentence-transformers
 """
-_LIBRARIES = tuple(dict.fromkeys(LIBRARIES.values()))
 
 
 def verify(
@@ -48,12 +47,8 @@ def verify(
         typer.Option("--model", "-m", metavar="SOURCE", help="Use the weights of this model folder or hub id."),
     ] = None,
     against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIBRARY",
-            autocompletion=completion.one_of(*_LIBRARIES),
-            help="Compare also with this library, from raw text: sentence-transformers; transformers for a classifier.",
-        ),
+        Literal["sentence-transformers", "transformers"] | None,
+        typer.Option(help="Compare also with this library, from raw text; a classifier with transformers."),
     ] = None,
     url: Annotated[
         str | None,
@@ -69,9 +64,7 @@ def verify(
             metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
         ),
     ] = 900.0,
-    network: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Run the containers on the network of the host (`host`).")
-    ] = None,
+    network: options.Network = None,
     as_json: options.Json = False,
 ) -> None:
     """Start an image, compare its output with fp32, and print the image id.
@@ -81,17 +74,13 @@ def verify(
     """
     from inferctl.image import library
 
-    if against not in (None, *_LIBRARIES):
-        raise UsageError(f"--against {against!r} is not supported", f"pass one of {', '.join(_LIBRARIES)}")
     if url is not None and reference is None and against is None:
-        raise UsageError("`--url` needs the library to compare with", f"add `--against {_LIBRARIES[0]}`")
+        raise UsageError("`--url` needs the library to compare with", "add `--against sentence-transformers`")
     if reference is None and against is None:
-        hint = (
-            f"name one, or compare a server or a model folder: `inferctl verify --model DIR --against {_LIBRARIES[0]}`"
-        )
+        hint = "name one, or compare a server or a model folder: `inferctl verify --model DIR --against sentence-transformers`"
         raise UsageError("`inferctl verify` has no image", hint)
     if reference is not None and reference.startswith((".", "/")):
-        hint = f"compare a model folder with `inferctl verify --model {reference} --against {_LIBRARIES[0]}`"
+        hint = f"compare a model folder with `inferctl verify --model {reference} --against sentence-transformers`"
         raise UsageError(f"{reference} is a path, not the name of an image", hint)
     if reference is not None and url is not None:
         raise UsageError("an image and `--url` are two servers", "remove one of them")
@@ -100,7 +89,6 @@ def verify(
     if against:
         library.require(against)
     if reference is not None:
-        network = options.network_of(network)
         _verify_image(reference, spec_file, model, ready_timeout, network, as_json, against)
         return
     if url is not None:

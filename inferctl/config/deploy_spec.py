@@ -22,8 +22,8 @@ class _ClusterAddress(StoreAddress):
     """A server that manifests name."""
 
     what = "a server in the clusters"
-    example = "http://host:9090 or nats://host:4222"
-    schemes = ("http", "https", "nats", "tls", "ws", "wss")
+    example = "http://host:9090"
+    schemes = ("http", "https")
 
     @classmethod
     def _valid(cls, found: re.Match[str]) -> bool:
@@ -36,8 +36,8 @@ def _public(text: str) -> str:
     if address.hidden:
         raise PydanticCustomError(
             "address",
-            "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret "
-            "(deploy.broker_secret; for others, in an overlay of your own)",
+            "the URL has a user or a password, which the manifests would show: remove it, and add it from a Secret in "
+            "an overlay of your own",
             {"hint": None},
         )
     return str(address)
@@ -170,15 +170,10 @@ class Deploy(Section):
         description="Secret with the key file, under `keys.json`, or, if `access.keys` is a database, with its URL, "
         "under `url`. Requires `access.keys`.",
     )
-    broker: Url | None = Field(
-        None,
-        description="URL of the NATS server in the clusters, for usage events and, with `access.broker`, for limits. "
-        "Default: none for events, `access.broker` for limits.",
-    )
     broker_secret: ObjectName | None = Field(
         None,
-        description="Secret with the URL of the NATS server and its credentials, under `url`. Default: NATS asks for "
-        "none.",
+        description="Secret with the URL of `access.broker` and `metering.broker`, with its credentials, under `url`. "
+        "Default: NATS asks for none.",
     )
     ledger_secret: ObjectName | None = Field(
         None, description="Secret with the URL of the ledger, under `url`, for the relay of usage events."

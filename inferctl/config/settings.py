@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from inferctl.config.spec import DEFAULT_FILE, DEFAULT_PORT, HUB_ID, IMAGE_SCHEME, Spec, slug
 from inferctl.core import document as documents
@@ -118,7 +119,7 @@ def resolve(
     for path, value in flags.items():
         if value is not None:
             _put(data, path, _from_text(value, known[path]) if path == "serve.aliases" else value)
-            origins[path] = f"flag {_flag(path)}"
+            origins[path] = f"flag {flag(path)}"
     for path in _PATHS:
         if isinstance(value := _get(data, path), str) and value.startswith("~"):
             _put(data, path, str(Path(value).expanduser()))
@@ -186,7 +187,7 @@ def _relative_to(folder: Path, path: str, value: str) -> str:
     if path == "model.source":
         local = not (re.fullmatch(HUB_ID, value) or value.startswith(IMAGE_SCHEME)) or (folder / value).is_dir()
     elif path in _NAMES_OR_FILES:
-        local = value.endswith((".yaml", ".yml")) or (path == "bench.plan" and "/" in value)
+        local = value.endswith((".yaml", ".yml"))
     else:
         local = True
     if not local:
@@ -219,10 +220,9 @@ _PATHS = (
     "access.keys",
     "access.data",
     "metering.data",
-    "metering.sink_token_file",
 )
 # Settings that are a name in the catalog or a file.
-_NAMES_OR_FILES = ("hardware", "image.base", "bench.plan")
+_NAMES_OR_FILES = ("hardware", "image.base")
 _HINTS = {
     "image.repository": "use lower case and no tag, as in registry.example.com/team/name",
     "image.base_image": "use registry.example.com/team/cuda:13.0 or registry.example.com/team/cuda@sha256:<64 digits>",
@@ -242,7 +242,18 @@ _MISSING = {
 }
 
 
-def _flag(path: str) -> str:
+def field(path: str) -> FieldInfo:
+    """Return the definition of a setting."""
+    *sections, name = path.split(".")
+    section: Any = Spec
+    for each in sections:
+        section = section.model_fields[each].annotation
+    found: FieldInfo = section.model_fields[name]
+    return found
+
+
+def flag(path: str) -> str:
+    """Return the name of the option that sets a setting."""
     return "--model" if path == "model.source" else f"--{path.rsplit('.', 1)[-1].replace('_', '-')}"
 
 

@@ -17,7 +17,7 @@ from pydantic import (
 
 from inferctl.config.spec_types import OneLine, Section, Size
 from inferctl.core import addresses
-from inferctl.core.addresses import DatabaseAddress, NatsAddress, WebAddress
+from inferctl.core.addresses import DatabaseAddress, NatsAddress
 
 
 def _key_place(value: object) -> str | DatabaseAddress:
@@ -137,11 +137,6 @@ class Metering(Section):
         None,
         description="URL of a NATS server. Publish events there, for `inferctl relay --consume`.",
     )
-    sink: WebAddress | None = Field(
-        None,
-        description="URL that also receives all events, as batches of CloudEvents.",
-    )
-    sink_token_file: OneLine | None = Field(None, description="File with a bearer token for `metering.sink`.")
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -159,8 +154,3 @@ class Cache(Section):
     """Cache of the vectors of inputs that a server of embeddings received before."""
 
     size: Size | None = Field(None, description="Memory for cached vectors, such as `256MiB`. Default: no cache.")
-    scope: Literal["key", "all"] = Field(
-        "key",
-        description="`key`: each API key has its own entries. `all`: all keys share them, so response times can show "
-        "a caller which inputs others sent.",
-    )

@@ -43,6 +43,7 @@ from inferctl.config.spec_types import TaskSetting as TaskSetting
 DEFAULT_FILE = "inferctl.yaml"
 DEFAULT_PORT = 8080
 MOST_API_PROCESSES = 64
+MAX_CLIENT_BATCH = 2048  # inputs in one request, as OpenAI accepts
 # The hub accepts at most 96 characters. A longer name is a path.
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
 
@@ -149,7 +150,6 @@ class Serve(Section):
         max_length=32,
         description="Further names that requests may use for the model, such as `text-embedding-3-small`.",
     )
-    max_client_batch: int = Field(2048, ge=1, le=65536, description="Maximum number of inputs in one request.")
     api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(
         1,
         description="Processes for HTTP, parsing and tokenization, in addition to one for limits, queue and cache. "
@@ -261,12 +261,6 @@ class Slo(Section):
     )
 
 
-class Bench(Section):
-    """Defaults of `inferctl bench`."""
-
-    plan: OneLine = Field("precision", description="Benchmark plan: an entry of benchmarks/plans/ or a YAML file.")
-
-
 class Spec(Section):
     """One model container: the model, the server, the image, the target hardware and the SLO."""
 
@@ -282,12 +276,11 @@ class Spec(Section):
     )
     slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
     access: Access = Field(default_factory=Access)  # type: ignore[arg-type]
-    bench: Bench = Field(default_factory=Bench)  # type: ignore[arg-type]
     metering: Metering = Field(default_factory=Metering)  # type: ignore[arg-type]
     cache: Cache = Field(default_factory=Cache)  # type: ignore[arg-type]
     deploy: Deploy = Field(default_factory=Deploy)  # type: ignore[arg-type]
 
-    @field_validator("serve", "image", "slo", "access", "bench", "metering", "cache", "deploy", mode="before")
+    @field_validator("serve", "image", "slo", "access", "metering", "cache", "deploy", mode="before")
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""

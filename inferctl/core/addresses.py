@@ -186,19 +186,6 @@ class NatsAddress(StoreAddress):
         return {"token": unquote(self._user)} if self._user else {}
 
 
-class WebAddress(StoreAddress):
-    """An HTTP(S) URL. Its query is secret. It has no user: urllib cannot send one."""
-
-    what = "an HTTP server, without a user"
-    example = "https://host/path"
-    schemes = ("http", "https")
-
-    @classmethod
-    def _valid(cls, found: re.Match[str]) -> bool:
-        one = bool(found["host"]) and "," not in found["host"] and found["user"] is None
-        return super()._valid(found) and one
-
-
 def serialized(value: Any, info: Any) -> Any:
     """Return a setting as data: without its password, unless the context of `model_dump` is `WITH_SECRETS`."""
     if not isinstance(value, StoreAddress):

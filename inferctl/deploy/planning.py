@@ -171,8 +171,6 @@ def _model(source: SpecSource, clusters: tuple[Cluster, ...], *, images: bool) -
             f"{spec.name}: serve.port is {spec.serve.port}, and some container runtimes give ports below 1024 to root "
             "only, which the pods are not: set 8080. The Service has port 80 in any case"
         )
-    if spec.metering.mode != "off" and spec.metering.sink:
-        warnings.append(f"{spec.name}: the relays in the manifests do not send usage events to metering.sink")
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else 0
     warned = tuple(dict.fromkeys(warnings))
     return ModelPlan(spec, name, source.task, complete, traffic.value, warned, servers.value, weights)

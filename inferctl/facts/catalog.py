@@ -292,9 +292,7 @@ def hardware(key: str) -> Hardware:
 
 def vocabulary() -> dict[str, list[str]]:
     """Return the known names by dotted path of the spec, for `settings.resolve`."""
-    plans = sorted(file.stem for file in (assets.root() / "benchmarks" / "plans").glob("*.yaml"))
-    known = {"hardware": list(hardware_profiles()), "image.base": list(bases())}
-    return known | ({"bench.plan": plans} if plans else {})
+    return {"hardware": list(hardware_profiles()), "image.base": list(bases())}
 
 
 def detect_gpu(name: str, memory_bytes: int | None = None) -> Hardware | None:

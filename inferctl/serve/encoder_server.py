@@ -319,6 +319,6 @@ def _for_api_processes(spec: Spec, count: int) -> dict[str, Any]:
     """
     document = spec.model_dump(mode="json")
     document["access"] |= {"keys": spec.access.public_key_store or spec.access.keys, "broker": None}
-    document["metering"] |= dict.fromkeys(("ledger", "broker", "sink"))
+    document["metering"] |= dict.fromkeys(("ledger", "broker"))
     document["metering"]["outbox_size"] = str(parse_size(spec.metering.outbox_size) // count)
     return document

@@ -80,10 +80,3 @@ def test_bash_completes_with_the_script_that_it_gets(tmp_path: Path) -> None:
     path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = execute("bash", "-c", script, env=path)
     assert (done.returncode, done.stdout) == (0, "quick\n"), done.stderr
-
-
-def test_zsh_gets_values_too(tmp_path: Path) -> None:
-    environment = {"_INFERCTL_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "inferctl init --ci gith"}
-    done = execute(*PROGRAM, env={**os.environ, **environment}, cwd=tmp_path, code=0)
-    assert '"github"' in done.stdout
-    assert "gitlab" not in done.stdout

@@ -32,17 +32,6 @@ def test_a_command_needs_nothing_of_the_environment(command: str, environment: d
     assert "\x1b" not in done.stdout + done.stderr, "no colors and no cursor movements without a terminal"
 
 
-@pytest.mark.parametrize(
-    "command", ["init", "render --model org/m --output out", "lock --base cpu", "compare a b --output v.md"]
-)
-def test_a_folder_that_nothing_can_be_written_to_is_a_clear_error(command: str) -> None:
-    done = bare("/proc", *command.split())
-    assert done.returncode == 2, done.stderr
-    assert " cannot be written: " in done.stderr
-    assert "\nhint: " in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_bench_that_cannot_make_its_folder_is_a_clear_error(tmp_path: Path) -> None:
     done = bare(tmp_path, "bench", "--url", "a=http://127.0.0.1:9", "--plan", "quick", "--output", "/proc/x")
     assert done.returncode in (2, 3)

@@ -96,7 +96,6 @@ def test_init_keeps_an_existing_spec_unless_forced(here: Path, capsys: Captured)
     [
         ("image: {locks: ./none}", "image.locks: server.txt not found in none"),
         ("image: {wheels: ./none}", "image.wheels: none has no wheels"),
-        ("bench: {plan: ./none.yaml}", "bench.plan: file none.yaml not found"),
         ("image: {locks: ./others}", "image.locks: "),
     ],
 )

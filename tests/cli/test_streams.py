@@ -21,9 +21,7 @@ PRINTING = {
     "table": "catalog hardware",
     "json": "schema",
     "help": "--help",
-    "no-command": "",
     "version": "--version",
-    "checks": "doctor",
 }
 FAILING = {"usage": ("biuld", 2), "json": ("check --json", 2)}
 

@@ -91,7 +91,6 @@ def embed(**deploy: Any) -> Spec:
         "traffic": {"base_rps": 200, "peak_rps": 3000, "tokens_per_request": 120, "rise_s": 60},
         "weights": {"pvc": "embed-weights"},
         "keys_secret": "inferctl-keys",
-        "broker": "nats://nats.messaging:4222",
         "ledger_secret": "inferctl-ledger",
         "tools_image": TOOLS,
         "bench": True,

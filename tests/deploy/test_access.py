@@ -17,6 +17,7 @@ import pytest
 
 from inferctl.config import settings
 from inferctl.config.spec import Spec
+from inferctl.core.addresses import NatsAddress
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
 from inferctl.tenancy.access import channel
@@ -31,6 +32,7 @@ from tests.tenancy.parts import Part, Postgres
 
 Build = Callable[[dict[str, str], str], Objects]
 STORE = "postgresql://keys@db.databases:6432/keys"
+NATS = "nats://nats.messaging:4222"
 
 
 def spec(access: dict[str, Any], **deploy: Any) -> Spec:
@@ -60,17 +62,16 @@ def egress(built: Objects, name: str = "embed-server") -> list[tuple[str | None,
 
 
 def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
-    access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": "nats://laptop:4222"}
+    access = {"keys": "postgresql://keys:hunter2@db.databases:6432/keys", "broker": NATS}
     files = layout.files(plans.plan(spec(access, broker_secret="nats")))
     assert not [name for name, text in files.items() if "hunter2" in text]
     built = build(files, OVERLAYS[0])
     assert [problem for each in built for problem in problems(each, "1.36")] == []
     pod = pod_of(built)
     (relay,), (server,) = pod["initContainers"], pod["containers"]
-    url = {"name": "nats", "key": "url"}
     assert variables(relay) == {
-        "INFERCTL_METERING_BROKER": url,
-        "INFERCTL_ACCESS_BROKER": url,
+        "INFERCTL_METERING_LEDGER": {"name": "inferctl-ledger", "key": "url"},
+        "INFERCTL_ACCESS_BROKER": {"name": "nats", "key": "url"},
         "INFERCTL_ACCESS_KEYS": {"name": "inferctl-keys", "key": "url"},
         "INFERCTL_ACCESS_DATA": "/access",
     }
@@ -80,13 +81,27 @@ def test_the_relay_gets_the_addresses_and_the_server_none(build: Build) -> None:
     mounts = [{mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]} for each in (relay, server)]
     assert mounts[0]["/access"] == mounts[1]["/access"] == "access"
     assert not [volume for volume in pod["volumes"] if "secret" in volume]
-    assert egress(built) == [("databases", 6432), ("messaging", 4222)]
-    consumer = pod_of(built, "usage-relay")["containers"][0]
-    assert variables(consumer)["INFERCTL_METERING_BROKER"] == url
+    assert egress(built) == [(None, 5432), ("databases", 6432), ("messaging", 4222)]
+
+
+def test_events_through_a_broker_have_a_relay_that_stores_them(build: Build) -> None:
+    made = spec({"broker": NATS}, broker_secret="nats")
+    both = made.model_copy(update={"metering": made.metering.model_copy(update={"broker": NatsAddress(NATS)})})
+    built = build(layout.files(plans.plan(both)), OVERLAYS[0])
+    assert [problem for each in built for problem in problems(each, "1.36")] == []
+    url, ledger = {"name": "nats", "key": "url"}, {"name": "inferctl-ledger", "key": "url"}
+    sidecar = variables(pod_of(built)["initContainers"][0])
+    assert sidecar["INFERCTL_METERING_BROKER"] == sidecar["INFERCTL_ACCESS_BROKER"] == url
+    assert "INFERCTL_METERING_LEDGER" not in sidecar
+    (consumer,) = pod_of(built, "usage-relay")["containers"]
+    assert consumer["command"] == ["inferctl", "relay", "--consume"]
+    assert variables(consumer) == {"INFERCTL_METERING_BROKER": url, "INFERCTL_METERING_LEDGER": ledger}
+    assert egress(built) == [("messaging", 4222)]
+    assert egress(built, "usage-relay") == [(None, 5432), ("messaging", 4222)]
 
 
 def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
-    made = spec({"broker": "nats://nats.shared.example.com:4333"}, broker=None, bench=False)
+    made = spec({"broker": "nats://nats.shared.example.com:4333"}, bench=False)
     made = made.model_copy(update={"metering": made.metering.model_copy(update={"mode": "off"})})
     built = build(layout.files(plans.plan(made)), OVERLAYS[0])
     pod = pod_of(built)
@@ -98,7 +113,6 @@ def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
     assert {"name": "keys", "mountPath": "/keys", "readOnly": True} in server["volumeMounts"]
     # The name of the host says nothing about its pods, so only the port is known.
     assert egress(built) == [(None, 4333)]
-    assert not [each for each in built if each["metadata"]["name"] == "usage-relay"]
 
 
 @pytest.mark.parametrize(
@@ -107,14 +121,25 @@ def test_a_key_file_and_a_broker_need_a_relay_too(build: Build) -> None:
         ({"keys": "sqlite:///keys.sqlite"}, {}, "SQLite, a file of one machine"),
         ({"keys": "postgresql://keys@/keys?host=/run/postgresql"}, {}, "names a Unix socket"),
         ({"keys": "postgresql:///keys"}, {}, "names a Unix socket"),
-        ({"broker": "nats://user:pw@nats:4222"}, {"broker": None}, r"access\.broker has credentials"),
-        ({}, {"broker": None, "broker_secret": "nats"}, "nothing uses a broker"),
+        ({"broker": "nats://user:pw@nats:4222"}, {}, r"access\.broker has credentials"),
+        ({}, {"broker_secret": "nats"}, "nothing uses a broker"),
     ],
     ids=["sqlite", "socket", "no-host", "credentials", "unused-secret"],
 )
 def test_what_pods_cannot_use_is_refused(access: dict[str, Any], deploy: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         layout.files(plans.plan(spec(access, **deploy)))
+
+
+@pytest.mark.parametrize(
+    ("broker", "secret", "message"),
+    [("nats://user:pw@nats", None, r"metering\.broker has credentials"), ("nats://other", "nats", "differ")],
+)
+def test_a_broker_of_events_that_pods_cannot_use_is_refused(broker: str, secret: str | None, message: str) -> None:
+    made = spec({"broker": NATS}, broker_secret=secret)
+    metering = made.metering.model_copy(update={"broker": NatsAddress(broker)})
+    with pytest.raises(UsageError, match=message):
+        layout.files(plans.plan(made.model_copy(update={"metering": metering})))
 
 
 def test_a_relay_needs_an_image() -> None:
@@ -124,13 +149,8 @@ def test_a_relay_needs_an_image() -> None:
         layout.files(plans.plan(made))
 
 
-def test_credentials_of_a_broker_are_no_value_of_the_spec() -> None:
-    with pytest.raises(ValueError, match=r"has a user or a password.*deploy\.broker_secret"):
-        plans.embed(broker="nats://token@nats.messaging:4222")
-
-
 def test_a_bench_job_asks_for_no_keys(build: Build) -> None:
-    files = layout.files(plans.plan(spec({"keys": STORE, "broker": "nats://nats.messaging:4222"})))
+    files = layout.files(plans.plan(spec({"keys": STORE, "broker": NATS})))
     job = named(build(files, "bench/aws-us-east-1"), "Job", "bench-embed-a100-half")["spec"]["template"]["spec"]
     (server,) = job["initContainers"]
     found = variables(server)

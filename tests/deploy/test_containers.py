@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import shutil
 import subprocess
 import tarfile
 import threading
@@ -41,7 +40,7 @@ from tests.deploy.containers import (
 from tests.deploy.test_layout import named
 from tests.processes import execute, inferctl
 from tests.processes import start as start_on_host
-from tests.tenancy.parts import ORIGIN, Nats, event
+from tests.tenancy.parts import ORIGIN, event
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -294,21 +293,9 @@ def test_a_bench_job_measures_its_server_and_prints_the_receipts(
         server.remove()
 
 
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Nats]:
-    started = Nats(tmp_path / "nats")
-    started.start()
-    yield started
-    started.kill()
-
-
-@pytest.mark.skipif(shutil.which("nats-server") is None, reason="nats-server is not installed")
-def test_the_relay_of_the_ledger_stores_what_the_relays_of_servers_publish(
-    spec_file: Path, tools: str, broker: Nats, tmp_path: Path
-) -> None:
-    """A sidecar reads the outbox of a server and publishes its events; the usage relay stores them."""
-    built = render(f"registry.example.com/embed{plans.DIGEST}", spec_file, tmp_path, broker=broker.url)
-    server, consumer = pod_of(built, "embed-l4"), pod_of(built, "usage-relay")
+def test_the_relay_of_a_server_stores_its_events(spec_file: Path, tools: str, tmp_path: Path) -> None:
+    """The sidecar reads the outbox of a server, and writes to the ledger that its Secret names."""
+    server = pod_of(render(f"registry.example.com/embed{plans.DIGEST}", spec_file, tmp_path), "embed-l4")
     volumes = folders(server, tmp_path / "server")
     store = tmp_path / "ledger"
     store.mkdir()
@@ -322,21 +309,17 @@ def test_the_relay_of_the_ledger_stores_what_the_relays_of_servers_publish(
     network = HostNetwork()
     secrets = {"inferctl-ledger/url": "sqlite:////ledger/ledger.sqlite"}
     mount = ("--volume", f"{store}:/ledger")
-    tmp = folders(consumer, tmp_path / "consumer")
-    storing = start(network, consumer, {**consumer["containers"][0], "image": tools}, tmp, secrets, mount)
-    sidecar = start(network, server, {**server["initContainers"][0], "image": tools}, volumes, secrets)
+    sidecar = start(network, server, {**server["initContainers"][0], "image": tools}, volumes, secrets, mount)
     try:
         limit = time.monotonic() + 60
         while stored(store) < 50:
-            assert time.monotonic() < limit, storing.logs() + sidecar.logs()
+            assert time.monotonic() < limit, sidecar.logs()
             time.sleep(1)
-        for each in (sidecar, storing):
-            docker("stop", "--time", str(consumer["terminationGracePeriodSeconds"]), each.name)
-            assert each.state()["ExitCode"] == 0, each.logs()
+        docker("stop", "--time", str(server["terminationGracePeriodSeconds"]), sidecar.name)
+        assert sidecar.state()["ExitCode"] == 0, sidecar.logs()
         assert stored(store) == 50
     finally:
         sidecar.remove()
-        storing.remove()
 
 
 def stored(folder: Path) -> int:

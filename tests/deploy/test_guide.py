@@ -95,8 +95,7 @@ def test_what_the_specs_name_outside_of_the_manifests_is_made_in_the_guide() -> 
     specs = [yaml.safe_load((EXAMPLE / f"{name}.yaml").read_text()) for name in ("embed", "generate")]
     (secret,) = (words for words in commands("kubectl") if specs[0]["deploy"]["broker_secret"] in words)
     (url,) = (word.partition("url=")[2] for word in secret if word.startswith("--from-literal"))
-    address = specs[0]["deploy"]["broker"]
-    assert url.replace("$TOKEN@", "") == address == specs[1]["deploy"]["broker"] == specs[0]["access"]["broker"]
+    assert url.replace("$TOKEN@", "") == specs[0]["access"]["broker"] == specs[1]["access"]["broker"]
     weights = list(yaml.safe_load_all((EXAMPLE / "cluster/weights.yaml").read_text()))
     claim = specs[1]["deploy"]["weights"]["pvc"]
     assert (weights[0]["kind"], weights[0]["metadata"]["name"]) == ("PersistentVolumeClaim", claim)

@@ -86,15 +86,13 @@ def test_a_namespace_with_pods_of_others_is_refused(namespace: str) -> None:
 @pytest.mark.parametrize("user", ["user:hunter2@", "hunter2@"])
 def test_a_url_with_a_password_never_reaches_a_manifest(user: str) -> None:
     with pytest.raises(ValidationError, match="which the manifests would show"):
-        plans.embed(broker=f"nats://{user}nats.messaging:4222")
-    with pytest.raises(ValidationError, match="which the manifests would show"):
         Clusters.model_validate({"clusters": [{"name": "a", "prometheus": f"http://{user}prometheus.monitoring"}]})
 
 
-@pytest.mark.parametrize("url", ["nats://nats:99999", "nats://:4222", "nats://[::1"])
+@pytest.mark.parametrize("url", ["http://prometheus:99999", "http://:9090", "http://[::1", "nats://prometheus"])
 def test_a_url_without_a_valid_host_and_port_is_an_error(url: str) -> None:
-    with pytest.raises(ValidationError, match=r"deploy\.broker\s+expected an address") as caught:
-        plans.embed(broker=url)
+    with pytest.raises(ValidationError, match=r"prometheus\s+expected an address") as caught:
+        Clusters.model_validate({"clusters": [{"name": "a", "prometheus": url}]})
     assert url not in str(caught.value)
 
 
@@ -174,13 +172,6 @@ def test_downloaded_weights_fit_their_volume(build: Build, monkeypatch: pytest.M
         (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "model-cache")
         limits.append(volume["emptyDir"]["sizeLimit"])
     assert limits == ["50Gi", "168Gi"]
-
-
-def test_events_that_nothing_sends_to_the_sink_are_a_warning() -> None:
-    spec = plans.embed()
-    metering = spec.metering.model_copy(update={"sink": "https://events.example.com"})
-    (model,) = plans.plan(spec.model_copy(update={"metering": metering})).models
-    assert any("do not send usage events to metering.sink" in warning for warning in model.warnings)
 
 
 def test_another_output_in_the_folder_is_kept(tmp_path: Path) -> None:

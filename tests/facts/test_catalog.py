@@ -200,8 +200,6 @@ def test_the_vocabulary_has_the_names_of_the_catalog() -> None:
     vocabulary = catalog.vocabulary()
     assert vocabulary["hardware"] == list(catalog.hardware_profiles())
     assert vocabulary["image.base"] == list(catalog.bases())
-    plans = (assets.root() / "benchmarks" / "plans").glob("*.yaml")
-    assert vocabulary["bench.plan"] == sorted(plan.stem for plan in plans)
 
 
 def test_a_base_can_be_read_from_a_file(tmp_path: Path) -> None:

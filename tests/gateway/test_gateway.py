@@ -355,9 +355,8 @@ def test_tls_and_client_certificates(backends: Backends, start: Any, tmp_path: P
     until(lambda: httpx.post(f"{gateway.url}/v1/embeddings", json={}, verify=context).status_code == 200)
 
 
-@pytest.mark.parametrize("balancing", ["least-request", "round-robin"])
-def test_envoy_accepts_the_configuration(balancing: Any, tmp_path: Path) -> None:
-    settings = config.Settings(balancing=balancing, metrics_port=9900, host="::")
+def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
+    settings = config.Settings(metrics_port=9900, host="::")
     (tmp_path / "servers").mkdir()
     (tmp_path / "servers" / "endpoints.yaml").write_text(json.dumps(config.endpoints([("10.0.0.7", 8080)])))
     file = tmp_path / "envoy.yaml"
@@ -373,7 +372,6 @@ def test_envoy_accepts_the_configuration(balancing: Any, tmp_path: Path) -> None
         (["--server", "https://a:1"], "'https://a:1' is not the URL of a server"),
         (["--server", "a:99999"], "is not the URL of a server: Port out of range"),
         (["--servers", "missing.txt"], "missing.txt cannot be read"),
-        (["--server", "a:1", "--balancing", "least"], "--balancing: 'least' is not known"),
         (["--server", "a:1", "--tls-key", "k"], "belong together"),
         (["--server", "127.0.0.1:1", "--port", "{taken}"], "the port is taken"),
         (["--server", "127.0.0.1:1", "--port", "0", "--metrics-port", "{taken}"], "one with `--metrics-port`"),

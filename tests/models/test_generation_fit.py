@@ -201,8 +201,8 @@ def test_the_heads_must_be_divisible_by_the_number_of_gpus() -> None:
 
 def test_settings_of_another_task_are_a_warning_only_if_they_are_set() -> None:
     assert list(generation_fit.check_settings(spec(), "generate")) == []
-    (found,) = generation_fit.check_settings(spec(max_client_batch=2048, gpus=1), "generate")
-    assert found.level == "warn" and "serve.max_client_batch" in found.what
+    (found,) = generation_fit.check_settings(spec(max_input_tokens=2048, gpus=1), "generate")
+    assert found.level == "warn" and "serve.max_input_tokens" in found.what
     (found,) = generation_fit.check_settings(spec(gpus=2, kv_cache="4GB"), "embed")
     assert "serve.kv_cache, serve.gpus" in found.what
 

@@ -23,7 +23,7 @@ from inferctl.config.spec import Spec
 from inferctl.core import assets
 from inferctl.deploy import layout
 from inferctl.facts import catalog
-from inferctl.tenancy.metering import cloud_event, outbox
+from inferctl.tenancy.metering import outbox, usage_event
 from inferctl.tenancy.metering.outbox import OutboxReader
 from tests.conftest import ROOT
 from tests.deploy import plans
@@ -177,5 +177,5 @@ def test_the_container_of_a_rendered_deployment_drains_without_losing_a_request_
 def usage_of_chats(data: Path) -> list[dict[str, Any]]:
     """Return the usage events of chats in the outbox that the server wrote to `data`."""
     batches = [batch for folder in outbox.folders(data) for batch in OutboxReader(folder).read(0, 10_000)]
-    events = [event for batch in batches for event in cloud_event.read(batch.source, batch.content)]
+    events = [event for batch in batches for event in usage_event.read(batch.content)]
     return [event.data for event in events if event.data.get("endpoint") == "chat"]

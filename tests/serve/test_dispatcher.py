@@ -191,7 +191,7 @@ ACTION = st.sampled_from(["ask", "ask", "ask", "bulk", "leave", "leave", "step",
 def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str, int]], parallel: int) -> None:
     async def scenario() -> None:
         world = World(2, parallel=parallel)
-        cache = VectorCache(VectorStore(100_000), Metrics(), scoped=False)
+        cache = VectorCache(VectorStore(100_000), Metrics())
         asked: list[asyncio.Task[Any]] = []
         left: set[asyncio.Task[Any]] = set()
         ended: set[asyncio.Task[Any] | None] = set()

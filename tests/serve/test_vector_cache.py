@@ -213,14 +213,13 @@ def test_a_crash_costs_the_waiting_requests_no_more_than_one_engine(cached: Serv
     assert cached.embed(input="still works").status_code == 200
 
 
-@pytest.mark.parametrize("scope", ["key", "all"])
-def test_a_tenant_sees_the_entries_of_others_only_if_they_are_shared(
-    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess], scope: str
+def test_a_tenant_does_not_see_the_entries_of_others(
+    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
 ) -> None:
     _, first = add(tmp_path / "keys.json", "first")
     _, second = add(tmp_path / "keys.json", "second")
     access = {"keys": str(tmp_path / "keys.json"), "open": ["metrics"]}
-    file = spec(tmp_path, minilm, access=access, cache={"size": "16MiB", "scope": scope})
+    file = spec(tmp_path, minilm, access=access, cache={"size": "16MiB"})
     server = serve("--spec", str(file), "--engine", "echo")
 
     def embed(key: str, body: object = "what one tenant sent") -> httpx.Response:
@@ -229,13 +228,13 @@ def test_a_tenant_sees_the_entries_of_others_only_if_they_are_shared(
 
     assert CACHED not in embed(first).headers
     assert CACHED in embed(first).headers
-    assert (CACHED in embed(second).headers) == (scope == "all")
+    assert CACHED not in embed(second).headers
     before = computed(server)
     slow = background(lambda: embed(first, [SLOW_TOKEN, 5]))
     time.sleep(SLOW_SECONDS / 5)
-    assert (CACHED in embed(second, [SLOW_TOKEN, 5]).headers) == (scope == "all")
+    assert CACHED not in embed(second, [SLOW_TOKEN, 5]).headers
     assert slow().status_code == 200
-    assert computed(server) - before == (1 if scope == "all" else 2)
+    assert computed(server) - before == 2
 
 
 def test_the_memory_is_bounded(minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inferctl.serve.edge.request_context import UsageEvent
-from inferctl.tenancy.metering import cloud_event
-from inferctl.tenancy.metering.cloud_event import Item, Origin
+from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.outbox import EventBatch
+from inferctl.tenancy.metering.usage_event import Item, Origin
 
 ORIGIN = Origin("minilm", "embed", "ab" * 32, "l4")
 DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z
@@ -41,13 +41,13 @@ def batch(
 ) -> EventBatch:
     """A batch of the numbers from `first` to `last`, without those that are `lost`."""
     numbers = [number for number in range(first, last + 1) if number not in lost]
-    content = json.dumps(cloud_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
+    content = json.dumps(usage_event.requests(ORIGIN, [Item(number, at, event(key)) for number in numbers])).encode()
     return EventBatch(source, first, last, int(1000 * at), content, oldest)
 
 
 def end(source: str, first: int, number: int, *, clean: bool) -> EventBatch:
     time_ms = int(1000 * DAY)
-    return EventBatch(source, first, number, time_ms, cloud_event.end(number, time_ms, clean=clean), 1)
+    return EventBatch(source, first, number, time_ms, usage_event.end(number, time_ms, clean=clean), 1)
 
 
 def _stopped(pid: int) -> bool:

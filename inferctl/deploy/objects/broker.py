@@ -1,8 +1,6 @@
-"""What connects to the NATS server of usage events and limits."""
+"""The servers of NATS that relays connect to, for limits and for usage events."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
@@ -11,36 +9,40 @@ from inferctl.deploy.objects.metadata import Object, from_secret
 
 # Key of the Secret.
 _URL_KEY = "url"
-EVENTS, LIMITS = "INFERCTL_METERING_BROKER", "INFERCTL_ACCESS_BROKER"
+LIMITS, EVENTS = "access.broker", "metering.broker"
 
 
 def check(spec: Spec) -> None:
-    """Raise `UsageError` for a URL with credentials, and for settings of a broker that nothing uses."""
-    if limits_broker(spec) and not spec.deploy.broker and spec.access.broker and spec.access.broker.hidden:
-        raise UsageError(
-            f"{spec.name}: access.broker has credentials, which everyone who reads the manifests would see",
-            "set deploy.broker to the address without them, and deploy.broker_secret to a Secret with the whole URL",
-        )
-    if spec.deploy.broker_secret and not (events_broker(spec) or limits_broker(spec)):
-        raise UsageError(
-            f"{spec.name}: deploy.broker_secret is set, but nothing uses a broker",
-            "set metering.mode (usage events) or access.broker (limits), or remove deploy.broker_secret",
-        )
+    """Raise `UsageError` for URLs with credentials, and for a Secret that nothing uses or that has one URL for two."""
+    used = _urls(spec)
+    for name, address in ((LIMITS, spec.access.broker), (EVENTS, spec.metering.broker)):
+        if name in used and address and address.hidden:
+            raise UsageError(
+                f"{spec.name}: {name} has credentials, which everyone who reads the manifests would see",
+                "write it without them, and set deploy.broker_secret to a Secret with the whole URL",
+            )
+    if spec.deploy.broker_secret and len(set(used.values())) != 1:
+        problem = f"{LIMITS} and {EVENTS} differ" if used else "nothing uses a broker"
+        hint = f"set {EVENTS} with metering.mode, {LIMITS} with keys, or both to one address"
+        raise UsageError(f"{spec.name}: deploy.broker_secret is set, but {problem}", hint)
 
 
-def variables(spec: Spec, urls: Mapping[str, str | None]) -> list[Object]:
-    """Return environment variables with URLs: from the Secret, or as they are if NATS asks for no credentials.
-
-    `urls`: name of the variable -> URL without credentials; None: it is left out.
-    """
+def variables(spec: Spec, *names: str) -> list[Object]:
+    """Return environment variables with URLs: from the Secret, or as they are if NATS asks for no credentials."""
     secret = spec.deploy.broker_secret
+    found = {f"INFERCTL_{name.replace('.', '_').upper()}": url for name, url in _urls(spec).items() if name in names}
     return [
-        from_secret(name, secret, _URL_KEY) if secret else {"name": name, "value": url}
-        for name, url in urls.items()
-        if url
+        from_secret(variable, secret, _URL_KEY) if secret else {"name": variable, "value": url}
+        for variable, url in found.items()
     ]
 
 
 def egress(spec: Spec, namespace: str) -> list[Endpoint]:
     """Return what the relay of a server connects to."""
-    return [each for url in (events_broker(spec), limits_broker(spec)) if url for each in endpoints(url, namespace)]
+    return [each for url in _urls(spec).values() for each in endpoints(url, namespace)]
+
+
+def _urls(spec: Spec) -> dict[str, str]:
+    """Return the URLs of brokers that are used, without credentials, by the name of their setting."""
+    found = {LIMITS: limits_broker(spec), EVENTS: events_broker(spec)}
+    return {name: url for name, url in found.items() if url}

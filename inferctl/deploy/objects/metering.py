@@ -37,7 +37,7 @@ def check(spec: Spec) -> None:
     if not deploy.ledger_secret and not events_broker(spec):
         raise UsageError(
             "metering.mode is on, but nothing stores the usage events",
-            "set deploy.ledger_secret, or deploy.broker and the relay that reads it",
+            "set deploy.ledger_secret, or metering.broker and run `inferctl relay --consume`",
         )
 
 
@@ -93,12 +93,12 @@ def consumers(models: Sequence[ModelPlan], namespace: str) -> list[Object]:
         name = CONSUMER if number == 1 else f"{CONSUMER}-{number}"
         selector = labels_of(name, CONSUMER)
         to = [*endpoints(url, namespace), *_ledger_endpoints(spec)]
-        objects.append(_consumer(name, namespace, spec, url))
+        objects.append(_consumer(name, namespace, spec))
         objects.append(egress_policy(name, namespace, selector, to))
     return objects
 
 
-def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
+def _consumer(name: str, namespace: str, spec: Spec) -> Object:
     labels = labels_of(name, CONSUMER)
     tmp, tmp_mount = empty("tmp", "/tmp", "64Mi")
     container = {
@@ -106,16 +106,12 @@ def _consumer(name: str, namespace: str, spec: Spec, url: str) -> Object:
         "image": spec.deploy.tools_image,
         "imagePullPolicy": "IfNotPresent",
         "command": ["inferctl", "relay", "--consume"],
-        "env": [*broker.variables(spec, {broker.EVENTS: url}), _ledger(spec)],
+        "env": [*broker.variables(spec, broker.EVENTS), _ledger(spec)],
         "resources": resources("250m", "512Mi"),
         "securityContext": container_security(),
         "volumeMounts": [tmp_mount],
     }
-    pod = {
-        **pod_base(CONSUMER, grace_s=60),
-        "containers": [container],
-        "volumes": [tmp],
-    }
+    pod = {**pod_base(CONSUMER, grace_s=60), "containers": [container], "volumes": [tmp]}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from inferctl.config.spec import Spec
-from inferctl.deploy.endpoints import events_broker, limits_broker
 from inferctl.deploy.objects import access, broker, metering
 from inferctl.deploy.objects.containers import container_security, resources
 from inferctl.deploy.objects.metadata import Object
@@ -17,7 +16,6 @@ def sidecars(spec: Spec) -> list[Object]:
     """Return the relay of a server. It starts before the server and ends after it, so it stores the last events."""
     if not (cores := relay_cores(spec)):
         return []
-    urls = {broker.EVENTS: events_broker(spec), broker.LIMITS: limits_broker(spec)}
     mounts = [mount for _, mount in (*metering.volumes(spec), *access.data_volumes(spec))]
     return [
         {
@@ -29,7 +27,7 @@ def sidecars(spec: Spec) -> list[Object]:
             "env": [
                 *metering.relay_environment(spec),
                 *access.relay_environment(spec),
-                *broker.variables(spec, urls),
+                *broker.variables(spec, broker.EVENTS, broker.LIMITS),
             ],
             "resources": resources(f"{cores * 1000:g}m", _MEMORY),
             "securityContext": container_security(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from inferctl.config.spec import Spec, Task
+from inferctl.config.spec import MAX_CLIENT_BATCH, Spec, Task
 from inferctl.core.errors import UsageError
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Output, Role, TokensConfig
@@ -67,7 +67,7 @@ class ServedModel:
             spec.model.source,
             spec.serve.aliases,
             (),
-            spec.serve.max_client_batch,
+            MAX_CLIENT_BATCH,
             max(_MAX_REQUEST_TOKENS, spec.serve.max_queue_tokens),
             truncate,
             config.task,

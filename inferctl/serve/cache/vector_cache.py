@@ -82,7 +82,7 @@ def create(settings: Cache, task: Task, metrics: Metrics) -> VectorCache | None:
     if task not in CACHED or not settings.size:
         return None
     store = VectorStore(parse_size(settings.size))
-    return VectorCache(store, metrics, scoped=settings.scope == "key", marked=task == "embed")
+    return VectorCache(store, metrics, marked=task == "embed")
 
 
 class VectorCache:
@@ -96,11 +96,10 @@ class VectorCache:
         store: VectorStore,
         metrics: Metrics,
         *,
-        scoped: bool = True,
         marked: bool = True,
     ) -> None:
         self.marked = marked
-        self._store, self._metrics, self._scoped = store, metrics, scoped
+        self._store, self._metrics = store, metrics
         self._hits = metrics.cache_hits
         metrics.cache_bytes.set_function(lambda: store.bytes)
         self._key_space = KeySpace()
@@ -120,11 +119,11 @@ class VectorCache:
         """Return the rows of `sequences`, with `marks` as in `Batch`.
 
         `compute` runs the missing ones, and `use` counts what engines compute.
-        `scope`: the caller, who shares entries with nobody else if the cache is scoped. `directives`: the header
+        `scope`: the caller, who shares entries with nobody else. `directives`: the header
         Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
         `compute` raises.
         """
-        keys = self._key_space.keys(scope if self._scoped else None, sequences, marks)
+        keys = self._key_space.keys(scope, sequences, marks)
         if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
             if b"no-store" in wanted:
                 return await compute(sequences, marks, use=use)

@@ -167,8 +167,7 @@ class GenerationServer(ServerLifetime):
             spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
             [spec.name, spec.model.source],
             spec.metering.model_dump()
-            | dict.fromkeys(("ledger", "broker", "sink"))
-            | {"data": str(Path(spec.metering.data).absolute())},
+            | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),
             time.monotonic() if self._supervisor.restarts else self._started,
         )

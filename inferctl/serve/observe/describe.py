@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import inferctl
-from inferctl.config.spec import Access, Spec
+from inferctl.config.spec import MAX_CLIENT_BATCH, Access, Spec
 from inferctl.models import vector_format
 from inferctl.models.model import ModelFolder
 from inferctl.reading import model_summary
@@ -69,7 +69,7 @@ def document(
         "parallel_batches": info.parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {
-            "max_client_batch": spec.serve.max_client_batch,
+            "max_client_batch": MAX_CLIENT_BATCH,
             "max_input_tokens": tokenizer["max_tokens"],
             "max_batch_tokens": info.batch_tokens,
             "max_queue_tokens": spec.serve.max_queue_tokens,
@@ -99,7 +99,7 @@ def _of_tei(
         "max_input_length": max_tokens,
         "max_batch_tokens": info.batch_tokens,
         "max_batch_requests": None,
-        "max_client_batch_size": spec.serve.max_client_batch,
+        "max_client_batch_size": MAX_CLIENT_BATCH,
         "auto_truncate": truncate,
         "tokenization_workers": tokenizer_pool.THREADS,
         "version": inferctl.__version__,

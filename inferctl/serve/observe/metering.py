@@ -18,9 +18,9 @@ from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
-from inferctl.tenancy.metering.cloud_event import Origin
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
+from inferctl.tenancy.metering.usage_event import Origin
 
 log = logging.getLogger("inferctl.metering")
 
@@ -105,7 +105,6 @@ def emitter(
 
 def warnings(settings: Settings) -> Iterator[str]:
     """Yield what the operator should know at the start."""
-    found = [f"metering.{name}" for name in ("ledger", "broker", "sink") if getattr(settings, name)]
-    if settings.mode == "off" and found:
-        have = "have" if len(found) > 1 else "has"
-        yield f"no usage is recorded: {' and '.join(found)} {have} no effect without `metering.mode: on`"
+    if settings.mode == "off" and (settings.ledger or settings.broker):
+        found = "metering.ledger" if settings.ledger else "metering.broker"
+        yield f"no usage is recorded: {found} has no effect without `metering.mode: on`"

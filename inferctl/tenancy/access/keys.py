@@ -15,11 +15,10 @@ _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _SECRET_LENGTH = 43  # 62 ** 43 > 2 ** 256
 _CHECKSUM_LENGTH = 6  # 62 ** 6 > 2 ** 32
 _ID_LENGTH = 12
-ENVIRONMENT = r"[a-z0-9]{1,16}"
 ID = rf"[a-z0-9]{{{_ID_LENGTH}}}"
 PREFIX = "ik_"
-PATTERN = rf"{PREFIX}{ENVIRONMENT}_({ID})_[0-9A-Za-z]{{{_SECRET_LENGTH + _CHECKSUM_LENGTH}}}"
-DEFAULT_ENVIRONMENT = "live"
+# New keys have the word `live`. Those of earlier versions can have another one.
+PATTERN = rf"{PREFIX}[a-z0-9]{{1,16}}_({ID})_[0-9A-Za-z]{{{_SECRET_LENGTH + _CHECKSUM_LENGTH}}}"
 
 
 def new_id() -> str:
@@ -27,9 +26,9 @@ def new_id() -> str:
     return "".join(secrets.choice(_DIGITS[:10] + _DIGITS[36:]) for _ in range(_ID_LENGTH))
 
 
-def generate(key_id: str, environment: str = DEFAULT_ENVIRONMENT) -> str:
-    """Return a new key with this id. `environment`: a word that tells keys of several installations apart."""
-    body = f"{PREFIX}{environment}_{key_id}_{_base62(secrets.randbits(256), _SECRET_LENGTH)}"
+def generate(key_id: str) -> str:
+    """Return a new key with this id."""
+    body = f"{PREFIX}live_{key_id}_{_base62(secrets.randbits(256), _SECRET_LENGTH)}"
     return body + _checksum(body)
 
 

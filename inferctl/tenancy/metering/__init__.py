@@ -1,1 +1,1 @@
-"""Usage events from a server to the ledger: recorder, outbox, broker and sink, and the report with prices."""
+"""Usage events from a server to the ledger: recorder, outbox, ledger, and the report with prices."""

@@ -13,14 +13,13 @@ import logging
 import time
 from typing import Any
 
-import nats
 import nats.errors
 import nats.js.errors
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StreamConfig
 
 from inferctl.core.addresses import NatsAddress
 from inferctl.core.errors import NotReadyError
-from inferctl.tenancy.metering import cloud_event
+from inferctl.tenancy import broker as brokers
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
 
@@ -29,11 +28,8 @@ log = logging.getLogger("inferctl.metering")
 STREAM, CONSUMER = "INFERCTL_USAGE", "ledger"
 SUBJECT, WATERMARKS = "inferctl.usage", "inferctl.usage-watermarks"
 _MAX_BYTES = 256 * 1024 * 1024
-# Copies of the stream in a cluster of NATS, so that the loss of one server stops nothing. One copy if NATS is one
-# server, or if there are not enough of them for so long: after its start, a cluster needs some seconds to find them.
-_COPIES, _NO_CLUSTER, _NO_PEERS, _PEERS_S = 3, 10074, 10005, 60.0
-_TIMEOUT_S = 5.0
-_PING_S = 2  # a broker that misses two of these is gone
+# Copies of the stream in a cluster of NATS, so that the loss of one server stops nothing; and the error of one server.
+_COPIES, _NO_CLUSTER = 3, 10074
 # A batch that the ledger does not have after this time is published again.
 _LOST_S = 10.0
 _FETCH, _FETCH_S = 50, 0.5
@@ -42,7 +38,6 @@ _ACK_S = 10
 # A batch without its predecessor comes again after 1 s, then after twice the time, up to this one.
 _MAX_DELAY_S = 16
 _RANGE, _OLDEST, _TIME, _SOURCE = "Inferctl-Range", "Inferctl-Oldest", "Inferctl-Time", "Inferctl-Source"
-_ERRORS = (nats.errors.Error, nats.js.errors.Error, OSError, asyncio.TimeoutError)
 
 
 class BrokerUnavailableError(NotReadyError):
@@ -52,30 +47,12 @@ class BrokerUnavailableError(NotReadyError):
 async def connect(address: NatsAddress | str) -> EventBroker:
     """Connect to NATS. Raises `BrokerUnavailableError`, and `UsageError` for an invalid address."""
     url = NatsAddress(address)
-    reasons: list[Exception] = []
-
-    async def note(error: Exception) -> None:
-        """Later, the next call fails with the same error, and its caller reports it."""
-        reasons[:] = [error]
-
     try:
-        # Without the timeout, the first connection is tried for ever: no message, and SIGTERM does not end the relay.
-        async with asyncio.timeout(_TIMEOUT_S):
-            # The client does not connect again by itself: after some errors it never would, and it keeps what it could
-            # not send. The caller does, when `EventBroker.broken` says so.
-            connection = await nats.connect(
-                url.public,
-                **url.credentials(),
-                connect_timeout=_TIMEOUT_S,
-                reconnect_time_wait=0.25,
-                allow_reconnect=False,
-                ping_interval=_PING_S,
-                max_outstanding_pings=2,
-                error_cb=note,
-            )
-    except _ERRORS as error:
-        raise _unavailable(url, reasons[-1] if reasons and isinstance(error, TimeoutError) else error) from None
-    return EventBroker(url, connection)
+        # The client does not connect again by itself: after some errors it never would, and it keeps what it could
+        # not send. The caller does, when `EventBroker.broken` says so.
+        return EventBroker(url, await brokers.connect(url, brokers.TIMEOUT_S, allow_reconnect=False))
+    except brokers.ERRORS as error:
+        raise _unavailable(url, error) from None
 
 
 class EventBroker:
@@ -83,9 +60,8 @@ class EventBroker:
 
     def __init__(self, url: NatsAddress, connection: Any) -> None:
         self._url, self._nats, self._failed = url, connection, False
-        self._stream = connection.jetstream(timeout=_TIMEOUT_S)
+        self._stream = connection.jetstream(timeout=brokers.TIMEOUT_S)
         self._subscription: Any = None
-        self._no_peers_since: float | None = None
 
     @property
     def broken(self) -> bool:
@@ -94,7 +70,7 @@ class EventBroker:
 
     async def close(self) -> None:
         """Close the connection."""
-        with contextlib.suppress(*_ERRORS):
+        with contextlib.suppress(*brokers.ERRORS):
             await self._nats.close()
 
     def _failure(self, error: Exception) -> BrokerUnavailableError:
@@ -106,35 +82,33 @@ class EventBroker:
         """Return when the broker has stored `batch`."""
         headers = {
             "Nats-Msg-Id": f"{batch.source}.{batch.first}-{batch.last}",
-            "Content-Type": cloud_event.BATCH_MEDIA_TYPE,
             _SOURCE: batch.source,
             _RANGE: f"{batch.first}-{batch.last}",
             _OLDEST: str(batch.oldest),
             _TIME: str(batch.time_ms),
         }
-        content = json.dumps([event.as_cloud_event(batch.source) for event in batch.events]).encode()
         subject = f"{SUBJECT}.{batch.source.partition('/')[0].replace('.', '-')}"
         try:
             try:
-                await self._stream.publish(subject, content, headers=headers)
+                await self._stream.publish(subject, batch.content, headers=headers)
             except (nats.js.errors.NotFoundError, nats.js.errors.NoStreamResponseError):
                 await self._make_stream()  # the first time, and if the broker lost its store
-                await self._stream.publish(subject, content, headers=headers)
-        except (ValueError, *_ERRORS) as error:  # ValueError: the answer is no JSON
+                await self._stream.publish(subject, batch.content, headers=headers)
+        except (ValueError, *brokers.ERRORS) as error:  # ValueError: the answer is no JSON
             raise self._failure(error) from None
 
     async def watermarks(self, sources: list[str]) -> dict[str, int]:
         """Ask the relay with the ledger up to which number it has the events of `sources`."""
         try:
-            response = await self._nats.request(WATERMARKS, json.dumps(sources).encode(), timeout=_TIMEOUT_S)
+            response = await self._nats.request(WATERMARKS, json.dumps(sources).encode(), timeout=brokers.TIMEOUT_S)
             found: dict[str, int] = json.loads(response.data)
             return found
         except (nats.errors.NoRespondersError, TimeoutError) as error:  # the client's TimeoutError is one
             silent = isinstance(error, TimeoutError)
-            reason = f"does not respond within {_TIMEOUT_S:g} s" if silent else "is not connected"
+            reason = f"does not respond within {brokers.TIMEOUT_S:g} s" if silent else "is not connected"
             message = f"the relay with the ledger {reason}, through the broker {self._url}"
             raise BrokerUnavailableError(message, "start `inferctl relay --consume`") from None
-        except (ValueError, *_ERRORS) as error:
+        except (ValueError, *brokers.ERRORS) as error:
             raise self._failure(error) from None
 
     async def answer_watermarks(self, ledger: Ledger) -> None:
@@ -142,13 +116,13 @@ class EventBroker:
 
         async def answer(message: Any) -> None:
             # Without an answer, the other side asks again.
-            with contextlib.suppress(NotReadyError, ValueError, *_ERRORS):
+            with contextlib.suppress(NotReadyError, ValueError, *brokers.ERRORS):
                 found = await asyncio.to_thread(ledger.watermarks, json.loads(message.data))
                 await message.respond(json.dumps(found).encode())
 
         try:
             await self._nats.subscribe(WATERMARKS, queue=CONSUMER, cb=answer)
-        except _ERRORS as error:
+        except brokers.ERRORS as error:
             raise self._failure(error) from None
 
     async def store(self, ledger: Ledger) -> int:
@@ -165,10 +139,7 @@ class EventBroker:
                 except (KeyError, ValueError, TypeError):
                     log.error("a message in the stream %s is no batch of usage events; it is dropped", STREAM)
                     await message.term()
-            try:
-                watermarks = await asyncio.to_thread(ledger.apply, [batch for _, batch in batches])
-            except ValueError:
-                watermarks, batches = await self._one_by_one(ledger, batches)
+            watermarks = await asyncio.to_thread(ledger.apply, [batch for _, batch in batches])
             for message, batch in batches:
                 if batch.last <= watermarks.get(batch.source, 0):
                     await message.ack()
@@ -176,28 +147,12 @@ class EventBroker:
                     # Redelivered messages come before new ones. So they must not come so often that no other does.
                     await message.nak(delay=min(2 ** (message.metadata.num_delivered - 1), _MAX_DELAY_S))
             return len(messages)
-        except (ValueError, *_ERRORS) as error:
+        except (ValueError, *brokers.ERRORS) as error:
             subscription, self._subscription = self._subscription, None
             if subscription:  # otherwise, nobody would read what the broker sends to it
-                with contextlib.suppress(*_ERRORS):
+                with contextlib.suppress(*brokers.ERRORS):
                     await subscription.unsubscribe()
             raise self._failure(error) from None
-
-    async def _one_by_one(
-        self, ledger: Ledger, batches: list[tuple[Any, EventBatch]]
-    ) -> tuple[dict[str, int], list[tuple[Any, EventBatch]]]:
-        """Store batches of which one is invalid. Return the watermarks, and the batches without the invalid ones."""
-        watermarks: dict[str, int] = {}
-        valid = []
-        for message, batch in batches:
-            try:
-                watermarks |= await asyncio.to_thread(ledger.apply, [batch])
-            except ValueError as error:
-                log.error("a message in the stream %s is dropped: %s", STREAM, error)
-                await message.term()
-            else:
-                valid.append((message, batch))
-        return watermarks, valid
 
     async def _fetch(self) -> list[Any]:
         if self._subscription is None:
@@ -240,11 +195,7 @@ class EventBroker:
         try:
             await self._stream.add_stream(config)
         except nats.js.errors.APIError as error:
-            if error.err_code not in (_NO_CLUSTER, _NO_PEERS):
-                raise
-            now = time.monotonic()
-            self._no_peers_since = self._no_peers_since or now
-            if error.err_code == _NO_PEERS and now < self._no_peers_since + _PEERS_S:
+            if error.err_code != _NO_CLUSTER:
                 raise
             await self._stream.add_stream(config, num_replicas=1)
 
@@ -268,16 +219,18 @@ class PublishProgress:
 
 
 def _batch(message: Any) -> EventBatch:
+    """Return the batch in a message, with events that the ledger can store. Raises an error for anything else."""
     headers = message.headers
     first, _, last = headers[_RANGE].partition("-")
-    return EventBatch(
-        headers[_SOURCE], int(first), int(last), int(headers[_TIME]), bytes(message.data), int(headers[_OLDEST])
-    )
+    numbers = int(first), int(last), int(headers[_TIME])
+    batch = EventBatch(headers[_SOURCE], *numbers, bytes(message.data), int(headers[_OLDEST]))
+    if not batch.events:
+        raise ValueError("no events")
+    return batch
 
 
 def _unavailable(url: NatsAddress, error: Exception) -> BrokerUnavailableError:
-    reason = str(error).strip().partition("\n")[0]
-    if isinstance(error, TimeoutError):  # also that of the client, whose text is only `nats: timeout`
-        reason = f"no response within {_TIMEOUT_S:g} s"
-    message = f"the broker {url} is not available: {reason or type(error).__name__}"
-    return BrokerUnavailableError(message, "check metering.broker")
+    # Also the TimeoutError of the client, whose text is only `nats: timeout`.
+    late = isinstance(error, TimeoutError)
+    reason = f"no response within {brokers.TIMEOUT_S:g} s" if late else brokers.reason(error)
+    return BrokerUnavailableError(f"the broker {url} is not available: {reason}", "check metering.broker")

@@ -24,8 +24,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from inferctl.core.addresses import DatabaseAddress
 from inferctl.core.errors import UsageError
 from inferctl.tenancy.database import Schema, file_of
-from inferctl.tenancy.metering import cloud_event
-from inferctl.tenancy.metering.cloud_event import Event
 from inferctl.tenancy.metering.outbox import EventBatch
 
 _metadata = sa.MetaData()
@@ -44,13 +42,12 @@ EVENTS = sa.Table(
     sa.Column("requests", sa.BigInteger, nullable=False),
     sa.Column("team", sa.String),
 )
-# `sent`: what an HTTP sink has. `ended`: None, clean or unclean (the process was killed).
+# `ended`: None, clean or unclean (the process was killed).
 SOURCES = sa.Table(
     "usage_sources",
     _metadata,
     sa.Column("source", sa.String, primary_key=True),
     sa.Column("watermark", sa.BigInteger, nullable=False),
-    sa.Column("sent", sa.BigInteger, nullable=False),
     sa.Column("ended", sa.String),
     sa.Column("ended_ms", sa.BigInteger),
 )
@@ -137,18 +134,18 @@ class Ledger:
         """Store batches, in the order of their numbers for each source, and return the new watermarks.
 
         A batch that comes before its predecessor is not stored, nor are those after it: they must come again. Raises
-        `ValueError` for what is no batch of CloudEvents; then nothing is stored.
+        `ValueError` for what is no batch of events; then nothing is stored.
         """
         found: dict[str, int] = {}
         with self._transaction() as connection:
-            # Sorted by source, so that two relays cannot wait for each other. A broker may deliver in another order.
+            # Sorted by source, so that two relays cannot wait for each other.
             ordered = sorted(batches, key=lambda batch: (batch.source, batch.first))
             for source, group in groupby(ordered, lambda batch: batch.source):
                 found[source] = self._apply(connection, source, list(group))
         return found
 
     def _apply(self, connection: sa.Connection, source: str, batches: list[EventBatch]) -> int:
-        new = {"source": source, "watermark": 0, "sent": 0}
+        new = {"source": source, "watermark": 0}
         connection.execute(self._insert(SOURCES).values(new).on_conflict_do_nothing())
         this = SOURCES.c.source == source
         watermark: int = connection.execute(sa.select(SOURCES.c.watermark).where(this).with_for_update()).scalar_one()
@@ -167,9 +164,9 @@ class Ledger:
                     gaps.append({"source": source, "first": expected, "last": number - 1, "time_ms": batch.time_ms})
                 expected = number + 1
             for event in events.values():
-                if event.type == cloud_event.END:
-                    update |= {"ended": "clean" if event.data["clean"] else "unclean", "ended_ms": event.time_ms}
-                elif event.type == cloud_event.REQUEST:
+                if event.ended:
+                    update |= {"ended": event.ended, "ended_ms": event.time_ms}
+                else:
                     day = _day(event.time_ms // _DAY_MS)
                     rows.append({"source": source, "id": event.id, "time_ms": event.time_ms, "day": day, **event.data})
             watermark = update["watermark"] = batch.last
@@ -183,31 +180,6 @@ class Ledger:
         if update:
             connection.execute(sa.update(SOURCES).where(this).values(update))
         return watermark
-
-    def unsent(self, prefix: str, limit: int) -> tuple[str, list[dict[str, Any]]] | None:
-        """Return events that the HTTP sink does not have: their source, and up to `limit` CloudEvents, in order.
-
-        `prefix`: only of sources that start with it. None if the sink has all.
-        """
-        with self._transaction() as connection:
-            waiting = sa.select(SOURCES.c.source, SOURCES.c.sent).where(SOURCES.c.sent < SOURCES.c.watermark)
-            for source, sent in connection.execute(waiting.order_by(SOURCES.c.source)).all():
-                if not source.startswith(prefix):
-                    continue
-                query = sa.select(EVENTS).where(EVENTS.c.source == source, EVENTS.c.id > sent)
-                rows = connection.execute(query.order_by(EVENTS.c.id).limit(limit)).mappings().all()
-                if rows:
-                    return source, [_event(row) for row in rows]
-                self._set_sent(connection, source, SOURCES.c.watermark)  # only the event of the end remains
-        return None
-
-    def sent(self, source: str, number: int) -> None:
-        """Note that the HTTP sink has the events of `source` up to `number`."""
-        with self._transaction() as connection:
-            self._set_sent(connection, source, number)
-
-    def _set_sent(self, connection: sa.Connection, source: str, number: Any) -> None:
-        connection.execute(sa.update(SOURCES).where(SOURCES.c.source == source).values(sent=number))
 
     def usage(self, dimensions: Sequence[str], since_ms: int, until_ms: int) -> list[dict[str, Any]]:
         """Return the sums of requests that ended from `since_ms` to before `until_ms`, by `dimensions` and in order."""
@@ -255,12 +227,6 @@ def _sums(row: sa.RowMapping, dimensions: Sequence[str]) -> dict[str, Any]:
     return (
         {name: row[name] for name in dimensions} | sums | {"engine_seconds": Decimal(int(row["engine_us"])) / 1_000_000}
     )
-
-
-def _event(row: Any) -> dict[str, Any]:
-    """Return the CloudEvent of a row."""
-    data = {name: row[name] for name in cloud_event.FIELDS}
-    return Event(row["id"], row["time_ms"], cloud_event.REQUEST, data).as_cloud_event(row["source"])
 
 
 def now_ms() -> int:

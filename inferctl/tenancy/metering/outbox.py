@@ -31,8 +31,8 @@ from typing import Any
 from inferctl.core import outputs
 from inferctl.core.errors import NotReadyError
 from inferctl.core.partials import partial_file
-from inferctl.tenancy.metering import cloud_event
-from inferctl.tenancy.metering.cloud_event import Event
+from inferctl.tenancy.metering import usage_event
+from inferctl.tenancy.metering.usage_event import Event
 
 _LOCK, _EVENTS, _WATERMARK, _INSTANCE = "lock", "events.sqlite", "watermark", "instance"
 _REMOVED, _DAMAGED = ".removed", ".damaged"
@@ -49,7 +49,7 @@ _DENIED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY
 
 @dataclass(frozen=True)
 class EventBatch:
-    """Events in the order of their numbers. `content`: as `cloud_event.read` reads it.
+    """Events in the order of their numbers. `content`: as `usage_event.read` reads it.
 
     The batch covers all numbers from `first` to `last`. A number without an event is that of a lost one.
     `time_ms`: of the first event. `oldest`: the lowest number that the outbox still has.
@@ -67,7 +67,7 @@ class EventBatch:
         """The events in `content`. Raises `ValueError` for anything else, and for numbers that no server gives."""
         if not (0 < self.first <= self.last < _MAX_NUMBER and 0 <= self.time_ms < _MAX_NUMBER):
             raise ValueError(f"the numbers {self.first} to {self.last} at {self.time_ms}")
-        return cloud_event.read(self.source, self.content, self.first, self.last)
+        return usage_event.read(self.content, self.first, self.last)
 
 
 class Outbox:
@@ -148,7 +148,7 @@ class Outbox:
         `covered`: the last number of the batches.
         """
         number, now_ms = max(self._issued[0], covered) + 1, int(1000 * time.time())
-        self.append(covered + 1, number, now_ms, cloud_event.end(number, now_ms, clean=True))
+        self.append(covered + 1, number, now_ms, usage_event.end(number, now_ms, clean=True))
 
     def close(self) -> None:
         """Close the file, and release the lock."""
@@ -232,7 +232,7 @@ class OutboxReader:
                 if not self._is_valid(batch):
                     self.damage = f"the batch {first!r} to {last!r} is not one of a server"
                     continue
-                if self.issued is not None and batch.events[-1].type != cloud_event.END:
+                if self.issued is not None and not batch.events[-1].ended:
                     self.issued = max(self.issued, last)  # a power failure may leave an older content of the lock
                 found.append(batch)
                 expected = last + 1

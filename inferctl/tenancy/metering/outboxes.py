@@ -7,7 +7,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from inferctl.tenancy.metering import cloud_event, outbox
+from inferctl.tenancy.metering import outbox, usage_event
 from inferctl.tenancy.metering.outbox import EventBatch, OutboxReader
 
 log = logging.getLogger("inferctl.metering")
@@ -72,7 +72,7 @@ class Outboxes:
             return []
         if source not in self._ends:
             number, now = reader.issued + 1, int(1000 * time.time())
-            content = cloud_event.end(number, now, clean=False)
+            content = usage_event.end(number, now, clean=False)
             self._ends[source] = EventBatch(source, covered + 1, number, now, content, covered + 1)
         end = self._ends[source]
         return [end] if end.last > after else []

@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 
-from inferctl.tenancy.metering import cloud_event
-from inferctl.tenancy.metering.cloud_event import Item, Origin, RequestUsage
+from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.outbox import Outbox
+from inferctl.tenancy.metering.usage_event import Item, Origin, RequestUsage
 
 log = logging.getLogger("inferctl.metering")
 
@@ -78,7 +78,7 @@ class EventRecorder:
         """Record a finished request. Called for each request on the event loop, so it only adds to a list or a sum."""
         at = time.time()
         with self._lock:
-            if cloud_event.is_free(usage):
+            if usage_event.is_free(usage):
                 self._add(usage, at)
                 self._summed += 1
             elif len(self._pending) >= self._limit:
@@ -220,7 +220,7 @@ class EventRecorder:
         return batch, sum(item.requests - 1 for item in items)
 
     def _content(self, items: Sequence[Item]) -> bytes:
-        return orjson.dumps(cloud_event.requests(self.origin, items))
+        return orjson.dumps(usage_event.requests(self.origin, items))
 
     def _encodable(self, items: Sequence[Item], error: Exception) -> list[Item]:
         """Return the events of a batch that can be encoded, and count the others as dropped."""

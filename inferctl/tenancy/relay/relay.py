@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from inferctl.config.spec import Access, Metering
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.tenancy.metering import outbox, sink
+from inferctl.tenancy.metering import outbox
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
 from inferctl.tenancy.metering.outboxes import Outboxes
@@ -43,8 +43,6 @@ class Relay:
         self._ending = asyncio.Event()
         self._ledger: Ledger | None = None
         self._broker: EventBroker | None = None
-        self._answering: EventBroker | None = None
-        self._sending: asyncio.Task[int] | None = None  # to the HTTP sink, which may take any time
         self._watermarks: dict[str, int] = {}
         self._progress: dict[str, PublishProgress] = {}
         self._logged: dict[str, float] = {}
@@ -102,11 +100,11 @@ class Relay:
             self._broker = self._ledger = None
 
     async def _empty_outboxes(self, data: Path) -> None:
-        outboxes = Outboxes(data)
-        try:
-            await self._repeat(lambda: self._read_outboxes(outboxes))
-        finally:
-            outboxes.close()
+        with contextlib.closing(Outboxes(data)) as outboxes:
+            if self._settings.broker:
+                await self._repeat(lambda: self._publish(outboxes))
+            else:
+                await self._repeat(lambda: asyncio.to_thread(self._store, outboxes))
 
     async def _repeat(self, step: Callable[[], Awaitable[bool]]) -> None:
         """Call `step`, which returns whether more is waiting, until `end` and nothing is."""
@@ -123,16 +121,10 @@ class Relay:
             if not more:
                 await self._wait(pause)
 
-    async def _read_outboxes(self, outboxes: Outboxes) -> bool:
-        await asyncio.to_thread(outboxes.refresh)
-        if self._settings.broker:
-            return await self._publish(outboxes)
-        ledger = await self._opened()
-        more = await asyncio.to_thread(self._store, outboxes, ledger)
-        return await self._send(ledger, f"{outbox.instance(Path(self._settings.data))}/") or more
-
-    def _store(self, outboxes: Outboxes, ledger: Ledger) -> bool:
+    def _store(self, outboxes: Outboxes) -> bool:
         """Store the next batches of all outboxes, and return whether there are more."""
+        outboxes.refresh()
+        ledger = self._ledger = self._ledger or Ledger.open(self._settings.ledger_url)
         unknown = [source for source in outboxes.sources if source not in self._watermarks]
         if unknown:
             self._watermarks |= dict.fromkeys(unknown, 0) | ledger.watermarks(unknown)
@@ -155,73 +147,46 @@ class Relay:
         """Publish the next batches of all outboxes, and return whether there are more."""
         from inferctl.tenancy.metering.broker import PublishProgress
 
-        broker = await self._connected()
-        sources = outboxes.sources
-        for source in sources:
+        await asyncio.to_thread(outboxes.refresh)
+        broker, _ = await self._connected()
+        more = False
+        for source in outboxes.sources:
             if source not in self._progress:
                 self._progress[source] = PublishProgress(outboxes.confirmed(source))
-        more = False
-        for source in sources:
             progress = self._progress[source]
             batches = await asyncio.to_thread(outboxes.read, source, progress.published, _ROWS)
             for batch in batches:
                 await broker.publish(batch)
                 progress.published = batch.last
             more |= len(batches) == _ROWS
-        if sources and not more:
-            try:
-                watermarks = dict.fromkeys(sources, 0) | await broker.watermarks(sources)
-            except NotReadyError as error:  # the relay with the ledger is gone: publish meanwhile
-                self._report(error)
-                watermarks = {}
-            for source, watermark in watermarks.items():
-                self._progress[source].update(watermark)
-                await asyncio.to_thread(outboxes.confirm, source, watermark)
+        if not more and (sources := outboxes.sources):
+            watermarks = await broker.watermarks(sources)
+            for source in sources:
+                self._progress[source].update(watermarks.get(source, 0))
+                await asyncio.to_thread(outboxes.confirm, source, self._progress[source].watermark)
         return more
 
     async def _store_messages(self) -> bool:
-        ledger = await self._opened()
-        broker = await self._connected()
-        if broker is not self._answering:  # it answers until its connection breaks
-            await broker.answer_watermarks(ledger)
-            self._answering = broker
-        stored = await broker.store(ledger)
-        return await self._send(ledger, "") or stored > 0
-
-    async def _send(self, ledger: Ledger, prefix: str) -> bool:
-        """Send the next events to the HTTP sink. Its errors and its pauses do not delay the ledger."""
-        settings = self._settings
-        if not settings.sink:
-            return False
-        try:
-            if self._sending is None:
-                token = Path(settings.sink_token_file).read_text().strip() if settings.sink_token_file else None
-                work = asyncio.to_thread(sink.send, ledger, settings.sink, prefix, token)
-                self._sending = asyncio.create_task(work)
-            await asyncio.wait({self._sending}, timeout=_RETRY_S)
-            if not self._sending.done():
-                return True
-            sending, self._sending = self._sending, None
-            return bool(sending.result())
-        except (sink.SinkUnavailableError, OSError) as error:
-            self._report(error)
-            return False
-
-    async def _opened(self) -> Ledger:
+        """Store the next messages of the broker, and return whether there may be more."""
         if self._ledger is None:
             self._ledger = await asyncio.to_thread(Ledger.open, self._settings.ledger_url)
-        return self._ledger
+        broker, new = await self._connected()
+        if new:  # it answers until its connection breaks
+            await broker.answer_watermarks(self._ledger)
+        return await broker.store(self._ledger) > 0
 
-    async def _connected(self) -> EventBroker:
+    async def _connected(self) -> tuple[EventBroker, bool]:
+        """Return the broker, and whether the connection is new."""
         from inferctl.tenancy.metering import broker
 
-        if self._broker and self._broker.broken:
+        if self._broker and not self._broker.broken:
+            return self._broker, False
+        if self._broker:
             await self._broker.close()
             self._broker = None
-        if self._broker is None:
-            assert self._settings.broker
-            self._broker = await broker.connect(self._settings.broker)
-        return self._broker
+        assert self._settings.broker
+        self._broker = await broker.connect(self._settings.broker)
+        return self._broker, True
 
     async def _wait(self, seconds: float) -> None:
         """Wait, but not if the relay is ending."""

@@ -24,7 +24,7 @@ from tests.tenancy.key_files import add
 
 def test_a_key_names_its_id_and_is_one_word() -> None:
     key_id = keys.new_id()
-    key = keys.generate(key_id, "test")
+    key = keys.generate(key_id)
     assert keys.parse(key) == key_id
     assert re.fullmatch(r"\w+", key)
     assert len({keys.generate(key_id) for _ in range(100)}) == 100

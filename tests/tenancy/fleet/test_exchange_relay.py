@@ -195,3 +195,27 @@ def test_two_servers_on_two_machines_hear_each_other(nats: Nats, tmp_path: Path)
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("authorization", "credentials"),
+    [
+        ('user: "u@x", password: "p/@:#?% +&"', "u%40x:p%2F%40%3A%23%3F%25%20%2B%26"),
+        ('token: "t/@:#?% +&"', "t%2F%40%3A%23%3F%25%20%2B%26"),
+    ],
+)
+def test_credentials_with_special_characters_connect(nats: Nats, authorization: str, credentials: str) -> None:
+    nats.kill()
+    with Path(nats.command[-1]).open("a") as config:
+        config.write(f"authorization {{ {authorization} }}\n")
+    nats.start()
+    host = nats.url.removeprefix("nats://")
+
+    async def connect(address: str) -> None:
+        await (await FleetBroker.connect(address)).close()
+
+    asyncio.run(connect(f"nats://{credentials}@{host}"))
+    asyncio.run(connect(f"{credentials}@{host}"))
+    with pytest.raises(FleetBrokerError) as failed:
+        asyncio.run(connect(f"wrong{credentials}@{host}"))
+    assert "%2F" not in failed.value.message and "***@" in failed.value.message

@@ -16,8 +16,6 @@ import nats.js.errors
 import pytest
 
 from inferctl.config.spec import Access, Metering
-from inferctl.core.errors import NotReadyError
-from inferctl.tenancy.fleet.broker import FleetBroker
 from inferctl.tenancy.metering import broker as brokers
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import Outbox
@@ -56,13 +54,15 @@ class Fleet:
             time.sleep(0.001)
 
     def in_broker(self) -> int:
-        """How many batches the broker keeps."""
+        """How many events the broker has got."""
 
         async def ask() -> int:
             connection = await client.connect(self._nats.url)
             try:
-                info = await connection.jetstream().stream_info(brokers.STREAM)
-                return int(info.state.messages)
+                stream = connection.jetstream()
+                info = await stream.stream_info(brokers.STREAM)
+                last = await stream.get_msg(brokers.STREAM, info.state.last_seq) if info.state.messages else None
+                return int((last.headers or {})["Inferctl-Range"].partition("-")[2]) if last else 0
             except client.js.errors.NotFoundError:
                 return 0
             finally:
@@ -91,21 +91,10 @@ def fleet(tmp_path: Path, nats: Nats) -> Iterator[Fleet]:
         process.wait()
 
 
-def test_events_pass_the_broker_and_free_their_outbox(fleet: Fleet) -> None:
-    fleet.start("publish", "ledger")
-    fleet.record(500)
-    until(lambda: fleet.requests() == 500, 60)
-    until(lambda: fleet.recorder.depth == 0, 30)
-    for process in fleet.started.values():
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, fleet.logs()
-
-
 def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
     fleet.record(300)
     fleet.start("publish")
-    until(lambda: fleet.in_broker() > 0)
-    time.sleep(1)
+    until(lambda: fleet.in_broker() == 300)
     fleet.kill("publish")
     fleet.start("ledger")
     until(lambda: fleet.requests() == 300, 60)
@@ -115,32 +104,27 @@ def test_the_broker_keeps_events_while_the_ledger_is_gone(fleet: Fleet) -> None:
     assert fleet.requests() == 300
 
 
-@pytest.mark.slow
-def test_a_killed_broker_whose_store_is_wiped_loses_nothing(fleet: Fleet, nats: Nats) -> None:
-    fleet.record(300)
-    fleet.start("publish")
-    until(lambda: fleet.in_broker() > 0)
-    time.sleep(1)
+def test_killed_relays_and_a_wiped_broker_lose_and_repeat_nothing(fleet: Fleet, nats: Nats) -> None:
+    fleet.start("publish", "ledger")
+    for role in ("publish", "ledger"):
+        fleet.record(300)
+        until(lambda: fleet.requests() > 0, 60)
+        fleet.kill(role)
+        fleet.record(100)
+        if role == "publish":
+            fleet.start(role)
+    until(lambda: fleet.in_broker() == 800, 30)
     nats.kill()
     nats.wipe()
     fleet.record(100)
     nats.start()
     fleet.start("ledger")
-    fleet.record(100)
-    until(lambda: fleet.requests() == 500, 90)
-    until(lambda: fleet.recorder.depth == 0, 30)
-    assert fleet.requests() == 500
-
-
-def test_killed_relays_on_both_sides_repeat_nothing(fleet: Fleet) -> None:
-    for role in ("publish", "ledger", "publish", "ledger"):
-        fleet.start(*({"publish", "ledger"} - {name for name, p in fleet.started.items() if p.poll() is None}))
-        fleet.record(300)
-        fleet.kill(role)
-    fleet.start(*(name for name, process in fleet.started.items() if process.poll() is not None))
-    until(lambda: fleet.requests() == 1200, 90)
+    until(lambda: fleet.requests() == 900, 90)
     until(lambda: fleet.recorder.depth == 0, 60)
-    assert fleet.requests() == 1200
+    assert fleet.requests() == 900
+    for process in fleet.started.values():
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, fleet.logs()
 
 
 def test_messages_that_repeat_are_reordered_or_are_no_events_do_no_harm(tmp_path: Path, nats: Nats) -> None:
@@ -154,7 +138,9 @@ def test_messages_that_repeat_are_reordered_or_are_no_events_do_no_harm(tmp_path
         stream = broker._nats.jetstream()
         await stream.publish("inferctl.usage.x", b"no events")
         headers = {"Inferctl-Source": "c", "Inferctl-Range": "1-1", "Inferctl-Oldest": "1", "Inferctl-Time": "0"}
-        await stream.publish("inferctl.usage.x", json.dumps([{"source": "c"}]).encode(), headers=headers)
+        await stream.publish(
+            "inferctl.usage.x", json.dumps({"requests": [[1, 0]], "common": {}}).encode(), headers=headers
+        )
         for _ in range(10):
             await broker.store(ledger)
         info = await stream.stream_info(brokers.STREAM)
@@ -198,9 +184,8 @@ def test_a_broker_that_never_was_there_is_an_error() -> None:
         async with asyncio.timeout(30):
             await brokers.connect("nats://user:secret@127.0.0.1:1")
 
-    with pytest.raises(
-        brokers.BrokerUnavailableError, match=r"nats://\*\*\*@127\.0\.0\.1:1 .*Connect call failed"
-    ) as error:
+    expected = r"nats://\*\*\*@127\.0\.0\.1:1 .*Connect call failed"
+    with pytest.raises(brokers.BrokerUnavailableError, match=expected) as error:
         asyncio.run(connect())
     assert "secret" not in error.value.message
 
@@ -208,8 +193,8 @@ def test_a_broker_that_never_was_there_is_an_error() -> None:
 @pytest.mark.parametrize("how", ["error", "killed", "reader"])
 def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: str) -> None:
     """After some errors, the client of NATS closes for ever, or does not read any more."""
-    settings = Metering(mode="on", broker=nats.url, ledger=f"sqlite:///{tmp_path}/ledger.sqlite")
-    relay = Relay(settings, Access(), consume=True)
+    settings = {"mode": "on", "broker": nats.url, "ledger": f"sqlite:///{tmp_path}/ledger.sqlite"}
+    relay = Relay(Metering.model_validate(settings), Access.model_validate({}), consume=True)
 
     async def stored(number: int) -> None:
         """Publish a batch, and wait until the relay says that the ledger has it."""
@@ -232,7 +217,6 @@ def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: 
         assert first
         if how == "killed":
             nats.kill()
-            await asyncio.sleep(0.5)
             nats.start()
         elif how == "error":
             await first._nats._process_err("'user authentication expired'")
@@ -272,29 +256,3 @@ def test_without_the_relay_of_the_ledger_the_connection_is_kept(nats: Nats) -> N
         assert broker.broken
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    ("authorization", "credentials"),
-    [
-        ('user: "u@x", password: "p/@:#?% +&"', "u%40x:p%2F%40%3A%23%3F%25%20%2B%26"),
-        ('token: "t/@:#?% +&"', "t%2F%40%3A%23%3F%25%20%2B%26"),
-    ],
-)
-def test_credentials_with_special_characters_connect(nats: Nats, authorization: str, credentials: str) -> None:
-    nats.kill()
-    with Path(nats.command[-1]).open("a") as config:
-        config.write(f"authorization {{ {authorization} }}\n")
-    nats.start()
-    host = nats.url.removeprefix("nats://")
-
-    async def connect(address: str) -> None:
-        for connected in (await brokers.connect(address), await FleetBroker.connect(address)):
-            await connected.close()
-
-    asyncio.run(connect(f"nats://{credentials}@{host}"))
-    asyncio.run(connect(f"{credentials}@{host}"))
-    for kind in (brokers.connect, FleetBroker.connect):
-        with pytest.raises(NotReadyError) as failed:
-            asyncio.run(kind(f"wrong{credentials}@{host}"))
-        assert "%2F" not in failed.value.message and "***@" in failed.value.message

@@ -17,11 +17,11 @@ from inferctl.core.addresses import DatabaseAddress
 from inferctl.core.errors import UsageError
 from inferctl.tenancy.database import DatabaseUnavailableError, Schema
 from inferctl.tenancy.fleet.key_store import KeyStore
-from inferctl.tenancy.metering import cloud_event
 from inferctl.tenancy.metering import ledger as ledger_module
-from inferctl.tenancy.metering.cloud_event import Item
+from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.ledger import SUMS, Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
+from inferctl.tenancy.metering.usage_event import Item
 from tests.tenancy.parts import DAY, ORIGIN, batch, end, event
 
 ALL = (0, 2**62)
@@ -72,32 +72,27 @@ def test_usage_is_summed_by_what_is_asked(ledger: Ledger) -> None:
     assert ledger.usage(["month"], int(1000 * DAY) + 1, 2**62)[0]["requests"] == 2
 
 
-def summed(source: str, first: int, *, cloud_events: bool = False) -> EventBatch:
+def summed(source: str, first: int) -> EventBatch:
     """Two events: of a request that was computed, and of 40 rejected ones."""
     items = [
         Item(first, DAY, event(team="t")),
         Item(first + 1, DAY, event(tokens=0, status=429, engine_seconds=0.0), 40),
     ]
-    content = json.dumps(cloud_event.requests(ORIGIN, items)).encode()
-    if cloud_events:
-        content = json.dumps([each.as_cloud_event(source) for each in cloud_event.read(source, content)]).encode()
+    content = json.dumps(usage_event.requests(ORIGIN, items)).encode()
     return EventBatch(source, first, first + 1, int(1000 * DAY), content)
 
 
-@pytest.mark.parametrize("cloud_events", [False, True])
-def test_an_event_counts_the_requests_that_it_stands_for(ledger: Ledger, cloud_events: bool) -> None:
+def test_an_event_counts_the_requests_that_it_stands_for(ledger: Ledger) -> None:
     for _ in range(2):  # again, as after a crash
-        ledger.apply([summed("a", number, cloud_events=cloud_events) for number in (1, 3, 5)])
+        ledger.apply([summed("a", number) for number in (1, 3, 5)])
     rows = ledger.usage(["status"], *ALL)
     found = [tuple(row[name] for name in ("status", "requests", "errors", "inputs", "input_tokens")) for row in rows]
     assert found == [(200, 3, 0, 3, 30), (429, 120, 120, 0, 0)]
     assert ledger.gaps(*ALL) == []
-    _, sent = ledger.unsent("", 100) or ("", [])
-    assert [each["data"]["requests"] for each in sent] == [1, 40] * 3
 
 
 def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
-    """Its rows are one request each without a team, and a relay of the older version that still runs can store more."""
+    """Its rows are one request each without a team."""
     engine = Schema("it", MIGRATIONS, "usage_version").engine(DatabaseAddress(ledger_url))
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -107,14 +102,15 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
         row = "insert into usage_events (source, id, time_ms, day, status, {}) "
         row += "values ('old', {}, 0, '2026-01-01', 200, {})"
         sums = "inputs, input_tokens, cached_tokens, output_tokens, engine_ms"
-        connection.exec_driver_sql(row.format(sums, 1, "1, 2, 0, 0, 1.5"))
+        for number in (1, 2):
+            connection.exec_driver_sql(row.format(sums, number, "1, 2, 0, 0, 1.5"))
+        connection.exec_driver_sql("insert into usage_sources (source, watermark, sent) values ('old', 2, 2)")
     with pytest.raises(UsageError, match="has the version 0001") as caught:
         Ledger.read(ledger_url)
     assert "inferctl relay" in str(caught.value.hint)
     ledger = Ledger.open(ledger_url)
     ledger.apply([summed("new", 1)])
-    with engine.begin() as connection:
-        connection.exec_driver_sql(row.format(sums, 2, "1, 2, 0, 0, 1.5"))
+    assert ledger.watermarks(["old"]) == {"old": 2}
     found = [(row["source"], row["team"], row["requests"]) for row in ledger.usage(["source", "team"], *ALL)]
     assert sorted(found, key=str) == [("new", "t", 41), ("old", None, 2)]
     ledger.close()
@@ -122,12 +118,9 @@ def test_a_ledger_of_an_older_version_is_migrated(ledger_url: str) -> None:
 
 
 def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
-    valid = (
-        dict.fromkeys(cloud_event.FIELDS)
-        | dict.fromkeys(SUMS, 1)
-        | {"engine_ms": 1.0, "duration_ms": 1.0, "status": 200}
-    )
-    common, row = valid, [1, 1000, *(valid[name] for name in cloud_event.FIELDS[:11])]
+    fields = list(batch("a", 1, 1).events[0].data)
+    valid = dict.fromkeys(fields) | dict.fromkeys(SUMS, 1) | {"engine_ms": 1.0, "duration_ms": 1.0, "status": 200}
+    common, row = valid, [1, 1000, *(valid[name] for name in fields[:11])]
     contents = [b"no json", b'[{"source": "a"}]', b"[1]", b'{"requests": []}', b"{}", b"1", b"[" * 100_000]
     # What a database would reject, as if it were not available.
     for name, value in [
@@ -140,7 +133,7 @@ def test_what_is_no_batch_of_events_changes_nothing(ledger: Ledger) -> None:
         ("time", -1),
         ("time", 2**60),
     ]:
-        place = ["number", "time", *cloud_event.FIELDS].index(name)
+        place = ["number", "time", *fields].index(name)
         contents.append(json.dumps({"common": common, "requests": [[*row[:place], value, *row[place + 1 :]]]}).encode())
     for content in contents:
         with pytest.raises(ValueError, match="no batch"):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.tenancy.metering import cloud_event, prices, report
-from inferctl.tenancy.metering.cloud_event import Item
+from inferctl.tenancy.metering import prices, report, usage_event
 from inferctl.tenancy.metering.ledger import Ledger
 from inferctl.tenancy.metering.outbox import EventBatch
+from inferctl.tenancy.metering.usage_event import Item
 from tests.tenancy.parts import DAY, ORIGIN, batch, event
 
 BOOK = """\
@@ -109,9 +109,9 @@ def test_sums_and_costs_are_exact_decimals(ledger: Ledger, tmp_path: Path) -> No
         for number in range(3000)
     ]
     content = json.dumps(
-        cloud_event.requests(ORIGIN, [Item(n, DAY, each) for n, each in enumerate(usages, 1)])
+        usage_event.requests(ORIGIN, [Item(n, DAY, each) for n, each in enumerate(usages, 1)])
     ).encode()
-    events = cloud_event.read("a", content)
+    events = usage_event.read(content)
     ledger.apply([EventBatch("a", 1, len(usages), int(1000 * DAY), content)])
     (tmp_path / "exact.yaml").write_text(
         "prices: [{hardware: l4, currency: EUR, from: 2026-01-01, input: 0.07, engine_second: 0.0002}]"

@@ -74,18 +74,17 @@ def test_a_relay_steps_back_for_its_server_and_no_longer_after_its_end(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "warned"),
     [
-        ({}, []),
-        ({"ledger": "sqlite:///l", "mode": "on"}, []),
-        ({"ledger": "sqlite:///l"}, ["metering.ledger has no effect without `metering.mode: on`"]),
-        ({"broker": "nats://b", "sink": "http://s"}, ["metering.broker and metering.sink"]),
+        ({}, False),
+        ({"ledger": "sqlite:///l", "mode": "on"}, False),
+        ({"ledger": "sqlite:///l"}, True),
+        ({"broker": "nats://b"}, True),
     ],
 )
-def test_settings_without_effect_are_a_warning(settings: dict[str, str], named: list[str]) -> None:
+def test_an_address_without_effect_is_a_warning(settings: dict[str, str], warned: bool) -> None:
     found = list(metering.warnings(Metering.model_validate(settings)))
-    assert len(found) == len(named)
-    assert all(text in warning for text, warning in zip(named, found, strict=True))
+    assert ["metering.mode" in warning for warning in found] == [True] * warned
 
 
 def test_a_relay_can_read_the_settings_of_its_server() -> None:

@@ -1,8 +1,7 @@
 """The usage events of metering: one per request or per sum of requests, and one at the end of each server process.
 
-To others, each is a CloudEvent. `source` names the server process (instance and boot), `id` is a number that counts
-from 1, and together they never repeat. So a repeated event is recognized, and a lost one leaves a gap. An event never
-contains texts or API keys.
+`source` names the server process (instance and boot), `id` is a number that counts from 1, and together they never
+repeat. So a repeated event is recognized, and a lost one leaves a gap. An event never contains texts or API keys.
 
 The outbox has them as rows, without what they have in common: that takes a fifth of the time and of the bytes.
 """
@@ -13,17 +12,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from inferctl.config.spec_types import Task
 
-REQUEST = "inferctl.request.v1"
-# The last event of a server process. `data.clean`: False if the process was killed, then written after its death.
-END = "inferctl.end.v1"
-BATCH_MEDIA_TYPE = "application/cloudevents-batch+json"
-# `subject` of the events of requests without an API key.
-ANONYMOUS = "anonymous"
 # What a row of the outbox has of a request, after its number and time. A row of a sum also has how many it stands for;
 # without it, an older version reads the others.
 _ROW = [
@@ -40,9 +32,8 @@ _ROW = [
     "request_id",
 ]
 _WIDTH = len(_ROW)
-# `data` of the event of a request: its row and its `Origin`. The columns of the ledger have the same names.
+# What the requests of a batch have in common: their `Origin`. The columns of the ledger have the same names.
 _COMMON = ["model", "model_sha256", "task", "hardware"]
-FIELDS = [*_ROW, "requests", "team", *_COMMON]
 _TEXTS = {"key_id", "endpoint", "code", "request_id", "team", *_COMMON}
 _SECONDS = {"engine_ms", "duration_ms"}
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
@@ -101,25 +92,16 @@ class Origin:
 
 
 class Event(NamedTuple):
-    """One event. `time_ms`: since 1970. `data`: the `FIELDS` of a request, or `clean` of an end."""
+    """One event: of a request, or the last one of a server process. `time_ms`: since 1970.
+
+    `data`: of a request, what the ledger has of it. `ended`: None for a request, else clean or unclean: the process was
+    killed, so the event was written after its end.
+    """
 
     id: int
     time_ms: int
-    type: str
     data: dict[str, Any]
-
-    def as_cloud_event(self, source: str) -> dict[str, Any]:
-        """Return the event in the JSON format of CloudEvents."""
-        return {
-            "specversion": "1.0",
-            "type": self.type,
-            "source": source,
-            "id": str(self.id),
-            "time": datetime.fromtimestamp(self.time_ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
-            **({"subject": self.data["key_id"] or ANONYMOUS} if self.type == REQUEST else {}),
-            "datacontenttype": "application/json",
-            "data": self.data,
-        }
+    ended: Literal["clean", "unclean"] | None = None
 
 
 def is_free(usage: RequestUsage) -> bool:
@@ -158,13 +140,13 @@ def end(number: int, time_ms: int, *, clean: bool) -> bytes:
     return json.dumps({"end": [number, time_ms, clean]}).encode()
 
 
-def read(source: str, content: bytes, first: int = 1, last: int = 2**62) -> list[Event]:
-    """Return the events of a batch: of the outbox, or a JSON array of CloudEvents.
+def read(content: bytes, first: int = 1, last: int = 2**62) -> list[Event]:
+    """Return the events of a batch of the outbox.
 
     Raises `ValueError` for anything else: for what the ledger cannot store, and for numbers not from `first` to `last`.
     """
     try:
-        events = _read(source, json.loads(content))
+        events = _read(json.loads(content))
         for event in events:
             if not (first <= event.id <= last and 0 <= event.time_ms < _MAX_TIME_MS):
                 raise ValueError(f"the number {event.id} at {event.time_ms}")
@@ -175,15 +157,13 @@ def read(source: str, content: bytes, first: int = 1, last: int = 2**62) -> list
     return events
 
 
-def _read(source: str, found: Any) -> list[Event]:
-    if isinstance(found, list):
-        return [_event(each) for each in found if each["source"] == source]
+def _read(found: Any) -> list[Event]:
     if "end" in found:
         number, time_ms, clean = found["end"]
-        return [Event(number, time_ms, END, {"clean": clean})]
+        return [Event(number, time_ms, {}, "clean" if clean else "unclean")]
     common, teams = {name: found["common"][name] for name in _COMMON}, dict(found.get("teams", {}))
     return [
-        Event(number, time_ms, REQUEST, _row(values) | {"team": teams.get(values[0])} | common)
+        Event(number, time_ms, _row(values) | {"team": teams.get(values[0])} | common)
         for number, time_ms, *values in found["requests"]
     ]
 
@@ -196,17 +176,8 @@ def _check(name: str, value: Any) -> None:
     elif name in _SECONDS:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}")
-    elif not (type(value) is int or name == "clean") or not 0 <= value < (2**31 if name == "status" else 2**62):
+    elif type(value) is not int or not 0 <= value < (2**31 if name == "status" else 2**62):
         raise ValueError(f"{name} is {value!r}")
-
-
-def _event(found: dict[str, Any]) -> Event:
-    time_ms = round(1000 * datetime.fromisoformat(found["time"]).timestamp())
-    data = found["data"]
-    if found["type"] == REQUEST:
-        data = {"requests": 1, "team": None, **data}  # an older version does not have them
-    names = FIELDS if found["type"] == REQUEST else ["clean"]
-    return Event(int(found["id"]), time_ms, found["type"], {name: data[name] for name in names})
 
 
 def _row(values: Sequence[Any]) -> dict[str, Any]:
