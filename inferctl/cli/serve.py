@@ -98,7 +98,7 @@ def serve(
     spec = options.load(spec_file, flags).spec
     try:
         with lazy.deferred_signals():
-            from inferctl.serve import server
+            from inferctl.serve import start
             from inferctl.serve.observe import tracing
     except ModuleNotFoundError as error:
         raise NotReadyError(
@@ -120,7 +120,7 @@ def serve(
         traces=tracing.enabled(os.environ),
     )
     spinner = console.progress if sys.stderr.isatty() else None
-    raise typer.Exit(server.run(spec, server_options, console.note, download.fetch, spinner))
+    raise typer.Exit(start.run(spec, server_options, console.note, download.fetch, spinner))
 
 
 def _command_line_options(context: typer.Context) -> dict[str, Any]:

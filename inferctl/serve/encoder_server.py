@@ -17,24 +17,23 @@ from inferctl.models.model import ModelFolder
 from inferctl.reading import task_config
 from inferctl.serve import event_loop
 from inferctl.serve.api import app
-from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.backend.local_backend import LocalBackend
 from inferctl.serve.cache import vector_cache
 from inferctl.serve.edge import access
-from inferctl.serve.edge.key_limits import KeyLimits
-from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.observe import describe
-from inferctl.serve.observe.metering import ServerMetering
 from inferctl.serve.observe.metrics import Metrics, objectives
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.processes.api_processes import ApiProcesses
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
+from inferctl.tenancy.access.limits import Limiter
 
 # `serve.api_processes: auto`. One API process does not keep a GPU busy with small models; a CPU needs its cores itself.
 _CORES_PER_API_PROCESS, _MOST_AUTO = 4, 4
@@ -57,11 +56,8 @@ class EncoderServer(ServerLifetime):
         capacity_slo_ms = self._capacity.slo_p99_ms if self._capacity else None
         slo_ms = spec.slo.p99_ms or capacity_slo_ms
         self._admission = describe.admission_line(spec.slo.p99_ms, capacity_slo_ms)
-        super().__init__(spec, task, options, notify, progress)
         self._processes = processes = _api_processes(spec)
-        if processes > 1:  # each of them records its own requests
-            off = spec.metering.model_copy(update={"mode": "off"})
-            self._metering = ServerMetering(off, spec.name, task, known_callers=spec.access.required)
+        super().__init__(spec, task, options, notify, progress, records=processes == 1)
         # Each part gets those that it passes a request on to, so the first ones are the last that a request meets.
         self._metrics = metrics = Metrics(objectives(spec.slo, slo_ms))
         self._batcher = Batcher(_queue_limits(spec, slo_ms), LatencyModel(self._capacity))
@@ -75,14 +71,10 @@ class EncoderServer(ServerLifetime):
             progress.phase,
         )
         self._cache = vector_cache.create(spec.cache, task, metrics)
-        self._limits = KeyLimits(spec.access, spec.name, self._revoke) if self._access else None
-        self._backend = LocalBackend(self._dispatcher, metrics, self._cache, self._limits)
+        limiter = Limiter(spec.access.replicas, exchanges=spec.access.broker is not None)
+        self._exchange = Exchange.of(spec.access, limiter, spec.name, self._revoke)
+        self._backend = LocalBackend(self._dispatcher, metrics, self._cache, limiter)
         self._tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)
-        self._lifecycle = Lifecycle(
-            ready=lambda: self._dispatcher.ready and self._front.up > 0,
-            live=lambda: not self._crash_looping,
-            keys_known=lambda: access.known(self._access),
-        )
         self._sizes = {"dimensions": 0, "token_dimensions": 0, "vocabulary_size": 0}
         self._engine: EngineInfo | None = None  # the first one that was ready
         self._device: dict[str, Any] | None = None  # that of the last one
@@ -92,15 +84,12 @@ class EncoderServer(ServerLifetime):
         if processes == 1:
             self._front = FrontEnd(
                 spec,
-                task,
                 self._config,
+                self._process,
+                metrics,
                 self._tokenizer,
                 self._backend,
-                self._lifecycle,
                 self._page,
-                self._emitter(metrics),
-                self._metering.check,
-                self._access,
                 truncate=options.truncate,
             )
         else:
@@ -125,10 +114,16 @@ class EncoderServer(ServerLifetime):
         self._info: dict[str, Any] | None = None
         self._ready_seconds = 0.0
 
+    def _ready(self) -> bool:
+        return self._dispatcher.ready and self._front.up > 0
+
+    def _live(self) -> bool:
+        return not (self._pool.crash_looping or (self._api is not None and self._api.crash_looping))
+
     async def _serve(self) -> int:
         self._metering.watch(self._metrics)
         self._engines = asyncio.create_task(self._pool.run())
-        exchange = asyncio.create_task(self._limits.exchange()) if self._limits else None
+        exchange = asyncio.create_task(self._exchange.run()) if self._exchange else None
         serving = asyncio.create_task(self._front.serve([self._socket]))
         await asyncio.wait((serving, self._engines), return_when=asyncio.FIRST_COMPLETED)
         if self._engines.done():
@@ -210,10 +205,6 @@ class EncoderServer(ServerLifetime):
         if self._api:
             self._api.update()  # else a process could still reject who reads here that the server is ready
         self._announce()
-
-    @property
-    def _crash_looping(self) -> bool:
-        return self._pool.crash_looping or (self._api is not None and self._api.crash_looping)
 
     def _revoke(self, ids: Iterable[str]) -> None:
         if self._access:

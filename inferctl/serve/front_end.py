@@ -5,41 +5,36 @@ from __future__ import annotations
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from inferctl.config.spec import Spec, Task
+from inferctl.config.spec import Spec
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.api import app
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.backend.backend import Backend
 from inferctl.serve.edge import listener
-from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.connection import Connection
-from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.middleware import Edge, EdgeLimits
+from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge.request_context import UsageEvent
+from inferctl.serve.edge_process import EdgeProcess
+from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
+from inferctl.serve.work import Backend
 
 
 class FrontEnd:
     """`model`: what the endpoints know of it; its sizes are set when an engine is ready.
 
-    `emit` gets the usage events. `processes`: how many front ends the server has, which share
-    what it can hold.
+    `page`: as of `Edge`. `processes`: how many front ends the server has, which share what it can hold.
     """
 
     def __init__(
         self,
         spec: Spec,
-        task: Task,
         config: TaskConfig,
+        process: EdgeProcess,
+        metrics: Metrics,
         tokenizer: TokenizerPool,
         backend: Backend,
-        lifecycle: Lifecycle,
         page: Callable[[str], Awaitable[Page]],
-        emit: Callable[[UsageEvent], None],
-        check_metering: Callable[[], None],
-        access: EdgeAccess | None,
         *,
         truncate: bool,
         processes: int = 1,
@@ -51,17 +46,14 @@ class FrontEnd:
         self._tokenizer = tokenizer
         whole = EdgeLimits()
         limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)
-        self._edge = Edge(
+        self._edge = process.edge(
             app.create(Inference(self.model, tokenizer, backend)),
-            lifecycle,
-            emit=emit,
-            page=page,
-            endpoints=app.names(task),
-            error_body=app.error_body(task),
+            metrics,
+            page,
+            endpoints=app.names(config.task),
+            error_body=app.error_body(config.task),
             limits=limits,
-            access=access,
-            charge=backend.charge,
-            check_metering=check_metering,
+            backend=backend,
         )
         self.http = listener.HttpServer(self._edge, spec.serve.drain_seconds, self._edge.rejected, connection)
 

@@ -15,11 +15,8 @@ from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.serve import relay_process
 from inferctl.serve.edge import access, listener
-from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.request_context import UsageEvent
+from inferctl.serve.edge_process import EdgeProcess
 from inferctl.serve.observe import metering
-from inferctl.serve.observe.metering import ServerMetering
-from inferctl.serve.observe.metrics import RequestMetrics
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
 from inferctl.serve.signals import EXIT_TERMINATED, StopSignals
@@ -34,18 +31,29 @@ class ServerLifetime(ABC):
     and completes them for `drain_seconds`. A second signal kills what computes.
     """
 
-    _lifecycle: Lifecycle
     _socket: socket.socket
     _url: str
 
     def __init__(
-        self, spec: Spec, task: Task, options: ServerOptions, notify: Callable[[str], None], progress: StartProgress
+        self,
+        spec: Spec,
+        task: Task,
+        options: ServerOptions,
+        notify: Callable[[str], None],
+        progress: StartProgress,
+        *,
+        records: bool = True,
     ) -> None:
+        """`records`: whether this process records its requests; other processes of the server may do it."""
         self._spec, self._options, self._notify, self._progress = spec, options, notify, progress
         self._started = time.monotonic()
-        self._metering = ServerMetering(spec.metering, spec.name, task, known_callers=spec.access.required)
         self._relay = relay_process.start(spec, notify)
-        self._access = access.create(spec.access, (spec.name, spec.model.source))
+        models, log, traces = (spec.name, spec.model.source), options.log, options.traces
+        recording = spec.metering if records else spec.metering.model_copy(update={"mode": "off"})
+        self._process = process = EdgeProcess(
+            spec.name, models, task, spec.access, recording, self._ready, self._live, log=log, traces=traces
+        )
+        self._metering, self._access, self._lifecycle = process.metering, process.access, process.lifecycle
         self._drain_end = 0.0
         self._signals = 0
         self._interrupted = False
@@ -83,6 +91,14 @@ class ServerLifetime(ABC):
         return EXIT_INTERRUPTED if self._interrupted else 0
 
     @abstractmethod
+    def _ready(self) -> bool:
+        """Return whether the task can compute."""
+
+    @abstractmethod
+    def _live(self) -> bool:
+        """Return False if the process should be restarted."""
+
+    @abstractmethod
     async def _serve(self) -> int:
         """Serve until `_close` was called and the responses are complete. Return how many are not."""
 
@@ -105,11 +121,6 @@ class ServerLifetime(ABC):
     def _warnings(self, host: str) -> Iterator[str]:
         yield from access.warnings(self._spec.access, host)
         yield from metering.warnings(self._spec.metering)
-
-    def _emitter(self, metrics: RequestMetrics) -> Callable[[UsageEvent], None]:
-        """Return what the edge calls with each event."""
-        options = self._options
-        return metering.emitter(metrics, self._metering, options.log, options.traces, self._spec.name)
 
     def _announce(self) -> None:
         """Write the file that other processes wait for. If that fails, the server ends: they would wait forever."""

@@ -84,13 +84,13 @@ def main(command_line: list[str]) -> int:
     resolved = settings.resolve(settings.read(Path(file)) if file else None, os.environ, flags)
     for warning in resolved.warnings:
         _print(f"warning: {warning}")
-    from inferctl.serve import server
+    from inferctl.serve import start
     from inferctl.serve.observe import tracing
     from inferctl.serve.options import ServerOptions
 
     image = reference(values.pop("image_reference", None))
     options = ServerOptions(**values, image=image, traces=tracing.enabled(os.environ))
-    return server.run(resolved.spec, options, _print)
+    return start.run(resolved.spec, options, _print)
 
 
 def reference(image: str | None) -> tuple[str, str | None] | None:

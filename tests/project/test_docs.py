@@ -43,7 +43,7 @@ def test_links_between_pages_are_valid(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_files_a_page_names_exist(page: Path) -> None:
-    """A page may shorten a path to its last parts: `serve/server.py` for `inferctl/serve/server.py`."""
+    """A page may shorten a path to its last parts: `serve/start.py` for `inferctl/serve/start.py`."""
     for name in re.findall(r"[\w./-]*\w\.py\b", page.read_text(encoding="utf-8")):
         assert any(file.endswith(f"/{name}") for file in FILES), f"{page.name} names {name}, which does not exist"
 

@@ -143,19 +143,28 @@ def test_no_modules_import_each_other() -> None:
 SERVE_BOUNDARIES = {
     "edge": ("api", "backend", "processes", "cache", "scheduling", "engine_process", "engines", "text"),
     "text": ("api", "edge", "backend", "processes", "cache", "scheduling", "engine_process", "engines"),
-    "scheduling": ("api", "edge", "engines"),
+    "backend": ("api", "edge", "processes", "engines", "text"),
+    "scheduling": ("api", "edge", "backend", "engines"),
     "engine_process": ("api", "edge", "scheduling"),
     "engines": ("api", "edge", "scheduling"),
-    "cache": ("api", "edge", "engines"),
+    "cache": ("api", "edge", "backend", "engines"),
 }
 
 
 @pytest.mark.parametrize("package", SERVE_BOUNDARIES)
-def test_only_the_edge_and_the_endpoints_know_http(package: str) -> None:
+def test_the_packages_of_the_server_know_only_those_behind_them(package: str) -> None:
     for file in (PACKAGE / "serve" / package).glob("*.py"):
         for name in imports(file):
             unwanted = [f"inferctl.serve.{other}." for other in SERVE_BOUNDARIES[package]]
             assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
+
+
+def test_only_edge_endpoints_and_generation_know_http() -> None:
+    serve = PACKAGE / "serve"
+    for file in serve.rglob("*.py"):
+        if file.relative_to(serve).parts[0] not in ("edge", "api", "generate"):
+            found = {name for name in imports(file) if name.startswith("inferctl.serve.edge.errors")}
+            assert not found, f"{file} imports {found}"
 
 
 # The modules of `deploy` that know the objects which it writes. All others make the plan that these read.

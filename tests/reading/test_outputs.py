@@ -25,7 +25,7 @@ from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tokenize import tokenize
-from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.backend.local_backend import LocalBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
@@ -652,7 +652,7 @@ def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path) -> No
     async def post(sent: asyncio.Event, go_on: asyncio.Event) -> None:
         body = json.dumps({"inputs": "a " * 60}).encode()
         scope: Any = {"headers": [], "state": {}}
-        RequestContext.of(scope, "tokenize")
+        RequestContext.of(scope)
 
         async def receive() -> Any:
             return {"type": "http.request", "body": body}

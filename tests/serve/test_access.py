@@ -24,7 +24,7 @@ from inferctl.serve.edge import access
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
-from inferctl.tenancy.access.limits import Charge, KeyUsage, Limiter
+from inferctl.tenancy.access.limits import Charge, Limiter
 from tests.processes import CLIENT, ServerProcess, start, until
 from tests.tenancy.key_files import add
 
@@ -200,15 +200,11 @@ def test_the_log_has_the_id_of_the_key_and_never_the_key(guarded: Guarded) -> No
         ),
     ],
 )
-def test_headers_name_only_limits_that_exist(
-    limits: tuple[int | None, int | None], lines: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_headers_name_only_limits_that_exist(limits: tuple[int | None, int | None], lines: list[bytes]) -> None:
     now = 1_000_000_004.0  # 61 s before a cell that began 4 s ago leaves the window
-    monkeypatch.setattr(time, "time", lambda: now)
-    usage = KeyUsage(Limiter(), "a")
-    usage.limits = limits
+    usage = Limiter().usage("a", limits, now)
     Charge(usage, now)
-    assert access.limit_lines(usage).splitlines() == lines
+    assert access.limit_lines(usage.quotas(now)).splitlines() == lines
 
 
 def test_limits_have_headers_and_a_429(guarded: Guarded) -> None:

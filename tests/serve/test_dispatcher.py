@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferctl.batching.batcher import AdmissionError, Batcher, QueueLimits
+from inferctl.batching.batcher import Batcher, QueueLimits
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.reading.rows import Tokens
 from inferctl.serve.cache.store import VectorStore
 from inferctl.serve.cache.vector_cache import VectorCache
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, DeviceInfo, EngineInfo, PrecisionInfo
 from inferctl.serve.observe.metrics import Metrics
-from inferctl.serve.scheduling.dispatcher import Dispatcher, EngineFailedError, EngineUnavailableError, RequestResult
+from inferctl.serve.scheduling.dispatcher import Dispatcher, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
+from inferctl.serve.work import Caller, RejectedError, Work
 
 INFO = EngineInfo(
     1, "none", "", PrecisionInfo("fp32", "fp32", "native", ""), DeviceInfo("cpu", "virtual", None, 0), batch_tokens=8
@@ -137,7 +138,7 @@ def test_only_faulty_requests_fail(
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         for rows, fault, result in zip(asked, faults, results, strict=False):
             if fault:
-                assert isinstance(result, EngineFailedError if fault == FAILING else EngineUnavailableError)
+                assert result.reason == ("engine_failed" if fault == FAILING else "engine_unavailable")
             else:
                 assert result.rows[:, 0].tolist() == [row[-1] for row in rows]
         # A request that crashes engines can run on every engine at once, first with others, then in isolation. Its
@@ -169,7 +170,7 @@ def test_every_request_completes_once_when_engines_are_killed_at_any_moment(
         await world.drain()
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         for rows, result in zip(requests, results, strict=True):
-            if isinstance(result, EngineUnavailableError):
+            if isinstance(result, RejectedError):
                 assert world.crashes >= 2, "only two crashes while it runs can fail a request"
             else:
                 assert result.rows[:, 0].tolist() == [row[-1] for row in rows]
@@ -197,11 +198,11 @@ def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str
         ended: set[asyncio.Task[Any] | None] = set()
         events: list[tuple[int, int, float]] = []
 
-        async def ask(rows: list[Tokens], **options: Any) -> Any:
+        async def ask(rows: list[Tokens], bulk: bool, directives: bytes) -> Any:
             use = EngineUse()
-            submit = partial(world.dispatcher.submit, bulk=options["bulk"])
+            submit = partial(world.dispatcher.submit, bulk=bulk)
             try:
-                return await cache.run(None, rows, submit, use, **options)
+                return await cache.run(Work(Caller(bulk=bulk), rows, None, directives), submit, use)
             finally:  # as the edge does, which then looks no more for a client that leaves
                 ended.add(asyncio.current_task())
                 await use.settled()
@@ -215,7 +216,7 @@ def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str
                 if number == 9:
                     rows.append(tokens([FAILING]))
                 directives = b"no-cache" if number == 8 else b"no-store" if number == 7 else b""
-                asked.append(asyncio.ensure_future(ask(rows, bulk=action == "bulk", directives=directives)))
+                asked.append(asyncio.ensure_future(ask(rows, action == "bulk", directives)))
             elif action == "leave" and asked:
                 chosen = asked[-1 - number % len(asked)]
                 if chosen not in left | ended:
@@ -237,7 +238,7 @@ def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str
         assert sum(seconds for *_, seconds in events) == pytest.approx(world.computed / 10)
         assert all(tokens <= length for length, tokens, _ in events)
         for task, result in zip(asked, results, strict=True):
-            assert isinstance(result, RequestResult | EngineFailedError | EngineUnavailableError) or task in left
+            assert isinstance(result, RequestResult | RejectedError) or task in left
 
     run(scenario)
 
@@ -292,7 +293,7 @@ def test_a_prefetched_batch_is_not_retried_in_isolation() -> None:
         assert sizes[:2] == [[1], [1]], "in isolation: crashing request, neighbor"
         assert sizes[2:] == [[2, 2], [2], [1], []]
         results = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert [isinstance(result, EngineUnavailableError) for result in results] == [False, True, *[False] * 6]
+        assert [isinstance(result, RejectedError) for result in results] == [False, True, *[False] * 6]
 
     run(scenario)
 
@@ -320,7 +321,7 @@ def test_check_admission_rejects_any_request_when_the_engine_is_too_busy_for_the
         world.dispatcher.check_admission()
         task = world.request([20] * 8)  # 0.8 s
         await run_callbacks()
-        with pytest.raises(AdmissionError):
+        with pytest.raises(RejectedError):
             world.dispatcher.check_admission()
         await world.drain()
         await task
@@ -333,7 +334,7 @@ def test_the_predicted_wait_includes_the_remaining_time_of_running_batches() -> 
         world = World(slo=1.0)
         task = world.request([20] * 8)  # 0.8 s
         await run_callbacks()
-        with pytest.raises(AdmissionError) as rejected:
+        with pytest.raises(RejectedError) as rejected:
             await world.request([21] * 4)
         assert rejected.value.retry_after == pytest.approx(0.2)
         world.now += 0.25
@@ -461,12 +462,12 @@ def test_without_an_engine_new_requests_fail_and_accepted_ones_wait() -> None:
         await run_callbacks()
         world.crash(world.engines[0])
         assert not world.dispatcher.ready
-        with pytest.raises(EngineUnavailableError):
+        with pytest.raises(RejectedError):
             world.dispatcher.submit([tokens([5])])
         await run_callbacks()
         assert not task.done()
         world.dispatcher.fail_all("the server ends")
-        with pytest.raises(EngineUnavailableError, match="the server ends"):
+        with pytest.raises(RejectedError, match="the server ends"):
             await task
 
     run(scenario)
@@ -516,7 +517,7 @@ def test_a_sequence_that_does_not_fit_into_memory_in_isolation_is_rejected() -> 
         await run_callbacks()
         for _ in range(2):
             world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "no memory", True)
-        with pytest.raises(EngineUnavailableError, match="insufficient memory for this request: no memory"):
+        with pytest.raises(RejectedError, match="insufficient memory for this request: no memory"):
             await task
         assert world.dispatcher.out_of_memory == 2
 

@@ -15,12 +15,13 @@ from starlette.types import Message, Receive, Scope, Send
 from inferctl.config import spec
 from inferctl.serve.edge import request_context
 from inferctl.serve.edge.access import EdgeAccess
+from inferctl.serve.edge.edge import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.middleware import ClientDisconnectedError, Edge, EdgeLimits, unless_disconnected
 from inferctl.serve.edge.pages import Pages
-from inferctl.serve.edge.request_context import RequestContext, UsageEvent, context_of
+from inferctl.serve.edge.request_context import Asked, Exchange, RequestContext, UsageEvent, context_of
 from inferctl.serve.observe.metrics import Metrics
+from inferctl.serve.work import Caller
 from tests.tenancy.key_files import add
 
 Run = Callable[..., Coroutine[Any, Any, "Answer"]]
@@ -68,8 +69,10 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
 def disconnect(state: dict[str, Any]) -> None:
     """Do what the connection does if its client disconnects."""
-    state[request_context.DISCONNECTED] = True
-    state.get(request_context.ON_DISCONNECT, lambda: None)()
+    exchange = Exchange.of({"state": state})
+    exchange.disconnected = True
+    if exchange.on_disconnect:
+        exchange.on_disconnect()
 
 
 class Setting:
@@ -167,7 +170,9 @@ def test_a_failure_has_an_envelope_and_one_event(setting: Setting, path: str, st
 
 @pytest.mark.parametrize("path", ["/wait", "/error", "/v1/embeddings"])
 def test_the_event_has_the_status_of_a_rejection_by_the_connection(setting: Setting, path: str) -> None:
-    asyncio.run(setting.send(path, leaves=True, state={request_context.REJECTION: (431, "headers_too_large")}))
+    state: dict[str, Any] = {}
+    Exchange.of({"state": state}).rejection = 431, "headers_too_large"
+    asyncio.run(setting.send(path, leaves=True, state=state))
     assert [(event.status, event.code) for event in setting.events] == [(431, "headers_too_large")]
 
 
@@ -270,11 +275,11 @@ def test_requests_in_flight_are_limited_in_number_and_bytes(setting: Setting) ->
 def test_a_single_body_in_parts_may_be_larger_than_what_all_bodies_may_have(tenants: list[str]) -> None:
     """With many API processes, each has a small part of what all bodies may have."""
     edge = Setting(EdgeLimits(max_body_bytes=400, max_requests=4, max_bytes=200)).edge
-    first = RequestContext("embeddings", tenant="a" if tenants else None)
+    first, second = (RequestContext(Asked(), 0, Caller(tenant=name if tenants else None)) for name in "ab")
     for _ in range(3):
         edge.add_body(first, 100)
     with pytest.raises(ApiError) as rejected:
-        edge.add_body(RequestContext("embeddings", tenant="b" if tenants else None), 100)
+        edge.add_body(second, 100)
     assert rejected.value.code == "too_many_bytes"
     with pytest.raises(ApiError) as rejected:
         edge.add_body(first, 101)

@@ -346,7 +346,7 @@ def test_the_log_has_the_traceback_of_an_internal_error(start: Start) -> None:
 
 
 def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
-    context = RequestContext("completions")
+    context = RequestContext.of({"headers": []})
     meter = StreamMeter(context, VllmRequest(b"", 0, prompts=2, choices=2))
     for index in (0, 1, 2, 3, 0, 3):
         usage = b'{"prompt_tokens":%d,"completion_tokens":4}' % (3 if index < 2 else 6)
@@ -362,7 +362,7 @@ def test_each_prompt_of_a_stream_that_was_left_is_counted_once() -> None:
     [('{"cached_tokens":5}', 5), ('{"cached_tokens":5,"multimodal_tokens":{"image":3}}', 5), ("null", 0), ("{}", 0)],
 )
 def test_cached_tokens_are_those_that_vllm_reports(stream: bool, details: str, cached: int) -> None:
-    context = RequestContext("chat")
+    context = RequestContext.of({"headers": []})
     usage = f'{{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":{details}}}'
     if stream:
         meter = StreamMeter(context, VllmRequest(b"", 0))

@@ -262,7 +262,7 @@ def test_what_the_machine_does_not_have_is_an_error(
 
 
 def test_the_api_process_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, inferctl.serve.server; print(sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
+    code = "import sys, inferctl.serve.start; print(sorted({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -16,6 +16,8 @@ from inferctl.serve.api.embeddings import EmbeddingRequest
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 
+CONTEXT = RequestContext.of({"headers": []})
+
 
 @pytest.mark.parametrize("value", ["a text", ["one", "two"], [1, 2, 3], [[1, 2], [3]]])
 def test_all_four_types_of_input_are_accepted(value: object) -> None:
@@ -125,7 +127,7 @@ def test_short_responses_have_a_length_and_long_ones_arrive_in_parts(sizes: list
     async def send(message: Any) -> None:
         messages.append(message)
 
-    asyncio.run(inference.send_json(send, (bytes([65 + n]) * size for n, size in enumerate(sizes)), RequestContext("")))
+    asyncio.run(inference.send_json(send, (bytes([65 + n]) * size for n, size in enumerate(sizes)), CONTEXT))
     start, *bodies = messages
     body = b"".join(message["body"] for message in bodies)
     assert body == b"".join(bytes([65 + n]) * size for n, size in enumerate(sizes))
@@ -148,7 +150,7 @@ def test_short_parts_that_take_long_let_others_have_their_turn() -> None:
 
     async def run() -> None:
         beside = asyncio.create_task(other())
-        await inference.send_json(send, (time.sleep(0.002) or b"a" for _ in range(50)), RequestContext(""))
+        await inference.send_json(send, (time.sleep(0.002) or b"a" for _ in range(50)), CONTEXT)
         beside.cancel()
 
     asyncio.run(run())

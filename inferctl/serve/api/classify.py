@@ -142,7 +142,7 @@ async def classify(inference: Inference, scope: Scope, receive: Receive, send: S
     context, request = await inference.receive(scope, receive, partial(inference.parse, ClassifyRequest))
     logits = await _logits(inference, scope, request.input, request.truncate, "input")
     scores = logits if request.use_activation is False else inference.model.activation(logits)
-    model, tokens, id_ = inference.model, context.input_tokens, context.id.decode()
+    model, tokens, id_ = inference.model, context.input_tokens, context.asked.id.decode()
     if pooling:
         parts = embeddings.response(scores, "float", model.name, tokens, pooling=id_)
     else:
@@ -163,7 +163,7 @@ async def _logits(
     inference: Inference, scope: Scope, items: Sequence[Item], truncate: bool | None, field: str
 ) -> Vectors:
     """Return the logits of each item: float32, [items, labels]. `field`: of the request, for errors."""
-    tenant, tokenizer = context_of(scope).tenant, inference.tokenizer
+    tenant, tokenizer = context_of(scope).caller.tenant, inference.tokenizer
     allowed = inference.model.truncate if truncate is None else truncate
 
     async def tokenize() -> tuple[list[Tokens], list[int] | None]:

@@ -100,7 +100,7 @@ class CohereEmbed:
         """Return the JSON of a response. Part of `EmbeddingApi`."""
         plain = self.version == 1 and request.embedding_types is None
         kind = "embeddings_floats" if plain else "embeddings_by_type"
-        yield orjson.dumps({"id": context.id.decode(), "response_type": kind})[:-1] + b',"embeddings":'
+        yield orjson.dumps({"id": context.asked.id.decode(), "response_type": kind})[:-1] + b',"embeddings":'
         for number, name in enumerate(dict.fromkeys(request.embedding_types or ("float",))):
             separator = b"[" if plain else b'%s"%s":[' % (b"," if number else b"{", name.encode())
             for bounds in parts(vectors):

@@ -281,14 +281,14 @@ class EmbeddingsEndpoint:
         if model.prompts.unused and isinstance(request.items[0], str):
             named = request.prompt is not None or request.prompt_name is not None
             if prompt is None or (not named and model.prompts.misses_query(request.input_type)):
-                self._remind(context.key_id)
+                self._remind(context.caller.id)
         names = chosen(model, request.outputs)
         dimensions = model.dimensions_for(request.dimensions) if "dense" in names else None
         # What cannot be returned is rejected before anything is computed.
         if "dense" in names and model.normalized and request.normalized is False:
             message = f"model {model.name!r} normalizes its vectors: `normalized` must be true"
             raise ApiError(400, message, code="invalid_value", param="normalized")
-        rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.tenant))
+        rows = await self.inference.run(scope, partial(self._tokenize, request, prompt, names, context.caller.tenant))
         normalized = None if model.normalized else request.normalized
         if names == ("dense",):
             vectors = np.stack(rows) if isinstance(rows, list) else rows
@@ -397,7 +397,7 @@ class OpenAi:
             return self._several(request, found, model, context)
         wanted = request.output_dtype or "float"
         check_range(found, wanted)
-        pooling = context.id.decode() if self.pooling else None
+        pooling = context.asked.id.decode() if self.pooling else None
         return response(found, request.encoding_format, model.name, context.input_tokens, wanted, pooling)
 
     def _several(
@@ -427,7 +427,7 @@ class OpenAi:
             yield head
             separator = b","
         usage = {"prompt_tokens": context.input_tokens, "total_tokens": context.input_tokens}
-        rest = {"id": context.id.decode(), "created": int(time.time())} if self.pooling else {}
+        rest = {"id": context.asked.id.decode(), "created": int(time.time())} if self.pooling else {}
         yield b"]," + orjson.dumps({**rest, "model": model.name, "usage": usage})[1:]
 
 

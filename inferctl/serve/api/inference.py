@@ -15,13 +15,12 @@ from starlette.types import Receive, Scope, Send
 from inferctl.reading.rows import Rows, Tokens
 from inferctl.serve.api import schemas
 from inferctl.serve.api.served_model import ServedModel
-from inferctl.serve.backend.backend import Backend
+from inferctl.serve.edge.edge import read_body, unless_disconnected
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
-from inferctl.serve.edge.middleware import read_body, unless_disconnected
 from inferctl.serve.edge.request_context import RequestContext, context_of
-from inferctl.serve.scheduling.dispatcher import RequestResult
 from inferctl.serve.text.text_parts import InputError
 from inferctl.serve.text.tokenizer_pool import Token, TokenizerBusyError, TokenizerPool, TokenizerShareError
+from inferctl.serve.work import Backend, Outcome, Work
 from inferctl.tenancy.access.limits import BYTES_PER_TOKEN
 
 # Larger bodies are parsed on another thread. For smaller ones, the switch takes longer than the work.
@@ -52,56 +51,60 @@ class Inference:
     async def receive(self, scope: Scope, receive: Receive, parse: Callable[[bytes], T]) -> tuple[RequestContext, T]:
         """Return the context of a request, and `parse(body)`, run on another thread for a large body.
 
-        Raises `ApiError` if its headers or a full queue rule it out, what `read_body` raises, and the error of `parse`.
+        Raises `ApiError` or `RejectedError` if its headers or a full queue rule it out, what `read_body` raises, and the
+        error of `parse`.
         """
         context = context_of(scope)
-        schemas.check_content_type(context.content_type)
-        if context.priority not in (b"", b"interactive", b"bulk"):
-            message = f"x-priority must be `interactive` or `bulk`, got {context.priority.decode('latin-1')!r}"
+        schemas.check_content_type(context.asked.content_type)
+        if (priority := context.asked.priority) not in (b"", b"interactive", b"bulk"):
+            message = f"x-priority must be `interactive` or `bulk`, got {priority.decode('latin-1')!r}"
             raise ApiError(400, message, code="invalid_priority", param="x-priority")
-        await self.backend.admit(context, context.content_length)  # before the body is read
-        raw = await read_body(context, receive)
+        if context.full is not None:  # so the body is not read
+            raise context.full
+        raw = await read_body(receive)
         try:
             large = len(raw) > _INLINE_BODY_BYTES
             return context, await asyncio.to_thread(_parse_large, parse, raw) if large else parse(raw)
         except ApiError:
-            _in_vain(context, len(raw) // BYTES_PER_TOKEN)
+            context.in_vain = len(raw) // BYTES_PER_TOKEN
             raise
 
     async def run(self, scope: Scope, tokenize: Tokenize) -> Rows:
         """Return the rows of the sequences, and store counts and times in the context.
 
-        `tokenize` gives the sequences and their marks (see `Batch`). Raises `ApiError`, `LimitError`
-        if the tokens exceed a limit of the key, and `ClientDisconnectedError` if the client disconnects first.
+        `tokenize` gives the sequences and their marks (see `Batch`). Raises `ApiError`, `RejectedError`, and
+        `ClientDisconnectedError` if the client disconnects first.
         """
         context, started = context_of(scope), time.monotonic()
 
-        async def compute() -> tuple[RequestResult, float]:
+        async def compute() -> tuple[Outcome, float]:
             try:
                 sequences, marks = await tokenize()
             except (InputError, asyncio.CancelledError):
-                _in_vain(context, context.body_bytes // BYTES_PER_TOKEN)
+                context.in_vain = context.body_bytes // BYTES_PER_TOKEN
                 raise
             context.inputs, tokens = len(sequences), sum(map(len, sequences))
             if tokens > self.model.max_tokens:
-                _in_vain(context, tokens)
+                context.in_vain = tokens
                 message = f"the request has at least {tokens} tokens; the limit is {self.model.max_tokens}"
                 raise ApiError(400, message, code="too_many_tokens")
             tokenized = time.monotonic()
-            return await self.backend.compute(context, sequences, marks), tokenized
+            work = Work(context.caller, sequences, marks, context.asked.cache_control)
+            return await self.backend.submit(context.number, work), tokenized
 
-        result, tokenized = await self.unless_disconnected(compute, scope)
-        context.model = self.model.name
-        times = (tokenized - started, result.queue_seconds, result.inference_seconds)
+        outcome, tokenized = await self.unless_disconnected(compute, scope)
+        context.count(outcome.used)
+        context.computed, context.model = True, self.model.name
+        times = (tokenized - started, outcome.queue_seconds, outcome.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
-        return result.rows
+        return outcome.rows
 
     async def tokens(self, scope: Scope, tokenize: Callable[[], Awaitable[list[list[Token]]]]) -> list[list[Token]]:
         """Return the tokens of texts. They count for the limits of the key, but are not computed: no usage."""
         context = context_of(scope)
         found = await self.unless_disconnected(tokenize, scope)
         context.model, context.inputs = self.model.name, len(found)
-        _in_vain(context, sum(map(len, found)))
+        context.in_vain = sum(map(len, found))
         return found
 
     async def unless_disconnected(self, work: Callable[[], Awaitable[T]], scope: Scope) -> T:
@@ -151,8 +154,3 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
         await asyncio.sleep(0)  # other requests have their turn
         body = part
     await send({"type": "http.response.body", "body": body})
-
-
-def _in_vain(context: RequestContext, tokens: int) -> None:
-    if context.charge is not None:
-        context.charge.in_vain(tokens, time.time())

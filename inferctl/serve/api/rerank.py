@@ -77,7 +77,7 @@ class RerankRequest(_DocumentsRequest):
         if self.return_documents:
             texts = self.texts
             results = [entry | {"document": {"text": texts[entry["index"]]}} for entry in results]
-        return {"id": context.id.decode(), "model": model, "results": results, "usage": _usage(context)}
+        return {"id": context.asked.id.decode(), "model": model, "results": results, "usage": _usage(context)}
 
 
 class VoyageRerankRequest(_DocumentsRequest):
@@ -276,7 +276,7 @@ async def _scores(
 
     `first`: one text, or as many as `second`. For a model with vectors of tokens, the scores are their MaxSim.
     """
-    model, tenant = inference.model, context_of(scope).tenant
+    model, tenant = inference.model, context_of(scope).caller.tenant
     allowed = model.truncate if truncate is None else truncate
     model.check_instruction(instruction)
     if model.task == "embed":

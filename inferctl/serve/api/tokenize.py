@@ -75,7 +75,7 @@ async def tokenize(inference: Inference, scope: Scope, receive: Receive, send: S
         [request.prompt] if of_vllm else [given] if isinstance(given, str) else given,
         add_special_tokens=request.add_special_tokens,
         prompt="" if of_vllm else prompt,
-        tenant=context.tenant,
+        tenant=context.caller.tenant,
     )
     found = await inference.tokens(scope, call)
     with held(inference.model, _TOKEN_NUMBERS * sum(map(len, found))):

@@ -29,6 +29,7 @@ from inferctl.serve.cache.store import VectorStore
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import OnVector, RequestResult
 from inferctl.serve.scheduling.engine_use import EngineUse
+from inferctl.serve.work import Work
 
 # A request joins the flights of others this often. If they fail for reasons of their own, it computes everything.
 _MAX_JOINS = 3
@@ -105,32 +106,22 @@ class VectorCache:
         self._key_space = KeySpace()
         self._flights: dict[bytes, _Flight] = {}  # who computes a vector now
 
-    async def run(
-        self,
-        scope: str | None,
-        sequences: Sequence[Tokens],
-        compute: Compute,
-        use: EngineUse,
-        *,
-        marks: Sequence[int] | None = None,
-        bulk: bool,
-        directives: bytes = b"",
-    ) -> RequestResult:
-        """Return the rows of `sequences`, with `marks` as in `Batch`.
+    async def run(self, work: Work, compute: Compute, use: EngineUse) -> RequestResult:
+        """Return the rows of a request.
 
-        `compute` runs the missing ones, and `use` counts what engines compute.
-        `scope`: the caller, who shares entries with nobody else. `directives`: the header
-        Cache-Control. With `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises what
-        `compute` raises.
+        `compute` runs the missing ones, and `use` counts what engines compute. A caller
+        shares entries with nobody else. With the directive `no-cache`, everything is computed; with `no-store`, also
+        nothing is stored. Raises what `compute` raises.
         """
-        keys = self._key_space.keys(scope, sequences, marks)
+        caller, sequences, marks, directives = work
+        keys = self._key_space.keys(caller.id, sequences, marks)
         if directives and (wanted := {part.strip().lower() for part in directives.split(b",")}):
             if b"no-store" in wanted:
                 return await compute(sequences, marks, use=use)
             if b"no-cache" in wanted:
                 return await compute(sequences, marks, on_vector=partial(self._refresh, keys), use=use)
         by_key = None if marks is None else dict(zip(keys, marks, strict=True))
-        return await self._run(keys, sequences, by_key, compute, use, bulk)
+        return await self._run(keys, sequences, by_key, compute, use, caller.bulk)
 
     async def _run(
         self,

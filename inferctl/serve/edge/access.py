@@ -1,4 +1,4 @@
-"""Where a request meets keys and limits: it reads credentials, and makes the 401, 403 and 429 and the limit headers."""
+"""Where a request meets keys and limits: it reads credentials, and makes the 401, 403 and the limit headers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import ipaddress
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,11 +14,12 @@ from starlette.types import Scope
 
 from inferctl.config import spec
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.request_context import OTHER, RequestContext, Usage
+from inferctl.serve.edge.request_context import OTHER, RequestContext
+from inferctl.serve.work import Caller
 from inferctl.tenancy.access.key_file import ApiKey, caller, is_caller_id
 from inferctl.tenancy.access.key_table import KeyTable, UnavailableError
 from inferctl.tenancy.access.keys import PREFIX
-from inferctl.tenancy.access.limits import PERIOD_S, LimitError
+from inferctl.tenancy.access.limits import PERIOD_S, Limits, Quotas
 
 log = logging.getLogger("inferctl.access")
 
@@ -36,6 +36,7 @@ _PAGES = {
 _KEY_HEADERS = (b"authorization", b"x-api-key", b"api-key")
 # A gateway that authenticates clients sets it. That of inferctl removes it.
 _PROXY_HEADER, _MAX_CALLER = b"x-inferctl-key-id", 200
+_MOST = (1 << 63) - 1  # what fits into a message between processes; a limit can be any number
 
 
 class EdgeAccess:
@@ -49,6 +50,7 @@ class EdgeAccess:
         self._proxies = [ipaddress.ip_network(network) for network in settings.trusted_proxies]
         self._trusts = functools.lru_cache(maxsize=1024)(self._is_proxy)
         self._names, self._open = frozenset(names), frozenset(settings.open)
+        self._default_limits = settings.requests_per_minute, settings.tokens_per_minute
         if self._table:
             self._table.follow()
 
@@ -57,25 +59,29 @@ class EdgeAccess:
         """Whether the keys are known."""
         return self._table is None or self._table.ready
 
-    def authenticate(self, scope: Scope, context: RequestContext) -> ApiKey | None:
-        """Return the key of a request, and write it to the context; None for an open page. Raises `ApiError`."""
+    def authenticate(self, scope: Scope, context: RequestContext) -> None:
+        """Write to the context who sends a request, unless it is for an open page. Raises `ApiError`."""
         # A path may be a page and, with another method, an endpoint of a task.
-        page = _PAGES.get(scope["path"]) if context.endpoint == OTHER else None
+        endpoint = context.asked.endpoint
+        page = _PAGES.get(scope["path"]) if endpoint == OTHER else None
         if page in self._open:
-            return None
+            return
         key = self._find(scope)
-        context.key_id, context.team = key.id, key.team
-        if self._proxies or (self._table and self._table.shared):
-            context.tenant = key.id
-        if key.priority == "bulk":
-            context.priority = b"bulk"
+        shared = self._proxies or (self._table and self._table.shared)
+        bulk = context.caller.bulk or key.priority == "bulk"
+        context.caller = Caller(key.id, self._limits_of(key), key.id if shared else None, bulk)
+        context.team = key.team
         if page and not key.admin:
             raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
         if key.models is not None and self._names.isdisjoint(key.models):
             raise _forbidden("use this model")
-        if key.endpoints is not None and context.endpoint not in key.endpoints and scope["method"] != "GET":
+        if key.endpoints is not None and endpoint not in key.endpoints and scope["method"] != "GET":
             raise _forbidden(f"use {scope['path']}")
-        return key
+
+    def _limits_of(self, key: ApiKey) -> Limits:
+        requests, tokens = self._default_limits
+        requests, tokens = key.requests_per_minute or requests, key.tokens_per_minute or tokens
+        return requests and min(requests, _MOST), tokens and min(tokens, _MOST)
 
     def check_page(self, scope: Scope) -> None:
         """Raise `ApiError` if a page of the edge is closed for this request."""
@@ -152,19 +158,9 @@ def documentation(settings: spec.Access, url: str) -> str:
     return f"documentation at {url}/docs{who}"
 
 
-def limit_exceeded(error: LimitError) -> ApiError:
-    """Return the 429 of an exceeded limit. OpenAI's clients obey `retry-after-ms` and `x-should-retry`."""
-    if error.retry_after is None:
-        headers = {"x-should-retry": "false"}
-    else:
-        seconds = error.retry_after
-        headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
-    return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
-
-
-def limit_lines(usage: Usage) -> bytes:
+def limit_lines(quotas: Quotas) -> bytes:
     """Return the headers of limits as lines: OpenAI's `x-ratelimit-*`, and `RateLimit` and `RateLimit-Policy`."""
-    requests, tokens = usage.quotas(time.time())
+    requests, tokens = quotas
     if requests and tokens:
         (limit, left, reset), (token_limit, tokens_left, token_reset) = requests, tokens
         return _template(limit, reset, token_limit, token_reset) % (left, tokens_left, left, tokens_left)

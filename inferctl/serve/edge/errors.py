@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 import orjson
 
+from inferctl.serve.work import ENGINE_UNAVAILABLE, INTERNAL_ERROR, LIMIT_EXCEEDED, RejectedError
+from inferctl.tenancy.metering.recorder import UNAVAILABLE
+
 _MAX_MESSAGE_LENGTH = 1000
 _TEI_TYPES = {"context_length_exceeded": "tokenizer", "empty_input": "empty", "text_too_long": "tokenizer"}
+# The status of a rejected. All others say that the server is at capacity. That is not a 503, because proxies stop using a
+# server that returns those.
+_STATUS = {ENGINE_UNAVAILABLE: 503, UNAVAILABLE: 503, "engine_failed": 500, "non_finite": 500, INTERNAL_ERROR: 500}
 
 
 class ApiError(Exception):
@@ -73,15 +80,34 @@ def voyage_body(error: ApiError) -> bytes:
     return orjson.dumps({"detail": error.message})
 
 
-def at_capacity(reason: str, code: str, seconds: int) -> ApiError:
-    """Return a 429 with `Retry-After`. It is not a 503, because proxies stop using a server that returns those."""
+def at_capacity(reason: str, code: str, seconds: int = 1) -> ApiError:
+    """Return a 429 with `Retry-After`."""
     message = f"the server is at capacity: {reason}; retry after {seconds} s"
     return ApiError(429, message, code=code, headers={"retry-after": str(seconds)})
+
+
+def rejection(error: RejectedError) -> ApiError:
+    """Return the response to a request that is not computed."""
+    code, message, seconds = error.reason, error.message, error.retry_after
+    if code == LIMIT_EXCEEDED:  # OpenAI's clients obey `retry-after-ms` and `x-should-retry`
+        headers = {"x-should-retry": "false"}
+        if seconds is not None:
+            headers = {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(1000 * seconds))}
+        return ApiError(429, message, code=code, headers=headers)
+    if code not in _STATUS:
+        return at_capacity(message, code, max(1, math.ceil(seconds or 0)))
+    headers = {} if seconds is None else {"retry-after": str(math.ceil(seconds))}
+    return ApiError(_STATUS[code], message, code=code, headers=headers)
 
 
 def key_share(what: str) -> ApiError:
     """Return the 429 of a key that has its share of what all keys can have."""
     return at_capacity(f"this key has many {what}, and other keys need room", "key_share", 1)
+
+
+def internal() -> ApiError:
+    """Return the error of a bug."""
+    return ApiError(500, "internal error; see the server log", code=INTERNAL_ERROR)
 
 
 def _error_type(status: int) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from inferctl.config import spec
 from inferctl.tenancy.access import channel, clocks, keys
 from inferctl.tenancy.access.clocks import Clocks
 from inferctl.tenancy.access.limits import Limiter
@@ -44,6 +45,13 @@ class Exchange:
         self._clocks = Clocks()
         self._listens_until: float | None = None  # set by the first counters that arrive
         self._reported: dict[str, float] = {}
+
+    @classmethod
+    def of(
+        cls, settings: spec.Access, limiter: Limiter, name: str, revoke: Callable[[Iterable[str]], None]
+    ) -> Exchange | None:
+        """Return that of a server, None if it shares its limits with no others."""
+        return cls(limiter, Path(settings.data), name, revoke) if settings.required and settings.broker else None
 
     async def run(self) -> None:
         """Exchange counters until this is cancelled."""

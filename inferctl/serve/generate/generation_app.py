@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-import time
 from collections.abc import Awaitable, Callable
 
 import orjson
@@ -13,8 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.batching.fairness import Shares
 from inferctl.serve.api import docs_page
+from inferctl.serve.backend.charges import GenerationCharges
+from inferctl.serve.edge.edge import ClientDisconnectedError, read_body
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share
-from inferctl.serve.edge.middleware import ClientDisconnectedError, read_body
 from inferctl.serve.edge.request_context import RequestContext, context_of
 from inferctl.serve.generate import meter, vllm_request
 from inferctl.serve.generate.control import ENGINE_LOST
@@ -45,7 +45,7 @@ _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"
 class GenerationApp:
     """`app` is vLLM's application. `healthy()` asks it whether its engine runs. `context`: the largest one, in tokens.
 
-    `sequences`: the most that run at a time.
+    `sequences`: the most that run at a time. `charges`: of the edge.
 
     `offer(size)` is called for each request that asks for tokens, with the bytes of its body, also if vLLM rejects it.
     `stopped()` returns the error for requests that are cancelled when the server ends. `running`: how many complete
@@ -60,9 +60,10 @@ class GenerationApp:
         stopped: Callable[[], ApiError],
         context: int,
         sequences: int,
+        charges: GenerationCharges,
         offer: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.context = context
+        self.context, self._charges = context, charges
         # No more than run at a time: what waits in vLLM's queue, all other keys wait for.
         self._sequences = Shares(sequences)
         self._tokenizer = Shares(_TOKENIZER_BYTES)
@@ -87,10 +88,10 @@ class GenerationApp:
     async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
         request = await _read(context, receive, lambda raw: vllm_request.tokenization(raw, self.context))
-        _reserve(context, request.prompt_tokens)
-        size, tenant, used, in_vain = len(request.body), context.tenant or "", request.prompt_tokens, 0
+        self._reserve(context, request.prompt_tokens)
+        size, tenant, used = len(request.body), context.caller.tenant or "", request.prompt_tokens
         if not self._tokenizer.take(tenant, size):
-            if context.tenant is not None:
+            if tenant:
                 raise key_share("bytes that wait to be tokenized")
             raise at_capacity("many texts wait to be tokenized", "tokenizer_full", 1)
         self.tokenizing += 1
@@ -104,19 +105,19 @@ class GenerationApp:
             return {"type": "http.disconnect"}
 
         async def pass_on(message: Message) -> None:
-            nonlocal used, in_vain
+            nonlocal used
             if message["type"] == "http.response.start" and message["status"] >= 400:
-                used, in_vain = 0, request.prompt_tokens
+                used, context.in_vain = 0, request.prompt_tokens
             elif found := _COUNT.match(message.get("body", b"")):
                 used = int(found[1])
             await send(message)
 
         try:
-            await self._app(_scope(scope, context.id, request), read, pass_on)
+            await self._app(_scope(scope, context.asked.id, request), read, pass_on)
         finally:
             self.tokenizing -= 1
             self._tokenizer.release(tenant, size)
-            _settle(context, used, in_vain)
+            self._charges.settle(context.number, used, 0)
 
     async def _document(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send vLLM's OpenAPI document, or a page of it, without the endpoints that the edge does not pass on."""
@@ -144,19 +145,19 @@ class GenerationApp:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
-        limited = context.charge is not None and context.charge.limits_tokens
-        most = None if context.tenant is None else self._sequences.most
+        caller = context.caller
+        limited, most = caller.limits[1] is not None, None if caller.tenant is None else self._sequences.most
         request = await _read(
             context,
             receive,
             lambda raw: vllm_request.generation(
-                context.endpoint, raw, self.context, limited=limited, most_sequences=most
+                context.asked.endpoint, raw, self.context, limited=limited, most_sequences=most
             ),
         )
         context.inputs = request.prompts
-        _reserve(context, request.tokens)
+        self._reserve(context, request.tokens)
         self._offer(context.body_bytes)
-        call, tenant = _Call(self, context, request, receive, send), context.tenant
+        call, tenant = _Call(self, context, request, receive, send), caller.tenant
         if tenant is None:
             await self._run(call, scope)
             return
@@ -166,6 +167,11 @@ class GenerationApp:
             await self._run(call, scope)
         finally:
             self._sequences.release(tenant, request.sequences)
+
+    def _reserve(self, context: RequestContext, tokens: int) -> None:
+        """Reserve tokens, which are settled when the response ends. Raises `RejectedError`."""
+        context.quotas = self._charges.reserve(context.number, tokens)
+        context.computed = True
 
     async def _run(self, call: _Call, scope: Scope) -> None:
         self.running += 1
@@ -182,6 +188,9 @@ class GenerationApp:
         finally:
             self.running -= 1
             call.count()
+            context = call.context
+            used = context.input_tokens + context.output_tokens
+            self._charges.settle(context.number, used, used - context.cached_tokens)
         if call.error is not None:
             raise await self._as_error(call.error)
         if call.disconnected and not call.complete:
@@ -213,7 +222,7 @@ class _Call:
         self, app: GenerationApp, context: RequestContext, request: VllmRequest, receive: Receive, send: Send
     ) -> None:
         self._app, self.context, self.request, self._receive, self._send = app, context, request, receive, send
-        self.id = b"%s-%016x" % (context.id, random.getrandbits(64))  # of a client, it may not be unique
+        self.id = b"%s-%016x" % (context.asked.id, random.getrandbits(64))  # of a client, it may not be unique
         self._body: Message | None = _message(request)
         self._head: Message | None = None
         self._stream: StreamMeter | None = None
@@ -296,7 +305,7 @@ class _Call:
         await self._send({"type": "http.response.body", "body": events})
 
     def count(self) -> None:
-        """Write the tokens to the context, and charge them to the key."""
+        """Write the tokens to the context."""
         context, status = self.context, self._head["status"] if self._head else 0
         if self._stream is not None:
             self._stream.count()
@@ -304,8 +313,8 @@ class _Call:
             meter.count_body(context, b"".join(self._parts))
         if self.disconnected and not self.complete and status < 400:
             self._estimate()
-        used = context.input_tokens + context.output_tokens
-        _settle(context, used, self.request.prompt_tokens if 400 <= status < 500 else 0)
+        if 400 <= status < 500:
+            context.in_vain = self.request.prompt_tokens
 
     def _estimate(self) -> None:
         """Count what was reserved, as far as vLLM did not report the use.
@@ -323,11 +332,11 @@ class _Call:
 
 async def _read(context: RequestContext, receive: Receive, parse: Callable[[bytes], VllmRequest]) -> VllmRequest:
     """Return what the body asks for. Raises what `read_body` raises, and the `ApiError` of `parse`."""
-    raw = await read_body(context, receive)
+    raw = await read_body(receive)
     try:
         return parse(raw)
     except ApiError:
-        _settle(context, 0, -(-len(raw) // BYTES_PER_TOKEN))
+        context.in_vain = -(-len(raw) // BYTES_PER_TOKEN)
         raise
 
 
@@ -340,20 +349,6 @@ def _scope(scope: Scope, request_id: bytes, request: VllmRequest) -> Scope:
     headers = [(name, value) for name, value in scope["headers"] if name not in _NOT_PASSED]
     headers += [(b"content-length", b"%d" % len(request.body)), (b"x-request-id", request_id)]
     return {**scope, "headers": headers}
-
-
-def _reserve(context: RequestContext, tokens: int) -> None:
-    """Reserve tokens. Raises `LimitError`."""
-    if context.charge is not None:
-        context.charge.reserve(tokens, time.time())
-
-
-def _settle(context: RequestContext, tokens: int, in_vain: int) -> None:
-    """Charge `tokens`. `in_vain`: those of a body that was read and not answered."""
-    if context.charge is not None:
-        context.charge.settle(tokens, time.time())
-        if in_vain > 0:
-            context.charge.in_vain(in_vain, time.time())
 
 
 def _error_of(body: bytes, status: int) -> ApiError:

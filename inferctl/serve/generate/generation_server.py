@@ -22,8 +22,6 @@ from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.middleware import Edge
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.generate import command, control, generation_app, probe
@@ -78,25 +76,23 @@ class GenerationServer(ServerLifetime):
             options.hang_seconds,
             longest_start_s(folder.bytes),
             lambda: self._socket,
-            self._ready,
+            self._hand_over,
             self._open_front,
             notify,
         )
-        self._lifecycle = Lifecycle(ready=lambda: False, live=lambda: not self._supervisor.crash_looping)
         metrics = RequestMetrics(slo=objectives(spec.slo), answer_tokens=generation_app.ASSUMED_ANSWER_TOKENS)
         metrics.watch_queue(lambda: 0, lambda: 0, lambda: self._edge.in_flight, estimated=True)
         metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
-        self._edge = Edge(
-            _no_engine,
-            self._lifecycle,
-            emit=self._emitter(metrics),
-            page=Pages(self._lifecycle, lambda: None, metrics.exposition, list(generation_app.ENDPOINTS)).answer,
-            endpoints=generation_app.ENDPOINTS,
-            access=self._access,
-            check_metering=self._metering.check,
-        )
+        pages = Pages(self._lifecycle, lambda: None, metrics.exposition, list(generation_app.ENDPOINTS))
+        self._edge = self._process.edge(_no_engine, metrics, pages.answer, endpoints=generation_app.ENDPOINTS)
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
+
+    def _ready(self) -> bool:
+        return False  # then the edge of vLLM has the port
+
+    def _live(self) -> bool:
+        return not self._supervisor.crash_looping
 
     async def _serve(self) -> int:
         for line in command.lines(self._derived, self._spec, self._model, self._probe.device):
@@ -212,7 +208,7 @@ class GenerationServer(ServerLifetime):
             http.close()
             await asyncio.wait((task,), timeout=_HANDOVER_S)
 
-    async def _ready(self) -> None:
+    async def _hand_over(self) -> None:
         """Hand the port over to the edge of vLLM."""
         await self._close_front()
         if self._lifecycle.draining:

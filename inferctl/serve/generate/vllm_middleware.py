@@ -19,16 +19,16 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config import spec
-from inferctl.serve.edge import access, listener
+from inferctl.serve.backend.charges import GenerationCharges
+from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
-from inferctl.serve.edge.key_limits import KeyLimits
-from inferctl.serve.edge.lifecycle import Lifecycle
-from inferctl.serve.edge.middleware import Edge
+from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
+from inferctl.serve.edge_process import EdgeProcess
 from inferctl.serve.generate import control, generation_app
-from inferctl.serve.observe import logs, metering
-from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
+from inferctl.tenancy.access.limits import Limiter
 
 _BEAT_S = 1.0
 _FLUSH_S = 2.0  # to write the last usage events
@@ -77,18 +77,23 @@ class _EdgeServer:
         metrics.watch_queue(
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
-        access_settings = spec.Access(**settings.access)
-        self._metering = ServerMetering(
-            spec.Metering(**settings.metering), settings.name, "generate", known_callers=access_settings.required
+        keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
+        process = EdgeProcess(
+            settings.name,
+            settings.models,
+            "generate",
+            keys,
+            recording,
+            lambda: self._healthy,
+            log=settings.log,
+            traces=settings.traces,
         )
+        self._metering, self._lifecycle = process.metering, process.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
         self._metering.open()
         self._metering.watch(metrics)
-        self._access = access.create(access_settings, settings.models)
-        limits_of_keys = KeyLimits(access_settings, settings.name, self._access.revoke) if self._access else None
-        self._lifecycle = Lifecycle(
-            ready=lambda: self._healthy, live=lambda: True, keys_known=lambda: access.known(self._access)
-        )
+        limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
+        charges = GenerationCharges(limiter)
         self._lifecycle.started = True
         limits = settings.info["limits"]
         sequences = limits["max_sequences"]
@@ -98,27 +103,22 @@ class _EdgeServer:
             lambda: self._edge.stopped,
             limits["max_context_tokens"],
             sequences,
+            charges,
             metrics.offer_body,
         )
-        self._edge = Edge(
-            self._generation,
-            self._lifecycle,
-            emit=metering.emitter(metrics, self._metering, settings.log, settings.traces, settings.name),
-            page=Pages(
-                self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS)
-            ).answer,
-            endpoints=generation_app.ENDPOINTS,
-            access=self._access,
-            charge=limits_of_keys.charge if limits_of_keys else lambda _key, _context: None,
-            check_metering=self._metering.check,
+        pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS))
+        self._edge = process.edge(
+            self._generation, metrics, pages.answer, endpoints=generation_app.ENDPOINTS, backend=charges
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
         self._channel = control.connect(folder)
         self._channel.send("ready")
         self._socket = self._channel.receive_listener()
-        work = [self._serve, self._beat, self._follow, *([limits_of_keys.exchange] if limits_of_keys else [])]
-        self._tasks = [asyncio.create_task(each()) for each in work]
+        work = [self._serve(), self._beat(), self._follow()]
+        if process.access and (exchange := Exchange.of(keys, limiter, settings.name, process.access.revoke)):
+            work.append(exchange.run())
+        self._tasks = [asyncio.create_task(each) for each in work]
 
     async def _serve(self) -> None:
         await self._http.serve(sockets=[self._socket])

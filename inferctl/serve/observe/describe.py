@@ -14,7 +14,7 @@ from inferctl.reading import model_summary
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.edge import access
-from inferctl.serve.edge.middleware import EdgeLimits
+from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.text import tokenizer_pool
 

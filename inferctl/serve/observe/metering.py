@@ -14,10 +14,10 @@ from inferctl.config.spec import Metering as Settings
 from inferctl.config.spec import Task
 from inferctl.core.sizes import parse_size
 from inferctl.serve.edge import request_context
-from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
+from inferctl.serve.work import RejectedError
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 from inferctl.tenancy.metering.usage_event import Origin
@@ -69,11 +69,11 @@ class ServerMetering:
             metrics.watch_outbox(self._recorder)
 
     def check(self) -> None:
-        """Raise `ApiError` if each request must be metered, and the event of another one could not be recorded."""
+        """Raise `RejectedError` if each request must be metered, and the event of another one could not be recorded."""
         recorder = self._recorder
         if recorder is not None and recorder.required and recorder.full:
             message = "usage events cannot be recorded; see the server log"
-            raise ApiError(503, message, code=UNAVAILABLE, headers={"retry-after": "5"})
+            raise RejectedError(UNAVAILABLE, message, 5)
 
     async def close(self, seconds: float) -> None:
         """Write the last events, for up to `seconds`."""

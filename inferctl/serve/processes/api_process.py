@@ -2,15 +2,14 @@
 
     python -m inferctl.serve.processes.api_process FD CONTROL_FD
 
-FD is a stream socket that carries `backend.frames`; descriptors of connections arrive at CONTROL_FD. The process ends
-when the backend says so, or ends.
+FD is a stream socket for a `Link`; descriptors of connections arrive at CONTROL_FD. The process ends when the backend
+says so, or ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -27,17 +26,14 @@ from inferctl.reading import task_config
 from inferctl.serve import event_loop
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.connection import Connection
-from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
+from inferctl.serve.edge_process import EdgeProcess
 from inferctl.serve.front_end import FrontEnd
-from inferctl.serve.observe import logs, metering, samples
-from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe import logs, samples
 from inferctl.serve.observe.metrics import Metrics
-from inferctl.serve.processes import frames
-from inferctl.serve.processes.frames import Kind, Link
-from inferctl.serve.processes.remote import RemoteBackend
+from inferctl.serve.processes.link import Handlers, Link
+from inferctl.serve.processes.remote_backend import RemoteBackend
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
-from inferctl.tenancy.access.limits import Limiter
 
 _ALIVE_S, _STATS_S = 0.1, 1.0
 _FLUSH_S = 1.0  # for the last usage events
@@ -49,7 +45,15 @@ class ApiProcess:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self.link = Link(self._on_frame, self._on_lost)
+        self._backend = RemoteBackend()
+        handlers: Handlers = {
+            "welcome": self._on_welcome,
+            "state": self._on_state,
+            "revoked": self._on_revoked,
+            "drain": self._on_drain,
+            "scrape": self._on_scrape,
+        }
+        self.link = self._backend.link = Link({**self._backend.handlers, **handlers}, self._on_lost)
         self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()  # the backend ended
         self._built = False  # whether there is a front end, which frames are for
@@ -66,28 +70,21 @@ class ApiProcess:
         folder = Path(welcome["folder"])
         config = task_config.read(task, folder, spec.serve.max_input_tokens)
         self._metrics = metrics = Metrics(welcome["slo"])
-        self._access = access.create(spec.access, (spec.name, spec.model.source))
-        self._lifecycle = Lifecycle(
-            ready=lambda: self._state["ready"], live=lambda: True, keys_known=lambda: access.known(self._access)
-        )
-        self._metering = ServerMetering(spec.metering, spec.name, task, known_callers=spec.access.required)
+        models, log, traces = (spec.name, spec.model.source), welcome["log"], welcome["traces"]
+        process = EdgeProcess(spec.name, models, task, spec.access, spec.metering, self._ready, log=log, traces=traces)
+        self._metering, self._access, self._lifecycle = process.metering, process.access, process.lifecycle
         self._metering.open()
         self._metering.watch(metrics)
-        limits = Limiter(spec.access.requests_per_minute, spec.access.tokens_per_minute)
-        self._backend = RemoteBackend(self.link, limits.limits_of)
         tokenizer = TokenizerPool(folder, config, on_truncated=metrics.truncated.inc)
         metrics.watch_threads("api", tokenizer.threads)
         self._front = FrontEnd(
             spec,
-            task,
             config,
+            process,
+            metrics,
             tokenizer,
             self._backend,
-            self._lifecycle,
             self._page,
-            metering.emitter(metrics, self._metering, welcome["log"], welcome["traces"], spec.name),
-            self._metering.check,
-            self._access,
             truncate=welcome["truncate"],
             processes=processes,
             connection=_counting(self.link, processes),
@@ -99,7 +96,7 @@ class ApiProcess:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._control.fileno(), self._take)
         event_loop.freeze_garbage()
-        self.link.send(frames.pack_numbers(Kind.HELLO))
+        self.link.send("hello")
         beating = asyncio.create_task(self._beat())
         ended = asyncio.create_task(self._ended.wait())
         await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -115,9 +112,12 @@ class ApiProcess:
         self._send_stats(unfinished=self._front.unfinished_responses)
         await self._close()
 
+    def _ready(self) -> bool:
+        return bool(self._state["ready"])
+
     async def fail(self, error: InferctlError) -> None:
         """Tell the backend why this process cannot start."""
-        self.link.send(frames.pack_json(Kind.FATAL, [error.message, error.hint]))
+        self.link.send("fatal", error.message, error.hint)
         await self._close()
 
     async def _close(self) -> None:
@@ -132,23 +132,23 @@ class ApiProcess:
             return 503, f"{self._lifecycle.phase}\n".encode(), "text/plain"
         return await self._backend.page(path)
 
-    def _on_frame(self, kind: Kind, body: bytes) -> None:
-        if kind is Kind.WELCOME:
-            self._welcome.set_result(json.loads(body))
-        elif not self._built:
-            return  # after HELLO, it gets all that again
-        elif kind is Kind.STATE:
-            self._set_state(json.loads(body))
-        elif kind is Kind.REVOKED:
-            if self._access:
-                self._access.revoke(json.loads(body))
-        elif kind is Kind.DRAIN:
-            self._lifecycle.closed = True
-            self._front.close()
-        elif kind is Kind.SCRAPE:
-            self._send_stats(scraped=1)
-        else:
-            self._backend.on_frame(kind, body)
+    def _on_welcome(self, welcome: dict[str, Any]) -> None:
+        self._welcome.set_result(welcome)
+
+    def _on_state(self, state: dict[str, Any]) -> None:
+        if self._built:  # else it gets all that again after "hello"
+            self._set_state(state)
+
+    def _on_revoked(self, ids: list[str]) -> None:
+        if self._built and self._access:
+            self._access.revoke(ids)
+
+    def _on_drain(self) -> None:
+        self._lifecycle.closed = True
+        self._front.close()
+
+    def _on_scrape(self) -> None:
+        self._send_stats(scraped=True)
 
     def _set_state(self, state: dict[str, Any]) -> None:
         self._state, lifecycle = state, self._lifecycle
@@ -176,12 +176,12 @@ class ApiProcess:
                 asyncio.get_running_loop().remove_reader(self._control.fileno())
                 return
             if not descriptors:  # this process has too many
-                self.link.send(frames.pack_numbers(Kind.REFUSED, int.from_bytes(data, "little")))
+                self.link.send("not_taken", int.from_bytes(data, "little"))
                 continue
             connection = socket.socket(fileno=descriptors[0])
             connection.setblocking(False)
             # Before its first byte is read: from now on, nobody else can answer.
-            self.link.send(frames.pack_numbers(Kind.TAKEN, int.from_bytes(data, "little")))
+            self.link.send("taken", int.from_bytes(data, "little"))
             self.link.flush()
             task = asyncio.get_running_loop().create_task(self._adopt(connection))
             self._adopting.add(task)
@@ -194,19 +194,18 @@ class ApiProcess:
             await self._front.http.adopt(connection)
         except OSError:  # the client is gone
             connection.close()
-            self.link.send(frames.pack_numbers(Kind.GONE, 1))
+            self.link.send("gone")
 
     async def _beat(self) -> None:
         """Say that the event loop runs. If this process is killed, what it counted is known up to `_STATS_S` before."""
         while True:
             self._send_stats()
             for _ in range(round(_STATS_S / _ALIVE_S)):
-                self.link.send(frames.pack_numbers(Kind.ALIVE))
+                self.link.send("alive")
                 await asyncio.sleep(_ALIVE_S)
 
-    def _send_stats(self, **more: int) -> None:
-        found = {"samples": samples.of(self._metrics.registry), **more}
-        self.link.send(frames.pack_json(Kind.STATS, found))
+    def _send_stats(self, *, unfinished: int = 0, scraped: bool = False) -> None:
+        self.link.send("stats", samples.of(self._metrics.registry), unfinished, scraped)
 
 
 def _counting(link: Link, processes: int) -> type[Connection]:
@@ -220,7 +219,7 @@ def _counting(link: Link, processes: int) -> type[Connection]:
         def connection_lost(self, exc: Exception | None) -> None:
             """Forget the connection."""
             super().connection_lost(exc)
-            link.send(frames.pack_numbers(Kind.GONE, 1))
+            link.send("gone")
 
     return Counted
 

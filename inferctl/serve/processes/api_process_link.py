@@ -1,212 +1,160 @@
-"""The backend's side of one API process: runs its requests, and knows what it holds."""
+"""The backend's side of one API process: passes its requests on to the backend, and answers them."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from inferctl.serve.backend.local import LocalBackend
-from inferctl.serve.edge.access import limit_exceeded
-from inferctl.serve.edge.errors import ApiError, at_capacity
+import numpy as np
+
+from inferctl.reading.rows import row_buffers
+from inferctl.serve.backend.local_backend import Job, LocalBackend
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.processes import frames
-from inferctl.serve.processes.frames import Kind, Link, Quotas, Reply, Submission
-from inferctl.serve.scheduling.dispatcher import RequestResult
-from inferctl.tenancy.access.key_file import limits_alone
-from inferctl.tenancy.access.limits import LimitError
+from inferctl.serve.processes.link import Buffer, Handlers, Link, frame
+from inferctl.serve.work import INTERNAL_ERROR, Caller, RejectedError, Used, Work
 
 log = logging.getLogger("inferctl.api_processes")
 
 # Results above this size, and those of a process that has not read so much, are sent in parts, and their bytes bounded.
 _LARGE_BYTES, _MOST_BUFFERED = 1 << 20, 1 << 22
-_INTERNAL = ApiError(500, "internal error; see the server log", code="internal_error")
+_INTERNAL = RejectedError(INTERNAL_ERROR, "internal error; see the server log")
+# Each API process numbers its requests from 0. In the backend, those of each link have numbers of their own.
+_FIRST_NUMBERS = itertools.count(0, 1 << 64)
 
 
 class ApiProcessLink:
-    """Runs the requests of one API process. `page(path)` answers for the whole server.
+    """Passes the requests of one API process on to the backend. `page(path)` answers for the whole server.
 
-    `on_control(kind, numbers)` gets the frames about connections and life, `on_stats` the content of STATS frames.
-    `most_unsent`: bytes of large results that may wait until the API process reads them.
+    `handlers` take the messages that are not about requests. `most_unsent`: bytes of large results that may wait until
+    the API process reads them.
     """
 
     def __init__(
         self,
         backend: LocalBackend,
         page: Callable[[str], Awaitable[Page]],
-        on_control: Callable[[Kind, tuple[int, ...]], None],
-        on_stats: Callable[[Any], None],
+        handlers: Handlers,
         on_lost: Callable[[], None],
         most_unsent: int,
     ) -> None:
-        self._most_unsent = most_unsent
-        self._backend, self._page = backend, page
-        self._on_control, self._on_stats, self._on_lost = on_control, on_stats, on_lost
-        self._computing: dict[int, asyncio.Future[RequestResult]] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._charged: dict[int, RequestContext] = {}  # until the API process says how they ended
-        self.fatal: tuple[str, str | None] | None = None  # why the process could not start, and a hint
-        self.link = Link(self._on_frame, self._lost)
+        self._backend, self._page, self._on_lost, self._most_unsent = backend, page, on_lost, most_unsent
+        self._first = next(_FIRST_NUMBERS)
+        self._jobs: dict[int, Job | None] = {}  # of requests that have not ended; None if only admitted
+        self._pages: set[asyncio.Task[None]] = set()
+        own: dict[str, Callable[..., None]] = {
+            "admit": self._admit,
+            "submit": self._submit,
+            "report": self._report,
+            "end": self._end,
+            "page": self._start_page,
+        }
+        answered = {kind: partial(self._answer, handler) for kind, handler in own.items()}
+        self.link = Link({**answered, **handlers}, self._lost)
 
     @property
     def in_flight(self) -> int:
         """How many requests the backend computes for the API process."""
-        return len(self._computing)
+        return sum(job is not None and not job.future.done() for job in self._jobs.values())
 
-    def _on_frame(self, kind: Kind, body: bytes) -> None:
-        if kind is Kind.SUBMIT:
-            self._submit(frames.unpack_submit(body))
-        elif kind is Kind.ADMIT:
-            self._admit(*json.loads(body))
-        elif kind is Kind.CANCEL:
-            (number,) = frames.unpack_numbers(body)
-            if future := self._computing.get(number):
-                future.cancel()
-            # Else its RESULT or REJECT is sent, or will be.
-        elif kind is Kind.CLOSE:
-            self._close(*frames.unpack_numbers(body))
-        elif kind is Kind.CHARGE:
-            self._charge(*json.loads(body))
-        elif kind is Kind.PAGE:
-            number, path = json.loads(body)
-            self._start(number, self._answer(number, path))
-        elif kind is Kind.STATS:
-            self._on_stats(json.loads(body))
-        elif kind is Kind.FATAL:
-            self.fatal = tuple(json.loads(body))
-        else:
-            self._on_control(kind, frames.unpack_numbers(body))
+    def _admit(self, number: int, caller: Any, size: int) -> None:
+        self._jobs[number] = None
+        full = self._backend.admit(self._first + number, caller_of(caller), size).result()
+        self.link.send("admitted", number, full and (full.reason, full.message, full.retry_after))
 
-    def _start(self, number: int, work: Any) -> None:
-        task = self._tasks[number] = asyncio.get_running_loop().create_task(work)
-        task.add_done_callback(lambda _: self._tasks.pop(number, None))
+    def _submit(
+        self, number: int, caller: Any, size: int, lengths: list[int], marks: Any, directives: str, body: bytes
+    ) -> None:
+        """Start a request, after it was charged for a body of `size` bytes, unless that is negative.
 
-    def _context(self, number: int, key_id: str | None, bulk: bool, shared: bool) -> RequestContext:
-        """Return the context of a request of a key: the one that was charged, if it was."""
-        context = self._charged.get(number) or RequestContext("")
-        context.priority = b"bulk" if bulk else b""
-        context.key_id = key_id or None
-        context.tenant = context.key_id if shared else None
-        return context
+        There is no task for it: that would take a fifth of its time here.
+        """
+        tokens = np.frombuffer(body, dtype="<i4")
+        sequences = [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
+        work = Work(caller_of(caller), sequences, marks, directives.encode("latin-1"))
+        if size >= 0:
+            self._backend.charge(self._first + number, work.caller, size)
+        job = self._jobs[number] = self._backend.submit(self._first + number, work)
+        job.future.add_done_callback(partial(self._answer, self._done, number, job))
 
-    def _submit(self, submission: Submission) -> None:
-        """Start a request. There is no task for it: that would take a fifth of its time here."""
-        context = self._context(submission.id, submission.key_id, submission.bulk, submission.shared)
-        context.cache_control = submission.directives
-        try:
-            future = self._backend.start(context, submission.sequences, submission.marks)
-        except (ApiError, LimitError) as error:
-            self._reject(submission.id, context, error)
-            return
-        except Exception:  # it must not end the link, with all other requests
-            log.exception("a request of an API process")
-            self._reject(submission.id, context, _INTERNAL)
-            return
-        self._computing[submission.id] = future
-        tokens = sum(map(len, submission.sequences))
-        future.add_done_callback(partial(self._done, submission.id, context, tokens))
+    def _done(self, number: int, job: Job, _: object) -> None:
+        """Send the outcome of a request, unless its report came before."""
+        if self._jobs.get(number) is job:
+            outcome = job.outcome()
+            count, width, rows = row_buffers(outcome.rows)
+            times = outcome.queue_seconds, outcome.inference_seconds
+            self._send(frame("outcome", number, tuple(outcome.used), times, count, width, payload=rows))
 
-    def _done(self, number: int, context: RequestContext, tokens: int, future: asyncio.Future[RequestResult]) -> None:
-        """Send the result of a request."""
-        del self._computing[number]
-        if future.cancelled():
-            self._start(number, self._end(number, context))
-            return
-        try:
-            result = self._backend.finish(context, future, tokens)
-            reply = Reply(number, result, context.cached_tokens, context.engine_seconds, _quotas(context))
-            self._send_result(frames.pack_result(reply))
-        except ApiError as error:
-            self._start(number, self._fail(number, context, error))
-        except Exception:
-            log.exception("a request of an API process")
-            self._start(number, self._fail(number, context, _INTERNAL))
-
-    def _send_result(self, frame: Sequence[frames.Buffer]) -> None:
-        """Send a result. Raises `ApiError` if too many wait; a single one is always sent."""
-        size, link = sum(map(len, frame)), self.link
+    def _send(self, parts: list[Buffer]) -> None:
+        """Send a result. Raises `RejectedError` if too many wait; a single one is always sent."""
+        size, link = sum(map(len, parts)), self.link
         if size <= _LARGE_BYTES and link.buffered <= _MOST_BUFFERED:
-            link.send(b"".join(frame))
+            link.send_frame(parts)
         elif link.large_bytes and link.large_bytes + size > self._most_unsent:
-            raise at_capacity("other large responses wait to be sent", "responses_full", 1)
+            raise RejectedError("responses_full", "other large responses wait to be sent", 1)
         else:
-            link.send_large(frame)
+            link.send_large(parts)
 
-    async def _fail(self, number: int, context: RequestContext, error: ApiError) -> None:
-        """Send the error of a request when engines compute nothing more for it."""
-        if context.use is not None:
-            await context.use.settled()
-            context.input_tokens, context.engine_seconds = context.use.tokens, context.use.seconds
-        self._reject(number, context, error)
-
-    def _reject(self, number: int, context: RequestContext, error: ApiError | LimitError) -> None:
-        if isinstance(error, LimitError):
-            error = limit_exceeded(error)
-        tokens, cached = context.input_tokens, context.cached_tokens
-        computed = tokens, cached, context.engine_seconds
-        self.link.send(frames.pack_reject(number, error, _quotas(context), computed))
-
-    async def _end(self, number: int, context: RequestContext) -> None:
-        """Say what engines computed for a request whose client left, or whose API process ended."""
-        tokens, seconds = 0, 0.0
-        if (use := context.use) is not None:
-            await use.settled()
-            tokens, seconds = use.tokens, use.seconds
-        self.link.send(frames.pack_json(Kind.ENDED, [number, tokens, seconds]))
-
-    def _admit(self, number: int, key_id: str | None, bulk: bool, shared: bool) -> None:
-        context = self._context(number, key_id, bulk, shared)
-        self._answer_with(number, context, lambda: self._backend.check_queue(context))
-
-    def _charge(self, number: int, key: Sequence[Any], size: int) -> None:
-        """Charge a request, if it was not yet, and the least that its body costs."""
-        context = self._charged.get(number) or RequestContext("")
-
-        def charge() -> None:
-            if context.charge is None:
-                self._backend.charge(limits_alone(*key), context)
-            if context.charge is not None:
-                self._charged[number] = context
-                context.charge.charge_body(size, time.time())
-
-        self._answer_with(number, context, charge)
-
-    def _close(self, number: int, give_back: int, computed: int, in_vain: int) -> None:
-        if (context := self._charged.pop(number, None)) and context.charge is not None:
-            context.charge.in_vain(in_vain, time.time())
-            context.charge.close(give_back=bool(give_back), computed=computed)
-
-    def _answer_with(self, number: int, context: RequestContext, check: Callable[[], None]) -> None:
+    def _answer(self, handler: Callable[..., None], number: int, *fields: Any) -> None:
+        """Call a handler, and say if it rejects the request. No error may end the link, with all other requests."""
         try:
-            check()
-        except (ApiError, LimitError) as error:
-            self._reject(number, context, error)
+            handler(number, *fields)
+        except RejectedError as error:
+            self._reject(number, error)
         except Exception:
             log.exception("a request of an API process")
-            self._reject(number, context, _INTERNAL)
-        else:
-            self.link.send(frames.pack_json(Kind.ADMITTED, [number, _quotas(context)]))
+            self._reject(number, _INTERNAL)
 
-    async def _answer(self, number: int, path: str) -> None:
+    def _reject(self, number: int, error: RejectedError) -> None:
+        if error.used is not None:
+            self._jobs.pop(number, None)
+        used = None if error.used is None else tuple(error.used)
+        self.link.send("rejected", number, error.reason, error.message, error.retry_after, used)
+
+    def _report(self, number: int, in_vain: int, give_back: bool, wait: bool, caller: Any, size: int) -> None:
+        """End a request, after it was charged for a body of `size` bytes, unless that is negative."""
+        if size >= 0:
+            self._backend.charge(self._first + number, caller_of(caller), size)
+        self._jobs.pop(number, None)
+        report = self._backend.report(self._first + number, in_vain=in_vain, give_back=give_back, wait=wait)
+        if report.done():
+            self._reported(number, report)
+        else:
+            report.add_done_callback(partial(self._reported, number))
+
+    def _reported(self, number: int, report: asyncio.Future[Used]) -> None:
+        self.link.send("used", number, tuple(report.result()))
+
+    def _end(self, number: int, give_back: bool) -> None:
+        """End a request whose outcome was sent."""
+        self._jobs.pop(number, None)
+        self._backend.end(self._first + number, give_back=give_back)
+
+    def _start_page(self, number: int, path: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer_page(number, path))
+        self._pages.add(task)
+        task.add_done_callback(self._pages.discard)
+
+    async def _answer_page(self, number: int, path: str) -> None:
         try:
-            page = await self._page(path)
+            status, content, media_type = await self._page(path)
         except Exception:
             log.exception("the page %s", path)
-            page = 500, _INTERNAL.body(), "application/json"
-        status, content, media_type = page
-        self.link.send(frames.pack_json(Kind.ANSWER, [number, status, content.decode(), media_type]))
+            self._reject(number, _INTERNAL)
+        else:
+            self.link.send("page", number, status, media_type, payload=[content])
 
     def _lost(self) -> None:
-        for future in list(self._computing.values()):
-            future.cancel()
-        self._charged.clear()  # what they were charged stays
+        for number in list(self._jobs):  # what they were charged stays
+            self._jobs.pop(number)
+            self._backend.report(self._first + number, wait=False)
         self._on_lost()
 
 
-def _quotas(context: RequestContext) -> Quotas | None:
-    return context.usage.quotas(time.time()) if context.usage is not None else None
+def caller_of(fields: Any) -> Caller:
+    """Return the caller that a message names."""
+    key_id, (requests, tokens), tenant, bulk = fields
+    return Caller(key_id, (requests, tokens), tenant, bulk)

@@ -10,6 +10,7 @@ before, another one gets the connection.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import socket
@@ -20,13 +21,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from inferctl.core.errors import NotReadyError
-from inferctl.serve.backend.local import LocalBackend
+from inferctl.serve.backend.local_backend import LocalBackend
 from inferctl.serve.child import Child
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.observe import samples
-from inferctl.serve.processes import frames
 from inferctl.serve.processes.api_process_link import ApiProcessLink
-from inferctl.serve.processes.frames import Kind
+from inferctl.serve.processes.link import Handlers
 
 log = logging.getLogger("inferctl.api_processes")
 
@@ -65,7 +65,7 @@ class ApiProcesses:
         self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
         self.on_up, self._drain_seconds = on_up, drain_seconds
         self._processes = [_ApiProcess(self) for _ in range(count)]
-        self._ids = frames.ids()
+        self._ids = itertools.cycle(range(1 << 32))  # of connections
         self._unassigned: deque[socket.socket] = deque()  # while no process can take connections
         self._listener: socket.socket | None = None
         self._closing = asyncio.Event()
@@ -141,11 +141,7 @@ class ApiProcesses:
         if state != self._sent_state:
             self._sent_state = state
             for process in self._processes:
-                process.send(frames.pack_json(Kind.STATE, state))
-
-    def revoked(self) -> bytes:
-        """Return the frame with the keys that were revoked lately, for a process that starts."""
-        return frames.pack_json(Kind.REVOKED, list(self._revoked))
+                process.send("state", state)
 
     def revoke(self, ids: list[str]) -> None:
         """Let all processes refuse these keys."""
@@ -153,7 +149,7 @@ class ApiProcesses:
         while len(self._revoked) > _MANY_REVOKED:
             del self._revoked[next(iter(self._revoked))]
         for process in self._processes:
-            process.send(frames.pack_json(Kind.REVOKED, ids))
+            process.send("revoked", ids)
 
     async def scrape(self) -> None:
         """Get the samples of all processes into `totals`."""
@@ -213,18 +209,20 @@ class ApiProcesses:
         if self._listener is not None and self._listener.fileno() >= 0 and not self._closing.is_set():
             self._watch(len(self._unassigned) < _BACKLOG)
 
-    def state(self) -> bytes:
-        """Return the frame with the state of the server."""
-        return frames.pack_json(Kind.STATE, self._state())
-
-    def welcome(self) -> bytes:
-        """Return the frames with which a process starts."""
-        return frames.pack_json(Kind.WELCOME, self._welcome | {"state": self._state()})
-
     def link(self, process: _ApiProcess) -> ApiProcessLink:
-        """Return the link of a process that starts."""
+        """Return the link of a process that starts, with the message that it needs first."""
         most = _MOST_UNSENT // len(self._processes)
-        return ApiProcessLink(self._backend, self._page, process.on_control, process.on_stats, process.on_lost, most)
+        link = ApiProcessLink(self._backend, self._page, process.handlers, process.on_lost, most)
+        link.link.send("welcome", self._welcome | {"state": self._state()})
+        return link
+
+    def greet(self, process: _ApiProcess) -> None:
+        """Tell a process that takes connections what it may have missed while it started."""
+        self.served = True
+        process.send("state", self._state())
+        process.send("revoked", list(self._revoked))
+        # Not here: an error in it would end the link.
+        asyncio.get_running_loop().call_soon(self.on_up)
 
 
 class _ApiProcess(Child):
@@ -243,6 +241,16 @@ class _ApiProcess(Child):
         self._kept: dict[int, socket.socket] = {}  # connections that it has not taken yet
         self._scraped: asyncio.Future[None] | None = None
         self._lost = asyncio.Event()
+        self._fatal: tuple[str, str | None] | None = None  # why it could not start, as it said
+        self.handlers: Handlers = {
+            "alive": self._on_alive,
+            "hello": self._on_hello,
+            "taken": self._on_taken,
+            "not_taken": self._on_not_taken,
+            "gone": self._on_gone,
+            "stats": self._on_stats,
+            "fatal": self._on_fatal,
+        }
 
     @property
     def in_flight(self) -> int:
@@ -254,13 +262,14 @@ class _ApiProcess(Child):
         """Whether any process ever took connections."""
         return self._owner.served
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame, if the process runs."""
+    def send(self, kind: str, *fields: Any) -> None:
+        """Send a message, if the process runs."""
         if self._link is not None:
-            self._link.link.send(frame)
+            self._link.link.send(kind, *fields)
 
     async def _start(self) -> asyncio.subprocess.Process:
         self._lost.clear()
+        self._fatal = None
         self._ours, theirs = socket.socketpair()
         self._control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in (self._ours, self._control):
@@ -282,11 +291,10 @@ class _ApiProcess(Child):
     async def _attend(self) -> NotReadyError | None:
         self._link = link = self._owner.link(self)
         await asyncio.get_running_loop().create_connection(lambda: link.link, sock=self._ours)
-        link.link.send(self._owner.welcome())
         self.alive = time.monotonic()
         self.expect(_START_S, what="start")
         await self._lost.wait()
-        return NotReadyError(*link.fatal) if link.fatal else None
+        return NotReadyError(*self._fatal) if self._fatal else None
 
     async def _left(self, was_ready: bool) -> None:
         self.connections, self._link = 0, None
@@ -321,49 +329,53 @@ class _ApiProcess(Child):
             return None
         if self._scraped is None or self._scraped.done():
             self._scraped = asyncio.get_running_loop().create_future()
-            self.send(frames.pack(Kind.SCRAPE))
+            self.send("scrape")
         return self._scraped
 
     def drain(self) -> None:
         """Let the process end after the responses in flight. One that starts has none."""
         self.stopping.set()
         if self.ready:
-            self.send(frames.pack(Kind.DRAIN))
+            self.send("drain")
         else:
             self.kill()
 
-    def on_control(self, kind: Kind, numbers: tuple[int, ...]) -> None:
-        """Take a frame about connections or life."""
+    def _on_alive(self) -> None:
         self.alive = time.monotonic()
         self.expect(_HUNG_S)
-        if kind is Kind.HELLO and self.stopping.is_set():
-            self.kill()
-        elif kind is Kind.HELLO:
-            self.is_ready()
-            self._owner.served = True
-            self.send(self._owner.state())
-            self.send(self._owner.revoked())
-            # Not here: an error in it would end the link.
-            asyncio.get_running_loop().call_soon(self._owner.on_up)
-        elif kind is Kind.TAKEN:
-            for number in numbers:
-                if connection := self._kept.pop(number, None):
-                    connection.close()
-        elif kind is Kind.GONE:
-            self.connections -= sum(numbers)
-        elif kind is Kind.REFUSED:
-            for number in numbers:
-                if connection := self._kept.pop(number, None):
-                    self.connections -= 1
-                    self.full_until = self.alive + _FULL_S
-                    asyncio.get_running_loop().call_later(_TICK_S, self._owner.place, connection)
 
-    def on_stats(self, found: Any) -> None:
+    def _on_hello(self) -> None:
+        """Give it connections from now on."""
+        self._on_alive()
+        if self.stopping.is_set():
+            self.kill()
+        else:
+            self.is_ready()
+            self._owner.greet(self)
+
+    def _on_taken(self, number: int) -> None:
+        if connection := self._kept.pop(number, None):
+            connection.close()
+
+    def _on_not_taken(self, number: int) -> None:
+        """Let another process have a connection, for which this one has no descriptor."""
+        if connection := self._kept.pop(number, None):
+            self.connections -= 1
+            self.full_until = time.monotonic() + _FULL_S
+            asyncio.get_running_loop().call_later(_TICK_S, self._owner.place, connection)
+
+    def _on_gone(self) -> None:
+        self.connections -= 1
+
+    def _on_stats(self, found: samples.Samples, unfinished: int, scraped: bool) -> None:
         """Take the samples of the metrics. The last ones come with the number of unfinished responses."""
-        self._owner.totals.set(self, found["samples"])
-        self._owner.unfinished_responses += found.get("unfinished", 0)
-        if found.get("scraped") and self._scraped and not self._scraped.done():
+        self._owner.totals.set(self, found)
+        self._owner.unfinished_responses += unfinished
+        if scraped and self._scraped and not self._scraped.done():
             self._scraped.set_result(None)
+
+    def _on_fatal(self, message: str, hint: str | None) -> None:
+        self._fatal = message, hint
 
     def on_lost(self) -> None:
         """Note that the process closed its end."""

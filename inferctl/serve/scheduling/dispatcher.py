@@ -16,17 +16,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from inferctl.batching.batcher import Batcher, QueuedSequence
+from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence
 from inferctl.reading.rows import Rows, Tokens, Vectors
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo, EngineProcess
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.engine_queue import BatchAttempt, EngineQueue
 from inferctl.serve.scheduling.engine_use import EngineUse
+from inferctl.serve.work import ENGINE_UNAVAILABLE, RejectedError
 
 # Gets the index of a sequence in its request, its row, and whether that has neither NaN nor infinity.
 OnVector: TypeAlias = Callable[[int, Vectors, bool], None]
@@ -35,12 +37,9 @@ OnVector: TypeAlias = Callable[[int, Vectors, bool], None]
 _BUSY_AGE_S = 0.001
 
 
-class EngineUnavailableError(Exception):
+def _unavailable(message: str) -> RejectedError:
     """No engine is ready, engines crashed while running this request, or memory is insufficient for it."""
-
-
-class EngineFailedError(Exception):
-    """The engine could not compute this request. The message says why."""
+    return RejectedError(ENGINE_UNAVAILABLE, message, 1)
 
 
 class RequestResult(NamedTuple):
@@ -112,36 +111,41 @@ class Dispatcher:
         """Queue a request and return the future of its result. Cancelling the future cancels the request.
 
         `marks`: as in `Batch`. `tenant`: as in `Batcher.submit`.
-        `on_vector` gets each row when its batch completes. `use` counts what engines compute. Raises
-        `AdmissionError`, or `EngineUnavailableError` if no engine is ready. The future raises `EngineUnavailableError`
-        or `EngineFailedError`.
+        `on_vector` gets each row when its batch completes. `use` counts what engines compute. Raises `RejectedError`, and so
+        does the future.
         """
         lengths = [len(s) for s in sequences]
         self._metrics.offer(sum(lengths))
         if not self.ready:
-            raise EngineUnavailableError("the engine is not ready")
+            raise _unavailable("the engine is not ready")
         number, now = next(self._ids), self._clock()
         busy_s = self._seconds_until_free()
-        predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
+        try:
+            predicted = self._batcher.submit(number, lengths, now, bulk=bulk, busy_s=busy_s, tenant=tenant)
+        except AdmissionError as error:
+            raise RejectedError(error.reason, str(error), error.retry_after) from None
         future: asyncio.Future[RequestResult] = asyncio.get_running_loop().create_future()
         use = use or EngineUse()
         request = _Request(sequences, marks, future, now, predicted, len(sequences), use, on_vector)
         self._requests[number] = request
         use.begin()
-        future.add_done_callback(lambda _: self._request_done(number))
-        future.add_done_callback(use.end)
+        future.add_done_callback(partial(self._request_done, number, use))
         if not self._scheduled:  # the other requests of this turn of the event loop join the same batch
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._dispatch)
         return future
 
-    def _request_done(self, number: int) -> None:
+    def _request_done(self, number: int, use: EngineUse, _: object) -> None:
+        use.end()
         if self._requests.pop(number, None) is not None:
             self._batcher.cancel(number)
 
     def check_admission(self, *, bulk: bool = False, tenant: str | None = None) -> None:
-        """Raise `AdmissionError` if even a request of one token would be rejected. Called before the body is read."""
-        self._batcher.predict_latency(1, bulk=bulk, busy_s=self._seconds_until_free(), tenant=tenant)
+        """Raise `RejectedError` if even a request of one token would be rejected. Called before the body is read."""
+        try:
+            self._batcher.predict_latency(1, bulk=bulk, busy_s=self._seconds_until_free(), tenant=tenant)
+        except AdmissionError as error:
+            raise RejectedError(error.reason, str(error), error.retry_after) from None
 
     def _seconds_until_free(self) -> float:
         """Return the seconds until any engine can start another batch, at most 1 ms old."""
@@ -152,9 +156,9 @@ class Dispatcher:
         return self._busy_s
 
     def fail_all(self, message: str) -> None:
-        """Fail all requests in flight with `EngineUnavailableError`."""
+        """Fail all requests in flight, because there is no engine."""
         for number in list(self._requests):
-            self._fail(number, EngineUnavailableError(message))
+            self._fail(number, _unavailable(message))
 
     def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
         """Send batches to this engine from now on. Part of `Listener`."""
@@ -173,7 +177,7 @@ class Dispatcher:
             for item in attempt.sequences:
                 requests.setdefault(item.request, []).append(item)
             if attempt.isolated and len(requests) == 1:
-                error = EngineUnavailableError("the engine crashed while running this request in isolation")
+                error = _unavailable("the engine crashed while running this request in isolation")
                 self._fail(attempt.sequences[0].request, error)
             else:
                 self._retries.extend(requests.values())
@@ -208,8 +212,13 @@ class Dispatcher:
             queue.lower_batch_limit(attempt)
             self._engines_changed()
         if attempt.isolated and len(attempt.sequences) == 1:
-            insufficient = EngineUnavailableError(f"insufficient memory for this request: {message}")
-            self._fail(attempt.sequences[0].request, insufficient if out_of_memory else EngineFailedError(message))
+            insufficient = _unavailable(f"insufficient memory for this request: {message}")
+            self._fail(
+                attempt.sequences[0].request,
+                insufficient
+                if out_of_memory
+                else RejectedError("engine_failed", f"the engine could not compute this request: {message}"),
+            )
         else:  # also one sequence, because a batch that ran at the same time may have caused the failure
             middle = len(attempt.sequences) // 2
             self._retries.extend(half for half in (attempt.sequences[:middle], attempt.sequences[middle:]) if half)

@@ -8,14 +8,13 @@ import asyncio
 class EngineUse:
     """`tokens` and `seconds` of the batches that completed so far: each batch's time is shared by tokens.
 
-    A batch that an engine has goes on when the request is cancelled, so both grow until `settled` returns.
+    A batch that an engine has goes on when the request is cancelled, so both grow while something is `pending`.
     """
 
-    __slots__ = ("_pending", "_settled", "seconds", "tokens")
+    __slots__ = ("_settled", "pending", "seconds", "tokens")
 
     def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
-        self._pending = 0
+        self.tokens, self.seconds, self.pending = 0, 0.0, 0
         self._settled: asyncio.Future[None] | None = None
 
     def add(self, tokens: int, seconds: float) -> None:
@@ -25,16 +24,18 @@ class EngineUse:
 
     def begin(self) -> None:
         """Note that engines may compute something more, until `end` is called as often as this."""
-        self._pending += 1
+        self.pending += 1
 
-    def end(self, _: object = None) -> None:
-        """Take back one `begin`. It can be the callback of a future."""
-        self._pending -= 1
-        if not self._pending and self._settled is not None and not self._settled.done():
+    def end(self) -> None:
+        """Take back one `begin`."""
+        self.pending -= 1
+        if not self.pending and self._settled is not None and not self._settled.done():
             self._settled.set_result(None)
 
-    async def settled(self) -> None:
-        """Return when engines compute nothing more for the request. One task can wait at a time."""
-        while self._pending:
+    def settled(self) -> asyncio.Future[None]:
+        """Return a future that is done when engines compute nothing more for the request."""
+        if self._settled is None or self._settled.done():
             self._settled = asyncio.get_running_loop().create_future()
-            await self._settled
+            if not self.pending:
+                self._settled.set_result(None)
+        return self._settled

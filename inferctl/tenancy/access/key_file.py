@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import shlex
 import stat
@@ -175,14 +174,6 @@ def is_caller_id(text: str) -> bool:
     The latter are no UTF-8, so no event can be written with them. PostgreSQL stores no NUL, and terminals obey escapes.
     """
     return text != "" and text.isprintable()
-
-
-@functools.lru_cache(maxsize=10_000)
-def limits_alone(id: str, requests: int | None, tokens: int | None) -> ApiKey:
-    """Return a key of which only the id and the limits are known, for a process that does not read the key file."""
-    return ApiKey.model_construct(
-        id=id, name=id, digests=[], created=_NEVER, requests_per_minute=requests, tokens_per_minute=tokens
-    )
 
 
 def caller(caller_id: str) -> ApiKey:

@@ -17,7 +17,6 @@ import itertools
 import math
 from collections import Counter
 
-from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limit_error import LimitError as LimitError
 from inferctl.tenancy.access.limit_error import Resource
 from inferctl.tenancy.access.window import CELL_S, CELLS, SLOT_S, Cells, LastHeard, Window
@@ -44,24 +43,27 @@ _SET_BACK_S = 1.0
 # Keys of other servers that are kept. A hostile server could send any number.
 _MOST_KEYS = 100_000
 
-# The limit, what remains of it, and the seconds until it is unused.
+# The limit, what remains of it, and the seconds until it is unused; of the limits of requests and of tokens.
 Quota = tuple[int, int, int]
+Quotas = tuple[Quota | None, Quota | None]
+# Of requests and of tokens, per minute; None for no limit.
+Limits = tuple[int | None, int | None]
+NO_LIMITS: Limits = (None, None)
 # Key id -> counters of requests, and of tokens.
 Counters = dict[str, tuple[Cells, Cells]]
 
 
 class KeyUsage:
-    """The windows and the limits of one key. A limit of None does not limit.
+    """The windows and the limits of one key.
 
     `rejected`: tokens of requests that were rejected after their texts were tokenized. They count towards no limit.
     """
 
-    __slots__ = ("_limiter", "key", "key_id", "limits", "rejected", "windows")
+    __slots__ = ("_limiter", "key_id", "limits", "rejected", "windows")
 
     def __init__(self, limiter: Limiter, key_id: str) -> None:
         self._limiter, self.key_id, self.windows, self.rejected = limiter, key_id, (Window(), Window()), Window()
-        self.key: ApiKey | None = None
-        self.limits: tuple[int | None, int | None] = (None, None)
+        self.limits = NO_LIMITS
 
     def check(self, index: int, amount: int, now: float, *, size: int = 0) -> None:
         """Raise `LimitError` if `amount` of a resource (0: requests, 1: tokens) does not fit into its window."""
@@ -115,7 +117,7 @@ class KeyUsage:
             shown = self._shown(used, unknown, shared)
             raise LimitError("tokens", own_limit, shown, estimate, wait, size=size)
 
-    def quotas(self, now: float) -> tuple[Quota | None, Quota | None]:
+    def quotas(self, now: float) -> Quotas:
         """Return the state of the limits of requests and of tokens; None for no limit."""
         shared = now < self._limiter.fresh_until
         requests, tokens = self._quota(0, shared, now), self._quota(1, shared, now)
@@ -170,7 +172,7 @@ class KeyUsage:
 
 
 class Charge:
-    """What one request was charged. The edge closes it at the end of the request."""
+    """What one request was charged."""
 
     __slots__ = ("_request_slot", "_reserved", "_token_slot", "_tokens", "_usage")
 
@@ -181,15 +183,6 @@ class Charge:
         usage.check(0, 1, now)
         self._request_slot = usage.windows[0].charge(1, now)
         usage.note_change()
-
-    @property
-    def limits_tokens(self) -> bool:
-        """Whether the key has a limit of tokens."""
-        return self._usage.limits[1] is not None
-
-    async def body(self, size: int, now: float) -> None:
-        """Do what `charge_body` does. In an API process, the backend does it."""
-        self.charge_body(size, now)
 
     def charge_body(self, size: int, now: float) -> None:
         """Charge the tokens that `size` bytes cost at least. Raises `LimitError`, also if tokenizing is not allowed."""
@@ -251,16 +244,14 @@ class Charge:
 
 
 class Limiter:
-    """The use of all keys on this server. `requests` and `tokens` per minute: of keys without a limit of their own.
+    """The use of all keys on this server.
 
     `replicas`: the number of servers that share the limits. `exchanges`: whether they tell each other their counters.
     `others`: how many other servers there are. `last_heard`: slots, and how many of them were last heard then.
     """
 
-    def __init__(
-        self, requests: int | None = None, tokens: int | None = None, replicas: int = 1, *, exchanges: bool = False
-    ) -> None:
-        self._requests, self._tokens, self._replicas = requests, tokens, replicas
+    def __init__(self, replicas: int = 1, *, exchanges: bool = False) -> None:
+        self._replicas = replicas
         self._usages: dict[str, KeyUsage] = {}
         self._many, self._forgot = _MANY_KEYS, -math.inf
         self._heard: dict[str, float] = {}
@@ -278,19 +269,10 @@ class Limiter:
         self.last_heard: LastHeard = ((0, self.others),) if self.others else ()
         self.fresh_until = -math.inf  # until when the counters of all other servers are known
 
-    def limits_of(self, key: ApiKey) -> tuple[int | None, int | None]:
-        """Return the limits of a key, per minute: requests and tokens."""
-        return key.requests_per_minute or self._requests, key.tokens_per_minute or self._tokens
-
-    def usage(self, key: ApiKey, now: float) -> KeyUsage | None:
-        """Return the use of a key, to which requests are charged; None if the key has no limits."""
-        usage = self._usages.get(key.id)
-        if usage is None or usage.key is not key:  # the key file was read again
-            limits = self.limits_of(key)
-            if limits == (None, None):
-                return None
-            usage = self._new_usage(key.id, now) if usage is None else usage
-            usage.key, usage.limits = key, limits
+    def usage(self, key_id: str, limits: Limits, now: float) -> KeyUsage:
+        """Return the use of a key, to which requests are charged. Its limits can be others than before."""
+        usage = self._usages.get(key_id) or self._new_usage(key_id, now)
+        usage.limits = limits
         return usage
 
     def changes(self, now: float) -> Counters:

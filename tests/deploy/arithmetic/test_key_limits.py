@@ -52,7 +52,7 @@ def test_every_server_at_the_peak_can_be_heard() -> None:
     assert (found.key_servers.value, found.key_servers.formula) == (28, "max(2, ceil((72 - 17) / 2))")
 
     def heard(replicas: int) -> int:
-        limiter = Limiter(1000, None, replicas, exchanges=True)
+        limiter = Limiter(replicas, exchanges=True)
         for number in range(71):
             limiter.heard(f"{number:016x}", 100.0, 100.0)
         limiter.update(100.0)

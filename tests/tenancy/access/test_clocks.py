@@ -16,8 +16,7 @@ from inferctl.serve.edge import exchange as exchanges
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.tenancy.access import channel
 from inferctl.tenancy.access.clocks import Clocks, in_own_time
-from inferctl.tenancy.access.limits import Limiter
-from tests.tenancy.access.test_limits import charge, key, worst
+from tests.tenancy.access.test_limits import KEY, Limiter, charge, worst
 
 LIMIT = 90
 BEGIN = 1_700_000_000.0
@@ -62,7 +61,7 @@ class Server:
 
     def admits(self) -> bool:
         self.time.offset = self.offset
-        return charge(self.limiter, key(), self.time.time()) is not None
+        return charge(self.limiter, KEY, self.time.time()) is not None
 
 
 class Servers:

@@ -34,7 +34,7 @@ def revoked() -> list[str]:
 
 @pytest.fixture
 def limiter() -> Limiter:
-    return Limiter(requests=10, replicas=2, exchanges=True)
+    return Limiter(replicas=2, exchanges=True)
 
 
 @pytest.fixture

@@ -5,28 +5,33 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferctl.batching.fairness import Shares
-from inferctl.tenancy.access.key_file import ApiKey
-from inferctl.tenancy.access.limits import CELL_S, Charge, Counters, Limiter, LimitError
+from inferctl.tenancy.access import limits
+from inferctl.tenancy.access.limits import CELL_S, Charge, Counters, KeyUsage, LimitError
 
-CREATED = datetime(2026, 1, 1, tzinfo=UTC)
 START = 1_700_000_000.0
+KEY = "aaaaaaaaaaaa"
 
 
-def key(key_id: str = "aaaaaaaaaaaa", **fields: object) -> ApiKey:
-    return ApiKey.model_validate({"id": key_id, "name": "k", "digests": [], "created": CREATED, **fields})
+class Limiter(limits.Limiter):
+    """One for keys that have all the same limits."""
+
+    def __init__(self, requests: int | None = None, tokens: int | None = None, replicas: int = 1, **more: bool) -> None:
+        super().__init__(replicas, **more)
+        self.limits = requests, tokens
+
+    def of(self, key_id: str, now: float) -> KeyUsage:
+        return self.usage(key_id, self.limits, now)
 
 
-def charge(limiter: Limiter, who: ApiKey, now: float, tokens: int = 0) -> Charge | None:
+def charge(limiter: Limiter, who: str, now: float, tokens: int = 0) -> Charge | None:
     """Charge a request and its tokens; None if a limit rejects it."""
-    usage = limiter.usage(who, now)
-    assert usage is not None
+    usage = limiter.of(who, now)
     try:
         found = Charge(usage, now)
     except LimitError:
@@ -50,7 +55,7 @@ ARRIVALS = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 60)), max_size=60
 
 @given(ARRIVALS, st.integers(1, 100))
 def test_never_above_the_limit_in_any_minute(arrivals: list[tuple[float, int]], limit: int) -> None:
-    limiter, who, now = Limiter(tokens=limit), key(), START
+    limiter, who, now = Limiter(tokens=limit), KEY, START
     admitted = []
     for gap, amount in arrivals:
         now += gap
@@ -61,7 +66,7 @@ def test_never_above_the_limit_in_any_minute(arrivals: list[tuple[float, int]], 
 
 @given(ARRIVALS, st.integers(1, 30))
 def test_requests_and_tokens_have_windows_of_their_own(arrivals: list[tuple[float, int]], limit: int) -> None:
-    limiter, who, now = Limiter(requests=limit, tokens=100_000), key(), START
+    limiter, who, now = Limiter(requests=limit, tokens=100_000), KEY, START
     admitted = []
     for gap, amount in arrivals:
         now += gap
@@ -76,7 +81,7 @@ def test_requests_and_tokens_have_windows_of_their_own(arrivals: list[tuple[floa
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 50), st.integers(0, 50), st.floats(0, 90)), max_size=40))
 def test_generation_never_uses_more_than_the_limit(requests: list[tuple[float, int, int, float]]) -> None:
     """A request reserves the most that it can use, and settles less, some time later."""
-    limiter, who, now = Limiter(tokens=100), key(), START
+    limiter, who, now = Limiter(tokens=100), KEY, START
     running: list[tuple[float, int, Charge]] = []
     used = []
 
@@ -101,18 +106,17 @@ def test_generation_never_uses_more_than_the_limit(requests: list[tuple[float, i
             running.append((now + seconds, reserved * share // 50, found))
     settle(float("inf"))
     assert worst(used) <= 100
-    after = limiter.usage(who, now + 1000)
-    assert after and after.quotas(now + 1000) == (None, (100, 100, 0))  # nothing stays reserved
+    after = limiter.of(who, now + 1000)
+    assert after.quotas(now + 1000) == (None, (100, 100, 0))  # nothing stays reserved
 
 
 def test_a_failed_request_keeps_what_was_computed() -> None:
-    limiter, who = Limiter(requests=10, tokens=10), key()
+    limiter, who = Limiter(requests=10, tokens=10), KEY
     for _ in range(2):
         found = charge(limiter, who, START, 5)
         assert found
         found.close(give_back=True, computed=4)
-    usage = limiter.usage(who, START)
-    assert usage
+    usage = limiter.of(who, START)
     (_, requests, _), (_, tokens, _) = usage.quotas(START)
     assert (requests, tokens) == (8, 2)
 
@@ -123,11 +127,10 @@ def test_a_failed_request_keeps_what_was_computed() -> None:
 )
 def test_a_body_costs_at_least_a_token_for_256_bytes(size: int, tokens: int, left: int) -> None:
     """333 bodies of 4 MB were read and parsed for 999 tokens."""
-    limiter, who = Limiter(tokens=100), key()
+    limiter, who = Limiter(tokens=100), KEY
     found = charge(limiter, who, START)
-    usage = limiter.usage(who, START)
+    usage = limiter.of(who, START)
     assert found
-    assert usage
     found.charge_body(0, START)  # of a client that did not declare it
     found.charge_body(size, START)
     found.tokens(tokens, START + 1)
@@ -137,11 +140,10 @@ def test_a_body_costs_at_least_a_token_for_256_bytes(size: int, tokens: int, lef
 
 
 def test_a_reservation_and_its_end_replace_what_a_body_cost() -> None:
-    limiter, who = Limiter(tokens=100), key()
+    limiter, who = Limiter(tokens=100), KEY
     found = charge(limiter, who, START)
-    usage = limiter.usage(who, START)
+    usage = limiter.of(who, START)
     assert found
-    assert usage
     found.charge_body(2_560, START)
     found.reserve(50, START)
     assert (usage.quotas(START)[1] or ())[:2] == (100, 50)
@@ -152,22 +154,21 @@ def test_a_reservation_and_its_end_replace_what_a_body_cost() -> None:
 
 
 def test_what_was_not_computed_is_given_back() -> None:
-    limiter, who = Limiter(requests=2, tokens=10), key()
+    limiter, who = Limiter(requests=2, tokens=10), KEY
     for _ in range(5):
         found = charge(limiter, who, START, 10)
         assert found
         found.close(give_back=True)
     assert charge(limiter, who, START, 10)
     assert charge(limiter, who, START)
-    full = limiter.usage(who, START)
-    assert full
+    full = limiter.of(who, START)
     with pytest.raises(LimitError) as error:
         Charge(full, START)
     assert error.value.resource == "requests"
 
 
 def test_the_wait_is_exact() -> None:
-    limiter, who = Limiter(tokens=100), key()
+    limiter, who = Limiter(tokens=100), KEY
     assert charge(limiter, who, START, 60)
     assert charge(limiter, who, START + 20, 40)
     found = charge(limiter, who, START + 30)
@@ -181,7 +182,7 @@ def test_the_wait_is_exact() -> None:
 
 
 def test_what_never_fits_says_so() -> None:
-    found = charge(Limiter(tokens=100), key(), START)
+    found = charge(Limiter(tokens=100), KEY, START)
     assert found
     with pytest.raises(LimitError, match="needs 101 tokens") as error:
         found.tokens(101, START)
@@ -189,9 +190,8 @@ def test_what_never_fits_says_so() -> None:
 
 
 def test_no_more_than_the_limit_is_tokenized_in_vain() -> None:
-    limiter, who = Limiter(tokens=1000), key()
-    usage = limiter.usage(who, START)
-    assert usage
+    limiter, who = Limiter(tokens=1000), KEY
+    usage = limiter.of(who, START)
     assert charge(limiter, who, START, 400)
     usage.check_size(1_000_000, START)  # tokenized, and rejected
     assert charge(limiter, who, START, 900) is None
@@ -207,9 +207,8 @@ def test_no_more_than_the_limit_is_tokenized_in_vain() -> None:
 
 
 def test_a_request_of_a_key_without_tokens_is_not_tokenized() -> None:
-    limiter, who = Limiter(tokens=1000), key()
-    usage = limiter.usage(who, START)
-    assert usage
+    limiter, who = Limiter(tokens=1000), KEY
+    usage = limiter.of(who, START)
     assert charge(limiter, who, START, 600)
     assert charge(limiter, who, START + 20, 400)
     for size, wait in ((0, 45), (40, 45), (2400, 45), (2404, 65), (1_000_000, 65)):
@@ -218,20 +217,20 @@ def test_a_request_of_a_key_without_tokens_is_not_tokenized() -> None:
         assert error.value.retry_after == wait
 
 
-def test_a_key_has_its_own_limits_which_may_change() -> None:
-    limiter = Limiter(requests=1)
-    assert charge(limiter, key(requests_per_minute=2), START)
-    assert charge(limiter, key(requests_per_minute=2), START)
-    assert charge(limiter, key(requests_per_minute=2), START) is None
-    assert charge(limiter, key(requests_per_minute=3), START)
-    assert charge(limiter, key(), START) is None
-    assert charge(limiter, key("bbbbbbbbbbbb"), START)
-    assert Limiter().usage(key(), START) is None
+def test_the_limits_of_a_key_may_change() -> None:
+    limiter = Limiter(requests=2)
+    assert charge(limiter, KEY, START)
+    assert charge(limiter, KEY, START)
+    assert charge(limiter, KEY, START) is None
+    assert charge(limiter, "bbbbbbbbbbbb", START)
+    limiter.limits = (3, None)
+    assert charge(limiter, KEY, START)
+    assert charge(limiter, KEY, START) is None
 
 
 @pytest.mark.parametrize("step", [-30.0, -3600.0, 3600.0])
 def test_a_clock_that_is_set_does_not_block_a_key(step: float) -> None:
-    limiter, who = Limiter(requests=10), key()
+    limiter, who = Limiter(requests=10), KEY
     assert sum(bool(charge(limiter, who, START)) for _ in range(20)) == 10
     assert sum(bool(charge(limiter, who, START + step)) for _ in range(20)) == (0 if abs(step) < 60 else 10)
     assert charge(limiter, who, START + step + 130)
@@ -241,7 +240,7 @@ def test_a_clock_that_is_set_does_not_block_a_key(step: float) -> None:
 def test_without_exchange_three_servers_together_stay_below_the_limit(
     arrivals: list[tuple[float, int, int]],
 ) -> None:
-    servers, who, now = [Limiter(tokens=100, replicas=3) for _ in range(3)], key(), START
+    servers, who, now = [Limiter(tokens=100, replicas=3) for _ in range(3)], KEY, START
     admitted = []
     for gap, server, amount in arrivals:
         now += gap
@@ -260,12 +259,12 @@ class Replica:
         if give_back and self.open:
             self.open.pop().close(give_back=True)
         else:
-            found = charge(self.limiter, key(), now, amount)
+            found = charge(self.limiter, KEY, now, amount)
             assert found
             self.open.append(found)
 
     def total(self, now: float) -> int:
-        found = self.limiter.next_counters(now).get("", {}).get(key().id)
+        found = self.limiter.next_counters(now).get("", {}).get(KEY)
         return sum(charged - returned for charged, returned in found[1].values()) if found else 0
 
 
@@ -289,7 +288,7 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
     seen: dict[tuple[str, int], tuple[int, int]] = {}
     for name, counters in delivered:
         receiver.merge(name, counters, now)
-        usage = receiver._usages[key().id]
+        usage = receiver._usages[KEY]
         for replica, cells in usage.windows[1].foreign.items():
             for cell, counts in cells.items():
                 before = seen.get((replica, cell), (0, 0))
@@ -299,8 +298,8 @@ def test_lost_doubled_and_reordered_counters_never_count_twice(
     for index, replica in enumerate(replicas):  # the last state of each arrives, twice
         for _ in range(2):
             receiver.merge(f"r{index}.boot", replica.limiter.next_counters(now).get("", {}), now)
-    if key().id in receiver._usages:
-        window = receiver._usages[key().id].windows[1]
+    if KEY in receiver._usages:
+        window = receiver._usages[KEY].windows[1]
         window.advance(int(now // CELL_S))
         assert window.foreign_total == sum(replica.total(now) for replica in replicas)
         assert window.own_total == 0  # what was imported is never published again
@@ -335,7 +334,7 @@ class Fleet:
 
 
 def admitted(server: Limiter, now: float, requests: int = 50) -> int:
-    return sum(bool(charge(server, key(), now)) for _ in range(requests))
+    return sum(bool(charge(server, KEY, now)) for _ in range(requests))
 
 
 def test_with_exchange_the_whole_limit_is_shared() -> None:
@@ -343,7 +342,7 @@ def test_with_exchange_the_whole_limit_is_shared() -> None:
     a, b, c = fleet.servers
     fleet.exchange(START)
     assert admitted(a, START) == 30, "the others may have admitted as many since they were heard"
-    usage = a.usage(key(), START)
+    usage = a.of(KEY, START)
     assert usage and usage.quotas(START)[0] == (90, 60, 65)
     with pytest.raises(LimitError, match="used its share") as error:
         Charge(usage, START)
@@ -352,20 +351,20 @@ def test_with_exchange_the_whole_limit_is_shared() -> None:
         fleet.exchange(START + step / 4)
         admitted(a, START + step / 4, 20)
     end = START + 10
-    assert a.usage(key(), end).quotas(end)[0][:2] == (90, 0)  # type: ignore[union-attr,index]
+    assert a.of(KEY, end).quotas(end)[0][:2] == (90, 0)  # type: ignore[index]
     assert admitted(b, end) == admitted(c, end) == 0
 
 
 def test_a_request_larger_than_the_share_of_a_server_fits_with_exchange_only() -> None:
     fleet = Fleet(3, tokens=90)
     with pytest.raises(LimitError, match="is 30 tokens per minute") as error:
-        fleet.servers[0].usage(key(), START).check(1, 80, START)  # type: ignore[union-attr]
+        fleet.servers[0].of(KEY, START).check(1, 80, START)
     assert error.value.retry_after is None
     fleet.exchange(START)
-    assert charge(fleet.servers[0], key(), START, 80)
+    assert charge(fleet.servers[0], KEY, START, 80)
     fleet.exchange(START + 1)
-    assert charge(fleet.servers[1], key(), START + 1, 80) is None
-    assert charge(fleet.servers[1], key(), START + 1, 10)
+    assert charge(fleet.servers[1], KEY, START + 1, 80) is None
+    assert charge(fleet.servers[1], KEY, START + 1, 10)
 
 
 def test_without_the_broker_what_was_heard_still_counts() -> None:
@@ -406,14 +405,14 @@ def test_a_server_that_starts_hears_of_those_that_ended() -> None:
     for index in range(2):
         fleet.deliver(index, [("ended", "ended", ended_counters(ended))], START, START)
     for server in fleet.servers:
-        assert server.usage(key(), START)
+        assert server.of(KEY, START)
     started = Fleet(1, requests=90)
     started.names = ["started"]
     for step in range(1, 100):
         now = START + step / 10
         fleet.exchange(now)
         started.deliver(0, fleet.messages(0, now), now, now)
-    usage = started.servers[0].usage(key(), START + 10)
+    usage = started.servers[0].of(KEY, START + 10)
     assert usage and usage.windows[0].foreign_total == 50
 
 
@@ -448,7 +447,7 @@ def test_ten_times_the_limit_on_three_servers_stays_within_a_request_each(
         now = START + at
         if what == "request":
             server, amount = detail  # type: ignore[misc]
-            if charge(fleet.servers[server], key(), now, amount):
+            if charge(fleet.servers[server], KEY, now, amount):
                 found.append((now, amount))
         elif what == "send":
             sender: int = detail  # type: ignore[assignment]
@@ -487,13 +486,13 @@ def test_many_changes_are_sent_in_parts_and_the_time_says_up_to_when() -> None:
     limiter = Limiter(requests=5, exchanges=True, replicas=2)
     limiter.changes(START)
     for number in range(1200):
-        charge(limiter, key(f"{number:012}"), START + 0.05)
+        charge(limiter, f"{number:012}", START + 0.05)
     found, times = list[Counters](), list[float]()
     for step in range(1, 4):
         found.append(limiter.changes(START + step / 10))
         times.append(limiter.sent_up_to(START + step / 10))
         if step == 1:  # again, while others wait: its turn comes after theirs
-            charge(limiter, key("0" * 12), START + 0.15)
+            charge(limiter, "0" * 12, START + 0.15)
     assert [len(each) for each in found] == [500, 500, 201]
     assert times == [START, START, START + 0.3]
     assert found[2]["0" * 12] == ({int(START // CELL_S): (2, 0)}, {})
@@ -503,7 +502,7 @@ def test_what_was_left_out_of_changes_is_sent_with_the_rest() -> None:
     limiter = Limiter(requests=5, exchanges=True, replicas=2)
     limiter.changes(START)
     for number in range(1200):
-        charge(limiter, key(f"{number:012}"), START + 0.05)
+        charge(limiter, f"{number:012}", START + 0.05)
     limiter.send_all()
     seen = set[str]()
     for step in range(1, 4):
@@ -519,11 +518,11 @@ def test_forged_servers_do_not_take_the_whole_limit() -> None:
     limiter.heard("peer", START, START)
     for number in range(5000):
         limiter.heard(f"f{number}", START, START)
-        limiter.merge(f"f{number}", {key().id: ({int(START // CELL_S): (1, 0)}, {})}, START)
+        limiter.merge(f"f{number}", {KEY: ({int(START // CELL_S): (1, 0)}, {})}, START)
     limiter.update(START)
     assert limiter.others == 22
     assert "peer" in limiter._heard
-    assert limiter._usages[key().id].windows[0].foreign_total == 44
+    assert limiter._usages[KEY].windows[0].foreign_total == 44
     limiter.heard("new", START + 4, START + 4)  # silent ones make room
     assert "new" in limiter._heard
 
@@ -532,7 +531,7 @@ def test_many_keys_do_not_stay_in_memory() -> None:
     limiter = Limiter(requests=5)
     for number, now in itertools.product(range(3), [START]):
         for each in range(9_000):
-            charge(limiter, key(f"{number:03}{each:09}"), now + 100 * number)
+            charge(limiter, f"{number:03}{each:09}", now + 100 * number)
     assert len(limiter._usages) <= 20_000
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.tenancy.access import channel
-from inferctl.tenancy.access.key_file import caller
 from inferctl.tenancy.access.limits import Charge, Limiter
 from inferctl.tenancy.fleet import broker
 from inferctl.tenancy.fleet.broker import FleetBroker, FleetBrokerError
@@ -168,7 +167,7 @@ def test_two_servers_on_two_machines_hear_each_other(nats: Nats, tmp_path: Path)
         limiters, revoked, tasks = list[Limiter](), list[str](), list[asyncio.Task[None]]()
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            limiters.append(Limiter(requests=10, replicas=2, exchanges=True))
+            limiters.append(Limiter(replicas=2, exchanges=True))
             exchange = Exchange(limiters[-1], tmp_path / name, "m", revoked.extend)
             tasks += [
                 asyncio.create_task(ExchangeRelay(tmp_path / name, nats.url, lambda: None).run()),
@@ -176,7 +175,7 @@ def test_two_servers_on_two_machines_hear_each_other(nats: Nats, tmp_path: Path)
             ]
         try:
             await until(lambda: all(time.time() < each.fresh_until for each in limiters))
-            usage = limiters[0].usage(caller("team"), time.time())
+            usage = limiters[0].usage("team", (10, None), time.time())
             assert usage
             charge = Charge(usage, time.time())
             await until(lambda: "team" in limiters[1]._usages)

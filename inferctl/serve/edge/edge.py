@@ -8,7 +8,7 @@ the probes, turns errors into responses, rejects requests while the server start
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,23 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.batching.fairness import Shares
 from inferctl.serve.edge import access as edge_access
-from inferctl.serve.edge import pages
+from inferctl.serve.edge import errors, pages
 from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge.request_context import (
-    CLIENT_DISCONNECTED,
-    DISCONNECTED,
-    HEADER_LINES,
-    ON_DISCONNECT,
-    OTHER,
-    REJECTION,
-    RequestContext,
-    UsageEvent,
-)
-from inferctl.tenancy.access.key_file import ApiKey
-from inferctl.tenancy.access.limits import LimitError
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, Exchange, RequestContext, UsageEvent
+from inferctl.serve.work import Admission, RejectedError
 
 log = logging.getLogger("inferctl.edge")
 
@@ -56,9 +46,9 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
 
     It runs in the task of the request: a task for it and one that waits for the disconnect would take 7 us.
     """
-    state, task, disconnected = scope["state"], asyncio.current_task(), False
+    exchange, task, disconnected = Exchange.of(scope), asyncio.current_task(), False
     assert task is not None
-    if DISCONNECTED in state:
+    if exchange.disconnected:
         raise ClientDisconnectedError
 
     def cancel() -> None:
@@ -67,7 +57,7 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
             disconnected = True
             task.cancel()
 
-    state[ON_DISCONNECT] = cancel
+    exchange.on_disconnect = cancel
     try:
         return await work()
     except asyncio.CancelledError:
@@ -75,15 +65,11 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
             raise ClientDisconnectedError from None
         raise
     finally:
-        del state[ON_DISCONNECT]
+        exchange.on_disconnect = None
 
 
-async def read_body(context: RequestContext, receive: Receive) -> bytes:
-    """Return the body of a request.
-
-    Raises `ClientDisconnectedError`, and `LimitError` if the body exceeds a limit of its key. A size that the client
-    declared is charged before.
-    """
+async def read_body(receive: Receive) -> bytes:
+    """Return the body of a request. Raises `ClientDisconnectedError`."""
     parts, more = [], True
     while more:
         message = await receive()
@@ -91,10 +77,7 @@ async def read_body(context: RequestContext, receive: Receive) -> bytes:
             raise ClientDisconnectedError
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
-    raw = b"".join(parts)
-    if context.charge is not None and not context.content_length:
-        await context.charge.body(len(raw), time.time())
-    return raw
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -111,8 +94,8 @@ class Edge:
 
     `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
     events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
-    may use the server; None for everyone. `charge` charges a request to its key, and raises `LimitError`.
-    `check_metering()` raises `ApiError` if the event of another request could not be recorded.
+    may use the server; None for everyone. `backend` admits and ends each POST; None if there is no engine for them.
+    `check_metering()` raises `RejectedError` if the event of another request could not be recorded.
     """
 
     def __init__(
@@ -126,7 +109,7 @@ class Edge:
         error_body: Callable[[str, ApiError], bytes] = lambda _path, error: error.body(),
         limits: EdgeLimits | None = None,
         access: EdgeAccess | None = None,
-        charge: Callable[[ApiKey, RequestContext], None] = lambda _key, _context: None,
+        backend: Admission | None = None,
         check_metering: Callable[[], None] = lambda: None,
     ) -> None:
         self.in_flight = 0
@@ -138,7 +121,8 @@ class Edge:
         # All requests with bodies of this size are within `max_bytes`, so these are not shared.
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
-        self._page, self._endpoints, self._access, self._charge = page, endpoints, access, charge
+        self._page, self._endpoints, self._access, self.backend = page, endpoints, access, backend
+        self._numbers = itertools.count()
         self.error_body = error_body
         self._check_metering = check_metering
 
@@ -156,59 +140,54 @@ class Edge:
         self._emit(UsageEvent("", "", status, code))
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context = RequestContext.of(scope, self._endpoints.get(scope["path"], OTHER))
+        context = RequestContext.of(scope, self._endpoints.get(scope["path"], OTHER), next(self._numbers))
         request = _EdgeRequest(self, context, scope, receive, send)
+        error: ApiError | None = None
         self.in_flight += 1
-        counted = None  # the tenant, if the request counts in its share
-        stopped = False
         try:
-            key = self._access.authenticate(scope, context) if self._access else None
+            if self._access:
+                self._access.authenticate(scope, context)
             self._admit(scope, context)
-            if context.tenant is not None:
-                if not self._requests.take(context.tenant):
+            if (tenant := context.caller.tenant) is not None:
+                if not self._requests.take(tenant):
                     raise key_share("requests in flight")
-                counted = context.tenant
-            if key and scope["method"] == "POST":
-                self._charge(key, context)
-                if context.charge is not None:
-                    await context.charge.body(context.content_length, time.time())
+                request.counted = tenant
+            if self.backend is not None and scope["method"] == "POST":
+                context.admitted = True
+                context.full = await self.backend.admit(context.number, context.caller, context.asked.content_length)
             await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:  # the drain took too long
-            stopped = True
             self.unfinished_responses += request.body_complete
-            await request.fail(self.stopped)
-        except ClientDisconnectedError as error:
-            context.status, context.code = CLIENT_DISCONNECTED, error.code
-        except ApiError as error:
-            await request.fail(error)
-        except LimitError as error:
-            await request.fail(edge_access.limit_exceeded(error))
+            request.stopped, error = True, self.stopped
+        except ClientDisconnectedError as left:
+            context.status, context.code = CLIENT_DISCONNECTED, left.code
+        except ApiError as found:
+            error = found
+        except RejectedError as rejected:
+            error = request.rejection(rejected)
         except Exception:  # a bug of the server must not leave a request without a response
-            log.exception("request %s", context.id.decode())
-            await request.fail(ApiError(500, "internal error; see the server log", code="internal_error"))
+            log.exception("request %s", context.asked.id.decode())
+            error = errors.internal()
+        try:
+            if error is not None:
+                await request.fail(error)
         finally:
-            if (use := context.use) is not None:
-                if not stopped:
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await use.settled()
-                context.input_tokens, context.engine_seconds = use.tokens, use.seconds
+            if context.admitted and (late := await request.end(context.status)) is not None:
+                context.status, context.code = late.status, late.code
             self.in_flight -= 1
             self._body_bytes -= context.body_bytes
-            if counted is not None:
-                self._requests.release(counted)
+            if (tenant := request.counted) is not None:
+                self._requests.release(tenant)
                 if context.shared_bytes:
-                    self._bodies.release(counted, context.shared_bytes)
-            if rejection := scope.get("state", {}).get(REJECTION):  # the client got this response instead
+                    self._bodies.release(tenant, context.shared_bytes)
+            if rejection := request.exchange.rejection:  # the client got this response instead
                 context.status, context.code = rejection
-            if context.charge is not None:
-                computed = context.input_tokens - context.cached_tokens + context.output_tokens
-                context.charge.close(give_back=context.status == 429 or context.status >= 500, computed=computed)
             self._emit(context.event())
 
     def _admit(self, scope: Scope, context: RequestContext) -> None:
         """Reject a request before its body is read."""
         limits = self._limits
-        self._check_body(context.content_length)  # first, since rejections count as demand of this size
+        self._check_body(context.asked.content_length)  # first, since rejections count as demand of this size
         if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
             raise self._lifecycle.unavailable()
         self._check_metering()
@@ -228,55 +207,80 @@ class Edge:
             message = f"the bodies of requests in flight have {self._body_bytes} bytes"
             raise at_capacity(message, "too_many_bytes", 1)
         whole = context.body_bytes + size
-        if whole > self._small_body and context.tenant is not None:
+        tenant = context.caller.tenant
+        if whole > self._small_body and tenant is not None:
             if context.shared_bytes:
-                self._bodies.release(context.tenant, context.shared_bytes)
+                self._bodies.release(tenant, context.shared_bytes)
                 context.shared_bytes = 0
-            if not self._bodies.take(context.tenant, whole):
+            if not self._bodies.take(tenant, whole):
                 raise key_share("bytes of bodies")
             context.shared_bytes = whole
         context.body_bytes += size
         self._body_bytes += size
 
     async def _probe(self, scope: Scope, send: Send) -> None:
-        if scope["method"] not in ("GET", "HEAD"):
-            allowed = "GET, HEAD, POST" if scope["path"] in self._endpoints else "GET, HEAD"
-            error = wrong_method(scope["method"], allowed)
-            await _respond(send, error.status, error.body(), "application/json", error.headers)
-            return
+        path, headers = scope["path"], dict[str, str]()
         try:
+            if scope["method"] not in ("GET", "HEAD"):
+                raise wrong_method(scope["method"], "GET, HEAD, POST" if path in self._endpoints else "GET, HEAD")
             if self._access:
                 self._access.check_page(scope)
-        except ApiError as error:
-            await _respond(send, error.status, error.body(), "application/json", error.headers)
-            return
-        await _respond(send, *await self._page(scope["path"]))
+            page = await self._page(path)
+        except (ApiError, RejectedError) as found:
+            error = errors.rejection(found) if isinstance(found, RejectedError) else found
+            page, headers = (error.status, error.body(), "application/json"), error.headers
+        await _respond(send, *page, headers)
 
 
 class _EdgeRequest:
-    """One request between the connection and the application: counts its body, and adds the id to the response."""
+    """One request between the connection and the application: counts its body, and adds the id to the response.
 
-    __slots__ = ("_context", "_edge", "_receive", "_scope", "_send", "body_complete", "complete")
+    `stopped`: the drain ended it. `counted`: the tenant in whose share it counts.
+    """
+
+    __slots__ = (
+        "_edge",
+        "_receive",
+        "_scope",
+        "_send",
+        "body_complete",
+        "complete",
+        "context",
+        "counted",
+        "exchange",
+        "stopped",
+    )
 
     def __init__(self, edge: Edge, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
-        self._edge, self._context, self._scope, self._receive, self._send = edge, context, scope, receive, send
-        self.body_complete = self.complete = False
+        self._edge, self.context, self._scope, self._receive, self._send = edge, context, scope, receive, send
+        self.exchange = Exchange.of(scope)
+        self.body_complete = self.complete = self.stopped = False
+        self.counted: str | None = None
 
     async def receive(self) -> Message:
-        """Return the next message of the connection. Raises `ApiError` if the body is too large."""
-        message = await self._receive()
+        """Return the next message of the connection. Raises `ApiError` if the body is too large, and `RejectedError`."""
+        message, context = await self._receive(), self.context
         if message["type"] == "http.request" and not self.body_complete:
-            self._edge.add_body(self._context, len(message.get("body", b"")))
+            self._edge.add_body(context, len(message.get("body", b"")))
             if not message.get("more_body", False):
                 self.body_complete = True
-                self._context.started = time.monotonic()
+                context.started = time.monotonic()
+                if context.admitted and not context.asked.content_length and context.body_bytes:
+                    assert self._edge.backend is not None
+                    await self._edge.backend.admit(context.number, context.caller, context.body_bytes)
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass a message of the application on."""
+        """Pass a message of the application on. A limit that is exceeded after all makes the response in its place."""
+        if self.complete:
+            return
+        context = self.context
         if message["type"] == "http.response.start":
-            self._context.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._context.id)]
+            if not context.computed and (error := await self.end(message["status"])) is not None:
+                await self.fail(error)
+                return
+            context.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", context.asked.id)]
             self._add_lines()
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
@@ -287,25 +291,62 @@ class _EdgeRequest:
                 await asyncio.sleep(0)
 
     def _add_lines(self) -> None:
-        if (usage := self._context.usage) is not None:
-            self._scope["state"][HEADER_LINES] = edge_access.limit_lines(usage)
+        if self.context.quotas is not None:
+            self.exchange.header_lines = edge_access.limit_lines(self.context.quotas)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
         if self.complete:
             return
-        self._context.code = error.code
-        if self._context.status:
+        context = self.context
+        if not context.status:
+            error = await self.end(error.status) or error
+        context.code = error.code
+        if context.status:
             raise error  # the connection is closed, so the client sees that the response is incomplete
-        self._context.status = error.status
-        headers = {**error.headers, "x-request-id": self._context.id.decode()}
+        context.status = error.status
+        headers = {**error.headers, "x-request-id": context.asked.id.decode()}
         self._add_lines()
         body = self._edge.error_body(self._scope["path"], error)
         await _respond(self._send, error.status, body, "application/json", headers)
+        self.complete = True
+
+    async def end(self, status: int) -> ApiError | None:
+        """Tell the backend that the request ends, unless it knows. Returns the error of a limit that it exceeds.
+
+        What remains of the limits is in the headers of the response, so this comes before it, unless they are known.
+        """
+        context, backend = self.context, self._edge.backend
+        if not context.admitted or backend is None:
+            return None
+        context.admitted = False
+        if rejection := self.exchange.rejection:
+            status = rejection[0]
+        give_back, wait = status == 429 or status >= 500, not self.stopped
+        if context.computed:
+            backend.end(context.number, in_vain=context.in_vain, give_back=give_back)
+            return None
+        while True:
+            try:
+                report = backend.report(context.number, in_vain=context.in_vain, give_back=give_back, wait=wait)
+                context.count(await report)
+            except asyncio.CancelledError:  # by the drain
+                wait = False
+                continue
+            except RejectedError as error:
+                return self.rejection(error)
+            return None
+
+    def rejection(self, error: RejectedError) -> ApiError:
+        """Return the response to a request that the backend rejected."""
+        if error.used is not None:
+            self.context.admitted = False
+            self.context.count(error.used)
+        return errors.rejection(error)
 
 
-async def _respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str] | None = None) -> None:
-    fields = {"content-type": media, "content-length": str(len(body)), **(headers or {})}
+async def _respond(send: Send, status: int, body: bytes, media: str, headers: Mapping[str, str]) -> None:
+    fields = {"content-type": media, "content-length": str(len(body)), **headers}
     raw = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})

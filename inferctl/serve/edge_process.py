@@ -1,0 +1,58 @@
+"""What a process has around its edge: who may use it, its phase, and where its events go."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from inferctl.config import spec
+from inferctl.serve.edge import access
+from inferctl.serve.edge.edge import Edge
+from inferctl.serve.edge.lifecycle import Lifecycle
+from inferctl.serve.edge.pages import Page
+from inferctl.serve.observe import metering
+from inferctl.serve.observe.metering import ServerMetering
+from inferctl.serve.observe.metrics import RequestMetrics
+
+
+class EdgeProcess:
+    """One process that responds to clients. `name`: of the server. `models`: the names that requests and keys may use.
+
+    `ready()` and `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` for a key file
+    that is missing or not valid.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        models: Sequence[str],
+        task: spec.Task,
+        keys: spec.Access,
+        recording: spec.Metering,
+        ready: Callable[[], bool],
+        live: Callable[[], bool] = lambda: True,
+        *,
+        log: str,
+        traces: bool,
+    ) -> None:
+        self._name, self._log, self._traces = name, log, traces
+        self.metering = ServerMetering(recording, name, task, known_callers=keys.required)
+        self.access = access.create(keys, models)
+        self.lifecycle = Lifecycle(ready, live, lambda: access.known(self.access))
+
+    def edge(
+        self, app: ASGIApp, metrics: RequestMetrics, page: Callable[[str], Awaitable[Page]], **options: Any
+    ) -> Edge:
+        """Return the edge in front of `app`, whose events are counted in `metrics`. `options`: others of `Edge`."""
+        emit = metering.emitter(metrics, self.metering, self._log, self._traces, self._name)
+        return Edge(
+            app,
+            self.lifecycle,
+            emit=emit,
+            page=page,
+            access=self.access,
+            check_metering=self.metering.check,
+            **options,
+        )
