@@ -109,9 +109,9 @@ class VectorCache:
     async def run(self, work: Work, compute: Compute, use: EngineUse) -> RequestResult:
         """Return the rows of a request.
 
-        `compute` runs the missing ones, and `use` counts what engines compute. A caller
-        shares entries with nobody else. With the directive `no-cache`, everything is computed; with `no-store`, also
-        nothing is stored. Raises what `compute` raises.
+        `compute` runs the missing ones, and `use` counts what engines compute. A caller shares entries with nobody
+        else. With the directive `no-cache`, everything is computed; with `no-store`, also nothing is stored. Raises
+        what `compute` raises.
         """
         caller, sequences, marks, directives = work
         keys = self._key_space.keys(caller.id, sequences, marks)
