@@ -75,18 +75,6 @@ def test_two_crashing_requests_among_others(server: ServerProcess) -> None:
     assert embed_all(server, rows) == [503, *[200] * 6, 503]
 
 
-def test_a_hung_engine_is_restarted_and_its_requests_complete(start: Serve) -> None:
-    server = start("--hang-seconds", "1")
-    engine = server.engine_pid()
-    os.kill(engine, signal.SIGSTOP)
-    with ThreadPoolExecutor(4) as pool:
-        assert [a.status_code for a in pool.map(lambda i: server.embed(input=[5, i]), range(1, 5))] == [200] * 4
-    assert server.engine_pid() != engine
-    info = server.get("/info").json()
-    assert (info["restarts"], info["engines"]["hangs"]) == (1, 1)
-    assert "did not respond" in server.log.read_text()
-
-
 def test_five_failed_starts_make_livez_fail_until_an_engine_starts(start: Serve) -> None:
     server = start()
     killed: set[int] = set()
