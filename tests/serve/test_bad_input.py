@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from inferctl.serve.api import app, schemas
 from inferctl.serve.engines import echo
-from tests.processes import ServerProcess, start, until
+from tests.processes import ServerProcess, until
 
 
 def is_no_fault(number: float) -> bool:
@@ -49,15 +49,13 @@ BODIES = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo")
-    running = start(tmp_path_factory.mktemp("bad"), *arguments)
+def server(minilm: Path, serve_module: Callable[..., ServerProcess]) -> Iterator[ServerProcess]:
+    running = serve_module("--model", str(minilm), "--engine", "echo", "--name", "echo")
     yield running
     # After all tests, no request is in flight and the server still responds.
     until(lambda: in_flight(running) == 0, 30)
     assert running.embed(input=[5]).status_code == 200
     assert "Traceback" not in running.log.read_text()
-    running.kill()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from pydantic import SecretStr
 from tokenizers import Tokenizer
 
 from tests.conftest import TEXTS
@@ -120,28 +119,13 @@ def client_calls() -> dict[str, Callable[[str, str], object]]:
     import cohere
     import openai
     import voyageai
-    from haystack.components.embedders import OpenAITextEmbedder
-    from haystack.utils import Secret
-    from haystack_integrations.components.embedders.cohere import CohereTextEmbedder
-    from haystack_integrations.components.embedders.jina import JinaTextEmbedder
     from huggingface_hub import InferenceClient
-    from langchain_openai import OpenAIEmbeddings
     from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInference
-
-    def haystack(kind: Any, **address: str) -> Callable[[str, str], object]:
-        def call(url: str, key: str) -> object:
-            addresses = {name: url + path for name, path in address.items()}
-            return kind(api_key=Secret.from_token(key), model="echo", **addresses).run(text="a")
-
-        return call
 
     return {
         "openai": lambda url, key: openai.OpenAI(base_url=f"{url}/v1", api_key=key).embeddings.create(
             model="echo", input="a"
         ),
-        "langchain": lambda url, key: OpenAIEmbeddings(
-            base_url=f"{url}/v1", api_key=SecretStr(key), model="echo", check_embedding_ctx_length=False
-        ).embed_query("a"),
         "cohere": lambda url, key: cohere.ClientV2(api_key=key, base_url=url).embed(
             model="echo", texts=["a"], input_type="search_query"
         ),
@@ -150,9 +134,6 @@ def client_calls() -> dict[str, Callable[[str, str], object]]:
             model_name="echo", base_url=url, auth_token=key
         ).get_text_embedding("a"),
         "hugging face": lambda url, key: InferenceClient(model=url, token=key).feature_extraction("a"),
-        "haystack": haystack(OpenAITextEmbedder, api_base_url="/v1"),
-        "haystack, cohere": haystack(CohereTextEmbedder, api_base_url=""),
-        "haystack, jina": haystack(JinaTextEmbedder, base_url="/jina/v1/embeddings"),
     }
 
 

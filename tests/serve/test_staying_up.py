@@ -23,7 +23,6 @@ from inferctl.serve.engines.echo import (
     NON_FINITE_TOKEN,
     SLOW_TOKEN,
 )
-from tests import processes
 from tests.processes import ServerProcess, inferctl, until
 
 Serve = Callable[..., ServerProcess]
@@ -35,12 +34,9 @@ def start(serve: Serve, minilm: Path) -> Serve:
 
 
 @pytest.fixture(scope="module")
-def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def shared(minilm: Path, serve_module: Serve) -> ServerProcess:
     """A server with small batches, whose engine tests may end."""
-    options = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-batch-tokens", "64")
-    server = processes.start(tmp_path_factory.mktemp("shared"), *options)
-    yield server
-    server.kill()
+    return serve_module("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-batch-tokens", "64")
 
 
 @pytest.fixture
