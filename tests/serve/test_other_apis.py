@@ -70,14 +70,6 @@ def test_voyage(minilm_server: ServerProcess, reference: Any) -> None:
         client.embed(["a " * 999], model="minilm", truncation=False)
 
 
-def test_llama_index_for_text_embeddings_inference(minilm_server: ServerProcess, reference: Any) -> None:
-    from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInference
-
-    client = TextEmbeddingsInference(model_name="minilm", base_url=minilm_server.url, text_instruction=" ")
-    # It puts an instruction before each text, and strips both.
-    same(client.get_text_embedding_batch(TEXTS), reference)
-
-
 def test_haystack(minilm_server: ServerProcess, reference: Any) -> None:
     from haystack import Document
     from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
@@ -153,17 +145,6 @@ def test_each_client_sends_its_key_and_shows_the_error_of_a_wrong_one(
         assert call(server.url, key) is not None
         with pytest.raises(Exception, match=unclear.get(name, "API key is missing or not valid")):
             call(server.url, "wrong")
-
-
-def test_hugging_face(minilm_server: ServerProcess, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import InferenceClient, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    client = InferenceClient(model=minilm_server.url)
-    same(client.feature_extraction(TEXTS[0]), reference[:1])
-    with pytest.raises(HfHubHTTPError):
-        client.feature_extraction("a " * 999, truncate=False)
 
 
 PAIR = {"source_sentence": "a", "sentences": ["b"]}
