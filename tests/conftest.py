@@ -285,13 +285,34 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _serving(folder: Callable[[], Path]) -> Iterator[Callable[..., ServerProcess]]:
+    started: list[ServerProcess] = []
+
+    def run(*arguments: str) -> ServerProcess:
+        started.append(start(folder(), *arguments))
+        return started[-1]
+
+    yield run
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """`serve("--model", ...)` starts a server for one test."""
+    yield from _serving(lambda: tmp_path)
+
+
 @pytest.fixture(scope="module")
-def echo(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def serve_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
+    """`serve_module("--model", ...)` starts a server for all tests of a module."""
+    yield from _serving(lambda: tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def echo(minilm: Path, serve_module: Callable[..., ServerProcess]) -> ServerProcess:
     """A server with the echo engine. Only the model is not real."""
-    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
-    server = start(tmp_path_factory.mktemp("echo"), *arguments)
-    yield server
-    server.kill()
+    return serve_module("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-queue-tokens", "64")
 
 
 @pytest.fixture(scope="session")
@@ -310,20 +331,6 @@ def minilm_reference(minilm: Path) -> dict[str, Any]:
     done = subprocess.run(command, input=json.dumps(TEXTS).encode(), capture_output=True, check=True)
     output: dict[str, Any] = json.loads(done.stdout)
     return output
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """`serve("--model", ...)` starts a server for one test."""
-    started: list[ServerProcess] = []
-
-    def run(*arguments: str) -> ServerProcess:
-        started.append(start(tmp_path, *arguments))
-        return started[-1]
-
-    yield run
-    for server in started:
-        server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import conversion, convert, model
 from tests.hub import online, serving
 from tests.processes import execute, inferctl, python, until
-from tests.tiny_models import CROSS_ENCODERS, make_tokenizer
+from tests.tiny_models import make_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -126,18 +126,6 @@ def test_tied_weights_are_written_once_and_transformers_loads_all_of_them(kind: 
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     _, report = getattr(transformers, base).from_pretrained(target, output_loading_info=True)
     assert all("pooler" in name for name in report["missing_keys"]), report
-
-
-@pytest.mark.parametrize("kind", sorted(CROSS_ENCODERS))
-def test_a_cross_encoder_keeps_each_of_its_tensors(kind: str, tmp_path: Path) -> None:
-    options = SIZES | {"vocab_size": 60, "max_position_embeddings": 40, "num_labels": 1, **CROSS_ENCODERS[kind]}
-    config = transformers.AutoConfig.for_model(kind, **options | {"pad_token_id": 0})
-    original = transformers.AutoModelForSequenceClassification.from_config(config)
-    source = folder_of(tmp_path / "source")
-    save(original.state_dict(), source / "pytorch_model.bin")
-    found = load_file(converted(source) / "model.safetensors")
-    assert found.keys() == original.state_dict().keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in original.state_dict().items())
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:

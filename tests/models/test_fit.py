@@ -35,22 +35,18 @@ def spec(**sections: Any) -> Spec:
     return Spec.model_validate({"name": "m", "model": {"source": "org/model"}, **sections})
 
 
-def on(part: str, precision: str = "bf16", base: str = "cuda13.0", **options: Any) -> fit.Fit:
+def on(part: str | catalog.Hardware, precision: str = "bf16", base: str = "cuda13.0", **options: Any) -> fit.Fit:
     entry = catalog.base(base)
+    hardware = catalog.hardware(part) if isinstance(part, str) else part
     options = {"model": MINILM, **options}
-    serving = spec(serve={"precision": precision})
-    return fit.check_part(serving, entry, catalog.stack(entry.stack), catalog.hardware(part), **options)
+    return fit.check_part(spec(serve={"precision": precision}), entry, catalog.stack(entry.stack), hardware, **options)
 
 
-def serving(precision: str, base: str, part: catalog.Hardware) -> fit.Fit:
-    entry = catalog.base(base)
-    return fit.check_part(spec(serve={"precision": precision}), entry, catalog.stack(entry.stack), part, MINILM)
-
-
-def image(hub_model: bool = True, base: str = "cuda13.0", **sections: Any) -> dict[str, fit.Finding]:
-    entry = catalog.base(base)
-    stack = catalog.stack(entry.stack)
-    found = fit.check_image(spec(**sections), entry, stack, hub_model=hub_model, today=TODAY)
+def image(
+    base: str | catalog.BaseImage = "cuda13.0", today: datetime.date = TODAY, hub_model: bool = True, **sections: Any
+) -> dict[str, fit.Finding]:
+    entry = catalog.base(base) if isinstance(base, str) else base
+    found = fit.check_image(spec(**sections), entry, catalog.stack(entry.stack), hub_model=hub_model, today=today)
     return {finding.topic: finding for finding in found}
 
 
@@ -108,14 +104,14 @@ VOLTA = dataclasses.replace(catalog.hardware("t4"), key="v100", compute_capabili
 
 
 def test_a_precision_that_does_not_run_is_an_error() -> None:
-    judged = serving("int8", "cuda12.8", VOLTA)
+    judged = on(VOLTA, "int8", "cuda12.8")
     assert (judged.verdict, judged.level) == ("error", "unsupported")
     assert finding(judged, "precision").hint == "set serve.precision: fp16"
     assert not [f for f in judged.findings if f.topic == "int8"]
 
 
 def test_a_stack_without_kernels_for_the_gpu_is_an_error() -> None:
-    modern, conservative = serving("fp16", "cuda13.0", VOLTA), serving("fp16", "cuda12.8", VOLTA)
+    modern, conservative = on(VOLTA, "fp16", "cuda13.0"), on(VOLTA, "fp16", "cuda12.8")
     assert (modern.verdict, modern.kernels) == ("error", False)
     assert "7.5, 8.0, 8.6, 9.0, 10.0, 12.0 (no PTX)" in finding(modern, "kernels").why
     assert (conservative.verdict, conservative.kernels) == ("ok", True)
@@ -186,31 +182,18 @@ def test_a_base_without_a_digest_is_a_warning_and_a_pinned_mirror_is_not() -> No
 
 
 def test_a_near_or_past_end_of_life_is_a_warning() -> None:
-    base = catalog.base("cuda13.0")
-    stack = catalog.stack(base.stack)
-
-    def told(today: datetime.date) -> tuple[str, str]:
-        found = fit.check_image(spec(), base, stack, hub_model=False, today=today)
-        (end,) = [f for f in found if f.topic == "base.end_of_life"]
-        return end.level, end.what
-
     days = TODAY, datetime.date(2028, 2, 1), datetime.date(2028, 6, 30)
-    assert [told(day)[0] for day in days] == ["ok", "warn", "warn"]
-    assert len({told(day)[1] for day in days}) == 3 and all("2028-06-30" in told(day)[1] for day in days)
+    found = [image(today=day)["base.end_of_life"] for day in days]
+    assert [end.level for end in found] == ["ok", "warn", "warn"]
+    assert len({end.what for end in found}) == 3 and all("2028-06-30" in end.what for end in found)
     assert image(base="ngc25.12")["base.end_of_life"].level == "ok"
 
 
 def test_cuda_libraries_in_the_base_and_the_wheels_are_a_warning() -> None:
     base = dataclasses.replace(catalog.base("cuda12.8"), ships=("cudart", "cublas", "cudnn"))
-    stack = catalog.stack(base.stack)
-
-    def topics(of: catalog.BaseImage) -> set[str]:
-        found = fit.check_image(spec(), of, stack, hub_model=False, today=TODAY)
-        return {finding.topic for finding in found}
-
-    assert "base.cuda_twice" in topics(base)
-    assert "base.cuda_twice" not in topics(catalog.base("cuda12.8"))
-    assert "base.cuda_twice" not in topics(dataclasses.replace(base, provides=("torch",)))
+    assert "base.cuda_twice" in image(base)
+    assert "base.cuda_twice" not in image("cuda12.8")
+    assert "base.cuda_twice" not in image(dataclasses.replace(base, provides=("torch",)))
 
 
 def test_a_platform_without_a_lock_is_an_error_without_an_own_lock() -> None:

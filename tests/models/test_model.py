@@ -96,12 +96,6 @@ def test_labels_that_no_output_has_are_an_error(config: dict[str, object], messa
         task("auto", {"architectures": ["BertForSequenceClassification"], **config})
 
 
-def test_the_real_model_has_its_published_size(minilm: Path) -> None:
-    found = model.find(str(minilm))
-    # The model card says 22.7 million. The file also contains the position ids.
-    assert 22_700_000 < found.parameters < 22_800_000
-
-
 def test_the_digest_depends_on_weights_and_tokenizer_but_not_on_the_readme(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {"a": [2]})
     before = model.ModelFolder(folder).digest

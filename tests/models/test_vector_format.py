@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from inferctl.bench.measure import quality
 from inferctl.models import vector_format
 from inferctl.serve.api import embeddings
 from inferctl.serve.edge.errors import ApiError
-from tests.processes import ServerProcess, start
+from tests.processes import ServerProcess
 
 DTYPES = {"float": "<f4", "float16": "<f2", "binary": "i1", "ubinary": "u1"}
 
@@ -42,10 +42,8 @@ def test_values_equal_those_of_sentence_transformers(wanted: Any, dimensions: in
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    found = start(tmp_path_factory.mktemp("server"), "--model", str(minilm), "--name", "m")
-    yield found
-    found.kill()
+def server(minilm: Path, serve_module: Callable[..., ServerProcess]) -> ServerProcess:
+    return serve_module("--model", str(minilm), "--name", "m")
 
 
 @pytest.mark.parametrize("wanted", vector_format.FORMATS)

@@ -15,7 +15,6 @@ import pytest
 
 from inferctl.core.errors import UsageError
 from inferctl.image import verify
-from inferctl.models import model as models
 from inferctl.reading import embedding_config, prompts
 from inferctl.serve.reference import reference
 from inferctl.serve.text import text_parts
@@ -178,12 +177,6 @@ def test_models_whose_prompts_nobody_gets_without_a_choice_are_known() -> None:
 def test_invalid_prompts_are_an_error(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"config_sentence_transformers\.json"):
         prompts.read(settings)
-
-
-def test_a_router_without_routes_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "router_config.json").write_text("{}")
-    with pytest.raises(UsageError, match="other routes than query and document"):
-        models.find(str(tmp_path))
 
 
 def test_a_pooling_without_the_prompt_is_rejected_by_the_name_of_the_default(folder: Any) -> None:

@@ -472,10 +472,6 @@ def test_a_token_that_the_tokenizer_adds_is_not_added_again(saved: Any) -> None:
     ("architecture", "settings", "causal"),
     [
         ("bloom", {"n_layer": 2, "n_head": 4}, True),
-        ("mpt", {"d_model": WIDTH, "n_layers": 2, "n_heads": 4}, True),
-        ("mamba", {"state_size": 4, "num_hidden_layers": 2}, True),
-        ("falcon", {"num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}, True),
-        ("xlnet", {"d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 64}, False),
         ("fnet", {"num_hidden_layers": 2}, False),
     ],
 )

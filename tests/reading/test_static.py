@@ -17,7 +17,7 @@ from inferctl.serve.reference import library, reference
 from inferctl.serve.text.text_parts import InputError
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from tests.reading.saved_models import TEXTS
-from tests.reading.test_saved_models import computed, dense, edit, layer_norm, normalized
+from tests.reading.test_saved_models import CUT, changed, computed, dense, edit, layer_norm, module, normalized
 from tests.tiny_models import make_tokenizer
 
 SIZE = 32
@@ -148,8 +148,7 @@ def test_only_truncation_of_the_tokenizer_itself_counts(save: Save) -> None:
     np.testing.assert_allclose(computed(folder, texts=[text])[0], library(folder, "embed")([text]), atol=1e-5)
     edit(folder / "sentence_bert_config.json", {"max_seq_length": 3})
     assert task_config.read("embed", folder).max_tokens > 5_000
-    cut = {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
-    edit(folder / "tokenizer.json", {"truncation": cut})
+    edit(folder / "tokenizer.json", {"truncation": CUT | {"direction": "Right", "max_length": 7}})
     texts = ["one two three four five six seven eight nine"]
     np.testing.assert_allclose(computed(folder, texts=texts)[0], library(folder, "embed")(texts), atol=1e-5)
     pool = TokenizerPool(folder, task_config.read("embed", folder))
@@ -188,15 +187,6 @@ def mapped(**changes: Callable[[Any], Any]) -> Callable[[Path], Any]:
     return lambda folder: store(folder, change)
 
 
-def add_module(kind: str) -> Callable[[Path], Any]:
-    def change(folder: Path) -> None:
-        listed = json.loads((folder / "modules.json").read_text())
-        listed.append({"idx": 1, "name": "1", "path": f"1_{kind}", "type": f"sentence_transformers.models.{kind}"})
-        (folder / "modules.json").write_text(json.dumps(listed))
-
-    return change
-
-
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -222,16 +212,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a mapping of fractions": (mapped(mapping=lambda values: values.float()), "mapping"),
     "weights of another shape": (mapped(weights=lambda values: values[:, None].clone()), "weights"),
     "weights of NaN": (mapped(weights=lambda values: values * float("nan")), "NaN"),
-    "Pooling": (add_module("Pooling"), "Pooling module"),
-    "a module of tokens": (add_module("WeightedLayerPooling"), "WeightedLayerPooling"),
-    "truncation at the start": (
-        lambda folder: edit(
-            folder / "tokenizer.json",
-            {"truncation": {"direction": "Left", "max_length": 7, "strategy": "LongestFirst", "stride": 0}},
-        ),
-        "truncates at the start",
-    ),
-    "an adapter": (lambda folder: edit(folder / "adapter_config.json", {"peft_type": "LORA"}), "adapter"),
+    "Pooling": (module("Pooling"), "Pooling module"),
+    "a module of tokens": (module("WeightedLayerPooling"), "WeightedLayerPooling"),
+    "truncation at the start": (changed("tokenizer.json", {"truncation": CUT}), "truncates at the start"),
+    "an adapter": (changed("adapter_config.json", {"peft_type": "LORA"}), "adapter"),
 }
 
 

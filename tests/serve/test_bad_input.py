@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from inferctl.serve.api import app, schemas
-from inferctl.serve.api.embeddings import EmbeddingRequest
-from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.engines import echo
-from tests.processes import ServerProcess, start, until
+from tests.processes import ServerProcess, until
 
 
 def is_no_fault(number: float) -> bool:
@@ -53,15 +49,13 @@ BODIES = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo")
-    running = start(tmp_path_factory.mktemp("bad"), *arguments)
+def server(minilm: Path, serve_module: Callable[..., ServerProcess]) -> Iterator[ServerProcess]:
+    running = serve_module("--model", str(minilm), "--engine", "echo", "--name", "echo")
     yield running
     # After all tests, no request is in flight and the server still responds.
     until(lambda: in_flight(running) == 0, 30)
     assert running.embed(input=[5]).status_code == 200
     assert "Traceback" not in running.log.read_text()
-    running.kill()
 
 
 @pytest.fixture(scope="module")
@@ -224,23 +218,6 @@ def test_no_list_of_a_request_keeps_an_error_for_each_item(
         model.model_validate(example | value, context={"max_inputs": 2048})
     except ValidationError as error:
         assert error.error_count() <= 16
-
-
-@pytest.mark.parametrize("item", ["1.5", '"a"', "true", "null", "{}"])
-def test_rejecting_a_body_takes_about_as_long_as_parsing_it(item: str) -> None:
-    raw = f'{{"input": [5,{",".join([item] * 200_000)}]}}'.encode()
-
-    def seconds(call: Any) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-
-    def reject() -> None:
-        with pytest.raises(ApiError):
-            schemas.parse(EmbeddingRequest, raw, max_inputs=2048)
-
-    parsing = min(seconds(lambda: orjson.loads(raw)) for _ in range(3))
-    assert min(seconds(reject) for _ in range(5)) < 50 * parsing
 
 
 def test_valid_requests_complete_next_to_invalid_ones(server: ServerProcess) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,17 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.processes import ServerProcess, start
-from tests.serve.test_rerank_api import post
+from tests.processes import ServerProcess
+from tests.serve.test_rerank_api import Serve, post, write_classifier
 from tests.tenancy.key_files import add
 
 LABELS = [f"mood {number}" for number in range(8)]  # as many as the echo engine returns numbers
 
 
-def write_classifier(minilm: Path, folder: Path, **more: Any) -> Path:
-    """Write a folder that the echo engine serves as a classifier."""
-    shutil.copytree(minilm, folder, symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
-    config = json.loads((minilm / "config.json").read_text())
-    config |= {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(LABELS)), **more}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("classify")
-    model = write_classifier(minilm, folder / "model")
-    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "moods")
-    yield running
-    running.kill()
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
+    model = write_classifier(minilm, tmp_path_factory.mktemp("classify") / "model", LABELS)
+    return serve_module("--model", str(model), "--engine", "echo", "--name", "moods")
 
 
 def classify(server: ServerProcess, texts: list[str], **more: object) -> list[list[float]]:
@@ -211,7 +197,7 @@ def test_pooling_and_info_have_the_shapes_of_vllm_and_text_embeddings_inference(
 
 
 def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
-    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
+    minilm: Path, tmp_path: Path, serve: Serve
 ) -> None:
     """Texts are cached, pairs are not; both are charged with their tokens."""
     key_file, ledger = tmp_path / "keys.json", tmp_path / "usage" / "ledger.sqlite"
@@ -220,7 +206,8 @@ def test_keys_limits_cache_and_metering_are_those_of_the_other_tasks(
     _, other = add(key_file, "other", endpoints=["predict"])
     settings = {"access": {"keys": str(key_file)}, "cache": {"size": "1 MB"}}
     settings["metering"] = {"mode": "required", "data": str(tmp_path / "usage")}
-    spec = {"name": "moods", "model": {"source": str(write_classifier(minilm, tmp_path / "model"))}, **settings}
+    source = str(write_classifier(minilm, tmp_path / "model", LABELS))
+    spec = {"name": "moods", "model": {"source": source}, **settings}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     server = serve("--spec", str(tmp_path / "inferctl.yaml"), "--engine", "echo")
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,6 @@ def test_the_server_and_the_reference_give_the_scores_of_the_cross_encoder(
     assert sum(document["tokens"]) == body["usage"]["total_tokens"]
     done = execute(*command, input='["a text"]')
     assert (done.returncode, "is a model for rerank" in done.stderr) == (2, True)
-
-
-def test_the_segments_of_a_pair_change_its_score(tmp_path: Path) -> None:
-    folder = tiny_models.make_cross_encoder(tmp_path, "bert")
-    engine, _ = engine_for(folder, "fp32")
-    pairs = batch(encoded(folder))
-    scores, without = engine.run(pairs).rows, engine.run(replace(pairs, marks=None)).rows
-    assert np.abs(scores - without).max() > 0.05
 
 
 def test_a_broken_head_is_detected_and_the_whole_model_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from inferctl.config.spec import Slo
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, until
 
 Serve = Callable[..., ServerProcess]
 OFFERED = "inferctl_offered_tokens_total"
@@ -32,15 +32,13 @@ def offered(server: ServerProcess) -> tuple[float, float]:
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
     """A server with a small queue, an SLO and a capacity file."""
     folder = tmp_path_factory.mktemp("demand")
     capacity = {"fixed_s": 0.004, "tokens_per_s": 16000, "parallel_batches": 2, "max_batch_tokens": 512}
     (folder / "capacity.json").write_text(json.dumps(capacity))
     file = spec(folder, minilm, slo={"p99_ms": 70_000}, serve={"max_queue_tokens": 64})
-    found = start(folder, "--spec", str(file), "--engine", "echo", "--capacity", str(folder / "capacity.json"))
-    yield found
-    found.kill()
+    return serve_module("--spec", str(file), "--engine", "echo", "--capacity", str(folder / "capacity.json"))
 
 
 def test_the_tokens_of_accepted_and_rejected_requests_are_offered(server: ServerProcess) -> None:

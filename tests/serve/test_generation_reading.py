@@ -272,25 +272,3 @@ def test_vllm_generates_at_most_what_the_edge_charges(body: tuple[str, bytes]) -
         prompts, sequences, tokens = found
         assert (asked.prompts, asked.sequences) >= (prompts, sequences)
         assert asked.sequences * asked.answer_tokens >= tokens
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-@pytest.mark.timeout(900)
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.sampled_from([None, 0, 1, 200]),
-    st.sampled_from([None, 0, 1, 200]),
-    st.integers(1, 128),
-    st.sampled_from(["a", ["a", "b"], [1, 2], [[1], [2, 3]]]),
-    st.booleans(),
-)
-def test_a_body_with_correct_types_is_read_as_vllm_reads_it(
-    limit: int | None, other: int | None, n: int, prompt: Any, is_chat: bool
-) -> None:
-    pytest.importorskip("vllm")
-    fields = {"max_tokens": limit, "max_completion_tokens": other, "n": n}
-    endpoint, raw = ("chat", chat(**fields)) if is_chat else ("completions", completion(prompt, **fields))
-    asked = vllm_request.generation(endpoint, raw, CONTEXT, limited=True)
-    if (found := generated(endpoint, asked.body)) is not None:
-        assert found == (asked.prompts, asked.sequences, asked.sequences * asked.answer_tokens)

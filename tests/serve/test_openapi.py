@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.browser import in_browser
-from tests.processes import ServerProcess, execute, start, until
+from tests.processes import ServerProcess, execute, until
 from tests.reading.test_outputs import bge, converted_bge
-from tests.serve.test_classify_api import write_classifier
-from tests.serve.test_rerank_api import write_reranker
+from tests.serve.test_classify_api import LABELS
+from tests.serve.test_rerank_api import Serve, write_classifier
 
 __all__ = ["bge", "converted_bge"]  # fixtures
 MINILM = pytest.mark.xdist_group("minilm")
 
 
 @pytest.fixture(scope="module")
-def reranker(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("reranker")
-    server = start(folder, "--model", str(write_reranker(minilm, folder / "model")), "--engine", "echo")
-    yield server
-    server.kill()
+def reranker(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
+    model = write_classifier(minilm, tmp_path_factory.mktemp("reranker") / "model", ["LABEL_0"])
+    return serve_module("--model", str(model), "--engine", "echo")
 
 
 @pytest.fixture(scope="module")
-def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("classifier")
-    model = write_classifier(minilm, folder / "model")
-    server = start(folder, "--model", str(model), "--engine", "echo")
-    yield server
-    server.kill()
+def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
+    model = write_classifier(minilm, tmp_path_factory.mktemp("classifier") / "model", LABELS)
+    return serve_module("--model", str(model), "--engine", "echo")
 
 
 @pytest.fixture(scope="module")
-def outputs(converted_bge: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = start(tmp_path_factory.mktemp("outputs"), "--model", str(converted_bge), "--precision", "fp32")
-    yield server
-    server.kill()
+def outputs(converted_bge: Path, serve_module: Serve) -> ServerProcess:
+    return serve_module("--model", str(converted_bge), "--precision", "fp32")
 
 
 def answers(server: ServerProcess) -> dict[str, float]:
@@ -78,16 +70,7 @@ def test_schemathesis_finds_no_failures(
 ) -> None:
     server: ServerProcess = request.getfixturevalue(fixture)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
-    bounds = [
-        "--seed",
-        "1",
-        "--max-examples",
-        str(examples),
-        "--request-timeout",
-        "60",
-        "--generation-database",
-        "none",
-    ]
+    bounds = f"--seed 1 --max-examples {examples} --request-timeout 60 --generation-database none".split()
     done = execute(*command, *bounds, *options, cwd=tmp_path, code=0)
     assert f"{operations} total" in done.stdout
     generated = re.search(r"(\d+) generated", done.stdout)
@@ -97,8 +80,7 @@ def test_schemathesis_finds_no_failures(
     statuses = answers(server)
     assert statuses["200"] > 0
     assert statuses["400"] > 0
-    if fixture != "echo":
-        assert not [status for status in statuses if status.startswith("5")], statuses
+    assert not [status for status in statuses if status.startswith("5")], statuses
 
 
 def test_the_page_of_the_endpoints_fits_a_small_window(echo: ServerProcess, tmp_path: Path) -> None:

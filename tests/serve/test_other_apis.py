@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from pydantic import SecretStr
 from tokenizers import Tokenizer
 
 from tests.conftest import TEXTS
@@ -71,14 +70,6 @@ def test_voyage(minilm_server: ServerProcess, reference: Any) -> None:
         client.embed(["a " * 999], model="minilm", truncation=False)
 
 
-def test_llama_index_for_text_embeddings_inference(minilm_server: ServerProcess, reference: Any) -> None:
-    from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInference
-
-    client = TextEmbeddingsInference(model_name="minilm", base_url=minilm_server.url, text_instruction=" ")
-    # It puts an instruction before each text, and strips both.
-    same(client.get_text_embedding_batch(TEXTS), reference)
-
-
 def test_haystack(minilm_server: ServerProcess, reference: Any) -> None:
     from haystack import Document
     from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder
@@ -120,28 +111,13 @@ def client_calls() -> dict[str, Callable[[str, str], object]]:
     import cohere
     import openai
     import voyageai
-    from haystack.components.embedders import OpenAITextEmbedder
-    from haystack.utils import Secret
-    from haystack_integrations.components.embedders.cohere import CohereTextEmbedder
-    from haystack_integrations.components.embedders.jina import JinaTextEmbedder
     from huggingface_hub import InferenceClient
-    from langchain_openai import OpenAIEmbeddings
     from llama_index.embeddings.text_embeddings_inference import TextEmbeddingsInference
-
-    def haystack(kind: Any, **address: str) -> Callable[[str, str], object]:
-        def call(url: str, key: str) -> object:
-            addresses = {name: url + path for name, path in address.items()}
-            return kind(api_key=Secret.from_token(key), model="echo", **addresses).run(text="a")
-
-        return call
 
     return {
         "openai": lambda url, key: openai.OpenAI(base_url=f"{url}/v1", api_key=key).embeddings.create(
             model="echo", input="a"
         ),
-        "langchain": lambda url, key: OpenAIEmbeddings(
-            base_url=f"{url}/v1", api_key=SecretStr(key), model="echo", check_embedding_ctx_length=False
-        ).embed_query("a"),
         "cohere": lambda url, key: cohere.ClientV2(api_key=key, base_url=url).embed(
             model="echo", texts=["a"], input_type="search_query"
         ),
@@ -150,9 +126,6 @@ def client_calls() -> dict[str, Callable[[str, str], object]]:
             model_name="echo", base_url=url, auth_token=key
         ).get_text_embedding("a"),
         "hugging face": lambda url, key: InferenceClient(model=url, token=key).feature_extraction("a"),
-        "haystack": haystack(OpenAITextEmbedder, api_base_url="/v1"),
-        "haystack, cohere": haystack(CohereTextEmbedder, api_base_url=""),
-        "haystack, jina": haystack(JinaTextEmbedder, base_url="/jina/v1/embeddings"),
     }
 
 
@@ -172,17 +145,6 @@ def test_each_client_sends_its_key_and_shows_the_error_of_a_wrong_one(
         assert call(server.url, key) is not None
         with pytest.raises(Exception, match=unclear.get(name, "API key is missing or not valid")):
             call(server.url, "wrong")
-
-
-def test_hugging_face(minilm_server: ServerProcess, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import InferenceClient, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    client = InferenceClient(model=minilm_server.url)
-    same(client.feature_extraction(TEXTS[0]), reference[:1])
-    with pytest.raises(HfHubHTTPError):
-        client.feature_extraction("a " * 999, truncate=False)
 
 
 PAIR = {"source_sentence": "a", "sentences": ["b"]}

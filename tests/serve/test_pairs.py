@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from inferctl.reading import embedding_config
 from inferctl.reading.embedding_config import EmbeddingConfig
@@ -18,66 +16,23 @@ from inferctl.reading.prompts import Prompts
 from inferctl.serve.text import text_parts
 from inferctl.serve.text.text_parts import InputError
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
+from tests import tiny_models
 
-CORPUS = ["A river runs through it, unbelievably slowly.", "The naïve \U0001f680 was a rock in 北京."] * 20
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 WORDS = st.sampled_from(["a", "river", "unbelievably", "北京", "naïve", "\U0001f680", "-", "e\u0301", "\u0000", " "])
 TEXTS = st.lists(WORDS, min_size=1, max_size=30).map(" ".join)
 LIMITS = (16, 17)  # an odd and an even number of tokens remain for the texts
 
 
-def byte_level(special: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def roberta() -> Any:
-    from transformers import RobertaTokenizer
-
-    tokenizer = byte_level(SPECIAL)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    return RobertaTokenizer(vocab=tokenizer.get_vocab(), merges=merges)
-
-
-def xlm_roberta() -> Any:
-    from transformers import XLMRobertaTokenizer
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    pieces = json.loads(tokenizer.to_str())["model"]["vocab"][1:]
-    return XLMRobertaTokenizer(vocab=[*((token, 0.0) for token in SPECIAL[:4]), *map(tuple, pieces)])
-
-
-def modernbert() -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = byte_level(["[CLS]", "[SEP]"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
-    )
-
-
-MAKERS = {"roberta": roberta, "xlm-roberta": xlm_roberta, "modernbert": modernbert}
-
-
-@pytest.fixture(scope="module", params=["bert", *MAKERS])
+@pytest.fixture(scope="module", params=["bert", "roberta", "xlm-roberta", "modernbert"])
 def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder with the tokenizer of an architecture."""
     if request.param == "bert":
         return minilm
     folder = tmp_path_factory.mktemp(request.param)
-    MAKERS[request.param]().save_pretrained(folder)
+    tokenizer = tiny_models.make_tokenizer(request.param)
+    if request.param == "modernbert":
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.processes import ServerProcess, start
+from tests.processes import ServerProcess
+
+Serve = Callable[..., ServerProcess]
 
 
-def write_reranker(minilm: Path, folder: Path) -> Path:
-    """Write a folder that the echo engine serves as a cross-encoder."""
+def write_classifier(minilm: Path, folder: Path, labels: list[str]) -> Path:
+    """Write a folder that the echo engine serves as a classifier, or with one label as a cross-encoder."""
     shutil.copytree(minilm, folder, symlinks=False, ignore=shutil.ignore_patterns("modules.json"))
     config = json.loads((minilm / "config.json").read_text())
-    config |= {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    config |= {"architectures": ["BertForSequenceClassification"], "id2label": dict(enumerate(labels))}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("rerank")
-    model = write_reranker(minilm, folder / "model")
-    running = start(folder, "--model", str(model), "--engine", "echo", "--name", "ranker")
-    yield running
-    running.kill()
+def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Serve) -> ServerProcess:
+    model = write_classifier(minilm, tmp_path_factory.mktemp("rerank") / "model", ["LABEL_0"])
+    return serve_module("--model", str(model), "--engine", "echo", "--name", "ranker")
 
 
 def post(server: ServerProcess, path: str, **body: object) -> httpx.Response:

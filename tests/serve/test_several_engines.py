@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import os
 import signal
@@ -18,8 +17,8 @@ import httpx
 import numpy as np
 import pytest
 
-from inferctl.serve.engine_process.engine_protocol import BatchResult, EngineConfig, EngineInfo, EngineProcess
-from inferctl.serve.engine_process.pool import EnginePool, more_engines
+from inferctl.serve.engine_process.engine_protocol import EngineConfig
+from inferctl.serve.engine_process.pool import more_engines
 from inferctl.serve.engines.echo import CLOSING_TOKEN
 from tests.processes import ServerProcess, inferctl, until
 from tests.serve.test_dispatcher import INFO
@@ -211,37 +210,6 @@ def test_an_encoder_uses_the_results_of_an_equal_device_and_its_share_of_the_cor
     # Another GPU of the same machine differs in `count`, because its name is cuda:1 and not auto.
     earlier = replace(first, check="of an earlier engine", device=replace(first.device, count=8))
     assert EncoderEngine(replace(config, previous_info=earlier.to_json())).load().check == "of an earlier engine"
-
-
-class FailingListener:
-    """Fails when its second engine is ready."""
-
-    def __init__(self) -> None:
-        self.ready_engines = 0
-
-    def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
-        self.ready_engines += 1
-        if self.ready_engines == 2:
-            raise RuntimeError("a bug")
-
-    def engine_lost(self, engine: EngineProcess) -> None:
-        pass
-
-    def batch_done(self, engine: EngineProcess, result: BatchResult) -> None:
-        raise AssertionError
-
-    def batch_failed(self, engine: EngineProcess, number: int, message: str, out_of_memory: bool) -> None:
-        raise AssertionError
-
-
-def test_an_unexpected_error_of_any_supervisor_ends_all_engines() -> None:
-    async def scenario() -> None:
-        pool = EnginePool(EngineConfig(engine="echo"), 3, FailingListener(), lambda: 60.0)
-        with pytest.raises(RuntimeError, match="a bug"):
-            await asyncio.wait_for(pool.run(), 60)
-        assert pool.counts()["up"] == 0
-
-    asyncio.run(scenario())
 
 
 # A bug of the API process: it fails when the second engine is ready.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from inferctl.serve.generate.vllm_process import _PHASES
 from inferctl.serve.observe import progress
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.signals import StopSignals
-from tests.processes import ServerProcess, python
+from tests.processes import python
 
 # A module whose import ends in the middle of a start: a signal for the whole process group, as a terminal sends it.
 _SIGNALS = """
@@ -51,19 +49,10 @@ def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
 ) -> None:
     group = "os.getppid()" if "engine_process" in process else "0"
     (tmp_path / "sitecustomize.py").write_text(_SIGNALS.format(name=name, process=process, number=number, group=group))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    options = ("--model", minilm, "--engine", "echo", "--port", "0")
     done = python(
-        "-m",
-        *command.split(),
-        "--model",
-        minilm,
-        "--engine",
-        "echo",
-        "--port",
-        "0",
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        timeout=120,
-        start_new_session=True,
+        *("-m", *command.split(), *options), env=environment, cwd=tmp_path, timeout=120, start_new_session=True
     )
     # A server that listens drains after SIGTERM.
     assert done.returncode == EXIT_INTERRUPTED or (number == "SIGTERM" and done.returncode == 0), done.stderr
@@ -71,17 +60,6 @@ def test_a_signal_to_all_processes_ends_a_start_without_a_traceback(
     assert "error: " not in done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("starting ")]
     assert len(lines) <= 1, lines
-
-
-def test_the_engine_imports_no_files_of_the_current_folder(minilm: Path, tmp_path: Path) -> None:
-    """A user may start the server in the folder of a model, which may have code of its own."""
-    (tmp_path / "numpy.py").write_text("open('ran', 'w')\nraise ImportError\n")
-    command = ["inferctl", "serve", "--engine", "echo", "--port", "0", "--announce", "ready.json", "--model"]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-P", "-m", *command, str(minilm)], cwd=tmp_path, stderr=log)
-    server = ServerProcess(process, tmp_path / "log", tmp_path / "ready.json")
-    server.wait_announced().stop()
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_signal_ends_the_search_for_a_device(tmp_path: Path) -> None:

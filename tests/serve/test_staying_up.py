@@ -23,7 +23,6 @@ from inferctl.serve.engines.echo import (
     NON_FINITE_TOKEN,
     SLOW_TOKEN,
 )
-from tests import processes
 from tests.processes import ServerProcess, inferctl, until
 
 Serve = Callable[..., ServerProcess]
@@ -35,12 +34,9 @@ def start(serve: Serve, minilm: Path) -> Serve:
 
 
 @pytest.fixture(scope="module")
-def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def shared(minilm: Path, serve_module: Serve) -> ServerProcess:
     """A server with small batches, whose engine tests may end."""
-    options = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-batch-tokens", "64")
-    server = processes.start(tmp_path_factory.mktemp("shared"), *options)
-    yield server
-    server.kill()
+    return serve_module("--model", str(minilm), "--engine", "echo", "--name", "echo", "--max-batch-tokens", "64")
 
 
 @pytest.fixture
@@ -73,18 +69,6 @@ def test_only_the_request_that_crashes_engines_is_rejected(server: ServerProcess
 def test_two_crashing_requests_among_others(server: ServerProcess) -> None:
     rows = [[CRASHING_TOKEN], *[[100 + i] for i in range(6)], [CRASHING_TOKEN]]
     assert embed_all(server, rows) == [503, *[200] * 6, 503]
-
-
-def test_a_hung_engine_is_restarted_and_its_requests_complete(start: Serve) -> None:
-    server = start("--hang-seconds", "1")
-    engine = server.engine_pid()
-    os.kill(engine, signal.SIGSTOP)
-    with ThreadPoolExecutor(4) as pool:
-        assert [a.status_code for a in pool.map(lambda i: server.embed(input=[5, i]), range(1, 5))] == [200] * 4
-    assert server.engine_pid() != engine
-    info = server.get("/info").json()
-    assert (info["restarts"], info["engines"]["hangs"]) == (1, 1)
-    assert "did not respond" in server.log.read_text()
 
 
 def test_five_failed_starts_make_livez_fail_until_an_engine_starts(start: Serve) -> None:

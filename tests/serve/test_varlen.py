@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -38,58 +38,30 @@ def per_sequence(
     return torch.cat(parts)
 
 
-def torch_2_10_0(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-    return_aux: Any = None,
-) -> Any:
+Window: TypeAlias = tuple[int, int]
+# The parameters of torch 2.12.1.
+RECORDED = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "return_aux", "scale", "window_size"]
+RECORDED += ["enable_gqa", "seqused_k", "block_table", "num_splits"]
+
+
+def torch_2_10_0(*rows: Any, is_causal: bool = False, return_aux: Any = None) -> Any:
     raise NotImplementedError
 
 
-def torch_2_11_0(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Any:
+def torch_2_11_0(*rows: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
+    query, key, value, *_ = rows
     assert query.shape == key.shape == value.shape
-    return torch_2_12_1(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    return torch_2_12_1(*rows, scale=scale, window_size=window_size)
 
 
-def broken(*_: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Any:
+def broken(*_: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
     raise RuntimeError("no kernel for this head size")
 
 
 def torch_2_12_1(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seq_q: Any,
-    cu_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-    seqused_k: Any = None,
-    block_table: Any = None,
-    num_splits: int | None = None,
+    *rows: Any, scale: float | None = None, window_size: Window = (-1, -1), enable_gqa: bool = False
 ) -> Any:
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k = rows
     lengths = cu_seq_q.diff().tolist()
     assert (lengths, enable_gqa) == (cu_seq_k.diff().tolist(), query.shape[1] != key.shape[1])
     assert max_q == max_k == max(lengths)
@@ -107,7 +79,7 @@ class Module:
 def test_the_installed_kernel_has_the_recorded_signature() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    assert list(inspect.signature(varlen_attn).parameters) == list(inspect.signature(torch_2_12_1).parameters)
+    assert list(inspect.signature(varlen_attn).parameters) == RECORDED
 
 
 @pytest.mark.parametrize("path", ["varlen", "2.11", "fp32", "bf16"])

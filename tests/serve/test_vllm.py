@@ -106,15 +106,6 @@ def test_openai_answers_with_and_without_a_stream(client: openai.OpenAI) -> None
     assert [each.id for each in client.models.list().data] == ["smollm2"]
 
 
-def test_openai_asynchronous_requests_run_in_one_batch(server: ServerProcess) -> None:
-    async def run() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=120) as client:
-            answers = await asyncio.gather(*(client.chat.completions.create(**greedy()) for _ in range(8)))
-        return [answer.choices[0].message.content for answer in answers]
-
-    assert all("Paris" in answer for answer in asyncio.run(run()))
-
-
 def test_the_metrics_of_dashboards_and_alerts_exist(server: ServerProcess, client: openai.OpenAI) -> None:
     client.chat.completions.create(**greedy())
     families = text_string_to_metric_families(server.get("/metrics").text)

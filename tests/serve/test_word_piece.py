@@ -183,13 +183,6 @@ def test_tokenizers_replaces_a_faulty_nanotoken(
     assert reason in pool.library["reason"]
 
 
-def test_tokenizers_replaces_a_nanotoken_that_is_not_installed(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nanotoken", None)
-    pool = TokenizerPool(minilm, embedding_config.read(minilm))
-    assert pool.library["library"].startswith("tokenizers")
-    assert "not installed" in pool.library["reason"]
-
-
 def test_other_kinds_of_tokenizers_stay_with_the_library(tmp_path: Path) -> None:
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
