@@ -234,12 +234,6 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert slo.judge(judged["latency_ms"], 80, 0, 0).reason == best["reason"]
 
 
-def test_a_rate_with_failed_requests_is_too_high() -> None:
-    refusing = found({}, Simulated(80, refuses_from=45))
-    assert refusing["limited_by"] == "errors"
-    assert refusing["max_goodput_rps"] < 45
-
-
 def probe(rate: float, achieved: float, p50: float, limited_by: str | None = None) -> Probe:
     latency = (p50, (p50, p50), 2 * p50, (p50, 3 * p50))
     return Probe("sweep", rate, 0, 8, int(8 * rate), 1, achieved, 1, *latency, {}, 0, 1, not limited_by, limited_by, "")

@@ -720,14 +720,6 @@ def test_no_tied_configuration_is_called_better_where_quality_is_unknown_or_equa
     assert "better quality" not in found[0]
 
 
-def test_broken_vectors_cannot_win_and_are_said(tmp_path: Path) -> None:
-    bad = document("int8", 300, 4, quality=quality.broken("the server returned vectors of zeros").as_dict())
-    found = findings.describe(rows_of(tmp_path, document("fp32", 100, 10), bad), 0.1)
-    assert found[0].startswith("Only fp32 can be recommended")
-    said = "int8 fails the quality check: the server returned vectors of zeros; it is not recommended."
-    assert said in found[1:]
-
-
 def context(folder: Path, **changes: Any) -> Bench:
     gpu = environment.Gpu("Tesla T4", "t4", 1, "1")
     machine = dataclasses.replace(MACHINE, hardware="t4", name="Tesla T4", gpus=(gpu,))

@@ -23,7 +23,7 @@ from inferctl.facts import catalog
 from inferctl.image import build, publish, registry
 from inferctl.image.build import Built
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import Event, Note, Phase, StepFinished, StepLog
+from inferctl.image.events import Event, Note, Phase, StepLog
 from inferctl.image.from_spec import task_of
 from inferctl.image.plan import BuildPlan
 from inferctl.image.records import ContainerOptions, ImageInfo
@@ -101,15 +101,6 @@ def test_an_image_of_vllm_for_gpus_is_not_verified_without_a_gpu(
         for _ in build.run(made, docker, without_gpu):
             pass
     assert docker.image(made.reference) is None
-
-
-def test_a_second_build_is_cached(docker: DockerEngine, base_image: str) -> None:
-    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
-    run(docker, made)
-    events, _ = run(docker, made)
-    steps = {event.name: event.cached for event in events if isinstance(event, StepFinished)}
-    assert [cached for name, cached in steps.items() if "RUN echo preparing" in name] == [True]
-    assert [cached for name, cached in steps.items() if "COPY --link app" in name] == [True]
 
 
 def test_only_the_expected_image_is_tagged(docker: DockerEngine, base_image: str) -> None:
@@ -247,18 +238,6 @@ def test_a_step_that_fails(docker: DockerEngine, base_image: str, line: str, wha
         run(docker, made)
     assert hint in (caught.value.hint or "")
     assert caught.value.exit_code == code
-
-
-@pytest.mark.parametrize(
-    ("base", "what"),
-    [
-        (f"{REGISTRY}/inferctl-test/none:1", "not found"),
-        ("localhost:1/none:1", "registry localhost:1 is unreachable"),
-    ],
-)
-def test_an_unavailable_base(docker: DockerEngine, base: str, what: str) -> None:
-    with pytest.raises(NotReadyError, match=what):
-        run(docker, tiny.plan(tiny.rendered(base)))
 
 
 def test_closing_a_build_stops_it_and_tags_nothing(docker: DockerEngine, base_image: str) -> None:
