@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from inferctl.bench.judge import summary
 from inferctl.bench.load import records
@@ -18,6 +20,8 @@ from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.environment import Environment
 from inferctl.bench.measure.outcome import BenchTarget
 from inferctl.bench.plan.plan import Plan
+from inferctl.bench.report import terminal
+from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
 
 FIELDS = [
@@ -160,3 +164,11 @@ def records_file(path: Path, rows: records.Rows) -> Path:
     header = {"fields": FIELDS, "worker": 0}
     path.write_bytes(records.MAGIC + json.dumps(header).encode() + b"\n" + rows.tobytes())
     return path
+
+
+def text_of(found: Result, width: int = 80) -> str:
+    """Return what a terminal shows of a result."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, highlight=False).print(terminal.render(found))
+    assert max(map(len, stream.getvalue().splitlines())) <= width
+    return stream.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import bench, document, open_loop, sealed
+from bench_samples import bench, document, open_loop, sealed, text_of
 from compare_samples import receipts_of, run_values
-from rich.console import Console
 from test_runner import ran
 from test_show_extremes import SEARCH, probe, shown
 from test_verdicts import CALM, repeated, rows_of
 
 from inferctl.bench.judge import comparable, compare
-from inferctl.bench.report import html, junit, result, terminal
+from inferctl.bench.report import html, junit, result
 from inferctl.bench.report.receipts import write_all
 from inferctl.bench.report.result import Result
 from inferctl.receipts import receipt
@@ -29,10 +27,8 @@ CORES = {"environment": {"machine_cores": 2}}
 
 def documents_of(found: Result, receipts: list[Receipt]) -> dict[str, str]:
     """Return the three documents of a result as text of one line."""
-    stream = io.StringIO()
-    Console(file=stream, width=80, highlight=False).print(terminal.render(found))
     page = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", html.render(found, receipts), flags=re.DOTALL)
-    texts = {"terminal": stream.getvalue(), "report": re.sub("<[^>]*>", " ", page), "json": json.dumps(found.as_dict())}
+    texts = {"terminal": text_of(found), "report": re.sub("<[^>]*>", " ", page), "json": json.dumps(found.as_dict())}
     return {name: " ".join(text.split()) for name, text in texts.items()}
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from bench_samples import harness
+import token_server
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from inferctl import cli
@@ -26,18 +25,9 @@ pytestmark = pytest.mark.xdist_group("generation_bench")
 QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
 
 
-def tokens_server(*options: str) -> Any:
-    """Return the context of a server that emits tokens."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "harness"))
-    try:
-        return harness("token_server").run_server(*options)
-    finally:
-        sys.path.pop(0)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with tokens_server("--first-ms", "15", "--gap-ms", "3") as running:
+    with token_server.run_server("--first-ms", "15", "--gap-ms", "3") as running:
         yield running.url
 
 
@@ -212,7 +202,7 @@ def test_a_server_counts_the_tokens_of_its_prompts(measured: dict[str, Any], tmp
     row = measured["rows"][0]
     assert row["generation"]["input_tokens_per_request"] == 24 + 8
     assert not any("approximate" in caution for caution in row["cautions"])
-    with tokens_server("--first-ms", "15", "--gap-ms", "3", "--no-tokenize") as running:
+    with token_server.run_server("--first-ms", "15", "--gap-ms", "3", "--no-tokenize") as running:
         done, result = bench(tmp_path, "--url", f"a={running.url}", *QUICK)
     assert "the lengths of the prompts are approximate: no tokenizer" in " ".join(result["rows"][0]["cautions"]), done
 

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import loads
 import numpy as np
 import numpy.lib.recfunctions
 import pytest
+import token_server
 
 from inferctl.bench.judge import streams, summary
 from inferctl.bench.judge.summary_types import Summary
 from inferctl.bench.load import records, target
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LOAD = {"users": 4, "duration_s": 1, "warmup_s": 0, "generation": {"input_tokens": 32, "output_tokens": 9}}
 
 
-@pytest.fixture(scope="module")
-def harness() -> Iterator[tuple[Any, Any]]:
-    folders = [str(ROOT / "benchmarks" / "harness"), str(ROOT / "benchmarks")]
-    sys.path[:0] = folders
-    try:
-        import loads
-        import token_server
-
-        yield loads, token_server
-    finally:
-        for folder in folders:
-            sys.path.remove(folder)
-
-
-def run(harness: tuple[Any, Any], *options: str, **load: Any) -> tuple[Any, Summary, Any]:
+def run(*options: str, **load: Any) -> tuple[Any, Summary, Any]:
     """Return the records of a load, its summary and the log of the server."""
-    loads, token_server = harness
     with token_server.run_server("--first-ms", "10", "--gap-ms", "3", *options) as server:
         _, part = loads.measure(server.url, task="generate", **{**LOAD, **load})
     return part, summary.summarize([part]), token_server.truth(server.log, loads.SERIAL)
@@ -46,10 +29,8 @@ def run(harness: tuple[Any, Any], *options: str, **load: Any) -> tuple[Any, Summ
     [(), ("--tokens-per-event", "1,3"), ("--pairs",), ("--split",), ("--reasoning", "4")],
     ids=["one token per event", "several tokens per event", "two events per write", "split events", "reasoning"],
 )
-def test_every_event_of_the_server_is_recorded_once_with_its_tokens(
-    harness: tuple[Any, Any], options: tuple[str, ...]
-) -> None:
-    part, found, truth = run(harness, *options)
+def test_every_event_of_the_server_is_recorded_once_with_its_tokens(options: tuple[str, ...]) -> None:
+    part, found, truth = run(*options)
     assert found["errors"] == {}
     assert part.streams is not None
     events = part.events[part.events["phase"] == records.MEASURED]
@@ -65,8 +46,7 @@ def test_every_event_of_the_server_is_recorded_once_with_its_tokens(
 @pytest.mark.parametrize(
     "load", [{}, {"workers": 2}, {"mode": "open", "rate": 40.0, "warmup_s": 1}], ids=["closed", "two workers", "open"]
 )
-def test_the_load_goes_on_until_the_measured_streams_have_ended(harness: tuple[Any, Any], load: dict[str, Any]) -> None:
-    loads, token_server = harness
+def test_the_load_goes_on_until_the_measured_streams_have_ended(load: dict[str, Any]) -> None:
     generation = {"input_tokens": 32, "output_tokens": 60}
     with token_server.run_server("--first-ms", "10", "--gap-ms", "8", "--sigma", "0.6") as server:
         _, part = loads.measure(server.url, task="generate", **{**LOAD, "generation": generation, **load})
@@ -78,15 +58,15 @@ def test_the_load_goes_on_until_the_measured_streams_have_ended(harness: tuple[A
     assert (found["errors"], found["itl_ms"]["n"]) == ({}, 59 * len(measured))
 
 
-def test_without_usage_in_each_event_an_event_counts_as_one_token(harness: tuple[Any, Any]) -> None:
-    _, found, _ = run(harness, "--usage", "final", "--tokens-per-event", "3")
+def test_without_usage_in_each_event_an_event_counts_as_one_token() -> None:
+    _, found, _ = run("--usage", "final", "--tokens-per-event", "3")
     assert (found["counted_percent"], found["output_tokens_per_request"], found["tokens_per_event"]) == (0, 9, 3)
-    _, none, _ = run(harness, "--usage", "none", "--tokens-per-event", "3")
+    _, none, _ = run("--usage", "none", "--tokens-per-event", "3")
     assert (none["output_tokens_per_request"], none["cached_percent"]) == (3, None)
 
 
-def test_usage_with_the_finish_reason_does_not_count_the_tokens_twice(harness: tuple[Any, Any]) -> None:
-    part, found, truth = run(harness, "--usage", "finish", "--cached-tokens", "-1")
+def test_usage_with_the_finish_reason_does_not_count_the_tokens_twice() -> None:
+    part, found, truth = run("--usage", "finish", "--cached-tokens", "-1")
     assert part.streams is not None
     events = part.events[part.events["phase"] == records.MEASURED]
     for index in part.measured["index"].tolist():
@@ -104,10 +84,8 @@ def test_usage_with_the_finish_reason_does_not_count_the_tokens_twice(harness: t
         ("reset", "connection"),
     ],
 )
-def test_a_stream_that_does_not_end_properly_is_a_failure(harness: tuple[Any, Any], fault: str, kind: str) -> None:
-    part, found, _ = run(
-        harness, "--fault", fault, "--fault-share", "0.5", "--fault-after", "3", "--seed", "2", users=2
-    )
+def test_a_stream_that_does_not_end_properly_is_a_failure(fault: str, kind: str) -> None:
+    part, found, _ = run("--fault", fault, "--fault-share", "0.5", "--fault-after", "3", "--seed", "2", users=2)
     failed = found["errors"].pop(kind)
     assert found["errors"] == {}
     assert 0 < failed < found["requests"]
@@ -117,20 +95,19 @@ def test_a_stream_that_does_not_end_properly_is_a_failure(harness: tuple[Any, An
     assert np.isin(bad, part.events["index"][part.events["phase"] == records.MEASURED]).all()
 
 
-def test_goodput_counts_requests_within_both_bounds(harness: tuple[Any, Any]) -> None:
+def test_goodput_counts_requests_within_both_bounds() -> None:
     generation = {"input_tokens": 32, "output_tokens": 9}
-    _, wide, _ = run(harness, generation={**generation, "ttft_ms": 60_000, "itl_ms": 60_000})
+    _, wide, _ = run(generation={**generation, "ttft_ms": 60_000, "itl_ms": 60_000})
     assert wide["goodput"] is not None
     assert (wide["goodput"]["percent"], wide["goodput"]["requests_per_s"]) == (100, wide["requests_per_s"])
     assert wide["goodput"]["output_tokens_per_s"] == wide["output_tokens_per_s"]
     # Not a bound of the gaps: on a busy machine, the tokens of a response can arrive together.
-    _, narrow, _ = run(harness, generation={**generation, "ttft_ms": 0.001, "itl_ms": 60_000})
+    _, narrow, _ = run(generation={**generation, "ttft_ms": 0.001, "itl_ms": 60_000})
     assert narrow["goodput"] is not None
     assert (narrow["goodput"]["percent"], narrow["goodput"]["requests_per_s"]) == (0, 0)
 
 
-def test_the_form_of_the_requests_follows_what_the_server_accepts(harness: tuple[Any, Any]) -> None:
-    _, token_server = harness
+def test_the_form_of_the_requests_follows_what_the_server_accepts() -> None:
     with token_server.run_server() as server:
         full = target.connect(server.url)
         assert (full.task, full.path) == ("generate", "/v1/chat/completions")
@@ -146,7 +123,7 @@ CHUNK = '{"choices": [{"index": 0, "delta": {"content": "a\u2028b\x85"}, "finish
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_the_parts_of_a_stream_may_be_split_anywhere(harness: tuple[Any, Any], size: int) -> None:
+def test_the_parts_of_a_stream_may_be_split_anywhere(size: int) -> None:
     from inferctl.bench.loadgen.recorder import OK
     from inferctl.bench.loadgen.stream import TokenStream
 
@@ -182,6 +159,6 @@ def test_a_request_without_a_second_event_has_no_time_per_output_token() -> None
     assert found.bounds_percent({"ttft": 20, "itl": 30}).tolist() == [50, 200]
 
 
-def test_responses_that_end_early_are_counted(harness: tuple[Any, Any]) -> None:
-    _, found, _ = run(harness, "--strict", "--eos-after", "4")
+def test_responses_that_end_early_are_counted() -> None:
+    _, found, _ = run("--strict", "--eos-after", "4")
     assert (found["finish"], found["output_tokens_per_request"]) == ({"stop": found["requests"]}, 4)

@@ -6,18 +6,16 @@ from __future__ import annotations
 import errno
 import resource
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import known_server
 import pytest
 from test_load import measure
 
 from inferctl import cli
 from inferctl.bench.load import load_run, records, target
 from inferctl.bench.plan import shape, workload
-
-HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
 
 @pytest.fixture
@@ -63,11 +61,6 @@ def test_a_load_without_space_for_records_ends_before_it_sends(
 
 @pytest.mark.parametrize("file_size", [5 << 20], indirect=True)
 def test_a_load_ends_when_its_records_need_more_space_than_there_is(tmp_path: Path, file_size: None) -> None:
-    sys.path.insert(0, str(HARNESS))
-    try:
-        import known_server
-    finally:
-        sys.path.remove(str(HARNESS))
     with known_server.run_server("--bare") as server, pytest.raises(OSError, match="File too large"):
         measure(server.url, tmp_path / "run", users=16, duration_s=100)
     assert len(records.merge(tmp_path / "run")) > 60_000

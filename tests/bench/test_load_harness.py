@@ -39,20 +39,3 @@ def test_percentiles_match_the_server_and_those_of_locust_are_rounded(tmp_path: 
     assert rows["p50"]["locust_ms"] == round(rows["p50"]["locust_ms"])
     assert rows["p99"]["locust_ms"] % 10 == 0
     assert rows["p99"]["inferctl_ms"] % 10 != 0
-
-
-def test_the_load_generator_reports_that_it_is_the_bottleneck(tmp_path: Path) -> None:
-    options = ("--seconds", "1", "--workers", "1", "--no-stock", "--rates", "100", "60000")
-    found = figures(tmp_path, "ceiling.py", *options)
-    (closed,) = found["closed"]
-    assert closed["errors"] == {}
-    # One process has one core. 32 busy users have 32 requests in flight (Little's law, here with the median).
-    assert 0 < closed["cores"] < 1.1
-    assert 4 < closed["requests_per_s"] * closed["p50_ms"] / 1000 < 64
-    assert closed["requests_per_s_per_core"] > 0.9 * closed["requests_per_s"]
-    silent, declaring = found["open"]
-    assert silent["requests_per_s"] == pytest.approx(100, rel=0.5)
-    assert (found["highest_calm_rate"], found["declares_itself_at"]) in ((100, 60_000), (None, 60_000))
-    assert not silent["declares_itself"]
-    assert declaring["declares_itself"]
-    assert "load generator" in found["declares_itself_with"]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import known_server
 import numpy as np
 import pytest
 from test_load import measure
@@ -19,8 +20,6 @@ from inferctl.bench.load import load_run, records, target
 from inferctl.bench.plan import shape, workload
 from inferctl.core.errors import InferctlError
 from tests.processes import until
-
-HARNESS = Path(__file__).resolve().parents[2] / "benchmarks" / "harness"
 
 
 def offsets(part: summary.RunRecords) -> list[int]:
@@ -92,11 +91,6 @@ def test_a_load_ends_with_the_benchmark_that_started_it(answering: Callable[...,
 
 
 def test_a_killed_worker_ends_the_run_and_loses_no_record(tmp_path: Path) -> None:
-    sys.path.insert(0, str(HARNESS))
-    try:
-        import known_server
-    finally:
-        sys.path.remove(str(HARNESS))
     killed: list[int] = []
 
     def kill(live: load_run.LoadProgress) -> None:

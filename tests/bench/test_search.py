@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -232,12 +233,6 @@ def test_a_receipt_describes_all_measurements_of_the_confirmed_probe(tmp_path: P
     assert judged["latency_ms"]["n"] == best["n"]
     assert slo.judge(judged["latency_ms"], 80, 0, 0).met is best["holds"] is True
     assert slo.judge(judged["latency_ms"], 80, 0, 0).reason == best["reason"]
-
-
-def test_a_rate_with_failed_requests_is_too_high() -> None:
-    refusing = found({}, Simulated(80, refuses_from=45))
-    assert refusing["limited_by"] == "errors"
-    assert refusing["max_goodput_rps"] < 45
 
 
 def probe(rate: float, achieved: float, p50: float, limited_by: str | None = None) -> Probe:
@@ -506,15 +501,19 @@ def test_a_search_says_what_its_time_buys() -> None:
     assert search.forecast(settings, load, small.seconds).enough
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("300", 300), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
-def test_a_budget_is_given_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
-    assert bench_options.parse_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0", "-5", "5d", "m", "1e3"])
-def test_other_budgets_are_mistakes(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a time"):
-        bench_options.parse_seconds(text)
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("300", 300),
+        ("90s", 90),
+        ("5m", 300),
+        ("1.5h", 5400),
+        *((text, None) for text in ("", "0", "-5", "5d", "m", "1e3")),
+    ],
+)
+def test_a_budget_is_given_in_seconds_minutes_or_hours(text: str, seconds: float | None) -> None:
+    with contextlib.nullcontext() if seconds else pytest.raises(UsageError, match="is not a time"):
+        assert bench_options.parse_seconds(text) == seconds
 
 
 def test_a_hopeless_backlog_is_found_and_one_that_comes_and_goes_is_not(tmp_path: Path) -> None:

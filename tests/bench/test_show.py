@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from bench_samples import MACHINE, document, open_loop, sealed
-from rich.console import Console
+from bench_samples import MACHINE, document, open_loop, sealed, text_of
 
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
@@ -47,10 +45,7 @@ def made(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
 
 def test_the_table_fits_80_columns(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
     found, _ = made(tmp_path)
-    stream = io.StringIO()
-    Console(file=stream, width=80, highlight=False).print(terminal.render(found))
-    text = "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
-    assert max(map(len, text.splitlines())) <= 80
+    text = "\n".join(line.rstrip() for line in text_of(found).splitlines()) + "\n"
     golden("bench-view.txt", text)
 
 
@@ -169,12 +164,6 @@ def remote(folder: Path) -> tuple[Result, list[receipt.Receipt]]:
     outcomes = [Outcome(BenchTarget(one.name, one.name)) for one in receipts]
     work = Bench(opened, [], None, None, folder, environment=machine)
     return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
-
-
-def text_of(found: Result, width: int = 80) -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=width, highlight=False).print(terminal.render(found))
-    return stream.getvalue()
 
 
 def test_rows_say_what_they_ran_on_when_it_is_not_the_same(tmp_path: Path) -> None:

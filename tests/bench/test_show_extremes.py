@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import random
 import re
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_samples import MACHINE, SECOND, WARMUP, document, open_loop, row, sealed, table
-from rich.console import Console
+from bench_samples import MACHINE, SECOND, WARMUP, document, open_loop, row, sealed, table, text_of
 
 from inferctl.bench.judge import stages, summary
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.outcome import BenchTarget, Outcome
 from inferctl.bench.plan import plan, shape
-from inferctl.bench.report import charts, findings, html, result, terminal
+from inferctl.bench.report import charts, findings, html, result
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow
 from inferctl.receipts import receipt
@@ -38,14 +36,6 @@ def shown(
     wanted = plan.read_plan("quick").with_overrides(rate=rate)
     work = Bench(wanted, [], None, None, folder, 20.0, environment=MACHINE)
     return result.collect(work, outcomes, receipts, folder / "report.html"), receipts
-
-
-def text_of(found: Result) -> str:
-    stream = io.StringIO()
-    Console(file=stream, width=80, highlight=False).print(terminal.render(found))
-    text = stream.getvalue()
-    assert max(map(len, text.splitlines())) <= 80
-    return text
 
 
 def burst() -> dict[str, Any]:

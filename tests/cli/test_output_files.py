@@ -137,16 +137,12 @@ def test_only_an_announcement_is_removed_for_a_new_one(
     assert after == before
 
 
-def test_an_empty_file_such_as_mktemp_makes_takes_an_announcement(tmp_path: Path) -> None:
-    (tmp_path / "ready.json").touch()
-    outputs.retract(tmp_path / "ready.json")
-    assert not (tmp_path / "ready.json").exists()
-
-
-def test_what_an_earlier_server_announced_is_removed(tmp_path: Path) -> None:
+def test_an_announcement_and_an_empty_file_such_as_mktemp_makes_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "empty.json").touch()
     outputs.announce(tmp_path / "ready.json", "http://127.0.0.1:1")
-    outputs.retract(tmp_path / "ready.json")
-    assert not (tmp_path / "ready.json").exists()
+    for name in ("empty.json", "ready.json"):
+        outputs.retract(tmp_path / name)
+        assert not (tmp_path / name).exists()
 
 
 def _secret(folder: Path) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from inferctl import cli
 from inferctl.bench.plan import shape
 from inferctl.core.errors import UsageError
 from inferctl.deploy import layout
@@ -46,25 +43,3 @@ def test_the_limit_of_bench_is_that_of_a_configuration() -> None:
     TypeAdapter(shape.Name).validate_python("n" * layout.LONGEST_BENCH)
     with pytest.raises(ValidationError):
         TypeAdapter(shape.Name).validate_python("n" * (layout.LONGEST_BENCH + 1))
-
-
-@pytest.mark.parametrize("name", ["a" * 41, "a" * 46])
-def test_nothing_is_written_with_a_name_that_fails_later(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = {
-        "name": name[:-3],
-        "model": {"source": "org/x", "task": "embed", "weights": "bake"},
-        "deploy": {
-            "namespace": "x",
-            "bench": True,
-            "tools_image": plans.TOOLS,
-            "flavors": [{"hardware": "l4", "min_replicas": 1, "max_replicas": 1, "image": plans.FLAVORS[1]["image"]}],
-        },
-    }
-    file = tmp_path / "inferctl.yaml"
-    file.write_text(json.dumps(spec))
-    output = tmp_path / "manifests"
-    assert cli.run(["deploy", "-f", str(file), "--output", str(output)]) == 2
-    assert "40" in capsys.readouterr().err
-    assert not output.exists()

@@ -25,6 +25,7 @@ from inferctl.models.output_vectors import decode
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.serve.reference import reference
 from tests import tiny_models
+from tests.image import tiny
 from tests.processes import ServerProcess, inferctl, start
 from tests.reading import saved_models
 from tests.reading.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed
@@ -295,12 +296,8 @@ def test_the_verification_of_an_image_compares_with_the_library(
     def ended(model: Path, *, requires: bool = False) -> tuple[verify.Verified, list[str]]:
         compare = model == right("embed")
         options = verify.VerifyOptions(None, compare=compare, library_model=model, requires_library=requires)
-        running, notes = verify.verify(engine, image, options), []
-        while True:
-            try:
-                notes.append(next(running).text)
-            except StopIteration as end:
-                return end.value, notes
+        notes, verified = tiny.drained(verify.verify(engine, image, options))
+        return verified, [note.text for note in notes]
 
     verified, _ = ended(right("embed"))
     assert verified.library is not None
@@ -328,10 +325,7 @@ def test_the_verification_of_an_image_compares_the_scores_of_a_classifier(
     engine: Any = HostEngine(serve("--model", str(model), *FP32), model, monkeypatch)
     image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
     running = verify.verify(engine, image, verify.VerifyOptions(None, library_model=model))
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(running)
-    verified: verify.Verified = end.value.value
+    verified: verify.Verified = tiny.drained(running)[1]
     assert (verified.task, verified.texts, verified.dimensions, verified.cosine_min) == ("classify", 8, None, None)
     assert verified.score_difference is not None and verified.score_difference < 1e-5
     assert verified.library is not None and verified.library.difference < library.FP32_LIMIT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import socket
@@ -21,16 +20,15 @@ import pytest
 from inferctl.core.errors import InferctlError, NotReadyError
 from inferctl.facts import catalog
 from inferctl.image import build, publish, registry
-from inferctl.image.build import Built
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import Event, Note, Phase, StepFinished, StepLog
+from inferctl.image.events import Event, Note, Phase, StepLog
 from inferctl.image.from_spec import task_of
-from inferctl.image.plan import BuildPlan
 from inferctl.image.records import ContainerOptions, ImageInfo
 from inferctl.image.running_container import exit_error
 from inferctl.models.model import ModelFolder
 from tests.http_servers import answering
 from tests.image import tiny
+from tests.image.tiny import run
 from tests.processes import inferctl
 
 pytestmark = pytest.mark.docker
@@ -47,29 +45,13 @@ def _nothing_left_behind(engine: None, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(tiny, "mark", uuid.uuid4().hex)
     yield
     try:
-        assert _created("ps", "--all") == []
+        assert tiny.created("ps", "--all") == []
     finally:
-        for image in _created("images", "--no-trunc"):
-            subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
-
-
-def _created(*command: str) -> list[str]:
-    """Return the ids of the containers or images of the test, including untagged ones."""
-    return _output("docker", *command, "--quiet", "--filter", f"label=test={tiny.mark}").split()
+        tiny.remove_images()
 
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def run(docker: DockerEngine, made: BuildPlan) -> tuple[list[Event], Built]:
-    events: list[Event] = []
-    with contextlib.closing(build.run(made, docker, docker.info())) as going:
-        while True:
-            try:
-                events.append(next(going))
-            except StopIteration as end:
-                return events, end.value
 
 
 def test_an_image_is_built_verified_and_tagged(docker: DockerEngine, base_image: str) -> None:
@@ -101,15 +83,6 @@ def test_an_image_of_vllm_for_gpus_is_not_verified_without_a_gpu(
         for _ in build.run(made, docker, without_gpu):
             pass
     assert docker.image(made.reference) is None
-
-
-def test_a_second_build_is_cached(docker: DockerEngine, base_image: str) -> None:
-    made = tiny.with_options(tiny.plan(tiny.rendered(base_image)), verify=False)
-    run(docker, made)
-    events, _ = run(docker, made)
-    steps = {event.name: event.cached for event in events if isinstance(event, StepFinished)}
-    assert [cached for name, cached in steps.items() if "RUN echo preparing" in name] == [True]
-    assert [cached for name, cached in steps.items() if "COPY --link app" in name] == [True]
 
 
 def test_only_the_expected_image_is_tagged(docker: DockerEngine, base_image: str) -> None:
@@ -188,7 +161,7 @@ def test_an_image_that_fails_verification_is_not_tagged(
     assert caught.value.message.startswith("verification failed: ")
     assert caught.value.exit_code == 1
     assert docker.image(made.reference) is None
-    assert _created("images") == []
+    assert tiny.created("images") == []
 
 
 def test_weights_that_only_their_owner_can_read_are_an_error(
@@ -231,7 +204,7 @@ def test_the_platform_of_the_spec_is_used(docker: DockerEngine, base_image: str)
     image = made.spec.image.model_copy(update={"platform": "linux/s390x"})
     with pytest.raises(NotReadyError, match="linux/s390x"):
         run(docker, replace(made, spec=made.spec.model_copy(update={"image": image})))
-    assert _created("images") == []
+    assert tiny.created("images") == []
 
 
 @pytest.mark.parametrize(
@@ -247,18 +220,6 @@ def test_a_step_that_fails(docker: DockerEngine, base_image: str, line: str, wha
         run(docker, made)
     assert hint in (caught.value.hint or "")
     assert caught.value.exit_code == code
-
-
-@pytest.mark.parametrize(
-    ("base", "what"),
-    [
-        (f"{REGISTRY}/inferctl-test/none:1", "not found"),
-        ("localhost:1/none:1", "registry localhost:1 is unreachable"),
-    ],
-)
-def test_an_unavailable_base(docker: DockerEngine, base: str, what: str) -> None:
-    with pytest.raises(NotReadyError, match=what):
-        run(docker, tiny.plan(tiny.rendered(base)))
 
 
 def test_closing_a_build_stops_it_and_tags_nothing(docker: DockerEngine, base_image: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import uuid
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from inferctl.image import build
 from inferctl.image.docker import DockerEngine
 from tests.image import tiny
 from tests.processes import inferctl
@@ -22,31 +20,16 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(120)]
 @pytest.fixture(scope="module")
 def docker(engine: None) -> Iterator[DockerEngine]:
     yield DockerEngine.connect()
-    found = subprocess.run(
-        ["docker", "images", "--quiet", "--filter", f"label=test={tiny.mark}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for image in set(found.stdout.split()):
-        subprocess.run(["docker", "rmi", "--force", image], capture_output=True, check=False)
+    tiny.remove_images()
 
 
 def built(docker: DockerEngine, base: str, behaviour: str) -> str:
     made = tiny.with_options(tiny.plan(tiny.rendered(base, behaviour)), verify=False)
-    with contextlib.closing(build.run(made, docker, docker.info())) as events:
-        for _ in events:
-            pass
-    return made.reference
+    return tiny.run(docker, made)[1].reference
 
 
 def verify(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return inferctl("verify", *arguments, cwd=cwd)
-
-
-def containers() -> str:
-    command = ["docker", "ps", "--all", "--quiet", "--filter", f"label=test={tiny.mark}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_valid_image_passes_and_its_id_is_the_output(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
@@ -57,7 +40,7 @@ def test_a_valid_image_passes_and_its_id_is_the_output(docker: DockerEngine, bas
     assert "bf16 (native) on tiny cpu, 8 texts, 32 dimensions" in done.stderr
     document = json.loads(verify(name, "--json", cwd=tmp_path).stdout)
     assert document["verified"]["cosine_min"] == pytest.approx(1.0)
-    assert containers() == ""
+    assert tiny.created("ps", "--all") == []
 
 
 def test_the_scores_of_a_reranker_are_compared(docker: DockerEngine, base_image: str, tmp_path: Path) -> None:
@@ -92,7 +75,7 @@ def test_an_image_that_fails_verification_is_kept(docker: DockerEngine, base_ima
     assert done.stdout == ""
     assert "text 4" in done.stderr and "1 of 32" in done.stderr
     assert docker.image(name) is not None
-    assert containers() == ""
+    assert tiny.created("ps", "--all") == []
 
 
 @pytest.mark.parametrize("command", [("verify",), ("serve", "--port", "0", "--image")], ids=["verify", "serve"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.image import build, registry
-from inferctl.image.build import Built
+from inferctl.image import registry
 from inferctl.image.docker import DockerEngine
-from inferctl.image.events import Event, Note
+from inferctl.image.events import Note
 from inferctl.image.plan import BuildPlan
 from inferctl.image.render import Rendered
 from tests.http_servers import Handler, serving
@@ -34,9 +32,7 @@ def docker(exporting_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setenv("DOCKER_HOST", f"unix://{exporting_engine}")
     monkeypatch.setattr(tiny, "mark", uuid.uuid4().hex)
     yield DockerEngine.connect()
-    command = ["docker", "images", "--no-trunc", "--quiet", "--filter", f"label=test={tiny.mark}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    subprocess.run(["docker", "image", "rm", "--force", *set(found)], capture_output=True, check=False)
+    tiny.remove_images()
 
 
 def image(base: str) -> Rendered:
@@ -59,16 +55,6 @@ def planned(rendered: Rendered, name: str | None = None, **options: object) -> B
     return tiny.with_options(made, **{**usual, **options})
 
 
-def built(docker: DockerEngine, made: BuildPlan) -> tuple[list[Event], Built]:
-    events: list[Event] = []
-    running = build.run(made, docker, docker.info())
-    while True:
-        try:
-            events.append(next(running))
-        except StopIteration as end:
-            return events, end.value
-
-
 def layers(reference: str) -> list[tuple[str, str]]:
     """Return media type and digest of each layer in the registry."""
     found = registry.manifest(reference, "linux/amd64")
@@ -83,9 +69,9 @@ def methods(reference: str) -> list[str]:
 
 def test_new_layers_have_zstd_in_the_image_and_in_the_cache(docker: DockerEngine, base_image: str) -> None:
     rendered, cache = image(base_image), f"{REGISTRY}/inferctl-test/{uuid.uuid4().hex[:12]}:cache"
-    _, pushed = built(docker, planned(rendered, cache_to=(cache,)))
+    _, pushed = tiny.run(docker, planned(rendered, cache_to=(cache,)))
     # Made again without a cache, equal input has equal layers.
-    _, again = built(docker, planned(rendered, no_cache=True))
+    _, again = tiny.run(docker, planned(rendered, no_cache=True))
     assert layers(again.reference) == layers(pushed.reference)
     assert layers(pushed.reference)[0][1] == layers(base_image)[0][1], "those of the base are shared with other images"
     assert methods(pushed.reference) == ["gzip", "zstd"]
@@ -132,7 +118,7 @@ def test_a_registry_that_rejects_zstd_gets_gzip(docker: DockerEngine, base_image
     OldRegistry.manifests = {}
     with serving(OldRegistry) as port:
         name = f"localhost:{port}/inferctl-test/old:x"
-        events, found = built(docker, planned(rendered, name=name))
+        events, found = tiny.run(docker, planned(rendered, name=name))
         notes = [event.text for event in events if isinstance(event, Note)]
         assert any("the registry does not accept zstd" in note for note in notes), notes
         assert found.compressions == ("gzip",)

@@ -29,18 +29,21 @@ CDI = {
 }
 
 
-def test_a_gpu_with_a_device_specification_is_found() -> None:
-    assert read_engine(CDI, VERSION).gpu
+FOLDERS = {"CDISpecDirs": ["/etc/cdi", "/etc/nvidia/cdi"]}
 
 
-@pytest.mark.parametrize("devices", [None, [], [{"Source": "cdi", "ID": "vendor.com/nic=0"}]])
-def test_folders_for_device_specifications_are_not_a_gpu(devices: Any) -> None:
-    folders = ["/etc/cdi", "/etc/nvidia/cdi"]
-    assert not read_engine({**CDI, "DiscoveredDevices": devices, "CDISpecDirs": folders}, VERSION).gpu
-
-
-def test_the_nvidia_runtime_is_a_gpu() -> None:
-    assert read_engine({"Runtimes": {"nvidia": {}, "runc": {}}}, VERSION).gpu
+@pytest.mark.parametrize(
+    ("info", "gpu"),
+    [
+        (CDI, True),
+        ({"Runtimes": {"nvidia": {}, "runc": {}}}, True),
+        # Folders for device specifications are no GPU.
+        ({**CDI, **FOLDERS, "DiscoveredDevices": None}, False),
+        ({**CDI, **FOLDERS, "DiscoveredDevices": [{"Source": "cdi", "ID": "vendor.com/nic=0"}]}, False),
+    ],
+)
+def test_a_gpu_is_found_by_its_runtime_or_device_specification(info: dict[str, Any], gpu: bool) -> None:
+    assert read_engine(info, VERSION).gpu == gpu
 
 
 class FakeEngine:

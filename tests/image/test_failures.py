@@ -14,106 +14,38 @@ from inferctl.image.image_name import familiar, host_of, normalized
 BASE = (
     "ERROR: failed to solve: r.example.com/cuda:12.8: failed to resolve source metadata for r.example.com/cuda:12.8: "
 )
+ASKED = f'{BASE}failed to do request: Head "https://r.example.com/v2/cuda/manifests/12.8": dial tcp'
+STEP = 'ERROR: failed to solve: process "pip" did not complete successfully: exit code: '
 
 
 @pytest.mark.parametrize(
     ("text", "log", "message", "hint", "code"),
     [
-        (
-            f"{BASE}r.example.com/cuda:12.8: not found",
-            [],
-            "base image r.example.com/cuda:12.8 not found",
-            "image.base_image",
-            3,
-        ),
-        (f"{BASE}manifest unknown", [], "not found", "six months", 3),
-        (
-            f'{BASE}failed to do request: Head "https://r.example.com/v2/cuda/manifests/12.8": dial tcp: '
-            "lookup r.example.com: no such host",
-            [],
-            "registry r.example.com is unreachable",
-            "network and proxy",
-            3,
-        ),
-        (
-            f'{BASE}failed to do request: Head "https://r.example.com/v2/": dial tcp 10.0.0.1:443: '
-            "connect: connection refused",
-            [],
-            "connection refused",
-            "mirror",
-            3,
-        ),
-        (
-            f"{BASE}pull access denied, repository does not exist or may require authorization",
-            [],
-            "denied access",
-            "docker login r.example.com",
-            3,
-        ),
-        (
-            'ERROR: failed to solve: process "pip" did not complete successfully: exit code: 1',
-            ["OSError: [Errno 28] No space left on device"],
-            "disk is full",
-            "docker builder prune",
-            3,
-        ),
-        (
-            'ERROR: failed to solve: process "pip" did not complete successfully: exit code: 1',
-            [
-                "NewConnectionError('Failed to establish a new connection: [Errno -3] Temporary failure in name "
-                "resolution')"
-            ],
-            "failed in [torch 1/1] RUN pip",
-            "--network host",
-            3,
-        ),
-        (
-            'ERROR: process "pip" did not complete',
-            ["SSLError(SSLCertVerificationError(1, 'certificate verify failed'))"],
-            "failed in",
-            "--ca FILE",
-            3,
-        ),
-        (
-            'ERROR: process "pip" did not complete',
-            ["ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE."],
-            "failed in",
-            "inferctl lock",
-            1,
-        ),
-        (
-            'ERROR: process "pip" did not complete',
-            ["ERROR: No matching distribution found for torch==2.99"],
-            "failed in",
-            "torch==2.99",
-            1,
-        ),
-        (
-            'ERROR: failed to solve: process "x" did not complete successfully: exit code: 137',
-            [],
-            "failed in",
-            "memory",
-            3,
-        ),
+        (f"{BASE}r.example.com/cuda:12.8: not found", "", "image r.example.com/cuda:12.8 not found", "base_image", 3),
+        (f"{BASE}manifest unknown", "", "not found", "six months", 3),
+        (f"{ASKED}: lookup r.example.com: no such host", "", "r.example.com is unreachable", "network and proxy", 3),
+        (f"{ASKED} 10.0.0.1:443: connect: connection refused", "", "connection refused", "mirror", 3),
+        (f"{BASE}pull access denied, repository does not exist", "", "denied access", "docker login r.example.com", 3),
+        (f"{STEP}1", "OSError: [Errno 28] No space left on device", "disk is full", "docker builder prune", 3),
+        (f"{STEP}1", "[Errno -3] Temporary failure in name resolution", "in [torch 1/1] RUN pip", "--network host", 3),
+        (f"{STEP}1", "SSLError(SSLCertVerificationError(1, 'certificate verify failed'))", "failed in", "--ca FILE", 3),
+        (f"{STEP}1", "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM", "failed in", "inferctl lock", 1),
+        (f"{STEP}1", "ERROR: No matching distribution found for torch==2.99", "failed in", "torch==2.99", 1),
+        (f"{STEP}137", "", "failed in", "memory", 3),
         (
             "ERROR: failed to solve: dockerfile parse error on line 1: unknown instruction: FRM",
-            [],
-            "unknown instruction: FRM",
-            "inferctl render",
-            1,
+            *("", "unknown instruction: FRM", "inferctl render", 1),
         ),
         (
             "ERROR: failed to solve: failed to create endpoint x on network bridge: "
             "adding interface veth0 to bridge docker0 failed",
-            [],
-            "bridge network",
-            "--network host",
-            3,
+            *("", "bridge network", "--network host", 3),
         ),
     ],
 )
-def test_a_failed_build_has_a_hint(text: str, log: list[str], message: str, hint: str, code: int) -> None:
-    error: InferctlError = failures.build_error(text, "[torch 1/1] RUN pip" if log or "process" in text else None, log)
+def test_a_failed_build_has_a_hint(text: str, log: str, message: str, hint: str, code: int) -> None:
+    step = "[torch 1/1] RUN pip" if "process" in text else None
+    error: InferctlError = failures.build_error(text, step, log.splitlines())
     assert message in error.message
     assert hint in (error.hint or "")
     assert error.exit_code == code
@@ -140,30 +72,21 @@ def test_the_registry_of_a_reference(reference: str, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("message", "transient"),
     [
-        "net/http: TLS handshake timeout",
-        "EOF",
-        "unexpected HTTP status: 503 Service Unavailable",
-        'Get "http://r.example.com/v2/": context deadline exceeded',
+        ("net/http: TLS handshake timeout", True),
+        ("EOF", True),
+        ("unexpected HTTP status: 503 Service Unavailable", True),
+        ('Get "http://r.example.com/v2/": context deadline exceeded', True),
+        ("denied: no", False),
+        ("unauthorized: 503", False),
+        ("write: no space left on device: EOF", False),
+        ("manifest invalid", False),
+        ("received unexpected HTTP status: 200 OK", False),
     ],
 )
-def test_transient_failures(message: str) -> None:
-    assert failures.transient(message)
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "denied: no",
-        "unauthorized: 503",
-        "write: no space left on device: EOF",
-        "manifest invalid",
-        "received unexpected HTTP status: 200 OK",
-    ],
-)
-def test_permanent_failures(message: str) -> None:
-    assert not failures.transient(message)
+def test_transient_failures_differ_from_permanent_ones(message: str, transient: bool) -> None:
+    assert failures.transient(message) == transient
 
 
 @pytest.mark.parametrize(
@@ -209,13 +132,8 @@ def test_a_name_has_a_full_form_and_one_that_the_engine_lists(name: str, full: s
     assert (normalized(short), familiar(full)) == (full, short)
 
 
-@pytest.mark.parametrize(
-    "name", ["minilm", "myorg/minilm", "localhost/x", "localhost:5000/x", "host:5000/a/b", "a.b/c"]
-)
-def test_names_of_images_are_accepted(name: str) -> None:
-    assert re.fullmatch(IMAGE_NAME, name)
-
-
-@pytest.mark.parametrize("name", ["MyOrg/minilm", "myorg/MiniLM", "-/x", ":5000/x", "a..b/c", "a/b/", "https://a.b/c"])
-def test_invalid_image_names_are_rejected(name: str) -> None:
-    assert not re.fullmatch(IMAGE_NAME, name)
+def test_invalid_image_names_are_rejected() -> None:
+    for name in ("minilm", "myorg/minilm", "localhost/x", "localhost:5000/x", "host:5000/a/b", "a.b/c"):
+        assert re.fullmatch(IMAGE_NAME, name), name
+    for name in ("MyOrg/minilm", "myorg/MiniLM", "-/x", ":5000/x", "a..b/c", "a/b/", "https://a.b/c"):
+        assert not re.fullmatch(IMAGE_NAME, name), name

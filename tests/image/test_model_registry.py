@@ -32,7 +32,7 @@ from inferctl.image.from_spec import rendered_image
 from inferctl.image.model_image import ModelImage
 from inferctl.models import image_source
 from inferctl.models.model import ModelFolder, find
-from tests.image import sharded
+from tests.image import sharded, tiny
 from tests.image.registry_proxy import RegistryProxy, proxied
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(300), pytest.mark.usefixtures("engine")]
@@ -66,12 +66,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def push(folder: Path, reference: str, license_id: str | None = None, source: str | None = None) -> ModelImage:
     running = model_transfer.push(ModelFolder(folder), source or str(folder), reference, license_id, attempts=1)
-    try:
-        while True:
-            next(running)
-    except StopIteration as end:
-        found: ModelImage = end.value
-        return found
+    found: ModelImage = tiny.drained(running)[1]
+    return found
 
 
 def pull(image: ModelImage, target: Path) -> None:

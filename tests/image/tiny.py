@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import uuid
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from platform import machine
+from typing import Any
 
 from inferctl.config.spec import Spec
 from inferctl.facts import catalog
+from inferctl.image import build as builds
+from inferctl.image.build import Built
+from inferctl.image.docker import DockerEngine
+from inferctl.image.events import Event
 from inferctl.image.plan import BuildOptions, BuildPlan
 from inferctl.image.render import Rendered
 from inferctl.image.size_forecast import SizeForecast
@@ -185,3 +192,29 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
 
 def with_options(made: BuildPlan, **changes: object) -> BuildPlan:
     return replace(made, options=replace(made.options, **changes))  # type: ignore[arg-type]
+
+
+def drained(running: Generator[Any, None, Any]) -> tuple[list[Any], Any]:
+    """Return what a generator yields, and what it returns."""
+    found: list[Any] = []
+    while True:
+        try:
+            found.append(next(running))
+        except StopIteration as end:
+            return found, end.value
+
+
+def run(docker: DockerEngine, made: BuildPlan) -> tuple[list[Event], Built]:
+    with closing(builds.run(made, docker, docker.info())) as running:
+        return drained(running)
+
+
+def created(*command: str) -> list[str]:
+    """Return the ids of the containers or images of the test, including untagged ones."""
+    line = ["docker", *command, "--quiet", "--filter", f"label=test={mark}"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
+
+
+def remove_images() -> None:
+    for image in set(created("images", "--no-trunc")):
+        subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)

@@ -110,14 +110,6 @@ def test_every_number_is_the_one_worked_out_by_hand(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_tables_have_the_formulas_and_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["deploy", "--explain"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "rate, assumed" in text
-    assert "rate, measured" in text
-
-
-@pytest.mark.usefixtures("folder")
 def test_a_table_at_the_end_has_the_replicas_of_all_flavors(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["deploy", "--explain"]) == 0
     _, _, table = capsys.readouterr().out.partition("Replicas\n")

@@ -113,15 +113,3 @@ def test_every_changed_line_names_the_receipt_or_has_a_changed_value(
         changed = (after / file.relative_to(before)).read_text()
         assert file.read_text().replace(old_seal, new.seal[:8]) == changed
     assert any(old_seal in file.read_text() for file in before.rglob("*.yaml"))
-
-
-def test_files_of_an_earlier_run_are_removed_and_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(shutil.copytree(EXAMPLE, tmp_path / "example"))
-    output = rendered(tmp_path / "manifests")
-    (output / "own.yaml").write_text("kind: Own\n")
-    clusters = Path("clusters.yaml")
-    clusters.write_text(clusters.read_text().replace("aws-us-east-1", "aws-us-east-2"))
-    rendered(output)
-    assert (output / "own.yaml").exists()
-    assert not list((output / "overlays" / "aws-us-east-1").rglob("*.yaml"))
-    assert (output / "overlays" / "aws-us-east-2" / "kustomization.yaml").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 from deploy_sources import HALF, IMAGE, plan, spec
 
 from inferctl.deploy import manifest
@@ -115,8 +114,3 @@ def test_placeholders_are_as_large_as_a_pod_with_its_relay() -> None:
     assert resources["limits"] == {"cpu": "3000m", "memory": "4543Mi", "nvidia.com/gpu": 1}
     # /tmp: 1,024 MiB; the outbox: 1,024 MiB and 256 MiB.
     assert resources["requests"] == {**resources["limits"], "ephemeral-storage": "2304Mi"}
-
-
-@pytest.mark.parametrize("overflow", ["none", 0])
-def test_the_overflow_can_be_switched_off(overflow: Any) -> None:
-    assert spare(planned(overflow=overflow)) == []

@@ -143,10 +143,6 @@ def test_findings_name_the_place_and_what_differs_there() -> None:
     assert finding("placeholder-differs", "a placeholder for other nodes").what.endswith(": nvidia.com/gpu.product")
 
 
-def test_a_volume_without_a_source_is_an_empty_dir() -> None:
-    assert rules(changed("Deployment/chat", (*POD, "volumes", 1), {"name": "tmp"})) == {"empty-dir-unbounded"}
-
-
 def test_a_client_with_the_address_of_a_server_is_none() -> None:
     def serves(*args: str) -> bool:
         pod = {"kind": "Pod", "spec": {"containers": [{"image": "python:3.13", "args": list(args)}]}}

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from inferctl import cli
-from tests.manifests import kube
 
 NODES = """
 nodes:
@@ -126,37 +124,7 @@ def test_manifests_without_a_deployment_are_an_error(tmp_path: Path, capsys: pyt
     assert "have no Deployment" in capsys.readouterr().err
 
 
-def test_a_bad_quantity_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = files(tmp_path)
-    manifests = Path(arguments[-1])
-    manifests.write_text(manifests.read_text().replace("mig-3g.20gb: 1", "mig-3g.20gb: 1banana"))
-    assert cli.run(arguments) == 2
-    assert "'1banana' is not a quantity" in capsys.readouterr().err
-
-
 def test_manifests_need_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifests = files(tmp_path)[-1]
     assert cli.run(["deploy", manifests]) == 2
     assert "--preview" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("priority", "evicted"),
-    [(-5, 1), (-1, 1), (0, 0), (1000, 0)],  # 0: pods of other teams without a class
-)
-def test_servers_preempt_placeholders_and_no_pods_of_other_teams(
-    priority: int, evicted: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gpu = {"requests": {"nvidia.com/gpu": 1}, "limits": {"nvidia.com/gpu": 1}}
-    spec = {"priority": priority, "containers": [{"name": "a", "resources": gpu}]}
-    other = kube.running("other", "g", {}, spec, namespace="team")
-    nodes, file = tmp_path / "nodes.yaml", tmp_path / "all.yaml"
-    node = {"name": "g", "allocatable": {"cpu": 4, "nvidia.com/gpu": 1}}
-    nodes.write_text(yaml.safe_dump_all([{"nodes": [node]}, other]))
-    server = {"name": "a", "image": "s:1", "resources": gpu}
-    deployment = kube.deployment("embed", {"app": "embed"}, {"containers": [server]}, 1)
-    file.write_text(yaml.safe_dump(deployment))
-    assert cli.run(["deploy", "--preview", str(nodes), str(file), "--json"]) == (0 if evicted else 1)
-    (cluster,) = json.loads(capsys.readouterr().out)["clusters"]
-    (group,) = cluster["deployments"][0]["pods"]
-    assert len(group["evicted"]) == evicted
