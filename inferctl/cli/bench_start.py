@@ -14,35 +14,22 @@ from rich.table import Table
 from inferctl.bench.load.target import connect
 from inferctl.cli import console, download, options
 from inferctl.cli.bench_setup import create_folder
-from inferctl.config.spec import Spec
 from inferctl.core import outputs
 from inferctl.core.errors import InferctlError, UsageError
-from inferctl.facts import catalog
-from inferctl.image import cold_start, container_start, model_image, serve_image
-from inferctl.image.cold_start import StartPart
-from inferctl.image.container_start import ContainerStart, RegistryImage
+from inferctl.image import container_start, serve_image
+from inferctl.image.container_start import ContainerStart
 from inferctl.image.docker import DockerEngine
 from inferctl.image.image_name import full_reference
-from inferctl.image.records import ImageInfo
-from inferctl.models import size
-from inferctl.models.fit import UnknownSize
-from inferctl.models.hub import HubModel
-from inferctl.models.model import ModelFolder
 
 _TEXT = "A container serves its first request."
 _ROUNDS, _MAX_ROUNDS = 3, 100
-# Row of the table -> the parts of an estimate for it.
-_ROWS = {
-    "pull and unpack": ("pull", "unpack"),
-    "start of the container": (),
-    "until the first response": (cold_start.LOAD,),
-}
+_ROWS = ("pull and unpack", "start of the container", "until the first response", "all")
 
 
 def measure(
     reference: str, spec_file: Path | None, model: str | None, rounds: int | None, output: Path, as_json: bool
 ) -> None:
-    """Measure the starts of an image, print them next to their estimate, and write start.json below `output`."""
+    """Measure the starts of an image, print them, and write start.json below `output`."""
     rounds = _ROUNDS if rounds is None else rounds
     if not 1 <= rounds <= _MAX_ROUNDS:
         raise UsageError(
@@ -61,8 +48,6 @@ def measure(
     if found is None:
         console.warn(f"{reference} is in no registry, so only starts with a warm store are measured")
     size_bytes = engine.size(image.id)
-    weights = _weights(image, spec, mounted, source is not None)
-    estimate = _estimate(found, size_bytes, weights)
     folder_of_result = create_folder(output, "start")
 
     def respond(url: str) -> None:
@@ -85,51 +70,29 @@ def measure(
             "compression": found.method if found else None,
         },
         "starts": [asdict(each) for each in starts],
-        "estimate": [part.document() for part in estimate],
     }
     file = folder_of_result / "start.json"
     outputs.write(file, json.dumps(document, indent=1) + "\n", "--output")
     if as_json:
         console.document(document)
     else:
-        console.report(_table(starts, estimate))
+        console.report(_table(starts))
         for line in _remarks(starts):
             console.data(line)
     console.note(f"starts: {file}")
 
 
-def _estimate(found: RegistryImage | None, size_bytes: int, weights: int | None) -> list[StartPart]:
-    """Return the estimated parts of a start, for the image as it is in its registry. Unknown sizes are left out."""
-    parts = list(cold_start.of_image(found.compressed, size_bytes, found.method)) if found else []
-    return parts if weights is None else [*parts, cold_start.load(weights)]
-
-
-def _weights(image: ImageInfo, spec: Spec, mounted: Path | str | None, named: bool) -> int | None:
-    """Return the bytes of the weights: of the mounted ones, else of those of the spec. None if unknown, or for vLLM."""
-    stack = image.labels.get("io.inferctl.stack")
-    if stack is None or catalog.stack(stack).vllm is not None:
-        return None
-    found: ModelFolder | HubModel | UnknownSize | None = ModelFolder(mounted) if isinstance(mounted, Path) else None
-    if found is None and named:
-        with suppress(UsageError):  # the image has its weights; those of the spec may be gone
-            found = size.locate(spec, model_image.facts)
-    return None if found is None or isinstance(found, UnknownSize) else found.weights_bytes
-
-
-def _table(starts: Sequence[ContainerStart], estimate: Sequence[StartPart]) -> Table:
+def _table(starts: Sequence[ContainerStart]) -> Table:
     pulls = [each.pull for each in starts if each.pull]
     kept = max((each.kept for each in pulls), default=0)
     pulled = f"{pulls[0].layers - kept} of {pulls[0].layers} layers pulled" if kept else "empty store"
     stores = {pulled: [each for each in starts if each.pull], "warm store": [s for s in starts if not s.pull]}
     columns = {name: _medians(found) for name, found in stores.items() if found}
-    if estimate:
-        parts = [sum(part.seconds for part in estimate if part.name in names) for names in _ROWS.values()]
-        columns["estimated"] = [*parts, sum(part.seconds for part in estimate)]
     table = Table("seconds", box=None, pad_edge=False)
     for name in columns:
         table.add_column(name, justify="right")
-    for row, *values in zip((*_ROWS, "all"), *columns.values(), strict=True):
-        table.add_row(str(row), *(f"{value:.1f}" if value else "" for value in values))
+    for row, *values in zip(_ROWS, *columns.values(), strict=True):
+        table.add_row(row, *(f"{value:.1f}" if value else "" for value in values))
     return table
 
 

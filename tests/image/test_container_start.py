@@ -60,7 +60,7 @@ def test_each_round_starts_a_pulled_and_a_present_image(
     assert cli.run(["bench", "--start", name, "--repeats", "1", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "1 of " in printed and "empty store" not in printed, "the engine kept layers"
-    assert "deploy.load_s" in printed
+    assert "deploy.cold_start_s" in printed
     assert cli.run(["bench", "--start", name, "--repeats", "2", "--output", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     pulls = [start["pull"] for start in found["starts"]]
@@ -69,7 +69,6 @@ def test_each_round_starts_a_pulled_and_a_present_image(
     assert all(start["container_s"] > 0 and start["response_s"] > 0 for start in found["starts"])
     assert found["image"]["reference"] in docker("image", "inspect", name, "--format", "{{.RepoDigests}}")
     assert 0 < found["image"]["compressed_bytes"] < found["image"]["size_bytes"]
-    assert [part["name"] for part in found["estimate"]] == ["pull", "unpack"]
     assert found in [json.loads(file.read_text()) for file in tmp_path.glob("start-*/start.json")]
     assert docker("ps", "--all", "--quiet", "--filter", f"ancestor={name}") == ""
 
