@@ -29,8 +29,8 @@ INSTALL = $(if $(UV),{ $(UV_SETTINGS); } && $(UV) pip install --python $(BIN)/py
 LOCKED = --quiet --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-generate demo-retrieval test test-all nightly lint check golden docs site
-.PHONY: locks constraints model generator wheel image-check gpu-check gpu-wheels clean
+.PHONY: help demo demo-generate demo-retrieval test test-all nightly lint check golden reference docs site
+.PHONY: tests-exist locks constraints model generator wheel image-check gpu-check gpu-wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,9 +50,14 @@ ifeq ($(TESTS),)
 test: check $(VENV)/.dev-all model  ## run check and the fast tests; with ROOM=core or FILE=PATH lint and those tests
 	$(PYTEST) $(FAST)
 else
-test: lint
+test: tests-exist lint
 	$(PYTEST) $(if $(FILE),-n 0) $(FAST) $(TESTS)
 endif
+
+# Before the installation, which takes minutes. FILE may end with the name of a test (::test_a).
+tests-exist:
+	@test -e "$(firstword $(subst ::, ,$(TESTS)))" || { echo 'error: $(TESTS) does not exist'; echo; \
+	  echo "hint: ROOM is one of" $$(find tests -name 'test_*.py' | cut -d/ -f2 | sort -u); exit 1; }
 
 # The tests wait for servers and the Docker Engine, and leave mypy what they do not use of two cores.
 test-all: lint $(VENV)/.vllm model generator  ## run check and all tests that this machine supports; list skipped tests
@@ -72,8 +77,10 @@ check: lint  ## run lint, format and type checks
 golden: $(VENV)/.dev-all model  ## update the golden files; read the diff before you commit it
 	$(PYTEST) -q --update-golden
 
-docs: $(VENV)/.dev  ## regenerate docs/reference/ from the help, and docs/models.md from the checks at a start
+reference: $(VENV)/.dev  ## regenerate docs/reference/: settings, metrics, endpoints, rules; in seconds
 	$(BIN)/python docs/write_reference.py
+
+docs: reference  ## the same, and docs/models.md from the checks at a start, which takes longer
 	$(BIN)/python docs/write_models.py
 
 site: $(VENV)/.dev-all  ## build the documentation as a web site in .cache/site; a dead link is an error

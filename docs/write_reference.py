@@ -1,7 +1,7 @@
 """Writes docs/reference/ from the help of the command line, exit codes, keys of files, metrics and lint rules.
 
-`make docs` runs it, and a test compares the result. `make site` also writes the page of the commands, which says what
-their help says, and is not in the repository:
+`make reference` runs it, and a test compares the result. `make site` also writes the page of the commands, which says
+what their help says, and is not in the repository:
 
     python docs/write_reference.py [--commands]
 """
@@ -26,7 +26,7 @@ TARGET = Path(__file__).resolve().parent / "reference"
 HEAD = """\
 # Reference
 
-`make docs` writes these pages from the program, and a test compares the two.
+`make reference` writes these pages from the program, and a test compares the two.
 
 | page | has |
 |---|---|

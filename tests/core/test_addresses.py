@@ -142,7 +142,6 @@ def test_nats_gets_decoded_credentials(address: str, credentials: dict[str, str]
 
 
 _SETTINGS = {
-    "deploy.prometheus": "https://h?token=geheim",
     "access.keys": "postgresql://u:geh/eim@h/d",
     "access.broker": "geheim@a,geheim@b",
     "metering.ledger": "postgresql://u:x@geheim@h/d",

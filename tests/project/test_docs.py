@@ -65,7 +65,7 @@ def test_the_site_builds_strictly_and_its_pages_load_nothing_from_other_hosts(tm
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     python(tmp_path / "docs" / "write_reference.py", "--commands", code=0)
-    assert "inferctl deploy --lint" in (tmp_path / "docs" / "reference" / "commands.md").read_text()
+    assert "\n## inferctl deploy\n" in (tmp_path / "docs" / "reference" / "commands.md").read_text()
     done = build_site(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     built = list((tmp_path / ".cache" / "site").rglob("*.html"))

@@ -66,6 +66,13 @@ def test_a_room_needs_neither_the_model_nor_the_packages_of_other_rooms(checkout
     assert "dev-all" in (every := make(checkout, "UV=", "--dry-run", "test")) and "fetch_model" in every
 
 
+def test_a_room_that_does_not_exist_is_an_error_before_the_installation(checkout: Path) -> None:
+    (checkout / "tests" / "core").mkdir(parents=True)
+    (checkout / "tests" / "core" / "test_it.py").touch()
+    done = execute("make", "--silent", "test", "ROOM=cor", cwd=checkout, code=2)
+    assert done.stdout == "error: tests/cor does not exist\n\nhint: ROOM is one of core\n"
+
+
 def test_uv_gets_what_the_configuration_files_of_pip_say(checkout: Path) -> None:
     file = checkout / "pip.conf"
     file.write_text(f"[global]\nindex-url = {SECRET}\nfind-links =\n    /a\n    /b\n")

@@ -15,4 +15,4 @@ def test_the_reference_matches_the_program() -> None:
     located.loader.exec_module(module)
     written = {page.name: page.read_text(encoding="utf-8") for page in module.TARGET.glob("*.md")}
     written.pop("commands.md", None)
-    assert written == module.pages(), "`make docs` regenerates them"
+    assert written == module.pages(), "`make reference` regenerates them"

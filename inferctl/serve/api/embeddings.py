@@ -214,7 +214,7 @@ class PoolingRequest(VectorRequest):
 
     unsupported: ClassVar[Unsupported] = {
         **VectorRequest.unsupported,
-        **dict.fromkeys(("outputs", "sparse_format", "top_k", "min_weight"), ()),
+        **dict.fromkeys(sorted(EmbeddingRequest.model_fields.keys() - VectorRequest.model_fields.keys()), ()),
     }
     task: Literal["embed", "token_embed"] | None = Field(
         None, description="`embed` (default): a vector for each input. `token_embed`: one for each token."
