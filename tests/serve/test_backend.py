@@ -475,6 +475,6 @@ def test_large_results_that_are_not_read_are_bounded() -> None:
         assert error.value.reason == "responses_full"
         found._send([b"a" * 100])
         with contextlib.suppress(asyncio.CancelledError):
-            found.link.connection_lost(None)
+            found.messages.connection_lost(None)
 
     asyncio.run(run())
