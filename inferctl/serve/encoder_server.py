@@ -85,7 +85,7 @@ class EncoderServer(ServerLifetime):
             self._front = FrontEnd(
                 spec,
                 self._config,
-                self._process,
+                self._setup,
                 metrics,
                 self._tokenizer,
                 self._backend,

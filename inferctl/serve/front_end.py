@@ -14,7 +14,7 @@ from inferctl.serve.edge import listener
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge_process import EdgeProcess
+from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 from inferctl.serve.work import Backend
@@ -30,7 +30,7 @@ class FrontEnd:
         self,
         spec: Spec,
         config: TaskConfig,
-        process: EdgeProcess,
+        setup: EdgeSetup,
         metrics: Metrics,
         tokenizer: TokenizerPool,
         backend: Backend,
@@ -46,7 +46,7 @@ class FrontEnd:
         self._tokenizer = tokenizer
         whole = EdgeLimits()
         limits = EdgeLimits(whole.max_body_bytes, whole.max_requests // processes, whole.max_bytes // processes)
-        self._edge = process.edge(
+        self._edge = setup.edge(
             app.create(Inference(self.model, tokenizer, backend)),
             metrics,
             page,

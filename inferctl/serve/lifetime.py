@@ -15,7 +15,7 @@ from inferctl.core import outputs
 from inferctl.core.errors import EXIT_INTERRUPTED, NotReadyError
 from inferctl.serve import relay_process
 from inferctl.serve.edge import access, listener
-from inferctl.serve.edge_process import EdgeProcess
+from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.observe import metering
 from inferctl.serve.observe.progress import StartProgress
 from inferctl.serve.options import ServerOptions
@@ -50,10 +50,10 @@ class ServerLifetime(ABC):
         self._relay = relay_process.start(spec, notify)
         models, log, traces = (spec.name, spec.model.source), options.log, options.traces
         recording = spec.metering if records else spec.metering.model_copy(update={"mode": "off"})
-        self._process = process = EdgeProcess(
+        self._setup = setup = EdgeSetup(
             spec.name, models, task, spec.access, recording, self._ready, self._live, log=log, traces=traces
         )
-        self._metering, self._access, self._lifecycle = process.metering, process.access, process.lifecycle
+        self._metering, self._access, self._lifecycle = setup.metering, setup.access, setup.lifecycle
         self._drain_end = 0.0
         self._signals = 0
         self._interrupted = False

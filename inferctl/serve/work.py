@@ -56,7 +56,7 @@ class RejectedError(Exception):
     """Why a request is not computed. It knows no HTTP.
 
     `reason`: a stable code. `retry_after`: seconds; None if a retry does not help, or nobody knows when. `used`: what
-    the request used, if it has ended with the rejected and its charge was given back; else `Backend.report` ends it.
+    the request used, if it ended with this and its charge was given back; else `Backend.report` ends it.
     """
 
     def __init__(self, reason: str, message: str, retry_after: float | None = None, used: Used | None = None) -> None:

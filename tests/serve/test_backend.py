@@ -48,14 +48,14 @@ class Front:
             self.link = ApiProcessLink(self.local, self.page, {}, lambda: None, most_unsent=1 << 28)
             backend.link = Link(backend.handlers, backend.lost)
             await loop.create_connection(lambda: backend.link, sock=here)
-            await loop.create_connection(lambda: self.link.link, sock=there)
+            await loop.create_connection(lambda: self.link.messages, sock=there)
             self.backend = backend
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         if isinstance(self.backend, RemoteBackend):
             self.backend.link.close()
-            await until(lambda: self.link.link._transport.is_closing())  # type: ignore[union-attr]
+            await until(lambda: self.link.messages._transport.is_closing())  # type: ignore[union-attr]
         assert kind or not self.local._requests, "each request has ended"
 
     async def page(self, path: str) -> Any:
@@ -346,7 +346,7 @@ def test_requests_and_pages_fail_when_the_backend_ends() -> None:
             await until(lambda: bool(front.world.engines[0].batches))
             leaving.cancel()
             report = front.backend.report(1)
-            front.link.link.close()
+            front.link.messages.close()
             error = await rejection(lambda: task)
             assert (error.reason, error.used, await report) == ("engine_unavailable", Used(), Used())
             assert (await rejection(lambda: front.backend.submit(2, Work(Caller(), [tokens([1])])))).used == Used()
@@ -475,6 +475,6 @@ def test_large_results_that_are_not_read_are_bounded() -> None:
         assert error.value.reason == "responses_full"
         found._send([b"a" * 100])
         with contextlib.suppress(asyncio.CancelledError):
-            found.link.connection_lost(None)
+            found.messages.connection_lost(None)
 
     asyncio.run(run())

@@ -23,7 +23,7 @@ import uvloop
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.edge import ClientDisconnectedError, unless_disconnected
 from inferctl.serve.edge.listener import HttpServer, listen
-from inferctl.serve.edge.request_context import Exchange
+from inferctl.serve.edge.request_context import ConnectionNotes
 from tests.processes import until
 
 HEAD = b"POST /a HTTP/1.1\r\nhost: a\r\n"
@@ -64,7 +64,7 @@ class App:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                self.rejected += filter(None, [Exchange.of(scope).rejection])
+                self.rejected += filter(None, [ConnectionNotes.of(scope).rejection])
                 self.disconnected.append(path)
                 return
             size, more = size + len(message["body"]), message["more_body"]
@@ -78,7 +78,7 @@ class App:
             try:
                 await unless_disconnected(asyncio.get_running_loop().create_future, scope)
             except ClientDisconnectedError:
-                self.rejected += filter(None, [Exchange.of(scope).rejection])
+                self.rejected += filter(None, [ConnectionNotes.of(scope).rejection])
                 self.disconnected.append(path)
                 return
         parts = 0

@@ -19,7 +19,7 @@ from inferctl.serve.edge.edge import ClientDisconnectedError, Edge, EdgeLimits, 
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Pages
-from inferctl.serve.edge.request_context import Asked, Exchange, RequestContext, UsageEvent, context_of
+from inferctl.serve.edge.request_context import Asked, ConnectionNotes, RequestContext, UsageEvent, context_of
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.work import Caller
 from tests.tenancy.key_files import add
@@ -69,10 +69,10 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
 def disconnect(state: dict[str, Any]) -> None:
     """Do what the connection does if its client disconnects."""
-    exchange = Exchange.of({"state": state})
-    exchange.disconnected = True
-    if exchange.on_disconnect:
-        exchange.on_disconnect()
+    notes = ConnectionNotes.of({"state": state})
+    notes.disconnected = True
+    if notes.on_disconnect:
+        notes.on_disconnect()
 
 
 class Setting:
@@ -171,7 +171,7 @@ def test_a_failure_has_an_envelope_and_one_event(setting: Setting, path: str, st
 @pytest.mark.parametrize("path", ["/wait", "/error", "/v1/embeddings"])
 def test_the_event_has_the_status_of_a_rejection_by_the_connection(setting: Setting, path: str) -> None:
     state: dict[str, Any] = {}
-    Exchange.of({"state": state}).rejection = 431, "headers_too_large"
+    ConnectionNotes.of({"state": state}).rejection = 431, "headers_too_large"
     asyncio.run(setting.send(path, leaves=True, state=state))
     assert [(event.status, event.code) for event in setting.events] == [(431, "headers_too_large")]
 

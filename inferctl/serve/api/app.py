@@ -1,4 +1,4 @@
-"""The ASGI application of the encoder tasks. `edge.middleware.Edge` is in front of it."""
+"""The ASGI application of the encoder tasks. `edge.edge.Edge` is in front of it."""
 
 from __future__ import annotations
 

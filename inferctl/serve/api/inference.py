@@ -94,7 +94,7 @@ class Inference:
 
         outcome, tokenized = await self.unless_disconnected(compute, scope)
         context.count(outcome.used)
-        context.computed, context.model = True, self.model.name
+        context.quotas_known, context.model = True, self.model.name
         times = (tokenized - started, outcome.queue_seconds, outcome.inference_seconds)
         context.phases = dict(zip(_PHASES, times, strict=True))
         return outcome.rows

@@ -17,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inferctl.serve.edge.errors import ApiError, at_capacity
-from inferctl.serve.edge.request_context import Exchange
+from inferctl.serve.edge.request_context import ConnectionNotes
 
 # With less to read, a connection does not check the limit of all. `HttpServer` checks it every `interval_s` anyway.
 _FEW_BYTES = 64 * 1024
@@ -27,7 +27,7 @@ class Connection(HttpToolsProtocol):
     """One client's connection. It accepts a request only after the response to the previous one is complete.
 
     `on_rejected(status, code)` is called for a rejected request that the application did not get. If the application
-    has the request, it sees a disconnect, and the `rejection` of its `Exchange`.
+    has the request, it sees a disconnect, and the `rejection` of its `ConnectionNotes`.
     """
 
     max_connections = 8192  # above it, a new one gets a 429 and is closed, also one of a probe
@@ -174,7 +174,7 @@ class Connection(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is not self._headed and cycle is not None and cycle.response_started:
             self._headed = cycle  # this is the head of its response
-            if lines := Exchange.of(cycle.scope).header_lines:
+            if lines := ConnectionNotes.of(cycle.scope).header_lines:
                 data = b"%s%s\r\n" % (data[:-2], lines)
         self._written += len(data)
         if self._unsent:
@@ -265,10 +265,10 @@ class Connection(HttpToolsProtocol):
         """Tell the application that has the request that its client gets no response."""
         self.cycle.disconnected = True
         self.cycle.message_event.set()
-        exchange = Exchange.of(self.cycle.scope)
-        exchange.disconnected = True
-        if exchange.on_disconnect is not None:
-            exchange.on_disconnect()
+        notes = ConnectionNotes.of(self.cycle.scope)
+        notes.disconnected = True
+        if notes.on_disconnect is not None:
+            notes.on_disconnect()
 
     def _headers_too_large(self) -> ApiError:
         limits = f"{self.max_headers} headers or {self.max_header_bytes} bytes of headers"
@@ -280,7 +280,7 @@ class Connection(HttpToolsProtocol):
         if new:
             self._on_rejected(error.status, error.code or "")
         else:
-            Exchange.of(cycle.scope).rejection = error.status, error.code
+            ConnectionNotes.of(cycle.scope).rejection = error.status, error.code
             self._disconnect()
         if new or not cycle.response_started:
             body = error.body()

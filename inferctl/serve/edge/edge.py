@@ -24,7 +24,7 @@ from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, Exchange, RequestContext, UsageEvent
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext, UsageEvent
 from inferctl.serve.work import Admission, RejectedError
 
 log = logging.getLogger("inferctl.edge")
@@ -46,9 +46,9 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
 
     It runs in the task of the request: a task for it and one that waits for the disconnect would take 7 us.
     """
-    exchange, task, disconnected = Exchange.of(scope), asyncio.current_task(), False
+    notes, task, disconnected = ConnectionNotes.of(scope), asyncio.current_task(), False
     assert task is not None
-    if exchange.disconnected:
+    if notes.disconnected:
         raise ClientDisconnectedError
 
     def cancel() -> None:
@@ -57,7 +57,7 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
             disconnected = True
             task.cancel()
 
-    exchange.on_disconnect = cancel
+    notes.on_disconnect = cancel
     try:
         return await work()
     except asyncio.CancelledError:
@@ -65,7 +65,7 @@ async def unless_disconnected(work: Callable[[], Awaitable[T]], scope: Scope) ->
             raise ClientDisconnectedError from None
         raise
     finally:
-        exchange.on_disconnect = None
+        notes.on_disconnect = None
 
 
 async def read_body(receive: Receive) -> bytes:
@@ -147,7 +147,7 @@ class Edge:
         try:
             if self._access:
                 self._access.authenticate(scope, context)
-            self._admit(scope, context)
+            self._check_load(scope, context)
             if (tenant := context.caller.tenant) is not None:
                 if not self._requests.take(tenant):
                     raise key_share("requests in flight")
@@ -180,12 +180,12 @@ class Edge:
                 self._requests.release(tenant)
                 if context.shared_bytes:
                     self._bodies.release(tenant, context.shared_bytes)
-            if rejection := request.exchange.rejection:  # the client got this response instead
+            if rejection := request.notes.rejection:  # the client got this response instead
                 context.status, context.code = rejection
             self._emit(context.event())
 
-    def _admit(self, scope: Scope, context: RequestContext) -> None:
-        """Reject a request before its body is read."""
+    def _check_load(self, scope: Scope, context: RequestContext) -> None:
+        """Reject a request that is too large, or more than this process can take, before its body is read."""
         limits = self._limits
         self._check_body(context.asked.content_length)  # first, since rejections count as demand of this size
         if scope["method"] == "POST" and not self._lifecycle.accepts_requests:
@@ -247,13 +247,13 @@ class _EdgeRequest:
         "complete",
         "context",
         "counted",
-        "exchange",
+        "notes",
         "stopped",
     )
 
     def __init__(self, edge: Edge, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         self._edge, self.context, self._scope, self._receive, self._send = edge, context, scope, receive, send
-        self.exchange = Exchange.of(scope)
+        self.notes = ConnectionNotes.of(scope)
         self.body_complete = self.complete = self.stopped = False
         self.counted: str | None = None
 
@@ -276,7 +276,7 @@ class _EdgeRequest:
             return
         context = self.context
         if message["type"] == "http.response.start":
-            if not context.computed and (error := await self.end(message["status"])) is not None:
+            if not context.quotas_known and (error := await self.end(message["status"])) is not None:
                 await self.fail(error)
                 return
             context.status = message["status"]
@@ -292,7 +292,7 @@ class _EdgeRequest:
 
     def _add_lines(self) -> None:
         if self.context.quotas is not None:
-            self.exchange.header_lines = edge_access.limit_lines(self.context.quotas)
+            self.notes.header_lines = edge_access.limit_lines(self.context.quotas)
 
     async def fail(self, error: ApiError) -> None:
         """Send an error response. If a response has started, only break it off."""
@@ -320,10 +320,10 @@ class _EdgeRequest:
         if not context.admitted or backend is None:
             return None
         context.admitted = False
-        if rejection := self.exchange.rejection:
+        if rejection := self.notes.rejection:
             status = rejection[0]
         give_back, wait = status == 429 or status >= 500, not self.stopped
-        if context.computed:
+        if context.quotas_known:
             backend.end(context.number, in_vain=context.in_vain, give_back=give_back)
             return None
         while True:

@@ -19,11 +19,11 @@ log = logging.getLogger("inferctl.usage")
 CLIENT_DISCONNECTED = 499
 OTHER = "other"  # the name of paths that are no endpoint of a task
 _MAX_ID_LENGTH = 128
-_CONTEXT, _EXCHANGE = "inferctl.request", "inferctl.exchange"  # keys of a scope, and of its `state`
+_CONTEXT, _NOTES = "inferctl.request", "inferctl.notes"  # keys of a scope, and of its `state`
 
 
 @dataclass(slots=True)
-class Exchange:
+class ConnectionNotes:
     """What the connection and the edge tell each other about one request.
 
     `rejection`: status and code, if the connection rejected the request while the edge had it. `disconnected`: whether
@@ -38,12 +38,12 @@ class Exchange:
     header_lines: bytes = b""
 
     @classmethod
-    def of(cls, scope: Any) -> Exchange:
+    def of(cls, scope: Any) -> ConnectionNotes:
         """Return that of a request, also if nobody has asked for it yet."""
         state = scope["state"]
-        found: Exchange | None = state.get(_EXCHANGE)
+        found: ConnectionNotes | None = state.get(_NOTES)
         if found is None:
-            found = state[_EXCHANGE] = cls()
+            found = state[_NOTES] = cls()
         return found
 
 
@@ -124,7 +124,7 @@ class RequestContext:
 
     `number`: by which the backend knows it. `admitted`: whether the backend knows it, and waits for its end. `full`: why
     a full queue would reject it. `quotas`: what remains of the limits of the key. `in_vain`: tokens that were tokenized,
-    and not computed. `computed`: whether `quotas` and the use are known, and the response may begin before the end.
+    and not computed. `quotas_known`: so the response may begin before the end.
     """
 
     asked: Asked
@@ -134,7 +134,7 @@ class RequestContext:
     started: float = field(default_factory=time.monotonic)
     admitted: bool = False
     full: RejectedError | None = None
-    computed: bool = False
+    quotas_known: bool = False
     quotas: Quotas | None = None
     in_vain: int = 0
     body_bytes: int = 0

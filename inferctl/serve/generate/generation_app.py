@@ -171,7 +171,7 @@ class GenerationApp:
     def _reserve(self, context: RequestContext, tokens: int) -> None:
         """Reserve tokens, which are settled when the response ends. Raises `RejectedError`."""
         context.quotas = self._charges.reserve(context.number, tokens)
-        context.computed = True
+        context.quotas_known = True
 
     async def _run(self, call: _Call, scope: Scope) -> None:
         self.running += 1

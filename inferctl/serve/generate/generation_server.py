@@ -85,7 +85,7 @@ class GenerationServer(ServerLifetime):
         metrics.engine_restarts.set_function(lambda: self._supervisor.restarts)
         # Answers on the port while vLLM does not run. When it runs, its process has an edge of its own.
         pages = Pages(self._lifecycle, lambda: None, metrics.exposition, list(generation_app.ENDPOINTS))
-        self._edge = self._process.edge(_no_engine, metrics, pages.answer, endpoints=generation_app.ENDPOINTS)
+        self._edge = self._setup.edge(_no_engine, metrics, pages.answer, endpoints=generation_app.ENDPOINTS)
         self._front: tuple[listener.HttpServer, asyncio.Task[None]] | None = None
 
     def _ready(self) -> bool:

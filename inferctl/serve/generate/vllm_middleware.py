@@ -24,7 +24,7 @@ from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
-from inferctl.serve.edge_process import EdgeProcess
+from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.generate import control, generation_app
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
@@ -78,7 +78,7 @@ class _EdgeServer:
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
         keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
-        process = EdgeProcess(
+        setup = EdgeSetup(
             settings.name,
             settings.models,
             "generate",
@@ -88,7 +88,7 @@ class _EdgeServer:
             log=settings.log,
             traces=settings.traces,
         )
-        self._metering, self._lifecycle = process.metering, process.lifecycle
+        self._metering, self._lifecycle = setup.metering, setup.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
         self._metering.open()
         self._metering.watch(metrics)
@@ -107,7 +107,7 @@ class _EdgeServer:
             metrics.offer_body,
         )
         pages = Pages(self._lifecycle, lambda: settings.info, metrics.exposition, list(generation_app.ENDPOINTS))
-        self._edge = process.edge(
+        self._edge = setup.edge(
             self._generation, metrics, pages.answer, endpoints=generation_app.ENDPOINTS, backend=charges
         )
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
@@ -116,7 +116,7 @@ class _EdgeServer:
         self._channel.send("ready")
         self._socket = self._channel.receive_listener()
         work = [self._serve(), self._beat(), self._follow()]
-        if process.access and (exchange := Exchange.of(keys, limiter, settings.name, process.access.revoke)):
+        if setup.access and (exchange := Exchange.of(keys, limiter, settings.name, setup.access.revoke)):
             work.append(exchange.run())
         self._tasks = [asyncio.create_task(each) for each in work]
 

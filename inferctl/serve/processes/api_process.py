@@ -27,7 +27,7 @@ from inferctl.serve import event_loop
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.connection import Connection
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge_process import EdgeProcess
+from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.observe import logs, samples
 from inferctl.serve.observe.metrics import Metrics
@@ -71,8 +71,8 @@ class ApiProcess:
         config = task_config.read(task, folder, spec.serve.max_input_tokens)
         self._metrics = metrics = Metrics(welcome["slo"])
         models, log, traces = (spec.name, spec.model.source), welcome["log"], welcome["traces"]
-        process = EdgeProcess(spec.name, models, task, spec.access, spec.metering, self._ready, log=log, traces=traces)
-        self._metering, self._access, self._lifecycle = process.metering, process.access, process.lifecycle
+        setup = EdgeSetup(spec.name, models, task, spec.access, spec.metering, self._ready, log=log, traces=traces)
+        self._metering, self._access, self._lifecycle = setup.metering, setup.access, setup.lifecycle
         self._metering.open()
         self._metering.watch(metrics)
         tokenizer = TokenizerPool(folder, config, on_truncated=metrics.truncated.inc)
@@ -80,7 +80,7 @@ class ApiProcess:
         self._front = FrontEnd(
             spec,
             config,
-            process,
+            setup,
             metrics,
             tokenizer,
             self._backend,

@@ -53,7 +53,7 @@ class ApiProcessLink:
             "page": self._start_page,
         }
         answered = {kind: partial(self._answer, handler) for kind, handler in own.items()}
-        self.link = Link({**answered, **handlers}, self._lost)
+        self.messages = Link({**answered, **handlers}, self._lost)
 
     @property
     def in_flight(self) -> int:
@@ -63,7 +63,7 @@ class ApiProcessLink:
     def _admit(self, number: int, caller: Any, size: int) -> None:
         self._jobs[number] = None
         full = self._backend.admit(self._first + number, caller_of(caller), size).result()
-        self.link.send("admitted", number, full and (full.reason, full.message, full.retry_after))
+        self.messages.send("admitted", number, full and (full.reason, full.message, full.retry_after))
 
     def _submit(
         self, number: int, caller: Any, size: int, lengths: list[int], marks: Any, directives: str, body: bytes
@@ -90,7 +90,7 @@ class ApiProcessLink:
 
     def _send(self, parts: list[Buffer]) -> None:
         """Send a result. Raises `RejectedError` if too many wait; a single one is always sent."""
-        size, link = sum(map(len, parts)), self.link
+        size, link = sum(map(len, parts)), self.messages
         if size <= _LARGE_BYTES and link.buffered <= _MOST_BUFFERED:
             link.send_frame(parts)
         elif link.large_bytes and link.large_bytes + size > self._most_unsent:
@@ -112,7 +112,7 @@ class ApiProcessLink:
         if error.used is not None:
             self._jobs.pop(number, None)
         used = None if error.used is None else tuple(error.used)
-        self.link.send("rejected", number, error.reason, error.message, error.retry_after, used)
+        self.messages.send("rejected", number, error.reason, error.message, error.retry_after, used)
 
     def _report(self, number: int, in_vain: int, give_back: bool, wait: bool, caller: Any, size: int) -> None:
         """End a request, after it was charged for a body of `size` bytes, unless that is negative."""
@@ -126,12 +126,12 @@ class ApiProcessLink:
             report.add_done_callback(partial(self._reported, number))
 
     def _reported(self, number: int, report: asyncio.Future[Used]) -> None:
-        self.link.send("used", number, tuple(report.result()))
+        self.messages.send("used", number, tuple(report.result()))
 
-    def _end(self, number: int, give_back: bool) -> None:
+    def _end(self, number: int, in_vain: int, give_back: bool) -> None:
         """End a request whose outcome was sent."""
         self._jobs.pop(number, None)
-        self._backend.end(self._first + number, give_back=give_back)
+        self._backend.end(self._first + number, in_vain=in_vain, give_back=give_back)
 
     def _start_page(self, number: int, path: str) -> None:
         task = asyncio.get_running_loop().create_task(self._answer_page(number, path))
@@ -145,7 +145,7 @@ class ApiProcessLink:
             log.exception("the page %s", path)
             self._reject(number, _INTERNAL)
         else:
-            self.link.send("page", number, status, media_type, payload=[content])
+            self.messages.send("page", number, status, media_type, payload=[content])
 
     def _lost(self) -> None:
         for number in list(self._jobs):  # what they were charged stays

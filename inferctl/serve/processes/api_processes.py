@@ -64,7 +64,7 @@ class ApiProcesses:
         self.unfinished_responses = 0
         self._welcome, self._backend, self._page, self._state = welcome, backend, page, state
         self.on_up, self._drain_seconds = on_up, drain_seconds
-        self._processes = [_ApiProcess(self) for _ in range(count)]
+        self._processes = [_ApiProcessSupervisor(self) for _ in range(count)]
         self._ids = itertools.cycle(range(1 << 32))  # of connections
         self._unassigned: deque[socket.socket] = deque()  # while no process can take connections
         self._listener: socket.socket | None = None
@@ -209,14 +209,14 @@ class ApiProcesses:
         if self._listener is not None and self._listener.fileno() >= 0 and not self._closing.is_set():
             self._watch(len(self._unassigned) < _BACKLOG)
 
-    def link(self, process: _ApiProcess) -> ApiProcessLink:
+    def new_link(self, process: _ApiProcessSupervisor) -> ApiProcessLink:
         """Return the link of a process that starts, with the message that it needs first."""
         most = _MOST_UNSENT // len(self._processes)
         link = ApiProcessLink(self._backend, self._page, process.handlers, process.on_lost, most)
-        link.link.send("welcome", self._welcome | {"state": self._state()})
+        link.messages.send("welcome", self._welcome | {"state": self._state()})
         return link
 
-    def greet(self, process: _ApiProcess) -> None:
+    def greet(self, process: _ApiProcessSupervisor) -> None:
         """Tell a process that takes connections what it may have missed while it started."""
         self.served = True
         process.send("state", self._state())
@@ -225,7 +225,7 @@ class ApiProcesses:
         asyncio.get_running_loop().call_soon(self.on_up)
 
 
-class _ApiProcess(Child):
+class _ApiProcessSupervisor(Child):
     """One API process, and its successors. `connections`: which it has, `alive`: its last sign of life."""
 
     name = "an API process"
@@ -265,7 +265,7 @@ class _ApiProcess(Child):
     def send(self, kind: str, *fields: Any) -> None:
         """Send a message, if the process runs."""
         if self._link is not None:
-            self._link.link.send(kind, *fields)
+            self._link.messages.send(kind, *fields)
 
     async def _start(self) -> asyncio.subprocess.Process:
         self._lost.clear()
@@ -289,8 +289,8 @@ class _ApiProcess(Child):
             )
 
     async def _attend(self) -> NotReadyError | None:
-        self._link = link = self._owner.link(self)
-        await asyncio.get_running_loop().create_connection(lambda: link.link, sock=self._ours)
+        self._link = link = self._owner.new_link(self)
+        await asyncio.get_running_loop().create_connection(lambda: link.messages, sock=self._ours)
         self.alive = time.monotonic()
         self.expect(_START_S, what="start")
         await self._lost.wait()

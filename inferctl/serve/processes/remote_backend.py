@@ -66,7 +66,7 @@ class RemoteBackend:
         self._waiting.pop(number, None)
         caller, size = self._owed.pop(number, (None, _OWES_NOTHING))
         if (used := self._known.get(number)) is not None:
-            self.end(number, give_back=give_back)
+            self.end(number, in_vain=in_vain, give_back=give_back)
             return done(used)
         if self._lost or (caller is None and number not in self._known):
             return done(Used())
@@ -78,7 +78,7 @@ class RemoteBackend:
     def end(self, number: int, *, in_vain: int = 0, give_back: bool = False) -> None:
         """End a request whose outcome is here. Part of `Backend`."""
         del self._known[number]
-        self.link.send("end", number, give_back, soon=give_back)  # else the next message takes it along
+        self.link.send("end", number, in_vain, give_back, soon=give_back)  # else the next message takes it along
 
     async def page(self, path: str) -> Page:
         """Return what the server answers at a path of `pages.PATHS`."""

@@ -17,8 +17,8 @@ from inferctl.serve.observe.metering import ServerMetering
 from inferctl.serve.observe.metrics import RequestMetrics
 
 
-class EdgeProcess:
-    """One process that responds to clients. `name`: of the server. `models`: the names that requests and keys may use.
+class EdgeSetup:
+    """For one process that responds to clients. `name`: of the server. `models`: the names that requests and keys may use.
 
     `ready()` and `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` for a key file
     that is missing or not valid.
