@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inferctl.cli import console, download
-from inferctl.cli.build_view import BuildView, show_verified
-from inferctl.cli.options import Flags, Json, Network, SpecFile, load, with_settings
+from inferctl.cli import build_view, console, download
+from inferctl.cli.build_view import show_verified
+from inferctl.cli.options import Flags, Json, Network, ReadySeconds, SpecFile, load, with_settings
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
@@ -47,12 +46,7 @@ def build(
             "--verify/--no-verify", help="Start the image and compare its output with fp32 before it is tagged."
         ),
     ] = True,
-    ready_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
-        ),
-    ] = 900.0,
+    ready_timeout: ReadySeconds = 900.0,
     # Files that an earlier `inferctl init --ci` wrote pass `--no-lint`, which has no effect any more.
     _: Annotated[bool, typer.Option("--lint/--no-lint", hidden=True)] = True,
     cache_to: Annotated[
@@ -155,8 +149,7 @@ def _run(build_plan: BuildPlan) -> Built:
         folder = download.fetch(source, revision)
         check_model_task(build_plan.spec, folder)  # before, the task of the model was unknown
         build_plan = replace(build_plan, model=folder.path, task=task_of(build_plan.spec, folder))
-    with BuildView(live=sys.stderr.isatty()) as view:
-        return view.follow(building.run(build_plan, engine, engine.info()))
+    return build_view.follow(building.run(build_plan, engine, engine.info()))
 
 
 def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:

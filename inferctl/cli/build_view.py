@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -136,6 +137,12 @@ class BuildView:
             self._progress.console.print(text, markup=False, overflow="ignore", crop=False)
         else:
             console.note(text)
+
+
+def follow(running: Generator[Event, None, Result]) -> Result:
+    """Show the events of the generator `running` on stderr, close it and return its result."""
+    with BuildView(live=sys.stderr.isatty()) as view:
+        return view.follow(running)
 
 
 def _is_quiet(name: str) -> bool:

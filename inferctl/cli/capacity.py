@@ -58,7 +58,4 @@ def capacity(
         console.document(document)
         return
     outputs.write(output, json.dumps(document, indent=1) + "\n", "--output")
-    if json_:
-        console.document(document)
-    else:
-        console.data(str(output))
+    console.result(document, str(output), as_json=json_)

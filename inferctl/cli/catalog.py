@@ -134,7 +134,4 @@ def _list(
 
 def _explain(entry: BaseImage | Stack | Hardware, as_json: bool) -> None:
     """Print every fact of one entry with its notes and sources."""
-    if as_json:
-        console.document(asdict(entry))
-    else:
-        console.data(document.block(asdict(entry)))
+    console.result(asdict(entry), document.block(asdict(entry)), as_json=as_json)

@@ -45,6 +45,11 @@ def document(value: Any) -> None:
     data(json.dumps(value, indent=2, ensure_ascii=escaped, default=str))
 
 
+def result(value: Any, text: str, *, as_json: bool) -> None:
+    """Write the result of a command: the JSON document `value` with `--json`, else `text`."""
+    document(value) if as_json else data(text)
+
+
 def check_read() -> None:
     """Raise `NotReadyError` if nobody reads what was written to stdout. For what is shown only once."""
     if streams.stdout_is_lost():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console, download
-from inferctl.cli.options import Json
+from inferctl.cli.options import Json, Revision
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
 from inferctl.models import convert as conversion
@@ -28,9 +28,7 @@ Examples:
 def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Model folder or hub id.")],
     folder: Annotated[Path, typer.Argument(metavar="NEW_FOLDER", help="Folder to create for the converted model.")],
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id. [default: main]")
-    ] = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Convert pytorch_model.bin to safetensors, and write a missing tokenizer.json.
@@ -53,10 +51,7 @@ def convert(
         )
     with download.shown(source, "convert") as progress:
         found = conversion.convert(place, folder, progress)
-    if as_json:
-        console.document({"folder": str(found.path), "model_sha256": found.digest})
-    else:
-        console.data(str(found.path))
+    console.result({"folder": str(found.path), "model_sha256": found.digest}, str(found.path), as_json=as_json)
 
 
 def _local(source: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,17 +49,7 @@ def doctor(as_json: Json = False) -> None:
     Example: inferctl doctor --json
     """
     machine = environment.detect()
-    checks: list[Callable[[Environment], Iterator[Check]]] = [
-        _python,
-        _docker,
-        _registries,
-        _disk,
-        _gpu,
-        _torch,
-        precisions,
-        vllm,
-        _bench,
-    ]
+    checks = (_python, _docker, _registries, _disk, _gpu, _torch, precisions, vllm, _bench)
     with console.progress("checking this machine"):
         results = [result for check in checks for result in check(machine)]
     if as_json:
@@ -108,7 +98,7 @@ def _docker(_: Environment) -> Iterator[Check]:
 
 def features(builder: Builder) -> Check:
     """Return whether the builder has its optional features."""
-    features = "cache export, OCI archives, zstd, several platforms at once, SBOM and provenance"
+    features = "cache export, zstd, SBOM and provenance"
     details = [f"for {', '.join(builder.platforms)}"] if builder.platforms else []
     details.append(f"{'with' if builder.exports else 'without'}: {features}")
     hint = None if builder.exports else "docker buildx create --use --driver docker-container"

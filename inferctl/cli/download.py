@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from inferctl.cli import console
-from inferctl.cli.build_view import BuildView
+from inferctl.cli import build_view, console
 from inferctl.models import hub, image_source
 from inferctl.models.model import ModelFolder
 
@@ -29,8 +28,7 @@ def pull_image(source: str) -> ModelFolder:
     """Return the folder of the model image `source` in the cache, pulled if it is not there."""
     from inferctl.image import model_transfer
 
-    with BuildView(live=sys.stderr.isatty()) as view:
-        return view.follow(model_transfer.fetch(source))
+    return build_view.follow(model_transfer.fetch(source))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from inferctl.cli import console
 from inferctl.config.spec import Access
 from inferctl.core.addresses import DatabaseAddress
-from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import NotReadyError, UsageError, needs_packages
 from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 
@@ -71,14 +71,14 @@ class Place:
 
 
 def _file_of(address: DatabaseAddress) -> Path | None:
-    with _installed():
+    with needs_packages("a database of keys", "ledger"):
         from inferctl.tenancy.database import file_of
     return file_of(address)
 
 
 @contextlib.contextmanager
 def _store(address: DatabaseAddress, *, create: bool) -> Iterator[KeyStore]:
-    with _installed():
+    with needs_packages("a database of keys", "ledger"):
         from inferctl.tenancy.fleet.key_store import KeyStore
     if not create and (file := _file_of(address)) and not file.exists():
         raise UsageError(f"there is no key store at {file}", "make one with `inferctl keys create NAME`")
@@ -87,14 +87,3 @@ def _store(address: DatabaseAddress, *, create: bool) -> Iterator[KeyStore]:
         yield store
     finally:
         store.close()
-
-
-@contextlib.contextmanager
-def _installed() -> Iterator[None]:
-    """Say how to install the packages of databases if they are missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise NotReadyError(
-            f"keys in a database require the package {error.name}, not installed", install_hint("ledger")
-        ) from None

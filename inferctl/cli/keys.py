@@ -304,10 +304,7 @@ def _issue(
     document: dict[str, Any] = {}
 
     def deliver() -> None:
-        if as_json:
-            console.document({**document, "key": secret})
-        else:
-            console.data(secret)
+        console.result({**document, "key": secret}, secret, as_json=as_json)
         console.check_read()
 
     with contextlib.ExitStack() as stack:

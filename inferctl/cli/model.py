@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from inferctl.cli import console, download, options
+from inferctl.cli import build_view, console, download, options
 from inferctl.cli.build import tag_reference
-from inferctl.cli.build_view import BuildView
 from inferctl.cli.options import Json
 from inferctl.core import outputs
 from inferctl.core.errors import UsageError
@@ -48,9 +46,7 @@ def push(
     reference: Annotated[
         str, typer.Argument(metavar="REF", help="Name of the image, such as registry.example.com/models/name:tag.")
     ],
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id. [default: main]")
-    ] = None,
+    revision: options.Revision = None,
     license_id: Annotated[
         str | None,
         typer.Option("--license", metavar="ID", help="License of the model (SPDX). [default: from its README.md]"),
@@ -68,12 +64,8 @@ def push(
         raise UsageError(f"{model} has no revision {revision}: it is no hub id", "remove `--revision`")
     name = tag_reference(reference.removeprefix("oci://"))
     folder = download.fetch(model, revision)
-    with BuildView(live=sys.stderr.isatty()) as view:
-        found = view.follow(model_transfer.push(folder, model, name, license_id))
-    if as_json:
-        console.document(found.document())
-    else:
-        console.data(f"oci://{found.reference}")
+    found = build_view.follow(model_transfer.push(folder, model, name, license_id))
+    console.result(found.document(), f"oci://{found.reference}", as_json=as_json)
 
 
 @app.command()
@@ -131,9 +123,5 @@ def pull(
                 f"name a new folder in it: `--output {output / 'model'}`",
             )
         outputs.check_folder(output.absolute().parent, "--output")
-        with BuildView(live=sys.stderr.isatty()) as view:
-            folder = view.follow(model_transfer.pull(model_image.inspect(image), output))
-    if as_json:
-        console.document({"image": image_source.reference(image), "folder": str(folder)})
-    else:
-        console.data(str(folder))
+        folder = build_view.follow(model_transfer.pull(model_image.inspect(image), output))
+    console.result({"image": image_source.reference(image), "folder": str(folder)}, str(folder), as_json=as_json)

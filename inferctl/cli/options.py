@@ -105,6 +105,19 @@ def _option(path: str) -> Any:
     ]
 
 
+ReadySeconds = Annotated[
+    float,
+    typer.Option(
+        "--ready-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        max=86_400,
+        help="Wait up to SECONDS for the started image to be ready.",
+    ),
+]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id. [default: main]")]
+
+
 def group(name: str, help_: str) -> typer.Typer:
     """Return a group of commands. Without a command, it prints its help."""
     app = typer.Typer(name=name, help=help_, invoke_without_command=True, rich_markup_mode=None, add_completion=False)

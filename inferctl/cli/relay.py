@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from inferctl.cli import console, lazy, options
-from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import UsageError, needs_packages
 from inferctl.tenancy.metering import outbox
 
 EPILOG = """\b
@@ -42,13 +42,8 @@ def relay(
     settings, access = spec.metering, spec.access
     if consume and not settings.broker:
         raise UsageError("`--consume` requires a broker", "pass `--broker nats://HOST:4222`, or set metering.broker")
-    try:
-        with lazy.deferred_signals():
-            from inferctl.tenancy.relay.relay import Relay
-    except ModuleNotFoundError as error:
-        raise NotReadyError(
-            f"`inferctl relay` requires the package {error.name}, not installed", install_hint("ledger")
-        ) from None
+    with needs_packages("`inferctl relay`", "ledger"), lazy.deferred_signals():
+        from inferctl.tenancy.relay.relay import Relay
     # Without usage events, keys and limits may be all that the relay is for.
     wanted = settings.mode != "off" or consume or any(flags.values()) or not access.has_relay
     metering = settings if wanted else None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from inferctl.cli import completion, console, download, lazy, options
-from inferctl.core.errors import NotReadyError, UsageError, install_hint
+from inferctl.core.errors import UsageError, needs_packages
 from inferctl.image.image_name import full_reference
 from inferctl.models.image_source import is_image
 from inferctl.serve import main
@@ -96,14 +96,9 @@ def serve(
     if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
     spec = options.load(spec_file, flags).spec
-    try:
-        with lazy.deferred_signals():
-            from inferctl.serve import start
-            from inferctl.serve.observe import tracing
-    except ModuleNotFoundError as error:
-        raise NotReadyError(
-            f"`inferctl serve` requires the package {error.name}, not installed", install_hint("serve")
-        ) from None
+    with needs_packages("`inferctl serve`", "serve"), lazy.deferred_signals():
+        from inferctl.serve import start
+        from inferctl.serve.observe import tracing
     if log == "json" and is_image(spec.model.source):
         download.fetch(spec.model.source, None)  # the server pulls no images
     server_options = ServerOptions(

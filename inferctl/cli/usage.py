@@ -15,7 +15,7 @@ from rich.text import Text
 from inferctl.cli import console, options
 from inferctl.cli.key_place import Place
 from inferctl.config.spec import Access
-from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint
+from inferctl.core.errors import InferctlError, UsageError, needs_packages
 
 if TYPE_CHECKING:
     from inferctl.tenancy.metering.report import Report
@@ -83,7 +83,7 @@ def usage(
     killed, whose last requests may be missing.
     """
     style = "json" if json_ else format_
-    try:
+    with needs_packages("`inferctl usage`", "ledger"):
         from inferctl.tenancy.metering import ledger as ledgers
         from inferctl.tenancy.metering import prices as price_books
         from inferctl.tenancy.metering import report as reports
@@ -100,10 +100,6 @@ def usage(
         known_keys = _names(spec.access, required=keys_ is not None) if "key" in names else {}
         report = reports.make(opened, list(dict.fromkeys(names)), *span, book, known_keys)
         opened.close()
-    except ModuleNotFoundError as error:
-        raise NotReadyError(
-            f"`inferctl usage` requires the package {error.name}, not installed", install_hint("ledger")
-        ) from None
     if style == "json":
         console.document(report.to_json())
     elif style == "csv":

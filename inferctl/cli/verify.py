@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from inferctl.cli import console, download, options
-from inferctl.cli.build_view import BuildView, show_compared, show_verified
+from inferctl.cli import build_view, console, download, options
+from inferctl.cli.build_view import show_compared, show_verified
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.models import model as model_folder
 from inferctl.models.reference_process import LIBRARIES
@@ -58,12 +57,7 @@ def verify(
         str | None, typer.Option(metavar="NAME", help="Send the API key in this variable to the --url server.")
     ] = None,
     precision: options.PrecisionOption = None,
-    ready_timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="SECONDS", min=0.1, max=86_400, help="Wait up to SECONDS for the started image to be ready."
-        ),
-    ] = 900.0,
+    ready_timeout: options.ReadySeconds = 900.0,
     network: options.Network = None,
     as_json: options.Json = False,
 ) -> None:
@@ -213,8 +207,7 @@ def _verify_image(
         library_model=library_model,
         requires_library=True,
     )
-    with BuildView(live=sys.stderr.isatty()) as view:
-        result = view.follow(verified(engine, image, checks))
+    result = build_view.follow(verified(engine, image, checks))
     if against:
         _check_library(result.task, against)
     show_verified(result)
@@ -222,7 +215,4 @@ def _verify_image(
 
 
 def _print(reference: str, image: str, result: Verified, as_json: bool) -> None:
-    if as_json:
-        console.document({"image": image, "reference": reference, "verified": result.document()})
-    else:
-        console.data(image)
+    console.result({"image": image, "reference": reference, "verified": result.document()}, image, as_json=as_json)

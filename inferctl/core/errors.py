@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_INTERRUPTED = 130
@@ -119,6 +120,15 @@ def shown(value: object) -> str:
 def install_hint(extra: str) -> str:
     """Return how to install an extra of inferctl. It names a clone because inferctl is not on PyPI."""
     return f"in a clone of inferctl: `pip install '.[{extra}]'`"
+
+
+@contextmanager
+def needs_packages(what: str, extra: str) -> Iterator[None]:
+    """Convert the error of an import in the body to a `NotReadyError`: `what` requires a package of the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise NotReadyError(f"{what} requires the package {error.name}, not installed", install_hint(extra)) from None
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str | None:
