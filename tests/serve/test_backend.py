@@ -385,6 +385,10 @@ def test_a_bug_fails_its_request_only(caplog: pytest.LogCaptureFixture) -> None:
             await front.backend.report(0, give_back=True)
             assert (await front.submit(1, [20], caller=Caller())).used.tokens == 1
             front.backend.end(1)
+            await front.backend.admit(2, Caller(), LARGE)
+            front.local.report = lambda *_, **__: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+            async with asyncio.timeout(5):
+                assert (await rejection(lambda: front.backend.report(2))).reason == "internal_error"
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
