@@ -148,20 +148,20 @@ async def a_limit_of_requests_is_exact(front: Front) -> None:
     for number in range(10):
         await front.backend.admit(number, LIMITED, SMALL)
         await front.backend.report(number)
-    for ending in ("computed", "not computed", "large"):
-        error = await rejection(lambda ending=ending: _end(front, ending))
+    for number, ending in enumerate(("computed", "not computed", "large"), 10):
+        error = await rejection(lambda number=number, ending=ending: _end(front, number, ending))
         assert error.reason == "rate_limit_exceeded"
         assert error.retry_after is not None
         assert 0 < error.retry_after <= 65
         assert error.used == Used(quotas=((10, 0, 65), (100, 100, 0)))
 
 
-async def _end(front: Front, ending: str) -> None:
-    await front.backend.admit(10, LIMITED, LARGE if ending == "large" else SMALL)
+async def _end(front: Front, number: int, ending: str) -> None:
+    await front.backend.admit(number, LIMITED, LARGE if ending == "large" else SMALL)
     if ending == "computed":
-        await front.backend.submit(10, Work(LIMITED, [tokens([20])]))
+        await front.backend.submit(number, Work(LIMITED, [tokens([20])]))
     else:
-        await front.backend.report(10)
+        await front.backend.report(number)
 
 
 async def a_chunked_body_is_charged_when_its_size_is_known(front: Front) -> None:
@@ -275,6 +275,26 @@ async def a_result_that_arrives_when_the_client_leaves_counts(front: Front) -> N
         assert await report == Used(3, 0, pytest.approx(0.3)), moment
 
 
+async def a_rejection_that_arrives_when_the_client_leaves_counts(front: Front) -> None:
+    async def run(number: int, token: int) -> Used | None:
+        try:
+            await front.backend.submit(number, Work(Caller(), [tokens([20, 21]), tokens([20, token])]))
+        except RejectedError as error:
+            return error.used
+        except asyncio.CancelledError:  # over a socket, the rejection is here, and this has not read it
+            return await front.backend.report(number)
+        raise AssertionError("it was computed")
+
+    for number, token, computed in ((0, FAILING, 2), (1, NON_FINITE, 4)):
+        task = asyncio.ensure_future(run(number, token))
+        await front.compute()
+        await until(lambda task=task: task._fut_waiter is None or task._fut_waiter.done())
+        task.cancel()
+        used = await task
+        assert used is not None
+        assert used.tokens == computed
+
+
 async def a_server_that_stops_does_not_wait(front: Front) -> None:
     task = front.start(0, [20] * 8, [21] * 8, [22] * 8, caller=Caller())
     await until(lambda: bool(front.world.engines[0].batches))
@@ -300,6 +320,7 @@ SCENARIOS = [
     what_the_engine_cannot_compute_is_rejected,
     a_client_that_leaves_is_charged_what_was_computed,
     a_result_that_arrives_when_the_client_leaves_counts,
+    a_rejection_that_arrives_when_the_client_leaves_counts,
     a_server_that_stops_does_not_wait,
 ]
 
@@ -364,6 +385,10 @@ def test_a_bug_fails_its_request_only(caplog: pytest.LogCaptureFixture) -> None:
             await front.backend.report(0, give_back=True)
             assert (await front.submit(1, [20], caller=Caller())).used.tokens == 1
             front.backend.end(1)
+            await front.backend.admit(2, Caller(), LARGE)
+            front.local.report = lambda *_, **__: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+            async with asyncio.timeout(5):
+                assert (await rejection(lambda: front.backend.report(2))).reason == "internal_error"
 
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:

@@ -10,7 +10,7 @@ from inferctl.reading.rows import unpack_rows
 from inferctl.serve.backend.charges import done
 from inferctl.serve.edge.pages import Page
 from inferctl.serve.processes.link import Handlers, Link
-from inferctl.serve.work import ENGINE_UNAVAILABLE, Caller, Outcome, RejectedError, Used, Work
+from inferctl.serve.work import ENGINE_UNAVAILABLE, INTERNAL_ERROR, Caller, Outcome, RejectedError, Used, Work
 from inferctl.tenancy.access.limits import NO_LIMITS
 
 # For larger bodies, the backend is asked before they are read. A smaller one is tokenized in about the time that takes,
@@ -115,14 +115,16 @@ class RemoteBackend:
 
     def _rejected(self, number: int, reason: str, message: str, retry_after: float | None, used: Any) -> None:
         rejected = RejectedError(reason, message, retry_after, None if used is None else used_of(used))
-        if rejected.used is None:  # its report will say that
+        if (future := self._waiting.get(number)) is not None:
+            if rejected.used is not None:
+                # If its task is cancelled before it reads this, its report follows in its next step.
+                self._known[number] = rejected.used
+                future.add_done_callback(lambda _: self._known.pop(number, None))
             _resolve(self._waiting, number, rejected)
-            return
-        # If it was on the way when its client left, the report finds nothing of the request any more.
-        has_left = number in self._known and number not in self._waiting
-        self._known.pop(number, None)
-        _resolve(self._waiting, number, rejected)
-        _resolve(self._reports, number, rejected.used if has_left else rejected)
+        elif rejected.used is not None or reason == INTERNAL_ERROR:  # else the report will say that
+            # If it was on the way when its client left, the report finds nothing of the request any more.
+            has_left = self._known.pop(number, rejected) is not rejected
+            _resolve(self._reports, number, (has_left and rejected.used) or rejected)
 
     def _used(self, number: int, used: Any) -> None:
         self._known.pop(number, None)
