@@ -494,11 +494,11 @@ def test_large_results_that_are_not_read_are_bounded() -> None:
         found = ApiProcessLink(
             LocalBackend(World().dispatcher, Metrics()), Front(False).page, {}, lambda: None, 5 << 20
         )
-        found._send([b"a" * (8 << 20)])  # a single one is always sent
+        found._send([b"a" * (8 << 20)], None)  # a single one is always sent
         with pytest.raises(RejectedError) as error:
-            found._send([b"a" * (2 << 20)])
+            found._send([b"a" * (2 << 20)], None)
         assert error.value.reason == "responses_full"
-        found._send([b"a" * 100])
+        found._send([b"a" * 100], None)
         with contextlib.suppress(asyncio.CancelledError):
             found.messages.connection_lost(None)
 

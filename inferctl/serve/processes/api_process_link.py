@@ -23,7 +23,7 @@ log = logging.getLogger("inferctl.api_processes")
 _LARGE_BYTES, _MOST_BUFFERED = 1 << 20, 1 << 22
 _INTERNAL = RejectedError(INTERNAL_ERROR, "internal error; see the server log")
 # Each API process numbers its requests from 0. In the backend, those of each link have numbers of their own.
-_FIRST_NUMBERS = itertools.count(0, 1 << 64)
+_FIRST_NUMBERS = itertools.count(0, 1 << 40)
 
 
 class ApiProcessLink:
@@ -43,7 +43,7 @@ class ApiProcessLink:
     ) -> None:
         self._backend, self._page, self._on_lost, self._most_unsent = backend, page, on_lost, most_unsent
         self._first = next(_FIRST_NUMBERS)
-        self._jobs: dict[int, Job | None] = {}  # of requests that have not ended; None if only admitted
+        self._jobs: dict[int, Job | None] = {}  # of requests that have not ended; None if nobody waits for it
         self._pages: set[asyncio.Task[None]] = set()
         own: dict[str, Callable[..., None]] = {
             "admit": self._admit,
@@ -72,6 +72,7 @@ class ApiProcessLink:
 
         There is no task for it: that would take a fifth of its time here.
         """
+        self._jobs[number] = None
         tokens = np.frombuffer(body, dtype="<i4")
         sequences = [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
         work = Work(caller_of(caller), sequences, marks, directives.encode("latin-1"))
@@ -86,15 +87,23 @@ class ApiProcessLink:
             outcome = job.outcome()
             count, width, rows = row_buffers(outcome.rows)
             times = outcome.queue_seconds, outcome.inference_seconds
-            self._send(frame("outcome", number, tuple(outcome.used), times, count, width, payload=rows))
+            ended = None
+            if outcome.used.quotas is None:  # it was not charged, so nothing more has to be known of it
+                ended = outcome.used
+                del self._jobs[number]
+                self._backend.end(self._first + number)
+            self._send(frame("outcome", number, tuple(outcome.used), times, count, width, payload=rows), ended)
 
-    def _send(self, parts: list[Buffer]) -> None:
-        """Send a result. Raises `RejectedError` if too many wait; a single one is always sent."""
+    def _send(self, parts: list[Buffer], ended: Used | None) -> None:
+        """Send a result. Raises `RejectedError` if too many wait; a single one is always sent.
+
+        `ended`: what a request used that has ended with this result, because it was not charged.
+        """
         size, link = sum(map(len, parts)), self.messages
         if size <= _LARGE_BYTES and link.buffered <= _MOST_BUFFERED:
             link.send_frame(parts)
         elif link.large_bytes and link.large_bytes + size > self._most_unsent:
-            raise RejectedError("responses_full", "other large responses wait to be sent", 1)
+            raise RejectedError("responses_full", "other large responses wait to be sent", 1, ended)
         else:
             link.send_large(parts)
 
@@ -118,7 +127,9 @@ class ApiProcessLink:
         """End a request, after it was charged for a body of `size` bytes, unless that is negative."""
         if size >= 0:
             self._backend.charge(self._first + number, caller_of(caller), size)
-        self._jobs.pop(number, None)
+        elif number not in self._jobs:  # it has ended, and the message that says so is on its way
+            return
+        self._jobs[number] = None
         report = self._backend.report(self._first + number, in_vain=in_vain, give_back=give_back, wait=wait)
         if report.done():
             self._reported(number, report)
@@ -126,6 +137,7 @@ class ApiProcessLink:
             report.add_done_callback(partial(self._reported, number))
 
     def _reported(self, number: int, report: asyncio.Future[Used]) -> None:
+        self._jobs.pop(number, None)
         self.messages.send("used", number, tuple(report.result()))
 
     def _end(self, number: int, in_vain: int, give_back: bool) -> None:

@@ -77,8 +77,9 @@ class RemoteBackend:
 
     def end(self, number: int, *, in_vain: int = 0, give_back: bool = False) -> None:
         """End a request whose outcome is here. Part of `Backend`."""
-        del self._known[number]
-        self.link.send("end", number, in_vain, give_back, soon=give_back)  # else the next message takes it along
+        used = self._known.pop(number)
+        if used is None or used.quotas is not None:  # else it was not charged, and ended with its outcome
+            self.link.send("end", number, in_vain, give_back, soon=give_back)  # else the next message takes it along
 
     async def page(self, path: str) -> Page:
         """Return what the server answers at a path of `pages.PATHS`."""
@@ -108,10 +109,14 @@ class RemoteBackend:
             future.set_result(None if full is None else RejectedError(*full))
 
     def _outcome(self, number: int, used: Any, times: Any, count: int, width: int, body: bytes = b"") -> None:
+        found = used_of(used)
         if number in self._waiting:
-            found = self._known[number] = used_of(used)
+            self._known[number] = found
             rows, _ = unpack_rows(count, width, body, 0)
             _resolve(self._waiting, number, Outcome(rows, found, *times))
+        elif found.quotas is None:  # it has ended with its outcome, so nothing else answers its report
+            self._known.pop(number, None)
+            _resolve(self._reports, number, found)
 
     def _rejected(self, number: int, reason: str, message: str, retry_after: float | None, used: Any) -> None:
         rejected = RejectedError(reason, message, retry_after, None if used is None else used_of(used))
