@@ -47,8 +47,7 @@ class ConnectionNotes:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class UsageEvent:
+class UsageEvent(NamedTuple):
     """One finished request. Each one emits exactly one event, also if it was rejected or its client disconnected.
 
     Probes emit none. `endpoint`: its name, `other` for a path without a task, empty if the connection rejected the
@@ -73,8 +72,8 @@ class UsageEvent:
     output_tokens: int = 0
     body_bytes: int = 0
     seconds: float = 0.0
-    phases: Mapping[str, float] = field(default_factory=dict)
-    trace: Mapping[str, str] = field(default_factory=dict)
+    phases: Mapping[str, float] = {}
+    trace: Mapping[str, str] = {}
     key_id: str | None = None
     cached_tokens: int = 0
     engine_seconds: float = 0.0

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +333,7 @@ def test_sums_differ_by_key_endpoint_status_code_and_day(
         monkeypatch.setattr(recorders.time, "time", lambda second=second: midnight + second)
         for variant in variants:
             for _ in range(3):
-                recorder.record(replace(event(status=429, **REJECTED), **variant))
+                recorder.record(event(status=429, **REJECTED)._replace(**variant))
     assert recorder.close(10)
     *found, _ = [each for batch in read(tmp_path / "m") for each in usage_event.read(batch.content)]
     assert [each.data["requests"] for each in found] == [3] * 12
