@@ -20,7 +20,7 @@ from inferctl.models import model as model_folder
 from inferctl.reading import outputs as outputs_module
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.reading.outputs import Form, Outputs, Role, mark, top, unpack
 from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -465,21 +465,6 @@ def test_a_changed_sparse_encoder_is_refused(change: dict[str, Any], message: st
         (folder / name).write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
         task_config.read("embed", folder)
-
-
-def test_marks_and_rows_are_the_inverse_of_each_other() -> None:
-    for number in range(1, 16):
-        form = Form(number)
-        assert form_of(mark(form, 77)) == (form if number & 7 else form | Form.DENSE)
-        outputs = Outputs(
-            np.arange(3, dtype=np.float32) if Form.DENSE in form else np.empty(0, np.float32),
-            np.array([2, 2**24 - 1]) if Form.SPARSE in form else np.empty(0, np.int64),
-            np.array([0.5, 1.5], np.float32) if Form.SPARSE in form else np.empty(0, np.float32),
-            np.ones((2, 4), np.float32) if Form.TOKENS in form else np.empty((0, 0), np.float32),
-        )
-        back = unpack(pack(form, outputs), form, 3, 4)
-        for kept, given in zip(back, outputs, strict=True):
-            assert kept.tolist() == given.tolist()
 
 
 def test_responses_that_nobody_reads_hold_a_bounded_number_of_vectors() -> None:

@@ -278,20 +278,6 @@ def test_a_limit_of_requests_is_exact_for_what_is_not_computed(pool: Pool, path:
     assert min(int(answer.headers["x-ratelimit-remaining-requests"]) for answer in answers) == 0
 
 
-def test_results_that_are_sent_in_parts_are_those_of_small_requests(pool: Pool) -> None:
-    def rows(start: int, stop: int) -> dict[str, Any]:
-        return {"input": [[5, number] for number in range(start, stop)], "encoding_format": "base64"}
-
-    def vectors(answers: list[Answer]) -> list[str]:
-        return [row["embedding"] for answer in answers for row in json.loads(answer.content)["data"]]
-
-    large = asyncio.run(load(pool, PROCESSES, 2, lambda _: rows(0, 1000), "plain"))  # 1.5 MB each
-    small = asyncio.run(load(pool, 1, 10, lambda number: rows(100 * number, 100 * number + 100), "plain"))
-    assert {answer.status for answer in (*large, *small)} == {200}
-    for answer in large:
-        assert vectors([answer]) == vectors(small)
-
-
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_limit_of_tokens_bounds_the_bytes_of_bodies(pool: Pool, declared: bool) -> None:
     body = {"input": [[5]], "user": "a" * 230_000}  # 898 tokens
@@ -506,29 +492,6 @@ def test_a_hung_process_is_replaced_and_others_answer_what_it_did_not_take(pool:
     assert time.monotonic() - began > 10
     assert pool.info()["restarts"] == restarts + 1
     pool.wait_complete()
-
-
-def test_each_process_answers_what_is_rejected(pool: Pool) -> None:
-    plain = pool.secrets["plain"]
-    large = json.dumps({"input": "word " * 2000, "truncate": True})
-
-    async def run() -> None:
-        clients = await pool.one_of_each()
-        for client in clients:
-            for body, key, status, code in (
-                ({"input": "a"}, None, 401, "invalid_api_key"),
-                ({"input": "a"}, "ik_live_unknown", 401, "invalid_api_key"),
-                ({"input": [[FAILING_TOKEN, 1]]}, plain, 500, "engine_failed"),
-                (large, pool.secrets["few tokens"], 429, "rate_limit_exceeded"),
-            ):
-                answer = await asyncio.wait_for(client.ask(body, key), 10)
-                assert (answer.status, answer.code) == (status, code)
-        for client in clients:
-            client.send({}, plain, content_length=str(5 * 1024 * 1024))
-            answer = await asyncio.wait_for(client.answer(), 10)
-            assert (answer.status, answer.code) == (413, "body_too_large")
-
-    asyncio.run(run())
 
 
 def test_work_of_clients_that_leave_is_cancelled_and_metered(pool: Pool) -> None:

@@ -243,33 +243,6 @@ def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str
     run(scenario)
 
 
-def test_a_request_that_left_settles_when_its_batches_end() -> None:
-    async def scenario() -> None:
-        for end in ("done", "failed", "crash"):
-            world, use = World(), EngineUse()
-            engine = world.engines[0]
-            future = world.dispatcher.submit([tokens([20] * 8), tokens([21] * 8), tokens([22] * 8)], use=use)
-            await run_callbacks()
-            assert len(engine.batches) == 2, "one runs, one is prefetched, one waits"
-            future.cancel()
-            settled = asyncio.ensure_future(use.settled())
-            await run_callbacks()
-            assert not settled.done()
-            for _ in range(2):
-                if end == "crash" and engine.up:
-                    world.crash(engine)
-                elif end == "failed":
-                    world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "injected failure", False)
-                elif end == "done":
-                    world.step(engine)
-                await run_callbacks()
-            assert settled.done()
-            assert use.tokens == (16 if end == "done" else 0)
-            assert not engine.batches
-
-    run(scenario)
-
-
 def test_a_prefetched_batch_is_not_retried_in_isolation() -> None:
     async def scenario() -> None:
         world = World()
@@ -435,22 +408,6 @@ def test_no_batch_is_prefetched_while_another_engine_is_free() -> None:
         assert sorted(len(engine.batches) for engine in world.engines) == [1, 1, 2, 2]
         await world.drain()
         await asyncio.gather(*tasks)
-
-    run(scenario)
-
-
-def test_requests_continue_on_the_other_engines_when_one_is_lost() -> None:
-    async def scenario() -> None:
-        world = World(engines=2)
-        one, two = world.engines
-        tasks = [world.request([20 + i] * 8) for i in range(6)]
-        await run_callbacks()
-        world.crash(one)
-        while two.batches:
-            world.step(two)
-            await run_callbacks()
-        assert [result.rows[0, 0] for result in await asyncio.gather(*tasks)] == [20 + i for i in range(6)]
-        assert world.dispatcher.ready
 
     run(scenario)
 

@@ -327,18 +327,6 @@ def test_the_phases_decide_about_probes_and_requests(setting: Setting) -> None:
     assert [event.status for event in setting.events] == [503, 200, 503]
 
 
-def test_a_server_without_keys_says_what_it_waits_for() -> None:
-    known = set[str]()
-    lifecycle = Lifecycle(lambda: True, lambda: True, lambda: bool(known))
-    lifecycle.started = True
-    assert (lifecycle.phase, lifecycle.accepts_requests) == ("waiting for keys", False)
-    assert "until its relay copies the keys" in str(lifecycle.unavailable())
-    known.add("k")
-    assert (lifecycle.phase, lifecycle.accepts_requests) == ("ready", True)
-    lifecycle.draining = True
-    assert lifecycle.phase == "draining"
-
-
 def test_an_event_reaches_every_sink_although_one_fails(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     def broken(_: UsageEvent) -> None:
         raise OSError("disk full")

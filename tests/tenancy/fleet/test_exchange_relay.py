@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import socket
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,9 +13,7 @@ from pathlib import Path
 import nats as client
 import pytest
 
-from inferctl.serve.edge.exchange import Exchange
 from inferctl.tenancy.access import channel
-from inferctl.tenancy.access.limits import Charge, Limiter
 from inferctl.tenancy.fleet import broker
 from inferctl.tenancy.fleet.broker import FleetBroker, FleetBrokerError
 from inferctl.tenancy.relay.exchange import ExchangeRelay
@@ -158,42 +155,6 @@ def test_a_subject_that_the_broker_forbids_is_logged(tmp_path: Path, caplog: pyt
             asyncio.run(run())
     finally:
         server.kill()
-
-
-def test_two_servers_on_two_machines_hear_each_other(nats: Nats, tmp_path: Path) -> None:
-    """Without HTTP: two limiters, each with an exchange, a socket and a relay of its own."""
-
-    async def run() -> None:
-        limiters, revoked, tasks = list[Limiter](), list[str](), list[asyncio.Task[None]]()
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            limiters.append(Limiter(replicas=2, exchanges=True))
-            exchange = Exchange(limiters[-1], tmp_path / name, "m", revoked.extend)
-            tasks += [
-                asyncio.create_task(ExchangeRelay(tmp_path / name, nats.url, lambda: None).run()),
-                asyncio.create_task(exchange.run()),
-            ]
-        try:
-            await until(lambda: all(time.time() < each.fresh_until for each in limiters))
-            usage = limiters[0].usage("team", (10, None), time.time())
-            assert usage
-            charge = Charge(usage, time.time())
-            await until(lambda: "team" in limiters[1]._usages)
-            assert limiters[1]._usages["team"].windows[0].foreign_total == 1
-            charge.close(give_back=True)
-            await until(lambda: limiters[1]._usages["team"].windows[0].foreign_total == 0)
-            await broker.publish_change(nats.url, ["aaaaaaaaaaaa"], 5)
-            await until(lambda: revoked == ["aaaaaaaaaaaa"] * 2)
-            nats.kill()
-            await until(lambda: all(time.time() > each.fresh_until for each in limiters))
-            nats.start()
-            await until(lambda: all(time.time() < each.fresh_until for each in limiters))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

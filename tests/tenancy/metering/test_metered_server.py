@@ -252,21 +252,6 @@ def test_three_kills_of_the_relay_lose_and_repeat_nothing(metered: Metered, tmp_
     assert server.log.read_text().count("the relay was killed by signal 9; starting it again") == 3
 
 
-def test_the_metrics_show_what_the_ledger_does_not_have(metered: Metered, tmp_path: Path) -> None:
-    server = metered()
-    assert server.embed(input="a").status_code == 200
-    until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
-    assert server.metric("inferctl_outbox_dropped_events") == 0
-    for pid in relays(tmp_path):
-        os.kill(pid, signal.SIGSTOP)
-    server.embed(input="a")
-    until(lambda: server.metric("inferctl_outbox_age_seconds") > 0.5, 30)
-    assert server.metric("inferctl_outbox_events") == 1
-    for pid in relays(tmp_path):
-        os.kill(pid, signal.SIGCONT)
-    until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
-
-
 def test_a_stopped_database_does_not_affect_requests(metered: Metered, tmp_path: Path, postgres: Postgres) -> None:
     address = postgres.url()
     server = metered(ledger=address)
