@@ -28,7 +28,7 @@ from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local_backend import LocalBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
@@ -62,13 +62,6 @@ def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: A
 
 def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32") -> list[Outputs]:
     """Return what an engine computes for texts."""
-    outputs, _ = computed_with_info(folder, role, texts, precision)
-    return outputs
-
-
-def computed_with_info(
-    folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32"
-) -> tuple[list[Outputs], EngineInfo]:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     config = task_config.read("embed", folder)
@@ -86,7 +79,7 @@ def computed_with_info(
     pool.close()
     lengths = np.array([len(each) for each in ids], np.int32)
     rows = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(marks, np.int32))).rows
-    return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows], info
+    return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows]
 
 
 def matrix(found: list[Outputs], width: int) -> Any:
@@ -561,10 +554,6 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None
     listed = server.get("/").json()["endpoints"]
     assert {"/v1/embeddings", "/embed_sparse"} <= set(listed)
     assert not set(listed) & {"/embed", "/v1/rerank"}
-    # The task alone does not say why: /v1/rerank is also for embedding models that have this output.
-    found = httpx.post(f"{server.url}/v1/rerank", json={"query": "a", "documents": ["a"]}).json()["error"]["message"]
-    assert "rerank" in found
-    assert "tokens" in found
 
 
 def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:

@@ -101,6 +101,7 @@ def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
     until(lambda: guarded.embed(secret).status_code == 401)
     bad = [None, "x", "ik_live_", secret, expired, secret[:-1], "a" * 5000]
     answers = [guarded.embed(each) for each in bad]
+    answers.append(guarded.embed(**{"x-inferctl-key-id": "a"}))  # a client cannot name itself
     answers.append(
         CLIENT.post(
             f"{guarded.server.url}/v1/embeddings", headers={b"authorization": b"Bearer \xff"}, json={"input": "x"}
@@ -209,20 +210,8 @@ def test_headers_name_only_limits_that_exist(limits: tuple[int | None, int | Non
 def test_limits_have_headers_and_a_429(guarded: Guarded) -> None:
     _, key = guarded.key(requests_per_minute=2, tokens_per_minute=100)
     first = guarded.embed(key)
-    tokens = int(first.headers["x-inferctl-tokens"])
-    found = {name: value for name, value in first.headers.items() if "ratelimit" in name}
-    assert found.pop("x-ratelimit-reset-requests") in ("1m0s", "1m1s", "1m2s", "1m3s", "1m4s", "1m5s")
-    assert found.pop("x-ratelimit-reset-tokens").startswith("1m")
-    states = found.pop("ratelimit")
-    assert states.startswith('"requests";r=1;t=6')
-    assert f'"tokens";r={100 - tokens};t=6' in states
-    assert found == {
-        "x-ratelimit-limit-requests": "2",
-        "x-ratelimit-remaining-requests": "1",
-        "x-ratelimit-limit-tokens": "100",
-        "x-ratelimit-remaining-tokens": str(100 - tokens),
-        "ratelimit-policy": '"requests";q=2;w=60, "tokens";q=100;w=60',
-    }
+    assert first.headers["x-ratelimit-remaining-tokens"] == str(100 - int(first.headers["x-inferctl-tokens"]))
+    assert first.headers["ratelimit-policy"] == '"requests";q=2;w=60, "tokens";q=100;w=60'
     large = guarded.embed(key, "word " * 98)
     assert (large.status_code, large.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert "tokens" in large.json()["error"]["message"]
@@ -372,12 +361,7 @@ def test_a_gateway_names_the_caller(serve: Callable[..., ServerProcess], minilm:
     assert guarded.embed_with(("x_inferctl_key_id", "victim")).status_code == 401
 
 
-def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> None:
-    _, admin = guarded.key(admin=True)
-    found = target.connect(
-        guarded.server.url, access=http_json.ServerAccess({"Authorization": f"Bearer {admin}"}, None)
-    )
-    assert found.info["name"] == "echo"
+def test_the_benchmark_needs_the_key_of_an_admin(guarded: Guarded) -> None:
     _, user = guarded.key()
     with pytest.raises(NotReadyError, match="403") as error:
         target.connect(guarded.server.url, access=http_json.ServerAccess({"Authorization": f"Bearer {user}"}, None))

@@ -51,7 +51,6 @@ KEYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "requests": {"requests_per_minute": 600},
     "tokens": {"tokens_per_minute": 6000},
-    "few tokens": {"tokens_per_minute": 10},
     "few bytes": {"tokens_per_minute": 2000},
     "few chunks": {"tokens_per_minute": 2000},
     **{f"few requests {path}": {"requests_per_minute": 10} for path in ("/tokenize", "/v1/embeddings", "/nothing")},
@@ -231,13 +230,14 @@ async def load(
     body: Callable[[int], Any],
     key: str,
     on_answer: Callable[[Answer], None] = lambda _: None,
+    path: str = "/v1/embeddings",
 ) -> list[Answer]:
     """Let clients send `each` requests, one after the other, and return all answers."""
     answers: list[Answer] = []
 
     async def run(client: Client, first: int) -> None:
         for number in range(first, first + each):
-            answers.append(await client.ask(body(number), pool.secrets[key]))
+            answers.append(await client.ask(body(number), pool.secrets[key], path=path))
             on_answer(answers[-1])
 
     opened = await pool.clients(clients)
@@ -266,14 +266,7 @@ def test_a_limit_of_a_key_is_exact_for_all_processes(pool: Pool, key: str) -> No
 def test_a_limit_of_requests_is_exact_for_what_is_not_computed(pool: Pool, path: str, body: Any, status: int) -> None:
     """Three processes admitted 300 of 300 with a limit of 10."""
 
-    async def run() -> list[Answer]:
-        secret, clients = pool.secrets[f"few requests {path}"], await pool.clients(64)
-        found = await asyncio.gather(*(client.ask(body, secret, path=path) for client in clients))
-        for client in clients:
-            client.close()
-        return list(found)
-
-    answers = asyncio.run(run())
+    answers = asyncio.run(load(pool, 64, 1, lambda _: body, f"few requests {path}", path=path))
     assert Counter(answer.status for answer in answers) == {status: 10, 429: 64 - 10}
     assert min(int(answer.headers["x-ratelimit-remaining-requests"]) for answer in answers) == 0
 
@@ -339,7 +332,9 @@ def test_metrics_are_those_of_the_whole_server_and_never_fall(pool: Pool) -> Non
     before = asyncio.run(scrapes())[0]
     answers = asyncio.run(load(pool, 16, 20, body, "plain"))
     pool.secrets["unknown"] = "ik_live_unknown"
-    answers += asyncio.run(load(pool, 8, 2, body, "unknown"))
+    unknown = asyncio.run(load(pool, 8, 2, body, "unknown"))
+    assert {answer.code for answer in unknown} == {"invalid_api_key"}
+    answers += unknown
     found = asyncio.run(scrapes())
     assert all(_without_time(each) == _without_time(found[0]) for each in found)
     assert counted(found[0], before) == seen_by(answers)

@@ -352,11 +352,7 @@ def test_only_successes_count_in_the_latency_histogram() -> None:
     assert [value("inferctl_rejected_total", {"reason": reason}) for reason in reasons] == [1, 1, 1]
 
 
-def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
-    asyncio.run(_one_key_takes_much(tmp_path))
-
-
-async def _one_key_takes_much(tmp_path: Path) -> None:
+async def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
     (_, first), (_, second) = add(tmp_path / "keys.json"), add(tmp_path / "keys.json", "b")
     access = EdgeAccess(spec.Access(keys=str(tmp_path / "keys.json")), ["m"])
     for limits, body in ((EdgeLimits(max_requests=10), b"x"), (EdgeLimits(max_bytes=100, max_requests=40), b"x" * 10)):

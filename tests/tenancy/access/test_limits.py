@@ -53,15 +53,18 @@ def worst(admitted: list[tuple[float, int]]) -> int:
 ARRIVALS = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 60)), max_size=60)
 
 
-@given(ARRIVALS, st.integers(1, 100))
-def test_never_above_the_limit_in_any_minute(arrivals: list[tuple[float, int]], limit: int) -> None:
-    limiter, who, now = Limiter(tokens=limit), KEY, START
+@given(ARRIVALS, st.integers(1, 100), st.booleans())
+def test_never_above_the_limit_in_any_minute(arrivals: list[tuple[float, int]], limit: int, of_tokens: bool) -> None:
+    limiter = Limiter(tokens=limit) if of_tokens else Limiter(requests=limit, tokens=100_000)
+    who, now = KEY, START
     admitted = []
     for gap, amount in arrivals:
         now += gap
         if charge(limiter, who, now, amount):
-            admitted.append((now, amount))
+            admitted.append((now, amount if of_tokens else 1))
     assert worst(admitted) <= limit
+    # A request is rejected only if others used the limit.
+    assert of_tokens or len(admitted) >= min(limit, len(arrivals))
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 50), st.integers(0, 50), st.floats(0, 90)), max_size=40))

@@ -65,54 +65,48 @@ class Connected:
         return line
 
 
-def test_only_what_belongs_to_a_subject_is_passed_on(nats: Nats, tmp_path: Path) -> None:
-    async def run() -> None:
-        found = Connected(nats.url, tmp_path)
-        async with found.run():
-            await until(lambda: found.subscribed)
-            assert Path(channel.address(tmp_path)).stat().st_mode & 0o777 == 0o600
-            other = await client.connect(nats.url)
-            revoke = json.dumps({"revoked": ["aaaaaaaaaaaa"]}).encode()
-            long = json.dumps({"x": "a" * channel.MAX_LINE}).encode()
-            for content in (revoke, b'{"\\u0072evoked": []}', b"[]", b"{", b"", long):
-                await other.publish(f"{broker.LIMITS}.m", content)
-            for content in (LINE.strip(), b'{"again": true}', b'{"revoked": [], "sender": 1}', b"null", long):
-                await other.publish(broker.KEYS, content)
-            await other.flush()
-            await asyncio.sleep(0.3)
-            assert found.changes == 0
-            await other.publish(broker.KEYS, revoke)
-            await other.flush()
-            assert json.loads(await found.next()) == {"revoked": ["aaaaaaaaaaaa"]}
-            assert found.changes == 1
-            await other.publish(f"{broker.LIMITS}.m", LINE.strip())
-            await other.flush()
-            assert await found.next() == LINE
-            await other.close()
-
-    asyncio.run(run())
+async def test_only_what_belongs_to_a_subject_is_passed_on(nats: Nats, tmp_path: Path) -> None:
+    found = Connected(nats.url, tmp_path)
+    async with found.run():
+        await until(lambda: found.subscribed)
+        assert Path(channel.address(tmp_path)).stat().st_mode & 0o777 == 0o600
+        other = await client.connect(nats.url)
+        revoke = json.dumps({"revoked": ["aaaaaaaaaaaa"]}).encode()
+        long = json.dumps({"x": "a" * channel.MAX_LINE}).encode()
+        for content in (revoke, b'{"\\u0072evoked": []}', b"[]", b"{", b"", long):
+            await other.publish(f"{broker.LIMITS}.m", content)
+        for content in (LINE.strip(), b'{"again": true}', b'{"revoked": [], "sender": 1}', b"null", long):
+            await other.publish(broker.KEYS, content)
+        await other.flush()
+        await asyncio.sleep(0.3)
+        assert found.changes == 0
+        await other.publish(broker.KEYS, revoke)
+        await other.flush()
+        assert json.loads(await found.next()) == {"revoked": ["aaaaaaaaaaaa"]}
+        assert found.changes == 1
+        await other.publish(f"{broker.LIMITS}.m", LINE.strip())
+        await other.flush()
+        assert await found.next() == LINE
+        await other.close()
 
 
-def test_a_connection_that_ended_for_ever_is_made_again(nats: Nats, tmp_path: Path) -> None:
-    async def run() -> None:
-        found = Connected(nats.url, tmp_path)
-        async with found.run():
-            await until(lambda: found.subscribed)
-            first = found.relay._broker
-            assert first
-            # As when the broker says it. The client then closes, and does not connect again.
-            await first._nats._process_err("'user authentication expired'")
-            await until(lambda: found.subscribed and found.relay._broker is not first)
-            other = await client.connect(nats.url)
-            await other.publish(f"{broker.LIMITS}.m", LINE.strip())
-            await other.flush()
-            assert await found.next() == LINE
-            await other.close()
-
-    asyncio.run(run())
+async def test_a_connection_that_ended_for_ever_is_made_again(nats: Nats, tmp_path: Path) -> None:
+    found = Connected(nats.url, tmp_path)
+    async with found.run():
+        await until(lambda: found.subscribed)
+        first = found.relay._broker
+        assert first
+        # As when the broker says it. The client then closes, and does not connect again.
+        await first._nats._process_err("'user authentication expired'")
+        await until(lambda: found.subscribed and found.relay._broker is not first)
+        other = await client.connect(nats.url)
+        await other.publish(f"{broker.LIMITS}.m", LINE.strip())
+        await other.flush()
+        assert await found.next() == LINE
+        await other.close()
 
 
-def test_a_name_that_could_not_be_subscribed_is_tried_again(
+async def test_a_name_that_could_not_be_subscribed_is_tried_again(
     nats: Nats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscribe, failed = FleetBroker.subscribe, list[FleetBroker]()
@@ -125,14 +119,11 @@ def test_a_name_that_could_not_be_subscribed_is_tried_again(
 
     monkeypatch.setattr(FleetBroker, "subscribe", fails_once)
 
-    async def run() -> None:
-        found = Connected(nats.url, tmp_path)
-        async with found.run():
-            await until(lambda: failed)
-            await until(lambda: found.subscribed and found.relay._broker is not failed[0])
-            assert failed[0]._nats.is_closed
-
-    asyncio.run(run())
+    found = Connected(nats.url, tmp_path)
+    async with found.run():
+        await until(lambda: failed)
+        await until(lambda: found.subscribed and found.relay._broker is not failed[0])
+        assert failed[0]._nats.is_closed
 
 
 def test_a_subject_that_the_broker_forbids_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
