@@ -310,7 +310,6 @@ async def test_both_backends(
     scenario: Callable[[Front], Awaitable[None]], remote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1_000_000_000.0)  # limits have cells of time
-
     async with asyncio.timeout(60), Front(remote) as front:
         await scenario(front)
 
@@ -347,22 +346,17 @@ async def test_requests_and_pages_fail_when_the_backend_ends() -> None:
         front.world.step(front.world.engines[0])
 
 
-def test_a_bug_fails_its_request_only(caplog: pytest.LogCaptureFixture) -> None:
-    async def run() -> None:
-        async with Front(True) as front:
-            error = await rejection(lambda: front.backend.submit(0, Work(Caller(), [tokens([1])], [1, 2], b"")))
-            assert error.reason == "internal_error"
-            await front.backend.report(0, give_back=True)
-            assert (await front.submit(1, [20], caller=Caller())).used.tokens == 1
-            front.backend.end(1)
-
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        submit = LocalBackend.submit
-        patch.setattr(
-            LocalBackend, "submit", lambda self, number, work: 1 / 0 if work.marks else submit(self, number, work)
-        )
-        asyncio.run(run())
+async def test_a_bug_fails_its_request_only(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = LocalBackend.submit
+    monkeypatch.setattr(
+        LocalBackend, "submit", lambda self, number, work: 1 / 0 if work.marks else submit(self, number, work)
+    )
+    async with Front(True) as front:
+        error = await rejection(lambda: front.backend.submit(0, Work(Caller(), [tokens([1])], [1, 2], b"")))
+        assert error.reason == "internal_error"
+        await front.backend.report(0, give_back=True)
+        assert (await front.submit(1, [20], caller=Caller())).used.tokens == 1
+        front.backend.end(1)
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -232,7 +232,6 @@ def test_requests_take_turns_on_the_threads(pool: TokenizerPool) -> None:
 
 async def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_pool, "_MAX_WAITING_CHARACTERS", 10_000)
-
     first = asyncio.create_task(pool.encode(["word " * 10_000], truncate=True))  # alone, any size is accepted
     await asyncio.sleep(0)
     with pytest.raises(TokenizerBusyError):
@@ -244,7 +243,6 @@ async def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, mon
 
 async def test_a_tenant_leaves_room_for_the_others(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_shares", Shares(200_000))
-
     first = asyncio.create_task(pool.encode(["word " * 32_000], truncate=True, tenant="a"))
     await asyncio.sleep(0)
     with pytest.raises(TokenizerShareError):
