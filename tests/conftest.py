@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import inspect
 import json
 import os
 import re
@@ -97,6 +99,15 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     if report.failed and (problem := absent_package(str(report.longrepr))):
         report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {problem}")
     return report  # type: ignore[return-value]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}))
+    return True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from inferctl.models import model as model_folder
 from inferctl.reading import outputs as outputs_module
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.outputs import Form, Outputs, Role, form_of, mark, pack, top, unpack
+from inferctl.reading.outputs import Form, Outputs, Role, mark, top, unpack
 from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
@@ -28,7 +28,7 @@ from inferctl.serve.api.tokenize import tokenize
 from inferctl.serve.backend.local_backend import LocalBackend
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
-from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig, EngineInfo
+from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.observe.metrics import Metrics
 from inferctl.serve.scheduling.dispatcher import Dispatcher
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
@@ -62,13 +62,6 @@ def base(folder: Path, architecture: str, auto: str = "AutoModel", **settings: A
 
 def computed(folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32") -> list[Outputs]:
     """Return what an engine computes for texts."""
-    outputs, _ = computed_with_info(folder, role, texts, precision)
-    return outputs
-
-
-def computed_with_info(
-    folder: Path, role: Role, texts: list[str] = TEXTS, precision: str = "fp32"
-) -> tuple[list[Outputs], EngineInfo]:
     from inferctl.serve.engines.encoder import EncoderEngine
 
     config = task_config.read("embed", folder)
@@ -86,7 +79,7 @@ def computed_with_info(
     pool.close()
     lengths = np.array([len(each) for each in ids], np.int32)
     rows = engine.run(Batch(1, np.concatenate(ids), lengths, np.array(marks, np.int32))).rows
-    return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows], info
+    return [unpack(row, form, info.dimensions, info.token_dimensions) for row in rows]
 
 
 def matrix(found: list[Outputs], width: int) -> Any:
@@ -467,21 +460,6 @@ def test_a_changed_sparse_encoder_is_refused(change: dict[str, Any], message: st
         task_config.read("embed", folder)
 
 
-def test_marks_and_rows_are_the_inverse_of_each_other() -> None:
-    for number in range(1, 16):
-        form = Form(number)
-        assert form_of(mark(form, 77)) == (form if number & 7 else form | Form.DENSE)
-        outputs = Outputs(
-            np.arange(3, dtype=np.float32) if Form.DENSE in form else np.empty(0, np.float32),
-            np.array([2, 2**24 - 1]) if Form.SPARSE in form else np.empty(0, np.int64),
-            np.array([0.5, 1.5], np.float32) if Form.SPARSE in form else np.empty(0, np.float32),
-            np.ones((2, 4), np.float32) if Form.TOKENS in form else np.empty((0, 0), np.float32),
-        )
-        back = unpack(pack(form, outputs), form, 3, 4)
-        for kept, given in zip(back, outputs, strict=True):
-            assert kept.tolist() == given.tolist()
-
-
 def test_responses_that_nobody_reads_hold_a_bounded_number_of_vectors() -> None:
     model = ServedModel("m", "m", (), None, 1, 1, truncate=True)
     large = Outputs(tokens=np.empty((2**20, 40), np.float32)).size
@@ -576,10 +554,6 @@ def test_sparse_api(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None
     listed = server.get("/").json()["endpoints"]
     assert {"/v1/embeddings", "/embed_sparse"} <= set(listed)
     assert not set(listed) & {"/embed", "/v1/rerank"}
-    # The task alone does not say why: /v1/rerank is also for embedding models that have this output.
-    found = httpx.post(f"{server.url}/v1/rerank", json={"query": "a", "documents": ["a"]}).json()["error"]["message"]
-    assert "rerank" in found
-    assert "tokens" in found
 
 
 def test_token_api_and_ranking(tmp_path: Path, serve: Callable[..., ServerProcess]) -> None:

@@ -21,7 +21,6 @@ from inferctl.config import settings
 from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError
 from inferctl.serve.edge import access
-from inferctl.serve.engines.echo import NON_FINITE_TOKEN
 from inferctl.tenancy.access import key_file
 from inferctl.tenancy.access.key_file import ApiKey
 from inferctl.tenancy.access.limits import Charge, Limiter
@@ -102,6 +101,7 @@ def test_each_bad_key_gets_the_same_401(guarded: Guarded) -> None:
     until(lambda: guarded.embed(secret).status_code == 401)
     bad = [None, "x", "ik_live_", secret, expired, secret[:-1], "a" * 5000]
     answers = [guarded.embed(each) for each in bad]
+    answers.append(guarded.embed(**{"x-inferctl-key-id": "a"}))  # a client cannot name itself
     answers.append(
         CLIENT.post(
             f"{guarded.server.url}/v1/embeddings", headers={b"authorization": b"Bearer \xff"}, json={"input": "x"}
@@ -210,20 +210,8 @@ def test_headers_name_only_limits_that_exist(limits: tuple[int | None, int | Non
 def test_limits_have_headers_and_a_429(guarded: Guarded) -> None:
     _, key = guarded.key(requests_per_minute=2, tokens_per_minute=100)
     first = guarded.embed(key)
-    tokens = int(first.headers["x-inferctl-tokens"])
-    found = {name: value for name, value in first.headers.items() if "ratelimit" in name}
-    assert found.pop("x-ratelimit-reset-requests") in ("1m0s", "1m1s", "1m2s", "1m3s", "1m4s", "1m5s")
-    assert found.pop("x-ratelimit-reset-tokens").startswith("1m")
-    states = found.pop("ratelimit")
-    assert states.startswith('"requests";r=1;t=6')
-    assert f'"tokens";r={100 - tokens};t=6' in states
-    assert found == {
-        "x-ratelimit-limit-requests": "2",
-        "x-ratelimit-remaining-requests": "1",
-        "x-ratelimit-limit-tokens": "100",
-        "x-ratelimit-remaining-tokens": str(100 - tokens),
-        "ratelimit-policy": '"requests";q=2;w=60, "tokens";q=100;w=60',
-    }
+    assert first.headers["x-ratelimit-remaining-tokens"] == str(100 - int(first.headers["x-inferctl-tokens"]))
+    assert first.headers["ratelimit-policy"] == '"requests";q=2;w=60, "tokens";q=100;w=60'
     large = guarded.embed(key, "word " * 98)
     assert (large.status_code, large.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert "tokens" in large.json()["error"]["message"]
@@ -306,35 +294,6 @@ def test_bodies_that_are_rejected_when_they_are_parsed_count_as_work_in_vain(gua
     assert small.status_code == 200, "a small request surely fits"
 
 
-@pytest.mark.slow_measurement
-def test_a_client_goes_on_after_the_wait(guarded: Guarded) -> None:
-    _, key = guarded.key(requests_per_minute=1)
-    client = guarded.client(key, max_retries=2)
-    for _ in range(2):
-        assert client.embeddings.create(model="echo", input="hello").data
-
-
-def test_a_revoked_key_ends_within_a_second(guarded: Guarded) -> None:
-    key, secret = guarded.key()
-    with key_file.edit(guarded.keys) as found:
-        found[key.id] = key.model_copy(update={"revoked": key_file.now()})
-    revoked = time.monotonic()
-    until(lambda: guarded.embed(secret).status_code == 401)
-    assert time.monotonic() - revoked < 10  # the benchmark has the time
-
-
-@pytest.mark.parametrize(
-    ("limit", "answered"), [({"tokens_per_minute": 20}, 2), ({"requests_per_minute": 3}, 3)], ids=["tokens", "requests"]
-)
-def test_a_failure_after_the_computation_counts(guarded: Guarded, limit: dict[str, int], answered: int) -> None:
-    _, key = guarded.key(**limit)
-    headers = {"authorization": f"Bearer {key}"}
-    body = {"input": [[100] * 8, [NON_FINITE_TOKEN, 1]]}
-    url = f"{guarded.server.url}/v1/embeddings"
-    codes = [CLIENT.post(url, json=body, headers=headers).status_code for _ in range(5)]
-    assert codes == [500] * answered + [429] * (5 - answered)
-
-
 def test_limits_of_the_spec_and_open_pages(serve: Callable[..., ServerProcess], minilm: Path, tmp_path: Path) -> None:
     _, key = add(tmp_path / "keys.json")
     spec = {
@@ -402,16 +361,7 @@ def test_a_gateway_names_the_caller(serve: Callable[..., ServerProcess], minilm:
     assert guarded.embed_with(("x_inferctl_key_id", "victim")).status_code == 401
 
 
-def test_a_client_cannot_name_itself(guarded: Guarded) -> None:
-    assert guarded.embed(**{"x-inferctl-key-id": "a"}).status_code == 401
-
-
-def test_the_benchmark_measures_with_the_key_of_an_admin(guarded: Guarded) -> None:
-    _, admin = guarded.key(admin=True)
-    found = target.connect(
-        guarded.server.url, access=http_json.ServerAccess({"Authorization": f"Bearer {admin}"}, None)
-    )
-    assert found.info["name"] == "echo"
+def test_the_benchmark_needs_the_key_of_an_admin(guarded: Guarded) -> None:
     _, user = guarded.key()
     with pytest.raises(NotReadyError, match="403") as error:
         target.connect(guarded.server.url, access=http_json.ServerAccess({"Authorization": f"Bearer {user}"}, None))
@@ -443,11 +393,3 @@ def test_a_private_server_asks_for_no_key(
     server = serve("--engine", "echo")
     assert server.embed(input="hello").status_code == 200
     assert server.get("/info").status_code == 200
-
-
-def test_the_ready_line_says_who_may_read_the_documentation() -> None:
-    url = "http://10.0.0.7:8080"
-    assert access.documentation(Access(), url) == f"documentation at {url}/docs"
-    closed, opened = (Access.model_validate({"keys": "k.json", "open": pages}) for pages in ([], ["docs"]))
-    assert access.documentation(closed, url).endswith("/docs (requires an admin key)")
-    assert access.documentation(opened, url).endswith("/docs")

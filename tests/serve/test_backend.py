@@ -327,76 +327,61 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_both_backends(
+async def test_both_backends(
     scenario: Callable[[Front], Awaitable[None]], remote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1_000_000_000.0)  # limits have cells of time
-
-    async def run() -> None:
-        async with asyncio.timeout(60), Front(remote) as front:
-            await scenario(front)
-
-    asyncio.run(run())
+    async with asyncio.timeout(60), Front(remote) as front:
+        await scenario(front)
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
-def test_cached_tokens_are_counted_and_given_back(remote: bool) -> None:
-    async def run() -> None:
-        async with Front(remote, cache=True) as front:
-            for number, cached in enumerate((0, 3)):
-                await front.backend.admit(number, LIMITED, SMALL)
-                outcome = await (
-                    front.backend.submit(number, Work(LIMITED, [tokens([20] * 3)]))
-                    if cached
-                    else front.submit(number, [20] * 3)
-                )
-                assert outcome.used[:2] == (3, cached)
-                front.backend.end(number, give_back=True)
-            assert await front.left() == (9, 97)
-
-    asyncio.run(run())
+async def test_cached_tokens_are_counted_and_given_back(remote: bool) -> None:
+    async with Front(remote, cache=True) as front:
+        for number, cached in enumerate((0, 3)):
+            await front.backend.admit(number, LIMITED, SMALL)
+            outcome = await (
+                front.backend.submit(number, Work(LIMITED, [tokens([20] * 3)]))
+                if cached
+                else front.submit(number, [20] * 3)
+            )
+            assert outcome.used[:2] == (3, cached)
+            front.backend.end(number, give_back=True)
+        assert await front.left() == (9, 97)
 
 
-def test_requests_and_pages_fail_when_the_backend_ends() -> None:
-    async def run() -> None:
-        async with Front(True) as front:
-            assert isinstance(front.backend, RemoteBackend)
-            assert await front.backend.page("/info") == (200, b"/info", "text/plain")
-            task = front.start(0, [20])
-            leaving = front.start(1, [20])
-            await until(lambda: bool(front.world.engines[0].batches))
-            leaving.cancel()
-            report = front.backend.report(1)
-            front.link.messages.close()
-            error = await rejection(lambda: task)
-            assert (error.reason, error.used, await report) == ("engine_unavailable", Used(), Used())
-            assert (await rejection(lambda: front.backend.submit(2, Work(Caller(), [tokens([1])])))).used == Used()
-            assert await front.backend.report(2) == Used()
-            front.world.step(front.world.engines[0])
-
-    asyncio.run(run())
+async def test_requests_and_pages_fail_when_the_backend_ends() -> None:
+    async with Front(True) as front:
+        assert isinstance(front.backend, RemoteBackend)
+        assert await front.backend.page("/info") == (200, b"/info", "text/plain")
+        task = front.start(0, [20])
+        leaving = front.start(1, [20])
+        await until(lambda: bool(front.world.engines[0].batches))
+        leaving.cancel()
+        report = front.backend.report(1)
+        front.link.messages.close()
+        error = await rejection(lambda: task)
+        assert (error.reason, error.used, await report) == ("engine_unavailable", Used(), Used())
+        assert (await rejection(lambda: front.backend.submit(2, Work(Caller(), [tokens([1])])))).used == Used()
+        assert await front.backend.report(2) == Used()
+        front.world.step(front.world.engines[0])
 
 
-def test_a_bug_fails_its_request_only(caplog: pytest.LogCaptureFixture) -> None:
-    async def run() -> None:
-        async with Front(True) as front:
-            error = await rejection(lambda: front.backend.submit(0, Work(Caller(), [tokens([1])], [1, 2], b"")))
-            assert error.reason == "internal_error"
-            await front.backend.report(0, give_back=True)
-            assert (await front.submit(1, [20], caller=Caller())).used.tokens == 1
-            front.backend.end(1)
-            await front.backend.admit(2, Caller(), LARGE)
-            front.local.report = lambda *_, **__: 1 / 0  # type: ignore[method-assign,assignment]
-            async with asyncio.timeout(5):
-                assert (await rejection(lambda: front.backend.report(2))).reason == "internal_error"
-
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        submit = LocalBackend.submit
-        patch.setattr(
-            LocalBackend, "submit", lambda self, number, work: 1 / 0 if work.marks else submit(self, number, work)
-        )
-        asyncio.run(run())
+async def test_a_bug_fails_its_request_only(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = LocalBackend.submit
+    monkeypatch.setattr(
+        LocalBackend, "submit", lambda self, number, work: 1 / 0 if work.marks else submit(self, number, work)
+    )
+    async with Front(True) as front:
+        error = await rejection(lambda: front.backend.submit(0, Work(Caller(), [tokens([1])], [1, 2], b"")))
+        assert error.reason == "internal_error"
+        await front.backend.report(0, give_back=True)
+        assert (await front.submit(1, [20], caller=Caller())).used.tokens == 1
+        front.backend.end(1)
+        await front.backend.admit(2, Caller(), LARGE)
+        monkeypatch.setattr(front.local, "report", lambda *_, **__: 1 / 0)
+        async with asyncio.timeout(5):
+            assert (await rejection(lambda: front.backend.report(2))).reason == "internal_error"
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -437,24 +422,21 @@ def test_an_invalid_frame_is_an_error(data: bytes) -> None:
         Link({}, lambda: None).data_received(data)
 
 
-def test_what_need_not_arrive_soon_arrives_with_the_next_message() -> None:
-    async def run() -> None:
-        arrived: list[str] = []
-        kinds = {kind: lambda kind=kind: arrived.append(kind) for kind in ("later", "now")}
-        here, there = socket.socketpair()
-        sender, receiver = Link({}, lambda: None), Link(kinds, lambda: None)
-        for link, each in ((sender, here), (receiver, there)):
-            await asyncio.get_running_loop().create_connection(lambda link=link: link, sock=each)
-        sender.send("later", soon=False)
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert (arrived, sender.buffered > 0) == ([], True)
-        sender.send("now")
-        await until(lambda: arrived == ["later", "now"])
-        for link in (sender, receiver):
-            link.close()
-
-    asyncio.run(run())
+async def test_what_need_not_arrive_soon_arrives_with_the_next_message() -> None:
+    arrived: list[str] = []
+    kinds = {kind: lambda kind=kind: arrived.append(kind) for kind in ("later", "now")}
+    here, there = socket.socketpair()
+    sender, receiver = Link({}, lambda: None), Link(kinds, lambda: None)
+    for link, each in ((sender, here), (receiver, there)):
+        await asyncio.get_running_loop().create_connection(lambda link=link: link, sock=each)
+    sender.send("later", soon=False)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (arrived, sender.buffered > 0) == ([], True)
+    sender.send("now")
+    await until(lambda: arrived == ["later", "now"])
+    for link in (sender, receiver):
+        link.close()
 
 
 def test_a_large_frame_waits_for_its_reader_and_holds_up_no_other() -> None:
@@ -489,17 +471,12 @@ def test_a_large_frame_waits_for_its_reader_and_holds_up_no_other() -> None:
     assert arrived == [("hello",), ("rows", 0, b"".join(rows)), ("rows", 1, b"".join(rows))]
 
 
-def test_large_results_that_are_not_read_are_bounded() -> None:
-    async def run() -> None:
-        found = ApiProcessLink(
-            LocalBackend(World().dispatcher, Metrics()), Front(False).page, {}, lambda: None, 5 << 20
-        )
-        found._send([b"a" * (8 << 20)], None)  # a single one is always sent
-        with pytest.raises(RejectedError) as error:
-            found._send([b"a" * (2 << 20)], None)
-        assert error.value.reason == "responses_full"
-        found._send([b"a" * 100], None)
-        with contextlib.suppress(asyncio.CancelledError):
-            found.messages.connection_lost(None)
-
-    asyncio.run(run())
+async def test_large_results_that_are_not_read_are_bounded() -> None:
+    found = ApiProcessLink(LocalBackend(World().dispatcher, Metrics()), Front(False).page, {}, lambda: None, 5 << 20)
+    found._send([b"a" * (8 << 20)], None)  # a single one is always sent
+    with pytest.raises(RejectedError) as error:
+        found._send([b"a" * (2 << 20)], None)
+    assert error.value.reason == "responses_full"
+    found._send([b"a" * 100], None)
+    with contextlib.suppress(asyncio.CancelledError):
+        found.messages.connection_lost(None)

@@ -163,12 +163,9 @@ def test_starts_that_fail_again_and_again_are_a_crash_loop(monkeypatch: pytest.M
     assert seen >= {(4, False), (5, True)}
 
 
-def test_a_first_start_that_fails_is_raised() -> None:
-    async def start() -> None:
-        await Python("raise SystemExit(1)").run()
-
+async def test_a_first_start_that_fails_is_raised() -> None:
     with pytest.raises(InferctlError, match="the program ended with exit code 1"):
-        asyncio.run(start())
+        await Python("raise SystemExit(1)").run()
 
 
 def test_the_children_of_a_child_end_with_it() -> None:

@@ -353,15 +353,6 @@ def test_clients_that_do_not_read_are_closed_and_cost_a_limited_amount_of_memory
     until(lambda: server.memory() - memory[0] < 2 * LARGE_BYTES, 20)
 
 
-def test_a_client_that_reads_slowly_but_steadily_gets_the_whole_response(server: Served) -> None:
-    with server.connect(LARGE.replace(b"host", b"connection: close\r\nhost")) as connection:
-        size = 0
-        while part := connection.recv(1 << 18):
-            size += len(part)
-            time.sleep(0.02)
-    assert size > LARGE_BYTES
-
-
 def test_a_client_that_stops_reading_is_closed_however_much_it_has_read(server: Served) -> None:
     with server.connect(LARGE) as connection:
         size = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -108,13 +107,6 @@ def tokens(row: list[int]) -> Tokens:
     return np.array(row, dtype=np.int32)
 
 
-def run(scenario: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await scenario()
-
-    asyncio.run(main())
-
-
 ROWS = st.lists(st.lists(st.integers(20, 99), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
@@ -146,7 +138,7 @@ def test_only_faulty_requests_fail(
         crashing = faults[: len(requests)].count(CRASHING)
         assert world.crashes <= 2 * engines * parallel * crashing
 
-    run(scenario)
+    asyncio.run(scenario())
 
 
 @hypothesis.settings(max_examples=300)
@@ -176,7 +168,7 @@ def test_every_request_completes_once_when_engines_are_killed_at_any_moment(
                 assert result.rows[:, 0].tolist() == [row[-1] for row in rows]
         assert world.batcher.waiting_tokens == 0
 
-    run(scenario)
+    asyncio.run(scenario())
 
 
 ACTION = st.sampled_from(["ask", "ask", "ask", "bulk", "leave", "leave", "step", "step", "crash"])
@@ -240,161 +232,111 @@ def test_what_engines_compute_counts_once_whoever_leaves(actions: list[tuple[str
         for task, result in zip(asked, results, strict=True):
             assert isinstance(result, RequestResult | RejectedError) or task in left
 
-    run(scenario)
+    asyncio.run(scenario())
 
 
-def test_a_request_that_left_settles_when_its_batches_end() -> None:
-    async def scenario() -> None:
-        for end in ("done", "failed", "crash"):
-            world, use = World(), EngineUse()
-            engine = world.engines[0]
-            future = world.dispatcher.submit([tokens([20] * 8), tokens([21] * 8), tokens([22] * 8)], use=use)
-            await run_callbacks()
-            assert len(engine.batches) == 2, "one runs, one is prefetched, one waits"
-            future.cancel()
-            settled = asyncio.ensure_future(use.settled())
-            await run_callbacks()
-            assert not settled.done()
-            for _ in range(2):
-                if end == "crash" and engine.up:
-                    world.crash(engine)
-                elif end == "failed":
-                    world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "injected failure", False)
-                elif end == "done":
-                    world.step(engine)
-                await run_callbacks()
-            assert settled.done()
-            assert use.tokens == (16 if end == "done" else 0)
-            assert not engine.batches
-
-    run(scenario)
-
-
-def test_a_prefetched_batch_is_not_retried_in_isolation() -> None:
-    async def scenario() -> None:
-        world = World()
-        engine = world.engines[0]
-        first = world.request([20])
-        await run_callbacks()
-        tasks = [world.request([CRASHING, 1, 1]), *(world.request([30 + i, 1, 1]) for i in range(6))]
-        await run_callbacks()
+async def test_a_prefetched_batch_is_not_retried_in_isolation() -> None:
+    world = World()
+    engine = world.engines[0]
+    first = world.request([20])
+    await run_callbacks()
+    tasks = [world.request([CRASHING, 1, 1]), *(world.request([30 + i, 1, 1]) for i in range(6))]
+    await run_callbacks()
+    world.step(engine)
+    await run_callbacks()
+    assert [len(batch.lengths) for batch in engine.batches] == [2, 2], "one with the crashing request, one prefetched"
+    sizes = []
+    while engine.batches:
         world.step(engine)
+        if not engine.up:
+            world.start(engine)
         await run_callbacks()
-        assert [len(batch.lengths) for batch in engine.batches] == [2, 2], (
-            "one with the crashing request, one prefetched"
-        )
-        sizes = []
-        while engine.batches:
-            world.step(engine)
-            if not engine.up:
-                world.start(engine)
-            await run_callbacks()
-            sizes.append([len(batch.lengths) for batch in engine.batches])
-        assert sizes[:2] == [[1], [1]], "in isolation: crashing request, neighbor"
-        assert sizes[2:] == [[2, 2], [2], [1], []]
-        results = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert [isinstance(result, RejectedError) for result in results] == [False, True, *[False] * 6]
-
-    run(scenario)
+        sizes.append([len(batch.lengths) for batch in engine.batches])
+    assert sizes[:2] == [[1], [1]], "in isolation: crashing request, neighbor"
+    assert sizes[2:] == [[2, 2], [2], [1], []]
+    results = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [isinstance(result, RejectedError) for result in results] == [False, True, *[False] * 6]
 
 
-def test_the_least_loaded_engine_gets_the_next_batch() -> None:
-    async def scenario() -> None:
-        world = World(engines=2)
-        one, two = world.engines
-        tasks = [world.request([20] * 7), world.request([21] * 2)]
-        await run_callbacks()
-        assert [len(engine.batches[0].tokens) for engine in world.engines] == [7, 2]
-        world.step(two)
-        tasks.append(world.request([22] * 3))
-        await run_callbacks()
-        assert (len(one.batches), len(two.batches[0].tokens)) == (1, 3)
-        await world.drain()
-        await asyncio.gather(*tasks)
-
-    run(scenario)
+async def test_the_least_loaded_engine_gets_the_next_batch() -> None:
+    world = World(engines=2)
+    one, two = world.engines
+    tasks = [world.request([20] * 7), world.request([21] * 2)]
+    await run_callbacks()
+    assert [len(engine.batches[0].tokens) for engine in world.engines] == [7, 2]
+    world.step(two)
+    tasks.append(world.request([22] * 3))
+    await run_callbacks()
+    assert (len(one.batches), len(two.batches[0].tokens)) == (1, 3)
+    await world.drain()
+    await asyncio.gather(*tasks)
 
 
-def test_check_admission_rejects_any_request_when_the_engine_is_too_busy_for_the_slo() -> None:
-    async def scenario() -> None:
-        world = World(slo=0.5)
+async def test_check_admission_rejects_any_request_when_the_engine_is_too_busy_for_the_slo() -> None:
+    world = World(slo=0.5)
+    world.dispatcher.check_admission()
+    task = world.request([20] * 8)  # 0.8 s
+    await run_callbacks()
+    with pytest.raises(RejectedError):
         world.dispatcher.check_admission()
-        task = world.request([20] * 8)  # 0.8 s
-        await run_callbacks()
-        with pytest.raises(RejectedError):
-            world.dispatcher.check_admission()
-        await world.drain()
-        await task
-
-    run(scenario)
+    await world.drain()
+    await task
 
 
-def test_the_predicted_wait_includes_the_remaining_time_of_running_batches() -> None:
-    async def scenario() -> None:
-        world = World(slo=1.0)
-        task = world.request([20] * 8)  # 0.8 s
-        await run_callbacks()
-        with pytest.raises(RejectedError) as rejected:
-            await world.request([21] * 4)
-        assert rejected.value.retry_after == pytest.approx(0.2)
-        world.now += 0.25
-        late = world.request([21] * 4)
-        await run_callbacks()
-        assert not late.done()
-        await world.drain()
-        await asyncio.gather(task, late)
-
-    run(scenario)
+async def test_the_predicted_wait_includes_the_remaining_time_of_running_batches() -> None:
+    world = World(slo=1.0)
+    task = world.request([20] * 8)  # 0.8 s
+    await run_callbacks()
+    with pytest.raises(RejectedError) as rejected:
+        await world.request([21] * 4)
+    assert rejected.value.retry_after == pytest.approx(0.2)
+    world.now += 0.25
+    late = world.request([21] * 4)
+    await run_callbacks()
+    assert not late.done()
+    await world.drain()
+    await asyncio.gather(task, late)
 
 
-def test_a_prefetched_batch_counts_from_the_moment_a_slot_is_free() -> None:
-    async def scenario() -> None:
-        world = World(parallel=2, slo=10.0)
-        tasks = [world.request([20] * 8) for _ in range(3)]  # two run, a full one is prefetched
-        await run_callbacks()
-        engine = world.engines[0]
-        assert len(engine.batches) == 3
-        assert world.dispatcher._seconds_until_free() == pytest.approx((0.8 + 0.8 + 0.8) / 2)
-        world.now += 0.5
-        world.step(engine, 1)
-        third = world.batcher.latency.seconds(8)
-        assert world.dispatcher._seconds_until_free() == pytest.approx((0.0 + third) / 2), "the first is overdue"
-        await world.drain()
-        await asyncio.gather(*tasks)
-
-    run(scenario)
+async def test_a_prefetched_batch_counts_from_the_moment_a_slot_is_free() -> None:
+    world = World(parallel=2, slo=10.0)
+    tasks = [world.request([20] * 8) for _ in range(3)]  # two run, a full one is prefetched
+    await run_callbacks()
+    engine = world.engines[0]
+    assert len(engine.batches) == 3
+    assert world.dispatcher._seconds_until_free() == pytest.approx((0.8 + 0.8 + 0.8) / 2)
+    world.now += 0.5
+    world.step(engine, 1)
+    third = world.batcher.latency.seconds(8)
+    assert world.dispatcher._seconds_until_free() == pytest.approx((0.0 + third) / 2), "the first is overdue"
+    await world.drain()
+    await asyncio.gather(*tasks)
 
 
-def test_a_cancelled_request_does_not_run() -> None:
-    async def scenario() -> None:
-        world = World()
-        first = world.request([20])
-        await run_callbacks()
-        cancelled = world.request([66], [66])
-        await run_callbacks()
-        cancelled.cancel()
-        await run_callbacks()
-        ran = [batch.tokens.tolist() for batch in world.engines[0].batches]
-        await world.drain()
-        await first
-        assert ran == [[20]]
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-
-    run(scenario)
+async def test_a_cancelled_request_does_not_run() -> None:
+    world = World()
+    first = world.request([20])
+    await run_callbacks()
+    cancelled = world.request([66], [66])
+    await run_callbacks()
+    cancelled.cancel()
+    await run_callbacks()
+    ran = [batch.tokens.tolist() for batch in world.engines[0].batches]
+    await world.drain()
+    await first
+    assert ran == [[20]]
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
 
 
-def test_an_engine_with_several_slots_gets_equal_batches_at_once() -> None:
-    async def scenario() -> None:
-        world = World(parallel=2)
-        world.batcher.limits = QueueLimits(1_000, 10_000)
-        task = world.request(*([20] * 50 for _ in range(8)))
-        await run_callbacks()
-        assert [len(batch.tokens) for batch in world.engines[0].batches] == [200, 200]
-        await world.drain()
-        await task
-
-    run(scenario)
+async def test_an_engine_with_several_slots_gets_equal_batches_at_once() -> None:
+    world = World(parallel=2)
+    world.batcher.limits = QueueLimits(1_000, 10_000)
+    task = world.request(*([20] * 50 for _ in range(8)))
+    await run_callbacks()
+    assert [len(batch.tokens) for batch in world.engines[0].batches] == [200, 200]
+    await world.drain()
+    await task
 
 
 # Requests of one batch, as texts and their second segments, and those of the batch: 0 for a text.
@@ -407,118 +349,84 @@ SEGMENTS: list[tuple[list[tuple[list[list[int]], list[int] | None]], dict[tuple[
 
 
 @pytest.mark.parametrize(("requests", "expected"), SEGMENTS)
-def test_a_text_beside_pairs_has_no_second_segment(
+async def test_a_text_beside_pairs_has_no_second_segment(
     requests: list[tuple[list[list[int]], list[int] | None]], expected: dict[tuple[int, ...], int] | None
 ) -> None:
-    async def scenario() -> None:
-        world = World()
-        tasks = [world.dispatcher.submit([tokens(row) for row in rows], starts) for rows, starts in requests]
-        await run_callbacks()
-        (batch,) = world.engines[0].batches
-        found = None
-        if batch.marks is not None:
-            rows = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
-            starts = batch.marks.tolist()
-            found = {tuple(row.tolist()): start for row, start in zip(rows, starts, strict=True)}
-        assert found == expected
-        await world.drain()
-        await asyncio.gather(*tasks)
-
-    run(scenario)
+    world = World()
+    tasks = [world.dispatcher.submit([tokens(row) for row in rows], starts) for rows, starts in requests]
+    await run_callbacks()
+    (batch,) = world.engines[0].batches
+    found = None
+    if batch.marks is not None:
+        rows = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
+        starts = batch.marks.tolist()
+        found = {tuple(row.tolist()): start for row, start in zip(rows, starts, strict=True)}
+    assert found == expected
+    await world.drain()
+    await asyncio.gather(*tasks)
 
 
-def test_no_batch_is_prefetched_while_another_engine_is_free() -> None:
-    async def scenario() -> None:
-        world = World(engines=4)
-        tasks = [world.request([20] * 8) for _ in range(6)]
-        await run_callbacks()
-        assert sorted(len(engine.batches) for engine in world.engines) == [1, 1, 2, 2]
-        await world.drain()
-        await asyncio.gather(*tasks)
-
-    run(scenario)
+async def test_no_batch_is_prefetched_while_another_engine_is_free() -> None:
+    world = World(engines=4)
+    tasks = [world.request([20] * 8) for _ in range(6)]
+    await run_callbacks()
+    assert sorted(len(engine.batches) for engine in world.engines) == [1, 1, 2, 2]
+    await world.drain()
+    await asyncio.gather(*tasks)
 
 
-def test_requests_continue_on_the_other_engines_when_one_is_lost() -> None:
-    async def scenario() -> None:
-        world = World(engines=2)
-        one, two = world.engines
-        tasks = [world.request([20 + i] * 8) for i in range(6)]
-        await run_callbacks()
-        world.crash(one)
-        while two.batches:
-            world.step(two)
-            await run_callbacks()
-        assert [result.rows[0, 0] for result in await asyncio.gather(*tasks)] == [20 + i for i in range(6)]
-        assert world.dispatcher.ready
-
-    run(scenario)
-
-
-def test_without_an_engine_new_requests_fail_and_accepted_ones_wait() -> None:
-    async def scenario() -> None:
-        world = World()
-        task = world.request([20])
-        await run_callbacks()
-        world.crash(world.engines[0])
-        assert not world.dispatcher.ready
-        with pytest.raises(RejectedError):
-            world.dispatcher.submit([tokens([5])])
-        await run_callbacks()
-        assert not task.done()
-        world.dispatcher.fail_all("the server ends")
-        with pytest.raises(RejectedError, match="the server ends"):
-            await task
-
-    run(scenario)
+async def test_without_an_engine_new_requests_fail_and_accepted_ones_wait() -> None:
+    world = World()
+    task = world.request([20])
+    await run_callbacks()
+    world.crash(world.engines[0])
+    assert not world.dispatcher.ready
+    with pytest.raises(RejectedError):
+        world.dispatcher.submit([tokens([5])])
+    await run_callbacks()
+    assert not task.done()
+    world.dispatcher.fail_all("the server ends")
+    with pytest.raises(RejectedError, match="the server ends"):
+        await task
 
 
-def test_the_batch_limit_recovers_after_insufficient_memory() -> None:
-    async def scenario() -> None:
-        world = World()
-        world.info = replace(INFO, batch_tokens=1024)
-        engine = world.engines[0]
-        world.start(engine)
-        task = world.request(*([20] * 100 for _ in range(8)))
-        await run_callbacks()
-        world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "no memory", True)
-        assert world.batcher.limits.batch_tokens == 400
+async def test_the_batch_limit_recovers_after_insufficient_memory() -> None:
+    world = World()
+    world.info = replace(INFO, batch_tokens=1024)
+    engine = world.engines[0]
+    world.start(engine)
+    task = world.request(*([20] * 100 for _ in range(8)))
+    await run_callbacks()
+    world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "no memory", True)
+    assert world.batcher.limits.batch_tokens == 400
+    await world.drain()
+    await task
+    for _ in range(400):
+        task = world.request(*([20] * 100 for _ in range(10)))
         await world.drain()
         await task
-        for _ in range(400):
-            task = world.request(*([20] * 100 for _ in range(10)))
-            await world.drain()
-            await task
-        assert world.batcher.limits.batch_tokens == 1024
-
-    run(scenario)
+    assert world.batcher.limits.batch_tokens == 1024
 
 
-def test_an_out_of_memory_failure_next_to_other_batches_is_retried_in_isolation() -> None:
-    async def scenario() -> None:
-        world = World(parallel=2)
-        engine = world.engines[0]
-        tasks = [world.request([20] * 8), world.request([30] * 8)]
-        await run_callbacks()
+async def test_an_out_of_memory_failure_next_to_other_batches_is_retried_in_isolation() -> None:
+    world = World(parallel=2)
+    engine = world.engines[0]
+    tasks = [world.request([20] * 8), world.request([30] * 8)]
+    await run_callbacks()
+    world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "no memory", True)
+    assert len(engine.batches) == 1, "the retry waits until the other batch is complete"
+    await world.drain()
+    results = await asyncio.gather(*tasks)
+    assert [result.rows[0, 0] for result in results] == [20, 30]
+
+
+async def test_a_sequence_that_does_not_fit_into_memory_in_isolation_is_rejected() -> None:
+    world = World()
+    engine = world.engines[0]
+    task = world.request([20] * 8)
+    await run_callbacks()
+    for _ in range(2):
         world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "no memory", True)
-        assert len(engine.batches) == 1, "the retry waits until the other batch is complete"
-        await world.drain()
-        results = await asyncio.gather(*tasks)
-        assert [result.rows[0, 0] for result in results] == [20, 30]
-
-    run(scenario)
-
-
-def test_a_sequence_that_does_not_fit_into_memory_in_isolation_is_rejected() -> None:
-    async def scenario() -> None:
-        world = World()
-        engine = world.engines[0]
-        task = world.request([20] * 8)
-        await run_callbacks()
-        for _ in range(2):
-            world.dispatcher.batch_failed(engine, engine.batches.pop(0).id, "no memory", True)
-        with pytest.raises(RejectedError, match="insufficient memory for this request: no memory"):
-            await task
-        assert world.dispatcher.out_of_memory == 2
-
-    run(scenario)
+    with pytest.raises(RejectedError, match="insufficient memory for this request: no memory"):
+        await task
+    assert world.dispatcher.out_of_memory == 2

@@ -327,18 +327,6 @@ def test_the_phases_decide_about_probes_and_requests(setting: Setting) -> None:
     assert [event.status for event in setting.events] == [503, 200, 503]
 
 
-def test_a_server_without_keys_says_what_it_waits_for() -> None:
-    known = set[str]()
-    lifecycle = Lifecycle(lambda: True, lambda: True, lambda: bool(known))
-    lifecycle.started = True
-    assert (lifecycle.phase, lifecycle.accepts_requests) == ("waiting for keys", False)
-    assert "until its relay copies the keys" in str(lifecycle.unavailable())
-    known.add("k")
-    assert (lifecycle.phase, lifecycle.accepts_requests) == ("ready", True)
-    lifecycle.draining = True
-    assert lifecycle.phase == "draining"
-
-
 def test_an_event_reaches_every_sink_although_one_fails(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     def broken(_: UsageEvent) -> None:
         raise OSError("disk full")
@@ -364,11 +352,7 @@ def test_only_successes_count_in_the_latency_histogram() -> None:
     assert [value("inferctl_rejected_total", {"reason": reason}) for reason in reasons] == [1, 1, 1]
 
 
-def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
-    asyncio.run(_one_key_takes_much(tmp_path))
-
-
-async def _one_key_takes_much(tmp_path: Path) -> None:
+async def test_one_key_does_not_take_all_requests_and_bodies(tmp_path: Path) -> None:
     (_, first), (_, second) = add(tmp_path / "keys.json"), add(tmp_path / "keys.json", "b")
     access = EdgeAccess(spec.Access(keys=str(tmp_path / "keys.json")), ["m"])
     for limits, body in ((EdgeLimits(max_requests=10), b"x"), (EdgeLimits(max_bytes=100, max_requests=40), b"x" * 10)):

@@ -66,11 +66,6 @@ def test_only_the_request_that_crashes_engines_is_rejected(server: ServerProcess
     assert server.get("/livez").status_code == 200
 
 
-def test_two_crashing_requests_among_others(server: ServerProcess) -> None:
-    rows = [[CRASHING_TOKEN], *[[100 + i] for i in range(6)], [CRASHING_TOKEN]]
-    assert embed_all(server, rows) == [503, *[200] * 6, 503]
-
-
 def test_five_failed_starts_make_livez_fail_until_an_engine_starts(start: Serve) -> None:
     server = start()
     killed: set[int] = set()

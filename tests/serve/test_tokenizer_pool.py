@@ -185,15 +185,6 @@ def test_token_ids_are_truncated_too(pool: TokenizerPool) -> None:
     assert (str(rejected.value).split()[0], rejected.value.code) == ("input[1]", "context_length_exceeded")
 
 
-def test_truncated_inputs_are_counted(minilm: Path) -> None:
-    counts: list[int] = []
-    pool = TokenizerPool(minilm, embedding_config.read(minilm, LIMIT), on_truncated=counts.append)
-    pool.encode_now(["word " * 50, "short"] * 70, truncate=True)
-    pool.truncate([[5] * 50, [5], [5] * 17], truncate=True)
-    pool.encode_now(["short"], truncate=True)
-    assert counts == [70, 2]
-
-
 @pytest.mark.parametrize(
     ("texts", "inline"),
     [
@@ -239,34 +230,26 @@ def test_requests_take_turns_on_the_threads(pool: TokenizerPool) -> None:
     assert asyncio.run(run()) == ["medium", "large"]
 
 
-def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_waiting_characters_are_rejected(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_pool, "_MAX_WAITING_CHARACTERS", 10_000)
-
-    async def run() -> None:
-        first = asyncio.create_task(pool.encode(["word " * 10_000], truncate=True))  # alone, any size is accepted
-        await asyncio.sleep(0)
-        with pytest.raises(TokenizerBusyError):
-            await pool.encode(["word " * 4_500], truncate=True)
-        assert len(await pool.encode(["small"], truncate=True)) == 1
-        await first
-        assert len(await pool.encode(["word " * 4_500], truncate=True)) == 1
-
-    asyncio.run(run())
+    first = asyncio.create_task(pool.encode(["word " * 10_000], truncate=True))  # alone, any size is accepted
+    await asyncio.sleep(0)
+    with pytest.raises(TokenizerBusyError):
+        await pool.encode(["word " * 4_500], truncate=True)
+    assert len(await pool.encode(["small"], truncate=True)) == 1
+    await first
+    assert len(await pool.encode(["word " * 4_500], truncate=True)) == 1
 
 
-def test_a_tenant_leaves_room_for_the_others(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_tenant_leaves_room_for_the_others(pool: TokenizerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_shares", Shares(200_000))
-
-    async def run() -> None:
-        first = asyncio.create_task(pool.encode(["word " * 32_000], truncate=True, tenant="a"))
-        await asyncio.sleep(0)
-        with pytest.raises(TokenizerShareError):
-            await pool.encode(["word " * 4_500], truncate=True, tenant="a")
-        assert len(await pool.encode(["word " * 4_500], truncate=True, tenant="b")) == 1
-        await first
-        assert len(await pool.encode(["word " * 4_500], truncate=True, tenant="a")) == 1
-
-    asyncio.run(run())
+    first = asyncio.create_task(pool.encode(["word " * 32_000], truncate=True, tenant="a"))
+    await asyncio.sleep(0)
+    with pytest.raises(TokenizerShareError):
+        await pool.encode(["word " * 4_500], truncate=True, tenant="a")
+    assert len(await pool.encode(["word " * 4_500], truncate=True, tenant="b")) == 1
+    await first
+    assert len(await pool.encode(["word " * 4_500], truncate=True, tenant="a")) == 1
 
 
 def test_a_cancelled_request_is_not_tokenized_further(pool: TokenizerPool, tokenized: list[tuple[str, str]]) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inferctl.core.errors import UsageError
 from inferctl.serve.cache.keys import KeySpace
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from inferctl.tenancy.metering.ledger import Ledger
-from tests.processes import CLIENT, ServerProcess, python, start, until
+from tests.processes import CLIENT, ServerProcess, python, start
 from tests.tenancy.key_files import add
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,43 +84,6 @@ def test_a_client_can_skip_the_cache(cached: ServerProcess) -> None:
     assert computed(cached) - before == 2
 
 
-def test_equal_requests_are_computed_once_and_all_recorded(
-    minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
-) -> None:
-    count = 1_000
-    server = serve("--spec", str(spec(tmp_path, minilm, metering={"mode": "on"})), "--engine", "echo")
-
-    async def send() -> list[httpx.Response]:
-        # httpx looks through all connections of a client for each request.
-        async with contextlib.AsyncExitStack() as stack:
-            opened = [httpx.AsyncClient(timeout=120, verify=False) for _ in range(count // 50)]
-            clients = [await stack.enter_async_context(client) for client in opened]
-            url, body = f"{server.url}/v1/embeddings", {"input": [SLOW_TOKEN, 7]}
-            return await asyncio.gather(*(client.post(url, json=body) for client in clients for _ in range(50)))
-
-    before = computed(server)
-    responses = asyncio.run(send())
-    assert computed(server) - before == 1
-    assert len({tuple(*vectors(response)) for response in responses}) == 1
-    assert {response.json()["usage"]["prompt_tokens"] for response in responses} == {2}
-    assert sum(CACHED not in response.headers for response in responses) == 1
-    opened: list[Ledger] = []
-
-    def open_ledger() -> bool:
-        with contextlib.suppress(UsageError):  # on a busy machine, the relay may make it later
-            opened.append(Ledger.read(f"sqlite:///{tmp_path}/metering/ledger.sqlite"))
-        return bool(opened)
-
-    until(open_ledger)
-    (ledger,) = opened
-    until(lambda: sum(row["requests"] for row in ledger.usage(["model"], 0, 2**62)) == count)
-    (sums,) = ledger.usage(["model"], 0, 2**62)
-    assert (sums["input_tokens"], sums["cached_tokens"]) == (2 * count, 2 * (count - 1))
-    ledger.close()
-    server.process.terminate()  # its relay too
-    server.process.wait()
-
-
 def test_the_ledger_has_what_the_engines_computed(tmp_path: Path) -> None:
     """Clients that leave, half-close and send equal requests, and inputs that fail or crash the engine."""
     script, file = ROOT / "benchmarks" / "peers" / "charges.py", tmp_path / "figures.json"
@@ -147,36 +105,6 @@ def background(call: Callable[[], httpx.Response]) -> Callable[[], httpx.Respons
         return found[0]
 
     return response
-
-
-def test_a_leader_that_disconnects_does_not_hurt_the_others(cached: ServerProcess) -> None:
-    body = {"input": [SLOW_TOKEN, 31]}
-    before = computed(cached)
-
-    def impatient() -> httpx.Response:
-        try:
-            return httpx.post(f"{cached.url}/v1/embeddings", json=body, timeout=SLOW_SECONDS / 2)
-        except httpx.TimeoutException:
-            return httpx.Response(499)
-
-    leader = background(impatient)
-    time.sleep(SLOW_SECONDS / 5)
-    follower = background(lambda: cached.embed(**body))
-    assert leader().status_code == 499
-    assert follower().status_code == 200
-    assert computed(cached) - before == 1
-
-
-def test_what_nobody_waits_for_is_not_computed(cached: ServerProcess) -> None:
-    """The queued request of a client that disconnected leaves the queue, and a later one computes it."""
-    busy = [background(partial(cached.embed, input=[SLOW_TOKEN, 40 + n])) for n in range(3)]
-    time.sleep(SLOW_SECONDS / 5)
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{cached.url}/v1/embeddings", json={"input": "abandoned"}, timeout=SLOW_SECONDS / 5)
-    assert all(response().status_code == 200 for response in busy)
-    before = computed(cached)
-    assert CACHED not in cached.embed(input="abandoned").headers
-    assert computed(cached) - before == 1
 
 
 def test_an_interactive_request_does_not_wait_for_a_bulk_one(cached: ServerProcess) -> None:

@@ -197,8 +197,3 @@ def test_a_key_ends_at_its_time(path: Path, rotated: bool) -> None:
     table = KeyTable(path, lambda _: None)
     assert table.find(secret.encode(), end.timestamp() - 1)
     assert table.find(secret.encode(), end.timestamp()) is None
-
-
-@pytest.mark.parametrize("credential", [b"", b"x", b"ik_live_", b"\xff" * 20, b"a" * 10_000])
-def test_what_is_no_key_is_not_found(path: Path, credential: bytes) -> None:
-    assert KeyTable(path, lambda _: None).find(credential, time.time()) is None

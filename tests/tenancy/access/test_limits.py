@@ -53,29 +53,18 @@ def worst(admitted: list[tuple[float, int]]) -> int:
 ARRIVALS = st.lists(st.tuples(st.floats(0, 30), st.integers(1, 60)), max_size=60)
 
 
-@given(ARRIVALS, st.integers(1, 100))
-def test_never_above_the_limit_in_any_minute(arrivals: list[tuple[float, int]], limit: int) -> None:
-    limiter, who, now = Limiter(tokens=limit), KEY, START
+@given(ARRIVALS, st.integers(1, 100), st.booleans())
+def test_never_above_the_limit_in_any_minute(arrivals: list[tuple[float, int]], limit: int, of_tokens: bool) -> None:
+    limiter = Limiter(tokens=limit) if of_tokens else Limiter(requests=limit, tokens=100_000)
+    who, now = KEY, START
     admitted = []
     for gap, amount in arrivals:
         now += gap
         if charge(limiter, who, now, amount):
-            admitted.append((now, amount))
+            admitted.append((now, amount if of_tokens else 1))
     assert worst(admitted) <= limit
-
-
-@given(ARRIVALS, st.integers(1, 30))
-def test_requests_and_tokens_have_windows_of_their_own(arrivals: list[tuple[float, int]], limit: int) -> None:
-    limiter, who, now = Limiter(requests=limit, tokens=100_000), KEY, START
-    admitted = []
-    for gap, amount in arrivals:
-        now += gap
-        if charge(limiter, who, now, amount):
-            admitted.append((now, 1))
-    assert worst(admitted) <= limit
-    # A request is rejected only if the limit is used in the 65 s before it.
-    rejected = len(arrivals) - len(admitted)
-    assert rejected == 0 or len(admitted) >= limit
+    # A request is rejected only if others used the limit.
+    assert of_tokens or len(admitted) >= min(limit, len(arrivals))
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 50), st.integers(0, 50), st.floats(0, 90)), max_size=40))
@@ -110,17 +99,6 @@ def test_generation_never_uses_more_than_the_limit(requests: list[tuple[float, i
     assert after.quotas(now + 1000) == (None, (100, 100, 0))  # nothing stays reserved
 
 
-def test_a_failed_request_keeps_what_was_computed() -> None:
-    limiter, who = Limiter(requests=10, tokens=10), KEY
-    for _ in range(2):
-        found = charge(limiter, who, START, 5)
-        assert found
-        found.close(give_back=True, computed=4)
-    usage = limiter.of(who, START)
-    (_, requests, _), (_, tokens, _) = usage.quotas(START)
-    assert (requests, tokens) == (8, 2)
-
-
 @pytest.mark.parametrize(
     ("size", "tokens", "left"),
     [(255, 0, 100), (0, 30, 70), (2_560, 0, 90), (2_560, 4, 90), (2_560, 30, 70), (25_600, 7, 0)],
@@ -153,20 +131,6 @@ def test_a_reservation_and_its_end_replace_what_a_body_cost() -> None:
         Charge(usage, START).charge_body(25_300, START)
 
 
-def test_what_was_not_computed_is_given_back() -> None:
-    limiter, who = Limiter(requests=2, tokens=10), KEY
-    for _ in range(5):
-        found = charge(limiter, who, START, 10)
-        assert found
-        found.close(give_back=True)
-    assert charge(limiter, who, START, 10)
-    assert charge(limiter, who, START)
-    full = limiter.of(who, START)
-    with pytest.raises(LimitError) as error:
-        Charge(full, START)
-    assert error.value.resource == "requests"
-
-
 def test_the_wait_is_exact() -> None:
     limiter, who = Limiter(tokens=100), KEY
     assert charge(limiter, who, START, 60)
@@ -179,14 +143,6 @@ def test_the_wait_is_exact() -> None:
     assert wait == 65 - 30
     assert charge(limiter, who, START + 30 + wait - 0.001, 50) is None
     assert charge(limiter, who, START + 30 + wait, 50)
-
-
-def test_what_never_fits_says_so() -> None:
-    found = charge(Limiter(tokens=100), KEY, START)
-    assert found
-    with pytest.raises(LimitError, match="needs 101 tokens") as error:
-        found.tokens(101, START)
-    assert error.value.retry_after is None
 
 
 def test_no_more_than_the_limit_is_tokenized_in_vain() -> None:

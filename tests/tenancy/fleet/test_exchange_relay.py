@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import socket
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,9 +13,7 @@ from pathlib import Path
 import nats as client
 import pytest
 
-from inferctl.serve.edge.exchange import Exchange
 from inferctl.tenancy.access import channel
-from inferctl.tenancy.access.limits import Charge, Limiter
 from inferctl.tenancy.fleet import broker
 from inferctl.tenancy.fleet.broker import FleetBroker, FleetBrokerError
 from inferctl.tenancy.relay.exchange import ExchangeRelay
@@ -68,54 +65,48 @@ class Connected:
         return line
 
 
-def test_only_what_belongs_to_a_subject_is_passed_on(nats: Nats, tmp_path: Path) -> None:
-    async def run() -> None:
-        found = Connected(nats.url, tmp_path)
-        async with found.run():
-            await until(lambda: found.subscribed)
-            assert Path(channel.address(tmp_path)).stat().st_mode & 0o777 == 0o600
-            other = await client.connect(nats.url)
-            revoke = json.dumps({"revoked": ["aaaaaaaaaaaa"]}).encode()
-            long = json.dumps({"x": "a" * channel.MAX_LINE}).encode()
-            for content in (revoke, b'{"\\u0072evoked": []}', b"[]", b"{", b"", long):
-                await other.publish(f"{broker.LIMITS}.m", content)
-            for content in (LINE.strip(), b'{"again": true}', b'{"revoked": [], "sender": 1}', b"null", long):
-                await other.publish(broker.KEYS, content)
-            await other.flush()
-            await asyncio.sleep(0.3)
-            assert found.changes == 0
-            await other.publish(broker.KEYS, revoke)
-            await other.flush()
-            assert json.loads(await found.next()) == {"revoked": ["aaaaaaaaaaaa"]}
-            assert found.changes == 1
-            await other.publish(f"{broker.LIMITS}.m", LINE.strip())
-            await other.flush()
-            assert await found.next() == LINE
-            await other.close()
-
-    asyncio.run(run())
+async def test_only_what_belongs_to_a_subject_is_passed_on(nats: Nats, tmp_path: Path) -> None:
+    found = Connected(nats.url, tmp_path)
+    async with found.run():
+        await until(lambda: found.subscribed)
+        assert Path(channel.address(tmp_path)).stat().st_mode & 0o777 == 0o600
+        other = await client.connect(nats.url)
+        revoke = json.dumps({"revoked": ["aaaaaaaaaaaa"]}).encode()
+        long = json.dumps({"x": "a" * channel.MAX_LINE}).encode()
+        for content in (revoke, b'{"\\u0072evoked": []}', b"[]", b"{", b"", long):
+            await other.publish(f"{broker.LIMITS}.m", content)
+        for content in (LINE.strip(), b'{"again": true}', b'{"revoked": [], "sender": 1}', b"null", long):
+            await other.publish(broker.KEYS, content)
+        await other.flush()
+        await asyncio.sleep(0.3)
+        assert found.changes == 0
+        await other.publish(broker.KEYS, revoke)
+        await other.flush()
+        assert json.loads(await found.next()) == {"revoked": ["aaaaaaaaaaaa"]}
+        assert found.changes == 1
+        await other.publish(f"{broker.LIMITS}.m", LINE.strip())
+        await other.flush()
+        assert await found.next() == LINE
+        await other.close()
 
 
-def test_a_connection_that_ended_for_ever_is_made_again(nats: Nats, tmp_path: Path) -> None:
-    async def run() -> None:
-        found = Connected(nats.url, tmp_path)
-        async with found.run():
-            await until(lambda: found.subscribed)
-            first = found.relay._broker
-            assert first
-            # As when the broker says it. The client then closes, and does not connect again.
-            await first._nats._process_err("'user authentication expired'")
-            await until(lambda: found.subscribed and found.relay._broker is not first)
-            other = await client.connect(nats.url)
-            await other.publish(f"{broker.LIMITS}.m", LINE.strip())
-            await other.flush()
-            assert await found.next() == LINE
-            await other.close()
-
-    asyncio.run(run())
+async def test_a_connection_that_ended_for_ever_is_made_again(nats: Nats, tmp_path: Path) -> None:
+    found = Connected(nats.url, tmp_path)
+    async with found.run():
+        await until(lambda: found.subscribed)
+        first = found.relay._broker
+        assert first
+        # As when the broker says it. The client then closes, and does not connect again.
+        await first._nats._process_err("'user authentication expired'")
+        await until(lambda: found.subscribed and found.relay._broker is not first)
+        other = await client.connect(nats.url)
+        await other.publish(f"{broker.LIMITS}.m", LINE.strip())
+        await other.flush()
+        assert await found.next() == LINE
+        await other.close()
 
 
-def test_a_name_that_could_not_be_subscribed_is_tried_again(
+async def test_a_name_that_could_not_be_subscribed_is_tried_again(
     nats: Nats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subscribe, failed = FleetBroker.subscribe, list[FleetBroker]()
@@ -128,14 +119,11 @@ def test_a_name_that_could_not_be_subscribed_is_tried_again(
 
     monkeypatch.setattr(FleetBroker, "subscribe", fails_once)
 
-    async def run() -> None:
-        found = Connected(nats.url, tmp_path)
-        async with found.run():
-            await until(lambda: failed)
-            await until(lambda: found.subscribed and found.relay._broker is not failed[0])
-            assert failed[0]._nats.is_closed
-
-    asyncio.run(run())
+    found = Connected(nats.url, tmp_path)
+    async with found.run():
+        await until(lambda: failed)
+        await until(lambda: found.subscribed and found.relay._broker is not failed[0])
+        assert failed[0]._nats.is_closed
 
 
 def test_a_subject_that_the_broker_forbids_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,42 +146,6 @@ def test_a_subject_that_the_broker_forbids_is_logged(tmp_path: Path, caplog: pyt
             asyncio.run(run())
     finally:
         server.kill()
-
-
-def test_two_servers_on_two_machines_hear_each_other(nats: Nats, tmp_path: Path) -> None:
-    """Without HTTP: two limiters, each with an exchange, a socket and a relay of its own."""
-
-    async def run() -> None:
-        limiters, revoked, tasks = list[Limiter](), list[str](), list[asyncio.Task[None]]()
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            limiters.append(Limiter(replicas=2, exchanges=True))
-            exchange = Exchange(limiters[-1], tmp_path / name, "m", revoked.extend)
-            tasks += [
-                asyncio.create_task(ExchangeRelay(tmp_path / name, nats.url, lambda: None).run()),
-                asyncio.create_task(exchange.run()),
-            ]
-        try:
-            await until(lambda: all(time.time() < each.fresh_until for each in limiters))
-            usage = limiters[0].usage("team", (10, None), time.time())
-            assert usage
-            charge = Charge(usage, time.time())
-            await until(lambda: "team" in limiters[1]._usages)
-            assert limiters[1]._usages["team"].windows[0].foreign_total == 1
-            charge.close(give_back=True)
-            await until(lambda: limiters[1]._usages["team"].windows[0].foreign_total == 0)
-            await broker.publish_change(nats.url, ["aaaaaaaaaaaa"], 5)
-            await until(lambda: revoked == ["aaaaaaaaaaaa"] * 2)
-            nats.kill()
-            await until(lambda: all(time.time() > each.fresh_until for each in limiters))
-            nats.start()
-            await until(lambda: all(time.time() < each.fresh_until for each in limiters))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_a_broker_that_never_was_there_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("how", ["error", "killed", "reader"])
-def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: str) -> None:
+async def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: str) -> None:
     """After some errors, the client of NATS closes for ever, or does not read any more."""
     settings = {"mode": "on", "broker": nats.url, "ledger": f"sqlite:///{tmp_path}/ledger.sqlite"}
     relay = Relay(Metering.model_validate(settings), Access.model_validate({}), consume=True)
@@ -210,49 +210,40 @@ def test_a_connection_that_ended_is_made_again(nats: Nats, tmp_path: Path, how: 
                 except brokers.BrokerUnavailableError:
                     await asyncio.sleep(0.2)
 
-    async def run() -> None:
-        running = asyncio.create_task(relay.run())
-        await stored(1)
-        first = relay._broker
-        assert first
-        if how == "killed":
-            nats.kill()
-            nats.start()
-        elif how == "error":
-            await first._nats._process_err("'user authentication expired'")
-        else:
-            first._nats._reading_task.cancel()
-        await stored(2)
-        assert relay._broker is not first
-        relay.end()
-        await running
-
-    asyncio.run(run())
+    running = asyncio.create_task(relay.run())
+    await stored(1)
+    first = relay._broker
+    assert first
+    if how == "killed":
+        nats.kill()
+        nats.start()
+    elif how == "error":
+        await first._nats._process_err("'user authentication expired'")
+    else:
+        first._nats._reading_task.cancel()
+    await stored(2)
+    assert relay._broker is not first
+    relay.end()
+    await running
 
 
-def test_a_silent_broker_is_an_error_that_names_it(nats: Nats, tmp_path: Path) -> None:
-    async def run() -> None:
-        broker = await brokers.connect(nats.url)
-        await broker.publish(batch("a", 1, 1))
-        nats.signal(signal.SIGSTOP)
-        try:
-            with pytest.raises(brokers.BrokerUnavailableError, match=f"{nats.url} is not available: no response"):
-                await broker.publish(batch("a", 2, 2))
-        finally:
-            nats.signal(signal.SIGCONT)
-        assert broker.broken
-        await broker.close()
-
-    asyncio.run(run())
+async def test_a_silent_broker_is_an_error_that_names_it(nats: Nats, tmp_path: Path) -> None:
+    broker = await brokers.connect(nats.url)
+    await broker.publish(batch("a", 1, 1))
+    nats.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(brokers.BrokerUnavailableError, match=f"{nats.url} is not available: no response"):
+            await broker.publish(batch("a", 2, 2))
+    finally:
+        nats.signal(signal.SIGCONT)
+    assert broker.broken
+    await broker.close()
 
 
-def test_without_the_relay_of_the_ledger_the_connection_is_kept(nats: Nats) -> None:
-    async def run() -> None:
-        broker = await brokers.connect(nats.url)
-        with pytest.raises(brokers.BrokerUnavailableError, match="relay with the ledger is not connected"):
-            await broker.watermarks(["a"])
-        assert not broker.broken
-        await broker.close()
-        assert broker.broken
-
-    asyncio.run(run())
+async def test_without_the_relay_of_the_ledger_the_connection_is_kept(nats: Nats) -> None:
+    broker = await brokers.connect(nats.url)
+    with pytest.raises(brokers.BrokerUnavailableError, match="relay with the ledger is not connected"):
+        await broker.watermarks(["a"])
+    assert not broker.broken
+    await broker.close()
+    assert broker.broken

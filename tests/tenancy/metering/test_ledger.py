@@ -167,13 +167,6 @@ def test_several_relays_can_start_at_the_same_time(ledger_url: str) -> None:
     ledger.close()
 
 
-def test_a_report_reads_an_existing_ledger_only(ledger_url: str, ledger: Ledger) -> None:
-    ledger.apply([batch("a", 1, 5)])
-    reader = Ledger.read(ledger_url)
-    assert requests(reader) == 5
-    reader.close()
-
-
 def test_errors_name_the_ledger_but_no_password(tmp_path: Path) -> None:
     for address in ("no url: secret", "mysql://u:secret@h/d"):
         with pytest.raises(UsageError, match="an address of a database") as rejected:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,7 +19,7 @@ import openai
 import pytest
 
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.processes import ServerProcess, python, until
+from tests.processes import ServerProcess, until
 from tests.tenancy.key_files import add
 from tests.tenancy.parts import Postgres
 
@@ -252,21 +249,6 @@ def test_three_kills_of_the_relay_lose_and_repeat_nothing(metered: Metered, tmp_
     assert server.log.read_text().count("the relay was killed by signal 9; starting it again") == 3
 
 
-def test_the_metrics_show_what_the_ledger_does_not_have(metered: Metered, tmp_path: Path) -> None:
-    server = metered()
-    assert server.embed(input="a").status_code == 200
-    until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
-    assert server.metric("inferctl_outbox_dropped_events") == 0
-    for pid in relays(tmp_path):
-        os.kill(pid, signal.SIGSTOP)
-    server.embed(input="a")
-    until(lambda: server.metric("inferctl_outbox_age_seconds") > 0.5, 30)
-    assert server.metric("inferctl_outbox_events") == 1
-    for pid in relays(tmp_path):
-        os.kill(pid, signal.SIGCONT)
-    until(lambda: server.metric("inferctl_outbox_events") == 0, 30)
-
-
 def test_a_stopped_database_does_not_affect_requests(metered: Metered, tmp_path: Path, postgres: Postgres) -> None:
     address = postgres.url()
     server = metered(ledger=address)
@@ -316,22 +298,11 @@ def test_a_full_outbox_drops_events_or_rejects_requests(
         assert server.embed(input="a").status_code == 200
     until(lambda: "USAGE EVENTS CANNOT BE WRITTEN: database or disk is full" in server.log.read_text(), 30)
     server.stop()
-    statuses = load.stop()
-    # A ledger at last: what is on disk arrives, and the rest shows as lost.
-    command = [sys.executable, "-m", "inferctl", "relay", "--ledger", f"sqlite:///{tmp_path}/late.sqlite"]
-    late = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    until(lambda: not list((tmp_path / "metering").glob("*/lock")), 60)
-    late.send_signal(signal.SIGTERM)
-    assert late.wait(30) == 0
-    ledger = ledger_of(tmp_path, f"sqlite:///{tmp_path}/late.sqlite")
-    lost = sum(gap.last - gap.first + 1 for gap in ledger.gaps(*ALL))
-    assert rows(ledger, status=200) + lost >= statuses[200]
-    assert lost > 0
+    load.stop()
 
 
 def test_two_servers_share_a_folder(metered: Metered, tmp_path: Path) -> None:
     first = metered()
-    (tmp_path / "second").mkdir()
     second = metered()
     for _ in range(5):
         assert first.embed(input="a").status_code == second.embed(input="a").status_code == 200
@@ -341,14 +312,3 @@ def test_two_servers_share_a_folder(metered: Metered, tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path)
     assert (rows(ledger, status=200), ledger.gaps(*ALL), ledger.unclean_ends(*ALL)) == (11, [], [])
     assert len(ledger.usage(["source"], *ALL)) == 2
-
-
-def test_the_api_process_imports_no_package_of_the_ledger() -> None:
-    code = (
-        "import sys, json\n"
-        "from inferctl.serve import encoder_server, relay_process\n"
-        "from inferctl.serve.observe import metering\n"
-        "print(json.dumps([m for m in ('sqlalchemy', 'alembic', 'psycopg', 'nats') if m in sys.modules]))"
-    )
-    done = python("-c", code, code=0)
-    assert json.loads(done.stdout) == []

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from inferctl.core.errors import NotReadyError
 from inferctl.tenancy.metering import outbox, usage_event
 from inferctl.tenancy.metering import recorder as recorders
-from inferctl.tenancy.metering.outbox import EventBatch, Outbox, OutboxReader
+from inferctl.tenancy.metering.outbox import EventBatch, Outbox
 from inferctl.tenancy.metering.outboxes import Outboxes
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
 from tests.processes import until
@@ -115,30 +114,6 @@ def test_what_the_ledger_has_is_freed(make: Make, tmp_path: Path) -> None:
     outbox.write_watermark(events_file(data).parent, 400)
     until(lambda: not read(data) and recorder.depth == 0, 10)
     until(lambda: recorder.age == 0, 10)
-
-
-def test_a_clean_end_is_the_last_event(make: Make, tmp_path: Path) -> None:
-    recorder = make()
-    recorder.record(event())
-    assert recorder.close(5)
-    batches = read(tmp_path / "m")
-    (last,) = usage_event.read(batches[-1].content)
-    assert (last.ended, last.id, last.data) == ("clean", 2, {})
-
-
-def test_an_outbox_of_a_live_process_is_not_taken_over(make: Make, tmp_path: Path) -> None:
-    make().record(event())
-    until(lambda: bool(read(tmp_path / "m")), 10)
-    assert not OutboxReader(events_file(tmp_path / "m").parent).take_over()
-
-
-def test_a_reader_cannot_change_the_outbox(make: Make, tmp_path: Path) -> None:
-    make().record(event())
-    until(lambda: bool(read(tmp_path / "m")), 10)
-    reader = sqlite3.connect(f"{events_file(tmp_path / 'm').as_uri()}?mode=ro", uri=True)
-    with pytest.raises(sqlite3.OperationalError):
-        reader.execute("delete from batches")
-    reader.close()
 
 
 def test_a_reader_may_open_the_file_before_the_table_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,20 +260,6 @@ def data(folder: Path) -> list[dict[str, Any]]:
 
 def total(events: list[dict[str, Any]], **where: object) -> int:
     return sum(each["requests"] for each in events if where.items() <= each.items())
-
-
-def test_a_flood_of_rejected_requests_leaves_few_events_that_count_them_all(make: Make, tmp_path: Path) -> None:
-    recorder, folder = make(), tmp_path / "m"
-    for number in range(20_000):
-        recorder.record(event("k2", status=429, **REJECTED))
-        if number % 1000 == 0:
-            recorder.record(event())
-    until(lambda: total(data(folder)) == 20_020, 10)
-    found = data(folder)
-    assert len(found) < 20 + 10
-    assert (total(found, key_id="k2", status=429), total(found, key_id="k1", status=200)) == (20_000, 20)
-    assert sum(each["inputs"] for each in found) == 20, "nothing was computed for the others"
-    assert numbers(read(folder)) == list(range(1, recorder.issued + 1))
 
 
 @pytest.mark.parametrize(
@@ -449,9 +410,3 @@ def test_after_a_sigkill_the_end_event_tells_exactly_how_many_requests_were_lost
     assert numbers(batches)[:-1] == list(range(1, batches[-1].first)), "nothing is missing in the middle"
     assert batches[-1].first > 2000 - 1000 and (lost or batches[-1].first == last.id)
     assert numbers(read(tmp_path / "m")) == numbers(batches)
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotReadyError, match="cannot be made"):
-        Outbox.create(tmp_path / "file", MIB)

@@ -85,9 +85,3 @@ def test_a_relay_steps_back_for_its_server_and_no_longer_after_its_end(tmp_path:
 def test_an_address_without_effect_is_a_warning(settings: dict[str, str], warned: bool) -> None:
     found = list(metering.warnings(Metering.model_validate(settings)))
     assert ["metering.mode" in warning for warning in found] == [True] * warned
-
-
-def test_a_relay_can_read_the_settings_of_its_server() -> None:
-    """The server sends them as JSON, with all defaults."""
-    spec = Spec.model_validate({"name": "m", "model": {"source": "x"}})
-    assert Spec.model_validate(spec.model_dump(mode="json")) == spec
