@@ -42,13 +42,7 @@ Examples:
 
 Precisions = Annotated[
     list[str] | None,
-    typer.Option(
-        "--precision",
-        "-p",
-        metavar="NAME",
-        autocompletion=completion.PRECISIONS,
-        help="Measure fp32, fp16, bf16, int8 or fp8; repeatable. [default: the plan's]",
-    ),
+    options.precision_option("Measure fp32, fp16, bf16, int8 or fp8; repeatable. [default: the plan's]"),
 ]
 BatchTokens = Annotated[
     list[int] | None,

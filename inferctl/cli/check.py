@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from inferctl.cli import completion, console
+from inferctl.cli import completion, console, options
 from inferctl.cli.options import Json, ModelSource, PrecisionOption, SpecFile, load
 from inferctl.config.spec import Spec
 from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_hint
@@ -55,10 +55,8 @@ def check(
     precision: PrecisionOption = None,
     hardware: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            autocompletion=completion.HARDWARE_OR_ALL,
-            help="Check this hardware, or `all`; repeatable. [default: the spec's]",
+        options.hardware_option(
+            "Check this hardware, or `all`; repeatable. [default: the spec's]", completion.HARDWARE_OR_ALL
         ),
     ] = None,
     driver: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable
 
@@ -31,28 +32,9 @@ def one_of(*names: str) -> Callback:
     return _offer(lambda: names)
 
 
-def _hardware() -> Iterable[str]:
-    from inferctl.facts import catalog
-
-    return catalog.hardware_profiles()
-
-
-def _bases() -> Iterable[str]:
-    from inferctl.facts import catalog
-
-    return catalog.bases()
-
-
-def _stacks() -> Iterable[str]:
-    from inferctl.facts import catalog
-
-    return catalog.stacks()
-
-
-def _plans() -> Iterable[str]:
-    from inferctl.bench.plan import plan
-
-    return plan.names()
+def _listed(module: str, name: str) -> Callable[[], Iterable[str]]:
+    """Return a function that calls `name()` of a module of this package, which it imports then."""
+    return lambda: getattr(importlib.import_module(f"inferctl.{module}"), name)()
 
 
 def _corpora() -> Iterable[str]:
@@ -67,8 +49,9 @@ def _metrics() -> Iterable[str]:
     return [*run_metrics.METRICS, run_metrics.REJECTED]
 
 
-HARDWARE, BASES, STACKS = _offer(_hardware), _offer(_bases), _offer(_stacks)
-HARDWARE_OR_ALL = _offer(lambda: ["all", *_hardware()])
-PLANS, CORPORA, METRICS = _offer(_plans), _offer(_corpora), _offer(_metrics)
+_hardware = _listed("facts.catalog", "hardware_profiles")
+HARDWARE, HARDWARE_OR_ALL = _offer(_hardware), _offer(lambda: ["all", *_hardware()])
+BASES, STACKS = _offer(_listed("facts.catalog", "bases")), _offer(_listed("facts.catalog", "stacks"))
+PLANS, CORPORA, METRICS = _offer(_listed("bench.plan.plan", "names")), _offer(_corpora), _offer(_metrics)
 PRECISIONS = one_of("auto", "fp32", "fp16", "bf16", "int8", "fp8")
 PLATFORMS = one_of("linux/amd64", "linux/arm64")

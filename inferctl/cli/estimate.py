@@ -42,20 +42,12 @@ def estimate(
     ] = None,
     hardware: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            autocompletion=completion.HARDWARE,
-            help=f"Estimate this hardware; repeatable. [default: the spec's, else {_STANDARD}]",
-        ),
+        options.hardware_option(f"Estimate this hardware; repeatable. [default: the spec's, else {_STANDARD}]"),
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(
-            "--precision",
-            "-p",
-            metavar="NAME",
-            autocompletion=completion.PRECISIONS,
-            help="Estimate auto, fp32, fp16, bf16 or int8; repeatable. [default: the spec's, else auto]",
+        options.precision_option(
+            "Estimate auto, fp32, fp16, bf16 or int8; repeatable. [default: the spec's, else auto]"
         ),
     ] = None,
     corpus: Annotated[

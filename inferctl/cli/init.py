@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import jinja2
 import typer
 
-from inferctl.cli import completion, console
+from inferctl.cli import completion, console, options
 from inferctl.config import settings, spec
 from inferctl.core import assets, document, outputs
 from inferctl.core.errors import InferctlError, UsageError
@@ -64,10 +64,8 @@ def init(
     ] = None,
     hardware: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            autocompletion=completion.HARDWARE,
-            help="Set the target hardware; repeatable. [default: t4 and half an A100; cpu for a CPU base]",
+        options.hardware_option(
+            "Set the target hardware; repeatable. [default: t4 and half an A100; cpu for a CPU base]"
         ),
     ] = None,
     ci: Annotated[Literal["github", "gitlab"] | None, typer.Option("--ci", help="Also write the CI workflow.")] = None,

@@ -35,14 +35,22 @@ ModelSource = Annotated[
         help="Use this model folder, hub id or `oci://` image; no spec file is required.",
     ),
 ]
+
+
+def hardware_option(help_: str, offered: completion.Callback = completion.HARDWARE) -> Any:
+    """Return an option that is repeated for several kinds of hardware."""
+    return typer.Option(metavar="KEY", autocompletion=offered, help=help_)
+
+
+def precision_option(help_: str) -> Any:
+    """Return an option for one precision, or several if it is repeated."""
+    return typer.Option("--precision", "-p", metavar="NAME", autocompletion=completion.PRECISIONS, help=help_)
+
+
 PrecisionOption = Annotated[
     str | None,
-    typer.Option(
-        "--precision",
-        "-p",
-        metavar="NAME",
-        autocompletion=completion.PRECISIONS,
-        help="Set the precision: auto, fp32, fp16, bf16, int8 or fp8 (generation). [default: the spec's, else auto]",
+    precision_option(
+        "Set the precision: auto, fp32, fp16, bf16, int8 or fp8 (generation). [default: the spec's, else auto]"
     ),
 ]
 Network = Annotated[

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from inferctl.bench.load.target import ServerConnection
     from inferctl.config.settings import Resolved
     from inferctl.image.library import LibraryComparison
-    from inferctl.image.verify import Verified
 
 
 EPILOG = """\b
@@ -211,8 +210,5 @@ def _verify_image(
     if against:
         _check_library(result.task, against)
     show_verified(result)
-    _print(reference, image.id, result, as_json)
-
-
-def _print(reference: str, image: str, result: Verified, as_json: bool) -> None:
-    console.result({"image": image, "reference": reference, "verified": result.document()}, image, as_json=as_json)
+    document = {"image": image.id, "reference": reference, "verified": result.document()}
+    console.result(document, image.id, as_json=as_json)
