@@ -196,8 +196,8 @@ def test_an_image_that_mounts_its_weights_can_be_built_without_them(tmp_path: Pa
     [
         (["--tag", "MyOrg/minilm"], "'MyOrg/minilm' is not an image name", "lower case"),
         (["--push"], "--push requires a repository", "image.repository"),
-        (["--dry-run", "--network", "zzz"], "--network 'zzz' is not supported", "--network host"),
-        (["--dry-run", "--network", ""], "--network '' is not supported", "--network host"),
+        (["--dry-run", "--network", "zzz"], "'zzz' is not one of 'host'", "build --help"),
+        (["--dry-run", "--network", ""], "'' is not one of 'host'", "build --help"),
         (["--dry-run", "--platform", "linux"], "'linux' is not a valid platform", "linux/amd64"),
     ],
 )

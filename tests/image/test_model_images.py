@@ -9,7 +9,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +69,6 @@ def test_a_spec_elsewhere_names_the_same_image(tmp_path: Path) -> None:
 def test_settings_of_a_hub_model_are_rejected(model: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"revision is for hub ids|requires a hub id"):
         spec.Model.model_validate({"source": f"oci://{NAME}:v1", **model})
-
-
-@pytest.mark.parametrize(
-    ("image", "accepted"),
-    [
-        (f"{NAME}:v1", False),
-        (f"{NAME}@{DIGEST}", False),
-        (f"{NAME}-files:v1", True),
-    ],
-)
-def test_a_model_image_is_not_mounted_as_one_with_files_at_its_root(image: str, accepted: bool) -> None:
-    document = {"name": "m", "model": {"source": f"oci://{NAME}:v1"}, "deploy": {"weights": {"image": image}}}
-    with nullcontext() if accepted else pytest.raises(ValueError, match="needs no"):
-        Spec.model_validate(document)
 
 
 def test_the_root_of_a_model_image_is_no_model_folder(folder: Path) -> None:

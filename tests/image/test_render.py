@@ -201,7 +201,6 @@ def tag(chosen: locks.Locks = LOCKS, weights: str | None = None, **flags: Any) -
     [
         ({"image__repository": "registry.example.com/ml/m"}, True),
         ({"image__platform": "linux/amd64"}, True),
-        ({"bench__plan": "quick"}, True),
         ({"hardware": ["t4"]}, True),
         ({"metering__ledger": "postgresql://usage:secret@db/usage"}, True),
         ({"serve__max_batch_tokens": 64}, False),

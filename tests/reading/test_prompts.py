@@ -302,10 +302,12 @@ def test_the_server_names_its_prompts(server: Any) -> None:
 
 def test_the_verification_of_an_image_compares_all_prompts(server: Any) -> None:
     found, path = server
-    host, port = found.url.removeprefix("http://").split(":")
     names = [None, *SERVED["prompts"]] * 2
-    address: Any = (host, int(port))
-    vectors = verify._embed(None, address, "prompted", verify.TEXTS, names, "dense", 0)  # type: ignore[arg-type]
+
+    def send(path: str, body: Any) -> Any:
+        return CLIENT.post(f"{found.url}{path}", json=body).json()
+
+    vectors = verify._embed(send, list(zip(verify.TEXTS, names, strict=True)), "dense", 0)
     inputs = [{"input": text, "prompt_name": name} for text, name in zip(verify.TEXTS, names, strict=True)]
     expected = reference(str(path), inputs)["embeddings"]
     np.testing.assert_allclose(vectors, [np.frombuffer(base64.b64decode(each), "<f4") for each in expected], atol=1e-5)

@@ -50,7 +50,6 @@ def test_specs_without_a_deployment_keep_their_digests(text: str, digest: str) -
         ("namespace: Inference", "deploy.namespace"),
         ("weights: {image: b}", "unknown key 'image'"),
         ("omit: [Deployment]", "deploy.omit.0"),
-        ("prometheus: nats", "deploy.prometheus"),
         ("flavours: []", "did you mean flavors?"),
     ],
 )
