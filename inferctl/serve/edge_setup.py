@@ -18,10 +18,10 @@ from inferctl.serve.observe.metrics import RequestMetrics
 
 
 class EdgeSetup:
-    """For one process that responds to clients. `name`: of the server. `models`: the names that requests and keys may use.
+    """For one process that responds to clients.
 
-    `ready()` and `live()`: as of `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` for a key file
-    that is missing or not valid.
+    `name`: of the server. `models`: the names that requests and keys may use. `ready()` and `live()`: as of
+    `Lifecycle`. `log`, `traces`: as in `ServerOptions`. Raises `UsageError` if a key file is missing or not valid.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.tenancy.metering import usage_event
@@ -26,7 +27,8 @@ DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z
 def event(key_id: str | None = "k1", tokens: int = 10, status: int = 200, **fields: object) -> UsageEvent:
     code = None if status < 400 else "queue_full"
     values = {"code": code, "key_id": key_id, "input_tokens": tokens, "engine_seconds": 0.002, "inputs": 1}
-    return UsageEvent("request", status=status, **{"endpoint": "embeddings", **values, **fields})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"endpoint": "embeddings", **values, **fields}
+    return UsageEvent("request", status=status, **given)
 
 
 def batch(

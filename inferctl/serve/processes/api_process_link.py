@@ -129,7 +129,7 @@ class ApiProcessLink:
             self._backend.charge(self._first + number, caller_of(caller), size)
         elif number not in self._jobs:  # it has ended, and the message that says so is on its way
             return
-        self._jobs[number] = None
+        self._jobs[number] = None  # until it has ended: this can be called again, without `wait`
         report = self._backend.report(self._first + number, in_vain=in_vain, give_back=give_back, wait=wait)
         if report.done():
             self._reported(number, report)
