@@ -29,6 +29,7 @@ _INLINE_BODY_BYTES = 64 * 1024
 _WHOLE_BODY_BYTES = 320 * 1024
 _TURN_S = 0.001  # of one response on the event loop, until others have their turn
 _PHASES = ("tokenize", "queue", "inference")
+_TIMES = {name: f"x-inferctl-{name}-ms".encode() for name in _PHASES}  # phase -> header
 T = TypeVar("T")
 Tokenize: TypeAlias = Callable[[], Awaitable[tuple[Sequence[Tokens], Sequence[int] | None]]]
 _large_body = threading.Lock()
@@ -137,7 +138,7 @@ async def send_json(send: Send, parts: Iterable[bytes], context: RequestContext)
     headers = [(b"content-type", b"application/json"), (b"x-inferctl-tokens", b"%d" % context.input_tokens)]
     if context.cached_tokens:
         headers.append((b"x-inferctl-cached-tokens", b"%d" % context.cached_tokens))
-    headers += [(f"x-inferctl-{name}-ms".encode(), b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
+    headers += [(_TIMES[name], b"%.3f" % (1000 * s)) for name, s in context.phases.items()]
     rest, body, turn = iter(parts), b"", time.monotonic()
     for part in rest:
         body += part

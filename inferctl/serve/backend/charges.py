@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import cached_property
 from typing import Any
 
 from inferctl.serve.scheduling.engine_use import EngineUse
@@ -40,13 +41,14 @@ class Charges:
     def __init__(self, limiter: Limiter | None = None) -> None:
         self._limiter = limiter or Limiter()
         self._requests: dict[int, InFlight] = {}
-        self._admitted: asyncio.Future[RejectedError | None] | None = None  # the same for all
+
+    @cached_property
+    def _admitted(self) -> asyncio.Future[RejectedError | None]:
+        return done(None)  # the same for all
 
     def admit(self, number: int, caller: Caller, size: int) -> asyncio.Future[RejectedError | None]:
         """Charge a request. Part of `Admission`."""
         self.charge(number, caller, size)
-        if self._admitted is None:
-            self._admitted = done(None)
         return self._admitted
 
     def charge(self, number: int, caller: Caller, size: int) -> None:

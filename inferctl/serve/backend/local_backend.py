@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,10 @@ class Job:
     No task or future of its own is between it and the dispatcher: that would take a tenth of its time here.
     """
 
-    __slots__ = ("_outcome", "future")
+    __slots__ = ("_backend", "_number", "future")
 
-    def __init__(
-        self, future: asyncio.Future[RequestResult], outcome: Callable[[asyncio.Future[RequestResult]], Outcome]
-    ) -> None:
-        self.future, self._outcome = future, outcome
+    def __init__(self, backend: LocalBackend, number: int, future: asyncio.Future[RequestResult]) -> None:
+        self._backend, self._number, self.future = backend, number, future
 
     def __await__(self) -> Generator[Any, None, Outcome]:
         try:
@@ -38,7 +36,7 @@ class Job:
 
     def outcome(self) -> Outcome:
         """Return what came of it, when its future is done."""
-        return self._outcome(self.future)
+        return self._backend.outcome(self._number, self.future)
 
 
 class LocalBackend(Charges):
@@ -56,13 +54,13 @@ class LocalBackend(Charges):
 
     def admit(self, number: int, caller: Caller, size: int) -> asyncio.Future[RejectedError | None]:
         """Charge a request, and look at the queue. Part of `Backend`."""
-        admitted = super().admit(number, caller, size)
+        self.charge(number, caller, size)
         if self._cache is None:  # the cache may have the vectors, so a full queue does not rule a request out
             try:
                 self._dispatcher.check_admission(bulk=caller.bulk, tenant=caller.tenant)
             except RejectedError as full:
                 return done(full)
-        return admitted
+        return self._admitted
 
     def submit(self, number: int, work: Work) -> Job:
         """Charge the tokens of a request, and compute it. Part of `Backend`."""
@@ -79,9 +77,10 @@ class LocalBackend(Charges):
                 request.future = asyncio.get_running_loop().create_task(run)
         except (LimitError, RejectedError) as error:
             raise self._rejected(number, error) from None
-        return Job(request.future, partial(self._outcome, number))
+        return Job(self, number, request.future)
 
-    def _outcome(self, number: int, future: asyncio.Future[RequestResult]) -> Outcome:
+    def outcome(self, number: int, future: asyncio.Future[RequestResult]) -> Outcome:
+        """Return what came of a request whose future is done. Raises `RejectedError`."""
         try:
             result = future.result()
             if result.non_finite:

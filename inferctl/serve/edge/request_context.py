@@ -19,6 +19,7 @@ log = logging.getLogger("inferctl.usage")
 CLIENT_DISCONNECTED = 499
 OTHER = "other"  # the name of paths that are no endpoint of a task
 _MAX_ID_LENGTH = 128
+_TRACE = b"traceparent", b"tracestate"
 _CONTEXT, _NOTES = "inferctl.request", "inferctl.notes"  # keys of a scope, and of its `state`
 
 
@@ -95,23 +96,23 @@ class Asked(NamedTuple):
     @classmethod
     def of(cls, scope: Scope, endpoint: str) -> Asked:
         """Read the headers of a request."""
-        request_id = priority = content_type = cache_control = b""
-        content_length, trace = 0, dict[str, str]()
-        for name, value in scope["headers"]:
-            if name == b"x-request-id" and 0 < len(value) <= _MAX_ID_LENGTH and all(33 <= c <= 126 for c in value):
-                request_id = value
-            elif name == b"x-priority":
-                priority = value.strip().lower()
-            elif name == b"content-type":
-                content_type = value
-            elif name == b"content-length":
-                content_length = int(value)
-            elif name == b"cache-control":
-                cache_control = value
-            elif name in (b"traceparent", b"tracestate"):
-                trace[name.decode()] = value.decode("latin-1")
-        request_id = request_id or b"%032x" % random.getrandbits(128)
-        return cls(endpoint, request_id, priority, content_type, content_length, cache_control, trace)
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        found = headers.get
+        request_id = found(b"x-request-id", b"")
+        if not 0 < len(request_id) <= _MAX_ID_LENGTH or not all(33 <= c <= 126 for c in request_id):
+            request_id = b"%032x" % random.getrandbits(128)
+        trace = dict[str, str]()
+        if b"traceparent" in headers:
+            trace = {name.decode(): headers[name].decode("latin-1") for name in _TRACE if name in headers}
+        return cls(
+            endpoint,
+            request_id,
+            found(b"x-priority", b"").strip().lower(),
+            found(b"content-type", b""),
+            int(found(b"content-length", b"0")),
+            found(b"cache-control", b""),
+            trace,
+        )
 
 
 _NOBODY, _BULK = Caller(), Caller(bulk=True)

@@ -137,7 +137,7 @@ class Dispatcher:
 
     def _request_done(self, number: int, use: EngineUse, _: object) -> None:
         use.end()
-        if self._requests.pop(number, None) is not None:
+        if self._requests.pop(number, None) is not None:  # it was cancelled
             self._batcher.cancel(number)
 
     def check_admission(self, *, bulk: bool = False, tenant: str | None = None) -> None:
@@ -198,7 +198,7 @@ class Dispatcher:
             use.add(item.tokens, per_token * item.tokens)
             if request := self._requests.get(item.request):
                 request.first_start = min(request.first_start, now - result.seconds)
-                self._store(request, item.position, result.rows[row], bool(result.ok[row]), now)
+                self._store(request, item, result.rows[row], bool(result.ok[row]), now)
         self._dispatch()
 
     def batch_failed(self, engine: EngineProcess, number: int, message: str, out_of_memory: bool) -> None:
@@ -268,9 +268,9 @@ class Dispatcher:
         """Return the sequences whose requests still wait for a result."""
         return [item for item in items if item.request in self._requests]
 
-    def _store(self, request: _Request, index: int, row: Vectors, ok: bool, now: float) -> None:
-        """Store one row; the last one completes the request."""
-        rows, count = request.rows, len(request.sequences)
+    def _store(self, request: _Request, item: QueuedSequence, row: Vectors, ok: bool, now: float) -> None:
+        """Store the row of a sequence; the last one completes the request."""
+        rows, count, index = request.rows, len(request.sequences), item.position
         if rows is None:
             rows = request.rows = np.empty((count, len(row)), dtype=np.float32)
         elif not isinstance(rows, list) and rows.shape[1] != len(row):
@@ -282,6 +282,7 @@ class Dispatcher:
             request.on_vector(index, row, ok)
         request.remaining -= 1
         if not request.remaining and not request.future.done():
+            del self._requests[item.request]
             self._batcher.observe(request.predicted, now - request.arrived)
             queued, inference = max(0.0, request.first_start - request.arrived), now - request.first_start
             request.future.set_result(RequestResult(rows, request.non_finite, queued, inference))
