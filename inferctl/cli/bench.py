@@ -90,7 +90,7 @@ PlanName = Annotated[
         "--plan",
         metavar="NAME",
         autocompletion=completion.PLANS,
-        help="Run quick, precision, search, spike, gate or a YAML file. [default: the spec's]",
+        help="Run quick, precision, search, spike, gate or a YAML file. [default: precision]",
     ),
 ]
 Duration = Annotated[

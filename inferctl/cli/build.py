@@ -13,9 +13,7 @@ from inferctl.cli.build_view import show_verified
 from inferctl.cli.options import Flags, Json, Network, ReadySeconds, SpecFile, load, with_settings
 from inferctl.core.errors import UsageError
 from inferctl.core.sizes import size
-from inferctl.facts import catalog
-from inferctl.image import render
-from inferctl.image.from_spec import check_model_task, rendered_image, task_of
+from inferctl.image.from_spec import check_model_task, task_of
 from inferctl.image.image_name import full_reference
 from inferctl.models import model as model_folder
 from inferctl.models.image_source import is_image
@@ -91,7 +89,6 @@ def build(
     from inferctl.image.plan import BuildOptions, plan
 
     resolved = load(spec_file, flags)
-    spec = resolved.spec
     secrets = {"pip_conf": pip_conf, "ca": ca, "hf_token": hf_token_file}
     for name, file in secrets.items():
         if file is not None and not file.is_file():
@@ -112,15 +109,7 @@ def build(
         sbom=sbom,
         ready_seconds=ready_timeout,
     )
-    base_entry = catalog.base(spec.image.base)
-    build_plan = plan(
-        spec,
-        base_entry,
-        catalog.stack(base_entry.stack),
-        rendered_image(resolved),
-        render.server_files(),
-        options,
-    )
+    build_plan = plan(resolved, options)
     for finding in build_plan.findings:
         console.warn(finding.text())
     if dry_run:

@@ -74,8 +74,8 @@ class BuildView:
         """Show one event."""
         match event:
             case Phase(name, detail):
-                # Exports and pushes repeat the build from the cache, so only new steps get a line.
-                self._repeats_build = name in ("export", "push")
+                # A push repeats the build from the cache, so only new steps get a line.
+                self._repeats_build = name == "push"
                 for key in list(self._tasks):
                     self._done(key)
                 self._line(f"{name}: {detail}" if detail else name)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +19,8 @@ from inferctl.core.errors import NotReadyError, SpecError, UsageError, install_h
 from inferctl.core.sizes import size
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Stack
-from inferctl.image import locks, model_image
+from inferctl.image import model_image
+from inferctl.image.from_spec import missing_files
 from inferctl.models import convert, generation_fit, hub, image_source
 from inferctl.models.decoder import TYPICAL_TOKENS, KvCapacity
 from inferctl.models.fit import (
@@ -135,7 +134,7 @@ def _judge(spec: Spec, all_hardware: bool, driver: int | None) -> _Judgment:
     parts = list(catalog.hardware_profiles()) if all_hardware else spec.hardware
     hub_model = is_hub_id(spec.model.source)
     today = datetime.datetime.now(tz=datetime.UTC).date()
-    general = [*check_image(spec, base, stack, hub_model=hub_model, today=today), *_files(spec, base)]
+    general = [*check_image(spec, base, stack, hub_model=hub_model, today=today), *missing_files(spec, base)]
     if not parts:
         why = "precision, kernels, driver and memory depend on the hardware and were not checked"
         hint = "set `hardware: [t4]` in the spec, or pass `--hardware all`"
@@ -240,20 +239,6 @@ def _with_errors_of_all_hardware(general: list[Finding], fits: list[Fit]) -> tup
         replace(fit, findings=(*(replace(error, part=fit.part) for error in errors), *fit.findings)) for fit in fits
     ]
     return [finding for finding in general if finding not in errors], moved
-
-
-def _files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
-    """Yield an error for each file or folder of the spec that is absent or not usable."""
-    if spec.image.locks:
-        try:
-            locks.load(base, Path(spec.image.locks), int8=spec.serve.precision == "int8")
-        except UsageError as error:
-            why = "`inferctl build` installs what the locks list"
-            yield Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
-    if spec.image.wheels and not any(Path(spec.image.wheels).glob("*.whl")):
-        why = "`inferctl build` installs from this folder only"
-        hint = "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)"
-        yield Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
 
 
 def _document(judgment: _Judgment, file: str | None) -> dict[str, Any]:

@@ -156,11 +156,6 @@ def check_supported(builder: Builder, request: BuildRequest) -> None:
                 f"{what} folder {folder} not found",
                 "check the path: a relative path in a spec starts at the folder of the spec",
             )
-        if name == "wheels" and not any(Path(folder).glob("*.whl")):
-            raise UsageError(
-                f"image.wheels: {folder} has no wheels",
-                "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)",
-            )
 
 
 def choose_compression(builder: Builder, engine_version: str) -> Compression | None:

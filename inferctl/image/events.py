@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A phase starts: `build`, `verify`, `tag`, `push` or `export`."""
+    """A phase starts: `build`, `verify`, `tag`, `push` or `pull`."""
 
     name: str
     detail: str = ""

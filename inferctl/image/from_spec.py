@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,9 +15,11 @@ from inferctl.config.settings import Resolved
 from inferctl.config.spec import Spec
 from inferctl.core.errors import UsageError
 from inferctl.facts import catalog
+from inferctl.facts.catalog import BaseImage
 from inferctl.image import locks, model_image, render
 from inferctl.image.render import Provenance, Rendered
 from inferctl.models import model as model_folder
+from inferctl.models.fit import Finding
 from inferctl.models.image_source import is_image
 from inferctl.models.model import ModelFolder, is_hub_id, resolve_task
 
@@ -36,6 +39,20 @@ def rendered_image(resolved: Resolved) -> Rendered:
     baked = model.digest if model and spec.model.weights == "bake" and not is_hub_id(source) else None
     size = image.bytes if image else model.bytes if model else None
     return render.render(spec, base, stack, package_locks, provenance, baked, size, image)
+
+
+def missing_files(spec: Spec, base: BaseImage) -> Iterator[Finding]:
+    """Yield an error for each file or folder of the spec that is absent or not usable."""
+    if spec.image.locks:
+        try:
+            locks.load(base, Path(spec.image.locks), int8=spec.serve.precision == "int8")
+        except UsageError as error:
+            why = "`inferctl build` installs what the locks list"
+            yield Finding("error", "locks", f"image.locks: {error.message}", why, error.hint)
+    if spec.image.wheels and not any(Path(spec.image.wheels).glob("*.whl")):
+        why = "`inferctl build` installs from this folder only"
+        hint = "for each lock: `pip download --dest DIR --no-deps --require-hashes -r LOCK` (docs/build.md)"
+        yield Finding("error", "wheels", f"image.wheels: {spec.image.wheels} has no wheels", why, hint)
 
 
 def local_model(spec: Spec) -> ModelFolder | None:

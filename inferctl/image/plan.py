@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inferctl.config.settings import Resolved
 from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, UsageError
+from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Stack
-from inferctl.image import model_image, size_forecast
-from inferctl.image.from_spec import local_model, task_of
+from inferctl.image import model_image, render, size_forecast
+from inferctl.image.from_spec import local_model, missing_files, rendered_image, task_of
 from inferctl.image.image_name import host_of
-from inferctl.image.records import ATTEMPTS, READY_SECONDS
+from inferctl.image.records import READY_SECONDS
 from inferctl.image.render import Rendered
 from inferctl.models import fit
 from inferctl.models.image_source import is_image
@@ -44,7 +46,6 @@ class BuildOptions:
     provenance: bool = True
     sbom: bool = True
     ready_seconds: float = READY_SECONDS
-    attempts: int = ATTEMPTS
     today: datetime.date = field(default_factory=datetime.date.today)
 
 
@@ -109,18 +110,14 @@ class BuildPlan:
         ]
 
 
-def plan(
-    spec: Spec,
-    base: BaseImage,
-    stack: Stack,
-    rendered: Rendered,
-    server_files: Mapping[str, Path],
-    options: BuildOptions,
-) -> BuildPlan:
+def plan(resolved: Resolved, options: BuildOptions) -> BuildPlan:
     """Plan a build, without the engine and without weights.
 
     Raises `UsageError` for an unavailable platform, `InferctlError` for an unpinned revision.
     """
+    spec = resolved.spec
+    base = catalog.base(spec.image.base)
+    stack, rendered, server_files = catalog.stack(base.stack), rendered_image(resolved), render.server_files()
     if options.push and not options.references and not spec.image.repository:
         raise UsageError(
             f"--push requires a repository: {spec.repository}:{rendered.tag} is a local name",
@@ -171,6 +168,7 @@ def _weights(spec: Spec) -> size_forecast.ImagePart:
 def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions, hub: bool) -> list[fit.Finding]:
     """Return the warnings about the image. Raises an error for findings that prevent the build."""
     findings = fit.check_image(spec, base, stack, hub_model=hub, today=options.today)
+    findings += missing_files(spec, base)
     impossible = [f for f in findings if f.level == "error" and f.topic in ("platform", "python")]
     if impossible:
         raise UsageError("\n".join(f"{f.what}: {f.why}" for f in impossible), impossible[0].hint)

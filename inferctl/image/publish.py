@@ -1,4 +1,4 @@
-"""Publishes an image as a tag, in a registry or as an OCI archive, and compares it with the verified image."""
+"""Publishes an image as a tag, in a registry, and compares it with the verified image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inferctl.image.events import Event, Note, Phase
 from inferctl.image.image_name import split
 from inferctl.image.plan import BuildPlan
 from inferctl.image.push import PushFailedError, push, retrying
-from inferctl.image.records import ImageInfo
+from inferctl.image.records import ATTEMPTS, ImageInfo
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _push_by_builder(plan: BuildPlan, request: buildx.BuildRequest) -> Generator
                     raise PushFailedError(message) from None
             yield Note(note)
 
-    return (yield from retrying(attempt, ", ".join(plan.references), options.attempts))
+    return (yield from retrying(attempt, ", ".join(plan.references), ATTEMPTS))
 
 
 def _confirm(name: str, image: ImageInfo, config: str) -> Generator[Event, None, Publication]:

@@ -197,7 +197,7 @@ def server_files() -> dict[str, Path]:
 
 def _container_config(spec: Spec, port: int) -> bytes:
     """Return the spec for the container, without paths of the build machine and without build settings."""
-    exclude = {"image", "deploy", "bench", "hardware", "metering"}
+    exclude = {"image", "deploy", "hardware", "metering"}
     data = spec.model_dump(mode="json", exclude=exclude, exclude_none=True)
     # The addresses may have passwords, and only the relay needs them, which runs outside of the container.
     metering = spec.metering.model_dump(mode="json", include={"mode", "data", "outbox_size"}, exclude_defaults=True)

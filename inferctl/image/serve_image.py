@@ -178,7 +178,7 @@ def options(
 
     `model`: the folder of the weights to mount, None if `image` needs none.
     """
-    container_port = listening_port(image)
+    container_port = settings.listening_port(image.environment)
     on_host = address.network == "host"
     port = address.port if on_host else container_port
     # On the bridge, the server listens at all addresses of the container and cannot know where clients reach it.
@@ -203,11 +203,6 @@ def options(
         gpu=gpu,
         labels={"io.inferctl.role": "serve"},
     )
-
-
-def listening_port(image: ImageInfo) -> int:
-    """Return the port of the server in the image."""
-    return settings.listening_port(image.environment)
 
 
 def _run_to_end(

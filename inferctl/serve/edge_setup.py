@@ -7,14 +7,16 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+import inferctl
 from inferctl.config import spec
 from inferctl.serve.edge import access
 from inferctl.serve.edge.edge import Edge
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.observe import metering
+from inferctl.serve.observe import logs
 from inferctl.serve.observe.metering import ServerMetering
 from inferctl.serve.observe.metrics import RequestMetrics
+from inferctl.tenancy.metering.usage_event import UsageEvent
 
 
 class EdgeSetup:
@@ -46,11 +48,17 @@ class EdgeSetup:
         self, app: ASGIApp, metrics: RequestMetrics, page: Callable[[str], Awaitable[Page]], **options: Any
     ) -> Edge:
         """Return the edge in front of `app`, whose events are counted in `metrics`. `options`: others of `Edge`."""
-        emit = metering.emitter(metrics, self.metering, self._log, self._traces, self._name)
+        sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, self.metering.record]
+        if self._log == "json":
+            sinks.append(logs.log_request)
+        if self._traces:
+            from inferctl.serve.observe import tracing
+
+            sinks.append(tracing.tracer(self._name, inferctl.__version__))
         return Edge(
             app,
             self.lifecycle,
-            emit=emit,
+            sinks=sinks,
             page=page,
             access=self.access,
             check_metering=self.metering.check,

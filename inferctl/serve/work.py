@@ -68,7 +68,7 @@ class RejectedError(Exception):
 LIMIT_EXCEEDED, ENGINE_UNAVAILABLE, INTERNAL_ERROR = "rate_limit_exceeded", "engine_unavailable", "internal_error"
 
 
-class Admission(Protocol):
+class EdgeBackend(Protocol):
     """The part of the interface that the edge needs. A request has a `number` that no other one of the process has.
 
     Each request that was admitted ends with one of `report`, `end`, or a `RejectedError` that says what it used.
@@ -92,7 +92,7 @@ class Admission(Protocol):
         """End a request of which all is known, as after its outcome."""
 
 
-class Backend(Admission, Protocol):
+class Backend(EdgeBackend, Protocol):
     """Limits of keys, queue, cache and engines. Everything that must be exact for the whole server is decided here."""
 
     def submit(self, number: int, work: Work) -> Awaitable[Outcome]:

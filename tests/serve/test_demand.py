@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.batching.latency_model import Capacity, LatencyModel
 from inferctl.config.spec import Slo
-from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.serve.engines.echo import SLOW_TOKEN
 from inferctl.serve.observe.metrics import Metrics, RequestMetrics, RequestSize, objectives
+from inferctl.tenancy.metering.usage_event import UsageEvent
 from tests.processes import CLIENT, ServerProcess, until
 
 Serve = Callable[..., ServerProcess]

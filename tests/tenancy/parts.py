@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inferctl.serve.edge.request_context import UsageEvent
 from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.outbox import EventBatch
-from inferctl.tenancy.metering.usage_event import Item, Origin
+from inferctl.tenancy.metering.usage_event import Item, Origin, UsageEvent
 
 ORIGIN = Origin("minilm", "embed", "ab" * 32, "l4")
 DAY = 1_790_000_000.0  # 2026-09-21T14:13:20Z

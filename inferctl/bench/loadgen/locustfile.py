@@ -2,7 +2,7 @@
 
     INFERCTL_LOAD_FILE=load.json python -m locust -f inferctl/bench/loadgen/locustfile.py --headless ...
 
-inferctl/bench/load/load_run.py uses the first form. `load.json` describes the load:
+`load.json` describes the load:
 
     url           the URL for POST requests
     mode          closed: `users` clients; each one sends its next request after its last response. After a 429, it

@@ -77,7 +77,6 @@ class Recorder:
 
     def __init__(self, path: Path, header: dict[str, Any], fields: Fields = FIELDS, magic: bytes = MAGIC) -> None:
         names = {"fields": [[name, kind] for name, kind, _ in fields], "clock": "CLOCK_MONOTONIC", **header}
-        self.path = path
         self._packer = struct.Struct("<" + "".join(code for _, _, code in fields))
         with exit_on_write_error():
             self._file = path.open("w+b", buffering=0)

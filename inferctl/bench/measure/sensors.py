@@ -11,22 +11,12 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from inferctl.bench.load import process_usage
 from inferctl.bench.measure import telemetry
-from inferctl.bench.measure.nvml import GpuDevice, GpuSample, Nvml, NvmlUnavailableError
+from inferctl.bench.measure.nvml import GpuSample, Nvml, NvmlUnavailableError
 from inferctl.bench.measure.telemetry import Telemetry
-
-
-class Gpus(Protocol):
-    """What a monitor requests from NVML (`nvml.Nvml`)."""
-
-    def devices(self) -> list[GpuDevice]: ...
-
-    def sample(self, index: int, at_ns: int) -> GpuSample: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class MachineMonitor:
     None for those of this machine.
     """
 
-    def __init__(self, gpus: Gpus | None = None, every_s: float = 0.5) -> None:
+    def __init__(self, gpus: Nvml | None = None, every_s: float = 0.5) -> None:
         self._gpus, self._absent, self._every_s = gpus, dict[str, str](), every_s
         if gpus is None:
             try:

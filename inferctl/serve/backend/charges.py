@@ -36,7 +36,7 @@ class InFlight:
 
 
 class Charges:
-    """The requests in flight of a server, by number. It is an `Admission`. Runs on the event loop."""
+    """The requests in flight of a server, by number. It is an `EdgeBackend`. Runs on the event loop."""
 
     def __init__(self, limiter: Limiter | None = None) -> None:
         self._limiter = limiter or Limiter()
@@ -47,7 +47,7 @@ class Charges:
         return done(None)  # the same for all
 
     def admit(self, number: int, caller: Caller, size: int) -> asyncio.Future[RejectedError | None]:
-        """Charge a request. Part of `Admission`."""
+        """Charge a request. Part of `EdgeBackend`."""
         self.charge(number, caller, size)
         return self._admitted
 
@@ -67,7 +67,7 @@ class Charges:
     def report(
         self, number: int, *, in_vain: int = 0, give_back: bool = False, wait: bool = True
     ) -> asyncio.Future[Used]:
-        """End a request. Part of `Admission`."""
+        """End a request. Part of `EdgeBackend`."""
         request = self._requests.get(number)
         if request is None:
             return done(Used())
@@ -86,7 +86,7 @@ class Charges:
         return result
 
     def end(self, number: int, *, in_vain: int = 0, give_back: bool = False) -> None:
-        """End a request. Part of `Admission`."""
+        """End a request. Part of `EdgeBackend`."""
         request = self._requests.pop(number, None)
         if request is not None and request.charge is not None:
             if in_vain:

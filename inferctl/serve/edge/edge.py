@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,8 +24,9 @@ from inferctl.serve.edge.access import EdgeAccess
 from inferctl.serve.edge.errors import ApiError, at_capacity, key_share, wrong_method
 from inferctl.serve.edge.lifecycle import Lifecycle
 from inferctl.serve.edge.pages import Page
-from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext, UsageEvent
-from inferctl.serve.work import Admission, RejectedError
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, ConnectionNotes, RequestContext
+from inferctl.serve.work import EdgeBackend, RejectedError
+from inferctl.tenancy.metering.usage_event import UsageEvent
 
 log = logging.getLogger("inferctl.edge")
 
@@ -92,7 +93,7 @@ class EdgeLimits:
 class Edge:
     """The middleware around `app`.
 
-    `emit` receives the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
+    `sinks` receive the events. `page(path)` returns what to answer at `pages.PATHS`. `endpoints`: path -> name in
     events, for the paths of tasks. `error_body(path, error)` returns the body of an error response. `access`: who
     may use the server; None for everyone. `backend` admits and ends each POST; None if there is no engine for them.
     `check_metering()` raises `RejectedError` if the event of another request could not be recorded.
@@ -103,13 +104,13 @@ class Edge:
         app: ASGIApp,
         lifecycle: Lifecycle,
         *,
-        emit: Callable[[UsageEvent], None],
+        sinks: Sequence[Callable[[UsageEvent], None]],
         page: Callable[[str], Awaitable[Page]],
         endpoints: Mapping[str, str],
         error_body: Callable[[str, ApiError], bytes] = lambda _path, error: error.body(),
         limits: EdgeLimits | None = None,
         access: EdgeAccess | None = None,
-        backend: Admission | None = None,
+        backend: EdgeBackend | None = None,
         check_metering: Callable[[], None] = lambda: None,
     ) -> None:
         self.in_flight = 0
@@ -117,7 +118,7 @@ class Edge:
         self.turn = asyncio.Lock()  # one part of one large response at a time
         self.stopped = ApiError(503, "the server stopped", code="stopped")  # for requests that the drain cancels
         self._body_bytes = 0  # of all requests in flight
-        self._app, self._lifecycle, self._emit, self._limits = app, lifecycle, emit, limits or EdgeLimits()
+        self._app, self._lifecycle, self._sinks, self._limits = app, lifecycle, sinks, limits or EdgeLimits()
         # All requests with bodies of this size are within `max_bytes`, so these are not shared.
         self._small_body = self._limits.max_bytes // self._limits.max_requests
         self._requests, self._bodies = Shares(self._limits.max_requests), Shares(self._limits.max_bytes)
@@ -138,6 +139,13 @@ class Edge:
     def rejected(self, status: int, code: str) -> None:
         """Emit the event of a request that the connection rejected."""
         self._emit(UsageEvent("", "", status, code))
+
+    def _emit(self, event: UsageEvent) -> None:
+        for sink in self._sinks:
+            try:
+                sink(event)
+            except Exception:
+                log.exception("a usage event was not recorded")
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = RequestContext.of(scope, self._endpoints.get(scope["path"], OTHER), next(self._numbers))

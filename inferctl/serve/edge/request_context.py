@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from starlette.types import Scope
 
 from inferctl.serve.work import Caller, RejectedError, Used
 from inferctl.tenancy.access.limits import Quotas
-
-log = logging.getLogger("inferctl.usage")
+from inferctl.tenancy.metering.usage_event import UsageEvent
 
 CLIENT_DISCONNECTED = 499
 OTHER = "other"  # the name of paths that are no endpoint of a task
@@ -46,40 +44,6 @@ class ConnectionNotes:
         if found is None:
             found = state[_NOTES] = cls()
         return found
-
-
-class UsageEvent(NamedTuple):
-    """One finished request. Each one emits exactly one event, also if it was rejected or its client disconnected.
-
-    Probes emit none. `endpoint`: its name, `other` for a path without a task, empty if the connection rejected the
-    request. `status`: the HTTP status, or 499 if the client disconnected before its response. A 200 means that the
-    response was given to the connection, which resets a client that does not read it. `code`: the code of the error,
-    None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
-    byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
-    that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
-    `trace`: the W3C trace context of the client. `key_id`, `team`: of the API key, never the key itself.
-    `engine_seconds`: the share of its batches' times, by tokens; 0 for generation, because vLLM does not report it.
-    `content_length`: of the body, as the client declared it; `body_bytes` were read.
-    """
-
-    request_id: str
-    endpoint: str
-    status: int
-    code: str | None = None
-    model: str | None = None
-    priority: str = "interactive"
-    inputs: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    body_bytes: int = 0
-    seconds: float = 0.0
-    phases: Mapping[str, float] = {}
-    trace: Mapping[str, str] = {}
-    key_id: str | None = None
-    cached_tokens: int = 0
-    engine_seconds: float = 0.0
-    content_length: int = 0
-    team: str | None = None
 
 
 class Asked(NamedTuple):
@@ -183,19 +147,6 @@ class RequestContext:
             asked.content_length,
             self.team,
         )
-
-
-def to_all(sinks: Sequence[Callable[[UsageEvent], None]]) -> Callable[[UsageEvent], None]:
-    """Return a function that gives an event to each sink, and logs the errors of sinks."""
-
-    def emit(event: UsageEvent) -> None:
-        for sink in sinks:
-            try:
-                sink(event)
-            except Exception:
-                log.exception("a usage event was not recorded")
-
-    return emit
 
 
 def context_of(scope: Scope) -> RequestContext:

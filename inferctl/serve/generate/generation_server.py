@@ -76,7 +76,7 @@ class GenerationServer(ServerLifetime):
             options.hang_seconds,
             longest_start_s(folder.bytes),
             lambda: self._socket,
-            self._hand_over,
+            self._vllm_ready,
             self._open_front,
             notify,
         )
@@ -208,7 +208,7 @@ class GenerationServer(ServerLifetime):
             http.close()
             await asyncio.wait((task,), timeout=_HANDOVER_S)
 
-    async def _hand_over(self) -> None:
+    async def _vllm_ready(self) -> None:
         """Hand the port over to the edge of vLLM."""
         await self._close_front()
         if self._lifecycle.draining:

@@ -65,7 +65,6 @@ class _EdgeServer:
 
     def __init__(self, app: Starlette, settings: control.EdgeSettings, folder: Path) -> None:
         logs.configure(settings.log)
-        logs.notifier(settings.log, lambda _: None)
         self._app, self._folder = app, folder
         self._healthy = True
         settings.info["ready_seconds"] = round(time.monotonic() - settings.started, 3)

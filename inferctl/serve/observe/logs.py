@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from inferctl.serve.edge.request_context import UsageEvent
+from inferctl.tenancy.metering.usage_event import UsageEvent
 
 
 class JsonFormatter(logging.Formatter):
@@ -36,16 +36,14 @@ def configure(style: str) -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if style == "json" else text)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    if style == "json":
+        for name in ("inferctl.server", "inferctl.request"):
+            logging.getLogger(name).setLevel(logging.INFO)
 
 
 def notifier(style: str, notify: Callable[[str], None]) -> Callable[[str], None]:
     """Return the function for status lines: `notify`, or a logger at level info if all lines are JSON."""
-    if style != "json":
-        return notify
-    log = logging.getLogger("inferctl.server")
-    log.setLevel(logging.INFO)
-    logging.getLogger("inferctl.request").setLevel(logging.INFO)
-    return log.info
+    return logging.getLogger("inferctl.server").info if style == "json" else notify
 
 
 def log_request(event: UsageEvent) -> None:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import inferctl
 from inferctl.config.spec import Metering as Settings
 from inferctl.config.spec import Task
 from inferctl.core.sizes import parse_size
-from inferctl.serve.edge import request_context
-from inferctl.serve.edge.request_context import UsageEvent
-from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
 from inferctl.serve.work import RejectedError
 from inferctl.tenancy.metering.outbox import Outbox
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
-from inferctl.tenancy.metering.usage_event import Origin
+from inferctl.tenancy.metering.usage_event import Origin, UsageEvent
 
 log = logging.getLogger("inferctl.metering")
 
@@ -80,27 +76,6 @@ class ServerMetering:
         recorder, self._recorder = self._recorder, None
         if recorder and not await asyncio.to_thread(recorder.close, seconds):
             log.error("the server ends, and some of the last usage events could not be written")
-
-
-def emitter(
-    metrics: RequestMetrics,
-    metering: ServerMetering,
-    log: str,
-    traces: bool,
-    name: str,
-) -> Callable[[UsageEvent], None]:
-    """Return the function that the edge calls with each event: for metrics, metering, the request log and traces.
-
-    `log`: text or json. `name`: of the model, in traces.
-    """
-    sinks: list[Callable[[UsageEvent], None]] = [metrics.count_event, metering.record]
-    if log == "json":
-        sinks.append(logs.log_request)
-    if traces:
-        from inferctl.serve.observe import tracing
-
-        sinks.append(tracing.tracer(name, inferctl.__version__))
-    return request_context.to_all(sinks)
 
 
 def warnings(settings: Settings) -> Iterator[str]:

@@ -15,9 +15,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from inferctl.config.spec import Slo
-from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER, UsageEvent
+from inferctl.serve.edge.request_context import CLIENT_DISCONNECTED, OTHER
 from inferctl.serve.observe.totals import Distribution, Family, Total
 from inferctl.tenancy.metering.recorder import UNAVAILABLE, EventRecorder
+from inferctl.tenancy.metering.usage_event import UsageEvent
 
 T = TypeVar("T", Total, Distribution)
 # The native ids of threads so far, and how many there can be.

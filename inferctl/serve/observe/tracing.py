@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from inferctl.core.errors import UsageError, install_hint
-from inferctl.serve.edge.request_context import OTHER, UsageEvent
+from inferctl.serve.edge.request_context import OTHER
+from inferctl.tenancy.metering.usage_event import UsageEvent
 
 _TO_NS = 1_000_000_000
 

@@ -65,7 +65,6 @@ class ApiProcess:
         welcome = await self._welcome
         spec, task, processes = Spec.model_validate(welcome["spec"]), welcome["task"], welcome["processes"]
         logs.configure(welcome["log"])
-        logs.notifier(welcome["log"], lambda _: None)
         listener.raise_file_limit()
         folder = Path(welcome["folder"])
         config = task_config.read(task, folder, spec.serve.max_input_tokens)

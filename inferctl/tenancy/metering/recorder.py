@@ -14,7 +14,7 @@ import orjson
 
 from inferctl.tenancy.metering import usage_event
 from inferctl.tenancy.metering.outbox import Outbox
-from inferctl.tenancy.metering.usage_event import Item, Origin, RequestUsage
+from inferctl.tenancy.metering.usage_event import Item, Origin, UsageEvent
 
 log = logging.getLogger("inferctl.metering")
 
@@ -59,7 +59,7 @@ class EventRecorder:
         self._lock = threading.Lock()  # of the numbers, `_pending` and `_sums`
         self._issued = self._written = 0
         self._pending: deque[Item] = deque()
-        self._sums: dict[tuple[Any, ...], tuple[int, float, RequestUsage]] = {}  # their first value: the key id
+        self._sums: dict[tuple[Any, ...], tuple[int, float, UsageEvent]] = {}  # their first value: the key id
         self._summed = 0  # requests in sums that are not on disk, without one for each number of a sum
         self._sums_began = 0.0
         self._encoded: tuple[tuple[int, int, int, bytes], int] | None = (
@@ -74,7 +74,7 @@ class EventRecorder:
         self._thread = threading.Thread(target=self._run, name="inferctl-outbox", daemon=True)
         self._thread.start()
 
-    def record(self, usage: RequestUsage) -> None:
+    def record(self, usage: UsageEvent) -> None:
         """Record a finished request. Called for each request on the event loop, so it only adds to a list or a sum."""
         at = time.time()
         with self._lock:
@@ -93,7 +93,7 @@ class EventRecorder:
             self._awake = True
             self._wake.set()
 
-    def _add(self, usage: RequestUsage, at: float) -> None:
+    def _add(self, usage: UsageEvent, at: float) -> None:
         """Add a request that used nothing to its sum."""
         # A sum is of one day, because it counts on that of its last request.
         kind = (usage.endpoint, usage.status, usage.code, at // _DAY_S)

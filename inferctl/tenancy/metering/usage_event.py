@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from inferctl.config.spec_types import Task
 
@@ -39,33 +39,38 @@ _SECONDS = {"engine_ms", "duration_ms"}
 _MAX_TIME_MS = 253_402_300_800_000  # the year 10000
 
 
-class RequestUsage(Protocol):
-    """What metering reads of a finished request. `UsageEvent` of the server's edge has these attributes."""
+class UsageEvent(NamedTuple):
+    """One finished request. Each one emits exactly one event, also if it was rejected or its client disconnected.
 
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def endpoint(self) -> str: ...
-    @property
-    def status(self) -> int: ...
-    @property
-    def code(self) -> str | None: ...
-    @property
-    def key_id(self) -> str | None: ...
-    @property
-    def team(self) -> str | None: ...
-    @property
-    def inputs(self) -> int: ...
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def cached_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def engine_seconds(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
+    Probes emit none. `endpoint`: its name, `other` for a path without a task, empty if the connection rejected the
+    request. `status`: the HTTP status, or 499 if the client disconnected before its response. A 200 means that the
+    response was given to the connection, which resets a client that does not read it. `code`: the code of the error,
+    None for a success; a stream that ended with an error event has the status 200 and a code. `seconds`: from the last
+    byte of the request to the last byte of the response; `phases`: the parts of them. `input_tokens` counts the tokens
+    that the model processed or a cache had, `cached_tokens` the latter, `output_tokens` those that it generated.
+    `trace`: the W3C trace context of the client. `key_id`, `team`: of the API key, never the key itself.
+    `engine_seconds`: the share of its batches' times, by tokens; 0 for generation, because vLLM does not report it.
+    `content_length`: of the body, as the client declared it; `body_bytes` were read.
+    """
+
+    request_id: str
+    endpoint: str
+    status: int
+    code: str | None = None
+    model: str | None = None
+    priority: str = "interactive"
+    inputs: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    body_bytes: int = 0
+    seconds: float = 0.0
+    phases: Mapping[str, float] = {}
+    trace: Mapping[str, str] = {}
+    key_id: str | None = None
+    cached_tokens: int = 0
+    engine_seconds: float = 0.0
+    content_length: int = 0
+    team: str | None = None
 
 
 class Item(NamedTuple):
@@ -76,7 +81,7 @@ class Item(NamedTuple):
 
     number: int
     at: float
-    usage: RequestUsage
+    usage: UsageEvent
     requests: int = 1
     caller: str | None = None
 
@@ -104,7 +109,7 @@ class Event(NamedTuple):
     ended: Literal["clean", "unclean"] | None = None
 
 
-def is_free(usage: RequestUsage) -> bool:
+def is_free(usage: UsageEvent) -> bool:
     """Return whether nothing was computed for a request, and no cache had its tokens, as for most rejected ones."""
     return not (usage.input_tokens or usage.output_tokens or usage.engine_seconds)
 
