@@ -178,6 +178,13 @@ def content(reference: str) -> str:
     return str(entry["digest"])
 
 
+def layers(socket: Path, reference: str) -> list[str]:
+    """Return the digests of the layers of an image in an engine, before their compression."""
+    show = ("image", "inspect", "--format", "{{json .RootFS.Layers}}", reference)
+    found: list[str] = json.loads(output("docker", "-H", f"unix://{socket}", *show))
+    return found
+
+
 def provenance(reference: str) -> dict[str, Any]:
     """Return the provenance of an image in the registry."""
     name = reference.rpartition(":")[0]
@@ -251,11 +258,13 @@ def published(image: str, commit: str, result: Result) -> None:
 def test_gitlab_publishes_without_a_cache_of_the_engine_but_publishes_no_regression(
     setting: Setting, exporting_engine: Path
 ) -> None:
+    """Both engines build all layers, and those of the second one are identical."""
+    usual_engine = Path("/var/run/docker.sock")  # it cannot export a cache
     registry = f"localhost:5000/ci-{uuid.uuid4().hex[:8]}"
     origin, image = setting.repository("gitlab", None), f"{registry}/minilm"
     gitlab = GitLab(origin, setting.variables, registry)
     try:
-        with setting.machine(Path("/var/run/docker.sock")) as machine:  # it cannot export a cache
+        with setting.machine(usual_engine) as machine:
             commit = setting.commit_all(origin)
             first = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
         assert (first.green, first.cached) == (True, False)
@@ -264,6 +273,7 @@ def test_gitlab_publishes_without_a_cache_of_the_engine_but_publishes_no_regress
         assert "layers" in before
         assert manifest(f"{image}:{commit}") == before
         assert not exists(f"{image}:buildcache")
+        built_first = layers(usual_engine, f"{image}:{commit}")
     finally:
         built = output("docker", "images", "--quiet", "--no-trunc", image).split()
         subprocess.run(["docker", "image", "rm", "--force", *built], check=False, capture_output=True)
@@ -274,6 +284,7 @@ def test_gitlab_publishes_without_a_cache_of_the_engine_but_publishes_no_regress
         second = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
     assert (second.green, second.cached) == (False, True), second.summary
     assert "Regression" in second.summary
+    assert layers(exporting_engine, f"{image}:{commit}") == built_first
     assert manifest(f"{image}:{TAG}") == before
     assert not exists(f"{image}:{commit}")
 
