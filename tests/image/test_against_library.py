@@ -140,19 +140,24 @@ def compared(target: ServerConnection, folder: Path) -> library.LibraryCompariso
     return library.compare(outputs, {**target.info, "task": target.task}, folder)
 
 
+def judged(folder: Path, right: Path, task: str, precision: str, limit: int | None = None) -> library.LibraryComparison:
+    """Compare what a server of `folder` would return: the fp32 reference, because each start takes seconds."""
+    inputs = [[QUERY, text] for text in library.TEXTS] if task == "rerank" else list(library.TEXTS)
+    found = reference(str(folder), inputs, limit)
+    outputs = found["scores"] if task != "embed" else [decode(text) for text in found["embeddings"]]
+    limits = {"max_input_tokens": task_config.read(task, folder, limit).max_tokens}
+    info = {"task": task, "precision": {"effective": precision}, "limits": limits, "model": {"sha256": "other"}}
+    return library.compare(outputs, info, right)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_another_model_is_found(right: Callable[[str], Path], computed_once: None, tmp_path: Path, name: str) -> None:
-    """The fp32 reference computes what a server of the wrong folder would return, because each start takes seconds."""
     task, change, precision, message = FAULTS[name]
     folder = tmp_path / "model"
     shutil.copytree(right(task), folder)
     change(folder)
-    found = reference(str(folder), [[QUERY, text] for text in library.TEXTS] if task == "rerank" else library.TEXTS)
-    outputs = found["scores"] if task != "embed" else [decode(text) for text in found["embeddings"]]
-    limits = {"max_input_tokens": task_config.read(task, folder).max_tokens}
-    info = {"task": task, "precision": {"effective": precision}, "limits": limits, "model": {"sha256": "other"}}
     with pytest.raises(InferctlError, match=message):
-        library.compare(outputs, info, right(task))
+        judged(folder, right(task), task, precision)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +176,8 @@ def test_a_server_of_the_right_model_agrees(
     assert 0 < found.difference <= (found.tolerance if precision == "fp32" else 0.1)
 
 
-@pytest.mark.slow
-def test_the_limit_of_the_server_cuts_the_texts_of_the_library(
-    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
-) -> None:
-    server = serve("--model", str(right("embed")), *FP32, "--max-input-tokens", "9")
-    assert compared(connect(server.url), right("embed")).difference < library.FP32_LIMIT
+def test_the_limit_of_the_server_cuts_the_texts_of_the_library(right: Callable[[str], Path]) -> None:
+    assert judged(right("embed"), right("embed"), "embed", "fp32", 9).difference < library.FP32_LIMIT
 
 
 def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: ServerProcess, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ class Setting:
         spec["model"]["revision"] = self.commit
         # On a busy machine the server rejects requests that would miss the default of 70 ms.
         spec["slo"] = {"p99_ms": 10_000}
+        spec["serve"] = {"precision": "fp32"}  # random weights are far from those of bf16
         spec["image"] |= {"base_image": self.base_image, "wheels": str(self.wheels)}
         if image:
             spec["image"]["repository"] = image
@@ -117,7 +118,7 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(
-    folder: Path, base_image: str, wheels: Path, package: str, minilm: Path, machine_image: str
+    folder: Path, base_image: str, wheels: Path, package: str, tiny: Callable[..., Path], machine_image: str
 ) -> Iterator[Setting]:
     plan = folder / "plan.yaml"
     plan.write_text(yaml.safe_dump(PLAN))
@@ -136,7 +137,8 @@ def setting(
         Path(name) for name in ("/etc/ssl/certs", "/usr/local/share/ca-certificates", "/etc/pip.conf", "/etc/xdg/pip")
     ]
     found += [Path(name) for name in os.environ.get("PIP_FIND_LINKS", "").split()]
-    with hub.serving({MODEL: minilm}) as server:
+    # A short measurement of so small a model has many responses, on a busy machine too.
+    with hub.serving({MODEL: tiny("bert", "mean_tokens")}) as server:
         environment["HF_ENDPOINT"] = server.url
 
         def machine(socket: Path) -> Any:
@@ -280,7 +282,7 @@ def test_gitlab_publishes_without_a_cache_of_the_engine_but_publishes_no_regress
 
     with setting.machine(exporting_engine) as machine, slow_candidate(setting.folder, exporting_engine):
         commit = setting.commit_all(origin)
-        gitlab.variables = {**setting.variables, "REPEATS": "8"}
+        gitlab.variables = {**setting.variables, "REPEATS": "6"}
         second = gitlab.run(machine, Event(commit, BRANCH, BRANCH))
     assert (second.green, second.cached) == (False, True), second.summary
     assert "Regression" in second.summary
@@ -309,9 +311,9 @@ def slow_candidate(folder: Path, socket: Path) -> Iterator[None]:
         with suppress(ProcessLookupError):
             while not done.is_set():
                 os.kill(pid, signal.SIGSTOP)
-                done.wait(0.4)
+                done.wait(0.5)
                 os.kill(pid, signal.SIGCONT)
-                done.wait(0.2)
+                done.wait(0.15)
 
     thread = threading.Thread(target=slow_down)
     thread.start()

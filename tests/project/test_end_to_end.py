@@ -187,13 +187,6 @@ def test_the_image_has_no_package_that_serving_does_not_import(pushed: str, mini
     assert (unused | set(json.loads(listed))) & set(locks.LEFT_OUT) == set()
 
 
-def test_an_option_of_the_server_is_an_argument_of_docker_run(pushed: str, minilm: Path) -> None:
-    command = ["docker", "run", "--rm", "--network", "none", "--volume", f"{minilm}:/model:ro", pushed]
-    done = execute(*command, "--precision", "int4", code=2)
-    assert "serve.precision (from --precision): 'int4' is not one of" in done.stderr
-    assert "usage: " in execute(*command, "--help", code=0).stdout
-
-
 def test_a_new_config_reuses_every_heavy_layer_and_is_obeyed(pushed: str, spec_file: Path, cross_encoder: Path) -> None:
     before = inspect(pushed)["RootFS"]["Layers"]
     changed = spec_file.with_name("changed.yaml")
