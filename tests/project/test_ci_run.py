@@ -311,9 +311,9 @@ def slow_candidate(folder: Path, socket: Path) -> Iterator[None]:
         with suppress(ProcessLookupError):
             while not done.is_set():
                 os.kill(pid, signal.SIGSTOP)
-                done.wait(0.5)
+                done.wait(1.0)
                 os.kill(pid, signal.SIGCONT)
-                done.wait(0.15)
+                done.wait(0.2)
 
     thread = threading.Thread(target=slow_down)
     thread.start()
