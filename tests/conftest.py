@@ -299,8 +299,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _serving(folder: Callable[[], Path]) -> Iterator[Callable[..., ServerProcess]]:
     started: list[ServerProcess] = []
 
-    def run(*arguments: str) -> ServerProcess:
-        started.append(start(folder(), *arguments))
+    def run(*arguments: str, place: Path | None = None, **environment: str) -> ServerProcess:
+        started.append(start(place or folder(), *arguments, **environment))
         return started[-1]
 
     yield run
@@ -310,7 +310,7 @@ def _serving(folder: Callable[[], Path]) -> Iterator[Callable[..., ServerProcess
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """`serve("--model", ...)` starts a server for one test."""
+    """`serve("--model", ...)` starts a server for one test, in the folder `place` if it names one."""
     yield from _serving(lambda: tmp_path)
 
 

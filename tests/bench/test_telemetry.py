@@ -59,8 +59,9 @@ def judged(samples: list[GpuSample], device: GpuDevice = T4, ours: set[int] | No
     return telemetry.gpu_validity(Telemetry(gpus=(found,)))
 
 
-def test_a_quiet_gpu_of_our_own_is_valid() -> None:
-    found = judged(recorded())
+@pytest.mark.parametrize("throttle", [0, 0x01 | 0x02 | 0x10 | 0x100], ids=["quiet", "idling, clocks set by hand"])
+def test_a_gpu_of_our_own_is_valid(throttle: int) -> None:
+    found = judged(recorded(throttle=throttle))
     assert (found.reasons, found.cautions) == ((), ())
 
 
@@ -127,11 +128,6 @@ def test_clocks_that_were_reduced_in_several_runs_are_one_warning_with_the_highe
     assert validity.combine(runs, whole, 0.1).cautions == (
         "Tesla T4 reduced its clocks in up to 4% of the samples (heat): improve its cooling",
     )
-
-
-def test_idling_and_clocks_set_by_hand_are_no_throttling() -> None:
-    found = judged(recorded(throttle=0x01 | 0x02 | 0x10 | 0x100))
-    assert (found.reasons, found.cautions) == ((), ())
 
 
 def test_a_part_at_its_own_power_limit_is_undisturbed_and_one_that_was_lowered_is_another_part() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,8 @@ from inferctl.estimate import forecast
 from inferctl.facts import catalog
 from inferctl.image import locks
 from tests.http_servers import answering
-from tests.processes import inferctl, python
+from tests.models.model_folders import stand_in
+from tests.processes import python
 
 ROOT = Path(__file__).parents[2]
 Captured = pytest.CaptureFixture[str]
@@ -30,26 +30,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def small_llama(folder: Path) -> Path:
-    """Create a generative model with one tensor."""
-    folder.mkdir()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9, **sizes}
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    return folder
-
-
 @pytest.mark.parametrize("base", list(catalog.bases()))
 def test_what_init_writes_for_a_base_passes_check(here: Path, base: str, minilm: Path, capsys: Captured) -> None:
-    model = small_llama(here / "llama") if base.startswith("vllm") else minilm
+    model = stand_in(here / "llama") if base.startswith("vllm") else minilm
     assert cli.run(["init", "--base", base, "--model", str(model)]) == 0
     assert cli.run(["check"]) == 0, capsys.readouterr().out
 
 
 def test_a_generative_model_gets_a_base_with_vllm(here: Path, minilm: Path, capsys: Captured) -> None:
-    llama = small_llama(here / "llama")
+    llama = stand_in(here / "llama")
     assert cli.run(["init", "--model", str(llama)]) == 0
     spec = (here / "inferctl.yaml").read_text()
     assert "base: vllm-cuda13.0 " in spec
@@ -139,14 +128,6 @@ def test_a_lock_is_not_judged_without_a_package_index(monkeypatch: pytest.Monkey
     stack = catalog.stack("torch2.13-cu130")
     with pytest.raises(NotReadyError, match="cannot reach a package index"):
         locks.resolve(locks.LockTarget(stack, "3.12", "linux/amd64"), ())
-
-
-def test_an_estimate_does_not_retry_where_the_hub_does_not_respond(here: Path) -> None:
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "cache")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    done = inferctl("estimate", "--model", "org/m", "--hardware", "t4", env=environment, code=3)
-    assert "Retrying" not in done.stderr
-    assert "hint: " in done.stderr
 
 
 def test_a_failure_with_format_json_prints_a_document(here: Path, capsys: Captured) -> None:

@@ -60,17 +60,6 @@ class Network:
         subprocess.run(["docker", "rm", "--force", self.name], capture_output=True, check=False)
 
 
-class HostNetwork(Network):
-    """The network of this machine, for containers that connect to its services."""
-
-    def __init__(self) -> None:
-        self.name = "host"
-
-    @property
-    def option(self) -> str:
-        return "host"
-
-
 class RunningContainer:
     """One container of a pod. `signaled`: when it got SIGTERM."""
 

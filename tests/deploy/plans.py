@@ -14,6 +14,7 @@ from inferctl.deploy.plan import DeploymentPlan
 from inferctl.deploy.planning import SpecSource, make_plan
 from inferctl.models import model
 from inferctl.models.fit import ModelSize
+from tests.models.decoder_configs import SMOLLM2_135M
 
 DIGEST = "@sha256:" + "ab" * 32
 # The shapes of all-MiniLM-L6-v2 and SmolLM2-135M, so that no test needs their weights.
@@ -36,38 +37,18 @@ CLASSIFY_SIZE = replace(EMBED_SIZE, config=EMBED_SIZE.config | _LABELS)
 GENERATE_SIZE = ModelSize(
     134_515_008,
     {
+        **SMOLLM2_135M,
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 576,
         "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     },
     269_060_552,
 )
 CLUSTERS: list[dict[str, Any]] = [
-    {
-        "name": "aws-us-east-1",
-        "kubernetes": "1.35",
-        "share": 0.5,
-    },
-    {
-        "name": "aws-eu-central-1",
-        "kubernetes": "1.34",
-        "max_replicas": {"t4": 0},
-        "share": 0.2,
-    },
-    {
-        "name": "gcp-europe-west4",
-        "gpu_labels": "gke",
-        "kubernetes": "1.36",
-        "share": 0.3,
-    },
+    {"name": "aws-us-east-1", "kubernetes": "1.35", "share": 0.5},
+    {"name": "aws-eu-central-1", "kubernetes": "1.34", "max_replicas": {"t4": 0}, "share": 0.2},
+    {"name": "gcp-europe-west4", "gpu_labels": "gke", "kubernetes": "1.36", "share": 0.3},
 ]
 # The first cluster alone.
 ONE_CLUSTER = [{**CLUSTERS[0], "share": 1.0}]

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,7 @@ from inferctl.deploy.observe.dashboard import dashboard
 from inferctl.deploy.observe.watched import Watched, WatchedFlavor
 from inferctl.manifests import metric_names
 from inferctl.serve.engines.echo import NON_FINITE_TOKEN
-from tests.processes import CLIENT, ServerProcess, start, until
+from tests.processes import CLIENT, ServerProcess, until
 
 # In one worker, one test after the other: the queries look back for 30 s.
 pytestmark = pytest.mark.xdist_group("prometheus")
@@ -27,7 +27,9 @@ LABELS = {"namespace": "inference", "service": "embed", "pod": "embed-l4-7d9f8c6
 
 
 @pytest.fixture(scope="module")
-def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(
+    minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Callable[..., ServerProcess]
+) -> ServerProcess:
     folder = tmp_path_factory.mktemp("scraped")
     spec = {
         "name": "embed",
@@ -37,9 +39,7 @@ def server(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "metering": {"mode": "on", "data": str(folder / "metering")},
     }
     (folder / "inferctl.yaml").write_text(json.dumps(spec))
-    found = start(folder, "--spec", str(folder / "inferctl.yaml"), "--engine", "echo")
-    yield found
-    found.kill()
+    return serve_module("--spec", str(folder / "inferctl.yaml"), "--engine", "echo", place=folder)
 
 
 @pytest.fixture(scope="module")

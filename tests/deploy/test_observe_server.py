@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inferctl.config.spec_types import CACHED
 from inferctl.manifests import metric_names
-from tests.processes import ServerProcess, start
-from tests.serve.test_generation import CONFIG, launch
+from tests.models.model_folders import stand_in
+from tests.processes import ServerProcess
+from tests.serve.test_generation import launch
 
 _SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
 
@@ -36,7 +38,9 @@ def spec(folder: Path, model: Path, **sections: object) -> Path:
 
 
 @pytest.mark.parametrize(("task", "labels"), [("embed", 0), ("rerank", 1), ("classify", 8)])
-def test_servers_of_encoders_have_the_names(task: str, labels: int, minilm: Path, tmp_path: Path) -> None:
+def test_servers_of_encoders_have_the_names(
+    task: str, labels: int, minilm: Path, tmp_path: Path, serve: Callable[..., ServerProcess]
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(minilm, model, ignore=shutil.ignore_patterns("modules.json") if labels else None)
     if labels:
@@ -44,23 +48,14 @@ def test_servers_of_encoders_have_the_names(task: str, labels: int, minilm: Path
         config |= {"architectures": ["BertForSequenceClassification"], "id2label": {n: str(n) for n in range(labels)}}
         (model / "config.json").write_text(json.dumps(config))
     file = spec(tmp_path, model, cache={"size": "16MiB"}, slo={"p99_ms": 1000})
-    server = start(tmp_path, "--spec", str(file), "--engine", "echo")
-    try:
-        assert server.get("/info").json()["task"] == task
-        expected = metric_names.SERVER - (
-            set() if task in CACHED else {n for n in metric_names.SERVER if "_cache_" in n}
-        )
-        assert expected <= own(server) <= metric_names.SERVER
-    finally:
-        server.kill()
+    server = serve("--spec", str(file), "--engine", "echo")
+    assert server.get("/info").json()["task"] == task
+    expected = metric_names.SERVER - (set() if task in CACHED else {n for n in metric_names.SERVER if "_cache_" in n})
+    assert expected <= own(server) <= metric_names.SERVER
 
 
 def test_a_server_of_generation_has_the_names(tmp_path: Path) -> None:
-    model = tmp_path / "llama"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIG))
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    model = stand_in(tmp_path / "llama")
     file = spec(tmp_path, model, slo={"ttft_ms": 500})
     server = launch(tmp_path, model, "--spec", str(file))
     try:

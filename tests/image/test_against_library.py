@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from inferctl.models import reference_process
 from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.output_vectors import decode
 from inferctl.models.reference_process import LIBRARIES
+from inferctl.reading import task_config
 from inferctl.serve.reference import reference
 from tests import tiny_models
 from tests.image import tiny
-from tests.processes import ServerProcess, inferctl, start
+from tests.processes import ServerProcess, inferctl
 from tests.reading import saved_models
 from tests.reading.test_saved_models import LAST, MEAN, Change, changed, edit, modules_changed
 
@@ -123,52 +124,60 @@ def computed_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(right: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def serving(right: Callable[[str], Path], serve_module: Callable[..., ServerProcess]) -> Callable[[str, str], Any]:
+    """`serving("rerank", "fp32")` returns a server of the right model, which starts once for all tests."""
+    return cache(lambda task, precision: serve_module("--model", str(right(task)), "--precision", precision))
+
+
+@pytest.fixture
+def server(serving: Callable[[str, str], ServerProcess]) -> ServerProcess:
     """A server of the right embedding model."""
-    running = start(tmp_path_factory.mktemp("server"), "--model", str(right("embed")), *FP32)
-    yield running
-    running.kill()
-
-
-def outputs(target: ServerConnection) -> Sequence[object]:
-    return target.request([QUERY, *library.TEXTS] if target.task == "rerank" else list(library.TEXTS))
+    return serving("embed", "fp32")
 
 
 def compared(target: ServerConnection, folder: Path) -> library.LibraryComparison:
-    return library.compare(outputs(target), {**target.info, "task": target.task}, folder)
+    outputs = target.request([QUERY, *library.TEXTS] if target.task == "rerank" else list(library.TEXTS))
+    return library.compare(outputs, {**target.info, "task": target.task}, folder)
+
+
+def judged(folder: Path, right: Path, task: str, precision: str, limit: int | None = None) -> library.LibraryComparison:
+    """Compare what a server of `folder` would return: the fp32 reference, because each start takes seconds."""
+    inputs = [[QUERY, text] for text in library.TEXTS] if task == "rerank" else list(library.TEXTS)
+    found = reference(str(folder), inputs, limit)
+    outputs = found["scores"] if task != "embed" else [decode(text) for text in found["embeddings"]]
+    limits = {"max_input_tokens": task_config.read(task, folder, limit).max_tokens}
+    info = {"task": task, "precision": {"effective": precision}, "limits": limits, "model": {"sha256": "other"}}
+    return library.compare(outputs, info, right)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_server_of_another_model_is_found(
-    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess], tmp_path: Path, name: str
-) -> None:
+def test_another_model_is_found(right: Callable[[str], Path], computed_once: None, tmp_path: Path, name: str) -> None:
     task, change, precision, message = FAULTS[name]
     folder = tmp_path / "model"
     shutil.copytree(right(task), folder)
     change(folder)
-    target = connect(serve("--model", str(folder), "--precision", precision).url)
     with pytest.raises(InferctlError, match=message):
-        compared(target, right(task))
+        judged(folder, right(task), task, precision)
 
 
 @pytest.mark.parametrize(
     ("task", "precision"), [("embed", "fp32"), ("embed", "bf16"), ("rerank", "fp32"), ("classify", "fp32")]
 )
 def test_a_server_of_the_right_model_agrees(
-    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess], task: str, precision: str
+    right: Callable[[str], Path],
+    computed_once: None,
+    serving: Callable[[str, str], ServerProcess],
+    task: str,
+    precision: str,
 ) -> None:
-    found = compared(connect(serve("--model", str(right(task)), "--precision", precision).url), right(task))
+    found = compared(connect(serving(task, precision).url), right(task))
     assert (found.texts, found.cosine_min is None) == (12, task != "embed")
     assert found.library.startswith(f"{LIBRARIES[task]} ")
     assert 0 < found.difference <= (found.tolerance if precision == "fp32" else 0.1)
 
 
-@pytest.mark.slow
-def test_the_limit_of_the_server_cuts_the_texts_of_the_library(
-    right: Callable[[str], Path], computed_once: None, serve: Callable[..., ServerProcess]
-) -> None:
-    server = serve("--model", str(right("embed")), *FP32, "--max-input-tokens", "9")
-    assert compared(connect(server.url), right("embed")).difference < library.FP32_LIMIT
+def test_the_limit_of_the_server_cuts_the_texts_of_the_library(right: Callable[[str], Path]) -> None:
+    assert judged(right("embed"), right("embed"), "embed", "fp32", 9).difference < library.FP32_LIMIT
 
 
 def test_a_running_server_is_compared_with_the_folder_that_it_reports(server: ServerProcess, tmp_path: Path) -> None:
@@ -187,11 +196,11 @@ def test_a_server_is_started_for_a_model_folder(right: Callable[[str], Path], tm
 
 
 @pytest.mark.slow
-def test_each_task_has_its_library(right: Callable[[str], Path], server: ServerProcess, tmp_path: Path) -> None:
-    done = inferctl("verify", "--model", str(right("classify")), *FP32, "--against", "transformers", cwd=tmp_path)
+def test_each_task_has_its_library(serving: Callable[[str, str], ServerProcess], tmp_path: Path) -> None:
+    done = inferctl("verify", "--url", serving("classify", "fp32").url, "--against", "transformers", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "equals transformers " in done.stderr
-    done = inferctl("verify", "--url", server.url, "--against", "transformers", cwd=tmp_path)
+    done = inferctl("verify", "--url", serving("embed", "fp32").url, "--against", "transformers", cwd=tmp_path)
     assert (done.returncode, f"--against {library.NAME}" in done.stderr) == (2, True)
 
 
@@ -318,11 +327,11 @@ def test_the_verification_of_an_image_compares_with_the_library(
 def test_the_verification_of_an_image_compares_the_scores_of_a_classifier(
     right: Callable[[str], Path],
     computed_once: None,
-    serve: Callable[..., ServerProcess],
+    serving: Callable[[str, str], ServerProcess],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = right("classify")
-    engine: Any = HostEngine(serve("--model", str(model), *FP32), model, monkeypatch)
+    engine: Any = HostEngine(serving("classify", "fp32"), model, monkeypatch)
     image = ImageInfo("x", (), (), 0, "", "", {}, ("python3",), (), {}, ())
     running = verify.verify(engine, image, verify.VerifyOptions(None, library_model=model))
     verified: verify.Verified = tiny.drained(running)[1]

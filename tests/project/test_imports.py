@@ -139,24 +139,28 @@ def test_no_modules_import_each_other() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a cycle
 
 
-# Package of `serve` -> the packages of `serve` that it may not import.
-SERVE_BOUNDARIES = {
-    "edge": ("api", "backend", "processes", "cache", "scheduling", "engine_process", "engines", "text"),
-    "text": ("api", "edge", "backend", "processes", "cache", "scheduling", "engine_process", "engines"),
-    "backend": ("api", "edge", "processes", "engines", "text"),
-    "scheduling": ("api", "edge", "backend", "engines"),
-    "engine_process": ("api", "edge", "scheduling"),
-    "engines": ("api", "edge", "scheduling"),
-    "cache": ("api", "edge", "backend", "engines"),
+# Package -> the packages beside it that it may not import.
+BOUNDARIES = {
+    "serve/edge": ("api", "backend", "processes", "cache", "scheduling", "engine_process", "engines", "text"),
+    "serve/text": ("api", "edge", "backend", "processes", "cache", "scheduling", "engine_process", "engines"),
+    "serve/backend": ("api", "edge", "processes", "engines", "text"),
+    "serve/scheduling": ("api", "edge", "backend", "engines"),
+    "serve/engine_process": ("api", "edge", "scheduling"),
+    "serve/engines": ("api", "edge", "scheduling"),
+    "serve/cache": ("api", "edge", "backend", "engines"),
+    "manifests/kubernetes": ("lint", "preview"),
+    "manifests/lint": ("preview",),
+    "manifests/preview": ("lint",),
 }
 
 
-@pytest.mark.parametrize("package", SERVE_BOUNDARIES)
-def test_the_packages_of_the_server_know_only_those_behind_them(package: str) -> None:
-    for file in (PACKAGE / "serve" / package).glob("*.py"):
+@pytest.mark.parametrize("package", BOUNDARIES)
+def test_the_packages_of_a_room_know_only_those_behind_them(package: str) -> None:
+    room = package.partition("/")[0]
+    unwanted = tuple(f"inferctl.{room}.{other}." for other in BOUNDARIES[package])
+    for file in (PACKAGE / package).glob("*.py"):
         for name in imports(file):
-            unwanted = [f"inferctl.serve.{other}." for other in SERVE_BOUNDARIES[package]]
-            assert not name.startswith(tuple(unwanted)), f"{file.name} imports {name}"
+            assert not f"{name}.".startswith(unwanted), f"{file.name} imports {name}"
 
 
 def test_only_edge_endpoints_and_generation_know_http() -> None:
@@ -177,18 +181,6 @@ def test_the_plan_of_a_deployment_does_not_know_its_objects() -> None:
         if not file.relative_to(deploy).as_posix().startswith(BUILDERS):
             for name in imports(file):
                 assert not name.startswith(("inferctl.deploy.objects", "inferctl.deploy.observe")), file.name
-
-
-# Package of `manifests` -> the packages of `manifests` that it may not import.
-MANIFESTS_BOUNDARIES = {"kubernetes": ("lint", "preview"), "lint": ("preview",), "preview": ("lint",)}
-
-
-@pytest.mark.parametrize("package", MANIFESTS_BOUNDARIES)
-def test_lint_and_preview_are_separate(package: str) -> None:
-    for file in (PACKAGE / "manifests" / package).glob("*.py"):
-        for name in imports(file):
-            unwanted = [f"inferctl.manifests.{other}." for other in MANIFESTS_BOUNDARIES[package]]
-            assert not f"{name}.".startswith(tuple(unwanted)), f"{file.name} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())

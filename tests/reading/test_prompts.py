@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +218,15 @@ def test_a_prompt_counts_for_each_text_in_what_waits_for_the_threads(
 
 
 @pytest.fixture(scope="module")
-def server(folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
+def server(
+    folder: Any, tmp_path_factory: pytest.TempPathFactory, serve_module: Callable[..., ServerProcess]
+) -> tuple[ServerProcess, Path]:
     """A server with prompts, a cache and a request log, and its model folder."""
     place, path = tmp_path_factory.mktemp("prompted"), folder(**SERVED)
     spec: dict[str, Any] = {"name": "prompted", "model": {"source": str(path)}, "cache": {"size": "16MiB"}}
     spec |= {"serve": {"precision": "fp32"}, "metering": {"mode": "on", "data": str(place / "usage")}}
     (place / "inferctl.yaml").write_text(json.dumps(spec))
-    found = start(place, "--log", "json")
-    yield found, path
-    found.kill()
+    return serve_module("--log", "json", place=place), path
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,12 @@ def without(part: str) -> Change:
 
 
 def with_more(*names: str, number: str = "float32") -> Change:
-    import torch
+    def change(weights: Weights, _: Path) -> Weights:
+        import torch  # not when the tests are collected, which each worker does
 
-    return lambda weights, _: weights | {name: torch.ones(3, dtype=getattr(torch, number)) for name in names}
+        return weights | {name: torch.ones(3, dtype=getattr(torch, number)) for name in names}
+
+    return change
 
 
 def one_more_layer(weights: Weights, _: Path) -> Weights:
@@ -150,9 +153,12 @@ def in_a_row(number: float) -> Change:
 
 
 def as_number(name: str) -> Change:
-    import torch
+    def converted(tensor: Any) -> Any:
+        import torch
 
-    return in_a_layer(lambda tensor: tensor.to(getattr(torch, name)))
+        return tensor.to(getattr(torch, name))
+
+    return in_a_layer(converted)
 
 
 def sharded(weights: Weights, folder: Path, lost: str | None = None) -> Weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,14 +57,13 @@ class Guarded:
 
 
 @pytest.fixture(scope="module")
-def guarded(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    folder = tmp_path_factory.mktemp("guarded")
-    keys = folder / "keys.json"
+def guarded(
+    minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Callable[..., ServerProcess]
+) -> Guarded:
+    keys = tmp_path_factory.mktemp("guarded") / "keys.json"
     add(keys, "first")
     arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--log", "json", "--keys", str(keys))
-    server = start(folder, *arguments)
-    yield Guarded(server, keys)
-    server.kill()
+    return Guarded(serve_module(*arguments), keys)
 
 
 def test_a_key_is_accepted_in_each_header(guarded: Guarded) -> None:

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from inferctl.serve.engines.echo import FAILING_TOKEN, SLOW_TOKEN
 from inferctl.serve.observe import samples
 from inferctl.serve.signals import EXIT_TERMINATED
 from inferctl.tenancy.metering.ledger import Ledger
-from tests.processes import CLIENT, ServerProcess, inferctl, start, until
+from tests.processes import CLIENT, ServerProcess, inferctl, until
 from tests.tenancy.key_files import add
 from tests.tenancy.metering.test_metered_server import Load
 
@@ -193,7 +193,7 @@ def sum_of(found: dict[Any, float], name: str, **labels: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Callable[..., ServerProcess]) -> Pool:
     folder = tmp_path_factory.mktemp("pool")
     added = {name: add(folder / "keys.json", name, **fields) for name, fields in KEYS.items()}
     spec = {
@@ -205,14 +205,13 @@ def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         "serve": {"max_batch_tokens": BATCH_TOKENS, "max_queue_tokens": QUEUE_TOKENS},
     }
     (folder / "inferctl.yaml").write_text(json.dumps(spec))
-    server = start(folder, "--spec", "inferctl.yaml", "--engine", "echo", "--api-processes", str(PROCESSES))
-    yield Pool(
-        server,
+    options = ("--spec", "inferctl.yaml", "--engine", "echo", "--api-processes", str(PROCESSES))
+    return Pool(
+        serve_module(*options, place=folder),
         folder,
         {name: secret for name, (_, secret) in added.items()},
         {name: key.id for name, (key, _) in added.items()},
     )
-    server.kill()
 
 
 @pytest.fixture
@@ -558,18 +557,10 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def two(minilm: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+def two(minilm: Path, serve: Callable[..., ServerProcess]) -> Callable[..., ServerProcess]:
     """Starts a server with two API processes, and settings as variables of the environment."""
-    started: list[ServerProcess] = []
-
-    def run(processes: int = 2, **settings: str) -> ServerProcess:
-        arguments = ("--model", str(minilm), "--engine", "echo", "--name", "echo", "--api-processes", str(processes))
-        started.append(start(tmp_path, *arguments, **settings))
-        return started[-1]
-
-    yield run
-    for server in started:
-        server.kill()
+    echo = ("--model", str(minilm), "--engine", "echo", "--name", "echo")
+    return lambda processes=2, **settings: serve(*echo, "--api-processes", str(processes), **settings)
 
 
 @pytest.mark.parametrize(

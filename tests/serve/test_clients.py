@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from tests.conftest import TEXTS
-from tests.processes import ServerProcess, execute
+from tests.processes import ServerProcess
 
 pytestmark = pytest.mark.xdist_group("minilm")
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
@@ -105,11 +105,3 @@ def test_llama_index(server: ServerProcess, reference: Matrix) -> None:
     same(client.get_text_embedding_batch(TEXTS), reference)
     same(client.get_query_embedding(TEXTS[0]), reference[0])
     same(asyncio.run(client.aget_text_embedding_batch(TEXTS)), reference)
-
-
-def test_curl(server: ServerProcess, reference: Matrix, tmp_path: Path) -> None:
-    body = tmp_path / "body.json"
-    body.write_text(json.dumps({"input": TEXTS}))
-    command = ["curl", "-sS", "--fail-with-body", "--max-time", "60", "-H", "content-type: application/json"]
-    done = execute(*command, "-d", f"@{body}", f"{server.url}/v1/embeddings", code=0)
-    same([entry["embedding"] for entry in json.loads(done.stdout)["data"]], reference)

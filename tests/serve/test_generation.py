@@ -32,33 +32,16 @@ from inferctl.serve.generate.probe import DeviceProbe
 from inferctl.serve.generate.vllm_process import VllmProcess
 from inferctl.serve.generate.vllm_request import VllmRequest
 from inferctl.serve.generate.vllm_supervisor import VllmSupervisor
+from tests.models.model_folders import LLAMA, stand_in
 from tests.processes import ServerProcess, python, until
 
 FAKE = Path(__file__).with_name("fake_vllm")
 CPU = DeviceInfo("cpu", "a CPU", None, 8_000_000_000)
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "vocab_size": 100,
-}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stand_in(tmp_path_factory.mktemp("llama"))
-
-
-def stand_in(folder: Path) -> Path:
-    """Write the configuration of a generative model to `folder`. The stand-in for vLLM does not read the weights."""
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    return folder
 
 
 class Generation(ServerProcess):
@@ -490,7 +473,7 @@ def test_mistakes_are_told_before_vllm_starts(tmp_path: Path, llama: Path) -> No
     )
     mpt = tmp_path / "mpt"
     shutil.copytree(llama, mpt)
-    (mpt / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["MPTForCausalLM"]}))
+    (mpt / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["MPTForCausalLM"]}))
     assert "vLLM does not run MPTForCausalLM: vLLM removed it" in refused("--model", str(mpt))
     without = DeviceProbe(CPU, DeviceTraits("cpu"), {"torch": "2.13.0"})
     with pytest.raises(NotReadyError, match="requires vLLM, not installed"):

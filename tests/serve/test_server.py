@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest
 
 from inferctl.serve.engines.echo import FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
 from tests.config.test_settings import SERVICE_LINKS
-from tests.processes import CLIENT, ServerProcess, inferctl, start, until
+from tests.processes import CLIENT, ServerProcess, inferctl, until
 
 Serve = Callable[..., ServerProcess]
 
@@ -28,11 +28,9 @@ def echo_arguments(minilm: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def shared(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def shared(minilm: Path, serve_module: Callable[..., ServerProcess]) -> ServerProcess:
     """A server with a large queue, whose engine tests may end."""
-    server = start(tmp_path_factory.mktemp("shared"), *echo_arguments(minilm))
-    yield server
-    server.kill()
+    return serve_module(*echo_arguments(minilm))
 
 
 @pytest.fixture
@@ -40,10 +38,6 @@ def server(shared: ServerProcess) -> ServerProcess:
     """The shared server, ready."""
     shared.wait_ready()
     return shared
-
-
-def metric(server: ServerProcess, name: str, **labels: str) -> float:
-    return server.metric(name, **labels)
 
 
 def vector(tokens: list[int]) -> list[float]:
@@ -92,10 +86,10 @@ def test_errors_use_the_envelope(echo: ServerProcess, body: dict[str, object], s
 def test_long_inputs_are_truncated_and_only_processed_tokens_count(echo: ServerProcess) -> None:
     assert echo.embed(input="word " * 400).json()["usage"]["total_tokens"] == 256
     assert echo.embed(input=[5] * 400).json()["usage"]["total_tokens"] == 256
-    before = metric(echo, "inferctl_inputs_truncated_total")
+    before = echo.metric("inferctl_inputs_truncated_total")
     echo.embed(input=["word " * 400, "short", "word " * 400])
     echo.embed(input=[[5] * 257, [5] * 256])
-    assert metric(echo, "inferctl_inputs_truncated_total") == before + 3
+    assert echo.metric("inferctl_inputs_truncated_total") == before + 3
 
 
 def test_dimensions_equal_to_those_of_the_model_are_accepted(echo: ServerProcess) -> None:
@@ -109,7 +103,7 @@ def test_a_full_queue_responds_with_429_and_retry_after(echo: ServerProcess) -> 
     rejected = next(answer for answer in answers if answer.status_code == 429)
     assert int(rejected.headers["retry-after"]) >= 1
     assert rejected.json()["error"]["code"] == "queue_full"
-    assert metric(echo, "inferctl_rejected_total", reason="queue_full") >= 1
+    assert echo.metric("inferctl_rejected_total", reason="queue_full") >= 1
     assert echo.embed(input=[5]).status_code == 200
 
 
@@ -127,7 +121,7 @@ def test_probes_metrics_and_descriptions(echo: ServerProcess) -> None:
     assert echo.get("/v1/models/echo").json()["id"] == "echo"
     assert echo.get("/v1/models/other").status_code == 404
     echo.embed(input=[5, 6])
-    assert metric(echo, "inferctl_requests_total", endpoint="embeddings", status="200") >= 1
+    assert echo.metric("inferctl_requests_total", endpoint="embeddings", status="200") >= 1
     info = echo.get("/info").json()
     assert {"name", "inferctl", "model", "precision", "attention", "fidelity", "device", "versions", "limits"} <= set(
         info
@@ -164,7 +158,7 @@ def test_without_an_engine_the_server_is_live_but_not_ready(server: ServerProces
     os.kill(server.engine_pid(), signal.SIGKILL)
     until(lambda: 503 in seen)
     assert server.get("/livez").status_code == 200
-    until(lambda: metric(server, "inferctl_engine_up") == 1)
+    until(lambda: server.metric("inferctl_engine_up") == 1)
     done.set()
     watcher.join()
     server.wait_ready()
@@ -176,7 +170,7 @@ def test_a_drain_that_exceeds_its_timeout_exits_1(serve: Serve, minilm: Path, tm
     server = serve("--spec", str(spec), "--engine", "echo")
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 20)
-        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
+        until(lambda: server.metric("inferctl_requests_in_flight") == 1)
         server.process.send_signal(signal.SIGTERM)
         # The engine does not complete its batch.
         assert server.process.wait(timeout=10 * SLOW_SECONDS) == 1
@@ -189,7 +183,7 @@ def test_a_second_sigterm_exits_at_once_and_kills_the_engine(serve: Serve, minil
     engine = server.engine_pid()
     with ThreadPoolExecutor(1) as pool:
         lost = pool.submit(server.embed, input=[[SLOW_TOKEN]] * 100)
-        until(lambda: metric(server, "inferctl_requests_in_flight") == 1)
+        until(lambda: server.metric("inferctl_requests_in_flight") == 1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "shutting down" in server.log.read_text())
         assert server.stop() == 128 + signal.SIGTERM

