@@ -1,4 +1,4 @@
-"""The GPU of this process: its memory, its energy, and a clock that waits for it. With the stand-in, the CPU's.
+"""The GPU of this process: its memory, its speed, and a clock that waits for it. With the stand-in, the CPU's.
 
 `python card.py BYTES` holds all memory of the GPU but so much until its stdin ends.
 """
@@ -61,18 +61,6 @@ def nvml() -> Any | None:
         return Nvml()
     except NvmlUnavailableError:
         return None
-
-
-def joules() -> float | None:
-    """Return the energy of the first GPU since its driver was loaded; None if it is not reported."""
-    connection = nvml()
-    if connection is None:
-        return None
-    try:
-        used = connection.sample(0, time.monotonic_ns()).energy_j
-        return None if used is None else float(used)
-    finally:
-        connection.close()
 
 
 def free() -> None:
