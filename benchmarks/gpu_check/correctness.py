@@ -115,12 +115,11 @@ def _case(
     whole, each = outputs(rows), outputs(alone)
     cosines = [cosine(found, expected["rows"]) for found in (whole, each)]
     own, limit = cosine(whole, each), info.cosine_limit or 1.0
-    nearest = _nearest(rows, [row.dense for row in expected["rows"]]) if form == Form.DENSE else 0
     step.check(
         f"vectors of {label}",
-        min(cosines) >= limit and own >= 1 - ALONE[precision] and not nearest,
+        min(cosines) >= limit and own >= 1 - ALONE[precision],
         f"cosine to fp32 {cosines[0]:.5f} in a batch, {cosines[1]:.5f} alone, at least {limit}; "
-        f"alone to batch {own:.5f}" + (f"; another text is nearer for {nearest} of {len(rows)}" if nearest else ""),
+        f"alone to batch {own:.5f}",
         cosine=cosines[0],
         alone=own,
     )
@@ -140,13 +139,6 @@ def _run(engine: Any, ids: list[Any], marks: list[int] | None) -> Any:
     if not result.ok.all():
         raise ValueError(f"{int((~result.ok).sum())} rows have NaN or infinity")
     return result.rows
-
-
-def _nearest(rows: Any, expected: Any) -> int:
-    """Return for how many rows another expected one is clearly nearer than their own."""
-    a, b = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in (rows, expected))
-    similar = a @ b.T
-    return int((similar.max(axis=1) > np.diag(similar) + 1e-3).sum())
 
 
 if __name__ == "__main__":

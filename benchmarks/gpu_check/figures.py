@@ -1,4 +1,4 @@
-"""Step 5: figures. Benchmarks of precisions, sentence-transformers beside the engine, energy, and generation."""
+"""Step 5: figures. Benchmarks of precisions with their energy, sentence-transformers, and API processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from inferctl.bench.load import process_usage
 PEERS = Path(__file__).resolve().parents[1] / "peers"
 TEXTS = 200 if STAND_IN else 8000
 CLIENTS = 1 if STAND_IN else 4  # processes that send requests
-TOKENS = 32 if STAND_IN else 256  # of each generated answer
 END_S = 25.0  # a benchmark that is ended waits for its server, and writes what it measured
 
 
 def work(step: Step, settings: dict[str, Any]) -> None:
-    folder, given = Path(settings["work"]), Path(settings["models"])
+    folder = Path(settings["work"])
     shape = dict(models.SMALL) if STAND_IN else models.SHAPES["minilm"]
-    model = given / "all-MiniLM-L6-v2"
+    model = Path(settings["models"]) / "all-MiniLM-L6-v2"
     if STAND_IN or not (model / "model.safetensors").is_file():
         model = models.make(folder / "shape-minilm", "bert", **{"initializer_range": 0.02, **shape})
     cross = models.make(folder / "cross-minilm", "bert", task="rerank", **{"initializer_range": 0.02, **shape})
@@ -45,7 +44,6 @@ def work(step: Step, settings: dict[str, Any]) -> None:
     step.part("precisions of embeddings", 100, _bench, Path(settings["output"]), model, "embeddings")
     step.part("precisions of reranking", 100, _bench, Path(settings["output"]), cross, "reranking")
     step.part("API processes", 60, _api_processes, folder, model)
-    step.part("generation", 150, _generation, folder, given / "SmolLM2-135M-Instruct")
 
 
 def _library(step: Step, folder: Path, model: Path) -> None:
@@ -179,51 +177,6 @@ def _load(url: str) -> tuple[float, int, float]:
     outcome = load.run_closed(url, ready, 32, 1 if STAND_IN else 4, warm=1)
     used = (time.process_time() - before) / (time.perf_counter() - started)
     return outcome.rate, outcome.failures, used
-
-
-def _generation(step: Step, folder: Path, model: Path) -> None:
-    """Measure vLLM with the edge: start, tokens/s, and the time after its engine was killed."""
-    if importlib.util.find_spec("vllm") is None:
-        step.skip("generation", "vLLM is not installed")
-        return
-    if not (model / "model.safetensors").is_file():
-        step.skip("generation", f"{model} does not exist")
-        return
-    device = ("--device", "cpu", "--kv-cache", "1GiB") if STAND_IN else ("--device", "cuda:0")
-    arguments = ("--model", str(model), "--max-context-tokens", "2048", *device)
-    with servers.serving(folder, "generation", *arguments, seconds=240) as server:
-        step.figure("ready", f"{server.seconds:.0f} s", seconds=server.seconds)
-        _tokens(step, server)
-        victims = [pid for pid in process_usage.tree(server.process.pid) if _named(pid, b"EngineCore")]
-        if victims and step.left() > 60:
-            started = time.monotonic()
-            for pid in victims:
-                os.kill(pid, signal.SIGKILL)
-            servers.until(lambda: not server.ready(), 30)
-            back = servers.until(server.ready, 240)
-            step.check("a killed engine is replaced", back, f"ready again after {time.monotonic() - started:.0f} s")
-        else:
-            step.skip("killed engine", "too little time is left" if victims else "its process was not found")
-
-
-def _tokens(step: Step, server: servers.Server, clients: int = 4 if STAND_IN else 64) -> None:
-    """Record tokens/s of `clients` requests that are sent at the same time."""
-    url, model = server.url, json.loads(server.get("/v1/models"))["data"][0]["id"]
-    servers.post(f"{url}/v1/completions", {"model": model, "prompt": "warm", "max_tokens": 1})
-    body = {"model": model, "prompt": "The history of", "max_tokens": TOKENS, "ignore_eos": True}
-    started = time.monotonic()
-    with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda _: servers.post(f"{url}/v1/completions", body, 300), range(clients)))
-    rate = sum(answer["usage"]["completion_tokens"] for status, answer in answers if status == 200)
-    rate /= time.monotonic() - started
-    good = [status for status, _ in answers if status == 200]
-    bad = next((f"; {status}: {str(answer)[:200]}" for status, answer in answers if status != 200), "")
-    step.check("completions", len(good) == clients, f"{len(good)} of {clients}{bad}")
-    step.figure("tokens/s", f"{rate:.0f}, {clients} requests at a time", tokens_per_s=rate)
-
-
-def _named(pid: int, word: bytes) -> bool:
-    return word in Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/comm").read_bytes()
 
 
 if __name__ == "__main__":
