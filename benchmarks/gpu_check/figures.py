@@ -40,7 +40,6 @@ def work(step: Step, settings: dict[str, Any]) -> None:
         step.skip("sentence-transformers", "it is not installed")
     else:
         step.part("sentence-transformers", 40, _library, folder, model)
-        step.part("vectors of sentence-transformers", 40, _vectors, folder, model)
     step.part("precisions of embeddings", 100, _bench, Path(settings["output"]), model, "embeddings")
     step.part("precisions of reranking", 100, _bench, Path(settings["output"]), cross, "reranking")
     step.part("API processes", 60, _api_processes, folder, model)
@@ -68,17 +67,6 @@ def _library(step: Step, folder: Path, model: Path) -> None:
             rates[name].append(TEXTS / json.loads(process.stdout.readline())[0])  # type: ignore[union-attr]
     told = ", ".join(f"{name} {min(values):.0f} to {max(values):.0f}" for name, values in rates.items())
     step.figure("texts/s in bf16, tokenization included", told, rates=rates)
-
-
-def _vectors(step: Step, folder: Path, model: Path) -> None:
-    """Compare the vectors of a server with those of sentence-transformers on the CPU, from raw text."""
-    for precision in ("bf16",) if STAND_IN else ("fp32", "bf16"):
-        command = [sys.executable, "-m", "inferctl", "verify", "--model", str(model), "--precision", precision]
-        command += ["--against", "sentence-transformers", "--json"]
-        code, stdout, stderr = _ended(command, folder, max(60.0, step.left() - 45))
-        found = json.loads(stdout)["library"] if code == 0 else {}
-        told = f"cosine {found['cosine_min']:.6f}" if found else " ".join(stderr.split())[-400:]
-        step.check(f"vectors in {precision} as sentence-transformers", code == 0, told, found=found)
 
 
 def _bench(step: Step, folder: Path, model: Path, name: str) -> None:
