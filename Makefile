@@ -116,7 +116,7 @@ image-check: $(VENV)/.dev model  ## build the CUDA 13.0 image and verify it on t
 
 # It uses no environment of this file, but makes its own: with the locked stack of the images, then with the newest
 # torch. `python3` is the one that has torch where there is no network:
-# make gpu-check GPU_CHECK='--wheels FOLDER --steps 1,2,3 --minutes 9'
+# make gpu-check GPU_CHECK='--wheels FOLDER --steps 1,2,3 --minutes 9 --output FOLDER'
 GPU_PYTHON ?= python3
 gpu-check:  ## check a machine with a GPU in 20 minutes; add the results to benchmarks/results/gpu-check.json
 	$(GPU_PYTHON) benchmarks/gpu_check $(GPU_CHECK)

@@ -1,11 +1,12 @@
 """Check everything on a GPU that tests elsewhere cannot: `make gpu-check`, or
 
     python benchmarks/gpu_check [--steps 1,2,3] [--minutes 20] [--stack locked,newest]
-                                [--wheels FOLDER] [--output FOLDER]
+                                [--wheels FOLDER] [--output FOLDER] [--resume]
 
 1 machine, 2 correctness, 3 shapes, 4 faults, 5 figures, 6 image. Each step is a process with a time limit, and none
-stops the next. OUTPUT/gpu-check.json gets the result of each step when it ends; a later run adds to it. The exit code
-is 0 if all chosen steps passed. --stand-in runs all of it on CPUs, with results of their own.
+stops the next. OUTPUT/gpu-check.json gets the result of each step when it ends; a later run adds to it, and with
+--resume skips what passed. The exit code is 0 if all chosen steps passed. --stand-in runs all of it on CPUs, with
+results of their own.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def main() -> None:
     if options.short:
         os.environ["GPU_CHECK_SHORT"] = "1"
     import results  # reads these variables
+    import stacks
 
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / ("gpu-check-stand-in.json" if options.stand_in else "gpu-check.json")
@@ -57,33 +59,67 @@ def main() -> None:
     done: list[dict[str, Any]] = []
 
     gpu = "stand-in" if options.stand_in else _gpu()
+    # Of each step, because later runs add to the file.
+    same: dict[str, Any] = {"gpu": gpu, "commit": document["commit"]}
 
     def record(entry: dict[str, Any]) -> None:
-        entry |= {"gpu": gpu, "commit": document["commit"]}  # of each step, because later runs add to the file
+        entry |= {**same, **entry}
         done.append(entry)
         document["steps"].append(entry)
         results.write(file, document)
         print(summary(entry, options.stand_in), flush=True)
 
-    first = None
+    running = options.output / "gpu-check-running.json"
+    if running.is_file():  # of a run that was killed
+        entry = json.loads(running.read_text())
+        entry["checks"].append({"name": results.WHOLE, "outcome": "failed", "detail": "the check was killed"})
+        document["steps"].append(entry)
+        running.unlink()
+    first, tested = None, dict[str, str]()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
-        for stack, python in _stacks(options, Path(work), record):
-            first = first or stack
+        for stack, python, torch in _stacks(options, Path(work), end, record):
+            first, tested[stack] = first or stack, torch
             numbers = [number for number in options.steps if stack == first or number in REPEATED]
             later = len(options.stack) - options.stack.index(stack) - 1 if stack in options.stack else 0
             for number in numbers:
                 limit = _limit(number, options.steps, numbers, later, end - time.time())
                 if limit:
-                    record(_step(number, stack, python, Path(work), options, limit))
+                    entry = {"step": number, "stack": stack, "title": STEPS[number][0], "torch": torch, **same}
+                    entry["checks"] = _kept(document["steps"], entry) if options.resume else []
+                    record(_step(entry, python, Path(work), options, limit))
                 else:
                     record(_no_time(number, stack))
     failed = [f"{entry['step']} ({entry['stack']})" for entry in done if not entry["passed"]]
     ran = ", ".join(f"{entry['step']} {entry['title']}" for entry in done if entry["step"])
     print(f"\n{file}: steps {ran or 'none'}")
     print(f"failed: {', '.join(failed)}" if failed or not ran else "all chosen steps passed")
+    if tested:
+        print(_about_torch(tested, stacks.shipped_torch()))
     if options.stand_in:
         print("This was the stand-in: no figure and no check is of a GPU.")
     sys.exit(1 if failed or not ran else 0)
+
+
+def _kept(steps: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the checks of the parts of a step that passed in earlier runs: the same code, GPU and torch."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for earlier in steps:
+        if all(earlier.get(key) == value for key, value in entry.items()):
+            latest: dict[str, list[dict[str, Any]]] = {}
+            for check in earlier["checks"]:
+                if "part" in check:
+                    latest.setdefault(check["part"], []).append(check)
+            parts |= latest
+    passed = [checks for checks in parts.values() if all(c["outcome"] in ("passed", "figure") for c in checks)]
+    return [check for checks in passed for check in checks]
+
+
+def _about_torch(tested: dict[str, str], shipped: str) -> str:
+    """Say which torch was tested (by stack), and whether it is the one that the images ship."""
+    told = f"torch: {', '.join(f'{version} ({stack})' for stack, version in tested.items())}."
+    if shipped in (version.partition("+")[0] for version in tested.values()):
+        return f"{told} The images ship {shipped}."
+    return f"{told} The images ship {shipped}, which was NOT tested."
 
 
 def _limit(number: int, steps: list[int], numbers: list[int], later: int, left: float) -> float | None:
@@ -104,37 +140,41 @@ def _no_time(number: int, stack: str) -> dict[str, Any]:
 
 
 def _stacks(
-    options: argparse.Namespace, work: Path, record: Callable[[dict[str, Any]], None]
-) -> Iterator[tuple[str, Path]]:
-    """Yield the stacks with their Python. If none can be installed, the machine's own."""
+    options: argparse.Namespace, work: Path, end: float, record: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[str, Path, str]]:
+    """Yield the stacks with their Python and their torch. If none can be installed, the machine's own."""
     import stacks
 
     found = False
-    for stack in options.stack:
+    for stack in (*options.stack, "machine"):
+        if stack == "machine" and found:
+            continue
         try:
+            stacks.INSTALL_S = min(stacks.INSTALL_S, max(1.0, end - time.time()))
             python = stacks.python_of(stack, work, options.wheels)
+            torch = stacks.check(python)
         except stacks.CannotInstallError as error:
             outcome = "failed" if stack == "machine" else "skipped"
             checks = [{"name": f"stack {stack}", "outcome": outcome, "detail": f"it cannot be installed: {error}"}]
             passed = outcome == "skipped"
             record({"step": 0, "stack": stack, "title": "install", "passed": passed, "seconds": 0.0, "checks": checks})
+            if stack == "machine":
+                return
             continue
         found = True
-        yield stack, python
-    if not found and "machine" not in options.stack:
-        yield "machine", Path(sys.executable)
+        yield stack, python, torch
 
 
-def _step(
-    number: int, stack: str, python: Path, work: Path, options: argparse.Namespace, limit: float
-) -> dict[str, Any]:
-    """Run a step in a process of its own, and return its result."""
-    title, started = STEPS[number][0], time.time()
-    folder = work / stack
+def _step(entry: dict[str, Any], python: Path, work: Path, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+    """Run a step in a process of its own, and return its result. `entry`: what is known of it before."""
+    import results
+
+    title, started = entry["title"], time.time()
+    folder = work / entry["stack"]
     folder.mkdir(exist_ok=True)
     # Beside the results, so that they remain if this process is killed.
     checks, log = (options.output.absolute() / f"gpu-check-running.{kind}" for kind in ("json", "log"))
-    checks.unlink(missing_ok=True)
+    results.write(checks, entry)
     settings = {
         "file": str(checks),
         "end": started + limit,
@@ -168,20 +208,18 @@ def _step(
         ended = f"was ended after {limit:.0f} s"
     finally:
         _end(process)
-    found = json.loads(checks.read_text()) if checks.is_file() else []
-    checks.unlink(missing_ok=True)
+    found = json.loads(checks.read_text())["checks"]
+    checks.unlink()
     if ended != "completed" or not found:
-        found.append({"name": "the step itself", "outcome": "failed", "detail": ended})
+        found.append({"name": results.WHOLE, "outcome": "failed", "detail": ended})
     passed = all(check["outcome"] != "failed" for check in found)
     if not passed:
         logs = [file for file in sorted(folder.glob("*.log")) if file.stat().st_mtime >= started]  # of its servers
         parts = [f"{file.name}\n{file.read_text(errors='replace')[-100_000:]}" for file in (log, *logs)]
-        log.with_name(f"gpu-check-{stack}-{number}.log").write_text("\n".join(parts), encoding="utf-8")
+        log.with_name(f"gpu-check-{entry['stack']}-{entry['step']}.log").write_text("\n".join(parts), encoding="utf-8")
     log.unlink()
     return {
-        "step": number,
-        "stack": stack,
-        "title": title,
+        **entry,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 1),
         "passed": passed,
@@ -232,6 +270,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results", help="where the JSON is written"
     )
+    parser.add_argument("--resume", action="store_true", help="skip what passed in OUTPUT, with the same code and GPU")
     parser.add_argument("--stand-in", action="store_true", help="run on CPUs, to check the check")
     parser.add_argument("--short", action="store_true", help="run a few cases of each step, to check the check")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The GPU of this process: its memory, its energy, and a clock that waits for it. With the stand-in, the CPU's.
+"""The GPU of this process: its memory, its speed, and a clock that waits for it. With the stand-in, the CPU's.
 
 `python card.py BYTES` holds all memory of the GPU but so much until its stdin ends.
 """
@@ -24,6 +24,20 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def matrix_rate() -> float:
+    """Return the FLOP/s of large matrix products in bf16 on this device."""
+    import torch
+
+    size, count = (512, 4) if STAND_IN else (8192, 20)
+    a, b = (torch.randn(size, size, device="cpu" if STAND_IN else "cuda", dtype=torch.bfloat16) for _ in range(2))
+    for runs in (3, count):  # the first ones warm up
+        started = clock()
+        for _ in range(runs):
+            torch.matmul(a, b)
+        seconds = clock() - started
+    return float(2 * size**3 * count / seconds)
+
+
 def memory() -> dict[str, int]:
     """Return the bytes in use: `host` of this process; on the GPU, `allocated` by tensors, `reserved` by torch for this
     and later batches, and `outside` of torch's allocator, as by contexts and the plans of libraries.
@@ -47,18 +61,6 @@ def nvml() -> Any | None:
         return Nvml()
     except NvmlUnavailableError:
         return None
-
-
-def joules() -> float | None:
-    """Return the energy of the first GPU since its driver was loaded; None if it is not reported."""
-    connection = nvml()
-    if connection is None:
-        return None
-    try:
-        used = connection.sample(0, time.monotonic_ns()).energy_j
-        return None if used is None else float(used)
-    finally:
-        connection.close()
 
 
 def free() -> None:

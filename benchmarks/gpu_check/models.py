@@ -1,13 +1,16 @@
-"""Models with random weights that need no download: several architectures, and the shapes of real models."""
+"""Models with random weights that need no download: architectures, heads, and the shapes of real models."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-CORPUS = Path(__file__).resolve().parents[1] / "corpora" / "paragraphs.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
+CORPUS = ROOT / "benchmarks" / "corpora" / "paragraphs.jsonl"
 _SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # RoBERTa numbers positions from the id of [PAD] + 1
 _SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -24,10 +27,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modernbert": {"local_attention": 64, "global_attn_every_n_layers": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 64},  # grouped queries, causal
 }
-# Layers, width, heads and vocabulary of all-MiniLM-L6-v2 and bge-base.
+# What else a server computes, each by a published model of which a small one of the same shape is made.
+HEADS = {
+    "SPLADE": "naver/splade-v3",
+    "BGE-M3": "BAAI/bge-m3",
+    "ColBERT": "answerdotai/answerai-colbert-small-v1",
+    "language model as reranker": "Qwen/Qwen3-Reranker-0.6B",
+    "T5": "sentence-transformers/sentence-t5-base",
+    "soft cap": "BAAI/bge-multilingual-gemma2",
+    "static embeddings": "minishlab/potion-base-8M",
+}
+# Layers, width and heads of all-MiniLM-L6-v2, bge-base and Qwen3-Embedding-0.6B.
 SHAPES: dict[str, dict[str, Any]] = {
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
     "bge-base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"num_key_value_heads": 8, "head_dim": 128},
 }
 SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -59,6 +74,27 @@ def make(folder: Path, architecture: str, *, task: str = "embed", **settings: An
         pooling = {"word_embedding_dimension": options["hidden_size"], "pooling_mode_mean_tokens": True}
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     return folder
+
+
+def head(folder: Path, name: str) -> Path:
+    """Write the small model of `HEADS[name]` that the tests have too, if there is none, and return its folder."""
+    import torch
+
+    from inferctl.models import convert
+    from inferctl.models.model import ModelFolder
+
+    # Packages that install a module `tests` would hide the folder.
+    sys.modules.setdefault("tests", ModuleType("tests")).__path__ = [str(ROOT / "tests")]
+    from tests import published_models
+
+    converted = folder.with_name(f"{folder.name}-converted")
+    if not folder.is_dir():
+        published_models.write(HEADS[name], folder)
+        if (layer := folder / "sparse_linear.pt").is_file():  # random weights are near zero, where bf16 has no digits
+            torch.save({key: value + 2 * (key == "bias") for key, value in torch.load(layer).items()}, layer)
+        if convert.needed(ModelFolder(folder)):  # BGE-M3 has pickles
+            convert.convert(folder, converted, lambda *_: None)
+    return converted if converted.is_dir() else folder
 
 
 def texts(count: int, words: int = 40) -> list[str]:

@@ -17,14 +17,20 @@ from typing import Any
 # Set by `__main__.py` for each process of the check.
 STAND_IN = os.environ.get("GPU_CHECK_STAND_IN") == "1"
 SHORT = os.environ.get("GPU_CHECK_SHORT") == "1"
+WHOLE = "the step itself"
 
 
 class Step:
-    """The result of one step. `left` returns the seconds until its time limit."""
+    """The result of one step. `left` returns the seconds until its time limit.
 
-    def __init__(self, file: Path, end: float) -> None:
-        self.file, self._end = file, end
-        self.checks: list[dict[str, Any]] = []
+    `entry`: what the file says besides the checks. Its own checks are those of an earlier run: their parts are skipped.
+    """
+
+    def __init__(self, file: Path, end: float, entry: dict[str, Any] | None = None) -> None:
+        self.file, self._end, self._entry = file, end, entry or {}
+        self.checks: list[dict[str, Any]] = list(self._entry.get("checks", ()))
+        self._kept = {check["part"] for check in self.checks}
+        self.write()
 
     def left(self) -> float:
         return self._end - time.time()
@@ -43,6 +49,9 @@ class Step:
 
     def part(self, name: str, seconds: float, work: Callable[..., None], *arguments: Any) -> None:
         """Run `work(step, *arguments)`, unless fewer than `seconds` are left. Its error is a failed check."""
+        if name in self._kept:
+            return
+        first = len(self.checks)
         if self.left() < seconds:
             self.skip(name, f"{self.left():.0f} s were left, it needs about {seconds:.0f}")
             return
@@ -51,12 +60,20 @@ class Step:
         except Exception as error:  # noqa: BLE001  # any error is the result
             traceback.print_exc()
             self.check(name, False, f"{type(error).__name__}: {str(error).strip()[:600]}")
+        if name != WHOLE:
+            for check in self.checks[first:]:
+                check["part"] = name
+            self.write()
 
     def _add(self, name: str, outcome: str, detail: str, figures: dict[str, Any]) -> None:
         entry = {"name": name, "outcome": outcome, "detail": detail, **figures}
         self.checks.append(entry)
-        write(self.file, self.checks)
+        self.write()
         sys.stderr.write(f"{line(entry)}\n")
+
+    def write(self) -> None:
+        """Write the result so far."""
+        write(self.file, self._entry | {"checks": self.checks})
 
 
 def line(check: dict[str, Any]) -> str:
@@ -91,6 +108,5 @@ def run(work: Callable[[Step, Any], None]) -> None:
     hide_unused_libraries()
     settings = json.loads(sys.argv[1])
     threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    step = Step(Path(settings["file"]), settings["end"])
-    write(step.file, step.checks)
-    step.part("the step itself", 0, work, settings)
+    file = Path(settings["file"])
+    Step(file, settings["end"], json.loads(file.read_text())).part(WHOLE, 0, work, settings)

@@ -52,12 +52,16 @@ class Server:
 
     def embed(self, texts: Any) -> int:
         """Return the status of a request for embeddings; 0 without a response."""
-        return post(f"{self.url}/v1/embeddings", {"input": texts})[0]
+        return self.answers([texts])[0][0]
 
     def embed_many(self, bodies: list[Any], clients: int = 16) -> list[int]:
         """Return the statuses of requests that are sent at the same time."""
+        return [status for status, _ in self.answers(bodies, clients)]
+
+    def answers(self, bodies: list[Any], clients: int = 16) -> list[tuple[int, Any]]:
+        """Return what `post` returns for requests that are sent at the same time."""
         with ThreadPoolExecutor(clients) as pool:
-            return list(pool.map(self.embed, bodies))
+            return list(pool.map(lambda texts: post(f"{self.url}/v1/embeddings", {"input": texts}), bodies))
 
     def engines(self) -> list[int]:
         """Return the process ids of the engines."""

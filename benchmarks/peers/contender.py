@@ -4,12 +4,13 @@
 
 TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints the
 vectors or scores as one line of JSON. Then, for each line on stdin, it computes them again and prints the wall-clock
-and the CPU seconds, tokenization included.
+and the CPU seconds, tokenization included. CONTENDER_DEVICE is `cpu` [default] or `cuda`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+DEVICE = os.environ.get("CONTENDER_DEVICE", "cpu")
 Embed = Callable[[list[str]], Any]
 Score = Callable[[str, list[str]], Any]
 
@@ -52,7 +54,7 @@ def run_batches(precision: str, model: str, task: Any) -> Callable[[Sequence[Any
     from inferctl.serve.engines.encoder import EncoderEngine
 
     # Random weights can miss the accuracy that trained ones reach. The scripts print the differences.
-    config = EngineConfig(model=model, task=task, precision=precision, device="cpu", allow_inaccurate=True)
+    config = EngineConfig(model=model, task=task, precision=precision, device=DEVICE, allow_inaccurate=True)
     engine = EncoderEngine(config)
     info = engine.load()
     pool = ThreadPoolExecutor(info.parallel)
@@ -79,8 +81,10 @@ def sentence_transformers(precision: str, model: str) -> Embed:
     from sentence_transformers import SentenceTransformer
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    encoder = SentenceTransformer(model, device="cpu", model_kwargs={"dtype": dtype})
-    return lambda texts: encoder.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+    encoder = SentenceTransformer(model, device=DEVICE, model_kwargs={"dtype": dtype})
+    return lambda texts: encoder.encode(
+        texts, batch_size=32 if DEVICE == "cpu" else 128, normalize_embeddings=True, show_progress_bar=False
+    )
 
 
 def cross_encoder(precision: str, model: str) -> Score:
@@ -88,7 +92,7 @@ def cross_encoder(precision: str, model: str) -> Score:
     from sentence_transformers import CrossEncoder
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    scorer = CrossEncoder(model, device="cpu", model_kwargs={"dtype": dtype})
+    scorer = CrossEncoder(model, device=DEVICE, model_kwargs={"dtype": dtype})
     return lambda query, documents: scorer.predict([(query, text) for text in documents], show_progress_bar=False)
 
 

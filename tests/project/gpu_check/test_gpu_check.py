@@ -6,8 +6,12 @@ import importlib.util
 import json
 import os
 import runpy
+import subprocess
 import sys
 import time
+import venv
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +40,7 @@ def run_code(folder: Path, code: str) -> list[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{SCRIPT}:{ROOT}"}
     file = folder / "step.json"
     python("-c", start + code, file, env=environment, cwd=folder, timeout=90, code=0)
-    found: list[dict[str, Any]] = json.loads(file.read_text())
+    found: list[dict[str, Any]] = json.loads(file.read_text())["checks"]
     return found
 
 
@@ -54,6 +58,34 @@ def test_every_step_runs_on_a_stand_in_and_says_so(tmp_path: Path) -> None:
     assert document["stand_in"]
     assert all(line.startswith(("[stand-in", "  ")) for line in printed.splitlines() if "step " in line and ":" in line)
     assert "no figure and no check is of a GPU" in printed
+    assert f"torch: {version('torch')} (machine). The images ship" in printed
+    checks = [check for step in document["steps"] for check in step["checks"]]
+    names = {check["name"]: check["detail"] for check in checks}
+    assert {f"attention of {head} in bf16" for head in ("SPLADE", "soft cap", "static embeddings")} <= names.keys()
+    assert names["kernels of minilm, packed"].startswith("flash")
+
+
+PARTS = """
+import runpy
+kept = runpy.run_path({main!r}, run_name="x")["_kept"]
+def work(step, part, good):
+    step.check(part + " ran" + str(time.time()), good)
+def run(name, earlier, good):
+    entry = {{"step": 2, "gpu": name}}
+    step = results.Step(Path("running.json"), time.time() + 90, entry | {{"checks": kept(earlier, entry)}})
+    for part in ("a", "b"):
+        step.part(part, 0, work, part, good or part == "a")
+    return json.loads(Path("running.json").read_text())
+first = run("x", [], False)
+for name in ("x", "y"):
+    for before, after in zip(first["checks"], run(name, [first], True)["checks"]):
+        step.check(name + " " + before["part"], before["name"] == after["name"])
+"""
+
+
+def test_a_resumed_step_skips_the_parts_that_passed_on_the_same_gpu(tmp_path: Path) -> None:
+    found = run_code(tmp_path, "import json\n" + PARTS.format(main=str(SCRIPT / "__main__.py")))
+    assert [check["name"] for check in found if check["outcome"] == "passed"] == ["x a"]
 
 
 def nightly(fault: str, step: str, found: list[str]) -> Any:
@@ -67,6 +99,7 @@ def nightly(fault: str, step: str, found: list[str]) -> Any:
         ("wrong", "2", ["logits of cross-encoder in bf16", "vectors of qwen3 in bf16"]),
         nightly("padded", "2", ["attention of cross-encoder in bf16"]),
         nightly("growing", "3", ["memory of minilm, packed"]),
+        nightly("math", "3", ["kernels of minilm, packed", "kernels of minilm, padded"]),
         nightly("slow", "3", ["tail of minilm, packed"]),
         nightly("dead", "4", ["a GPU by its UUID"]),
     ],
@@ -116,6 +149,7 @@ def test_a_step_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = f"import subprocess, sys, time; sys.path.insert(0, {str(SCRIPT)!r}); import results\ndef work(*_):\n"
     code += "    server = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
     code += f"    open({str(pid)!r}, 'w').write(str(server.pid)); time.sleep(60)\nresults.run(work)"
+    (tmp_path / "step.json").write_text("{}")
     settings = json.dumps({"file": str(tmp_path / "step.json"), "end": time.time() + 60})
     command = [sys.executable, "-c", code, settings]
     # A parent that starts the step as `__main__.py` does, waits until it runs, and is killed.
@@ -175,8 +209,37 @@ def stacks() -> ModuleType:
 
 def test_the_wheels_are_those_of_pyproject_without_torch(stacks: ModuleType) -> None:
     names = {stacks.name_of(each) for each in stacks.requirements()}
-    assert {"pydantic", "typer", "uvicorn", "transformers", "locust", "nvidia-ml-py"} <= names
+    assert {"pydantic", "typer", "uvicorn", "transformers", "locust", "nvidia-ml-py", "nanotoken"} <= names
     assert not {"torch", "bitsandbytes"} & names
+
+
+def test_what_travels_has_one_limit(stacks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    (tmp_path / "code.py").write_bytes(bytes(200_000))
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / ".git" / "info" / "exclude").write_text("/wheels/")
+    wheels.mkdir()
+    for package, size in {"numpy": 300_000, "pydantic": 100_000}.items():
+        (wheels / f"{package}-1-py3-none-any.whl").write_bytes(bytes(size))
+    with zipfile.ZipFile(wheels / "bitsandbytes-1-py3-none-any.whl", "w") as archive:
+        for library in ("cpu", "cuda118", "cuda130", "rocm70"):
+            archive.writestr(f"libbitsandbytes_{library}.so", bytes(100_000))
+    monkeypatch.setattr(stacks, "ROOT", tmp_path)
+    monkeypatch.setattr(stacks, "_pip", lambda *_: '{"install": []}')
+    monkeypatch.setattr(stacks, "requirements", lambda *_: ["bitsandbytes"])
+    for limit, left in ((650_000, ["bitsandbytes", "numpy", "pydantic"]), (350_000, ["bitsandbytes", "pydantic"])):
+        assert sorted(map(stacks._package, stacks.download(wheels, "3.12", limit, set()))) == left
+    with zipfile.ZipFile(next(wheels.glob("bits*"))) as archive:
+        assert archive.namelist() == ["libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"]
+    with pytest.raises(stacks.CannotInstallError, match=r"checkout has 0\.2 MiB and the wheels 0\.1.* pydantic 0\.1"):
+        stacks.download(wheels, "3.12", 250_000, set())
+
+
+def test_a_python_that_lacks_packages_is_named_before_the_first_step(stacks: ModuleType, tmp_path: Path) -> None:
+    assert stacks.check(Path(sys.executable)).startswith("2.")
+    venv.create(tmp_path / "bare", with_pip=False)
+    with pytest.raises(stacks.CannotInstallError, match=r"lacks typer.*torch.*starlette.*orjson.*make gpu-wheels"):
+        stacks.check(tmp_path / "bare" / "bin" / "python")
 
 
 def test_a_stack_without_an_index_says_what_is_missing(stacks: ModuleType, tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def _dead(module: Any) -> None:
     module.EncoderEngine.run = lambda *_: os._exit(1)
 
 
+def _math(_: Any) -> None:
+    import torch
+
+    torch.backends.cuda.enable_flash_sdp(False)  # of CPUs too
+
+
 def _hanging(_: Any) -> None:
     time.sleep(600)
 
@@ -65,6 +71,7 @@ CHANGES: dict[str, tuple[str, Any]] = {
     "growing": ("inferctl.serve.engines.forward", _wrapped(_growing)),
     "slow": ("inferctl.serve.engines.forward", _wrapped(_slow)),
     "wrong": ("inferctl.serve.engines.forward", _wrapped(_wrong)),
+    "math": ("inferctl.serve.engines.forward", _math),
     "dead": ("inferctl.serve.engines.encoder", _dead),
     "hanging": ("inferctl.serve.engines.device", _hanging),
 }
