@@ -27,6 +27,7 @@ import servers
 
 from inferctl.facts import precision
 
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as in a server; else idle threads spin, and CPU time counts that
 SIZES = [(count, tokens) for tokens in (16, 64, 256) for count in (1, 8, 64, 512)]
 Run = Callable[[Sequence[Any]], Any]
 
