@@ -12,6 +12,7 @@ from inferctl.facts.precision import (
     DeviceTraits,
     Quantization,
     best_generation_precision,
+    best_precision,
     checkpoint_of,
     choose_generation,
     generation_dtype,
@@ -22,6 +23,7 @@ from inferctl.facts.precision import (
 T4, A100, L4, H100 = (catalog.hardware(key).traits for key in ("t4", "a100-40gb-sxm", "l4", "h100-sxm"))
 CPU = DeviceTraits("cpu")
 AVX512_CPU = DeviceTraits("cpu", cpu_flags=frozenset({"avx512_vnni", "avx512_bf16"}))
+VNNI_CPU = DeviceTraits("cpu", cpu_flags=frozenset({"avx512_vnni"}))
 W8A8 = Checkpoint("llama", "bf16", Quantization("compressed-tensors", "int8"))
 GPTQ8 = Checkpoint("llama", "fp16", Quantization("gptq", "int8"))
 AWQ = Checkpoint("llama", "fp16", Quantization("awq", "int4"))
@@ -83,6 +85,12 @@ def test_bf16_on_a_t4_is_rejected_for_generation_but_emulated_for_embeddings() -
     assert "8.0" in found.reason and "7.5" in found.reason
     assert found.hint == "use fp16"
     assert support("bf16", T4).level == "emulated"
+
+
+@pytest.mark.parametrize(("device", "best"), [(VNNI_CPU, "fp32"), (AVX512_CPU, "bf16")])
+def test_int8_on_a_cpu_is_compared_with_what_auto_selects(device: DeviceTraits, best: str) -> None:
+    assert best_precision(device) == best
+    assert best in support("int8", device).reason
 
 
 @pytest.mark.parametrize("device", [T4, A100, CPU])
