@@ -20,7 +20,7 @@ from inferctl.reading.outputs import pack as pack_outputs
 from inferctl.reading.rows import Rows, Vectors, join_rows
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
-from inferctl.serve.engines import int8, onednn, packed, plain, weights
+from inferctl.serve.engines import int8, onednn, packed, plain, transfer, weights
 from inferctl.serve.engines.head import Head, MaskedLanguageHead
 from inferctl.serve.engines.output_heads import CapacityError, OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
@@ -67,7 +67,7 @@ class Forward:
         self.query_vocabulary_size: int | None = None
         self._device, self._dtype = device, dtype
         # A GPU computes one batch after the other, also if two threads launch them.
-        self._launching = contextlib.nullcontext() if device.type == "cpu" else threading.Lock()
+        self._launching = contextlib.nullcontext() if transfer.on_host(device) else threading.Lock()
         head: Head | None = None
         self._outputs: OutputHeads | None = None
         if isinstance(config, EmbeddingConfig):

@@ -15,7 +15,7 @@ import torch
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Form, Ids, Outputs, SparseConfig, top
 from inferctl.reading.rows import Tokens, Vectors, slices
-from inferctl.serve.engines import weights
+from inferctl.serve.engines import transfer, weights
 from inferctl.serve.engines.head import MaskedLanguageHead
 from inferctl.serve.engines.pooling import Layers
 from inferctl.serve.engines.prepared import Wanted
@@ -41,7 +41,7 @@ class OutputHeads:
     ) -> None:
         """Raises `UsageError` for weights that are missing or of other sizes."""
         self._config, self._logits, self._device = config, logits, device
-        self._fixed, self._expected = device.type != "cpu", _EXPECTED
+        self._fixed, self._expected = not transfer.on_host(device), _EXPECTED
         self._weights: torch.nn.Linear | None = None
         self._query_weights: Vectors | None = None
         if config.sparse is not None and config.sparse.folder is not None:
