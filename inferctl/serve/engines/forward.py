@@ -249,7 +249,8 @@ class Forward:
         """Return the arguments of the encoder."""
         found: dict[str, Any] = {name: values for name, values in inputs.items() if name in _OF_ENCODER}
         if part.layout is not None:
-            found["layout"] = replace(part.layout, offsets=inputs.get("offsets"))
+            offsets = inputs["offsets"].int() if "offsets" in inputs else None
+            found["layout"] = replace(part.layout, offsets=offsets)
         elif self.packed:  # its attention takes the mask in another form
             found["layout"] = packed.padded_layout(found.pop("attention_mask").bool(), self._dtype)
         return found
