@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,82 @@ def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
     assert engine.most == 2
 
 
+class Overlapping:
+    """A stand-in for a GPU: the result of a batch is not there before the next one is launched. Fails at 12 and 13."""
+
+    def __init__(self) -> None:
+        self.launched = threading.Semaphore(0)
+
+    def prepare(self, batch: Batch) -> Any:
+        if batch.tokens[0] == 12:
+            raise MemoryError("injected out of memory")
+
+        def launch() -> Any:
+            self.launched.release()
+            if batch.tokens[0] == 13:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+            return wait
+
+        def wait() -> Any:
+            assert self.launched.acquire(timeout=30)
+            assert self.launched.acquire(timeout=30), "the next batch was not launched"
+            self.launched.release()
+            return np.ones((1, 2), np.float32)
+
+        return launch
+
+
+def test_a_gpu_has_the_next_batch_before_it_is_done_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    parent, child = socket.socketpair()
+    thread = threading.Thread(target=engine_main._overlap, args=(child.makefile("rwb"), Overlapping().prepare))
+    thread.start()
+    seconds, stream = {}, parent.makefile("rb")
+    for number, token in enumerate((1, 1, 12, 13)):
+        ask(parent, number, token)
+    for _ in range(4):
+        frame = engine_frames.receive(stream)
+        assert frame is not None
+        if frame[0] is Kind.RESULT:
+            result = engine_frames.unpack_result(frame[1])
+            seconds[result.id] = result.seconds
+        else:
+            assert json.loads(frame[1])["out_of_memory"]
+    stream.close()
+    parent.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "it ends when the socket is closed"
+    assert list(seconds) == [0, 1]
+    assert sum(seconds.values()) <= next(clock) - 1, "the time of the first batch counts for the second one too"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",  # also without memory
+        "CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasGemmEx`",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    ],
+)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_lost_context_is_recognized_by_the_gpu_whatever_the_error_says(
+    said: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for two GPUs, of which this process uses the second one."""
+    import torch
+
+    def synchronize(number: int) -> None:
+        assert number == 1
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    replaced = {"is_initialized": lambda: True, "device_count": lambda: 2, "memory_reserved": lambda number: number}
+    for name, value in {**replaced, "synchronize": synchronize}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert failures.breaks_context(RuntimeError(said)) == lost
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -130,6 +207,10 @@ def test_other_errors_are_not_insufficient_memory(said: str) -> None:
         "CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS",
         "CUDA driver error: CUDA_ERROR_TENSOR_MEMORY_LEAK",
         "CUDA driver error: unknown error",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k, &alpha, a)`",
+        "CUDA error: CUBLAS_STATUS_MAPPING_ERROR when calling `cublasSetStream(handle, stream)`",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "cuDNN error: CUDNN_STATUS_MAPPING_ERROR",
         "Triton Error [CUDA]: unknown error",
         "CUDA error: unknown error\nSearch for `cudaErrorUnknown' in NVIDIA's documentation",
     ],
@@ -144,6 +225,7 @@ def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
         "CUDA error: out of memory",
         "CUDA error: invalid configuration argument",
         "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`",
         "unknown error",
         "an unknown error was encountered in the tokenizer",
         "nvrtc: error: unknown error code",

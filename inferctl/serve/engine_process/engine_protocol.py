@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -156,6 +156,10 @@ class BatchResult:
     seconds: float
 
 
+# Does the work of the host, on any thread. Returns what launches the batch, which returns what waits for its rows.
+Prepare: TypeAlias = Callable[[Batch], Callable[[], Callable[[], Rows]]]
+
+
 class EngineProcess(Protocol):
     """An engine in another process, as the API process uses it."""
 
@@ -180,7 +184,13 @@ class Listener(Protocol):
 
 
 class Engine(Protocol):
-    """Turns batches of token ids into vectors."""
+    """Turns batches of token ids into vectors.
+
+    `prepare`: of a GPU, which computes what the host launches, so that it can have the next batch before it is done
+    with one. Without it, `run` is called.
+    """
+
+    prepare: Prepare | None
 
     def load(self, on_phase: Callable[[str], None] = ...) -> EngineInfo:
         """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""

@@ -17,6 +17,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
+    Prepare,
 )
 
 NON_FINITE_TOKEN = 13
@@ -39,6 +40,8 @@ class EchoEngine:
     raises what torch raises after a failed assertion on a GPU. CLOSING closes all files, so the API process sees the
     end of an engine whose process lives on.
     """
+
+    prepare: Prepare | None = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config

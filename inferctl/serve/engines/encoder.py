@@ -17,7 +17,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.rows import finite_rows
+from inferctl.reading.rows import Rows, finite_rows
 from inferctl.serve.engine_process import failures, memory
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
@@ -26,12 +26,14 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
+    Prepare,
 )
 from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
-from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
+from inferctl.serve.engines.forward import AnyForward, Forward, StaticForward
+from inferctl.serve.engines.prepared import Sequences
 from inferctl.serve.engines.warm_up import LOWERED, warm_up
 
 log = logging.getLogger("inferctl.engine")
@@ -45,6 +47,7 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._compute: AnyForward | Cores | None = None
+        self.prepare: Prepare | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
@@ -114,6 +117,8 @@ class EncoderEngine:
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
+        if not on_cpu and isinstance(forward, Forward):
+            self.prepare = partial(_prepare, forward)
         on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
         forward.batch_tokens = limit
@@ -181,6 +186,15 @@ class EncoderEngine:
         """
         assert self._compute is not None, "`load` comes first"
         started = time.perf_counter()
-        marks = None if batch.marks is None else batch.marks.tolist()
-        rows = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), marks))
+        rows = self._compute(_sequences(batch))
         return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)
+
+
+def _prepare(forward: Forward, batch: Batch) -> Callable[[], Callable[[], Rows]]:
+    prepared = forward.prepare(_sequences(batch))
+    return lambda: forward.launch(prepared).rows
+
+
+def _sequences(batch: Batch) -> Sequences:
+    marks = None if batch.marks is None else batch.marks.tolist()
+    return Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), marks)
