@@ -21,21 +21,32 @@ LENGTHS = [33, 32, 32, 17, 16, 3, 1]
 
 
 def per_sequence(
-    rows: tuple[Any, Any, Any], lengths: list[int], scale: float | None, seen: Callable[[Any], Any]
+    rows: tuple[Any, Any, Any],
+    lengths: list[int],
+    scale: float | None,
+    seen: Callable[[Any], Any],
+    key_lengths: list[int] | None = None,
 ) -> Any:
-    """Return the attention of [tokens, heads, size], one sequence at a time. `seen` gets query minus key position."""
+    """Return the attention of [tokens, heads, size], one sequence at a time. `seen` gets query minus key position.
+
+    Rows behind the last sequence are NaN. With more keys than queries, the queries are the last tokens.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     query, key, value = rows
     k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    parts = []
-    for q, k_part, v_part in zip(*(t.split(lengths) for t in (query, k, v)), strict=True):
-        at = torch.arange(len(q))
-        a, b, c = (t.transpose(0, 1)[None] for t in (q, k_part, v_part))
-        mask = seen(at[:, None] - at)
-        parts.append(scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale)[0].transpose(0, 1))
-    return torch.cat(parts)
+    out, start, first_key = torch.full_like(query, torch.nan), 0, 0
+    for count, keys in zip(lengths, key_lengths or lengths, strict=True):
+        parts = query[start : start + count], *(t[first_key : first_key + keys] for t in (k, v))
+        at = torch.arange(keys)
+        mask = seen(at[keys - count :, None] - at)
+        a, b, c = (t.transpose(0, 1)[None] for t in parts)
+        if count:
+            attended = scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale)
+            out[start : start + count] = attended[0].transpose(0, 1)
+        start, first_key = start + count, first_key + keys
+    return out
 
 
 Window: TypeAlias = tuple[int, int]
@@ -50,7 +61,7 @@ def torch_2_10_0(*rows: Any, is_causal: bool = False, return_aux: Any = None) ->
 
 def torch_2_11_0(*rows: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
     query, key, value, *_ = rows
-    assert query.shape == key.shape == value.shape
+    assert query.shape[1:] == key.shape[1:] == value.shape[1:]
     return torch_2_12_1(*rows, scale=scale, window_size=window_size)
 
 
@@ -62,12 +73,12 @@ def torch_2_12_1(
     *rows: Any, scale: float | None = None, window_size: Window = (-1, -1), enable_gqa: bool = False
 ) -> Any:
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k = rows
-    lengths = cu_seq_q.diff().tolist()
-    assert (lengths, enable_gqa) == (cu_seq_k.diff().tolist(), query.shape[1] != key.shape[1])
-    assert max_q == max_k == max(lengths)
-    before, after = (10**6 if reach < 0 else reach for reach in window_size)
+    lengths, key_lengths = (ends.diff().tolist() for ends in (cu_seq_q, cu_seq_k))
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert max_q >= max(lengths) and max_k >= max(key_lengths)
+    before, after = (10**6 if reach < 0 or reach >= max_k else reach for reach in window_size)
     return per_sequence(
-        (query, key, value), lengths, scale, lambda distance: (distance <= before) & (-distance <= after)
+        (query, key, value), lengths, scale, lambda distance: (distance <= before) & (-distance <= after), key_lengths
     )
 
 
@@ -118,11 +129,11 @@ def test_packed_attention_equals_attention_per_sequence(
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "varlen"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (20, 0.5), (None, 1.0)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
-    precision: str, kv_heads: int, window: int | None, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch, precision: str, kv_heads: int, window: int | None, softcap: float | None
 ) -> None:
     import torch
 
@@ -132,8 +143,17 @@ def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
     torch.manual_seed(5)
     rows = [torch.randn(1, heads, 19 + sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads)]
 
+    if varlen := precision == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
+        softcap = None
+
     def attend(rows: list[Any], lengths: list[int], *, shared: bool) -> Any:
-        options = {"layout": packed.layout(lengths, dtype, shared=shared), "softcap": softcap}
+        layout = (
+            packed.varlen_layout(lengths, torch.device("cpu"), shared=True)
+            if shared and varlen
+            else packed.layout(lengths, dtype, shared=shared)
+        )
+        options = {"layout": layout, "softcap": softcap}
         return packed.attention(Module(True), *rows, None, sliding_window=window, **options)[0][0]
 
     got = attend(rows, [19, *LENGTHS], shared=True)

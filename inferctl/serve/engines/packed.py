@@ -1,8 +1,7 @@
 """Padding-free attention: all sequences of a batch are concatenated in one row, and each attends only to itself.
 
-transformers knows it under one name as attention and as mask function. The forward gets `layout` as a keyword argument
-and passes it to the attention of each layer. Not every architecture supports this, so the start-up check compares the
-result with padding.
+transformers knows it under one name. The forward gets `layout` as a keyword argument and passes it to the attention of
+each layer. Not every architecture supports this, so the start-up check compares the result with padding.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ _MAX_BUCKET_LENGTH = 512
 class Layout:
     """The positions of the sequences in a packed row.
 
-    With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. Otherwise
-    `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
+    With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. If the first
+    sequence is the start of all others, `keys` are the rows of the keys of each sequence, and `key_offsets` and
+    `longest_key` theirs. Otherwise `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
     attention. The mask ([sequences, 1, 1, length], 0 or minus infinity) is None without padding. If attention is
     padded, `spread[i]` is the packed row of padded row i, and `collect[i]` the padded row of packed row i. `shared`: the
     tokens of the first sequence, if it is the start of all others, which attend to it too.
@@ -42,6 +42,9 @@ class Layout:
 
     offsets: torch.Tensor | None = None
     longest: int = 0
+    keys: torch.Tensor | None = None
+    key_offsets: torch.Tensor | None = None
+    longest_key: int = 0
     groups: list[tuple[int, int, int, torch.Tensor | None]] = field(default_factory=list)
     shared: int = 0
     spread: torch.Tensor | None = None
@@ -49,11 +52,26 @@ class Layout:
     mask: torch.Tensor | None = None
 
 
-def varlen_layout(lengths: list[int], device: torch.device) -> Layout:
-    """Return the layout of sequences concatenated in this order, for the variable-length kernel."""
+def varlen_layout(lengths: list[int], device: torch.device, *, shared: bool = False) -> Layout:
+    """Return the layout of sequences concatenated in this order, for the variable-length kernel.
+
+    `shared`: whether the first one is the start of the others. The kernel reads the keys of a sequence from adjacent
+    rows, so `attention` copies the keys and values of the start for each of them.
+    """
+    offsets = _offsets(lengths, device)
+    if not shared:
+        return Layout(offsets, max(lengths))
+    start, *others = torch.arange(sum(lengths)).split(lengths)
+    keys = [start, *(torch.cat((start, rows)) for rows in others)]
+    counts = [len(rows) for rows in keys]
+    rows = torch.cat(keys).to(device, non_blocking=True)
+    return Layout(offsets, max(lengths), rows, _offsets(counts, device), max(counts))
+
+
+def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return Layout(offsets.to(device, non_blocking=True), max(lengths))
+    return offsets.to(device, non_blocking=True)
 
 
 def padded_layout(attended: torch.Tensor, dtype: torch.dtype) -> Layout:
@@ -99,14 +117,10 @@ def _powers_of_two(count: int) -> list[int]:
 def register() -> None:
     """Register `attn_implementation=NAME` with transformers."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
+    # No mask function: with one, transformers looks for packed sequences in the positions of decoders, which makes the
+    # host wait for the device.
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 def attention(
@@ -235,11 +249,16 @@ def _varlen(
             options["enable_gqa"] = True
         else:  # torch 2.11
             key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
-    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    key_offsets, longest_key = layout.offsets, layout.longest
+    if layout.keys is not None:
+        k, v = (t.index_select(0, layout.keys) for t in (k, v))
+        key_offsets, longest_key = layout.key_offsets, layout.longest_key
     # Always a window, also if it hides nothing: torch 2.14 gives attention without one to cuDNN on Hopper and
     # Blackwell, whatever `device.avoid_cudnn` says. Flash attention takes a window of the longest sequence for none.
-    reach = layout.longest if sliding_window is None else sliding_window - 1
-    ends: Any = (layout.offsets, layout.offsets, layout.longest, layout.longest)
+    reach = longest_key if sliding_window is None else sliding_window - 1
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    ends: Any = (layout.offsets, key_offsets, layout.longest, longest_key)
     out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(reach, 0 if causal else reach), **options)
     result: torch.Tensor = out[None]
     return result
