@@ -108,7 +108,7 @@ def _measure(step: Step, forward: Any, count: int) -> tuple[list[float], list[in
 
 def _batch(rng: Any) -> Any:
     """Return sequences with 0.8 to 1.0 times TOKENS tokens in all, whose mean length is random too."""
-    from inferctl.serve.engines.forward import Sequences
+    from inferctl.serve.engines.prepared import Sequences
 
     wanted, mean = int(TOKENS * rng.uniform(0.8, 1.0)), math.exp(rng.uniform(math.log(16), math.log(160)))
     lengths: list[int] = []

@@ -69,7 +69,8 @@ def test_a_broken_packed_path_is_detected_and_not_used(tiny: Any, monkeypatch: p
 
 
 def test_the_comparison_with_fp32_is_of_the_attention_that_serves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from inferctl.serve.engines.forward import Forward, Sequences
+    from inferctl.serve.engines.forward import Forward
+    from inferctl.serve.engines.prepared import Sequences
 
     pack, call, rejected = Forward.pack, Forward.__call__, []
 
@@ -313,7 +314,8 @@ def test_a_decoder_keeps_no_keys_and_values(
 ) -> None:
     import transformers
 
-    from inferctl.serve.engines.forward import Forward, Sequences
+    from inferctl.serve.engines.forward import Forward
+    from inferctl.serve.engines.prepared import Sequences
 
     caches = []
     cache = transformers.DynamicCache.__init__
@@ -468,7 +470,7 @@ def test_a_result_that_depends_on_neighbors_is_told_from_noise(
     """The changes are those of a result in a batch to the same text alone."""
     from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
     from inferctl.serve.engines import checks
-    from inferctl.serve.engines.forward import Sequences
+    from inferctl.serve.engines.prepared import Sequences
 
     class Forward:
         change = padded_change

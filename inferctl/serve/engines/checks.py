@@ -17,7 +17,8 @@ from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.engines import plain, tokenizer_check
-from inferctl.serve.engines.forward import AnyForward, Forward, Sequences
+from inferctl.serve.engines.forward import AnyForward, Forward
+from inferctl.serve.engines.prepared import Sequences
 from inferctl.serve.text.tokenizer_pool import TokenizerPool
 
 # Of larger models, one text or two sequences are compared, which fp32 computes one layer at a time.

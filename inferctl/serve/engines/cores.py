@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from inferctl.reading.rows import Rows
-from inferctl.serve.engines.forward import AnyForward, Sequences
+from inferctl.serve.engines.forward import AnyForward
+from inferctl.serve.engines.prepared import Sequences
 
 # Larger batches only add latency: above about 1,000 tokens per core the throughput is constant, and it falls when the
 # caches overflow.

@@ -31,7 +31,8 @@ from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
-from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
+from inferctl.serve.engines.forward import AnyForward, Forward, StaticForward
+from inferctl.serve.engines.prepared import Sequences
 from inferctl.serve.engines.warm_up import LOWERED, warm_up
 
 log = logging.getLogger("inferctl.engine")

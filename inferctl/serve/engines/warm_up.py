@@ -12,7 +12,7 @@ from inferctl.core.errors import NotReadyError
 from inferctl.reading.rows import Rows
 from inferctl.serve.engine_process import failures
 from inferctl.serve.engine_process.engine_protocol import MIN_BATCH_TOKENS
-from inferctl.serve.engines.forward import Sequences
+from inferctl.serve.engines.prepared import Sequences
 
 LOWERED = "insufficient memory for batches"  # the start of the warning
 

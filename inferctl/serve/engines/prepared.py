@@ -1,0 +1,195 @@
+"""What the host does before a forward pass: token ids -> the inputs of the encoder, in memory that the device reads.
+
+None of it waits for the device, so that a thread can prepare a batch while the one before is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from inferctl.reading.outputs import Form, attended_of
+from inferctl.reading.rows import Tokens, Vectors
+from inferctl.serve.engines import onednn, packed
+from inferctl.serve.engines.transfer import Staged
+from inferctl.serve.text.text_parts import Pair
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+# The fewest tokens that sequences of a batch must have in common at their start, so that these are computed once.
+_MIN_SHARED = 16
+# The largest share of padding in a padded sub-batch.
+_MAX_PADDING = 0.15
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The token ids of sequences, and their marks (see `Batch`)."""
+
+    ids: list[Tokens]
+    marks: list[int] | None = None
+
+    @classmethod
+    def of_pairs(cls, pairs: Iterable[Pair]) -> Sequences:
+        """Return the pairs as sequences."""
+        ids, starts = zip(*pairs, strict=True)
+        return cls(list(ids), list(starts))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each sequence."""
+        return [len(ids) for ids in self.ids]
+
+    def take(self, indices: Iterable[int]) -> Sequences:
+        """Return the sequences with these indices."""
+        chosen, marks = list(indices), self.marks
+        return Sequences([self.ids[i] for i in chosen], None if marks is None else [marks[i] for i in chosen])
+
+    def token_type_ids(self) -> list[Integers]:
+        """Return for each token of each pair the number of its segment, 0 or 1."""
+        starts = [start or n for n, start in zip(self.lengths, self.marks or self.lengths, strict=True)]
+        return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that the encoder computes together.
+
+    `sequences`: the longest first, `indices`: theirs in the batch. `staged` has the inputs of the encoder, and:
+    `counts`, the tokens of each sequence whose states precede those of the next; `offsets` of the variable-length
+    kernel; `real`, the places of tokens among those of padded sequences, flattened. `layout`: that of packed attention,
+    its offsets on the host; None for padded attention. The first `shared` tokens of all sequences are equal, and
+    computed once: as a sequence of its own before the others, which `counts` includes.
+    """
+
+    sequences: Sequences
+    indices: Sequence[int]
+    staged: Staged
+    tokens: int
+    layout: packed.Layout | None = None
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch whose inputs are ready.
+
+    `forms`: the outputs of each sequence; None if all get one vector or logits. `rows`: by index, those that need no
+    device.
+    """
+
+    count: int
+    tokens: int
+    parts: list[Part]
+    forms: list[Form] | None = None
+    rows: dict[int, Vectors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How the sequences of one model become inputs of its encoder.
+
+    `first_position`: the number of the first one, `shares`: whether the tokens that all sequences start with can be
+    computed once, `rounded`: whether oneDNN wants a rounded number of rows. `varlen`: see `Forward`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    varlen: bool
+    padding_id: int
+    first_position: int
+    takes_pairs: bool
+    has_segments: bool
+    shares: bool
+    rounded: bool
+
+    def packed(self, sequences: Sequences, indices: Sequence[int], *, shares: bool = False) -> Part:
+        """Return the part of these sequences, concatenated."""
+        sequences = sequences.take(indices)
+        shared = self._shared(sequences) if shares and self.shares else 0
+        lengths, parts = [n - shared for n in sequences.lengths], [ids[shared:] for ids in sequences.ids]
+        places = [np.arange(shared, shared + n) for n in lengths]
+        if shared:  # the common start is a sequence of its own
+            lengths, parts, places = (
+                [shared, *lengths],
+                [sequences.ids[0][:shared], *parts],
+                [np.arange(shared), *places],
+            )
+        total = sum(lengths)
+        padding = np.zeros(onednn.round_up_rows(total) - total if self.rounded else 0, dtype=np.int64)
+        within = np.concatenate([*places, padding])
+        ids = np.concatenate([*parts, padding + self.padding_id], dtype=np.int64)
+        if self.first_position and (ids[:total] == self.first_position - 1).any():
+            within = _places_without(ids == self.first_position - 1, within)
+        arrays = {"input_ids": ids[None], "position_ids": within[None] + self.first_position}
+        if self.has_segments and sequences.marks is not None:
+            arrays["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])[None]
+        arrays["counts"] = np.array(lengths)
+        if self.varlen:
+            layout = packed.varlen_layout(lengths, torch.device("cpu"))
+            assert layout.offsets is not None
+            arrays["offsets"] = layout.offsets.numpy()
+        else:
+            layout = packed.layout(lengths, self.dtype, len(padding), shared=shared > 0)
+        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared)
+
+    def padded(self, sequences: Sequences, indices: Sequence[int]) -> Part:
+        """Return the part of these sequences, padded to the same length."""
+        sequences = sequences.take(indices)
+        lengths = np.array(sequences.lengths)
+        places = np.arange(lengths.max())
+        real = places < lengths[:, None]
+        arrays = {"input_ids": np.full(real.shape, self.padding_id), "attention_mask": real.astype(np.int64)}
+        arrays["input_ids"][real] = np.concatenate(sequences.ids)
+        if not self.takes_pairs and sequences.marks is not None:
+            ends = [attended_of(number, n) for number, n in zip(sequences.marks, lengths.tolist(), strict=True)]
+            arrays["attention_mask"] = (places < np.array(ends)[:, None]).astype(np.int64)
+        if self.has_segments and sequences.marks is not None:
+            arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
+            arrays["token_type_ids"][real] = np.concatenate(sequences.token_type_ids())
+        arrays |= {"counts": lengths, "real": np.flatnonzero(real)}
+        return Part(sequences, indices, Staged(arrays, self.device), int(lengths.sum()))
+
+    def _shared(self, sequences: Sequences) -> int:
+        """Return how many tokens at the start of all sequences are equal, if they can be computed once."""
+        if len(sequences) < 2:
+            return 0
+        count = min(sequences.lengths) - 1
+        for ids in sequences.ids[1:]:
+            differ = np.flatnonzero(ids[:count] != sequences.ids[0][:count])
+            count = int(differ[0]) if len(differ) else count
+        return count if count >= _MIN_SHARED else 0
+
+
+def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integers:
+    """Return the places of tokens in their sequences (`within`), without padding tokens, whose place is -1.
+
+    RoBERTa-like models number positions like this, so that a text with the padding token has it in the middle.
+    """
+    real = np.cumsum(~padding)
+    before: Integers = (real - ~padding)[np.arange(len(within)) - within]  # of the sequence, counted at its first token
+    return np.where(padding, -1, real - before - 1)
+
+
+def split(lengths: list[int], batch_tokens: int) -> Iterator[range]:
+    """Split sequences, sorted by falling length, into parts of little padding. Yield the indices of each part.
+
+    A part has at most `batch_tokens` tokens, padding included, or one sequence.
+    """
+    first = used = 0
+    for index, length in enumerate(lengths):
+        area = (index + 1 - first) * lengths[first]
+        if index > first and (area > batch_tokens or used + length < (1 - _MAX_PADDING) * area):
+            yield range(first, index)
+            first, used = index, 0
+        used += length
+    if lengths:
+        yield range(first, len(lengths))
