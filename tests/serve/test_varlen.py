@@ -109,11 +109,7 @@ def test_packed_attention_equals_attention_per_sequence(
     dtype = torch.bfloat16 if path == "bf16" else torch.float32
     torch.manual_seed(5)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads))
-    layout = (
-        packed.varlen_layout(LENGTHS, torch.device("cpu"))
-        if path in ("varlen", "2.11")
-        else packed.layout(LENGTHS, dtype, 0)
-    )
+    layout = packed.varlen_layout(LENGTHS) if path in ("varlen", "2.11") else packed.layout(LENGTHS, dtype, 0)
     assert (layout.spread is not None) == (path == "bf16")
     got = packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0][0]
 
@@ -149,7 +145,7 @@ def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
 
     def attend(rows: list[Any], lengths: list[int], *, shared: bool) -> Any:
         layout = (
-            packed.varlen_layout(lengths, torch.device("cpu"), shared=True)
+            packed.varlen_layout(lengths, shared=True)
             if shared and varlen
             else packed.layout(lengths, dtype, shared=shared)
         )
@@ -261,7 +257,7 @@ def test_the_kernel_always_gets_a_window(
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     rows = (torch.zeros(1, 12, 515, 64) for _ in range(3))
-    packed.attention(Module(causal), *rows, None, None, window, packed.varlen_layout([512, 3], torch.device("cpu")))
+    packed.attention(Module(causal), *rows, None, None, window, packed.varlen_layout([512, 3]))
     assert seen == [expected]
 
 

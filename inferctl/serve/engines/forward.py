@@ -16,13 +16,14 @@ from inferctl.reading.rows import Rows, Vectors, join_rows
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.engines import int8, onednn, packed, plain, weights
+from inferctl.serve.engines.graphs import Graphs, shapes
 from inferctl.serve.engines.head import Head, MaskedLanguageHead
 from inferctl.serve.engines.output_heads import OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.engines.prepared import Inputs, Part, Prepared, Sequences, split
 from inferctl.serve.engines.transfer import HostCopy
 
-_NOT_OF_ENCODER = ("counts", "offsets", "real")
+_NOT_OF_ENCODER = ("counts", "real", *packed.ON_DEVICE)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Forward:
         self._device, self._dtype = device, dtype
         head: Head | None = None
         self._outputs: OutputHeads | None = None
+        self._graphs: Graphs | None = None
         if isinstance(config, EmbeddingConfig):
             model, self._pooling = plain.load_model(folder, dtype, config=config), config.pooling
         elif config.pooling:
@@ -122,7 +124,7 @@ class Forward:
             config.takes_pairs,
             has_segments,
             # No token may attend to those after it, and only the last one of each sequence may be used.
-            shares=self.causal and self._pooling == ("last",) and not varlen and not has_segments,
+            shares=self.causal and self._pooling == ("last",) and not has_segments,
             rounded=uses_onednn,
         )
 
@@ -151,6 +153,14 @@ class Forward:
         self._model.set_attn_implementation(packed.NAME if on else self._padded_attention)
         self.packed = on
 
+    def capture_graphs(self) -> str:
+        """Capture CUDA graphs of small batches. Return which there are, or why there is none."""
+        if not self.packed:
+            return "none: attention is padded"
+        self._graphs = Graphs(self._inputs, self._encode, self.vocabulary_size)
+        self._graphs.capture(shapes(self.batch_tokens, self.max_tokens))
+        return self._graphs.summary
+
     def __call__(self, sequences: Sequences) -> Rows:
         """Return the rows of the sequences in the given order, computed on the calling thread.
 
@@ -178,7 +188,8 @@ class Forward:
         for masked, group in enumerate(groups):
             ordered = sorted(group, key=lambda index: -lengths[index])
             if self.packed and not masked:
-                parts += [inputs.packed(sequences, ordered, shares=forms is None)] if ordered else []
+                shape = self._graphs.shape([lengths[index] for index in ordered]) if self._graphs and ordered else None
+                parts += [inputs.packed(sequences, ordered, shares=forms is None, shape=shape)] if ordered else []
                 continue
             ranges = split([lengths[index] for index in ordered], self.batch_tokens)
             parts += [inputs.padded(sequences, [ordered[at] for at in each]) for each in ranges]
@@ -213,14 +224,19 @@ class Forward:
 
     def _states(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the states of all tokens of a part, concatenated: [tokens, width]."""
-        hidden: torch.Tensor = self._encoder(**self._of_encoder(part, inputs)).last_hidden_state.flatten(0, 1)
+        hidden = self._graphs.run(part, inputs) if self._graphs and part.shape else self._encode(part, inputs)
         return hidden[: part.tokens] if part.layout is not None else hidden.index_select(0, inputs["real"])
+
+    def _encode(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the states of all rows of a part, with padding: [rows, width]."""
+        hidden: torch.Tensor = self._encoder(**self._of_encoder(part, inputs)).last_hidden_state.flatten(0, 1)
+        return hidden
 
     def _of_encoder(self, part: Part, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the encoder."""
         found: dict[str, Any] = {name: values for name, values in inputs.items() if name not in _NOT_OF_ENCODER}
         if part.layout is not None:
-            found["layout"] = replace(part.layout, offsets=inputs.get("offsets"))
+            found["layout"] = replace(part.layout, **{name: inputs.get(name) for name in packed.ON_DEVICE})
         elif self.packed:  # its attention takes the mask in another form
             found["layout"] = packed.padded_layout(found.pop("attention_mask").bool(), self._dtype)
         return found

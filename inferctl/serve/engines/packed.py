@@ -20,6 +20,8 @@ TOO_OLD = "variable-length attention needs torch"  # the start of a reason for p
 # On a CPU only attention is padded, to multiples of this: torch's softmax is three times slower on lengths that are not
 # multiples of a vector register, and fewer lengths need fewer calls.
 _BUCKET_STEP = 16
+# The tensors of a layout that the variable-length kernel reads.
+ON_DEVICE = ("offsets", "keys", "key_offsets")
 # What transformers adds to the scores of some architectures: T5's distances, sinks of attention.
 _NOT_COMPUTED = ("position_bias", "s_aux")
 # Buckets keep the scores of all their sequences in memory. The fused kernel does not, and is better above this length.
@@ -52,26 +54,22 @@ class Layout:
     mask: torch.Tensor | None = None
 
 
-def varlen_layout(lengths: list[int], device: torch.device, *, shared: bool = False) -> Layout:
-    """Return the layout of sequences concatenated in this order, for the variable-length kernel.
+def varlen_layout(lengths: list[int], *, shared: bool = False) -> Layout:
+    """Return the layout of sequences concatenated in this order, for the variable-length kernel, on the host.
 
     `shared`: whether the first one is the start of the others. The kernel reads the keys of a sequence from adjacent
     rows, so `attention` copies the keys and values of the start for each of them.
     """
-    offsets = _offsets(lengths, device)
     if not shared:
-        return Layout(offsets, max(lengths))
+        return Layout(_offsets(lengths), max(lengths))
     start, *others = torch.arange(sum(lengths)).split(lengths)
     keys = [start, *(torch.cat((start, rows)) for rows in others)]
     counts = [len(rows) for rows in keys]
-    rows = torch.cat(keys).to(device, non_blocking=True)
-    return Layout(offsets, max(lengths), rows, _offsets(counts, device), max(counts))
+    return Layout(_offsets(lengths), max(lengths), torch.cat(keys), _offsets(counts), max(counts))
 
 
-def _offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return offsets.to(device, non_blocking=True)
+def _offsets(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def padded_layout(attended: torch.Tensor, dtype: torch.dtype) -> Layout:

@@ -6,7 +6,7 @@ None of it waits for the device, so that a thread can prepare a batch while the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +23,9 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 
 # The fewest tokens that sequences of a batch must have in common at their start, so that these are computed once.
 _MIN_SHARED = 16
+# With the variable-length kernel, also this share of all tokens: it needs copies of the keys and values of the start for
+# each sequence, which take 3% to 5% of the time that a layer needs for as many tokens (arithmetic for H100 and L4).
+_MIN_SAVED = 1 / 16
 # The largest share of padding in a padded sub-batch.
 _MAX_PADDING = 0.15
 
@@ -59,15 +62,29 @@ class Sequences:
         return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The sizes of a captured forward pass: tokens, those of the longest sequence, and the number of sequences."""
+
+    tokens: int
+    longest: int
+    sequences: int
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Return whether sequences of these lengths fit."""
+        return sum(lengths) <= self.tokens and max(lengths) <= self.longest and len(lengths) <= self.sequences
+
+
 @dataclass(frozen=True)
 class Part:
     """Sequences that the encoder computes together.
 
     `sequences`: the longest first, `indices`: theirs in the batch. `staged` has the inputs of the encoder, and:
-    `counts`, the tokens of each sequence whose states precede those of the next; `offsets` of the variable-length
-    kernel; `real`, the places of tokens among those of padded sequences, flattened. `layout`: that of packed attention,
-    its offsets on the host; None for padded attention. The first `shared` tokens of all sequences are equal, and
-    computed once: as a sequence of its own before the others, which `counts` includes.
+    `counts`, the tokens of each sequence whose states precede those of the next; what the variable-length kernel reads
+    of the layout; `real`, the places of tokens among those of padded sequences, flattened. `layout`: that of packed
+    attention, on the host; None for padded attention. The first `shared` tokens of all sequences are equal, and
+    computed once: as a sequence of its own before the others, which `counts` includes. `shape`: what the part is padded
+    to, with rows behind its `tokens` and empty sequences.
     """
 
     sequences: Sequences
@@ -76,6 +93,7 @@ class Part:
     tokens: int
     layout: packed.Layout | None = None
     shared: int = 0
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -111,10 +129,12 @@ class Inputs:
     shares: bool
     rounded: bool
 
-    def packed(self, sequences: Sequences, indices: Sequence[int], *, shares: bool = False) -> Part:
+    def packed(
+        self, sequences: Sequences, indices: Sequence[int], *, shares: bool = False, shape: Shape | None = None
+    ) -> Part:
         """Return the part of these sequences, concatenated."""
         sequences = sequences.take(indices)
-        shared = self._shared(sequences) if shares and self.shares else 0
+        shared = self._shared(sequences) if shares and self.shares and shape is None else 0
         lengths, parts = [n - shared for n in sequences.lengths], [ids[shared:] for ids in sequences.ids]
         places = [np.arange(shared, shared + n) for n in lengths]
         if shared:  # the common start is a sequence of its own
@@ -124,22 +144,25 @@ class Inputs:
                 [np.arange(shared), *places],
             )
         total = sum(lengths)
-        padding = np.zeros(onednn.round_up_rows(total) - total if self.rounded else 0, dtype=np.int64)
+        rows = shape.tokens if shape else onednn.round_up_rows(total) if self.rounded else total
+        padding = np.zeros(rows - total, dtype=np.int64)
         within = np.concatenate([*places, padding])
         ids = np.concatenate([*parts, padding + self.padding_id], dtype=np.int64)
         if self.first_position and (ids[:total] == self.first_position - 1).any():
             within = _places_without(ids == self.first_position - 1, within)
         arrays = {"input_ids": ids[None], "position_ids": within[None] + self.first_position}
-        if self.has_segments and sequences.marks is not None:
+        if self.has_segments:
             arrays["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])[None]
         arrays["counts"] = np.array(lengths)
         if self.varlen:
-            layout = packed.varlen_layout(lengths, torch.device("cpu"))
-            assert layout.offsets is not None
-            arrays["offsets"] = layout.offsets.numpy()
+            empty = [0] * (shape.sequences - len(lengths) if shape else 0)
+            layout = packed.varlen_layout(lengths + empty, shared=shared > 0)
+            layout = replace(layout, longest=shape.longest) if shape else layout
+            found = {name: getattr(layout, name) for name in packed.ON_DEVICE}
+            arrays |= {name: values.numpy() for name, values in found.items() if values is not None}
         else:
             layout = packed.layout(lengths, self.dtype, len(padding), shared=shared > 0)
-        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared)
+        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared, shape)
 
     def padded(self, sequences: Sequences, indices: Sequence[int]) -> Part:
         """Return the part of these sequences, padded to the same length."""
@@ -166,7 +189,9 @@ class Inputs:
         for ids in sequences.ids[1:]:
             differ = np.flatnonzero(ids[:count] != sequences.ids[0][:count])
             count = int(differ[0]) if len(differ) else count
-        return count if count >= _MIN_SHARED else 0
+        saved = count * (len(sequences) - 1)
+        pays = not self.varlen or saved >= _MIN_SAVED * sum(sequences.lengths)
+        return count if count >= _MIN_SHARED and pays else 0
 
 
 def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integers:
