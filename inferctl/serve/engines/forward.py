@@ -158,8 +158,7 @@ class Forward:
         if not self.packed:
             return "none: attention is padded"
         self._graphs = Graphs(self._inputs, self._encode, self.vocabulary_size)
-        self._graphs.capture(shapes(self.batch_tokens, self.max_tokens))
-        return self._graphs.summary
+        return self._graphs.capture(shapes(self.batch_tokens, self.max_tokens))
 
     def __call__(self, sequences: Sequences) -> Rows:
         """Return the rows of the sequences in the given order, computed on the calling thread.
@@ -224,7 +223,7 @@ class Forward:
 
     def _states(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the states of all tokens of a part, concatenated: [tokens, width]."""
-        hidden = self._graphs.run(part, inputs) if self._graphs and part.shape else self._encode(part, inputs)
+        hidden = self._graphs.run(part.shape, inputs) if self._graphs and part.shape else self._encode(part, inputs)
         return hidden[: part.tokens] if part.layout is not None else hidden.index_select(0, inputs["real"])
 
     def _encode(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
