@@ -30,8 +30,8 @@ class QueueLimits:
     """The limits of the queue.
 
     `batch_tokens`: the largest batch. `queue_tokens`: the most of interactive requests in the queue. Bulk requests can
-    have half as many, which reduce that limit. `window`: how many queued sequences are considered for a batch.
-    Sequences that have waited for `overdue_s` run in arrival order, and bulk ones among them get `bulk_share` of the
+    have half as many, which reduce that limit. `window`: how many queued sequences are considered for a
+    batch; more if these do not fill it. Sequences that have waited for `overdue_s` run in arrival order, and bulk ones among them get `bulk_share` of the
     tokens. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a longer predicted
     latency than `slo_s`, are rejected; None turns a check off.
     """
@@ -206,7 +206,7 @@ class Batcher:
 
     def has_full_batch(self) -> bool:
         """Return whether more requests could not make the next batch larger."""
-        return self.waiting_tokens >= self.limits.batch_tokens or len(self) >= self.limits.window
+        return self.waiting_tokens >= self.limits.batch_tokens
 
     def requeue(self, batch: Sequence[QueuedSequence]) -> None:
         """Put sequences that no engine started back at the front, in order. The queue limit does not apply."""
@@ -248,10 +248,12 @@ class Batcher:
         if budget <= 0:
             return []
         window: list[QueuedSequence] = []
-        while len(window) < self.limits.window and self._oldest(queue):
+        tokens = 0
+        while (len(window) < self.limits.window or tokens < budget) and (item := self._oldest(queue)):
             window.append(queue.sequences.popleft())
+            tokens += item.tokens
         order = window
-        if sum(item.tokens for item in window) > budget:
+        if tokens > budget:
             oldest, due = window[0], now - self.limits.overdue_s
             order = sorted(
                 window, key=lambda i: 0 if i is oldest or i.arrived <= due else 1 + abs(i.tokens - oldest.tokens)

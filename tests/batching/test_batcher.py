@@ -159,6 +159,11 @@ def test_shorter_sequences_fill_the_remaining_token_budget() -> None:
     assert [[item.tokens for item in batch] for batch in drain(queue)] == [[7, 3], [7]]
 
 
+def test_short_sequences_fill_a_batch_whatever_their_number() -> None:
+    queue = filled(batcher(batch_tokens=16_384, window=256), [(False, [10])] * 1000 + [(True, [10] * 1000)])
+    assert [len(batch) for batch in drain(queue)] == [1638, 362]
+
+
 def test_a_batch_prefers_sequences_close_to_the_oldest_in_length() -> None:
     queue = batcher(batch_tokens=30)
     queue.submit(1, [10, 2, 2, 30, 11, 9], now=0.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import threading
 import time
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ class Sleeping:
 
     def load(self) -> EngineInfo:
         raise AssertionError
+
+    def broken(self) -> bool:
+        return False
 
     def run(self, batch: Batch) -> BatchResult:
         with self._lock:
@@ -69,6 +74,79 @@ def test_batches_run_in_parallel_and_each_gets_one_result() -> None:
     assert [number for number, kind in answers if kind is Kind.FAILED] == [2]
     assert answers[-1][0] == 0, "the long one does not delay the others"
     assert engine.most == 2
+
+
+class Overlapping:
+    """A stand-in for a GPU: the result of a batch is not there before the next one is launched. Fails at 12 and 13."""
+
+    def __init__(self, lost: bool = False) -> None:
+        self.lost, self.launched = lost, threading.Semaphore(0)
+
+    def broken(self) -> bool:
+        return self.lost
+
+    def prepare(self, batch: Batch) -> Any:
+        if batch.tokens[0] == 12:
+            raise MemoryError("injected out of memory")
+
+        def launch() -> Any:
+            self.launched.release()
+            if batch.tokens[0] == 13:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+            return wait
+
+        def wait() -> Any:
+            assert self.launched.acquire(timeout=30)
+            assert self.launched.acquire(timeout=30), "the next batch was not launched"
+            self.launched.release()
+            return np.ones((1, 2), np.float32)
+
+        return launch
+
+
+def test_a_gpu_has_the_next_batch_before_it_is_done_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(engine_main.time, "perf_counter", lambda: float(next(clock)))
+    parent, child = socket.socketpair()
+    engine: Any = Overlapping()
+    thread = threading.Thread(target=engine_main._overlap, args=(child.makefile("rwb"), engine))
+    thread.start()
+    seconds, stream = {}, parent.makefile("rb")
+    for number, token in enumerate((1, 1, 12, 13)):
+        ask(parent, number, token)
+    for _ in range(4):
+        frame = engine_frames.receive(stream)
+        assert frame is not None
+        if frame[0] is Kind.RESULT:
+            result = engine_frames.unpack_result(frame[1])
+            seconds[result.id] = result.seconds
+        else:
+            assert json.loads(frame[1])["out_of_memory"]
+    stream.close()
+    parent.close()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "it ends when the socket is closed"
+    assert list(seconds) == [0, 1]
+    assert sum(seconds.values()) <= next(clock) - 1, "the time of the first batch counts for the second one too"
+
+
+@pytest.mark.parametrize("token", [12, 13])
+def test_an_engine_whose_device_fails_after_an_error_ends(token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after words that can mean something harmless."""
+
+    class Exited(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Exited(code)
+
+    monkeypatch.setattr(engine_main.os, "_exit", leave)
+    engine: Any = Overlapping(lost=True)
+    batch = Batch(1, np.array([token], np.int32), np.ones(1, np.int32))
+    stream: Any = io.BytesIO()
+    with pytest.raises(Exited, match=str(engine_main.EXIT_BROKEN_CONTEXT)), engine_main._failing(stream, engine, 1):
+        engine.prepare(batch)()
+    assert not stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +208,10 @@ def test_other_errors_are_not_insufficient_memory(said: str) -> None:
         "CUDA driver error: CUDA_ERROR_ILLEGAL_ADDRESS",
         "CUDA driver error: CUDA_ERROR_TENSOR_MEMORY_LEAK",
         "CUDA driver error: unknown error",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k, &alpha, a)`",
+        "CUDA error: CUBLAS_STATUS_MAPPING_ERROR when calling `cublasSetStream(handle, stream)`",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "cuDNN error: CUDNN_STATUS_MAPPING_ERROR",
         "Triton Error [CUDA]: unknown error",
         "CUDA error: unknown error\nSearch for `cudaErrorUnknown' in NVIDIA's documentation",
     ],
@@ -144,6 +226,7 @@ def test_an_error_that_breaks_the_cuda_context_is_recognized(said: str) -> None:
         "CUDA error: out of memory",
         "CUDA error: invalid configuration argument",
         "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`",
         "unknown error",
         "an unknown error was encountered in the tokenizer",
         "nvrtc: error: unknown error code",

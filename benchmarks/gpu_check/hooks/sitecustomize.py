@@ -47,7 +47,7 @@ class _Finder:
 
 def _poison(encoder: Any) -> None:
     """Let one batch with the token id POISONED have an id beyond the vocabulary, if the file still exists."""
-    run = encoder.EncoderEngine.run
+    prepare = encoder.EncoderEngine.prepare
 
     def poisoned(self: Any, batch: Any) -> Any:
         if POISONED in batch.tokens:
@@ -56,9 +56,9 @@ def _poison(encoder: Any) -> None:
                 tokens = batch.tokens.copy()
                 tokens[tokens == POISONED] = 10**6
                 batch = replace(batch, tokens=tokens)
-        return run(self, batch)
+        return prepare(self, batch)
 
-    encoder.EncoderEngine.run = poisoned
+    encoder.EncoderEngine.prepare = poisoned
 
 
 def _other_sitecustomize() -> None:

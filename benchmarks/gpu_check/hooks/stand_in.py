@@ -74,18 +74,18 @@ def _forward(module: Any) -> None:
     """Let a file hold memory: it has the most tokens of a batch. A token beyond the vocabulary breaks the context."""
     import torch
 
-    call = module.Forward.__call__
+    launch = module.Forward.launch
 
-    def limited(self: Any, sequences: Any) -> Any:
+    def limited(self: Any, prepared: Any) -> Any:
         held = Path(os.environ.get("GPU_CHECK_HELD", "/nonexistent"))
-        if held.is_file() and sum(sequences.lengths) > int(held.read_text() or 0):
+        if held.is_file() and prepared.tokens > int(held.read_text() or 0):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         try:
-            return call(self, sequences)
+            return launch(self, prepared)
         except IndexError as error:
             raise RuntimeError("CUDA error: device-side assert triggered") from error
 
-    module.Forward.__call__ = limited
+    module.Forward.launch = limited
 
 
 CHANGES = {

@@ -15,14 +15,19 @@ import os
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BufferedIOBase
+from queue import SimpleQueue
 
 from inferctl.core import streams
 from inferctl.core.errors import InferctlError
+from inferctl.reading.rows import Rows, finite_rows
 from inferctl.serve.engine_process import engine_frames, failures
 from inferctl.serve.engine_process.engine_frames import Kind
-from inferctl.serve.engine_process.engine_protocol import Batch, Engine, EngineConfig
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig
 from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.observe import logs
 
@@ -67,7 +72,48 @@ def serve(stream: BufferedIOBase) -> int:
     gc.collect()
     gc.freeze()
     _send(stream, engine_frames.pack_json(Kind.READY, info.to_json()))
-    return _loop(stream, engine, info.parallel)
+    return _overlap(stream, engine) if engine.overlaps else _loop(stream, engine, info.parallel)
+
+
+def _overlap(stream: BufferedIOBase, engine: Engine) -> int:
+    """Prepare batches on one thread, launch them on this one, and send results from a third one.
+
+    So the GPU has the next batch when it is done with one. The API process sends at most one more than the engine
+    runs, which limits what is launched.
+    """
+    prepared: SimpleQueue[tuple[int, float, Callable[[], Callable[[], Rows]]] | None] = SimpleQueue()
+    launched: SimpleQueue[tuple[int, float, Callable[[], Rows]] | None] = SimpleQueue()
+
+    def receive() -> int:
+        try:
+            while (frame := engine_frames.receive(stream)) is not None and frame[0] is Kind.BATCH:
+                received, batch = time.perf_counter(), engine_frames.unpack_batch(frame[1])
+                with _failing(stream, engine, batch.id):
+                    prepared.put((batch.id, received, engine.prepare(batch)))
+            return 0 if frame is None else 1
+        finally:
+            prepared.put(None)
+
+    def finish() -> None:
+        last = 0.0
+        while (item := launched.get()) is not None:
+            number, received, wait = item
+            with _failing(stream, engine, number):
+                rows = wait()
+                # What the GPU computed before is not time of this batch.
+                now = time.perf_counter()
+                seconds, last = now - max(received, last), now
+                _send(stream, engine_frames.pack_result(BatchResult(number, rows, finite_rows(rows), seconds)))
+
+    with ThreadPoolExecutor(2, "batch") as pool:
+        receiving, finishing = pool.submit(receive), pool.submit(finish)
+        while (item := prepared.get()) is not None:
+            number, received, launch = item
+            with _failing(stream, engine, number):
+                launched.put((number, received, launch()))
+        launched.put(None)
+        finishing.result()
+        return receiving.result()
 
 
 def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
@@ -87,20 +133,28 @@ def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
 
 def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
     """Run one batch and send its result, or the error that it raised."""
+    with _failing(stream, engine, batch.id):
+        _send(stream, engine_frames.pack_result(engine.run(batch)))
+
+
+@contextmanager
+def _failing(stream: BufferedIOBase, engine: Engine, number: int) -> Iterator[None]:
+    """Send the error that a batch raises, which fails this batch, not the engine."""
     try:
-        frame = engine_frames.pack_result(engine.run(batch))
-    except Exception as error:  # an error fails this batch, not the engine
-        log.exception("batch %d failed", batch.id)
-        if failures.breaks_context(error):
+        yield
+    except ConnectionError:  # the API process ended
+        raise
+    except Exception as error:
+        log.exception("batch %d failed", number)
+        if failures.breaks_context(error) or engine.broken():
             log.error("the CUDA context is broken, and only a new process can use the GPU; exiting")
             os._exit(EXIT_BROKEN_CONTEXT)
         failure = {
-            "id": batch.id,
+            "id": number,
             "message": f"{type(error).__name__}: {error}",
             "out_of_memory": failures.out_of_memory(error),
         }
-        frame = engine_frames.pack_json(Kind.FAILED, failure)
-    _send(stream, frame)
+        _send(stream, engine_frames.pack_json(Kind.FAILED, failure))
 
 
 def _fatal(stream: BufferedIOBase, message: str, hint: str | None, exit_code: int) -> int:

@@ -182,7 +182,13 @@ class Listener(Protocol):
 
 
 class Engine(Protocol):
-    """Turns batches of token ids into vectors."""
+    """Turns batches of token ids into vectors.
+
+    `overlaps`: whether a device computes what the host launches, so that the next batch can be launched before a
+    result is there. Else `run` is called.
+    """
+
+    overlaps: bool
 
     def load(self, on_phase: Callable[[str], None] = ...) -> EngineInfo:
         """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""
@@ -190,5 +196,11 @@ class Engine(Protocol):
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
 
-        An exception fails this batch only, unless `failures.breaks_context` says that it broke the CUDA context.
+        An exception fails this batch only, unless it broke the CUDA context: `failures.breaks_context`, `broken`.
         """
+
+    def prepare(self, batch: Batch) -> Callable[[], Callable[[], Rows]]:
+        """Do the work of the host, on any thread. Return what launches the batch, which returns what waits for rows."""
+
+    def broken(self) -> bool:
+        """Return whether the device fails whatever it gets. Called after an exception."""

@@ -15,15 +15,16 @@ _NO_MEMORY = re.compile(
 )
 # The texts of `cudaGetErrorString` for the errors of which NVIDIA's documentation says: "any further CUDA work will
 # return the same error. To continue using CUDA, the process must be terminated and relaunched." Other libraries can
-# report the first such error in their own words; the next batch then gets one of these. "unknown error" and "context is
-# destroyed" too, of which the documentation says less: the first is what remains when a GPU is lost.
+# report the first such error in their own words: cuBLAS and cuDNN say that execution or mapping failed. "unknown error"
+# and "context is destroyed" too, of which the documentation says less: the first remains when a GPU is lost. Words that
+# have other causes too (`CUBLAS_STATUS_INTERNAL_ERROR`, `_NOT_INITIALIZED`) are not here: `Engine.broken` tells.
 _BROKEN = re.compile(
     r"an illegal memory access was encountered|device-side assert triggered|an illegal instruction was encountered"
     r"|unspecified launch failure|the launch timed out and was terminated|hardware stack error|misaligned address"
     r"|operation not supported on global/shared address space|invalid program counter|context is destroyed"
     r"|uncorrectable ECC error|uncorrectable NVLink error|Invalid access of peer GPU memory over nvlink"
     r"|tensor memory not completely freed|CUDA(\]| driver)?( error)?: unknown error"
-    r"|MPS client has been terminated by the server"
+    r"|MPS client has been terminated by the server|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|MAPPING_ERROR)"
     r"|CUDA_ERROR_(ILLEGAL_\w+|ASSERT|LAUNCH_(FAILED|TIMEOUT)|MISALIGNED_ADDRESS|HARDWARE_STACK_ERROR"
     r"|TENSOR_MEMORY_LEAK|UNKNOWN|CONTAINED|INVALID_(ADDRESS_SPACE|PC)|CONTEXT_IS_DESTROYED"
     r"|ECC_UNCORRECTABLE|NVLINK_UNCORRECTABLE|MPS_CLIENT_TERMINATED)",

@@ -17,7 +17,7 @@ from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
-from inferctl.reading.rows import finite_rows
+from inferctl.reading.rows import Rows, finite_rows
 from inferctl.serve.engine_process import failures, memory
 from inferctl.serve.engine_process.engine_protocol import (
     Batch,
@@ -46,6 +46,8 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._compute: AnyForward | Cores | None = None
+        self.overlaps = False
+        self._device = torch.device("cpu")
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
@@ -65,7 +67,8 @@ class EncoderEngine:
                 message = f"insufficient memory to load the model: {failures.summary(error)}"
                 raise NotReadyError(message, self._memory_hint) from error
             # It ran before, the GPU is gone, or the API process ended: not a fault of the model.
-            if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
+            broken = failures.breaks_context(error) or self.broken()
+            if self._config.previous_info or broken or isinstance(error, OSError):
                 raise
             name = model.find(self._config.model).architecture
             raise UsageError(
@@ -80,6 +83,7 @@ class EncoderEngine:
         folder = model.find(config.model)
         settings = task_config.read(config.task, folder.path, config.max_input_tokens)
         device, device_info, traits = devices.detect(config.device)
+        self._device, self.overlaps = device, device_info.kind == "cuda"
         static = settings if isinstance(settings, EmbeddingConfig) and settings.static is not None else None
         precision, dtype = devices.choose("fp32" if static else config.precision, traits)
         if static:
@@ -185,6 +189,27 @@ class EncoderEngine:
         """
         assert self._compute is not None, "`load` comes first"
         started = time.perf_counter()
-        marks = None if batch.marks is None else batch.marks.tolist()
-        rows = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), marks))
+        rows = self._compute(_sequences(batch))
         return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)
+
+    def prepare(self, batch: Batch) -> Callable[[], Callable[[], Rows]]:
+        """Return what launches the batch, which returns what waits for its rows."""
+        forward = self._compute
+        assert isinstance(forward, Forward | StaticForward)
+        prepared = forward.prepare(_sequences(batch))
+        return lambda: forward.launch(prepared).rows
+
+    def broken(self) -> bool:
+        """Return whether the GPU fails whatever it gets: errors of earlier work can arrive in the words of cuBLAS."""
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        except Exception:  # any error
+            log.exception("the GPU does not work any more")
+            return True
+        return False
+
+
+def _sequences(batch: Batch) -> Sequences:
+    marks = None if batch.marks is None else batch.marks.tolist()
+    return Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), marks)

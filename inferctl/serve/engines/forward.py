@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from inferctl.reading.embedding_config import EmbeddingConfig
@@ -15,39 +20,27 @@ from inferctl.reading.outputs import pack as pack_outputs
 from inferctl.reading.rows import Rows, Vectors, join_rows
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
-from inferctl.serve.engines import int8, onednn, packed, plain, weights
+from inferctl.serve.engines import int8, onednn, packed, plain, transfer, weights
 from inferctl.serve.engines.graphs import Graphs, shapes
 from inferctl.serve.engines.head import Head, MaskedLanguageHead
-from inferctl.serve.engines.output_heads import OutputHeads
+from inferctl.serve.engines.output_heads import CapacityError, OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.engines.prepared import Inputs, Part, Prepared, Sequences, split
-from inferctl.serve.engines.transfer import HostCopy
+from inferctl.serve.engines.transfer import HostCopy, Staged
 
-_NOT_OF_ENCODER = ("counts", "real", *packed.ON_DEVICE)
+_OF_ENCODER = ("input_ids", "position_ids", "token_type_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A batch that the device computes. `vectors`: in the order of its parts; or the `outputs` of each part."""
+    """A batch that the device computes. `read` makes rows of its results."""
 
-    prepared: Prepared
-    vectors: HostCopy | None
-    outputs: list[list[Outputs]]
+    results: HostCopy
+    read: Callable[[list[npt.NDArray[Any]]], Rows]
 
     def rows(self) -> Rows:
         """Wait for the device and return the rows in the order of the batch: float32, on the host."""
-        prepared = self.prepared
-        order = [index for part in prepared.parts for index in part.indices]
-        if self.vectors is not None:
-            (vectors,) = self.vectors.wait()
-            out = np.empty(vectors.shape, dtype=np.float32)
-            out[order] = vectors
-            return out
-        assert prepared.forms is not None
-        rows = dict(prepared.rows)
-        for index, outputs in zip(order, (each for part in self.outputs for each in part), strict=True):
-            rows[index] = pack_outputs(prepared.forms[index], outputs)
-        return join_rows([rows[index] for index in range(prepared.count)])
+        return self.read(self.results.wait())
 
 
 class Forward:
@@ -74,6 +67,8 @@ class Forward:
         self.max_tokens, self.batch_tokens, self.packed, self.mark = config.max_tokens, batch_tokens, False, 0
         self.query_vocabulary_size: int | None = None
         self._device, self._dtype = device, dtype
+        # A GPU computes one batch after the other, also if two threads launch them.
+        self._launching = contextlib.nullcontext() if transfer.on_host(device) else threading.Lock()
         head: Head | None = None
         self._outputs: OutputHeads | None = None
         self._graphs: Graphs | None = None
@@ -186,21 +181,32 @@ class Forward:
         parts: list[Part] = []
         for masked, group in enumerate(groups):
             ordered = sorted(group, key=lambda index: -lengths[index])
-            if self.packed and not masked:
-                shape = self._graphs.shape([lengths[index] for index in ordered]) if self._graphs and ordered else None
-                parts += [inputs.packed(sequences, ordered, shares=forms is None, shape=shape)] if ordered else []
-                continue
-            ranges = split([lengths[index] for index in ordered], self.batch_tokens)
-            parts += [inputs.padded(sequences, [ordered[at] for at in each]) for each in ranges]
+            whole = [range(len(ordered))] if ordered else []
+            packs = self.packed and not masked
+            for each in whole if packs else split([lengths[index] for index in ordered], self.batch_tokens):
+                chosen, wanted = [ordered[at] for at in each], []
+                if heads is not None and forms is not None:
+                    wanted = heads.wanted([sequences.ids[at] for at in chosen], [forms[at] for at in chosen])
+                if packs:
+                    shape = self._graphs.shape([lengths[at] for at in chosen]) if self._graphs else None
+                    parts.append(inputs.packed(sequences, chosen, wanted, shape))
+                else:
+                    parts.append(inputs.padded(sequences, chosen, wanted))
         return Prepared(len(sequences), sum(lengths), parts, forms, rows)
 
     @torch.inference_mode()
     def launch(self, prepared: Prepared) -> Launched:
         """Compute a batch. A GPU computes it after the return: nothing here waits for it."""
+        with self._launching:
+            return self._launch(prepared)
+
+    def _launch(self, prepared: Prepared) -> Launched:
         if prepared.forms is not None:
-            return Launched(prepared, None, [self._run_outputs(part, prepared.forms) for part in prepared.parts])
-        rows = torch.cat([self._run(part) for part in prepared.parts])
-        return Launched(prepared, HostCopy([self._layers(rows)[:, : self._dimensions]]), [])
+            found = [tensors for part in prepared.parts for tensors in self._run_outputs(part)]
+            read = partial(self._read_outputs, prepared, [len(tensors) for tensors in found])
+            return Launched(HostCopy([tensor for tensors in found for tensor in tensors]), read)
+        rows = self._layers(torch.cat([self._run(part) for part in prepared.parts]))[:, : self._dimensions]
+        return Launched(HostCopy([rows]), partial(_in_order, prepared))
 
     def _run(self, part: Part) -> torch.Tensor:
         """Return the pooled states of a part, or its logits."""
@@ -211,15 +217,41 @@ class Forward:
         rows = pool(self._states(part, inputs), inputs["counts"], self._pooling)[1 if part.shared else 0 :]
         return rows if self._head is None else self._head(rows)
 
-    def _run_outputs(self, part: Part, forms: list[Form]) -> list[Outputs]:
+    def _run_outputs(self, part: Part) -> list[list[torch.Tensor]]:
+        """Return what `OutputHeads.launch` returns of each output in the part."""
         assert self._outputs is not None
 
         def dense(states: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
             vectors: torch.Tensor = self._layers(pool(states, counts, self._pooling))[:, : self._dimensions]
             return vectors
 
-        states = self._states(part, part.staged.on_device())
-        return self._outputs.compute(states, part.sequences.ids, [forms[index] for index in part.indices], dense)
+        inputs = part.staged.on_device()
+        states, found = self._states(part, inputs), []
+        for number, wanted in enumerate(part.wanted):
+            rows, counts = inputs[f"rows {number}"], inputs[f"counts {number}"]
+            found.append(self._outputs.launch(states, wanted, rows, dense, counts))
+        return found
+
+    def _read_outputs(self, prepared: Prepared, sizes: list[int], arrays: list[npt.NDArray[Any]]) -> Rows:
+        """Return the packed outputs of a batch. `sizes`: how many arrays each output of each part has."""
+        assert self._outputs is not None
+        assert prepared.forms is not None
+        fields: list[dict[str, Any]] = [{} for _ in range(prepared.count)]
+        each = [(part, wanted) for part in prepared.parts for wanted in part.wanted]
+        at = 0
+        try:
+            for (part, wanted), size in zip(each, sizes, strict=True):
+                found = self._outputs.read(wanted, part.sequences.ids, arrays[at : at + size])
+                at += size
+                for index, values in zip(wanted.sequences, found, strict=True):
+                    fields[part.indices[index]] |= values
+        except CapacityError:
+            return self.launch(prepared).rows()
+        rows = dict(prepared.rows)
+        for index, (form, values) in enumerate(zip(prepared.forms, fields, strict=True)):
+            if index not in rows:
+                rows[index] = pack_outputs(form, Outputs(**values))
+        return join_rows([rows[index] for index in range(prepared.count)])
 
     def _states(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the states of all tokens of a part, concatenated: [tokens, width]."""
@@ -233,12 +265,19 @@ class Forward:
 
     def _of_encoder(self, part: Part, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the encoder."""
-        found: dict[str, Any] = {name: values for name, values in inputs.items() if name not in _NOT_OF_ENCODER}
+        found: dict[str, Any] = {name: values for name, values in inputs.items() if name in _OF_ENCODER}
         if part.layout is not None:
             found["layout"] = replace(part.layout, **{name: inputs.get(name) for name in packed.ON_DEVICE})
         elif self.packed:  # its attention takes the mask in another form
             found["layout"] = packed.padded_layout(found.pop("attention_mask").bool(), self._dtype)
         return found
+
+
+def _in_order(prepared: Prepared, arrays: list[npt.NDArray[Any]]) -> Vectors:
+    """Return the rows of a batch in its order, of those in the order of its parts."""
+    out = np.empty(arrays[0].shape, dtype=np.float32)
+    out[[index for part in prepared.parts for index in part.indices]] = arrays[0]
+    return out
 
 
 class StaticForward:
@@ -258,13 +297,23 @@ class StaticForward:
         """Return how many numbers a vector has, and 0."""
         return self._layers(self._table[:1])[:, : self._dimensions].shape[1], 0
 
-    @torch.inference_mode()
     def __call__(self, sequences: Sequences) -> Rows:
         """Return float32 [sequences, dimensions]."""
-        ids = torch.from_numpy(np.concatenate(sequences.ids, dtype=np.int64)).to(self._table.device)
-        rows = pool(self._table[ids], torch.tensor(sequences.lengths).to(ids.device), ("mean",))
-        vectors: Vectors = self._layers(rows)[:, : self._dimensions].cpu().numpy()
-        return vectors
+        return self.launch(self.prepare(sequences)).rows()
+
+    def prepare(self, sequences: Sequences) -> Prepared:
+        """Return the inputs: work of the host, which any thread may do."""
+        lengths, ids = sequences.lengths, np.concatenate(sequences.ids, dtype=np.int64)
+        staged = Staged({"ids": ids, "counts": np.array(lengths)}, self._table.device)
+        part = Part(sequences, range(len(lengths)), staged, len(ids))
+        return Prepared(len(lengths), len(ids), [part])
+
+    @torch.inference_mode()
+    def launch(self, prepared: Prepared) -> Launched:
+        """Compute a batch. A GPU computes it after the return."""
+        inputs = prepared.parts[0].staged.on_device()
+        rows = self._layers(pool(self._table[inputs["ids"]], inputs["counts"], ("mean",)))[:, : self._dimensions]
+        return Launched(HostCopy([rows]), partial(_in_order, prepared))
 
 
 AnyForward: TypeAlias = Forward | StaticForward

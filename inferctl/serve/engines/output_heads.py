@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.outputs import Form, Ids, Outputs, SparseConfig, top
-from inferctl.reading.rows import Tokens, Vectors
-from inferctl.serve.engines import weights
+from inferctl.reading.rows import Tokens, Vectors, slices
+from inferctl.serve.engines import transfer, weights
 from inferctl.serve.engines.head import MaskedLanguageHead
 from inferctl.serve.engines.pooling import Layers
+from inferctl.serve.engines.prepared import Wanted
 
 # Logits of so many bytes are computed at a time: those of 8,192 tokens and BERT's vocabulary would have 1 GB.
 _LOGITS_BYTES = 64 * 2**20
+# For so many weights of a sequence a GPU has room at first, and for so many times what was too many later.
+_EXPECTED, _MARGIN = 256, 1.25
+
+
+class CapacityError(Exception):
+    """The sparse weights of a batch were more than it had room for. The next one has more."""
 
 
 class OutputHeads:
@@ -31,6 +41,7 @@ class OutputHeads:
     ) -> None:
         """Raises `UsageError` for weights that are missing or of other sizes."""
         self._config, self._logits, self._device = config, logits, device
+        self._fixed, self._expected = not transfer.on_host(device), _EXPECTED
         self._weights: torch.nn.Linear | None = None
         self._query_weights: Vectors | None = None
         if config.sparse is not None and config.sparse.folder is not None:
@@ -60,106 +71,132 @@ class OutputHeads:
         ids, weights = self._most(present[found != 0], found[found != 0])
         return Outputs(ids=ids, weights=weights)
 
-    def compute(
+    def wanted(self, sequences: Sequence[Tokens], forms: Sequence[Form]) -> list[Wanted]:
+        """Return which of these sequences ask for which output."""
+        ends, found = np.cumsum([len(ids) for ids in sequences]), []
+        for kind in (Form.DENSE, Form.SPARSE, Form.TOKENS):
+            chosen = [index for index, form in enumerate(forms) if kind in form]
+            kept = [np.arange(len(sequences[index])) for index in chosen]
+            if kind is Form.TOKENS:
+                kept = [self._with_vectors(sequences[index], forms[index]) for index in chosen]
+            if chosen:
+                starts = [int(ends[index]) - len(sequences[index]) for index in chosen]
+                rows = np.concatenate([start + each for start, each in zip(starts, kept, strict=True)])
+                found.append(Wanted(kind, chosen, [len(each) for each in kept], rows))
+        return found
+
+    def _with_vectors(self, ids: Tokens, form: Form) -> npt.NDArray[np.int64]:
+        """Return which tokens of a sequence have a vector."""
+        config = self._config.tokens
+        assert config is not None
+        kept = np.arange(len(ids)) >= config.first
+        if config.skipped and (Form.QUERY not in form or config.skips_queries):
+            kept &= ~np.isin(ids, config.skipped)
+        return np.flatnonzero(kept)
+
+    def launch(
         self,
         states: torch.Tensor,
-        sequences: Sequence[Tokens],
-        forms: Sequence[Form],
+        wanted: Wanted,
+        rows: torch.Tensor,
         dense: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> list[Outputs]:
-        """Return the outputs of sequences whose states are concatenated: [tokens, width].
+        counts: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Compute an output of the sequences that ask for it. `read` makes it of what is returned.
 
-        `dense(states, counts)` returns the dense vectors of sequences of so many tokens: fp32, [sequences, numbers].
+        `states`: those of the whole part. `rows`, `counts`: those of `wanted`, on the device. `dense(states, counts)`
+        returns the dense vectors of sequences of so many tokens: fp32, [sequences, numbers].
         """
-        lengths = np.array([len(ids) for ids in sequences])
-        ends = np.cumsum(lengths)
-        found = [Outputs() for _ in sequences]
-        for kind in (Form.DENSE, Form.SPARSE, Form.TOKENS):
-            wanted = [index for index, form in enumerate(forms) if kind in form]
-            if not wanted:
-                continue
-            part = states
-            if len(wanted) < len(sequences):
-                rows = np.concatenate([np.arange(ends[i] - lengths[i], ends[i]) for i in wanted])
-                part = states[torch.from_numpy(rows).to(states.device)]
-            ids = [sequences[index] for index in wanted]
-            each: list[dict[str, Any]]
-            if kind is Form.DENSE:
-                vectors = dense(part, torch.from_numpy(lengths[wanted]).to(states.device)).cpu().numpy()
-                each = [{"dense": vector} for vector in vectors]
-            elif kind is Form.SPARSE:
-                kept = (self._most(*found) for found in self._sparse(part, ids))
-                each = [{"ids": of, "weights": values} for of, values in kept]
-            else:
-                each = [{"tokens": rows} for rows in self._tokens(part, ids, [forms[i] for i in wanted])]
-            for index, fields in zip(wanted, each, strict=True):
-                found[index] = found[index]._replace(**fields)
-        return found
+        if len(rows) < len(states):
+            states = states.index_select(0, rows)
+        if wanted.kind is Form.DENSE:
+            return [dense(states, counts)]
+        if wanted.kind is Form.TOKENS:
+            return [self._layers(states.float())]
+        if self._weights is not None:
+            return [torch.relu(self._weights(states.float()))[:, 0]]
+        return [tensor for pooled in self._of_logits(states, wanted.counts) for tensor in self._compact(pooled)]
+
+    def read(
+        self, wanted: Wanted, sequences: Sequence[Tokens], arrays: Sequence[npt.NDArray[Any]]
+    ) -> list[dict[str, Any]]:
+        """Return the fields of the outputs of the sequences that ask for them. `arrays`: what `launch` returned.
+
+        Raises `CapacityError` if these have no room for all weights: then launch the batch again.
+        """
+        if wanted.kind is Form.DENSE:
+            return [{"dense": vector} for vector in arrays[0]]
+        if wanted.kind is Form.TOKENS:
+            return [{"tokens": rows} for rows in np.split(arrays[0], np.cumsum(wanted.counts)[:-1])]
+        if self._weights is not None:
+            ignored = self._config.sparse.ignored if self._config.sparse else ()
+            parts = np.split(arrays[0], np.cumsum(wanted.counts)[:-1])
+            found = [_largest(sequences[at], part, ignored) for at, part in zip(wanted.sequences, parts, strict=True)]
+        else:
+            found = []
+            for counts, ids, weights in zip(arrays[::3], arrays[1::3], arrays[2::3], strict=True):
+                ends = np.cumsum(counts)
+                if ends[-1] > len(ids):
+                    self._expected = math.ceil(_MARGIN * ends[-1] / len(counts))
+                    raise CapacityError
+                bounds = zip((ends - counts).tolist(), ends.tolist(), strict=True)
+                found += [(ids[start:end], weights[start:end]) for start, end in bounds]
+        return [{"ids": ids, "weights": values} for ids, values in itertools.starmap(self._most, found)]
 
     def _most(self, ids: Ids, weights: Vectors) -> tuple[Ids, Vectors]:
         """Return the weights that the model keeps: `max_active_dims` of sentence-transformers."""
         return top(ids, weights, self._config.sparse.most if self._config.sparse else None, None)
 
-    def _sparse(self, states: torch.Tensor, sequences: Sequence[Tokens]) -> list[tuple[Ids, Vectors]]:
+    def _of_logits(self, states: torch.Tensor, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the weights of the whole vocabulary for some sequences at a time: [sequences, vocabulary].
+
+        Logits take at most `_LOGITS_BYTES` at a time. Only a longer sequence is divided. Sequences of equal length,
+        which are adjacent, are pooled together.
+        """
         config = self._config.sparse
         assert config is not None
-        if self._weights is not None:
-            values = torch.relu(self._weights(states.float()))[:, 0].cpu().numpy()
-            parts = np.split(values, np.cumsum([len(ids) for ids in sequences])[:-1])
-            return [_largest(ids, part, config.ignored) for ids, part in zip(sequences, parts, strict=True)]
-        return self._of_logits(states, [len(ids) for ids in sequences], config)
-
-    def _of_logits(
-        self, states: torch.Tensor, lengths: Sequence[int], config: SparseConfig
-    ) -> list[tuple[Ids, Vectors]]:
-        """Return the weights of each sequence, made of the logits of its tokens.
-
-        Logits take at most `_LOGITS_BYTES` at a time. The weights of the whole vocabulary are kept for the sequences
-        that end among them, so they take hardly more.
-        """
         assert self._logits is not None
-        largest = config.pooling == "max"
-        found: list[tuple[Ids, Vectors]] = []
-        pooled: list[torch.Tensor] = []
-        index = used = 0  # the sequence of the next state, and how many of its states were taken
         rows = max(1, _LOGITS_BYTES // (4 * self._logits.size))
-        for start in range(0, len(states), rows):
-            logits = self._logits(states[start : start + rows])
-            if not largest:
-                logits = _activated(logits.float(), config)
-            at = 0
-            while at < len(logits):
-                count = min(lengths[index] - used, len(logits) - at)
-                part = logits[at : at + count]
-                value = (part.amax(dim=0) if largest else part.sum(dim=0)).float()
-                if used:
-                    value = torch.maximum(pooled.pop(), value) if largest else pooled.pop() + value
-                pooled.append(value)
-                at, used = at + count, used + count
-                if used == lengths[index]:
-                    index, used = index + 1, 0
-            ended = pooled[:-1] if used else pooled
-            pooled = pooled[len(ended) :]
-            if ended:
-                whole = torch.stack(ended)
-                for row in (_activated(whole, config) if largest else whole).cpu().numpy():
-                    ids = np.flatnonzero(row)
-                    found.append((ids.astype(np.int32), row[ids]))
-        return found
+        rows = 1 << rows.bit_length() - 1  # oneDNN rounds other numbers up
+        at = 0
+        for first, stop in slices(lengths, rows):
+            part = states[at : at + sum(lengths[first:stop])]
+            at += len(part)
+            if len(part) <= rows:
+                pooled = self._pooled(part, lengths[first:stop], config)
+            else:
+                pieces = torch.cat([self._pooled(piece, [len(piece)], config) for piece in part.split(rows)])
+                pooled = pieces.amax(0, keepdim=True) if config.pooling == "max" else pieces.sum(0, keepdim=True)
+            yield _activated(pooled, config) if config.pooling == "max" else pooled
 
-    def _tokens(self, states: torch.Tensor, sequences: Sequence[Tokens], forms: Sequence[Form]) -> list[Vectors]:
-        config = self._config.tokens
-        assert config is not None
-        values = self._layers(states.float()).cpu().numpy()
-        found, start = [], 0
-        for ids, form in zip(sequences, forms, strict=True):
-            rows = values[start : start + len(ids)]
-            start += len(ids)
-            kept = np.arange(len(ids)) >= config.first
-            if config.skipped and (Form.QUERY not in form or config.skips_queries):
-                kept &= ~np.isin(ids, config.skipped)
-            found.append(rows[kept])
-        return found
+    def _pooled(self, states: torch.Tensor, lengths: Sequence[int], config: SparseConfig) -> torch.Tensor:
+        """Return the largest logits of sequences, or the sum of their weights: fp32, [sequences, vocabulary]."""
+        assert self._logits is not None
+        logits, found, at = self._logits(states), [], 0
+        if config.pooling == "sum":
+            logits = _activated(logits.float(), config)
+        for length, group in itertools.groupby(lengths):
+            count = sum(1 for _ in group)
+            part = logits[at : at + count * length].view(count, length, -1)
+            found.append(part.amax(1).float() if config.pooling == "max" else part.sum(1))
+            at += count * length
+        return torch.cat(found)
+
+    def _compact(self, pooled: torch.Tensor) -> list[torch.Tensor]:
+        """Return how many weights of each sequence are not zero, and the ids and values of these, concatenated.
+
+        A GPU must know how many, or the host would wait for it. So it gets room for the most that a batch had so far.
+        """
+        if self._fixed:
+            present, size = pooled != 0, pooled.shape[1]
+            room = min(pooled.numel(), len(pooled) * self._expected)
+            places = torch.nonzero_static(present.view(-1), size=room, fill_value=0)[:, 0]
+            return [present.sum(1, dtype=torch.int32), (places % size).int(), pooled.view(-1)[places]]
+        rows = pooled.numpy()
+        ids = [np.flatnonzero(row != 0) for row in rows]  # of booleans: three times as fast as of numbers
+        weights = np.concatenate([row[present] for row, present in zip(rows, ids, strict=True)])
+        counts = np.array([len(each) for each in ids], np.int32)
+        return [torch.from_numpy(each) for each in (counts, np.concatenate(ids).astype(np.int32), weights)]
 
 
 def _activated(logits: torch.Tensor, config: SparseConfig) -> torch.Tensor:

@@ -76,6 +76,19 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The sequences of a part that ask for an output (`kind`), by their index in the part.
+
+    `rows`: which states of the part it is made of; `counts`: how many for each of the sequences.
+    """
+
+    kind: Form
+    sequences: list[int]
+    counts: list[int]
+    rows: Integers
+
+
+@dataclass(frozen=True)
 class Part:
     """Sequences that the encoder computes together.
 
@@ -83,8 +96,9 @@ class Part:
     `counts`, the tokens of each sequence whose states precede those of the next; what the variable-length kernel reads
     of the layout; `real`, the places of tokens among those of padded sequences, flattened. `layout`: that of packed
     attention, on the host; None for padded attention. The first `shared` tokens of all sequences are equal, and
-    computed once: as a sequence of its own before the others, which `counts` includes. `shape`: what the part is padded
-    to, with rows behind its `tokens` and empty sequences.
+    computed once: as a sequence of its own before the others, which `counts` includes. `wanted`: outputs, if the batch
+    has `forms`, and `staged` has the rows and the counts of each by its number. `shape`: what the part is padded to,
+    with rows behind its `tokens` and empty sequences.
     """
 
     sequences: Sequences
@@ -93,6 +107,7 @@ class Part:
     tokens: int
     layout: packed.Layout | None = None
     shared: int = 0
+    wanted: Sequence[Wanted] = ()
     shape: Shape | None = None
 
 
@@ -130,30 +145,31 @@ class Inputs:
     rounded: bool
 
     def packed(
-        self, sequences: Sequences, indices: Sequence[int], *, shares: bool = False, shape: Shape | None = None
+        self,
+        sequences: Sequences,
+        indices: Sequence[int],
+        wanted: Sequence[Wanted] = (),
+        shape: Shape | None = None,
     ) -> Part:
         """Return the part of these sequences, concatenated."""
         sequences = sequences.take(indices)
-        shared = self._shared(sequences) if shares and self.shares and shape is None else 0
+        shared = self._shared(sequences) if self.shares and not wanted and shape is None else 0
         lengths, parts = [n - shared for n in sequences.lengths], [ids[shared:] for ids in sequences.ids]
-        places = [np.arange(shared, shared + n) for n in lengths]
         if shared:  # the common start is a sequence of its own
-            lengths, parts, places = (
-                [shared, *lengths],
-                [sequences.ids[0][:shared], *parts],
-                [np.arange(shared), *places],
-            )
-        total = sum(lengths)
+            lengths, parts = [shared, *lengths], [sequences.ids[0][:shared], *parts]
+        counts = np.array(lengths)
+        total = int(counts.sum())
         rows = shape.tokens if shape else onednn.round_up_rows(total) if self.rounded else total
         padding = np.zeros(rows - total, dtype=np.int64)
-        within = np.concatenate([*places, padding])
+        within = np.concatenate([np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts), padding])
+        within[shared:total] += shared
         ids = np.concatenate([*parts, padding + self.padding_id], dtype=np.int64)
         if self.first_position and (ids[:total] == self.first_position - 1).any():
             within = _places_without(ids == self.first_position - 1, within)
         arrays = {"input_ids": ids[None], "position_ids": within[None] + self.first_position}
         if self.has_segments:
             arrays["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])[None]
-        arrays["counts"] = np.array(lengths)
+        arrays |= {"counts": counts, **_staged(wanted)}
         if self.varlen:
             empty = [0] * (shape.sequences - len(lengths) if shape else 0)
             layout = packed.varlen_layout(lengths + empty, shared=shared > 0)
@@ -162,9 +178,9 @@ class Inputs:
             arrays |= {name: values.numpy() for name, values in found.items() if values is not None}
         else:
             layout = packed.layout(lengths, self.dtype, len(padding), shared=shared > 0)
-        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared, shape)
+        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared, wanted, shape)
 
-    def padded(self, sequences: Sequences, indices: Sequence[int]) -> Part:
+    def padded(self, sequences: Sequences, indices: Sequence[int], wanted: Sequence[Wanted] = ()) -> Part:
         """Return the part of these sequences, padded to the same length."""
         sequences = sequences.take(indices)
         lengths = np.array(sequences.lengths)
@@ -178,8 +194,8 @@ class Inputs:
         if self.has_segments and sequences.marks is not None:
             arrays["token_type_ids"] = np.zeros_like(arrays["input_ids"])
             arrays["token_type_ids"][real] = np.concatenate(sequences.token_type_ids())
-        arrays |= {"counts": lengths, "real": np.flatnonzero(real)}
-        return Part(sequences, indices, Staged(arrays, self.device), int(lengths.sum()))
+        arrays |= {"counts": lengths, "real": np.flatnonzero(real), **_staged(wanted)}
+        return Part(sequences, indices, Staged(arrays, self.device), int(lengths.sum()), wanted=wanted)
 
     def _shared(self, sequences: Sequences) -> int:
         """Return how many tokens at the start of all sequences are equal, if they can be computed once."""
@@ -192,6 +208,12 @@ class Inputs:
         saved = count * (len(sequences) - 1)
         pays = not self.varlen or saved >= _MIN_SAVED * sum(sequences.lengths)
         return count if count >= _MIN_SHARED and pays else 0
+
+
+def _staged(wanted: Sequence[Wanted]) -> dict[str, Integers]:
+    """Return what the device needs of outputs."""
+    arrays = {f"rows {number}": each.rows for number, each in enumerate(wanted)}
+    return arrays | {f"counts {number}": np.array(each.counts) for number, each in enumerate(wanted)}
 
 
 def _places_without(padding: npt.NDArray[np.bool_], within: Integers) -> Integers:

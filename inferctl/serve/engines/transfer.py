@@ -15,13 +15,18 @@ import torch
 _ALIGNMENT = 16  # bytes; kernels load as many at a time
 
 
+def on_host(device: torch.device) -> bool:
+    """Return whether the device computes in the memory of the host, and at once."""
+    return device.type == "cpu"
+
+
 class Staged:
     """Arrays on the host that go to the device together."""
 
     def __init__(self, arrays: dict[str, npt.NDArray[Any]], device: torch.device) -> None:
         self._device, self._arrays = device, arrays
         self._starts: dict[str, int] = {}
-        if device.type != "cpu":
+        if not on_host(device):
             size = 0
             for name, values in arrays.items():
                 self._starts[name], size = size, size + -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -52,7 +57,7 @@ class HostCopy:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
         self._host: torch.Tensor | None = None
-        if tensors and tensors[0].device.type != "cpu":
+        if tensors and not on_host(tensors[0].device):
             joined = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
             self._host = pinned(len(joined))
             self._host.copy_(joined, non_blocking=True)
