@@ -55,17 +55,11 @@ RECORDED = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "
 RECORDED += ["enable_gqa", "seqused_k", "block_table", "num_splits"]
 
 
-def torch_2_10_0(*rows: Any, is_causal: bool = False, return_aux: Any = None) -> Any:
+def torch_2_11_0(*rows: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
     raise NotImplementedError
 
 
-def torch_2_11_0(*rows: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
-    query, key, value, *_ = rows
-    assert query.shape[1:] == key.shape[1:] == value.shape[1:]
-    return torch_2_12_1(*rows, scale=scale, window_size=window_size)
-
-
-def broken(*_: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
+def broken(*_: Any, scale: float | None = None, window_size: Window = (-1, -1), enable_gqa: bool = False) -> Any:
     raise RuntimeError("no kernel for this head size")
 
 
@@ -93,7 +87,7 @@ def test_the_installed_kernel_has_the_recorded_signature() -> None:
     assert list(inspect.signature(varlen_attn).parameters) == RECORDED
 
 
-@pytest.mark.parametrize("path", ["varlen", "2.11", "fp32", "bf16"])
+@pytest.mark.parametrize("path", ["varlen", "fp32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("scaling", "window"), [(None, None), (0.5, None), (None, 5), (0.1, 20)])
@@ -104,12 +98,11 @@ def test_packed_attention_equals_attention_per_sequence(
 
     from inferctl.serve.engines import packed
 
-    kernel = torch_2_11_0 if path == "2.11" else torch_2_12_1
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
     dtype = torch.bfloat16 if path == "bf16" else torch.float32
     torch.manual_seed(5)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads))
-    layout = packed.varlen_layout(LENGTHS) if path in ("varlen", "2.11") else packed.layout(LENGTHS, dtype, 0)
+    layout = packed.varlen_layout(LENGTHS) if path == "varlen" else packed.layout(LENGTHS, dtype, 0)
     assert (layout.spread is not None) == (path == "bf16")
     got = packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0][0]
 
@@ -173,9 +166,7 @@ def test_long_sequences_are_not_padded() -> None:
 @pytest.mark.parametrize(
     ("release", "kernel", "attention", "reason"),
     [
-        ("2.10.0", torch_2_10_0, "padded", "variable-length attention needs torch 2.11, this is 2.10.0"),
-        ("2.9.1", None, "padded", "variable-length attention needs torch 2.11, this is 2.9.1"),
-        ("2.11.0", torch_2_11_0, "packed", "equals the padded result"),
+        ("2.11.0", torch_2_11_0, "padded", "variable-length attention needs torch 2.12, this is 2.11.0"),
         ("2.12.1", torch_2_12_1, "packed", "equals the padded result"),
         ("2.12.1", broken, "padded", "RuntimeError: no kernel for this head size"),
     ],
@@ -188,16 +179,15 @@ def test_padding_on_a_gpu_that_could_pack_is_a_warning_with_the_reason(
     from inferctl.serve.engines.encoder import EncoderEngine
 
     with_gpu(monkeypatch, (8, 0))
-    if kernel is None:
-        monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
-    else:
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(torch, "__version__", release)
     config = EngineConfig(model=str(tiny("modernbert", "mean_tokens")), precision="fp16", max_batch_tokens=256)
     info = EncoderEngine(config).load()
     assert (info.attention, reason in info.attention_reason) == (attention, True), info.attention_reason
     lines = list(describe.lines(info, "tiny", "http://x", 1.0, Access()))
     assert any(attention in line and reason in line for line in lines)
+    assert any(info.graphs in line for line in lines if line.startswith("graphs"))
+    assert (info.graphs == "none: attention is padded") == (attention == "padded")
     warned = [line for line in lines if line.startswith("warning") and "padded" in line]
     assert [reason in line for line in warned] == ([True] if attention == "padded" else [])
 
@@ -251,7 +241,7 @@ def test_the_kernel_always_gets_a_window(
 
     seen: list[tuple[int, int]] = []
 
-    def kernel(query: Any, *_: Any, scale: Any, window_size: Any) -> Any:
+    def kernel(query: Any, *_: Any, scale: Any, window_size: Any, enable_gqa: bool) -> Any:
         seen.append(tuple(window_size))
         return query
 

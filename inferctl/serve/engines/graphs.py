@@ -8,7 +8,9 @@ and with empty sequences. Each graph is compared with single launches when it is
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TypeAlias
 
 import numpy as np
@@ -19,15 +21,15 @@ from inferctl.serve.engines.prepared import Inputs, Part, Sequences, Shape
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
 
-# The tokens of the shapes. Larger batches keep a GPU busy for longer than the host needs for their launches.
+# The tokens of the shapes. Larger batches keep any GPU busy for longer than the host needs for their launches.
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Attention starts a thread block per head, sequence and 128 tokens of the longest one, for empty sequences too. So a
 # shape has many short sequences or few long ones: at most this product of their number and the longest.
 _AREA = 1 << 15
 # A graph is kept if it needs at most this share of the time of single launches: batches are padded by a fifth or so.
 _LARGEST_SHARE = 0.8
-# The largest difference to single launches, relative to the state of a token. Products of equal sizes have the same
-# kernels; those of attention may differ.
+# The largest difference to single launches of as many tokens, relative to the state of a token. Products have the same
+# kernels then; those of attention may differ.
 _MAX_ERROR = 0.02
 
 
@@ -55,8 +57,9 @@ class Gpu:
         """Return what repeats the kernels of `run`, on the same tensors. Raises if `run` waits for the device."""
         # First without a graph, as libraries have handles per stream. Before torch 2.13, a capture that fails for a wait
         # leaves the allocator unusable (pytorch#180395).
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings(action="ignore"):  # the mode is a prototype
+                torch.cuda.set_sync_debug_mode("error")
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 run()
@@ -72,13 +75,14 @@ class Gpu:
         torch.cuda.empty_cache()
         return self._free - torch.cuda.mem_get_info(self._device)[0]
 
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Return the time from the call of `run` until the device is idle."""
+    def seconds(self, run: Callable[[], object]) -> tuple[float, float]:
+        """Return the time that `run` takes on the host, and until the device is idle."""
         torch.cuda.synchronize(self._device)
         started = time.perf_counter()
         run()
+        host = time.perf_counter() - started
         torch.cuda.synchronize(self._device)
-        return time.perf_counter() - started
+        return host, time.perf_counter() - started
 
 
 class Graphs:
@@ -99,7 +103,7 @@ class Graphs:
 
     @torch.inference_mode()
     def capture(self, wanted: list[Shape]) -> str:
-        """Capture those of these shapes that pay. Return which there are, or why there is none.
+        """Capture those of these shapes, the smallest first, that pay. Return which there are, or why there is none.
 
         If memory is insufficient, there is none for the upper half of tokens. If one fails or differs, there is none at
         all: the forward pass of such a model waits for the device, or depends on what only the host knows.
@@ -118,8 +122,8 @@ class Graphs:
 
     def _fill(self, wanted: list[Shape]) -> str:
         gpu, shares, used = Gpu(self._inputs.device), [], 0
-        for shape in reversed(wanted):  # the largest first: the others use its memory
-            graph, share = self._captured(shape, gpu)
+        for shape in reversed(list(takewhile(lambda shape: self._waits_for_host(shape, gpu), wanted))):
+            graph, share = self._captured(shape, gpu)  # the largest first: the others use its memory
             if share <= _LARGEST_SHARE:
                 self._graphs[shape] = graph
                 shares.append(share)
@@ -127,23 +131,25 @@ class Graphs:
             if (used := gpu.used()) > gpu.limit:
                 raise MemoryError(f"graphs may use {gpu.limit >> 20} MiB of this GPU, which is too little")
         if not shares:
-            return "none: not faster than single launches"
+            return "none: single launches are as fast"
         found = f"{len(shares)} for batches of up to {max(self._graphs).tokens:,} tokens, {used >> 20} MiB"
         return f"{found}, {min(shares):.2f} to {max(shares):.2f} of the time of single launches"
+
+    def _waits_for_host(self, shape: Shape, gpu: Gpu) -> bool:
+        """Return whether the GPU waits for launches: the host takes most of the time."""
+        (single,) = self._parts(self._sample(shape))
+        _, (host, whole) = (gpu.seconds(lambda: self._encode(single, single.staged.on_device())) for _ in range(2))
+        return host > whole / 2
 
     def _captured(self, shape: Shape, gpu: Gpu) -> tuple[Callable[[Tensors], torch.Tensor], float]:
         """Return a graph, and its share of the time of single launches. Raises if it differs from these."""
         whole = self._sample(shape)
-        half = whole.take(range((len(whole) + 1) // 2))
-        half = Sequences([ids[::-1] for ids in half.ids], half.marks)
-        # Single launches of as many tokens: with fewer, products could have other kernels, which round differently.
-        joined = Sequences(half.ids + whole.ids[len(half) :], whole.marks)
-        parts = [self._inputs.packed(each, range(len(each)), shape=shape) for each in (whole, half)]
-        exact = [self._inputs.packed(each, range(len(each))) for each in (whole, joined)]
-        expected = [self._encode(part, part.staged.on_device()) for part in exact]
+        (single,) = self._parts(whole)
+        expected = self._encode(single, single.staged.on_device())
+        parts = self._parts(whole, whole.take(range(len(whole) // 2, len(whole))), whole, shape=shape)
         inputs = {name: values.clone() for name, values in parts[0].staged.on_device().items() if name != "counts"}
         if self._states is None:
-            self._states = torch.empty_like(expected[0])
+            self._states = torch.empty_like(expected)
         states = self._states[: shape.tokens]
         replay = gpu.capture(lambda: states.copy_(self._encode(parts[0], inputs)))
 
@@ -153,18 +159,20 @@ class Graphs:
             replay()
             return states
 
-        for index in (0, 1, 0):
-            count = parts[index].tokens
-            found, single = graph(parts[index].staged.on_device())[:count].float(), expected[index][:count].float()
-            error = float(((found - single).norm(dim=1) / single.norm(dim=1)).max())
+        for part in parts:  # the second one has the last sequences of the others
+            found, known = graph(part.staged.on_device())[: part.tokens].float(), expected[-part.tokens :].float()
+            error = float(((found - known).norm(dim=1) / known.norm(dim=1)).max())
             if not error <= _MAX_ERROR:
                 raise ValueError(f"the states of {shape.tokens} tokens differ by {error:.3f} from single launches")
         runs = (
             lambda: graph(parts[0].staged.on_device()),
-            lambda: self._encode(exact[0], exact[0].staged.on_device()),
+            lambda: self._encode(single, single.staged.on_device()),
         )
-        seconds = [min(gpu.seconds(run) for _ in range(3)) for run in runs]
+        seconds = [min(gpu.seconds(run)[1] for _ in range(3)) for run in runs]
         return graph, seconds[0] / seconds[1]
+
+    def _parts(self, *each: Sequences, shape: Shape | None = None) -> list[Part]:
+        return [self._inputs.packed(sequences, range(len(sequences)), shape=shape) for sequences in each]
 
     def _sample(self, shape: Shape) -> Sequences:
         """Return random sequences with all tokens of a shape."""

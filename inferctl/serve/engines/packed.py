@@ -215,18 +215,11 @@ def missing_kernel(capability: tuple[int, int] | None, dtype: torch.dtype) -> st
     """Return why this GPU cannot run packed attention with its kernel for sequences of several lengths, else None."""
     if capability is None or capability < (8, 0) or dtype == torch.float32:
         return "variable-length attention needs compute capability 8.0 and a 16-bit format"
-    if {"scale", "window_size"} <= _varlen_parameters():
+    from torch.nn.attention.varlen import varlen_attn
+
+    if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
         return None
-    return f"{TOO_OLD} 2.11, this is {torch.__version__}"
-
-
-def _varlen_parameters() -> set[str]:
-    """Return the parameters of torch's variable-length attention; none if this torch does not have it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return set()
-    return set(inspect.signature(varlen_attn).parameters)
+    return f"{TOO_OLD} 2.12, this is {torch.__version__}"
 
 
 def _varlen(
@@ -241,12 +234,6 @@ def _varlen(
     """Return flash attention over the whole row, in the shapes of `attention`. See `missing_kernel`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
-    if (heads := query.shape[1]) != key.shape[1]:
-        if "enable_gqa" in _varlen_parameters():
-            options["enable_gqa"] = True
-        else:  # torch 2.11
-            key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     key_offsets, longest_key = layout.offsets, layout.longest
     if layout.keys is not None:
@@ -257,6 +244,7 @@ def _varlen(
     reach = longest_key if sliding_window is None else sliding_window - 1
     q, k, v = (t.contiguous() for t in (q, k, v))
     ends: Any = (layout.offsets, key_offsets, layout.longest, longest_key)
-    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(reach, 0 if causal else reach), **options)
+    window, grouped = (reach, 0 if causal else reach), query.shape[1] != key.shape[1]
+    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, enable_gqa=grouped)
     result: torch.Tensor = out[None]
     return result
