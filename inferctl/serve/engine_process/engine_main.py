@@ -27,7 +27,7 @@ from inferctl.core.errors import InferctlError
 from inferctl.reading.rows import Rows, finite_rows
 from inferctl.serve.engine_process import engine_frames, failures
 from inferctl.serve.engine_process.engine_frames import Kind
-from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig
+from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, Engine, EngineConfig, Prepare
 from inferctl.serve.engines import hide_unused_libraries
 from inferctl.serve.observe import logs
 
@@ -72,10 +72,10 @@ def serve(stream: BufferedIOBase) -> int:
     gc.collect()
     gc.freeze()
     _send(stream, engine_frames.pack_json(Kind.READY, info.to_json()))
-    return _overlap(stream, engine) if engine.overlaps else _loop(stream, engine, info.parallel)
+    return _overlap(stream, engine.prepare) if engine.prepare else _loop(stream, engine, info.parallel)
 
 
-def _overlap(stream: BufferedIOBase, engine: Engine) -> int:
+def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
     """Prepare batches on one thread, launch them on this one, and send results from a third one.
 
     So the GPU has the next batch when it is done with one. The API process sends at most one more than the engine
@@ -88,8 +88,8 @@ def _overlap(stream: BufferedIOBase, engine: Engine) -> int:
         try:
             while (frame := engine_frames.receive(stream)) is not None and frame[0] is Kind.BATCH:
                 received, batch = time.perf_counter(), engine_frames.unpack_batch(frame[1])
-                with _failing(stream, engine, batch.id):
-                    prepared.put((batch.id, received, engine.prepare(batch)))
+                with _failing(stream, batch.id):
+                    prepared.put((batch.id, received, prepare(batch)))
             return 0 if frame is None else 1
         finally:
             prepared.put(None)
@@ -98,7 +98,7 @@ def _overlap(stream: BufferedIOBase, engine: Engine) -> int:
         last = 0.0
         while (item := launched.get()) is not None:
             number, received, wait = item
-            with _failing(stream, engine, number):
+            with _failing(stream, number):
                 rows = wait()
                 # What the GPU computed before is not time of this batch.
                 now = time.perf_counter()
@@ -109,7 +109,7 @@ def _overlap(stream: BufferedIOBase, engine: Engine) -> int:
         receiving, finishing = pool.submit(receive), pool.submit(finish)
         while (item := prepared.get()) is not None:
             number, received, launch = item
-            with _failing(stream, engine, number):
+            with _failing(stream, number):
                 launched.put((number, received, launch()))
         launched.put(None)
         finishing.result()
@@ -133,12 +133,12 @@ def _loop(stream: BufferedIOBase, engine: Engine, parallel: int) -> int:
 
 def _run_batch(stream: BufferedIOBase, engine: Engine, batch: Batch) -> None:
     """Run one batch and send its result, or the error that it raised."""
-    with _failing(stream, engine, batch.id):
+    with _failing(stream, batch.id):
         _send(stream, engine_frames.pack_result(engine.run(batch)))
 
 
 @contextmanager
-def _failing(stream: BufferedIOBase, engine: Engine, number: int) -> Iterator[None]:
+def _failing(stream: BufferedIOBase, number: int) -> Iterator[None]:
     """Send the error that a batch raises, which fails this batch, not the engine."""
     try:
         yield
@@ -146,7 +146,7 @@ def _failing(stream: BufferedIOBase, engine: Engine, number: int) -> Iterator[No
         raise
     except Exception as error:
         log.exception("batch %d failed", number)
-        if failures.breaks_context(error) or engine.broken():
+        if failures.breaks_context(error):
             log.error("the CUDA context is broken, and only a new process can use the GPU; exiting")
             os._exit(EXIT_BROKEN_CONTEXT)
         failure = {

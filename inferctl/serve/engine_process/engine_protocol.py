@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +158,10 @@ class BatchResult:
     seconds: float
 
 
+# Does the work of the host, on any thread. Returns what launches the batch, which returns what waits for its rows.
+Prepare: TypeAlias = Callable[[Batch], Callable[[], Callable[[], Rows]]]
+
+
 class EngineProcess(Protocol):
     """An engine in another process, as the API process uses it."""
 
@@ -184,11 +188,11 @@ class Listener(Protocol):
 class Engine(Protocol):
     """Turns batches of token ids into vectors.
 
-    `overlaps`: whether a device computes what the host launches, so that the next batch can be launched before a
-    result is there. Else `run` is called.
+    `prepare`: of a GPU, which computes what the host launches, so that it can have the next batch before it is done
+    with one. Without it, `run` is called.
     """
 
-    overlaps: bool
+    prepare: Prepare | None
 
     def load(self, on_phase: Callable[[str], None] = ...) -> EngineInfo:
         """Load the weights, warm up, compare with fp32. Raises `InferctlError` for what the user can fix."""
@@ -196,11 +200,5 @@ class Engine(Protocol):
     def run(self, batch: Batch) -> BatchResult:
         """Run one forward pass. At most `EngineInfo.parallel` calls run at a time.
 
-        An exception fails this batch only, unless it broke the CUDA context: `failures.breaks_context`, `broken`.
+        An exception fails this batch only, unless `failures.breaks_context` says that it broke the CUDA context.
         """
-
-    def prepare(self, batch: Batch) -> Callable[[], Callable[[], Rows]]:
-        """Do the work of the host, on any thread. Return what launches the batch, which returns what waits for rows."""
-
-    def broken(self) -> bool:
-        """Return whether the device fails whatever it gets. Called after an exception."""

@@ -1,8 +1,10 @@
-"""Recognizes errors about insufficient memory, or a GPU that this process cannot use any more. It needs no torch."""
+"""Recognizes errors about insufficient memory, or a GPU that this process cannot use any more. It imports no torch."""
 
 from __future__ import annotations
 
 import re
+import sys
+from typing import Any
 
 # Messages of torch, C++, CUDA, HIP, Triton, oneDNN, and of libraries such as cuBLAS, which have no error type for this.
 # cuBLAS reports that it is not initialized if there is no memory for its handle. The NVML assertion fails while torch
@@ -17,7 +19,7 @@ _NO_MEMORY = re.compile(
 # return the same error. To continue using CUDA, the process must be terminated and relaunched." Other libraries can
 # report the first such error in their own words: cuBLAS and cuDNN say that execution or mapping failed. "unknown error"
 # and "context is destroyed" too, of which the documentation says less: the first remains when a GPU is lost. Words that
-# have other causes too (`CUBLAS_STATUS_INTERNAL_ERROR`, `_NOT_INITIALIZED`) are not here: `Engine.broken` tells.
+# can mean less (`CUBLAS_STATUS_INTERNAL_ERROR`, `_NOT_INITIALIZED`) are not here: `breaks_context` asks the GPU.
 _BROKEN = re.compile(
     r"an illegal memory access was encountered|device-side assert triggered|an illegal instruction was encountered"
     r"|unspecified launch failure|the launch timed out and was terminated|hardware stack error|misaligned address"
@@ -42,8 +44,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def breaks_context(error: BaseException) -> bool:
-    """Return whether `error` reports that all later CUDA calls of this process will fail too."""
-    return _BROKEN.search(str(error)) is not None
+    """Return whether all later CUDA calls of this process will fail too, as `error` or the GPUs in use say."""
+    if _BROKEN.search(str(error)) is not None:
+        return True
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    try:
+        if cuda is not None and cuda.is_initialized():
+            for number in range(cuda.device_count()):
+                if cuda.memory_reserved(number):  # else this would take memory of another GPU
+                    cuda.synchronize(number)
+    except Exception:  # noqa: BLE001  # any error
+        return True
+    return False
 
 
 def summary(error: BaseException) -> str:

@@ -40,18 +40,10 @@ class EchoEngine:
     end of an engine whose process lives on.
     """
 
-    overlaps = False
+    prepare = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-
-    def broken(self) -> bool:
-        """Return whether the device fails whatever it gets."""
-        return False
-
-    def prepare(self, batch: Batch) -> Callable[[], Callable[[], Rows]]:
-        """Return what launches the batch, which returns what waits for its rows."""
-        return lambda: lambda: self.run(batch).rows
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
         """Return the info of an engine without a model."""

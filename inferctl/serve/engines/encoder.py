@@ -26,6 +26,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
+    Prepare,
 )
 from inferctl.serve.engines import device as devices
 from inferctl.serve.engines import packed
@@ -46,8 +47,7 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._compute: AnyForward | Cores | None = None
-        self.overlaps = False
-        self._device = torch.device("cpu")
+        self.prepare: Prepare | None = None
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
@@ -67,8 +67,7 @@ class EncoderEngine:
                 message = f"insufficient memory to load the model: {failures.summary(error)}"
                 raise NotReadyError(message, self._memory_hint) from error
             # It ran before, the GPU is gone, or the API process ended: not a fault of the model.
-            broken = failures.breaks_context(error) or self.broken()
-            if self._config.previous_info or broken or isinstance(error, OSError):
+            if self._config.previous_info or failures.breaks_context(error) or isinstance(error, OSError):
                 raise
             name = model.find(self._config.model).architecture
             raise UsageError(
@@ -83,7 +82,6 @@ class EncoderEngine:
         folder = model.find(config.model)
         settings = task_config.read(config.task, folder.path, config.max_input_tokens)
         device, device_info, traits = devices.detect(config.device)
-        self._device, self.overlaps = device, device_info.kind == "cuda"
         static = settings if isinstance(settings, EmbeddingConfig) and settings.static is not None else None
         precision, dtype = devices.choose("fp32" if static else config.precision, traits)
         if static:
@@ -122,6 +120,8 @@ class EncoderEngine:
             on_phase("capturing CUDA graphs")
             info = replace(info, graphs=forward.capture_graphs())
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
+        if not on_cpu and isinstance(forward, Forward):
+            self.prepare = partial(_prepare, forward)
         on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
         forward.batch_tokens = limit
@@ -192,22 +192,10 @@ class EncoderEngine:
         rows = self._compute(_sequences(batch))
         return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)
 
-    def prepare(self, batch: Batch) -> Callable[[], Callable[[], Rows]]:
-        """Return what launches the batch, which returns what waits for its rows."""
-        forward = self._compute
-        assert isinstance(forward, Forward | StaticForward)
-        prepared = forward.prepare(_sequences(batch))
-        return lambda: forward.launch(prepared).rows
 
-    def broken(self) -> bool:
-        """Return whether the GPU fails whatever it gets: errors of earlier work can arrive in the words of cuBLAS."""
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-        except Exception:  # any error
-            log.exception("the GPU does not work any more")
-            return True
-        return False
+def _prepare(forward: Forward, batch: Batch) -> Callable[[], Callable[[], Rows]]:
+    prepared = forward.prepare(_sequences(batch))
+    return lambda: forward.launch(prepared).rows
 
 
 def _sequences(batch: Batch) -> Sequences:

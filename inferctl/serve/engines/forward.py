@@ -26,7 +26,7 @@ from inferctl.serve.engines.head import Head, MaskedLanguageHead
 from inferctl.serve.engines.output_heads import CapacityError, OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
 from inferctl.serve.engines.prepared import Inputs, Part, Prepared, Sequences, split
-from inferctl.serve.engines.transfer import HostCopy, Staged
+from inferctl.serve.engines.transfer import HostCopy
 
 _OF_ENCODER = ("input_ids", "position_ids", "token_type_ids", "attention_mask")
 
@@ -267,7 +267,10 @@ class Forward:
         """Return the arguments of the encoder."""
         found: dict[str, Any] = {name: values for name, values in inputs.items() if name in _OF_ENCODER}
         if part.layout is not None:
-            found["layout"] = replace(part.layout, **{name: inputs.get(name) for name in packed.ON_DEVICE})
+            read = {
+                name: inputs[name].to(getattr(part.layout, name).dtype) for name in packed.ON_DEVICE if name in inputs
+            }
+            found["layout"] = replace(part.layout, **read)
         elif self.packed:  # its attention takes the mask in another form
             found["layout"] = packed.padded_layout(found.pop("attention_mask").bool(), self._dtype)
         return found
@@ -297,23 +300,13 @@ class StaticForward:
         """Return how many numbers a vector has, and 0."""
         return self._layers(self._table[:1])[:, : self._dimensions].shape[1], 0
 
+    @torch.inference_mode()
     def __call__(self, sequences: Sequences) -> Rows:
         """Return float32 [sequences, dimensions]."""
-        return self.launch(self.prepare(sequences)).rows()
-
-    def prepare(self, sequences: Sequences) -> Prepared:
-        """Return the inputs: work of the host, which any thread may do."""
-        lengths, ids = sequences.lengths, np.concatenate(sequences.ids, dtype=np.int64)
-        staged = Staged({"ids": ids, "counts": np.array(lengths)}, self._table.device)
-        part = Part(sequences, range(len(lengths)), staged, len(ids))
-        return Prepared(len(lengths), len(ids), [part])
-
-    @torch.inference_mode()
-    def launch(self, prepared: Prepared) -> Launched:
-        """Compute a batch. A GPU computes it after the return."""
-        inputs = prepared.parts[0].staged.on_device()
-        rows = self._layers(pool(self._table[inputs["ids"]], inputs["counts"], ("mean",)))[:, : self._dimensions]
-        return Launched(HostCopy([rows]), partial(_in_order, prepared))
+        ids = torch.from_numpy(np.concatenate(sequences.ids, dtype=np.int64)).to(self._table.device)
+        rows = pool(self._table[ids], torch.tensor(sequences.lengths).to(ids.device), ("mean",))
+        vectors: Vectors = self._layers(rows)[:, : self._dimensions].cpu().numpy()
+        return vectors
 
 
 AnyForward: TypeAlias = Forward | StaticForward

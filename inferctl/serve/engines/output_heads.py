@@ -76,23 +76,18 @@ class OutputHeads:
         ends, found = np.cumsum([len(ids) for ids in sequences]), []
         for kind in (Form.DENSE, Form.SPARSE, Form.TOKENS):
             chosen = [index for index, form in enumerate(forms) if kind in form]
-            kept = [np.arange(len(sequences[index])) for index in chosen]
-            if kind is Form.TOKENS:
-                kept = [self._with_vectors(sequences[index], forms[index]) for index in chosen]
+            rows, config = [], self._config.tokens
+            for index in chosen:
+                ids = sequences[index]
+                kept = np.ones(len(ids), np.bool_)
+                if kind is Form.TOKENS and config is not None:
+                    kept[: config.first] = False
+                    if config.skipped and (Form.QUERY not in forms[index] or config.skips_queries):
+                        kept &= ~np.isin(ids, config.skipped)
+                rows.append(np.flatnonzero(kept) + ends[index] - len(ids))
             if chosen:
-                starts = [int(ends[index]) - len(sequences[index]) for index in chosen]
-                rows = np.concatenate([start + each for start, each in zip(starts, kept, strict=True)])
-                found.append(Wanted(kind, chosen, [len(each) for each in kept], rows))
+                found.append(Wanted(kind, chosen, [len(each) for each in rows], np.concatenate(rows)))
         return found
-
-    def _with_vectors(self, ids: Tokens, form: Form) -> npt.NDArray[np.int64]:
-        """Return which tokens of a sequence have a vector."""
-        config = self._config.tokens
-        assert config is not None
-        kept = np.arange(len(ids)) >= config.first
-        if config.skipped and (Form.QUERY not in form or config.skips_queries):
-            kept &= ~np.isin(ids, config.skipped)
-        return np.flatnonzero(kept)
 
     def launch(
         self,
