@@ -47,7 +47,8 @@ class Gpu:
     """Captures graphs on a GPU, which share their memory: at most `limit` bytes, a part of the device's memory."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         self._free, total = torch.cuda.mem_get_info(device)

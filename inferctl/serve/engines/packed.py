@@ -62,9 +62,10 @@ def varlen_layout(lengths: list[int], *, shared: bool = False) -> Layout:
     """
     if not shared:
         return Layout(_offsets(lengths), max(lengths))
-    start, *others = torch.arange(sum(lengths)).split(lengths)
-    keys = [start, *(torch.cat((start, rows)) for rows in others)]
-    counts = [len(rows) for rows in keys]
+    rows: Any = torch.arange(sum(lengths))
+    start, *others = rows.split(lengths)
+    keys = [start, *(torch.cat((start, own)) for own in others)]
+    counts = [len(of_sequence) for of_sequence in keys]
     return Layout(_offsets(lengths), max(lengths), torch.cat(keys), _offsets(counts), max(counts))
 
 
