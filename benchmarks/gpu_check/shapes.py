@@ -133,7 +133,7 @@ def _measure(step: Step, forward: Any) -> tuple[list[list[int]], list[float], li
 
 def _batch(rng: Any, tokens: int = TOKENS) -> Any:
     """Return sequences with 0.8 to 1.0 times `tokens` tokens in all, whose mean length is random too."""
-    from inferctl.serve.engines.encoder import Sequences
+    from inferctl.serve.engines.prepared import Sequences
 
     wanted, mean = int(tokens * rng.uniform(0.8, 1.0)), math.exp(rng.uniform(math.log(16), math.log(160)))
     lengths: list[int] = []

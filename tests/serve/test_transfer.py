@@ -42,14 +42,16 @@ def texts(kind: str) -> Any:
     return Sequences(ids, [int(form)] * len(ids) if form else None)
 
 
-def forward_of(folder: Path, device: str = "cpu", *, varlen: bool = False) -> Any:
+def forward_of(
+    folder: Path, device: str = "cpu", *, varlen: bool = False, task: Any = "embed", tokens: int = 512
+) -> Any:
     import torch
 
     from inferctl.serve.engines.forward import Forward
 
     precision = PrecisionInfo("fp32", "fp32", "native", "")
     where = torch.device(device)
-    return Forward(folder, task_config.read("embed", folder), where, torch.float32, precision, 512, varlen=varlen)
+    return Forward(folder, task_config.read(task, folder), where, torch.float32, precision, tokens, varlen=varlen)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:

@@ -21,21 +21,32 @@ LENGTHS = [33, 32, 32, 17, 16, 3, 1]
 
 
 def per_sequence(
-    rows: tuple[Any, Any, Any], lengths: list[int], scale: float | None, seen: Callable[[Any], Any]
+    rows: tuple[Any, Any, Any],
+    lengths: list[int],
+    scale: float | None,
+    seen: Callable[[Any], Any],
+    key_lengths: list[int] | None = None,
 ) -> Any:
-    """Return the attention of [tokens, heads, size], one sequence at a time. `seen` gets query minus key position."""
+    """Return the attention of [tokens, heads, size], one sequence at a time. `seen` gets query minus key position.
+
+    Rows behind the last sequence are NaN. With more keys than queries, the queries are the last tokens.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     query, key, value = rows
     k, v = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    parts = []
-    for q, k_part, v_part in zip(*(t.split(lengths) for t in (query, k, v)), strict=True):
-        at = torch.arange(len(q))
-        a, b, c = (t.transpose(0, 1)[None] for t in (q, k_part, v_part))
-        mask = seen(at[:, None] - at)
-        parts.append(scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale)[0].transpose(0, 1))
-    return torch.cat(parts)
+    out, start, first_key = torch.full_like(query, torch.nan), 0, 0
+    for count, keys in zip(lengths, key_lengths or lengths, strict=True):
+        parts = query[start : start + count], *(t[first_key : first_key + keys] for t in (k, v))
+        at = torch.arange(keys)
+        mask = seen(at[keys - count :, None] - at)
+        a, b, c = (t.transpose(0, 1)[None] for t in parts)
+        if count:
+            attended = scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale)
+            out[start : start + count] = attended[0].transpose(0, 1)
+        start, first_key = start + count, first_key + keys
+    return out
 
 
 Window: TypeAlias = tuple[int, int]
@@ -44,17 +55,11 @@ RECORDED = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "
 RECORDED += ["enable_gqa", "seqused_k", "block_table", "num_splits"]
 
 
-def torch_2_10_0(*rows: Any, is_causal: bool = False, return_aux: Any = None) -> Any:
+def torch_2_11_0(*rows: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
     raise NotImplementedError
 
 
-def torch_2_11_0(*rows: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
-    query, key, value, *_ = rows
-    assert query.shape == key.shape == value.shape
-    return torch_2_12_1(*rows, scale=scale, window_size=window_size)
-
-
-def broken(*_: Any, scale: float | None = None, window_size: Window = (-1, -1)) -> Any:
+def broken(*_: Any, scale: float | None = None, window_size: Window = (-1, -1), enable_gqa: bool = False) -> Any:
     raise RuntimeError("no kernel for this head size")
 
 
@@ -62,12 +67,12 @@ def torch_2_12_1(
     *rows: Any, scale: float | None = None, window_size: Window = (-1, -1), enable_gqa: bool = False
 ) -> Any:
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k = rows
-    lengths = cu_seq_q.diff().tolist()
-    assert (lengths, enable_gqa) == (cu_seq_k.diff().tolist(), query.shape[1] != key.shape[1])
-    assert max_q == max_k == max(lengths)
-    before, after = (10**6 if reach < 0 else reach for reach in window_size)
+    lengths, key_lengths = (ends.diff().tolist() for ends in (cu_seq_q, cu_seq_k))
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert max_q >= max(lengths) and max_k >= max(key_lengths)
+    before, after = (10**6 if reach < 0 or reach >= max_k else reach for reach in window_size)
     return per_sequence(
-        (query, key, value), lengths, scale, lambda distance: (distance <= before) & (-distance <= after)
+        (query, key, value), lengths, scale, lambda distance: (distance <= before) & (-distance <= after), key_lengths
     )
 
 
@@ -82,7 +87,7 @@ def test_the_installed_kernel_has_the_recorded_signature() -> None:
     assert list(inspect.signature(varlen_attn).parameters) == RECORDED
 
 
-@pytest.mark.parametrize("path", ["varlen", "2.11", "fp32", "bf16"])
+@pytest.mark.parametrize("path", ["varlen", "fp32", "bf16"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(("scaling", "window"), [(None, None), (0.5, None), (None, 5), (0.1, 20)])
@@ -93,16 +98,11 @@ def test_packed_attention_equals_attention_per_sequence(
 
     from inferctl.serve.engines import packed
 
-    kernel = torch_2_11_0 if path == "2.11" else torch_2_12_1
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
     dtype = torch.bfloat16 if path == "bf16" else torch.float32
     torch.manual_seed(5)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads))
-    layout = (
-        packed.varlen_layout(LENGTHS, torch.device("cpu"))
-        if path in ("varlen", "2.11")
-        else packed.layout(LENGTHS, dtype, 0)
-    )
+    layout = packed.varlen_layout(LENGTHS) if path == "varlen" else packed.layout(LENGTHS, dtype, 0)
     assert (layout.spread is not None) == (path == "bf16")
     got = packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0][0]
 
@@ -118,11 +118,11 @@ def test_packed_attention_equals_attention_per_sequence(
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "varlen"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (20, 0.5), (None, 1.0)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
-    precision: str, kv_heads: int, window: int | None, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch, precision: str, kv_heads: int, window: int | None, softcap: float | None
 ) -> None:
     import torch
 
@@ -132,8 +132,17 @@ def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
     torch.manual_seed(5)
     rows = [torch.randn(1, heads, 19 + sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads)]
 
+    if varlen := precision == "varlen":
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_2_12_1)
+        softcap = None
+
     def attend(rows: list[Any], lengths: list[int], *, shared: bool) -> Any:
-        options = {"layout": packed.layout(lengths, dtype, shared=shared), "softcap": softcap}
+        layout = (
+            packed.varlen_layout(lengths, shared=True)
+            if shared and varlen
+            else packed.layout(lengths, dtype, shared=shared)
+        )
+        options = {"layout": layout, "softcap": softcap}
         return packed.attention(Module(True), *rows, None, sliding_window=window, **options)[0][0]
 
     got = attend(rows, [19, *LENGTHS], shared=True)
@@ -157,9 +166,7 @@ def test_long_sequences_are_not_padded() -> None:
 @pytest.mark.parametrize(
     ("release", "kernel", "attention", "reason"),
     [
-        ("2.10.0", torch_2_10_0, "padded", "variable-length attention needs torch 2.11, this is 2.10.0"),
-        ("2.9.1", None, "padded", "variable-length attention needs torch 2.11, this is 2.9.1"),
-        ("2.11.0", torch_2_11_0, "packed", "equals the padded result"),
+        ("2.11.0", torch_2_11_0, "padded", "variable-length attention needs torch 2.12, this is 2.11.0"),
         ("2.12.1", torch_2_12_1, "packed", "equals the padded result"),
         ("2.12.1", broken, "padded", "RuntimeError: no kernel for this head size"),
     ],
@@ -172,16 +179,15 @@ def test_padding_on_a_gpu_that_could_pack_is_a_warning_with_the_reason(
     from inferctl.serve.engines.encoder import EncoderEngine
 
     with_gpu(monkeypatch, (8, 0))
-    if kernel is None:
-        monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
-    else:
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(torch, "__version__", release)
     config = EngineConfig(model=str(tiny("modernbert", "mean_tokens")), precision="fp16", max_batch_tokens=256)
     info = EncoderEngine(config).load()
     assert (info.attention, reason in info.attention_reason) == (attention, True), info.attention_reason
     lines = list(describe.lines(info, "tiny", "http://x", 1.0, Access()))
     assert any(attention in line and reason in line for line in lines)
+    assert any(info.graphs in line for line in lines if line.startswith("graphs"))
+    assert (info.graphs == "none: attention is padded") == (attention == "padded")
     warned = [line for line in lines if line.startswith("warning") and "padded" in line]
     assert [reason in line for line in warned] == ([True] if attention == "padded" else [])
 
@@ -235,13 +241,13 @@ def test_the_kernel_always_gets_a_window(
 
     seen: list[tuple[int, int]] = []
 
-    def kernel(query: Any, *_: Any, scale: Any, window_size: Any) -> Any:
+    def kernel(query: Any, *_: Any, scale: Any, window_size: Any, enable_gqa: bool) -> Any:
         seen.append(tuple(window_size))
         return query
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     rows = (torch.zeros(1, 12, 515, 64) for _ in range(3))
-    packed.attention(Module(causal), *rows, None, None, window, packed.varlen_layout([512, 3], torch.device("cpu")))
+    packed.attention(Module(causal), *rows, None, None, window, packed.varlen_layout([512, 3]))
     assert seen == [expected]
 
 

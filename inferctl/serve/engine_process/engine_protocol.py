@@ -89,6 +89,7 @@ class EngineInfo:
     logits, relative to the largest of these.
     `dimensions` is then the number of labels; for `embed`, 0 without a dense vector. `token_dimensions`: of the vector
     of a token, 0 without them.
+    `graphs`: which CUDA graphs there are, or why there is none; empty on a CPU.
     `warnings`: problems of this start, for the user.
     """
 
@@ -108,6 +109,7 @@ class EngineInfo:
     logit_error: float | None = None
     logit_error_limit: float | None = None
     check: str = ""
+    graphs: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

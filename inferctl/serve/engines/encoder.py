@@ -116,6 +116,9 @@ class EncoderEngine:
                 check.check_vocabulary(forward.query_vocabulary_size)
             on_phase("comparing with fp32")
             info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
+        if isinstance(forward, Forward) and not on_cpu:
+            on_phase("capturing CUDA graphs")
+            info = replace(info, graphs=forward.capture_graphs())
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         if not on_cpu and isinstance(forward, Forward):
             self.prepare = partial(_prepare, forward)

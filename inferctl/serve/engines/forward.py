@@ -21,6 +21,7 @@ from inferctl.reading.rows import Rows, Vectors, join_rows
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
 from inferctl.serve.engines import int8, onednn, packed, plain, transfer, weights
+from inferctl.serve.engines.graphs import Graphs, shapes
 from inferctl.serve.engines.head import Head, MaskedLanguageHead
 from inferctl.serve.engines.output_heads import CapacityError, OutputHeads
 from inferctl.serve.engines.pooling import Layers, pool
@@ -70,6 +71,7 @@ class Forward:
         self._launching = contextlib.nullcontext() if transfer.on_host(device) else threading.Lock()
         head: Head | None = None
         self._outputs: OutputHeads | None = None
+        self._graphs: Graphs | None = None
         if isinstance(config, EmbeddingConfig):
             model, self._pooling = plain.load_model(folder, dtype, config=config), config.pooling
         elif config.pooling:
@@ -117,7 +119,7 @@ class Forward:
             config.takes_pairs,
             has_segments,
             # No token may attend to those after it, and only the last one of each sequence may be used.
-            shares=self.causal and self._pooling == ("last",) and not varlen and not has_segments,
+            shares=self.causal and self._pooling == ("last",) and not has_segments,
             rounded=uses_onednn,
         )
 
@@ -145,6 +147,13 @@ class Forward:
         packed.register()
         self._model.set_attn_implementation(packed.NAME if on else self._padded_attention)
         self.packed = on
+
+    def capture_graphs(self) -> str:
+        """Capture CUDA graphs of small batches. Return which there are, or why there is none."""
+        if not self.packed:
+            return "none: attention is padded"
+        self._graphs = Graphs(self._inputs, self._encode, self.vocabulary_size)
+        return self._graphs.capture(shapes(self.batch_tokens, self.max_tokens))
 
     def __call__(self, sequences: Sequences) -> Rows:
         """Return the rows of the sequences in the given order, computed on the calling thread.
@@ -178,7 +187,11 @@ class Forward:
                 chosen, wanted = [ordered[at] for at in each], []
                 if heads is not None and forms is not None:
                     wanted = heads.wanted([sequences.ids[at] for at in chosen], [forms[at] for at in chosen])
-                parts.append((inputs.packed if packs else inputs.padded)(sequences, chosen, wanted))
+                if packs:
+                    shape = self._graphs.shape([lengths[at] for at in chosen]) if self._graphs else None
+                    parts.append(inputs.packed(sequences, chosen, wanted, shape))
+                else:
+                    parts.append(inputs.padded(sequences, chosen, wanted))
         return Prepared(len(sequences), sum(lengths), parts, forms, rows)
 
     @torch.inference_mode()
@@ -242,15 +255,22 @@ class Forward:
 
     def _states(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the states of all tokens of a part, concatenated: [tokens, width]."""
-        hidden: torch.Tensor = self._encoder(**self._of_encoder(part, inputs)).last_hidden_state.flatten(0, 1)
+        hidden = self._graphs.run(part.shape, inputs) if self._graphs and part.shape else self._encode(part, inputs)
         return hidden[: part.tokens] if part.layout is not None else hidden.index_select(0, inputs["real"])
+
+    def _encode(self, part: Part, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the states of all rows of a part, with padding: [rows, width]."""
+        hidden: torch.Tensor = self._encoder(**self._of_encoder(part, inputs)).last_hidden_state.flatten(0, 1)
+        return hidden
 
     def _of_encoder(self, part: Part, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return the arguments of the encoder."""
         found: dict[str, Any] = {name: values for name, values in inputs.items() if name in _OF_ENCODER}
         if part.layout is not None:
-            offsets = inputs["offsets"].int() if "offsets" in inputs else None
-            found["layout"] = replace(part.layout, offsets=offsets)
+            read = {
+                name: inputs[name].to(getattr(part.layout, name).dtype) for name in packed.ON_DEVICE if name in inputs
+            }
+            found["layout"] = replace(part.layout, **read)
         elif self.packed:  # its attention takes the mask in another form
             found["layout"] = packed.padded_layout(found.pop("attention_mask").bool(), self._dtype)
         return found

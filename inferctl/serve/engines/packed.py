@@ -1,8 +1,7 @@
 """Padding-free attention: all sequences of a batch are concatenated in one row, and each attends only to itself.
 
-transformers knows it under one name as attention and as mask function. The forward gets `layout` as a keyword argument
-and passes it to the attention of each layer. Not every architecture supports this, so the start-up check compares the
-result with padding.
+transformers knows it under one name. The forward gets `layout` as a keyword argument and passes it to the attention of
+each layer. Not every architecture supports this, so the start-up check compares the result with padding.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ TOO_OLD = "variable-length attention needs torch"  # the start of a reason for p
 # On a CPU only attention is padded, to multiples of this: torch's softmax is three times slower on lengths that are not
 # multiples of a vector register, and fewer lengths need fewer calls.
 _BUCKET_STEP = 16
+# The tensors of a layout that the variable-length kernel reads.
+ON_DEVICE = ("offsets", "keys", "key_offsets")
 # What transformers adds to the scores of some architectures: T5's distances, sinks of attention.
 _NOT_COMPUTED = ("position_bias", "s_aux")
 # Buckets keep the scores of all their sequences in memory. The fused kernel does not, and is better above this length.
@@ -31,8 +32,9 @@ _MAX_BUCKET_LENGTH = 512
 class Layout:
     """The positions of the sequences in a packed row.
 
-    With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. Otherwise
-    `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
+    With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. If the first
+    sequence is the start of all others, `keys` are the rows of the keys of each sequence, and `key_offsets` and
+    `longest_key` theirs. Otherwise `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
     attention. The mask ([sequences, 1, 1, length], 0 or minus infinity) is None without padding. If attention is
     padded, `spread[i]` is the packed row of padded row i, and `collect[i]` the padded row of packed row i. `shared`: the
     tokens of the first sequence, if it is the start of all others, which attend to it too.
@@ -42,6 +44,9 @@ class Layout:
 
     offsets: torch.Tensor | None = None
     longest: int = 0
+    keys: torch.Tensor | None = None
+    key_offsets: torch.Tensor | None = None
+    longest_key: int = 0
     groups: list[tuple[int, int, int, torch.Tensor | None]] = field(default_factory=list)
     shared: int = 0
     spread: torch.Tensor | None = None
@@ -49,11 +54,23 @@ class Layout:
     mask: torch.Tensor | None = None
 
 
-def varlen_layout(lengths: list[int], device: torch.device) -> Layout:
-    """Return the layout of sequences concatenated in this order, for the variable-length kernel."""
-    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    offsets[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    return Layout(offsets.to(device, non_blocking=True), max(lengths))
+def varlen_layout(lengths: list[int], *, shared: bool = False) -> Layout:
+    """Return the layout of sequences concatenated in this order, for the variable-length kernel, on the host.
+
+    `shared`: whether the first one is the start of the others. The kernel reads the keys of a sequence from adjacent
+    rows, so `attention` copies the keys and values of the start for each of them.
+    """
+    if not shared:
+        return Layout(_offsets(lengths), max(lengths))
+    rows: Any = torch.arange(sum(lengths))
+    start, *others = rows.split(lengths)
+    keys = [start, *(torch.cat((start, own)) for own in others)]
+    counts = [len(of_sequence) for of_sequence in keys]
+    return Layout(_offsets(lengths), max(lengths), torch.cat(keys), _offsets(counts), max(counts))
+
+
+def _offsets(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def padded_layout(attended: torch.Tensor, dtype: torch.dtype) -> Layout:
@@ -99,14 +116,10 @@ def _powers_of_two(count: int) -> list[int]:
 def register() -> None:
     """Register `attn_implementation=NAME` with transformers."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
+    # No mask function: with one, transformers looks for packed sequences in the positions of decoders, which makes the
+    # host wait for the device.
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 def attention(
@@ -203,18 +216,11 @@ def missing_kernel(capability: tuple[int, int] | None, dtype: torch.dtype) -> st
     """Return why this GPU cannot run packed attention with its kernel for sequences of several lengths, else None."""
     if capability is None or capability < (8, 0) or dtype == torch.float32:
         return "variable-length attention needs compute capability 8.0 and a 16-bit format"
-    if {"scale", "window_size"} <= _varlen_parameters():
+    from torch.nn.attention.varlen import varlen_attn
+
+    if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
         return None
-    return f"{TOO_OLD} 2.11, this is {torch.__version__}"
-
-
-def _varlen_parameters() -> set[str]:
-    """Return the parameters of torch's variable-length attention; none if this torch does not have it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return set()
-    return set(inspect.signature(varlen_attn).parameters)
+    return f"{TOO_OLD} 2.12, this is {torch.__version__}"
 
 
 def _varlen(
@@ -229,17 +235,17 @@ def _varlen(
     """Return flash attention over the whole row, in the shapes of `attention`. See `missing_kernel`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
-    if (heads := query.shape[1]) != key.shape[1]:
-        if "enable_gqa" in _varlen_parameters():
-            options["enable_gqa"] = True
-        else:  # torch 2.11
-            key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
-    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    key_offsets, longest_key = layout.offsets, layout.longest
+    if layout.keys is not None:
+        k, v = (t.index_select(0, layout.keys) for t in (k, v))
+        key_offsets, longest_key = layout.key_offsets, layout.longest_key
     # Always a window, also if it hides nothing: torch 2.14 gives attention without one to cuDNN on Hopper and
     # Blackwell, whatever `device.avoid_cudnn` says. Flash attention takes a window of the longest sequence for none.
-    reach = layout.longest if sliding_window is None else sliding_window - 1
-    ends: Any = (layout.offsets, layout.offsets, layout.longest, layout.longest)
-    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=(reach, 0 if causal else reach), **options)
+    reach = longest_key if sliding_window is None else sliding_window - 1
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    ends: Any = (layout.offsets, key_offsets, layout.longest, longest_key)
+    window, grouped = (reach, 0 if causal else reach), query.shape[1] != key.shape[1]
+    out: Any = varlen_attn(q, k, v, *ends, scale=scaling, window_size=window, enable_gqa=grouped)
     result: torch.Tensor = out[None]
     return result

@@ -6,7 +6,7 @@ None of it waits for the device, so that a thread can prepare a batch while the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +23,9 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 
 # The fewest tokens that sequences of a batch must have in common at their start, so that these are computed once.
 _MIN_SHARED = 16
+# With the variable-length kernel, also this share of all tokens: it needs copies of the keys and values of the start for
+# each sequence, which take 3% to 5% of the time that a layer needs for as many tokens (arithmetic for H100 and L4).
+_MIN_SAVED = 1 / 16
 # The largest share of padding in a padded sub-batch.
 _MAX_PADDING = 0.15
 
@@ -59,6 +62,19 @@ class Sequences:
         return [(np.arange(n) >= start).astype(np.int64) for n, start in zip(self.lengths, starts, strict=True)]
 
 
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The sizes of a captured forward pass: tokens, those of the longest sequence, and the number of sequences."""
+
+    tokens: int
+    longest: int
+    sequences: int
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Return whether sequences of these lengths fit."""
+        return sum(lengths) <= self.tokens and max(lengths) <= self.longest and len(lengths) <= self.sequences
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The sequences of a part that ask for an output (`kind`), by their index in the part.
@@ -77,11 +93,12 @@ class Part:
     """Sequences that the encoder computes together.
 
     `sequences`: the longest first, `indices`: theirs in the batch. `staged` has the inputs of the encoder, and:
-    `counts`, the tokens of each sequence whose states precede those of the next; `offsets` of the variable-length
-    kernel; `real`, the places of tokens among those of padded sequences, flattened. `layout`: that of packed attention,
-    its offsets on the host; None for padded attention. The first `shared` tokens of all sequences are equal, and
+    `counts`, the tokens of each sequence whose states precede those of the next; what the variable-length kernel reads
+    of the layout; `real`, the places of tokens among those of padded sequences, flattened. `layout`: that of packed
+    attention, on the host; None for padded attention. The first `shared` tokens of all sequences are equal, and
     computed once: as a sequence of its own before the others, which `counts` includes. `wanted`: outputs, if the batch
-    has `forms`, and `staged` has the rows and the counts of each by its number.
+    has `forms`, and `staged` has the rows and the counts of each by its number. `shape`: what the part is padded to,
+    with rows behind its `tokens` and empty sequences.
     """
 
     sequences: Sequences
@@ -91,6 +108,7 @@ class Part:
     layout: packed.Layout | None = None
     shared: int = 0
     wanted: Sequence[Wanted] = ()
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True)
@@ -126,32 +144,41 @@ class Inputs:
     shares: bool
     rounded: bool
 
-    def packed(self, sequences: Sequences, indices: Sequence[int], wanted: Sequence[Wanted] = ()) -> Part:
+    def packed(
+        self,
+        sequences: Sequences,
+        indices: Sequence[int],
+        wanted: Sequence[Wanted] = (),
+        shape: Shape | None = None,
+    ) -> Part:
         """Return the part of these sequences, concatenated."""
         sequences = sequences.take(indices)
-        shared = self._shared(sequences) if self.shares and not wanted else 0
+        shared = self._shared(sequences) if self.shares and not wanted and shape is None else 0
         lengths, parts = [n - shared for n in sequences.lengths], [ids[shared:] for ids in sequences.ids]
         if shared:  # the common start is a sequence of its own
             lengths, parts = [shared, *lengths], [sequences.ids[0][:shared], *parts]
         counts = np.array(lengths)
         total = int(counts.sum())
-        padding = np.zeros(onednn.round_up_rows(total) - total if self.rounded else 0, dtype=np.int64)
+        rows = shape.tokens if shape else onednn.round_up_rows(total) if self.rounded else total
+        padding = np.zeros(rows - total, dtype=np.int64)
         within = np.concatenate([np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts), padding])
         within[shared:total] += shared
         ids = np.concatenate([*parts, padding + self.padding_id], dtype=np.int64)
         if self.first_position and (ids[:total] == self.first_position - 1).any():
             within = _places_without(ids == self.first_position - 1, within)
         arrays = {"input_ids": ids[None], "position_ids": within[None] + self.first_position}
-        if self.has_segments and sequences.marks is not None:
+        if self.has_segments:
             arrays["token_type_ids"] = np.concatenate([*sequences.token_type_ids(), padding])[None]
         arrays |= {"counts": counts, **_staged(wanted)}
         if self.varlen:
-            layout = packed.varlen_layout(lengths, torch.device("cpu"))
-            assert layout.offsets is not None
-            arrays["offsets"] = layout.offsets.numpy()
+            empty = [0] * (shape.sequences - len(lengths) if shape else 0)
+            layout = packed.varlen_layout(lengths + empty, shared=shared > 0)
+            layout = replace(layout, longest=shape.longest) if shape else layout
+            found = {name: getattr(layout, name) for name in packed.ON_DEVICE}
+            arrays |= {name: values.numpy() for name, values in found.items() if values is not None}
         else:
             layout = packed.layout(lengths, self.dtype, len(padding), shared=shared > 0)
-        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared, wanted)
+        return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared, wanted, shape)
 
     def padded(self, sequences: Sequences, indices: Sequence[int], wanted: Sequence[Wanted] = ()) -> Part:
         """Return the part of these sequences, padded to the same length."""
@@ -178,7 +205,9 @@ class Inputs:
         for ids in sequences.ids[1:]:
             differ = np.flatnonzero(ids[:count] != sequences.ids[0][:count])
             count = int(differ[0]) if len(differ) else count
-        return count if count >= _MIN_SHARED else 0
+        saved = count * (len(sequences) - 1)
+        pays = not self.varlen or saved >= _MIN_SAVED * sum(sequences.lengths)
+        return count if count >= _MIN_SHARED and pays else 0
 
 
 def _staged(wanted: Sequence[Wanted]) -> dict[str, Integers]:

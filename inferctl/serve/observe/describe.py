@@ -63,6 +63,7 @@ def document(
         "precision": engine["precision"],
         "attention": info.attention,
         "attention_reason": info.attention_reason,
+        "graphs": info.graphs or None,
         "fidelity": fidelity,
         "warnings": info.warnings,
         "device": engine["device"],
@@ -134,6 +135,8 @@ def lines(
     requested = f" (requested: {precision.requested})" if precision.requested != precision.effective else ""
     yield f"precision  {precision.effective}{requested}, {precision.level}, {precision.method}: {precision.reason}"
     yield f"attention  {info.attention}: {info.attention_reason}"
+    if info.graphs:
+        yield f"graphs     {info.graphs}"
     if info.cosine_min is not None:
         cosines = f"minimum {info.cosine_min:.5f}, mean {info.cosine_mean:.5f}"
         yield f"fidelity   cosine to fp32: {cosines} ({info.check})"
