@@ -1,6 +1,6 @@
 """Padding-free attention: all sequences of a batch are concatenated in one row, and each attends only to itself.
 
-transformers knows it under one name as attention and as mask function. The forward gets `layout` as a keyword argument
+transformers knows it under one name. The forward gets `layout` as a keyword argument
 and passes it to the attention of each layer. Not every architecture supports this, so the start-up check compares the
 result with padding.
 """
@@ -99,14 +99,9 @@ def _powers_of_two(count: int) -> list[int]:
 def register() -> None:
     """Register `attn_implementation=NAME` with transformers."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
+    # It makes no mask for an attention without a function for that, and then does not wait for the positions either.
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 def attention(
