@@ -242,7 +242,7 @@ class Forward:
         layout = (
             packed.varlen_layout(lengths, self._device)
             if self._varlen
-            else packed.layout(lengths, self._dtype, len(padding), shared=shared > 0)
+            else packed.layout(lengths, self._dtype, shared=shared > 0)
         )
         on_device = {name: self._to_device(values)[None] for name, values in inputs.items()}
         hidden: torch.Tensor = self._encoder(**on_device, layout=layout).last_hidden_state[0, :total]
