@@ -132,12 +132,12 @@ def main() -> None:
     print(
         f"{args.texts} texts of {args.tokens} tokens, bf16, stand-in for a GPU: launches, syncs, bytes to the host, to the device"
     )
-    for name, (task, make) in share.MODELS.items():
+    for name, task in share.MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             part = [
                 "--traced",
                 task,
-                str(make(Path(folder) / name)),
+                str(share.make(name, Path(folder) / name)),
                 "--texts",
                 str(args.texts),
                 "--tokens",

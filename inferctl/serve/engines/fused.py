@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-_PROBED = {"rtol": 1e-4, "atol": 1e-5}
-
 
 class RMSNorm(torch.nn.Module):
     """Root mean square normalization, as `torch.nn.RMSNorm` defines it, in one kernel on GPUs.
@@ -32,7 +30,8 @@ class RMSNorm(torch.nn.Module):
         """Return `x` divided by its root mean square, times the weight: [..., size]."""
         if not _composes(x.device):
             wide = x.to(self.weight.dtype)
-            return torch.nn.functional.rms_norm(wide, self.weight.shape, self.weight, self._eps).to(x.dtype)
+            out: torch.Tensor = torch.nn.functional.rms_norm(wide, self.weight.shape, self.weight, self._eps)
+            return out.to(x.dtype)
         # `rms_norm` takes two to three times as long there.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = norm.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
@@ -103,11 +102,15 @@ def _as_norm(module: torch.nn.Module, numbers: tuple[float, ...]) -> tuple[float
     try:
         expected = probe(x)
         for offset, eps in ((offset, eps) for offset in (0.0, 1.0) for eps in numbers):
-            if torch.allclose(RMSNorm(_raised(probe.weight, offset), eps)(x), expected, **_PROBED):
+            if _close(RMSNorm(_raised(probe.weight, offset), eps)(x), expected):
                 return offset, eps
     except Exception:  # noqa: BLE001  # a module that takes other inputs can fail in any way
         return None
     return None
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def _raised(weight: torch.Tensor, offset: float) -> torch.Tensor:
@@ -124,7 +127,7 @@ def _as_rotation(known: Callable[..., Any]) -> Callable[..., Any] | None:
     )
     try:
         expected = known(q, k, cos, sin, unsqueeze_dim=1)
-        if not all(torch.allclose(*pair, **_PROBED) for pair in zip(expected, rotate(q, k, cos, sin), strict=True)):
+        if not all(_close(*pair) for pair in zip(expected, rotate(q, k, cos, sin), strict=True)):
             return None
         rounded = known(*(values.bfloat16() for values in (q, k, cos, sin)))
         in_fp32 = all(torch.equal(a, b.bfloat16()) for a, b in zip(rounded, expected, strict=True))

@@ -112,7 +112,7 @@ def attention(
     parts, first = [], 0
     for count, length, mask in layout.groups:
         end = first + count * length
-        q, k, v = (t[first:end].unflatten(0, (count, length)).transpose(1, 2) for t in rows)
+        q, k, v = (t[first:end].view(count, length, *t.shape[1:]).transpose(1, 2) for t in rows)
         if mask is not None:
             q, k, v = (pad(t, (0, 0, 0, mask.shape[1] - length)) for t in (q, k, v))
         if layout.shared and first:
