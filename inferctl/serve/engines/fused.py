@@ -32,7 +32,7 @@ class RMSNorm(torch.nn.Module):
             wide = x.to(self.weight.dtype)
             out: torch.Tensor = torch.nn.functional.rms_norm(wide, self.weight.shape, self.weight, self._eps)
             return out.to(x.dtype)
-        # `rms_norm` takes two to three times as long there.
+        # For 1,024 tokens, `rms_norm` takes two to four times as long there.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = norm.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
         return (x.float() * factor).mul_(self.weight).to(x.dtype)
