@@ -28,14 +28,16 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` divided by its root mean square, times the weight: [..., size]."""
+        out: torch.Tensor
         if not _composes(x.device):
             wide = x.to(self.weight.dtype)
-            out: torch.Tensor = torch.nn.functional.rms_norm(wide, self.weight.shape, self.weight, self._eps)
+            out = torch.nn.functional.rms_norm(wide, self.weight.shape, self.weight, self._eps)
             return out.to(x.dtype)
         # For 1,024 tokens, `rms_norm` takes two to four times as long there.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = norm.square_().div_(x.shape[-1]).add_(self._eps).rsqrt_()
-        return (x.float() * factor).mul_(self.weight).to(x.dtype)
+        out = (x.float() * factor).mul_(self.weight).to(x.dtype)
+        return out
 
 
 def _composes(device: torch.device) -> bool:
