@@ -102,8 +102,7 @@ def test_packed_attention_equals_attention_per_sequence(
     dtype = torch.bfloat16 if path == "bf16" else torch.float32
     torch.manual_seed(5)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 16, dtype=dtype) for heads in (4, kv_heads, kv_heads))
-    layout = packed.varlen_layout(LENGTHS) if path == "varlen" else packed.layout(LENGTHS, dtype, 0)
-    assert (layout.spread is not None) == (path == "bf16")
+    layout = packed.varlen_layout(LENGTHS) if path == "varlen" else packed.layout(LENGTHS, dtype)
     got = packed.attention(Module(causal), query, key, value, None, scaling, window, layout)[0][0]
 
     reach = 10**6 if window is None else window
@@ -152,15 +151,6 @@ def test_a_common_start_is_attended_to_as_if_each_sequence_had_it(
     expected = torch.cat([alone[0][:19], *(part[19:] for part in alone)])
     tolerance = 0.03 if precision == "bf16" else 1e-5
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
-def test_long_sequences_are_not_padded() -> None:
-    import torch
-
-    from inferctl.serve.engines import packed
-
-    assert packed.layout([512], torch.bfloat16).spread is not None
-    assert packed.layout([513], torch.bfloat16).spread is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from inferctl.reading.outputs import pack as pack_outputs
 from inferctl.reading.rows import Rows, Vectors, join_rows
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engine_process.engine_protocol import PrecisionInfo
-from inferctl.serve.engines import int8, onednn, packed, plain, transfer, weights
+from inferctl.serve.engines import fused, int8, onednn, packed, plain, transfer, weights
 from inferctl.serve.engines.graphs import Graphs, shapes
 from inferctl.serve.engines.head import Head, MaskedLanguageHead
 from inferctl.serve.engines.output_heads import CapacityError, OutputHeads
@@ -83,6 +83,7 @@ class Forward:
         self._head, self._layers = head, Layers(folder, config.layers).to(device)
         self._dimensions = config.truncate_dim if isinstance(config, EmbeddingConfig) else None
         encoder = model.base_model
+        fused.apply(encoder)
         self.vocabulary_size = int(encoder.get_input_embeddings().num_embeddings)
         pooler, encoder.pooler = getattr(encoder, "pooler", None), None  # part of the head
         on_cpu, eight_bit = device.type == "cpu", precision.effective == "int8"

@@ -11,21 +11,18 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 NAME = "inferctl_packed"
 TOO_OLD = "variable-length attention needs torch"  # the start of a reason for padding
-# On a CPU only attention is padded, to multiples of this: torch's softmax is three times slower on lengths that are not
-# multiples of a vector register, and fewer lengths need fewer calls.
-_BUCKET_STEP = 16
 # The tensors of a layout that the variable-length kernel reads.
 ON_DEVICE = ("offsets", "keys", "key_offsets")
+# The fused kernel of CPUs makes code for each length in bf16, and each thread keeps it: 100 MB for all up to 512. So
+# lengths are padded to multiples of this.
+_STEP = 16
 # What transformers adds to the scores of some architectures: T5's distances, sinks of attention.
 _NOT_COMPUTED = ("position_bias", "s_aux")
-# Buckets keep the scores of all their sequences in memory. The fused kernel does not, and is better above this length.
-_MAX_BUCKET_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,8 @@ class Layout:
 
     With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. If the first
     sequence is the start of all others, `keys` are the rows of the keys of each sequence, and `key_offsets` and
-    `longest_key` theirs. Otherwise `groups`: (first row, sequences, length, mask) of adjacent sequences of equal length, which share one call of
-    attention. The mask ([sequences, 1, 1, length], 0 or minus infinity) is None without padding. If attention is
-    padded, `spread[i]` is the packed row of padded row i, and `collect[i]` the padded row of packed row i. `shared`: the
+    `longest_key` theirs. Otherwise `groups`: (sequences, length, mask) of adjacent sequences of equal length, which share
+    one call of attention. The mask ([1, padded length], 0 or minus infinity) is None without padding. `shared`: the
     tokens of the first sequence, if it is the start of all others, which attend to it too.
 
     `mask`: instead of all that, the sequences are not packed but padded to the same length.
@@ -47,10 +43,8 @@ class Layout:
     keys: torch.Tensor | None = None
     key_offsets: torch.Tensor | None = None
     longest_key: int = 0
-    groups: list[tuple[int, int, int, torch.Tensor | None]] = field(default_factory=list)
+    groups: list[tuple[int, int, torch.Tensor | None]] = field(default_factory=list)
     shared: int = 0
-    spread: torch.Tensor | None = None
-    collect: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
 
@@ -79,38 +73,18 @@ def padded_layout(attended: torch.Tensor, dtype: torch.dtype) -> Layout:
     return Layout(mask=mask.masked_fill_(~attended, float("-inf"))[:, None, None])
 
 
-def layout(lengths: list[int], dtype: torch.dtype, padding_rows: int = 0, *, shared: bool = False) -> Layout:
+def layout(lengths: list[int], dtype: torch.dtype, *, shared: bool = False) -> Layout:
     """Return the layout of sequences concatenated in this order, on a CPU. Equal lengths should be adjacent.
 
-    `padding_rows` rows follow the sequences. `shared`: whether the first one is the start of the others. In bf16
-    attention is padded, because that is faster.
+    Rows can follow them, which nothing uses. `shared`: whether the first sequence is the start of the others.
     """
-    actual = np.array(lengths)
-    bucketed = dtype == torch.bfloat16 and max(lengths) <= _MAX_BUCKET_LENGTH
-    padded = -(-actual // _BUCKET_STEP) * _BUCKET_STEP if bucketed else actual
-    firsts = np.cumsum(padded) - padded
-    groups, index = [], 0
-    for (_, length), group in groupby((shared and at == 0, length) for at, length in enumerate(padded.tolist())):
-        for count in _powers_of_two(sum(1 for _ in group)):
-            hidden = torch.arange(length) >= torch.from_numpy(actual[index : index + count, None])
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
-            groups.append((int(firsts[index]), count, length, mask if bool(hidden.any()) else None))
-            index += count
-    first = lengths[0] if shared else 0
-    if not bucketed:
-        return Layout(groups=groups, shared=first)
-    starts = np.cumsum(actual) - actual
-    within = np.arange(padded.sum()) - np.repeat(firsts, padded)
-    # Padding reads the first token of its sequence. The mask hides it.
-    spread = np.repeat(starts, padded) + np.where(within < np.repeat(actual, padded), within, 0)
-    collect = np.zeros(actual.sum() + padding_rows, dtype=np.int64)  # the values of padding rows are not used
-    collect[: actual.sum()] = np.arange(actual.sum()) + np.repeat(firsts - starts, actual)
-    return Layout(groups=groups, shared=first, spread=torch.from_numpy(spread), collect=torch.from_numpy(collect))
-
-
-def _powers_of_two(count: int) -> list[int]:
-    """Return `count` as a sum of falling powers of two. Few shapes limit oneDNN's code: see `onednn.round_up_rows`."""
-    return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+    groups: list[tuple[int, int, torch.Tensor | None]] = []
+    for (_, length), group in groupby((shared and at == 0, length) for at, length in enumerate(lengths)):
+        padded = -(-length // _STEP) * _STEP if dtype == torch.bfloat16 else length
+        mask = torch.zeros(1, padded, dtype=dtype)
+        mask[:, length:] = float("-inf")
+        groups.append((len(list(group)), length, mask if padded > length else None))
+    return Layout(groups=groups, shared=lengths[0] if shared else 0)
 
 
 def register() -> None:
@@ -152,25 +126,23 @@ def attention(
         if softcap is not None:
             raise ValueError("variable-length attention has no soft cap")
         return _varlen(query, key, value, layout, scaling, causal, sliding_window), None
-    size = query.shape[3]
-    q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))
-    if layout.spread is None:
-        out = torch.zeros_like(q)  # the rows behind the last sequence belong to no group
-    else:
-        q, k, v = (t.index_select(0, layout.spread) for t in (q, k, v))
-        out = torch.empty_like(q)
-    for first, count, length, mask in layout.groups:
-        rows = slice(first, first + count * length)
-        a, b, c = (t[rows].view(count, length, -1, size).transpose(1, 2) for t in (q, k, v))
+    rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [tokens, heads, size]
+    parts, first = [], 0
+    for count, length, mask in layout.groups:
+        end = first + count * length
+        q, k, v = (t[first:end].view(count, length, *t.shape[1:]).transpose(1, 2) for t in rows)
+        if mask is not None:
+            q, k, v = (pad(t, (0, 0, 0, mask.shape[1] - length)) for t in (q, k, v))
         if layout.shared and first:
-            start = (t[: layout.shared].view(1, layout.shared, -1, size).transpose(1, 2) for t in (k, v))
-            b, c = (torch.cat((s.expand(count, -1, -1, -1), t), dim=2) for s, t in zip(start, (b, c), strict=True))
-            mask = None if mask is None else torch.nn.functional.pad(mask, (layout.shared, 0))
-        result = _attend(a, b, c, mask, scaling, causal, sliding_window, softcap)
-        out[rows].view(count, length, -1, size).copy_(result.transpose(1, 2))
-    if layout.collect is not None:
-        out = out.index_select(0, layout.collect)
-    return out.view(1, len(out), -1, size), None
+            start = (t[: layout.shared].transpose(0, 1).expand(count, -1, -1, -1) for t in rows[1:])
+            k, v = (torch.cat(pair, dim=2) for pair in zip(start, (k, v), strict=True))
+        hidden = None if causal else mask  # of a decoder, no token attends to the padding after it
+        result = _attend(q, k, v, hidden, scaling, causal, sliding_window, softcap)[:, :, :length]
+        parts.append(result.transpose(1, 2).flatten(0, 1))
+        first = end
+    if first < len(rows[0]):
+        parts.append(rows[0].new_zeros(len(rows[0]) - first, *parts[0].shape[1:]))  # nothing uses them
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _attend(
@@ -201,14 +173,13 @@ def _attend(
     if softcap is not None:
         if grouped:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        scores = softcap * torch.tanh(torch.matmul(q, k.transpose(2, 3)).float() * (scaling or size**-0.5) / softcap)
-        return torch.matmul((scores if mask is None else scores + mask).softmax(dim=-1).to(v.dtype), v)
-    if q.dtype == torch.bfloat16 and length <= _MAX_BUCKET_LENGTH and not (grouped or causal):
-        # On CPUs this is faster than the fused kernel for the usual lengths of encoders.
-        scores = torch.matmul(q * (size**-0.5 if scaling is None else scaling), k.transpose(2, 3))
-        if mask is not None:
-            scores += mask
-        return torch.matmul(scores.softmax(dim=-1), v)
+        # On CPUs oneDNN would keep code of each shape in bf16.
+        wide = torch.float32 if q.device.type == "cpu" else q.dtype
+        scores = torch.matmul(q.to(wide), k.to(wide).transpose(2, 3)).float() * (scaling or size**-0.5)
+        scores = softcap * torch.tanh(scores / softcap)
+        return torch.matmul((scores if mask is None else scores + mask).softmax(dim=-1).to(wide), v.to(wide)).to(
+            q.dtype
+        )
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
 
 

@@ -177,7 +177,7 @@ class Inputs:
             found = {name: getattr(layout, name) for name in packed.ON_DEVICE}
             arrays |= {name: values.numpy() for name, values in found.items() if values is not None}
         else:
-            layout = packed.layout(lengths, self.dtype, len(padding), shared=shared > 0)
+            layout = packed.layout(lengths, self.dtype, shared=shared > 0)
         return Part(sequences, indices, Staged(arrays, self.device), total, layout, shared, wanted, shape)
 
     def padded(self, sequences: Sequences, indices: Sequence[int], wanted: Sequence[Wanted] = ()) -> Part:
