@@ -127,6 +127,7 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         f"J/M {unit}": [row.joules_per_million_texts for row in rows],
         f"$/M {unit}": [row.usd_per_million_texts for row in rows],
         "GPU %": [row.gpu_utilisation_percent for row in rows],
+        "limit %": [row.matrix_share_percent for row in rows],
         "W": [row.watts for row in rows],
         "MiB": [row.server_peak_bytes and row.server_peak_bytes / 2**20 for row in rows],
     }
@@ -139,6 +140,7 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     titles = {
         "CPU s": "CPU seconds per 1,000 requests",
         "J": "energy (J) per 1,000 requests",
+        "limit %": "share of the matrix rate",
         "MiB": "peak memory of all server processes (MiB)",
     }
     return _titled("; ".join(titles[name] for name in known if name in titles), grid)
@@ -247,6 +249,7 @@ def notes(result: Result) -> Iterator[str]:
         yield f"requests sent over 1 ms late, and requests dropped: {sends}"
     yield from result.findings[1:]
     yield from prices(measured)
+    yield from limits(measured)
     yield from (
         f"{caveat.label}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
     )
@@ -266,6 +269,17 @@ def _tokens(rows: Sequence[MeasuredRow]) -> str:
 def received(rows: Sequence[MeasuredRow]) -> list[str]:
     """Return each load that rows received, with their names if they received different ones."""
     return lines((row.received, row.configuration) for row in rows)
+
+
+def limits(rows: Sequence[MeasuredRow]) -> list[str]:
+    """Return the share of the limit that each server used, with the limit and where it is from."""
+    known = [(row, row.matrix_rate) for row in rows if row.matrix_rate and row.matrix_share_percent is not None]
+    return [
+        f"{row.configuration}: {row.precision['effective']}, {row.matrix_share_percent:.0f}% of "
+        + ("this machine's matrix rate" if rate["source"] == "measured" else "the GPU's peak in the catalog")
+        + f" ({rate['flops_per_s'] / 1e12:.3g} TFLOP/s)"
+        for row, rate in known
+    ]
 
 
 def prices(rows: Sequence[MeasuredRow]) -> Iterator[str]:

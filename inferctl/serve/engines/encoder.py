@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ import transformers
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
+from inferctl.models.flops import ModelFlops
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.rows import finite_rows
@@ -28,7 +31,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     PrecisionInfo,
 )
 from inferctl.serve.engines import device as devices
-from inferctl.serve.engines import packed
+from inferctl.serve.engines import flops, packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
 from inferctl.serve.engines.forward import AnyForward, Forward, Sequences, StaticForward
@@ -45,6 +48,8 @@ class EncoderEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._compute: AnyForward | Cores | None = None
+        self._flops = ModelFlops(0.0, 0.0)
+        self._shared_starts = deque[tuple[int, int]]()
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
@@ -112,7 +117,7 @@ class EncoderEngine:
             if isinstance(forward, Forward) and forward.query_vocabulary_size is not None:
                 check.check_vocabulary(forward.query_vocabulary_size)
             on_phase("comparing with fp32")
-            info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
+            info = self._choose_settings(check, forward, no_kernel, device_info, precision, dtype, cores)
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
@@ -122,6 +127,9 @@ class EncoderEngine:
             # Only the latest, also after restarts with less and less memory.
             kept = [warning for warning in info.warnings if not warning.startswith(LOWERED)]
             info = replace(info, batch_tokens=limit, warnings=[*kept, lowered])
+        self._flops = info.flops or self._flops
+        forward.shared_starts.clear()  # of the check texts
+        self._shared_starts = forward.shared_starts
         return info
 
     def _choose_settings(
@@ -131,6 +139,7 @@ class EncoderEngine:
         no_kernel: str | None,
         device: DeviceInfo,
         precision: PrecisionInfo,
+        dtype: torch.dtype,
         cores: int,
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
@@ -165,6 +174,8 @@ class EncoderEngine:
             parallel=parallel,
             vocabulary_size=forward.vocabulary_size,
             causal=check.causal,
+            flops=check.flops,
+            matrix_rate=check.flops and flops.matrix_rate(device, precision, dtype, cores),
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -183,4 +194,9 @@ class EncoderEngine:
         started = time.perf_counter()
         marks = None if batch.marks is None else batch.marks.tolist()
         rows = self._compute(Sequences(np.split(batch.tokens, np.cumsum(batch.lengths)[:-1]), marks))
-        return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)
+        computed = self._flops.batch(batch.lengths)
+        with contextlib.suppress(IndexError):  # other threads take from it, too: the sum over batches is right
+            while True:
+                repeats, tokens = self._shared_starts.popleft()
+                computed -= repeats * (self._flops.flop(tokens) - self._flops.per_text)
+        return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started, computed)

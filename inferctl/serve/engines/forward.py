@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ class Forward:
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
     `vocabulary_size`: rows of the input embeddings. `query_vocabulary_size`: stored weights of tokens in queries, None
     without them. `causal`: whether tokens attend only to those before them. `warning`: what makes this model slower
-    than it should be, or None. `mark`: that of sequences without one; 0 for the dense vector.
+    than it should be, or None. `mark`: that of sequences without one; 0 for the dense vector. `shared_starts`: for each
+    common start that was computed once, how often it was not computed, and its tokens. Their reader removes them.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Forward:
     ) -> None:
         self.max_tokens, self.batch_tokens, self.packed, self.mark = config.max_tokens, batch_tokens, False, 0
         self.query_vocabulary_size: int | None = None
+        self.shared_starts = deque[tuple[int, int]]()
         self._device, self._dtype, self._varlen = device, dtype, varlen
         head: Head | None = None
         self._outputs: OutputHeads | None = None
@@ -211,6 +214,8 @@ class Forward:
 
     def _run_packed(self, sequences: Sequences) -> torch.Tensor:
         shared = self._shared(sequences)
+        if shared:
+            self.shared_starts.append((len(sequences) - 1, shared))
         lengths = [n - shared for n in sequences.lengths]
         counts = self._to_device(np.array([shared, *lengths] if shared else lengths))
         rows = pool(self._packed_states(sequences, shared), counts, self._pooling)[1 if shared else 0 :]
@@ -301,6 +306,7 @@ class StaticForward:
 
     def __init__(self, folder: Path, config: EmbeddingConfig, device: torch.device, batch_tokens: int) -> None:
         self.max_tokens, self.batch_tokens = config.max_tokens, batch_tokens
+        self.shared_starts = deque[tuple[int, int]]()
         assert config.static is not None
         self._table = weights.static_table(folder, config.static).to(device)
         self._layers, self._dimensions = Layers(folder, config.layers).to(device), config.truncate_dim
