@@ -92,7 +92,7 @@ class MeasuredRow(Row):
 
     `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
     above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
-    `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
+    `concurrency`, `stages`, `profile` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
     for classify the share of texts with the same label.
@@ -142,6 +142,7 @@ class MeasuredRow(Row):
     gpu_utilisation_percent: float | None = None
     matrix_share_percent: float | None = None
     matrix_rate: JsonObject | None = None
+    profile: JsonObject | None = None
     quality: JsonObject = field(default_factory=lambda: {"checked": False})
     cosine_mean: float | None = None
     recall_at_10: float | None = None
@@ -189,6 +190,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
         workload=(data["workload"]["corpus"], _load_changes(outcome)),
         search=data.get("search"),
+        profile=data.get("profile"),
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),

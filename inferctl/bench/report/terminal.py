@@ -13,7 +13,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.caveats import lines
-from inferctl.bench.report.chart import unit_of
+from inferctl.bench.report.chart import PARTS, unit_of
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
@@ -38,7 +38,7 @@ def render(result: Result) -> RenderableType:
     missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
-        sections = (hardware, searches, stages, costs)
+        sections = (hardware, searches, stages, costs, profiles)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
     if missing:
         blocks.append(without_figures(missing))
@@ -144,6 +144,22 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         "MiB": "peak memory of all server processes (MiB)",
     }
     return _titled("; ".join(titles[name] for name in known if name in titles), grid)
+
+
+def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
+    """Return where the time of each profiled engine goes, in percent of its core-seconds."""
+    grids: list[RenderableType] = []
+    for row in (row for row in rows if row.profile):
+        assert row.profile
+        grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for heading in ("texts", "tokens", "limit", *(name for name, _ in PARTS.values())):
+            grid.add_column(heading, justify="right")
+        for point in row.profile["points"]:
+            sizes = str(point["texts"]), f"{point['tokens']:.0f}", f"{point['matrix_share_percent']:.0f}"
+            grid.add_row(*sizes, *(f"{point['parts'].get(part, 0):.0f}" for part in PARTS))
+        title = f"{row.configuration}: share of the matrix rate (limit), and of the cores' time by part (%)"
+        grids.append(_titled(title, grid))
+    return Group(*grids) if grids else None
 
 
 def _titled(title: str, grid: Table) -> Group:
