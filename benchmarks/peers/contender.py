@@ -48,11 +48,6 @@ def inferctl_rerank(precision: str, model: str) -> Score:
 
 def run_batches(precision: str, model: str, task: Any) -> Callable[[Sequence[Any], Sequence[int] | None], Any]:
     """Return a function that runs sequences in batches as large as the engine accepts, as many at a time as it runs."""
-    return load_engine(precision, model, task)[1]
-
-
-def load_engine(precision: str, model: str, task: Any) -> tuple[Any, Callable[[Sequence[Any], Any], Any]]:
-    """Return the info of an engine, and what `run_batches` returns."""
     from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
     from inferctl.serve.engines.encoder import EncoderEngine
 
@@ -74,10 +69,9 @@ def load_engine(precision: str, model: str, task: Any) -> tuple[Any, Callable[[S
                 running.append(pool.submit(engine.run, batch))
                 first, used = index, 0
             used += length
-        rows = [batch.result().rows for batch in running]
-        return rows if any(isinstance(each, list) for each in rows) else np.concatenate(rows)
+        return np.concatenate([batch.result().rows for batch in running])
 
-    return info, run
+    return run
 
 
 def sentence_transformers(precision: str, model: str) -> Embed:

@@ -5,8 +5,8 @@
 
 `engine` has fields of `EngineConfig`, and `words` is a text to take texts from: `grid` has pairs of texts and tokens. `texts`, if any, are one more point. stdout is
 JSON: `precision`, `matrix_rate` (as in `GET /info`), and `points`. Each has `texts`, `tokens` (the mean), `seconds` of
-its batches without the profiler, `matrix_share_percent`, and `parts`: shares of all core-seconds, in percent, that add
-up to 100. At most four batches per core run, as further ones would be like them.
+its batches without the profiler, `matrix_share_percent` of these, `cpu_share_percent` of the CPU seconds in place of all
+core-seconds, and `parts`: shares of all core-seconds, in percent, that add up to 100. At most four batches per core run, as further ones would be like them.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ class _Profiler:
         self._config = task_config.read(config.task, folder)
         self._pool = TokenizerPool(folder, self._config)
         compute: Any = self._engine._compute
-        if not isinstance(compute._forward, Forward) or self.info.flops is None:
+        if self.info.flops is None or self.info.matrix_rate is None:
             raise UsageError("this model has no layers to profile", "profile a transformer")
+        self._flops, self.rate = self.info.flops, self.info.matrix_rate
         _mark(compute._forward)
 
     def texts(self, words: str, count: int, tokens: int) -> list[str]:
@@ -148,9 +149,9 @@ class _Profiler:
         with ThreadPoolExecutor(self.info.parallel) as pool:
             times = []
             for _ in range(1 + _ROUNDS):  # the first one does one-time work
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 list(pool.map(self._engine.run, batches))
-                times.append(time.perf_counter() - started)
+                times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
             every_thread = _ExperimentalConfig(profile_all_threads=True)
             with profile(
                 activities=[ProfilerActivity.CPU], record_shapes=True, experimental_config=every_thread
@@ -160,15 +161,14 @@ class _Profiler:
                 passed = time.perf_counter() - started
         parts = account(recorded.events(), passed * self._cores, int(lengths.sum()))
         parts["tokenization"] = tokenization * kept / len(texts)
-        total, seconds = sum(parts.values()), min(times[1:])
-        assert self.info.flops
-        assert self.info.matrix_rate
-        share = self.info.flops.batch(lengths) / seconds / self.info.matrix_rate.flops_per_s
+        total, (seconds, cpu_seconds) = sum(parts.values()), (min(column) for column in zip(*times[1:], strict=True))
+        least = self._flops.batch(lengths) / self.rate.flops_per_s
         return {
             "texts": len(texts),
             "tokens": round(float(lengths.mean()), 1),
             "seconds": round(seconds, 6),
-            "matrix_share_percent": round(100 * share, 1),
+            "matrix_share_percent": round(100 * least / seconds, 1),
+            "cpu_share_percent": round(100 * least * self._cores / cpu_seconds, 1),
             "parts": {name: round(100 * value / total, 2) for name, value in parts.items()},
         }
 
@@ -198,7 +198,7 @@ def main() -> None:
     except InferctlError as error:
         exit_with(error)
     info = profiler.info
-    rate = info.matrix_rate and asdict(info.matrix_rate)
+    rate = asdict(profiler.rate)
     json.dump({"precision": info.precision.effective, "matrix_rate": rate, "points": points}, sys.stdout)
 
 
