@@ -291,7 +291,7 @@ def limits(rows: Sequence[MeasuredRow]) -> list[str]:
     """Return the share of the limit that each server used, with the limit and where it is from."""
     known = [(row, row.matrix_rate) for row in rows if row.matrix_rate and row.matrix_share_percent is not None]
     return [
-        f"{row.configuration}: {row.precision['effective']}, {row.matrix_share_percent:.0f}% of "
+        f"{row.configuration}: {row.precision['effective']}, {short(row.matrix_share_percent)}% of "
         + ("this machine's matrix rate" if rate["source"] == "measured" else "the GPU's peak in the catalog")
         + f" ({rate['flops_per_s'] / 1e12:.3g} TFLOP/s)"
         for row, rate in known

@@ -175,7 +175,7 @@ class EncoderEngine:
             vocabulary_size=forward.vocabulary_size,
             causal=check.causal,
             flops=check.flops,
-            matrix_rate=check.flops and flops.matrix_rate(device, precision, dtype, cores),
+            matrix_rate=flops.matrix_rate(device, precision, dtype, cores) if check.flops else None,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,

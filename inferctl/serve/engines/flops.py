@@ -17,11 +17,11 @@ from inferctl.models.flops import ModelFlops
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, MatrixRate, PrecisionInfo
 from inferctl.serve.engines import onednn
 
-# Small enough for the caches and for one time slice of a busy machine, large enough for full speed: on a CPU with AMX,
-# larger products are at most 2% faster, and ten times slower next to other load.
+# Small enough for the caches, large enough for full speed: on a CPU with AMX, larger products are at most 2% faster, and
+# much slower next to other load.
 _ROWS, _WIDTH = 256, 768
 _MEASURE_S, _MIN_RUNS = 0.2, 4
-# The fastest fifth: the others were interrupted, or shared a cache with other processes.
+# The fastest fifth: the others shared caches with other processes.
 _QUANTILE = 0.2
 _LINEAR = ("mm", "addmm", "_grouped_mm")
 
@@ -61,7 +61,7 @@ class FlopCounter:
 
 
 def _attention_shapes(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _line(points: Mapping[int, float]) -> tuple[float, float]:
@@ -88,10 +88,11 @@ def matrix_rate(device: DeviceInfo, precision: PrecisionInfo, dtype: torch.dtype
     def seconds(_: int) -> float:
         torch.set_num_threads(1)
         times: list[float] = []
-        while sum(times) < _MEASURE_S or len(times) < _MIN_RUNS:
-            started = time.perf_counter()
+        end = time.monotonic() + _MEASURE_S
+        while time.monotonic() < end or len(times) < _MIN_RUNS:
+            started = time.thread_time()  # without the time of other processes on this core
             product()
-            times.append(time.perf_counter() - started)
+            times.append(time.thread_time() - started)
         return float(np.quantile(times, _QUANTILE))
 
     with ThreadPoolExecutor(cores) as pool, torch.inference_mode():
@@ -107,7 +108,7 @@ def _product(precision: PrecisionInfo, dtype: torch.dtype) -> Callable[[], Any]:
         if precision.effective == "int8":
             weight = torch.ops.onednn.qlinear_prepack(torch.ones((_WIDTH, _WIDTH), dtype=torch.int8), [_ROWS, _WIDTH])
             scales = torch.ones(_WIDTH), torch.zeros(_WIDTH, dtype=torch.int64)
-            given = x.to(torch.uint8), 1.0, 0, weight, *scales, None, 1.0, 0, dtype, "none", [], ""
+            given: tuple[Any, ...] = x.to(torch.uint8), 1.0, 0, weight, *scales, None, 1.0, 0, dtype, "none", [], ""
             torch.ops.onednn.qlinear_pointwise(*given)
             return lambda: torch.ops.onednn.qlinear_pointwise(*given)
         if precision.effective == "bf16" and precision.level == "native":

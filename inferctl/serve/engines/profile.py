@@ -28,7 +28,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from inferctl.core.errors import InferctlError, UsageError
+from inferctl.core.errors import UsageError
 from inferctl.reading import task_config
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
 from inferctl.serve.engines.encoder import EncoderEngine
@@ -111,7 +111,7 @@ def part_of(operator: str) -> str:
 
 
 class _Profiler:
-    """An engine with its tokenizer."""
+    """An engine with its tokenizer. `info`: what the engine says of itself, `rate`: its limit."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         config = EngineConfig(model=str(folder), device="cpu", allow_inaccurate=True, **settings)
@@ -149,9 +149,9 @@ class _Profiler:
         with ThreadPoolExecutor(self.info.parallel) as pool:
             times = []
             for _ in range(1 + _ROUNDS):  # the first one does one-time work
-                started = time.perf_counter(), time.process_time()
+                clocks = time.perf_counter(), time.process_time()
                 list(pool.map(self._engine.run, batches))
-                times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+                times.append((time.perf_counter() - clocks[0], time.process_time() - clocks[1]))
             every_thread = _ExperimentalConfig(profile_all_threads=True)
             with profile(
                 activities=[ProfilerActivity.CPU], record_shapes=True, experimental_config=every_thread
@@ -188,19 +188,16 @@ class _Profiler:
         return batches
 
 
-def main() -> None:
-    """Run the program."""
+def main() -> int:
+    """Run the program, and return its exit code."""
     wanted = json.load(sys.stdin)
-    try:
-        profiler = _Profiler(Path(sys.argv[1]), wanted["engine"])
-        given = [profiler.texts(wanted["words"], *each) for each in wanted["grid"]]
-        points = [profiler.point(texts) for texts in [*given, *([wanted["texts"]] if wanted["texts"] else [])]]
-    except InferctlError as error:
-        exit_with(error)
-    info = profiler.info
-    rate = asdict(profiler.rate)
-    json.dump({"precision": info.precision.effective, "matrix_rate": rate, "points": points}, sys.stdout)
+    profiler = _Profiler(Path(sys.argv[1]), wanted["engine"])
+    given = [profiler.texts(wanted["words"], *each) for each in wanted["grid"]]
+    points = [profiler.point(texts) for texts in [*given, *([wanted["texts"]] if wanted["texts"] else [])]]
+    precision, rate = profiler.info.precision.effective, asdict(profiler.rate)
+    json.dump({"precision": precision, "matrix_rate": rate, "points": points}, sys.stdout)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)
