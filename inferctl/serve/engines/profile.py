@@ -6,7 +6,7 @@
 `engine` has fields of `EngineConfig`, and `words` is a text to take texts from: `grid` has pairs of texts and tokens. `texts`, if any, are one more point. stdout is
 JSON: `precision`, `matrix_rate` (as in `GET /info`), and `points`. Each has `texts`, `tokens` (the mean), `seconds` of
 its batches without the profiler, `matrix_share_percent` of these, `cpu_share_percent` of the CPU seconds in place of all
-core-seconds, and `parts`: shares of all core-seconds, in percent, that add up to 100. At most four batches per core run, as further ones would be like them.
+core-seconds, and `parts`: shares of all core-seconds, in percent, that add up to 100. At most two batches per core run, as further ones would be like them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PRODUCTS = ("::mm", "::addmm", "linear_pointwise", "_linear")
 _ATTENTION = ("bmm", "softmax", "scaled_dot_product", "_attention_forward", "_varlen")
 _FORWARD, _LAYERS = "inferctl forward", "inferctl layers"
 _SAMPLE = 400  # characters that show how long tokens are
-_MOST_TEXTS, _BATCHES_PER_CORE, _ROUNDS = 256, 4, 3
+_MOST_TEXTS, _BATCHES_PER_CORE, _ROUNDS, _MOST_S = 256, 2, 3, 3.0
 
 
 def _mark(forward: Forward) -> None:
@@ -147,8 +147,8 @@ class _Profiler:
         kept = sum(len(batch.lengths) for batch in batches)
         lengths = np.array(sequences.lengths[:kept], dtype=np.int32)
         with ThreadPoolExecutor(self.info.parallel) as pool:
-            times = []
-            for _ in range(1 + _ROUNDS):  # the first one does one-time work
+            times: list[tuple[float, float]] = []  # the first round does one-time work
+            while len(times) < 2 or (len(times) <= _ROUNDS and sum(wall for wall, _ in times) < _MOST_S):
                 clocks = time.perf_counter(), time.process_time()
                 list(pool.map(self._engine.run, batches))
                 times.append((time.perf_counter() - clocks[0], time.process_time() - clocks[1]))
