@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +26,28 @@ sys.path += [str(HERE.parent / "peers"), str(HERE.parent / "gpu_check")]
 GRID = [(count, tokens) for tokens in (16, 64, 256) for count in (1, 8, 64, 512)]
 
 
-def bge_base(folder: Path) -> Path:
-    import models
-
-    return models.make(folder, "bert", **{**models.SHAPES["bge-base"], "vocab_size": 30522, "initializer_range": 0.02})
+# Their tasks. All but the first have random weights.
+MODELS = {"minilm": "embed", "bge-base": "embed", "qwen3-0.6b": "embed", "splade": "embed", "reranker": "rerank"}
 
 
-def decoder(folder: Path) -> Path:
+def make(name: str, folder: Path) -> Path:
+    """Write a model of `MODELS`, and return its folder."""
     import engine
-
-    engine.write_decoder(folder)
-    return folder
-
-
-def splade(folder: Path) -> Path:
     import outputs
-
-    return outputs.splade(folder)
-
-
-def reranker(folder: Path) -> Path:
     import rerank
 
+    import models
+
+    if name == "minilm":
+        return ROOT / "models" / "all-MiniLM-L6-v2"
+    if name == "splade":
+        return outputs.splade(folder)
+    if name == "bge-base":
+        shape = {**models.SHAPES[name], "vocab_size": 30522, "initializer_range": 0.02}
+        return models.make(folder, "bert", **shape)
     folder.mkdir()
-    rerank.make_model(folder)
+    (engine.write_decoder if name == "qwen3-0.6b" else rerank.make_model)(folder)
     return folder
-
-
-MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    "minilm": ("embed", lambda _: ROOT / "models" / "all-MiniLM-L6-v2"),
-    "bge-base": ("embed", bge_base),
-    "qwen3-0.6b": ("embed", decoder),
-    "splade": ("embed", splade),
-    "reranker": ("rerank", reranker),
-}
 
 
 def profile(tree: Path, model: Path, task: str) -> dict[str, Any]:
@@ -89,13 +76,12 @@ def main() -> None:
     trees = [*([options.before.resolve()] if options.before else []), ROOT]
     figures: dict[str, list[list[Any]]] = {}
     for name in options.models.split(","):
-        task, make = MODELS[name]
         figures[name] = [[] for _ in trees]
         with tempfile.TemporaryDirectory() as folder:
-            model = make(Path(folder) / "model")
+            model = make(name, Path(folder) / "model")
             for number in range(options.rounds):
                 for index in (range(len(trees)), reversed(range(len(trees))))[number % 2]:
-                    figures[name][index].append(profile(trees[index], model, task))
+                    figures[name][index].append(profile(trees[index], model, MODELS[name]))
         rates = [found["matrix_rate"]["flops_per_s"] / 1e12 for found in figures[name][-1]]
         print(f"{name}, of {', '.join(f'{rate:.2f}' for rate in rates)} TFLOP/s")
         for at, (count, tokens) in enumerate(GRID):
