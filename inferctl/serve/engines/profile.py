@@ -121,9 +121,9 @@ class _Profiler:
         self._config = task_config.read(config.task, folder)
         self._pool = TokenizerPool(folder, self._config)
         compute: Any = self._engine._compute
-        if self.info.flops is None or self.info.matrix_rate is None:
+        if self.info.matrix_rate is None:
             raise UsageError("this model has no layers to profile", "profile a transformer")
-        self._flops, self.rate = self.info.flops, self.info.matrix_rate
+        self.rate = self.info.matrix_rate
         _mark(compute._forward)
 
     def texts(self, words: str, count: int, tokens: int) -> list[str]:
@@ -150,7 +150,7 @@ class _Profiler:
             times: list[tuple[float, float]] = []  # the first round does one-time work
             while len(times) < 2 or (len(times) <= _ROUNDS and sum(wall for wall, _ in times) < _MOST_S):
                 clocks = time.perf_counter(), time.process_time()
-                list(pool.map(self._engine.run, batches))
+                flops = sum(result.flops for result in pool.map(self._engine.run, batches))
                 times.append((time.perf_counter() - clocks[0], time.process_time() - clocks[1]))
             every_thread = _ExperimentalConfig(profile_all_threads=True)
             with profile(
@@ -162,7 +162,7 @@ class _Profiler:
         parts = account(recorded.events(), passed * self._cores, int(lengths.sum()))
         parts["tokenization"] = tokenization * kept / len(texts)
         total, (seconds, cpu_seconds) = sum(parts.values()), (min(column) for column in zip(*times[1:], strict=True))
-        least = self._flops.batch(lengths) / self.rate.flops_per_s
+        least = flops / self.rate.flops_per_s
         return {
             "texts": len(texts),
             "tokens": round(float(lengths.mean()), 1),
