@@ -144,6 +144,9 @@ Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Write the HTML report to FILE. [default: report.html in DIR]"),
 ]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Also show where the time of each engine goes, at 12 sizes of batches.")
+]
 Start = Annotated[
     str | None,
     typer.Option(
@@ -180,6 +183,7 @@ def bench(
     workers: Workers = None,
     output: Output = Path("bench-results"),
     report: Report = None,
+    profile: Profile = False,
     start: Start = None,
     json_: options.Json = False,
 ) -> None:
@@ -214,7 +218,7 @@ def bench(
     }
     access = bench_options.AccessOptions(header or [], api_key_env, served_model)
     new_options = bench_options.BenchOptions(
-        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access
+        spec_file, model, plan, precision or [], url or [], overrides, slo, output, access, profile
     )
     _run(bench_setup.prepare(new_options), report, json_)
 

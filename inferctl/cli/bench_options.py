@@ -61,6 +61,7 @@ class BenchOptions:
     slo_p99_ms: float | None = None
     output: Path = Path("bench-results")
     access: AccessOptions = field(default_factory=AccessOptions)
+    profile: bool = False
 
 
 def parse_seconds(text: str) -> float:

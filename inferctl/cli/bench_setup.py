@@ -56,6 +56,11 @@ def prepare(bench_options: BenchOptions) -> Bench:
     folder = _model_folder(resolved, needs_model)
     servers = _servers(targets, access)
     plan = plan.for_task(_task(resolved, folder, targets, servers))
+    if bench_options.profile and (plan.load.task == "generate" or not any(each.precision for each in targets)):
+        raise UsageError(
+            "`--profile` shows the engine of a server that inferctl starts, not a running server or vLLM",
+            "remove `--profile`, or measure a precision of an encoder: `-p bf16`",
+        )
     if plan.load.task == "generate":
         # A plan may have other configurations for generation.
         targets = _targets(plan, url_targets, bench_options)
@@ -75,6 +80,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
         output,
         slo,
         access,
+        profile=bench_options.profile,
         model_source=resolved.spec.model.source if resolved else None,
         hardware_wanted=list(dict.fromkeys(resolved.spec.hardware)) if resolved else [],
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inferctl.core.errors import UsageError
+from inferctl.models.flops import ModelFlops
 
 _GATED = ("silu", "swish", "swiglu", "geglu", "gelu_gated", "gated-gelu")
 _GATED_FAMILIES = (
@@ -40,27 +41,21 @@ class Kernel:
     values: int
 
 
-@dataclass(frozen=True)
-class Transformer:
+@dataclass(frozen=True, kw_only=True)
+class Transformer(ModelFlops):
     """The FLOP and memory traffic of one forward pass, from the configuration of a model.
 
-    The FLOP of s tokens is `per_token` x s + `per_token2` x s x s (a multiply-add counts as two). `weights`: number of
-    parameters that each pass reads, which excludes the embedding tables. `kernels`: kernels of one layer without
-    attention. `attention_values`: activation values per token that the attention kernel of one layer reads and writes.
+    `weights`: number of parameters that each pass reads, which excludes the embedding tables. `kernels`: kernels of one
+    layer without attention. `attention_values`: activation values per token that the attention kernel of one layer
+    reads and writes.
     """
 
     name: str
-    per_token: float
-    per_token2: float
     layers: int
     weights: int
     width: int
     kernels: tuple[Kernel, ...] = ()
     attention_values: int = 0
-
-    def flop(self, tokens: int) -> float:
-        """Return the FLOP of one sequence of `tokens` tokens."""
-        return self.per_token * tokens + self.per_token2 * tokens * tokens
 
     @property
     def values_per_token(self) -> int:

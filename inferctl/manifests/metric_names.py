@@ -59,6 +59,8 @@ ENCODERS = frozenset(
         "inferctl_batch_duration_seconds_bucket",
         "inferctl_batch_duration_seconds_count",
         "inferctl_batch_duration_seconds_sum",
+        "inferctl_engine_flops_total",
+        "inferctl_matrix_flops_per_second",
     }
 )
 SERVER = REQUESTS | OUTBOX | ENCODERS

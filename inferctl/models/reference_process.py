@@ -28,23 +28,25 @@ PROGRAM = "inferctl.serve.reference"
 class ReferenceFailedError(InferctlError):
     """The process failed. `reason` is one line, from its own error if it has one."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the computation of the fp32 reference failed: {reason}")
+    def __init__(self, reason: str, program: str = PROGRAM) -> None:
+        what = "computation of the fp32 reference" if program == PROGRAM else "profile of the engine"
+        super().__init__(f"the {what} failed: {reason}")
         self.reason = reason
 
 
 def run(
     model: Path,
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | Mapping[str, Any],
     options: Sequence[str],
     on_wait: Callable[[float], None],
+    program: str = PROGRAM,
 ) -> dict[str, Any]:
-    """Return the JSON output for `inputs`. `on_wait` receives the seconds passed.
+    """Return the JSON output for `inputs` of the reference, or another `program`. `on_wait` receives the seconds passed.
 
     Raises `ReferenceFailedError` if the process fails.
     """
     # -P: Python files in the current folder, such as that of the model, are not imported.
-    arguments = [sys.executable, "-P", "-m", PROGRAM, str(model.resolve()), *options]
+    arguments = [sys.executable, "-P", "-m", program, str(model.resolve()), *options]
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         stdin.write(json.dumps(inputs).encode())
         stdin.seek(0)
@@ -63,7 +65,7 @@ def run(
         stdout.seek(0)
         stderr.seek(0)
         if process.returncode:
-            raise ReferenceFailedError(_error_line(stderr.read().decode(errors="replace")))
+            raise ReferenceFailedError(_error_line(stderr.read().decode(errors="replace")), program)
         document: dict[str, Any] = json.loads(stdout.read())
     return document
 

@@ -174,6 +174,8 @@ class EncoderServer(ServerLifetime):
             self._options.image,
         )
         self._metrics.describe_model(self._info)
+        if rate := info.matrix_rate:
+            self._metrics.matrix_rate.labels(rate.source).set(rate.flops_per_s * self._pool.counts()["count"])
         if self._lifecycle.started:
             engines = self._pool.counts()
             counts = f"ready: {engines['up']} of {engines['count']}, restarts: {engines['restarts']}"

@@ -139,6 +139,16 @@ FOUR = {
         ),
         ({"inferctl": "1"}, (EARLY, LATER), {"api_busy_percent": 87.5, "api_waiting_percent": 12.5}),
         (SERVER, (exposition(engine_busy=7), exposition(engine_busy=8)), {"engine_busy_percent": 50}),
+        (
+            SERVER,
+            [
+                f"{exposition()}inferctl_engine_flops_total {flops:.1e}\n"
+                'inferctl_matrix_flops_per_second{source="measured"} 2e+12\n'
+                for flops in (1e12, 2e12)
+            ],
+            {"matrix_share_percent": 25},
+        ),
+        (SERVER, [f"{exposition()}inferctl_engine_flops_total {flops}\n" for flops in (1e12, 2e12)], {}),
         (SERVER, (EARLY, LATER.replace("created 5", "created 6")), {}),  # another replica, or a restart
         (SERVER, (EARLY, ""), {}),
         (SERVER, ("", ""), {}),

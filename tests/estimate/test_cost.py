@@ -57,7 +57,15 @@ def test_every_kernel_reads_its_inputs_and_writes_its_output_once() -> None:
 
 
 def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic() -> None:
-    model = Transformer("x", 100.0, 0.0, 1, 0, 1, (Kernel(100.0, 1), Kernel(0.0, 30)))
+    model = Transformer(
+        per_token=100.0,
+        per_token2=0.0,
+        name="x",
+        layers=1,
+        weights=0,
+        width=1,
+        kernels=(Kernel(100.0, 1), Kernel(0.0, 30)),
+    )
     assert Cost.of(model, 100.0, 0.0, 10.0).per_token == pytest.approx(1.0 + 3.0)
     assert Cost.of(model, 1000.0, 0.0, 10.0).per_token == pytest.approx(0.1 + 3.0)
     assert Cost.of(model, 1e9, 0.0, 10.0).per_token == pytest.approx(0.1 + 3.0, rel=1e-3)

@@ -14,7 +14,7 @@ from inferctl.core.errors import InferctlError
 # replicas behind one address.
 _SAMPLE = re.compile(
     r'^inferctl_(?:thread_seconds_total\{process="(\w+)",state="(\w+)",thread="(\w+)"\}'
-    r"|(batch_duration_seconds_sum|tokens_created)) (\S+)$",
+    r"|(batch_duration_seconds_sum|engine_flops_total|tokens_created|matrix_flops_per_second)(?:\{.*\})?) (\S+)$",
     re.MULTILINE,
 )
 _TIMEOUT_S = 2.0
@@ -45,6 +45,7 @@ class ServerActivity:
         `api_busy_percent` and `backend_busy_percent`: the event loop did not sleep. `tokenizer_busy_percent`: threads
         of API processes that tokenize did not. `*_waiting_percent`: the part of it in which they waited for a core.
         `engine_busy_percent`: engines computed. All are means: over API processes, or what engines can run at a time.
+        `matrix_share_percent`: the floating-point operations of batches, of those that matrix products could have done.
         """
         inside = [sample for sample in self._samples if start_ns <= sample[0] <= end_ns]
         if len(inside) < 2:
@@ -69,6 +70,8 @@ class ServerActivity:
         if engines and "batch_duration_seconds_sum" in used:
             batches = engines * self._info.get("parallel_batches", 1)
             shares["engine_busy_percent"] = min(100.0, used["batch_duration_seconds_sum"] / batches)
+        if "engine_flops_total" in used and (rate := last.get("matrix_flops_per_second")):
+            shares["matrix_share_percent"] = used["engine_flops_total"] / rate
         return shares
 
 

@@ -61,6 +61,7 @@ class Bench:
     - `tokenizer`: counts the tokens of prompts for generation; None if there is none. One for all targets, so that all
       receive the same prompts.
     - `environment`: this machine.
+    - `profile`: whether the engine of each target is profiled after its first run.
     - `model_source`, `hardware_wanted`: the source of the weights and the catalog keys of the hardware in the spec.
     """
 
@@ -74,6 +75,7 @@ class Bench:
     users: Mapping[str, Concurrency] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     environment: Environment = field(default_factory=detect)
+    profile: bool = False
     model_source: str | None = None
     hardware_wanted: Sequence[str] = ()
 

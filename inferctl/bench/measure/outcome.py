@@ -124,12 +124,13 @@ class Measurement:
 class Outcome:
     """All that a benchmark measured of one target.
 
-    `failure` says in one line why there are fewer runs than `planned`; None if the benchmark was interrupted.
+    `profile` is that of its engine, if it was requested. `failure` says in one line why there are fewer runs than `planned`; None if the benchmark was interrupted.
     """
 
     target: BenchTarget
     measurements: list[Measurement] = field(default_factory=list)
     quality: QualityResult = field(default_factory=lambda: unchecked("no run reached the check"))
+    profile: Mapping[str, Any] | None = None
     failure: str | None = None
     planned: int = 1
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from inferctl.bench.measure import auto_users, closed_loop, quality, search
+from inferctl.bench.measure import auto_users, closed_loop, profile, quality, search
 from inferctl.bench.measure.bench import (
     Bench,
     NotifyProgress,
@@ -58,6 +58,8 @@ def run(
         notify_phase = phase_notifier(notify, run.configuration, number, len(order))
         try:
             _measure(bench, outcome, run, checker, notify_phase, _capacity(outcomes))
+            if bench.profile and run.repeat == 0 and not outcome.target.url:
+                outcome.profile = profile.measure(bench, outcome, notify_phase)
         except InferctlError as error:
             outcome.failure = error.message
         finally:

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# The parts of a profile: their names in the terminal, and their colors by Okabe and Ito.
+PARTS = {
+    "matrix products": ("matrix", "#009e73"),
+    "padding": ("pad", "#b2a100"),
+    "attention": ("attn", "#0072b2"),
+    "norms and elementwise": ("elem", "#56b4e9"),
+    "embedding and outputs": ("out", "#cc79a7"),
+    "preparation": ("prep", "#e69f00"),
+    "tokenization": ("tok", "#d55e00"),
+    "Python": ("Python", "#8c8c8c"),
+    "waiting": ("wait", "#c8c8c8"),
+}
 _SLO_LINE = {"dash": "dot", "color": "#d55e00"}
 
 # A trace, a layout or an axis of a Plotly figure, in its JSON form.

@@ -61,6 +61,7 @@ def all_charts(receipts: Sequence[Receipt]) -> dict[str, Chart]:
         "percentiles": percentiles(receipts, colors),
         "timeline": timeline(receipts, colors),
         "latency": load_charts.latency_over_time(receipts, colors),
+        **{f"profile-{number}": load_charts.profile(receipt) for number, receipt in enumerate(receipts)},
     }
     # The tables have single points.
     drawn = {name: chart for name, chart in charts.items() if any(len(trace["x"]) > 1 for trace in chart.data)}

@@ -38,6 +38,7 @@ COSTS = (
     ("joules_per_million_texts", "energy per 1M {unit} (J)", 1),
     ("watts", "power (W)", 1),
     ("gpu_utilisation_percent", "GPU utilization (%)", 1),
+    ("matrix_share_percent", "share of the matrix rate (%)", 1),
     ("usd_per_million_texts", "USD per 1M {unit}", 1),
     ("server_peak_bytes", "peak memory of all server processes (MiB)", 2**20),
 )
@@ -92,7 +93,7 @@ def render(result: Result, receipts: Sequence[Receipt]) -> str:
         models=lines((_model(one), one.name) for one in receipts),
         opened=any(row.mode == "open" for row in measured),
         noisy=any(row.noise for row in measured),
-        prices=list(terminal.prices(measured)),
+        prices=[*terminal.prices(measured), *terminal.limits(measured)],
         unknown=unknown_costs(receipts),
         limitations=[(note.kind, note.label, note.text) for note in limitations(result, receipts)],
         machines=machines,

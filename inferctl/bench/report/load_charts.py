@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from inferctl.bench.report import search_findings
-from inferctl.bench.report.chart import Chart, Json, slo_line, ticks
+from inferctl.bench.report.chart import PARTS, Chart, Json, slo_line, ticks
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 
@@ -109,6 +109,32 @@ def latency_over_time(receipts: Sequence[Receipt], colors: Mapping[str, str]) ->
         "requests." + (" Shaded: stages with more load than the first." if staged else "")
     )
     return Chart("Latency over time", text, data, layout)
+
+
+def profile(receipt: Receipt) -> Chart:
+    """Return the parts of an engine's time at each point of its profile, one bar each."""
+    points = (receipt.data.get("profile") or {"points": ()})["points"]
+    names = [f"{each['texts']} x {each['tokens']:.0f} ({each['matrix_share_percent']:.0f}%)" for each in points]
+    data: list[Json] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": part,
+            "marker": {"color": color},
+            "y": names,
+            "x": [each["parts"].get(part, 0) for each in points],
+            "hovertemplate": "%{x:.1f}%<extra>" + part + "</extra>",
+        }
+        for part, (_, color) in PARTS.items()
+    ]
+    layout: Json = {
+        "barmode": "stack",
+        "xaxis": {"title": {"text": "share of the time of all cores (%)"}, "range": [0, 100]},
+        "yaxis": {"autorange": "reversed", "type": "category"},
+        "height": 480,
+    }
+    text = "Texts x tokens, in brackets the share of the matrix rate. Python: time between operators, with launches."
+    return Chart(f"Where the time of the engine goes: {receipt.name}", text, data, layout)
 
 
 def _hover(which: str) -> str:

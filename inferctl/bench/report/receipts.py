@@ -70,6 +70,7 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
+        "profile": outcome.profile,
         "closed_loop": closed_loop.pooled(runs),
         "concurrency": first.concurrency and first.concurrency.as_dict(),
         "runs": [_run(bench, run, validity) for run, validity in zip(runs, judged.runs, strict=True)],

@@ -92,10 +92,11 @@ class MeasuredRow(Row):
 
     `mode` is that of the load (open or closed), and `received` the load in words. `noise` is what else used the cores,
     above its limit. `workload` has the corpus, and the keys of the load that differ from the plan's. `search`,
-    `concurrency`, `stages` and `quality` are sections of the receipt. For the task rerank, the quality has
+    `concurrency`, `stages`, `profile` and `quality` are sections of the receipt. For the task rerank, the quality has
     a score difference (maximum, absolute) and Kendall's tau (mean) instead of cosine and recall. `generation` has the
     figures of generation (`GenerationSummary`), `kl_mean` its mean KL divergence and `top_1` its top-1 agreement, or
     for classify the share of texts with the same label.
+    `matrix_share_percent` is the share of the server's `matrix_rate` (see `GET /info`) that batches used.
     `p99_effective_n` is the effective sample size of the p99. If it is too small, the true p99 may be higher than the
     interval.
     """
@@ -139,6 +140,9 @@ class MeasuredRow(Row):
     usd_per_million_texts: float | None = None
     price: JsonObject | None = None
     gpu_utilisation_percent: float | None = None
+    matrix_share_percent: float | None = None
+    matrix_rate: JsonObject | None = None
+    profile: JsonObject | None = None
     quality: JsonObject = field(default_factory=lambda: {"checked": False})
     cosine_mean: float | None = None
     recall_at_10: float | None = None
@@ -186,6 +190,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
         workload=(data["workload"]["corpus"], _load_changes(outcome)),
         search=data.get("search"),
+        profile=data.get("profile"),
         closed_loop=_closed_loop(data.get("closed_loop")),
         concurrency=data.get("concurrency"),
         stages=data.get("stages"),
@@ -210,6 +215,8 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         generation=_generation(figures) if receipt.task == "generate" else None,
         server_peak_bytes=data["resources"].get("server_peak_bytes"),
         **_costs(data),
+        matrix_share_percent=data["resources"].get("matrix_share_percent"),
+        matrix_rate=(data["server"].get("compute") or {}).get("matrix_rate"),
         quality=quality,
         cosine_mean=(quality.get("cosine") or {}).get("mean"),
         recall_at_10=quality.get("recall_at_10"),

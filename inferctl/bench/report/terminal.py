@@ -13,7 +13,7 @@ from inferctl.bench import stats
 from inferctl.bench.judge.summary import failures
 from inferctl.bench.report import search_findings
 from inferctl.bench.report.caveats import lines
-from inferctl.bench.report.chart import unit_of
+from inferctl.bench.report.chart import PARTS, unit_of
 from inferctl.bench.report.result import Result
 from inferctl.bench.report.rows import MeasuredRow, Row
 from inferctl.receipts.receipt import JsonObject
@@ -38,7 +38,7 @@ def render(result: Result) -> RenderableType:
     missing = [row for row in result.rows if not isinstance(row, MeasuredRow)]
     blocks: list[RenderableType] = []
     if measured:
-        sections = (hardware, searches, stages, costs)
+        sections = (hardware, searches, stages, costs, profiles)
         blocks += [table(measured), *(block for section in sections if (block := section(measured)))]
     if missing:
         blocks.append(without_figures(missing))
@@ -127,6 +127,7 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
         f"J/M {unit}": [row.joules_per_million_texts for row in rows],
         f"$/M {unit}": [row.usd_per_million_texts for row in rows],
         "GPU %": [row.gpu_utilisation_percent for row in rows],
+        "limit %": [row.matrix_share_percent for row in rows],
         "W": [row.watts for row in rows],
         "MiB": [row.server_peak_bytes and row.server_peak_bytes / 2**20 for row in rows],
     }
@@ -139,9 +140,26 @@ def costs(rows: Sequence[MeasuredRow]) -> RenderableType | None:
     titles = {
         "CPU s": "CPU seconds per 1,000 requests",
         "J": "energy (J) per 1,000 requests",
+        "limit %": "share of the matrix rate",
         "MiB": "peak memory of all server processes (MiB)",
     }
     return _titled("; ".join(titles[name] for name in known if name in titles), grid)
+
+
+def profiles(rows: Sequence[MeasuredRow]) -> RenderableType | None:
+    """Return where the time of each profiled engine goes, in percent of its core-seconds."""
+    grids: list[RenderableType] = []
+    for row in (row for row in rows if row.profile):
+        assert row.profile
+        grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for heading in ("texts", "tokens", "limit", *(name for name, _ in PARTS.values())):
+            grid.add_column(heading, justify="right")
+        for point in row.profile["points"]:
+            sizes = str(point["texts"]), f"{point['tokens']:.0f}", f"{point['matrix_share_percent']:.0f}"
+            grid.add_row(*sizes, *(f"{point['parts'].get(part, 0):.0f}" for part in PARTS))
+        title = f"{row.configuration}: share of the matrix rate (limit), and of the cores' time by part (%)"
+        grids.append(_titled(title, grid))
+    return Group(*grids) if grids else None
 
 
 def _titled(title: str, grid: Table) -> Group:
@@ -247,6 +265,7 @@ def notes(result: Result) -> Iterator[str]:
         yield f"requests sent over 1 ms late, and requests dropped: {sends}"
     yield from result.findings[1:]
     yield from prices(measured)
+    yield from limits(measured)
     yield from (
         f"{caveat.label}: {caveat.text}" for caveat in result.caveats if caveat.kind not in ("invalid", "absent")
     )
@@ -266,6 +285,17 @@ def _tokens(rows: Sequence[MeasuredRow]) -> str:
 def received(rows: Sequence[MeasuredRow]) -> list[str]:
     """Return each load that rows received, with their names if they received different ones."""
     return lines((row.received, row.configuration) for row in rows)
+
+
+def limits(rows: Sequence[MeasuredRow]) -> list[str]:
+    """Return the share of the limit that each server used, with the limit and where it is from."""
+    known = [(row, row.matrix_rate) for row in rows if row.matrix_rate and row.matrix_share_percent is not None]
+    return [
+        f"{row.configuration}: {row.precision['effective']}, {short(row.matrix_share_percent)}% of "
+        + ("this machine's matrix rate" if rate["source"] == "measured" else "the GPU's peak in the catalog")
+        + f" ({rate['flops_per_s'] / 1e12:.3g} TFLOP/s)"
+        for row, rate in known
+    ]
 
 
 def prices(rows: Sequence[MeasuredRow]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult
 
 _HEAD = struct.Struct("<IB")
 _BATCH = struct.Struct("<QII")  # id, number of sequences, whether `marks` follow `lengths`
-_RESULT = struct.Struct("<QIid")  # id, rows, width (see `pack_rows`), seconds
+_RESULT = struct.Struct("<QIidd")  # id, rows, width (see `pack_rows`), seconds, FLOP
 _MAX_FRAME = 1 << 29  # below "GET " as a number
 
 
@@ -65,14 +65,15 @@ def pack_result(result: BatchResult) -> bytes:
     count, width, rows = pack_rows(result.rows)
     ok = result.ok.astype(np.uint8).tobytes()
     size = 1 + _RESULT.size + len(rows) + len(ok)
-    return b"".join((_HEAD.pack(size, Kind.RESULT), _RESULT.pack(result.id, count, width, result.seconds), rows, ok))
+    head = _RESULT.pack(result.id, count, width, result.seconds, result.flops)
+    return b"".join((_HEAD.pack(size, Kind.RESULT), head, rows, ok))
 
 
 def unpack_result(body: bytes) -> BatchResult:
     """Return the result in the body of a RESULT frame."""
-    number, count, width, seconds = _RESULT.unpack_from(body)
+    number, count, width, seconds, flops = _RESULT.unpack_from(body)
     rows, end = unpack_rows(count, width, body, _RESULT.size)
-    return BatchResult(number, rows, np.frombuffer(body, dtype=np.uint8, offset=end).astype(np.bool_), seconds)
+    return BatchResult(number, rows, np.frombuffer(body, dtype=np.uint8, offset=end).astype(np.bool_), seconds, flops)
 
 
 def receive(stream: BufferedIOBase) -> tuple[Kind, bytes] | None:

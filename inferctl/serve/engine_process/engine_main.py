@@ -81,8 +81,8 @@ def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
     So the GPU has the next batch when it is done with one. The API process sends at most one more than the engine
     runs, which limits what is launched.
     """
-    prepared: SimpleQueue[tuple[int, float, Callable[[], Callable[[], Rows]]] | None] = SimpleQueue()
-    launched: SimpleQueue[tuple[int, float, Callable[[], Rows]] | None] = SimpleQueue()
+    prepared: SimpleQueue[tuple[int, float, Callable[[], Callable[[], tuple[Rows, float]]]] | None] = SimpleQueue()
+    launched: SimpleQueue[tuple[int, float, Callable[[], tuple[Rows, float]]] | None] = SimpleQueue()
 
     def receive() -> int:
         try:
@@ -99,11 +99,11 @@ def _overlap(stream: BufferedIOBase, prepare: Prepare) -> int:
         while (item := launched.get()) is not None:
             number, received, wait = item
             with _failing(stream, number):
-                rows = wait()
+                rows, flops = wait()
                 # What the GPU computed before is not time of this batch.
                 now = time.perf_counter()
                 seconds, last = now - max(received, last), now
-                _send(stream, engine_frames.pack_result(BatchResult(number, rows, finite_rows(rows), seconds)))
+                _send(stream, engine_frames.pack_result(BatchResult(number, rows, finite_rows(rows), seconds, flops)))
 
     with ThreadPoolExecutor(2, "batch") as pool:
         receiving, finishing = pool.submit(receive), pool.submit(finish)

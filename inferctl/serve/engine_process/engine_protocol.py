@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inferctl.config.spec import Task
+from inferctl.models.flops import ModelFlops
 from inferctl.reading.rows import Rows, Tokens
 
 # The batch limit is never lowered below this (tokens).
@@ -77,6 +78,14 @@ class DeviceInfo:
 
 
 @dataclass(frozen=True)
+class MatrixRate:
+    """The FLOP/s of matrix products in the precision of an engine: its limit. `source`: measured, or the catalog."""
+
+    flops_per_s: float
+    source: Literal["measured", "catalog"]
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """The properties of an engine that is loaded, warmed up and checked.
 
@@ -90,6 +99,7 @@ class EngineInfo:
     `dimensions` is then the number of labels; for `embed`, 0 without a dense vector. `token_dimensions`: of the vector
     of a token, 0 without them.
     `graphs`: which CUDA graphs there are, or why there is none; empty on a CPU.
+    `flops`: what the model computes; None if it has no matrix products. `matrix_rate`: None if it is not known.
     `warnings`: problems of this start, for the user.
     """
 
@@ -110,6 +120,8 @@ class EngineInfo:
     logit_error_limit: float | None = None
     check: str = ""
     graphs: str = ""
+    flops: ModelFlops | None = None
+    matrix_rate: MatrixRate | None = None
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -129,7 +141,8 @@ class EngineInfo:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EngineInfo:
         """Return the object that `to_json` converted."""
-        nested = {"precision": PrecisionInfo(**data["precision"]), "device": DeviceInfo(**data["device"])}
+        kinds = {"precision": PrecisionInfo, "device": DeviceInfo, "flops": ModelFlops, "matrix_rate": MatrixRate}
+        nested = {name: kind(**data[name]) for name, kind in kinds.items() if data[name] is not None}
         return cls(**{**data, **nested})
 
 
@@ -150,16 +163,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """The rows of a batch, float32. `ok[i]` is False if row i has NaN or infinity."""
+    """The rows of a batch, float32. `ok[i]` is False if row i has NaN or infinity.
+
+    `flops`: the floating-point operations that its sequences needed, without padding.
+    """
 
     id: int
     rows: Rows
     ok: npt.NDArray[np.bool_]
     seconds: float
+    flops: float = 0.0
 
 
-# Does the work of the host, on any thread. Returns what launches the batch, which returns what waits for its rows.
-Prepare: TypeAlias = Callable[[Batch], Callable[[], Callable[[], Rows]]]
+# Does the work of the host, on any thread. Returns what launches the batch, which returns what waits for its rows
+# and FLOP.
+Prepare: TypeAlias = Callable[[Batch], Callable[[], Callable[[], tuple[Rows, float]]]]
 
 
 class EngineProcess(Protocol):

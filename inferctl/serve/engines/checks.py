@@ -45,7 +45,7 @@ _TEXTS = (
 class Checks:
     """The check texts and their fp32 results. Create it before the model is loaded: memory may not suffice for both.
 
-    For a head that takes pairs, the texts are paired. `description` says what is compared. `causal`: as in
+    For a head that takes pairs, the texts are paired. `description` says what is compared. `causal`, `flops`: as in
     `EngineInfo`. `hint` is that of errors about insufficient memory.
     """
 
@@ -78,6 +78,7 @@ class Checks:
         else:
             each = zip(sample.ids, sample.marks, strict=True)
             self._expected = [pack(form_of(number), loaded.outputs(ids, number)) for ids, number in each]
+        self.flops = loaded.flops
         self.sizes = 0, 0  # those of `Forward.sizes`
         kinds = {"texts": config.takes_texts, "pairs": config.takes_pairs}
         what = " and ".join(kind for kind, taken in kinds.items() if taken)

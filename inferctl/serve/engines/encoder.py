@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ import transformers
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
 from inferctl.models import model
+from inferctl.models.flops import ModelFlops
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.rows import Rows, finite_rows
@@ -29,7 +32,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     Prepare,
 )
 from inferctl.serve.engines import device as devices
-from inferctl.serve.engines import packed
+from inferctl.serve.engines import flops, packed
 from inferctl.serve.engines.checks import Checks
 from inferctl.serve.engines.cores import BATCH_TOKENS_PER_CORE, Cores, choose_threads
 from inferctl.serve.engines.forward import AnyForward, Forward, StaticForward
@@ -48,6 +51,8 @@ class EncoderEngine:
         self._config = config
         self._compute: AnyForward | Cores | None = None
         self.prepare: Prepare | None = None
+        self._flops = ModelFlops(0.0, 0.0)
+        self._shared_starts = deque[tuple[int, int]]()
         self._memory_hint = "free memory on the GPU (`nvidia-smi` lists its processes), or use a larger one"
 
     def load(self, on_phase: Callable[[str], None] = lambda _: None) -> EngineInfo:
@@ -115,13 +120,13 @@ class EncoderEngine:
             if isinstance(forward, Forward) and forward.query_vocabulary_size is not None:
                 check.check_vocabulary(forward.query_vocabulary_size)
             on_phase("comparing with fp32")
-            info = self._choose_settings(check, forward, no_kernel, device_info, precision, cores)
+            info = self._choose_settings(check, forward, no_kernel, device_info, precision, dtype, cores)
         if isinstance(forward, Forward) and not on_cpu:
             on_phase("capturing CUDA graphs")
             info = replace(info, graphs=forward.capture_graphs())
         self._compute = run = Cores(forward, cores, info.parallel) if on_cpu else forward
         if not on_cpu and isinstance(forward, Forward):
-            self.prepare = partial(_prepare, forward)
+            self.prepare = partial(self._prepare, forward)
         on_phase("warming up")
         limit, lowered = warm_up(run, info.batch_tokens, settings.max_tokens, info.parallel, self._memory_hint)
         forward.batch_tokens = limit
@@ -130,6 +135,9 @@ class EncoderEngine:
             # Only the latest, also after restarts with less and less memory.
             kept = [warning for warning in info.warnings if not warning.startswith(LOWERED)]
             info = replace(info, batch_tokens=limit, warnings=[*kept, lowered])
+        self._flops = info.flops or self._flops
+        forward.shared_starts.clear()  # of the check texts
+        self._shared_starts = forward.shared_starts
         return info
 
     def _choose_settings(
@@ -139,6 +147,7 @@ class EncoderEngine:
         no_kernel: str | None,
         device: DeviceInfo,
         precision: PrecisionInfo,
+        dtype: torch.dtype,
         cores: int,
     ) -> EngineInfo:
         """Choose attention and threads, compare with fp32, and return the result."""
@@ -173,6 +182,8 @@ class EncoderEngine:
             parallel=parallel,
             vocabulary_size=forward.vocabulary_size,
             causal=check.causal,
+            flops=check.flops,
+            matrix_rate=flops.matrix_rate(device, precision, dtype, cores) if check.flops else None,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -190,12 +201,26 @@ class EncoderEngine:
         assert self._compute is not None, "`load` comes first"
         started = time.perf_counter()
         rows = self._compute(_sequences(batch))
-        return BatchResult(batch.id, rows, finite_rows(rows), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return BatchResult(batch.id, rows, finite_rows(rows), seconds, self._computed(batch))
 
+    def _prepare(self, forward: Forward, batch: Batch) -> Callable[[], Callable[[], tuple[Rows, float]]]:
+        prepared = forward.prepare(_sequences(batch))
 
-def _prepare(forward: Forward, batch: Batch) -> Callable[[], Callable[[], Rows]]:
-    prepared = forward.prepare(_sequences(batch))
-    return lambda: forward.launch(prepared).rows
+        def launch() -> Callable[[], tuple[Rows, float]]:
+            launched = forward.launch(prepared)
+            return lambda: (launched.rows(), self._computed(batch))
+
+        return launch
+
+    def _computed(self, batch: Batch) -> float:
+        """Return the FLOP of a batch that is done. Of several at a time only the sum is right, which is what counts."""
+        computed = self._flops.batch(batch.lengths)
+        with contextlib.suppress(IndexError):  # other threads take from it, too
+            while True:
+                repeats, tokens = self._shared_starts.popleft()
+                computed -= repeats * (self._flops.flop(tokens) - self._flops.per_text)
+        return computed
 
 
 def _sequences(batch: Batch) -> Sequences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +51,8 @@ class Forward:
     `batch_tokens` limits a padded sub-batch. `varlen`: packed attention uses the variable-length kernel of GPUs.
     `vocabulary_size`: rows of the input embeddings. `query_vocabulary_size`: stored weights of tokens in queries, None
     without them. `causal`: whether tokens attend only to those before them. `warning`: what makes this model slower
-    than it should be, or None. `mark`: that of sequences without one; 0 for the dense vector.
+    than it should be, or None. `mark`: that of sequences without one; 0 for the dense vector. `shared_starts`: for each
+    common start that was computed once, how often it was not computed, and its tokens. Their reader removes them.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Forward:
         self.max_tokens, self.batch_tokens, self.packed, self.mark = config.max_tokens, batch_tokens, False, 0
         self.query_vocabulary_size: int | None = None
         self._device, self._dtype = device, dtype
+        self.shared_starts = deque[tuple[int, int]]()
         # A GPU computes one batch after the other, also if two threads launch them.
         self._launching = contextlib.nullcontext() if transfer.on_host(device) else threading.Lock()
         head: Head | None = None
@@ -212,6 +215,8 @@ class Forward:
     def _run(self, part: Part) -> torch.Tensor:
         """Return the pooled states of a part, or its logits."""
         inputs = part.staged.on_device()
+        if part.shared:
+            self.shared_starts.append((len(part.sequences) - 1, part.shared))
         if self._head is not None and part.layout is None:
             logits: torch.Tensor = self._model(**self._of_encoder(part, inputs)).logits.float()  # it has its own head
             return logits
@@ -291,6 +296,7 @@ class StaticForward:
 
     def __init__(self, folder: Path, config: EmbeddingConfig, device: torch.device, batch_tokens: int) -> None:
         self.max_tokens, self.batch_tokens = config.max_tokens, batch_tokens
+        self.shared_starts = deque[tuple[int, int]]()
         assert config.static is not None
         self._table = weights.static_table(folder, config.static).to(device)
         self._layers, self._dimensions = Layers(folder, config.layers).to(device), config.truncate_dim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 
 from inferctl.config.spec import Task
 from inferctl.core.errors import UsageError
+from inferctl.models.flops import ModelFlops
 from inferctl.reading import architecture
 from inferctl.reading.embedding_config import EmbeddingConfig
 from inferctl.reading.modules import Dense, Layer, LayerNorm, LogitScore, PoolingMode, read_object
@@ -23,6 +25,7 @@ from inferctl.reading.rows import Tokens, Vectors
 from inferctl.reading.segments import returns_segments
 from inferctl.reading.task_config import TaskConfig
 from inferctl.serve.engines import weights
+from inferctl.serve.engines.flops import FlopCounter
 from inferctl.serve.text.text_parts import Pair
 
 # Types with a decoder, which `AutoModel` would load with random weights if the folder has only the encoder.
@@ -138,11 +141,13 @@ class Reference:
         static = config.static if isinstance(config, EmbeddingConfig) else None
         self._table: npt.NDArray[np.float64] | None = None
         self.causal: bool | None = None
+        self._counter = FlopCounter()
         if static is None:
             dtype = weights.stored_format(folder) if by_layer else torch.float32
             self._model = load_model(folder, dtype, task=task, config=config)
             if dtype != torch.float32:
                 _compute_in_fp32(self._model)
+            self._model.requires_grad_(False)  # else the counter follows gradients
             self.vocabulary_size = int(self._model.base_model.get_input_embeddings().num_embeddings)
             self.causal = is_causal(self._model)
         else:
@@ -206,7 +211,23 @@ class Reference:
         given = {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in inputs.items()}
         mask = torch.ones_like(given["input_ids"])
         mask[:, attended:] = 0 if attended is not None else 1
-        return self._model(**given, attention_mask=mask, **options)
+        with self._counter.counting(mask.shape[1]):
+            return self._model(**given, attention_mask=mask, **options)
+
+    @property
+    def flops(self) -> ModelFlops | None:
+        """What the sequences so far show of the FLOP of this model; None without matrix products."""
+        if self._table is not None:
+            return None
+        found, config = self._counter.model, self._config
+        if self._scored is not None:  # of the vocabulary, the engine computes two logits
+            found = replace(found, per_text=0.0)
+        tokens = config.tokens if isinstance(config, EmbeddingConfig) and Form.TOKENS in config.checked else None
+        per_text, per_token = (
+            sum(2.0 * layer.in_features * layer.out_features for layer in layers if isinstance(layer, Dense))
+            for layers in (config.layers, tokens.layers if tokens else ())
+        )
+        return ModelFlops(found.per_token + per_token, found.per_token2, found.per_text + per_text)
 
     def _vector(self, inputs: dict[str, npt.NDArray[Any]]) -> Vectors:
         if self._table is None:

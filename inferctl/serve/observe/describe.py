@@ -18,6 +18,9 @@ from inferctl.serve.edge.edge import EdgeLimits
 from inferctl.serve.engine_process.engine_protocol import EngineInfo
 from inferctl.serve.text import tokenizer_pool
 
+# Tokens of the texts whose FLOP per token `GET /info` has.
+_LENGTHS = (16, 64, 256)
+
 
 def document(
     spec: Spec,
@@ -67,6 +70,10 @@ def document(
         "fidelity": fidelity,
         "warnings": info.warnings,
         "device": engine["device"],
+        "compute": {
+            "matrix_rate": engine["matrix_rate"],
+            "flops_per_token": {str(n): round(info.flops.flop(n) / n) for n in _LENGTHS} if info.flops else None,
+        },
         "parallel_batches": info.parallel,
         "versions": {"python": sys.version.split()[0], **info.versions},
         "limits": {

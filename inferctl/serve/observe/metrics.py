@@ -270,8 +270,14 @@ class Metrics(RequestMetrics):
         self._batch_sequences = histogram("batch_sequences", "Sequences in a batch.", _SEQUENCES).labels()
         self._batch_seconds = histogram("batch_duration_seconds", "Time of a batch in the engine.", _SECONDS).labels()
 
-    def count_batch(self, sequences: int, tokens: int, seconds: float) -> None:
-        """Count a completed batch and its seconds in the engine."""
+        flops = "Floating-point operations that completed batches needed: of matrix products, without padding."
+        self._flops = total("engine_flops", flops)
+        limit = "Floating-point operations per second of matrix products that all engines can do, by source."
+        self.matrix_rate = gauge("matrix_flops_per_second", limit, "source")
+
+    def count_batch(self, sequences: int, tokens: int, seconds: float, flops: float) -> None:
+        """Count a completed batch, its seconds in the engine and the floating-point operations that it needed."""
+        self._flops.inc(flops)
         self._batch_sequences.observe(sequences)
         self._batch_tokens.observe(tokens)
         self._batch_seconds.observe(seconds)

@@ -190,7 +190,7 @@ class Dispatcher:
         attempt, seconds = queue.finish(result.id)
         now = self._clock()
         self._batcher.latency.observe(attempt.tokens, max(seconds, result.seconds))
-        self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds)
+        self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds, result.flops)
         queue.raise_batch_limit(attempt.tokens)
         self._engines_changed()
         per_token = result.seconds / attempt.tokens
