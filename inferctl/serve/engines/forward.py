@@ -273,7 +273,7 @@ class Forward:
         """Return the arguments of the encoder."""
         found: dict[str, Any] = {name: values for name, values in inputs.items() if name in _OF_ENCODER}
         if part.layout is not None:
-            read = {
+            read: dict[str, Any] = {
                 name: inputs[name].to(getattr(part.layout, name).dtype) for name in packed.ON_DEVICE if name in inputs
             }
             found["layout"] = replace(part.layout, **read)
