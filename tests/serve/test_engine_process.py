@@ -99,7 +99,7 @@ class Overlapping:
 
 def test_a_gpu_has_the_next_batch_before_it_is_done_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()
-    monkeypatch.setattr(engine_main.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     parent, child = socket.socketpair()
     thread = threading.Thread(target=engine_main._overlap, args=(child.makefile("rwb"), Overlapping().prepare))
     thread.start()

@@ -17,6 +17,7 @@ from inferctl.serve.engine_process.engine_protocol import (
     EngineConfig,
     EngineInfo,
     PrecisionInfo,
+    Prepare,
 )
 
 NON_FINITE_TOKEN = 13
@@ -40,7 +41,7 @@ class EchoEngine:
     end of an engine whose process lives on.
     """
 
-    prepare = None
+    prepare: Prepare | None = None
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config

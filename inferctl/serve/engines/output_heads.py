@@ -160,7 +160,8 @@ class OutputHeads:
             if len(part) <= rows:
                 pooled = self._pooled(part, lengths[first:stop], config)
             else:
-                pieces = torch.cat([self._pooled(piece, [len(piece)], config) for piece in part.split(rows)])
+                each = [part[start : start + rows] for start in range(0, len(part), rows)]
+                pieces = torch.cat([self._pooled(piece, [len(piece)], config) for piece in each])
                 pooled = pieces.amax(0, keepdim=True) if config.pooling == "max" else pieces.sum(0, keepdim=True)
             yield _activated(pooled, config) if config.pooling == "max" else pooled
 

@@ -36,7 +36,7 @@ class Staged:
     def on_device(self) -> dict[str, torch.Tensor]:
         """Return the arrays by name."""
         sizes = [math.prod(shape) for shape in self._shapes.values()]
-        parts = self._host.to(self._device, non_blocking=True).split(sizes)
+        parts = torch.split_with_sizes(self._host.to(self._device, non_blocking=True), sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
 
@@ -49,7 +49,7 @@ class HostCopy:
         if tensors and not on_host(tensors[0].device):
             joined = torch.cat([tensor.contiguous().view(-1).view(torch.int32) for tensor in tensors])
             self._host = pinned(joined.nbytes).view(torch.int32).copy_(joined, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(joined.device))
 
     def wait(self) -> list[npt.NDArray[Any]]:
@@ -57,7 +57,7 @@ class HostCopy:
         if self._host is None:
             return [tensor.numpy() for tensor in self._tensors]
         self._copied.synchronize()
-        parts = self._host.split([tensor.numel() for tensor in self._tensors])
+        parts = torch.split_with_sizes(self._host, [tensor.numel() for tensor in self._tensors])
         return [
             part.view(tensor.dtype).view(tensor.shape).numpy()
             for part, tensor in zip(parts, self._tensors, strict=True)
