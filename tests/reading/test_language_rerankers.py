@@ -169,17 +169,17 @@ def test_logits_are_scaled_as_the_model_scales_them(name: str, tmp_path: Path, m
 def test_the_common_start_of_pairs_is_computed_once(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, precision: str
 ) -> None:
-    from inferctl.serve.engines.forward import Forward
+    from inferctl.serve.engines.prepared import Inputs
 
     folder = folders(name)
     pairs = encoded(folder, [("which river", text) for text in PLAIN] * 2)
     shared = []
-    found = Forward._shared
-    monkeypatch.setattr(Forward, "_shared", lambda *given: shared.append(found(*given)) or shared[-1])
+    found = Inputs._shared
+    monkeypatch.setattr(Inputs, "_shared", lambda *given: shared.append(found(*given)) or shared[-1])
     once, _ = computed(folder, pairs, precision)
     starts = {tuple(ids[: shared[-1]].tolist()) for ids, _ in pairs}
     assert (len(starts), shared[-1] > 40) == (1, True)
-    monkeypatch.setattr(Forward, "_shared", lambda *_: 0)
+    monkeypatch.setattr(Inputs, "_shared", lambda *_: 0)
     each, _ = computed(folder, pairs, precision)
     np.testing.assert_allclose(once, each, rtol=0, atol={"fp32": 1e-6, "bf16": 0.02, "int8": 0.05}[precision])
 

@@ -273,9 +273,8 @@ class Forward:
         """Return the arguments of the encoder."""
         found: dict[str, Any] = {name: values for name, values in inputs.items() if name in _OF_ENCODER}
         if part.layout is not None:
-            read: dict[str, Any] = {
-                name: inputs[name].to(getattr(part.layout, name).dtype) for name in packed.ON_DEVICE if name in inputs
-            }
+            names = [name for name in packed.ON_DEVICE if name in inputs]
+            read: dict[str, Any] = {name: inputs[name].to(getattr(part.layout, name).dtype) for name in names}
             found["layout"] = replace(part.layout, **read)
         elif self.packed:  # its attention takes the mask in another form
             found["layout"] = packed.padded_layout(found.pop("attention_mask").bool(), self._dtype)
