@@ -1,6 +1,6 @@
 """Compare servers over HTTP: inferctl, infinity with torch and ONNX Runtime, llama.cpp: speed, recall, memory, start.
 
-    python benchmarks/peers/servers.py [--decoder] [--llama-cpp DIR] [--seconds 4] [--rounds 4] [--json FILE]
+    python benchmarks/peers/servers.py [--decoder] [--llama-cpp DIR] [--seconds 3] [--rounds 3] [--json FILE]
 
 All serve all-MiniLM-L6-v2, or with `--decoder` SmolLM2-135M with the last token's vector, on the same machine in one
 run. Each load is a closed loop: single texts of log-normal length with 20 or 120 tokens on average, and requests of 32
@@ -32,7 +32,7 @@ import peers
 from load import Outcome, requests, run_closed
 
 # Of each load: tokens per text, texts per request, clients.
-LOADS = {"20 tokens": (20, 1, 64), "120 tokens": (120, 1, 64), "32 texts": (55, 32, 8)}
+LOADS = {"20 tokens": (20, 1, 64), "120 tokens": (120, 1, 64), "32 texts": (55, 32, 4)}
 
 
 def llama_cpp(port: int, checkout: Path, model: Path, kind: str, pooling: str) -> peers.Server:
@@ -86,7 +86,7 @@ def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--decoder", action="store_true", help="a decoder of 135M parameters instead of MiniLM")
     parser.add_argument("--llama-cpp", type=Path, help="checkout of llama.cpp with build/bin/llama-server")
-    parser.set_defaults(seconds=4, rounds=4)
+    parser.set_defaults(seconds=3, rounds=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         compare(options, Path(folder))
