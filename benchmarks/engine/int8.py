@@ -23,7 +23,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 import contender
 import peers
-import servers
 
 from inferctl.facts import precision
 
@@ -106,7 +105,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(peers.MODEL)
     ids = [np.array(tokenizer(text)["input_ids"], np.int32)[:256] for text in peers.texts(500, seed=9)]
     reference = engines["fp32"](ids)
-    quality = {name: servers.quality(run(ids), reference) for name, run in engines.items()}
+    quality = {name: peers.quality(run(ids), reference) for name, run in engines.items()}
     peers.table(("engine", "lowest cosine", "mean", "recall@10"), [(n, *q.values()) for n, q in quality.items()])
     peers.write(options.json, {"cpu_seconds": seconds, "quality": quality})
 

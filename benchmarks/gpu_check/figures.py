@@ -60,6 +60,7 @@ def _library(step: Step, folder: Path, model: Path) -> None:
             stack.callback(running[name].kill)
         rates: dict[str, list[float]] = {name: [] for name in running}
         for process in running.values():
+            process.stdout.readline()  # type: ignore[union-attr]  # the model is loaded
             process.stdout.readline()  # type: ignore[union-attr]  # its vectors, after a warm-up
         for name in (*running, *reversed(running)):
             process = running[name]

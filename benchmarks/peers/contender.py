@@ -2,9 +2,10 @@
 
     python contender.py NAME MODEL TEXTS.json
 
-TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints the
-vectors or scores as one line of JSON. Then, for each line on stdin, it computes them again and prints the wall-clock
-and the CPU seconds, tokenization included. CONTENDER_DEVICE is `cpu` [default] or `cuda`.
+TEXTS.json has `texts`, or `requests` to score: lists of a query and its documents, one request at a time. It prints an
+empty line when the model is loaded, and the vectors or scores as one line of JSON. Then, for each line on stdin, it
+computes them again and prints the wall-clock and the CPU seconds, tokenization included. CONTENDER_DEVICE is `cpu`
+[default] or `cuda`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,36 @@ def sentence_transformers(precision: str, model: str) -> Embed:
     return lambda texts: encoder.encode(
         texts, batch_size=32 if DEVICE == "cpu" else 128, normalize_embeddings=True, show_progress_bar=False
     )
+
+
+def backend(kind: Any, precision: str, model: str) -> Embed:
+    """Return an embedder with a backend of sentence-transformers, as its documentation has it."""
+    from sentence_transformers import SentenceTransformer
+
+    options = {"file_name": next(Path(model).glob("*.onnx")).name} if kind == "onnx" else {"export": True}
+    encoder = SentenceTransformer(model, device="cpu", backend=kind, model_kwargs=options)
+    return lambda texts: encoder.encode(texts, batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+
+
+def fastembed(precision: str, model: str) -> Embed:
+    from fastembed import TextEmbedding
+    from fastembed.common.model_description import ModelSource, PoolingType
+
+    source, name = ModelSource(hf="local/model"), next(Path(model).glob("*.onnx")).name
+    size = json.loads((Path(model) / "config.json").read_text())["hidden_size"]
+    TextEmbedding.add_custom_model("local/model", PoolingType.MEAN, True, source, size, name)
+    encoder = TextEmbedding("local/model", specific_model_path=model)
+    return lambda texts: list(encoder.embed(texts, batch_size=32))
+
+
+def infinity(engine: str, precision: str, model: str) -> Embed:
+    from infinity_emb import EngineArgs, SyncEngineArray
+
+    os.chdir(model)  # as for the server, see peers.infinity
+    options = {"dtype": {"bf16": "bfloat16", "fp32": "float32"}[precision]} if engine == "torch" else {}
+    arguments = EngineArgs(model_name_or_path=".", engine=engine, device="cpu", bettertransformer=False, **options)
+    engines = SyncEngineArray.from_args([arguments])
+    return lambda texts: engines.embed(model=arguments.served_model_name, sentences=texts).result()[0]
 
 
 def cross_encoder(precision: str, model: str) -> Score:
@@ -178,12 +210,22 @@ def main() -> None:
         def compute() -> Any:
             return np.concatenate([score(query, documents) for query, documents in inputs["requests"]])
     else:
-        makers = {"inferctl": inferctl, "sentence-transformers": sentence_transformers, "openvino": openvino}
+        makers = {
+            "inferctl": inferctl,
+            "infinity torch": partial(infinity, "torch"),
+            "infinity onnx": partial(infinity, "optimum"),
+            "fastembed": fastembed,
+            "sentence-transformers": sentence_transformers,
+            "sentence-transformers onnx": partial(backend, "onnx"),
+            "sentence-transformers openvino": partial(backend, "openvino"),
+            "openvino": openvino,
+        }
         embed = makers[library](precision, model)
 
         def compute() -> Any:
             return embed(inputs["texts"])
 
+    print(file=output, flush=True)
     print(json.dumps(np.asarray(compute(), dtype=np.float32).round(6).tolist()), file=output, flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()

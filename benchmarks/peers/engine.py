@@ -1,22 +1,25 @@
-"""Compare the engine, in-process, with sentence-transformers and OpenVINO: texts/s and the cosine to fp32.
+"""Compare the engine, in-process, with other libraries: texts/s, the cosine and recall next to fp32, memory, start.
 
     python benchmarks/peers/engine.py [--texts 256] [--rounds 6] [--json FILE]
     python benchmarks/peers/engine.py --decoder [--texts 32] [--rounds 4] [--json FILE]
 
-`--decoder` compares a decoder with the shape of Qwen3-Embedding-0.6B and random weights: it attends backwards, and the
-vector is that of the last token. Its vocabulary is that of SmolLM2, because speed does not depend on it.
+`--decoder` compares a decoder, SmolLM2-135M, that attends backwards, and whose vector is that of the last token.
 
 All contenders tokenize and embed the same texts of log-normal length (mean 55 tokens). Each runs in its own process,
-interleaved A B C C B A. CPU seconds are shown in addition, because other work on the machine affects them least.
+interleaved A B C C B A. CPU seconds are shown in addition, because other work on the machine affects them least. ONNX
+files are those of optimum, in int8 quantized with its preset. OpenVINO runs through sentence-transformers in the
+precision that it selects for this CPU, and by itself in bf16 and, calibrated by nncf, in int8.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,34 +32,26 @@ CONTENDERS = (
     "inferctl bf16",
     "inferctl int8",
     "sentence-transformers bf16",
+    "sentence-transformers onnx fp32",
+    "sentence-transformers onnx int8",
+    "sentence-transformers openvino auto",
     "openvino bf16",
     "openvino int8",
+    "fastembed fp32",
+    "fastembed int8",
+    "infinity torch bf16",
+    "infinity onnx int8",
 )
 
-
 DECODER_CONTENDERS = ("inferctl bf16", "sentence-transformers bf16", "inferctl fp32", "sentence-transformers fp32")
-DECODER_SHAPE = {  # from the published config.json of Qwen3-Embedding-0.6B
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
-}
 
 
-def write_decoder(folder: Path) -> None:
-    """Write the model of `--decoder` as sentence-transformers does."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
-
-    tokenizer = AutoTokenizer.from_pretrained(peers.ROOT / "models" / "SmolLM2-135M-Instruct")
-    torch.manual_seed(0)
-    Qwen3Model(Qwen3Config(**DECODER_SHAPE, vocab_size=len(tokenizer))).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.padding_side = "left"
-    tokenizer.save_pretrained(folder)
+def write_decoder(folder: Path) -> Path:
+    """Write SmolLM2-135M as an embedding model of sentence-transformers: the vector is the last token's."""
+    shutil.copytree(peers.ROOT / "models" / "SmolLM2-135M-Instruct", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"rope_theta": config["rope_parameters"]["rope_theta"]}  # where transformers 4 and llama.cpp read it
+    (folder / "config.json").write_text(json.dumps(config))
     modules = ("Transformer", "Pooling", "Normalize")
     paths = ("", "1_Pooling", "2_Normalize")
     listed = [
@@ -66,8 +61,9 @@ def write_decoder(folder: Path) -> None:
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 8192}))
     (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": DECODER_SHAPE["hidden_size"], "pooling_mode_lasttoken": True}
+    pooling = {"word_embedding_dimension": config["hidden_size"], "pooling_mode_lasttoken": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({**pooling, "pooling_mode_mean_tokens": False}))
+    return folder
 
 
 @dataclass
@@ -77,6 +73,7 @@ class Contender:
     name: str
     process: subprocess.Popen[str]
     vectors: Any
+    start_seconds: float
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
@@ -95,6 +92,7 @@ def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
     interpreter = sys.executable if library in ("inferctl", "transformers") else str(peers.python(library))
     environment = peers.environment()
     log = peers.LOGS / f"{name.replace(' ', '-')}-alone.log"
+    started = time.monotonic()
     with log.open("w") as stream:
         process = subprocess.Popen(
             [interpreter, str(peers.HERE / "contender.py"), name, str(model), str(file)],
@@ -105,63 +103,67 @@ def start(name: str, file: Path, model: Path = peers.MODEL) -> Contender:
             env=environment,
         )
     assert process.stdout
-    line = process.stdout.readline()
+    process.stdout.readline()
+    seconds, line = time.monotonic() - started, process.stdout.readline()
     if not line:
         sys.exit(f"error: {name} did not start\nhint: see {log}")
-    return Contender(name, process, np.array(json.loads(line)))
+    return Contender(name, process, np.array(json.loads(line)), seconds)
 
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.add_argument("--texts", type=int, default=256)
-    parser.add_argument("--decoder", action="store_true", help="a decoder of 0.6B parameters instead of MiniLM")
+    parser.add_argument("--decoder", action="store_true", help="a decoder of 135M parameters instead of MiniLM")
     parser.set_defaults(rounds=6)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = peers.MODEL
         if options.decoder:
-            model = Path(folder) / "decoder"
-            write_decoder(model)
+            model = write_decoder(Path(folder) / "decoder")
         compare(model, DECODER_CONTENDERS if options.decoder else CONTENDERS, options, Path(folder) / "texts.json")
 
 
 def compare(model: Path, contenders: Sequence[str], options: argparse.Namespace, file: Path) -> None:
     """Measure the contenders in turns, and print and write the figures."""
     texts = peers.texts(options.texts)
-    completed = subprocess.run(
-        [sys.executable, "-m", "inferctl.serve.reference", str(model)],
-        input=json.dumps(texts),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    reference = np.array([peers.decode(row) for row in json.loads(completed.stdout)["embeddings"]])
+    reference = peers.fp32(texts, model)
     running: list[Contender] = []
     file.write_text(json.dumps({"texts": texts, "calibration": peers.texts(128, seed=8)}))
     try:
-        running.extend(start(name, file, model) for name in contenders)
+        for name in contenders:
+            exported = " onnx " in name or name.startswith("fastembed")
+            running.append(start(name, file, peers.onnx(name.split()[-1]) if exported else model))
         for contender in peers.order(running, options.rounds):
             contender.measure()
+        memory = {contender.name: peers.pss_mb(contender.process.pid) for contender in running}
     finally:
         for contender in running:
             contender.process.kill()
     baseline, rows, figures = running[0], [], {}
     for contender in running:
-        cosines = (contender.vectors * reference).sum(1) / np.linalg.norm(contender.vectors, axis=1)
-        rate = len(texts) / peers.median(contender.wall)
-        faster = peers.median(contender.wall) / peers.median(baseline.wall)
-        cpu = peers.median(contender.cpu) / peers.median(baseline.cpu)
-        rows.append((contender.name, rate, faster, cpu, float(cosines.min()), float(cosines.mean())))
+        found = peers.quality(contender.vectors, reference)
         figures[contender.name] = {
-            "texts_per_second": rate,
-            "inferctl_bf16_is": faster,
-            "inferctl_bf16_is_by_cpu_seconds": cpu,
-            "cosine_min": float(cosines.min()),
-            "cosine_mean": float(cosines.mean()),
-            "wall": contender.wall,
-            "cpu": contender.cpu,
+            "texts_per_second": len(texts) / peers.median(contender.wall),
+            "inferctl_bf16_is": peers.median([a / b for a, b in zip(contender.wall, baseline.wall, strict=True)]),
+            "by_cpu": peers.median([a / b for a, b in zip(contender.cpu, baseline.cpu, strict=True)]),
+            **found,
+            "pss_mb": memory[contender.name],
+            "start_seconds": contender.start_seconds,
         }
-    peers.table(("engine", "texts/s", "inferctl bf16 is x", "by CPU seconds x", "cosine min", "mean"), rows)
+        rows.append((contender.name, *figures[contender.name].values()))
+        figures[contender.name] |= {"wall": contender.wall, "cpu": contender.cpu}
+    head = (
+        "engine",
+        "texts/s",
+        "inferctl bf16 is x",
+        "by CPU x",
+        "cosine min",
+        "mean",
+        "recall@10",
+        "PSS MB",
+        "start s",
+    )
+    peers.table(head, rows)
     peers.write(options.json, {"texts": len(texts), "engines": figures})
 
 

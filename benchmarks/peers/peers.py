@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -25,7 +26,9 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -40,14 +43,17 @@ PACKAGES = {
         f"torch=={importlib.metadata.version('torch')}",  # as inferctl has it
     ),
     "sentence-transformers": ("sentence-transformers",),
-    "openvino": ("openvino", "nncf", "torch", "transformers<5"),
+    "backends": ("sentence-transformers[onnx,openvino]", f"torch=={importlib.metadata.version('torch')}"),
+    "fastembed": ("fastembed",),
 }
+BACKENDS = ("sentence-transformers onnx", "sentence-transformers openvino", "openvino")
 START_SECONDS = 180
 T = TypeVar("T")
 
 
-def python(peer: str) -> Path:
-    """Return the Python of a peer's virtual environment, and create it if necessary. Exits if pip fails."""
+def python(library: str) -> Path:
+    """Return the Python of a library's virtual environment, and create it if necessary. Exits if pip fails."""
+    peer = "backends" if library in BACKENDS else library.split()[0]
     folder = LOGS / peer
     interpreter, stamp = folder / "bin" / "python", folder / "installed.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == list(PACKAGES[peer]):
@@ -94,20 +100,67 @@ def decode(row: str) -> list[float]:
     return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
 
+def fp32(texts: Sequence[str], model: Path = MODEL) -> Any:
+    """Return the vectors of the reference implementation."""
+    command = [sys.executable, "-m", "inferctl.serve.reference", str(model)]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True)
+    return np.array([decode(row) for row in json.loads(done.stdout)["embeddings"]])
+
+
+def quality(vectors: Any, reference: Any) -> dict[str, float]:
+    """Return the lowest and the mean cosine to the reference, and the recall of the 10 nearest texts."""
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (vectors * reference).sum(1)
+
+    def nearest(rows: Any) -> list[set[int]]:
+        products = rows @ rows.T
+        np.fill_diagonal(products, -1)
+        return [set(row) for row in np.argsort(-products)[:, :10].tolist()]
+
+    common = [len(a & b) / 10 for a, b in zip(nearest(vectors), nearest(reference), strict=True)]
+    return {
+        "cosine_min": float(cosines.min()),
+        "cosine_mean": float(cosines.mean()),
+        "recall_at_10": float(np.mean(common)),
+    }
+
+
 def token_ids(text: str) -> list[int]:
     """Return about as many ids as the text has tokens. Their values do not affect the measurements."""
     return [1000 + len(word) for word in text.split()] + [102, 102]
 
 
+def processes(pid: int) -> set[int]:
+    """Return the process and all below it, which may have sessions of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # the process has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while new := {child for child, parent in parents.items() if parent in found} - found:
+        found |= new
+    return found
+
+
+def pss_mb(pid: int) -> float:
+    """Return the memory of a process and all below it (PSS, MB)."""
+    lines = [line for each in processes(pid) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / 1e6
+
+
 @dataclass
 class Server:
-    """A running server. If `pausable`, it is stopped (SIGSTOP) while it is not measured."""
+    """A running server. If `pausable`, it is stopped (SIGSTOP) while it is not measured.
+
+    `start_seconds`: until it was ready.
+    """
 
     name: str
     url: str
     path: str
     process: subprocess.Popen[bytes]
     pausable: bool = True
+    start_seconds: float = 0.0
 
     def pause(self) -> None:
         if self.pausable:
@@ -117,19 +170,12 @@ class Server:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def cpu_seconds(self) -> float:
-        """Return the CPU seconds of its process and all below it so far, which may have sessions of their own."""
-        parents, ticks = {}, {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:  # the process has ended
-                continue
-            parents[int(stat.parent.name)] = int(fields[1])
-            ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
-        found = {self.process.pid}
-        while new := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= new
-        return sum(ticks.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
+        """Return the CPU seconds of its processes so far."""
+        ticks = 0
+        for pid in processes(self.process.pid):
+            with contextlib.suppress(OSError):  # the process has ended
+                ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -160,11 +206,13 @@ def start(
             cwd=folder,
         )
     server = Server(name, f"http://127.0.0.1:{port}", path, process, pausable)
-    deadline = time.monotonic() + START_SECONDS
+    started = time.monotonic()
+    deadline = started + START_SECONDS
     try:
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 with urllib.request.urlopen(server.url + ready, timeout=2):
+                    server.start_seconds = time.monotonic() - started
                     return server
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
@@ -176,7 +224,7 @@ def start(
     sys.exit(f"error: {name} did not start\nhint: see {log}")
 
 
-def inferctl(port: int, *arguments: str, name: str = "inferctl", checkout: Path = ROOT) -> Server:
+def inferctl(port: int, *arguments: str, name: str = "inferctl", checkout: Path = ROOT, model: Path = MODEL) -> Server:
     """Start `inferctl serve` of this or another checkout."""
     command = [
         "env",
@@ -186,7 +234,7 @@ def inferctl(port: int, *arguments: str, name: str = "inferctl", checkout: Path 
         "inferctl",
         "serve",
         "--model",
-        str(MODEL),
+        str(model),
         "--port",
         str(port),
         *arguments,
@@ -196,14 +244,14 @@ def inferctl(port: int, *arguments: str, name: str = "inferctl", checkout: Path 
     return start(name, command, port, "/v1/embeddings", "/readyz", pausable=False)
 
 
-def infinity(port: int, engine: str, dtype: str) -> Server:
+def infinity(port: int, engine: str, dtype: str, model: Path = MODEL) -> Server:
     """Start infinity with the engine `torch` in a precision, or with `optimum` (ONNX Runtime) in fp32 or int8.
 
     `torch` runs without BetterTransformer, which recent versions of torch do not have. optimum 2.1 finds an ONNX file
     only by a relative name, so the server runs in its folder. Optimized models are kept in a cache by the name of the
     model, so each has a cache of its own.
     """
-    folder = onnx(dtype) if engine == "optimum" else MODEL
+    folder = onnx(dtype) if engine == "optimum" else model
     command: list[str | Path] = ["env", f"HF_HOME={LOGS / 'hub' / dtype}", python("infinity").with_name("infinity_emb")]
     command += ["v2", "--model-id", ".", "--engine", engine, "--device", "cpu", "--pooling-method", "mean"]
     command += ["--no-bettertransformer", "--lengths-via-tokenize", "--host", "127.0.0.1", "--port", str(port)]

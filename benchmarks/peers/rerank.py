@@ -35,6 +35,16 @@ CONTENDERS = (
 DOCUMENTS = 32
 LANGUAGE_CONTENDERS, LANGUAGE_DOCUMENTS = ("inferctl bf16", "transformers bf16"), 30
 LANGUAGE_REFERENCES = 6
+LANGUAGE_SHAPE = {  # from the published config.json of Qwen3-Reranker-0.6B
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+}
 SYSTEM = """Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that \
 the answer can only be "yes" or "no"."""
 TEMPLATE = """<|im_start|>system
@@ -73,7 +83,7 @@ def make_language_model(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(peers.ROOT / "models" / "SmolLM2-135M-Instruct")
     tokenizer.chat_template, tokenizer.padding_side = TEMPLATE % SYSTEM, "left"
     torch.manual_seed(0)
-    config = Qwen3Config(**engine.DECODER_SHAPE, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    config = Qwen3Config(**LANGUAGE_SHAPE, vocab_size=len(tokenizer), tie_word_embeddings=True)
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no"))
