@@ -32,7 +32,7 @@ Examples:
   # Show where its pods fit on given nodes, what a spike evicts and what a loss costs
   inferctl deploy --preview nodes.yaml manifests
   # Check manifests of yours or of others, also for the code scanning of a forge
-  inferctl deploy --lint manifests other.yaml --sarif lint.sarif
+  inferctl deploy --lint manifests other.yaml --json
 """
 
 
@@ -75,9 +75,6 @@ def deploy(
     lint: Annotated[
         bool, typer.Option("--lint", help="Check manifests: exit code 1 if a finding is an error.")
     ] = False,
-    sarif: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --lint: also write the findings to FILE, as SARIF 2.1.0.")
-    ] = None,
     known_nodes: Annotated[
         Path | None,
         typer.Option("--nodes", metavar="FILE", help="With --lint: the nodes, as for --preview. [default: unknown]"),
@@ -91,13 +88,10 @@ def deploy(
         if not manifests:
             raise UsageError("no manifests to check", "name the manifests, as in `inferctl deploy --lint manifests`")
         plan = _plan(spec_files, clusters_file, kubernetes_version) if spec_files else None
-        deploy_lint.run(
-            manifests, version=kubernetes_version, nodes=known_nodes, plan=plan, sarif_file=sarif, as_json=as_json
-        )
+        deploy_lint.run(manifests, version=kubernetes_version, nodes=known_nodes, plan=plan, as_json=as_json)
         return
-    for option, given in (("--sarif", sarif), ("--nodes", known_nodes)):
-        if given:
-            raise UsageError(f"{option} without --lint", "add `--lint`")
+    if known_nodes:
+        raise UsageError("--nodes without --lint", "add `--lint`")
     if nodes or manifests:
         _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
         return

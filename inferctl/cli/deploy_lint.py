@@ -1,8 +1,7 @@
-"""`inferctl deploy --lint`: findings about Kubernetes manifests, as text, JSON and SARIF."""
+"""`inferctl deploy --lint`: findings about Kubernetes manifests, as text and JSON."""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.cli import console
-from inferctl.core import document, outputs
+from inferctl.core import document
 from inferctl.core.errors import InferctlError, SpecError, UsageError
 from inferctl.deploy.plan import DeploymentPlan
 from inferctl.manifests import lint, manifests_file, versions
-from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts, sarif
+from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts
 from inferctl.manifests.manifests_file import KUSTOMIZATIONS, Located, kustomization
 from inferctl.manifests.preview import nodes_file, overlays
 
@@ -32,15 +31,12 @@ def run(
     version: str | None,
     nodes: Path | None,
     plan: DeploymentPlan | None,
-    sarif_file: Path | None,
     as_json: bool,
 ) -> None:
     """Print the findings about the manifests in `paths`; raise `InferctlError` (exit code 1) if one is an error.
 
     `nodes`: a file with the nodes of the cluster. `plan`: what the specs say about the models.
     """
-    if sarif_file is not None:
-        outputs.check(sarif_file, "--sarif", parents=True, inputs=[path for path in paths if str(path) != _STDIN])
     known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
     minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
     context = lint.LintContext(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
@@ -48,9 +44,6 @@ def run(
     groups = _read(paths, left_out)
     found = {finding: None for objects in groups for finding in lint.lint(objects, context)}
     findings, count = list(found), sum(map(len, groups))
-    if sarif_file is not None:
-        text = json.dumps(sarif.log(findings, list(lint.RULES.values())), indent=2, ensure_ascii=False) + "\n"
-        outputs.write(sarif_file, text, "--sarif")
     unread = lint.unread([each for objects in groups for each in objects])
     if as_json:
         console.document({**_document(count, findings, context), "unread": unread, "left_out": left_out})

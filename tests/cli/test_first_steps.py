@@ -155,7 +155,6 @@ def rejecting_server() -> Iterator[str]:
         "bench --url a=URL --api-key-env HOME",
         "capacity receipt.json --output /proc/capacity.json",
         "compare a.json b.json --output /proc/verdict.md",
-        "deploy --lint . --sarif /proc/x.sarif",
         "render --model org/m --output /proc/x",
         "init /proc/x",
         "serve --model MODEL --announce /proc/x",

@@ -40,6 +40,12 @@ def test_kubectl_is_the_version_that_the_documentation_names() -> None:
     assert "Client Version: v1.37" in done.stdout
 
 
+def test_no_file_has_several_deletions() -> None:
+    """kubectl 1.32 and 1.33 cannot build such a file."""
+    patches = {name for name, text in plans.files().items() if "$patch: delete" in text}
+    assert {name.rpartition("/")[2] for name in patches} == {"kustomization.yaml"}  # each is a patch of its own
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_is_valid_in_every_version(version: str, build: Build) -> None:
     files = layout.files(plans.plan(kubernetes=version))

@@ -66,17 +66,6 @@ def test_a_base_and_its_stack_are_compatible() -> None:
         assert major == (base.cuda and base.cuda.split(".")[0])
 
 
-def test_cuda_13_needs_driver_580_and_cuda_12_driver_525() -> None:
-    floors = {stack.cuda: stack.driver_floor for stack in catalog.stacks().values() if stack.cuda}
-    assert floors == {"12.4": 525, "12.6": 525, "12.8": 525, "13.0": 580, "13.1": 580, "13.2": 580}
-
-
-def test_cuda_13_wheels_dropped_volta_and_kept_turing() -> None:
-    assert catalog.stack("torch2.10-cu128").has_kernels((7, 0)) is True
-    assert catalog.stack("torch2.13-cu130").has_kernels((7, 0)) is False
-    assert catalog.stack("torch2.13-cu130").has_kernels((7, 5)) is True
-
-
 def test_a_kernel_runs_on_a_newer_minor_of_its_major_and_on_no_other() -> None:
     modern = catalog.stack("torch2.13-cu130")
     assert "8.9" not in modern.sm

@@ -76,12 +76,8 @@ _OF_OTHERS = [
     (catalog.hardware("rtx-pro-6000-server"), "cuda12.8", 570, "ok", "stack"),
     (catalog.hardware("t4"), "cuda12.8", 470, "error", "image"),
     (catalog.hardware("h100-nvl"), "cuda12.8", 470, "error", "gpu"),
-    (catalog.hardware("h100-sxm"), "cuda13.0", 515, "error", "gpu"),
     (catalog.hardware("h100-sxm"), "cuda13.0", 535, "ok", "cuda-compat"),
-    (catalog.hardware("l4"), "cuda12.8", 515, "error", "gpu"),
-    (catalog.hardware("a10"), "cuda12.8", 450, "error", "gpu"),
     (catalog.hardware("a100-40gb-mig-3g.20gb"), "cuda12.8", 440, "error", "gpu"),
-    (catalog.hardware("t4"), "cuda12.8", 390, "error", "gpu"),
 ]
 
 

@@ -38,10 +38,6 @@ def test_each_base_renders_its_golden_dockerfile(base: str, golden: Callable[[st
     golden(f"render/{base}.Dockerfile", re.sub(hashed, r"\1HASH", rendered(base, chosen).dockerfile))
 
 
-def test_rendering_is_deterministic_to_the_byte() -> None:
-    assert rendered() == rendered()
-
-
 def test_heavy_layers_come_first_and_the_config_last() -> None:
     text = rendered(
         chosen=locks.Locks(LOCKS.torch, LOCKS.server, int8="bitsandbytes==1\n"),
