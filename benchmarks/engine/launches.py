@@ -3,19 +3,16 @@
     python benchmarks/engine/launches.py [--before TREE] [--texts 32] [--tokens 64] [--json FILE]
 
 `TREE` is another checkout of this repository. The device is a stand-in: torch's device `meta`, which has the shapes of
-tensors and no numbers. The code of GPUs runs with it, in bf16, and each operation that is a kernel of CUDA counts as one
-launch: attention of any length is one (its own kernel), a matrix product is one, a view is none. A copy between the
-devices counts too. A sync is where the host waits for the device. What depends on numbers is assumed: conditions
-are false.
+tensors and no numbers. The code of GPUs runs with it, in bf16, and each operation that is a kernel of CUDA counts as
+one launch: attention of any length is one (its own kernel), a matrix product is one, a view is none. A copy between the
+devices counts too. A sync is where the host waits for the device. What depends on numbers is assumed: conditions are
+false.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -129,26 +126,15 @@ def main() -> None:
     import share
 
     found: dict[str, dict[str, list[int]]] = {}
-    print(
-        f"{args.texts} texts of {args.tokens} tokens, bf16, stand-in for a GPU: launches, syncs, bytes to the host, to the device"
-    )
+    print(f"{args.texts} texts of {args.tokens} tokens, bf16, stand-in for a GPU:")
+    print("launches, syncs, bytes to the host, to the device")
     for name, task in share.MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
-            part = [
-                "--traced",
-                task,
-                str(share.make(name, Path(folder) / name)),
-                "--texts",
-                str(args.texts),
-                "--tokens",
-                str(args.tokens),
-            ]
+            part = ["--traced", task, str(share.make(name, Path(folder) / name))]
+            part += ["--texts", str(args.texts), "--tokens", str(args.tokens)]
             found[name] = {}
             for when, tree in (("before", args.before.resolve()), ("after", HERE.parents[1])):
-                command = [sys.executable, __file__, *part]
-                environment = {**os.environ, "PYTHONPATH": str(tree)}
-                done = subprocess.run(command, check=True, env=environment, cwd=tree, stdout=subprocess.PIPE, text=True)
-                found[name][when] = json.loads(done.stdout)
+                found[name][when] = share.run(tree, str(Path(__file__).resolve()), *part)
                 print(f"{name:12} {when:7}", *(f"{number:>12,}" for number in found[name][when]))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -3,16 +3,16 @@
     python benchmarks/engine/share.py [--before TREE] [--models minilm,bge-base,...] [--rounds 2] [--json FILE]
 
 `TREE` is another checkout of this repository, such as one that `git worktree add` made. The profile of each engine
-(`inferctl bench --profile`) runs in bf16 in both trees, interleaved A B B A. A share is that of the fastest round. "by CPU"
-divides by the CPU seconds of the engine's threads instead of the time of all cores: other work on the machine affects it
-less, and it leaves out that threads wait. The ratio is the median over the pairs of rounds, by CPU.
+(`inferctl bench --profile`) runs in bf16 in both trees, interleaved A B B A. A share is that of the fastest round.
+"by CPU" divides by the CPU seconds of the engine's threads instead of the time of all cores: other work on the machine
+affects it less, and it leaves out that threads wait. The ratio is the median over the pairs of rounds, by CPU. For one
+core: `taskset -c 1`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path += [str(HERE.parent / "peers"), str(HERE.parent / "gpu_check")]
+import peers  # noqa: E402
+
 GRID = [(count, tokens) for tokens in (16, 64, 256) for count in (1, 8, 64, 512)]
 
 
@@ -50,19 +52,22 @@ def make(name: str, folder: Path) -> Path:
     return folder
 
 
+def run(tree: Path, *command: str, given: str = "") -> Any:
+    """Return the JSON that a Python process of a tree prints."""
+    environment = {**peers.environment(), "PYTHONPATH": str(tree)}
+    command = sys.executable, "-P", *command
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, cwd=tree, check=False)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} failed in {tree}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
 def profile(tree: Path, model: Path, task: str) -> dict[str, Any]:
     """Return the profile of a tree's engine."""
     lines = (ROOT / "benchmarks" / "corpora" / "paragraphs.jsonl").read_text().splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines)[:100_000]
     wanted = {"engine": {"task": task, "precision": "bf16"}, "words": words, "grid": GRID, "texts": []}
-    command = [sys.executable, "-P", "-m", "inferctl.serve.engines.profile", str(model)]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, input=json.dumps(wanted), capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode:
-        sys.exit(f"error: the profile of {tree} failed\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = run(tree, "-m", "inferctl.serve.engines.profile", str(model), given=json.dumps(wanted))
     return found
 
 
@@ -79,9 +84,8 @@ def main() -> None:
         figures[name] = [[] for _ in trees]
         with tempfile.TemporaryDirectory() as folder:
             model = make(name, Path(folder) / "model")
-            for number in range(options.rounds):
-                for index in (range(len(trees)), reversed(range(len(trees))))[number % 2]:
-                    figures[name][index].append(profile(trees[index], model, MODELS[name]))
+            for index in peers.order(range(len(trees)), options.rounds):
+                figures[name][index].append(profile(trees[index], model, MODELS[name]))
         rates = [found["matrix_rate"]["flops_per_s"] / 1e12 for found in figures[name][-1]]
         print(f"{name}, of {', '.join(f'{rate:.2f}' for rate in rates)} TFLOP/s")
         for at, (count, tokens) in enumerate(GRID):

@@ -55,28 +55,12 @@ def measure_closed(seconds: float, users: int, workers: int) -> dict[str, Any]:
 def measure_stock(seconds: float, users: int) -> dict[str, Any]:
     """Measure stock Locust, by its own count over its whole run, ramp included."""
     with known_server.run_server("--bare") as server, tempfile.TemporaryDirectory() as folder:
-        arguments = [
-            sys.executable,
-            "-m",
-            "locust",
-            "-f",
-            str(Path(__file__).with_name("stock_locustfile.py")),
-            "--headless",
-        ]
-        options = [
-            "--users",
-            str(users),
-            "--spawn-rate",
-            str(users),
-            "--run-time",
-            f"{round(seconds)}s",
-            "--csv",
-            "stock",
-        ]
+        command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).with_name("stock_locustfile.py"))]
+        command += ["--headless", "--users", str(users), "--spawn-rate", str(users), "--run-time", f"{round(seconds)}s"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         # The server is a child too, but RUSAGE_CHILDREN counts only children that have ended.
         subprocess.run(
-            [*arguments, *options, "--only-summary", "--loglevel", "ERROR"],
+            [*command, "--csv", "stock", "--only-summary", "--loglevel", "ERROR"],
             check=True,
             cwd=folder,
             env={**locust.clean_environment(), "STOCK_URL": server.url},
@@ -98,16 +82,8 @@ def measure_stock(seconds: float, users: int) -> dict[str, Any]:
 def measure_open(rate: float, seconds: float, workers: int) -> dict[str, Any]:
     """Measure an open loop at one rate, with Poisson arrivals."""
     with known_server.run_server("--bare") as server:
-        done, part = loads.measure(
-            server.url,
-            mode="open",
-            rate=rate,
-            duration_s=seconds,
-            warmup_s=2,
-            window_s=0.5,
-            workers=workers,
-            timeout_s=10,
-        )
+        settings = {"mode": "open", "rate": rate, "duration_s": seconds, "timeout_s": 10}
+        done, part = loads.measure(server.url, warmup_s=2, window_s=0.5, workers=workers, **settings)
     found, verdict = summary.summarize([part]), loads.judge(done, part)
     return {
         "rate": rate,

@@ -154,17 +154,8 @@ def main() -> int:
             print(f"load {load:.0%}, {count} requests, rare stalls, p99 1.1 of the SLO: met {found['met']:.1%}")
     import loads
 
-    loads.write(
-        options.json,
-        {
-            "trials": options.trials,
-            "seed": options.seed,
-            "passed": passed,
-            "rows": rows,
-            "slo": verdicts,
-            "stalls": stalls,
-        },
-    )
+    asked = {"trials": options.trials, "seed": options.seed}
+    loads.write(options.json, {**asked, "passed": passed, "rows": rows, "slo": verdicts, "stalls": stalls})
     return 0 if passed else 1
 
 

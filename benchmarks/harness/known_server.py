@@ -2,15 +2,15 @@
 
     python known_server.py --announce FILE --truth FILE
                            [--median-ms 20 --sigma 0.5 --slow-share 0.03 --slow-ms 300 --seed 1]
-                           [--stall-every 10 --stall-for 1] [--bare]
+                           [--bare]
 
 It responds to `POST /v1/embeddings` after a random delay. The delay is log-normal, and a share of the responses has a
 second, longer one in addition. The server logs the actual times, not the drawn ones. For each request it logs three
 little-endian uint64: two numbers that the request carries (the prefix that the load generator adds to each text) and
 the nanoseconds from reading the request to writing the response. It writes the log when it ends (SIGTERM).
 
-`--stall-every 10 --stall-for 1`: no response is sent in the first second of every ten. `--bare`: the same bytes without
-a delay and without a log. It uses one thread and asyncio protocols, on uvloop if it is installed.
+`--bare`: the same bytes without a delay and without a log. It uses one thread and asyncio protocols, on uvloop if it is
+installed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ class DelayLog:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.random = options, random.Random(options.seed)
         self.log = array.array("Q")
-        self.started = time.monotonic()
 
     def delay(self, now: float) -> float:
         """Return the delay in seconds of a request that is read at `now` (monotonic)."""
@@ -59,9 +58,6 @@ class DelayLog:
         seconds = draw.lognormvariate(math.log(options.median_ms / 1e3), options.sigma)
         if draw.random() < options.slow_share:
             seconds += draw.lognormvariate(math.log(options.slow_ms / 1e3), options.sigma / 2)
-        if options.stall_every:
-            into = (now + seconds - self.started) % options.stall_every
-            seconds += max(0.0, options.stall_for - into)
         return seconds
 
 
@@ -183,8 +179,6 @@ def main() -> None:
     parser.add_argument("--slow-share", type=float, default=0.0)
     parser.add_argument("--slow-ms", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--stall-every", type=float, default=0.0)
-    parser.add_argument("--stall-for", type=float, default=0.0)
     parser.add_argument("--bare", action="store_true")
     options = parser.parse_args()
     known = DelayLog(options)

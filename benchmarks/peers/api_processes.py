@@ -1,12 +1,15 @@
-"""Measure what API processes beside one backend cost: CPU time per request, by process, next to one process for all.
+"""Measure the CPU time that API processes need per request: by their number, by checkout, or by both.
 
     python benchmarks/peers/api_processes.py [--processes 1,2,4] [--clients 16,64,256] [--with keys] [--json FILE]
+    python benchmarks/peers/api_processes.py --checkouts ../older,. --processes 1 [--load "32 texts"] [--requests N]
 
 The engine computes nothing (`--engine echo`), and its process does not count. Clients send single texts of about 50
-tokens in a closed loop; the servers are measured in alternating order (A B B A). "API" is the CPU time of all API
-processes per request, "backend" that of the process with limits, queue and cache. With one process, "API" is all.
+tokens, or another load, in a closed loop; the servers are measured in alternating order (A B B A). "API" is the CPU
+time of all API processes per request, "backend" that of the process with limits, queue and cache. With one process,
+"API" is all. Ratios are to the first server, medians of those within one round: other work on the machine affects both.
 The CPU that a process needs falls with the requests that it handles at a time, so look at all numbers of clients.
-"full at" is the rate at which the backend would take a whole core.
+"full at" is the rate at which the backend would take a whole core. With `--requests N`, each server first gets N
+requests. "MB" is the memory (PSS) of its API processes before them, and after all measurements.
 """
 
 from __future__ import annotations
@@ -21,65 +24,88 @@ import peers
 from load import requests, run_closed
 from recorder import processes
 
-BODIES = [{"input": text} for text in peers.texts(2000, mean_tokens=50)]
+TEXTS = peers.texts(2000, mean_tokens=50)
+LOADS: dict[str, list[dict[str, Any]]] = {
+    "1 text": [{"input": text} for text in TEXTS],
+    "token ids": [{"input": peers.token_ids(text)} for text in TEXTS],
+    "32 texts": [{"input": TEXTS[at : at + 32], "encoding_format": "base64"} for at in range(0, len(TEXTS) - 31, 32)],
+}
 
 
-def cpu_seconds(server: peers.Server) -> tuple[float, float]:
-    """Return the CPU seconds of the API processes and of the backend so far. One process for all counts as the former."""
+def pids(server: peers.Server) -> tuple[list[int], list[int]]:
+    """Return the API processes and the backend. One process for all counts as the former."""
     api = [pid for name, pid in processes(server.process.pid).items() if name.startswith("api process")]
-    own = _seconds(server.process.pid)
-    return (sum(map(_seconds, api)), own) if api else (own, 0.0)
+    return (api, [server.process.pid]) if api else ([server.process.pid], [])
 
 
-def _seconds(pid: int) -> float:
-    return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) does
+def cpu_seconds(server: peers.Server) -> list[float]:
+    """Return the CPU seconds of the API processes and of the backend so far, also of threads that ended."""
+    # As clock_getcpuclockid(3) does.
+    return [sum(time.clock_gettime(~pid << 3 | 2) for pid in part) for part in pids(server)]
+
+
+def memory_mb(server: peers.Server) -> float:
+    """Return the memory of the API processes (PSS)."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids(server)[0]]
+    found = [line.split()[1] for lines in rollups for line in lines if line.startswith("Pss:")]
+    return sum(map(int, found)) * 1024 / 1e6
 
 
 def main() -> None:
     parser = peers.options(__doc__ or "")
     parser.set_defaults(rounds=6, seconds=2)
     parser.add_argument("--processes", default="1,2,4", help="numbers of API processes, with commas")
+    parser.add_argument("--checkouts", default=str(peers.ROOT), help="folders of this project, with commas")
     parser.add_argument("--clients", default="16,64,256", help="numbers of clients, with commas")
     parser.add_argument("--with", dest="features", default="", help="features of the servers: keys, metering, cache")
+    parser.add_argument("--load", default="1 text", choices=LOADS)
+    parser.add_argument("--requests", type=int, default=0, help="requests before the first measurement")
     options = parser.parse_args()
-    counts = [int(count) for count in options.processes.split(",")]
+    checkouts = [Path(name).resolve() for name in options.checkouts.split(",")]
+    kinds = [(checkout, int(count)) for count in options.processes.split(",") for checkout in checkouts]
+    names = [f"{count} of {checkout.name}" if len(checkouts) > 1 else f"{count}" for checkout, count in kinds]
     features = [name for name in options.features.split(",") if name]
     figures: dict[str, Any] = {}
     rows = []
+    # The relay may still write when its server was killed.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        servers = {}
+        servers: dict[str, tuple[peers.Server, list[bytes]]] = {}
+        first_mb = {}
+
+        def send(name: str, clients: int) -> int:
+            server, ready = servers[name]
+            outcome = run_closed(server.url, ready, clients, options.seconds, warm=0)
+            assert not outcome.failures, outcome.statuses
+            return outcome.statuses[200]
+
         try:
-            for count in counts:
-                spec: dict[str, Any] = {"serve": {"api_processes": count}}
-                headers: dict[str, str] = {}
-                place = Path(folder) / str(count)
-                place.mkdir()
-                for feature in features:
-                    sections, more = edge_cost.FEATURES[feature](place)
-                    spec |= sections
-                    headers |= more
-                servers[count] = edge_cost.start(place, peers.free_port(), f"{count} processes", spec), headers
+            for at, (name, (checkout, count)) in enumerate(zip(names, kinds, strict=True)):
+                place, more = Path(folder) / str(at), {"serve": {"api_processes": count}}
+                label = f"{name} processes"
+                server, headers = edge_cost.serve(place, peers.free_port(), label, features, checkout, more)
+                servers[name] = server, requests(server.url, server.path, LOADS[options.load], headers)
+                first_mb[name], done = memory_mb(server), 0
+                while done < options.requests:
+                    done += send(name, 64)
             for clients in map(int, options.clients.split(",")):
-                found: dict[int, list[tuple[float, float, float]]] = {count: [] for count in counts}
-                for count in peers.order(counts, options.rounds):
-                    server, headers = servers[count]
-                    ready = requests(server.url, server.path, BODIES, headers)
-                    before = cpu_seconds(server)
-                    outcome = run_closed(server.url, ready, clients, options.seconds, warm=0)
-                    assert not outcome.failures, outcome.statuses
-                    done = outcome.statuses[200]
-                    used = [1e6 * (b - a) / done for a, b in zip(before, cpu_seconds(server), strict=True)]
-                    found[count].append((used[0], used[1], done / options.seconds))
+                found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+                for name in peers.order(names, options.rounds):
+                    before = cpu_seconds(servers[name][0])
+                    done = send(name, clients)
+                    after = cpu_seconds(servers[name][0])
+                    used = [1e6 * (b - a) / done for a, b in zip(before, after, strict=True)]
+                    found[name].append((used[0], used[1], done / options.seconds))
                 figures[str(clients)] = found
-                for count in counts:
-                    api, backend, rate = (peers.median(values) for values in zip(*found[count], strict=True))
-                    ratio = peers.median([b[0] / a[0] for a, b in zip(found[counts[0]], found[count], strict=True)])
+                for name in names:
+                    api, backend, rate = (peers.median(values) for values in zip(*found[name], strict=True))
+                    ratio = peers.median([b[0] / a[0] for a, b in zip(found[names[0]], found[name], strict=True)])
                     full = f"{1e6 / backend:,.0f}/s" if backend else ""
-                    rows.append((clients, count, api, ratio, backend, full, f"{rate:,.0f}/s"))
+                    memory = f"{first_mb[name]:.0f}, {memory_mb(servers[name][0]):.0f}"
+                    rows.append((clients, name, api, ratio, backend, full, f"{rate:,.0f}/s", memory))
         finally:
             for server, _ in servers.values():
                 server.end()
-    peers.table(("clients", "processes", "API us", "ratio", "backend us", "full at", "rate"), rows)
+    peers.table(("clients", "processes", "API us", "ratio", "backend us", "full at", "rate", "MB"), rows)
     peers.write(options.json, {"machine": peers.machine(), "features": features, "clients": figures})
 
 

@@ -67,11 +67,16 @@ def start(folder: Path, port: int, name: str, sections: dict[str, Any], checkout
 
 
 def serve(
-    folder: Path, port: int, name: str, features: Sequence[str], checkout: Path = peers.ROOT
+    folder: Path,
+    port: int,
+    name: str,
+    features: Sequence[str],
+    checkout: Path = peers.ROOT,
+    spec: dict[str, Any] | None = None,
 ) -> tuple[peers.Server, dict[str, str]]:
     """Start a server with these features, and return it with the headers that its requests need."""
     folder.mkdir()
-    spec: dict[str, Any] = {}
+    spec = dict(spec or {})
     headers: dict[str, str] = {}
     for feature in features:
         sections, more = FEATURES[feature](folder)
@@ -122,15 +127,8 @@ def main() -> None:
         for measure, values in without.items()
     }
     rows = [
-        (
-            measure,
-            peers.median(without[measure]),
-            peers.median(after[measure]),
-            peers.median(found),
-            found[0],
-            found[-1],
-        )
-        for measure, found in ratios.items()
+        (name, *map(peers.median, (without[name], after[name], found)), found[0], found[-1])
+        for name, found in ratios.items()
     ]
     print(f"with {options.features}; open loop at {rate:.0f} requests/s; {options.rounds} rounds")
     peers.table(("measure", "without", "with", "ratio (median)", "lowest", "highest"), rows)

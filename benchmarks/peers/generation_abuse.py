@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import peers
 from generation_failures import Server
-
-from inferctl.tenancy.access import key_file, keys
-from inferctl.tenancy.access.key_file import ApiKey, StoredDigest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True}
 LONGEST_S = 120.0
@@ -132,17 +130,6 @@ def measure(url: str, secrets: dict[str, str], name: str) -> dict[str, Any]:
         process.kill()
 
 
-def add_key(file: Path, name: str, tokens: int | None) -> str:
-    """Add a key with this limit of tokens per minute to the file, and return it."""
-    key_id = keys.new_id()
-    secret = keys.generate(key_id)
-    digests = [StoredDigest(sha256=keys.digest(secret.encode()).hex())]
-    key = ApiKey(id=key_id, name=name, digests=digests, created=key_file.now(), tokens_per_minute=tokens)
-    with key_file.edit(file, create=True) as found:
-        found[key_id] = key
-    return secret
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -151,8 +138,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file, secrets = Path(folder) / "keys.json", {}
-        for name, tokens in (("attacker", None), ("limited", 1000), ("other", None)):
-            secrets[name] = add_key(file, name, tokens)
+        for name, limit in (("attacker", []), ("limited", ["--tokens-per-minute", "1000"]), ("other", [])):
+            secrets[name] = peers.create_key(file, *limit)
         server = Server(options.model, Path(folder), {"access": {"keys": str(file)}})
         try:
             measure(server.url, secrets, "six requests with n: 1")  # the first requests are slower

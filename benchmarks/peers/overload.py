@@ -33,19 +33,8 @@ def main() -> None:
         spec = Path(folder) / "overload.yaml"
         slo = f"slo: {{p99_ms: {options.slo:g}}}\n" if options.slo else ""
         spec.write_text(f"name: minilm\nmodel: {{source: {peers.MODEL}}}\n{slo}")
-        command = [
-            sys.executable,
-            "-m",
-            "inferctl",
-            "serve",
-            "--spec",
-            spec,
-            "--engine",
-            options.engine,
-            "--port",
-            "18521",
-            *options.serve,
-        ]
+        command = [sys.executable, "-m", "inferctl", "serve", "--spec", spec, "--engine", options.engine]
+        command += ["--port", "18521", *options.serve]
         server = peers.start("inferctl-overload", command, 18521, "/v1/embeddings", "/readyz", pausable=False)
     try:
         ready = requests(server.url, server.path, [{"input": text} for text in peers.texts(2000)])
@@ -87,25 +76,22 @@ def main() -> None:
         ("largest delay of a send, ms", 1000 * load.max_lateness_s, ""),
     ]
     peers.table(("", "", ""), rows)
-    figures = {
+    document = {
         "peaks": [p.rate for p in peaks],
         "offered": len(records) / options.seconds,
         "goodput": goodput,
         "goodput_of_peak": goodput / peak,
-    }
-    more = {
         "accepted_p50_ms": quantile(accepted_ms, 0.5),
         "accepted_p99_ms": p99,
         "slo_ms": options.slo or None,
         "p99_of_slo": p99 / options.slo if options.slo else None,
-    }
-    rest = {
         "statuses": seen,
         "retry_after": sum(r.retry_after for r in rejected),
         "memory_mib": samples,
         "memory_growth_percent": growth,
+        "generator_late_s": load.max_lateness_s,
     }
-    peers.write(options.json, {**figures, **more, **rest, "generator_late_s": load.max_lateness_s})
+    peers.write(options.json, document)
 
 
 if __name__ == "__main__":

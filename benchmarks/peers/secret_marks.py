@@ -16,7 +16,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -176,10 +175,14 @@ def search(file: Path, needles: dict[str, bytes]) -> set[str]:
     return found
 
 
-def search_all(files: Iterable[Path], folder: Path, needles: dict[str, bytes]) -> dict[str, list[str]]:
-    """Return the names of the needles by file, without the files that have none."""
+def search_all(folder: Path, errors: bytes, marks: Marks) -> dict[str, Any]:
+    """Return the number of files, the names of the needles by file, and the core files."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    needles = marks.needles()
     found = {str(file.relative_to(folder)): sorted(search(file, needles)) for file in files}
-    return {name: names for name, names in found.items() if names}
+    found = {name: names for name, names in found.items() if names} | search_errors(folder, errors, marks)
+    cores = [file.name for file in files if file.name.startswith("core")]
+    return {"files": len(files), "found": found, "core_files": cores}
 
 
 def search_errors(folder: Path, errors: bytes, marks: Marks) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from urllib.parse import quote, urlsplit
 import peers
 import psutil
 import psycopg
-from secret_marks import Client, Marks, launch, search, search_all, search_errors, serve, url_of
+from secret_marks import Client, Marks, launch, search, search_all, serve, url_of
 
 sys.path.insert(0, str(peers.ROOT))
 
@@ -330,17 +330,8 @@ def run(folder: Path, engine: str | None, vllm: Path | None, marks: Marks) -> di
         fleet.kill()
     finally:
         fleet.end()
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    found = search_all(files, folder, marks.needles()) | search_errors(folder, embed.errors + generate.errors, marks)
-    cores = [file.name for file in files if file.name.startswith("core")]
-    return {
-        "statuses": statuses,
-        "events": events,
-        "files": len(files),
-        "found": found,
-        "core_files": cores,
-        "unseen": unseen(fleet),
-    }
+    left = search_all(folder, embed.errors + generate.errors, marks)
+    return {"statuses": statuses, "events": events, **left, "unseen": unseen(fleet)}
 
 
 def unseen(fleet: Fleet) -> list[str]:

@@ -38,7 +38,7 @@ from typing import Any
 
 import peers
 import secrets_fleet
-from secret_marks import Client, Marks, children, search, search_all, search_errors, serve
+from secret_marks import Client, Marks, children, search, search_all, serve
 
 PARTS = ("server", "core", "fleet")
 _FAILURES = ("found", "core_files", "unseen")
@@ -93,10 +93,7 @@ def run(folder: Path, engine: str | None, marks: Marks) -> dict[str, Any]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    found = search_all(files, folder, marks.needles()) | search_errors(folder, client.errors, marks)
-    cores = [file.name for file in files if file.name.startswith("core")]
-    return {"statuses": statuses, "events": stored, "files": len(files), "found": found, "core_files": cores}
+    return {"statuses": statuses, "events": stored, **search_all(folder, client.errors, marks)}
 
 
 def forced_core(folder: Path, engine: str | None, marks: Marks) -> list[str] | None:
