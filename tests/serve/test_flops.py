@@ -118,6 +118,14 @@ def test_a_common_start_is_counted_once(engine: Any) -> None:
     assert run(loaded, ids(31)) == pytest.approx(info.flops.flop(31))
 
 
+def test_a_small_batch_does_not_pay_for_the_common_start_of_a_large_one(engine: Any) -> None:
+    loaded, info = engine("qwen3", LAST)
+    loaded._shared_starts.append((99, 30))  # of a batch that runs at the same time
+    assert run(loaded, ids(31)) == pytest.approx(info.flops.flop(31))
+    large = run(loaded, ids(*[31] * 100))
+    assert large == pytest.approx(100 * info.flops.flop(31) - 99 * info.flops.flop(30))
+
+
 @pytest.mark.parametrize(
     ("hardware", "precision", "tf32", "known"),
     [
