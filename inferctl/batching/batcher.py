@@ -21,6 +21,9 @@ from inferctl.batching.latency_model import LatencyModel
 # safety factor, which converges where nine of ten responses are in time: a late one raises it, others lower it.
 _RAISE, _LOWER = 1.02, 1.02 ** (-1 / 9)
 _MAX_SAFETY_FACTOR = 4.0
+# The most sequences of one priority in a batch. The event loop stands still while it makes a batch and divides its rows:
+# up to 24 ms for the choice of so many, on a busy core.
+_MAX_SEQUENCES = 2048
 # A batch smaller than this (tokens) is not worth a slot of its own while it could share one.
 _MIN_SPLIT_TOKENS = 64
 
@@ -30,10 +33,10 @@ class QueueLimits:
     """The limits of the queue.
 
     `batch_tokens`: the largest batch. `queue_tokens`: the most of interactive requests in the queue. Bulk requests can
-    have half as many, which reduce that limit. `window`: how many queued sequences are considered for a
-    batch; more if these do not fill it. Sequences that have waited for `overdue_s` run in arrival order, and bulk ones among them get `bulk_share` of the
-    tokens. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a longer predicted
-    latency than `slo_s`, are rejected; None turns a check off.
+    have half as many, which reduce that limit. `window`: how many queued sequences are considered for a batch; more if
+    these do not fill it. Sequences that have waited for `overdue_s` run in arrival order, and bulk ones among them get
+    `bulk_share` of the tokens. Requests with a longer predicted wait than `max_wait_s`, and interactive requests with a
+    longer predicted latency than `slo_s`, are rejected; None turns a check off.
     """
 
     batch_tokens: int
@@ -206,7 +209,7 @@ class Batcher:
 
     def has_full_batch(self) -> bool:
         """Return whether more requests could not make the next batch larger."""
-        return self.waiting_tokens >= self.limits.batch_tokens
+        return self.waiting_tokens >= self.limits.batch_tokens or len(self) >= _MAX_SEQUENCES
 
     def requeue(self, batch: Sequence[QueuedSequence]) -> None:
         """Put sequences that no engine started back at the front, in order. The queue limit does not apply."""
@@ -249,7 +252,9 @@ class Batcher:
             return []
         window: list[QueuedSequence] = []
         tokens = 0
-        while (len(window) < self.limits.window or tokens < budget) and (item := self._oldest(queue)):
+        while len(window) < self.limits.window or (tokens < budget and len(window) < _MAX_SEQUENCES):
+            if (item := self._oldest(queue)) is None:
+                break
             window.append(queue.sequences.popleft())
             tokens += item.tokens
         order = window

@@ -164,6 +164,12 @@ def test_short_sequences_fill_a_batch_whatever_their_number() -> None:
     assert [len(batch) for batch in drain(queue)] == [1638, 362]
 
 
+def test_a_batch_of_tiny_sequences_does_not_stop_the_event_loop() -> None:
+    queue = filled(batcher(batch_tokens=65_536), [(False, [1] * 2000)] * 3)
+    assert queue.has_full_batch()
+    assert [len(batch) for batch in drain(queue)] == [2048, 2048, 1904]
+
+
 def test_a_batch_prefers_sequences_close_to_the_oldest_in_length() -> None:
     queue = batcher(batch_tokens=30)
     queue.submit(1, [10, 2, 2, 30, 11, 9], now=0.0)

@@ -70,6 +70,42 @@ def test_fused_modules_compute_what_those_of_transformers_compute(
     assert least[3] <= 1.1 * least[2]  # in bf16: not further from fp32 than transformers
 
 
+def test_norms_that_take_more_than_states_are_not_replaced() -> None:
+    import torch
+    from transformers import AutoModel, Mamba2Config
+
+    from inferctl.serve.engines import fused
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 100}
+    config = Mamba2Config(**sizes, head_dim=8, num_heads=8, n_groups=1, chunk_size=8)
+    model: Any = AutoModel.from_config(config).eval()
+    replaced = copy.deepcopy(model)
+    fused.apply(replaced)
+    assert sum(isinstance(module, fused.RMSNorm) for module in replaced.modules()) == 3
+    with torch.inference_mode():
+        expected, found = (each(input_ids=torch.arange(5, 20)[None]).last_hidden_state for each in (model, replaced))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_one_class_with_other_options_are_told_apart() -> None:
+    import torch
+
+    from inferctl.serve.engines import fused
+
+    class Norm(torch.nn.Module):
+        def __init__(self, *, centered: bool) -> None:
+            super().__init__()
+            self.weight, self.eps, self.centered = torch.nn.Parameter(torch.ones(8)), 1e-6, centered
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x - x.mean(-1, keepdim=True) if self.centered else x
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+    model = torch.nn.Sequential(Norm(centered=False), Norm(centered=True))
+    fused.apply(model)
+    assert [isinstance(module, fused.RMSNorm) for module in model] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("architecture", "per_layer"),
     [

@@ -214,12 +214,19 @@ class EncoderEngine:
         return launch
 
     def _computed(self, batch: Batch) -> float:
-        """Return the FLOP of a batch that is done. Of several at a time only the sum is right, which is what counts."""
+        """Return the FLOP of a batch that is done. Of several at a time only the sum is right, which is what counts.
+
+        It is not negative, because a counter sums it up: common starts of another, larger batch wait for that one.
+        """
         computed = self._flops.batch(batch.lengths)
         with contextlib.suppress(IndexError):  # other threads take from it, too
             while True:
-                repeats, tokens = self._shared_starts.popleft()
-                computed -= repeats * (self._flops.flop(tokens) - self._flops.per_text)
+                repeats, tokens = start = self._shared_starts.popleft()
+                saved = repeats * (self._flops.flop(tokens) - self._flops.per_text)
+                if saved > computed:
+                    self._shared_starts.appendleft(start)
+                    break
+                computed -= saved
         return computed
 
 

@@ -81,7 +81,8 @@ def apply(model: Any) -> None:
             if [each for each, _ in child.named_parameters()] != ["weight"] or child.weight.dim() != 1:
                 continue
             numbers = tuple(value for value in vars(child).values() if isinstance(value, float))
-            key = type(child), child.weight.shape, numbers
+            flags = tuple(value for value in vars(child).values() if isinstance(value, int | str))
+            key = type(child), child.weight.shape, numbers, flags
             if key not in norms:
                 norms[key] = _as_norm(child, numbers)
             if (found := norms[key]) is not None:
@@ -97,6 +98,8 @@ def apply(model: Any) -> None:
 
 def _as_norm(module: torch.nn.Module, numbers: tuple[float, ...]) -> tuple[float, float] | None:
     """Return what to add to the weights, and eps, for `RMSNorm` to compute what `module` does; None if it cannot."""
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None  # the norms of Mamba 2 take a gate, too, and are plain norms without one
     probe: Any = copy.deepcopy(module).float()
     random = torch.Generator().manual_seed(0)
     probe.weight.copy_(torch.randn(probe.weight.shape, generator=random))
