@@ -106,6 +106,7 @@ def fastembed(precision: str, model: str) -> Embed:
     size = json.loads((Path(model) / "config.json").read_text())["hidden_size"]
     TextEmbedding.add_custom_model("local/model", PoolingType.MEAN, True, source, size, name)
     encoder = TextEmbedding("local/model", specific_model_path=model)
+    encoder.model.tokenizer.enable_truncation(256)  # as the others: the tokenizer of this model has 128
     return lambda texts: list(encoder.embed(texts, batch_size=32))
 
 
@@ -113,7 +114,7 @@ def infinity(engine: str, precision: str, model: str) -> Embed:
     from infinity_emb import EngineArgs, SyncEngineArray
 
     os.chdir(model)  # as for the server, see peers.infinity
-    options = {"dtype": {"bf16": "bfloat16", "fp32": "float32"}[precision]} if engine == "torch" else {}
+    options = {"dtype": {"bf16": "bfloat16", "int8": "auto"}[precision], "pooling_method": "mean"}
     arguments = EngineArgs(model_name_or_path=".", engine=engine, device="cpu", bettertransformer=False, **options)
     engines = SyncEngineArray.from_args([arguments])
     return lambda texts: engines.embed(model=arguments.served_model_name, sentences=texts).result()[0]

@@ -52,6 +52,9 @@ def write_decoder(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config |= {"rope_theta": config["rope_parameters"]["rope_theta"]}  # where transformers 4 and llama.cpp read it
     (folder / "config.json").write_text(json.dumps(config))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens |= {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 4 does not know TokenizersBackend
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     modules = ("Transformer", "Pooling", "Normalize")
     paths = ("", "1_Pooling", "2_Normalize")
     listed = [

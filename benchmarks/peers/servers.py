@@ -5,10 +5,10 @@
 All serve all-MiniLM-L6-v2, or with `--decoder` SmolLM2-135M with the last token's vector, on the same machine in one
 run. Each load is a closed loop: single texts of log-normal length with 20 or 120 tokens on average, and requests of 32
 texts with 55. Servers are interleaved A B C C B A, and those that are not measured are stopped. CPU time per text is
-shown in addition, because other work on the machine affects it least. Before, each server embeds 500 texts, whose
-vectors are compared with fp32: the cosine, and the recall of the 10 nearest texts.
+shown in addition, because other work on the machine affects it least. Before, each server embeds 500 texts, 100 if the
+model is the decoder, whose vectors are compared with fp32: the cosine, and the recall of the 10 nearest texts.
 
-`--llama-cpp`: a checkout of llama.cpp with `build/bin/llama-server`, and `gguf` installed here for its conversion.
+`--llama-cpp`: a checkout of llama.cpp with `build/bin/llama-server`, whose script converts the model.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def compare(options: Any, folder: Path) -> None:
     running: list[peers.Server] = []
     figures: dict[str, dict[str, Any]] = {}
     try:
-        makers, compared = starts(options, folder), peers.texts(500, seed=9)
+        makers = starts(options, folder)
+        compared = peers.texts(100 if options.decoder else 500, seed=9)
         reference = peers.fp32(compared, folder / "model")
         for make in makers:
             running.append(make())
