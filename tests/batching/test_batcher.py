@@ -160,8 +160,8 @@ def test_shorter_sequences_fill_the_remaining_token_budget() -> None:
 
 
 def test_short_sequences_fill_a_batch_whatever_their_number() -> None:
-    queue = filled(batcher(batch_tokens=16_384, window=256), [(False, [10])] * 1000 + [(True, [10] * 1000)])
-    assert [len(batch) for batch in drain(queue)] == [1638, 362]
+    queue = filled(batcher(batch_tokens=16_384, window=256), [(False, [40])] * 500 + [(True, [40] * 500)])
+    assert [len(batch) for batch in drain(queue)] == [409, 409, 182]
 
 
 def test_a_batch_of_tiny_sequences_does_not_stop_the_event_loop() -> None:
