@@ -58,7 +58,7 @@ class Trace(TorchDispatchMode):
             return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         if name == "copy_" and devices == ["cpu", "meta"]:
             self._copy_to_host(tensors[1], waits=not (args[2] if len(args) > 2 else kwargs.get("non_blocking")))
-            return args[0]
+            return args[0].zero_()  # else the memory has any numbers, and a head may launch again
         kwargs.pop("pin_memory", None)
         out = op(*args, **kwargs)
         found = [each for each in (out if isinstance(out, list | tuple) else [out]) if isinstance(each, torch.Tensor)]
