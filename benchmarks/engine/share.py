@@ -34,7 +34,6 @@ MODELS = {"minilm": "embed", "bge-base": "embed", "qwen3-0.6b": "embed", "splade
 
 def make(name: str, folder: Path) -> Path:
     """Write a model of `MODELS`, and return its folder."""
-    import engine
     import outputs
     import rerank
 
@@ -44,11 +43,13 @@ def make(name: str, folder: Path) -> Path:
         return ROOT / "models" / "all-MiniLM-L6-v2"
     if name == "splade":
         return outputs.splade(folder)
-    if name == "bge-base":
-        shape = {**models.SHAPES[name], "vocab_size": 30522, "initializer_range": 0.02}
-        return models.make(folder, "bert", **shape)
+    if name != "reranker":
+        decoder = name.startswith("qwen3")
+        vocabulary = {} if decoder else {"vocab_size": 30522}
+        shape = {**models.SHAPES[name], **vocabulary, "initializer_range": 0.02}
+        return models.make(folder, "qwen3" if decoder else "bert", **shape)
     folder.mkdir()
-    (engine.write_decoder if name == "qwen3-0.6b" else rerank.make_model)(folder)
+    rerank.make_model(folder)
     return folder
 
 
