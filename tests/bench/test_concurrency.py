@@ -60,17 +60,6 @@ def test_a_noisy_server_is_rarely_called_saturated() -> None:
     assert short <= 0.05 * 500
 
 
-def test_the_steps_that_decide_are_measured_twice() -> None:
-    asked: list[tuple[int, float]] = []
-
-    def measure(users: int, seconds: float) -> Step:
-        asked.append((users, seconds))
-        return Step(users, 1000.0, None)
-
-    assert concurrency.find(measure).users == 8
-    assert asked == [(8, 2.0), (16, 2.0), (32, 2.0), (8, 4.0), (16, 4.0), (32, 4.0)]
-
-
 def test_one_unlucky_step_does_not_end_the_steps() -> None:
     rates = {8: 100.0, 16: 101.0, 32: 300.0, 64: 303.0, 128: 299.0}
     found = concurrency.find(lambda users, _: Step(users, rates[users], None))

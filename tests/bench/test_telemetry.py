@@ -14,7 +14,7 @@ import pytest
 from bench_samples import steady
 from rich.console import Console
 
-from inferctl.bench.judge import efficiency, summary, validity
+from inferctl.bench.judge import efficiency
 from inferctl.bench.measure import nvml, sensors, telemetry
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.measure.nvml import GpuDevice, GpuProcess, GpuSample
@@ -120,14 +120,6 @@ def test_clocks_held_down_make_a_run_invalid(mask: int, cause: str, action: str)
     rarely = judged(recorded(20, throttle=lambda i: mask if i < 1 else 0))
     assert rarely.reasons == ()
     assert rarely.cautions == (f"Tesla T4 reduced its clocks in 5% of the samples ({cause}): {action}",)
-
-
-def test_clocks_that_were_reduced_in_several_runs_are_one_warning_with_the_highest_share() -> None:
-    runs = [judged(recorded(100, throttle=lambda i, n=n: 0x20 if i < n else 0)) for n in (1, 4, 2)]
-    whole = summary.summarize([steady(100, 10)] * 3)
-    assert validity.combine(runs, whole, 0.1).cautions == (
-        "Tesla T4 reduced its clocks in up to 4% of the samples (heat): improve its cooling",
-    )
 
 
 def test_a_part_at_its_own_power_limit_is_undisturbed_and_one_that_was_lowered_is_another_part() -> None:

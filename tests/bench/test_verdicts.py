@@ -506,11 +506,6 @@ def test_an_invalid_configuration_cannot_win(tmp_path: Path) -> None:
     assert caveats.caveats(rows)[0] == Caveat("invalid", "bf16: client too busy")
 
 
-def test_emulation_is_said_with_its_reason(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, document("fp16", 10, 90, level="emulated"), document("bf16", 100, 10))
-    assert Caveat("emulated", "fp16: the reason of fp16") in caveats.caveats(rows)
-
-
 def test_what_an_emulated_precision_costs_is_said_against_fp32(tmp_path: Path) -> None:
     figures = {"fp32": (100.0, 98.0, 102.0), "fp16": (25.0, 24.0, 26.0), "bf16": (200.0, 196.0, 204.0)}
     found = findings.describe(one_run(tmp_path, figures, fp16="emulated"), 0.1)
@@ -676,15 +671,6 @@ def test_of_tied_configurations_the_closest_to_fp32_is_named_first(tmp_path: Pat
     headline, better, *_ = findings.describe(rows, 0.1)
     assert "; no clear difference between fp16 and int8 in this run: int8 has 1.02x" in headline
     assert better.startswith("fp16 has the better quality: cosine 1.00000")
-
-
-def test_who_holds_the_slo_is_said(tmp_path: Path) -> None:
-    def said(limit: float) -> list[str]:
-        documents = (document(*one, slo={"p99_ms": limit}) for one in (("fp32", 100, 20), ("bf16", 200, 10)))
-        return findings.describe(rows_of(tmp_path, *documents), 0.1)
-
-    assert "SLO (p99 15 ms) at this load: met by bf16; not met by fp32." in said(15)
-    assert "SLO (p99 5 ms) at this load: not met by fp32, bf16." in said(5)
 
 
 def test_the_slo_is_judged_by_the_interval_and_what_it_leaves_open_is_said(tmp_path: Path) -> None:

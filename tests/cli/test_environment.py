@@ -30,10 +30,3 @@ def test_a_command_needs_nothing_of_the_environment(command: str, environment: d
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stdout + done.stderr, "no colors and no cursor movements without a terminal"
-
-
-def test_a_bench_that_cannot_make_its_folder_is_a_clear_error(tmp_path: Path) -> None:
-    done = bare(tmp_path, "bench", "--url", "a=http://127.0.0.1:9", "--plan", "quick", "--output", "/proc/x")
-    assert done.returncode in (2, 3)
-    assert "\nhint: " in done.stderr
-    assert "Traceback" not in done.stderr
