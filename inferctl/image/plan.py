@@ -169,9 +169,9 @@ def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions, hub
     """Return the warnings about the image. Raises an error for findings that prevent the build."""
     findings = fit.check_image(spec, base, stack, hub_model=hub, today=options.today)
     findings += missing_files(spec, base)
-    impossible = [f for f in findings if f.level == "error" and f.topic in ("platform", "python")]
-    if impossible:
-        raise UsageError("\n".join(f"{f.what}: {f.why}" for f in impossible), impossible[0].hint)
+    wrong = [f for f in findings if f.level == "error" and f.topic in ("platform", "python", "locks", "wheels")]
+    if wrong:
+        raise UsageError("\n".join(f"{f.what}: {f.why}" for f in wrong), wrong[0].hint)
     unpinned_is_error = spec.model.weights != "mount" and not options.allow_floating
     raise_for([f for f in findings if f.level == "error" or (f.topic == "revision" and unpinned_is_error)])
     return [f for f in findings if f.level != "ok"]
