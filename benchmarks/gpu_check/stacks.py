@@ -3,8 +3,8 @@
     python benchmarks/gpu_check/stacks.py FOLDER [--python 3.12] [--limit MIB] [--without NAME,...]
 
 downloads what inferctl needs beside torch and the libraries of CUDA. With --limit, this checkout and the wheels have
-at most so many MiB together: what a machine with torch usually has is left out as far as necessary. `machine` is the Python that runs the check, with
-the packages that it lacks from such a folder. `locked` is the stack of the images. `newest` has the newest torch.
+at most so many MiB together: what a machine with torch usually has is left out as far as necessary. `machine` is the
+Python that runs the check, with the packages that it lacks from such a folder. `locked` is the stack of the images. `newest` has the newest torch.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def measure(options: argparse.Namespace, folder: Path, urls: tuple[str, str], re
         if metric["change"] is not None
     ]
     needed = f" ({verdict['repeats_needed']} repeats needed)" if verdict["repeats_needed"] else ""
-    print(f"{verdict['outcome']}{needed}: {', '.join(changes) or '; '.join(part['reasons'])}", flush=True)
+    if repeats > 1:  # else it is a warm-up
+        print(f"{verdict['outcome']}{needed}: {', '.join(changes) or '; '.join(part['reasons'])}", flush=True)
     return {
         **{key: verdict[key] for key in ("outcome", "exit_code", "repeats_needed")},
         "repeats": part["old"]["repeats"],

@@ -21,8 +21,8 @@ from inferctl.batching.latency_model import LatencyModel
 # safety factor, which converges where nine of ten responses are in time: a late one raises it, others lower it.
 _RAISE, _LOWER = 1.02, 1.02 ** (-1 / 9)
 _MAX_SAFETY_FACTOR = 4.0
-# The most sequences of one priority in a batch. The event loop stands still while it makes a batch and divides its rows:
-# with 2,048 of one token, other requests waited twice as long as with 256.
+# The most sequences of one priority in a batch. The event loop stands still while it makes a batch and divides its
+# rows: with 2,048 of one token, other requests waited twice as long as with 256.
 _MAX_SEQUENCES = 512
 # A batch smaller than this (tokens) is not worth a slot of its own while it could share one.
 _MIN_SPLIT_TOKENS = 64

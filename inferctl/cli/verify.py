@@ -70,7 +70,7 @@ def verify(
     if url is not None and reference is None and against is None:
         raise UsageError("`--url` needs the library to compare with", "add `--against sentence-transformers`")
     if reference is None and against is None:
-        hint = "name one, or compare a server or a model folder: `inferctl verify --model DIR --against sentence-transformers`"
+        hint = "name one, or compare a model folder: `inferctl verify --model DIR --against sentence-transformers`"
         raise UsageError("`inferctl verify` has no image", hint)
     if reference is not None and reference.startswith((".", "/")):
         hint = f"compare a model folder with `inferctl verify --model {reference} --against sentence-transformers`"

@@ -41,7 +41,7 @@ def run(
     on_wait: Callable[[float], None],
     program: str = PROGRAM,
 ) -> dict[str, Any]:
-    """Return the JSON output for `inputs` of the reference, or another `program`. `on_wait` receives the seconds passed.
+    """Return the JSON output for `inputs` of the reference, or another `program`. `on_wait` receives the seconds.
 
     Raises `ReferenceFailedError` if the process fails.
     """

@@ -124,7 +124,8 @@ class Measurement:
 class Outcome:
     """All that a benchmark measured of one target.
 
-    `profile` is that of its engine, if it was requested. `failure` says in one line why there are fewer runs than `planned`; None if the benchmark was interrupted.
+    `profile` is that of its engine, if it was requested. `failure` says in one line why there are fewer runs than
+    `planned`; None if the benchmark was interrupted.
     """
 
     target: BenchTarget

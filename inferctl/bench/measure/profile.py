@@ -1,4 +1,4 @@
-"""The profile of an engine: where its time goes, computed by `inferctl.serve.engines.profile` in a process of its own."""
+"""The profile of an engine: where its time goes, by the program `inferctl.serve.engines.profile`."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class GenerationCharges(Charges):
     """Of a server that knows the tokens of a request at its end, when vLLM has counted them."""
 
     def reserve(self, number: int, tokens: int) -> Quotas | None:
-        """Keep the most tokens that a request can need, and return what remains of the limits. Raises `RejectedError`."""
+        """Keep the most tokens that a request can need. Return what remains of the limits. Raises `RejectedError`."""
         request, now = self._requests.get(number), time.time()
         if request is None or request.charge is None or request.key is None:
             return None

@@ -266,7 +266,7 @@ class _EdgeRequest:
         self.counted: str | None = None
 
     async def receive(self) -> Message:
-        """Return the next message of the connection. Raises `ApiError` if the body is too large, and `RejectedError`."""
+        """Return the next message of the connection. Raises `ApiError` for a body too large, and `RejectedError`."""
         message, context = await self._receive(), self.context
         if message["type"] == "http.request" and not self.body_complete:
             self._edge.add_body(context, len(message.get("body", b"")))

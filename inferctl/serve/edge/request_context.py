@@ -86,9 +86,9 @@ _NOBODY, _BULK = Caller(), Caller(bulk=True)
 class RequestContext:
     """One request in progress: what is asked, by whom, and what came of it, which becomes its event.
 
-    `number`: by which the backend knows it. `admitted`: whether the backend knows it, and waits for its end. `full`: why
-    a full queue would reject it. `quotas`: what remains of the limits of the key. `in_vain`: tokens that were tokenized,
-    and not computed. `quotas_known`: so the response may begin before the end.
+    `number`: by which the backend knows it. `admitted`: whether the backend knows it, and waits for its end. `full`:
+    why a full queue would reject it. `quotas`: what remains of the limits of the key. `in_vain`: tokens that were
+    tokenized, and not computed. `quotas_known`: so the response may begin before the end.
     """
 
     asked: Asked

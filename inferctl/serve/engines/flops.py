@@ -17,8 +17,8 @@ from inferctl.models.flops import ModelFlops
 from inferctl.serve.engine_process.engine_protocol import DeviceInfo, MatrixRate, PrecisionInfo
 from inferctl.serve.engines import onednn
 
-# Small enough for the caches, large enough for full speed: on a CPU with AMX, larger products are at most 2% faster, and
-# much slower next to other load.
+# Small enough for the caches, large enough for full speed: on a CPU with AMX, larger products are at most 2% faster,
+# and much slower next to other load.
 _ROWS, _WIDTH = 256, 768
 _MEASURE_S, _MIN_RUNS = 0.2, 4
 # The fastest fifth: the others shared caches with other processes.

@@ -56,8 +56,8 @@ class Gpu:
 
     def capture(self, run: Callable[[], object]) -> Callable[[], None]:
         """Return what repeats the kernels of `run`, on the same tensors. Raises if `run` waits for the device."""
-        # First without a graph, as libraries have handles per stream. Before torch 2.13, a capture that fails for a wait
-        # leaves the allocator unusable (pytorch#180395).
+        # First without a graph, as libraries have handles per stream. Before torch 2.13, a capture that fails for a
+        # wait leaves the allocator unusable (pytorch#180395).
         try:
             with warnings.catch_warnings(action="ignore"):  # the mode is a prototype
                 torch.cuda.set_sync_debug_mode("error")
@@ -99,7 +99,7 @@ class Graphs:
         return min((shape for shape in self._graphs if shape.fits(lengths)), default=None)
 
     def run(self, shape: Shape, inputs: Tensors) -> torch.Tensor:
-        """Return what `encode` returns for a part of this shape. The next run overwrites it, in the order of the stream."""
+        """Return what `encode` returns for a part of this shape. The next run overwrites it, on the same stream."""
         return self._graphs[shape](inputs)
 
     @torch.inference_mode()

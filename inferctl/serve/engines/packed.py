@@ -31,8 +31,8 @@ class Layout:
 
     With the variable-length kernel: `offsets` (int32, [sequences + 1], on the device) and `longest`. If the first
     sequence is the start of all others, `keys` are the rows of the keys of each sequence, and `key_offsets` and
-    `longest_key` theirs. Otherwise `groups`: (sequences, length, mask) of adjacent sequences of equal length, which share
-    one call of attention. The mask ([1, padded length], 0 or minus infinity) is None without padding. `shared`: the
+    `longest_key` theirs. Otherwise `groups`: (sequences, length, mask) of adjacent sequences of equal length, which
+    share one call of attention. The mask ([1, padded length], 0 or minus infinity) is None without padding. `shared`: the
     tokens of the first sequence, if it is the start of all others, which attend to it too.
 
     `mask`: instead of all that, the sequences are not packed but padded to the same length.

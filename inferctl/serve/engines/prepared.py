@@ -23,8 +23,8 @@ Integers: TypeAlias = npt.NDArray[np.int64]
 
 # The fewest tokens that sequences of a batch must have in common at their start, so that these are computed once.
 _MIN_SHARED = 16
-# With the variable-length kernel, also this share of all tokens: it needs copies of the keys and values of the start for
-# each sequence, which take 3% to 5% of the time that a layer needs for as many tokens (arithmetic for H100 and L4).
+# With the variable-length kernel, also this share of all tokens: it needs copies of the keys and values of the start
+# for each sequence, which take 3% to 5% of the time that a layer needs for as many tokens (arithmetic for H100 and L4).
 _MIN_SAVED = 1 / 16
 # The largest share of padding in a padded sub-batch.
 _MAX_PADDING = 0.15

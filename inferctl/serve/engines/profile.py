@@ -1,4 +1,4 @@
-"""Where the time of an engine on a CPU goes: core-seconds of its parts at several batches, recorded by torch's profiler.
+"""Where the time of an engine on a CPU goes: core-seconds of its parts, recorded by torch's profiler.
 
     echo '{"engine": {"precision": "bf16"}, "words": "...", "grid": [[1, 16], [64, 256]], "texts": []}' |
         python -m inferctl.serve.engines.profile MODEL_DIR
@@ -6,8 +6,8 @@
 `engine` has fields of `EngineConfig`, and `words` is a text to take texts from: `grid` has pairs of texts and tokens.
 `texts`, if any, are one more point. stdout is JSON: `precision`, `matrix_rate` (as in `GET /info`), and `points`. Each
 has `texts`, `tokens` (the mean), `seconds` of its batches without the profiler, `matrix_share_percent` of these,
-`cpu_share_percent` of the CPU seconds in place of all core-seconds, and `parts`: shares of all core-seconds, in percent,
-that add up to 100. At most two batches per core run, as further ones would be like them.
+`cpu_share_percent` of the CPU seconds in place of all core-seconds, and `parts`: shares of all core-seconds, in
+percent, that add up to 100. At most two batches per core run, as further ones would be like them.
 """
 
 from __future__ import annotations
