@@ -75,8 +75,8 @@ class Builder:
 class BuildRequest:
     """The options of one `docker buildx build`. `secrets`: id -> file.
 
-    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: of new
-    layers, None for a builder that does not compress. `force_compression`: also of those of the base and of the cache.
+    `outputs`: values of --output. Without one, the image is loaded into the engine, without a tag. `compression`: of
+    new layers, None for a builder that does not compress. `force_compression`: also of those of the base and of the cache.
     `send` writes the context as a tar stream, in place of the folder `context`. `receive` reads what an output with
     `dest=-` writes. Both run in a thread, and an error that one raises ends the build.
     """

@@ -226,7 +226,7 @@ def test_a_request_that_would_wait_too_long_is_rejected_with_a_retry_time(bulk: 
 
 
 def waits(slots: int, max_wait_s: float | None, count: int = 30_000) -> tuple[list[float], float]:
-    """Return the latencies of accepted requests at three times the load that simulated engines serve, and their rate."""
+    """Return the latencies of accepted requests at three times the load that simulated engines serve, and a rate."""
     draw, per_token, fixed = random.Random(5), 1e-4, 4e-3
     lengths = [min(256, 1 + int(draw.lognormvariate(3.7, 0.75))) for _ in range(count)]
     capacity = slots / (sum(lengths) / count * (per_token + fixed / 1024))  # requests per second

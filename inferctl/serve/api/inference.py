@@ -52,8 +52,8 @@ class Inference:
     async def receive(self, scope: Scope, receive: Receive, parse: Callable[[bytes], T]) -> tuple[RequestContext, T]:
         """Return the context of a request, and `parse(body)`, run on another thread for a large body.
 
-        Raises `ApiError` or `RejectedError` if its headers or a full queue rule it out, what `read_body` raises, and the
-        error of `parse`.
+        Raises `ApiError` or `RejectedError` if its headers or a full queue rule it out, what `read_body` raises, and
+        the error of `parse`.
         """
         context = context_of(scope)
         schemas.check_content_type(context.asked.content_type)

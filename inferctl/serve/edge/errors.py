@@ -13,8 +13,8 @@ from inferctl.tenancy.metering.recorder import UNAVAILABLE
 
 _MAX_MESSAGE_LENGTH = 1000
 _TEI_TYPES = {"context_length_exceeded": "tokenizer", "empty_input": "empty", "text_too_long": "tokenizer"}
-# The status of a `reason`. All others say that the server is at capacity. That is not a 503, because proxies stop using a
-# server that returns those.
+# The status of a `reason`. All others say that the server is at capacity. That is not a 503, because proxies stop using
+# a server that returns those.
 _STATUS = {ENGINE_UNAVAILABLE: 503, UNAVAILABLE: 503, "engine_failed": 500, "non_finite": 500, INTERNAL_ERROR: 500}
 
 

@@ -28,8 +28,8 @@ _LOG_S = 30.0
 _DAY_S = 86_400
 # After an event could not be encoded, a recorder whose events are required accepts none for this long.
 _REFUSE_S = 30.0
-# Requests that used nothing, such as those above a limit, are free for who sends them. Otherwise each one would fill the
-# outbox: so those with the same key, endpoint, status and code become one event per second.
+# Requests that used nothing, such as those above a limit, are free for who sends them. Otherwise each one would fill
+# the outbox: so those with the same key, endpoint, status and code become one event per second.
 _SUM_S = 1.0
 # A gateway or a provider of tokens may name any number of callers. Those after the first ones have one sum together.
 _MAX_SUMS = 1000

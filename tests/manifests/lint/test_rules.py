@@ -226,8 +226,9 @@ def test_ports_are_those_on_which_the_server_listens(changes: dict[str, Any], pl
     ("image", "found"),
     [
         *(("vllm/vllm-openai:latest", True), ("vllm/vllm-openai", True), ("localhost:5000/vllm", True)),
-        *(("ghcr.io/huggingface/text-embeddings-inference:89-latest", True), ("ghcr.io/ggml-org/llama.cpp:server-cuda", True)),
-        *(("lmsysorg/sglang:nightly-20260101", True), ("vllm/vllm-openai:v0.12.0", False), (f"vllm@sha256:{'ab' * 32}", False)),
+        ("ghcr.io/huggingface/text-embeddings-inference:89-latest", True),
+        *(("ghcr.io/ggml-org/llama.cpp:server-cuda", True), ("lmsysorg/sglang:nightly-20260101", True)),
+        *(("vllm/vllm-openai:v0.12.0", False), (f"vllm@sha256:{'ab' * 32}", False)),
         *(("ghcr.io/ggml-org/llama.cpp:server-cuda-b7000", False), ("localhost:5000/vllm:v1", False)),
     ],
 )  # fmt: skip
