@@ -290,9 +290,9 @@ def test_the_command_names_the_new_folder_which_can_be_served(source: Path, tmp_
 def test_a_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "new"
     command = [sys.executable, "-m", "inferctl", "convert", str(source), str(target)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     until(lambda: list(tmp_path.glob(".new.*.partial")) or process.poll() is not None)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # also what converts for it, which would write on for a moment
     process.wait()
     assert not target.exists()
     (partial,) = tmp_path.glob(".new.*.partial")
