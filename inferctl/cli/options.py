@@ -148,7 +148,7 @@ def without_model(spec_file: Path | None, flags: dict[str, Any]) -> Spec:
     """Return the settings for a command that needs no model, also without a spec. Raises `UsageError`."""
     if not names_model(spec_file, flags):
         flags = {**flags, "model.source": "."}
-    return load(spec_file, flags).spec
+    return load(spec_file, flags, several=True).spec
 
 
 def names_model(spec_file: Path | None, flags: dict[str, Any]) -> bool:
@@ -172,8 +172,8 @@ def with_keys(found: Access) -> Access:
     return found if found.keys else found.model_copy(update={"keys": "keys.json"})
 
 
-def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
-    """Return the settings and print their warnings.
+def load(spec_file: Path | None, flags: dict[str, Any], *, several: bool = False) -> Resolved:
+    """Return the settings and print their warnings. `several`: whether the command takes a spec with `models`.
 
     `flags` maps dotted paths to values; None means absent. Flags override INFERCTL_* variables, which override the spec
     file, which overrides the defaults. With `--model`, the spec file may be absent. Raises `UsageError`.
@@ -184,6 +184,11 @@ def load(spec_file: Path | None, flags: dict[str, Any]) -> Resolved:
     )
     document = None if without_file else settings.read(path)
     resolved = settings.resolve(document, os.environ, flags, catalog.vocabulary())
+    if resolved.spec.models and not several:
+        names = ", ".join(one.name for one in resolved.spec.models)
+        raise UsageError(
+            f"{path} has several models ({names}), and this command takes one", "write a spec for one of them"
+        )
     for warning in resolved.warnings:
         console.warn(warning)
     return resolved

@@ -120,7 +120,7 @@ def resolve(
         if value is not None:
             _put(data, path, _from_text(value, known[path]) if path == "serve.aliases" else value)
             origins[path] = f"flag {flag(path)}"
-    for path in _PATHS:
+    for path in (*_PATHS, *_listed_sources(data)):
         if isinstance(value := _get(data, path), str) and value.startswith("~"):
             _put(data, path, str(Path(value).expanduser()))
     if "name" not in data and isinstance(source := _get(data, "model.source"), str):
@@ -135,7 +135,9 @@ def resolve(
         raise SpecError(file, sorted(problems, key=lambda problem: problem.line or 0)) from None
     if problems := _unknown_names(data, document, origins, vocabulary or {}):
         raise SpecError(file, problems)
-    written = {path: value for path, value in written.items() if not origins[path].startswith(("flag ", "env "))}
+    written = {
+        path: value for path, value in written.items() if not origins.get(path, "").startswith(("flag ", "env "))
+    }
     return Resolved(spec.written_as(written), file, origins, warnings)
 
 
@@ -171,7 +173,7 @@ def _make_relative(document: Document, data: dict[str, Any]) -> dict[str, str]:
     if folder.resolve() == Path.cwd():
         return {}
     written = {}
-    for path in (*_PATHS, *_NAMES_OR_FILES):
+    for path in (*_PATHS, *_NAMES_OR_FILES, *_listed_sources(data)):
         value = _get(data, path)
         items = value if isinstance(value, list) else [value]
         found = [_relative_to(folder, path, item) if isinstance(item, str) else item for item in items]
@@ -181,10 +183,22 @@ def _make_relative(document: Document, data: dict[str, Any]) -> dict[str, str]:
     return written
 
 
+def _listed_sources(data: dict[str, Any]) -> Iterator[str]:
+    """Yield the paths of the sources in lists: of `models`, and of adapters."""
+    models = data.get("models")
+    found = [f"models.{index}.model" for index in range(len(models))] if isinstance(models, list) else []
+    for model in ["model", *found]:
+        if model != "model":
+            yield f"{model}.source"
+        adapters = _get(data, f"{model}.adapters")
+        if isinstance(adapters, list):
+            yield from (f"{model}.adapters.{index}.source" for index in range(len(adapters)))
+
+
 def _relative_to(folder: Path, path: str, value: str) -> str:
     if value.startswith(("/", "~")) or (path == "access.keys" and is_address(value)):
         return value
-    if path == "model.source":
+    if path.endswith(".source"):
         local = not (re.fullmatch(HUB_ID, value) or value.startswith(IMAGE_SCHEME)) or (folder / value).is_dir()
     elif path in _NAMES_OR_FILES:
         local = value.endswith((".yaml", ".yml"))
@@ -259,17 +273,20 @@ def flag(path: str) -> str:
 
 def _get(data: Any, path: str) -> Any:
     for key in path.split("."):
-        if not isinstance(data, dict) or key not in data:
+        if isinstance(data, list) and key.isdecimal() and int(key) < len(data):
+            data = data[int(key)]
+        elif isinstance(data, dict) and key in data:
+            data = data[key]
+        else:
             return _ABSENT
-        data = data[key]
     return data
 
 
 def _put(data: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for key in parents:
-        inner = data.get(key)
-        if not isinstance(inner, dict):
+        inner: Any = data[int(key)] if isinstance(data, list) else data.get(key)
+        if not isinstance(inner, dict) and not (isinstance(inner, list) and inner and path.startswith("model")):
             inner = data[key] = {}
         data = inner
     data[last] = value
@@ -304,6 +321,8 @@ def _hint_for(kind: str, path: str, value: object) -> str | None:
         return f"use lower case, digits, '-' and '.', as in {slug(str(value))}"
     if path.startswith("serve.aliases."):
         return "use one word of letters, digits and ._:/@+-, as in text-embedding-3-small"
+    if kind == "one_or_several":
+        return "add it to `models`, or remove one of the two"
     return _HINTS.get(path) if kind in ("string_pattern_mismatch", "value_error", "count_or_auto") else None
 
 

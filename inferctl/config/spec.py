@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -72,6 +73,17 @@ _SETTING_OF_OPTION = {
 }
 
 
+class Adapter(Section):
+    """An adapter of PEFT (LoRA) on the model, which requests use by its name."""
+
+    name: ModelAlias = Field(description="Name of the adapter in the API.")
+    source: OneLine = Field(
+        description="Hub id, local folder with adapter_config.json and safetensors weights, or image of "
+        "`inferctl model push` (`oci://registry/name@sha256:...`)."
+    )
+    revision: Revision | None = Field(None, description="Commit of an adapter on a hub.")
+
+
 class Model(Section):
     """The model to serve, and how the container gets its weights."""
 
@@ -96,6 +108,9 @@ class Model(Section):
         description="`mount`: a volume at /model. `bake`: a layer of the image. "
         "`download`: the container downloads them when it starts.",
     )
+    adapters: list[Adapter] = Field(
+        default_factory=list, max_length=256, description="Generation: adapters on the model, each with a name."
+    )
 
     @model_validator(mode="after")
     def _downloaded_from_a_hub(self) -> Self:
@@ -113,8 +128,8 @@ class Model(Section):
         return self
 
 
-class Serve(Section):
-    """Settings of the server. Each one can be overridden when the server starts."""
+class ModelSettings(Section):
+    """Settings of the server that each of several models can have for itself."""
 
     precision: Precision = Field(
         "auto",
@@ -125,8 +140,6 @@ class Serve(Section):
         False,
         description="Not for generation: start also if a reduced precision is farther from fp32 than its limit.",
     )
-    host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
-    port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
     max_batch_tokens: int = Field(
         16384, ge=64, le=1_048_576, description="Maximum number of tokens in one forward pass."
     )
@@ -150,6 +163,13 @@ class Serve(Section):
         max_length=32,
         description="Further names that requests may use for the model, such as `text-embedding-3-small`.",
     )
+
+
+class Serve(ModelSettings):
+    """Settings of the server. Each one can be overridden when the server starts."""
+
+    host: OneLine = Field("127.0.0.1", description="Address to listen on. In a container always 0.0.0.0.")
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535, description="Port to listen on; 0 selects a free port.")
     api_processes: Literal["auto"] | Annotated[int, Field(ge=1, le=MOST_API_PROCESSES)] = Field(
         1,
         description="Processes for HTTP, parsing and tokenization, in addition to one for limits, queue and cache. "
@@ -261,13 +281,35 @@ class Slo(Section):
     )
 
 
+class NamedModel(Section):
+    """One of several encoder models that a server has. What `serve` and `slo` do not set is as for the whole server."""
+
+    name: Slug = Field(description="Name of the model in the API.")
+    model: Model
+    serve: ModelSettings = Field(default_factory=ModelSettings)  # type: ignore[arg-type]  # pydantic fills the defaults
+    slo: Slo = Field(default_factory=Slo)  # type: ignore[arg-type]
+    weight: float = Field(
+        1.0,
+        ge=0.01,
+        le=100,
+        description="Share of the device's time, relative to the other models, while several have requests.",
+    )
+
+
 class Spec(Section):
-    """One model container: the model, the server, the image, the target hardware and the SLO."""
+    """One container: the model or models, the server, the image, the target hardware and the SLO."""
 
     name: Slug = Field(
         description="Name of the model in the API and of the image: lower-case letters, digits, `-` and `.`."
     )
-    model: Model
+    models: list[NamedModel] = Field(
+        default_factory=list,
+        max_length=16,
+        description="In place of `model`: several models of tasks other than `generate` on one server, each with a "
+        "`name`, a `model`, and its own settings in `serve`, `slo` and `weight`.",
+    )
+    # None if there are `models`.
+    model: Model = Field(default_factory=lambda: None, validate_default=True)  # type: ignore[arg-type]
     serve: Serve = Field(default_factory=Serve)  # type: ignore[arg-type]  # pydantic fills the defaults
     image: Image = Field(default_factory=Image)  # type: ignore[arg-type]
     hardware: list[OneLine] = Field(
@@ -286,6 +328,45 @@ class Spec(Section):
         """Replace null, which YAML reads for `serve:` without content, with an empty section."""
         return {} if value is None else value
 
+    @field_validator("model", mode="wrap")
+    @classmethod
+    def _one_or_several(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        several = info.data.get("models", True)  # absent if they are not valid
+        if value is None:
+            if several:
+                return None
+            raise PydanticCustomError("missing", "Field required")
+        if several and several is not True:
+            raise PydanticCustomError("one_or_several", "must not be set beside `models`")
+        return validate(value)
+
+    @model_validator(mode="after")
+    def _different_names(self) -> Self:
+        names = [name for one in self.each() for name in one.names]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"several models or adapters are named {', '.join(repeated)}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The names that requests may use for the model, its own first, and those of its adapters."""
+        adapters = [adapter.name for adapter in self.model.adapters]
+        return [self.name, *self.serve.aliases, *adapters]
+
+    def each(self) -> list[Spec]:
+        """Return a spec of one model for each model. All of a spec that has one."""
+        if not self.models:
+            return [self]
+        found = []
+        for one in self.models:
+            own = {"serve": one.serve, "slo": one.slo}
+            merged = {
+                name: getattr(self, name).model_copy(update={key: getattr(of, key) for key in of.model_fields_set})
+                for name, of in own.items()
+            }
+            found.append(self.model_copy(update={"name": one.name, "model": one.model, "models": [], **merged}))
+        return found
+
     # Dotted path -> value in the file (JSON), for paths that `settings.py` made relative to the working directory.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -301,8 +382,11 @@ class Spec(Section):
         """
         data = self.model_dump(mode="json", exclude_defaults=True)
         for path, value in self._written.items():
-            section, _, key = path.rpartition(".")
-            if key in (inner := data.get(section, {}) if section else data):
+            *sections, key = path.split(".")
+            inner: Any = data
+            for section in sections:
+                inner = inner[int(section)] if isinstance(inner, list) else inner.get(section, {})
+            if key in inner:
                 inner[key] = json.loads(value)
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

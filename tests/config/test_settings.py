@@ -71,6 +71,21 @@ def test_a_file_that_is_not_a_mapping_is_an_error(text: str, line: int | None, w
         ("name: m\n", None, "model is missing", "--model"),
         ("name: m\nmodel:\n  source: ./here\n  weights: download\n", 2, "requires a hub id (org/name), not", ""),
         (f"{GOOD}  task: chat\n", 4, "'chat' is not one of auto, embed, rerank, classify, generate", ""),
+        (
+            f"{GOOD}models: [{{name: a, model: {{source: org/a}}}}]\n",
+            2,
+            "must not be set beside `models`",
+            "remove one",
+        ),
+        ("name: m\nmodels: [{name: a, model: {source: org/a, sauce: 1}}]\n", 2, "'sauce'", "source"),
+        *(
+            (f"name: m\nmodels:\n- {{name: a, model: {{source: org/a}}}}\n- {more}\n", None, "named a", "")
+            for more in (
+                "{name: a, model: {source: org/b}}",
+                "{name: b, model: {source: org/b}, serve: {aliases: [a]}}",
+                "{name: b, model: {source: org/b, adapters: [{name: a, source: org/c}]}}",
+            )
+        ),
         (f"{GOOD}slo: 5\n", 4, "slo: expected `key: value` lines, got 5", "known in slo: p99_ms, ttft_ms, itl_ms"),
         *((f"name: {name}\nmodel: {{source: org/m}}\n", 1, "not a valid name", "") for name in BAD_NAMES),
         (f"{GOOD}image: {{repository: Team/MiniLM}}", 4, "not a valid repository", ""),
@@ -118,6 +133,25 @@ def test_an_error_in_a_flag_or_variable_names_it_instead_of_a_line() -> None:
         None,
         "serve.aliases.0 (from --aliases): 'a b' is not a valid item of aliases",
     )
+
+
+def test_each_model_has_its_own_settings_and_else_those_of_the_server(tmp_path: Path) -> None:
+    text = """
+name: search
+models:
+  - {name: a, model: {source: ./a, adapters: [{name: c, source: ./c}]}, serve: {precision: fp32, aliases: [x]}}
+  - {name: b, model: {source: org/b}, slo: {p99_ms: 50}}
+serve: {precision: bf16, port: 1}
+slo: {p99_ms: 100}
+"""
+    found = settings.resolve(settings.parse(text, str(tmp_path / "inferctl.yaml")), {}, {}).spec
+    first, second = found.each()
+    assert (first.names, second.names) == (["a", "x", "c"], ["b"])
+    seen = [(one.model.source, one.serve.precision, one.serve.port, one.slo.p99_ms) for one in (first, second)]
+    assert seen == [(f"{tmp_path}/a", "fp32", 1, 100), ("org/b", "bf16", 1, 50)]
+    assert first.model.adapters[0].source == f"{tmp_path}/c"
+    assert spec.Spec.model_validate(found.model_dump(mode="json")) == found
+    assert found.digest() == settings.resolve(settings.parse(text), {}, {}).spec.digest()
 
 
 def test_lists_in_variables_are_separated_by_commas() -> None:
