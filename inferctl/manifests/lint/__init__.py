@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from inferctl.manifests.lint import (
-    access,
     gpu,
     images,
     life,
@@ -23,7 +22,7 @@ from inferctl.manifests.manifests_file import Located
 
 __all__ = ["LESSONS", "RULES", "Level", "LintContext", "LintFinding", "ModelFacts", "Rule", "lint", "unread"]
 
-MODULES = (access, gpu, images, life, observability, overflow, placement, ports, scaling, version)
+MODULES = (gpu, images, life, observability, overflow, placement, ports, scaling, version)
 # By id, in the order of `MODULES`.
 RULES = {each.id: each for module in MODULES for each in vars(module).values() if isinstance(each, Rule)}
 

@@ -41,22 +41,6 @@ def _metrics(autoscaler: Located) -> list[tuple[FieldPath, str]]:
 
 
 @rule(
-    "two-autoscalers",
-    "error",
-    "guardrails",
-    finds="two autoscalers of one workload (HPA and ScaledObject, or two of a kind)",
-    consequence="they set the number of replicas in turns, and the workload swings between both",
-    fix="keep one: a ScaledObject makes its own HPA, and can have several triggers",
-)
-def _two(manifests: Manifests) -> Iterator[Hit]:
-    for workload in manifests.workloads:
-        found = manifests.autoscalers_of(workload)
-        if len(found) > 1:
-            names = " and ".join(f"{each.kind} {each.name}" for each in found)
-            yield Hit(found[-1], ("spec", "scaleTargetRef"), f"{workload.object.name} is scaled by {names}")
-
-
-@rule(
     "replicas-and-autoscaler",
     "warning",
     "guardrails",
