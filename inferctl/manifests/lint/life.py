@@ -35,15 +35,11 @@ def _grace(manifests: Manifests) -> Iterator[Hit]:
         if grace == 0 and workload.is_model_server:
             yield Hit(workload.object, path, "with a grace period of 0 s, the server is killed at once")
             continue
-        facts = models.facts(manifests, workload) if workload.is_model_server else None
         for each in workload.containers:
             sleep, drain = _pre_stop(each), _drain(each)
-            measured = facts.drain_s if facts is not None and each.gpus else None
-            need = sleep + max(drain, measured or 0)
             # A hook that takes all of the period leaves nothing for the server; without one, only a drain counts.
-            if need > grace or (sleep and sleep >= grace):
-                source = "known drain" if (measured or 0) > drain else "drain"
-                parts = f"preStop {sleep:g} s + {source} {need - sleep:g} s"
+            if sleep + drain > grace or (sleep and sleep >= grace):
+                parts = f"preStop {sleep:g} s + drain {drain:g} s"
                 yield Hit(workload.object, path, f"{parts} of {each.name} exceed the grace period of {grace} s")
 
 
@@ -88,7 +84,7 @@ def _window(probe: Any) -> int:
 )
 def _startup(manifests: Manifests) -> Iterator[Hit]:
     for workload in manifests.model_servers:
-        load = _load_s(manifests, workload)
+        load = as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
         for each in workload.containers:
             startup, liveness = mapping(each.data, "startupProbe"), mapping(each.data, "livenessProbe")
             if not (each.gpus or load) or (not each.gpus and not _has_probe(each)):
@@ -102,14 +98,6 @@ def _startup(manifests: Manifests) -> Iterator[Hit]:
             elif load is None and window < _SHORT_START_S:
                 what = f"the {key} of {each.name} allows {window} s to load a model"
                 yield Hit(workload.object, (*each.path, key), what, level="warning")
-
-
-def _load_s(manifests: Manifests, workload: ManifestWorkload) -> float | None:
-    """Return how long a server loads its model, in seconds: by its receipt, else by its annotation."""
-    facts = models.facts(manifests, workload)
-    if facts is not None and facts.load_s is not None:
-        return facts.load_s
-    return as_float(get(workload.object.data, "metadata", "annotations", label_keys.LOAD))
 
 
 def _has_probe(container: ManifestContainer) -> bool:

@@ -233,34 +233,11 @@ class ManifestWorkload:
         return found
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What is known about one model on its hardware, for rules that need more than the manifests say. None: unknown.
-
-    `load_s`: seconds from start until ready. `drain_s`: seconds that accepted requests may need after SIGTERM.
-    `memory_bytes`: memory on the device. `name`: of its Deployment.
-    """
-
-    name: str
-    load_s: float | None = None
-    drain_s: float | None = None
-    memory_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class LintContext:
-    """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`."""
-
-    minor: int = OLDEST_SUPPORTED
-    models: tuple[ModelFacts, ...] = ()
-
-
 class Manifests:
-    """All objects of one lint run, and what else is known."""
+    """All objects of one lint run. `minor`: the version of Kubernetes is 1.`minor`."""
 
-    def __init__(self, objects: Sequence[Located], context: LintContext | None = None) -> None:
-        self.objects = list(objects)
-        self.context = context or LintContext()
+    def __init__(self, objects: Sequence[Located], minor: int = OLDEST_SUPPORTED) -> None:
+        self.objects, self.minor = list(objects), minor
 
     def of(self, *kinds: str) -> list[Located]:
         """Return the objects of these kinds."""

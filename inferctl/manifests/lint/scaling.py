@@ -209,12 +209,11 @@ def _may_start(pool: Located, server: ManifestWorkload) -> bool:
     fix="set behavior.scaleDown.stabilizationWindowSeconds to 300 or more (the default), at least one cold start",
 )
 def _window(manifests: Manifests) -> Iterator[Hit]:
-    cold = max((each.load_s or 0 for each in manifests.context.models), default=0)
     for each in manifests.autoscalers:
         prefix: FieldPath = ("spec",)
         if each.kind == "ScaledObject":
             prefix = ("spec", "advanced", "horizontalPodAutoscalerConfig")
         path = (*prefix, "behavior", "scaleDown", "stabilizationWindowSeconds")
         window = get(each.data, *path)
-        if isinstance(window, int) and window < max(60, cold):
+        if isinstance(window, int) and window < 60:
             yield Hit(each, path, f"the window is {window} s")

@@ -19,7 +19,6 @@ BAD = (
     "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\n"
     "spec:\n  containers:\n  - livenessProbe: {httpGet: {port: web}}\n    name: c\n    image: b:1\n"
 )
-EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "examples" / "kubernetes"
 WARNING = BAD.replace("web", "80") + "  volumes: [{name: tmp}]\n"
 
 
@@ -155,7 +154,8 @@ def test_overlays_may_be_in_groups(capsys: pytest.CaptureFixture[str], tmp_path:
         (["--lint", str(seeded.GOOD), "--kubernetes-version", "2.0"], "2.0"),
         (["--lint", str(seeded.GOOD), "--kubernetes-version", "1.99"], "'1.99' is not supported"),
         ([str(seeded.GOOD)], "is read only with --lint or --preview"),
-        (["--lint", str(seeded.GOOD), "--explain"], "--lint with another mode"),
+        (["--lint", str(seeded.GOOD), "--explain"], "--lint checks manifests only"),
+        (["--lint", str(seeded.GOOD), "--spec", "a.yaml"], "--lint checks manifests only"),
     ],
 )
 def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
@@ -175,20 +175,3 @@ def test_a_kustomize_tree_is_built_and_checked_overlay_by_overlay(
     # A file next to a tree belongs to each overlay, and its finding is shown once.
     code, out, _ = run(capsys, "--lint", str(tree), str(pod))
     assert code == 1 and out.count("[port-name-unknown]") == 1
-
-
-def test_specs_say_how_long_a_model_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    deployment = tmp_path / "deployment.yaml"
-    deployment.write_text(
-        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: embed-a100-half}\n"
-        "spec:\n  selector: {matchLabels: {a: b}}\n  template:\n    metadata: {labels: {a: b}}\n"
-        "    spec:\n      containers:\n      - name: server\n        image: inferctl:1\n"
-        "        resources: {limits: {nvidia.com/mig-3g.20gb: 1}}\n"
-        "        startupProbe: {periodSeconds: 1, failureThreshold: 5}\n"
-    )
-    code, out, _ = run(capsys, "--lint", str(deployment))
-    assert code == 0 and "warning [startup-too-short]" in out
-    code, out, err = run(capsys, "--lint", str(deployment), "-f", str(EXAMPLE / "embed.yaml"))
-    assert code == 1 and "error [startup-too-short]" in out
-    assert "allows 5 s, and its load takes" in out
-    assert "for Kubernetes 1.35\n" in err

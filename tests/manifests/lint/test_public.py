@@ -71,7 +71,7 @@ def parsed(name: str) -> list[dict[str, Any]]:
 
 def rules(objects: list[dict[str, Any]], minor: int = 35) -> dict[str, str]:
     """Return the findings by rule, each with what it says."""
-    found = lint.lint([Located(each) for each in objects], lint.LintContext(minor))
+    found = lint.lint([Located(each) for each in objects], minor)
     return {each.rule: each.what for each in found if each.level != "note"}
 
 
