@@ -139,17 +139,6 @@ class ManifestWorkload:
             return 1
         return self.group_size - (1 if get(self.object.data, *pod_templates.LEADER) and self.group_size > 1 else 0)
 
-    def selected_by(self, selector: Any) -> bool:
-        """Return whether a label selector selects its pods, also by labels that a controller adds to them."""
-        wanted = mapping(selector, "matchLabels")
-        leads = self.path == pod_templates.LEADER or not get(self.object.data, *pod_templates.LEADER)
-        added = {
-            key: value
-            for key, value in wanted.items()
-            if key not in self.labels and pod_templates.adds_label(self.object, key, value, leads=leads)
-        }
-        return selectors.matches(selector, self.labels | fields.text_map(added))
-
     @property
     def containers(self) -> list[ManifestContainer]:
         """The containers that run all the time: also init containers with `restartPolicy: Always`."""
@@ -323,9 +312,9 @@ class Manifests:
         return -(-most * 25 // 100) if surge is None else surge
 
     def selected(self, by: Located, selector: Any) -> Iterator[ManifestWorkload]:
-        """Yield the workloads in the namespace of `by` whose pods a label selector selects: none without one."""
+        """Yield the workloads in the namespace of `by` whose templates a label selector selects: none without one."""
         for each in self.workloads:
-            if same_namespace(by, each.object) and each.selected_by(selector):
+            if same_namespace(by, each.object) and selectors.matches(selector, each.labels):
                 yield each
 
     def behind(self, service: Located) -> list[ManifestWorkload]:

@@ -32,7 +32,7 @@ FINDINGS = {
     "kserve.yaml": set(),
     # The operator of Ray adds the port `metrics`.
     "ray.yaml": set(),
-    # 405 billion weights on two nodes with eight GPUs each. The labels of the Services come from the controller.
+    # 405 billion weights on two nodes with eight GPUs each.
     "leader-worker-set.yaml": {"gpu-toleration-missing"},
     # `-m` names a model: 70 billion weights of 4 bits.
     "llama-cpp.yaml": set(),
