@@ -25,20 +25,17 @@ FINDINGS = {
         "empty-dir-unbounded",
         "backlog-only",
     },
-    # A 70B model of Ollama has 4 bits per weight, and fits. `sku=gpu` is the taint of Azure. A volume without a source
+    # `sku=gpu` is the taint of Azure. A volume without a source
     # is an emptyDir.
     "ollama.yaml": {"empty-dir-unbounded"},
     # KServe makes the pods, and the lint says that it does not read them.
     "kserve.yaml": set(),
     # The operator of Ray adds the port `metrics`.
     "ray.yaml": set(),
-    # 405 billion weights on two nodes with eight GPUs each.
     "leader-worker-set.yaml": {"gpu-toleration-missing"},
-    # `-m` names a model: 70 billion weights of 4 bits.
     "llama-cpp.yaml": set(),
     # A monitor may have one port for each of its Services.
     "nim.yaml": set(),
-    # gpt-oss-120b is published in 4 bits, and fits.
     "sglang.yaml": {"surge-needs-gpu", "gpu-toleration-missing", "image-unpinned"},
     # The picker has the name of the pool in its arguments. It is no model server.
     "inference-gateway.yaml": {"surge-needs-gpu", "gpu-toleration-missing", "empty-dir-unbounded"},
