@@ -129,24 +129,6 @@ def test_the_name_of_the_port_of_a_probe_is_one_of_its_container(port: object, f
     assert ("port-name-unknown" in rules([item])) == found
 
 
-def test_memory_of_a_volume_counts_to_the_containers_that_mount_it() -> None:
-    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-    item = server(volumeMounts=mounts)
-    pod(item)["volumes"] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "70Gi"}}]
-    assert rules([item])["empty-dir-unbounded"] == ("emptyDir shm may have 70Gi in memory, and its containers 64Gi")
-    sidecar = {"name": "proxy", "image": "proxy:1", "resources": {"limits": {"memory": "8Gi"}}}
-    pod(item)["containers"].append(sidecar)
-    assert "empty-dir-unbounded" in rules([item])
-    sidecar["volumeMounts"] = mounts
-    assert "empty-dir-unbounded" not in rules([item])
-    # Without a limit, only the node limits the memory.
-    sidecar["resources"] = {}
-    pod(item)["volumes"][0]["emptyDir"]["sizeLimit"] = "700Gi"
-    assert "empty-dir-unbounded" not in rules([item])
-    pod(item)["resources"] = {"limits": {"memory": "64Gi"}}
-    assert "empty-dir-unbounded" in rules([item])
-
-
 def test_an_activity_of_the_gpu_is_no_load() -> None:
     target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "server"}
     metrics = [{"type": "Pods", "pods": {"metric": {"name": "DCGM_FI_PROF_GR_ENGINE_ACTIVE"}}}]
