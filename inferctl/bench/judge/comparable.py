@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from inferctl.core.errors import UsageError
-from inferctl.receipts import receipt, rejections
+from inferctl.receipts import receipt
 from inferctl.receipts.receipt import JsonObject, Receipt
 
 ALLOWABLE = ("precision", "hardware")
@@ -42,11 +42,8 @@ class ReceiptPair:
 
     @property
     def same_texts(self) -> bool:
-        """Return whether both quality checks used the same corpus, by its sha256, or by its name in older receipts."""
-        both = [side for side in (self.old, self.new) if side]
-        digests = {side.quality.get("corpus_sha256") for side in both}
-        names = {(side.data["plan"].get("quality") or {}).get("corpus") for side in both}
-        return len(names if None in digests else digests) == 1
+        """Return whether both quality checks used the same corpus, by its sha256."""
+        return len({side.quality.get("corpus_sha256") for side in (self.old, self.new) if side}) == 1
 
     @property
     def name(self) -> str:
@@ -111,7 +108,7 @@ def invalid_because(pair: ReceiptPair, allow: Sequence[str]) -> list[str]:
     reasons = [
         f"the {side} receipt is invalid: {'; '.join(found)}"
         for side, sealed in sides
-        if (found := rejections.invalid_because(sealed))
+        if (found := sealed.data["validity"]["reasons"])
     ]
     if "hardware" not in allow:
         reasons += hardware_differences(pair.old, pair.new)
@@ -150,10 +147,7 @@ def _schedule_difference(old: Receipt, new: Receipt) -> str:
         {**side.load, "task": side.task, "neighbours": side.data["plan"].get("neighbours") or 0} for side in (old, new)
     ]
     for load in loads:
-        # Older receipts have these, which do not change what is sent.
-        load.pop("remote_workers", None)
-        load.pop("master_port", None)
-        # It has no effect without a share of the capacity, and older receipts do not have it.
+        # It has no effect without a share of the capacity.
         if not load.get("capacity_percent"):
             load.pop("capacity_s", None)
         if requests := load.get("generation"):
