@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,11 +33,6 @@ class ReceiptPair:
             return False
         configurations = len(self.old.data["plan"].get("configurations") or ()) or 2
         return runs_interleaved(self.old.runs, self.new.runs, configurations)
-
-    @property
-    def stretched(self) -> bool:
-        """Return whether both alternated, but with more time within a repeat than `interleaved` allows."""
-        return self.new is not None and not self.interleaved and runs_interleaved(self.old.runs, self.new.runs, None)
 
     @property
     def same_texts(self) -> bool:
@@ -174,11 +168,11 @@ def _schedules(sealed: Receipt) -> dict[int, str]:
     return {0: whole} | {run["repeat"]: (run.get("workload") or {}).get("sha256") or whole for run in sealed.runs}
 
 
-def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], configurations: int | None = 2) -> bool:
+def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], configurations: int = 2) -> bool:
     """Return whether the runs of two receipts alternate, as in one benchmark of this number of `configurations`.
 
     This takes two repeats or more. Each repeat of both ends before the next begins, and its two runs follow each other
-    within the time that the benchmark needs. None as `configurations` sets no limit on that time.
+    within the time that the benchmark needs.
     """
     if not all(run.get("started") for run in (*old, *new)):
         return False
@@ -194,13 +188,13 @@ def runs_interleaved(old: Sequence[JsonObject], new: Sequence[JsonObject], confi
     )
 
 
-def _consecutive(block: Sequence[JsonObject], configurations: int | None) -> bool:
+def _consecutive(block: Sequence[JsonObject], configurations: int) -> bool:
     """Return whether a repeat has two runs, of which one followed the other.
 
     They did not overlap, and were not on different days, as in a benchmark that was interrupted.
     """
     lengths = [float(run["summary"].get("seconds") or 0) for run in block]
-    longest = math.inf if configurations is None else _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)
+    longest = _MAX_GAP_S + _MAX_RUN_FACTOR * configurations * max(lengths)
     return len(block) == 2 and lengths[0] <= (_started(block[1]) - _started(block[0])).total_seconds() <= longest
 
 
