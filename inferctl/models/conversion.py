@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +77,14 @@ def convert(source: Path, target: Path) -> None:
         if repeated := sorted(index.keys() & tensors.keys()):
             raise UsageError(f"{source} has {repeated[0]} in two files with weights", "download the model again")
         index |= dict.fromkeys(tensors, place.name)
-        _save(tensors, place)
+        save(tensors, place)
         tied |= dropped
         del tensors
     for file in folder.head_pickles:
         tensors, _ = _tensors(file, ties=False)
         place = target / file.stem / "model.safetensors"
         place.parent.mkdir()
-        _save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
+        save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
     for parent, index in indexes.items():
         _write_index(source / parent.relative_to(target), parent, index, tied)
     converted = {file.parent for file in pickles}
@@ -91,10 +92,10 @@ def convert(source: Path, target: Path) -> None:
     for file in folder.files():
         stale = file.parent in converted and file.name == "model.safetensors.index.json"  # its weights are not there
         if not stale and file != config and file.suffix != ".gguf" and file.name != "pytorch_model.bin.index.json":
-            _copy(file, target / file.relative_to(source))
+            copy(file, target / file.relative_to(source))
     if not (target / "tokenizer.json").is_file():
         _make_tokenizer(source, target)
-    _copy(config, target / "config.json")  # without it, a folder is no model
+    copy(config, target / "config.json")  # without it, a folder is no model
 
 
 def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
@@ -130,18 +131,19 @@ def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
         if inner.parts[0] == router["document"]:
             inner = inner.relative_to(router["document"])
         if inner.as_posix() not in ("config.json", "modules.json"):
-            _copy(file, target / inner)
+            copy(file, target / inner)
     (target / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
-    _copy(document / "config.json", target / "config.json")  # without it, a folder is no model
+    copy(document / "config.json", target / "config.json")  # without it, a folder is no model
 
 
-def _copy(file: Path, copy: Path) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
+def copy(file: Path, place: Path) -> None:
+    """Copy a file of a model to a place in a new folder."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     if untrusted.is_blob(file):  # which nobody changes
         with contextlib.suppress(OSError):  # another file system, or one without hard links
-            os.link(os.path.realpath(file), copy)
+            os.link(os.path.realpath(file), place)
             return
-    shutil.copyfile(file, copy)
+    shutil.copyfile(file, place)
 
 
 def import_libraries(source: Path) -> None:
@@ -153,7 +155,7 @@ def import_libraries(source: Path) -> None:
             importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise NotReadyError(
-            f"`inferctl convert` requires the package {error.name}, not installed", install_hint("serve")
+            f"writing a model requires the package {error.name}, not installed", install_hint("serve")
         ) from None
 
 
@@ -262,7 +264,8 @@ def _check_archive(file: Path) -> None:
         )
 
 
-def _save(tensors: dict[str, torch.Tensor], place: Path) -> None:
+def save(tensors: dict[str, torch.Tensor], place: Path) -> None:
+    """Write tensors to a safetensors file. Raises `UsageError`, and `OSError` of the disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -321,8 +324,11 @@ def _make_tokenizer(source: Path, target: Path) -> None:
         made.rename(target / "tokenizer.json")
 
 
-def main() -> int:
-    """Convert, write an error to stdout, and return the exit code."""
+def process(work: Callable[[Path, Path], None], inputs: Callable[[ModelFolder], list[Path]]) -> int:
+    """Run `work(source, target)` of the arguments, write an error to stdout, and return the exit code.
+
+    `inputs(folder)`: files of which one at a time is in memory, twice.
+    """
     channel = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not appear next to the error
     ctypes.CDLL(None).prctl(_SET_SIGNAL_OF_DEAD_PARENT, signal.SIGKILL)
@@ -331,8 +337,8 @@ def main() -> int:
         return 1
     try:
         import_libraries(source)
-        bound_memory(max((file.stat().st_size for file in ModelFolder(source).pickled), default=0))
-        convert(source, target)
+        bound_memory(max((file.stat().st_size for file in inputs(ModelFolder(source))), default=0))
+        work(source, target)
         return 0
     except InferctlError as error:
         found = error
@@ -340,7 +346,7 @@ def main() -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else (error.strerror or str(error)).lower()
         hint = "free disk space, or name a folder on another disk" if full else "name a folder that is writable"
-        found = NotReadyError(f"the converted model cannot be written: {what}", hint)
+        found = NotReadyError(f"the new model cannot be written: {what}", hint)
     except MemoryError:
         found = UsageError("the model needs more memory than its files explain", "do not use these files")
     message = {"message": found.message, "hint": found.hint, "exit_code": found.exit_code}
@@ -349,4 +355,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process(convert, lambda folder: folder.pickled))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
@@ -53,33 +53,38 @@ def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
     """
     folder = ModelFolder(source)
     total = folder.bytes + sum(file.stat().st_size for file in folder.pickled)
+    with new_folder(target, total, "conversion") as partial:
+        run(_PROGRAM, "conversion", source, partial, total, progress)
+    return model_folder.find(str(target))
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, total: int, work: str) -> Iterator[Path]:
+    """Yield a folder for a model of `total` bytes, which gets the name `target` at the end. `work`: for messages.
+
+    Raises `NotReadyError` for a full or read-only disk.
+    """
     try:
         with partial_folder(target) as partial:
-            _check_space(target.parent, total)
-            _run(source, partial, total, progress)
+            if (free := shutil.disk_usage(target.parent).free) < total:
+                raise NotReadyError(
+                    f"the disk is too full: the {work} needs {size(total)}, and {target.parent} has {size(free)}",
+                    "free disk space, or name a folder on another disk",
+                )
+            yield partial
             complete(partial, target)
-            progress(total, total)
     except OSError as error:
         raise NotReadyError(
             f"{target} cannot be written: {(error.strerror or str(error)).lower()}",
             "name a folder on a disk that is writable and has space",
         ) from None
-    return model_folder.find(str(target))
 
 
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    if (free := shutil.disk_usage(folder).free) < needed_bytes:
-        raise NotReadyError(
-            f"the disk is too full: the conversion needs {size(needed_bytes)}, and {folder} has {size(free)}",
-            "free disk space, or name a folder on another disk",
-        )
-
-
-def _run(source: Path, partial: Path, total: int, progress: Progress) -> None:
-    """Run the process, and report the bytes that it has written. Raises its error."""
+def run(program: str, work: str, source: Path, partial: Path, total: int, progress: Progress, *arguments: str) -> None:
+    """Run a process that writes a model, and report the bytes that it has written. Raises its error."""
     # `-P`: the current folder, which may be the model's, is not searched for modules.
     folders = [str(source.resolve()), str(partial.resolve())]
-    command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid())]
+    command = [sys.executable, "-P", "-m", program, *folders, str(os.getpid()), *arguments]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     limit_s = _START_S + total / _BYTES_PER_S
     deadline = time.monotonic() + limit_s
@@ -101,7 +106,7 @@ def _run(source: Path, partial: Path, total: int, progress: Progress) -> None:
                     process.wait(_POLL_S)
                 if time.monotonic() > deadline:
                     raise NotReadyError(
-                        f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
+                        f"the {work} of {source} did not end within {limit_s:.0f} s", "use a faster disk"
                     )
         finally:
             process.kill()
@@ -109,7 +114,9 @@ def _run(source: Path, partial: Path, total: int, progress: Progress) -> None:
         if process.returncode:
             stdout.seek(0)
             stderr.seek(0)
-            raise _error(source, process.returncode, stdout.read(), stderr.read()[-4000:].decode(errors="replace"))
+            last = stderr.read()[-4000:].decode(errors="replace")
+            raise _error(f"the {work} of {source}", process.returncode, stdout.read(), last)
+    progress(total, total)
 
 
 def _written(folder: Path) -> int:
@@ -119,7 +126,7 @@ def _written(folder: Path) -> int:
         return 0
 
 
-def _error(source: Path, code: int, stdout: bytes, stderr: str) -> InferctlError:
+def _error(work: str, code: int, stdout: bytes, stderr: str) -> InferctlError:
     """Return the error that the process wrote to stdout, or how it ended."""
     if stdout:
         found = json.loads(stdout)
@@ -128,6 +135,6 @@ def _error(source: Path, code: int, stdout: bytes, stderr: str) -> InferctlError
     lines = [line for line in stderr.splitlines() if line.strip()]
     how = f"signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
     return NotReadyError(
-        f"the conversion of {source} failed: {how}",
-        "if the machine is out of memory, convert the model on a larger one",
+        f"{work} failed: {how}",
+        "if the machine is out of memory, use a larger one",
     )

@@ -35,9 +35,10 @@ ALLOWED = {
 BENCH_ORDER = ["", "loadgen", "plan", "load", "judge", "measure", "report"]
 # Third-party package -> the only modules that may import it.
 ONLY_IN = {
-    "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
+    "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py", "models/merging.py"),
     "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "sentence_transformers": ("serve/reference.py",),
+    "peft": (),  # what inferctl computes of adapters is compared with it, so nothing may use it
     "docker": ("image/docker.py",),
     "huggingface_hub": ("models/hub.py",),
     "yaml": ("deploy/manifest.py", "core/document.py", "image/pin.py", "image/render.py"),
