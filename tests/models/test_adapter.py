@@ -1,0 +1,77 @@
+"""What of an adapter is read, and which adapters are refused before vLLM would ignore, or partly apply, them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from inferctl.core.errors import UsageError
+from inferctl.models import adapter
+from inferctl.models.adapter import Adapter, Slots
+from inferctl.models.model import ModelFolder
+from tests.models import adapters
+from tests.models.adapters import Edit, settings, write_adapter
+from tests.models.model_folders import LLAMA, write_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    shapes = {"model.embed_tokens.weight": [100, 32], "model.norm.weight": [32]}
+    for number in range(2):
+        sizes = {"self_attn.q_proj": [32, 32], "self_attn.v_proj": [16, 32], "mlp.down_proj": [32, 64]}
+        shapes |= {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
+    folder = write_model(tmp_path_factory.mktemp("base"), shapes)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "tokenizer.json").write_text("{}")
+    return ModelFolder(folder)
+
+
+def read(folder: Path, base: ModelFolder, edit: Edit = lambda *_: None) -> Adapter:
+    return adapter.read("mine", write_adapter(folder, base.path, edit), base)
+
+
+@pytest.mark.parametrize("case", adapters.WRONG)
+def test_an_adapter_that_is_not_applied_as_peft_does_is_refused(tmp_path: Path, base: ModelFolder, case: str) -> None:
+    edit, reason, _ = adapters.WRONG[case]
+    with pytest.raises(UsageError, match=reason) as refused:
+        read(tmp_path / "adapter", base, edit)
+    assert refused.value.message.startswith("adapter mine: ")
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("edit", "scale", "value_scale"),
+    [
+        (settings(), 2, 2),
+        (settings(use_rslora=True), 4, 4),
+        (settings(alpha_pattern={"v_proj": 4}), 2, 1),
+        (settings(alpha_pattern={r"^model.layers.0.self_attn.v_proj": 4, r"layers\.1\.self_attn.v_proj": 4}), 2, 1),
+        (settings(alpha_pattern={"proj": 4}), 2, 2),  # no whole name
+        (settings(target_modules=r"((.*)+)+_proj"), 2, 2),  # never run
+        (settings(target_modules="all-linear", init_lora_weights="gaussian", task_type=None), 2, 2),
+    ],
+)
+def test_rank_and_scale_are_those_of_peft(
+    tmp_path: Path, base: ModelFolder, edit: Edit, scale: float, value_scale: float
+) -> None:
+    found = read(tmp_path / "adapter", base, edit)
+    assert set(found.layers.values()) == {(4, scale), (4, value_scale)}
+    assert found.layers["model.layers.1.self_attn.v_proj"] == (4, value_scale)
+    assert len(found.layers) == 4
+    assert (found.rank, found.bytes) == (4, (found.path / adapters.WEIGHTS).stat().st_size)
+
+
+def test_new_weights_have_a_new_digest(tmp_path: Path, base: ModelFolder) -> None:
+    folders = [write_adapter(tmp_path / str(number), base.path, seed=number // 2) for number in range(3)]
+    first, same, other = (adapter.read("mine", folder, base).digest for folder in folders)
+    assert first == same != other
+
+
+def test_slots_have_the_next_rank_of_vllm_for_each_layer_and_both_uses_of_a_tied_table(
+    tmp_path: Path, base: ModelFolder
+) -> None:
+    slots = Slots.of([read(tmp_path / "adapter", base)] * 9)
+    assert slots == Slots(8, 8)
+    assert slots.numbers(base) == 8 * 8 * (2 * (32 + 32 + 16 + 32 + 32 + 64) + 2 * (100 + 32))
