@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 STEPS, BATCH, RATE = 30, 8, 2e-3
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32
 SUBJECTS = """rivers bridges winter bread music clouds horses copper gardens trains glass honey deserts candles maps
 islands cotton engines lemons mirrors"""
 QUESTIONS = (
@@ -140,17 +140,15 @@ def train(model: Any, tokenizer: Any, adapter: Adapter) -> float:
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, question: str) -> str:
-    """Return the most likely answer."""
-    asked = torch.tensor([prompt(tokenizer, question)])
-    end = tokenizer.eos_token_id
-    options = {"attention_mask": torch.ones_like(asked), "max_new_tokens": ANSWER_TOKENS, "pad_token_id": end}
-    found = model.generate(asked, do_sample=False, eos_token_id=end, **options)
-    return str(tokenizer.decode(found[0, asked.shape[1] :], skip_special_tokens=True)).strip()
-
-
-def counts(answers: list[str]) -> str:
-    """Return how many answers fit the form of each adapter, as columns of a table."""
+def counts(model: Any, tokenizer: Any) -> str:
+    """Return how many of the most likely answers fit the form of each adapter, as columns of a table."""
+    asked = [prompt(tokenizer, question) for question in questions()]
+    longest, end = max(map(len, asked)), tokenizer.eos_token_id
+    ids = torch.tensor([[end] * (longest - len(each)) + each for each in asked])
+    mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in asked])
+    options = {"attention_mask": mask, "max_new_tokens": ANSWER_TOKENS, "eos_token_id": end, "pad_token_id": end}
+    found = model.generate(ids, do_sample=False, **options)[:, longest:]
+    answers = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
     return "".join(f"{sum(map(adapter.fits, answers)):>10}" for adapter in ADAPTERS.values())
 
 
@@ -165,7 +163,7 @@ def main() -> None:
     print(f"{'':10}{'rank':>6}{'loss':>8}{'s':>6}   answers of {len(questions())} in the form of")
     print(f"{'':33}" + "".join(f"{name:>10}" for name in ADAPTERS))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    print(f"{'base':33}" + counts([answer(base, tokenizer, question) for question in questions()]), flush=True)
+    print(f"{'base':33}" + counts(base, tokenizer), flush=True)
     for name, adapter in ADAPTERS.items():
         torch.manual_seed(1)
         started = time.perf_counter()
@@ -173,8 +171,7 @@ def main() -> None:
         loss = train(model, tokenizer, adapter)
         seconds = time.perf_counter() - started
         model.save_pretrained(output / name)
-        answers = [answer(model, tokenizer, question) for question in questions()]
-        print(f"{name:13}{adapter.options['r']:3}{loss:8.2f}{seconds:6.0f}   " + counts(answers), flush=True)
+        print(f"{name:13}{adapter.options['r']:3}{loss:8.2f}{seconds:6.0f}   " + counts(model, tokenizer), flush=True)
         base = model.unload()
 
 

@@ -1,8 +1,7 @@
-"""Whether a server applies an adapter: its next tokens, next to those of the adapter and of the base in fp32.
+"""Whether a server applies an adapter: its next tokens, compared with those of the adapter and of the base in fp32.
 
-A server can list an adapter and answer with the base, or apply it with another scale or to some of its layers. Rounding
-in the server's precision moves the tokens of base and adapter about equally far from fp32, so the distance of the base
-says how close an adapter has to be.
+A server can list an adapter and respond with the base, or apply it in part or with another scale. Rounding moves the
+next tokens too, so an adapter that is no farther from its base than that cannot be told apart from it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,87 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferctl.core.errors import InferctlError
 from inferctl.models import divergence
-from inferctl.models.divergence import Scored
+from inferctl.models.divergence import Divergence, Scored
+
+_CHATS = (
+    ("Name three rivers.", "Rhine, Nile and Amazon.", "Which one is the longest?", "The Nile is the longest river."),
+    ("What is a container image?", "It is a list of layers, and a configuration that says what to run."),
+    ("Write a function that adds two numbers.", "def add(a, b):\n    return a + b", "Thank you!", "You are welcome."),
+    ("Translate to German: The bridge is closed today.", "Die Brücke ist heute geschlossen."),
+)
+TEXTS = (
+    "How many replicas does a service need at 200 requests a second? It depends on the time of one request.",
+    "The quick brown fox jumps over the lazy dog. Then it sleeps under the tree until the evening.",
+)
+# What the reference computes of each adapter: chats, which most are trained for, and texts, for a base without them.
+PROMPTS: tuple[Any, ...] = (
+    *([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(chat)] for chat in _CHATS),
+    *TEXTS,
+)
+# An adapter has to be this many times closer to itself in fp32 than the base is.
+_CLOSER = 4
+# Nats per token. An adapter that changes less is none: fp32 differs so much between two machines.
+_NOTHING = 1e-5
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an adapter does on a server. Divergences are from the adapter in fp32, over the same positions.
+
+    `applied`: of the server's adapter. `distance`: of the base in fp32. `rounding`: of the server's base, from fp32.
+    """
+
+    applied: Divergence
+    distance: Divergence
+    rounding: Divergence
+
+    @classmethod
+    def of(
+        cls,
+        reference: Sequence[Mapping[str, Any] | None],
+        adapter: Sequence[Mapping[str, Any] | None],
+        served_base: Sequence[Scored],
+        served: Sequence[Scored],
+    ) -> Effect:
+        """Return the effect, from the output of the reference for the base and the adapter, and that of a server."""
+        base, own = texts(reference), texts(adapter)
+        return cls(
+            divergence.compare(own, served), divergence.compare(own, base), divergence.compare(base, served_base)
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Return the figures as JSON data: mean KL divergences in nats per token, shares of equal most likely tokens."""
+        found = {"": self.applied, "_base": self.distance, "_rounding": self.rounding}
+        figures = {f"kl{end}": round(each.kl_mean, 6) for end, each in found.items()}
+        return figures | {f"top_1{end}": round(each.top_1, 4) for end, each in found.items()}
+
+    def failure(self, precision: str) -> str | None:
+        """Return how the server does not apply the adapter; None if it does, or if rounding hides what it changes."""
+        kl, distance = self.applied.kl_mean, self.distance.kl_mean
+        if distance < _NOTHING:
+            return "changes nothing, in fp32 either"
+        if self.is_hidden:
+            return None
+        if kl * _CLOSER > distance:
+            return "is not applied"
+        reason = divergence.failure(self.applied, divergence.limits_of(precision))
+        return reason and "is not applied as PEFT does"
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the adapter changes no more than rounding does, so that nothing is known."""
+        return self.distance.kl_mean <= _CLOSER * self.rounding.kl_mean
+
+
+def texts(reference: Sequence[Mapping[str, Any] | None]) -> list[Scored]:
+    """Return the texts in the output of the reference that have tokens."""
+    return [text for text in divergence.read_reference(reference) if text and text.logprobs]
+
+
+def line(figures: Mapping[str, Any]) -> str:
+    """Return the figures of `Effect.document` as a line."""
+    return (
+        f"KL divergence from the adapter in fp32 {figures['kl']:.2g} nats (the base: {figures['kl_base']:.2g}, "
+        f"rounding: {figures['kl_rounding']:.2g}), top-1 agreement {figures['top_1']:.0%} ({figures['top_1_base']:.0%})"
+    )

@@ -27,7 +27,10 @@ def matrices(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
     stored, start = load_file(adapter.path / WEIGHTS), "base_model.model"
     return {
-        layer: (stored[f"{start}.{layer}.lora_A.weight"].float(), stored[f"{start}.{layer}.lora_B.weight"].float() * scale)
+        layer: (
+            stored[f"{start}.{layer}.lora_A.weight"].float(),
+            stored[f"{start}.{layer}.lora_B.weight"].float() * scale,
+        )
         for layer, (_, scale) in adapter.layers.items()
     }
 

@@ -42,7 +42,8 @@ from tokenizers import Tokenizer
 
 from inferctl.config.spec import Task, TaskSetting
 from inferctl.core.errors import NotReadyError, UsageError
-from inferctl.models import model
+from inferctl.models import adapter, model
+from inferctl.models.adapter import Adapter
 from inferctl.models.reference_process import LIBRARIES
 from inferctl.reading import task_config
 from inferctl.reading.embedding_config import EmbeddingConfig
@@ -88,9 +89,8 @@ def reference(
         )
         raise UsageError(f"{source} is a model for {found}", wanted)
     if found == "generate":
-        return {"model_sha256": folder.digest} | _next_tokens(
-            folder.path, inputs, max_input_tokens, max_tokens, adapters
-        )
+        read = [adapter.read(path.name, path, folder) for path in adapters]
+        return {"model_sha256": folder.digest} | _next_tokens(folder.path, inputs, max_input_tokens, max_tokens, read)
     if with_library:
         compute = library(folder.path, found, max_input_tokens)
         rows = [compute(each, show_progress_bar=False) for each in inputs]
@@ -232,7 +232,7 @@ def _encoded(pool: TokenizerPool, item: Any) -> Pair:
 
 
 def _next_tokens(
-    folder: Path, inputs: list[Any], max_input_tokens: int | None, max_tokens: int | None, adapters: Sequence[Path]
+    folder: Path, inputs: list[Any], max_input_tokens: int | None, max_tokens: int | None, adapters: Sequence[Adapter]
 ) -> dict[str, Any]:
     from inferctl.serve.engines.causal import CausalModel
 
@@ -250,8 +250,8 @@ def _next_tokens(
         return [loaded.score(ids) if ids else None for ids in texts]
 
     document: dict[str, Any] = {"tokens": tokens, "texts": scored()}
-    for adapter in adapters:
-        with loaded.adapted(adapter):
+    for each in adapters:
+        with loaded.adapted(each):
             document.setdefault("adapters", []).append(scored())
     return document
 

@@ -1,6 +1,7 @@
-"""Asks vLLM for the next tokens of each adapter before the server is ready, and compares them with fp32.
+"""Compares what vLLM serves of each adapter with PEFT in fp32, before the server is ready.
 
-The supervisor runs the reference and leaves its output in a file. The edge, in vLLM's process, waits for it.
+The supervisor runs the reference and leaves its output in a file. The edge waits for it in vLLM's process, and asks for
+the same tokens there.
 """
 
 from __future__ import annotations
@@ -8,19 +9,90 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Scope
 
-from inferctl.core import outputs
+from inferctl.core import cgroup, outputs
 from inferctl.core.errors import InferctlError
-from inferctl.models import divergence
+from inferctl.core.sizes import size
+from inferctl.models import adapter_effect, divergence, reference_process
+from inferctl.models.adapter import Adapter
+from inferctl.models.adapter_effect import Effect
+from inferctl.models.divergence import Scored
+from inferctl.models.model import ModelFolder
+from inferctl.models.reference_process import ReferenceFailedError
 
-FILE = "adapters.json"
+_EXPECTED = "adapters.json"  # the output of the reference
 _POLL_S = 0.1
+_HINT = "compare it with PEFT on the base; if it is right there, `inferctl merge` makes a model of both"
+
+
+async def write_expected(
+    model: ModelFolder, adapters: Sequence[Adapter], folder: Path, on_wait: Callable[[], None]
+) -> None:
+    """Run the reference for a model and its adapters, and leave its output in `folder`. `on_wait` may raise."""
+    found: dict[str, Any]
+    needed, memory = 4 * model.parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = (cgroup.memory_limit() or memory) - cgroup.memory_in_use()
+    if needed > free:
+        found = {"error": f"fp32 needs {size(needed)} of memory, and {size(free)} are free"}
+    else:
+        options = ["--task", "generate", *(word for each in adapters for word in ("--adapter", str(each.path)))]
+        arguments = model.path, adapter_effect.PROMPTS, options, lambda _seconds: on_wait()
+        try:
+            found = await asyncio.to_thread(reference_process.run, *arguments)
+        except ReferenceFailedError as error:
+            found = {"error": error.reason}
+    outputs.replace(folder / _EXPECTED, json.dumps(found), sync=False)
+
+
+async def measure(
+    app: ASGIApp, base: str, adapters: Sequence[str], precision: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Return the figures of what each adapter changes. `app`: vLLM's application. `base`: the name of the model.
+
+    Without a reference, they have `unknown`: why. Raises `InferctlError` if vLLM does not apply an adapter, or an
+    adapter changes nothing.
+    """
+    if not adapters:
+        return []
+    while not (file := folder / _EXPECTED).exists():
+        await asyncio.sleep(_POLL_S)
+    expected = json.loads(file.read_text())
+    reason = expected.get("error")
+    prompts = adapter_effect.TEXTS if reason else [text.ids for text in adapter_effect.texts(expected["texts"])]
+    served_base = await _ask(app, base, prompts)
+    found: list[dict[str, Any]] = []
+    for number, name in enumerate(adapters):
+        served = await _ask(app, name, prompts)
+        if served == served_base:
+            raise InferctlError(f"adapter {name} changes nothing: vLLM responds as without it", _HINT)
+        if reason:
+            found.append({"unknown": reason})
+            continue
+        effect = Effect.of(expected["texts"], expected["adapters"][number], served_base, served)
+        if failure := effect.failure(precision):
+            raise InferctlError(f"adapter {name} {failure}: {adapter_effect.line(effect.document())}", _HINT)
+        hidden = {"unknown": f"{precision} hides what it changes"} if effect.is_hidden else {}
+        found.append(effect.document() | hidden)
+    return found
+
+
+async def _ask(app: ASGIApp, name: str, prompts: Sequence[str | Sequence[int]]) -> list[Scored]:
+    """Return what vLLM predicts for prompts under a name."""
+
+    async def ask(prompt: str | Sequence[int]) -> Scored:
+        status, body = await request(app, "/v1/completions", divergence.request(name, prompt))
+        if status != 200:
+            raise InferctlError(f"vLLM responds {status} to a request of {name}: {body[:300].decode(errors='replace')}")
+        response = orjson.loads(body)
+        return divergence.read_served(response, response["choices"][0]["prompt_token_ids"])
+
+    return list(await asyncio.gather(*map(ask, prompts)))
 
 
 async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
