@@ -74,7 +74,7 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 # Number format -> bytes of a number, and the bits of its exponent: all are set in infinity and NaN.
 _FORMATS = {"F32": (4, 0x7F80_0000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
-_MERGE = "train it without, or merge it into a copy of the model with `merge_and_unload` of PEFT"
+MERGE = "train it without, or merge it into a copy of the model with `merge_and_unload` of PEFT"
 _SAVE = "save it with `save_pretrained` of PEFT, from the model that it was trained on"
 
 
@@ -169,10 +169,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
     """Raise `UsageError` for a kind of adapter that vLLM does not compute, or a wrong field."""
     for key, value in config.items():
         if value and value != "none" and key not in _READ.split():
-            _refuse(f"its {CONFIG} sets {shown(key)}: {shown(value)}, which vLLM does not apply", _MERGE)
+            _refuse(f"its {CONFIG} sets {shown(key)}: {shown(value)}, which vLLM does not apply", MERGE)
     for key, is_valid, required in _FIELDS:
         if not is_valid(value := config.get(key)):
-            _refuse(f"its {key} is {shown(value)}, not {required}", _MERGE)
+            _refuse(f"its {key} is {shown(value)}, not {required}", MERGE)
 
 
 def _match(
@@ -180,22 +180,22 @@ def _match(
 ) -> dict[str, tuple[int, float]]:
     """Return rank and scale by layer. Raises `UsageError` unless each tensor is one of two of a layer of the base."""
     linear, targets = _linear_layers(base), config["target_modules"]  # a pattern is not run: the tensors say it
-    ranks, alphas = (_Patterns(config, key, of) for key, of in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")))
+    rank_of, alpha_of = _by_layer(config, "rank_pattern", "r"), _by_layer(config, "alpha_pattern", "lora_alpha")
     found: dict[str, tuple[int, float]] = {}
     parts: dict[str, str] = {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
-            _refuse(f"its tensor {shown(name)} is not {_PREFIX}LAYER.lora_A.weight or lora_B.weight", _MERGE)
+            _refuse(f"its tensor {shown(name)} is not {_PREFIX}LAYER.lora_A.weight or lora_B.weight", MERGE)
         layer, part = match[1], match[2]
         if layer not in linear:
             example = next((known for known in linear if known.endswith(layer.rpartition(".")[2])), "other names")
             _refuse(f"the base has no linear layer {shown(layer)}: it has {example}", "use it on its own base")
         if not _in_block(layer) or _OF_ENCODER.search(layer):
-            _refuse(f"{layer} is no layer of the decoder's blocks, so vLLM may not apply it", _MERGE)
+            _refuse(f"{layer} is no layer of the decoder's blocks, so vLLM may not apply it", MERGE)
         if isinstance(targets, list) and not any(f".{layer}".endswith(f".{target}") for target in targets):
             _refuse(f"its {CONFIG} leaves out {layer}, which has tensors: vLLM applies them, and PEFT does not", _SAVE)
-        rank, (outputs, inputs) = ranks.of(layer), linear[layer]
+        rank, (outputs, inputs) = rank_of(layer), linear[layer]
         wanted = [rank, inputs] if part == "A" else [outputs, rank]
         if tensor["shape"] != wanted:
             why = f"has the shape {shown(tensor['shape'])}, and rank {rank} on the base's {layer} requires {wanted}"
@@ -203,7 +203,7 @@ def _match(
         if tensor["dtype"] not in _FORMATS:
             _refuse(f"its numbers have the format {shown(tensor['dtype'])}", f"save it as one of {', '.join(_FORMATS)}")
         parts[layer] = parts.get(layer, "") + part
-        found[layer] = rank, alphas.of(layer) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        found[layer] = rank, alpha_of(layer) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if single := next((layer for layer, both in parts.items() if len(both) < 2), None):
         _refuse(f"it has lora_{parts[single]} without the other matrix for {single}", _SAVE)
     if not found:
@@ -211,16 +211,11 @@ def _match(
     return found
 
 
-class _Patterns:
-    """A setting of an adapter by layer: the first pattern that matches the end of the layer's name, as PEFT has it."""
-
-    def __init__(self, config: Mapping[str, Any], key: str, default: str) -> None:
-        patterns: Mapping[str, Any] = config.get(key) or {}
-        self._patterns = [(re.compile(rf"(?:.*\.)?(?:{each})$"), value) for each, value in patterns.items()]
-        self._default = config[default]
-
-    def of(self, layer: str) -> Any:
-        return next((value for pattern, value in self._patterns if pattern.match(layer)), self._default)
+def _by_layer(config: Mapping[str, Any], key: str, default: str) -> Callable[[str], Any]:
+    """Return what gives the value of a layer: that of the first pattern for the end of its name, as PEFT has it."""
+    values: Mapping[str, Any] = config.get(key) or {}
+    patterns = [(re.compile(rf"(?:.*\.)?(?:{each})$"), value) for each, value in values.items()]
+    return lambda layer: next((value for pattern, value in patterns if pattern.match(layer)), config[default])
 
 
 def _check_numbers(file: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:

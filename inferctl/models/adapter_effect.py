@@ -69,7 +69,7 @@ class Effect:
         """Return how the server does not apply the adapter; None if it does, or if rounding hides what it changes."""
         kl, distance = self.applied.kl_mean, self.distance.kl_mean
         if distance < _NOTHING:
-            return "changes nothing, in fp32 either"
+            return "changes nothing, nor in fp32"
         if self.is_hidden:
             return None
         if kl * _CLOSER > distance:
@@ -89,8 +89,14 @@ def texts(reference: Sequence[Mapping[str, Any] | None]) -> list[Scored]:
 
 
 def line(figures: Mapping[str, Any]) -> str:
-    """Return the figures of `Effect.document` as a line."""
+    """Return the figures of `Effect.document`, or why they are `unknown`, as a line."""
+    unknown = f"not compared: {figures['unknown']}" if "unknown" in figures else "applied"
     return (
-        f"KL divergence from the adapter in fp32 {figures['kl']:.2g} nats (the base: {figures['kl_base']:.2g}, "
-        f"rounding: {figures['kl_rounding']:.2g}), top-1 agreement {figures['top_1']:.0%} ({figures['top_1_base']:.0%})"
+        unknown
+        if "kl" not in figures
+        else (
+            f"{unknown}; KL divergence from the adapter in fp32 {figures['kl']:.2g} nats (the base: "
+            f"{figures['kl_base']:.2g}, rounding: {figures['kl_rounding']:.2g}), top-1 agreement {figures['top_1']:.0%} "
+            f"({figures['top_1_base']:.0%})"
+        )
     )

@@ -48,7 +48,7 @@ class ServerLifetime(ABC):
         self._spec, self._options, self._notify, self._progress = spec, options, notify, progress
         self._started = time.monotonic()
         self._relay = relay_process.start(spec, notify)
-        models, log, traces = (spec.name, spec.model.source), options.log, options.traces
+        models, log, traces = (*spec.names, spec.model.source), options.log, options.traces
         recording = spec.metering if records else spec.metering.model_copy(update={"mode": "off"})
         self._setup = setup = EdgeSetup(
             spec.name, models, task, spec.access, recording, self._ready, self._live, log=log, traces=traces

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inferctl.models import model
+from tests.models.model_folders import LLAMA, write_model
 
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
@@ -45,6 +46,18 @@ def write_adapter(folder: Path, base: Path, edit: Edit = lambda *_: None, seed: 
         (folder / "adapter_config.json").write_text(json.dumps(config))
     if not list(folder.glob("adapter_model.*")):
         save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def write_base(folder: Path) -> Path:
+    """Write a decoder of two layers, which nothing can compute."""
+    shapes = {"model.embed_tokens.weight": [100, 32], "model.norm.weight": [32]}
+    for number in range(2):
+        sizes = {"self_attn.q_proj": [32, 32], "self_attn.v_proj": [16, 32], "mlp.down_proj": [32, 64]}
+        shapes |= {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
+    write_model(folder, shapes)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "tokenizer.json").write_text("{}")
     return folder
 
 
@@ -144,7 +157,7 @@ WRONG: dict[str, tuple[Edit, str, bool | None]] = {
     "a scale of zero": (settings(lora_alpha=0), "lora_alpha", True),
     "NaN": (changed(nan, "A.weight"), "NaN", True),
     "integers": (changed(lambda each: each.astype("int8")), "I8", True),
-    "no tensors": (lambda _config, tensors, _folder: tensors.clear(), "has no tensors", True),
+    "no tensors": (lambda _config, tensors, _folder: tensors.clear(), "has no tensors", False),
     "an output layer": (added("lm_head.lora_A.weight", 4, 4), "lm_head", False),
     "A without B": (removed("layers.0.self_attn.q_proj.lora_B.weight"), "without the other matrix", False),
     "DoRA": (added(f"{Q}.lora_magnitude_vector", 4, use_dora=True), "use_dora", False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,12 @@ from inferctl.models import adapter
 from inferctl.models.adapter import Adapter, Slots
 from inferctl.models.model import ModelFolder
 from tests.models import adapters
-from tests.models.adapters import Edit, settings, write_adapter
-from tests.models.model_folders import LLAMA, write_model
+from tests.models.adapters import Edit, settings, write_adapter, write_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    shapes = {"model.embed_tokens.weight": [100, 32], "model.norm.weight": [32]}
-    for number in range(2):
-        sizes = {"self_attn.q_proj": [32, 32], "self_attn.v_proj": [16, 32], "mlp.down_proj": [32, 64]}
-        shapes |= {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
-    folder = write_model(tmp_path_factory.mktemp("base"), shapes)
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    (folder / "tokenizer.json").write_text("{}")
-    return ModelFolder(folder)
+    return ModelFolder(write_base(tmp_path_factory.mktemp("base")))
 
 
 def read(folder: Path, base: ModelFolder, edit: Edit = lambda *_: None) -> Adapter:

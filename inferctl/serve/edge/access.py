@@ -70,7 +70,7 @@ class EdgeAccess:
         shared = self._proxies or (self._table and self._table.shared)
         bulk = context.caller.bulk or key.priority == "bulk"
         context.caller = Caller(key.id, self._limits_of(key), key.id if shared else None, bulk)
-        context.team = key.team
+        context.key = key
         if page and not key.admin:
             raise _forbidden(f"read {scope['path']}; create one with `--admin`, or set `access.open`")
         if key.models is not None and self._names.isdisjoint(key.models):

@@ -32,9 +32,14 @@ _HINT = "compare it with PEFT on the base; if it is right there, `inferctl merge
 
 
 async def write_expected(
-    model: ModelFolder, adapters: Sequence[Adapter], folder: Path, on_wait: Callable[[], None]
+    model: ModelFolder, adapters: Sequence[Adapter], folder: Path, stopped: Callable[[], bool]
 ) -> None:
-    """Run the reference for a model and its adapters, and leave its output in `folder`. `on_wait` may raise."""
+    """Run the reference for a model and its adapters until `stopped()`, and leave its output in `folder`."""
+
+    def check(_seconds: float) -> None:
+        if stopped():
+            raise ReferenceFailedError("the server stops")
+
     found: dict[str, Any]
     needed, memory = 4 * model.parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = (cgroup.memory_limit() or memory) - cgroup.memory_in_use()
@@ -42,9 +47,10 @@ async def write_expected(
         found = {"error": f"fp32 needs {size(needed)} of memory, and {size(free)} are free"}
     else:
         options = ["--task", "generate", *(word for each in adapters for word in ("--adapter", str(each.path)))]
-        arguments = model.path, adapter_effect.PROMPTS, options, lambda _seconds: on_wait()
         try:
-            found = await asyncio.to_thread(reference_process.run, *arguments)
+            found = await asyncio.to_thread(
+                reference_process.run, model.path, adapter_effect.PROMPTS, options, on_wait=check
+            )
         except ReferenceFailedError as error:
             found = {"error": error.reason}
     outputs.replace(folder / _EXPECTED, json.dumps(found), sync=False)

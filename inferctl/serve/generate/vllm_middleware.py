@@ -27,6 +27,7 @@ from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Pages
 from inferctl.serve.edge_setup import EdgeSetup
 from inferctl.serve.generate import adapter_probe, control, generation_app
+from inferctl.serve.generate.model_names import ModelNames
 from inferctl.serve.observe import logs
 from inferctl.serve.observe.metrics import RequestMetrics
 from inferctl.tenancy.access.limits import Limiter
@@ -93,9 +94,10 @@ class _EdgeServer:
             lambda: _waiting() * metrics.size.mean, _waiting, lambda: self._generation.running, estimated=True
         )
         keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
+        source = settings.info["model"]["source"]
         setup = EdgeSetup(
             settings.name,
-            settings.models,
+            [*settings.models, source, *settings.adapters],
             "generate",
             keys,
             recording,
@@ -114,9 +116,9 @@ class _EdgeServer:
         sequences = limits["max_sequences"]
         self._generation = generation_app.GenerationApp(
             app,
+            ModelNames(settings.models, source, settings.adapters, limits["max_context_tokens"]),
             self._check,
             lambda: self._edge.stopped,
-            limits["max_context_tokens"],
             sequences,
             charges,
             metrics.offer_body,
