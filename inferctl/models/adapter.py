@@ -14,13 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from inferctl.core.errors import UsageError, shown
 from inferctl.models import model as model_folder
 from inferctl.models import untrusted
 from inferctl.models.model import ModelFolder
 
+T = TypeVar("T")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER = "tokenizer.json"
 # What vLLM accepts as `--max-lora-rank` (`config/lora.py`).
@@ -30,52 +33,39 @@ MOST_AT_ONCE = 8
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight")
 _MAX_HEADER_BYTES = 32 * 2**20
-_MAX_PATTERNS = 4096
-# Words, dots and alternatives: what PEFT writes. It and vLLM run patterns as regular expressions on each layer's name.
-_PATTERN = re.compile(r"\^?(?:[\w|.]|\\\.){1,500}")
 # Layers of the encoder of a multimodal model, which vLLM gives no adapter unless it is told to.
 _OF_ENCODER = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|multi_modal|mm_|speech)\w*\.")
-# Fields that change nothing of a trained adapter, or that are checked.
-_READ = (
-    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r lora_alpha "
-    "lora_dropout target_modules rank_pattern alpha_pattern use_rslora init_lora_weights loftq_config eva_config "
+# Fields that change nothing of a trained adapter.
+_HARMLESS = (
+    "auto_mapping base_model_name_or_path revision inference_mode peft_version lora_dropout loftq_config eva_config "
     "corda_config lora_ga_config qalora_group_size megatron_config megatron_core runtime_config"
-)
-# Values of `init_lora_weights` that change only where the training starts. Others change the weights of the base.
-_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value <= RANKS[-1]
-
-
-def _is_scale(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < abs(value) < 1e6
-
-
-def _are_patterns(values: Any, is_valid: Callable[[Any], bool]) -> bool:
-    return values is None or (
-        isinstance(values, dict)
-        and len(values) <= _MAX_PATTERNS
-        and all(_PATTERN.fullmatch(pattern) and is_valid(value) for pattern, value in values.items())
-    )
-
-
-_PATTERNS = "a table of layer names without wildcards and their values"
-_FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("peft_type", lambda value: value == "LORA", "LORA, for which vLLM takes each adapter"),
-    ("task_type", lambda value: value in (None, "CAUSAL_LM"), "CAUSAL_LM: it is not for generation"),
-    ("init_lora_weights", lambda value: value in _INITS, "one that leaves the weights of the base as they are"),
-    ("r", _is_rank, f"a rank from 1 to {RANKS[-1]}"),
-    ("lora_alpha", _is_scale, "a number other than 0"),
-    ("target_modules", lambda value: value and isinstance(value, str | list), "names of layers"),
-    ("rank_pattern", lambda value: _are_patterns(value, _is_rank), _PATTERNS),
-    ("alpha_pattern", lambda value: _are_patterns(value, _is_scale), _PATTERNS),
 )
 # Number format -> bytes of a number, and the bits of its exponent: all are set in infinity and NaN.
 _FORMATS = {"F32": (4, 0x7F80_0000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
 MERGE = "train it without, or merge it into a copy of the model with `merge_and_unload` of PEFT"
 _SAVE = "save it with `save_pretrained` of PEFT, from the model that it was trained on"
+
+
+_Rank = Annotated[int, Field(ge=1, le=RANKS[-1])]
+_Scale = Annotated[float, Field(gt=0, lt=1e6)]
+# Words, dots and alternatives: what PEFT writes. It and vLLM run patterns as regular expressions on each layer's name.
+_Pattern = Annotated[str, Field(pattern=r"^\^?(?:[A-Za-z0-9_|.]|\\\.)+$", max_length=500)]
+
+
+class _Config(BaseModel):
+    """What of `adapter_config.json` changes what an adapter computes, as far as vLLM computes it too."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    peft_type: Literal["LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    r: _Rank
+    lora_alpha: _Scale
+    target_modules: Annotated[list[str] | str, Field(min_length=1)]
+    rank_pattern: Annotated[dict[_Pattern, _Rank], Field(max_length=4096)] | None = None
+    alpha_pattern: Annotated[dict[_Pattern, _Scale], Field(max_length=4096)] | None = None
+    use_rslora: bool = False
+    # Those that change only where the training starts. Others change the weights of the base.
+    init_lora_weights: Literal[None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"] = None
 
 
 @dataclass(frozen=True)
@@ -148,12 +138,10 @@ def read(name: str, folder: Path, base: ModelFolder) -> Adapter:
 
 
 def _read(name: str, folder: Path, base: ModelFolder) -> Adapter:
-    untrusted.check(folder, [file for file in map(folder.joinpath, (CONFIG, WEIGHTS)) if os.path.lexists(file)])
-    config = untrusted.read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        _refuse(f"{CONFIG} is not a JSON object", _SAVE)
-    _check_config(config)
     file = folder / WEIGHTS
+    untrusted.check(folder, [each for each in (folder / CONFIG, file) if os.path.lexists(each)])
+    found = untrusted.read_json(folder / CONFIG)
+    config = _checked(found)
     if not file.is_file():
         pickles = [each.name for each in folder.glob("adapter_model.*") if each.suffix in (".bin", ".pt")]
         also = f", only {pickles[0]}: a pickle, which can run code when it is loaded" if pickles else ""
@@ -162,25 +150,31 @@ def _read(name: str, folder: Path, base: ModelFolder) -> Adapter:
     layers = _match(tensors, config, base)
     _check_numbers(file, tensors)
     _check_tokens(folder, base.path)
-    return Adapter(name, folder, config, layers)
+    return Adapter(name, folder, found, layers)
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for a kind of adapter that vLLM does not compute, or a wrong field."""
-    for key, value in config.items():
-        if value and value != "none" and key not in _READ.split():
+def _checked(found: Any) -> _Config:
+    """Return a configuration. Raises `UsageError` for a kind of adapter that vLLM does not compute, or a wrong field."""
+    try:
+        config = _Config.model_validate(found)
+    except ValidationError as error:
+        field, message = error.errors()[0]["loc"][:1], error.errors()[0]["msg"]
+        _refuse(
+            f"its {field[0]} is {shown(found.get(field[0]))}: {message}" if field else f"{CONFIG}: {message}", MERGE
+        )
+    for key, value in (config.model_extra or {}).items():
+        if value and value != "none" and key not in _HARMLESS.split():
             _refuse(f"its {CONFIG} sets {shown(key)}: {shown(value)}, which vLLM does not apply", MERGE)
-    for key, is_valid, required in _FIELDS:
-        if not is_valid(value := config.get(key)):
-            _refuse(f"its {key} is {shown(value)}, not {required}", MERGE)
+    return config
 
 
 def _match(
-    tensors: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], base: ModelFolder
+    tensors: Mapping[str, Mapping[str, Any]], config: _Config, base: ModelFolder
 ) -> dict[str, tuple[int, float]]:
     """Return rank and scale by layer. Raises `UsageError` unless each tensor is one of two of a layer of the base."""
-    linear, targets = _linear_layers(base), config["target_modules"]  # a pattern is not run: the tensors say it
-    rank_of, alpha_of = _by_layer(config, "rank_pattern", "r"), _by_layer(config, "alpha_pattern", "lora_alpha")
+    linear, targets = _linear_layers(base), config.target_modules
+    ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ""  # no pattern is run
+    rank_of, alpha_of = _by_layer(config.rank_pattern, config.r), _by_layer(config.alpha_pattern, config.lora_alpha)
     found: dict[str, tuple[int, float]] = {}
     parts: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -193,7 +187,7 @@ def _match(
             _refuse(f"the base has no linear layer {shown(layer)}: it has {example}", "use it on its own base")
         if not _in_block(layer) or _OF_ENCODER.search(layer):
             _refuse(f"{layer} is no layer of the decoder's blocks, so vLLM may not apply it", MERGE)
-        if isinstance(targets, list) and not any(f".{layer}".endswith(f".{target}") for target in targets):
+        if not f".{layer}".endswith(ends):
             _refuse(f"its {CONFIG} leaves out {layer}, which has tensors: vLLM applies them, and PEFT does not", _SAVE)
         rank, (outputs, inputs) = rank_of(layer), linear[layer]
         wanted = [rank, inputs] if part == "A" else [outputs, rank]
@@ -203,7 +197,7 @@ def _match(
         if tensor["dtype"] not in _FORMATS:
             _refuse(f"its numbers have the format {shown(tensor['dtype'])}", f"save it as one of {', '.join(_FORMATS)}")
         parts[layer] = parts.get(layer, "") + part
-        found[layer] = rank, alpha_of(layer) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        found[layer] = rank, alpha_of(layer) / (math.sqrt(rank) if config.use_rslora else rank)
     if single := next((layer for layer, both in parts.items() if len(both) < 2), None):
         _refuse(f"it has lora_{parts[single]} without the other matrix for {single}", _SAVE)
     if not found:
@@ -211,11 +205,10 @@ def _match(
     return found
 
 
-def _by_layer(config: Mapping[str, Any], key: str, default: str) -> Callable[[str], Any]:
+def _by_layer(values: Mapping[str, T] | None, default: T) -> Callable[[str], T]:
     """Return what gives the value of a layer: that of the first pattern for the end of its name, as PEFT has it."""
-    values: Mapping[str, Any] = config.get(key) or {}
-    patterns = [(re.compile(rf"(?:.*\.)?(?:{each})$"), value) for each, value in values.items()]
-    return lambda layer: next((value for pattern, value in patterns if pattern.match(layer)), config[default])
+    patterns = [(re.compile(rf"(?:.*\.)?(?:{each})$"), value) for each, value in (values or {}).items()]
+    return lambda layer: next((value for pattern, value in patterns if pattern.match(layer)), default)
 
 
 def _check_numbers(file: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:

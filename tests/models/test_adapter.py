@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from inferctl.models.adapter import Adapter, Slots
 from inferctl.models.model import ModelFolder
 from tests.models import adapters
 from tests.models.adapters import Edit, settings, write_adapter, write_base
+from tests.processes import inferctl
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,26 @@ def test_slots_have_the_next_rank_of_vllm_for_each_layer_and_both_uses_of_a_tied
     slots = Slots.of([read(tmp_path / "adapter", base)] * 9)
     assert slots == Slots(8, 8)
     assert slots.numbers(base) == 8 * 8 * (2 * (32 + 32 + 16 + 32 + 32 + 64) + 2 * (100 + 32))
+
+
+def test_check_counts_the_slots_and_refuses_an_adapter_that_does_not_fit(tmp_path: Path, base: ModelFolder) -> None:
+    sources = {"good": write_adapter(tmp_path / "good", base.path)}
+    spec = {"name": "m", "image": {"base": "vllm-cuda13.0"}, "hardware": ["a100-80gb-sxm"]}
+
+    def check(code: int, **model: object) -> dict[str, Any]:
+        adapters = [{"name": name, "source": str(folder)} for name, folder in sources.items()]
+        spec["model"] = {"source": str(base.path), "adapters": adapters, **model}
+        (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+        found: dict[str, Any] = json.loads(inferctl("check", "--json", cwd=tmp_path, code=code).stdout)
+        found["adapters"] = [(each["level"], each["what"]) for each in found["findings"] if each["topic"] == "adapter"]
+        return found
+
+    found = check(0)
+    assert found["hardware"][0]["memory"]["adapters_bytes"] == Slots(1, 8).numbers(base) * 2
+    assert found["adapters"][0][1].startswith("adapter good: rank 4, 4 layers, ")
+    assert check(2, task="embed")["adapters"] == [("error", "the task embed has no adapters")]
+    sources |= {
+        "absent": Path("org/absent"),
+        "wrong": write_adapter(tmp_path / "w", base.path, settings(use_dora=True)),
+    }
+    assert [level for level, _ in check(2)["adapters"]] == ["ok", "warn", "error"]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
-from tests.models.adapters import write_adapter, write_base
-from tests.processes import ServerProcess
+from inferctl.models.adapter import Slots
+from inferctl.models.model import ModelFolder
+from inferctl.serve.generate import generation_server, probe
+from tests.conftest import ROOT
+from tests.models.adapters import WRONG, write_adapter, write_base
+from tests.processes import ServerProcess, python
+from tests.required import missing
 from tests.serve.test_generation import FAKE
+from tests.serve.test_vllm import MODEL, SPEC, greedy, serving
 from tests.tenancy.key_files import add
 
 BASE, POET, CODER = ["m", "gpt-4o"], "poet", "org/coder"
@@ -95,3 +106,55 @@ def test_events_have_the_name_and_vllm_gets_the_derived_options(server: tuple[Se
     assert (options["--max-loras"], options["--max-lora-rank"], options["--max-cpu-loras"]) == ("2", "8", "2")
     paths = dict(each.split("=") for each in options["--lora-modules"].split())
     assert [Path(paths[name]).name for name in found] == [each["sha256"] for each in found.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.timeout(600)
+def test_vllm_alone_would_serve_most_of_the_wrong_adapters_and_its_slots_have_the_estimated_size(
+    tmp_path: Path,
+) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        missing("vllm", "vLLM is not installed")
+    paths = generation_server._python_path(tmp_path, SimpleNamespace(versions=probe.versions()))  # type: ignore[arg-type]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = python("-m", "tests.serve.vllm_alone", str(tmp_path), env=os.environ | environment, cwd=ROOT, timeout=500)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {case: bool(served) for case, served in found["served"].items()} == {
+        case: serves for case, (_, _, serves) in WRONG.items() if serves is not None
+    }
+    assert found["slots"] == Slots(2, 16).numbers(ModelFolder(tmp_path / "base"))
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.timeout(600)
+def test_openais_client_switches_between_adapters_of_vllm_by_name(tmp_path: Path) -> None:
+    sources = {name: write_adapter(tmp_path / name, MODEL, seed=number) for number, name in enumerate(("one", "two"))}
+    adapters = [{"name": name, "source": str(source)} for name, source in sources.items()]
+    spec = {**SPEC, "model": {**SPEC["model"], "adapters": adapters}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with serving(tmp_path, spec) as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=300)
+
+            def answer(name: str) -> str:
+                found = client.chat.completions.create(**greedy(max_tokens=4) | {"model": name})
+                assert found.model == name
+                return str(found.choices[0].message.content)
+
+            names = [card.id for card in client.models.list().data]
+            assert names == ["smollm2", *sources]
+            alone = {name: answer(name) for name in names}
+            assert len(set(alone.values())) == 3
+            mixed = names * 3
+            with ThreadPoolExecutor(6) as pool:
+                assert list(pool.map(answer, mixed)) == [alone[name] for name in mixed]
+            with pytest.raises(openai.NotFoundError, match="'three' not found; use 'smollm2' or 'one' or 'two'"):
+                answer("three")
+            for path in ("load_lora_adapter", "unload_lora_adapter"):
+                body = {"lora_name": "one", "lora_path": str(sources["one"])}
+                assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 404
