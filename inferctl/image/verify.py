@@ -34,7 +34,7 @@ from inferctl.image.output_checks import (
 from inferctl.image.records import READY_SECONDS, ContainerOptions, ImageInfo
 from inferctl.image.running_container import LOG_LINES, exit_error, free_port, mounts_of, request, wait_ready, with_log
 from inferctl.image.serve_image import Address
-from inferctl.models import divergence, output_vectors
+from inferctl.models import adapter_effect, divergence, output_vectors
 from inferctl.models.model import IMAGE_FOLDER
 from inferctl.models.reference_process import LIBRARIES
 
@@ -73,7 +73,8 @@ class Verified:
     `score_difference`: the largest difference of scores, relative to the largest score (at least 1). `kl`:
     the mean KL divergence of the next tokens in nats, a lower bound. `top_1`: the share of equal most likely tokens.
     They are None without a reference and for other tasks. `tolerance` is the limit, for generation that of `kl`.
-    `library`: the comparison with sentence-transformers, None without one.
+    `library`: the comparison with sentence-transformers, None without one. `adapters`: as in `GET /info`: the server
+    compared them with fp32 before it was ready.
     """
 
     precision: str
@@ -91,6 +92,7 @@ class Verified:
     top_1: float | None = None
     tokens: int | None = None
     library: LibraryComparison | None = None
+    adapters: Sequence[Mapping[str, Any]] = ()
 
     def document(self) -> dict[str, Any]:
         """Return the result as JSON data."""
@@ -213,7 +215,10 @@ def _serve(engine: DockerEngine, image: ImageInfo, options: VerifyOptions) -> Ge
 
 def _compare_tokens(served: _Served, reference: Mapping[str, Any] | None) -> Generator[Note, None, Verified]:
     count = sum(len(prompt.scored.ids) for prompt in served.prompts if prompt.scored)
-    verified = served.verified(texts=len(served.prompts), tokens=count)
+    adapters = served.info.get("adapters", ())
+    for each in adapters:
+        yield Note(f"adapter {each['name']}: {adapter_effect.line(each['next_tokens'])}")
+    verified = served.verified(texts=len(served.prompts), tokens=count, adapters=adapters)
     if reference is None:
         return verified
     found = _checked(lambda: next_tokens.compare(served.prompts, reference["texts"], verified.precision))

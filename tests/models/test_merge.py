@@ -158,7 +158,7 @@ def served(model: Any, texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def scale(factor: float, layers: str = "") -> Any:
     def change(model: Any) -> None:
         for name, module in model.named_modules():
-            if layers in name and hasattr(module, "scaling"):
+            if layers in name and isinstance(getattr(module, "scaling", None), dict):
                 module.scaling = {key: value * factor for key, value in module.scaling.items()}
 
     return change
@@ -175,7 +175,7 @@ def scale(factor: float, layers: str = "") -> Any:
         (1, scale(0, "mlp"), "is not applied"),
         (1, scale(0, "layers.2"), "is not applied"),
         (1, scale(-1), "is not applied"),
-        (0, scale(1), "changes nothing"),
+        (1e-6, scale(1), "changes nothing"),
         (1e-3, scale(1), None),  # less than rounding to bf16
         (1e-3, scale(0), None),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from tests.required import missing
 from tests.serve.test_generation import FAKE
 from tests.serve.test_vllm import MODEL, SPEC, greedy, serving
 from tests.tenancy.key_files import add
+from tests.tiny_models import make_generator
 
 BASE, POET, CODER = ["m", "gpt-4o"], "poet", "org/coder"
 # Names of a key -> those that it sees.
@@ -106,6 +107,29 @@ def test_events_have_the_name_and_vllm_gets_the_derived_options(server: tuple[Se
     assert (options["--max-loras"], options["--max-lora-rank"], options["--max-cpu-loras"]) == ("2", "8", "2")
     paths = dict(each.split("=") for each in options["--lora-modules"].split())
     assert [Path(paths[name]).name for name in found] == [each["sha256"] for each in found.values()]
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "reason"),
+    [
+        (write_base, "a", "adapter a changes nothing: vLLM responds as without it"),
+        (make_generator, "poet", "adapter poet is not applied: KL divergence from the adapter in fp32"),
+    ],
+    ids=["without a reference", "with the reference"],
+)
+def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
+    tmp_path: Path, write: Callable[[Path], Path], name: str, reason: str
+) -> None:
+    base = write(tmp_path / "base")
+    spec = {"name": "m", "model": {"source": str(base)}, "serve": {"port": 0}}
+    spec["model"]["adapters"] = [{"name": name, "source": str(write_adapter(tmp_path / "adapter", base))}]
+    (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
+    options = ["--spec", "inferctl.yaml", "--device", "cpu"]
+    server = ServerProcess.launch(tmp_path, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
+    assert server.process.wait(120) == 3
+    said = server.log.read_text()
+    assert f"error: {reason}" in said
+    assert "ready " not in said
 
 
 @pytest.mark.slow

@@ -153,6 +153,14 @@ async def chat(request: Request) -> Response:
     return Response(json.dumps({**head, "choices": [choice], "usage": usage}, separators=(",", ":")), 200)
 
 
+async def completions(request: Request) -> Response:
+    """Return log-probabilities of a prompt, equal for names of equal length."""
+    body = await request.json()
+    ids = body["prompt"] if isinstance(body["prompt"], list) else [1, 2]
+    rows = [None, *({str(token): {"logprob": -len(body["model"])}} for token in ids[1:])]
+    return JSONResponse({"choices": [{"prompt_token_ids": ids, "prompt_logprobs": rows}]})
+
+
 async def tokenize(request: Request) -> Response:
     await request.json()
     await asyncio.sleep(3)
@@ -204,6 +212,7 @@ def main() -> None:
         Route("/openapi.json", document),
         *(Route(path, page) for path in ("/docs", "/redoc", "/docs/oauth2-redirect")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", chat, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
