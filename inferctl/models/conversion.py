@@ -1,5 +1,6 @@
-"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER PARENT_PID`.
+"""The process that converts a model: `python -m inferctl.models.conversion SOURCE NEW_FOLDER PARENT_PID [ADAPTER]`.
 
+With an adapter (LoRA), it converts nothing, but writes the model with the adapter in its weights.
 Never runs code of the folder: pickles are read by torch's own unpickler, which only makes tensors (`weights_only`), and
 transformers gets no remote code. If it fails, stdout is the error as JSON.
 """
@@ -21,13 +22,13 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError, install_hint, shown
 from inferctl.core.sizes import size
 from inferctl.models import untrusted
+from inferctl.models.adapter import WEIGHTS, Adapter, read
 from inferctl.models.model import ROUTER_FILE, ModelFolder, weight_map
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ _TIED_HEAD = re.compile(
 )
 _TIED_EMBEDDING = re.compile(r"(?:^|\.)(?:encoder|decoder)\.embed_tokens\.weight$")
 _SET_SIGNAL_OF_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+# Weights in other formats are quantized: their sum with others needs new scales.
+_SUMMED = ("F32", "F16", "BF16")
 # Keys of a tokenizer's configuration that make transformers read other files.
 _FILE_KEYS = re.compile(r"_file$|^name_or_path$|^auto_map$")
 
@@ -77,14 +80,14 @@ def convert(source: Path, target: Path) -> None:
         if repeated := sorted(index.keys() & tensors.keys()):
             raise UsageError(f"{source} has {repeated[0]} in two files with weights", "download the model again")
         index |= dict.fromkeys(tensors, place.name)
-        save(tensors, place)
+        _save(tensors, place)
         tied |= dropped
         del tensors
     for file in folder.head_pickles:
         tensors, _ = _tensors(file, ties=False)
         place = target / file.stem / "model.safetensors"
         place.parent.mkdir()
-        save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
+        _save({f"linear.{name}": tensor for name, tensor in tensors.items()}, place)
     for parent, index in indexes.items():
         _write_index(source / parent.relative_to(target), parent, index, tied)
     converted = {file.parent for file in pickles}
@@ -92,10 +95,43 @@ def convert(source: Path, target: Path) -> None:
     for file in folder.files():
         stale = file.parent in converted and file.name == "model.safetensors.index.json"  # its weights are not there
         if not stale and file != config and file.suffix != ".gguf" and file.name != "pytorch_model.bin.index.json":
-            copy(file, target / file.relative_to(source))
+            _copy(file, target / file.relative_to(source))
     if not (target / "tokenizer.json").is_file():
         _make_tokenizer(source, target)
-    copy(config, target / "config.json")  # without it, a folder is no model
+    _copy(config, target / "config.json")  # without it, a folder is no model
+
+
+def merge(base: ModelFolder, adapter: Adapter, target: Path) -> None:
+    """Write `base` into `target` with W + scale * B A for its weights W: computed in fp32, one file in memory at a time.
+
+    Files and number formats are those of the base. Raises `UsageError` for quantized weights.
+    """
+    from safetensors import safe_open
+
+    changes, formats = matrices(adapter), base.number_formats
+    for name in changes:
+        if (found := formats[f"{name}.weight"]) not in _SUMMED:
+            hint = "merge with the original weights, then quantize; or serve the adapter on this base"
+            raise UsageError(f"the base has {name} in {found}, which is quantized", hint)
+    for file in base.weight_files:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # no dict
+        for name, weight in tensors.items():
+            if change := changes.get(name.removesuffix(".weight")):
+                tensors[name] = (weight.float() + change[1] @ change[0]).to(weight.dtype)
+        _save(tensors, target / file.name)
+    for file in base.files():
+        if not (target / file.relative_to(base.path)).exists() and file.suffix not in (".safetensors", ".gguf"):
+            _copy(file, target / file.relative_to(base.path))
+
+
+def matrices(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return A and scale * B of each layer in fp32, by its name in the base."""
+    from safetensors.torch import load_file
+
+    stored, start = load_file(adapter.path / WEIGHTS), "base_model.model"
+    a, b = (lambda layer, side=side: stored[f"{start}.{layer}.lora_{side}.weight"].float() for side in "AB")
+    return {layer: (a(layer), b(layer) * scale) for layer, (_, scale) in adapter.layers.items()}
 
 
 def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
@@ -131,19 +167,18 @@ def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
         if inner.parts[0] == router["document"]:
             inner = inner.relative_to(router["document"])
         if inner.as_posix() not in ("config.json", "modules.json"):
-            copy(file, target / inner)
+            _copy(file, target / inner)
     (target / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
-    copy(document / "config.json", target / "config.json")  # without it, a folder is no model
+    _copy(document / "config.json", target / "config.json")  # without it, a folder is no model
 
 
-def copy(file: Path, place: Path) -> None:
-    """Copy a file of a model to a place in a new folder."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _copy(file: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
     if untrusted.is_blob(file):  # which nobody changes
         with contextlib.suppress(OSError):  # another file system, or one without hard links
-            os.link(os.path.realpath(file), place)
+            os.link(os.path.realpath(file), copy)
             return
-    shutil.copyfile(file, place)
+    shutil.copyfile(file, copy)
 
 
 def import_libraries(source: Path) -> None:
@@ -155,7 +190,7 @@ def import_libraries(source: Path) -> None:
             importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise NotReadyError(
-            f"writing a model requires the package {error.name}, not installed", install_hint("serve")
+            f"`inferctl convert` requires the package {error.name}, not installed", install_hint("serve")
         ) from None
 
 
@@ -264,8 +299,7 @@ def _check_archive(file: Path) -> None:
         )
 
 
-def save(tensors: dict[str, torch.Tensor], place: Path) -> None:
-    """Write tensors to a safetensors file. Raises `UsageError`, and `OSError` of the disk."""
+def _save(tensors: dict[str, torch.Tensor], place: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -324,11 +358,8 @@ def _make_tokenizer(source: Path, target: Path) -> None:
         made.rename(target / "tokenizer.json")
 
 
-def process(work: Callable[[Path, Path], None], inputs: Callable[[ModelFolder], list[Path]]) -> int:
-    """Run `work(source, target)` of the arguments, write an error to stdout, and return the exit code.
-
-    `inputs(folder)`: files of which one at a time is in memory, twice.
-    """
+def main() -> int:
+    """Convert, write an error to stdout, and return the exit code."""
     channel = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not appear next to the error
     ctypes.CDLL(None).prctl(_SET_SIGNAL_OF_DEAD_PARENT, signal.SIGKILL)
@@ -337,8 +368,14 @@ def process(work: Callable[[Path, Path], None], inputs: Callable[[ModelFolder], 
         return 1
     try:
         import_libraries(source)
-        bound_memory(max((file.stat().st_size for file in inputs(ModelFolder(source))), default=0))
-        work(source, target)
+        folder, merged = ModelFolder(source), sys.argv[4:]
+        bound_memory(
+            max((each.stat().st_size for each in (folder.weight_files if merged else folder.pickled)), default=0)
+        )
+        if merged:
+            merge(folder, read("adapter", Path(merged[0]), folder), target)
+        else:
+            convert(source, target)
         return 0
     except InferctlError as error:
         found = error
@@ -346,7 +383,7 @@ def process(work: Callable[[Path, Path], None], inputs: Callable[[ModelFolder], 
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else (error.strerror or str(error)).lower()
         hint = "free disk space, or name a folder on another disk" if full else "name a folder that is writable"
-        found = NotReadyError(f"the new model cannot be written: {what}", hint)
+        found = NotReadyError(f"the converted model cannot be written: {what}", hint)
     except MemoryError:
         found = UsageError("the model needs more memory than its files explain", "do not use these files")
     message = {"message": found.message, "hint": found.hint, "exit_code": found.exit_code}
@@ -355,4 +392,4 @@ def process(work: Callable[[Path, Path], None], inputs: Callable[[ModelFolder], 
 
 
 if __name__ == "__main__":
-    sys.exit(process(convert, lambda folder: folder.pickled))
+    sys.exit(main())

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from inferctl.core.errors import InferctlError, NotReadyError, UsageError
@@ -44,8 +44,16 @@ def needed(folder: ModelFolder) -> bool:
     )
 
 
-def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
+def convert(
+    source: Path,
+    target: Path,
+    progress: Progress,
+    adapter: Path | None = None,
+    complete_with: Callable[[Path], object] = lambda _: None,
+) -> ModelFolder:
     """Write the converted model of the folder `source` to the new folder `target`, and return it.
+
+    With an `adapter`, write the model with its weights. `complete_with(folder)` checks or completes the new folder.
 
     An interrupted conversion leaves nothing with the name `target`. If two processes write the same folder, the first
     one that is complete counts. Raises `UsageError` for a model that cannot be converted, `NotReadyError` for a full or
@@ -53,38 +61,34 @@ def convert(source: Path, target: Path, progress: Progress) -> ModelFolder:
     """
     folder = ModelFolder(source)
     total = folder.bytes + sum(file.stat().st_size for file in folder.pickled)
-    with new_folder(target, total, "conversion") as partial:
-        run(_PROGRAM, "conversion", source, partial, total, progress)
-    return model_folder.find(str(target))
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, total: int, work: str) -> Iterator[Path]:
-    """Yield a folder for a model of `total` bytes, which gets the name `target` at the end. `work`: for messages.
-
-    Raises `NotReadyError` for a full or read-only disk.
-    """
     try:
         with partial_folder(target) as partial:
-            if (free := shutil.disk_usage(target.parent).free) < total:
-                raise NotReadyError(
-                    f"the disk is too full: the {work} needs {size(total)}, and {target.parent} has {size(free)}",
-                    "free disk space, or name a folder on another disk",
-                )
-            yield partial
+            _check_space(target.parent, total)
+            _run(source, partial, total, progress, adapter)
+            complete_with(partial)
             complete(partial, target)
+            progress(total, total)
     except OSError as error:
         raise NotReadyError(
             f"{target} cannot be written: {(error.strerror or str(error)).lower()}",
             "name a folder on a disk that is writable and has space",
         ) from None
+    return model_folder.find(str(target))
 
 
-def run(program: str, work: str, source: Path, partial: Path, total: int, progress: Progress, *arguments: str) -> None:
-    """Run a process that writes a model, and report the bytes that it has written. Raises its error."""
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed_bytes:
+        raise NotReadyError(
+            f"the disk is too full: the conversion needs {size(needed_bytes)}, and {folder} has {size(free)}",
+            "free disk space, or name a folder on another disk",
+        )
+
+
+def _run(source: Path, partial: Path, total: int, progress: Progress, adapter: Path | None) -> None:
+    """Run the process, and report the bytes that it has written. Raises its error."""
     # `-P`: the current folder, which may be the model's, is not searched for modules.
     folders = [str(source.resolve()), str(partial.resolve())]
-    command = [sys.executable, "-P", "-m", program, *folders, str(os.getpid()), *arguments]
+    command = [sys.executable, "-P", "-m", _PROGRAM, *folders, str(os.getpid()), *([str(adapter)] if adapter else [])]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     limit_s = _START_S + total / _BYTES_PER_S
     deadline = time.monotonic() + limit_s
@@ -106,7 +110,7 @@ def run(program: str, work: str, source: Path, partial: Path, total: int, progre
                     process.wait(_POLL_S)
                 if time.monotonic() > deadline:
                     raise NotReadyError(
-                        f"the {work} of {source} did not end within {limit_s:.0f} s", "use a faster disk"
+                        f"the conversion of {source} did not end within {limit_s:.0f} s", "convert it on a faster disk"
                     )
         finally:
             process.kill()
@@ -114,9 +118,7 @@ def run(program: str, work: str, source: Path, partial: Path, total: int, progre
         if process.returncode:
             stdout.seek(0)
             stderr.seek(0)
-            last = stderr.read()[-4000:].decode(errors="replace")
-            raise _error(f"the {work} of {source}", process.returncode, stdout.read(), last)
-    progress(total, total)
+            raise _error(source, process.returncode, stdout.read(), stderr.read()[-4000:].decode(errors="replace"))
 
 
 def _written(folder: Path) -> int:
@@ -126,7 +128,7 @@ def _written(folder: Path) -> int:
         return 0
 
 
-def _error(work: str, code: int, stdout: bytes, stderr: str) -> InferctlError:
+def _error(source: Path, code: int, stdout: bytes, stderr: str) -> InferctlError:
     """Return the error that the process wrote to stdout, or how it ended."""
     if stdout:
         found = json.loads(stdout)
@@ -135,6 +137,6 @@ def _error(work: str, code: int, stdout: bytes, stderr: str) -> InferctlError:
     lines = [line for line in stderr.splitlines() if line.strip()]
     how = f"signal {-code}" if code < 0 else lines[-1] if lines else f"exit code {code}"
     return NotReadyError(
-        f"{work} failed: {how}",
-        "if the machine is out of memory, use a larger one",
+        f"the conversion of {source} failed: {how}",
+        "if the machine is out of memory, convert the model on a larger one",
     )

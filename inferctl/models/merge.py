@@ -10,7 +10,7 @@ from typing import Any
 from inferctl.core.errors import InferctlError
 from inferctl.models import adapter_effect, convert, reference_process
 from inferctl.models.adapter import Adapter
-from inferctl.models.adapter_effect import Effect
+from inferctl.models.adapter_effect import PROMPTS, Effect
 from inferctl.models.convert import Progress
 from inferctl.models.model import ModelFolder
 
@@ -22,43 +22,27 @@ _PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 def merge(
     base: ModelFolder,
     adapter: Adapter,
-    names: tuple[str, str],
+    origin: dict[str, Any],
     target: Path,
     progress: Progress,
-    on_wait: Callable[[float], None] | None,
-) -> dict[str, Any]:
-    """Write the merged model to the new folder `target`, and return its origin.
+    on_wait: Callable[[float], None],
+) -> ModelFolder:
+    """Write the merged model to the new folder `target`, with `origin` and the figures of the comparison.
 
-    `names`: of the base and the adapter, as the user calls them. `on_wait`: see `reference_process.run`; without it,
-    nothing is compared. Raises `UsageError` if the base is quantized, `InferctlError` if the merged model is not close
-    to the adapter, and what `convert.run` raises. Then nothing has the name `target`.
+    `on_wait`: see `reference_process.run`. Raises `InferctlError` if the merged model is not close to the adapter, and
+    what `convert` raises. Then nothing has the name `target`.
     """
-    origin: dict[str, Any] = {
-        "base": names[0],
-        "base_sha256": base.digest,
-        "adapter": names[1],
-        "adapter_sha256": adapter.digest,
-    }
-    with convert.new_folder(target, base.bytes, "merge") as partial:
-        convert.run("inferctl.models.merging", "merge", base.path, partial, base.bytes, progress, str(adapter.path))
-        if on_wait:
-            formats = ModelFolder(partial).number_formats
-            precision = _PRECISIONS[formats[f"{next(iter(adapter.layers))}.weight"]]
-            origin["next_tokens"] = _compare(base, adapter, partial, precision, on_wait)
-        (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    return origin
 
+    def check(merged: Path) -> None:
+        format_ = ModelFolder(merged).number_formats[f"{next(iter(adapter.layers))}.weight"]
+        expected = reference_process.run(base.path, PROMPTS, ["--adapter", str(adapter.path)], on_wait)
+        found = reference_process.run(merged, PROMPTS, [], on_wait)
+        plain = adapter_effect.texts(expected["texts"])
+        effect = Effect.of(expected["texts"], expected["adapters"][0], plain, adapter_effect.texts(found["texts"]))
+        origin["next_tokens"] = figures = effect.document()
+        if failure := effect.failure(_PRECISIONS[format_]):
+            what = f"the adapter {failure} by the merged weights in {format_}: {adapter_effect.line(figures)}"
+            raise InferctlError(what, "serve the adapter on its base: `model.adapters` in the spec")
+        (merged / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
-def _compare(
-    base: ModelFolder, adapter: Adapter, merged: Path, precision: str, on_wait: Callable[[float], None]
-) -> dict[str, Any]:
-    options, prompts = ["--task", "generate"], adapter_effect.PROMPTS
-    expected = reference_process.run(base.path, prompts, [*options, "--adapter", str(adapter.path)], on_wait)
-    found = adapter_effect.texts(reference_process.run(merged, prompts, options, on_wait)["texts"])
-    effect = Effect.of(expected["texts"], expected["adapters"][0], adapter_effect.texts(expected["texts"]), found)
-    if failure := effect.failure(precision):
-        raise InferctlError(
-            f"the adapter {failure} by the merged weights in {precision}: {adapter_effect.line(effect.document())}",
-            "serve the adapter on its base: `model.adapters` in the spec",
-        )
-    return effect.document()
+    return convert.convert(base.path, target, progress, adapter.path, check)

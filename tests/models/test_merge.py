@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from inferctl.core.errors import UsageError
-from inferctl.models import adapter, adapter_effect, merging
+from inferctl.models import adapter, adapter_effect, conversion
 from inferctl.models.adapter_effect import Effect
 from inferctl.models.model import ModelFolder
 from inferctl.serve.reference import reference
@@ -87,7 +87,7 @@ def test_merged_weights_are_those_of_peft(base: Path, saved: Path, tmp_path: Pat
     folder, target = ModelFolder(tmp_path / "base"), tmp_path / "merged"
     assert len(folder.weight_files) > 2
     target.mkdir()
-    merging.merge(folder, adapter.read(name, saved / name, folder), target)
+    conversion.merge(folder, adapter.read(name, saved / name, folder), target)
     expected = peft_model(base, ADAPTERS[name]).merge_and_unload().state_dict()
     found = {key: tensor for file in target.glob("*.safetensors") for key, tensor in load_file(file).items()}
     assert found.keys() == folder.number_formats.keys()
@@ -126,7 +126,7 @@ def test_quantized_weights_are_not_merged(base: Path, saved: Path, tmp_path: Pat
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "base" / "model.safetensors")
     folder = ModelFolder(tmp_path / "base")
     with pytest.raises(UsageError, match="F8_E4M3, which is quantized"):
-        merging.merge(folder, adapter.read("attention", saved / "attention", folder), tmp_path)
+        conversion.merge(folder, adapter.read("attention", saved / "attention", folder), tmp_path)
 
 
 def test_an_interrupted_merge_leaves_nothing(base: Path, saved: Path, tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def scale(factor: float, layers: str = "") -> Any:
         (1, scale(0, "layers.2"), "is not applied"),
         (1, scale(-1), "is not applied"),
         (1e-6, scale(1), "changes nothing"),
-        (1e-3, scale(1), None),  # less than rounding to bf16
-        (1e-3, scale(0), None),
+        (0.02, scale(1), None),  # less than rounding to bf16
+        (0.02, scale(0), None),
     ],
 )
 def test_an_adapter_that_is_not_applied_in_bf16_is_found(
@@ -199,4 +199,4 @@ def test_an_adapter_that_is_not_applied_in_bf16_is_found(
     effect = Effect.of(expected["texts"], expected["adapters"][0], plain, found)
     assert (effect.failure("bf16") or "")[: len(reason or "")] == (reason or ""), effect
     assert (effect.failure("bf16") is None) == (reason is None), effect
-    assert effect.is_hidden == (trained == 1e-3), effect
+    assert effect.is_hidden == (trained == 0.02), effect

@@ -35,7 +35,7 @@ ALLOWED = {
 BENCH_ORDER = ["", "loadgen", "plan", "load", "judge", "measure", "report"]
 # Third-party package -> the only modules that may import it.
 ONLY_IN = {
-    "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py", "models/merging.py"),
+    "torch": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "transformers": ("serve/engines/", "serve/reference.py", "models/conversion.py"),
     "sentence_transformers": ("serve/reference.py",),
     "peft": (),  # what inferctl computes of adapters is compared with it, so nothing may use it

@@ -126,7 +126,7 @@ def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     options = ["--spec", "inferctl.yaml", "--device", "cpu"]
     server = ServerProcess.launch(tmp_path, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
-    assert server.process.wait(120) == 3
+    assert server.process.wait(280) == 3
     said = server.log.read_text()
     assert f"error: {reason}" in said
     assert "ready " not in said

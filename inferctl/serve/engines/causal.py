@@ -12,7 +12,7 @@ import torch
 
 from inferctl.core import cgroup
 from inferctl.core.errors import UsageError
-from inferctl.models import merging
+from inferctl.models import conversion
 from inferctl.models.adapter import Adapter
 from inferctl.models.divergence import REFERENCE_TOKENS
 from inferctl.serve.engines import plain, weights
@@ -74,7 +74,7 @@ class CausalModel:
         """
         modules = dict(self._model.named_modules())
         with ExitStack() as hooks:
-            for name, (a, b) in merging.matrices(adapter).items():
+            for name, (a, b) in conversion.matrices(adapter).items():
                 if name not in modules:
                     raise UsageError(f"transformers has no layer {name} in this model", "use the model without it")
                 hook = modules[name].register_forward_hook(lambda _, x, y, a=a, b=b: y + x[0] @ a.T @ b.T)

@@ -25,6 +25,8 @@ from inferctl.models.adapter_effect import Effect
 from inferctl.models.divergence import Scored
 from inferctl.models.model import ModelFolder
 from inferctl.models.reference_process import ReferenceFailedError
+from inferctl.serve.generate import control
+from inferctl.serve.generate.control import EdgeSettings
 
 _EXPECTED = "adapters.json"  # the output of the reference
 _POLL_S = 0.1
@@ -56,49 +58,46 @@ async def write_expected(
     outputs.replace(folder / _EXPECTED, json.dumps(found), sync=False)
 
 
-async def measure(
-    app: ASGIApp, base: str, adapters: Sequence[str], precision: str, folder: Path
-) -> list[dict[str, Any]]:
-    """Return the figures of what each adapter changes. `app`: vLLM's application. `base`: the name of the model.
+async def check(app: ASGIApp, settings: EdgeSettings, folder: Path) -> None:
+    """Compare the adapters, and add the figures to the document of `GET /info`. `app`: vLLM's application.
 
-    Without a reference, they have `unknown`: why. Raises `InferctlError` if vLLM does not apply an adapter, or an
-    adapter changes nothing.
+    Tells the supervisor, and raises `InferctlError`, if vLLM does not apply an adapter, or an adapter changes nothing.
     """
-    if not adapters:
-        return []
-    while not (file := folder / _EXPECTED).exists():
+    adapters = settings.info.get("adapters", [])
+    while adapters and not (folder / _EXPECTED).exists():
         await asyncio.sleep(_POLL_S)
-    expected = json.loads(file.read_text())
-    reason = expected.get("error")
-    prompts = adapter_effect.TEXTS if reason else [text.ids for text in adapter_effect.texts(expected["texts"])]
-    served_base = await _ask(app, base, prompts)
-    found: list[dict[str, Any]] = []
-    for number, name in enumerate(adapters):
-        served = await _ask(app, name, prompts)
-        if served == served_base:
-            raise InferctlError(f"adapter {name} changes nothing: vLLM responds as without it", _HINT)
-        if reason:
-            found.append({"unknown": reason})
-            continue
-        effect = Effect.of(expected["texts"], expected["adapters"][number], served_base, served)
-        if failure := effect.failure(precision):
-            raise InferctlError(f"adapter {name} {failure}: {adapter_effect.line(effect.document())}", _HINT)
-        hidden = {"unknown": f"{precision} hides what it changes"} if effect.is_hidden else {}
-        found.append(effect.document() | hidden)
-    return found
+    expected = json.loads((folder / _EXPECTED).read_text()) if adapters else {}
+    try:
+        for number, each in enumerate(adapters):
+            each["next_tokens"] = await _measure(app, settings, expected, each["name"], number)
+    except InferctlError as error:
+        control.connect(folder).send("refused", message=f"adapter {error.message}", hint=_HINT)
+        raise
 
 
-async def _ask(app: ASGIApp, name: str, prompts: Sequence[str | Sequence[int]]) -> list[Scored]:
-    """Return what vLLM predicts for prompts under a name."""
+async def _measure(
+    app: ASGIApp, settings: EdgeSettings, expected: dict[str, Any], name: str, number: int
+) -> dict[str, Any]:
+    unknown, precision = expected.get("error"), settings.info["precision"]["effective"]
+    prompts = adapter_effect.TEXTS if unknown else [text.ids for text in adapter_effect.texts(expected["texts"])]
+    base, own = [[await _ask(app, model, prompt) for prompt in prompts] for model in (settings.name, name)]
+    if unknown and own == base:
+        raise InferctlError(f"{name} changes nothing: vLLM responds as without it")
+    if unknown:
+        return {"unknown": unknown}
+    effect = Effect.of(expected["texts"], expected["adapters"][number], base, own)
+    if failure := effect.failure(precision):
+        raise InferctlError(f"{name} {failure}: {adapter_effect.line(effect.document())}")
+    return effect.document() | ({"unknown": f"{precision} hides what it changes"} if effect.is_hidden else {})
 
-    async def ask(prompt: str | Sequence[int]) -> Scored:
-        status, body = await request(app, "/v1/completions", divergence.request(name, prompt))
-        if status != 200:
-            raise InferctlError(f"vLLM responds {status} to a request of {name}: {body[:300].decode(errors='replace')}")
-        response = orjson.loads(body)
-        return divergence.read_served(response, response["choices"][0]["prompt_token_ids"])
 
-    return list(await asyncio.gather(*map(ask, prompts)))
+async def _ask(app: ASGIApp, name: str, prompt: str | Sequence[int]) -> Scored:
+    """Return what vLLM predicts for a prompt under a name."""
+    status, body = await request(app, "/v1/completions", divergence.request(name, prompt))
+    if status != 200:
+        raise InferctlError(f"{name} cannot be checked: vLLM responds {status}, {body[:300].decode(errors='replace')}")
+    response = orjson.loads(body)
+    return divergence.read_served(response, response["choices"][0]["prompt_token_ids"])
 
 
 async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:

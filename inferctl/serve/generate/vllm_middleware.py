@@ -19,7 +19,6 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inferctl.config import spec
-from inferctl.core.errors import InferctlError
 from inferctl.serve.backend.charges import GenerationCharges
 from inferctl.serve.edge import listener
 from inferctl.serve.edge.errors import ApiError
@@ -57,24 +56,11 @@ class VllmMiddleware:
             if message["type"] == "lifespan.startup.complete":
                 folder = Path(os.environ["INFERCTL_EDGE"])
                 settings = control.EdgeSettings.read(folder)
-                await _check_adapters(scope["app"], settings, folder)
+                await adapter_probe.check(scope["app"], settings, folder)
                 self._server = _EdgeServer(scope["app"], settings, folder)
             await send(message)
 
         await self._app(scope, receive, started)
-
-
-async def _check_adapters(app: Starlette, settings: control.EdgeSettings, folder: Path) -> None:
-    """Add what each adapter changes to the document of `GET /info`. Tell the supervisor if one is not applied."""
-    info = settings.info
-    names, precision = [each["name"] for each in info["adapters"]], info["precision"]["effective"]
-    try:
-        found = await adapter_probe.measure(app, settings.name, names, precision, folder)
-    except InferctlError as error:
-        control.connect(folder).send("refused", message=error.message, hint=error.hint)
-        raise
-    for each, figures in zip(info["adapters"], found, strict=True):
-        each["next_tokens"] = figures
 
 
 class _EdgeServer:
@@ -130,7 +116,7 @@ class _EdgeServer:
         self._http = listener.HttpServer(self._edge, settings.drain_seconds, self._edge.rejected)
         threading.Thread(target=_kill_orphan, args=(os.getppid(),), daemon=True).start()
         self._channel = control.connect(folder)
-        self._channel.send("ready", adapters=settings.info["adapters"])
+        self._channel.send("ready", adapters=settings.info.get("adapters", []))
         self._socket = self._channel.receive_listener()
         work = [self._serve(), self._beat(), self._follow()]
         if setup.access and (exchange := Exchange.of(keys, limiter, settings.name, setup.access.revoke)):
