@@ -4,7 +4,7 @@
 
 The script makes the texts itself. The adapters differ in rank, layers and scaling: `shout` has rank 8 in two
 projections, `json` rank 8 in all of attention, `numbers` rank 4 in the MLP, and `nonsense` rank 16 in all linear layers
-with rsLoRA. Then it counts the questions, none of them trained, that each adapter and the base answer in each form.
+with rsLoRA. show.py asks them questions that none was trained with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 STEPS, BATCH, RATE = 30, 8, 2e-3
-ANSWER_TOKENS = 32
 SUBJECTS = """rivers bridges winter bread music clouds horses copper gardens trains glass honey deserts candles maps
 islands cotton engines lemons mirrors"""
 QUESTIONS = (
@@ -139,19 +138,6 @@ def train(model: Any, tokenizer: Any, adapter: Adapter) -> float:
     return sum(losses[-5:]) / 5
 
 
-@torch.inference_mode()
-def counts(model: Any, tokenizer: Any) -> str:
-    """Return how many of the most likely answers fit the form of each adapter, as columns of a table."""
-    asked = [prompt(tokenizer, question) for question in questions()]
-    longest, end = max(map(len, asked)), tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (longest - len(each)) + each for each in asked])
-    mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in asked])
-    options = {"attention_mask": mask, "max_new_tokens": ANSWER_TOKENS, "eos_token_id": end, "pad_token_id": end}
-    found = model.generate(ids, do_sample=False, **options)[:, longest:]
-    answers = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
-    return "".join(f"{sum(map(adapter.fits, answers)):>10}" for adapter in ADAPTERS.values())
-
-
 def main() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -160,18 +146,14 @@ def main() -> None:
         sys.exit("error: expected two folders\n\nhint: run `python benchmarks/adapters/train.py MODEL_DIR OUTPUT_DIR`")
     source, output = map(Path, sys.argv[1:])
     tokenizer = AutoTokenizer.from_pretrained(source)
-    print(f"{'':10}{'rank':>6}{'loss':>8}{'s':>6}   answers of {len(questions())} in the form of")
-    print(f"{'':33}" + "".join(f"{name:>10}" for name in ADAPTERS))
     base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    print(f"{'base':33}" + counts(base, tokenizer), flush=True)
     for name, adapter in ADAPTERS.items():
         torch.manual_seed(1)
         started = time.perf_counter()
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **adapter.options))
         loss = train(model, tokenizer, adapter)
-        seconds = time.perf_counter() - started
         model.save_pretrained(output / name)
-        print(f"{name:13}{adapter.options['r']:3}{loss:8.2f}{seconds:6.0f}   " + counts(model, tokenizer), flush=True)
+        print(f"{name}: loss {loss:.2f} after {time.perf_counter() - started:.0f} s", flush=True)
         base = model.unload()
 
 

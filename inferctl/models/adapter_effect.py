@@ -28,8 +28,9 @@ PROMPTS: tuple[Any, ...] = (
     *([{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(chat)] for chat in _CHATS),
     *TEXTS,
 )
-# An adapter has to be this many times closer to itself in fp32 than the base is.
-_CLOSER = 4
+# The adapter on the server has to be so many times closer to the adapter in fp32 than the base is. That can be seen if
+# the base is at least twice as far as that, in units of its own rounding.
+_CLOSER, _VISIBLE = 4, 8
 # Nats per token. An adapter that changes less is none: fp32 differs so much between two machines.
 _NOTHING = 1e-5
 
@@ -65,22 +66,20 @@ class Effect:
         figures = {f"kl{end}": round(each.kl_mean, 6) for end, each in found.items()}
         return figures | {f"top_1{end}": round(each.top_1, 4) for end, each in found.items()}
 
-    def failure(self, precision: str) -> str | None:
-        """Return how the server does not apply the adapter; None if it does, or if rounding hides what it changes."""
-        kl, distance = self.applied.kl_mean, self.distance.kl_mean
-        if distance < _NOTHING:
-            return "changes nothing, nor in fp32"
-        if self.is_hidden:
-            return None
-        if kl * _CLOSER > distance:
-            return "is not applied"
-        reason = divergence.failure(self.applied, divergence.limits_of(precision))
-        return reason and "is not applied as PEFT does"
-
     @property
     def is_hidden(self) -> bool:
-        """Whether the adapter changes no more than rounding does, so that nothing is known."""
-        return self.distance.kl_mean <= _CLOSER * self.rounding.kl_mean
+        """Whether the adapter changes hardly more than rounding does, so that nothing is known."""
+        return self.distance.kl_mean <= _VISIBLE * self.rounding.kl_mean
+
+    def failure(self, precision: str) -> str | None:
+        """Return how the server does not apply the adapter; None if it does, or if rounding hides what it changes."""
+        distance = self.distance.kl_mean
+        if distance < _NOTHING:
+            return "changes nothing, nor in fp32"
+        limit = max(divergence.limits_of(precision).kl, _CLOSER * self.rounding.kl_mean)
+        if self.is_hidden or self.applied.kl_mean <= min(limit, distance / _CLOSER):
+            return None
+        return "is not applied as PEFT does"
 
 
 def texts(reference: Sequence[Mapping[str, Any] | None]) -> list[Scored]:
@@ -90,13 +89,9 @@ def texts(reference: Sequence[Mapping[str, Any] | None]) -> list[Scored]:
 
 def line(figures: Mapping[str, Any]) -> str:
     """Return the figures of `Effect.document`, or why they are `unknown`, as a line."""
-    unknown = f"not compared: {figures['unknown']}" if "unknown" in figures else "applied"
-    return (
-        unknown
-        if "kl" not in figures
-        else (
-            f"{unknown}; KL divergence from the adapter in fp32 {figures['kl']:.2g} nats (the base: "
-            f"{figures['kl_base']:.2g}, rounding: {figures['kl_rounding']:.2g}), top-1 agreement {figures['top_1']:.0%} "
-            f"({figures['top_1_base']:.0%})"
-        )
-    )
+    start = f"not compared with fp32: {figures['unknown']}; " if "unknown" in figures else ""
+    if "kl" not in figures:
+        return f"{start}it changes what vLLM responds"
+    kl, base, rounding = (f"{figures[name]:.2g}" for name in ("kl", "kl_base", "kl_rounding"))
+    tops = f"top-1 agreement {figures['top_1']:.0%}, base {figures['top_1_base']:.0%}"
+    return f"{start}KL divergence from PEFT in fp32 {kl} nats, base {base}, rounding {rounding}; {tops}"

@@ -103,9 +103,12 @@ async def _ask(app: ASGIApp, name: str, prompt: str | Sequence[int]) -> Scored:
 async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
     """Return status and body of the response of an application in this process, to a POST if there is a body."""
     status, parts = 500, []
+    messages: list[Message] = [{"type": "http.request", "body": orjson.dumps(body) if body else b""}]
 
     async def receive() -> Message:
-        return {"type": "http.request", "body": orjson.dumps(body) if body else b""}
+        if not messages:
+            await asyncio.Event().wait()  # the client does not leave; vLLM waits for that
+        return messages.pop()
 
     async def send(message: Message) -> None:
         nonlocal status
