@@ -23,7 +23,8 @@ def read(task: Task, folder: Path) -> dict[str, Any]:
     code = read_object(folder / "config.json").get("auto_map")
     own_code = sorted(map(str, code)) if isinstance(code, dict) else []
     if task == "generate":
-        return {"own_code": own_code, "merged": read_object(folder / ORIGIN)}
+        merged = read_object(folder / ORIGIN)
+        return {"own_code": own_code} | ({"merged": merged} if merged else {})
     config = task_config.read(task, folder)
     last = "last" in config.pooling
     return {

@@ -127,7 +127,10 @@ def test_the_server_does_not_start_with_an_adapter_that_vllm_does_not_apply(
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
     options = ["--spec", "inferctl.yaml", "--device", "cpu"]
     server = ServerProcess.launch(tmp_path, "inferctl.serve", *options, PYTHONPATH=str(FAKE))
-    assert server.process.wait(280) == 3
+    try:
+        assert server.process.wait(280) == 3
+    finally:
+        server.kill()
     said = server.log.read_text()
     assert f"error: {reason}" in said
     assert "ready " not in said
@@ -198,15 +201,12 @@ def test_an_adapter_that_vllm_serves_as_the_base_is_refused_at_the_start(tmp_pat
     ignored = write_adapter(tmp_path / "ignored", MODEL, renamed("model.layers", "language_model.model.layers"))
     spec = {**SPEC, "model": {**SPEC["model"], "adapters": [{"name": "one", "source": str(source)}]}}
     (tmp_path / "inferctl.yaml").write_text(json.dumps(spec))
-    server = ServerProcess.launch(
-        tmp_path,
-        "tests.serve.swapped_adapter",
-        "--spec",
-        "inferctl.yaml",
-        SWAPPED_ADAPTER=str(ignored),
-        PYTHONPATH=ROOT,
-    )
-    assert server.process.wait(580) == 3
+    variables = {"SWAPPED_ADAPTER": str(ignored), "PYTHONPATH": str(ROOT)}
+    server = ServerProcess.launch(tmp_path, "tests.serve.swapped_adapter", "--spec", "inferctl.yaml", **variables)
+    try:
+        assert server.process.wait(580) == 3
+    finally:
+        server.kill()
     said = server.log.read_text()
     found = re.search(r"error: adapter one is not applied as PEFT does: KL .* fp32 ([\d.]+) nats, base ([\d.]+)", said)
     assert found and float(found[1]) == pytest.approx(float(found[2]), rel=0.2), said
