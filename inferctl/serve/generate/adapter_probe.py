@@ -20,12 +20,12 @@ from inferctl.core import cgroup, outputs
 from inferctl.core.errors import InferctlError
 from inferctl.core.sizes import size
 from inferctl.models import adapter_effect, divergence, reference_process
-from inferctl.models.adapter import Adapter
 from inferctl.models.adapter_effect import Effect
 from inferctl.models.divergence import Scored
 from inferctl.models.model import ModelFolder
 from inferctl.models.reference_process import ReferenceFailedError
 from inferctl.serve.generate import control
+from inferctl.serve.generate.command import VllmModel
 from inferctl.serve.generate.control import EdgeSettings
 
 _EXPECTED = "adapters.json"  # the output of the reference
@@ -33,28 +33,18 @@ _POLL_S = 0.1
 _HINT = "compare it with PEFT on the base; if it is right there, `inferctl merge` makes a model of both"
 
 
-async def write_expected(
-    model: ModelFolder, adapters: Sequence[Adapter], folder: Path, stopped: Callable[[], bool]
-) -> None:
-    """Run the reference for a model and its adapters until `stopped()`, and leave its output in `folder`."""
-
-    def check(_seconds: float) -> None:
-        if stopped():
-            raise ReferenceFailedError("the server stops")
-
-    found: dict[str, Any]
-    needed, memory = 4 * model.parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+async def write_expected(base: ModelFolder, model: VllmModel, folder: Path, on_wait: Callable[[float], None]) -> None:
+    """Run the reference for `base` with the adapters of `model`, and leave its output, or why there is none."""
+    needed, memory = 4 * base.parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = (cgroup.memory_limit() or memory) - cgroup.memory_in_use()
-    if needed > free:
-        found = {"error": f"fp32 needs {size(needed)} of memory, and {size(free)} are free"}
-    else:
-        options = ["--task", "generate", *(word for each in adapters for word in ("--adapter", str(each.path)))]
-        try:
-            found = await asyncio.to_thread(
-                reference_process.run, model.path, adapter_effect.PROMPTS, options, on_wait=check
-            )
-        except ReferenceFailedError as error:
-            found = {"error": error.reason}
+    options = ["--task", "generate", "--max-input-tokens", str(model.context - 1)]
+    options += [word for each in model.adapters for word in ("--adapter", str(each.path))]
+    try:
+        if needed > free:
+            raise ReferenceFailedError(f"fp32 needs {size(needed)} of memory, and {size(free)} are free")
+        found = await asyncio.to_thread(reference_process.run, base.path, adapter_effect.PROMPTS, options, on_wait)
+    except ReferenceFailedError as error:
+        found = {"error": error.reason}
     outputs.replace(folder / _EXPECTED, json.dumps(found), sync=False)
 
 
@@ -67,37 +57,43 @@ async def check(app: ASGIApp, settings: EdgeSettings, folder: Path) -> None:
     while adapters and not (folder / _EXPECTED).exists():
         await asyncio.sleep(_POLL_S)
     expected = json.loads((folder / _EXPECTED).read_text()) if adapters else {}
+    name = f"model {settings.name}"
     try:
+        base = await _ask(app, settings.name, expected) if adapters else []
         for number, each in enumerate(adapters):
-            each["next_tokens"] = await _measure(app, settings, expected, each["name"], number)
+            name = f"adapter {each['name']}"
+            own = await _ask(app, each["name"], expected)
+            each["next_tokens"] = _compared(expected, number, base, own, settings.info["precision"]["effective"])
     except InferctlError as error:
-        control.connect(folder).send("refused", message=f"adapter {error.message}", hint=_HINT)
+        control.connect(folder).send("refused", message=f"{name} {error.message}", hint=_HINT)
         raise
 
 
-async def _measure(
-    app: ASGIApp, settings: EdgeSettings, expected: dict[str, Any], name: str, number: int
+def _compared(
+    expected: dict[str, Any], number: int, base: list[Scored], own: list[Scored], precision: str
 ) -> dict[str, Any]:
-    unknown, precision = expected.get("error"), settings.info["precision"]["effective"]
-    prompts = adapter_effect.TEXTS if unknown else [text.ids for text in adapter_effect.texts(expected["texts"])]
-    base, own = [[await _ask(app, model, prompt) for prompt in prompts] for model in (settings.name, name)]
-    if unknown and own == base:
-        raise InferctlError(f"{name} changes nothing: vLLM responds as without it")
-    if unknown:
+    if unknown := expected.get("error"):
+        if own == base:
+            raise InferctlError("changes nothing: vLLM responds as without it")
         return {"unknown": unknown}
     effect = Effect.of(expected["texts"], expected["adapters"][number], base, own)
     if failure := effect.failure(precision):
-        raise InferctlError(f"{name} {failure}: {adapter_effect.line(effect.document())}")
+        raise InferctlError(f"{failure}: {adapter_effect.line(effect.document())}")
     return effect.document() | ({"unknown": f"{precision} hides what it changes"} if effect.is_hidden else {})
 
 
-async def _ask(app: ASGIApp, name: str, prompt: str | Sequence[int]) -> Scored:
-    """Return what vLLM predicts for a prompt under a name."""
-    status, body = await request(app, "/v1/completions", divergence.request(name, prompt))
-    if status != 200:
-        raise InferctlError(f"{name} cannot be checked: vLLM responds {status}, {body[:300].decode(errors='replace')}")
-    response = orjson.loads(body)
-    return divergence.read_served(response, response["choices"][0]["prompt_token_ids"])
+async def _ask(app: ASGIApp, name: str, expected: dict[str, Any]) -> list[Scored]:
+    """Return what vLLM predicts under a name for the prompts of the reference, or for texts without one."""
+
+    async def ask(prompt: str | Sequence[int]) -> Scored:
+        status, body = await request(app, "/v1/completions", divergence.request(name, prompt))
+        if status != 200:
+            raise InferctlError(f"cannot be checked: vLLM responds {status}, {body[:300].decode(errors='replace')}")
+        response = orjson.loads(body)
+        return divergence.read_served(response, response["choices"][0]["prompt_token_ids"])
+
+    known = [text.ids for text in adapter_effect.texts(expected.get("texts", []))]
+    return list(await asyncio.gather(*map(ask, known or adapter_effect.TEXTS)))
 
 
 async def request(app: ASGIApp, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:

@@ -22,6 +22,7 @@ from inferctl.models import adapter_effect, decoder, generation_fit
 from inferctl.models.adapter import Adapter
 from inferctl.models.decoder import Decoder
 from inferctl.models.model import ModelFolder, longest_start_s
+from inferctl.models.reference_process import ReferenceFailedError
 from inferctl.serve.edge import access, listener
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.pages import Pages
@@ -117,10 +118,14 @@ class GenerationServer(ServerLifetime):
 
     async def _write_expected(self) -> None:
         """Compute in fp32 what the adapters change, until the server stops."""
-        if adapters := self._model.adapters:
-            self._progress.phase(f"computing the next tokens of {len(adapters)} adapters in fp32")
-            stopping = self._supervisor.stopping
-            await adapter_probe.write_expected(self._folder, adapters, self._directory, stopping.is_set)
+
+        def check(_seconds: float) -> None:
+            if self._supervisor.stopping.is_set():
+                raise ReferenceFailedError("the server stops")
+
+        if count := len(self._model.adapters):
+            self._progress.phase(f"computing the next tokens of {count} adapters in fp32")
+            await adapter_probe.write_expected(self._folder, self._model, self._directory, check)
 
     async def _end(self) -> None:
         self._supervisor.kill()
