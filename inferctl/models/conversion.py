@@ -129,9 +129,14 @@ def matrices(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return A and scale * B of each layer in fp32, by its name in the base."""
     from safetensors.torch import load_file
 
-    stored, start = load_file(adapter.path / WEIGHTS), "base_model.model"
-    a, b = (lambda layer, side=side: stored[f"{start}.{layer}.lora_{side}.weight"].float() for side in "AB")
-    return {layer: (a(layer), b(layer) * scale) for layer, (_, scale) in adapter.layers.items()}
+    stored = {
+        name.removeprefix("base_model.model."): tensor.float()
+        for name, tensor in load_file(adapter.path / WEIGHTS).items()
+    }
+    return {
+        layer: (stored[f"{layer}.lora_A.weight"], stored[f"{layer}.lora_B.weight"] * scale)
+        for layer, (_, scale) in adapter.layers.items()
+    }
 
 
 def _convert_router(source: Path, target: Path, router: dict[str, str]) -> None:
