@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from answering import probabilities
-from compare_samples import receipts_of, run_values
 from test_runner import CHECKED, bench, collected, ran
 
-from inferctl.bench.judge import comparable, compare
 from inferctl.bench.load import target
 from inferctl.bench.measure import quality
 from inferctl.bench.measure.bench import Bench
@@ -88,27 +85,3 @@ def test_scores_that_cannot_be_compared_fail(
     found = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)(served, lambda passed: None)
     assert (found.checked, found.passes) == (True, False)
     assert reason in (found.reason or "")
-
-
-@pytest.mark.parametrize(
-    ("change", "outcome"),
-    [
-        ({}, "no regression"),
-        ({"top_1": 0.95}, "regression"),
-        ({"score_difference": {"mean": 0.01, "max": 0.2, "range": [0, 1]}}, "regression"),
-    ],
-)
-def test_compare_judges_the_labels_and_the_scores(tmp_path: Path, change: dict[str, Any], outcome: str) -> None:
-    old = {"checked": True, "texts": 96, "top_1": 0.99, "passes": True}
-    old |= {"score_difference": {"mean": 0.001, "max": 0.02, "range": [0, 1]}}
-    old |= {"limits": {"top_1": 0.8, "score_difference": 0.1}}
-    found = []
-    for sealed in receipts_of(tmp_path, run_values(20, [1.0] * 5), run_values(20, [1.0] * 5)):
-        data = {key: value for key, value in sealed.data.items() if key != "seal"}
-        data["plan"] = {**data["plan"], "load": {**sealed.load, "task": "classify"}}
-        data["quality"] = old | (change if found else {})
-        found.append(receipt.write(sealed.path, data))
-    result = compare.compare([comparable.ReceiptPair(*found)], [], compare.CompareOptions())
-    judged = {metric.name: metric.outcome for pair in result.pairs for metric in pair.metrics}
-    assert {judged["top_1"], judged["score_difference"]} == {"no regression", outcome}
-    assert judged["p50"] == "no regression"
