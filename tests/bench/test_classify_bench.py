@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from answering import probabilities
 from test_runner import CHECKED, bench, collected, ran
 
-from inferctl.bench.load import target
 from inferctl.bench.measure import quality
 from inferctl.bench.measure.bench import Bench
 from inferctl.bench.plan import plan, sections
@@ -45,17 +43,11 @@ def test_requests_of_a_classifier_have_as_many_texts_as_those_of_embeddings() ->
     assert (found.task, found.inputs_per_request) == ("classify", plan.read_plan("quick").load.inputs_per_request)
 
 
-@pytest.fixture
-def weights(fp32: Callable[..., tuple[Path, str]]) -> tuple[Path, str]:
-    config = '{"architectures": ["BertForSequenceClassification"], "num_labels": 3}'
-    return fp32(lambda text: probabilities(text, 0, ""), config)
-
-
 @pytest.mark.parametrize(("drift", "passes"), [("0.001", True), ("0.5", False)])
 def test_a_classifier_is_measured_and_compared_with_fp32(
-    tmp_path: Path, weights: tuple[Path, str], drift: str, passes: bool
+    tmp_path: Path, weights: Callable[[str], tuple[Path, str]], drift: str, passes: bool
 ) -> None:
-    folder, digest = weights
+    folder, digest = weights("classify")
     options = ("--task", "classify", "--sha256", digest, "--drift", drift)
     work = bench(tmp_path, "bf16", options=options, quality=CHECKED, model=folder)
     work = Bench(work.plan.for_task("classify"), work.targets, work.command, work.model, work.output)
@@ -74,14 +66,3 @@ def test_a_classifier_is_measured_and_compared_with_fp32(
     sealed = [receipt.load(Path(str(row.receipt)))]
     page = html.render(found, sealed)
     assert "<th>score difference</th><th>same label</th>" in page and f"{row.score_difference:.3g}" in page
-
-
-@pytest.mark.parametrize(("broken", "reason"), [("nan", "NaN"), ("missing", "scores of 2 labels")])
-def test_scores_that_cannot_be_compared_fail(
-    answering: Callable[..., str], weights: tuple[Path, str], broken: str, reason: str
-) -> None:
-    folder, digest = weights
-    served = target.connect(answering("--task", "classify", "--sha256", digest, "--broken", broken))
-    found = quality.QualityChecker(sections.Quality(corpus="short", texts=40), folder)(served, lambda passed: None)
-    assert (found.checked, found.passes) == (True, False)
-    assert reason in (found.reason or "")
