@@ -542,21 +542,6 @@ def test_each_outcome_has_its_exit_code_and_each_format_its_file(
     assert json.loads(capsys.readouterr().out)["outcome"] == "regression"
 
 
-@pytest.mark.parametrize(("slower", "code"), [(1.3, 1), (1.0, 0), (None, 4)])
-def test_the_verdict_survives_a_reader_that_is_gone(tmp_path: Path, slower: float | None, code: int) -> None:
-    new = run_values(20, [1.0, 1.2, 0.85, 1.1, 0.9]) if slower is None else run_values(20 * slower, STEADY[::-1])
-    old, candidate = receipts_of(tmp_path, run_values(20, STEADY), new)
-    line = f"{sys.executable} -m inferctl compare {old.path} {candidate.path}"
-    for redirection, expected in (("| true", code), (">&-", code), ("2>&-", code), (">/dev/full", 3)):
-        done = subprocess.run(
-            ["bash", "-c", f"{line} {redirection}; exit ${{PIPESTATUS[0]}}"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, "Traceback" in done.stderr) == (expected, False), (redirection, done.stderr)
-
-
 def test_the_formats_go_to_stdout_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     receipts_of(tmp_path, run_values(20, STEADY), run_values(20, STEADY[::-1]))
     for style, start in (
