@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 from inferctl import cli
 from inferctl.core.errors import Problem, SpecError
 from inferctl.receipts import receipt
-from tests.processes import inferctl
 
 SPEC = "name: m\nmodel: {source: org/m}\n"
 PLAN = "name: p\nconfigurations: [{name: a, precision: fp32}]\n"
@@ -129,9 +127,6 @@ URLS = (
     "http://127.0.0.1:9/#x",
 )
 LINES: dict[str, tuple[int, str]] = {
-    "unknown command": (2, "biuld"),
-    "unknown option": (2, "render --ouput x"),
-    "unknown entry": (2, "catalog hardware a100"),
     "unknown plan": (2, "bench --model org/absent --plan precison"),
     "no spec": (2, "render"),
     "spec that is a folder": (2, "check --spec ."),
@@ -139,9 +134,7 @@ LINES: dict[str, tuple[int, str]] = {
     "model that is not in the cache of the hub": (3, "serve --model org/absent"),
     "init with a name that is not valid": (2, "init new --name\0A B"),
     "server without a name": (2, "bench --url localhost"),
-    "server that does not answer": (3, f"{BENCH} --plan quick"),
     "verify of a URL without a library": (2, "verify --url http://127.0.0.1:9"),
-    "pull without Docker": (3, "pull registry.example.com/ml/m:1"),
     "no model": (2, "serve --model="),
     "model with a long name": (2, f"serve --model org/{'m' * 256}"),
     "model with a long name, estimated": (2, f"estimate --hardware t4 --model org/{'m' * 256}"),
@@ -186,8 +179,6 @@ BESIDE: dict[str, tuple[int, str, str]] = {
     "incomplete locks": (2, "render", SPEC + "image: {locks: .}\n"),
     "value that escapes the Dockerfile": (2, "render --base-image\0a/b; rm -rf /", SPEC),
     "pin of a spec that is not valid": (2, "pin --check", "nme: m\n"),
-    "floating revision": (1, "build --dry-run", "name: m\nmodel: {source: org/m, weights: bake}\n"),
-    "tag that is no name": (2, "build --dry-run --no-verify --tag\0Bad Name", SPEC),
     "no Docker": (3, "build --no-verify", SPEC),
 }
 # Files in place of the weights of a model.
@@ -282,13 +273,3 @@ def test_a_file_with_thousands_of_errors_names_the_first_and_their_number(tmp_pa
     assert len(error.problems) == 1000
     assert error.message.splitlines()[0].startswith("1000 ")
     assert error.message.splitlines()[-1] == "and 980 more"
-
-
-def test_a_taken_port_is_answered_with_what_to_do(minilm: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = inferctl("serve", "--model", minilm, "--port", port, code=3)
-    assert f":{port}" in done.stderr
-    assert "hint: " in done.stderr
