@@ -88,9 +88,12 @@ class _EdgeServer:
             lambda: self._healthy,
             log=settings.log,
             traces=settings.traces,
+            tasks=dict.fromkeys(settings.adapters, "generate"),
         )
         self._metering, self._lifecycle = setup.metering, setup.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
+        for adapter in settings.info["adapters"]:
+            self._metering.ready(settings.info["device"], adapter["sha256"], adapter["name"])
         self._metering.open()
         self._metering.watch(metrics)
         limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
