@@ -66,8 +66,9 @@ def test_new_weights_have_a_new_digest(tmp_path: Path, base: ModelFolder) -> Non
 def test_slots_have_the_next_rank_of_vllm_for_each_layer_and_both_uses_of_a_tied_table(
     tmp_path: Path, base: ModelFolder
 ) -> None:
-    slots = Slots.of([read(tmp_path / "adapter", base)] * 9)
-    assert slots == Slots(8, 8)
+    adapters = [read(tmp_path / "adapter", base)] * 9
+    slots = Slots.of(adapters, "cuda")
+    assert (slots, Slots.of(adapters, "cpu")) == (Slots(8, 8), Slots(10, 8))
     assert slots.numbers(base) == 8 * 8 * (2 * (32 + 32 + 16 + 32 + 32 + 64) + 2 * (100 + 32))
 
 

@@ -38,7 +38,7 @@ class ModelNames:
                 raise ApiError(400, f"set `model` to {possible}", code="model_required", param="model")
             wanted = names[0]
         context.model = self._names[wanted]
-        return wanted
+        return str(wanted)
 
     def cards(self, context: RequestContext) -> list[dict[str, Any]]:
         """Return what `/v1/models` lists for the key of a request, in OpenAI's format."""
