@@ -175,6 +175,10 @@ def _match(tensors: _Tensors, config: _Config, base: ModelFolder) -> dict[str, t
     linear, targets = _linear_layers(base), config.target_modules
     ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ""  # no pattern is run
     rank_of, alpha_of = _by_layer(config.rank_pattern, config.r), _by_layer(config.alpha_pattern, config.lora_alpha)
+    if not any(map(_in_block, linear)):
+        _refuse(
+            "the shapes of the base's layers are not known: its weights are packed", "use the model in 16 or 8 bits"
+        )
     found: dict[str, tuple[int, float]] = {}
     parts: dict[str, str] = {}
     for name, tensor in tensors.items():
