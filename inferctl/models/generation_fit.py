@@ -97,9 +97,7 @@ def check_adapters(spec: Spec, base: object) -> tuple[list[Adapter], list[Findin
         absent = is_hub_id(each.source) and model_folder.snapshot(each.source, each.revision) is None
         if absent or not isinstance(base, ModelFolder):
             what, why = f"adapter {each.name} was not checked, nor its memory", "it or its model is not on this machine"
-            findings.append(
-                Finding("warn", "adapter", what, why, f"run `hf download {each.source}`, or start a server")
-            )
+            findings.append(Finding("warn", "adapter", what, why, "download both, or start a server, which does it"))
             continue
         try:
             found = adapter.read(each.name, adapter.find(each.source, each.revision), base)
