@@ -24,6 +24,7 @@ from inferctl.models import untrusted
 from inferctl.models.model import ModelFolder
 
 T = TypeVar("T")
+_Tensors = Mapping[str, Mapping[str, Any]]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER = "tokenizer.json"
 # What vLLM accepts as `--max-lora-rank` (`config/lora.py`).
@@ -70,10 +71,7 @@ class _Config(BaseModel):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits its base. `layers`: name of each linear layer of the base -> rank and scale of its update.
-
-    `rank`: the largest.
-    """
+    """An adapter that fits its base. `layers`: name of a linear layer of the base -> rank and scale of its update."""
 
     name: str
     path: Path
@@ -82,6 +80,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
+        """The largest rank."""
         return max(rank for rank, _ in self.layers.values())
 
     @property
@@ -106,9 +105,15 @@ class Slots:
     rank: int
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter]) -> Slots:
+    def of(cls, adapters: Sequence[Adapter], kind: str) -> Slots:
+        """Return those for `adapters` on a device of `kind`, cpu or cuda.
+
+        On a CPU, vLLM adds the adapter in the last slot to requests for the base in the same step (vllm #48421). So
+        there is a slot for each adapter, and a last one, which stays empty.
+        """
+        count = len(adapters) + 1 if kind == "cpu" else min(len(adapters), MOST_AT_ONCE)
         largest = max(adapter.rank for adapter in adapters)
-        return cls(min(len(adapters), MOST_AT_ONCE), next(rank for rank in RANKS if rank >= largest))
+        return cls(count, next(rank for rank in RANKS if rank >= largest))
 
     def numbers(self, base: ModelFolder) -> int:
         """Return the numbers in all slots: matrices A and B for each layer of `base` and its table of tokens.
@@ -143,9 +148,7 @@ def _read(name: str, folder: Path, base: ModelFolder) -> Adapter:
     found = untrusted.read_json(folder / CONFIG)
     config = _checked(found)
     if not file.is_file():
-        pickles = [each.name for each in folder.glob("adapter_model.*") if each.suffix in (".bin", ".pt")]
-        also = f", only {pickles[0]}: a pickle, which can run code when it is loaded" if pickles else ""
-        _refuse(f"{folder} has no {WEIGHTS}{also}", _SAVE)
+        _refuse(f"{folder} has no {WEIGHTS}, and a pickle can run code when it is loaded", _SAVE)
     tensors = dict(model_folder.tensors(file, _MAX_HEADER_BYTES))
     layers = _match(tensors, config, base)
     _check_numbers(file, tensors)
@@ -158,23 +161,24 @@ def _checked(found: Any) -> _Config:
     try:
         config = _Config.model_validate(found)
     except ValidationError as error:
-        field, message = error.errors()[0]["loc"][:1], error.errors()[0]["msg"]
-        _refuse(
-            f"its {field[0]} is {shown(found.get(field[0]))}: {message}" if field else f"{CONFIG}: {message}", MERGE
-        )
+        (first, *_) = error.errors()
+        what = f"its {first['loc'][0]} is {shown(found.get(first['loc'][0]))}" if first["loc"] else CONFIG
+        _refuse(f"{what}: {first['msg']}", MERGE)
     for key, value in (config.model_extra or {}).items():
         if value and value != "none" and key not in _HARMLESS.split():
             _refuse(f"its {CONFIG} sets {shown(key)}: {shown(value)}, which vLLM does not apply", MERGE)
     return config
 
 
-def _match(
-    tensors: Mapping[str, Mapping[str, Any]], config: _Config, base: ModelFolder
-) -> dict[str, tuple[int, float]]:
+def _match(tensors: _Tensors, config: _Config, base: ModelFolder) -> dict[str, tuple[int, float]]:
     """Return rank and scale by layer. Raises `UsageError` unless each tensor is one of two of a layer of the base."""
     linear, targets = _linear_layers(base), config.target_modules
     ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ""  # no pattern is run
     rank_of, alpha_of = _by_layer(config.rank_pattern, config.r), _by_layer(config.alpha_pattern, config.lora_alpha)
+    if not any(map(_in_block, linear)):
+        _refuse(
+            "the shapes of the base's layers are not known: its weights are packed", "use the model in 16 or 8 bits"
+        )
     found: dict[str, tuple[int, float]] = {}
     parts: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -211,7 +215,7 @@ def _by_layer(values: Mapping[str, T] | None, default: T) -> Callable[[str], T]:
     return lambda layer: next((value for pattern, value in patterns if pattern.match(layer)), default)
 
 
-def _check_numbers(file: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_numbers(file: Path, tensors: _Tensors) -> None:
     """Raise `UsageError` if a number is not finite, or no layer has two matrices that are not zero."""
     import numpy as np
 
@@ -231,9 +235,7 @@ def _check_numbers(file: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None
 def _check_tokens(folder: Path, base: Path) -> None:
     """Raise `UsageError` if the adapter comes with tokens that the base lacks: vLLM uses the tokenizer of the base."""
     if (base / _TOKENIZER).is_file() and (more := _added_tokens(folder) - _added_tokens(base)):
-        hint = (
-            f"merge it into a copy of the model with these tokens, or remove its {_TOKENIZER} if it does not use them"
-        )
+        hint = f"merge it into a copy of the model that has them, or remove its {_TOKENIZER} if it uses none of them"
         _refuse(f"its tokenizer has tokens that the base's has not, such as {min(more)}", hint)
 
 

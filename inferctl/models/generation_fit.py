@@ -97,9 +97,7 @@ def check_adapters(spec: Spec, base: object) -> tuple[list[Adapter], list[Findin
         absent = is_hub_id(each.source) and model_folder.snapshot(each.source, each.revision) is None
         if absent or not isinstance(base, ModelFolder):
             what, why = f"adapter {each.name} was not checked, nor its memory", "it or its model is not on this machine"
-            findings.append(
-                Finding("warn", "adapter", what, why, f"run `hf download {each.source}`, or start a server")
-            )
+            findings.append(Finding("warn", "adapter", what, why, "download both, or start a server, which does it"))
             continue
         try:
             found = adapter.read(each.name, adapter.find(each.source, each.revision), base)
@@ -193,7 +191,9 @@ class _Need:
         step = step_tokens(part) * (5 * shape.hidden_size + 3 * shape.width // gpus) * cell
         logits = most_sequences(self.spec, part) * shape.vocabulary * _SAMPLING_BYTES
         overhead = fit.CUDA_OVERHEAD_BYTES + CUDA_GRAPH_BYTES if part.kind == "cuda" else 0
-        slots = self.model.adapter_numbers * cell * (gpus + 1) // (2 * gpus)  # GPUs share one of the two matrices
+        slots = (
+            self.model.adapter_numbers.get(part.kind, 0) * cell * (gpus + 1) // (2 * gpus)
+        )  # GPUs share one of the two matrices
         return Memory(weights // gpus, step + logits, overhead, slots)
 
     def capacity(self, part: Hardware, gpus: int | None = None) -> KvCapacity:

@@ -111,7 +111,8 @@ def fetch_adapters(
     """Return the adapters of a spec on the model `base`. `progress(source)`: of a download. Raises what `fetch` does."""
     found = []
     for each in wanted:
-        if model_folder.is_hub_id(each.source) and not model_folder.snapshot(each.source, each.revision):
+        cached = model_folder.snapshot(each.source, each.revision)
+        if model_folder.is_hub_id(each.source) and not (cached and (cached / adapter.WEIGHTS).is_file()):
             download(each.source, each.revision, progress(each.source))
         found.append(adapter.read(each.name, adapter.find(each.source, each.revision), base))
     return tuple(found)

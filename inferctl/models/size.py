@@ -41,7 +41,8 @@ def size_of(found: ModelFolder | HubModel | UnknownSize, adapters: Sequence[Adap
         return found
     if found.parameters is None:
         return _UNKNOWN
-    numbers = Slots.of(adapters).numbers(found) if adapters and isinstance(found, ModelFolder) else 0
+    kinds = ("cpu", "cuda") if adapters else ()
+    numbers = {kind: Slots.of(adapters, kind).numbers(found) for kind in kinds if isinstance(found, ModelFolder)}
     return ModelSize(
         found.parameters, found.config, found.weights_bytes, found.has_modules, found.library_type, numbers
     )

@@ -12,41 +12,15 @@ from typing import Any
 from inferctl.models import model
 from tests.models.model_folders import LLAMA, write_model
 
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": ["q_proj", "v_proj"],
-    "bias": "none",
-    "lora_dropout": 0.1,
-    "inference_mode": True,
-    "qalora_group_size": 16,
-    "megatron_core": "megatron.core",
-}
-Tensors = dict[str, Any]
-Edit = Callable[[dict[str, Any], Tensors, Path], object]
-
-
-def write_adapter(folder: Path, base: Path, edit: Edit = lambda *_: None, seed: int = 0, size: float = 0.5) -> Path:
-    """Write an adapter for `base` whose matrices B have numbers of `size`, changed by `edit`."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    rng, tensors, config = np.random.default_rng(seed), Tensors(), dict(CONFIG)
-    for name, shape in model.shapes(base / "model.safetensors"):
-        layer = f"base_model.model.{name.removesuffix('.weight')}"
-        if layer.endswith(("q_proj", "v_proj")):
-            tensors[f"{layer}.lora_A.weight"] = rng.normal(0, 0.05, (4, shape[1])).astype(np.float32)
-            tensors[f"{layer}.lora_B.weight"] = rng.normal(0, size, (shape[0], 4)).astype(np.float32)
-    folder.mkdir(parents=True)
-    edit(config, tensors, folder)
-    # Files that `edit` wrote remain.
-    if not os.path.lexists(folder / "adapter_config.json"):
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    if not list(folder.glob("adapter_model.*")):
-        save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
+CONFIG: dict[str, Any] = json.loads(
+    """{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+    "bias": "none", "lora_dropout": 0.1, "inference_mode": true, "qalora_group_size": 16, "loftq_config": {}}"""
+)
+WEIGHTS = "adapter_model.safetensors"
+Q = "model.layers.0.self_attn.q_proj"
+TOKENS = json.dumps({"added_tokens": [{"id": 7, "content": "<tool>"}]}).encode()
+# Changes the configuration and the tensors, by name.
+Edit = Callable[[dict[str, Any], dict[str, Any]], object]
 
 
 def write_base(folder: Path) -> Path:
@@ -61,12 +35,38 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
+def write_adapter(folder: Path, base: Path, edit: Edit = lambda *_: None, seed: int = 0) -> Path:
+    """Write an adapter for `base`, changed by `edit`."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng, tensors, config = np.random.default_rng(seed), dict[str, Any](), dict(CONFIG)
+    for name, shape in model.shapes(base / "model.safetensors"):
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if layer.endswith(("q_proj", "v_proj")):
+            tensors[f"{layer}.lora_A.weight"] = rng.normal(0, 0.05, (4, shape[1])).astype(np.float32)
+            tensors[f"{layer}.lora_B.weight"] = rng.normal(0, 0.5, (shape[0], 4)).astype(np.float32)
+    edit(config, tensors)
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def write_wrong(folder: Path, base: Path, case: str) -> Path:
+    """Write an adapter of `WRONG` or `HOSTILE`."""
+    if case in WRONG:
+        return write_adapter(folder, base, WRONG[case][0])
+    HOSTILE[case][0](write_adapter(folder, base))
+    return folder
+
+
 def settings(**values: Any) -> Edit:
-    return lambda config, _tensors, _folder: config.update(values)
+    return lambda config, _tensors: config.update(values)
 
 
 def renamed(old: str, new: str) -> Edit:
-    def rename(_config: dict[str, Any], tensors: Tensors, _folder: Path) -> None:
+    def rename(_config: dict[str, Any], tensors: dict[str, Any]) -> None:
         for name in list(tensors):
             tensors[name.replace(old, new)] = tensors.pop(name)
 
@@ -75,67 +75,44 @@ def renamed(old: str, new: str) -> Edit:
 
 def changed(change: Callable[[Any], Any], end: str = "") -> Edit:
     """Replace each tensor whose name ends with `end` by `change` of it."""
-
-    def replace(_config: dict[str, Any], tensors: Tensors, _folder: Path) -> None:
-        tensors.update({name: change(value) for name, value in tensors.items() if name.endswith(end)})
-
-    return replace
-
-
-def removed(end: str) -> Edit:
-    return lambda _config, tensors, _folder: [tensors.pop(name) for name in list(tensors) if name.endswith(end)]
+    return lambda _config, tensors: tensors.update(
+        {name: change(value) for name, value in tensors.items() if name.endswith(end)}
+    )
 
 
 def added(name: str, *shape: int, **values: Any) -> Edit:
     """Add a tensor, and `values` to the configuration."""
     import numpy as np
 
-    return lambda config, tensors, _folder: (
-        config.update(values),
-        tensors.update({f"base_model.model.{name}": np.ones(shape, np.float32)}),
-    )
+    tensor = {f"base_model.model.{name}": np.ones(shape, np.float32)}
+    return lambda config, tensors: (config.update(values), tensors.update(tensor))
 
 
-def written(name: str, data: bytes) -> Edit:
-    return lambda _config, _tensors, folder: (folder / name).write_bytes(data)
+def written(name: str, data: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def linked(name: str) -> Edit:
-    """Replace a file by a link to one of the same content outside of the folder."""
-
-    def link(config: dict[str, Any], tensors: Tensors, folder: Path) -> None:
-        from safetensors.numpy import save_file
-
-        outside = folder.with_name(f"{folder.name}-outside")
-        outside.mkdir()
-        (outside / "adapter_config.json").write_text(json.dumps(config))
-        save_file(tensors, outside / "adapter_model.safetensors")
-        (folder / name).symlink_to(outside / name)
-
-    return link
+def linked(name: str) -> Callable[[Path], object]:
+    """Move a file out of the folder, and leave a link to it."""
+    return lambda folder: (folder / name).symlink_to((folder / name).rename(folder.with_name(f"{folder.name}-{name}")))
 
 
-def pickled(_config: dict[str, Any], tensors: Tensors, folder: Path) -> None:
+def pickled(folder: Path) -> None:
     import torch
+    from safetensors.torch import load_file
 
-    torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, folder / "adapter_model.bin")
-
-
-def nan(value: Any) -> Any:
-    value[0, 0] = float("nan")
-    return value
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
 
 
-def pipe(_config: dict[str, Any], _tensors: Tensors, folder: Path) -> None:
-    os.mkfifo(folder / "adapter_model.safetensors")
+def pipe(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
 
 
-Q = "model.layers.0.self_attn.q_proj"
-TOKENS = json.dumps({"added_tokens": [{"id": 7, "content": "<tool>"}]}).encode()
-WEIGHTS = "adapter_model.safetensors"
 # What is wrong -> the change, a part of the reason, and whether vLLM 0.32 loads it and answers under its name. None: it
 # does not come back. A test with the real vLLM compares.
-WRONG: dict[str, tuple[Edit, str, bool | None]] = {
+WRONG: dict[str, tuple[Edit, str, bool]] = {
     "names of a multimodal wrapper": (renamed("model.layers", "language_model.model.layers"), "no linear layer", True),
     "names of a model without its head": (renamed("model.model.model.", "model.model."), "no linear layer", True),
     "names without the prefix of PEFT": (renamed("base_model.model.", ""), "is not base_model.model.LAYER", True),
@@ -151,15 +128,18 @@ WRONG: dict[str, tuple[Edit, str, bool | None]] = {
     "a field of a later PEFT": (settings(use_later=True), "use_later", True),
     "experts that are no modules": (settings(target_parameters=["experts.up"]), "target_parameters", True),
     "new tokens": (settings(trainable_token_indices=[1]), "trainable_token_indices", True),
-    "new tokens, in its tokenizer": (written("tokenizer.json", TOKENS), "tokens that the base's has not", True),
     "a whole embedding": (added("model.embed_tokens.base_layer.weight", 4, 4), "is not base_model", True),
     "B is zero": (changed(lambda each: 0 * each, "B.weight"), "changes nothing", True),
     "a scale of zero": (settings(lora_alpha=0), "lora_alpha", True),
-    "NaN": (changed(nan, "A.weight"), "NaN", True),
+    "NaN": (changed(lambda each: each * float("nan"), "A.weight"), "NaN", True),
     "integers": (changed(lambda each: each.astype("int8")), "I8", True),
-    "no tensors": (lambda _config, tensors, _folder: tensors.clear(), "has no tensors", False),
+    "no tensors": (lambda _config, tensors: tensors.clear(), "has no tensors", False),
     "an output layer": (added("lm_head.lora_A.weight", 4, 4), "lm_head", False),
-    "A without B": (removed("layers.0.self_attn.q_proj.lora_B.weight"), "without the other matrix", False),
+    "A without B": (
+        lambda _config, tensors: tensors.pop(f"base_model.model.{Q}.lora_B.weight"),
+        "without the other matrix",
+        False,
+    ),
     "DoRA": (added(f"{Q}.lora_magnitude_vector", 4, use_dora=True), "use_dora", False),
     "DoRA, not said": (added(f"{Q}.lora_magnitude_vector", 4), "is not base_model", False),
     "modules_to_save": (added("lm_head.weight", 4, 4, modules_to_save=["lm_head"]), "modules_to_save", False),
@@ -168,6 +148,10 @@ WRONG: dict[str, tuple[Edit, str, bool | None]] = {
     "a rank of 10^9": (settings(r=10**9), "its r is", False),
     "a rank of 10^9 in a pattern": (settings(rank_pattern={"q_proj": 10**9}), "rank_pattern", False),
     "a pattern that explodes": (settings(alpha_pattern={r"((\w|\.)+)+!": 8}), "alpha_pattern", True),
+}
+# The same of the files.
+HOSTILE: dict[str, tuple[Callable[[Path], object], str, bool | None]] = {
+    "new tokens, in its tokenizer": (written("tokenizer.json", TOKENS), "tokens that the base's has not", True),
     "a configuration outside": (linked("adapter_config.json"), "outside of the model folder", True),
     "weights outside": (linked(WEIGHTS), "outside of the model folder", True),
     "a pickle": (pickled, "a pickle", True),

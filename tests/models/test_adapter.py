@@ -12,8 +12,7 @@ from inferctl.core.errors import UsageError
 from inferctl.models import adapter
 from inferctl.models.adapter import Adapter, Slots
 from inferctl.models.model import ModelFolder
-from tests.models import adapters
-from tests.models.adapters import Edit, settings, write_adapter, write_base
+from tests.models.adapters import HOSTILE, WEIGHTS, WRONG, Edit, settings, write_adapter, write_base, write_wrong
 from tests.processes import inferctl
 
 
@@ -26,11 +25,11 @@ def read(folder: Path, base: ModelFolder, edit: Edit = lambda *_: None) -> Adapt
     return adapter.read("mine", write_adapter(folder, base.path, edit), base)
 
 
-@pytest.mark.parametrize("case", adapters.WRONG)
+@pytest.mark.parametrize("case", [*WRONG, *HOSTILE])
 def test_an_adapter_that_is_not_applied_as_peft_does_is_refused(tmp_path: Path, base: ModelFolder, case: str) -> None:
-    edit, reason, _ = adapters.WRONG[case]
+    reason = WRONG[case][1] if case in WRONG else HOSTILE[case][1]
     with pytest.raises(UsageError, match=reason) as refused:
-        read(tmp_path / "adapter", base, edit)
+        adapter.read("mine", write_wrong(tmp_path / "adapter", base.path, case), base)
     assert refused.value.message.startswith("adapter mine: ")
     assert refused.value.hint
 
@@ -54,7 +53,7 @@ def test_rank_and_scale_are_those_of_peft(
     assert set(found.layers.values()) == {(4, scale), (4, value_scale)}
     assert found.layers["model.layers.1.self_attn.v_proj"] == (4, value_scale)
     assert len(found.layers) == 4
-    assert (found.rank, found.bytes) == (4, (found.path / adapters.WEIGHTS).stat().st_size)
+    assert (found.rank, found.bytes) == (4, (found.path / WEIGHTS).stat().st_size)
 
 
 def test_new_weights_have_a_new_digest(tmp_path: Path, base: ModelFolder) -> None:
@@ -66,8 +65,9 @@ def test_new_weights_have_a_new_digest(tmp_path: Path, base: ModelFolder) -> Non
 def test_slots_have_the_next_rank_of_vllm_for_each_layer_and_both_uses_of_a_tied_table(
     tmp_path: Path, base: ModelFolder
 ) -> None:
-    slots = Slots.of([read(tmp_path / "adapter", base)] * 9)
-    assert slots == Slots(8, 8)
+    adapters = [read(tmp_path / "adapter", base)] * 9
+    slots = Slots.of(adapters, "cuda")
+    assert (slots, Slots.of(adapters, "cpu")) == (Slots(8, 8), Slots(10, 8))
     assert slots.numbers(base) == 8 * 8 * (2 * (32 + 32 + 16 + 32 + 32 + 64) + 2 * (100 + 32))
 
 

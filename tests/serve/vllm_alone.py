@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-from tests.models.adapters import WRONG, write_adapter
+from tests.models.adapters import HOSTILE, WRONG, write_wrong
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -33,17 +33,9 @@ def main(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE, num_key_value_heads=1, vocab_size=512, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(base := folder / "base")
-    llm = LLM(
-        model=str(base),
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=64,
-        enable_lora=True,
-        max_loras=2,
-        max_cpu_loras=len(WRONG),
-        max_lora_rank=16,
-    )
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 64}
+    options |= {"enable_lora": True, "max_loras": 2, "max_cpu_loras": 64, "max_lora_rank": 16}
+    llm = LLM(str(base), dtype="float32", **options)
 
     def tokens(adapter: LoRARequest | None = None) -> list[float]:
         options = SamplingParams(temperature=0, max_tokens=2, logprobs=1, detokenize=False)
@@ -53,21 +45,15 @@ def main(folder: Path) -> None:
 
     served: dict[str, str | None] = {}
     alone = tokens()
-    for number, (name, (edit, _, comes_back)) in enumerate(WRONG.items(), 1):
-        if comes_back is None:
-            continue
-        adapter = LoRARequest(name, number, str(write_adapter(folder / str(number), base, edit)))
+    for number, name in enumerate([*WRONG, *(name for name in HOSTILE if HOSTILE[name][2] is not None)], 1):
+        adapter = LoRARequest(name, number, str(write_wrong(folder / str(number), base, name)))
         try:
             llm.llm_engine.add_lora(adapter)
         except Exception:  # noqa: BLE001  # of several types
             served[name] = None
-            continue
-        served[name] = "as the base" if tokens(adapter) == alone else "others"
-    sys.stdout.write(json.dumps({"slots": slots_of(llm), "served": served}) + "\n")
-
-
-def slots_of(llm: LLM) -> int:
-    return int(llm.apply_model(slots)[0])
+        else:
+            served[name] = "as the base" if tokens(adapter) == alone else "others"
+    sys.stdout.write(json.dumps({"slots": llm.apply_model(slots)[0], "served": served}) + "\n")
 
 
 if __name__ == "__main__":

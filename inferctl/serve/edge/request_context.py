@@ -17,6 +17,7 @@ from inferctl.tenancy.metering.usage_event import UsageEvent
 
 CLIENT_DISCONNECTED = 499
 OTHER = "other"  # the name of paths that are no endpoint of a task
+BY_MODEL = "by_model"  # of a path that is another endpoint for each model, until the model is known
 _MAX_ID_LENGTH = 128
 _TRACE = b"traceparent", b"tracestate"
 _CONTEXT, _NOTES = "inferctl.request", "inferctl.notes"  # keys of a scope, and of its `state`

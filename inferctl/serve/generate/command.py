@@ -76,11 +76,11 @@ def _options(spec: Spec, model: VllmModel, device: DeviceInfo, socket: Path, cpp
     elif not cpp_compiler:
         yield Derived("--enforce-eager", "", "no C++ compiler")
     if model.adapters:
-        slots = Slots.of(model.adapters)
+        slots = Slots.of(model.adapters, device.kind)
         yield Derived("--enable-lora", "", "model.adapters")
         yield Derived("--max-loras", str(slots.count), "model.adapters")
         yield Derived("--max-lora-rank", str(slots.rank), "model.adapters")
-        yield Derived("--max-cpu-loras", str(len(model.adapters)), "model.adapters")
+        yield Derived("--max-cpu-loras", str(max(slots.count, len(model.adapters))), "model.adapters")
         links = (f"{each.name}={adapter_link(socket.parent, each)}" for each in model.adapters)
         yield Derived("--lora-modules", " ".join(links), "links to the adapters")
     yield Derived("--max-num-queued-tokens", str(serve.max_queue_tokens), "serve.max_queue_tokens")

@@ -23,9 +23,8 @@ _MAX_MESSAGE = 65536
 class EdgeSettings:
     """What the supervisor tells the edge. `info`: the document of `GET /info`. `log`: text or json.
 
-    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model, its own first;
-    `adapters`: of those on it. `slo`: seconds by objective. `started`: when the server started, or restarted vLLM
-    (CLOCK_MONOTONIC).
+    `access`, `metering`: the sections of the spec, as JSON data. `models`: the names of the model, its own first.
+    `slo`: seconds by objective. `started`: when the server started, or restarted vLLM (CLOCK_MONOTONIC).
     """
 
     name: str
@@ -35,7 +34,6 @@ class EdgeSettings:
     traces: bool = False
     access: dict[str, Any] = field(default_factory=dict)
     models: list[str] = field(default_factory=list)
-    adapters: list[str] = field(default_factory=list)
     metering: dict[str, Any] = field(default_factory=dict)
     slo: dict[str, float] = field(default_factory=dict)
     started: float = 0.0

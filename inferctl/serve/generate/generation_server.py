@@ -186,7 +186,6 @@ class GenerationServer(ServerLifetime):
             self._options.traces,
             spec.access.model_dump() | access | {"data": str(Path(spec.access.data).absolute())},
             command.base_names(spec),
-            [each.name for each in self._model.adapters],
             spec.metering.model_dump()
             | {"ledger": None, "broker": None, "data": str(Path(spec.metering.data).absolute())},
             objectives(spec.slo),

@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from inferctl.core.errors import shown
-from inferctl.serve.edge.errors import ApiError
+from inferctl.serve.api.served_model import unknown_model
 from inferctl.serve.edge.request_context import RequestContext
 
 
@@ -30,15 +29,11 @@ class ModelNames:
         """
         if not isinstance(wanted, str) or not self._is_visible(context, wanted):
             names = self._visible(context)
-            possible = " or ".join(map(repr, names))
-            if wanted:
-                message = f"model {shown(wanted)} not found; use {possible}"
-                raise ApiError(404, message, code="model_not_found", param="model")
-            if len({self._names[name] for name in names}) != 1:
-                raise ApiError(400, f"set `model` to {possible}", code="model_required", param="model")
+            if wanted or len({self._names[name] for name in names}) != 1:
+                raise unknown_model(str(wanted)[:80] if wanted else None, names)
             wanted = names[0]
         context.model = self._names[wanted]
-        return wanted
+        return str(wanted)
 
     def cards(self, context: RequestContext) -> list[dict[str, Any]]:
         """Return what `/v1/models` lists for the key of a request, in OpenAI's format."""

@@ -81,18 +81,22 @@ class _EdgeServer:
         )
         keys, recording = spec.Access(**settings.access), spec.Metering(**settings.metering)
         source = settings.info["model"]["source"]
+        adapters = {each["name"]: each["sha256"] for each in settings.info["adapters"]}
         setup = EdgeSetup(
             settings.name,
-            [*settings.models, source, *settings.adapters],
+            [*settings.models, source, *adapters],
             "generate",
             keys,
             recording,
             lambda: self._healthy,
             log=settings.log,
             traces=settings.traces,
+            tasks=dict.fromkeys(adapters, "generate"),
         )
         self._metering, self._lifecycle = setup.metering, setup.lifecycle
         self._metering.ready(settings.info["device"], settings.info["model"]["sha256"])
+        for name, digest in adapters.items():
+            self._metering.ready(settings.info["device"], digest, name)
         self._metering.open()
         self._metering.watch(metrics)
         limiter = Limiter(keys.replicas, exchanges=keys.broker is not None)
@@ -102,7 +106,7 @@ class _EdgeServer:
         sequences = limits["max_sequences"]
         self._generation = generation_app.GenerationApp(
             app,
-            ModelNames(settings.models, source, settings.adapters, limits["max_context_tokens"]),
+            ModelNames(settings.models, source, list(adapters), limits["max_context_tokens"]),
             self._check,
             lambda: self._edge.stopped,
             sequences,
