@@ -252,7 +252,7 @@ def _flavor(source: SpecSource, model_name: str, flavor: Flavor, where: str, *, 
     effective = _fit(source, flavor, hardware, measured_precision or spec.serve.precision, where)
     memory, capacity = effective.memory, effective.capacity
     weights = source.size.weights_bytes if isinstance(source.size, ModelSize) else None
-    load_time = sizing.load_s(rate, downloads=downloads(spec))
+    load_time = sizing.load_s(rate, downloads=downloads(spec), models=len(source.models) or 1)
     period, failures = sizing.startup(load_time, model_folder.longest_start_s(weights) if generate else None)
     stop, drain = sizing.pre_stop_s(), sizing.drain_s(spec.serve.drain_seconds, rate)
     kv_cache = capacity.kv_cache_bytes if capacity else 0

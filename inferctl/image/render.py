@@ -189,8 +189,8 @@ def _stage(folder: WeightsFolder, image: ModelImage | None) -> dict[str, Any]:
 
 def _start_period(stack: Stack, weights_bytes: list[float]) -> int:
     """Return the start period of HEALTHCHECK in seconds, in whole minutes."""
-    if not stack.vllm:
-        return _START_PERIOD_S
+    if not stack.vllm:  # engines of several models start one after the other
+        return _START_PERIOD_S * len(weights_bytes)
     total = sum(weights_bytes)
     return math.ceil(longest_start_s(int(total) if math.isfinite(total) else None) / 60) * 60
 

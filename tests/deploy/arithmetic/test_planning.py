@@ -406,7 +406,7 @@ def test_the_models_of_a_server_need_the_sum_of_their_memory_and_each_has_its_sl
     found, flavor = plan_of_several(one()), plan_of_several(one()).flavors[0]
     memory, alone = flavor.fit.memory, plan(spec(one())).models[0].flavors[0].fit.memory
     assert memory and alone and (memory.weights, memory.overhead) == (3 * alone.weights, 2 * alone.overhead)
-    assert (found.task, flavor.precision) == ("embed-rerank", "auto")
+    assert (found.task, flavor.precision, flavor.load_s.value) == ("embed-rerank", "auto", 240)
     large = ModelSize(4_000_000_000, SMALL.config)
     plan(spec(one(), serve={"precision": "fp32"}), size=large)
     with pytest.raises(UsageError, match="does not fit"):
