@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Literal
 
 from inferctl.config.spec import Spec
@@ -153,6 +153,18 @@ def check_part(
     shown = need if isinstance(need, Memory) else None
     kernels = has_kernels(stack, part)
     return Fit(part.key, requested, precision, level, reason, kernels, shown, part.memory_bytes, tuple(findings))
+
+
+def together(fits: Sequence[Fit], part: Hardware) -> Fit:
+    """Return how `part` runs the models of one server: each has a process of its own, so their memory adds up."""
+    if len(fits) == 1:
+        return fits[0]
+    needs, total = [each.memory for each in fits if each.memory], None
+    findings = [finding for each in fits for finding in each.findings if finding.topic != "memory" or not each.memory]
+    if len(needs) == len(fits):
+        total = Memory(*(sum(column) for column in zip(*map(astuple, needs), strict=True)))
+        findings.append(_memory(total, part))
+    return replace(fits[0], memory=total, findings=tuple(dict.fromkeys(findings)))
 
 
 def hardware_findings(base: BaseImage, stack: Stack, part: Hardware, driver: int | None) -> Iterator[Finding]:
