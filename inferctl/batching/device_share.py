@@ -76,6 +76,7 @@ class Turn:
 
     def charge(self, seconds: float, now: float) -> None:
         """Count seconds of the device: those predicted when a batch is sent, and at its end what that was wrong by."""
+        self.device.changed()
         self._used, self._used_at = self.use(now) * _MEAN_S + seconds, now
         self.virtual += seconds / self.weight
 
@@ -106,22 +107,33 @@ class DeviceShare:
         self.turns: list[Turn] = []
         self._virtual = 0.0  # of the model that sent the last batch, before it
         self._clocks: dict[int, tuple[float, float]] = {}  # of each place: the time, its own time
+        self._loads: dict[int, tuple[float, Load]] = {}  # of each place: when its load was computed
 
     def join(self, model: SharingModel, weight: float) -> Turn:
         """Add a model."""
         self.turns.append(Turn(self, model, weight, self._virtual))
         return self.turns[-1]
 
+    def changed(self) -> None:
+        """Note that a batch or an engine starts or ends."""
+        self._loads.clear()
+
     def load(self, place: int, now: float) -> Load:
         """Return the load of all models."""
-        moment = self.moment(place, now)
-        return Load.total([turn.model.load(place, moment) for turn in self.turns])
+        at, load = self._loads.get(place, (now, Load(overdue_s=0.0)))
+        if now - at >= load.overdue_s:
+            moment = self.moment(place, now)
+            at, load = now, Load.total([turn.model.load(place, moment) for turn in self.turns])
+            self._loads[place] = at, load
+        passed = now - at
+        return load._replace(remaining_s=max(0.0, load.remaining_s - passed), overdue_s=load.overdue_s - passed)
 
     def moment(self, place: int, now: float) -> float:
         """Return the device's own time. To be called before a batch starts or ends.
 
         It is slower while more batches run than fill the device. So each of them takes as long as it would alone.
         """
+        self.changed()
         at, moment = self._clocks.get(place, (now, now))
         running = sum(turn.model.load(place, moment).running for turn in self.turns)
         moment += (now - at) / max(1.0, running)

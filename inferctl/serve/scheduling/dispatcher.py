@@ -253,6 +253,8 @@ class Dispatcher:
 
     def _engines_changed(self) -> None:
         """Update what the batcher knows of the ready engines and their batch limits."""
+        if self._turn is not None:
+            self._turn.device.changed()
         if queues := self._engines.values():
             self._batcher.slots = sum(queue.slots for queue in queues)
             tokens = min(queue.batch_tokens for queue in queues)
