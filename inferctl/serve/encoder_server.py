@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import inferctl
+from inferctl.batching.device_share import DeviceShare
 from inferctl.config.spec import Spec, Task
 from inferctl.config.spec_types import CACHED
 from inferctl.core import cgroup
@@ -49,6 +50,7 @@ class EncoderServer(ServerLifetime):
         several, tasks = len(loaded) > 1, [task for task, _ in loaded]
         if several and options.capacity:
             raise UsageError("a capacity file is of one model, and the spec has several", "remove `--capacity`")
+        share = DeviceShare() if several else None
         self._models = models = [
             EncoderModel(
                 one,
@@ -57,7 +59,8 @@ class EncoderServer(ServerLifetime):
                 self._model_ready,
                 progress.phase,
                 number,
-                several=several,
+                share=share,
+                weight=spec.models[number].weight if several else 1.0,
                 caches=sum(task in CACHED for task in tasks),
             )
             for number, (one, found) in enumerate(zip(spec.each(), loaded, strict=True))

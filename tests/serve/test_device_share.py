@@ -228,7 +228,7 @@ def test_one_model_alone_gets_the_whole_device() -> None:
 def test_idle_time_is_not_made_up_for() -> None:
     async def scenario() -> None:
         world = World()
-        busy, idle = Model(world), Model(world)
+        busy, _ = Model(world), Model(world)
         await world.run([3.0, 0.0], 2.0)
         before = busy.used_s
         await world.run([3.0, 3.0], 1.0)
