@@ -22,6 +22,7 @@ from inferctl.serve.edge import access
 from inferctl.serve.edge.exchange import Exchange
 from inferctl.serve.edge.pages import Page, Pages
 from inferctl.serve.encoder_model import EncoderModel
+from inferctl.serve.engine_process import memory
 from inferctl.serve.front_end import FrontEnd
 from inferctl.serve.lifetime import ServerLifetime
 from inferctl.serve.observe import describe
@@ -46,10 +47,13 @@ class EncoderServer(ServerLifetime):
         notify: Callable[[str], None],
         progress: StartProgress,
     ) -> None:
-        """Raises `UsageError` for a model or an option that is not usable."""
+        """Raises `UsageError` for a model or an option that is not usable, `NotReadyError` for insufficient memory."""
         several, tasks = len(loaded) > 1, [task for task, _ in loaded]
         if several and options.capacity:
             raise UsageError("a capacity file is of one model, and the spec has several", "remove `--capacity`")
+        if several and options.engine != "echo":
+            folders = (folder for _, folder in loaded)
+            memory.check_all(list(zip(spec.each(), folders, strict=True)), options.device)
         share = DeviceShare() if several else None
         self._models = models = [
             EncoderModel(
