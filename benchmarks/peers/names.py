@@ -6,7 +6,7 @@ The models are all-MiniLM-L6-v2, a cross-encoder and a classifier of the same si
 log-normal length (mean 55 tokens); a request of the cross-encoder has 8 documents. "Work" is the sum of the rates of the
 three models, each divided by its rate alone, in closed loops at the same time: 1 if the device is as busy as with one
 model. One server and three servers take turns (A B B A), and the ratio is the median over pairs of rounds. Memory (PSS)
-is that of each side after such a load, before the other one starts.
+is that after such a load. The three start after it was read of the one, so only they divide pages with others.
 
 Then, on one server, open loops send to one model three times its peak, and to the others a quarter of theirs. "Late" is
 the share of their responses that exceeded the SLO. In the end, an engine is killed under load. The load generator shares
@@ -108,9 +108,6 @@ def main() -> None:
             for name, together in (("one server", True), ("three servers", False)):
                 sides[name] = Side(sources, folder, options.slo, together=together)
                 memory[name] = sides[name].memory_mb()
-                sides.pop(name).end()
-            for name, together in (("one server", True), ("three servers", False)):
-                sides[name] = Side(sources, folder, options.slo, together=together)
             one = sides["one server"]
             alone = {}
             for model, url in one.urls.items():

@@ -188,13 +188,9 @@ class Batcher:
 
     def expected_wait(self, *, bulk: bool = True) -> float:
         """Return the seconds until the queue (`bulk` False: the interactive one) is processed; 0 if unknown."""
-        seconds = self.queued_s(bulk=bulk)
-        return seconds if self.elapsed is None else self.elapsed(seconds)
-
-    def queued_s(self, *, bulk: bool = True) -> float:
-        """Return the seconds that the queue (`bulk` False: the interactive one) takes without other models."""
         tokens = self.waiting_tokens if bulk else self._interactive.tokens
-        return self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.slots)
+        seconds = self.latency.seconds(tokens, self.limits.batch_tokens) / max(1, self.slots)
+        return seconds if self.elapsed is None else self.elapsed(seconds)
 
     def cancel(self, request: int) -> None:
         """Remove the queued sequences of a request. Unknown requests are ignored."""

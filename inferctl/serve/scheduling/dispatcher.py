@@ -99,6 +99,7 @@ class Dispatcher:
         self._places: dict[EngineProcess, int] = {}  # their devices
         self._turn = None if share is None else share.join(self, weight)
         self._timer: asyncio.TimerHandle | None = None
+        self._slots = EngineQueue.free_slots if self._turn is None else self._shared_slots
         if (turn := self._turn) is not None:
             batcher.elapsed = lambda seconds: turn.elapsed(seconds, clock())
         metrics.watch_queue(
@@ -298,7 +299,9 @@ class Dispatcher:
 
     def queued_s(self) -> float:
         """Return the predicted seconds of the queue. Part of `SharingModel`."""
-        return self._batcher.queued_s()
+        batcher = self._batcher
+        seconds = batcher.latency.seconds(batcher.waiting_tokens, batcher.limits.batch_tokens)
+        return seconds / max(1, batcher.slots)
 
     def _moment(self, device: DeviceShare, place: int) -> float:
         return device.moment(place, self._clock())
@@ -307,7 +310,7 @@ class Dispatcher:
         """Return which part of its device a batch uses."""
         return 1 / sum(other.slots for other in self._engines.values() if other.place == queue.place)
 
-    def _slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
+    def _shared_slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
         """Return how many more batches the engine and its device accept."""
         slots = queue.free_slots(prefetch=prefetch)
         if self._turn is None or not slots:
