@@ -4,7 +4,7 @@ Each model has a virtual time: the seconds of the device that its batches took, 
 the earliest one sends the next batch ("start-time fair queueing"). A model that had no requests for a while continues
 at the time of the others, so it gets nothing later for what it did not use. One model alone gets the whole device.
 
-The device runs at most as many batches as one model could have in flight there: what fills it, and a prefetched one.
+The device runs as many batches as fill it. The next model may have another one prefetched, if its own fill the device.
 """
 
 from __future__ import annotations
@@ -20,31 +20,24 @@ _ROUNDING = 1e-9
 
 
 class Load(NamedTuple):
-    """Which part of a device batches use, and which part those will use that an engine has prefetched.
+    """Which part of a device batches use, and the predicted seconds of the device until all of them are done.
 
-    `remaining_s`: predicted seconds of the device until all of them are done. `overdue_s`: seconds until one of them
-    has taken so long that it does not count any more; infinity without one.
+    `overdue_s`: seconds until one of them has taken so long that it does not count any more; infinity without one.
     """
 
     running: float = 0.0
-    prefetched: float = 0.0
     remaining_s: float = 0.0
     overdue_s: float = math.inf
 
     @classmethod
     def total(cls, loads: Sequence[Load], parts: int = 1) -> Load:
         """Return the sum. Each of the loads is of one of `parts` equal parts of the device."""
-        running, prefetched, remaining_s, overdue_s = zip(Load(), *loads, strict=True)
-        return cls(sum(running) / parts, sum(prefetched) / parts, sum(remaining_s) / parts, min(overdue_s))
+        running, remaining_s, overdue_s = zip(Load(), *loads, strict=True)
+        return cls(sum(running) / parts, sum(remaining_s) / parts, min(overdue_s))
 
     def accepted(self, part: float) -> int:
-        """Return how many batches can start of which each uses `part` of the device. The last one may exceed it."""
+        """Return how many batches can start that use `part` of the device each. The last one may exceed it."""
         return max(0, math.ceil((1 - self.running) / part - _ROUNDING))
-
-    @property
-    def accepts_prefetch(self) -> bool:
-        """Whether one more batch can be sent that waits for these."""
-        return self.running + self.prefetched < 1 + _ROUNDING
 
 
 class SharingModel(Protocol):
@@ -56,8 +49,8 @@ class SharingModel(Protocol):
     def send(self, *, prefetch: bool) -> bool:
         """Send one batch if an engine and the device accept it, and return whether one was sent."""
 
-    def load(self, place: int, moment: float) -> Load:
-        """Return the load of its batches. `moment`: the device's own time."""
+    def load(self, place: int) -> Load:
+        """Return the load of its batches."""
 
     def queued_s(self) -> float:
         """Return the predicted seconds of the device that its queue needs."""
@@ -70,13 +63,12 @@ class Turn:
     device: DeviceShare
     model: SharingModel
     weight: float
-    virtual: float
+    virtual: float = 0.0
     _used: float = field(default=0.0, init=False)  # seconds, of which earlier ones count less
     _used_at: float = field(default=0.0, init=False)
 
     def charge(self, seconds: float, now: float) -> None:
         """Count seconds of the device: those predicted when a batch is sent, and at its end what that was wrong by."""
-        self.device.changed()
         self._used, self._used_at = self.use(now) * _MEAN_S + seconds, now
         self.virtual += seconds / self.weight
 
@@ -101,64 +93,36 @@ class Turn:
 
 
 class DeviceShare:
-    """The models that share one device, or several equal ones."""
+    """The models that share one device, or several equal ones. `loads`: of each place, since the last `dispatch`."""
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
-        self._virtual = 0.0  # of the model that sent the last batch, before it
-        self._clocks: dict[int, tuple[float, float]] = {}  # of each place: the time, its own time
-        self._loads: dict[int, tuple[float, Load]] = {}  # of each place: when its load was computed
+        self.loads: dict[int, Load] = {}
+        self._virtual, self._at = 0.0, 0.0  # of the model that sent the last batch, before it; when it was sent
 
-    def join(self, model: SharingModel, weight: float) -> Turn:
-        """Add a model."""
-        self.turns.append(Turn(self, model, weight, self._virtual))
-        return self.turns[-1]
-
-    def changed(self) -> None:
-        """Note that a batch or an engine starts or ends."""
-        self._loads.clear()
-
-    def load(self, place: int, now: float) -> Load:
-        """Return the load of all models."""
-        at, load = self._loads.get(place, (now, Load(overdue_s=0.0)))
-        if now - at >= load.overdue_s:
-            moment = self.moment(place, now)
-            at, load = now, Load.total([turn.model.load(place, moment) for turn in self.turns])
-            self._loads[place] = at, load
-        passed = now - at
-        return load._replace(remaining_s=max(0.0, load.remaining_s - passed), overdue_s=load.overdue_s - passed)
-
-    def moment(self, place: int, now: float) -> float:
-        """Return the device's own time. To be called before a batch starts or ends.
-
-        It is slower while more batches run than fill the device. So each of them takes as long as it would alone.
-        """
-        self.changed()
-        at, moment = self._clocks.get(place, (now, now))
-        running = sum(turn.model.load(place, moment).running for turn in self.turns)
-        moment += (now - at) / max(1.0, running)
-        self._clocks[place] = now, moment
-        return moment
+    def remaining_s(self, place: int, now: float) -> float:
+        """Return the predicted seconds until the batches in flight are done."""
+        return max(0.0, self.loads[place].remaining_s - (now - self._at))
 
     def dispatch(self, now: float) -> float:
         """Let the models send what the device accepts.
 
         Return after how many seconds this must be called again, because a batch takes too long; else infinity.
         """
-        while waiting := sorted((turn for turn in self.turns if turn.model.waits()), key=self._start):
+        while True:
+            self._at = now
+            for place in self.loads:
+                self.loads[place] = Load.total([turn.model.load(place) for turn in self.turns])
+            waiting = [turn for turn in self.turns if turn.model.waits()]
+            if not waiting:
+                return math.inf
+            waiting.sort(key=lambda turn: max(turn.virtual, self._virtual))
             if not (any(self._sent(turn) for turn in waiting) or self._sent(waiting[0], prefetch=True)):
-                return min((self.load(place, now).overdue_s for place in self._clocks), default=math.inf)
-        return math.inf
-
-    def _start(self, turn: Turn) -> float:
-        return max(turn.virtual, self._virtual)
+                return min(load.overdue_s for load in self.loads.values())
 
     def _sent(self, turn: Turn, *, prefetch: bool = False) -> bool:
         """Let a model send a batch, and return whether it did."""
-        before, start = turn.virtual, self._start(turn)
-        turn.virtual = start
-        if not turn.model.send(prefetch=prefetch):
-            turn.virtual = before
-            return False
-        self._virtual = start
-        return True
+        start = turn.virtual = max(turn.virtual, self._virtual)
+        if sent := turn.model.send(prefetch=prefetch):
+            self._virtual = start
+        return sent

@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from inferctl.batching.batcher import AdmissionError, Batcher, QueuedSequence
-from inferctl.batching.device_share import DeviceShare, Load
+from inferctl.batching.device_share import DeviceShare, Load, Turn
 from inferctl.reading.rows import Rows, Tokens, Vectors
 from inferctl.serve.engine_process.engine_protocol import Batch, BatchResult, EngineInfo, EngineProcess
 from inferctl.serve.observe.metrics import Metrics
@@ -97,10 +97,13 @@ class Dispatcher:
         self._busy_s, self._busy_at = 0.0, -math.inf  # seconds until an engine is free, and when this was computed
         self._scheduled = False  # `_dispatch` will run in this turn of the event loop
         self._places: dict[EngineProcess, int] = {}  # their devices
-        self._turn = None if share is None else share.join(self, weight)
+        self._turn: Turn | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._slots = EngineQueue.free_slots if self._turn is None else self._shared_slots
-        if (turn := self._turn) is not None:
+        self._slots: Callable[..., int] = EngineQueue.free_slots
+        if share is not None:
+            self._turn = turn = Turn(share, self, weight)
+            self._slots = self._shared_slots
+            share.turns.append(turn)
             batcher.elapsed = lambda seconds: turn.elapsed(seconds, clock())
         metrics.watch_queue(
             lambda: batcher.waiting_tokens, lambda: batcher.waiting_requests, lambda: len(self._requests)
@@ -170,11 +173,9 @@ class Dispatcher:
         return self._busy_s
 
     def _until_free(self, queue: EngineQueue) -> float:
-        seconds = queue.seconds_until_free(self._batcher.latency)
-        if self._turn is None or seconds:
-            return seconds
-        load = self._turn.device.load(queue.place, self._clock())
-        return 0.0 if load.accepted(self._part(queue)) else load.remaining_s
+        if self._turn is None:
+            return queue.seconds_until_free(self._batcher.latency)
+        return 0.0 if self._slots(queue) else self._turn.device.remaining_s(queue.place, self._clock())
 
     def fail_all(self, message: str) -> None:
         """Fail all requests in flight, because there is no engine."""
@@ -183,10 +184,10 @@ class Dispatcher:
 
     def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
         """Send batches to this engine from now on. Part of `Listener`."""
-        clock, place = self._clock, self._places.setdefault(engine, len(self._places)) % info.device.count
+        place = self._places.setdefault(engine, len(self._places)) % info.device.count
         if self._turn is not None:
-            clock = partial(self._moment, self._turn.device, place)
-        self._engines[engine] = EngineQueue(engine, info, clock, place)
+            self._turn.device.loads.setdefault(place, Load())
+        self._engines[engine] = EngineQueue(engine, info, self._clock, place)
         self._engines_changed()
         self._dispatch()
 
@@ -213,10 +214,9 @@ class Dispatcher:
         queue = self._engines[engine]
         attempt, seconds = queue.finish(result.id)
         now = self._clock()
-        if self._turn is not None and seconds:
+        seconds = max(seconds, result.seconds)
+        if self._turn is not None:
             self._turn.charge(self._part(queue) * seconds - attempt.charged, now)
-        else:
-            seconds = max(seconds, result.seconds)
         self._batcher.latency.observe(attempt.tokens, seconds)
         self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds, result.flops)
         queue.raise_batch_limit(attempt.tokens)
@@ -254,8 +254,6 @@ class Dispatcher:
 
     def _engines_changed(self) -> None:
         """Update what the batcher knows of the ready engines and their batch limits."""
-        if self._turn is not None:
-            self._turn.device.changed()
         if queues := self._engines.values():
             self._batcher.slots = sum(queue.slots for queue in queues)
             tokens = min(queue.batch_tokens for queue in queues)
@@ -292,9 +290,9 @@ class Dispatcher:
                     return True
         return False
 
-    def load(self, place: int, moment: float) -> Load:
+    def load(self, place: int) -> Load:
         """Return the load of the batches in flight. Part of `SharingModel`."""
-        loads = [q.load(self._batcher.latency, moment) for q in self._engines.values() if q.place == place]
+        loads = [queue.load(self._batcher.latency) for queue in self._engines.values() if queue.place == place]
         return Load.total(loads, max(1, len(loads)))
 
     def queued_s(self) -> float:
@@ -303,22 +301,16 @@ class Dispatcher:
         seconds = batcher.latency.seconds(batcher.waiting_tokens, batcher.limits.batch_tokens)
         return seconds / max(1, batcher.slots)
 
-    def _moment(self, device: DeviceShare, place: int) -> float:
-        return device.moment(place, self._clock())
-
     def _part(self, queue: EngineQueue) -> float:
         """Return which part of its device a batch uses."""
         return 1 / sum(other.slots for other in self._engines.values() if other.place == queue.place)
 
     def _shared_slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
         """Return how many more batches the engine and its device accept."""
-        slots = queue.free_slots(prefetch=prefetch)
-        if self._turn is None or not slots:
-            return slots
-        load = self._turn.device.load(queue.place, self._clock())
-        if prefetch:
-            return int(load.accepts_prefetch and (queue.overlaps or not queue.free_slots()))
-        return min(slots, load.accepted(self._part(queue)))
+        assert self._turn is not None
+        if slots := queue.free_slots():
+            return min(slots, self._turn.device.loads[queue.place].accepted(self._part(queue)))
+        return queue.free_slots(prefetch=prefetch)
 
     def _batch(self, attempt: BatchAttempt) -> Batch:
         found = [(self._requests[item.request], item.position) for item in attempt.sequences]

@@ -47,13 +47,10 @@ class EngineQueue:
 
     `slots`: how many batches the engine runs at a time. `batch_tokens`: its batch limit, lowered while memory is
     insufficient. `in_flight`: the batches by number, the oldest first. `place`: which of several equal devices it uses.
-    `overlaps`: whether the device should have a batch before it is done with that of another model. Otherwise a GPU
-    waits for the host, but a CPU has no core for it.
     """
 
     def __init__(self, engine: EngineProcess, info: EngineInfo, clock: Callable[[], float], place: int = 0) -> None:
         self.slots, self.batch_tokens, self.place = info.parallel, info.batch_tokens, place
-        self.overlaps = info.device.kind == "cuda"
         self.in_flight: dict[int, BatchAttempt] = {}
         self._engine, self._full_batch_tokens, self._clock = engine, info.batch_tokens, clock
 
@@ -69,19 +66,18 @@ class EngineQueue:
 
     def seconds_until_free(self, latency: LatencyModel) -> float:
         """Return the predicted seconds until the engine can start another batch."""
-        return 0.0 if self.free_slots() else self.load(latency, self._clock()).remaining_s
+        return 0.0 if self.free_slots() else self.load(latency).remaining_s
 
-    def load(self, latency: LatencyModel, now: float) -> Load:
-        """Return the load of its batches on its cores or GPU. `now`: on the clock of this engine."""
-        running, total, overdue_s = 0, 0.0, math.inf
+    def load(self, latency: LatencyModel) -> Load:
+        """Return the load of its batches on its cores or GPU."""
+        now, total, running, overdue_s = self._clock(), 0.0, 0, math.inf
         for attempt in self.in_flight.values():
             predicted = latency.seconds(attempt.tokens)
             elapsed = 0.0 if attempt.started is None else now - attempt.started
             total += max(0.0, predicted - elapsed)
             if attempt.started is not None and (left := max(_MIN_PATIENCE_S, _PATIENCE * predicted) - elapsed) > 0:
                 running, overdue_s = running + 1, min(overdue_s, left)
-        prefetched = sum(attempt.started is None for attempt in self.in_flight.values())
-        return Load(running / self.slots, prefetched / self.slots, total / self.slots, overdue_s)
+        return Load(running / self.slots, total / self.slots, overdue_s)
 
     def send(self, batch: Batch, attempt: BatchAttempt) -> None:
         """Send a batch to the engine."""
