@@ -10,7 +10,6 @@ The device runs as many batches as fill it. The next model may have another one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -29,19 +28,13 @@ class Load(NamedTuple):
     remaining_s: float = 0.0
     overdue_s: float = math.inf
 
-    @classmethod
-    def total(cls, loads: Sequence[Load], parts: int = 1) -> Load:
-        """Return the sum. Each of the loads is of one of `parts` equal parts of the device."""
-        running, remaining_s, overdue_s = zip(Load(), *loads, strict=True)
-        return cls(sum(running) / parts, sum(remaining_s) / parts, min(overdue_s))
-
-    def accepted(self, part: float) -> int:
-        """Return how many batches can start that use `part` of the device each. The last one may exceed it."""
-        return max(0, math.ceil((1 - self.running) / part - _ROUNDING))
+    def accepted(self, slots: int) -> int:
+        """Return how many batches can start of which `slots` fill the device. The last one may exceed it."""
+        return max(0, math.ceil((1 - self.running) * slots - _ROUNDING))
 
 
 class SharingModel(Protocol):
-    """What the share of a device needs to know of a model. `place`: which of several equal devices; the first is 0."""
+    """What the share of a device needs to know of a model. `place`: which of several equal devices, from 0."""
 
     def waits(self) -> bool:
         """Return whether something is queued that an engine of the model accepts, perhaps as a prefetched batch."""
@@ -112,7 +105,8 @@ class DeviceShare:
         while True:
             self._at = now
             for place in self.loads:
-                self.loads[place] = Load.total([turn.model.load(place) for turn in self.turns])
+                running, remaining_s, overdue_s = zip(*(turn.model.load(place) for turn in self.turns), strict=True)
+                self.loads[place] = Load(sum(running), sum(remaining_s), min(overdue_s))
             waiting = [turn for turn in self.turns if turn.model.waits()]
             if not waiting:
                 return math.inf

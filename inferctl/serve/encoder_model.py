@@ -18,6 +18,7 @@ from inferctl.serve.backend.local_backend import Stack
 from inferctl.serve.cache import vector_cache
 from inferctl.serve.engine_process.engine_protocol import EngineConfig, EngineInfo
 from inferctl.serve.engine_process.pool import EnginePool
+from inferctl.serve.engine_process.supervisor import EngineSupervisor
 from inferctl.serve.observe import describe
 from inferctl.serve.observe.metrics import Metrics, objectives
 from inferctl.serve.options import ServerOptions
@@ -64,6 +65,7 @@ class EncoderModel:
             self._batch_timeout,
             self._engine_ready,
             (lambda phase: on_phase(f"{spec.name}: {phase}")) if share else on_phase,
+            f"the engine process of {spec.name}" if share else EngineSupervisor.name,
         )
         self.stack = Stack(self.dispatcher, vector_cache.create(spec.cache, task, metrics, caches))
         self.tokenizer = TokenizerPool(folder.path, self._config, on_truncated=metrics.truncated.inc)

@@ -96,7 +96,7 @@ class Dispatcher:
         self._ids = count()
         self._busy_s, self._busy_at = 0.0, -math.inf  # seconds until an engine is free, and when this was computed
         self._scheduled = False  # `_dispatch` will run in this turn of the event loop
-        self._places: dict[EngineProcess, int] = {}  # their devices
+        self._places: dict[EngineProcess, int] = {}  # that of an engine is the same in each model
         self._turn: Turn | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._slots: Callable[..., int] = EngineQueue.free_slots
@@ -184,7 +184,7 @@ class Dispatcher:
 
     def engine_ready(self, engine: EngineProcess, info: EngineInfo) -> None:
         """Send batches to this engine from now on. Part of `Listener`."""
-        place = self._places.setdefault(engine, len(self._places)) % info.device.count
+        place = self._places.setdefault(engine, len(self._places))
         if self._turn is not None:
             self._turn.device.loads.setdefault(place, Load())
         self._engines[engine] = EngineQueue(engine, info, self._clock, place)
@@ -216,7 +216,7 @@ class Dispatcher:
         now = self._clock()
         seconds = max(seconds, result.seconds)
         if self._turn is not None:
-            self._turn.charge(self._part(queue) * seconds - attempt.charged, now)
+            self._turn.charge(seconds / queue.slots - attempt.charged, now)
         self._batcher.latency.observe(attempt.tokens, seconds)
         self._metrics.count_batch(len(attempt.sequences), attempt.tokens, result.seconds, result.flops)
         queue.raise_batch_limit(attempt.tokens)
@@ -285,15 +285,15 @@ class Dispatcher:
             while attempt := self._next(queue, prefetch=prefetch):
                 queue.send(self._batch(attempt), attempt)
                 if self._turn is not None:
-                    attempt.charged = self._part(queue) * self._batcher.latency.seconds(attempt.tokens)
+                    attempt.charged = self._batcher.latency.seconds(attempt.tokens) / queue.slots
                     self._turn.charge(attempt.charged, self._clock())
                     return True
         return False
 
     def load(self, place: int) -> Load:
         """Return the load of the batches in flight. Part of `SharingModel`."""
-        loads = [queue.load(self._batcher.latency) for queue in self._engines.values() if queue.place == place]
-        return Load.total(loads, max(1, len(loads)))
+        queues = (queue for queue in self._engines.values() if queue.place == place)
+        return next((queue.load(self._batcher.latency) for queue in queues), Load())
 
     def queued_s(self) -> float:
         """Return the predicted seconds of the queue. Part of `SharingModel`."""
@@ -301,15 +301,11 @@ class Dispatcher:
         seconds = batcher.latency.seconds(batcher.waiting_tokens, batcher.limits.batch_tokens)
         return seconds / max(1, batcher.slots)
 
-    def _part(self, queue: EngineQueue) -> float:
-        """Return which part of its device a batch uses."""
-        return 1 / sum(other.slots for other in self._engines.values() if other.place == queue.place)
-
     def _shared_slots(self, queue: EngineQueue, *, prefetch: bool = False) -> int:
         """Return how many more batches the engine and its device accept."""
         assert self._turn is not None
         if slots := queue.free_slots():
-            return min(slots, self._turn.device.loads[queue.place].accepted(self._part(queue)))
+            return min(slots, self._turn.device.loads[queue.place].accepted(queue.slots))
         return queue.free_slots(prefetch=prefetch)
 
     def _batch(self, attempt: BatchAttempt) -> Batch:
