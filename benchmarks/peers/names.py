@@ -2,19 +2,20 @@
 
     python benchmarks/peers/names.py [--rounds 6] [--seconds 8] [--slo 1000] [--json FILE]
 
-The models are all-MiniLM-L6-v2, a cross-encoder and a classifier of the same size with random weights. Texts have a
+The models are all-MiniLM-L6-v2, a cross-encoder and a classifier of its size with random weights. Texts have a
 log-normal length (mean 55 tokens); a request of the cross-encoder has 8 documents. "Work" is the sum of the rates of the
-three models, each divided by its rate alone, in closed loops at the same time: 1 if the device is as busy as with one
-model. One server and three servers take turns (A B B A), and the ratio is the median over pairs of rounds. Memory (PSS)
-is that after such a load. The three start after it was read of the one, so only they divide pages with others.
+models in closed loops at the same time, each divided by its rate alone. One server and three servers take turns
+(A B B A), and the ratio is the median over pairs of rounds. Memory (PSS) is that after such a load. The three start
+after it was read of the one, so only they divide pages with others.
 
 Then, on one server, open loops send to one model three times its peak, and to the others a quarter of theirs. "Late" is
-the share of their responses that exceeded the SLO. In the end, an engine is killed under load. The load generator shares
-the machine.
+the share of accepted requests that exceeded the SLO. In the end, an engine is killed, while all get a quarter. The load
+generator shares the machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,15 +23,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import peers
-import recorder
 import rerank
-from load import Outcome, requests, run_closed, run_open
+from load import Outcome, requests, run_closed
+from recorder import OpenLoop, latencies, processes, quantile, statuses
 
 TEXTS = peers.texts(1000)
 PATHS = {"embed": "/v1/embeddings", "rerank": "/v1/rerank", "classify": "/classify"}
@@ -49,46 +50,35 @@ class Side:
 
     def __init__(self, sources: Mapping[str, Path], folder: Path, slo: float, *, together: bool) -> None:
         models = [{"name": name, "model": {"source": str(source)}} for name, source in sources.items()]
-        self.servers = []
-        self.urls: dict[str, str] = {}
+        self.servers: list[peers.Server] = []
+        self.ready: dict[str, tuple[str, list[bytes]]] = {}
         for part in [models] if together else [[model] for model in models]:
             file = folder / f"{'-'.join(str(model['name']) for model in part)}.yaml"
             file.write_text(json.dumps({"name": "mix", "models": part, "slo": {"p99_ms": slo}}))
-            port = peers.free_port()
-            command = [sys.executable, "-m", "inferctl", "serve", "--spec", file, "--port", str(port)]
-            server = peers.start(file.stem, command, port, "", "/readyz", folder=peers.ROOT)
+            port = str(peers.free_port())
+            command: list[str | Path] = [sys.executable, "-m", "inferctl", "serve", "--spec", file, "--port", port]
+            server = peers.start(file.stem, command, int(port), "", "/readyz", folder=peers.ROOT)
             self.servers.append(server)
-            self.urls |= {str(model["name"]): server.url for model in part}
-
-    def end(self) -> None:
-        for server in self.servers:
-            server.end()
-
-    def each(self, send: Callable[[str, str, list[bytes]], Outcome]) -> dict[str, Outcome]:
-        """Return what comes of a load on each model, all at the same time."""
-        with ThreadPoolExecutor(len(self.urls)) as pool:
-            given = {name: requests(url, PATHS[name], BODIES[name]) for name, url in self.urls.items()}
-            sent = {name: pool.submit(send, name, url, given[name]) for name, url in self.urls.items()}
-            return {name: outcome.result() for name, outcome in sent.items()}
+            for name in (str(model["name"]) for model in part):
+                self.ready[name] = server.url, requests(server.url, PATHS[name], BODIES[name])
 
     def closed(self, seconds: float) -> dict[str, Outcome]:
-        return self.each(lambda name, url, ready: run_closed(url, ready, CLIENTS[name], seconds))
+        """Return what comes of closed loops on all models at the same time."""
+        with ThreadPoolExecutor(len(self.ready)) as pool:
+            sent = {n: pool.submit(run_closed, *given, CLIENTS[n], seconds) for n, given in self.ready.items()}
+            return {name: outcome.result() for name, outcome in sent.items()}
 
-    def memory_mb(self) -> float:
-        self.closed(3)
-        return sum(peers.pss_mb(server.process.pid) for server in self.servers)
-
-
-def killed(side: Side, rates: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, Outcome]]:
-    """Kill one engine under load. Return what `/info` then says of each model, and what came of the load."""
-    (server,) = side.servers
-    with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(side.each, lambda name, url, ready: run_open(url, ready, rates[name] / 4, 12))
-        time.sleep(3)
-        os.kill(recorder.processes(server.process.pid)["engine"], signal.SIGKILL)
-        outcomes = load.result()
-    with urllib.request.urlopen(f"{server.url}/info") as response:
-        return json.load(response)["models"], outcomes
+    def opened(self, rates: Mapping[str, float], seconds: float, *, kill: bool = False) -> dict[str, OpenLoop]:
+        """Return what comes of open loops. `kill`: an engine, after a quarter of the time."""
+        loops = {n: OpenLoop(url, [(n, each) for each in sent], rates[n]) for n, (url, sent) in self.ready.items()}
+        with contextlib.ExitStack() as stack:
+            for loop in loops.values():
+                stack.enter_context(loop)
+            time.sleep(seconds / 4)
+            if kill:
+                os.kill(processes(self.servers[0].process.pid)["engine"], signal.SIGKILL)
+            time.sleep(seconds * 3 / 4)
+        return loops
 
 
 def main() -> None:
@@ -96,55 +86,43 @@ def main() -> None:
     parser.set_defaults(rounds=6)
     parser.add_argument("--slo", type=float, default=1000, help="ms")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    sides: dict[str, Side] = {}
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        folder, memory = Path(place), {}
         sources = {"embed": peers.MODEL, "rerank": folder / "rerank", "classify": folder / "classify"}
         for name, labels in (("rerank", 1), ("classify", 3)):
             sources[name].mkdir()
             rerank.make_model(sources[name], labels)
-        sides: dict[str, Side] = {}
-        memory: dict[str, float] = {}
-        try:
-            for name, together in (("one server", True), ("three servers", False)):
-                sides[name] = Side(sources, folder, options.slo, together=together)
-                memory[name] = sides[name].memory_mb()
-            one = sides["one server"]
-            alone = {}
-            for model, url in one.urls.items():
-                ready = requests(url, PATHS[model], BODIES[model])
-                alone[model] = run_closed(url, ready, CLIENTS[model], options.seconds).rate
-            work: dict[str, list[float]] = {name: [] for name in sides}
-            for name in peers.order(list(sides), options.rounds):
-                outcomes = sides[name].closed(options.seconds)
-                assert not any(outcome.failures for outcome in outcomes.values())
-                work[name].append(sum(outcome.rate / alone[model] for model, outcome in outcomes.items()))
-                print(name, {model: round(outcome.rate) for model, outcome in outcomes.items()}, flush=True)
-            sides.pop("three servers").end()
-            ratio = peers.median([a / b for a, b in zip(*work.values(), strict=True)])
-            rows = [(name, peers.median(work[name]), memory[name]) for name in work]
-            peers.table(("", "work", "MB"), rows)
-            print(f"one server / three servers: {ratio:.3f} of the work, {memory['one server']:.0f} MB")
-            floods = []
-            for flooded in alone:
-                rates = {model: rate * (3 if model == flooded else 0.25) for model, rate in alone.items()}
-                found = one.each(
-                    lambda name, url, ready, rates=rates: run_open(url, ready, rates[name], options.seconds)  # type: ignore[misc]
-                )
-                for model, outcome in found.items():
-                    late = sum(1000 * seconds > options.slo for seconds in outcome.latencies) / len(outcome.latencies)
-                    rejected = outcome.statuses.get(429, 0) / len(outcome.latencies)
-                    floods.append((flooded, model, rates[model], outcome.quantile(0.99), late, rejected))
-            peers.table(("flooded", "model", "offered/s", "p99 ms", "late", "rejected"), floods)
-            info, outcomes = killed(one, alone)
-            kills = [(each["name"], each["restarts"], str(outcomes[each["name"]].statuses)) for each in info]
-            peers.table(("an engine is killed", "restarts", "statuses"), kills)
-        finally:
-            for side in sides.values():
-                side.end()
-    peers.write(
-        options.json,
-        {"alone": alone, "work": work, "ratio": ratio, "memory_mb": memory, "floods": floods, "kills": kills},
-    )
+        for name, together in (("one server", True), ("three servers", False)):
+            sides[name] = Side(sources, folder, options.slo, together=together)
+            for server in sides[name].servers:
+                stack.callback(server.end)
+            sides[name].closed(3)
+            memory[name] = sum(peers.pss_mb(server.process.pid) for server in sides[name].servers)
+        one = sides["one server"]
+        alone = {n: run_closed(*given, CLIENTS[n], options.seconds).rate for n, given in one.ready.items()}
+        work: dict[str, list[float]] = {name: [] for name in sides}
+        for name in peers.order(list(sides), options.rounds):
+            outcomes = sides[name].closed(options.seconds)
+            work[name].append(sum(outcome.rate / alone[model] for model, outcome in outcomes.items()))
+            rates = {model: f"{each.rate:.0f}/s, {each.failures} failed" for model, each in outcomes.items()}
+            print(f"{name}: {rates}", file=sys.stderr)
+        ratio = peers.median([a / b for a, b in zip(*work.values(), strict=True)])
+        peers.table(("", "work", "MB"), [(name, peers.median(work[name]), memory[name]) for name in work])
+        print(f"one server / three servers: {ratio:.3f} of the work")
+        rows = []
+        for case in (*alone, "an engine is killed"):
+            rates = {model: rate * (3 if model == case else 0.25) for model, rate in alone.items()}
+            for model, loop in one.opened(rates, 2 * options.seconds, kill=case not in alone).items():
+                found = latencies(loop.records)
+                late = sum(ms > options.slo for ms in found) / max(1, len(found))
+                rows.append((case, model, rates[model], quantile(found, 0.99), late, str(statuses(loop.records))))
+        with urllib.request.urlopen(f"{one.servers[0].url}/info") as response:
+            restarts = {model["name"]: model["restarts"] for model in json.load(response)["models"]}
+    peers.table(("flooded", "model", "offered/s", "p99 ms", "late", "statuses"), rows)
+    print(f"restarts: {restarts}")
+    found = {"alone": alone, "work": work, "ratio": ratio, "memory_mb": memory, "floods": rows, "restarts": restarts}
+    peers.write(options.json, found)
 
 
 if __name__ == "__main__":
