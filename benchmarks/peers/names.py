@@ -105,8 +105,8 @@ def main() -> None:
         for name in peers.order(list(sides), options.rounds):
             outcomes = sides[name].closed(options.seconds)
             work[name].append(sum(outcome.rate / alone[model] for model, outcome in outcomes.items()))
-            rates = {model: f"{each.rate:.0f}/s, {each.failures} failed" for model, each in outcomes.items()}
-            print(f"{name}: {rates}", file=sys.stderr)
+            shown = {model: f"{each.rate:.0f}/s, {each.failures} failed" for model, each in outcomes.items()}
+            print(f"{name}: {shown}", file=sys.stderr)
         ratio = peers.median([a / b for a, b in zip(*work.values(), strict=True)])
         peers.table(("", "work", "MB"), [(name, peers.median(work[name]), memory[name]) for name in work])
         print(f"one server / three servers: {ratio:.3f} of the work")
@@ -114,9 +114,9 @@ def main() -> None:
         for case in (*alone, "an engine is killed"):
             rates = {model: rate * (3 if model == case else 0.25) for model, rate in alone.items()}
             for model, loop in one.opened(rates, 2 * options.seconds, kill=case not in alone).items():
-                found = latencies(loop.records)
-                late = sum(ms > options.slo for ms in found) / max(1, len(found))
-                rows.append((case, model, rates[model], quantile(found, 0.99), late, str(statuses(loop.records))))
+                accepted = latencies(loop.records)
+                late = sum(ms > options.slo for ms in accepted) / max(1, len(accepted))
+                rows.append((case, model, rates[model], quantile(accepted, 0.99), late, str(statuses(loop.records))))
         with urllib.request.urlopen(f"{one.servers[0].url}/info") as response:
             restarts = {model["name"]: model["restarts"] for model in json.load(response)["models"]}
     peers.table(("flooded", "model", "offered/s", "p99 ms", "late", "statuses"), rows)

@@ -189,20 +189,19 @@ def memory_of_all(needs: Mapping[str, Memory], available_bytes: int | None, part
     overhead = CUDA_OVERHEAD_BYTES if cuda else CPU_PROCESS_BYTES
     needs = {name: replace(need, overhead=overhead) for name, need in needs.items()}
     total = sum(need.total for need in needs.values())
-    what = f"all models need about {size(total, 1)}"
     why = "; ".join(
         f"{name} {size(need.total, 1)}: {size(need.weights, 1)} of weights, {size(need.activations, 1)} of activations, "
         f"{size(need.overhead, 1)} for its process"
         for name, need in needs.items()
     )
-    hint = "use a smaller serve.max_batch_tokens, more memory, or another server for some of the models"
-    if available_bytes is None:
-        return Finding("ok", "memory.all", f"{what}, estimated", f"{why}; the profile has no memory size", None, part)
-    what += f" of {size(available_bytes, 1)}, estimated"
-    if total > available_bytes:
-        return Finding("error", "memory.all", f"do not fit: {what}", why, hint, part)
-    tight = total > _FULL_SHARE * available_bytes
-    return Finding("warn" if tight else "ok", "memory.all", what, why, hint if tight else None, part)
+    level: Verdict = "ok"
+    what, hint = f"all models need about {size(total, 1)}, estimated", None
+    if available_bytes is not None:
+        what += f", of {size(available_bytes, 1)}"
+        if total > _FULL_SHARE * available_bytes:
+            level = "error" if total > available_bytes else "warn"
+            hint = "use a smaller serve.max_batch_tokens, more memory, or another server for some of the models"
+    return Finding(level, "memory.all", what, why, hint, part)
 
 
 def _first_int(config: Mapping[str, Any], *names: str) -> int:

@@ -55,7 +55,7 @@ def check_all(models: Sequence[tuple[Spec, ModelFolder]], device: str) -> None:
             needs[spec.name] = fit.memory(found, chosen, tokens, catalog.hardware("cpu"))
     finding = fit.memory_of_all(needs, available, "gpu" if cuda else "cpu", cuda=cuda)
     if finding.level == "error":
-        raise NotReadyError(f"{finding.what}: {finding.why}", finding.hint)
+        raise NotReadyError(f"memory is insufficient: {finding.what}: {finding.why}", finding.hint)
 
 
 def _free_on_gpus() -> int | None:
