@@ -21,6 +21,8 @@ _WORST = ("ok", "warn", "error")
 
 # CUDA context, library workspaces and allocator overhead of one process. A conservative round figure, not measured.
 CUDA_OVERHEAD_BYTES = 1_000_000_000
+# An engine process on a CPU without its weights: 250 MB of anonymous memory with 23 million parameters.
+CPU_PROCESS_BYTES = 250_000_000
 BYTES_PER_PARAMETER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 _FULL_SHARE = 0.9
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -194,6 +196,29 @@ def memory(model: ModelSize, precision: str, batch_tokens: int, part: Hardware) 
     cell = 4 if precision == "fp32" else 2
     activations = batch_tokens * (5 * hidden + 2 * width) * cell
     return Memory(weights, activations, CUDA_OVERHEAD_BYTES if part.kind == "cuda" else 0)
+
+
+def memory_of_all(needs: Mapping[str, Memory], available_bytes: int | None, part: str, *, cuda: bool) -> Finding:
+    """Return the finding about the memory of several models, by name, that share the hardware `part`.
+
+    Each has a process of its own.
+    """
+    overhead = CUDA_OVERHEAD_BYTES if cuda else CPU_PROCESS_BYTES
+    needs = {name: replace(need, overhead=overhead) for name, need in needs.items()}
+    total = sum(need.total for need in needs.values())
+    why = "; ".join(
+        f"{name} {size(need.total, 1)}: {size(need.weights, 1)} of weights, {size(need.activations, 1)} of activations, "
+        f"{size(need.overhead, 1)} for its process"
+        for name, need in needs.items()
+    )
+    level: Verdict = "ok"
+    what, hint = f"all models need about {size(total, 1)}, estimated", None
+    if available_bytes is not None:
+        what += f", of {size(available_bytes, 1)}"
+        if total > _FULL_SHARE * available_bytes:
+            level = "error" if total > available_bytes else "warn"
+            hint = "use a smaller serve.max_batch_tokens, more memory, or another server for some of the models"
+    return Finding(level, "memory.all", what, why, hint, part)
 
 
 def _first_int(config: Mapping[str, Any], *names: str) -> int:
