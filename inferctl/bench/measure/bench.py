@@ -128,7 +128,7 @@ def ready_server(bench: Bench, target: BenchTarget, folder: Path, notify: Notify
         monitor = stack.enter_context(MachineMonitor())
         child = None if target.url else stack.enter_context(started_server(bench, target, folder, notify))
         connection = child.connection if child else connect(target.url or "", access=bench.access)
-        yield MeasuredServer(connection, child, monitor, notify)
+        yield MeasuredServer(connection.of_names(bench.load_of(target).names or ()), child, monitor, notify)
 
 
 def started_server(

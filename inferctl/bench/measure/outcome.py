@@ -57,7 +57,8 @@ def run_records(
 ) -> summary.RunRecords:
     """Return the records of a load, with what their summary needs of it."""
     bounds = load.generation.bounds if load.generation else {}
-    return summary.RunRecords(rows, start_ns, end_ns, load.inputs_per_request, offered, events, bounds)
+    by_name = [load.of_name(name).inputs_per_request for name in load.names or ()]
+    return summary.RunRecords(rows, start_ns, end_ns, load.inputs_per_request, offered, events, bounds, by_name)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from inferctl.bench.plan import traces
 from inferctl.config.spec_types import Section, Task
+from inferctl.core.errors import UsageError
 
 # Matches `60%`, as in `rate: 60%`.
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -18,6 +19,13 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _RESPONSES, _LONGEST_S = 1.15 * 368, 60.0
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=40)]
+# Names of models and adapters, each with its share of the requests; `uniform`, `zipf` or, with an exponent, `zipf:1.2`.
+Mix = (
+    dict[Annotated[str, Field(min_length=1, max_length=200)], Annotated[float, Field(gt=0, le=1e6)]]
+    | Annotated[str, Field(pattern=r"^(uniform|zipf(:\d+(\.\d+)?)?)$")]
+)
+# Documents of a rerank request.
+DOCUMENTS = 16
 # Keys of a section as YAML or a command line has them, before validation.
 Keys = dict[str, object]
 # The keys of a load that describe its loop, its rate over time and what is measured for it before.
@@ -151,6 +159,13 @@ class Load(Section):
         description="Embeddings: share of the requests whose `input_type` is `query`. The others are `document`.",
     )
     generation: Generation | None = Field(None, description="Requests to generation servers.")
+    names: Mix | None = Field(
+        None,
+        description="Models and adapters that requests name: `{a: 2, b: 1}` sends twice as many to `a`. `uniform`: all "
+        "that the server lists, equally. `zipf:1.2`: the k-th of them has weight 1 / k^1.2. Default: one model, but "
+        "`uniform` for a spec with `models`.",
+    )
+    tasks: dict[str, Task] | None = Field(None, description="Task of each name. Set by the benchmark.")
     workers: int = Field(1, ge=1, le=256, description="Load generator processes.")
 
     @model_validator(mode="before")
@@ -183,6 +198,8 @@ class Load(Section):
             raise ValueError("prompt_name and query_share cannot be combined: keep one of them")
         if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
             raise ValueError("stages, spike and trace cannot be combined: keep one of them")
+        if self.trace and self.names:
+            raise ValueError("names and trace cannot be combined: keep one of them")
         if self.trace and self.mode == "closed":
             raise ValueError("a trace requires an open loop: remove mode, or set it to open")
         if self.capacity_percent is not None and (self.mode == "closed" or self.stages or self.trace):
@@ -211,6 +228,24 @@ class Load(Section):
         rate = float(f"{capacity_rps * (self.capacity_percent or 100) / 100:.3g}")
         seconds = max(self.duration_s, min(math.ceil(_RESPONSES / rate), _LONGEST_S))
         return self.model_copy(update={"rate": rate, "duration_s": seconds})
+
+    def with_names(self, tasks: dict[str, Task]) -> Load:
+        """Return the load with a share for each name, of those that the server has. Raises `UsageError`."""
+        mix = self.names
+        if isinstance(mix, str):
+            exponent = 0.0 if mix == "uniform" else float(mix.partition(":")[2] or 1)
+            mix = {name: 1 / number**exponent for number, name in enumerate(tasks, 1)}
+        if unknown := [name for name in mix or () if name not in tasks]:
+            raise UsageError(
+                f"`names`: the server has no model or adapter {unknown[0]!r}", f"it has {', '.join(tasks)}"
+            )
+        return self.model_copy(update={"names": mix, "tasks": tasks})
+
+    def of_name(self, name: str) -> Load:
+        """Return the load of the requests of one name. A rerank request has 16 documents, unless the load sets more."""
+        task = (self.tasks or {}).get(name, self.task)
+        count = DOCUMENTS if task == "rerank" and self.inputs_per_request == 1 else self.inputs_per_request
+        return self.model_copy(update={"task": task, "inputs_per_request": count})
 
     def for_emulated(self) -> Load:
         """Return the load of a server that emulates its precision: this one, if `emulated_s` is not less.

@@ -69,6 +69,7 @@ def _document(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "validity": privacy.without_folders(judged.validity.as_dict()),
         **summary.curves(parts),
         "stages": stages.summarize(parts, first.load) if first.load else [],
+        "names": summary.of_names(parts, first.load) if first.load else [],
         "search": privacy.without_folders(first.search),
         "profile": outcome.profile,
         "closed_loop": closed_loop.pooled(runs),

@@ -23,9 +23,11 @@ prices:
   - {hardware: l4, currency: EUR, from: 2026-09-22, input: 2, engine_second: 1}
   - {hardware: l4, currency: EUR, from: 2026-01-01, input: 0.1, cached: 0.01, output: 0.3}
   - {hardware: "*", currency: USD, from: 2026-01-01, input: 5}
+  - {hardware: "*", model: legal, currency: USD, from: 2026-01-01, input: 7}
+  - {hardware: h100, model: legal, currency: USD, from: 2026-09-22, input: 9}
 """
 ALL = (0, 2**62)
-ROW = {"hardware": "l4", "day": "2026-09-21", "input_tokens": 3_000_000, "cached_tokens": 1_000_000}
+ROW = {"hardware": "l4", "model": "minilm", "day": "2026-09-21", "input_tokens": 3_000_000, "cached_tokens": 1_000_000}
 ROW |= {"output_tokens": 1_000_000, "engine_seconds": Decimal(10)}
 
 
@@ -40,7 +42,10 @@ def test_the_price_of_the_day_counts(book: Path) -> None:
     euro = prices.read(book, "EUR")
     assert euro.cost(ROW) == Decimal("0.51")
     assert euro.cost({**ROW, "day": "2026-09-22"}) == Decimal(16)
-    assert prices.read(book, "USD").cost({**ROW, "hardware": "h100"}) == Decimal(15)
+    dollar = prices.read(book, "USD")
+    assert dollar.cost({**ROW, "hardware": "h100"}) == Decimal(15)
+    assert dollar.cost({**ROW, "model": "legal"}) == Decimal(21), "the price of a model comes first"
+    assert dollar.cost({**ROW, "model": "legal", "hardware": "h100", "day": "2026-09-22"}) == Decimal(27)
 
 
 def test_gaps_of_the_book_are_errors(book: Path) -> None:
