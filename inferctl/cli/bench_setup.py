@@ -45,7 +45,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
     plan = plan.with_overrides(bench_options.precisions, **bench_options.overrides)
     plan = plan.with_bounds(resolved.spec.slo.ttft_ms, resolved.spec.slo.itl_ms) if resolved else plan
     if bench_options.overrides.get("users") is not None and plan.load.mode == "open" and not plan.load.capacity_percent:
-        rate = f"{plan.load.rate:g} requests/s" if plan.load.rate else "the rates of its stages or trace"
+        rate = f"{plan.load.rate:g} requests/s" if plan.load.rate else "the rates of its stages"
         console.warn(
             f"`--users {bench_options.overrides['users']}` has no effect: this load is an open loop with {rate}"
         )

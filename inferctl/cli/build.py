@@ -36,7 +36,7 @@ def build(
     ] = None,
     push: Annotated[bool, typer.Option("--push", help="Push the image after verification.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, the size forecast and the Dockerfile; build nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and the Dockerfile; build nothing.")
     ] = False,
     verify: Annotated[
         bool,
@@ -145,9 +145,7 @@ def _print_plan(build_plan: BuildPlan, as_json: bool) -> None:
     if as_json:
         console.document(build_plan.document())
         return
-    total = f"{'' if build_plan.forecast.complete else 'at least '}{size(build_plan.forecast.total)} compressed"
-    lines = [*build_plan.references, *(f"  {step}" for step in build_plan.steps()), "", f"size forecast: {total}"]
-    lines += [f"  {line}" for line in build_plan.forecast.lines()]
+    lines = [*build_plan.references, *(f"  {step}" for step in build_plan.steps())]
     console.data("\n".join([*lines, "", build_plan.rendered.dockerfile]))
 
 

@@ -75,10 +75,6 @@ def deploy(
     lint: Annotated[
         bool, typer.Option("--lint", help="Check manifests: exit code 1 if a finding is an error.")
     ] = False,
-    known_nodes: Annotated[
-        Path | None,
-        typer.Option("--nodes", metavar="FILE", help="With --lint: the nodes, as for --preview. [default: unknown]"),
-    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write Kubernetes manifests from specs, the clusters file and measured receipts."""
@@ -88,10 +84,8 @@ def deploy(
         if not manifests:
             raise UsageError("no manifests to check", "name the manifests, as in `inferctl deploy --lint manifests`")
         plan = _plan(spec_files, clusters_file, kubernetes_version) if spec_files else None
-        deploy_lint.run(manifests, version=kubernetes_version, nodes=known_nodes, plan=plan, as_json=as_json)
+        deploy_lint.run(manifests, version=kubernetes_version, plan=plan, as_json=as_json)
         return
-    if known_nodes:
-        raise UsageError("--nodes without --lint", "add `--lint`")
     if nodes or manifests:
         _preview(nodes, manifests, spec_files, clusters_file, kubernetes_version, output, explain, as_json)
         return

@@ -16,7 +16,7 @@ from inferctl.deploy.plan import DeploymentPlan
 from inferctl.manifests import lint, manifests_file, versions
 from inferctl.manifests.lint import LintContext, LintFinding, ModelFacts
 from inferctl.manifests.manifests_file import KUSTOMIZATIONS, Located, kustomization
-from inferctl.manifests.preview import nodes_file, overlays
+from inferctl.manifests.preview import overlays
 
 _STDIN = "-"
 _HELM = "`helm template CHART | inferctl deploy --lint -`"
@@ -29,17 +29,16 @@ def run(
     paths: Sequence[Path],
     *,
     version: str | None,
-    nodes: Path | None,
     plan: DeploymentPlan | None,
     as_json: bool,
 ) -> None:
     """Print the findings about the manifests in `paths`; raise `InferctlError` (exit code 1) if one is an error.
 
-    `nodes`: a file with the nodes of the cluster. `plan`: what the specs say about the models.
+    `plan`: what the specs say about the models.
     """
     known = versions.tested(version) if version else f"1.{plan.kubernetes[1]}" if plan else None
     minor = versions.minor_of(known) if known else versions.OLDEST_SUPPORTED
-    context = lint.LintContext(minor, tuple(_nodes(nodes)) if nodes else (), _models(plan))
+    context = lint.LintContext(minor, _models(plan))
     left_out: list[str] = []
     groups = _read(paths, left_out)
     found = {finding: None for objects in groups for finding in lint.lint(objects, context)}
@@ -127,24 +126,6 @@ def _overlays(folder: Path) -> list[Path]:
 def _built(folder: Path) -> list[Located]:
     """Return the objects that kustomize builds. They are in no file, so they have no lines."""
     return [Located(each.data, str(kustomization(folder) or folder)) for each in overlays.build(folder)]
-
-
-def _nodes(file: Path) -> list[Located]:
-    """Return the nodes of a nodes file, which may be that of `--preview`, as Kubernetes objects."""
-    return [
-        Located(
-            {
-                "apiVersion": "v1",
-                "kind": "Node",
-                "metadata": {"name": node.name, "labels": dict(node.labels)},
-                "spec": {"taints": [taint._asdict() for taint in node.taints]},
-                "status": {"allocatable": dict(node.allocatable)},
-            },
-            str(file),
-        )
-        for cluster in nodes_file.read([file])
-        for node in cluster.nodes.values()
-    ]
 
 
 def _models(plan: DeploymentPlan | None) -> tuple[ModelFacts, ...]:

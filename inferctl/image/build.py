@@ -20,7 +20,6 @@ from inferctl.image.events import Event, Note, Phase, StepFinished
 from inferctl.image.plan import BuildPlan, raise_for
 from inferctl.image.publish import publish
 from inferctl.image.records import DockerInfo, ImageInfo
-from inferctl.image.size_forecast import SizeForecast
 from inferctl.image.verify import Verified, VerifyOptions, verify
 from inferctl.models.fit import Finding
 from inferctl.models.image_source import is_image
@@ -45,7 +44,6 @@ class Built:
     planned_findings: tuple[Finding, ...]
     findings: tuple[Finding, ...]
     verified: Verified | None
-    forecast: SizeForecast
     seconds: Mapping[str, float]
 
     @property
@@ -72,7 +70,6 @@ class Built:
             "size_bytes": self.size,
             "compressed_bytes": self.compressed,
             "compressions": list(self.compressions),
-            "forecast": self.forecast.document(),
             "steps": steps,
             "findings": [vars(finding) for finding in (*self.planned_findings, *self.findings)],
             "verified": self.verified.document() if self.verified else None,
@@ -139,7 +136,6 @@ def run(plan: BuildPlan, engine: DockerEngine, info: DockerInfo) -> Generator[Ev
         planned_findings=plan.findings,
         findings=tuple(findings),
         verified=checked,
-        forecast=plan.forecast,
         seconds={name: end - begin for (_, begin), (name, end) in itertools.pairwise(times.items())},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from inferctl.config.spec import Spec
 from inferctl.core.errors import InferctlError, UsageError
 from inferctl.facts import catalog
 from inferctl.facts.catalog import BaseImage, Stack
-from inferctl.image import model_image, render, size_forecast
+from inferctl.image import model_image, render
 from inferctl.image.from_spec import local_model, missing_files, rendered_image, task_of
 from inferctl.image.image_name import host_of
 from inferctl.image.records import READY_SECONDS
 from inferctl.image.render import Rendered
 from inferctl.models import fit
-from inferctl.models.image_source import is_image
+from inferctl.models.hub import HubModel
 from inferctl.models.model import ModelFolder, is_hub_id
 from inferctl.models.size import locate
 
@@ -66,7 +67,6 @@ class BuildPlan:
     rendered: Rendered
     server_files: Mapping[str, Path]
     model: Path | None
-    forecast: size_forecast.SizeForecast
     findings: tuple[fit.Finding, ...]
     options: BuildOptions
 
@@ -94,7 +94,6 @@ class BuildPlan:
             "dockerfile": self.rendered.dockerfile,
             "files": sorted([*self.rendered.files, *self.server_files]),
             "labels": self.rendered.labels,
-            "forecast": self.forecast.document(),
             "findings": [vars(finding) for finding in self.findings],
             "steps": self.steps(),
         }
@@ -125,44 +124,24 @@ def plan(resolved: Resolved, options: BuildOptions) -> BuildPlan:
         )
     hub = is_hub_id(spec.model.source)
     findings = _check(spec, base, stack, options, hub)
-    baked = spec.model.weights == "bake"
-    forecast = size_forecast.forecast(
-        base,
-        stack,
-        locks=tuple(
-            Path(name).stem for name, text in rendered.files.items() if name.startswith("locks/") and b"==" in text
-        ),
-        weights=_weights(spec) if baked else None,
-        server=sum(file.stat().st_size for file in server_files.values()),
-        base_image=spec.image.base_image,
-    )
+    if spec.model.weights == "bake":
+        _refuse_pickles(spec)
     references = options.references or (f"{spec.repository}:{rendered.tag}",)
     task = task_of(spec, local_model(spec))
-    return BuildPlan(
-        references, spec, base, stack, task, rendered, server_files, None, forecast, tuple(findings), options
-    )
+    return BuildPlan(references, spec, base, stack, task, rendered, server_files, None, tuple(findings), options)
 
 
-def _weights(spec: Spec) -> size_forecast.ImagePart:
-    """Return the size of the baked weights: of the folder, in a cache, or as listed by the hub or the registry."""
-
-    source = spec.model.source
-    try:
+def _refuse_pickles(spec: Spec) -> None:
+    """Raise `UsageError` for weights to bake that are pickles. A model that is not known yet is found by the build."""
+    found = None
+    with contextlib.suppress(InferctlError):
         found = locate(spec, model_image.facts)
-    except InferctlError as error:
-        return size_forecast.ImagePart("weights", None, error.message)
-    if isinstance(found, fit.UnknownSize):
-        return size_forecast.ImagePart("weights", None, found.why)
-    if found.converted if isinstance(found, ModelFolder) else found.pickled:
+    pickled = found.converted if isinstance(found, ModelFolder) else isinstance(found, HubModel) and found.pickled
+    if pickled:
         raise UsageError(
-            f"{source} cannot be served as it is on the hub, and a build does not convert it",
-            f"run `inferctl convert {source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
+            f"{spec.model.source} cannot be served as it is on the hub, and a build does not convert it",
+            f"run `inferctl convert {spec.model.source} NEW_FOLDER`, and set `model.source: NEW_FOLDER`",
         )
-    if isinstance(found, ModelFolder):
-        place = "the files in the cache" if is_image(source) or is_hub_id(source) else "the model folder"
-    else:
-        place = "the files in the registry" if is_image(source) else "the files on the hub"
-    return size_forecast.ImagePart("weights", found.bytes, place)
 
 
 def _check(spec: Spec, base: BaseImage, stack: Stack, options: BuildOptions, hub: bool) -> list[fit.Finding]:

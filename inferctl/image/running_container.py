@@ -17,7 +17,7 @@ from inferctl.models.model import IMAGE_FOLDER, ModelFolder
 
 # The last lines of a log that an error shows.
 LOG_LINES = 20
-_INSPECT_SECONDS = 0.5
+_INSPECT_SECONDS, _POLL_SECONDS = 0.5, 0.2
 # The image may be one of somebody else. A longer response is cut, so it is no JSON.
 _MAX_RESPONSE_BYTES = 512 << 20
 
@@ -80,7 +80,7 @@ def request(address: tuple[str, int], method: str, path: str, body: Any = None, 
         return bytes(response.read(_MAX_RESPONSE_BYTES))
 
 
-def wait_ready(container: Container, address: tuple[str, int], seconds: float, poll_seconds: float = 0.2) -> bool:
+def wait_ready(container: Container, address: tuple[str, int], seconds: float) -> bool:
     """Wait until the server is ready (return True), or its container ended or `seconds` passed (return False)."""
     end = time.monotonic() + seconds
     inspect_at = 0.0
@@ -93,7 +93,7 @@ def wait_ready(container: Container, address: tuple[str, int], seconds: float, p
         try:
             request(address, "GET", "/readyz", timeout=5.0)
         except (OSError, http.client.HTTPException):
-            time.sleep(poll_seconds)
+            time.sleep(_POLL_SECONDS)
         else:
             return True
     return False

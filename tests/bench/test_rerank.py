@@ -58,16 +58,11 @@ def test_a_request_has_a_query_and_16_documents_unless_the_plan_sets_a_number() 
     assert (first["query"], first["documents"]) == (f"@SERIAL@ {work.groups[0][0]}", work.groups[0][1:])
 
 
-def test_a_plan_for_another_task_and_traces_are_rejected(tmp_path: Path) -> None:
+def test_a_plan_for_another_task_is_rejected() -> None:
     configurations = [{"name": "a", "precision": "bf16"}]
     fixed = plan.Plan.model_validate({"name": "p", "load": {"task": "rerank"}, "configurations": configurations})
     with pytest.raises(UsageError, match="is for the task rerank, but the task of the model is embed"):
         fixed.for_task("embed")
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text('{"at_s": 0.5, "input": "text"}\n')
-    traced = plan.Plan.model_validate({"name": "p", "load": {"trace": str(trace)}, "configurations": configurations})
-    with pytest.raises(UsageError, match=r"`load\.trace` is for embeddings"):
-        traced.for_task("rerank")
 
 
 def cohere(path: str, body: Body, route: str) -> Answer:

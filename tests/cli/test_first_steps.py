@@ -210,7 +210,7 @@ def test_no_hint_asks_for_an_option_that_was_given(
             "  tokens per request                       250 tokens             spec deploy.traffic",
         ),
         ("deploy --preview NODES -f DEPLOY", "embed"),
-        ("build --dry-run --allow-floating", "size forecast"),
+        ("build --dry-run --allow-floating", "FROM "),
         ("render", "FROM "),
         ("bench --help", "Usage: inferctl bench"),
     ],

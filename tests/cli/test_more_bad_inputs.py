@@ -58,19 +58,9 @@ PLANS: dict[str, Content] = {
     "endless stage": PLAN + "load: {stages: [{duration_s: .inf, rate: 1}]}\n",
     "1001 stages": PLAN + "load: {stages: [" + "{duration_s: 1, rate: 1}," * 1001 + "]}\n",
     "latin-1": b"name: p\xe9\n",
-    "absent trace": PLAN + "load: {trace: none.jsonl}\n",
-    "folder as a trace": PLAN + "load: {trace: .}\n",
     "folder as a corpus": PLAN + "corpus: ./\n",
     "unknown hardware": PLAN + "hardware: [nope]\n",
     "seed of 5000 digits": PLAN + "seed: " + "9" * 5000 + "\n",
-}
-TRACES: dict[str, Content] = {
-    "time of nan": '{"at_s": NaN, "input": "a"}\n',
-    "not json": "hello\n",
-    "empty": "",
-    "list": "[1]\n",
-    "binary": bytes(range(256)),
-    "deep": DEEP,
 }
 CORPORA: dict[str, Content] = {
     "empty": "",
@@ -165,14 +155,6 @@ def put(file: str, content: Content) -> Callable[[Path], None]:
     return prepare
 
 
-def trace(content: Content) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        put("t.jsonl", content)(folder)
-        put("p.yaml", PLAN + "load: {trace: t.jsonl}\n")(folder)
-
-    return prepare
-
-
 def nothing(_: Path) -> None:
     pass
 
@@ -185,7 +167,6 @@ def cases() -> list[Any]:
             (f"{command} {name}", 2, command, put("inferctl.yaml", SPECS[name])) for name in ("nul", "null model")
         ]
     found += [(f"plan {name}", 2, f"{BENCH} --plan p.yaml", put("p.yaml", one)) for name, one in PLANS.items()]
-    found += [(f"trace {name}", 2, f"{BENCH} --plan p.yaml", trace(one)) for name, one in TRACES.items()]
     for name, content in CORPORA.items():
         line = f"{BENCH} --plan quick --corpus ./c.jsonl"
         found.append((f"corpus {name}", 2, line, put("c.jsonl", content)))

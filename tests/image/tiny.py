@@ -19,7 +19,6 @@ from inferctl.image.docker import DockerEngine
 from inferctl.image.events import Event
 from inferctl.image.plan import BuildOptions, BuildPlan
 from inferctl.image.render import Rendered
-from inferctl.image.size_forecast import SizeForecast
 
 PYTHON = "/usr/local/bin/python3.11"
 # Value of the label `test` of all images and containers of a test, so that tests can run in parallel and clean up.
@@ -184,7 +183,6 @@ def plan(image: Rendered, options: BuildOptions | None = None, name: str | None 
         rendered=image,
         server_files={},
         model=None,
-        forecast=SizeForecast(()),
         findings=(),
         options=options or BuildOptions(ready_seconds=60.0),
     )

@@ -52,7 +52,6 @@ ONLY_IN = {
     "nats": ("tenancy/broker.py", "tenancy/metering/broker.py"),
     "nanotoken": ("serve/text/word_piece.py",),
     "moka_py": ("serve/cache/store.py",),
-    "promql_parser": ("manifests/lint/promql.py",),
     "locust": ("bench/loadgen/",),
     "gevent": ("bench/loadgen/",),
     "plotly": (),

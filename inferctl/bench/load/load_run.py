@@ -83,7 +83,7 @@ def prepare(load: Load, workload: Workload, server: ServerConnection, serial: in
     for name, values in zip(_PARTS, arrays, strict=True):
         (folder / f"{name}.bin").write_bytes(values.tobytes())
     closed = load.mode == "closed"
-    description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "trace", "lengths", "bounds"})
+    description: dict[str, Any] = load.model_dump(exclude={"stages", "spike", "lengths", "bounds"})
     description |= {name: str(folder / f"{name}.bin") for name in _PARTS}
     description |= {
         "names": names,

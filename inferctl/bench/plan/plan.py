@@ -84,7 +84,7 @@ class Plan(Section):
             return self.load
         implied = {"mode": "open"} if "rate" in changes else {"mode": "closed"} if "users" in changes else {}
         own = self.load.model_dump(exclude_unset=True)
-        if not {"rate", "users", "stages", "trace"}.isdisjoint(changes):
+        if not {"rate", "users", "stages"}.isdisjoint(changes):
             own.pop("auto_users", None)
         if "rate" in changes:
             own.pop("capacity_percent", None)
@@ -102,7 +102,7 @@ class Plan(Section):
                 "remove `load.task` from the plan",
             )
         loads = [self.load.model_dump(exclude_none=True), *(each.load or {} for each in self.configurations)]
-        for key in ("trace", "prompt_name", "query_share") if task != "embed" else ():
+        for key in ("prompt_name", "query_share") if task != "embed" else ():
             if any(load.get(key) is not None for load in loads):
                 raise UsageError(
                     f"`load.{key}` is for embeddings, but the task of the model is {task}", "remove it from the plan"
@@ -262,7 +262,7 @@ def _folder() -> Path:
 
 def _contradictions(plan: Plan, document: Document) -> list[Problem]:
     problems = []
-    given = plan.load.rate or plan.load.capacity_percent or plan.load.stages or plan.load.trace
+    given = plan.load.rate or plan.load.capacity_percent or plan.load.stages
     if plan.load.mode == "open" and not given:
         problems.append(
             Problem(

@@ -1,4 +1,4 @@
-"""The load of a plan: a closed or an open loop, optionally in stages, with a spike, or replayed from a trace."""
+"""The load of a plan: a closed or an open loop, optionally in stages or with a spike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from inferctl.bench.plan import traces
 from inferctl.config.spec_types import Section, Task
 from inferctl.core.errors import UsageError
 
@@ -29,7 +28,7 @@ DOCUMENTS = 16
 # Keys of a section as YAML or a command line has them, before validation.
 Keys = dict[str, object]
 # The keys of a load that describe its loop, its rate over time and what is measured for it before.
-_SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike", "trace"}
+_SHAPE = {"mode", "rate", "auto_users", "capacity_percent", "stages", "spike"}
 
 
 class Stage(Section):
@@ -108,7 +107,7 @@ class Load(Section):
 
     task: Task = Field("embed", description="Task of the models. Set by the benchmark.")
     mode: Literal["closed", "open"] = Field(
-        "closed", description="`closed` or `open`. Follows from `rate: 60%`, `stages` or a `trace`."
+        "closed", description="`closed` or `open`. Follows from `rate: 60%` or `stages`."
     )
     users: int = Field(8, ge=1, le=10_000, description="Closed loop: number of users, or `auto`.")
     auto_users: bool = Field(False, description="Set by `users: auto`.")
@@ -122,10 +121,7 @@ class Load(Section):
         default_factory=list, max_length=1000, description="Parts of the load, one after the other."
     )
     spike: Spike | None = Field(None, description="A burst.")
-    trace: str | None = Field(None, description="JSONL file to replay in an open loop.")
-    duration_s: float = Field(
-        15, ge=1, le=86_400, description="Seconds of the measurement. A trace lasts as long as it is."
-    )
+    duration_s: float = Field(15, ge=1, le=86_400, description="Seconds of the measurement.")
     emulated_s: float | None = Field(
         None,
         ge=1,
@@ -171,7 +167,7 @@ class Load(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
-        """Set the duration and the loop that follow from stages, a trace or the type of the rate."""
+        """Set the duration and the loop that follow from stages or the type of the rate."""
         if not isinstance(given, dict):
             return given
         data = dict(given)
@@ -186,24 +182,16 @@ class Load(Section):
             if len(seconds) == len(stages):
                 data.setdefault("duration_s", sum(seconds))
             data.setdefault("mode", "open" if any(stage.get("rate") is not None for stage in stages) else "closed")
-        if isinstance(data.get("trace"), str):
-            data.setdefault("mode", "open")
-            if "duration_s" not in data:
-                data["duration_s"] = max(1.0, math.ceil(traces.read(data["trace"])[-1].at_s + 1e-9))
         return data
 
     @model_validator(mode="after")
     def _check(self) -> Load:
         if self.prompt_name is not None and self.query_share is not None:
             raise ValueError("prompt_name and query_share cannot be combined: keep one of them")
-        if sum(map(bool, (self.stages, self.spike, self.trace))) > 1:
-            raise ValueError("stages, spike and trace cannot be combined: keep one of them")
-        if self.trace and self.names:
-            raise ValueError("names and trace cannot be combined: keep one of them")
-        if self.trace and self.mode == "closed":
-            raise ValueError("a trace requires an open loop: remove mode, or set it to open")
-        if self.capacity_percent is not None and (self.mode == "closed" or self.stages or self.trace):
-            raise ValueError("a rate in percent of the capacity requires an open loop without stages and trace")
+        if self.stages and self.spike:
+            raise ValueError("stages and spike cannot be combined: keep one of them")
+        if self.capacity_percent is not None and (self.mode == "closed" or self.stages):
+            raise ValueError("a rate in percent of the capacity requires an open loop without stages")
         if self.auto_users and (self.stages or (self.mode == "open" and self.capacity_percent is None)):
             raise ValueError("users: auto requires a closed loop without stages")
         wanted, other = ("rate", "users") if self.mode == "open" else ("users", "rate")
@@ -262,14 +250,12 @@ class Load(Section):
 
     @property
     def timeline(self) -> list[Stage]:
-        """All stages in order, with names. They cover `duration_s`. A trace is one stage without a rate."""
+        """All stages in order, with names. They cover `duration_s`."""
         if self.stages:
             return [
                 stage.model_copy(update={"name": stage.name or f"stage-{number}"})
                 for number, stage in enumerate(self.stages, 1)
             ]
-        if self.trace:
-            return [Stage(name="trace", duration_s=self.duration_s)]
         if not self.spike:
             return [self._stage("all", self.duration_s)]
         after = self.duration_s - self.spike.at_s - self.spike.duration_s

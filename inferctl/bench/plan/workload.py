@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from inferctl.bench.plan import prompts, tokens, traces
+from inferctl.bench.plan import prompts, tokens
 from inferctl.bench.plan.shape import Load, Stage
 from inferctl.core import assets
 from inferctl.core.errors import UsageError, did_you_mean
@@ -109,8 +109,6 @@ def draw(load: Load, corpus: str, seed: int, tokenizer: tokens.Tokenizer | None 
     """
     if isinstance(load.names, dict):
         return _draw_mix(load, load.names, corpus, seed, tokenizer)
-    if load.trace:
-        return _replay(load, corpus, seed)
     texts, digest = read_corpus(corpus)
     random = np.random.Generator(np.random.PCG64(seed))
     drawn = prompts.Prompts([], [], [])
@@ -223,35 +221,6 @@ def _zipf(load: Load, groups: int, random: np.random.Generator) -> npt.NDArray[n
     unique = random.random(ORDER_LENGTH) >= load.zipf_share
     order[unique] = groups + random.integers(0, groups, int(unique.sum()), dtype=np.uint32)
     return order
-
-
-def _replay(load: Load, corpus: str, seed: int) -> Workload:
-    """Return the workload of a trace: its times, and its inputs unchanged and in its order.
-
-    The warm-up repeats the inputs from the start at the mean rate of the trace.
-    """
-    try:
-        requests = [request for request in traces.read(str(load.trace)) if request.at_s < load.duration_s]
-    except ValueError as error:
-        raise UsageError(str(error), 'write trace lines like {"at_s": 0.25, "input": "text"}') from None
-    if not requests:
-        raise UsageError(f"the trace has no request in its first {load.duration_s:g} s", "increase duration_s")
-    texts, digest = read_corpus(corpus)
-    random = np.random.Generator(np.random.PCG64(seed))
-    words = " ".join(texts).split()
-    groups = [list(each.inputs) or [_words(words, each.tokens or 1, random)] for each in requests]
-    schedule = np.round(np.array([request.at_s for request in requests]) * 1e9).astype(np.uint64)
-    warmup = arrivals(load, _warmup(load, len(requests) / load.duration_s), random)
-    combined = hashlib.sha256(digest.encode() + json.dumps(groups).encode()).hexdigest()
-    order = np.arange(len(groups), dtype=np.uint32)
-    return Workload(load, corpus, seed, groups, order, schedule, warmup, len(groups), combined)
-
-
-def _words(words: list[str], tokens: int, random: np.random.Generator) -> str:
-    """Return a text of about `tokens` tokens: English has about 1.3 tokens per word, and 2 tokens mark the ends."""
-    count = max(1, round((tokens - 2) / 1.3))
-    start = int(random.integers(0, len(words)))
-    return " ".join(words[(start + i) % len(words)] for i in range(count))
 
 
 def read_corpus(name: str) -> tuple[list[str], str]:

@@ -123,8 +123,8 @@ def _bounds(load: Load | None) -> dict[str, float | None]:
 
 
 def load_without_folder(load: Load | None) -> dict[str, Any]:
-    """Return a load in JSON form, with the name of its trace instead of the path; empty for None."""
-    return privacy.without_trace_folder(load.model_dump(mode="json")) if load else {}
+    """Return a load in JSON form, with the name of its lengths instead of the path; empty for None."""
+    return privacy.without_lengths_folder(load.model_dump(mode="json")) if load else {}
 
 
 def _plan(bench: Bench, outcome: Outcome) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _plan(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         for key in ("corpus", "checkpoint"):
             configuration |= {key: privacy.name_of(configuration[key])} if configuration.get(key) else {}
         configuration |= (
-            {"load": privacy.without_trace_folder(configuration["load"])} if configuration.get("load") else {}
+            {"load": privacy.without_lengths_folder(configuration["load"])} if configuration.get("load") else {}
         )
     return plan
 

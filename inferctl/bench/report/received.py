@@ -30,8 +30,7 @@ def describe(data: JsonObject) -> str:
 def _loop(load: JsonObject, offered: float | None, capacity: JsonObject | None) -> str:
     if offered is None:
         return f"closed loop, {load['users']} user{'s' * (load['users'] != 1)}"
-    kind = f"times of the trace {load['trace']}" if load.get("trace") else load["arrivals"]
-    text = f"open loop, {offered:.4g} requests/s offered ({kind})"
+    text = f"open loop, {offered:.4g} requests/s offered ({load['arrivals']})"
     if capacity:
         text += f", {load['capacity_percent']:g}% of a capacity of {capacity['reference_rps']:.4g} requests/s"
     return text

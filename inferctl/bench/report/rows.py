@@ -189,7 +189,7 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         receipt=str(receipt.path),
         hardware=data["hardware"],
         max_batch_tokens=data["configuration"].get("max_batch_tokens"),
-        workload=(data["workload"]["corpus"], _load_changes(outcome)),
+        workload=(data["workload"]["corpus"], outcome.target.load),
         search=data.get("search"),
         profile=data.get("profile"),
         closed_loop=_closed_loop(data.get("closed_loop")),
@@ -227,15 +227,6 @@ def of_outcome(outcome: Outcome, receipt: Receipt | None, slo_p99_ms: float | No
         kl_mean=(quality.get("kl") or {}).get("mean"),
         top_1=quality.get("top_1") if receipt.task == "classify" else (quality.get("agreement") or {}).get("share"),
     )
-
-
-def _load_changes(outcome: Outcome) -> JsonObject | None:
-    """Return the keys in which the load differs from the plan's. Two traces of one name differ by their digests."""
-    changes = outcome.target.load
-    if not changes or not changes.get("trace"):
-        return changes
-    digest = str(outcome.measurements[0].workload.sha256)[:8]
-    return {**changes, "trace": f"{privacy.name_of(changes['trace'])} ({digest})"}
 
 
 def _generation(figures: JsonObject) -> JsonObject:

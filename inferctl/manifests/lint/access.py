@@ -63,23 +63,6 @@ def _in_words(workload: ManifestWorkload, container: ManifestContainer) -> Itera
 
 
 @rule(
-    "token-mounted",
-    "warning",
-    "access",
-    finds="a model server with a service-account token",
-    consequence="code that runs in the server, such as a model's own, can use it to talk to the API of the cluster",
-    fix="set automountServiceAccountToken: false in the pod template",
-)
-def _token(manifests: Manifests) -> Iterator[Hit]:
-    accounts = {each.name: get(each.data, "automountServiceAccountToken") for each in manifests.of("ServiceAccount")}
-    for workload in [*manifests.model_servers, *manifests.placeholders]:
-        own = get(workload.spec, "automountServiceAccountToken")
-        mounted = accounts.get(text(workload.spec, "serviceAccountName") or "default") if own is None else own
-        if mounted is not False:
-            yield Hit(workload.object, workload.spec_path, "the pod gets a token of its service account")
-
-
-@rule(
     "service-links",
     "error",
     "life",

@@ -165,8 +165,8 @@ def _span(probe: Any) -> int:
     "surge-needs-gpu",
     "warning",
     "life",
-    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow or a spare GPU, unless the minimum "
-    "is one replica and maxSurge is set",
+    finds="a rollout that starts an additional GPU pod (maxSurge) without overflow, unless the minimum is one replica "
+    "and maxSurge is set",
     consequence="if no GPU is free, the rollout waits for one and stops there; maxSurge is 25% by default, rounded up",
     fix="set maxSurge: 0 and maxUnavailable: 1, or keep overflow for this kind of GPU",
 )
@@ -179,12 +179,6 @@ def _surge(manifests: Manifests) -> Iterator[Hit]:
         explicit = get(workload.object.data, "spec", "strategy", "rollingUpdate", "maxSurge") is not None
         if explicit and least < 2:
             continue  # the only rollout without an outage
-        fitting = [node for node in manifests.nodes if workload.runs_on(node)]
-        if manifests.nodes and all(
-            sum(integer_of(get(node.data, "status", "allocatable", name)) for node in fitting) >= (most + surge) * count
-            for name, count in workload.gpus.items()
-        ):
-            continue
         path = ("spec", "strategy") if get(workload.object.data, "spec", "strategy") else ("spec",)
         default = "" if explicit else " (default maxSurge)"
         what = f"at {most} replicas, a rollout starts {surge} more GPU pod{'' if surge == 1 else 's'}{default}"
@@ -209,11 +203,6 @@ def _stops_all(manifests: Manifests) -> Iterator[Hit]:
         if recreate or unavailable >= most:
             how = "the strategy Recreate" if recreate else "maxUnavailable"
             yield Hit(workload.object, ("spec", "strategy"), f"{how} stops up to {most} replicas at once")
-
-
-def integer_of(value: Any) -> int:
-    """Return a number of GPUs in the status of a node, which is text; 0 if it is none."""
-    return int(value) if isinstance(value, (int, str)) and str(value).isdigit() else 0
 
 
 def _has_overflow(manifests: Manifests, workload: ManifestWorkload) -> bool:

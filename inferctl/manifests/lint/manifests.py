@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from inferctl.manifests.kubernetes import fields, selectors, taints
+from inferctl.manifests.kubernetes import fields, selectors
 from inferctl.manifests.kubernetes.fields import as_float, get, integer, mapping, sequence, text
-from inferctl.manifests.kubernetes.taints import Taint
 from inferctl.manifests.label_keys import TASK
 from inferctl.manifests.lint import pod_templates
 from inferctl.manifests.manifests_file import FieldPath, Located
@@ -233,14 +232,6 @@ class ManifestWorkload:
             found.setdefault(key, set().union(*(term[key] for term in terms)))
         return found
 
-    def runs_on(self, node: Located) -> bool:
-        """Return whether nodeSelector and required node affinity allow a node."""
-        return selectors.node_matches(self.spec, node.name, node.labels)
-
-    def untolerated(self, node: Located) -> Taint | None:
-        """Return the first taint of a node that keeps the pod away; None if there is none."""
-        return taints.untolerated(fields.items(self.spec, "tolerations"), taints.of_node(mapping(node.data, "spec")))
-
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -258,20 +249,18 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class LintContext:
-    """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`. `nodes`: `Node` objects."""
+    """What is known besides the manifests. `minor`: the version of Kubernetes is 1.`minor`."""
 
     minor: int = OLDEST_SUPPORTED
-    nodes: tuple[Located, ...] = ()
     models: tuple[ModelFacts, ...] = ()
 
 
 class Manifests:
-    """All objects of one lint run, and what else is known. `nodes`: also those among the objects."""
+    """All objects of one lint run, and what else is known."""
 
     def __init__(self, objects: Sequence[Located], context: LintContext | None = None) -> None:
         self.objects = list(objects)
         self.context = context or LintContext()
-        self.nodes = [*self.context.nodes, *self.of("Node")]
 
     def of(self, *kinds: str) -> list[Located]:
         """Return the objects of these kinds."""

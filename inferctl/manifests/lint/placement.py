@@ -1,4 +1,4 @@
-"""Rules on where pods land: selectors, spread, anti-affinity, node labels, zones."""
+"""Rules on where pods land: selectors, volumes, anti-affinity, zones."""
 
 from __future__ import annotations
 
@@ -71,9 +71,8 @@ def _one_node(manifests: Manifests) -> Iterator[Hit]:
     "hostname-anti-affinity",
     "warning",
     "placement",
-    finds="required anti-affinity between replicas on one host that keeps shares of a GPU from being used, or that "
-    "needs more nodes than there are",
-    consequence="each replica needs its own node: the other slices of its GPU stay empty, or replicas stay pending",
+    finds="required anti-affinity between replicas on one host that keeps shares of a GPU from being used",
+    consequence="each replica needs its own node: the other slices of its GPU stay empty",
     fix="use preferredDuringSchedulingIgnoredDuringExecution, or topologySpreadConstraints",
 )
 def _anti_affinity(manifests: Manifests) -> Iterator[Hit]:
@@ -82,47 +81,18 @@ def _anti_affinity(manifests: Manifests) -> Iterator[Hit]:
             selector = get(term, "labelSelector")
             if get(term, "topologyKey") != HOSTNAME or not selectors.matches(selector, workload.labels):
                 continue
-            path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
-            most = manifests.replicas(workload)[1]
-            fitting = [node for node in manifests.nodes if workload.runs_on(node)]
-            if manifests.nodes and most > len(fitting):
-                what = f"up to {most} replicas, each on its own node, but {len(fitting)} described nodes are possible"
-                yield Hit(workload.object, path, what, level="error")
-            elif not manifests.nodes and most > 1 and _is_share(workload):
-                yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({_is_share(workload)})")
+            if manifests.replicas(workload)[1] > 1 and (share := _share_of(workload)):
+                path = (*workload.spec_path, "affinity", "podAntiAffinity", _TERM, index)
+                yield Hit(workload.object, path, f"two replicas cannot use two shares of a GPU ({share})")
 
 
-def _is_share(workload: ManifestWorkload) -> str | None:
+def _share_of(workload: ManifestWorkload) -> str | None:
     """Return what says that a workload has a share of a GPU; None if it has whole ones."""
     for name in workload.gpus:
         if "/mig-" in name or name.endswith(".shared"):
             return name
     products = workload.node_labels.get("nvidia.com/gpu.product", set())
     return next((value for value in sorted(products) if "-MIG-" in value or value.endswith("-SHARED")), None)
-
-
-@rule(
-    "no-such-node",
-    "error",
-    "placement",
-    finds="required node labels that no described node (Node, NodePool) has",
-    consequence="the pod stays pending",
-    fix="use labels of the nodes: `kubectl get nodes --show-labels`",
-)
-def _no_node(manifests: Manifests) -> Iterator[Hit]:
-    nodes = [] if manifests.of("NodePool") else manifests.nodes
-    for workload in manifests.workloads:
-        if not (workload.gpus and workload.node_labels and nodes):
-            continue
-        if not any(workload.runs_on(node) for node in nodes):
-            missing = [
-                f"{key} in {', '.join(sorted(values))}"
-                for key, values in sorted(workload.node_labels.items())
-                if not any(node.labels.get(key) in values for node in nodes)
-            ]
-            what = f"no node has {missing[0]}" if missing else "no node has all required labels together"
-            field = "nodeSelector" if get(workload.spec, "nodeSelector") else "affinity"
-            yield Hit(workload.object, (*workload.spec_path, field), what)
 
 
 @rule(

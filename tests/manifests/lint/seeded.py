@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ class Fault:
     also: Sequence[str] = ()
     minor: int | None = None
     model: dict[str, Any] | None = None
-    nodes: Sequence[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -40,7 +39,7 @@ class Fault:
     @property
     def context(self) -> LintContext:
         models = (ModelFacts(**self.model),) if self.model else ()
-        return LintContext(self.minor or OLDEST_SUPPORTED, tuple(located(self.nodes)), models)
+        return LintContext(self.minor or OLDEST_SUPPORTED, models)
 
 
 def good() -> list[dict[str, Any]]:
@@ -69,7 +68,6 @@ def faults() -> list[Fault]:
             entry.get("also", ()),
             entry.get("minor"),
             entry.get("model"),
-            entry.get("nodes", ()),
         )
         for entry in entries
     ]

@@ -147,20 +147,6 @@ def test_overlays_may_be_in_groups(capsys: pytest.CaptureFixture[str], tmp_path:
     assert code == 1 and "Pod/eu-a" in out
 
 
-def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    nodes = tmp_path / "nodes.yaml"
-    nodes.write_text("apiVersion: v1\nkind: Node\nmetadata:\n  name: a\n  labels: {nvidia.com/gpu.product: Tesla-T4}\n")
-    pod = tmp_path / "pod.yaml"
-    pod.write_text(
-        WARNING.replace("b:1", "b:1\n    resources: {limits: {nvidia.com/gpu: 1, memory: 1Gi}}").replace(
-            "spec:\n", "spec:\n  nodeSelector: {nvidia.com/gpu.product: NVIDIA-L4}\n"
-        )
-    )
-    assert run(capsys, "--lint", str(pod))[0] == 0
-    code, out, _ = run(capsys, "--lint", str(pod), "--nodes", str(nodes))
-    assert code == 1 and "no node has nvidia.com/gpu.product in NVIDIA-L4" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -168,8 +154,6 @@ def test_nodes_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         (["--lint", "absent.yaml"], "cannot be read"),
         (["--lint", str(seeded.GOOD), "--kubernetes-version", "2.0"], "2.0"),
         (["--lint", str(seeded.GOOD), "--kubernetes-version", "1.99"], "'1.99' is not supported"),
-        (["--lint", str(seeded.GOOD), "--nodes", str(seeded.GOOD)], "has no nodes"),
-        (["--nodes", "nodes.yaml"], "--lint"),
         ([str(seeded.GOOD)], "is read only with --lint or --preview"),
         (["--lint", str(seeded.GOOD), "--explain"], "--lint with another mode"),
     ],

@@ -15,30 +15,33 @@ from inferctl.manifests.manifests_file import Located
 from tests.manifests import kube
 
 PUBLIC, SERVERS = Path(__file__).with_name("public"), Path(__file__).with_name("servers.yaml")
-# None of these manifests has a thought of the token.
-USUAL = {"token-mounted"}
 # All errors and warnings of each file, and why each is right.
 FINDINGS = {
     # One of five replicas more in a rollout; the pull of the model into an emptyDir; scaled on its queue alone.
-    "tei.yaml": USUAL
-    | {"surge-needs-gpu", "replicas-and-autoscaler", "gpu-toleration-missing", "empty-dir-unbounded", "backlog-only"},
+    "tei.yaml": {
+        "surge-needs-gpu",
+        "replicas-and-autoscaler",
+        "gpu-toleration-missing",
+        "empty-dir-unbounded",
+        "backlog-only",
+    },
     # A 70B model of Ollama has 4 bits per weight, and fits. `sku=gpu` is the taint of Azure. A volume without a source
     # is an emptyDir.
-    "ollama.yaml": USUAL | {"empty-dir-unbounded"},
+    "ollama.yaml": {"empty-dir-unbounded"},
     # KServe makes the pods, and the lint says that it does not read them.
     "kserve.yaml": set(),
     # The operator of Ray adds the port `metrics`.
-    "ray.yaml": USUAL,
+    "ray.yaml": set(),
     # 405 billion weights on two nodes with eight GPUs each. The labels of the Services come from the controller.
-    "leader-worker-set.yaml": USUAL | {"gpu-toleration-missing"},
+    "leader-worker-set.yaml": {"gpu-toleration-missing"},
     # `-m` names a model: 70 billion weights of 4 bits.
-    "llama-cpp.yaml": USUAL,
+    "llama-cpp.yaml": set(),
     # A path in GOOGLE_APPLICATION_CREDENTIALS is no secret, and a monitor may have one port for each of its Services.
-    "nim.yaml": USUAL,
+    "nim.yaml": set(),
     # gpt-oss-120b is published in 4 bits, and fits. The token is in the file.
-    "sglang.yaml": USUAL | {"surge-needs-gpu", "gpu-toleration-missing", "secret-in-manifest", "image-unpinned"},
-    # The picker has the name of the pool in its arguments. It is no model server, and needs its token.
-    "inference-gateway.yaml": USUAL | {"surge-needs-gpu", "gpu-toleration-missing", "empty-dir-unbounded"},
+    "sglang.yaml": {"surge-needs-gpu", "gpu-toleration-missing", "secret-in-manifest", "image-unpinned"},
+    # The picker has the name of the pool in its arguments. It is no model server.
+    "inference-gateway.yaml": {"surge-needs-gpu", "gpu-toleration-missing", "empty-dir-unbounded"},
     # The operator makes the pods of the Service, which these manifests do not have.
     "prometheus-stack.yaml": {"service-selects-nothing"},
     # Neither a pod that ends nor a client of a model server is a model server.

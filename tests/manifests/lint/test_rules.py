@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from inferctl.manifests import lint, manifests_file
-from inferctl.manifests.lint import models
+from inferctl.manifests.lint import models, observability
 from inferctl.manifests.lint.manifests import Manifests, ManifestWorkload
 from inferctl.manifests.manifests_file import Located
 from tests.manifests import kube
@@ -58,8 +58,8 @@ def test_each_rule_has_a_fault() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_same_manifests_without_the_fault_are_good(fault: seeded.Fault) -> None:
-    """The mended twin has the same version, nodes and facts, unless the fault is in them."""
-    if fault.minor is None and not fault.nodes and fault.model is None:
+    """The mended twin has the same version and facts, unless the fault is in them."""
+    if fault.minor is None and fault.model is None:
         assert rules(seeded.good(), fault.context) == set()
     else:
         assert fault.rule not in rules(seeded.good(), lint.LintContext())
@@ -294,47 +294,17 @@ def test_the_size_of_a_model_is_read_from_its_name(args: list[str], expected: fl
     assert (found.size if found else None) == (pytest.approx(expected) if expected else None)
 
 
-L4_NODE: dict[str, Any] = {
-    "apiVersion": "v1", "kind": "Node",
-    "metadata": {"name": "a", "labels": {"nvidia.com/gpu.product": "NVIDIA-L4", "nvidia.com/gpu.memory": "23034"}},
-}  # fmt: skip
-A100_NODE: dict[str, Any] = {
-    "apiVersion": "v1", "kind": "Node",
-    "metadata": {"name": "b", "labels": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB",
-    "nvidia.com/mig.config.state": "success"}},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("term", "found"),
-    [
-        ({"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["20000"]}]}, False),
-        ({"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Lt", "values": ["20000"]}]}, True),
-        ({"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["a"]}]}, False),
-        ({"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["b"]}]}, True),
-        ({}, True),  # an empty term matches no node
-    ],
-)
-def test_node_affinity_is_that_of_the_scheduler(term: dict[str, Any], found: bool) -> None:
-    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-    objects = changed("Deployment/chat", (*POD, "affinity"), {"nodeAffinity": required})
-    objects = [each for each in objects if each["kind"] != "NodePool"]  # whose nodes may have any label
-    context = lint.LintContext(nodes=tuple(seeded.located([L4_NODE, A100_NODE])))
-    assert rules(objects, context) == ({"no-such-node"} if found else set())
-
-
 def test_anti_affinity_without_a_selector_keeps_no_pods_apart() -> None:
     term = "requiredDuringSchedulingIgnoredDuringExecution"
     found = {"hostname-anti-affinity"}
     for selector, expected in (
         (None, set()),
         ({}, found),
-        ({"matchLabels": {"app.kubernetes.io/name": "chat"}}, found),
+        ({"matchLabels": {"app.kubernetes.io/name": "embed"}}, found),
     ):
         terms = [{"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}]
-        objects = changed("Deployment/chat", (*POD, "affinity"), {"podAntiAffinity": {term: terms}})
-        context = lint.LintContext(nodes=tuple(seeded.located([L4_NODE, A100_NODE])))
-        assert rules(objects, context) == expected
+        objects = changed("Deployment/embed", (*POD, "affinity", "podAntiAffinity"), {term: terms})
+        assert rules(objects) == expected
 
 
 def test_surge_and_replicas_are_those_of_kubernetes() -> None:
@@ -359,12 +329,11 @@ def test_no_rule_fails_on_broken_manifests() -> None:
     """Replace random parts of good and of faulty manifests by values of other types."""
     chosen = random.Random(1)
     starts = [seeded.good(), *(fault.objects for fault in FAULTS)]
-    nodes = tuple(seeded.located([{"kind": "Node", "spec": {"taints": [None, {"effect": 1}]}, "metadata": []}]))
     for number in range(120):
         objects = copy.deepcopy(chosen.choice(starts))
         for _ in range(chosen.randint(1, 4)):
             _spoil(objects[chosen.randrange(len(objects))], chosen)
-        context = lint.LintContext(32 + number % 6, nodes if number % 2 else ())
+        context = lint.LintContext(32 + number % 6)
         for finding in lint.lint(seeded.located(objects), context):
             assert finding.rule in lint.RULES
 
@@ -424,3 +393,8 @@ def test_findings_of_namesakes_are_told_apart() -> None:
     built = [Located(_pool("a", ignore=None, namespace=name), "kustomization.yaml") for name in ("one", "two")]
     found = [each for each in lint.lint(built) if each.rule == RULE]
     assert [each.namespace for each in found] == ["one", "two"]
+
+
+def test_metrics_that_no_server_has_are_named() -> None:
+    expression = 'sum(inferctl_b{job="inferctl_x"}) / on (inferctl_y) inferctl_a + other + inferctl_tokens_total'
+    assert observability.unknown_metrics(expression) == ["inferctl_a", "inferctl_b"]
