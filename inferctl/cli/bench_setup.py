@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from inferctl.bench.load import child_server
@@ -72,7 +71,7 @@ def prepare(bench_options: BenchOptions) -> Bench:
         targets = _targets(plan, url_targets, bench_options)
         bench_checks.check_search(plan, targets, slo)
         bench_checks.check_lengths(plan)
-    plan, targets = _with_names(plan, targets, lambda: _tasks(resolved, folder), servers)
+    plan = _with_names(plan, targets, lambda: _tasks(resolved, folder), servers)
     bench_checks.check_checkpoints(targets, folder)
     output = create_folder(bench_options.output, plan.name)
     command = None
@@ -129,29 +128,22 @@ def _with_names(
     targets: list[BenchTarget],
     of_spec: Callable[[], dict[str, Task]],
     servers: dict[str, ServerConnection],
-) -> tuple[Plan, list[BenchTarget]]:
-    """Return plan and targets with a share for each name that requests use. `of_spec` returns those of the spec.
+) -> Plan:
+    """Return the plan with the tasks of the names that requests use. `of_spec` returns those of the spec.
 
     Raises `UsageError` for a name that a target does not have, and for names of generation and of other tasks.
     """
     if not any(plan.load_with(target.load).names for target in targets):
-        return plan, targets
+        return plan
     served = {target.name: servers[target.name].tasks() if target.url else of_spec() for target in targets}
-    plan = plan.model_copy(update={"load": plan.load.with_names(served[targets[0].name])})
-    loads = {target.name: plan.load_with(target.load).with_names(served[target.name]) for target in targets}
-    tasks = {load.of_name(name).task for load in loads.values() for name in load.names or ()}
+    load = plan.load.with_names(served[targets[0].name])
+    plan = plan.model_copy(update={"load": load})
+    loads = [plan.load_with(target.load).with_names(served[target.name]) for target in targets]
+    tasks = {each.of_name(name).task for each in loads for name in each.names or ()}
     if "generate" in tasks and len(tasks) > 1:
-        raise UsageError(
-            "a load cannot name models of generation and of other tasks", "measure them one after the other"
-        )
+        raise UsageError("a load cannot name models of generation and of other tasks", "measure one after the other")
     task = tasks.pop() if len(tasks) == 1 else "embed"
-    plan = plan.model_copy(update={"load": plan.load.model_copy(update={"task": task})})
-    return plan, [
-        replace(target, load={**target.load, "names": loads[target.name].names})
-        if "names" in (target.load or {})
-        else target
-        for target in targets
-    ]
+    return plan.model_copy(update={"load": load.model_copy(update={"task": task})})
 
 
 def _settings(bench_options: BenchOptions, needed: bool) -> Resolved | None:

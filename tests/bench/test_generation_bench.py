@@ -22,7 +22,20 @@ from tests.processes import inferctl
 
 # In one worker, so that the server is measured once.
 pytestmark = pytest.mark.xdist_group("generation_bench")
-QUICK = ("--plan", "quick", "--users", "3", "--duration", "4", "--lengths", "24,6", "--repeats", "1")
+QUICK = (
+    "--plan",
+    "quick",
+    "--users",
+    "3",
+    "--duration",
+    "4",
+    "--lengths",
+    "24,6",
+    "--repeats",
+    "1",
+    "--names",
+    "uniform",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +72,8 @@ def test_a_result_has_the_figures_of_generation(measured: dict[str, Any]) -> Non
     assert any("output tokens/s" in text for text in measured["findings"])
     sealed = receipt.load(Path(row["receipt"]))
     assert (sealed.task, sealed.data["slo"]["ttft_ms"]) == ("generate", 60_000)
+    (name,) = sealed.data["names"]
+    assert {key: name[key] for key in sealed.data["summary"]} == sealed.data["summary"], "the only name has all figures"
     assert [Path(file["path"]).name for file in sealed.runs[0]["records"]] == ["requests-0.bin", "events-0.bin"]
     page = Path(measured["report"]).read_text()
     assert all(text in page for text in ("Time to first token by percentile", "Inter-token latency by percentile"))

@@ -64,10 +64,10 @@ def test_each_request_is_sent_and_recorded_with_its_name(tmp_path: Path, capsys:
         wbufsize = -1
 
         def do_GET(self) -> None:
-            listed = [{"id": name, "task": task} for name, task in TASKS.items()]
-            pages = {"/info": {"name": "dense", "task": "embed"}}
-            pages["/v1/models"] = {"data": [*listed, {"id": "alias", "root": "dense"}]}
-            self.answer(pages.get(self.path, {}))
+            models = [{"name": name, "task": task, "model": {"source": f"/x/{name}"}} for name, task in TASKS.items()]
+            listed = [{"id": name, "task": task} for name, task in TASKS.items()] + [{"id": "alias", "root": "dense"}]
+            pages: dict[str, Any] = {"/info": {"name": "all", "models": models}, "/v1/models": {"data": listed}}
+            self.answer({} if self.path == "/info" and sent else pages.get(self.path, {}))
 
         def do_POST(self) -> None:
             body = json.loads(self.body())
@@ -98,11 +98,11 @@ def test_each_request_is_sent_and_recorded_with_its_name(tmp_path: Path, capsys:
         assert "no model or adapter 'alias'" in capsys.readouterr().err
     (folder,) = tmp_path.glob("mix-*")
     sealed = receipt.load(folder / "receipts" / "t.json")
+    assert "/x/" not in sealed.path.read_text(), "a path of the user"
     assert {name: sealed.load["names"][name] for name in TASKS} == dict.fromkeys(TASKS, 1)
     rows = records.merge(folder / "runs" / "t-1")
     measured = rows[(rows["phase"] == records.MEASURED) & (rows["error"] == records.OK)]
-    serial = sealed.runs[0]["serial"]
-    numbers = {index: name for name, _, text in sent for first, index in [text.split()[:2]] if first == str(serial)}
+    numbers = {text.split()[1]: name for name, _, text in sent if text.startswith(f"{sealed.runs[0]['serial']} ")}
     assert {str(row["index"]): [*TASKS][row["name"]] for row in measured} == numbers
     assert {path: model for model, path, _ in sent} == dict(
         zip(("/v1/embeddings", "/v1/rerank", "/classify"), TASKS, strict=True)
