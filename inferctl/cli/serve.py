@@ -95,12 +95,13 @@ def serve(
     """
     if image is not None:
         raise typer.Exit(_serve_image(image, spec_file, flags, _command_line_options(context), announce))
-    spec = options.load(spec_file, flags).spec
+    spec = options.load(spec_file, flags, several=True).spec
     with needs_packages("`inferctl serve`", "serve"), lazy.deferred_signals():
         from inferctl.serve import start
         from inferctl.serve.observe import tracing
-    if log == "json" and is_image(spec.model.source):
-        download.fetch(spec.model.source, None)  # the server pulls no images
+    for source in (one.model.source for one in spec.each()):
+        if log == "json" and is_image(source):
+            download.fetch(source, None)  # the server pulls no images
     server_options = ServerOptions(
         device=device,
         engine=engine,

@@ -25,7 +25,7 @@ from inferctl.serve.api.embedding_outputs import held
 from inferctl.serve.api.inference import Inference
 from inferctl.serve.api.served_model import ServedModel
 from inferctl.serve.api.tokenize import tokenize
-from inferctl.serve.backend.local_backend import LocalBackend
+from inferctl.serve.backend.local_backend import LocalBackend, Stack
 from inferctl.serve.edge.errors import ApiError
 from inferctl.serve.edge.request_context import RequestContext
 from inferctl.serve.engine_process.engine_protocol import Batch, EngineConfig
@@ -621,7 +621,7 @@ def test_tokens_of_responses_that_are_being_sent_are_bounded(minilm: Path) -> No
     metrics = Metrics()
     batcher = Batcher(QueueLimits(8, 1_000), LatencyModel(Capacity(0.0, 10.0)))
     pool = TokenizerPool(minilm, config, threads=1)
-    inference = Inference(model, pool, LocalBackend(Dispatcher(batcher, metrics), metrics))
+    inference = Inference(model, pool, LocalBackend([Stack(Dispatcher(batcher, metrics))]))
 
     async def post(sent: asyncio.Event, go_on: asyncio.Event) -> None:
         body = json.dumps({"inputs": "a " * 60}).encode()

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inferctl.config.spec import Access
 from inferctl.core.errors import NotReadyError, UsageError
 from inferctl.facts import precision
 from inferctl.reading import embedding_config, rerank_config
@@ -173,7 +172,7 @@ def test_an_engine_with_previous_info_skips_the_checks_and_computes_the_same(min
 def started(engine: Any) -> tuple[Any, list[str]]:
     """Load an engine, and return its info and the lines printed at the start."""
     info = engine.load()
-    return info, list(describe.lines(info, "m", "http://x", 1.0, Access()))
+    return info, list(describe.lines(info))
 
 
 def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

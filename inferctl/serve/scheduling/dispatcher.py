@@ -278,6 +278,7 @@ class Dispatcher:
         rows[index] = row
         if not ok:
             request.non_finite.append(index)
+            self._metrics.non_finite.inc()
         if request.on_vector:
             request.on_vector(index, row, ok)
         request.remaining -= 1
