@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -104,6 +106,24 @@ def test_a_report_adds_costs_over_days_with_different_prices(ledger: Ledger, boo
         "key,requests,errors,inputs,input_tokens,cached_tokens,output_tokens,engine_seconds,cost,key_name",
         "k1,8,0,8,80,0,0,0.016,0.006065,",
     ]
+
+
+def test_each_name_of_a_server_has_its_own_sums_and_price(ledger: Ledger, tmp_path: Path) -> None:
+    chosen, prices_of = random.Random(1), {"minilm": 1, "legal": 5, "order": 1}
+    usages = [event(f"k{n % 2}", chosen.randrange(10**6), model=chosen.choice([*prices_of])) for n in range(300)]
+    items = [Item(number, DAY, each) for number, each in enumerate(usages, 1)]
+    origins = {name: replace(ORIGIN, model=name) for name in prices_of}
+    content = json.dumps(usage_event.requests(ORIGIN, items, origins)).encode()
+    ledger.apply([EventBatch("a", 1, len(items), int(1000 * DAY), content)])
+    common = "hardware: l4, currency: EUR, from: 2026-01-01"
+    (tmp_path / "book.yaml").write_text(f"prices: [{{{common}, input: 1}}, {{{common}, model: legal, input: 5}}]")
+    book = prices.read(tmp_path / "book.yaml", None)
+    expected: Counter[tuple[str | None, str | None]] = Counter()
+    for each in usages:
+        expected[each.model, each.key_id] += each.input_tokens * prices_of[each.model or ""]
+    found = report.make(ledger, ["model", "key"], *ALL, book, {}).rows
+    assert {(row["model"], row["key"]): row["cost"] * 10**6 for row in found} == expected
+    assert report.make(ledger, ["key"], *ALL, book, {}).total["cost"] * 10**6 == expected.total()
 
 
 def test_sums_and_costs_are_exact_decimals(ledger: Ledger, tmp_path: Path) -> None:
